@@ -1,0 +1,1 @@
+"""Token ids to token ids: model families, caches, scheduling, sampling, tokenizers and prompts."""

@@ -1,0 +1,26 @@
+"""The registry: the model type a checkpoint states, and the family that runs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from engine.model import Family
+from memory.checkpoint import Checkpoint
+from quant.errors import ConfigError
+
+# model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
+FAMILIES = {
+    "deepseek_v41": "engine.families.deepseek_v41",
+    "llama": "engine.families.llama",
+}
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that runs `checkpoint`. Raises ConfigError for an unknown model type."""
+    model_type = checkpoint.model_type
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"{checkpoint.path}: model type {model_type!r} is not supported; known: {known}")
+    family = import_module(FAMILIES[model_type]).FAMILY
+    assert isinstance(family, Family)
+    return family

@@ -1,0 +1,46 @@
+"""What the engine hands out while it generates: pieces of text with their tokens, then a reason to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log probability, and the most likely alternatives as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """News of one sequence.
+
+    text        text that is now certain: complete UTF-8, and no part of a possible stop string
+    token_ids   tokens generated since the last Output (their text may come later)
+    logprobs    one per token id, where asked for
+    prompt_logprobs  in the first Output, where asked for; one per prompt token, the first one None
+    finish_reason    set in the last Output
+    error       what went wrong, where finish_reason is ERROR
+    stop_match  the stop string or stop token id that ended it
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    stop_match: str | int | None = None

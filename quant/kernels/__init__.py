@@ -1,0 +1,65 @@
+"""The operations a model needs on packed weights, behind one small interface.
+
+A back end is one module with a class that implements `Kernels`; `choose()` picks one at start. The
+`reference` back end is plain torch and the judge of every other.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from quant.packed import PackedTensor
+
+Weight = torch.Tensor | PackedTensor
+
+
+class Kernels(Protocol):
+    """What a back end offers. Activations and results are float32 (or bfloat16 on CUDA)."""
+
+    name: str
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        """`x @ weight^T`: `[..., cols]` -> `[..., rows]`."""
+        ...
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+        swiglu_limit: float,
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`.
+
+        x `[tokens, hidden]`; expert_ids `[tokens, top_k]` int64; expert_weights `[tokens, top_k]` float32.
+        expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) ).
+        """
+        ...
+
+    def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a packed table as numbers: rows `[n]` int64 -> `[n, cols]` float32."""
+        ...
+
+
+class Experts(Protocol):
+    """Where a layer's routed experts can be found; what an expert store hands to `Kernels.moe`."""
+
+    def __getitem__(self, expert_id: int) -> ExpertWeights: ...
+
+
+class ExpertWeights(Protocol):
+    """One expert: gate `w1` and up `w3` of `[width, hidden]`, down `w2` of `[hidden, width]`."""
+
+    w1: PackedTensor
+    w3: PackedTensor
+    w2: PackedTensor
+
+
+def choose() -> Kernels:
+    """The best back end this machine can run."""
+    from quant.kernels.reference import ReferenceKernels
+
+    return ReferenceKernels()

@@ -1,0 +1,65 @@
+"""The plain torch back end: decode, then compute. Slow, obvious, and the judge of every other.
+
+Decoded matrices live only for the call and are bounded: a large matrix is decoded a block of rows
+at a time, so that no weight is ever expanded as a whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from quant.kernels import Experts, Weight
+from quant.packed import PackedTensor
+
+# Largest decoded block, in values: 4 Mi float32 values are 16 MiB.
+DECODE_VALUES = 1 << 22
+
+
+class ReferenceKernels:
+    """`Kernels` in plain torch operations, float32 throughout."""
+
+    name = "reference"
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return F.linear(x, weight.to(x.dtype))
+        rows, cols = weight.shape
+        tile = weight.format.tile_rows
+        step = max(tile, DECODE_VALUES // cols // tile * tile)
+        if step >= rows:
+            return F.linear(x, weight.decode(x.dtype))
+        out = x.new_empty(*x.shape[:-1], rows)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            out[..., start:stop] = F.linear(x, weight.rows(start, stop).decode(x.dtype))
+        return out
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+        swiglu_limit: float,
+    ) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for expert_id in expert_ids.unique().tolist():
+            tokens, choice = (expert_ids == expert_id).nonzero(as_tuple=True)
+            expert = experts[expert_id]
+            y = self.swiglu(x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
+            out.index_add_(0, tokens, y * expert_weights[tokens, choice].unsqueeze(-1))
+        return out
+
+    def swiglu(
+        self, x: torch.Tensor, w1: Weight, w3: Weight, w2: Weight, swiglu_limit: float
+    ) -> torch.Tensor:
+        """One gated feed-forward with the clamps of spec section 5; `[tokens, hidden]` to the same."""
+        gate = self.linear(x, w1).clamp(max=swiglu_limit)
+        up = self.linear(x, w3).clamp(-swiglu_limit, swiglu_limit)
+        return self.linear(F.silu(gate) * up, w2)
+
+    def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
+        assert table.scales is not None and table.format.tile_rows == 1
+        part = PackedTensor(table.format, (len(rows), table.shape[1]), table.codes[rows], table.scales[rows])
+        return part.decode()

@@ -1,0 +1,1 @@
+"""People and protocols: HTTP, command line, metrics. Knows requests and text, no tensors."""
