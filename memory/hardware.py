@@ -1,0 +1,184 @@
+"""What this machine is: processor, memory, graphics cards, disk. The only reader of /proc and /sys."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# Instruction sets that kernels care about, by the names Linux (and Apple's sysctl) give them.
+RELEVANT_CPU_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A graphics card that torch can use."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about the machine; sizes in bytes.
+
+    cores               processors this process may use
+    memory_limit_bytes  what the container allows, None where nothing does
+    available_bytes     memory that can still be taken, the container's limit considered
+    disk_free_bytes     on the file system of the directory asked for
+    """
+
+    system: str
+    cpu: str
+    cores: int
+    cpu_flags: tuple[str, ...]
+    memory_bytes: int
+    memory_limit_bytes: int | None
+    available_bytes: int
+    disk_free_bytes: int
+    gpus: tuple[Gpu, ...]
+
+
+def detect(directory: Path | None = None) -> Machine:
+    """The machine this runs on; `directory` (default: the current one) says which disk is meant."""
+    group = _tightest_group()
+    return Machine(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        cpu=_cpu_field("model name") or platform.processor() or platform.machine(),
+        cores=_usable_cores(),
+        cpu_flags=_cpu_flags(),
+        memory_bytes=psutil.virtual_memory().total,
+        memory_limit_bytes=group and group.limit_bytes,
+        available_bytes=available_memory_bytes(),
+        disk_free_bytes=shutil.disk_usage(directory or Path.cwd()).free,
+        gpus=_gpus(),
+    )
+
+
+def available_memory_bytes() -> int:
+    """Memory that can still be taken without swapping, a container's limit considered."""
+    available = psutil.virtual_memory().available
+    group = _tightest_group()
+    if group is None:
+        return available
+    return max(0, min(available, group.limit_bytes - group.used_bytes + group.reclaimable_bytes))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, mapped files included."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had in RAM so far, mapped files included."""
+    # getrusage also counts what the parent had before exec, so Linux is asked directly.
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_field(name: str) -> str:
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip().lower() == name:
+            return value.strip()
+    return ""
+
+
+def _cpu_flags() -> tuple[str, ...]:
+    present = set((_cpu_field("flags") or _cpu_field("features")).split())
+    return tuple(flag for flag in RELEVANT_CPU_FLAGS if flag in present)
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    try:
+        import torch
+    except ImportError:
+        return ()
+    if not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found.append(Gpu(index, card.name, card.total_memory, (card.major, card.minor)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _MemoryGroup:
+    """A control group that limits this process's memory."""
+
+    limit_bytes: int
+    used_bytes: int
+    reclaimable_bytes: int
+
+
+def _tightest_group() -> _MemoryGroup | None:
+    """The group with the lowest limit among this process's own and those above it; None without limits."""
+    groups = [group for directory in _group_directories() if (group := _read_group(directory))]
+    return min(groups, key=lambda group: group.limit_bytes, default=None)
+
+
+def _group_directories() -> list[Path]:
+    found = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup") / controllers
+        own = root / name.lstrip("/")
+        # Inside a container the name may be the host's; then only the root exists.
+        found += [d for d in (own, *own.parents) if d == root or root in d.parents]
+    return found
+
+
+def _read_group(directory: Path) -> _MemoryGroup | None:
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit, used = _read(directory / limit_name).strip(), _read(directory / used_name).strip()
+        # Version 2 writes "max" for unlimited, version 1 a number near 2^63.
+        if limit.isdecimal() and used.isdecimal() and int(limit) < 2**60:
+            # Pages of mapped files count as used, yet are given back on demand.
+            stat = dict(line.split() for line in _read(directory / "memory.stat").splitlines())
+            reclaimable = stat.get("total_inactive_file", stat.get("inactive_file", "0"))
+            return _MemoryGroup(int(limit), int(used), int(reclaimable))
+    return None
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,109 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` and a status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from starlette.responses import JSONResponse
+
+from quant.errors import CapacityError, LociError, RequestError
+
+RETRY_AFTER_S = 1
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is an error: HTTP status and the fields of OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object that clients read."""
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    @property
+    def response(self) -> JSONResponse:
+        """The whole answer."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503: the server cannot answer now; the client may try again."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+def internal(request_id: str) -> ApiError:
+    """500 for a fault of ours; the traceback is in the log under `request_id`."""
+    return ApiError(500, f"internal error; the server's log says more under {request_id}", code="internal_error")
+
+
+def from_loci(error: LociError) -> ApiError:
+    """400 for a request that cannot be served as asked, 429 for a full queue, 500 for the rest."""
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, CapacityError):
+        headers = {"Retry-After": str(RETRY_AFTER_S)}
+        return ApiError(429, str(error), code="queue_full", headers=headers)
+    return ApiError(500, str(error), code="internal_error")
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """400 that names the first wrong field, what was found and what was expected."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        detail = str(first.get("ctx", {}).get("error", first["msg"]))
+        return ApiError(400, f"the body is not valid JSON: {detail}", code="invalid_json")
+    param = _path(first)
+    if not param:
+        return ApiError(400, f"the body must be a JSON object, got {_kind(first['input'])}")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is required", param=param, code="missing_required_parameter")
+    message = f"{param}: {first['msg']}, got {_kind(first['input'])}"
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _path(error: ErrorDetails) -> str:
+    # Tags of unions stand in angle brackets (see openai_types.py); they are no part of the body.
+    path = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<"):
+            path += f".{part}" if path else part
+    return path
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool() | int() | float():
+            return f"{value!r}".lower()
+        case str():
+            return f"the string {value!r}" if len(value) <= 40 else f"a string of {len(value)} characters"
+        case list():
+            return f"a list of {len(value)}"
+        case dict():
+            return "an object"
+    return type(value).__name__

@@ -1,0 +1,111 @@
+"""From the engine's thread to the event loop: the sequences of one request, read as they grow.
+
+The engine calls back from its own thread; `Generation` collects what came and wakes the event loop
+once for all of it. Whoever leaves a Generation early aborts its sequences, so their slots are free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from functools import partial
+
+from engine.engine import Engine, Ticket
+from engine.generation import FinishReason, Output
+from engine.sampling_params import SamplingParams
+from server.errors import ApiError, unavailable
+from server.metrics import Metrics, SequenceTimer
+
+
+class Generation:
+    """Sequences that were submitted together. Create, submit and read on the event loop."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, timeout_s: float | None) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._inbox: deque[tuple[int, Output]] = deque()
+        self._arrived = asyncio.Event()
+        self._wake_is_due = False
+        self._running: dict[int, Ticket] = {}
+        self._submitted = 0
+        self._timeout: ApiError | None = None
+        self._alarm = None if timeout_s is None else self._loop.call_later(timeout_s, self._expire, timeout_s)
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
+        index = self._submitted
+        on_output = partial(self._on_output, index, SequenceTimer(self._metrics))
+        self._running[index] = self._engine.submit(prompt_ids, params, on_output)
+        self._submitted += 1
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """(sequence number, news) until all sequences have ended.
+
+        Several Outputs of a sequence that are ready together come as one. Raises ApiError where a
+        sequence fails, is ended from outside or takes longer than the time limit.
+        """
+        while self._running:
+            await self._arrived.wait()
+            self._arrived.clear()
+            for index, output in self._drain().items():
+                yield index, self._checked(index, output)
+            if self._running and self._timeout is not None:
+                raise self._timeout
+
+    def close(self) -> None:
+        """Abort whatever still runs."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for ticket in self._running.values():
+            self._engine.abort(ticket)
+        self._running.clear()
+
+    def _on_output(self, index: int, timer: SequenceTimer, output: Output) -> None:
+        # Runs in the engine's thread. Appending first and looking at the flag second loses no wake-up:
+        # a wake that is still due will see the new entry.
+        timer.observe(output)
+        self._inbox.append((index, output))
+        if not self._wake_is_due:
+            self._wake_is_due = True
+            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._wake_is_due = False
+        self._arrived.set()
+
+    def _expire(self, timeout_s: float) -> None:
+        message = f"the request took longer than {timeout_s:g} s and was ended"
+        self._timeout = ApiError(504, message, code="request_timeout")
+        self._arrived.set()
+
+    def _drain(self) -> dict[int, Output]:
+        merged: dict[int, Output] = {}
+        while self._inbox:
+            index, output = self._inbox.popleft()
+            merged[index] = _join(merged[index], output) if index in merged else output
+        return merged
+
+    def _checked(self, index: int, output: Output) -> Output:
+        if output.finish_reason is not None:
+            self._running.pop(index, None)
+        if output.finish_reason is FinishReason.ERROR:
+            raise ApiError(500, output.error or "the engine failed", code="engine_error")
+        if output.finish_reason is FinishReason.ABORT:
+            raise unavailable("the server is stopping; the request was ended", "server_stopping")
+        return output
+
+
+def _join(first: Output, then: Output) -> Output:
+    return Output(
+        text=first.text + then.text,
+        token_ids=first.token_ids + then.token_ids,
+        logprobs=first.logprobs + then.logprobs,
+        prompt_logprobs=first.prompt_logprobs,
+        finish_reason=then.finish_reason,
+        error=then.error,
+        stop_match=then.stop_match,
+    )

@@ -1,0 +1,112 @@
+"""What Prometheus sees: counters and histograms of requests, gauges of the engine, memory by tier."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.engine import EngineStats
+from engine.generation import Output
+from memory.hardware import resident_bytes
+
+# Seconds. A local model may take minutes to read a long prompt and is never faster than a millisecond.
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
+_TOKEN_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=self.registry)
+
+        self.requests = Counter(
+            "loci_http_requests", "Requests answered.", ["route", "status"], registry=self.registry
+        )
+        self.queue_time = histogram(
+            "loci_queue_time_seconds", "From submission until a sequence's prompt is first computed.", _LATENCY
+        )
+        self.first_token = histogram(
+            "loci_time_to_first_token_seconds", "From submission to a sequence's first token.", _LATENCY
+        )
+        self.token_gap = histogram(
+            "loci_inter_token_latency_seconds", "Between tokens of a sequence after its first.", _TOKEN_LATENCY
+        )
+        self.end_to_end = histogram(
+            "loci_end_to_end_seconds", "From submission to a sequence's last token.", _LATENCY
+        )
+
+    def observe_engine(self, stats: Callable[[], EngineStats], weight_bytes: int) -> None:
+        """From now on report the engine's own counters and the memory that weights and KV take."""
+        self.registry.register(_EngineCollector(stats, weight_bytes))
+
+    def observe_process(self) -> None:
+        """Report the process's memory at each scrape."""
+        self.registry.register(_ProcessCollector())
+
+    def render(self) -> bytes:
+        """The page in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class SequenceTimer:
+    """Times one sequence: fed with each Output as it leaves the engine, observes into the histograms."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._submitted = time.perf_counter()
+        self._last_token: float | None = None
+
+    def observe(self, output: Output) -> None:
+        """Note the arrival of `output`."""
+        now = time.perf_counter()
+        fresh = len(output.token_ids)
+        if fresh and self._last_token is None:
+            self._metrics.first_token.observe(now - self._submitted)
+            fresh -= 1
+            self._last_token = now
+        if fresh and self._last_token is not None:
+            for _ in range(fresh):
+                self._metrics.token_gap.observe((now - self._last_token) / fresh)
+        if output.token_ids:
+            self._last_token = now
+        if output.finish_reason is not None:
+            self._metrics.end_to_end.observe(now - self._submitted)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, stats: Callable[[], EngineStats], weight_bytes: int) -> None:
+        self._stats = stats
+        self._weight_bytes = weight_bytes
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._stats()
+        yield GaugeMetricFamily("loci_sequences_running", "Sequences being computed.", now.running)
+        yield GaugeMetricFamily("loci_sequences_waiting", "Sequences in the queue.", now.waiting)
+        yield CounterMetricFamily("loci_prompt_tokens", "Prompt tokens computed.", now.prompt_tokens)
+        yield CounterMetricFamily("loci_generated_tokens", "Tokens generated.", now.generated_tokens)
+        yield CounterMetricFamily("loci_engine_steps", "Steps of the engine's loop.", now.steps)
+        yield GaugeMetricFamily("loci_kv_tokens_used", "Tokens that the KV cache holds.", now.kv_tokens_used)
+        yield GaugeMetricFamily(
+            "loci_kv_tokens_capacity", "Tokens that the KV cache has room for.", now.kv_tokens_capacity
+        )
+        tiers = GaugeMetricFamily(
+            "loci_tier_memory_bytes", "Bytes in a memory tier, by what they hold.", labels=["tier", "content"]
+        )
+        tiers.add_metric(["dram", "weights"], self._weight_bytes)
+        tiers.add_metric(["dram", "kv"], now.kv_bytes)
+        yield tiers
+
+
+class _ProcessCollector(Collector):
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "loci_process_resident_memory_bytes", "Memory of the process that is in RAM.", resident_bytes()
+        )

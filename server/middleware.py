@@ -1,0 +1,107 @@
+"""Around every request: an id, one log line, the request counter, a last-resort 500 and the size limit."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError, internal
+from server.metrics import Metrics
+from server.streaming import CLIENT_CLOSED_REQUEST
+
+log = logging.getLogger("loci")
+access = logging.getLogger("loci.access")
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_NO_ROUTE = "unmatched"  # one label for all paths that do not exist, or a scanner would fill the registry
+
+
+class RequestLog:
+    """Gives each request an id (the client's own X-Request-Id, where it is sane), logs and counts it.
+
+    Paths are logged, bodies and query strings never. What nobody caught becomes a 500 here.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not _SANE_ID.fullmatch(request_id):
+            request_id = f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("%s: unexpected error", request_id)
+            if status == 0:
+                await internal(request_id).response(scope, receive, send_with_id)
+        finally:
+            status = status or CLIENT_CLOSED_REQUEST
+            route = getattr(scope.get("route"), "path", _NO_ROUTE)
+            self._metrics.requests.labels(route, str(status)).inc()
+            elapsed_ms = (time.perf_counter() - began) * 1000
+            # Quoted, because a decoded path may contain line breaks.
+            path = quote(scope["path"])
+            access.info("%s %s %d %.1fms %s", scope["method"], path, status, elapsed_ms, request_id)
+
+
+class BodyLimit:
+    """Answers 413 to bodies above the limit, whether they declare their size or not.
+
+    The body is read here, counting bytes as they arrive, and passed on whole.
+    """
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        body = bytearray()
+        is_complete = False
+        too_large = declared.isdecimal() and int(declared) > self._limit_bytes
+        while not is_complete and not too_large:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            is_complete = not message.get("more_body", False)
+            too_large = len(body) > self._limit_bytes
+        if too_large:
+            text = f"the body is larger than this server's limit of {self._limit_bytes} bytes"
+            await ApiError(413, text, code="body_too_large").response(scope, receive, send)
+            return
+        is_delivered = False
+
+        async def replay() -> Message:
+            nonlocal is_delivered
+            if is_delivered:
+                return await receive()
+            is_delivered = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        await self._app(scope, replay, send)

@@ -1,0 +1,368 @@
+"""Request bodies of the OpenAI interface, strictly typed; fields that nobody declared are ignored.
+
+docs/api.md says of each field whether it is accepted, ignored or refused, and why.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from engine.sampling_params import SamplingParams
+from quant.errors import RequestError
+
+MAX_STOP = 16
+MAX_N = 128
+
+# One error per union instead of one per member: the discriminator looks at the value's type first.
+# Tags in angle brackets are left out of the paths that errors name.
+_Strings = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[str], Tag("<strings>")],
+    Discriminator(lambda value: "<strings>" if isinstance(value, list) else "<string>"),
+]
+
+
+def _prompt_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    if value and isinstance(value[0], list):
+        return "<prompts of ids>"
+    return "<ids>" if value and not isinstance(value[0], str) else "<strings>"
+
+
+_Prompt = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[str], Tag("<strings>")]
+    | Annotated[list[int], Tag("<ids>")]
+    | Annotated[list[list[int]], Tag("<prompts of ids>")],
+    Discriminator(_prompt_kind),
+]
+
+
+class Body(BaseModel):
+    """Base of everything that arrives as JSON."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class TextPart(Body):
+    """A part of a message's content. Only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+_Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
+    Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
+]
+
+
+class FunctionCall(Body):
+    """Name and arguments (JSON as text) of a call the model made."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    """A call in an assistant message of the history."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: _Content | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    prefix: bool | None = None
+
+    def check(self, path: str) -> None:
+        """Raise RequestError where role and fields do not fit together."""
+        if isinstance(self.content, list):
+            for i, part in enumerate(self.content):
+                if part.type != "text":
+                    raise RequestError(
+                        f"{path}.content[{i}]: parts of type {part.type!r} are not supported; send text",
+                        param=f"{path}.content[{i}].type",
+                        code="unsupported_content_part",
+                    )
+                if part.text is None:
+                    raise RequestError(f"{path}.content[{i}].text is required", param=f"{path}.content[{i}].text")
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise RequestError(f"{path}.content is required", param=f"{path}.content")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise RequestError(f"{path}.tool_call_id is required", param=f"{path}.tool_call_id")
+
+    def as_prompt(self) -> dict[str, Any]:
+        """The message for a ChatFormat: content as one string, `developer` as `system`."""
+        message = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            message["content"] = "\n\n".join(part.text or "" for part in self.content)
+        if self.role == "developer":
+            message["role"] = "system"
+        return message
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool; only functions exist here."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Body):
+    """The function a tool choice names."""
+
+    name: str
+
+
+class NamedToolChoice(Body):
+    """`{"type": "function", "function": {"name": ...}}`."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+_ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedToolChoice, Tag("<named>")],
+    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
+]
+
+
+class StreamOptions(Body):
+    """What a stream contains beside the answer."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(Body):
+    """Only `text` so far."""
+
+    type: str
+
+
+# Fields that would change what the answer means, and why they cannot be honoured.
+_REFUSED = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "only text can be generated",
+    "web_search_options": "this server searches nothing",
+    "guided_json": "constrained output is not supported yet",
+    "guided_regex": "constrained output is not supported yet",
+    "guided_choice": "constrained output is not supported yet",
+    "guided_grammar": "constrained output is not supported yet",
+    "structured_outputs": "constrained output is not supported yet",
+    "grammar": "constrained output is not supported yet",
+    "suffix": "filling in the middle is not supported",
+}
+
+
+class GenerationRequest(Body):
+    """What chat and plain completions have in common."""
+
+    model: str
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    seed: int | None = None
+    stop: _Strings | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, why in _REFUSED.items():
+                if data.get(name) is not None:
+                    raise RequestError(
+                        f"{name} is not supported: {why}", param=name, code="unsupported_parameter"
+                    )
+        return data
+
+    @model_validator(mode="after")
+    def _check_common_fields(self) -> Self:
+        if self.response_format is not None and self.response_format.type != "text":
+            raise RequestError(
+                f"response_format of type {self.response_format.type!r} is not supported yet; use 'text'",
+                param="response_format",
+                code="unsupported_parameter",
+            )
+        if self.modalities is not None and self.modalities != ["text"]:
+            raise RequestError(
+                "modalities other than ['text'] are not supported", param="modalities", code="unsupported_parameter"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOP:
+            raise RequestError(f"stop takes up to {MAX_STOP} strings, got {len(self.stop)}", param="stop")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """True where a stream must end with the token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, vocab_size: int, choice: int, **extra: Any) -> SamplingParams:
+        """Sampling settings of the given choice: choice i has seed + i.
+
+        Raises RequestError naming the field that is out of range.
+        """
+        seed = None if self.seed is None else self.seed + choice
+        fields = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": seed,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self._logit_bias(vocab_size),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "ignore_eos": self.ignore_eos,
+        } | extra
+        return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+
+    def _logit_bias(self, vocab_size: int) -> dict[int, float]:
+        bias = {}
+        for key, value in (self.logit_bias or {}).items():
+            if not key.isdecimal() or int(key) >= vocab_size:
+                raise RequestError(
+                    f"logit_bias: {key!r} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            bias[int(key)] = value
+        return bias
+
+
+class ChatRequest(GenerationRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] | None = None
+    tool_choice: _ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_chat_fields(self) -> Self:
+        for i, message in enumerate(self.messages):
+            message.check(f"messages[{i}]")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise RequestError("tool_choice needs tools", param="tool_choice")
+        if isinstance(self.tool_choice, NamedToolChoice):
+            wanted = self.tool_choice.function.name
+            if wanted not in [tool.function.name for tool in self.tools or []]:
+                raise RequestError(f"tool_choice names {wanted!r}, which is not in tools", param="tool_choice")
+        return self
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """Most tokens an answer may have; `max_completion_tokens` is the current name, `max_tokens` the old."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def as_prompt(self) -> dict[str, Any]:
+        """What a ChatFormat needs to render the conversation."""
+        names = {"tools", "tool_choice", "reasoning_effort", "thinking", "chat_template_kwargs"}
+        body = self.model_dump(include=names, exclude_none=True)
+        if not self.tools:
+            body.pop("tools", None)
+            body.pop("tool_choice", None)
+        return body | {"messages": [message.as_prompt() for message in self.messages]}
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of /v1/completions."""
+
+    prompt: _Prompt
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_completion_fields(self) -> Self:
+        if self.best_of not in (None, self.choices):
+            raise RequestError(
+                f"best_of must equal n ({self.choices}): answers are not ranked",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if not self.prompts:
+            raise RequestError("prompt must not be empty", param="prompt")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, one or more, all as text or all as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]  # list[int], as the union's tag says
+        return self.prompt  # type: ignore[return-value]
+
+
+class TokenizeRequest(Body):
+    """Body of /tokenize: a text, or a conversation as the model would see it."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", param="prompt")
+        for i, message in enumerate(self.messages or []):
+            message.check(f"messages[{i}]")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """Body of /detokenize."""
+
+    tokens: list[int]

@@ -1,0 +1,144 @@
+"""The model being served: loaded in the background, ready later, stopped at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.engine import Engine
+from engine.loader import Loaded
+from engine.sampling_params import SamplingParams
+from memory.hardware import available_memory_bytes
+from quant.errors import BudgetError, ConfigError, LociError
+from server.errors import ApiError, unavailable
+from server.generation import Generation
+from server.metrics import Metrics
+from server.settings import Settings
+
+log = logging.getLogger("loci")
+
+DEFAULT_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that answers: its public name, its parts, and since when (seconds since 1970)."""
+
+    name: str
+    loaded: Loaded
+    engine: Engine
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below this."""
+        return self.loaded.model.info.vocab_size
+
+
+def bring_up(settings: Settings) -> Served:
+    """Load the model that `settings` name and start its engine.
+
+    Raises LociError where the checkpoint is wrong or does not fit into memory.
+    """
+    from engine.loader import default_model_path, load
+
+    loaded = load(default_model_path() if settings.model is None else settings.model)
+    info = loaded.model.info
+    context = settings.max_model_len or min(info.max_context, DEFAULT_CONTEXT)
+    if context > info.max_context:
+        raise ConfigError(f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens")
+    _check_room(loaded, settings.max_num_seqs, context)
+    engine = Engine(
+        loaded.model,
+        loaded.tokenizer,
+        max_sequences=settings.max_num_seqs,
+        max_context=context,
+        prefill_chunk=settings.prefill_chunk,
+        max_waiting=settings.max_waiting,
+    )
+    engine.start()
+    return Served(settings.served_model_name or info.name, loaded, engine)
+
+
+def _check_room(loaded: Loaded, sequences: int, context: int) -> None:
+    needed = loaded.model.cache_bytes(sequences, context)
+    available = available_memory_bytes()
+    if needed > available:
+        raise BudgetError(
+            f"the KV cache for {sequences} sequences of {context} tokens takes {needed / 1e9:.2f} GB, but "
+            f"{available / 1e9:.2f} GB of memory are available; lower --max-model-len or --max-num-seqs"
+        )
+
+
+class Service:
+    """Holds the model once it is there. Handlers ask it for a Generation."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.failure: LociError | Exception | None = None
+        self._served: Served | None = None
+
+    def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
+        """Start loading in a thread; `when_done` runs on this event loop, whether it worked or not."""
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            try:
+                served = bring_up()
+            except Exception as error:
+                self.failure = error
+            else:
+                self.metrics.observe_engine(
+                    served.engine.stats, sum(c.nbytes for c in served.loaded.components)
+                )
+                self._served = served
+            loop.call_soon_threadsafe(when_done)
+
+        # A daemon, so that a signal during a long load ends the process.
+        threading.Thread(target=work, name="loci-load", daemon=True).start()
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine's thread has died."""
+        return self._served is None or self._served.engine.is_alive
+
+    @property
+    def is_ready(self) -> bool:
+        """True while requests can be answered."""
+        return self._served is not None and self._served.engine.is_alive
+
+    @property
+    def served(self) -> Served:
+        """The model. Raises ApiError 503 while it loads or when its engine has died."""
+        if self._served is None:
+            raise unavailable("the model is still loading; try again soon", "model_loading")
+        if not self._served.engine.is_alive:
+            raise unavailable("the engine has stopped; the server must be restarted", "engine_stopped")
+        return self._served
+
+    def named(self, model: str) -> Served:
+        """The model if that is its name. Raises ApiError 404 for any other name."""
+        served = self.served
+        if model != served.name:
+            raise ApiError(
+                404,
+                f"the model {model!r} does not exist; this server has {served.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+    def new_generation(self) -> Generation:
+        """An empty Generation on the engine, under this server's time limit."""
+        return Generation(self.served.engine, self.metrics, self.settings.request_timeout_s)
+
+    def stop(self) -> None:
+        """End the engine; what still runs is aborted."""
+        if self._served is not None:
+            self._served.engine.stop()

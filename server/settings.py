@@ -1,0 +1,116 @@
+"""Settings of a server: command-line flags over `LOCI_*` variables over a TOML file over defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from quant.errors import ConfigError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class Settings(BaseSettings):
+    """Everything `loci serve` can be told. A field's description is its help text."""
+
+    model_config = SettingsConfigDict(env_prefix="LOCI_", env_ignore_empty=True, extra="forbid")
+
+    model: Path | None = Field(
+        None, description="Checkpoint directory or GGUF file. Default: the embedded model."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 opens it to the network.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="Name that requests use. Default: the model's own name."
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens a sequence may have, prompt and answer together. Memory for them is taken at "
+        "start. Default: what the model was made for, at most 8192.",
+    )
+    max_num_seqs: int = Field(
+        8, ge=1, le=1024, description="Sequences computed together; further ones wait in a queue."
+    )
+    max_waiting: int = Field(
+        256, ge=0, description="Sequences that may wait; beyond that requests are answered with 429."
+    )
+    prefill_chunk: int = Field(
+        512, ge=1, description="Prompt tokens computed per step, so that long prompts do not stall answers."
+    )
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        description="Key that clients must send as bearer token. Repeat the flag, or separate by commas, "
+        "for several.",
+    )
+    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    request_timeout_s: float | None = Field(
+        None, gt=0, description="Seconds after which a request is ended. Default: none."
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM or Ctrl-C."
+    )
+    log_level: LogLevel = Field("info", description="Least severe message to log.")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        keys = value.split(",") if isinstance(value, str) else value
+        return tuple(k.strip() for k in keys if k.strip()) if isinstance(keys, list | tuple) else keys
+
+    @property
+    def is_loopback(self) -> bool:
+        """True where only this machine can reach the server."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def resolve_settings(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Settings from `flags` (None means not given), the environment and the TOML file `config`.
+
+    Raises ConfigError that names each wrong setting and what was expected.
+    """
+    if config is not None and not config.is_file():
+        raise ConfigError(f"{config}: no such file; --config takes a TOML file")
+
+    class Configured(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+
+    try:
+        return Configured(**{name: value for name, value in flags.items() if value not in (None, (), [])})
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+    except (SettingsError, ValueError) as error:
+        raise ConfigError(f"{config or 'environment'}: {error}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{name}: no such setting; known: {', '.join(sorted(Settings.model_fields))}")
+        elif item["loc"][0] == "api_key":
+            problems.append(f"{name}: {item['msg']}")
+        else:
+            problems.append(f"{name}: {item['msg']}, got {item['input']!r}")
+    return "settings: " + "; ".join(problems)

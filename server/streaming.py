@@ -1,0 +1,92 @@
+"""Server-sent events, and answers that end when nobody listens any more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, internal
+
+log = logging.getLogger("loci")
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+CLIENT_CLOSED_REQUEST = 499  # as proxies log it; nobody is there to read it
+
+
+def frame(data: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends `events` as they come, then `[DONE]`; an error on the way becomes the last event.
+
+    `close` is called in any case: at the end, after an error, and when the client goes away.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_disconnected(receive, self._send_all(scope, send))
+        finally:
+            self._close()
+
+    async def _send_all(self, scope: Scope, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+        async def put(body: bytes) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        try:
+            async for event in self._events:
+                await put(frame(event))
+            await put(DONE)
+        except ApiError as error:
+            await put(frame(error.body))
+        except Exception:
+            request_id = scope["state"]["request_id"]
+            log.exception("%s: a stream failed", request_id)
+            await put(frame(internal(request_id).body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def answer(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T | Response:
+    """What `work` returns; given up when the client goes away. `close` is called in any case."""
+    try:
+        result = await unless_disconnected(request.receive, work)
+    finally:
+        close()
+    return Response(status_code=CLIENT_CLOSED_REQUEST) if result is None else result
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None where the client disconnects first, which cancels it."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
