@@ -11,6 +11,7 @@ from quant.errors import ConfigError
 # model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
 FAMILIES = {
     "deepseek_v41": "engine.families.deepseek_v41",
+    "deepseek_v41_text": "engine.families.deepseek_v41",
     "llama": "engine.families.llama",
 }
 

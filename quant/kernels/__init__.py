@@ -6,6 +6,7 @@ A back end is one module with a class that implements `Kernels`; `choose()` pick
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -50,7 +51,8 @@ class Experts(Protocol):
     def __getitem__(self, expert_id: int) -> ExpertWeights: ...
 
 
-class ExpertWeights(Protocol):
+@dataclass(frozen=True)
+class ExpertWeights:
     """One expert: gate `w1` and up `w3` of `[width, hidden]`, down `w2` of `[hidden, width]`."""
 
     w1: PackedTensor

@@ -1,0 +1,351 @@
+"""DeepSeek-V4.1: the forward pass.
+
+Parallel residual streams (mHC, lagged mix), one shared key=value latent per token, sliding windows
+with compressed entries chosen by an indexer, routed experts in every layer, and Engram look-ups
+before some layers. Section numbers refer to docs/deepseek-v41.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from engine.families.deepseek_v41_config import V41Config, parse_config
+from engine.families.deepseek_v41_weights import (
+    IGNORED_PREFIXES,
+    AttentionWeights,
+    LayerWeights,
+    V41Weights,
+    components,
+    expected_tensors,
+    read_weights,
+)
+from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
+from engine.layers.hyper_connections import first_mix, read_streams, write_streams
+from engine.layers.norm import rms_norm
+from engine.layers.rope import Rotation, inverse_frequencies
+from engine.layers.sparse_attention import (
+    CandidatePool,
+    Selection,
+    attend,
+    candidate_blocks,
+    select_entries,
+)
+from engine.layers.sparse_cache import CacheShape, SourceState, SparseCache
+from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
+from memory.checkpoint import Checkpoint
+from quant.errors import ConfigError
+from quant.kernels import Kernels
+
+
+@dataclass
+class _Step:
+    """What one forward passes along: the batch, and what layers publish for later layers.
+
+    selections and pool are per segment; a source layer replaces them, later layers read them.
+    """
+
+    batch: Batch
+    cache: SparseCache
+    trace: Trace
+    bounds: list[tuple[int, int]]
+    plain_rotation: Rotation
+    compressed_rotation: Rotation
+    engram_rows: list[torch.Tensor]
+    selections: list[Selection] = field(default_factory=list)
+    pools: list[CandidatePool] | None = None
+
+
+class DeepseekV41(Model):
+    """A loaded V4.1 model."""
+
+    def __init__(
+        self,
+        config: V41Config,
+        info: ModelInfo,
+        weights: V41Weights,
+        token_map: torch.Tensor,
+        kernels: Kernels,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.weights = weights
+        self.kernels = kernels
+        self.token_map = token_map
+        primes = table_primes(
+            len(config.engram_layer_ids),
+            config.engram_max_ngram_size - 1,
+            config.engram_n_heads,
+            config.engram_vocab_size,
+        )
+        self.hashes = [
+            EngramHash.for_layer(
+                layer, layer_primes, config.engram_compressed_vocab_size, config.engram_max_ngram_size
+            )
+            for layer, layer_primes in zip(config.engram_layer_ids, primes, strict=True)
+        ]
+        self.plain_frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
+        self.compressed_frequencies = inverse_frequencies(
+            config.qk_rope_head_dim, config.compress_rope_theta, config.yarn
+        )
+        self.cache_shape = CacheShape(
+            layers=config.num_hidden_layers,
+            window=config.sliding_window,
+            head_dim=config.head_dim,
+            index_dim=config.index_head_dim,
+            sources={layer: config.compress_ratios[layer] for layer in config.kv_source_layer_ids},
+            history=config.engram_max_ngram_size - 1 if config.engram_layer_ids else 0,
+            history_pad=int(token_map[config.engram_pad_token_id]) if config.engram_layer_ids else 0,
+        )
+
+    def new_cache(self, slots: int, capacity: int) -> SparseCache:
+        return SparseCache(self.cache_shape, slots, capacity)
+
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        return self.cache_shape.nbytes(slots, capacity)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+        assert isinstance(cache, SparseCache)
+        step = self._begin(batch, cache, trace or Trace())
+        config, weights = self.config, self.weights
+        embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
+        streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
+        pre = first_mix(len(batch.token_ids), config.hc_mult)
+        for number, layer in enumerate(weights.layers):
+            if layer.engram is not None:
+                streams = self._read_engram(number, streams, step)
+
+            mix = layer.hc_attn.mix(streams)
+            x = rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
+            y = self._attention(number, layer.attn, x, step)
+            step.trace.add(f"attn_out.{number}", y)
+            streams, pre = write_streams(streams, y, mix), mix.pre
+
+            mix = layer.hc_ffn.mix(streams)
+            x = rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
+            y = self._experts(number, layer, x, step)
+            streams, pre = write_streams(streams, y, mix), mix.pre
+            step.trace.add(f"streams.{number}", streams)
+        for segment in batch.segments:
+            cache.advance(segment)
+        wanted = batch.logit_rows
+        final = rms_norm(read_streams(streams[wanted], pre[wanted]), weights.norm, config.rms_norm_eps)
+        return self.kernels.linear(final, weights.head).float()
+
+    def _begin(self, batch: Batch, cache: SparseCache, trace: Trace) -> _Step:
+        """Check the batch, lay out its segments, and address every Engram row it will need."""
+        for segment in batch.segments:
+            cache.admit(segment)
+        ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
+        bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        rows: list[torch.Tensor] = []
+        if self.hashes:
+            keys = self.token_map[batch.token_ids]
+            behind = [
+                cache.extend_history(segment, keys[start:stop])
+                for segment, (start, stop) in zip(batch.segments, bounds, strict=True)
+            ]
+            rows = [torch.cat([h.rows(sequence) for sequence in behind]) for h in self.hashes]
+            trace.add("engram_rows", torch.stack(rows, dim=1))
+        return _Step(
+            batch=batch,
+            cache=cache,
+            trace=trace,
+            bounds=bounds,
+            plain_rotation=Rotation.at(positions, self.plain_frequencies),
+            compressed_rotation=Rotation.at(positions, self.compressed_frequencies),
+            engram_rows=rows,
+        )
+
+    def _read_engram(self, number: int, streams: torch.Tensor, step: _Step) -> torch.Tensor:
+        """Add the gated value of the tokens' n-gram rows to every stream."""
+        layer = self.weights.layers[number]
+        assert layer.engram is not None
+        assert layer.engram_table is not None
+        rows = step.engram_rows[self.config.engram_layer_ids.index(number)]  # [tokens, columns]
+        values = self.kernels.gather_rows(layer.engram_table, rows.flatten()).view(rows.shape[0], -1)
+        gates, value = layer.engram.gates_and_value(self.kernels, streams, values)
+        step.trace.add(f"engram_gate.{number}", gates)
+        return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
+
+    def _attention(self, number: int, attn: AttentionWeights, x: torch.Tensor, step: _Step) -> torch.Tensor:
+        """Sections 4.1 to 4.7 for all tokens, `[tokens, hidden]` to the same."""
+        config, linear = self.config, self.kernels.linear
+        eps = config.rms_norm_eps
+        tokens = x.shape[0]
+        ratio = config.compress_ratios[number]
+        rotation = step.compressed_rotation if ratio else step.plain_rotation
+        qr = rms_norm(linear(x, attn.wq_a), attn.q_norm, eps)
+        q = linear(qr, attn.wq_b).view(tokens, config.num_attention_heads, config.head_dim)
+        q = rotation.apply(q)
+        kv = rotation.apply(rms_norm(linear(x, attn.wkv), attn.kv_norm, eps))  # [tokens, head_dim]
+        if attn.compressor is not None:
+            self._compress(number, attn, x, step)
+        if attn.indexer_wq_b is not None:
+            self._select(number, attn, x, qr, step)
+
+        source = config.kv_source_of(number)
+        out = torch.empty_like(q)
+        for i, (segment, (start, stop)) in enumerate(zip(step.batch.segments, step.bounds, strict=True)):
+            window_kv = step.cache.extend_window(number, segment, kv[start:stop])
+            compressed, selection = None, None
+            if source is not None:
+                compressed = step.cache.sources[source].entries[segment.slot]
+                selection = step.selections[i]
+            out[start:stop] = attend(
+                q[start:stop], window_kv, attn.sink, config.sliding_window, compressed, selection
+            )
+        out = rotation.inverse().apply(out)
+        groups = out.reshape(tokens, config.o_groups, -1)
+        low = [linear(groups[:, g], weight) for g, weight in enumerate(attn.wo_a)]
+        return linear(torch.cat(low, dim=-1), attn.wo_b)
+
+    def _compress(self, number: int, attn: AttentionWeights, x: torch.Tensor, step: _Step) -> None:
+        """Section 4.3: append the entries and index keys of the groups that these tokens complete."""
+        config = self.config
+        assert attn.compressor is not None
+        state = step.cache.sources[number]
+        kv = self.kernels.linear(x, attn.compressor.wkv)  # [tokens, head_dim]
+        gate = kv if attn.compressor.wgate is None else self.kernels.linear(x, attn.compressor.wgate)
+        for segment, (start, stop) in zip(step.batch.segments, step.bounds, strict=True):
+            first = segment.start // state.ratio
+            groups_kv, groups_gate = _complete_groups(state, segment, kv[start:stop], gate[start:stop])
+            count = groups_kv.shape[0]
+            if count == 0:
+                continue
+            latent = groups_kv.squeeze(1)
+            if state.ratio > 1:
+                latent = (groups_kv * groups_gate.softmax(dim=1)).sum(1)
+            latent = rms_norm(latent, attn.compressor.norm, config.rms_norm_eps)
+            positions = torch.arange(first, first + count) * state.ratio
+            rotation = Rotation.at(positions, self.compressed_frequencies)
+            index_key = self.kernels.linear(latent, attn.compressor.index_wk)
+            index_key = rms_norm(index_key, attn.compressor.index_norm, config.rms_norm_eps)
+            state.entries[segment.slot, first : first + count] = rotation.apply(latent)
+            state.index_keys[segment.slot, first : first + count] = rotation.apply(index_key)
+
+    def _select(
+        self, number: int, attn: AttentionWeights, x: torch.Tensor, qr: torch.Tensor, step: _Step
+    ) -> None:
+        """Sections 4.4 and 4.5: publish which compressed entries each token sees from here on."""
+        config = self.config
+        assert attn.indexer_wq_b is not None
+        assert attn.indexer_weights is not None
+        source = config.kv_source_of(number)
+        assert source is not None
+        state = step.cache.sources[source]
+        queries = self.kernels.linear(qr, attn.indexer_wq_b)
+        queries = queries.view(-1, config.index_n_heads, config.index_head_dim)
+        queries = step.compressed_rotation.apply(queries)
+        weights = self.kernels.linear(x, attn.indexer_weights)
+        weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
+        makes_pool = number == config.candidate_source_layer_id
+        pools: list[CandidatePool] = []
+        step.selections = []
+        for i, (segment, (start, stop)) in enumerate(zip(step.batch.segments, step.bounds, strict=True)):
+            seen = torch.arange(segment.start + 1, segment.start + segment.length + 1) // state.ratio  # [L]
+            keys = state.index_keys[segment.slot, : (segment.start + segment.length) // state.ratio]
+            pool = step.pools[i] if step.pools is not None else None
+            selection, scores = select_entries(
+                queries[start:stop], weights[start:stop], keys, seen, config.index_topk, pool
+            )
+            step.selections.append(selection)
+            step.trace.add(f"index_selected.{number}", selection.entries)
+            if makes_pool:
+                pools.append(
+                    candidate_blocks(scores, seen, config.candidate_block_size, config.candidate_topk_blocks)
+                )
+        if makes_pool:
+            step.pools = pools
+
+    def _experts(self, number: int, layer: LayerWeights, x: torch.Tensor, step: _Step) -> torch.Tensor:
+        """Section 5: routed experts and the shared one, `[tokens, hidden]` to the same."""
+        config = self.config
+        scores = F.softplus(self.kernels.linear(x, layer.gate)).sqrt()
+        chosen = (scores + layer.gate_bias).topk(config.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
+        step.trace.add(f"router_ids.{number}", chosen)
+        step.trace.add(f"router_weights.{number}", weights)
+        routed = self.kernels.moe(x, chosen, weights, layer.experts, config.swiglu_limit)
+        shared = layer.shared_experts
+        gate = self.kernels.linear(x, shared.w1).clamp(max=config.swiglu_limit)
+        up = self.kernels.linear(x, shared.w3).clamp(-config.swiglu_limit, config.swiglu_limit)
+        return routed + self.kernels.linear(F.silu(gate) * up, shared.w2)
+
+
+def _complete_groups(
+    state: SourceState, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the open group's projections with the new ones; keep what is still open.
+
+    kv, gate `[L, head_dim]` -> complete groups `[count, ratio, head_dim]` of each.
+    """
+    held = segment.start % state.ratio
+    slot = segment.slot
+    kv = torch.cat((state.open_kv[slot, :held], kv))
+    gate = torch.cat((state.open_gate[slot, :held], gate))
+    count = kv.shape[0] // state.ratio
+    whole = count * state.ratio
+    left = kv.shape[0] - whole
+    state.open_kv[slot, :left] = kv[whole:]
+    state.open_gate[slot, :left] = gate[whole:]
+    grouped = (count, state.ratio, kv.shape[1])
+    return kv[:whole].view(grouped), gate[:whole].view(grouped)
+
+
+class DeepseekV41Family(Family):
+    """Recognises, describes, checks and loads V4.1 checkpoints."""
+
+    name = "deepseek_v41"
+
+    def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
+        config = parse_config(checkpoint.config)
+        return self._info(config, checkpoint.path), components(config, checkpoint)
+
+    def load(self, checkpoint: Checkpoint, kernels: Kernels) -> DeepseekV41:
+        config = parse_config(checkpoint.config)
+        checkpoint.verify(expected_tensors(config, checkpoint), IGNORED_PREFIXES)
+        token_map = torch.zeros(0, dtype=torch.int64)
+        if config.engram_layer_ids:
+            self._check_tables(config)
+            token_map = torch.from_numpy(
+                load_token_map(
+                    checkpoint.path / "tokenizer.json", config.vocab_size, config.engram_compressed_vocab_size
+                )
+            )
+        weights = read_weights(config, checkpoint, kernels)
+        return DeepseekV41(config, self._info(config, checkpoint.path), weights, token_map, kernels)
+
+    def _info(self, config: V41Config, path: Path) -> ModelInfo:
+        return ModelInfo(
+            family=self.name,
+            name=path.resolve().name,
+            vocab_size=config.vocab_size,
+            max_context=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+        )
+
+    def _check_tables(self, config: V41Config) -> None:
+        """The config's table sizes must be the sums of the primes that the hash will use."""
+        primes = table_primes(
+            len(config.engram_layer_ids),
+            config.engram_max_ngram_size - 1,
+            config.engram_n_heads,
+            config.engram_vocab_size,
+        )
+        expected = tuple(sum(layer) for layer in primes)
+        if config.engram_num_embeddings != expected:
+            raise ConfigError(
+                f"engram_num_embeddings is {list(config.engram_num_embeddings)}, but the hash of this "
+                f"config addresses {list(expected)} rows; config and tables do not belong together"
+            )
+
+
+FAMILY = DeepseekV41Family()

@@ -1,0 +1,348 @@
+"""The tensors of a DeepSeek-V4.1 checkpoint: what is expected, and views of it as weights.
+
+Names and shapes are the released ones (`docs/deepseek-v41.md`, section 2). Nothing is expanded:
+matrices stay packed and mapped; only norms, mixes and biases (a few values per layer) become float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from engine.families.deepseek_v41_config import V41Config
+from engine.layers.engram import EngramMix
+from engine.layers.hyper_connections import HyperConnection
+from engine.model import Component
+from memory.checkpoint import Checkpoint, TensorSpec
+from quant.fp8 import FP8_32, FP8_ROW, Fp8
+from quant.kernels import Experts, ExpertWeights, Kernels, Weight
+from quant.mxfp4 import BLOCK, MXFP4
+from quant.packed import PackedTensor
+
+# Draft stages and the image encoder: in released checkpoints, not used by text generation.
+IGNORED_PREFIXES = ("mtp.", "vision.", "aligner.", "image_")
+
+FLOATS = ("BF16", "F32", "F16")
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert that every token uses; dense weights, so packed or plain."""
+
+    w1: Weight
+    w3: Weight
+    w2: Weight
+
+
+@dataclass(frozen=True)
+class CompressorWeights:
+    """What a kv source layer needs to make compressed entries; wgate only where its ratio is over 1."""
+
+    wkv: Weight
+    wgate: Weight | None
+    norm: torch.Tensor
+    index_wk: Weight
+    index_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer's attention; wo_a holds one `[o_lora_rank, heads * head_dim / groups]` weight per group."""
+
+    wq_a: Weight
+    q_norm: torch.Tensor
+    wq_b: Weight
+    wkv: Weight
+    kv_norm: torch.Tensor
+    sink: torch.Tensor
+    wo_a: tuple[Weight, ...]
+    wo_b: Weight
+    compressor: CompressorWeights | None
+    indexer_wq_b: Weight | None
+    indexer_weights: Weight | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer: attention, feed-forward, the connections around both, and Engram where it has it."""
+
+    attn_norm: torch.Tensor
+    ffn_norm: torch.Tensor
+    hc_attn: HyperConnection
+    hc_ffn: HyperConnection
+    attn: AttentionWeights
+    gate: Weight
+    gate_bias: torch.Tensor
+    experts: Experts
+    shared_experts: SharedExpert
+    engram: EngramMix | None
+    engram_table: PackedTensor | None
+
+
+@dataclass(frozen=True)
+class V41Weights:
+    """The whole model."""
+
+    embed: torch.Tensor
+    norm: torch.Tensor
+    head: Weight
+    layers: tuple[LayerWeights, ...]
+
+
+class _Expectations:
+    """Collects tensor specs; dense matrices may be FP8 with scales, or plain floats without."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.specs: dict[str, TensorSpec] = {}
+
+    def floats(self, name: str, *shape: int) -> None:
+        self.specs[name] = TensorSpec(shape, FLOATS)
+
+    def dense(self, name: str, rows: int, cols: int) -> None:
+        entry = self.checkpoint.entries.get(f"{name}.weight")
+        if entry is not None and entry.dtype in FLOATS:
+            self.floats(f"{name}.weight", rows, cols)
+        else:
+            self.fp8(name, FP8_32, rows, cols)
+
+    def fp8(self, name: str, format_: Fp8, rows: int, cols: int) -> None:
+        self.specs[f"{name}.weight"] = TensorSpec((rows, cols), ("F8_E4M3",))
+        self.specs[f"{name}.scale"] = TensorSpec(format_.scale_shape(rows, cols), ("F8_E8M0",))
+
+    def fp4(self, name: str, rows: int, cols: int) -> None:
+        self.specs[f"{name}.weight"] = TensorSpec((rows, cols // 2), ("I8", "U8"))
+        self.specs[f"{name}.scale"] = TensorSpec((rows, cols // BLOCK), ("F8_E8M0",))
+
+
+def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Every tensor that text generation needs, with its shape and the dtypes it may have."""
+    c = config
+    expect = _Expectations(checkpoint)
+    mixes = (2 + c.hc_mult) * c.hc_mult
+    expect.floats("embed.weight", c.vocab_size, c.hidden_size)
+    expect.floats("head.weight", c.vocab_size, c.hidden_size)
+    expect.floats("norm.weight", c.hidden_size)
+    for n in range(c.num_hidden_layers):
+        layer = f"layers.{n}"
+        for sub in ("attn", "ffn"):
+            expect.floats(f"{layer}.{sub}_norm.weight", c.hidden_size)
+            expect.floats(f"{layer}.hc_{sub}_fn", mixes, c.hc_mult * c.hidden_size)
+            expect.floats(f"{layer}.hc_{sub}_base", mixes)
+            expect.floats(f"{layer}.hc_{sub}_scale", 3)
+        _expect_attention(c, expect, n)
+        expect.floats(f"{layer}.ffn.gate.weight", c.n_routed_experts, c.hidden_size)
+        expect.floats(f"{layer}.ffn.gate.bias", c.n_routed_experts)
+        if f"{layer}.ffn.gate.bias_vl" in checkpoint.entries:  # only models that see images have it
+            expect.floats(f"{layer}.ffn.gate.bias_vl", c.n_routed_experts)
+        for e in range(c.n_routed_experts):
+            expert = f"{layer}.ffn.experts.{e}"
+            expect.fp4(f"{expert}.w1", c.moe_intermediate_size, c.hidden_size)
+            expect.fp4(f"{expert}.w3", c.moe_intermediate_size, c.hidden_size)
+            expect.fp4(f"{expert}.w2", c.hidden_size, c.moe_intermediate_size)
+        shared, width = f"{layer}.ffn.shared_experts", c.moe_intermediate_size * c.n_shared_experts
+        expect.dense(f"{shared}.w1", width, c.hidden_size)
+        expect.dense(f"{shared}.w3", width, c.hidden_size)
+        expect.dense(f"{shared}.w2", c.hidden_size, width)
+    for n, rows in zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True):
+        engram = f"layers.{n}.engram"
+        columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
+        expect.fp8(f"{engram}.embed", FP8_ROW, rows, c.engram_head_dim)
+        expect.dense(f"{engram}.wkv", c.hidden_size * (c.hc_mult + 1), columns * c.engram_head_dim)
+        expect.floats(f"{engram}.q_weight", c.hc_mult, c.hidden_size)
+        expect.floats(f"{engram}.k_weight", c.hc_mult, c.hidden_size)
+    return expect.specs
+
+
+def _expect_attention(c: V41Config, expect: _Expectations, n: int) -> None:
+    attn = f"layers.{n}.attn"
+    query_dim = c.num_attention_heads * c.head_dim
+    expect.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size)
+    expect.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank)
+    expect.dense(f"{attn}.wkv", c.head_dim, c.hidden_size)
+    expect.dense(f"{attn}.wo_a", c.o_groups * c.o_lora_rank, query_dim // c.o_groups)
+    expect.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
+    expect.floats(f"{attn}.q_norm.weight", c.q_lora_rank)
+    expect.floats(f"{attn}.kv_norm.weight", c.head_dim)
+    expect.floats(f"{attn}.attn_sink", c.num_attention_heads)
+    if n in c.kv_source_layer_ids:
+        expect.floats(f"{attn}.compressor.wkv.weight", c.head_dim, c.hidden_size)
+        if c.compress_ratios[n] > 1:
+            expect.floats(f"{attn}.compressor.wgate.weight", c.head_dim, c.hidden_size)
+        expect.floats(f"{attn}.compressor.norm.weight", c.head_dim)
+        expect.floats(f"{attn}.indexer.wk.weight", c.index_head_dim, c.head_dim)
+        expect.floats(f"{attn}.indexer.k_norm.weight", c.index_head_dim)
+    if n in c.index_source_layer_ids:
+        expect.dense(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+        expect.floats(f"{attn}.indexer.weights_proj.weight", c.index_n_heads, c.hidden_size)
+
+
+class _Reader:
+    """Views of a verified checkpoint's tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
+        self.checkpoint = checkpoint
+        self.kernels = kernels
+
+    def plain(self, name: str) -> torch.Tensor:
+        """A float tensor as it is stored, mapped."""
+        entry = self.checkpoint.entries[name]
+        return self.checkpoint.map(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
+
+    def small(self, name: str) -> torch.Tensor:
+        """A norm, bias or mix as float32."""
+        return self.plain(name).float()
+
+    def _bytes(self, name: str) -> torch.Tensor:
+        return self.checkpoint.map(name).view(self.checkpoint.entries[name].shape)
+
+    def dense(self, name: str) -> Weight:
+        """A dense matrix: FP8 tiles where it has scales, else plain floats."""
+        if self.checkpoint.entries[f"{name}.weight"].dtype in FLOATS:
+            return self.plain(f"{name}.weight")
+        return self.fp8(name, FP8_32)
+
+    def fp8(self, name: str, format_: Fp8) -> PackedTensor:
+        codes, scales = self._bytes(f"{name}.weight"), self._bytes(f"{name}.scale")
+        return PackedTensor(format_, (codes.shape[0], codes.shape[1]), codes, scales)
+
+    def fp4(self, name: str) -> PackedTensor:
+        codes, scales = self._bytes(f"{name}.weight"), self._bytes(f"{name}.scale")
+        return PackedTensor(MXFP4, (codes.shape[0], 2 * codes.shape[1]), codes, scales)
+
+
+class MappedExperts:
+    """A layer's routed experts as views of the mapped checkpoint; the page cache decides what is in DRAM."""
+
+    def __init__(self, reader: _Reader, prefix: str) -> None:
+        self._reader = reader
+        self._prefix = prefix
+
+    def __getitem__(self, expert_id: int) -> ExpertWeights:
+        expert = f"{self._prefix}.{expert_id}"
+        read = self._reader.fp4
+        return ExpertWeights(read(f"{expert}.w1"), read(f"{expert}.w3"), read(f"{expert}.w2"))
+
+
+def read_weights(config: V41Config, checkpoint: Checkpoint, kernels: Kernels) -> V41Weights:
+    """Views of all weights of a checkpoint that `Checkpoint.verify` has accepted."""
+    reader = _Reader(checkpoint, kernels)
+    layers = tuple(_read_layer(config, reader, n) for n in range(config.num_hidden_layers))
+    return V41Weights(
+        embed=reader.plain("embed.weight"),
+        norm=reader.small("norm.weight"),
+        head=reader.plain("head.weight"),
+        layers=layers,
+    )
+
+
+def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
+    layer = f"layers.{n}"
+
+    def connection(sub: str) -> HyperConnection:
+        prefix = f"{layer}.hc_{sub}"
+        return HyperConnection(
+            fn=reader.small(f"{prefix}_fn"),
+            base=reader.small(f"{prefix}_base"),
+            scale=reader.small(f"{prefix}_scale"),
+            sinkhorn_iters=c.hc_sinkhorn_iters,
+            hc_eps=c.hc_eps,
+            norm_eps=c.rms_norm_eps,
+        )
+
+    engram, table = None, None
+    if n in c.engram_layer_ids:
+        qk = reader.small(f"{layer}.engram.q_weight") * reader.small(f"{layer}.engram.k_weight")
+        engram = EngramMix(reader.dense(f"{layer}.engram.wkv"), qk, c.rms_norm_eps)
+        table = reader.fp8(f"{layer}.engram.embed", FP8_ROW)
+    shared = f"{layer}.ffn.shared_experts"
+    return LayerWeights(
+        attn_norm=reader.small(f"{layer}.attn_norm.weight"),
+        ffn_norm=reader.small(f"{layer}.ffn_norm.weight"),
+        hc_attn=connection("attn"),
+        hc_ffn=connection("ffn"),
+        attn=_read_attention(c, reader, n),
+        gate=reader.plain(f"{layer}.ffn.gate.weight"),
+        gate_bias=reader.small(f"{layer}.ffn.gate.bias"),
+        experts=MappedExperts(reader, f"{layer}.ffn.experts"),
+        shared_experts=SharedExpert(
+            reader.dense(f"{shared}.w1"), reader.dense(f"{shared}.w3"), reader.dense(f"{shared}.w2")
+        ),
+        engram=engram,
+        engram_table=table,
+    )
+
+
+def _read_attention(c: V41Config, reader: _Reader, n: int) -> AttentionWeights:
+    attn = f"layers.{n}.attn"
+    compressor = None
+    if n in c.kv_source_layer_ids:
+        gated = c.compress_ratios[n] > 1
+        compressor = CompressorWeights(
+            wkv=reader.plain(f"{attn}.compressor.wkv.weight"),
+            wgate=reader.plain(f"{attn}.compressor.wgate.weight") if gated else None,
+            norm=reader.small(f"{attn}.compressor.norm.weight"),
+            index_wk=reader.plain(f"{attn}.indexer.wk.weight"),
+            index_norm=reader.small(f"{attn}.indexer.k_norm.weight"),
+        )
+    indexed = n in c.index_source_layer_ids
+    wo_a = reader.dense(f"{attn}.wo_a")
+    return AttentionWeights(
+        wq_a=reader.dense(f"{attn}.wq_a"),
+        q_norm=reader.small(f"{attn}.q_norm.weight"),
+        wq_b=reader.dense(f"{attn}.wq_b"),
+        wkv=reader.dense(f"{attn}.wkv"),
+        kv_norm=reader.small(f"{attn}.kv_norm.weight"),
+        sink=reader.small(f"{attn}.attn_sink"),
+        wo_a=tuple(_rows(wo_a, g * c.o_lora_rank, (g + 1) * c.o_lora_rank) for g in range(c.o_groups)),
+        wo_b=reader.dense(f"{attn}.wo_b"),
+        compressor=compressor,
+        indexer_wq_b=reader.dense(f"{attn}.indexer.wq_b") if indexed else None,
+        indexer_weights=reader.plain(f"{attn}.indexer.weights_proj.weight") if indexed else None,
+    )
+
+
+def _rows(weight: Weight, start: int, stop: int) -> Weight:
+    return weight[start:stop] if isinstance(weight, torch.Tensor) else weight.rows(start, stop)
+
+
+def components(config: V41Config, checkpoint: Checkpoint) -> list[Component]:
+    """The model's parts with their bytes and parameters, from headers alone."""
+    totals: dict[tuple[str, str], list[int]] = {}
+    formats: dict[tuple[str, str], set[str]] = {}
+    for name, entry in checkpoint.entries.items():
+        if name.startswith(IGNORED_PREFIXES):
+            continue
+        key = _component_of(name)
+        total = totals.setdefault(key, [0, 0])
+        total[0] += entry.nbytes
+        if not name.endswith(".scale"):
+            two_codes_a_byte = key[1] == "routed_experts" and entry.dtype in ("I8", "U8")
+            total[1] += math.prod(entry.shape) * (2 if two_codes_a_byte else 1)
+            formats.setdefault(key, set()).add("fp4" if two_codes_a_byte else entry.dtype.lower())
+    return [
+        Component(name, kind, "+".join(sorted(formats.get((name, kind), {"?"}))), nbytes, parameters)
+        for (name, kind), (nbytes, parameters) in totals.items()
+    ]
+
+
+def _component_of(tensor: str) -> tuple[str, str]:
+    """(name, kind) of the component that a tensor belongs to."""
+    if tensor.startswith("embed."):
+        return "embedding", "embedding"
+    if tensor.startswith(("head.", "norm.")):
+        return "head", "head"
+    parts = tensor.split(".")
+    layer = f"layer {parts[1]}" if len(parts) > 1 else tensor
+    if ".engram.embed." in tensor:
+        return f"engram table, {layer}", "engram"
+    if ".ffn.experts." in tensor:
+        return f"routed experts, {layer}", "routed_experts"
+    if ".ffn.shared_experts." in tensor:
+        return "shared experts", "shared_experts"
+    if ".ffn.gate." in tensor:
+        return "router", "router"
+    return "attention and mixes", "dense"

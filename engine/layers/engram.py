@@ -1,0 +1,39 @@
+"""Engram: n-gram memory read into the residual streams (spec section 7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quant.kernels import Kernels, Weight
+
+
+@dataclass(frozen=True)
+class EngramMix:
+    """Weights that bring table rows into the streams.
+
+    wkv `[hidden * (hc + 1), columns * dim]`: one key per stream, then one value for all
+    qk `[hc, hidden]` float32: q_weight * k_weight, which always occur as a product
+    """
+
+    wkv: Weight
+    qk: torch.Tensor
+    norm_eps: float
+
+    def gates_and_value(
+        self, kernels: Kernels, streams: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate per stream `[tokens, hc]` and value `[tokens, hidden]`.
+
+        streams `[tokens, hc, hidden]`, rows `[tokens, columns * dim]`. The streams are normalised by
+        their RMS alone, and the square root keeps the sign of the dot product.
+        """
+        tokens, hc, hidden = streams.shape
+        kv = kernels.linear(rows, self.wkv)
+        key, value = kv[:, : hc * hidden].view(tokens, hc, hidden), kv[:, hc * hidden :]
+        dot = (streams * self.qk * key).sum(-1)
+        dot = dot * torch.rsqrt(streams.square().mean(-1) + self.norm_eps)
+        dot = dot * torch.rsqrt(key.square().mean(-1) + self.norm_eps) * hidden**-0.5
+        gates = torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
+        return gates, value

@@ -1,0 +1,170 @@
+"""Engram addresses: which table rows a token's n-grams use (spec section 7).
+
+Everything follows from token ids alone, so rows can be fetched before the forward needs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from tokenizers import Regex, normalizers
+
+from quant.errors import ConfigError
+
+REPLACEMENT_CHARACTER = "\ufffd"
+
+
+def build_token_map(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
+    """The compressed id of every token id, `[vocab_size]` int64.
+
+    Tokens whose text differs only in case, accents or surrounding space share an id; ids are
+    numbered by first appearance.
+    """
+    fold = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        ]
+    )
+    ids_of_keys: dict[str, int] = {}
+    token_map = np.empty(vocab_size, dtype=np.int64)
+    for token_id in range(vocab_size):
+        text = tokenizer.decode([token_id], skip_special_tokens=False)
+        if REPLACEMENT_CHARACTER in text:
+            key = tokenizer.id_to_token(token_id) or text
+        else:
+            folded = fold.normalize_str(text)
+            key = folded if folded == " " else (folded.strip() or text)
+        token_map[token_id] = ids_of_keys.setdefault(key, len(ids_of_keys))
+    return token_map
+
+
+def load_token_map(tokenizer_file: Path, vocab_size: int, expected_size: int) -> np.ndarray:
+    """The token map of a checkpoint's tokenizer.json, from the user's cache where it was built before.
+
+    Raises ConfigError where the number of compressed ids is not `expected_size`
+    (`engram_compressed_vocab_size`): then the tokenizer does not belong to the checkpoint.
+    """
+    if not tokenizer_file.is_file():
+        raise ConfigError(f"{tokenizer_file}: not found; Engram look-ups are hashed from its vocabulary")
+    content = tokenizer_file.read_bytes()
+    digest = hashlib.sha256(content + vocab_size.to_bytes(8, "little")).hexdigest()[:32]
+    cached = _cache_dir() / f"{digest}.npy"
+    token_map = _read_cached(cached, vocab_size)
+    if token_map is None:
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{tokenizer_file}: not a tokenizer ({error})") from None
+        token_map = build_token_map(tokenizer, vocab_size)
+        _write_cached(cached, token_map)
+    size = int(token_map.max()) + 1
+    if size != expected_size:
+        raise ConfigError(
+            f"{tokenizer_file}: its vocabulary folds to {size} Engram keys, the config says {expected_size}; "
+            "this tokenizer does not belong to this checkpoint"
+        )
+    return token_map
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "loci" / "token_maps"
+
+
+def _read_cached(file: Path, vocab_size: int) -> np.ndarray | None:
+    try:
+        token_map: np.ndarray = np.load(file, allow_pickle=False)
+    except (OSError, ValueError):
+        return None
+    good = token_map.dtype == np.int64 and token_map.shape == (vocab_size,) and token_map.min() >= 0
+    return token_map if good else None
+
+
+def _write_cached(file: Path, token_map: np.ndarray) -> None:
+    """Best effort: a read-only home only costs building the map again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
+            np.save(stream, token_map)
+        os.replace(stream.name, file)
+    except OSError:
+        return
+
+
+def _is_prime(n: int) -> bool:
+    if n < 4:
+        return n > 1
+    if n % 2 == 0 or n % 3 == 0:
+        return False
+    return all(n % d and n % (d + 2) for d in range(5, int(n**0.5) + 1, 6))
+
+
+def table_primes(layers: int, orders: int, heads: int, vocab_size: int) -> list[list[int]]:
+    """Table sizes per layer, `orders * heads` each: successive primes >= vocab_size, none used twice."""
+    used: set[int] = set()
+    by_layer = []
+    for _ in range(layers):
+        primes = []
+        for _ in range(orders):
+            candidate = vocab_size
+            for _ in range(heads):
+                while candidate in used or not _is_prime(candidate):
+                    candidate += 1
+                used.add(candidate)
+                primes.append(candidate)
+        by_layer.append(primes)
+    return by_layer
+
+
+@dataclass(frozen=True)
+class EngramHash:
+    """Addresses of one layer's table.
+
+    multipliers `[max_ngram]`, primes and offsets `[columns]`, all int64; column `o * heads + h` is
+    order `o + 2`, head `h`.
+    """
+
+    multipliers: torch.Tensor
+    primes: torch.Tensor
+    offsets: torch.Tensor
+    heads: int
+
+    @classmethod
+    def for_layer(
+        cls, layer_id: int, primes: Sequence[int], compressed_vocab: int, max_ngram: int
+    ) -> EngramHash:
+        """The hash of layer `layer_id`; multipliers are drawn so that products never overflow int64."""
+        bound = max(1, (2**63 - 1) // compressed_vocab // 2)
+        drawn = np.random.default_rng(10007 * layer_id).integers(0, bound, size=max_ngram, dtype=np.int64)
+        sizes = torch.tensor(primes, dtype=torch.int64)
+        return cls(
+            torch.from_numpy(2 * drawn + 1), sizes, sizes.cumsum(0) - sizes, len(primes) // (max_ngram - 1)
+        )
+
+    @property
+    def history(self) -> int:
+        """How many earlier tokens an address depends on."""
+        return len(self.multipliers) - 1
+
+    def rows(self, keys: torch.Tensor) -> torch.Tensor:
+        """Rows for the tokens behind the first `history` keys: `[history + L]` -> `[L, columns]` int64."""
+        history = self.history
+        length = len(keys) - history
+        hashed = keys[history:] * self.multipliers[0]
+        columns = []
+        for n in range(1, history + 1):
+            hashed = hashed ^ (keys[history - n : history - n + length] * self.multipliers[n])
+            columns.append(hashed.unsqueeze(1).expand(length, self.heads))
+        return torch.cat(columns, dim=1) % self.primes + self.offsets

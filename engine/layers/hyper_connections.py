@@ -1,0 +1,75 @@
+"""Manifold-constrained hyper-connections (mHC) with the lagged mix of V4.1 (spec section 3).
+
+The residual is `hc` parallel streams. Each sublayer reads one mix of them and writes to all; the
+mix it reads with (`pre`) was computed by the sublayer before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What one sublayer's hyper-connection computed from the streams, for each token.
+
+    pre     `[tokens, hc]`      how the NEXT sublayer's input is mixed
+    post    `[tokens, hc]`      how strongly each stream takes the sublayer's output
+    combine `[tokens, hc, hc]`  how streams are mixed: new_j gets combine[i, j] of old_i
+    """
+
+    pre: torch.Tensor
+    post: torch.Tensor
+    combine: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HyperConnection:
+    """Weights of one sublayer: fn `[(2+hc)hc, hc*hidden]`, base `[(2+hc)hc]`, scale `[3]`, float32."""
+
+    fn: torch.Tensor
+    base: torch.Tensor
+    scale: torch.Tensor
+    sinkhorn_iters: int
+    hc_eps: float
+    norm_eps: float
+
+    def mix(self, streams: torch.Tensor) -> Mix:
+        """Mixing weights from streams `[tokens, hc, hidden]`."""
+        tokens, hc, _ = streams.shape
+        flat = streams.flatten(1)
+        m = F.linear(flat, self.fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.norm_eps)
+        pre = torch.sigmoid(m[:, :hc] * self.scale[0] + self.base[:hc]) + self.hc_eps
+        post = 2 * torch.sigmoid(m[:, hc : 2 * hc] * self.scale[1] + self.base[hc : 2 * hc])
+        combine = (m[:, 2 * hc :] * self.scale[2] + self.base[2 * hc :]).view(tokens, hc, hc)
+        return Mix(pre, post, self._sinkhorn(combine))
+
+    def _sinkhorn(self, logits: torch.Tensor) -> torch.Tensor:
+        """A nearly doubly stochastic matrix per token, `[tokens, hc, hc]`."""
+        c = logits.softmax(-1) + self.hc_eps
+        c = c / (c.sum(-2, keepdim=True) + self.hc_eps)
+        for _ in range(self.sinkhorn_iters - 1):
+            c = c / (c.sum(-1, keepdim=True) + self.hc_eps)
+            c = c / (c.sum(-2, keepdim=True) + self.hc_eps)
+        return c
+
+
+def first_mix(tokens: int, hc: int) -> torch.Tensor:
+    """The mix that the first sublayer reads with: stream 0 alone, `[tokens, hc]`."""
+    pre = torch.zeros(tokens, hc)
+    pre[:, 0] = 1
+    return pre
+
+
+def read_streams(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    """sum_i pre_i * stream_i: `[tokens, hc, hidden]` and `[tokens, hc]` -> `[tokens, hidden]`."""
+    return torch.bmm(pre.unsqueeze(1), streams).squeeze(1)
+
+
+def write_streams(streams: torch.Tensor, y: torch.Tensor, mix: Mix) -> torch.Tensor:
+    """post_j * y + sum_i combine[i, j] * stream_i, `[tokens, hc, hidden]`."""
+    carried = torch.bmm(mix.combine.transpose(1, 2), streams)
+    return torch.addcmul(carried, mix.post.unsqueeze(-1), y.unsqueeze(1))

@@ -1,0 +1,71 @@
+"""Rotary embeddings on interleaved pairs, with YaRN's stretched frequencies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (arXiv 2309.00071): which frequencies are divided by `factor`, which are kept.
+
+    A pair that turns more than `beta_fast` times within `original_context` positions is kept, one
+    that turns less than `beta_slow` times is divided, those between are blended.
+    """
+
+    factor: float
+    original_context: int
+    beta_fast: float
+    beta_slow: float
+
+
+def inverse_frequencies(dim: int, theta: float, yarn: YarnScaling | None = None) -> torch.Tensor:
+    """Radians per position of each channel pair, `[dim / 2]` float64."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+    frequencies = theta**-exponents
+    if yarn is None:
+        return frequencies
+
+    def pair_turning(turns: float) -> float:
+        return dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+    stretched = ramp.clamp(0, 1)
+    return frequencies * (1 - stretched) + frequencies / yarn.factor * stretched
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """cos and sin for some positions, `[tokens, dim / 2]` float32; angles are computed in float64."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def at(cls, positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
+        """The rotation of `positions` `[tokens]`."""
+        angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
+        return cls(angles.cos().float(), angles.sin().float())
+
+    def inverse(self) -> Rotation:
+        """The rotation that undoes this one."""
+        return Rotation(self.cos, -self.sin)
+
+    def slice(self, start: int, stop: int) -> Rotation:
+        """The rotation of tokens `start..stop`."""
+        return Rotation(self.cos[start:stop], self.sin[start:stop])
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotate the last `dim` channels of x `[tokens, ..., channels]`; the others pass through."""
+        pairs = self.cos.shape[-1]
+        plain, turning = x[..., : -2 * pairs], x[..., -2 * pairs :]
+        shape = (self.cos.shape[0], *(1,) * (x.dim() - 2), pairs)
+        cos, sin = self.cos.view(shape), self.sin.view(shape)
+        even, odd = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+        return torch.cat((plain, turned.flatten(-2)), dim=-1)
