@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -54,3 +56,105 @@ class PlainParser(OutputParser):
     @property
     def has_tool_calls(self) -> bool:
         return False
+
+
+THINK, END_THINK = "<think>", "</think>"
+TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
+
+
+class TaggedParser(OutputParser):
+    """Reasoning between `<think>` tags and tool calls as `<tool_call>{"name", "arguments"}</tool_call>`.
+
+    reasoning     an answer may begin with `<think>`
+    in_reasoning  the prompt has opened it already
+    tools         tool calls are looked for; one whose JSON is broken is passed on as content
+
+    Nothing that may become a tag is let through, and line breaks next to a tag belong to it.
+    """
+
+    def __init__(self, *, reasoning: bool, in_reasoning: bool, tools: bool) -> None:
+        self._tools = tools
+        self._state = "reasoning" if in_reasoning else "start" if reasoning else "content"
+        self._after_tag = in_reasoning
+        self._pending = ""
+        self._calls = 0
+
+    @property
+    def has_tool_calls(self) -> bool:
+        return self._calls > 0
+
+    def push(self, text: str) -> list[MessageDelta]:
+        self._pending += text
+        if self._state == "start" and not self._has_begun():
+            return []
+        deltas: list[MessageDelta] = []
+        while (tag := self._tag()) and tag in self._pending:
+            before, _, self._pending = self._pending.partition(tag)
+            deltas += (
+                self._call(before, tag) if self._state == "tool_call" else self._text(before.rstrip("\n"))
+            )
+            self._state = "tool_call" if tag == TOOL_CALL else "content"
+            self._after_tag = True
+        if self._state != "tool_call":
+            certain = _before_possible_tag(self._pending, tag)
+            self._pending = self._pending[len(certain) :]
+            deltas += self._text(certain)
+        return deltas
+
+    def finish(self) -> list[MessageDelta]:
+        rest, self._pending = self._pending, ""
+        return self._call(rest, "") if self._state == "tool_call" else self._text(rest)
+
+    def _has_begun(self) -> bool:
+        """Whether it is decided how the answer begins: with `<think>`, or not."""
+        begin = self._pending.lstrip()
+        if begin.startswith(THINK):
+            self._state, self._after_tag, self._pending = "reasoning", True, begin.removeprefix(THINK)
+        elif not THINK.startswith(begin):
+            self._state = "content"
+        return self._state != "start"
+
+    def _tag(self) -> str:
+        """The tag that ends the current state; empty for none."""
+        if self._state == "content":
+            return TOOL_CALL if self._tools else ""
+        return END_THINK if self._state == "reasoning" else END_TOOL_CALL
+
+    def _text(self, text: str) -> list[MessageDelta]:
+        if self._after_tag:
+            text = text.lstrip("\n")
+        if not text:
+            return []
+        self._after_tag = False
+        return [MessageDelta(reasoning=text) if self._state == "reasoning" else MessageDelta(content=text)]
+
+    def _call(self, body: str, closing: str) -> list[MessageDelta]:
+        call = _parse_call(body)
+        if call is None:
+            return [MessageDelta(content=TOOL_CALL + body + closing)]
+        name, arguments = call
+        delta = ToolCallDelta(self._calls, arguments, id=f"call_{uuid.uuid4().hex}", name=name)
+        self._calls += 1
+        return [MessageDelta(tool_calls=(delta,))]
+
+
+def _before_possible_tag(text: str, tag: str) -> str:
+    """`text` without an end that `tag` may grow from, nor the line breaks before that end."""
+    if not tag:
+        return text
+    part = next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
+    return text[: len(text) - part].rstrip("\n")
+
+
+def _parse_call(body: str) -> tuple[str, str] | None:
+    """Name and arguments (JSON text) of a tool call; None where `body` is not one."""
+    try:
+        call = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = call.get("arguments", {})
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call["name"], arguments
