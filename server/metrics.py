@@ -31,13 +31,17 @@ class Metrics:
             "loci_http_requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
         self.queue_time = histogram(
-            "loci_queue_time_seconds", "From submission until a sequence's prompt is first computed.", _LATENCY
+            "loci_queue_time_seconds",
+            "From submission until a sequence's prompt is first computed.",
+            _LATENCY,
         )
         self.first_token = histogram(
             "loci_time_to_first_token_seconds", "From submission to a sequence's first token.", _LATENCY
         )
         self.token_gap = histogram(
-            "loci_inter_token_latency_seconds", "Between tokens of a sequence after its first.", _TOKEN_LATENCY
+            "loci_inter_token_latency_seconds",
+            "Between tokens of a sequence after its first.",
+            _TOKEN_LATENCY,
         )
         self.end_to_end = histogram(
             "loci_end_to_end_seconds", "From submission to a sequence's last token.", _LATENCY

@@ -5,12 +5,14 @@ docs/api.md says of each field whether it is accepted, ignored or refused, and w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from engine.sampling_params import SamplingParams
 from quant.errors import RequestError
+from server.openai_messages import Body, Message, NamedToolChoice, Tool, ToolChoice
 
 MAX_STOP = 16
 MAX_N = 128
@@ -37,113 +39,6 @@ _Prompt = Annotated[
     | Annotated[list[int], Tag("<ids>")]
     | Annotated[list[list[int]], Tag("<prompts of ids>")],
     Discriminator(_prompt_kind),
-]
-
-
-class Body(BaseModel):
-    """Base of everything that arrives as JSON."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-class TextPart(Body):
-    """A part of a message's content. Only text is understood."""
-
-    type: str
-    text: str | None = None
-
-
-_Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
-    Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
-]
-
-
-class FunctionCall(Body):
-    """Name and arguments (JSON as text) of a call the model made."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(Body):
-    """A call in an assistant message of the history."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Body):
-    """One message of the conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Content | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    prefix: bool | None = None
-
-    def check(self, path: str) -> None:
-        """Raise RequestError where role and fields do not fit together."""
-        if isinstance(self.content, list):
-            for i, part in enumerate(self.content):
-                if part.type != "text":
-                    raise RequestError(
-                        f"{path}.content[{i}]: parts of type {part.type!r} are not supported; send text",
-                        param=f"{path}.content[{i}].type",
-                        code="unsupported_content_part",
-                    )
-                if part.text is None:
-                    raise RequestError(f"{path}.content[{i}].text is required", param=f"{path}.content[{i}].text")
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise RequestError(f"{path}.content is required", param=f"{path}.content")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise RequestError(f"{path}.tool_call_id is required", param=f"{path}.tool_call_id")
-
-    def as_prompt(self) -> dict[str, Any]:
-        """The message for a ChatFormat: content as one string, `developer` as `system`."""
-        message = self.model_dump(exclude_none=True)
-        if isinstance(self.content, list):
-            message["content"] = "\n\n".join(part.text or "" for part in self.content)
-        if self.role == "developer":
-            message["role"] = "system"
-        return message
-
-
-class FunctionDefinition(Body):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: str = Field(min_length=1, max_length=64)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body):
-    """A tool; only functions exist here."""
-
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class FunctionName(Body):
-    """The function a tool choice names."""
-
-    name: str
-
-
-class NamedToolChoice(Body):
-    """`{"type": "function", "function": {"name": ...}}`."""
-
-    type: Literal["function"]
-    function: FunctionName
-
-
-_ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedToolChoice, Tag("<named>")],
-    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
 ]
 
 
@@ -219,7 +114,9 @@ class GenerationRequest(Body):
             )
         if self.modalities is not None and self.modalities != ["text"]:
             raise RequestError(
-                "modalities other than ['text'] are not supported", param="modalities", code="unsupported_parameter"
+                "modalities other than ['text'] are not supported",
+                param="modalities",
+                code="unsupported_parameter",
             )
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
@@ -280,7 +177,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = None
-    tool_choice: _ToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     thinking: dict[str, Any] | None = None
@@ -297,12 +194,14 @@ class ChatRequest(GenerationRequest):
         if isinstance(self.tool_choice, NamedToolChoice):
             wanted = self.tool_choice.function.name
             if wanted not in [tool.function.name for tool in self.tools or []]:
-                raise RequestError(f"tool_choice names {wanted!r}, which is not in tools", param="tool_choice")
+                raise RequestError(
+                    f"tool_choice names {wanted!r}, which is not in tools", param="tool_choice"
+                )
         return self
 
     @property
     def answer_tokens(self) -> int | None:
-        """Most tokens an answer may have; `max_completion_tokens` is the current name, `max_tokens` the old."""
+        """Most tokens an answer may have; `max_tokens` is the old name of `max_completion_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def as_prompt(self) -> dict[str, Any]:
@@ -336,13 +235,12 @@ class CompletionRequest(GenerationRequest):
         return self
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts, one or more, all as text or all as token ids."""
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or more, each as text or as token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # list[int], as the union's tag says
-        return self.prompt  # type: ignore[return-value]
+        ids = [i for i in self.prompt if isinstance(i, int)]
+        return [ids] if ids else [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
 
 class TokenizeRequest(Body):
@@ -366,3 +264,12 @@ class DetokenizeRequest(Body):
     """Body of /detokenize."""
 
     tokens: list[int]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raise RequestError where one of `ids` is not in the vocabulary."""
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(
+            f"{param}: {wrong} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}", param=param
+        )

@@ -8,11 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from engine.engine import Engine
 from engine.loader import Loaded
-from engine.sampling_params import SamplingParams
 from memory.hardware import available_memory_bytes
 from quant.errors import BudgetError, ConfigError, LociError
 from server.errors import ApiError, unavailable
@@ -51,7 +49,9 @@ def bring_up(settings: Settings) -> Served:
     info = loaded.model.info
     context = settings.max_model_len or min(info.max_context, DEFAULT_CONTEXT)
     if context > info.max_context:
-        raise ConfigError(f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens")
+        raise ConfigError(
+            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+        )
     _check_room(loaded, settings.max_num_seqs, context)
     engine = Engine(
         loaded.model,

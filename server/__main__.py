@@ -1,0 +1,5 @@
+"""`python -m server` is `loci`."""
+
+from server.cli import main
+
+main()

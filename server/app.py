@@ -1,0 +1,62 @@
+"""The web application: routes, middleware and error handlers around a Service."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from quant.errors import LociError
+from server import native_api, openai_api
+from server.auth import RequireKey
+from server.errors import ApiError, from_loci, from_validation
+from server.middleware import BodyLimit, RequestLog
+from server.service import Service
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application that answers for `service`."""
+    # No pages that load scripts from elsewhere; docs/api.md is the reference.
+    app = FastAPI(title="Loci", openapi_url=None)
+    app.state.service = service
+    app.include_router(openai_api.router)
+    app.include_router(native_api.router)
+
+    # Added last means run first: log, then key, then size.
+    app.add_middleware(BodyLimit, limit_bytes=service.settings.max_body_bytes)
+    if service.settings.api_key:
+        keys = [key.get_secret_value() for key in service.settings.api_key]
+        app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(LociError, _on_loci_error)
+    app.add_exception_handler(ValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    return app
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response
+
+
+async def _on_loci_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LociError)
+    return from_loci(error).response
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ValidationError)
+    return from_validation(error).response
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    text = {
+        404: f"there is no {path}; docs/api.md lists what there is",
+        405: f"{path} does not take {method}",
+    }.get(error.status_code, str(error.detail))
+    code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return ApiError(error.status_code, text, code=code, headers=error.headers).response

@@ -1,0 +1,45 @@
+"""The console script `loci`: assembles the commands and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from quant.errors import LociError
+from server import cli_chat, cli_doctor, cli_info, cli_logits, cli_serve
+
+app = typer.Typer(
+    name="loci",
+    help="A local inference server for frontier mixture-of-experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(cli_serve.serve)
+app.command()(cli_chat.chat)
+app.command()(cli_chat.run)
+app.command()(cli_info.info)
+app.command()(cli_logits.logits)
+app.command()(cli_doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    LOCI_DEBUG=1 shows tracebacks.
+    """
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("LOCI_DEBUG"):
+            raise
+        unexpected = "" if isinstance(error, LociError) else f"unexpected {type(error).__name__}: "
+        sys.exit(f"loci: {unexpected}{error}")
+
+
+if __name__ == "__main__":
+    main()

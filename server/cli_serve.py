@@ -1,0 +1,192 @@
+"""`loci serve`: bind, load in the background, answer, drain on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import logging
+import math
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import uvicorn
+
+from quant.errors import ConfigError
+from server.settings import Settings, resolve_settings
+
+if TYPE_CHECKING:
+    from server.service import Service
+
+log = logging.getLogger("loci")
+
+
+def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with one option per field of Settings, so that settings are described in one place."""
+    parameters = [_parameter("model", Path, typer.Argument(help=_help("model"), show_default=False))]
+    for name, field in Settings.model_fields.items():
+        if name != "model":
+            kind = list[str] if name == "api_key" else field.annotation
+            option = typer.Option(help=_help(name), show_default=False)
+            parameters.append(_parameter(name, kind, option))
+    file = typer.Option(help="TOML file with settings.", envvar="LOCI_CONFIG", show_default=False)
+    parameters.append(_parameter("config", Path, file))
+
+    @functools.wraps(command)
+    def wrapper(**flags: Any) -> None:
+        command(**flags)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(name: str) -> str:
+    field = Settings.model_fields[name]
+    default = "" if field.default in (None, ()) else f" Default: {field.default}."
+    return f"{field.description}{default}"
+
+
+@_with_settings_as_options
+def serve(config: Path | None, **flags: Any) -> None:
+    """Serve a model over HTTP, with OpenAI's interface.
+
+    Each setting can also come from a variable (LOCI_PORT for --port) or from a TOML file (port = 8000);
+    flags win over variables, variables over the file.
+
+    Example: loci serve ./DeepSeek-V4.1-Flash --port 8000
+    """
+    settings = resolve_settings(flags, config)
+    _configure_logging(settings.log_level)
+    if not settings.is_loopback and not settings.api_key:
+        log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
+    listener = _bind(settings.host, settings.port)
+
+    # Imported late: torch takes seconds, wrong settings should not.
+    from server.app import create_app
+    from server.metrics import Metrics
+    from server.service import Service
+
+    metrics = Metrics()
+    metrics.observe_process()
+    service = Service(settings, metrics)
+    server = _Server(create_app(service), service, _url(listener))
+    try:
+        server.run(sockets=[listener])
+    finally:
+        service.stop()
+    if service.failure is not None:
+        raise service.failure
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with our start and end: loads once it listens; the first signal drains, the second ends."""
+
+    def __init__(self, app: Any, service: Service, url: str) -> None:
+        self._service = service
+        self._url = url
+        self._drain_s = service.settings.drain_timeout_s
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                # Our own deadline ends the sequences, so that clients read why; this one is for clients
+                # that do not read.
+                timeout_graceful_shutdown=math.ceil(self._drain_s) + 5,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        from server.service import bring_up
+
+        _say(f"Loci listens on {self._url} and is loading the model")
+        settings = self._service.settings
+        self._service.load_in_background(partial(bring_up, settings), self._when_loaded)
+
+    def _when_loaded(self) -> None:
+        if self._service.failure is not None:
+            self.should_exit = True
+            return
+        served = self._service.served
+        _say(f"{served.name} is ready. Try:\n  {_curl(self._url, self._service)}")
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        yield
+
+    def _on_signal(self, number: int) -> None:
+        if self.should_exit:
+            os._exit(128 + number)
+        self.should_exit = True
+        _say(f"Stopping; requests that run have {self._drain_s:g} s to finish. Once more to stop at once.")
+        stop = threading.Thread(target=self._service.stop, daemon=True)
+        asyncio.get_running_loop().call_later(self._drain_s, stop.start)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server((str(address[0]), port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
+        ) from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    # An address that means "all of them" is none that a client can use.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _curl(url: str, service: Service) -> str:
+    served = service.served
+    body: dict[str, object]
+    if served.loaded.chat is None:
+        path, body = "completions", {"model": served.name, "prompt": "Once upon a time"}
+    else:
+        message = {"role": "user", "content": "What is the capital of France?"}
+        path, body = "chat/completions", {"model": served.name, "messages": [message]}
+    key = ' -H "Authorization: Bearer $LOCI_API_KEY"' if service.settings.api_key else ""
+    data = shlex.quote(json.dumps(body))
+    return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {data}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    # Its news of starting and stopping repeat ours.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -1,0 +1,84 @@
+"""The routes that are Loci's own: health, readiness, version, metrics, and the tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.errors import RETRY_AFTER_S, ApiError
+from server.openai_api import read_body, service_of
+from server.openai_types import DetokenizeRequest, TokenizeRequest, check_ids
+from server.service import Served
+
+router = APIRouter()
+
+
+def loci_version() -> str:
+    """The installed version, or `source` where the package is run without being installed."""
+    try:
+        return version("loci")
+    except PackageNotFoundError:
+        return "source"
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the server does its work, 503 once the engine's thread has died."""
+    alive = service_of(request).is_alive
+    return JSONResponse({"status": "ok" if alive else "engine_stopped"}, 200 if alive else 503)
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 once the model is loaded."""
+    service = service_of(request)
+    if service.is_ready:
+        return JSONResponse({"status": "ready"})
+    status = "loading" if service.is_alive else "engine_stopped"
+    return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """The server's version."""
+    return {"version": loci_version()}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Everything Prometheus wants to know."""
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> dict[str, Any]:
+    """Token ids of a text, or of a conversation as the model would see it."""
+    body = await read_body(request, TokenizeRequest)
+    served = service_of(request).served
+    ids = await asyncio.to_thread(_token_ids, body, served)
+    return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> dict[str, str]:
+    """The text of token ids."""
+    body = await read_body(request, DetokenizeRequest)
+    served = service_of(request).served
+    check_ids(body.tokens, served.vocab_size, "tokens")
+    return {"prompt": served.loaded.tokenizer.decode(body.tokens)}
+
+
+def _token_ids(body: TokenizeRequest, served: Served) -> list[int]:
+    if body.prompt is not None:
+        return served.loaded.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    if served.loaded.chat is None:
+        raise ApiError(400, f"{served.name} has no chat template; send prompt", param="messages")
+    rendered = {"messages": [message.as_prompt() for message in body.messages or []]}
+    if body.tools:
+        rendered["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    return served.loaded.chat.render(rendered).token_ids
