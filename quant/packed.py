@@ -23,7 +23,8 @@ class PackedTensor:
 
     `codes` holds the packed values and `scales` what the format needs beside them (None where the
     scales are interleaved with the codes, as in GGUF blocks). Their exact shapes and bit order are
-    documented with each format. Raises FormatError where shapes or dtypes contradict the format.
+    documented with each format. Raises FormatError where shapes or dtypes contradict the format;
+    what the bytes say is looked at by `validate` alone.
     """
 
     format: Format
@@ -51,3 +52,7 @@ class PackedTensor:
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The whole matrix as numbers, `[rows, cols]` of `dtype`."""
         return self.format.decode(self).to(dtype)
+
+    def validate(self) -> None:
+        """Read every byte; raise FormatError where a scale or a value is NaN or infinite."""
+        self.format.validate(self)
