@@ -6,6 +6,8 @@ A back end is one module with a class that implements `Kernels`; `choose()` pick
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,11 +17,24 @@ from quant.packed import PackedTensor
 
 Weight = torch.Tensor | PackedTensor
 
+# Forces an instruction-set level of the native back end: portable, avx2 or avx512.
+LEVEL_VARIABLE = "LOCI_CPU_LEVEL"
+
+log = logging.getLogger(__name__)
+
 
 class Kernels(Protocol):
     """What a back end offers. Activations and results are float32 (or bfloat16 on CUDA)."""
 
     name: str
+
+    def describe(self) -> str:
+        """What computes, with what, and where it is not the fastest, why: one line for people."""
+        ...
+
+    def prepare(self, weight: Weight) -> Weight:
+        """A dense weight as this back end likes it, made once at load; may copy it into memory."""
+        ...
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """`x @ weight^T`: `[..., cols]` -> `[..., rows]`."""
@@ -61,7 +76,13 @@ class ExpertWeights:
 
 
 def choose() -> Kernels:
-    """The best back end this machine can run."""
+    """The best back end this machine can run; says in the log where that is only the reference."""
+    from quant.kernels.library import LibraryMissingError
+    from quant.kernels.native import NativeKernels
     from quant.kernels.reference import ReferenceKernels
 
-    return ReferenceKernels()
+    try:
+        return NativeKernels(level=os.environ.get(LEVEL_VARIABLE))
+    except LibraryMissingError as error:
+        log.warning("computing with plain torch, which is slow: %s", error)
+        return ReferenceKernels(str(error))

@@ -21,6 +21,15 @@ class ReferenceKernels:
 
     name = "reference"
 
+    def __init__(self, reason: str = "") -> None:
+        self.reason = reason  # why nothing faster was chosen
+
+    def describe(self) -> str:
+        return f"plain torch{self.reason and ': '}{self.reason}"
+
+    def prepare(self, weight: Weight) -> Weight:
+        return weight
+
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return F.linear(x, weight.to(x.dtype))
@@ -44,7 +53,7 @@ class ReferenceKernels:
         swiglu_limit: float,
     ) -> torch.Tensor:
         out = torch.zeros_like(x)
-        for expert_id in expert_ids.unique().tolist():
+        for expert_id in sorted(set(expert_ids.flatten().tolist())):
             tokens, choice = (expert_ids == expert_id).nonzero(as_tuple=True)
             expert = experts[expert_id]
             y = self.swiglu(x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
@@ -60,6 +69,7 @@ class ReferenceKernels:
         return self.linear(F.silu(gate) * up, w2)
 
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
-        assert table.scales is not None and table.format.tile_rows == 1
-        part = PackedTensor(table.format, (len(rows), table.shape[1]), table.codes[rows], table.scales[rows])
+        assert table.format.tile_rows == 1
+        scales = None if table.scales is None else table.scales[rows]
+        part = PackedTensor(table.format, (len(rows), table.shape[1]), table.codes[rows], scales)
         return part.decode()

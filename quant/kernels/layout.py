@@ -1,0 +1,216 @@
+"""Weights as the native kernels read them: panels of 16 rows, strictly in sequence.
+
+A tiled PackedTensor has the format `TILED[name]`. Its codes are one flat run of bytes, panel after panel,
+each with 16 rows' codes and scales (bit by bit in `native_src/formats.hpp`): as many bytes as before, but for
+rows that fill up the last panel. FP8 keeps its scales apart, as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from quant.errors import FormatError
+from quant.formats import Format
+from quant.fp8 import FP8_32, FP8_128
+from quant.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.kernels import ExpertWeights, library
+from quant.mxfp4 import MXFP4
+from quant.packed import PackedTensor
+
+PANEL_ROWS = 16
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of native_src/kernels.hpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("format", ctypes.c_int64),
+        ("tiled", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("tile_rows", ctypes.c_int64),
+        ("tile_cols", ctypes.c_int64),
+        ("float_scales", ctypes.c_int64),
+    )
+
+
+class Tiled(Format):
+    """A format rearranged into panels; `base` is the format as files have it."""
+
+    def __init__(self, base: Format, number: int, columns: int = 1) -> None:
+        self.base = base
+        self.number = number  # `Format` of native_src/kernels.hpp
+        self.columns = columns  # what cols must be a multiple of
+        self.name = f"{base.name} in panels"
+        self.tile_rows = max(PANEL_ROWS, base.tile_rows)
+        self.tile_cols = base.tile_cols
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row within its panel; 16 of them are a panel."""
+        if self.base.name == MXFP4.name:
+            return cols // 2 + cols // 32
+        return self.code_bytes(cols)
+
+    def code_bytes(self, cols: int) -> int:
+        """Bytes of a row of codes in file layout."""
+        if self.base.name == MXFP4.name:
+            return cols // 2
+        return self.base.bytes_for(1, cols) if self.columns > 1 else cols
+
+    def bytes_for(self, rows: int, cols: int) -> int:
+        """Bytes of the panels (of FP8, without its scales)."""
+        return -(-rows // PANEL_ROWS) * PANEL_ROWS * self.row_bytes(cols)
+
+    def check(self, packed: PackedTensor) -> None:
+        self.expect("codes shape", tuple(packed.codes.shape), (self.bytes_for(*packed.shape),))
+        self.expect("codes dtype", packed.codes.dtype, torch.uint8)
+        self.expect("columns modulo block", packed.shape[1] % self.columns, 0)
+
+    def decode(self, packed: PackedTensor) -> torch.Tensor:
+        return untile(packed).decode()
+
+    def slice_rows(self, packed: PackedTensor, start: int, stop: int) -> PackedTensor:
+        cols = packed.shape[1]
+        first, last = self.bytes_for(start, cols), self.bytes_for(stop, cols)
+        scales = packed.scales
+        if scales is not None:
+            scales = scales[start // self.base.tile_rows : -(-stop // self.base.tile_rows)]
+        return PackedTensor(self, (stop - start, cols), packed.codes[first:last], scales)
+
+
+TILED: dict[str, Tiled] = {
+    MXFP4.name: Tiled(MXFP4, 0, 32),
+    FP8_32.name: Tiled(FP8_32, 1),
+    FP8_128.name: Tiled(FP8_128, 1),
+    Q4_0.name: Tiled(Q4_0, 2, 32),
+    Q4_1.name: Tiled(Q4_1, 3, 32),
+    Q8_0.name: Tiled(Q8_0, 4, 32),
+    Q6_K.name: Tiled(Q6_K, 5, 256),
+}
+
+
+def tiled_format(packed: PackedTensor) -> Tiled | None:
+    """The panel layout of a weight's format, whether it is tiled already or not; None where there is none."""
+    if isinstance(packed.format, Tiled):
+        return packed.format
+    return TILED.get(packed.format.name)
+
+
+def matrix(packed: PackedTensor) -> Matrix:
+    """What the library needs to know of a weight, whose codes and scales must be contiguous."""
+    form = tiled_format(packed)
+    assert form is not None
+    scales = packed.scales
+    return Matrix(
+        packed.codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        form.number,
+        int(form is packed.format),
+        *packed.shape,
+        form.base.tile_rows,
+        form.base.tile_cols,
+        int(scales is not None and scales.dtype == torch.float32),
+    )
+
+
+def contiguous(packed: PackedTensor) -> PackedTensor:
+    """The same weight with codes and scales each in one run of bytes."""
+    if packed.codes.is_contiguous() and (packed.scales is None or packed.scales.is_contiguous()):
+        return packed
+    scales = None if packed.scales is None else packed.scales.contiguous()
+    return PackedTensor(packed.format, packed.shape, packed.codes.contiguous(), scales)
+
+
+def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> PackedTensor:
+    """`packed` rearranged into panels, in `out` (uint8, of `TILED[...].bytes_for` bytes) where given.
+
+    Runs on `threads` threads (torch's number by default). Raises FormatError for a format without panels.
+    """
+    form = tiled_format(packed)
+    if form is None:
+        raise FormatError(f"{packed.format.name}: there is no panel layout of this format")
+    if packed.format is form:
+        raise FormatError(f"{packed.format.name}: already in panels")
+    packed = contiguous(packed)
+    if out is None:
+        out = torch.empty(form.bytes_for(*packed.shape), dtype=torch.uint8)
+    keeps_scales = form.columns == 1
+    result = PackedTensor(form, packed.shape, out, packed.scales if keeps_scales else None)
+    library.load().loci_tile(threads or torch.get_num_threads(), ctypes.byref(matrix(packed)), out.data_ptr())
+    return result
+
+
+def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTensor:
+    """A tiled weight in file layout again; with `rows` (`[n]` int64) only those, in that order."""
+    form = packed.format
+    assert isinstance(form, Tiled)
+    if rows is None:
+        rows, scales = torch.arange(packed.shape[0]), packed.scales
+    else:
+        scales = None if packed.scales is None else packed.scales[rows // form.base.tile_rows]
+    rows = rows.contiguous()
+    cols = packed.shape[1]
+    codes = torch.empty((len(rows), form.code_bytes(cols)), dtype=torch.uint8)
+    if form.base.name == MXFP4.name:
+        scales = torch.empty((len(rows), cols // 32), dtype=torch.uint8)
+    library.load().loci_untile(
+        torch.get_num_threads(),
+        ctypes.byref(matrix(packed)),
+        rows.data_ptr(),
+        len(rows),
+        codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+    )
+    return PackedTensor(form.base, (len(rows), cols), codes, scales)
+
+
+@dataclass(frozen=True)
+class ExpertSlotLayout:
+    """Where an expert's weights lie in a slot: one run of bytes with the panels of w1, w3 and w2.
+
+    hidden, width  the expert's dimensions; `format` the experts' format in files
+    """
+
+    hidden: int
+    width: int
+    format: Format = MXFP4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot: those of codes and scales."""
+        return 2 * self._side_bytes + TILED[self.format.name].bytes_for(self.hidden, self.width)
+
+    @property
+    def _side_bytes(self) -> int:
+        return TILED[self.format.name].bytes_for(self.width, self.hidden)
+
+    def pack_into(
+        self,
+        slot: torch.Tensor,
+        w1: PackedTensor,
+        w3: PackedTensor,
+        w2: PackedTensor,
+        threads: int = 1,
+    ) -> ExpertWeights:
+        """Rearrange an expert's weights into `slot` (uint8 `[nbytes]`) and return them as they lie there."""
+        expert = self.views(slot)
+        for weight, view in ((w1, expert.w1), (w3, expert.w3), (w2, expert.w2)):
+            if weight.shape != view.shape:
+                raise FormatError(f"expert weight of shape {weight.shape}, expected {view.shape}")
+            tile(weight, view.codes, threads)
+        return expert
+
+    def views(self, slot: torch.Tensor) -> ExpertWeights:
+        """The weights of the expert that lies in `slot`."""
+        form, side = TILED[self.format.name], self._side_bytes
+        shape, down_shape = (self.width, self.hidden), (self.hidden, self.width)
+        return ExpertWeights(
+            PackedTensor(form, shape, slot[:side]),
+            PackedTensor(form, shape, slot[side : 2 * side]),
+            PackedTensor(form, down_shape, slot[2 * side :]),
+        )

@@ -1,0 +1,70 @@
+"""The compiled kernels: finding the shared library, and what its functions take.
+
+The library is an extension module in name only: setuptools builds it with the package, ctypes calls it
+(and lets go of the interpreter lock meanwhile). Where it was not built, `load` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+from functools import cache
+from pathlib import Path
+
+LEVELS = ("portable", "avx2", "avx512")
+
+Pointer = ctypes.c_void_p
+Int = ctypes.c_int
+Int64 = ctypes.c_int64
+
+SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "loci_level_name": (ctypes.c_char_p, [Int]),
+    "loci_has_pool": (Int, []),
+    "loci_panel_bytes": (Int64, [Pointer]),
+    "loci_tile": (None, [Int, Pointer, Pointer]),
+    "loci_untile": (None, [Int, Pointer, Pointer, Int64, Pointer, Pointer]),
+    "loci_linear": (None, [Int, Int, Int, Pointer, Pointer, Int64, Pointer]),
+    "loci_dense_linear": (None, [Int, Int, Pointer, Int, Int64, Int64, Pointer, Int64, Pointer]),
+    "loci_moe": (None, [Int, Int, Int, Pointer, Pointer, Pointer]),
+    "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
+    "loci_read": (ctypes.c_uint64, [Int, Int, Pointer, Int64, Int64]),
+}
+
+
+class LibraryMissingError(Exception):
+    """The package was installed without its compiled part; the message says what to do."""
+
+
+def library_path() -> Path | None:
+    """Where the package's compiled kernels lie, or None where they were not built."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            return path
+    return None
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library with its signatures set. Raises LibraryMissingError where it was not built or doesn't load."""
+    path = library_path()
+    if path is None:
+        raise LibraryMissingError(
+            "the compiled kernels were not built; install a C++ compiler (g++ or clang++) and install again"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise LibraryMissingError(
+            f"the compiled kernels do not load ({error}); install the package again"
+        ) from error
+    return library
+
+
+def available_levels() -> tuple[str, ...]:
+    """The instruction-set levels that this machine has, slowest first."""
+    library = load()
+    return tuple(name for index, name in enumerate(LEVELS) if library.loci_level_name(index) is not None)

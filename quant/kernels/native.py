@@ -1,0 +1,181 @@
+"""The CPU back end: C++ kernels that read packed weights at the speed of memory.
+
+Weights that `prepare` has rearranged into panels (quant/kernels/layout.py) are read strictly in sequence;
+others are rearranged on the way, a panel at a time, which is right but slower. Threads are those of
+torch's own pool. What a token gets never depends on the other tokens of a call or on the threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import torch
+
+from quant.errors import ConfigError
+from quant.fp8 import FP8_ROW
+from quant.kernels import Experts, Weight, library
+from quant.kernels.layout import Matrix, Tiled, contiguous, matrix, tile, tiled_format, untile
+from quant.kernels.reference import ReferenceKernels
+from quant.packed import PackedTensor
+
+DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class MoeCall(ctypes.Structure):
+    """`Moe` of native_src/operations.hpp."""
+
+    _fields_ = (
+        ("experts", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("used", ctypes.c_int64),
+        ("choice", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("limit", ctypes.c_float),
+    )
+
+
+class NativeKernels:
+    """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
+
+    activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits.
+    Raises library.LibraryMissingError where the compiled part is missing, ConfigError for a level that the
+    machine lacks.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        activations: Literal["exact", "int8"] = "exact",
+        level: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        levels = library.available_levels()
+        if level is not None and level not in levels:
+            raise ConfigError(f"CPU level {level!r}: this machine has {', '.join(levels)}")
+        self.level = level or levels[-1]
+        self.activations = activations
+        self.threads = threads
+        self._library = library.load()
+        self._level = library.LEVELS.index(self.level)
+        self._fallback = ReferenceKernels()
+
+    def describe(self) -> str:
+        """Level, threads and activation mode, for people."""
+        pool = "torch's pool" if self._library.loci_has_pool() else "no OpenMP runtime found"
+        return f"{self.level}, {self._threads()} threads ({pool}), {self.activations} activations"
+
+    def prepare(self, weight: Weight) -> Weight:
+        """The weight as this back end likes it: in panels where its format has them, copied into memory."""
+        if (
+            isinstance(weight, torch.Tensor)
+            or isinstance(weight.format, Tiled)
+            or tiled_format(weight) is None
+        ):
+            return weight
+        return tile(weight)
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return self._dense_linear(x, weight)
+        if tiled_format(weight) is None:
+            return self._fallback.linear(x, weight)
+        weight = contiguous(weight)
+        rows, cols = weight.shape
+        flat = x.reshape(-1, cols).to(torch.float32).contiguous()  # [tokens, cols]
+        out = torch.empty((len(flat), rows), dtype=torch.float32)
+        self._library.loci_linear(
+            self._level,
+            self._threads(),
+            self.activations == "int8",
+            ctypes.byref(matrix(weight)),
+            flat.data_ptr(),
+            len(flat),
+            out.data_ptr(),
+        )
+        return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+    def _dense_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows, cols = weight.shape
+        weight = weight.contiguous()
+        flat = x.reshape(-1, cols).to(torch.float32).contiguous()  # [tokens, cols]
+        out = torch.empty((len(flat), rows), dtype=torch.float32)
+        self._library.loci_dense_linear(
+            self._level,
+            self._threads(),
+            weight.data_ptr(),
+            DENSE_KINDS[weight.dtype],
+            rows,
+            cols,
+            flat.data_ptr(),
+            len(flat),
+            out.data_ptr(),
+        )
+        return out.view(*x.shape[:-1], rows).to(x.dtype)
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+        swiglu_limit: float,
+    ) -> torch.Tensor:
+        used = sorted(set(expert_ids.flatten().tolist()))
+        weights = [w for e in map(experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
+        if any(tiled_format(w) is None for w in weights):
+            return self._fallback.moe(x, expert_ids, expert_weights, experts, swiglu_limit)
+        if not used:
+            return torch.zeros_like(x)
+        weights = [contiguous(w) for w in weights]
+        matrices = (Matrix * len(weights))(*(matrix(w) for w in weights))
+        ids = torch.tensor(used, dtype=torch.int64)
+        choice = expert_ids.to(torch.int64).contiguous()
+        factors = expert_weights.to(torch.float32).contiguous()
+        flat = x.to(torch.float32).contiguous()
+        out = torch.empty_like(flat)
+        call = MoeCall(
+            ctypes.addressof(matrices),
+            ids.data_ptr(),
+            len(used),
+            choice.data_ptr(),
+            factors.data_ptr(),
+            *choice.shape,
+            swiglu_limit,
+        )
+        self._library.loci_moe(
+            self._level,
+            self._threads(),
+            self.activations == "int8",
+            ctypes.byref(call),
+            flat.data_ptr(),
+            out.data_ptr(),
+        )
+        return out.to(x.dtype)
+
+    def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
+        if isinstance(table.format, Tiled):
+            return untile(table, rows).decode()
+        if table.format.name != FP8_ROW.name:
+            return self._fallback.gather_rows(table, rows)
+        table, rows = contiguous(table), rows.to(torch.int64).contiguous()
+        assert table.scales is not None
+        out = torch.empty((len(rows), table.shape[1]), dtype=torch.float32)
+        self._library.loci_gather_rows(
+            self._level,
+            self._threads(),
+            table.codes.data_ptr(),
+            table.scales.data_ptr(),
+            table.scales.dtype == torch.float32,
+            table.shape[1],
+            rows.data_ptr(),
+            len(rows),
+            out.data_ptr(),
+        )
+        return out
+
+    def _threads(self) -> int:
+        return self.threads or torch.get_num_threads()

@@ -1,0 +1,98 @@
+// What the parts of the native back end share: weight formats, the activation records, the kernel
+// table that each instruction-set level fills.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace loci {
+
+// Weight formats by number; quant/kernels/layout.py holds the same numbers.
+enum Format : int64_t { kMxfp4 = 0, kFp8 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 4, kQ6_K = 5, kFormats = 6 };
+
+// One weight matrix. In file layout `codes` and `scales` are as its Python format documents them. Tiled,
+// `codes` is a sequence of panels of 16 rows (tiles.cpp), which hold the scales too, except for FP8:
+// its scales are few (one per tile of tile_rows x tile_cols values) and stay where they were.
+struct Matrix {
+    const uint8_t* codes;
+    const void* scales;
+    int64_t format;
+    int64_t tiled;         // 0: file layout, 1: panels
+    int64_t rows, cols;
+    int64_t tile_rows, tile_cols;  // FP8: values that share a scale
+    int64_t float_scales;          // FP8: scales are float32, not ue8m0
+};
+
+constexpr int kPanelRows = 16;   // rows interleaved in a panel
+constexpr int kBlock = 32;       // columns that share an activation scale
+constexpr int kMaxTokens = 8;    // tokens a panel kernel takes at most
+
+// Activations of one token and 32 columns as fixed-point digits: x = scale * sum_d digit_d * 128^(2-d)
+// (three digits of -64..64, 21 bits) or x = scale * digit (one digit of -127..127).
+// `correction` undoes the offset that makes weight codes unsigned: -offset * (sum of the digits), for
+// the first and second 16 columns, or for all 32 in the first entry (see digits.hpp).
+template <int D>
+struct alignas(16) Block;
+template <>
+struct alignas(128) Block<3> {
+    float scale;
+    float sum;  // of x, as the digits hold it
+    int32_t correction[2][3];
+    int8_t digits[3][kBlock];
+};
+template <>
+struct alignas(16) Block<1> {
+    float scale;
+    float sum;
+    int32_t correction[2][1];
+    int8_t digits[1][kBlock];
+};
+static_assert(sizeof(Block<3>) == 128 && sizeof(Block<1>) == 48);
+
+// How FP8 scales lie for one panel: a row of scales, one per tile_cols columns.
+struct PanelScales {
+    const void* row;
+    int64_t tile_cols;
+    bool is_float;
+};
+
+// Computes 16 rows x `tokens` products over all columns. x: one pointer per token (Block<D>* or float*);
+// out: [tokens][16]. The result for a token never depends on the other tokens of the call.
+using PanelKernel = void (*)(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales,
+                             float* out);
+
+// The kernels of one instruction-set level.
+struct Level {
+    const char* name;
+    // [format][digits == 1][log2 tokens]; null where the level has no kernel for so many tokens
+    PanelKernel panel[kFormats][2][4];
+    int max_log2_tokens;
+    void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
+    void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
+    // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
+    void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
+    // plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride] = row . x[token]
+    void (*dense_rows)(const void* row, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
+                       int64_t out_stride);
+    void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
+    uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
+};
+
+extern const Level kAvx512, kAvx2, kPortable;
+
+// Offset that a format's unsigned codes carry, and whether its corrections are per 16 columns.
+inline int offset_of(int64_t format) {
+    switch (format) {
+        case kMxfp4: return 12;  // codes are 2 * e2m1 + 12
+        case kQ4_0: return 8;
+        case kQ8_0: return 128;
+        case kQ6_K: return 32;
+        default: return 0;
+    }
+}
+
+// tiles.cpp
+int64_t panel_bytes(const Matrix& m);
+void tile_panel(const Matrix& m, int64_t panel, uint8_t* out);
+void untile_row(const Matrix& tiled, int64_t row, uint8_t* codes, uint8_t* scales);
+
+}  // namespace loci

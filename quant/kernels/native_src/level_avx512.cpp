@@ -1,0 +1,31 @@
+#include "kernels.hpp"
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c")
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+namespace loci {
+namespace {
+constexpr int kMaxLog2 = 3;  // tokens that the registers of this level hold
+}
+#include "simd_avx512.hpp"
+#include "formats.hpp"
+#include "panels.hpp"
+#include "digits.hpp"
+#include "level.hpp"
+
+extern const Level kAvx512 = make_level("avx512");
+
+}  // namespace loci
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
