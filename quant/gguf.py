@@ -67,7 +67,7 @@ class Q40(GgufFormat):
     name, tile_cols, block_bytes = "q4_0", 32, 18
 
     def decode_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _half(blocks, 0) * (_nibbles(blocks[:, 2:]).float() - 8)
+        return _nibbles(blocks[:, 2:]).sub_(8).mul_(_half(blocks, 0))
 
 
 class Q41(GgufFormat):
@@ -76,7 +76,7 @@ class Q41(GgufFormat):
     name, tile_cols, block_bytes = "q4_1", 32, 20
 
     def decode_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _half(blocks, 0) * _nibbles(blocks[:, 4:]).float() + _half(blocks, 2)
+        return _nibbles(blocks[:, 4:]).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
 class Q80(GgufFormat):
@@ -85,7 +85,7 @@ class Q80(GgufFormat):
     name, tile_cols, block_bytes = "q8_0", 32, 34
 
     def decode_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        return _half(blocks, 0) * blocks[:, 2:].view(torch.int8).float()
+        return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
 
 
 class Q6K(GgufFormat):
@@ -110,8 +110,12 @@ def _half(blocks: torch.Tensor, offset: int) -> torch.Tensor:
 
 
 def _nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """`[blocks, n]` bytes -> `[blocks, 2n]`: all low nibbles, then all high ones."""
-    return torch.cat((codes & 15, codes >> 4), dim=1)
+    """`[blocks, n]` bytes -> `[blocks, 2n]` float32: all low nibbles, then all high ones."""
+    count, half = codes.shape
+    values = torch.empty(count, 2 * half, device=codes.device)
+    values[:, :half] = codes & 15
+    values[:, half:] = codes >> 4
+    return values
 
 
 Q4_0, Q4_1, Q8_0, Q6_K = Q40(), Q41(), Q80(), Q6K()

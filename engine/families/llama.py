@@ -1,0 +1,257 @@
+"""Llama and SmolLM2: a dense decoder with grouped-query attention, from GGUF or safetensors.
+
+Weights stay as they are stored, everything else is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from engine.families.llama_config import LlamaConfig, expected_tensors, parse_config
+from engine.layers.norm import rms_norm
+from engine.layers.rope import Rotation, inverse_frequencies
+from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
+from memory.checkpoint import Checkpoint
+from quant.errors import BudgetError
+from quant.gguf import weight_from_bytes
+from quant.kernels import Kernels, Weight
+from quant.packed import PackedTensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer; matrices as stored, norms float32."""
+
+    attn_norm: torch.Tensor
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
+    ffn_norm: torch.Tensor
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+class LlamaCache(KvCache):
+    """Keys and values of every layer, float32, `[2, layers, slots, kv_heads, capacity, head_dim]`."""
+
+    def __init__(self, config: LlamaConfig, slots: int, capacity: int) -> None:
+        self.slots = slots
+        self.capacity = capacity
+        self._lengths = [0] * slots
+        shape = (2, config.layers, slots, config.kv_heads, capacity, config.head_dim)
+        self._held = torch.empty(shape)  # untouched pages of an allocation cost no memory
+
+    def reset(self, slot: int) -> None:
+        self._lengths[slot] = 0
+
+    def length(self, slot: int) -> int:
+        return self._lengths[slot]
+
+    @property
+    def nbytes(self) -> int:
+        return self._held.nbytes
+
+    def admit(self, segment: Segment) -> None:
+        """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
+        held = self._lengths[segment.slot]
+        if segment.start != held:
+            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
+        needed = segment.start + segment.length
+        if needed > self.capacity:
+            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
+
+    def advance(self, segment: Segment) -> None:
+        """Count the segment's tokens as held; called when every layer has stored them."""
+        self._lengths[segment.slot] += segment.length
+
+    def extend(
+        self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k and v `[tokens, kv_heads, head_dim]`; return the slot, `[kv_heads, end, head_dim]`."""
+        end = segment.start + segment.length
+        keys, values = self._held[0, layer, segment.slot], self._held[1, layer, segment.slot]
+        keys[:, segment.start : end] = k.transpose(0, 1)
+        values[:, segment.start : end] = v.transpose(0, 1)
+        return keys[:, :end], values[:, :end]
+
+
+class Llama(Model):
+    """A loaded model of the family."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        info: ModelInfo,
+        kernels: Kernels,
+        embed: Weight,
+        layers: tuple[LayerWeights, ...],
+        norm: torch.Tensor,
+        head: Weight,
+    ) -> None:
+        self.config = config
+        self.info = info
+        self.kernels = kernels
+        self.embed = embed
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
+
+    def new_cache(self, slots: int, capacity: int) -> LlamaCache:
+        return LlamaCache(self.config, slots, capacity)
+
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        c = self.config
+        return 2 * c.layers * slots * c.kv_heads * capacity * c.head_dim * torch.float32.itemsize
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+        assert isinstance(cache, LlamaCache)
+        for segment in batch.segments:
+            cache.admit(segment)
+        eps, linear = self.config.rms_norm_eps, self.kernels.linear
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        rotation = Rotation.at(positions, self.frequencies)
+        masks = [self._mask(segment) for segment in batch.segments]
+
+        x = _rows(self.embed, batch.token_ids)  # [tokens, hidden]
+        for number, layer in enumerate(self.layers):
+            x = x + self._attention(
+                number, layer, rms_norm(x, layer.attn_norm, eps), batch, cache, rotation, masks
+            )
+            y = rms_norm(x, layer.ffn_norm, eps)
+            x = x + linear(F.silu(linear(y, layer.gate)) * linear(y, layer.up), layer.down)
+            if trace is not None:
+                trace.add(f"hidden.{number}", x)
+        for segment in batch.segments:
+            cache.advance(segment)
+        return linear(rms_norm(x[batch.logit_rows], self.norm, eps), self.head)
+
+    def _attention(
+        self,
+        number: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        batch: Batch,
+        cache: LlamaCache,
+        rotation: Rotation,
+        masks: list[torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Causal attention of every segment over its own slot, `[tokens, hidden]` to the same."""
+        c, linear = self.config, self.kernels.linear
+        tokens = x.shape[0]
+        q = rotation.apply(self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))
+        k = rotation.apply(self._paired(linear(x, layer.k).view(tokens, c.kv_heads, c.head_dim)))
+        v = linear(x, layer.v).view(tokens, c.kv_heads, c.head_dim)
+        out = torch.empty_like(q)
+        stop = 0
+        for segment, mask in zip(batch.segments, masks, strict=True):
+            start, stop = stop, stop + segment.length
+            keys, values = cache.extend(number, segment, k[start:stop], v[start:stop])
+            # The query heads that share a key-value head stand as further rows of one query.
+            queries = q[start:stop].view(segment.length, c.kv_heads, -1, c.head_dim)
+            rows = queries.permute(1, 2, 0, 3).reshape(c.kv_heads, -1, c.head_dim)
+            attended = F.scaled_dot_product_attention(
+                rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
+            )  # [1, kv_heads, heads / kv_heads * length, head_dim]
+            attended = attended.view(c.kv_heads, -1, segment.length, c.head_dim)
+            out[start:stop] = attended.permute(2, 0, 1, 3).reshape(segment.length, c.heads, c.head_dim)
+        return linear(out.view(tokens, -1), layer.o)
+
+    def _mask(self, segment: Segment) -> torch.Tensor | None:
+        """Which positions each query row may see; None where a single token sees everything."""
+        if segment.length == 1:
+            return None
+        end = segment.start + segment.length
+        visible = torch.arange(end) <= torch.arange(segment.start, end).unsqueeze(-1)  # [length, end]
+        return visible.repeat(self.config.heads // self.config.kv_heads, 1)
+
+    def _paired(self, x: torch.Tensor) -> torch.Tensor:
+        """x `[..., head_dim]` with the channels of each rotary pair side by side.
+
+        Queries and keys are reordered alike, so their products stay what they are.
+        """
+        if self.config.has_pairs_side_by_side:
+            return x
+        return x.view(*x.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
+
+
+def _rows(table: Weight, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of an embedding table as float32, decoding no others; rows `[n]` -> `[n, hidden]`."""
+    if isinstance(table, torch.Tensor):
+        return table[rows].float()
+    return PackedTensor(table.format, (len(rows), table.shape[1]), table.codes[rows]).decode()
+
+
+class LlamaFamily(Family):
+    """Recognises, describes, checks and loads dense Llama checkpoints."""
+
+    name = "llama"
+
+    def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
+        config = parse_config(checkpoint)
+        return self._info(config, checkpoint), _components(config, checkpoint)
+
+    def load(self, checkpoint: Checkpoint, kernels: Kernels) -> Llama:
+        config = parse_config(checkpoint)
+        checkpoint.verify(expected_tensors(config))
+
+        def read(role: str, *layer: int) -> Weight:
+            entry = checkpoint.entries[config.names[role].format(*layer)]
+            return weight_from_bytes(entry.dtype, entry.shape, checkpoint.map(entry.name))
+
+        def norm(role: str, *layer: int) -> torch.Tensor:
+            weight = read(role, *layer)
+            assert isinstance(weight, torch.Tensor)
+            return weight.float()
+
+        layers = tuple(
+            LayerWeights(
+                attn_norm=norm("attn_norm", n),
+                ffn_norm=norm("ffn_norm", n),
+                **{role: read(role, n) for role in ("q", "k", "v", "o", "gate", "up", "down")},
+            )
+            for n in range(config.layers)
+        )
+        embed = read("embed")
+        head = embed if config.is_tied else read("head")
+        return Llama(config, self._info(config, checkpoint), kernels, embed, layers, norm("norm"), head)
+
+    def _info(self, config: LlamaConfig, checkpoint: Checkpoint) -> ModelInfo:
+        name = checkpoint.config.get("general.name")
+        return ModelInfo(
+            family=self.name,
+            name=name if isinstance(name, str) else checkpoint.path.resolve().name,
+            vocab_size=config.vocab_size,
+            max_context=config.max_context,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+        )
+
+
+def _components(config: LlamaConfig, checkpoint: Checkpoint) -> list[Component]:
+    """Embedding, layers and head (absent where it is the embedding) with their bytes, from headers alone."""
+    names = config.names
+    parts = {names["embed"]: ("embedding", "embedding"), names["head"]: ("head", "head")}
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for name in checkpoint.entries:
+        grouped.setdefault(parts.get(name, ("attention and feed-forward", "dense")), []).append(name)
+    return [
+        Component(
+            name=name,
+            kind=kind,
+            format="+".join(sorted({checkpoint.entries[tensor].dtype.lower() for tensor in tensors})),
+            nbytes=sum(checkpoint.entries[tensor].nbytes for tensor in tensors),
+            parameters=sum(math.prod(checkpoint.entries[tensor].shape) for tensor in tensors),
+        )
+        for (name, kind), tensors in grouped.items()
+    ]
+
+
+FAMILY = LlamaFamily()
