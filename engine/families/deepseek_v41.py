@@ -37,6 +37,7 @@ from engine.layers.sparse_attention import (
 from engine.layers.sparse_cache import CacheShape, SourceState, SparseCache
 from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
 from memory.checkpoint import Checkpoint
+from memory.hardware import available_memory_bytes
 from quant.errors import ConfigError
 from quant.kernels import Kernels
 
@@ -319,7 +320,7 @@ class DeepseekV41Family(Family):
                     checkpoint.path / "tokenizer.json", config.vocab_size, config.engram_compressed_vocab_size
                 )
             )
-        weights = read_weights(config, checkpoint, kernels)
+        weights = read_weights(config, checkpoint, kernels, available_memory_bytes())
         return DeepseekV41(config, self._info(config, checkpoint.path), weights, token_map, kernels)
 
     def _info(self, config: V41Config, path: Path) -> ModelInfo:

@@ -16,6 +16,7 @@ from engine.layers.engram import EngramMix
 from engine.layers.hyper_connections import HyperConnection
 from engine.model import Component
 from memory.checkpoint import Checkpoint, TensorSpec
+from quant.errors import BudgetError
 from quant.fp8 import FP8_32, FP8_ROW, Fp8
 from quant.kernels import Experts, ExpertWeights, Kernels, Weight
 from quant.mxfp4 import BLOCK, MXFP4
@@ -200,7 +201,19 @@ class _Reader:
         return self.checkpoint.map(name).view(self.checkpoint.entries[name].shape)
 
     def dense(self, name: str) -> Weight:
-        """A dense matrix: FP8 tiles where it has scales, else plain floats."""
+        """A dense matrix as the kernels like it."""
+        return self.kernels.prepare(self.stored(name))
+
+    def dense_groups(self, name: str, rows: int) -> tuple[Weight, ...]:
+        """A dense matrix cut into groups of `rows` rows."""
+        stored = self.stored(name)
+        starts = range(0, stored.shape[0], rows)
+        if isinstance(stored, torch.Tensor):
+            return tuple(self.kernels.prepare(stored[start : start + rows]) for start in starts)
+        return tuple(self.kernels.prepare(stored.rows(start, start + rows)) for start in starts)
+
+    def stored(self, name: str) -> Weight:
+        """A dense matrix as the file has it, mapped: FP8 tiles where it has scales, else plain floats."""
         if self.checkpoint.entries[f"{name}.weight"].dtype in FLOATS:
             return self.plain(f"{name}.weight")
         return self.fp8(name, FP8_32)
@@ -227,10 +240,40 @@ class MappedExperts:
         return ExpertWeights(read(f"{expert}.w1"), read(f"{expert}.w3"), read(f"{expert}.w2"))
 
 
-def read_weights(config: V41Config, checkpoint: Checkpoint, kernels: Kernels) -> V41Weights:
-    """Views of all weights of a checkpoint that `Checkpoint.verify` has accepted."""
+def resident(experts: MappedExperts, count: int, kernels: Kernels) -> list[ExpertWeights]:
+    """All of a layer's experts copied into memory, as the kernels like them; as many bytes as mapped."""
+
+    def prepared(weight: PackedTensor) -> PackedTensor:
+        ready = kernels.prepare(weight)
+        assert isinstance(ready, PackedTensor)
+        return ready
+
+    return [
+        ExpertWeights(prepared(e.w1), prepared(e.w3), prepared(e.w2))
+        for e in map(experts.__getitem__, range(count))
+    ]
+
+
+def read_weights(
+    config: V41Config, checkpoint: Checkpoint, kernels: Kernels, budget_bytes: int
+) -> V41Weights:
+    """All weights of a checkpoint that `Checkpoint.verify` has accepted.
+
+    Dense weights are copied into memory as the kernels like them, routed experts too where all of
+    them fit into what is left of `budget_bytes`; else they stay mapped. Raises BudgetError where not
+    even the dense weights fit.
+    """
+    parts = components(config, checkpoint)
+    expert_bytes = sum(part.nbytes for part in parts if part.kind == "routed_experts")
+    dense_bytes = sum(part.nbytes for part in parts if part.kind not in ("routed_experts", "engram"))
+    if dense_bytes > budget_bytes:
+        raise BudgetError(
+            f"{checkpoint.path}: the weights that every token uses need {dense_bytes / 1e9:.1f} GB, "
+            f"{budget_bytes / 1e9:.1f} GB of memory are free; free some, or take a smaller model"
+        )
+    experts_fit = dense_bytes + expert_bytes <= budget_bytes
     reader = _Reader(checkpoint, kernels)
-    layers = tuple(_read_layer(config, reader, n) for n in range(config.num_hidden_layers))
+    layers = tuple(_read_layer(config, reader, n, experts_fit) for n in range(config.num_hidden_layers))
     return V41Weights(
         embed=reader.plain("embed.weight"),
         norm=reader.small("norm.weight"),
@@ -239,7 +282,7 @@ def read_weights(config: V41Config, checkpoint: Checkpoint, kernels: Kernels) ->
     )
 
 
-def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
+def _read_layer(c: V41Config, reader: _Reader, n: int, experts_fit: bool) -> LayerWeights:
     layer = f"layers.{n}"
 
     def connection(sub: str) -> HyperConnection:
@@ -258,6 +301,7 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
         qk = reader.small(f"{layer}.engram.q_weight") * reader.small(f"{layer}.engram.k_weight")
         engram = EngramMix(reader.dense(f"{layer}.engram.wkv"), qk, c.rms_norm_eps)
         table = reader.fp8(f"{layer}.engram.embed", FP8_ROW)
+    mapped = MappedExperts(reader, f"{layer}.ffn.experts")
     shared = f"{layer}.ffn.shared_experts"
     return LayerWeights(
         attn_norm=reader.small(f"{layer}.attn_norm.weight"),
@@ -267,7 +311,7 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
         attn=_read_attention(c, reader, n),
         gate=reader.plain(f"{layer}.ffn.gate.weight"),
         gate_bias=reader.small(f"{layer}.ffn.gate.bias"),
-        experts=MappedExperts(reader, f"{layer}.ffn.experts"),
+        experts=resident(mapped, c.n_routed_experts, reader.kernels) if experts_fit else mapped,
         shared_experts=SharedExpert(
             reader.dense(f"{shared}.w1"), reader.dense(f"{shared}.w3"), reader.dense(f"{shared}.w2")
         ),
@@ -289,7 +333,6 @@ def _read_attention(c: V41Config, reader: _Reader, n: int) -> AttentionWeights:
             index_norm=reader.small(f"{attn}.indexer.k_norm.weight"),
         )
     indexed = n in c.index_source_layer_ids
-    wo_a = reader.dense(f"{attn}.wo_a")
     return AttentionWeights(
         wq_a=reader.dense(f"{attn}.wq_a"),
         q_norm=reader.small(f"{attn}.q_norm.weight"),
@@ -297,16 +340,12 @@ def _read_attention(c: V41Config, reader: _Reader, n: int) -> AttentionWeights:
         wkv=reader.dense(f"{attn}.wkv"),
         kv_norm=reader.small(f"{attn}.kv_norm.weight"),
         sink=reader.small(f"{attn}.attn_sink"),
-        wo_a=tuple(_rows(wo_a, g * c.o_lora_rank, (g + 1) * c.o_lora_rank) for g in range(c.o_groups)),
+        wo_a=reader.dense_groups(f"{attn}.wo_a", c.o_lora_rank),
         wo_b=reader.dense(f"{attn}.wo_b"),
         compressor=compressor,
         indexer_wq_b=reader.dense(f"{attn}.indexer.wq_b") if indexed else None,
         indexer_weights=reader.plain(f"{attn}.indexer.weights_proj.weight") if indexed else None,
     )
-
-
-def _rows(weight: Weight, start: int, stop: int) -> Weight:
-    return weight[start:stop] if isinstance(weight, torch.Tensor) else weight.rows(start, stop)
 
 
 def components(config: V41Config, checkpoint: Checkpoint) -> list[Component]:

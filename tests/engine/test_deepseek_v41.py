@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from engine.families import family_of
 from engine.families.deepseek_v41 import DeepseekV41
+from engine.families.deepseek_v41_weights import MappedExperts, components
 from engine.model import Batch, Trace
 from memory.safetensors_files import open_safetensors
 from quant.errors import BudgetError
+from quant.kernels import choose
 from quant.kernels.reference import ReferenceKernels
 from tests.conftest import golden_path
 
@@ -164,6 +166,42 @@ def test_a_reused_slot_remembers_nothing() -> None:
     cache.reset(0)
     logits = golden.model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), cache)
     assert_close(logits, golden.logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_chosen_kernels_match_as_the_plain_ones_do(name: str) -> None:
+    golden = load_golden(name)
+    checkpoint = open_safetensors(golden_path(name))
+    model = family_of(checkpoint).load(checkpoint, choose())
+    cache = model.new_cache(1, len(golden.ids))
+    whole = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), cache)
+    assert_close(whole, golden.logits)
+    cache.reset(0)
+    stepwise = [
+        model.forward(Batch.of([(0, start, golden.ids[start : start + size])], all_logits=True), cache)
+        for start, size in ((0, 100), *((100 + i, 1) for i in range(30)))
+    ]
+    assert_close(torch.cat(stepwise), golden.logits[:130])
+
+
+def test_experts_that_do_not_fit_into_memory_stay_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = load_golden("v41-c")
+    parts = components(golden.model.config, open_safetensors(golden_path("v41-c")))
+    dense = sum(p.nbytes for p in parts if p.kind not in ("routed_experts", "engram"))
+    monkeypatch.setattr("engine.families.deepseek_v41.available_memory_bytes", lambda: dense + 10)
+    checkpoint = open_safetensors(golden_path("v41-c"))
+    model = family_of(checkpoint).load(checkpoint, choose())
+    assert isinstance(model, DeepseekV41)
+    assert all(isinstance(layer.experts, MappedExperts) for layer in model.weights.layers)
+    logits = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), model.new_cache(1, 150))
+    assert_close(logits, golden.logits)
+
+
+def test_dense_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.families.deepseek_v41.available_memory_bytes", lambda: 1000)
+    checkpoint = open_safetensors(golden_path("v41-c"))
+    with pytest.raises(BudgetError, match="the weights that every token uses need"):
+        family_of(checkpoint).load(checkpoint, choose())
 
 
 def test_only_the_wanted_logits_are_computed() -> None:
