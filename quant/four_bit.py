@@ -11,17 +11,20 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch.nn import functional as F
 
 from quant.errors import FormatError
 from quant.formats import Format
 from quant.packed import PackedTensor
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 class FourBit(Format):
     """Codes uint8 `[rows, cols/2]`; scales `[rows, cols/block, *scale_fields]` of `scale_dtype`."""
 
     scale_fields: tuple[int, ...] = ()
+    # What a search multiplies the covering scales by; finer steps than these are left to least squares.
+    search_factors: tuple[float, ...] = (0.66, 0.72, 0.78, 0.84, 0.9, 0.96)
 
     def __init__(
         self, name: str, block: int, levels: torch.Tensor, scale_dtype: torch.dtype, *, even_is_low: bool
@@ -33,7 +36,8 @@ class FourBit(Format):
         self.even_is_low = even_is_low
         byte = torch.arange(256)
         even, odd = (byte & 15, byte >> 4) if even_is_low else (byte >> 4, byte & 15)
-        self._byte_values = torch.stack((levels[even], levels[odd]), dim=1)  # [256, 2]
+        # Both values of each byte, as one 64-bit number: a byte is decoded by one look-up.
+        self._pairs = torch.stack((levels[even], levels[odd]), dim=1).view(torch.int64).flatten()  # [256]
 
     @abstractmethod
     def covering_scales(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -48,8 +52,24 @@ class FourBit(Format):
         """Stored scales (without offsets) as float32, `[rows, cols/block]`."""
 
     @abstractmethod
-    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        """The code of the level nearest to each float32 value, uint8; values beyond the ends get the end."""
+    def nearest_levels(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The level nearest to each float32 value; values beyond the ends get the end."""
+
+    @abstractmethod
+    def codes_of(self, levels: torch.Tensor) -> torch.Tensor:
+        """The codes of what `nearest_levels` returned, uint8."""
+
+    def rescaled(self, stored: torch.Tensor, factor: float) -> torch.Tensor:
+        """Stored scales times `factor`; an offset moves along, so that the middle of a block stays."""
+        return self.store(self.scale_values(stored) * factor)
+
+    def fitted(self, blocks: torch.Tensor, levels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The stored scales with the least weighted square error, if these levels are kept.
+
+        blocks, levels `[rows, cols/block, block]`; weights broadcast to them.
+        """
+        weighted = levels * weights
+        return self.store((weighted * blocks).sum(-1) / (weighted * levels).sum(-1).clamp(min=TINY))
 
     def check(self, packed: PackedTensor) -> None:
         rows, cols = packed.shape
@@ -67,9 +87,8 @@ class FourBit(Format):
 
     def decode(self, packed: PackedTensor) -> torch.Tensor:
         assert packed.scales is not None
-        table = self._byte_values.to(packed.codes.device)
-        pairs = F.embedding(packed.codes.int(), table)  # [rows, cols/2, 2]
-        blocks = pairs.view(*packed.scales.shape[:2], self.tile_cols)
+        pairs = self._pairs.to(packed.codes.device).index_select(0, packed.codes.int().flatten())
+        blocks = pairs.view(torch.float32).view(*packed.scales.shape[:2], self.tile_cols)
         return self.apply_scales(blocks, packed.scales).view(packed.shape)
 
     def apply_scales(self, level_blocks: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
@@ -78,14 +97,14 @@ class FourBit(Format):
 
     def remove_scales(self, blocks: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """The inverse of `apply_scales`; blocks whose scale is 0 become 0."""
-        scales = self.scale_values(stored).unsqueeze(-1)
-        return torch.where(scales == 0, 0, blocks * scales.reciprocal())
+        scales = self.scale_values(stored)
+        return blocks * torch.where(scales == 0, 0, scales.reciprocal()).unsqueeze(-1)
 
     def encode(self, values: torch.Tensor, scales: torch.Tensor | None = None) -> PackedTensor:
         blocks = self.blocks(values)
         if scales is None:
             scales = self.covering_scales(blocks)
-        codes = self.nearest(self.remove_scales(blocks, scales)).view(values.shape)
+        codes = self.codes_of(self.nearest_levels(self.remove_scales(blocks, scales))).view(values.shape)
         even, odd = codes[:, 0::2], codes[:, 1::2]
         packed = (even | odd << 4) if self.even_is_low else (even << 4 | odd)
         return PackedTensor(self, (values.shape[0], values.shape[1]), packed, scales)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 
 from quant.errors import FormatError
-from quant.four_bit import FourBit
+from quant.four_bit import TINY, FourBit
 from quant.packed import PackedTensor
 
 LEVELS = torch.arange(16, dtype=torch.float32) - 8
@@ -50,8 +50,11 @@ class Int4(FourBit):
     def scale_values(self, stored: torch.Tensor) -> torch.Tensor:
         return stored.float()
 
-    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        return (scaled.round().clamp(-8, 7) + 8).to(torch.uint8)
+    def nearest_levels(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.round().clamp_(-8, 7)
+
+    def codes_of(self, levels: torch.Tensor) -> torch.Tensor:
+        return (levels + 8).to(torch.uint8)
 
     def validate(self, packed: PackedTensor) -> None:
         assert packed.scales is not None
@@ -73,12 +76,30 @@ class Int4Offset(Int4):
         low, high = blocks.amin(-1), blocks.amax(-1)
         # Codes reach 8 steps below the offset and 7 above. The offset is rounded first, so that the
         # scale covers both sides of the offset as stored.
-        offset = (low * (7 / 15) + high * (8 / 15)).clamp(-LARGEST_OFFSET, LARGEST_OFFSET).to(torch.bfloat16)
+        offset = _stored_offset(low * (7 / 15) + high * (8 / 15))
         scale = _rounded_up(torch.maximum((offset.float() - low) / 8, (high - offset.float()) / 7))
         return torch.stack((scale, offset), dim=-1)
 
     def scale_values(self, stored: torch.Tensor) -> torch.Tensor:
         return stored[..., 0].float()
+
+    def rescaled(self, stored: torch.Tensor, factor: float) -> torch.Tensor:
+        scale = self.scale_values(stored)
+        smaller = self.store(scale * factor)
+        # The middle of 16 levels lies half a step below the offset.
+        offset = stored[..., 1].float() - scale / 2 + smaller.float() / 2
+        return torch.stack((smaller, _stored_offset(offset)), dim=-1)
+
+    def fitted(self, blocks: torch.Tensor, levels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """As `FourBit.fitted`: a weighted regression line, then the best scale for the offset as rounded."""
+        weights = weights.expand(-1, self.tile_cols)
+        share = weights / weights.sum(-1, keepdim=True)
+        mean_value, mean_level = (share * blocks).sum(-1), (share * levels).sum(-1)
+        around = levels - mean_level.unsqueeze(-1)
+        slope = (share * around * blocks).sum(-1) / (share * around.square()).sum(-1).clamp(min=TINY)
+        offset = _stored_offset(mean_value - slope * mean_level)
+        scale = super().fitted(blocks - offset.float().unsqueeze(-1), levels, weights)
+        return torch.stack((scale, offset), dim=-1)
 
     def apply_scales(self, level_blocks: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         return super().apply_scales(level_blocks, stored) + stored[..., 1].float().unsqueeze(-1)
@@ -93,6 +114,10 @@ def _rounded_up(magnitudes: torch.Tensor) -> torch.Tensor:
     nearest = magnitudes.to(torch.bfloat16)
     one_up = (nearest.float() < magnitudes).to(torch.int16)
     return (nearest.view(torch.int16) + one_up).view(torch.bfloat16)
+
+
+def _stored_offset(offsets: torch.Tensor) -> torch.Tensor:
+    return offsets.clamp(-LARGEST_OFFSET, LARGEST_OFFSET).to(torch.bfloat16)
 
 
 INT4_32, INT4_64, INT4_128 = Int4(32), Int4(64), Int4(128)

@@ -22,13 +22,18 @@ BLOCK = 32
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float32)
 E2M1_LARGEST = 6.0
+EXPONENT_BITS = 0x7F800000  # of a float32
 
 
 class Mxfp4(FourBit):
     """FP4 expert weights (`expert_dtype: fp4`)."""
 
+    search_factors = (0.5,)
+
     def __init__(self) -> None:
         super().__init__("mxfp4", BLOCK, E2M1, torch.uint8, even_is_low=True)
+        self._codes_of_twice = torch.zeros(13, dtype=torch.uint8)
+        self._codes_of_twice[(E2M1[:8] * 2).long()] = torch.arange(8, dtype=torch.uint8)
 
     def covering_scales(self, blocks: torch.Tensor) -> torch.Tensor:
         return covering_scale(largest_magnitude(blocks), E2M1_LARGEST)
@@ -40,14 +45,17 @@ class Mxfp4(FourBit):
     def scale_values(self, stored: torch.Tensor) -> torch.Tensor:
         return decode_ue8m0(stored)
 
-    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        magnitude = scaled.abs().clamp(max=E2M1_LARGEST)
-        # Codes 0..4 step by 0.5, 4..6 by 1, 6..7 by 2. `round` is to nearest even.
-        fine = (magnitude * 2).round()
-        middle = magnitude.round() + 2
-        coarse = (magnitude / 2).round() + 4
-        code = torch.where(magnitude < 2, fine, torch.where(magnitude < 4, middle, coarse))
-        return code.to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    def nearest_levels(self, scaled: torch.Tensor) -> torch.Tensor:
+        # Levels are a step apart that doubles with each power of two from 1 on: 0.5, 1, 2. The step is
+        # half of the value with its mantissa bits cleared; `round` is to nearest even.
+        clamped = scaled.abs().clamp_(1.0, 4.0)
+        step = (clamped.view(torch.int32) & EXPONENT_BITS).view(torch.float32).mul_(0.5)
+        return (scaled / step).round_().mul_(step).clamp_(-E2M1_LARGEST, E2M1_LARGEST)
+
+    def codes_of(self, levels: torch.Tensor) -> torch.Tensor:
+        twice = (levels.abs() * 2).to(torch.int32).flatten()
+        codes = self._codes_of_twice.to(levels.device).index_select(0, twice).view(levels.shape)
+        return codes | (levels < 0).to(torch.uint8) << 3
 
     def validate(self, packed: PackedTensor) -> None:
         assert packed.scales is not None

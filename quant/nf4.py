@@ -23,7 +23,7 @@ from collections.abc import Mapping
 import torch
 
 from quant.errors import FormatError
-from quant.four_bit import FourBit, largest_magnitude
+from quant.four_bit import TINY, FourBit, largest_magnitude
 from quant.packed import PackedTensor
 
 BLOCK = 64
@@ -36,7 +36,7 @@ NF4_LEVELS = torch.tensor(
     ],
     dtype=torch.float32,
 )  # fmt: skip
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+BINS = 256  # narrower than any two borders or levels lie apart
 MAX_STATE_BYTES = 1 << 16
 
 
@@ -45,25 +45,49 @@ class Nf4(FourBit):
 
     def __init__(self) -> None:
         super().__init__("nf4", BLOCK, NF4_LEVELS, torch.float32, even_is_low=False)
-        self._borders = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2
+        borders = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2  # [15]
+        # [-1, 1] is cut into bins that hold one border at most. What lies in a bin is below or above
+        # that border, so one look-up and one comparison find the nearest of 16 levels.
+        bins = torch.arange(BINS, dtype=torch.int32)
+        bin_of_border = _bin(borders)
+        below = torch.searchsorted(bin_of_border, bins)  # borders in earlier bins
+        has_border = torch.isin(bins, bin_of_border)
+        self._border = torch.where(has_border, borders[below.clamp(max=14)], 2.0)
+        self._low, self._high = NF4_LEVELS[below], NF4_LEVELS[(below + 1).clamp(max=15)]
+        self._code = torch.zeros(BINS, dtype=torch.uint8)
+        self._code[_bin(NF4_LEVELS).long()] = torch.arange(16, dtype=torch.uint8)
 
     def covering_scales(self, blocks: torch.Tensor) -> torch.Tensor:
         return self.store(largest_magnitude(blocks))
 
     def store(self, scales: torch.Tensor) -> torch.Tensor:
         # A subnormal scale has no float32 reciprocal; blocks of zeros keep 0, as in bitsandbytes.
-        return torch.where(scales == 0, 0, scales.clamp(min=SMALLEST_SCALE))
+        return torch.where(scales == 0, 0, scales.clamp(min=TINY))
 
     def scale_values(self, stored: torch.Tensor) -> torch.Tensor:
         return stored
 
-    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        return torch.bucketize(scaled, self._borders.to(scaled.device), out_int32=True).to(torch.uint8)
+    def nearest_levels(self, scaled: torch.Tensor) -> torch.Tensor:
+        flat = scaled.flatten()
+        bins = _bin(flat.clamp(-1, 1))
+        border, low, high = (
+            table.to(flat.device).index_select(0, bins) for table in (self._border, self._low, self._high)
+        )
+        return torch.where(flat > border, high, low).view(scaled.shape)
+
+    def codes_of(self, levels: torch.Tensor) -> torch.Tensor:
+        bins = _bin(levels.flatten())
+        return self._code.to(levels.device).index_select(0, bins).view(levels.shape)
 
     def validate(self, packed: PackedTensor) -> None:
         assert packed.scales is not None
         if not bool(packed.scales.isfinite().all()):
             raise FormatError("nf4: a scale is NaN or infinite; the file is damaged, download it again")
+
+
+def _bin(values: torch.Tensor) -> torch.Tensor:
+    """The bin of each value in [-1, 1], int32; never falls as values rise."""
+    return ((values + 1) * (BINS / 2)).to(torch.int32).clamp_(max=BINS - 1)
 
 
 NF4 = Nf4()

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional as bnb
 
 from quant.errors import FormatError
-from quant.nf4 import NF4, read_bitsandbytes
+from quant.nf4 import NF4, NF4_LEVELS, read_bitsandbytes
 from quant.packed import PackedTensor
 
 
@@ -94,3 +94,10 @@ def test_other_level_tables_are_refused() -> None:
     tensors["w.quant_map"] = tensors["w.quant_map"].flip(0)
     with pytest.raises(FormatError, match="levels of NF4"):
         read_bitsandbytes(tensors, "w")
+
+
+def test_every_value_goes_to_its_nearest_level() -> None:
+    values = torch.linspace(-1.2, 1.2, 20_001)
+    distance = (values.clamp(-1, 1).unsqueeze(1) - NF4_LEVELS).abs()
+    chosen = (values.clamp(-1, 1) - NF4.nearest_levels(values)).abs()
+    torch.testing.assert_close(chosen, distance.amin(1), rtol=0, atol=1e-7)
