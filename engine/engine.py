@@ -196,7 +196,7 @@ class Engine:
     def _take_news(self) -> bool:
         """Take in submissions and aborts, waiting for some when idle; False when it is time to stop."""
         with self._wake:
-            while not (self._submitted or self._aborted or self._scheduler.running or self._stopping):
+            while not (self._submitted or self._aborted or self._scheduler.has_work or self._stopping):
                 self._wake.wait()
             submitted, self._submitted = self._submitted, []
             aborted, self._aborted = self._aborted, set()

@@ -30,6 +30,11 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._free = list(range(slots - 1, -1, -1))
 
+    @property
+    def has_work(self) -> bool:
+        """True while a sequence runs or waits: when all that ran end together, others may still wait."""
+        return bool(self.running or self.waiting)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         self.waiting.append(sequence)

@@ -57,11 +57,15 @@ class ChatReply:
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": self._usage()}
 
     def _sampling(self, choice: int) -> SamplingParams:
-        wanted = self._request.answer_tokens
+        max_tokens = self._request.answer_tokens
+        if max_tokens is None:
+            prompt = self._prompt
+            max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
         return self._request.sampling(
             self._served.vocab_size,
             choice,
-            max_tokens=self._prompt.max_tokens if wanted is None else wanted,
+            self._prompt.stop_token_ids,
+            max_tokens=max_tokens,
             logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
         )
 

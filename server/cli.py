@@ -30,6 +30,9 @@ def main() -> None:
 
     LOCI_DEBUG=1 shows tracebacks.
     """
+    # OpenMP's threads wait for each other by spinning unless told otherwise before torch is loaded.
+    # Where another program keeps a core busy, that made steps of a small model 60 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:

@@ -10,9 +10,6 @@ import typer
 _WHAT = "Checkpoint directory or GGUF file."
 
 Model = Annotated[Path, typer.Argument(help=_WHAT, show_default=False)]
-Optional_WHAT = "Checkpoint directory or GGUF file."
-
-Model = Annotated[
-    Path | None,
-    typer.Argument(help=f"{_WHAT} Default: the embedded model.", show_default=False),
+OptionalModel = Annotated[
+    Path | None, typer.Argument(help=f"{_WHAT} Default: the embedded model.", show_default=False)
 ]

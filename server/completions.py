@@ -102,10 +102,14 @@ class CompletionReply:
 
     def _sampling(self, index: int) -> SamplingParams:
         request = self._request
+        max_tokens = 1 if self._scores_only else request.max_tokens
+        if max_tokens is None:
+            prompt = self._choices[index].prompt
+            max_tokens = self._served.default_max_tokens(DEFAULT_MAX_TOKENS, len(prompt.token_ids))
         return request.sampling(
             self._served.vocab_size,
             index % request.choices,
-            max_tokens=1 if self._scores_only else request.max_tokens or DEFAULT_MAX_TOKENS,
+            max_tokens=max_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )

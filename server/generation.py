@@ -95,7 +95,7 @@ class Generation:
         if output.finish_reason is FinishReason.ERROR:
             raise ApiError(500, output.error or "the engine failed", code="engine_error")
         if output.finish_reason is FinishReason.ABORT:
-            raise unavailable("the server is stopping; the request was ended", "server_stopping")
+            raise unavailable("the engine stopped before the answer was finished", "engine_stopped")
         return output
 
 

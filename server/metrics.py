@@ -32,7 +32,7 @@ class Metrics:
         )
         self.queue_time = histogram(
             "loci_queue_time_seconds",
-            "From submission until a sequence's prompt is first computed.",
+            "From submission until a sequence is first computed.",
             _LATENCY,
         )
         self.first_token = histogram(
@@ -71,15 +71,13 @@ class SequenceTimer:
     def observe(self, output: Output) -> None:
         """Note the arrival of `output`."""
         now = time.perf_counter()
-        fresh = len(output.token_ids)
-        if fresh and self._last_token is None:
-            self._metrics.first_token.observe(now - self._submitted)
-            fresh -= 1
-            self._last_token = now
-        if fresh and self._last_token is not None:
-            for _ in range(fresh):
-                self._metrics.token_gap.observe((now - self._last_token) / fresh)
-        if output.token_ids:
+        if output.queue_s is not None:
+            self._metrics.queue_time.observe(output.queue_s)
+        for _ in output.token_ids:
+            if self._last_token is None:
+                self._metrics.first_token.observe(now - self._submitted)
+            else:
+                self._metrics.token_gap.observe(now - self._last_token)
             self._last_token = now
         if output.finish_reason is not None:
             self._metrics.end_to_end.observe(now - self._submitted)

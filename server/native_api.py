@@ -78,7 +78,5 @@ def _token_ids(body: TokenizeRequest, served: Served) -> list[int]:
         return served.loaded.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
     if served.loaded.chat is None:
         raise ApiError(400, f"{served.name} has no chat template; send prompt", param="messages")
-    rendered = {"messages": [message.as_prompt() for message in body.messages or []]}
-    if body.tools:
-        rendered["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-    return served.loaded.chat.render(rendered).token_ids
+    conversation = body.model_dump(include={"messages", "tools"}, exclude_none=True)
+    return served.loaded.chat.render(conversation).token_ids

@@ -73,15 +73,6 @@ class Message(Body):
         if self.role == "tool" and self.tool_call_id is None:
             raise RequestError(f"{path}.tool_call_id is required", param=f"{path}.tool_call_id")
 
-    def as_prompt(self) -> dict[str, Any]:
-        """The message for a ChatFormat: content as one string, `developer` as `system`."""
-        message = self.model_dump(exclude_none=True)
-        if isinstance(self.content, list):
-            message["content"] = "\n\n".join(part.text or "" for part in self.content)
-        if self.role == "developer":
-            message["role"] = "system"
-        return message
-
 
 class FunctionDefinition(Body):
     """A function that the model may call; `parameters` is a JSON schema."""

@@ -134,12 +134,17 @@ class GenerationRequest(Body):
         """True where a stream must end with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, vocab_size: int, choice: int, **extra: Any) -> SamplingParams:
+    def sampling(
+        self, vocab_size: int, choice: int, stop_token_ids: Sequence[int] = (), **extra: Any
+    ) -> SamplingParams:
         """Sampling settings of the given choice: choice i has seed + i.
+
+        `stop_token_ids` are the prompt dialect's own; like the model's they give way to ignore_eos.
 
         Raises RequestError naming the field that is out of range.
         """
         seed = None if self.seed is None else self.seed + choice
+        implied = () if self.ignore_eos else tuple(stop_token_ids)
         fields = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
@@ -152,7 +157,7 @@ class GenerationRequest(Body):
             "repetition_penalty": self.repetition_penalty,
             "logit_bias": self._logit_bias(vocab_size),
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()) + implied,
             "ignore_eos": self.ignore_eos,
         } | extra
         return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
@@ -206,12 +211,19 @@ class ChatRequest(GenerationRequest):
 
     def as_prompt(self) -> dict[str, Any]:
         """What a ChatFormat needs to render the conversation."""
-        names = {"tools", "tool_choice", "reasoning_effort", "thinking", "chat_template_kwargs"}
+        names = {
+            "messages",
+            "tools",
+            "tool_choice",
+            "reasoning_effort",
+            "thinking",
+            "chat_template_kwargs",
+        }
         body = self.model_dump(include=names, exclude_none=True)
         if not self.tools:
             body.pop("tools", None)
             body.pop("tool_choice", None)
-        return body | {"messages": [message.as_prompt() for message in self.messages]}
+        return body
 
 
 class CompletionRequest(GenerationRequest):

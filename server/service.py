@@ -37,6 +37,10 @@ class Served:
         """Token ids lie below this."""
         return self.loaded.model.info.vocab_size
 
+    def default_max_tokens(self, wanted: int | None, prompt_tokens: int) -> int | None:
+        """A default length of answers, cut down to what the context has left after the prompt."""
+        return None if wanted is None else max(1, min(wanted, self.engine.max_context - prompt_tokens))
+
 
 def bring_up(settings: Settings) -> Served:
     """Load the model that `settings` name and start its engine.

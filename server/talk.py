@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -82,14 +82,18 @@ class LocalTalk:
     def _generate(self, prompt: ChatPrompt, sampling: Sampling) -> Iterator[MessageDelta]:
         parser = prompt.new_parser()
         if sampling.max_tokens is None:
-            sampling = Sampling(sampling.temperature, prompt.max_tokens, sampling.seed)
-        for output in self._outputs(prompt.token_ids, sampling):
+            max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
+            sampling = replace(sampling, max_tokens=max_tokens)
+        for output in self._outputs(prompt.token_ids, sampling, prompt.stop_token_ids):
             yield from parser.push(output.text)
         yield from parser.finish()
 
-    def _outputs(self, ids: Sequence[int], sampling: Sampling) -> Iterator[Output]:
+    def _outputs(
+        self, ids: Sequence[int], sampling: Sampling, stop_token_ids: tuple[int, ...] = ()
+    ) -> Iterator[Output]:
         inbox: SimpleQueue[Output] = SimpleQueue()
-        ticket = self._served.engine.submit(ids, SamplingParams(**sampling.given), inbox.put)
+        params = SamplingParams(**sampling.given, stop_token_ids=stop_token_ids)
+        ticket = self._served.engine.submit(ids, params, inbox.put)
         try:
             is_over = False
             while not is_over:

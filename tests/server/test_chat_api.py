@@ -1,0 +1,225 @@
+"""Chat completions, as the real OpenAI SDK sees them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+
+from tests.server.harness import LociServer
+
+QUESTION = [{"role": "user", "content": "Hello"}]
+MODEL = "v41-c"
+
+
+def ask(client: openai.OpenAI, **fields: object) -> object:
+    return client.chat.completions.create(
+        **({"model": MODEL, "messages": QUESTION, "max_tokens": 8, "temperature": 0} | fields)
+    )
+
+
+def text_of(message: object) -> str:
+    """Everything the model wrote; the tiny model never ends its reasoning unless thinking is off."""
+    return (getattr(message, "reasoning_content", None) or "") + (message.content or "")
+
+
+def test_a_chat_is_answered(client: openai.OpenAI) -> None:
+    answer = ask(client)
+
+    (choice,) = answer.choices
+    assert answer.object == "chat.completion"
+    assert answer.model == MODEL
+    assert answer.id.startswith("chatcmpl-")
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "length"
+    assert answer.usage.completion_tokens == 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+
+
+def test_reasoning_is_kept_apart_from_content(client: openai.OpenAI) -> None:
+    thinking = ask(client).choices[0].message
+    plain = ask(client, reasoning_effort="none").choices[0].message
+
+    assert thinking.reasoning_content
+    assert not thinking.content
+    assert plain.content
+    assert not hasattr(plain, "reasoning_content")
+
+
+def test_streamed_pieces_add_up_to_the_whole_answer(client: openai.OpenAI) -> None:
+    whole = ask(client)
+    chunks = list(ask(client, stream=True))
+
+    assert "".join(text_of(c.choices[0].delta) for c in chunks) == text_of(whole.choices[0].message)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_a_stream_ends_with_the_usage_where_asked_for(client: openai.OpenAI) -> None:
+    *chunks, last = ask(client, stream=True, stream_options={"include_usage": True})
+
+    assert last.choices == []
+    assert last.usage.completion_tokens == 8
+    assert all(c.usage is None for c in chunks)
+
+
+def test_the_async_sdk_streams_many_answers_at_once(server: LociServer) -> None:
+    async def one(client: openai.AsyncOpenAI, seed: int) -> str:
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=12, seed=seed, stream=True
+        )
+        return "".join([text_of(chunk.choices[0].delta) async for chunk in stream])
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+            return await asyncio.gather(*(one(client, seed) for seed in (1, 2, 3, 4, 5, 6, 1, 2)))
+
+    answers = asyncio.run(all_of_them())
+
+    assert answers[:2] == answers[6:]
+    assert len(set(answers)) == 6
+
+
+def test_a_seed_makes_an_answer_reproducible(client: openai.OpenAI) -> None:
+    answers = {text_of(ask(client, temperature=1, seed=7).choices[0].message) for _ in range(3)}
+
+    assert len(answers) == 1
+
+
+def test_several_choices_have_seeds_that_count_up(client: openai.OpenAI) -> None:
+    together = ask(client, temperature=1, seed=20, n=3)
+    alone = ask(client, temperature=1, seed=22)
+
+    texts = [text_of(choice.message) for choice in together.choices]
+    assert [choice.index for choice in together.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert texts[2] == text_of(alone.choices[0].message)
+    assert together.usage.completion_tokens == 24
+    assert together.usage.prompt_tokens == alone.usage.prompt_tokens
+
+
+def test_several_choices_are_streamed_side_by_side(client: openai.OpenAI) -> None:
+    whole = ask(client, temperature=1, seed=20, n=2)
+    texts = {0: "", 1: ""}
+    reasons = []
+    for chunk in ask(client, temperature=1, seed=20, n=2, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += text_of(choice.delta)
+        reasons.append(choice.finish_reason)
+
+    assert list(texts.values()) == [text_of(choice.message) for choice in whole.choices]
+    assert reasons.count("length") == 2
+
+
+def test_logprobs_tell_tokens_bytes_and_alternatives(client: openai.OpenAI) -> None:
+    answer = ask(client, logprobs=True, top_logprobs=3, max_tokens=5)
+
+    tokens = answer.choices[0].logprobs.content
+    assert len(tokens) == 5
+    for token in tokens:
+        assert bytes(token.bytes).decode("utf-8", "replace") == token.token
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)  # temperature 0
+        assert [t.logprob for t in token.top_logprobs] == sorted(
+            (t.logprob for t in token.top_logprobs), reverse=True
+        )
+
+
+def test_streamed_logprobs_are_the_same_as_whole_ones(client: openai.OpenAI) -> None:
+    whole = ask(client, logprobs=True).choices[0].logprobs.content
+    chunks = ask(client, logprobs=True, stream=True)
+
+    streamed = [token for c in chunks for token in c.choices[0].logprobs.content]
+    assert [t.token for t in streamed] == [t.token for t in whole]
+    assert [t.logprob for t in streamed] == pytest.approx([t.logprob for t in whole], abs=1e-4)
+
+
+def test_logit_bias_forces_a_token(client: openai.OpenAI) -> None:
+    answer = ask(client, logit_bias={"300": 100}, logprobs=True, max_tokens=4)
+
+    assert len({t.token for t in answer.choices[0].logprobs.content}) == 1
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown(client: openai.OpenAI) -> None:
+    fields = {"reasoning_effort": "none", "max_tokens": 20}
+    whole = ask(client, **fields).choices[0].message.content
+    stop = whole[10:13]
+    expected = whole[: whole.index(stop)]
+
+    answer = ask(client, stop=stop, **fields)
+    streamed = ask(client, stop=["never there", stop], stream=True, **fields)
+
+    assert answer.choices[0].message.content == expected
+    assert answer.choices[0].finish_reason == "stop"
+    assert "".join(c.choices[0].delta.content or "" for c in streamed) == expected
+
+
+def test_max_completion_tokens_is_the_current_name_of_max_tokens(client: openai.OpenAI) -> None:
+    answer = ask(client, max_completion_tokens=3, max_tokens=openai.omit)
+
+    assert answer.usage.completion_tokens == 3
+
+
+def test_without_a_limit_the_context_is_the_limit(client: openai.OpenAI) -> None:
+    long_question = [{"role": "user", "content": "word " * 490}]
+    answer = ask(client, messages=long_question, max_tokens=openai.omit, extra_body={"ignore_eos": True})
+
+    assert answer.usage.total_tokens == 2048
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_text_parts_and_the_developer_role_are_understood(client: openai.OpenAI) -> None:
+    newer = ask(
+        client,
+        messages=[
+            {"role": "developer", "content": "Be kind."},
+            {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+        ],
+    )
+    older = ask(client, messages=[{"role": "system", "content": "Be kind."}, *QUESTION])
+
+    assert text_of(newer.choices[0].message) == text_of(older.choices[0].message)
+    assert newer.usage == older.usage
+
+
+def test_tools_and_their_history_are_part_of_the_prompt(client: openai.OpenAI) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    history = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+    ]
+
+    bare = ask(client).usage.prompt_tokens
+    with_tools = ask(client, tools=[tool]).usage.prompt_tokens
+    with_history = ask(client, tools=[tool], messages=history).usage.prompt_tokens
+
+    assert bare < with_tools < with_history
+
+
+def test_fields_without_meaning_here_are_ignored(client: openai.OpenAI) -> None:
+    plain = ask(client)
+    dressed = ask(
+        client,
+        user="someone",
+        metadata={"a": "b"},
+        store=True,
+        service_tier="auto",
+        prompt_cache_key="k",
+        response_format={"type": "text"},
+        extra_body={"nobody_knows_this": [1, 2, 3]},
+    )
+
+    assert text_of(dressed.choices[0].message) == text_of(plain.choices[0].message)
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+
+    assert model.id == MODEL
+    assert model.max_model_len == 2048
+    assert client.models.retrieve(MODEL) == model
