@@ -1,0 +1,64 @@
+"""When what is trained: stages of growing context, and the learning rate over all of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training.
+
+    tokens     how many it lasts
+    context    row length
+    batch      tokens per step
+    rounding   train on the numbers that the files will hold
+    balance    the routing bias still moves
+    decay      the learning rate falls to zero over this stage
+    """
+
+    name: str
+    tokens: int
+    context: int
+    batch: int
+    rounding: bool = False
+    balance: bool = True
+    decay: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All stages, and the peak learning rate that a linear warm-up leads to."""
+
+    peak: float
+    warmup_tokens: int
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> Schedule:
+        raw = json.loads(file.read_text())
+        return cls(raw["peak"], raw["warmup_tokens"], tuple(Stage(**stage) for stage in raw["stages"]))
+
+    @property
+    def total(self) -> int:
+        return sum(stage.tokens for stage in self.stages)
+
+    def stage_at(self, tokens: int) -> tuple[int, Stage]:
+        """The stage that has seen `tokens` before it goes on; the last one for ever after."""
+        end = 0
+        for number, stage in enumerate(self.stages):
+            end += stage.tokens
+            if tokens < end:
+                return number, stage
+        return len(self.stages) - 1, self.stages[-1]
+
+    def learning_rate(self, tokens: int) -> float:
+        """Warm-up, stable, decay (WSD)."""
+        number, stage = self.stage_at(tokens)
+        rate = self.peak * min(1.0, (tokens + 1) / self.warmup_tokens)
+        if stage.decay:
+            begin = sum(s.tokens for s in self.stages[:number])
+            rate *= max(0.0, 1 - (tokens - begin) / stage.tokens)
+        return rate

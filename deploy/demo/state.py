@@ -1,0 +1,71 @@
+"""Everything that training needs to go on bit for bit, in one safetensors file written at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import Model
+from tables import Table
+
+
+@dataclass
+class Progress:
+    """Where training stands: counters and the place in the data."""
+
+    step: int = 0
+    tokens: int = 0
+    stage: int = 0
+    passes: int = 0  # over the corpus, in this stage
+    row: int = 0  # next row of this pass
+    corpus: str = ""  # fingerprint of the data this pass is laid out from
+
+
+class TrainingState:
+    """Model, optimiser, tables and progress, saved and loaded together."""
+
+    def __init__(self, model: Model, optimiser: torch.optim.Optimizer, tables: list[Table]) -> None:
+        self.model, self.optimiser, self.tables = model, optimiser, tables
+        self.progress = Progress()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for parameter, moments in self.optimiser.state.items():
+            for kind, value in moments.items():
+                tensors[f"optimiser.{kind}.{self._names[id(parameter)]}"] = value
+        for i, table in enumerate(self.tables):
+            tensors |= {f"table.{i}.{kind}": getattr(table, kind) for kind in ("weight", "mean", "square")}
+        return tensors
+
+    def save(self, file: Path) -> None:
+        """Write to a temporary name, then rename: a kill at any moment leaves a whole file."""
+        temporary = file.with_suffix(".tmp")
+        save_file(self._tensors(), temporary, metadata={"progress": json.dumps(asdict(self.progress))})
+        temporary.replace(file)
+
+    @torch.no_grad()
+    def load(self, file: Path) -> None:
+        """Take over what `save` wrote. Raises KeyError or RuntimeError where the shapes are another model's."""
+        with safe_open(file, framework="pt") as stored:
+            self.progress = Progress(**json.loads(stored.metadata()["progress"]))
+            names = set(stored.keys())
+            for name, value in self.model.state_dict().items():
+                value.copy_(stored.get_tensor(f"model.{name}"))
+            for name, parameter in self.model.named_parameters():
+                kinds = [
+                    kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{kind}.{name}" in names
+                ]
+                if kinds:
+                    self.optimiser.state[parameter] = {
+                        kind: stored.get_tensor(f"optimiser.{kind}.{name}") for kind in kinds
+                    }
+            for i, table in enumerate(self.tables):
+                for kind in ("weight", "mean", "square"):
+                    getattr(table, kind).copy_(stored.get_tensor(f"table.{i}.{kind}"))

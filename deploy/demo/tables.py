@@ -1,0 +1,54 @@
+"""Engram tables while they are trained: a step gathers the rows it needs and updates only those."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quantise import straight_through
+
+BETAS, EPS = (0.9, 0.99), 1e-10
+
+
+class Table:
+    """One layer's table `[rows, dim]` with Adam's two moments, updated lazily.
+
+    The moments of untouched rows stand still, and nothing is corrected for their youth: with these
+    betas the first step of a fresh row is one learning rate in every channel.
+    """
+
+    def __init__(self, rows: int, dim: int, generator: torch.Generator) -> None:
+        self.weight = torch.randn(rows, dim, generator=generator) * 0.01
+        self.mean = torch.zeros(rows, dim)
+        self.square = torch.zeros(rows, dim)
+
+    def gather(self, rows: Tensor) -> Gathered:
+        """The rows that a step needs; `rows` `[N, columns]`."""
+        unique, inverse = rows.unique(return_inverse=True)
+        return Gathered(self, unique, inverse)
+
+
+class Gathered:
+    """Rows taken out of a table for one step: read them through `values`, then `update`."""
+
+    def __init__(self, table: Table, rows: Tensor, places: Tensor) -> None:
+        self.table, self.rows, self.places = table, rows, places
+        self.leaf = table.weight[rows].requires_grad_()
+
+    def values(self, start: int, stop: int, rounding: bool) -> Tensor:
+        """Concatenated rows of tokens start..stop, `[stop - start, columns * dim]`."""
+        leaf = straight_through(self.leaf, "fp8_row") if rounding else self.leaf
+        return F.embedding(self.places[start:stop], leaf).flatten(1)
+
+    @torch.no_grad()
+    def update(self, learning_rate: float) -> None:
+        """One Adam step for the gathered rows."""
+        grad = self.leaf.grad
+        if grad is None:
+            return
+        table, rows = self.table, self.rows
+        mean = table.mean[rows].lerp_(grad, 1 - BETAS[0])
+        square = table.square[rows].lerp_(grad.square(), 1 - BETAS[1])
+        table.mean[rows], table.square[rows] = mean, square
+        table.weight[rows] = self.leaf.detach() - learning_rate * mean / (square.sqrt() + EPS)

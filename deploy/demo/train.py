@@ -1,0 +1,287 @@
+# ruff: noqa: E402 -- the repository root must be importable before its packages are
+"""Train the demonstration model, or go on with it.
+
+    python deploy/demo/data.py          # once
+    python deploy/demo/train.py         # again and again, until the schedule is done
+
+Stops at SIGTERM or Ctrl-C after the step at hand, with everything saved; killed outright it loses a
+few minutes. `stages.json` says what is trained for how long. Progress goes to `train.csv` and
+`heldout.csv` in the data directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from batches import Corpus, Pass
+from data import read_documents
+from engine.families.deepseek_v41_config import parse_config
+from engine.layers.engram_hash import build_token_map
+from layers import Precision
+from loss import HeadLoss
+from model import Hidden, Model
+from packing import alignment, lay_out, pack, targets
+from paths import demo_directory
+from rows import RowFinder
+from schedule import Schedule, Stage
+from shape import config_for
+from state import TrainingState
+from tables import Gathered, Table
+
+SEED = 41
+WEIGHT_DECAY = 0.1
+TABLE_RATE = 5.0  # times the learning rate of the rest
+CLIP = 1.0
+INDEX_LOSS_WEIGHT = 0.2
+BIAS_STEP = 0.002
+IDLE, OVERWORKED = 0.5, 2.0  # shares of the mean load between which the routing bias rests
+SAVE_EVERY_S = 300.0
+HELD_OUT_EVERY_TOKENS = 500_000
+HELD_OUT_ROWS = 24
+MICRO_TOKENS = 2048
+
+
+class Trainer:
+    """One model in training: data in, steps, records out."""
+
+    def __init__(self, directory: Path, schedule: Schedule) -> None:
+        self.directory, self.schedule = directory, schedule
+        tokenizer_file = directory / "tokenizer.json"
+        if not tokenizer_file.exists():
+            raise SystemExit(f"{tokenizer_file} is missing: run `python deploy/demo/data.py` first")
+        self.config = config = parse_config(config_for(tokenizer_file))
+        torch.manual_seed(SEED)
+        self.model = Model(config).train()
+        generator = torch.Generator().manual_seed(SEED)
+        self.tables = [
+            Table(rows, config.engram_head_dim, generator) for rows in config.engram_num_embeddings
+        ]
+        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
+        self.find_rows = RowFinder(config, build_token_map(tokenizer, config.vocab_size))
+        self.step_tokens = alignment(config)
+        self.state = TrainingState(self.model, optimiser_for(self.model), self.tables)
+        self.corpus = Corpus(directory)
+        self.stopping = False
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def _forward(
+        self, ids: Tensor, documents: Tensor, gathered: list[Gathered], at: int, rounding: bool
+    ) -> Hidden:
+        """A forward of some rows, whose tokens stand from `at` in the step's gathered tables."""
+        tokens = ids.numel()
+        values = [g.values(at, at + tokens, rounding) for g in gathered]
+        return self.model(ids, documents, values)
+
+    def step(self, ids: Tensor, documents: Tensor, stage: Stage, rate: float) -> dict[str, float]:
+        """One update from all rows `[rows, context]`; returns what the log shows."""
+        following, known = targets(ids, documents)
+        total = int(known.sum())
+        gathered = [t.gather(r) for t, r in zip(self.tables, self.find_rows(ids, documents), strict=True)]
+        load = torch.zeros(self.config.num_hidden_layers, self.config.n_routed_experts)
+        loss_sum = index_sum = 0.0
+        rows = max(1, MICRO_TOKENS // stage.context)
+        for first in range(0, len(ids), rows):
+            part = slice(first, first + rows)
+            mask = known[part].flatten()
+            hidden = self._forward(
+                ids[part], documents[part], gathered, first * stage.context, stage.rounding
+            )
+            share = int(mask.sum()) / total
+            wanted = following[part].flatten()[mask]
+            loss = HeadLoss.apply(hidden.states[mask], self.model.head.matrix(), wanted, Precision.products)
+            index_loss = torch.stack(hidden.index_losses).mean()
+            ((loss + INDEX_LOSS_WEIGHT * index_loss) * share).backward()
+            loss_sum += float(loss.detach()) * share
+            index_sum += float(index_loss.detach()) * share
+            real = documents[part].flatten() >= 0
+            for layer, chosen in enumerate(hidden.router_ids):
+                load[layer] += chosen[real].flatten().bincount(minlength=load.shape[1])
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
+        for group in self.state.optimiser.param_groups:
+            group["lr"] = rate
+        self.state.optimiser.step()
+        self.state.optimiser.zero_grad(set_to_none=False)
+        for g in gathered:
+            g.update(rate * TABLE_RATE)
+        if stage.balance:
+            self._balance(load)
+        busiest = float((load.amax(1) / load.mean(1)).max())
+        return {"loss": loss_sum, "index_loss": index_sum, "grad_norm": norm, "busiest_expert": busiest}
+
+    @torch.no_grad()
+    def _balance(self, load: Tensor) -> None:
+        """Move the bias of experts with far too little or too much work; the others keep their character."""
+        relative = load / load.mean(1, keepdim=True)
+        for layer, shares in zip(self.model.layers, relative, strict=True):
+            layer.ffn.gate.bias += BIAS_STEP * ((shares < IDLE).float() - (shares > OVERWORKED).float())
+
+    # -- held-out text ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def held_out(self, context: int, rounding: bool) -> dict[str, float]:
+        """Mean loss per token of some held-out rows of each part."""
+        self.model.eval()
+        losses = {}
+        for file in sorted(self.directory.glob("heldout-*.safetensors")):
+            documents = read_documents([file])
+            pieces = lay_out([len(d) for d in documents], context, self.step_tokens)[:HELD_OUT_ROWS]
+            ids, numbers = pack(
+                [[documents[d][a:b] for d, a, b in row] for row in pieces], context, self.step_tokens
+            )
+            following, known = targets(ids, numbers)
+            gathered = [t.gather(r) for t, r in zip(self.tables, self.find_rows(ids, numbers), strict=True)]
+            total = 0.0
+            for i in range(len(ids)):
+                hidden = self._forward(ids[i : i + 1], numbers[i : i + 1], gathered, i * context, rounding)
+                logits = self.model.head(hidden.states[known[i]])
+                wanted = following[i][known[i]]
+                total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            losses[file.stem.removeprefix("heldout-")] = total / int(known.sum())
+        self.model.train()
+        return losses
+
+    # -- the whole ----------------------------------------------------------------------------
+
+    def run(self, until_tokens: int) -> None:
+        """Train until `until_tokens` have been seen, or a signal asks to stop."""
+        progress = self.state.progress
+        log = Log(self.directory)
+        last_save, mark, marked_tokens = time.monotonic(), time.monotonic(), progress.tokens
+        current: tuple[int, int, str] | None = None
+        while progress.tokens < until_tokens and not self.stopping:
+            number, stage = self.schedule.stage_at(progress.tokens)
+            if number != progress.stage or progress.corpus != self.corpus.fingerprint:
+                # Another row length or other data: rows are laid out anew, and this pass begins again.
+                progress.stage, progress.row, progress.corpus = number, 0, self.corpus.fingerprint
+                progress.passes += 1
+            if current != (number, progress.passes, progress.corpus):
+                self.model.set_rounding(stage.rounding)
+                data = Pass.of(self.corpus, stage.context, self.step_tokens, (SEED, progress.passes))
+                current = (number, progress.passes, progress.corpus)
+            count = stage.batch // stage.context
+            if progress.row + count > len(data.rows):
+                progress.passes, progress.row = progress.passes + 1, 0
+                continue
+            ids, documents = data.batch(progress.row, count)
+            rate = self.schedule.learning_rate(progress.tokens)
+            result = self.step(ids, documents, stage, rate)
+            if not math.isfinite(result["loss"]):
+                raise SystemExit(
+                    f"step {progress.step}: the loss is {result['loss']}; the last save is untouched"
+                )
+            before = progress.tokens
+            progress.row += count
+            progress.step += 1
+            progress.tokens += ids.numel()
+            now = time.monotonic()
+            if progress.step % 10 == 0:
+                speed = (progress.tokens - marked_tokens) / (now - mark)
+                log.step(progress.step, progress.tokens, stage.name, rate, result, speed)
+                mark, marked_tokens = now, progress.tokens
+            if before // HELD_OUT_EVERY_TOKENS != progress.tokens // HELD_OUT_EVERY_TOKENS:
+                log.held_out(progress.tokens, self.held_out(stage.context, stage.rounding))
+                mark, marked_tokens = time.monotonic(), progress.tokens
+            if now - last_save > SAVE_EVERY_S:
+                self.save()
+                last_save = time.monotonic()
+        self.save()
+
+    def save(self) -> None:
+        self.state.save(self.directory / "state.safetensors")
+
+    def stop(self, signum: int, frame: FrameType | None) -> None:
+        """Signal handler: finish the step at hand, save, leave."""
+        self.stopping = True
+
+
+def optimiser_for(model: Model) -> torch.optim.AdamW:
+    """AdamW; matrices decay, everything that is a vector or a token's own row does not."""
+    decaying = [p for n, p in model.named_parameters() if p.dim() >= 2 and not n.startswith("embed")]
+    others = [p for n, p in model.named_parameters() if p.dim() < 2 or n.startswith("embed")]
+    groups = [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
+
+
+class Log:
+    """Two CSV files that grow: training steps and held-out losses."""
+
+    def __init__(self, directory: Path) -> None:
+        self.steps, self.losses = directory / "train.csv", directory / "heldout.csv"
+
+    def _append(self, file: Path, row: dict[str, object]) -> None:
+        fresh = not file.exists()
+        with file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            if fresh:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def step(
+        self, step: int, tokens: int, stage: str, rate: float, result: dict[str, float], speed: float
+    ) -> None:
+        numbers = {name: f"{value:.4f}" for name, value in result.items()}
+        row = {"step": step, "tokens": tokens, "stage": stage, "rate": f"{rate:.6f}", **numbers}
+        self._append(self.steps, {**row, "tokens_per_s": f"{speed:.0f}"})
+
+    def held_out(self, tokens: int, losses: dict[str, float]) -> None:
+        self._append(
+            self.losses, {"tokens": tokens, **{part: f"{loss:.4f}" for part, loss in losses.items()}}
+        )
+
+
+def fast_products() -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware, else float32."""
+    capability = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") else torch.float32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dir", type=Path, default=demo_directory(), help="where data and checkpoints lie")
+    parser.add_argument("--stages", type=Path, default=HERE / "stages.json")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--until-tokens", type=int, help="stop there; default: the end of the schedule")
+    parser.add_argument(
+        "--products",
+        choices=("bfloat16", "float32"),
+        help="dtype of matrix products; default: what is fast here",
+    )
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    Precision.products = getattr(torch, args.products) if args.products else fast_products()
+    schedule = Schedule.read(args.stages)
+    trainer = Trainer(args.dir, schedule)
+    saved = args.dir / "state.safetensors"
+    if saved.exists():
+        trainer.state.load(saved)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, trainer.stop)
+    progress = trainer.state.progress
+    print(
+        f"{progress.tokens:,} of {schedule.total:,} tokens seen; products in {Precision.products}", flush=True
+    )
+    trainer.run(args.until_tokens or schedule.total)
+    print(f"stopped at {trainer.state.progress.tokens:,} tokens, everything saved in {saved}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
