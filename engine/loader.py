@@ -10,6 +10,7 @@ from engine.families import family_of
 from engine.model import Component, Model, ModelInfo
 from engine.prompts import ChatFormat, chat_format_for
 from engine.tokenizer import Tokenizer
+from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from memory.gguf_files import open_gguf
 from memory.safetensors_files import open_safetensors
@@ -59,12 +60,12 @@ def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
     return family_of(checkpoint).describe(checkpoint)
 
 
-def load(path: Path) -> Loaded:
-    """Load the checkpoint directory or GGUF file at `path`."""
+def load(path: Path, budget: MemoryBudget | None = None) -> Loaded:
+    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine)."""
     checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
     _, components = family.describe(checkpoint)
-    model = family.load(checkpoint, choose())
+    model = family.load(checkpoint, choose(), budget or MemoryBudget.of_this_machine())
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
     return Loaded(model, tokenizer, chat, components)

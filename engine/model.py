@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
+from memory.telemetry import Telemetry
 from quant.kernels import Kernels
 
 
@@ -105,6 +107,19 @@ class Model(ABC):
 
     info: ModelInfo
 
+    def close(self) -> None:  # noqa: B027 - most models hold nothing that must be closed
+        """Give back threads and files; the model cannot run afterwards."""
+
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes of weights allocated in each tier."""
+        return {}
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        """What moved, hit and stalled; None where nothing moves."""
+        return None
+
     @abstractmethod
     def new_cache(self, slots: int, capacity: int) -> KvCache:
         """A cache for `slots` sequences of `capacity` tokens."""
@@ -135,10 +150,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def load(self, checkpoint: Checkpoint, kernels: Kernels) -> Model:
-        """The model, its weights mapped or read, still packed.
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
+        """The model, its weights mapped or read within `budget`, still packed.
 
-        Raises CheckpointError listing everything that is wrong, before anything large is read.
+        Raises CheckpointError listing everything that is wrong, before anything large is read, and
+        BudgetError where what every token needs does not fit.
         """
 
 

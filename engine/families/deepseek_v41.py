@@ -36,8 +36,9 @@ from engine.layers.sparse_attention import (
 )
 from engine.layers.sparse_cache import CacheShape, SourceState, SparseCache
 from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
+from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
-from memory.hardware import available_memory_bytes
+from memory.telemetry import Telemetry
 from quant.errors import ConfigError
 from quant.kernels import Kernels
 
@@ -101,6 +102,18 @@ class DeepseekV41(Model):
             history=config.engram_max_ngram_size - 1 if config.engram_layer_ids else 0,
             history_pad=int(token_map[config.engram_pad_token_id]) if config.engram_layer_ids else 0,
         )
+
+    def close(self) -> None:
+        self.weights.experts.close()
+
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        tiers = self.weights.experts.tier_bytes
+        return {**tiers, "dram": tiers["dram"] + self.weights.dense_bytes}
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self.weights.experts.telemetry
 
     def new_cache(self, slots: int, capacity: int) -> SparseCache:
         return SparseCache(self.cache_shape, slots, capacity)
@@ -267,17 +280,32 @@ class DeepseekV41(Model):
     def _experts(self, number: int, layer: LayerWeights, x: torch.Tensor, step: _Step) -> torch.Tensor:
         """Section 5: routed experts and the shared one, `[tokens, hidden]` to the same."""
         config = self.config
-        scores = F.softplus(self.kernels.linear(x, layer.gate)).sqrt()
-        chosen = (scores + layer.gate_bias).topk(config.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
+        store = self.weights.experts
+        chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
-        routed = self.kernels.moe(x, chosen, weights, layer.experts, config.swiglu_limit)
+        experts = store.acquire(number, chosen)
+        if number + 1 < config.num_hidden_layers and not store.holds_all(number + 1):
+            guess, _ = self._route(self.weights.layers[number + 1], x)
+            store.prefetch(number + 1, guess.flatten().tolist())
+        routed = experts.run(x, weights, config.swiglu_limit)
         shared = layer.shared_experts
         gate = self.kernels.linear(x, shared.w1).clamp(max=config.swiglu_limit)
         up = self.kernels.linear(x, shared.w3).clamp(-config.swiglu_limit, config.swiglu_limit)
         return routed + self.kernels.linear(F.silu(gate) * up, shared.w2)
+
+    def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`.
+
+        The residual changes little from layer to layer, so the next layer's router, asked with this
+        layer's input, guesses most of its own choice.
+        """
+        config = self.config
+        scores = F.softplus(self.kernels.linear(x, layer.gate)).sqrt()
+        chosen = (scores + layer.gate_bias).topk(config.num_experts_per_tok, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
+        return chosen, weights
 
 
 def _complete_groups(
@@ -309,7 +337,7 @@ class DeepseekV41Family(Family):
         config = parse_config(checkpoint.config)
         return self._info(config, checkpoint.path), components(config, checkpoint)
 
-    def load(self, checkpoint: Checkpoint, kernels: Kernels) -> DeepseekV41:
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
         config = parse_config(checkpoint.config)
         checkpoint.verify(expected_tensors(config, checkpoint), IGNORED_PREFIXES)
         token_map = torch.zeros(0, dtype=torch.int64)
@@ -320,7 +348,7 @@ class DeepseekV41Family(Family):
                     checkpoint.path / "tokenizer.json", config.vocab_size, config.engram_compressed_vocab_size
                 )
             )
-        weights = read_weights(config, checkpoint, kernels, available_memory_bytes())
+        weights = read_weights(config, checkpoint, kernels, budget)
         return DeepseekV41(config, self._info(config, checkpoint.path), weights, token_map, kernels)
 
     def _info(self, config: V41Config, path: Path) -> ModelInfo:

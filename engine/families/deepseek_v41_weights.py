@@ -15,10 +15,12 @@ from engine.families.deepseek_v41_config import V41Config
 from engine.layers.engram import EngramMix
 from engine.layers.hyper_connections import HyperConnection
 from engine.model import Component
-from memory.checkpoint import Checkpoint, TensorSpec
+from memory.budget import MemoryBudget
+from memory.checkpoint import Checkpoint, TensorEntry, TensorSpec
+from memory.expert_store import ExpertStore
 from quant.errors import BudgetError
 from quant.fp8 import FP8_32, FP8_ROW, Fp8
-from quant.kernels import Experts, ExpertWeights, Kernels, Weight
+from quant.kernels import ExpertWeights, Kernels, Weight
 from quant.mxfp4 import BLOCK, MXFP4
 from quant.packed import PackedTensor
 
@@ -77,7 +79,6 @@ class LayerWeights:
     attn: AttentionWeights
     gate: Weight
     gate_bias: torch.Tensor
-    experts: Experts
     shared_experts: SharedExpert
     engram: EngramMix | None
     engram_table: PackedTensor | None
@@ -91,6 +92,8 @@ class V41Weights:
     norm: torch.Tensor
     head: Weight
     layers: tuple[LayerWeights, ...]
+    experts: ExpertStore
+    dense_bytes: int
 
 
 class _Expectations:
@@ -222,67 +225,77 @@ class _Reader:
         codes, scales = self._bytes(f"{name}.weight"), self._bytes(f"{name}.scale")
         return PackedTensor(format_, (codes.shape[0], codes.shape[1]), codes, scales)
 
-    def fp4(self, name: str) -> PackedTensor:
-        codes, scales = self._bytes(f"{name}.weight"), self._bytes(f"{name}.scale")
-        return PackedTensor(MXFP4, (codes.shape[0], 2 * codes.shape[1]), codes, scales)
 
+@dataclass(frozen=True)
+class V41ExpertFiles:
+    """Where the routed experts of a checkpoint are, for the expert store."""
 
-class MappedExperts:
-    """A layer's routed experts as views of the mapped checkpoint; the page cache decides what is in DRAM."""
+    checkpoint: Checkpoint
+    layers: int
+    experts: int
+    hidden: int
+    width: int
 
-    def __init__(self, reader: _Reader, prefix: str) -> None:
-        self._reader = reader
-        self._prefix = prefix
+    def entries(self, layer: int, expert: int) -> list[TensorEntry]:
+        """The tensors of one expert."""
+        names = self.checkpoint.entries
+        prefix = self._prefix(layer, expert)
+        return [names[f"{prefix}.{w}.{part}"] for w in ("w1", "w3", "w2") for part in ("weight", "scale")]
 
-    def __getitem__(self, expert_id: int) -> ExpertWeights:
-        expert = f"{self._prefix}.{expert_id}"
-        read = self._reader.fp4
-        return ExpertWeights(read(f"{expert}.w1"), read(f"{expert}.w3"), read(f"{expert}.w2"))
+    def weights(self, layer: int, expert: int, raw: dict[str, torch.Tensor]) -> ExpertWeights:
+        """The expert's matrices from the raw bytes of its tensors, by name."""
+        prefix = self._prefix(layer, expert)
 
+        def fp4(name: str, rows: int, cols: int) -> PackedTensor:
+            codes = raw[f"{prefix}.{name}.weight"].view(rows, cols // 2)
+            return PackedTensor(
+                MXFP4, (rows, cols), codes, raw[f"{prefix}.{name}.scale"].view(rows, cols // BLOCK)
+            )
 
-def resident(experts: MappedExperts, count: int, kernels: Kernels) -> list[ExpertWeights]:
-    """All of a layer's experts copied into memory, as the kernels like them; as many bytes as mapped."""
+        return ExpertWeights(
+            fp4("w1", self.width, self.hidden),
+            fp4("w3", self.width, self.hidden),
+            fp4("w2", self.hidden, self.width),
+        )
 
-    def prepared(weight: PackedTensor) -> PackedTensor:
-        ready = kernels.prepare(weight)
-        assert isinstance(ready, PackedTensor)
-        return ready
-
-    return [
-        ExpertWeights(prepared(e.w1), prepared(e.w3), prepared(e.w2))
-        for e in map(experts.__getitem__, range(count))
-    ]
+    def _prefix(self, layer: int, expert: int) -> str:
+        return f"layers.{layer}.ffn.experts.{expert}"
 
 
 def read_weights(
-    config: V41Config, checkpoint: Checkpoint, kernels: Kernels, budget_bytes: int
+    config: V41Config, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget
 ) -> V41Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    Dense weights are copied into memory as the kernels like them, routed experts too where all of
-    them fit into what is left of `budget_bytes`; else they stay mapped. Raises BudgetError where not
-    even the dense weights fit.
+    Dense weights are copied into memory as the kernels like them; routed experts get what is left of
+    the budget; Engram tables stay mapped. Raises BudgetError where not even the dense weights fit.
     """
     parts = components(config, checkpoint)
-    expert_bytes = sum(part.nbytes for part in parts if part.kind == "routed_experts")
     dense_bytes = sum(part.nbytes for part in parts if part.kind not in ("routed_experts", "engram"))
-    if dense_bytes > budget_bytes:
+    if dense_bytes > budget.dram_bytes:
         raise BudgetError(
             f"{checkpoint.path}: the weights that every token uses need {dense_bytes / 1e9:.1f} GB, "
-            f"{budget_bytes / 1e9:.1f} GB of memory are free; free some, or take a smaller model"
+            f"{budget.dram_bytes / 1e9:.1f} GB of memory may be used; free some, or take a smaller model"
         )
-    experts_fit = dense_bytes + expert_bytes <= budget_bytes
     reader = _Reader(checkpoint, kernels)
-    layers = tuple(_read_layer(config, reader, n, experts_fit) for n in range(config.num_hidden_layers))
+    files = V41ExpertFiles(
+        checkpoint,
+        config.num_hidden_layers,
+        config.n_routed_experts,
+        config.hidden_size,
+        config.moe_intermediate_size,
+    )
     return V41Weights(
         embed=reader.plain("embed.weight"),
         norm=reader.small("norm.weight"),
         head=reader.plain("head.weight"),
-        layers=layers,
+        layers=tuple(_read_layer(config, reader, n) for n in range(config.num_hidden_layers)),
+        experts=ExpertStore(files, kernels, budget.after(dense_bytes), budget.cards),
+        dense_bytes=dense_bytes,
     )
 
 
-def _read_layer(c: V41Config, reader: _Reader, n: int, experts_fit: bool) -> LayerWeights:
+def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
     layer = f"layers.{n}"
 
     def connection(sub: str) -> HyperConnection:
@@ -301,7 +314,6 @@ def _read_layer(c: V41Config, reader: _Reader, n: int, experts_fit: bool) -> Lay
         qk = reader.small(f"{layer}.engram.q_weight") * reader.small(f"{layer}.engram.k_weight")
         engram = EngramMix(reader.dense(f"{layer}.engram.wkv"), qk, c.rms_norm_eps)
         table = reader.fp8(f"{layer}.engram.embed", FP8_ROW)
-    mapped = MappedExperts(reader, f"{layer}.ffn.experts")
     shared = f"{layer}.ffn.shared_experts"
     return LayerWeights(
         attn_norm=reader.small(f"{layer}.attn_norm.weight"),
@@ -311,7 +323,6 @@ def _read_layer(c: V41Config, reader: _Reader, n: int, experts_fit: bool) -> Lay
         attn=_read_attention(c, reader, n),
         gate=reader.plain(f"{layer}.ffn.gate.weight"),
         gate_bias=reader.small(f"{layer}.ffn.gate.bias"),
-        experts=resident(mapped, c.n_routed_experts, reader.kernels) if experts_fit else mapped,
         shared_experts=SharedExpert(
             reader.dense(f"{shared}.w1"), reader.dense(f"{shared}.w3"), reader.dense(f"{shared}.w2")
         ),

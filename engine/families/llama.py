@@ -15,11 +15,11 @@ from engine.families.llama_config import LlamaConfig, expected_tensors, parse_co
 from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, inverse_frequencies
 from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
+from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from quant.errors import BudgetError
 from quant.gguf import weight_from_bytes
 from quant.kernels import Kernels, Weight
-from quant.packed import PackedTensor
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Llama(Model):
         rotation = Rotation.at(positions, self.frequencies)
         masks = [self._mask(segment) for segment in batch.segments]
 
-        x = _rows(self.embed, batch.token_ids)  # [tokens, hidden]
+        x = self._embedded(batch.token_ids)  # [tokens, hidden]
         for number, layer in enumerate(self.layers):
             x = x + self._attention(
                 number, layer, rms_norm(x, layer.attn_norm, eps), batch, cache, rotation, masks
@@ -132,6 +132,12 @@ class Llama(Model):
         for segment in batch.segments:
             cache.advance(segment)
         return linear(rms_norm(x[batch.logit_rows], self.norm, eps), self.head)
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding as float32; no others are decoded."""
+        if isinstance(self.embed, torch.Tensor):
+            return self.embed[token_ids].float()
+        return self.kernels.gather_rows(self.embed, token_ids)
 
     def _attention(
         self,
@@ -182,13 +188,6 @@ class Llama(Model):
         return x.view(*x.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
 
 
-def _rows(table: Weight, rows: torch.Tensor) -> torch.Tensor:
-    """Rows of an embedding table as float32, decoding no others; rows `[n]` -> `[n, hidden]`."""
-    if isinstance(table, torch.Tensor):
-        return table[rows].float()
-    return PackedTensor(table.format, (len(rows), table.shape[1]), table.codes[rows]).decode()
-
-
 class LlamaFamily(Family):
     """Recognises, describes, checks and loads dense Llama checkpoints."""
 
@@ -198,9 +197,16 @@ class LlamaFamily(Family):
         config = parse_config(checkpoint)
         return self._info(config, checkpoint), _components(config, checkpoint)
 
-    def load(self, checkpoint: Checkpoint, kernels: Kernels) -> Llama:
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Llama:
         config = parse_config(checkpoint)
         checkpoint.verify(expected_tensors(config))
+
+        nbytes = sum(entry.nbytes for entry in checkpoint.entries.values())
+        if nbytes > budget.dram_bytes:
+            raise BudgetError(
+                f"{checkpoint.path}: the weights, all used for every token, need {nbytes:,} bytes; the "
+                f"budget is {budget.dram_bytes:,} bytes of memory; free some, or take a smaller model"
+            )
 
         def read(role: str, *layer: int) -> Weight:
             entry = checkpoint.entries[config.names[role].format(*layer)]
@@ -215,12 +221,15 @@ class LlamaFamily(Family):
             LayerWeights(
                 attn_norm=norm("attn_norm", n),
                 ffn_norm=norm("ffn_norm", n),
-                **{role: read(role, n) for role in ("q", "k", "v", "o", "gate", "up", "down")},
+                **{
+                    role: kernels.prepare(read(role, n))
+                    for role in ("q", "k", "v", "o", "gate", "up", "down")
+                },
             )
             for n in range(config.layers)
         )
-        embed = read("embed")
-        head = embed if config.is_tied else read("head")
+        embed = kernels.prepare(read("embed")) if config.is_tied else read("embed")
+        head = embed if config.is_tied else kernels.prepare(read("head"))
         return Llama(config, self._info(config, checkpoint), kernels, embed, layers, norm("norm"), head)
 
     def _info(self, config: LlamaConfig, checkpoint: Checkpoint) -> ModelInfo:

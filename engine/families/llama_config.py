@@ -99,7 +99,6 @@ def _gguf_config(checkpoint: Checkpoint) -> LlamaConfig:
     read.refuse_unless("llama.attention.value_length", head_dim, None)
     read.refuse_unless("llama.rope.scaling.type", "none", None)
     read.refuse_unless("llama.expert_count", 0, None)
-    ends = (read.token_id(f"tokenizer.ggml.{name}_token_id") for name in GGUF_ENDS)
     return LlamaConfig(
         hidden=hidden,
         layers=read.count("llama.block_count"),
@@ -111,8 +110,8 @@ def _gguf_config(checkpoint: Checkpoint) -> LlamaConfig:
         max_context=read.count("llama.context_length"),
         rope_theta=read.number("llama.rope.freq_base", 10000.0),
         rms_norm_eps=read.number("llama.attention.layer_norm_rms_epsilon"),
-        bos_token_id=read.token_id("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(sorted({end for end in ends if end is not None})),
+        bos_token_id=next(iter(read.token_ids("tokenizer.ggml.bos_token_id")), None),
+        eos_token_ids=read.token_ids(*(f"tokenizer.ggml.{name}_token_id" for name in GGUF_ENDS)),
         is_tied=GGUF_NAMES["head"] not in checkpoint.entries,
         has_pairs_side_by_side=True,
         names=GGUF_NAMES,
@@ -122,14 +121,13 @@ def _gguf_config(checkpoint: Checkpoint) -> LlamaConfig:
 def _hf_config(checkpoint: Checkpoint) -> LlamaConfig:
     read = _Keys(checkpoint)
     rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
         raise ConfigError(f"{checkpoint.path}: rope scaling {kind!r} is not supported by the llama family")
     read.refuse_unless("hidden_act", "silu", None)
     read.refuse_unless("attention_bias", False, None)
     read.refuse_unless("mlp_bias", False, None)
     hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
-    ends = checkpoint.config.get("eos_token_id")
     is_tied = checkpoint.config.get("tie_word_embeddings", False) is True
     return LlamaConfig(
         hidden=hidden,
@@ -142,8 +140,8 @@ def _hf_config(checkpoint: Checkpoint) -> LlamaConfig:
         max_context=read.count("max_position_embeddings"),
         rope_theta=read.number("rope_theta", rope.get("rope_theta", 10000.0)),
         rms_norm_eps=read.number("rms_norm_eps"),
-        bos_token_id=read.token_id("bos_token_id"),
-        eos_token_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
+        eos_token_ids=read.token_ids("eos_token_id"),
         is_tied=is_tied and HF_NAMES["head"] not in checkpoint.entries,
         has_pairs_side_by_side=False,
         names=HF_NAMES,
@@ -170,10 +168,16 @@ class _Keys:
             raise ConfigError(f"{self.path}: {key} is {value!r}, expected a whole number")
         return int(value)
 
-    def token_id(self, key: str) -> int | None:
-        return (
-            None if self.config.get(key) is None else int(self.number(key, None) if self.config[key] else 0)
-        )
+    def token_ids(self, *keys: str) -> tuple[int, ...]:
+        """The ids under `keys`, in order, each once; a key may hold one id, a list, or be absent."""
+        found: list[int] = []
+        for key in keys:
+            value = self.config.get(key)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+                raise ConfigError(f"{self.path}: {key} is {value!r}, expected a token id")
+            found += ids
+        return tuple(dict.fromkeys(found))
 
     def refuse_unless(self, key: str, *accepted: Any) -> None:
         value = self.config.get(key)

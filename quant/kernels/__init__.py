@@ -36,6 +36,10 @@ class Kernels(Protocol):
         """A dense weight as this back end likes it, made once at load; may copy it into memory."""
         ...
 
+    def slot_layout(self, hidden: int, width: int) -> SlotLayout:
+        """How this back end wants an expert of these dimensions to lie in a slot."""
+        ...
+
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         """`x @ weight^T`: `[..., cols]` -> `[..., rows]`."""
         ...
@@ -73,6 +77,25 @@ class ExpertWeights:
     w1: PackedTensor
     w3: PackedTensor
     w2: PackedTensor
+
+
+class SlotLayout(Protocol):
+    """How an expert's bytes lie in a slot of fixed size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot."""
+        ...
+
+    def pack_into(
+        self, slot: torch.Tensor, w1: PackedTensor, w3: PackedTensor, w2: PackedTensor, threads: int = 1
+    ) -> ExpertWeights:
+        """Rearrange an expert's weights, as files have them, into `slot` (uint8 `[nbytes]`)."""
+        ...
+
+    def views(self, slot: torch.Tensor) -> ExpertWeights:
+        """The weights of the expert that lies in `slot`."""
+        ...
 
 
 def choose() -> Kernels:

@@ -15,7 +15,16 @@ import torch
 from quant.errors import ConfigError
 from quant.fp8 import FP8_ROW
 from quant.kernels import Experts, Weight, library
-from quant.kernels.layout import Matrix, Tiled, contiguous, matrix, tile, tiled_format, untile
+from quant.kernels.layout import (
+    ExpertSlotLayout,
+    Matrix,
+    Tiled,
+    contiguous,
+    matrix,
+    tile,
+    tiled_format,
+    untile,
+)
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import PackedTensor
 
@@ -77,6 +86,10 @@ class NativeKernels:
         ):
             return weight
         return tile(weight)
+
+    def slot_layout(self, hidden: int, width: int) -> ExpertSlotLayout:
+        """Slots of panels."""
+        return ExpertSlotLayout(hidden, width)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from quant.kernels import Experts, Weight
 from quant.packed import PackedTensor
+from quant.slots import FileSlotLayout
 
 # Largest decoded block, in values: 4 Mi float32 values are 16 MiB.
 DECODE_VALUES = 1 << 22
@@ -29,6 +30,10 @@ class ReferenceKernels:
 
     def prepare(self, weight: Weight) -> Weight:
         return weight
+
+    def slot_layout(self, hidden: int, width: int) -> FileSlotLayout:
+        """Slots in file layout."""
+        return FileSlotLayout(hidden, width)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from engine.families import family_of
 from engine.families.deepseek_v41 import DeepseekV41
-from engine.families.deepseek_v41_weights import MappedExperts, components
 from engine.model import Batch, Trace
+from memory.budget import MemoryBudget
 from memory.safetensors_files import open_safetensors
 from quant.errors import BudgetError
 from quant.kernels import choose
@@ -22,6 +22,7 @@ from quant.kernels.reference import ReferenceKernels
 from tests.conftest import golden_path
 
 TOLERANCE = 1e-4
+PLENTY = MemoryBudget(1 << 30)
 NAMES = ("v41-a", "v41-b", "v41-c")
 
 
@@ -43,7 +44,7 @@ def load_golden(name: str) -> Golden:
     if name not in _loaded:
         path = golden_path(name)
         checkpoint = open_safetensors(path)
-        model = family_of(checkpoint).load(checkpoint, ReferenceKernels())
+        model = family_of(checkpoint).load(checkpoint, ReferenceKernels(), PLENTY)
         assert isinstance(model, DeepseekV41)
         expected = load_file(path / "expected.safetensors")
         _loaded[name] = Golden(model, expected["input_ids"].tolist(), expected)
@@ -172,7 +173,7 @@ def test_a_reused_slot_remembers_nothing() -> None:
 def test_the_chosen_kernels_match_as_the_plain_ones_do(name: str) -> None:
     golden = load_golden(name)
     checkpoint = open_safetensors(golden_path(name))
-    model = family_of(checkpoint).load(checkpoint, choose())
+    model = family_of(checkpoint).load(checkpoint, choose(), PLENTY)
     cache = model.new_cache(1, len(golden.ids))
     whole = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), cache)
     assert_close(whole, golden.logits)
@@ -184,24 +185,10 @@ def test_the_chosen_kernels_match_as_the_plain_ones_do(name: str) -> None:
     assert_close(torch.cat(stepwise), golden.logits[:130])
 
 
-def test_experts_that_do_not_fit_into_memory_stay_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = load_golden("v41-c")
-    parts = components(golden.model.config, open_safetensors(golden_path("v41-c")))
-    dense = sum(p.nbytes for p in parts if p.kind not in ("routed_experts", "engram"))
-    monkeypatch.setattr("engine.families.deepseek_v41.available_memory_bytes", lambda: dense + 10)
-    checkpoint = open_safetensors(golden_path("v41-c"))
-    model = family_of(checkpoint).load(checkpoint, choose())
-    assert isinstance(model, DeepseekV41)
-    assert all(isinstance(layer.experts, MappedExperts) for layer in model.weights.layers)
-    logits = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), model.new_cache(1, 150))
-    assert_close(logits, golden.logits)
-
-
-def test_dense_weights_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.families.deepseek_v41.available_memory_bytes", lambda: 1000)
+def test_dense_weights_that_do_not_fit_are_refused() -> None:
     checkpoint = open_safetensors(golden_path("v41-c"))
     with pytest.raises(BudgetError, match="the weights that every token uses need"):
-        family_of(checkpoint).load(checkpoint, choose())
+        family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(1000))
 
 
 def test_only_the_wanted_logits_are_computed() -> None:
@@ -244,7 +231,7 @@ def test_the_other_dialect_of_the_config_loads_to_the_same_model(checkpoint_copy
     assert parse_config(other) == parse_config(released)
     (checkpoint_copy / "config.json").write_text(json.dumps(other))
     checkpoint = open_safetensors(checkpoint_copy)
-    model = family_of(checkpoint).load(checkpoint, ReferenceKernels())
+    model = family_of(checkpoint).load(checkpoint, ReferenceKernels(), PLENTY)
     golden = load_golden("v41-c")
     logits = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), model.new_cache(1, 150))
     assert_close(logits, golden.logits)

@@ -1,0 +1,97 @@
+"""Direct reads: ranges of files into memory past the page cache, aligned and coalesced.
+
+The page cache would hold every expert twice and evict by its own rules; O_DIRECT reads leave the
+decision to the expert store. File systems that refuse O_DIRECT (tmpfs, some overlays) are read
+through the cache, which is slower to evict but gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memory.checkpoint import TensorEntry
+from quant.errors import CheckpointError
+
+BLOCK = 4096  # O_DIRECT wants offsets, lengths and addresses to be multiples of this
+MOST_GAP = 256 << 10  # ranges closer together than this are read at once
+
+
+@dataclass(frozen=True)
+class Range:
+    """A run of bytes that is read with one request, and the tensors in it."""
+
+    file: Path
+    start: int
+    stop: int
+    entries: tuple[TensorEntry, ...]
+
+
+def coalesce(entries: Sequence[TensorEntry]) -> list[Range]:
+    """As few runs of bytes as hold all `entries`, each run aligned to blocks."""
+    ranges: list[Range] = []
+    for entry in sorted(entries, key=lambda e: (str(e.file), e.offset)):
+        start = entry.offset // BLOCK * BLOCK
+        stop = -(-(entry.offset + entry.nbytes) // BLOCK) * BLOCK
+        last = ranges[-1] if ranges else None
+        if last is not None and last.file == entry.file and start - last.stop <= MOST_GAP:
+            joined = Range(last.file, last.start, max(last.stop, stop), (*last.entries, entry))
+            ranges[-1] = joined
+        else:
+            ranges.append(Range(entry.file, start, stop, (entry,)))
+    return ranges
+
+
+class DirectFiles:
+    """Open files read past the page cache. Thread-safe: every read gives its own position."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+
+    def open(self, files: Sequence[Path]) -> None:
+        """Open `files` once, before threads read from them. Raises CheckpointError."""
+        for file in files:
+            if file in self._descriptors:
+                continue
+            try:
+                descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+            except OSError:
+                try:
+                    descriptor = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be opened ({error.strerror})") from None
+            self._descriptors[file] = descriptor
+
+    def close(self) -> None:
+        """Close all files."""
+        for descriptor in self._descriptors.values():
+            with suppress(OSError):
+                os.close(descriptor)
+        self._descriptors.clear()
+
+    def read(self, part: Range) -> dict[str, torch.Tensor]:
+        """The raw bytes of the tensors of `part`, uint8 `[nbytes]` each, views of one fresh buffer.
+
+        Raises CheckpointError where the file has become shorter.
+        """
+        buffer = mmap.mmap(-1, part.stop - part.start)  # page-aligned
+        view = memoryview(buffer)
+        done = 0
+        needed = max(entry.offset + entry.nbytes for entry in part.entries) - part.start
+        while done < needed:
+            # A short read ends at the end of the file, so what follows starts on a block again.
+            count = os.preadv(self._descriptors[part.file], [view[done:]], part.start + done)
+            if count == 0:
+                raise CheckpointError(f"{part.file}: ends at byte {part.start + done}; download it again")
+            done += count
+        whole = torch.frombuffer(buffer, dtype=torch.uint8)
+        return {
+            entry.name: whole[entry.offset - part.start : entry.offset - part.start + entry.nbytes]
+            for entry in part.entries
+        }

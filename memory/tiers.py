@@ -1,0 +1,97 @@
+"""Tiers, and the arenas that hold their slots.
+
+A tier is a place with a budget in bytes: a card's memory, host memory, or a virtual card (host memory
+with the budget and link speed of a real one, so that the same code runs without a GPU). An arena is the
+one allocation of a tier for one purpose, cut into equal slots: nothing fragments, and nothing is
+allocated while serving.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from quant.errors import BudgetError
+
+logger = logging.getLogger("loci.memory")
+
+ALIGNMENT = 64  # slots begin on cache lines
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A place for weights.
+
+    name          `vram:0`, `vram:1`, `dram`
+    budget_bytes  what may be allocated there
+    device        where its tensors live; a virtual card's are in host memory
+    link_bytes_per_s  speed at which bytes arrive from DRAM; None: as fast as the copy goes
+    """
+
+    name: str
+    budget_bytes: int
+    device: torch.device
+    link_bytes_per_s: float | None = None
+
+    @property
+    def is_virtual(self) -> bool:
+        """True for a card that is simulated in host memory."""
+        return self.name.startswith("vram") and self.device.type == "cpu"
+
+
+class Arena:
+    """`slots` equal pieces of one allocation in a tier; free ones are handed out, used ones given back."""
+
+    def __init__(self, tier: Tier, slots: int, slot_bytes: int, *, pinned: bool = False) -> None:
+        stride = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
+        if slots * stride > tier.budget_bytes:
+            raise BudgetError(
+                f"{tier.name}: {slots} slots of {stride} bytes exceed its budget of {tier.budget_bytes} bytes"
+            )
+        self.tier = tier
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.nbytes = slots * stride
+        self._stride = stride
+        self._bytes = _allocate(self.nbytes, tier, pinned)
+        self._free = list(range(slots - 1, -1, -1))
+
+    @classmethod
+    def filling(cls, tier: Tier, slot_bytes: int, most: int, *, pinned: bool = False) -> Arena:
+        """As many slots as the tier's budget holds, `most` at most."""
+        stride = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
+        return cls(tier, min(most, tier.budget_bytes // stride), slot_bytes, pinned=pinned)
+
+    @property
+    def free(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    def take(self) -> int | None:
+        """The number of a free slot, which is now used; None where all are used."""
+        return self._free.pop() if self._free else None
+
+    def give_back(self, slot: int) -> None:
+        """Mark a used slot free."""
+        self._free.append(slot)
+
+    def slot(self, number: int) -> torch.Tensor:
+        """The bytes of a slot, uint8 `[slot_bytes]`."""
+        start = number * self._stride
+        return self._bytes[start : start + self.slot_bytes]
+
+
+def _allocate(nbytes: int, tier: Tier, pinned: bool) -> torch.Tensor:
+    """One allocation; page-locked where asked and allowed, else ordinary with a warning."""
+    if pinned and torch.cuda.is_available():
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            logger.warning(
+                "%s: %.1f GB cannot be page-locked (%s); transfers to cards will be slower. "
+                "Raise the limit with `ulimit -l unlimited`",
+                tier.name, nbytes / 1e9, error,
+            )  # fmt: skip
+    return torch.empty(nbytes, dtype=torch.uint8, device=tier.device)

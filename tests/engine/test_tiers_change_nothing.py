@@ -1,0 +1,155 @@
+"""Budgets decide where experts are and what moves, never what the model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.families import family_of
+from engine.families.deepseek_v41 import DeepseekV41
+from engine.model import Batch
+from memory.budget import MemoryBudget
+from memory.safetensors_files import open_safetensors
+from memory.tiers import Tier
+from quant.errors import BudgetError
+from quant.kernels import choose
+from tests.conftest import golden_path
+
+CPU = torch.device("cpu")
+DENSE = 4 << 20  # more than the dense weights of v41-a
+SLOT = 13056  # bytes of one expert of v41-a: 3 x 128 x 64 codes of four bits, and their scales
+EXPERTS = 8 * 16
+
+
+@contextmanager
+def loaded(budget: MemoryBudget) -> Iterator[DeepseekV41]:
+    checkpoint = open_safetensors(golden_path("v41-a"))
+    model = family_of(checkpoint).load(checkpoint, choose(), budget)
+    assert isinstance(model, DeepseekV41)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def budget(dram_experts: float, *card_experts: float, bytes_per_s: float | None = 50e6) -> MemoryBudget:
+    """Room for so many experts in DRAM and on virtual cards, beside the dense weights."""
+    with loaded(MemoryBudget(1 << 30)) as model:
+        dense = model.weights.dense_bytes
+    cards = tuple(
+        Tier(f"vram:{i}", int(n * SLOT), CPU, link_bytes_per_s=bytes_per_s)
+        for i, n in enumerate(card_experts)
+    )
+    return MemoryBudget(dense + int(dram_experts * SLOT), cards)
+
+
+def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
+    """Logits of a prompt in two chunks and 30 tokens one by one."""
+    cache = model.new_cache(1, len(ids))
+    cuts = [0, 40, 100, *range(101, 131)]
+    return torch.cat(
+        [
+            model.forward(Batch.of([(0, a, ids[a:b])], all_logits=True), cache)
+            for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, torch.Tensor]:
+    return load_file(golden_path("v41-a") / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def everything_in_dram(golden: dict[str, torch.Tensor]) -> torch.Tensor:
+    with loaded(budget(EXPERTS)) as model:
+        logits = answer(model, golden["input_ids"].tolist())
+    assert (logits - golden["logits"][:130]).abs().max() < 1e-4
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("dram", "cards"),
+    [
+        (2, ()),
+        (3, ()),
+        (17, ()),
+        (64, ()),
+        (EXPERTS, (8, 8)),
+        (EXPERTS, (EXPERTS, EXPERTS)),
+        (3, (4,)),
+        (20, (16, 16)),
+        (40, (24, 1)),
+        (60, (0, 32)),
+    ],
+)
+def test_logits_are_bit_identical_for_any_budgets(
+    dram: int, cards: tuple[int, ...], golden: dict[str, torch.Tensor], everything_in_dram: torch.Tensor
+) -> None:
+    limits = budget(dram, *cards)
+    with loaded(limits) as model:
+        logits = answer(model, golden["input_ids"].tolist())
+        bytes_by_tier = model.weights.experts.tier_bytes
+        residency = model.weights.experts.residency()
+    assert torch.equal(logits, everything_in_dram)
+    assert bytes_by_tier["dram"] <= dram * SLOT
+    for tier, most in zip(limits.cards, cards, strict=True):
+        assert bytes_by_tier[tier.name] <= most * SLOT
+        assert residency[tier.name] <= most
+
+
+def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:
+    with loaded(budget(20, 16, 16)) as model:
+        answer(model, golden["input_ids"].tolist())
+        seen = model.telemetry.snapshot()
+    assert seen.hits["vram:0"] > 0
+    assert seen.hits["vram:1"] > 0
+    assert seen.hits["dram"] > 0
+    assert seen.hits["nvme"] > 0
+    assert sum(seen.hits.values()) == sum(seen.computed.values())
+    assert seen.moved_bytes["nvme"] % SLOT == 0
+    assert seen.moved_bytes["vram:0"] >= 16 * SLOT
+    assert seen.stalled_s["nvme"] > 0
+    assert seen.moves["nvme demand"] >= seen.hits["nvme"]
+
+
+def test_experts_are_read_ahead_of_need(golden: dict[str, torch.Tensor]) -> None:
+    with loaded(budget(60)) as model:
+        answer(model, golden["input_ids"].tolist())
+        seen = model.telemetry.snapshot()
+    assert seen.moves["nvme prefetch"] > 0
+    assert seen.prefetches["used"] > 0
+
+
+def test_a_machine_with_everything_in_dram_reads_each_expert_once(golden: dict[str, torch.Tensor]) -> None:
+    with loaded(budget(EXPERTS)) as model:
+        answer(model, golden["input_ids"].tolist())
+        seen = model.telemetry.snapshot()
+    assert seen.moves["nvme demand"] == EXPERTS
+    assert seen.hits.keys() == {"dram"}
+
+
+def test_a_dram_budget_too_small_for_two_experts_is_refused() -> None:
+    limits = budget(1.5)
+    with pytest.raises(BudgetError, match="holds 1 experts"), loaded(limits):
+        pass
+
+
+def test_a_read_that_fails_fails_its_step_and_can_be_tried_again(
+    golden: dict[str, torch.Tensor], everything_in_dram: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = golden["input_ids"].tolist()
+    with loaded(budget(3)) as model:
+        with monkeypatch.context() as broken:
+
+            def failing(*_: object) -> None:
+                raise OSError("the drive is gone")
+
+            broken.setattr("memory.disk.DirectFiles.read", failing)
+            with pytest.raises(OSError, match="the drive is gone"):
+                answer(model, ids)
+        assert torch.equal(answer(model, ids), everything_in_dram)
