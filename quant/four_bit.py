@@ -73,7 +73,7 @@ class FourBit(Format):
 
     def check(self, packed: PackedTensor) -> None:
         rows, cols = packed.shape
-        self._expect_whole_blocks(cols)
+        self.expect_whole_blocks(cols)
         if packed.scales is None:
             raise FormatError(f"{self.name}: scales are missing")
         self.expect("codes shape", tuple(packed.codes.shape), (rows, cols // 2))
@@ -112,7 +112,7 @@ class FourBit(Format):
     def blocks(self, values: torch.Tensor) -> torch.Tensor:
         """`values` `[rows, cols]` as checked float32 `[rows, cols/block, block]`."""
         matrix = self.matrix(values)
-        self._expect_whole_blocks(matrix.shape[1])
+        self.expect_whole_blocks(matrix.shape[1])
         return matrix.reshape(matrix.shape[0], -1, self.tile_cols)
 
     def slice_rows(self, packed: PackedTensor, start: int, stop: int) -> PackedTensor:
@@ -126,7 +126,8 @@ class FourBit(Format):
             fields *= field
         return rows * cols // 2 + rows * (cols // self.tile_cols) * fields * self.scale_dtype.itemsize
 
-    def _expect_whole_blocks(self, cols: int) -> None:
+    def expect_whole_blocks(self, cols: int) -> None:
+        """Raise FormatError where rows of `cols` columns would end inside a block."""
         if cols <= 0 or cols % self.tile_cols:
             raise FormatError(
                 f"{self.name}: {cols} columns are not a multiple of {self.tile_cols}; "

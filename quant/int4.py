@@ -122,3 +122,5 @@ def _stored_offset(offsets: torch.Tensor) -> torch.Tensor:
 
 INT4_32, INT4_64, INT4_128 = Int4(32), Int4(64), Int4(128)
 INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128 = Int4Offset(32), Int4Offset(64), Int4Offset(128)
+INT4_GROUPS = {32: INT4_32, 64: INT4_64, 128: INT4_128}
+INT4_OFFSET_GROUPS = {32: INT4_OFFSET_32, 64: INT4_OFFSET_64, 128: INT4_OFFSET_128}
