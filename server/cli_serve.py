@@ -74,9 +74,9 @@ def serve(config: Path | None, **flags: Any) -> None:
     """
     settings = resolve_settings(flags, config)
     _configure_logging(settings.log_level)
+    listener = _bind(settings.host, settings.port)
     if not settings.is_loopback and not settings.api_key:
         log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
-    listener = _bind(settings.host, settings.port)
 
     # Imported late: torch takes seconds, wrong settings should not.
     from server.app import create_app
@@ -155,9 +155,9 @@ def _bind(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server((str(address[0]), port), family=family)
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
-        ) from None
+        # create_server adds to the text of the error, getaddrinfo has numbers of its own.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port") from None
 
 
 def _url(listener: socket.socket) -> str:

@@ -7,12 +7,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from engine.engine import Engine
-from engine.loader import Loaded
-from memory.hardware import available_memory_bytes
-from quant.errors import BudgetError, ConfigError, LociError
+from engine.loader import Loaded, default_model_path, load
+from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
 from server.generation import Generation
 from server.metrics import Metrics
@@ -47,8 +47,6 @@ def bring_up(settings: Settings) -> Served:
 
     Raises LociError where the checkpoint is wrong or does not fit into memory.
     """
-    from engine.loader import default_model_path, load
-
     loaded = load(default_model_path() if settings.model is None else settings.model)
     info = loaded.model.info
     context = settings.max_model_len or min(info.max_context, DEFAULT_CONTEXT)
@@ -56,7 +54,6 @@ def bring_up(settings: Settings) -> Served:
         raise ConfigError(
             f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
         )
-    _check_room(loaded, settings.max_num_seqs, context)
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
@@ -69,23 +66,13 @@ def bring_up(settings: Settings) -> Served:
     return Served(settings.served_model_name or info.name, loaded, engine)
 
 
-def _check_room(loaded: Loaded, sequences: int, context: int) -> None:
-    needed = loaded.model.cache_bytes(sequences, context)
-    available = available_memory_bytes()
-    if needed > available:
-        raise BudgetError(
-            f"the KV cache for {sequences} sequences of {context} tokens takes {needed / 1e9:.2f} GB, but "
-            f"{available / 1e9:.2f} GB of memory are available; lower --max-model-len or --max-num-seqs"
-        )
-
-
 class Service:
     """Holds the model once it is there. Handlers ask it for a Generation."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
-        self.failure: LociError | Exception | None = None
+        self.failure: Exception | None = None
         self._served: Served | None = None
 
     def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
@@ -102,7 +89,8 @@ class Service:
                     served.engine.stats, sum(c.nbytes for c in served.loaded.components)
                 )
                 self._served = served
-            loop.call_soon_threadsafe(when_done)
+            with suppress(RuntimeError):  # the loop has closed: the server was stopped meanwhile
+                loop.call_soon_threadsafe(when_done)
 
         # A daemon, so that a signal during a long load ends the process.
         threading.Thread(target=work, name="loci-load", daemon=True).start()

@@ -66,8 +66,11 @@ class Settings(BaseSettings):
     @field_validator("api_key", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        keys = value.split(",") if isinstance(value, str) else value
-        return tuple(k.strip() for k in keys if k.strip()) if isinstance(keys, list | tuple) else keys
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+            return value
+        keys = [key.strip() for text in given for key in text.split(",")]
+        return tuple(key for key in keys if key)
 
     @property
     def is_loopback(self) -> bool:
