@@ -7,6 +7,7 @@ of one stands at the string's edge and could be completed by what the template w
 In the rendered prompt a special token is one only where no mark breaks it; the marks are then taken
 out and everything else is encoded literally. Ordinary strings are handed over untouched, so that
 templates can inspect and trim them. Roles are part of the markup, so only known ones are let in.
+(A template that writes both `<` before and `>` after a string means to build markup from it, and may.)
 
 **Bounds.** Templates run in Jinja's immutable sandbox: no attributes of Python objects, no changes
 to what is passed in, ranges of at most 100,000. A prompt that grows beyond MAX_PROMPT_CHARS is cut
