@@ -32,12 +32,40 @@ RELEVANT_CPU_FLAGS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A graphics card that torch can use."""
+    """A graphics card that torch can use.
+
+    free_bytes              memory that can be allocated now
+    pcie                    its link as negotiated, None where the system does not tell
+    peers                   cards whose memory it can read without the host
+    memory_bytes_per_s      bandwidth by the data sheet (clock and bus width), None where unknown
+    """
 
     index: int
     name: str
     memory_bytes: int
     capability: tuple[int, int]
+    free_bytes: int = 0
+    pcie: PcieLink | None = None
+    peers: tuple[int, ...] = ()
+    memory_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PcieLink:
+    """A PCI Express link: its generation and how many lanes it has."""
+
+    generation: int
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A drive."""
+
+    name: str
+    model: str
+    nbytes: int
+    is_rotational: bool
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,7 @@ class Machine:
     memory_limit_bytes  what the container allows, None where nothing does
     available_bytes     memory that can still be taken, the container's limit considered
     disk_free_bytes     on the file system of the directory asked for
+    numa_nodes          memories with processors of their own; 1 where all memory is equally near
     """
 
     system: str
@@ -59,6 +88,8 @@ class Machine:
     available_bytes: int
     disk_free_bytes: int
     gpus: tuple[Gpu, ...]
+    numa_nodes: int = 1
+    disks: tuple[Disk, ...] = ()
 
 
 def detect(directory: Path | None = None) -> Machine:
@@ -74,6 +105,8 @@ def detect(directory: Path | None = None) -> Machine:
         available_bytes=available_memory_bytes(),
         disk_free_bytes=shutil.disk_usage(directory or Path.cwd()).free,
         gpus=_gpus(),
+        numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
+        disks=_disks(),
     )
 
 
@@ -128,9 +161,62 @@ def _gpus() -> tuple[Gpu, ...]:
     if not torch.cuda.is_available():
         return ()
     found = []
-    for index in range(torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    for index in range(count):
         card = torch.cuda.get_device_properties(index)
-        found.append(Gpu(index, card.name, card.total_memory, (card.major, card.minor)))
+        # Two transfers a clock (in kHz) over a bus of so many bits.
+        clock, bus = getattr(card, "memory_clock_rate", 0), getattr(card, "memory_bus_width", 0)
+        found.append(
+            Gpu(
+                index=index,
+                name=card.name,
+                memory_bytes=card.total_memory,
+                capability=(card.major, card.minor),
+                free_bytes=torch.cuda.mem_get_info(index)[0],
+                pcie=_pcie_link(_pci_address(card)),
+                peers=tuple(
+                    other
+                    for other in range(count)
+                    if other != index and torch.cuda.can_device_access_peer(index, other)
+                ),
+                memory_bytes_per_s=2 * clock * 1e3 * bus / 8 or None,
+            )
+        )
+    return tuple(found)
+
+
+def _pci_address(card: object) -> str:
+    """A card's address as /sys/bus/pci writes it; empty where torch does not tell."""
+    numbers = [getattr(card, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    domain, bus, device = (number if isinstance(number, int) else -1 for number in numbers)
+    return "" if min(domain, bus, device) < 0 else f"{domain:04x}:{bus:02x}:{device:02x}.0"
+
+
+# Gigatransfers per second of a lane -> PCI Express generation.
+_PCIE_GENERATIONS = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}
+
+
+def _pcie_link(address: str, root: Path = Path("/sys/bus/pci/devices")) -> PcieLink | None:
+    """The link at `address` at its best: idle cards fall back to slower generations."""
+    if not address:
+        return None
+    speed = _read(root / address / "max_link_speed").partition(" ")[0]
+    width = _read(root / address / "current_link_width").strip()
+    generation = _PCIE_GENERATIONS.get(speed)
+    return PcieLink(generation, int(width)) if generation and width.isdecimal() else None
+
+
+def _disks(root: Path = Path("/sys/block")) -> tuple[Disk, ...]:
+    """Drives that a model could lie on; loop devices, memory disks and empty drives are not."""
+    found = []
+    for folder in sorted(root.glob("*")):
+        sectors = _read(folder / "size").strip()
+        nbytes = int(sectors) * 512 if sectors.isdecimal() else 0
+        if nbytes == 0 or folder.name.startswith(("loop", "ram", "zram", "sr", "fd")):
+            continue
+        model = _read(folder / "device" / "model").strip()
+        rotational = _read(folder / "queue" / "rotational").strip() == "1"
+        found.append(Disk(folder.name, model, nbytes, rotational))
     return tuple(found)
 
 

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from quant.errors import LociError
-from server import cli_chat, cli_doctor, cli_info, cli_logits, cli_quantize, cli_serve
+from server import cli_chat, cli_doctor, cli_info, cli_logits, cli_plan, cli_quantize, cli_serve
 
 app = typer.Typer(
     name="loci",
@@ -22,6 +22,7 @@ app.command()(cli_chat.chat)
 app.command()(cli_chat.run)
 app.command()(cli_info.info)
 app.command()(cli_logits.logits)
+app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
 app.command()(cli_doctor.doctor)
 

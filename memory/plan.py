@@ -1,0 +1,253 @@
+"""The placement: which tier holds each part of a model, decided from shapes and a hardware profile.
+
+Pure data and printable; nothing is loaded. What every token reads goes to the cards first, then the
+hottest routed experts (of each layer the same number, spread over all cards), then DRAM, then NVMe.
+Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a cache of hot rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from memory.model_shape import ModelShape
+from memory.profiles import GpuSpec, HardwareProfile
+
+NOWHERE = "nowhere"
+# A CUDA context with its libraries takes about half a gigabyte on each card.
+CARD_BASE_BYTES = 600_000_000
+# Python, torch and the server, before any weight.
+PROCESS_BYTES = 1_000_000_000
+# Steps pass activations from buffer to buffer.
+ACTIVATION_BUFFERS = 2
+# Layers whose experts can be in staging at once: one computed, the next on its way in.
+STAGED_LAYERS = 2
+# Of an Engram table on NVMe, the rows worth keeping in DRAM: at most this share of the table, and of DRAM.
+HOT_ROWS_OF_TABLE = 0.10
+HOT_ROWS_OF_DRAM = 0.05
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the machine: `sequences` of up to `context` tokens; prompts in chunks."""
+
+    context: int
+    sequences: int = 1
+    prefill_chunk: int = 512
+
+
+@dataclass(frozen=True)
+class Place:
+    """One component (or a number of a layer's experts) in one tier.
+
+    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `routed_experts`, `engram`
+    count  experts, or rows; 1 for the rest
+    """
+
+    component: str
+    kind: str
+    layer: int | None
+    tier: str
+    nbytes: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Bytes of a tier that hold nothing of their own: workspace, staging, copies of hot rows."""
+
+    name: str
+    tier: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything is. Every byte of the model and its KV is in exactly one of `places`."""
+
+    model: str
+    hardware: str
+    workload: Workload
+    budgets: dict[str, int]
+    places: tuple[Place, ...]
+    reserves: tuple[Reserve, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything has a place."""
+        return self.used(NOWHERE) == 0
+
+    def used(self, tier: str) -> int:
+        """Bytes planned into a tier."""
+        placed = sum(place.nbytes for place in self.places if place.tier == tier)
+        return placed + sum(reserve.nbytes for reserve in self.reserves if reserve.tier == tier)
+
+    def tier_of(self, kind: str, layer: int | None) -> str:
+        """The tier of a component that is not divided; NOWHERE where the model has none."""
+        for place in self.places:
+            if place.kind == kind and place.layer == layer:
+                return place.tier
+        return NOWHERE
+
+    def experts(self, layer: int) -> dict[str, int]:
+        """How many of a layer's routed experts each tier holds."""
+        return {p.tier: p.count for p in self.places if p.kind == "routed_experts" and p.layer == layer}
+
+
+@dataclass
+class _Room:
+    """What is left of each tier while placing."""
+
+    budgets: dict[str, int]
+    left: dict[str, int] = field(init=False)
+    places: list[Place] = field(default_factory=list)
+    reserves: list[Reserve] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.left = dict(self.budgets)
+
+    def reserve(self, name: str, tier: str, nbytes: int, reason: str) -> None:
+        """Take bytes of a tier; NOWHERE where it has not so many left."""
+        if not nbytes:
+            return
+        tier = self.first_with(nbytes, [tier])
+        if tier != NOWHERE:
+            self.left[tier] -= nbytes
+        self.reserves.append(Reserve(name, tier, nbytes, reason))
+
+    def put(
+        self,
+        component: str,
+        kind: str,
+        layer: int | None,
+        tier: str,
+        nbytes: int,
+        reason: str,
+        count: int = 1,
+    ) -> None:
+        """Place a component whose tier has been found."""
+        if not nbytes:
+            return
+        if tier != NOWHERE:
+            self.left[tier] -= nbytes
+        reason = "no tier has room for it" if tier == NOWHERE else reason
+        self.places.append(Place(component, kind, layer, tier, nbytes, count, reason))
+
+    def first_with(self, nbytes: int, tiers: list[str]) -> str:
+        """The first of these tiers that has so many bytes left."""
+        return next((tier for tier in tiers if self.left[tier] >= nbytes), NOWHERE)
+
+
+def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Placement:
+    """Place a model on a machine. What finds no room is in tier NOWHERE, and `fits` is False."""
+    cards = [f"vram:{i}" for i in range(len(hardware.gpus))]
+    budgets = {card: gpu.memory_bytes for card, gpu in zip(cards, hardware.gpus, strict=True)}
+    budgets |= {"dram": hardware.dram_bytes, "nvme": hardware.disk_bytes}
+    room = _Room(budgets)
+    room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
+    cards = _reserve_workspace(room, shape, hardware.gpus, workload)
+    _place_dense(room, shape, workload, cards)
+    tier = room.first_with(shape.embedding.nbytes, ["dram", *reversed(cards)])
+    room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, "a token reads one row of it")
+    _place_experts_and_tables(room, shape, cards)
+    elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
+    room.reserve("checkpoint", "nvme", elsewhere, "the files of what is loaded into faster tiers")
+    return Placement(shape.name, hardware.name, workload, budgets, tuple(room.places), tuple(room.reserves))
+
+
+def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Activations and logits of the largest step."""
+    tokens = max(workload.prefill_chunk, workload.sequences)
+    return ACTIVATION_BUFFERS * tokens * shape.activation_bytes + 4 * shape.vocab_size * workload.sequences
+
+
+def _reserve_workspace(
+    room: _Room, shape: ModelShape, gpus: tuple[GpuSpec, ...], workload: Workload
+) -> list[str]:
+    """Set workspace aside; return the cards that have room for it, the others stay unused."""
+    work = workspace_bytes(shape, workload)
+    staging = -(-STAGED_LAYERS * shape.top_k * shape.expert_nbytes // max(1, len(gpus)))
+    usable = []
+    for number, gpu in enumerate(gpus):
+        card = f"vram:{number}"
+        needed = work + (0 if gpu.kind == "virtual" else CARD_BASE_BYTES)
+        if room.left[card] < needed + staging:
+            room.left[card] = 0
+            continue
+        usable.append(card)
+        room.reserve("workspace", card, needed, "CUDA, activations of a prompt chunk, logits")
+        room.reserve("expert staging", card, staging, f"experts of {STAGED_LAYERS} layers on their way in")
+    if not usable:
+        room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
+    return usable
+
+
+def _place_dense(room: _Room, shape: ModelShape, workload: Workload, cards: list[str]) -> None:
+    """What every token reads: consecutive layers to each card in proportion to its room, the rest to DRAM."""
+    sizes = [
+        layer.dense.nbytes + layer.shared.nbytes + workload.sequences * layer.kv.nbytes(workload.context)
+        for layer in shape.layers
+    ]
+    on_cards = sum(room.left[card] for card in cards)
+    share = min(1.0, (sum(sizes) + shape.head.nbytes) / on_cards) if on_cards else 1.0
+    kept_free = {card: room.left[card] * (1.0 - share) for card in cards}
+    tier, ahead = NOWHERE, list(cards)
+    for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
+        while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
+            ahead.pop(0)
+        tier = room.first_with(size, [*ahead, *cards, "dram"])
+        why = "every token reads it" + ("; the cards are full" if cards and tier == "dram" else "")
+        room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
+        room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
+        kv = size - layer.dense.nbytes - layer.shared.nbytes
+        room.put(f"KV, layer {n}", "kv", n, tier, kv, "beside its layer")
+    beside = [tier] if tier in cards else []
+    tier = room.first_with(shape.head.nbytes, [*beside, *reversed(cards), "dram"])
+    room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
+
+
+def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: list[str]) -> None:
+    """Experts, hottest first, to cards, DRAM and NVMe; Engram tables where there is room beside them."""
+    left = {n: layer.experts for n, layer in enumerate(shape.layers) if layer.experts}
+    tables = {n: layer.table for n, layer in enumerate(shape.layers) if layer.table}
+    table_bytes = sum(table.nbytes for table in tables.values())
+    for card in cards:
+        _put_experts(room, shape, left, card, "hottest: read from the card's own memory")
+    are_all_in_dram = sum(left.values()) * shape.expert_nbytes <= room.left["dram"]
+    if not are_all_in_dram:
+        staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
+        room.reserve("expert staging", "dram", staging, "experts read from NVMe")
+        hot = int(min(HOT_ROWS_OF_TABLE * table_bytes, HOT_ROWS_OF_DRAM * room.left["dram"]))
+        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+    _put_experts(room, shape, left, "dram", "computed by the CPU where they lie, or fetched")
+    _put_experts(room, shape, left, "nvme", "coldest: read when a token chooses them")
+    for n, count in left.items():
+        nbytes = count * shape.layers[n].expert.nbytes
+        room.put(f"routed experts, layer {n}", "routed_experts", n, NOWHERE, nbytes, "", count)
+    on_disk = 0
+    for n, table in tables.items():
+        tier = room.first_with(table.nbytes, ["dram", "nvme"] if are_all_in_dram else ["nvme"])
+        on_disk += table.nbytes if tier == "nvme" else 0
+        why = "DRAM has room; rows go to the cards" if tier == "dram" else "a token reads a few rows of it"
+        room.put(f"Engram table, layer {n}", "engram", n, tier, table.nbytes, why, table.rows)
+    if are_all_in_dram and on_disk:
+        hot = int(min(HOT_ROWS_OF_TABLE * on_disk, room.left["dram"]))
+        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+
+
+def _put_experts(room: _Room, shape: ModelShape, left: dict[int, int], tier: str, reason: str) -> None:
+    """Fill what is left of a tier with experts, of each layer as equally many as possible."""
+    slots = room.left[tier] // shape.expert_nbytes if shape.expert_nbytes else 0
+    taken = dict.fromkeys(left, 0)
+    while slots > 0 and any(left.values()):
+        waiting = sorted((n for n in left if left[n]), key=lambda n: -left[n])
+        each = max(1, slots // len(waiting))
+        for n in waiting:
+            count = min(each, left[n], slots)
+            taken[n] += count
+            left[n] -= count
+            slots -= count
+    for n, count in taken.items():
+        nbytes = count * shape.layers[n].expert.nbytes
+        room.put(f"routed experts, layer {n}", "routed_experts", n, tier, nbytes, reason, count)
