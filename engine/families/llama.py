@@ -103,6 +103,17 @@ class Llama(Model):
         self.head = head
         self.frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
 
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        weights = [
+            self.embed,
+            self.norm,
+            *(weight for layer in self.layers for weight in vars(layer).values()),
+        ]
+        if self.head is not self.embed:
+            weights.append(self.head)
+        return {"dram": sum(weight.nbytes for weight in weights)}
+
     def new_cache(self, slots: int, capacity: int) -> LlamaCache:
         return LlamaCache(self.config, slots, capacity)
 

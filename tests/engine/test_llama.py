@@ -169,6 +169,13 @@ def _decoded(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return gguf.quants.dequantize(raw, kind)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_weights_take_as_many_bytes_as_in_the_file(tmp_path: Path, is_tied: bool) -> None:
+    checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", tiny_values(is_tied=is_tied), "Q4_0"))
+
+    assert load(checkpoint).tier_bytes == {"dram": sum(e.nbytes for e in checkpoint.entries.values())}
+
+
 def test_describe_counts_every_byte_of_the_file(tmp_path: Path) -> None:
     checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", tiny_values(is_tied=False), "Q8_0"))
 
