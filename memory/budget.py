@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from memory.hardware import available_memory_bytes
 from memory.tiers import Tier
 
@@ -24,7 +22,3 @@ class MemoryBudget:
     def of_this_machine(cls) -> MemoryBudget:
         """A share of the memory that is free now, and no cards."""
         return cls(int(available_memory_bytes() * WEIGHTS_SHARE))
-
-    def after(self, nbytes: int) -> Tier:
-        """The DRAM tier that is left when `nbytes` are taken."""
-        return Tier("dram", max(self.dram_bytes - nbytes, 0), torch.device("cpu"))

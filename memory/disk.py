@@ -10,10 +10,12 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from memory.checkpoint import TensorEntry
@@ -95,3 +97,21 @@ class DirectFiles:
             entry.name: whole[entry.offset - part.start : entry.offset - part.start + entry.nbytes]
             for entry in part.entries
         }
+
+    def read_blocks(self, file: Path, blocks: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
+        """Blocks of `file` by number, `[n]` ascending -> uint8 `[n, BLOCK]`; many requests at once.
+
+        Neighbouring blocks are one request. A block that the file's end cuts is filled up with zeros.
+        """
+        buffer = mmap.mmap(-1, max(len(blocks), 1) * BLOCK)
+        view = memoryview(buffer)
+        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
+        starts = [0, *breaks.tolist()] if len(blocks) else []
+        stops = [*breaks.tolist(), len(blocks)]
+        descriptor = self._descriptors[file]
+
+        def read(start: int, stop: int) -> None:
+            os.preadv(descriptor, [view[start * BLOCK : stop * BLOCK]], int(blocks[start]) * BLOCK)
+
+        list(pool.map(read, starts, stops))
+        return np.frombuffer(buffer, dtype=np.uint8).reshape(-1, BLOCK)[: len(blocks)]

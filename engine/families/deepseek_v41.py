@@ -38,6 +38,7 @@ from engine.layers.sparse_cache import CacheShape, SourceState, SparseCache
 from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
+from memory.engram_store import RowsTicket
 from memory.telemetry import Telemetry
 from quant.errors import ConfigError
 from quant.kernels import Kernels
@@ -56,7 +57,7 @@ class _Step:
     bounds: list[tuple[int, int]]
     plain_rotation: Rotation
     compressed_rotation: Rotation
-    engram_rows: list[torch.Tensor]
+    engram_rows: dict[int, RowsTicket]
     selections: list[Selection] = field(default_factory=list)
     pools: list[CandidatePool] | None = None
 
@@ -105,11 +106,12 @@ class DeepseekV41(Model):
 
     def close(self) -> None:
         self.weights.experts.close()
+        self.weights.engram.close()
 
     @property
     def tier_bytes(self) -> dict[str, int]:
         tiers = self.weights.experts.tier_bytes
-        return {**tiers, "dram": tiers["dram"] + self.weights.dense_bytes}
+        return {**tiers, "dram": tiers["dram"] + self.weights.dense_bytes + self.weights.engram.nbytes}
 
     @property
     def telemetry(self) -> Telemetry:
@@ -151,13 +153,13 @@ class DeepseekV41(Model):
         return self.kernels.linear(final, weights.head).float()
 
     def _begin(self, batch: Batch, cache: SparseCache, trace: Trace) -> _Step:
-        """Check the batch, lay out its segments, and address every Engram row it will need."""
+        """Check the batch, lay out its segments, and ask for every Engram row it will need."""
         for segment in batch.segments:
             cache.admit(segment)
         ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
         bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        rows: list[torch.Tensor] = []
+        tickets: dict[int, RowsTicket] = {}
         if self.hashes:
             keys = self.token_map[batch.token_ids]
             behind = [
@@ -166,6 +168,10 @@ class DeepseekV41(Model):
             ]
             rows = [torch.cat([h.rows(sequence) for sequence in behind]) for h in self.hashes]
             trace.add("engram_rows", torch.stack(rows, dim=1))
+            tickets = {
+                layer: self.weights.engram.lookup(layer, layer_rows.flatten())
+                for layer, layer_rows in zip(self.config.engram_layer_ids, rows, strict=True)
+            }
         return _Step(
             batch=batch,
             cache=cache,
@@ -173,16 +179,14 @@ class DeepseekV41(Model):
             bounds=bounds,
             plain_rotation=Rotation.at(positions, self.plain_frequencies),
             compressed_rotation=Rotation.at(positions, self.compressed_frequencies),
-            engram_rows=rows,
+            engram_rows=tickets,
         )
 
     def _read_engram(self, number: int, streams: torch.Tensor, step: _Step) -> torch.Tensor:
         """Add the gated value of the tokens' n-gram rows to every stream."""
         layer = self.weights.layers[number]
         assert layer.engram is not None
-        assert layer.engram_table is not None
-        rows = step.engram_rows[self.config.engram_layer_ids.index(number)]  # [tokens, columns]
-        values = self.kernels.gather_rows(layer.engram_table, rows.flatten()).view(rows.shape[0], -1)
+        values = step.engram_rows[number].wait().view(len(streams), -1)  # [tokens, columns * dim]
         gates, value = layer.engram.gates_and_value(self.kernels, streams, values)
         step.trace.add(f"engram_gate.{number}", gates)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)

@@ -17,7 +17,10 @@ from engine.layers.hyper_connections import HyperConnection
 from engine.model import Component
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint, TensorEntry, TensorSpec
+from memory.engram_store import EngramStore, TableFiles
 from memory.expert_store import ExpertStore
+from memory.telemetry import Telemetry
+from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.fp8 import FP8_32, FP8_ROW, Fp8
 from quant.kernels import ExpertWeights, Kernels, Weight
@@ -26,6 +29,10 @@ from quant.packed import PackedTensor
 
 # Draft stages and the image encoder: in released checkpoints, not used by text generation.
 IGNORED_PREFIXES = ("mtp.", "vision.", "aligner.", "image_")
+
+# Of the DRAM left beside dense weights, what hot rows of Engram tables get where not all fits.
+HOT_ROWS_SHARE = 0.05
+ROOM_FOR_ALIGNMENT = 1.01  # expert slots begin on cache lines
 
 FLOATS = ("BF16", "F32", "F16")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -81,7 +88,6 @@ class LayerWeights:
     gate_bias: torch.Tensor
     shared_experts: SharedExpert
     engram: EngramMix | None
-    engram_table: PackedTensor | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class V41Weights:
     head: Weight
     layers: tuple[LayerWeights, ...]
     experts: ExpertStore
+    engram: EngramStore
     dense_bytes: int
 
 
@@ -267,17 +274,24 @@ def read_weights(
 ) -> V41Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    Dense weights are copied into memory as the kernels like them; routed experts get what is left of
-    the budget; Engram tables stay mapped. Raises BudgetError where not even the dense weights fit.
+    Dense weights are copied into memory as the kernels like them. Engram tables and routed experts
+    share what is left of the budget: where not everything fits, a small part goes to hot rows of the
+    tables (a token needs a few kilobytes of them) and the rest to experts (it needs gigabytes).
+    Raises BudgetError where not even the dense weights fit.
     """
-    parts = components(config, checkpoint)
-    dense_bytes = sum(part.nbytes for part in parts if part.kind not in ("routed_experts", "engram"))
-    if dense_bytes > budget.dram_bytes:
+    size = dict.fromkeys(("dense", "engram", "routed_experts"), 0)
+    for part in components(config, checkpoint):
+        size[part.kind if part.kind in size else "dense"] += part.nbytes
+    left = budget.dram_bytes - size["dense"]
+    if left < 0:
         raise BudgetError(
-            f"{checkpoint.path}: the weights that every token uses need {dense_bytes / 1e9:.1f} GB, "
+            f"{checkpoint.path}: the weights that every token uses need {size['dense'] / 1e9:.1f} GB, "
             f"{budget.dram_bytes / 1e9:.1f} GB of memory may be used; free some, or take a smaller model"
         )
+    everything_fits = size["engram"] + size["routed_experts"] * ROOM_FOR_ALIGNMENT <= left
+    hot_rows_bytes = size["engram"] if everything_fits else min(size["engram"], int(left * HOT_ROWS_SHARE))
     reader = _Reader(checkpoint, kernels)
+    telemetry = Telemetry()
     files = V41ExpertFiles(
         checkpoint,
         config.num_hidden_layers,
@@ -285,13 +299,21 @@ def read_weights(
         config.hidden_size,
         config.moe_intermediate_size,
     )
+    tables = {
+        n: TableFiles(
+            *(checkpoint.entries[f"layers.{n}.engram.embed.{part}"] for part in ("weight", "scale"))
+        )
+        for n in config.engram_layer_ids
+    }
+    dram = Tier("dram", left - hot_rows_bytes, torch.device("cpu"))
     return V41Weights(
         embed=reader.plain("embed.weight"),
         norm=reader.small("norm.weight"),
         head=reader.plain("head.weight"),
         layers=tuple(_read_layer(config, reader, n) for n in range(config.num_hidden_layers)),
-        experts=ExpertStore(files, kernels, budget.after(dense_bytes), budget.cards),
-        dense_bytes=dense_bytes,
+        experts=ExpertStore(files, kernels, dram, budget.cards, telemetry=telemetry),
+        engram=EngramStore(tables, checkpoint, kernels, hot_rows_bytes, telemetry),
+        dense_bytes=size["dense"],
     )
 
 
@@ -309,11 +331,10 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
             norm_eps=c.rms_norm_eps,
         )
 
-    engram, table = None, None
+    engram = None
     if n in c.engram_layer_ids:
         qk = reader.small(f"{layer}.engram.q_weight") * reader.small(f"{layer}.engram.k_weight")
         engram = EngramMix(reader.dense(f"{layer}.engram.wkv"), qk, c.rms_norm_eps)
-        table = reader.fp8(f"{layer}.engram.embed", FP8_ROW)
     shared = f"{layer}.ffn.shared_experts"
     return LayerWeights(
         attn_norm=reader.small(f"{layer}.attn_norm.weight"),
@@ -327,7 +348,6 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
             reader.dense(f"{shared}.w1"), reader.dense(f"{shared}.w3"), reader.dense(f"{shared}.w2")
         ),
         engram=engram,
-        engram_table=table,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -40,11 +41,14 @@ def budget(dram_experts: float, *card_experts: float, bytes_per_s: float | None 
     """Room for so many experts in DRAM and on virtual cards, beside the dense weights."""
     with loaded(MemoryBudget(1 << 30)) as model:
         dense = model.weights.dense_bytes
+        tables = model.weights.engram.nbytes
     cards = tuple(
         Tier(f"vram:{i}", int(n * SLOT), CPU, link_bytes_per_s=bytes_per_s)
         for i, n in enumerate(card_experts)
     )
-    return MemoryBudget(dense + int(dram_experts * SLOT), cards)
+    if dram_experts >= EXPERTS:  # then everything fits: with room for the tables too
+        return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), cards)
+    return MemoryBudget(dense + int(dram_experts * SLOT / 0.95) + 1, cards)
 
 
 def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
@@ -54,7 +58,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
     return torch.cat(
         [
             model.forward(Batch.of([(0, a, ids[a:b])], all_logits=True), cache)
-            for a, b in zip(cuts, cuts[1:], strict=False)
+            for a, b in pairwise(cuts)
         ]
     )
 
@@ -123,6 +127,17 @@ def test_experts_are_read_ahead_of_need(golden: dict[str, torch.Tensor]) -> None
         seen = model.telemetry.snapshot()
     assert seen.moves["nvme prefetch"] > 0
     assert seen.prefetches["used"] > 0
+
+
+def test_engram_rows_come_from_disk_where_tables_do_not_fit(golden: dict[str, torch.Tensor]) -> None:
+    with loaded(budget(20)) as model:
+        answer(model, golden["input_ids"].tolist())
+        seen = model.telemetry.snapshot().rows
+    assert seen["asked"] == 130 * 2 * 6
+    assert seen["unique"] < seen["asked"]
+    assert seen["cached"] > 0
+    assert seen["read"] > 0
+    assert seen["cached"] + seen["read"] == seen["unique"]
 
 
 def test_a_machine_with_everything_in_dram_reads_each_expert_once(golden: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,83 @@
+"""Direct reads give exactly the bytes of the file, in few requests."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory.checkpoint import TensorEntry
+from memory.disk import BLOCK, DirectFiles, coalesce
+from quant.errors import CheckpointError
+
+CONTENT = np.random.default_rng(5).integers(0, 256, 300_001, dtype=np.uint8).tobytes()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("disk") / "shard"
+    file.write_bytes(CONTENT)
+    return file
+
+
+def entry(file: Path, name: str, start: int, stop: int) -> TensorEntry:
+    return TensorEntry(name, "U8", (stop - start,), file, start, stop - start)
+
+
+@given(
+    spans=st.lists(
+        st.tuples(st.integers(0, 300_000), st.integers(1, 60_000)), min_size=1, max_size=6, unique=True
+    )
+)
+def test_ranges_hold_exactly_the_bytes_of_their_tensors(file: Path, spans: list[tuple[int, int]]) -> None:
+    entries = [
+        entry(file, str(i), start, min(start + size, len(CONTENT))) for i, (start, size) in enumerate(spans)
+    ]
+    direct = DirectFiles()
+    direct.open([file])
+    found: dict[str, bytes] = {}
+    for part in coalesce(entries):
+        assert part.start % BLOCK == 0
+        found |= {name: raw.numpy().tobytes() for name, raw in direct.read(part).items()}
+    direct.close()
+    assert found == {e.name: CONTENT[e.offset : e.offset + e.nbytes] for e in entries}
+
+
+def test_tensors_that_lie_together_are_one_request(file: Path) -> None:
+    entries = [entry(file, "b", 70_000, 140_000), entry(file, "a", 100, 70_000)]
+    assert len(coalesce(entries)) == 1
+
+
+def test_tensors_in_different_files_are_not(file: Path, tmp_path: Path) -> None:
+    assert len(coalesce([entry(file, "a", 0, 10), entry(tmp_path / "other", "b", 0, 10)])) == 2
+
+
+@given(numbers=st.sets(st.integers(0, len(CONTENT) // BLOCK), max_size=30))
+def test_blocks_hold_the_bytes_of_the_file(file: Path, numbers: set[int]) -> None:
+    direct = DirectFiles()
+    direct.open([file])
+    blocks = np.array(sorted(numbers), dtype=np.int64)
+    with ThreadPoolExecutor(4) as pool:
+        content = direct.read_blocks(file, blocks, pool)
+    direct.close()
+    padded = CONTENT.ljust((len(CONTENT) // BLOCK + 1) * BLOCK, b"\0")
+    assert content.tobytes() == b"".join(padded[b * BLOCK : (b + 1) * BLOCK] for b in blocks.tolist())
+
+
+def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "shard"
+    file.write_bytes(CONTENT[:5000])
+    direct = DirectFiles()
+    direct.open([file])
+    with pytest.raises(CheckpointError, match="shard: ends at byte 5000"):
+        direct.read(coalesce([entry(file, "a", 0, 9000)])[0])
+    direct.close()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing: cannot be opened"):
+        DirectFiles().open([tmp_path / "nothing"])

@@ -1,0 +1,72 @@
+"""Policies: what they keep, and Belady's bound that none exceeds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memory.expert_policy import POLICIES, AgedLfu, Lru, Predictive, belady_hits, policy_hits
+
+EXPERTS = 12
+TRACES = st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=4), min_size=1, max_size=60)
+
+
+def test_lru_lets_go_of_what_was_used_longest_ago() -> None:
+    policy = Lru(4)
+    for step in ([0], [1], [2], [0]):
+        policy.used(step)
+    assert policy.victim([0, 1, 2]) == 1
+
+
+def test_lfu_lets_go_of_what_was_used_least() -> None:
+    policy = AgedLfu(4)
+    for step in ([0], [0], [1], [0, 2], [2]):
+        policy.used(step)
+    assert policy.victim([0, 1, 2]) == 1
+
+
+def test_old_uses_count_for_less() -> None:
+    policy = AgedLfu(2, half_life=2)
+    for step in ([0], [0], [0], [1], [1], [1]):
+        policy.used(step)
+    assert policy.victim([0, 1]) == 0
+
+
+def test_an_expert_that_is_expected_stays() -> None:
+    policy = Predictive(4)
+    for _ in range(5):
+        policy.used([0, 1])
+    policy.expected([3])
+    assert policy.victim([0, 1, 3]) != 3
+    policy.used([0])
+    assert policy.victim([0, 1, 3]) == 3
+
+
+def test_what_usually_follows_is_kept() -> None:
+    policy = Predictive(3)
+    for _ in range(20):
+        policy.used([0])
+        policy.used([1])
+        policy.used([2])
+    policy.used([0])
+    assert policy.victim([1, 2]) == 2
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(trace=TRACES, slots=st.integers(1, EXPERTS))
+def test_no_policy_hits_more_than_belady(name: str, trace: list[set[int]], slots: int) -> None:
+    assert policy_hits(trace, slots, POLICIES[name](EXPERTS)) <= belady_hits(trace, slots, EXPERTS)
+
+
+@given(trace=TRACES)
+def test_with_room_for_all_only_first_uses_miss(trace: list[set[int]]) -> None:
+    first_uses = len(set().union(*trace))
+    expected = sum(len(step) for step in trace) - first_uses
+    assert belady_hits(trace, EXPERTS, EXPERTS) == expected
+    assert policy_hits(trace, EXPERTS, Lru(EXPERTS)) == expected
+
+
+def test_belady_on_a_loop_keeps_what_comes_back_soonest() -> None:
+    loop = [{0}, {1}, {2}] * 10
+    assert belady_hits(loop, 2, 3) > policy_hits(loop, 2, Lru(3)) == 0
