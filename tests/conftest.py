@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine must not fail a test, so no example has a time limit.
+settings.register_profile("loci", deadline=None)
+settings.load_profile("loci")
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
