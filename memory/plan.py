@@ -150,7 +150,8 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     _place_dense(room, shape, workload, cards)
     tier = room.first_with(shape.embedding.nbytes, ["dram", *reversed(cards)])
     room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, "a token reads one row of it")
-    _place_experts_and_tables(room, shape, cards)
+    speeds = {card: hardware.gpus[int(card.partition(":")[2])].memory_bytes_per_s for card in cards}
+    _place_experts_and_tables(room, shape, speeds)
     elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
     room.reserve("checkpoint", "nvme", elsewhere, "the files of what is loaded into faster tiers")
     return Placement(shape.name, hardware.name, workload, budgets, tuple(room.places), tuple(room.reserves))
@@ -207,21 +208,30 @@ def _place_dense(room: _Room, shape: ModelShape, workload: Workload, cards: list
     room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
 
 
-def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: list[str]) -> None:
-    """Experts, hottest first, to cards, DRAM and NVMe; Engram tables where there is room beside them."""
+def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: dict[str, float]) -> None:
+    """Experts, hottest first, to cards, DRAM and NVMe; Engram tables where there is room beside them.
+
+    cards: those in use, with the bandwidth of their memory.
+    """
     left = {n: layer.experts for n, layer in enumerate(shape.layers) if layer.experts}
     tables = {n: layer.table for n, layer in enumerate(shape.layers) if layer.table}
     table_bytes = sum(table.nbytes for table in tables.values())
-    for card in cards:
-        _put_experts(room, shape, left, card, "hottest: read from the card's own memory")
+    size = max(1, shape.expert_nbytes)
+    room_for = {card: room.left[card] // size for card in cards}
+    for card, slots in _shares(room_for, sum(left.values()), cards).items():
+        _put_experts(room, shape, left, card, slots, "hottest: read from the card's own memory")
     are_all_in_dram = sum(left.values()) * shape.expert_nbytes <= room.left["dram"]
     if not are_all_in_dram:
         staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
         room.reserve("expert staging", "dram", staging, "experts read from NVMe")
         hot = int(min(HOT_ROWS_OF_TABLE * table_bytes, HOT_ROWS_OF_DRAM * room.left["dram"]))
         room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
-    _put_experts(room, shape, left, "dram", "computed by the CPU where they lie, or fetched")
-    _put_experts(room, shape, left, "nvme", "coldest: read when a token chooses them")
+    _put_experts(
+        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU where they lie, or fetched"
+    )
+    _put_experts(
+        room, shape, left, "nvme", room.left["nvme"] // size, "coldest: read when a token chooses them"
+    )
     for n, count in left.items():
         nbytes = count * shape.layers[n].expert.nbytes
         room.put(f"routed experts, layer {n}", "routed_experts", n, NOWHERE, nbytes, "", count)
@@ -236,9 +246,25 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: list[str]) 
         room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
 
 
-def _put_experts(room: _Room, shape: ModelShape, left: dict[int, int], tier: str, reason: str) -> None:
-    """Fill what is left of a tier with experts, of each layer as equally many as possible."""
-    slots = room.left[tier] // shape.expert_nbytes if shape.expert_nbytes else 0
+def _shares(room_for: dict[str, int], wanted: int, speeds: dict[str, float]) -> dict[str, int]:
+    """How many experts each card takes: all it has room for, or by speed where there is room for all."""
+    shares: dict[str, int] = {}
+    waiting = dict(room_for)
+    while waiting:
+        speed = sum(speeds[card] for card in waiting)
+        fair = {card: -int(-wanted * speeds[card] // speed) for card in waiting}
+        full = [card for card in waiting if room_for[card] <= fair[card]] or list(waiting)
+        for card in full:
+            shares[card] = min(room_for[card], fair[card], wanted)
+            wanted -= shares[card]
+            del waiting[card]
+    return {card: shares[card] for card in room_for}
+
+
+def _put_experts(
+    room: _Room, shape: ModelShape, left: dict[int, int], tier: str, slots: int, reason: str
+) -> None:
+    """Put up to `slots` experts into a tier, of each layer as equally many as possible."""
     taken = dict.fromkeys(left, 0)
     while slots > 0 and any(left.values()):
         waiting = sorted((n for n in left if left[n]), key=lambda n: -left[n])

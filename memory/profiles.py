@@ -187,10 +187,9 @@ class _File(_Section):
     gpu: list[_Gpu] = []
 
 
-# Random 264-byte rows come at about a third of the sequential rate: 5 lines of 64 bytes for 4.1, and
-# the prefetchers cannot help. Only used where `random_rows_per_s` is not given.
-ROW_BYTES = 264
-RANDOM_ROW_SHARE = 1 / 3
+# Engram rows that a core gathers and turns into numbers, where `random_rows_per_s` is not given: half of
+# what one core was measured at, since rows of large tables also miss the address cache.
+ROWS_PER_CORE = 5e5
 
 
 def shipped() -> tuple[str, ...]:
@@ -230,7 +229,6 @@ def parse_profile(text: str, source: str) -> HardwareProfile:
 
 
 def _profile(f: _File) -> HardwareProfile:
-    rows = f.dram.random_rows_per_s or f.dram.read_gb_per_s * 1e9 * RANDOM_ROW_SHARE / ROW_BYTES
     gpus = tuple(
         GpuSpec(
             name=gpu.name,
@@ -252,7 +250,7 @@ def _profile(f: _File) -> HardwareProfile:
         expert_bytes_per_s=f.cpu.expert_gb_per_s * 1e9 if f.cpu.expert_gb_per_s else None,
         dram_bytes=int((f.dram.size_gib - f.dram.reserved_gib) * GIB),
         dram_bytes_per_s=f.dram.read_gb_per_s * 1e9,
-        dram_rows_per_s=rows,
+        dram_rows_per_s=f.dram.random_rows_per_s or f.cpu.cores * ROWS_PER_CORE,
         disk_bytes=int(f.disk.free_gb * 1e9),
         disk_bytes_per_s=f.disk.read_gb_per_s * 1e9,
         disk_reads_per_s=f.disk.random_reads_per_s,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.hardware import Machine, detect
-from memory.profiles import RANDOM_ROW_SHARE, ROW_BYTES, GpuSpec, HardwareProfile
+from memory.profiles import ROWS_PER_CORE, GpuSpec, HardwareProfile
 from quant.errors import ConfigError
 
 MAX_CACHE_BYTES = 1 << 20
@@ -125,7 +125,8 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
                 name=gpu.name,
                 kind="cuda",
                 memory_bytes=gpu.free_bytes,
-                memory_bytes_per_s=rate(f"vram_{i}", ASSUMED_VRAM_BYTES_PER_S, f"VRAM of card {i}", "GB/s"),
+                memory_bytes_per_s=gpu.memory_bytes_per_s
+                or rate(f"vram_{i}", ASSUMED_VRAM_BYTES_PER_S, f"VRAM of card {i}", "GB/s"),
                 matmul_flops=rate(f"gpu_matmul_{i}", ASSUMED_GPU_FLOPS, f"card {i}", "TFLOP/s", 1e12),
                 link_bytes_per_s=alone,
                 link_together_bytes_per_s=min(alone, measured.get(f"link_{i}_together", alone / 1e9) * 1e9),
@@ -141,7 +142,7 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
         expert_bytes_per_s=experts * 1e9 if experts else None,
         dram_bytes=max(0, machine.available_bytes - DRAM_KEPT_FREE_BYTES),
         dram_bytes_per_s=dram,
-        dram_rows_per_s=measured.get("dram_random_rows", dram * RANDOM_ROW_SHARE / ROW_BYTES),
+        dram_rows_per_s=measured.get("dram_random_rows", machine.cores * ROWS_PER_CORE),
         disk_bytes=machine.disk_free_bytes,
         disk_bytes_per_s=disk,
         disk_reads_per_s=reads,
