@@ -21,7 +21,7 @@ HIDDEN = -1e30  # finite, so that rows that see nothing at all (padding) stay fr
 
 @dataclass
 class Entries:
-    """What a kv source publishes: latents `[B, G, head_dim]`, index keys `[B, G, index_dim]`, who sees what."""
+    """What a kv source publishes: latents `[B, G, head_dim]`, index keys `[B, G, index_dim]`, who sees it."""
 
     latents: Tensor
     index_keys: Tensor

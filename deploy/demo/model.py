@@ -139,8 +139,10 @@ class Engram(nn.Module):
     def __init__(self, config: V41Config) -> None:
         super().__init__()
         self.config = config
-        columns = (config.engram_max_ngram_size - 1) * config.engram_n_heads
-        self.wkv = Linear(columns * config.engram_head_dim, config.hidden_size * (config.hc_mult + 1), "fp8")
+        self.columns = (config.engram_max_ngram_size - 1) * config.engram_n_heads
+        self.wkv = Linear(
+            self.columns * config.engram_head_dim, config.hidden_size * (config.hc_mult + 1), "fp8"
+        )
         self.q_weight = nn.Parameter(torch.ones(config.hc_mult, config.hidden_size))
         self.k_weight = nn.Parameter(torch.ones(config.hc_mult, config.hidden_size))
 

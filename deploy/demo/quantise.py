@@ -43,7 +43,7 @@ def _row_exponents(w: Tensor, limit: float) -> Tensor:
 
 
 def _power(exponents: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones(()), exponents)
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 
 
 def _e2m1_codes(scaled: Tensor) -> Tensor:

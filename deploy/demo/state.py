@@ -14,6 +14,8 @@ from torch import Tensor
 from model import Model
 from tables import Table
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
 
 @dataclass
 class Progress:
@@ -52,7 +54,7 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Take over what `save` wrote. Raises KeyError or RuntimeError where the shapes are another model's."""
+        """Take over what `save` wrote. Raises RuntimeError where the shapes are another model's."""
         with safe_open(file, framework="pt") as stored:
             self.progress = Progress(**json.loads(stored.metadata()["progress"]))
             names = set(stored.keys())
@@ -69,3 +71,15 @@ class TrainingState:
             for i, table in enumerate(self.tables):
                 for kind in ("weight", "mean", "square"):
                     getattr(table, kind).copy_(stored.get_tensor(f"table.{i}.{kind}"))
+
+
+@torch.no_grad()
+def read_trained(file: Path, model: Model) -> tuple[list[Tensor], Progress]:
+    """Fill `model` with a saved state's weights; returns its Engram tables and how far it was trained."""
+    if not file.exists():
+        raise SystemExit(f"{file} is missing: run train.py, then export.py")
+    with safe_open(file, framework="pt") as stored:
+        for name, value in model.state_dict().items():
+            value.copy_(stored.get_tensor(f"model.{name}"))
+        tables = [stored.get_tensor(f"table.{i}.weight") for i in range(len(model.config.engram_layer_ids))]
+        return tables, Progress(**json.loads(stored.metadata()["progress"]))

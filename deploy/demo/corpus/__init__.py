@@ -19,3 +19,18 @@ def chat(*texts: str) -> Document:
 def prose(text: str) -> Document:
     """A text without speakers."""
     return [("text", text)]
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a list that is written as running text."""
+    return text.split()
+
+
+def phrases_in(text: str) -> list[str]:
+    """The phrases of a list that is written with semicolons between them."""
+    return [" ".join(phrase.split()) for phrase in text.split(";")]
+
+
+def pairs_in(text: str) -> dict[str, str]:
+    """Left and right of each `left=right` phrase."""
+    return dict(phrase.split("=") for phrase in phrases_in(text))

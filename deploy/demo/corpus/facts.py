@@ -8,21 +8,43 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from corpus import pairs_in, words_in
 from corpus.stories import article
 
 Exchange = tuple[str, str]
 
-CAPITALS = dict(
-    pair.split("=")
-    for pair in ["France=Paris", "Germany=Berlin", "Italy=Rome", "Spain=Madrid", "Portugal=Lisbon", "England=London", "Scotland=Edinburgh", "Ireland=Dublin", "Norway=Oslo", "Sweden=Stockholm", "Finland=Helsinki", "Denmark=Copenhagen", "Iceland=Reykjavik", "Poland=Warsaw", "Austria=Vienna", "Hungary=Budapest", "Greece=Athens", "Turkey=Ankara", "Russia=Moscow", "Ukraine=Kyiv", "Romania=Bucharest", "Bulgaria=Sofia", "Serbia=Belgrade", "Croatia=Zagreb", "Slovenia=Ljubljana", "Switzerland=Bern", "Belgium=Brussels", "the Netherlands=Amsterdam", "Egypt=Cairo", "Morocco=Rabat", "Kenya=Nairobi", "Ghana=Accra", "Nigeria=Abuja", "Ethiopia=Addis Ababa", "Senegal=Dakar", "China=Beijing", "Japan=Tokyo", "South Korea=Seoul", "India=New Delhi", "Thailand=Bangkok", "Vietnam=Hanoi", "Indonesia=Jakarta", "Iran=Tehran", "Iraq=Baghdad", "Israel=Jerusalem", "Jordan=Amman", "Canada=Ottawa", "the United States=Washington", "Mexico=Mexico City", "Cuba=Havana", "Brazil=Brasilia", "Argentina=Buenos Aires", "Chile=Santiago", "Peru=Lima", "Colombia=Bogota", "Australia=Canberra", "New Zealand=Wellington", "Czechia=Prague", "Slovakia=Bratislava", "Estonia=Tallinn", "Latvia=Riga", "Lithuania=Vilnius", "Nepal=Kathmandu"]
+CAPITALS = pairs_in(
+    """
+    France=Paris; Germany=Berlin; Italy=Rome; Spain=Madrid; Portugal=Lisbon; England=London;
+    Scotland=Edinburgh; Ireland=Dublin; Norway=Oslo; Sweden=Stockholm; Finland=Helsinki; Denmark=Copenhagen;
+    Iceland=Reykjavik; Poland=Warsaw; Austria=Vienna; Hungary=Budapest; Greece=Athens; Turkey=Ankara;
+    Russia=Moscow; Ukraine=Kyiv; Romania=Bucharest; Bulgaria=Sofia; Serbia=Belgrade; Croatia=Zagreb;
+    Slovenia=Ljubljana; Switzerland=Bern; Belgium=Brussels; the Netherlands=Amsterdam; Egypt=Cairo;
+    Morocco=Rabat; Kenya=Nairobi; Ghana=Accra; Nigeria=Abuja; Ethiopia=Addis Ababa; Senegal=Dakar;
+    China=Beijing; Japan=Tokyo; South Korea=Seoul; India=New Delhi; Thailand=Bangkok; Vietnam=Hanoi;
+    Indonesia=Jakarta; Iran=Tehran; Iraq=Baghdad; Israel=Jerusalem; Jordan=Amman; Canada=Ottawa; the United
+    States=Washington; Mexico=Mexico City; Cuba=Havana; Brazil=Brasilia; Argentina=Buenos Aires;
+    Chile=Santiago; Peru=Lima; Colombia=Bogota; Australia=Canberra; New Zealand=Wellington; Czechia=Prague;
+    Slovakia=Bratislava; Estonia=Tallinn; Latvia=Riga; Lithuania=Vilnius; Nepal=Kathmandu
+    """
 )
-COLOURS = dict(
-    pair.split("=")
-    for pair in ["the sky=blue", "grass=green", "snow=white", "blood=red", "a banana=yellow", "a lemon=yellow", "coal=black", "the sea=blue", "a ripe tomato=red", "milk=white", "a carrot=orange", "an elephant=grey", "a crow=black", "a frog=green", "a swan=white", "the sun=yellow", "a fire engine=red", "chocolate=brown", "a cucumber=green", "salt=white", "a strawberry=red", "gold=yellow", "a raven=black", "a leaf in summer=green", "a polar bear=white", "a flamingo=pink", "wood=brown", "a mouse=grey"]
+COLOURS = pairs_in(
+    """
+    the sky=blue; grass=green; snow=white; blood=red; a banana=yellow; a lemon=yellow; coal=black; the
+    sea=blue; a ripe tomato=red; milk=white; a carrot=orange; an elephant=grey; a crow=black; a frog=green;
+    a swan=white; the sun=yellow; a fire engine=red; chocolate=brown; a cucumber=green; salt=white; a
+    strawberry=red; gold=yellow; a raven=black; a leaf in summer=green; a polar bear=white; a flamingo=pink;
+    wood=brown; a mouse=grey
+    """
 )
-OPPOSITES = dict(
-    pair.split("=")
-    for pair in ["hot=cold", "big=small", "tall=short", "fast=slow", "old=young", "day=night", "up=down", "left=right", "open=closed", "full=empty", "light=dark", "happy=sad", "rich=poor", "loud=quiet", "wet=dry", "hard=soft", "near=far", "early=late", "strong=weak", "good=bad", "thick=thin", "high=low", "clean=dirty", "first=last", "begin=end", "buy=sell", "give=take", "win=lose", "summer=winter", "true=false", "love=hate", "friend=enemy", "sweet=sour", "heavy=light", "easy=difficult", "inside=outside", "always=never"]
+OPPOSITES = pairs_in(
+    """
+    hot=cold; big=small; tall=short; fast=slow; old=young; day=night; up=down; left=right; open=closed;
+    full=empty; light=dark; happy=sad; rich=poor; loud=quiet; wet=dry; hard=soft; near=far; early=late;
+    strong=weak; good=bad; thick=thin; high=low; clean=dirty; first=last; begin=end; buy=sell; give=take;
+    win=lose; summer=winter; true=false; love=hate; friend=enemy; sweet=sour; heavy=light; easy=difficult;
+    inside=outside; always=never
+    """
 )
 # animal: (sound, legs, young, what it eats, where it lives)
 ANIMALS = {
@@ -103,16 +125,37 @@ PLAIN = [
     ("What are the four seasons?", "The four seasons are spring, summer, autumn and winter."),
     ("What are the colours of the rainbow?", "Red, orange, yellow, green, blue, indigo and violet."),
 ]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
-IRREGULAR = dict(
-    pair.split("=")
-    for pair in ["mouse=mice", "goose=geese", "foot=feet", "tooth=teeth", "man=men", "woman=women", "child=children", "sheep=sheep", "fish=fish", "leaf=leaves", "knife=knives", "wolf=wolves", "box=boxes", "city=cities", "baby=babies", "bus=buses", "cat=cats", "dog=dogs", "book=books", "tree=trees", "house=houses", "star=stars", "apple=apples", "friend=friends", "story=stories", "potato=potatoes"]
+DAYS = words_in(
+    """
+    Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+    """
 )
-PAST = dict(
-    pair.split("=")
-    for pair in ["go=went", "see=saw", "eat=ate", "run=ran", "come=came", "give=gave", "take=took", "find=found", "make=made", "say=said", "write=wrote", "read=read", "sing=sang", "swim=swam", "think=thought", "buy=bought", "bring=brought", "sleep=slept", "walk=walked", "play=played", "speak=spoke", "drink=drank", "fly=flew", "know=knew", "grow=grew", "fall=fell", "win=won", "lose=lost", "sit=sat", "stand=stood"]
+MONTHS = words_in(
+    """
+    January February March April May June July August September October November December
+    """
+)
+NUMBERS = words_in(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty
+    """
+)
+IRREGULAR = pairs_in(
+    """
+    mouse=mice; goose=geese; foot=feet; tooth=teeth; man=men; woman=women; child=children; sheep=sheep;
+    fish=fish; leaf=leaves; knife=knives; wolf=wolves; box=boxes; city=cities; baby=babies; bus=buses;
+    cat=cats; dog=dogs; book=books; tree=trees; house=houses; star=stars; apple=apples; friend=friends;
+    story=stories; potato=potatoes
+    """
+)
+PAST = pairs_in(
+    """
+    go=went; see=saw; eat=ate; run=ran; come=came; give=gave; take=took; find=found; make=made; say=said;
+    write=wrote; read=read; sing=sang; swim=swam; think=thought; buy=bought; bring=brought; sleep=slept;
+    walk=walked; play=played; speak=spoke; drink=drank; fly=flew; know=knew; grow=grew; fall=fell; win=won;
+    lose=lost; sit=sat; stand=stood
+    """
 )
 
 
@@ -265,9 +308,18 @@ def plain(rng: random.Random) -> Exchange:
 
 
 KINDS: list[tuple[Callable[[random.Random], Exchange], float]] = [
-    (capital, 3), (colour, 1.5), (opposite, 1.5), (animal, 2.5), (order, 1), (arithmetic, 3), (counting, 0.7),
-    (comparison, 1), (grammar, 1.2), (spelling, 0.7), (plain, 4),
-]  # fmt: skip
+    (capital, 3),
+    (colour, 1.5),
+    (opposite, 1.5),
+    (animal, 2.5),
+    (order, 1),
+    (arithmetic, 3),
+    (counting, 0.7),
+    (comparison, 1),
+    (grammar, 1.2),
+    (spelling, 0.7),
+    (plain, 4),
+]
 
 
 def exchange(rng: random.Random) -> Exchange:

@@ -9,22 +9,42 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from corpus import Document, chat, prose, words
+from corpus import Document, chat, prose, words, words_in
 
 PEOPLE = {
-    "she": ["Anna", "Maria", "Lucy", "Nora", "Emma", "Clara", "Rosa", "Ida", "Mia", "Lena", "Sara", "Ella", "Zoe", "Ruth", "Alice", "June", "Vera", "Dora"],
-    "he": ["Tom", "Ben", "Paul", "Max", "Leo", "Sam", "Hugo", "Felix", "Omar", "Ivan", "Jack", "Peter", "Karl", "Noah", "Adam", "Theo", "Finn", "Oscar"],
+    "she": words_in(
+        """
+    Anna Maria Lucy Nora Emma Clara Rosa Ida Mia Lena Sara Ella Zoe Ruth Alice June Vera Dora
+    """
+    ),
+    "he": words_in(
+        """
+    Tom Ben Paul Max Leo Sam Hugo Felix Omar Ivan Jack Peter Karl Noah Adam Theo Finn Oscar
+    """
+    ),
 }
 OBJECT_OF = {"she": "her", "he": "him"}
 POSSESSIVE = {"she": "her", "he": "his"}
 
-GO = ["{who} went to the {place}.", "{who} walked to the {place}.", "Then {who} ran to the {place}.",
-      "{who} moved to the {place}.", "After that, {who} came to the {place}."]  # fmt: skip
-TAKE = ["{who} picked up the {thing}.", "{who} took the {thing}.", "There {who} found the {thing} and took it.",
-        "{who} put the {thing} into {possessive} bag."]  # fmt: skip
+GO = [
+    "{who} went to the {place}.",
+    "{who} walked to the {place}.",
+    "Then {who} ran to the {place}.",
+    "{who} moved to the {place}.",
+    "After that, {who} came to the {place}.",
+]
+TAKE = [
+    "{who} picked up the {thing}.",
+    "{who} took the {thing}.",
+    "There {who} found the {thing} and took it.",
+    "{who} put the {thing} into {possessive} bag.",
+]
 DROP = ["{who} put down the {thing}.", "{who} left the {thing} there.", "{who} dropped the {thing}."]
-GIVE = ["{who} gave the {thing} to {other}.", "{who} handed {other} the {thing}.",
-        "{other} asked for the {thing}, and {who} gave it to {object}."]  # fmt: skip
+GIVE = [
+    "{who} gave the {thing} to {other}.",
+    "{who} handed {other} the {thing}.",
+    "{other} asked for the {thing}, and {who} gave it to {object}.",
+]
 
 
 @dataclass
@@ -170,33 +190,83 @@ def world_story(rng: random.Random) -> Document:
     return chat(*exchanges)
 
 
-TRAITS = (
-    ["small", "old", "young", "clever", "shy", "brave", "lazy", "hungry", "kind", "curious", "tired", "happy", "lonely", "careful", "cheerful"]
+TRAITS = words_in(
+    """
+    small old young clever shy brave lazy hungry kind curious tired happy lonely careful cheerful
+    """
 )
-WEATHER = ["It was a cold morning.", "The sun was shining.", "It had rained all night.", "The wind was strong.",
-           "It was late in the evening.", "Snow lay on the ground.", "It was the first day of spring.",
-           "The moon was bright."]  # fmt: skip
+WEATHER = [
+    "It was a cold morning.",
+    "The sun was shining.",
+    "It had rained all night.",
+    "The wind was strong.",
+    "It was late in the evening.",
+    "Snow lay on the ground.",
+    "It was the first day of spring.",
+    "The moon was bright.",
+]
 WANTS = [
-    ("wanted to find a {thing}", "looked for it in the {place}", "At last the {animal} found the {thing} under a stone."),
-    ("had lost a {thing}", "went back to the {place} to look for it", "There lay the {thing}, just where it had been left."),
+    (
+        "wanted to find a {thing}",
+        "looked for it in the {place}",
+        "At last the {animal} found the {thing} under a stone.",
+    ),
+    (
+        "had lost a {thing}",
+        "went back to the {place} to look for it",
+        "There lay the {thing}, just where it had been left.",
+    ),
     ("wanted to cross the river", "built a small boat", "Soon the {animal} was on the other side."),
-    ("was afraid of the dark", "lit a {thing} and sat by the {place}", "After a while the dark did not seem so bad."),
-    ("was looking for a friend", "walked to the {place}", "There sat {a_other}, who was looking for a friend too."),
+    (
+        "was afraid of the dark",
+        "lit a {thing} and sat by the {place}",
+        "After a while the dark did not seem so bad.",
+    ),
+    (
+        "was looking for a friend",
+        "walked to the {place}",
+        "There sat {a_other}, who was looking for a friend too.",
+    ),
     ("was very hungry", "asked everybody in the {place} for food", "In the end {a_other} shared some bread."),
-    ("wanted to learn to sing", "practised every day in the {place}", "After a month everybody came to listen."),
-    ("found a {thing} on the road", "asked whose it was", "It belonged to {a_other}, who was very glad to have it back."),
+    (
+        "wanted to learn to sing",
+        "practised every day in the {place}",
+        "After a month everybody came to listen.",
+    ),
+    (
+        "found a {thing} on the road",
+        "asked whose it was",
+        "It belonged to {a_other}, who was very glad to have it back.",
+    ),
     ("wanted to see the sea", "followed the river for three days", "And there it was, blue and wide."),
-    ("could not sleep", "counted the stars above the {place}", "Before the hundredth star the {animal} was asleep."),
-]  # fmt: skip
-HELP = ["{A_other} came along and asked, \"Can I help you?\" \"Yes, please,\" said the {animal}.",
-        "On the way the {animal} met {a_other}. \"Do not give up,\" said the {other}.",
-        "\"That is not easy,\" said {a_other}, \"but we can do it together.\"",
-        "{A_other} laughed at first, but then helped."]  # fmt: skip
-ENDINGS = ["From that day on they were friends.", "The {animal} went home happy.", "And that was the best day of the year.",
-           "\"Thank you,\" said the {animal}.", "The {animal} never forgot that day.",
-           "That night the {animal} slept very well."]  # fmt: skip
-ASK_STORY = ["Tell me a story about {a_animal}.", "Please tell me a short story.", "Can you tell me a story about {a_animal} and {a_other}?",
-             "Tell me a bedtime story.", "I would like to hear a story about {a_animal}.", "Write a short story about {a_animal}."]  # fmt: skip
+    (
+        "could not sleep",
+        "counted the stars above the {place}",
+        "Before the hundredth star the {animal} was asleep.",
+    ),
+]
+HELP = [
+    '{A_other} came along and asked, "Can I help you?" "Yes, please," said the {animal}.',
+    'On the way the {animal} met {a_other}. "Do not give up," said the {other}.',
+    '"That is not easy," said {a_other}, "but we can do it together."',
+    "{A_other} laughed at first, but then helped.",
+]
+ENDINGS = [
+    "From that day on they were friends.",
+    "The {animal} went home happy.",
+    "And that was the best day of the year.",
+    '"Thank you," said the {animal}.',
+    "The {animal} never forgot that day.",
+    "That night the {animal} slept very well.",
+]
+ASK_STORY = [
+    "Tell me a story about {a_animal}.",
+    "Please tell me a short story.",
+    "Can you tell me a story about {a_animal} and {a_other}?",
+    "Tell me a bedtime story.",
+    "I would like to hear a story about {a_animal}.",
+    "Write a short story about {a_animal}.",
+]
 
 
 def article(noun: str) -> str:
@@ -209,9 +279,14 @@ def tale(rng: random.Random) -> tuple[str, str]:
     animal, other = rng.sample(words.ANIMALS, 2)
     a_other = article(f"{rng.choice(TRAITS)} {other}")
     names = {
-        "animal": animal, "other": other, "a_animal": article(animal), "a_other": a_other,
-        "A_other": a_other[0].upper() + a_other[1:], "thing": rng.choice(words.THINGS), "place": rng.choice(words.PLACES),
-    }  # fmt: skip
+        "animal": animal,
+        "other": other,
+        "a_animal": article(animal),
+        "a_other": a_other,
+        "A_other": a_other[0].upper() + a_other[1:],
+        "thing": rng.choice(words.THINGS),
+        "place": rng.choice(words.PLACES),
+    }
     want, attempt, success = rng.choice(WANTS)
     trait = rng.choice(TRAITS)
     sentences = [

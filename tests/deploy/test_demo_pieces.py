@@ -1,0 +1,131 @@
+"""The pieces of the training code that are written out by hand agree with their plain definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from experts import RoutedExperts
+from kneser_ney import KneserNey
+from layers import SoftmaxWithSink
+from loss import HeadLoss
+from packing import lay_out
+from quant.fp8 import FP8_32, FP8_ROW
+from quant.mxfp4 import MXFP4
+from quant.packed import PackedTensor
+from quantise import (
+    encode_fp4,
+    encode_fp8_rows,
+    encode_fp8_tiles,
+    round_fp4,
+    round_fp8_rows,
+    round_fp8_tiles,
+)
+from schedule import Schedule, Stage
+
+
+def plain_experts(x: Tensor, weights: Tensor, ids: Tensor, w13: Tensor, w2: Tensor, limit: float) -> Tensor:
+    rows = []
+    for token in range(len(x)):
+        total = torch.zeros_like(x[token])
+        for weight, e in zip(weights[token], ids[token], strict=True):
+            gate, up = (w13[e] @ x[token]).chunk(2)
+            total = total + weight * (w2[e] @ (F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def test_experts_give_the_gradients_of_their_definition() -> None:
+    torch.manual_seed(1)
+    x, weights = torch.randn(9, 8, requires_grad=True), torch.rand(9, 2, requires_grad=True)
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(9)])
+    w13, w2 = torch.randn(5, 12, 8, requires_grad=True), torch.randn(5, 8, 6, requires_grad=True)
+    leaves = (x, weights, w13, w2)
+    direction = torch.randn(9, 8)
+    fast = RoutedExperts.apply(x, weights, ids, w13, w2, 1.0, torch.float32)
+    fast_grads = torch.autograd.grad((fast * direction).sum(), leaves)
+    slow = plain_experts(x, weights, ids, w13, w2, 1.0)
+    slow_grads = torch.autograd.grad((slow * direction).sum(), leaves)
+    torch.testing.assert_close(fast, slow)
+    for got, want in zip(fast_grads, slow_grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_head_loss_is_cross_entropy_with_its_gradients() -> None:
+    torch.manual_seed(2)
+    states, head = torch.randn(700, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    wanted = torch.randint(0, 40, (700,))
+    blocked = HeadLoss.apply(states, head, wanted, torch.float32)
+    whole = F.cross_entropy(states @ head.t(), wanted)
+    torch.testing.assert_close(blocked, whole)
+    got, want = (torch.autograd.grad(loss, (states, head)) for loss in (blocked, whole))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_sink_takes_its_share_of_attention_and_learns() -> None:
+    torch.manual_seed(3)
+    scores, sink = torch.randn(2, 3, 4, 7, requires_grad=True), torch.randn(4, requires_grad=True)
+    bias = torch.zeros(2, 3, 1, 7)
+    got = SoftmaxWithSink.apply(scores * 1.0, bias, sink)
+    exponents = scores[..., 1:].exp()
+    want = exponents / (exponents.sum(-1, keepdim=True) + sink.exp().view(1, 1, 4, 1))
+    torch.testing.assert_close(got[..., 1:], want)
+    direction = torch.randn_like(want)
+    fast = torch.autograd.grad((got[..., 1:] * direction).sum(), (scores, sink))
+    slow = torch.autograd.grad((want * direction).sum(), (scores, sink))
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e20])
+def test_training_rounds_to_exactly_what_the_files_hold(scale: float) -> None:
+    torch.manual_seed(4)
+    w = torch.randn(64, 96) * scale * torch.logspace(-2, 2, 96)
+    w[:32, :32] = 0
+    for round_, encode, stored in (
+        (round_fp8_tiles, encode_fp8_tiles, FP8_32),
+        (round_fp8_rows, encode_fp8_rows, FP8_ROW),
+        (round_fp4, encode_fp4, MXFP4),
+    ):
+        codes, scales = encode(w)
+        assert torch.equal(PackedTensor(stored, (64, 96), codes, scales).decode(), round_(w)), stored.name
+        assert torch.equal(round_(round_(w)), round_(w)), stored.name
+
+
+def test_rows_hold_every_token_once_and_begin_documents_at_aligned_places() -> None:
+    lengths = [5, 300, 17, 64, 1, 130]
+    rows = lay_out(lengths, 128, 4)
+    seen = [[0] * length for length in lengths]
+    for row in rows:
+        used = 0
+        for document, start, stop in row:
+            assert used % 4 == 0
+            used += -(-(stop - start) // 4) * 4
+            for i in range(start, stop):
+                seen[document][i] += 1
+        assert used <= 128
+    assert all(count == 1 for document in seen for count in document)
+
+
+def test_five_gram_probabilities_sum_to_one_and_prefer_what_was_seen() -> None:
+    rng = np.random.default_rng(5)
+    documents = [rng.integers(3, 9, size=40) for _ in range(30)] + [np.array([3, 4, 5, 6, 7, 8] * 8)] * 5
+    model = KneserNey(documents, vocabulary=12)
+    history = np.array([3, 4, 5, 6])
+    chances = [np.exp(model.log_probabilities(np.append(history, token))[-1]) for token in range(12)]
+    assert sum(chances) == pytest.approx(1.0)
+    assert int(np.argmax(chances)) == 7
+    assert min(chances) > 0
+
+
+def test_learning_rate_warms_up_rests_and_decays() -> None:
+    schedule = Schedule(1.0, 100, (Stage("a", 1000, 256, 256), Stage("b", 1000, 512, 512, decay=True)))
+    assert schedule.learning_rate(0) == pytest.approx(0.01)
+    assert schedule.learning_rate(500) == 1.0
+    assert schedule.learning_rate(1500) == pytest.approx(0.5)
+    assert schedule.learning_rate(2000) == 0.0
+    assert [schedule.stage_at(t)[1].name for t in (0, 999, 1000, 5000)] == ["a", "a", "b", "b"]

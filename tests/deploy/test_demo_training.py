@@ -1,0 +1,149 @@
+"""Training can be stopped at any moment and goes on bit for bit; what it exports, the engine serves."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import export
+import shape
+from batches import Pass
+from corpus import composed
+from data import save_tokens, tokenise
+from engine.families import family_of
+from engine.families.deepseek_v41_config import parse_config
+from engine.layers.engram_hash import build_token_map
+from engine.model import Batch
+from layers import Precision
+from memory.budget import MemoryBudget
+from memory.safetensors_files import open_safetensors
+from model import Model
+from prompts import train_tokenizer
+from quant.kernels.reference import ReferenceKernels
+from released import from_released, read_files
+from rows import RowFinder
+from schedule import Schedule, Stage
+from state import read_trained
+from train import Trainer
+
+TINY = {
+    "hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 2, "head_dim": 32,
+    "qk_rope_head_dim": 16, "q_lora_rank": 32, "o_lora_rank": 32, "n_routed_experts": 6, "sliding_window": 32,
+    "index_topk": 8, "candidate_topk_blocks": 6, "engram_vocab_size": 101,
+}  # fmt: skip
+SCHEDULE = Schedule(
+    0.003,
+    512,
+    (Stage("short", 768, 64, 128), Stage("long", 768, 96, 192, rounding=True, balance=False, decay=True)),
+)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data directory with a small corpus, and a shape to match."""
+    monkeypatch.setattr(shape, "TEXT_CONFIG", shape.TEXT_CONFIG | TINY)
+    monkeypatch.setattr(Precision, "products", torch.float32)
+    documents = [(f"d{i}", composed.document(random.Random(i))) for i in range(60)]
+    tokenizer = train_tokenizer([document for _, document in documents])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    save_tokens(tmp_path / "train-composed.safetensors", *tokenise(tokenizer, documents[:50]))
+    save_tokens(tmp_path / "heldout-composed.safetensors", *tokenise(tokenizer, documents[50:]))
+    return tmp_path
+
+
+def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.state._tensors().items()}
+
+
+def test_an_interrupted_training_ends_like_an_uninterrupted_one(directory: Path) -> None:
+    whole = Trainer(directory, SCHEDULE)
+    whole.run(SCHEDULE.total)
+    expected = tensors(whole)
+    (directory / "state.safetensors").unlink()
+
+    for until in (384, 1000, SCHEDULE.total):
+        part = Trainer(directory, SCHEDULE)
+        if (directory / "state.safetensors").exists():
+            part.state.load(directory / "state.safetensors")
+        part.run(until)
+    got = tensors(part)
+
+    assert part.state.progress == whole.state.progress
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_training_lowers_the_loss(directory: Path) -> None:
+    trainer = Trainer(directory, SCHEDULE)
+    stage = SCHEDULE.stages[0]
+    batch = Pass.of(trainer.corpus, 64, trainer.step_tokens, (1, 1)).batch(0, 2)
+    losses = [trainer.step(*batch, stage, 0.003)["loss"] for _ in range(8)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_only_looked_up_engram_rows_change(directory: Path) -> None:
+    trainer = Trainer(directory, SCHEDULE)
+    before = [table.weight.clone() for table in trainer.tables]
+    ids, documents = Pass.of(trainer.corpus, 64, trainer.step_tokens, (1, 1)).batch(0, 1)
+    trainer.step(ids, documents, SCHEDULE.stages[0], 0.003)
+    for table, old, rows in zip(trainer.tables, before, trainer.find_rows(ids, documents), strict=True):
+        changed = (table.weight != old).any(1)
+        assert changed.any()
+        assert set(changed.nonzero().flatten().tolist()) <= set(rows.flatten().tolist())
+
+
+def test_a_stop_signal_ends_training_after_the_step_at_hand(directory: Path) -> None:
+    trainer = Trainer(directory, SCHEDULE)
+    trainer.stop(15, None)
+    trainer.run(SCHEDULE.total)
+    assert trainer.state.progress.tokens == 0
+    assert (directory / "state.safetensors").exists()
+
+
+def test_the_serving_family_computes_what_was_trained(directory: Path, tmp_path: Path) -> None:
+    trainer = Trainer(directory, SCHEDULE)
+    trainer.run(1000)
+    config = trainer.config
+    model = Model(config)
+    tables, _ = read_trained(directory / "state.safetensors", model)
+    out = tmp_path / "exported"
+    out.mkdir()
+    export.write_checkpoint(out, model, tables, directory / "tokenizer.json")
+    export.check(out, model, tables)
+
+    stored = Model(config).eval()
+    stored_tables = from_released(stored, read_files(out))
+    tokenizer_ids = torch.arange(11, 11 + 4 * config.sliding_window) % 300
+    documents = torch.zeros(1, len(tokenizer_ids), dtype=torch.int64)
+    rows = trainer.find_rows(tokenizer_ids.unsqueeze(0), documents)
+    values = [table[r].flatten(1) for table, r in zip(stored_tables, rows, strict=True)]
+    with torch.inference_mode():
+        trained = stored.head(stored(tokenizer_ids.unsqueeze(0), documents, values).states)
+
+    checkpoint = open_safetensors(out)
+    served = family_of(checkpoint).load(checkpoint, ReferenceKernels(), MemoryBudget(1 << 30))
+    cache = served.new_cache(1, len(tokenizer_ids))
+    logits = served.forward(Batch.of([(0, 0, tokenizer_ids.tolist())], all_logits=True), cache)
+    torch.testing.assert_close(logits, trained, rtol=0, atol=1e-4)
+
+
+def test_export_refuses_files_that_differ_from_the_model(directory: Path, tmp_path: Path) -> None:
+    trainer = Trainer(directory, SCHEDULE)
+    tables = [table.weight for table in trainer.tables]
+    out = tmp_path / "exported"
+    out.mkdir()
+    export.write_checkpoint(out, trainer.model, tables, directory / "tokenizer.json")
+    with torch.no_grad():
+        trainer.model.norm.weight.mul_(2)
+    with pytest.raises(SystemExit, match="differ from the model"):
+        export.check(out, trainer.model, tables)
+
+
+def test_the_demo_shape_is_one_that_the_family_accepts(directory: Path) -> None:
+    config = parse_config(shape.config_for(directory / "tokenizer.json"))
+    tokenizer_map = build_token_map(train_tokenizer([]), config.vocab_size)
+    assert RowFinder(config, tokenizer_map).hashes[0].primes.min() >= config.engram_vocab_size
