@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from engine.families.deepseek_v41_config import V41Config
 from engine.layers.rope import inverse_frequencies
-from layers import Linear, RmsNorm, SoftmaxWithSink, bmm, linear
+from index_scores import IndexScores
+from layers import Linear, Precision, RmsNorm, SoftmaxWithSink, bmm, linear
 
 HIDDEN = -1e30  # finite, so that rows that see nothing at all (padding) stay free of NaN
 
@@ -134,14 +135,15 @@ class Indexer(nn.Module):
     def keys(self, latents: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(self.k_norm(self.wk(latents.detach())), rotation)
 
-    def forward(self, x: Tensor, qr: Tensor, keys: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, qr: Tensor, keys: Tensor, ratio: int, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """`[B, T, G]`."""
         x, qr = x.detach(), qr.detach()
         batch, length, _ = x.shape
         queries = rotate(self.wq_b(qr).view(batch, length, self.heads, self.dim), rotation)
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)  # [B, T, ih]
-        dots = bmm(queries.flatten(1, 2), keys.transpose(1, 2)).relu()  # [B, T * ih, G]
-        dots = dots.view(batch, length, self.heads, -1)
-        return (dots * weights.unsqueeze(-1)).sum(2)  # [B, T, G]
+        return IndexScores.apply(queries, weights, keys, ratio, Precision.products)
 
 
 def best(scores: Tensor, top_k: int) -> Tensor:
@@ -224,7 +226,7 @@ class Attention(nn.Module):
         if self.number not in c.index_source_layer_ids:
             return None
         entries: Entries = published["entries"]
-        scores = self.indexer(x, qr, entries.index_keys, rotation)
+        scores = self.indexer(x, qr, entries.index_keys, ratio, rotation)
         ranked = scores.detach().masked_fill(~entries.visible, -torch.inf)
         if "pool" in published:
             ranked = ranked.masked_fill(~published["pool"], -torch.inf)

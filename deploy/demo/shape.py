@@ -44,7 +44,7 @@ TEXT_CONFIG: dict[str, Any] = {
     "candidate_source_layer_id": 3,
     "candidate_topk_blocks": 32,
     "candidate_block_size": 4,
-    "index_n_heads": 4,
+    "index_n_heads": 16,
     "index_head_dim": 32,
     "index_topk": 64,
     "rope_theta": 10000.0,

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from experts import RoutedExperts
+from index_scores import IndexScores
 from kneser_ney import KneserNey
 from layers import SoftmaxWithSink
 from loss import HeadLoss
@@ -78,6 +79,24 @@ def test_sink_takes_its_share_of_attention_and_learns() -> None:
     fast = torch.autograd.grad((got[..., 1:] * direction).sum(), (scores, sink))
     slow = torch.autograd.grad((want * direction).sum(), (scores, sink))
     for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_index_scores_in_blocks_are_the_plain_ones_with_their_gradients() -> None:
+    torch.manual_seed(6)
+    queries, weights = (
+        torch.randn(2, 150, 3, 8, requires_grad=True),
+        torch.randn(2, 150, 3, requires_grad=True),
+    )
+    keys = torch.randn(2, 75, 8, requires_grad=True)
+    seen = (torch.arange(75) + 1) * 2 <= torch.arange(150).unsqueeze(1) + 1
+    direction = torch.randn(2, 150, 75) * seen
+    fast = IndexScores.apply(queries, weights, keys, 2, torch.float32)
+    dots = torch.einsum("bthd,bgd->bthg", queries, keys).relu()
+    slow = torch.einsum("bthg,bth->btg", dots, weights)
+    torch.testing.assert_close(fast * seen, slow * seen)
+    got, want = (torch.autograd.grad((s * direction).sum(), (queries, weights, keys)) for s in (fast, slow))
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
 
