@@ -18,9 +18,10 @@ from memory.checkpoint import Checkpoint, TensorEntry
 from memory.disk import BLOCK, DirectFiles
 from memory.telemetry import Telemetry
 from memory.transfer import Link, Priority, Ticket
-from quant.fp8 import FP8_ROW
+from quant.formats import Format
 from quant.kernels import Kernels
 from quant.packed import PackedTensor
+from quant.stored import unpack
 
 WAYS = 8  # rows that share a place in the cache of hot rows
 READERS = 16  # requests to the disk at once
@@ -28,25 +29,32 @@ READERS = 16  # requests to the disk at once
 
 @dataclass(frozen=True)
 class TableFiles:
-    """Where a table is: its codes `[rows, dim]` e4m3, and its scales `[rows, dim / 32]` ue8m0."""
+    """Where a table `[rows, dim]` is: its codes and scales, and the format they are in, row by row."""
 
     codes: TensorEntry
     scales: TensorEntry
+    format: Format
+    dim: int
 
     @property
-    def dim(self) -> int:
-        """Values of a row."""
-        return self.codes.shape[1]
+    def code_bytes(self) -> int:
+        """Bytes of a row's codes."""
+        return self.codes.nbytes // self.codes.shape[0]
 
     @property
-    def scale_dim(self) -> int:
-        """Scales of a row."""
-        return self.scales.shape[1]
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales."""
+        return self.scales.nbytes // self.scales.shape[0]
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, codes and scales."""
-        return self.dim + self.scale_dim
+        return self.code_bytes + self.scale_bytes
+
+    def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedTensor:
+        """Rows from the raw bytes of their codes `[n, code_bytes]` and scales `[n, scale_bytes]`."""
+        shape = (codes.shape[0], self.dim)
+        return unpack(self.format, shape, codes.flatten(), scales.flatten(), self.scales.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -114,20 +122,18 @@ class _WholeTable:
     """A table in DRAM."""
 
     def __init__(self, files: TableFiles, checkpoint: Checkpoint) -> None:
-        codes = checkpoint.map(files.codes.name).view(files.codes.shape).clone()
-        scales = checkpoint.map(files.scales.name).view(files.scales.shape).clone()
-        self._packed = PackedTensor(FP8_ROW, (codes.shape[0], codes.shape[1]), codes, scales)
+        self._files = files
+        self._codes = checkpoint.map(files.codes.name).view(-1, files.code_bytes).clone()
+        self._scales = checkpoint.map(files.scales.name).view(-1, files.scale_bytes).clone()
 
     @property
     def nbytes(self) -> int:
-        return self._packed.nbytes
+        return self._codes.nbytes + self._scales.nbytes
 
     def rows(self, rows: np.ndarray, telemetry: Telemetry) -> PackedTensor:
         at = torch.from_numpy(rows)
         telemetry.add("rows", "cached", len(rows))
-        scales = self._packed.scales
-        assert scales is not None
-        return PackedTensor(FP8_ROW, (len(rows), self._packed.shape[1]), self._packed.codes[at], scales[at])
+        return self._files.unpack(self._codes[at], self._scales[at])
 
 
 class _TableOnDisk:
@@ -156,16 +162,16 @@ class _TableOnDisk:
         if len(missing):
             fresh = np.concatenate(
                 (
-                    self._read(files.codes, files.dim, missing),
-                    self._read(files.scales, files.scale_dim, missing),
+                    self._read(files.codes, files.code_bytes, missing),
+                    self._read(files.scales, files.scale_bytes, missing),
                 ),
                 axis=1,
             )
             packed[~found] = fresh
             self._hot.keep(missing, fresh)
-        codes = torch.from_numpy(packed[:, : files.dim].copy())
-        scales = torch.from_numpy(packed[:, files.dim :].copy())
-        return PackedTensor(FP8_ROW, (len(rows), files.dim), codes, scales)
+        codes = torch.from_numpy(packed[:, : files.code_bytes].copy())
+        scales = torch.from_numpy(packed[:, files.code_bytes :].copy())
+        return files.unpack(codes, scales)
 
     def _read(self, entry: TensorEntry, width: int, rows: np.ndarray) -> np.ndarray:
         """Bytes of some rows of a tensor with `width` bytes a row, `[n, width]`."""

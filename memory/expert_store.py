@@ -26,6 +26,7 @@ from memory.telemetry import Telemetry
 from memory.tiers import Arena, Tier
 from memory.transfer import Link, Priority, Ticket
 from quant.errors import BudgetError
+from quant.formats import Format
 from quant.kernels import ExpertWeights, Kernels
 
 FILL_BATCH = 64  # experts on their way at once while filling
@@ -47,6 +48,8 @@ class ExpertFiles(Protocol):
     def hidden(self) -> int: ...
     @property
     def width(self) -> int: ...
+    @property
+    def format(self) -> Format: ...
 
     def entries(self, layer: int, expert: int) -> list[TensorEntry]:
         """The tensors of one expert."""
@@ -110,7 +113,7 @@ class ExpertStore:
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
     ) -> None:
         self.files = files
-        self.layout = layout = kernels.slot_layout(files.hidden, files.width)
+        self.layout = layout = kernels.slot_layout(files.hidden, files.width, files.format)
         self.kernels = kernels
         self.telemetry = telemetry or Telemetry()
         total = files.layers * files.experts

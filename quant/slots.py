@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from quant.formats import Format
 from quant.kernels import ExpertWeights
-from quant.mxfp4 import BLOCK, MXFP4
+from quant.mxfp4 import MXFP4
 from quant.packed import PackedTensor
+from quant.stored import byte_shapes, unpack_bytes
+
+SCALE_ALIGNMENT = 16  # scales of several bytes are read as such
 
 
 @dataclass(frozen=True)
 class FileSlotLayout:
-    """Slots for kernels that read experts in file layout (plain torch, Triton); MXFP4.
+    """Slots for kernels that read experts in file layout (plain torch, Triton).
 
-    hidden, width  the expert's dimensions
+    hidden, width  the expert's dimensions; `format` the experts' format in files
     """
 
     hidden: int
     width: int
+    format: Format = MXFP4
+    _spans: tuple[tuple[int, int], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        spans, at = [], 0
+        for shape in self._shapes():
+            for nbytes in byte_shapes(self.format, *shape):
+                spans.append((at, at + nbytes))
+                at = -(-(at + nbytes) // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+        object.__setattr__(self, "_spans", tuple(spans))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a slot: those of codes and scales."""
-        return 3 * MXFP4.bytes_for(self.width, self.hidden)
+        """Bytes of a slot: those of codes and scales, each aligned."""
+        return self._spans[-1][1]
 
     def pack_into(
         self, slot: torch.Tensor, w1: PackedTensor, w3: PackedTensor, w2: PackedTensor, threads: int = 1
@@ -40,13 +54,11 @@ class FileSlotLayout:
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
         """The weights of the expert that lies in `slot`."""
-        shapes = ((self.width, self.hidden), (self.width, self.hidden), (self.hidden, self.width))
         parts = []
-        at = 0
-        for rows, cols in shapes:
-            codes = slot[at : at + rows * cols // 2].view(rows, cols // 2)
-            at += codes.numel()
-            scales = slot[at : at + rows * cols // BLOCK].view(rows, cols // BLOCK)
-            at += scales.numel()
-            parts.append(PackedTensor(MXFP4, (rows, cols), codes, scales))
+        for number, shape in enumerate(self._shapes()):
+            codes, scales = (slot[start:stop] for start, stop in self._spans[2 * number : 2 * number + 2])
+            parts.append(unpack_bytes(self.format, shape, codes, scales))
         return ExpertWeights(*parts)
+
+    def _shapes(self) -> tuple[tuple[int, int], ...]:
+        return (self.width, self.hidden), (self.width, self.hidden), (self.hidden, self.width)

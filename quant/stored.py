@@ -6,6 +6,7 @@ A packed matrix is stored as two tensors, `NAME.weight` (codes) and `NAME.scale`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from quant.packed import PackedTensor
 from quant.quantization_config import QuantizationConfig, Role
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+SCALE_DTYPES = {"F8_E8M0": torch.uint8, **FLOAT_DTYPES}
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
@@ -79,5 +81,18 @@ def unpack(
 ) -> PackedTensor:
     """A PackedTensor over the raw bytes (flat uint8) of `NAME.weight` and `NAME.scale`."""
     weight, scale = stored_as(format_, *shape)
-    dtype = {"F8_E8M0": torch.uint8, **FLOAT_DTYPES}[scale_dtype]
+    dtype = SCALE_DTYPES[scale_dtype]
     return PackedTensor(format_, shape, codes.view(weight.shape), scales.view(dtype).view(scale.shape))
+
+
+def byte_shapes(format_: Format, rows: int, cols: int) -> tuple[int, int]:
+    """Bytes of the codes and of the scales of a `[rows, cols]` matrix, with scales of the released dtype."""
+    weight, scale = stored_as(format_, rows, cols)
+    return math.prod(weight.shape), math.prod(scale.shape) * SCALE_DTYPES[scale.dtypes[0]].itemsize
+
+
+def unpack_bytes(
+    format_: Format, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor
+) -> PackedTensor:
+    """As `unpack`, with scales of the released dtype."""
+    return unpack(format_, shape, codes, scales, stored_as(format_, *shape)[1].dtypes[0])

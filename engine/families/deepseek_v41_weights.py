@@ -21,11 +21,14 @@ from memory.engram_store import EngramStore, TableFiles
 from memory.expert_store import ExpertStore
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
-from quant.errors import BudgetError
-from quant.fp8 import FP8_32, FP8_ROW, Fp8
+from quant.errors import BudgetError, CheckpointError
+from quant.formats import Format
+from quant.fp8 import FP8_ROW
 from quant.kernels import ExpertWeights, Kernels, Weight
-from quant.mxfp4 import BLOCK, MXFP4
+from quant.mxfp4 import MXFP4
 from quant.packed import PackedTensor
+from quant.quantization_config import QuantizationConfig, Role
+from quant.stored import FLOAT_DTYPES, format_of, stored_as, unpack, unpack_bytes
 
 # Draft stages and the image encoder: in released checkpoints, not used by text generation.
 IGNORED_PREFIXES = ("mtp.", "vision.", "aligner.", "image_")
@@ -34,8 +37,7 @@ IGNORED_PREFIXES = ("mtp.", "vision.", "aligner.", "image_")
 HOT_ROWS_SHARE = 0.05
 ROOM_FOR_ALIGNMENT = 1.01  # expert slots begin on cache lines
 
-FLOATS = ("BF16", "F32", "F16")
-FLOAT_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+FLOATS = tuple(FLOAT_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -103,30 +105,62 @@ class V41Weights:
     dense_bytes: int
 
 
-class _Expectations:
-    """Collects tensor specs; dense matrices may be FP8 with scales, or plain floats without."""
+class StoredFormats:
+    """Which format each packed weight of a checkpoint is in, from dtypes in headers and the config.
+
+    What is missing from the checkpoint is taken to be as released: then `verify` names it.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+        self._entries = checkpoint.entries
+        self._config = QuantizationConfig.parse(checkpoint.config)
+
+    def of(self, role: Role, name: str) -> Format | None:
+        """The format of matrix `name`; None for plain floats. Raises FormatError for unknown dtypes."""
+        weight, scale = self._entries.get(f"{name}.weight"), self._entries.get(f"{name}.scale")
+        if weight is None:
+            return {Role.EXPERT: MXFP4, Role.DENSE: self._config.dense, Role.ENGRAM: FP8_ROW}[role]
+        scale_dtype = None if scale is None else scale.dtype
+        if scale_dtype is None and weight.dtype not in FLOATS:
+            scale_dtype = "F8_E8M0"
+        return format_of(role, weight.dtype, scale_dtype, self._config)
+
+    def packed(self, role: Role, name: str) -> Format:
+        """As `of`, for weights that must be packed."""
+        format_ = self.of(role, name)
+        if format_ is None:
+            raise CheckpointError(
+                f"{name}.weight is not packed; run `loci quantize` on the checkpoint before serving it"
+            )
+        return format_
+
+    @property
+    def experts(self) -> Format:
+        """The format of the routed experts: one for all, that of the first."""
+        return self.packed(Role.EXPERT, "layers.0.ffn.experts.0.w1")
+
+
+class _Expectations:
+    """Collects tensor specs; packed matrices are expected in the format that their headers name."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.formats = StoredFormats(checkpoint)
         self.specs: dict[str, TensorSpec] = {}
 
     def floats(self, name: str, *shape: int) -> None:
         self.specs[name] = TensorSpec(shape, FLOATS)
 
     def dense(self, name: str, rows: int, cols: int) -> None:
-        entry = self.checkpoint.entries.get(f"{name}.weight")
-        if entry is not None and entry.dtype in FLOATS:
+        format_ = self.formats.of(Role.DENSE, name)
+        if format_ is None:
             self.floats(f"{name}.weight", rows, cols)
         else:
-            self.fp8(name, FP8_32, rows, cols)
+            self.packed(name, format_, rows, cols)
 
-    def fp8(self, name: str, format_: Fp8, rows: int, cols: int) -> None:
-        self.specs[f"{name}.weight"] = TensorSpec((rows, cols), ("F8_E4M3",))
-        self.specs[f"{name}.scale"] = TensorSpec(format_.scale_shape(rows, cols), ("F8_E8M0",))
-
-    def fp4(self, name: str, rows: int, cols: int) -> None:
-        self.specs[f"{name}.weight"] = TensorSpec((rows, cols // 2), ("I8", "U8"))
-        self.specs[f"{name}.scale"] = TensorSpec((rows, cols // BLOCK), ("F8_E8M0",))
+    def packed(self, name: str, format_: Format, rows: int, cols: int) -> None:
+        weight, scale = stored_as(format_, rows, cols)
+        self.specs[f"{name}.weight"] = TensorSpec(weight.shape, weight.dtypes)
+        self.specs[f"{name}.scale"] = TensorSpec(scale.shape, scale.dtypes)
 
 
 def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
@@ -137,6 +171,7 @@ def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, Ten
     expect.floats("embed.weight", c.vocab_size, c.hidden_size)
     expect.floats("head.weight", c.vocab_size, c.hidden_size)
     expect.floats("norm.weight", c.hidden_size)
+    expert_format = expect.formats.experts
     for n in range(c.num_hidden_layers):
         layer = f"layers.{n}"
         for sub in ("attn", "ffn"):
@@ -151,9 +186,9 @@ def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, Ten
             expect.floats(f"{layer}.ffn.gate.bias_vl", c.n_routed_experts)
         for e in range(c.n_routed_experts):
             expert = f"{layer}.ffn.experts.{e}"
-            expect.fp4(f"{expert}.w1", c.moe_intermediate_size, c.hidden_size)
-            expect.fp4(f"{expert}.w3", c.moe_intermediate_size, c.hidden_size)
-            expect.fp4(f"{expert}.w2", c.hidden_size, c.moe_intermediate_size)
+            expect.packed(f"{expert}.w1", expert_format, c.moe_intermediate_size, c.hidden_size)
+            expect.packed(f"{expert}.w3", expert_format, c.moe_intermediate_size, c.hidden_size)
+            expect.packed(f"{expert}.w2", expert_format, c.hidden_size, c.moe_intermediate_size)
         shared, width = f"{layer}.ffn.shared_experts", c.moe_intermediate_size * c.n_shared_experts
         expect.dense(f"{shared}.w1", width, c.hidden_size)
         expect.dense(f"{shared}.w3", width, c.hidden_size)
@@ -161,7 +196,8 @@ def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, Ten
     for n, rows in zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True):
         engram = f"layers.{n}.engram"
         columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
-        expect.fp8(f"{engram}.embed", FP8_ROW, rows, c.engram_head_dim)
+        table_format = expect.formats.packed(Role.ENGRAM, f"{engram}.embed")
+        expect.packed(f"{engram}.embed", table_format, rows, c.engram_head_dim)
         expect.dense(f"{engram}.wkv", c.hidden_size * (c.hc_mult + 1), columns * c.engram_head_dim)
         expect.floats(f"{engram}.q_weight", c.hc_mult, c.hidden_size)
         expect.floats(f"{engram}.k_weight", c.hc_mult, c.hidden_size)
@@ -197,6 +233,7 @@ class _Reader:
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
         self.checkpoint = checkpoint
         self.kernels = kernels
+        self.formats = StoredFormats(checkpoint)
 
     def plain(self, name: str) -> torch.Tensor:
         """A float tensor as it is stored, mapped."""
@@ -210,27 +247,25 @@ class _Reader:
     def _bytes(self, name: str) -> torch.Tensor:
         return self.checkpoint.map(name).view(self.checkpoint.entries[name].shape)
 
-    def dense(self, name: str) -> Weight:
-        """A dense matrix as the kernels like it."""
-        return self.kernels.prepare(self.stored(name))
+    def dense(self, name: str, rows: int, cols: int) -> Weight:
+        """A dense `[rows, cols]` matrix as the kernels like it."""
+        return self.kernels.prepare(self.stored(name, rows, cols))
 
-    def dense_groups(self, name: str, rows: int) -> tuple[Weight, ...]:
-        """A dense matrix cut into groups of `rows` rows."""
-        stored = self.stored(name)
-        starts = range(0, stored.shape[0], rows)
+    def dense_groups(self, name: str, groups: int, rows: int, cols: int) -> tuple[Weight, ...]:
+        """A dense matrix cut into `groups` of `rows` rows."""
+        stored = self.stored(name, groups * rows, cols)
+        starts = range(0, groups * rows, rows)
         if isinstance(stored, torch.Tensor):
             return tuple(self.kernels.prepare(stored[start : start + rows]) for start in starts)
         return tuple(self.kernels.prepare(stored.rows(start, start + rows)) for start in starts)
 
-    def stored(self, name: str) -> Weight:
-        """A dense matrix as the file has it, mapped: FP8 tiles where it has scales, else plain floats."""
-        if self.checkpoint.entries[f"{name}.weight"].dtype in FLOATS:
+    def stored(self, name: str, rows: int, cols: int) -> Weight:
+        """A dense matrix as the file has it, mapped."""
+        format_ = self.formats.of(Role.DENSE, name)
+        if format_ is None:
             return self.plain(f"{name}.weight")
-        return self.fp8(name, FP8_32)
-
-    def fp8(self, name: str, format_: Fp8) -> PackedTensor:
-        codes, scales = self._bytes(f"{name}.weight"), self._bytes(f"{name}.scale")
-        return PackedTensor(format_, (codes.shape[0], codes.shape[1]), codes, scales)
+        codes, scales = self.checkpoint.map(f"{name}.weight"), self.checkpoint.map(f"{name}.scale")
+        return unpack(format_, (rows, cols), codes, scales, self.checkpoint.entries[f"{name}.scale"].dtype)
 
 
 @dataclass(frozen=True)
@@ -242,6 +277,7 @@ class V41ExpertFiles:
     experts: int
     hidden: int
     width: int
+    format: Format
 
     def entries(self, layer: int, expert: int) -> list[TensorEntry]:
         """The tensors of one expert."""
@@ -253,16 +289,14 @@ class V41ExpertFiles:
         """The expert's matrices from the raw bytes of its tensors, by name."""
         prefix = self._prefix(layer, expert)
 
-        def fp4(name: str, rows: int, cols: int) -> PackedTensor:
-            codes = raw[f"{prefix}.{name}.weight"].view(rows, cols // 2)
-            return PackedTensor(
-                MXFP4, (rows, cols), codes, raw[f"{prefix}.{name}.scale"].view(rows, cols // BLOCK)
-            )
+        def matrix(name: str, rows: int, cols: int) -> PackedTensor:
+            codes, scales = raw[f"{prefix}.{name}.weight"], raw[f"{prefix}.{name}.scale"]
+            return unpack_bytes(self.format, (rows, cols), codes, scales)
 
         return ExpertWeights(
-            fp4("w1", self.width, self.hidden),
-            fp4("w3", self.width, self.hidden),
-            fp4("w2", self.hidden, self.width),
+            matrix("w1", self.width, self.hidden),
+            matrix("w3", self.width, self.hidden),
+            matrix("w2", self.hidden, self.width),
         )
 
     def _prefix(self, layer: int, expert: int) -> str:
@@ -298,13 +332,9 @@ def read_weights(
         config.n_routed_experts,
         config.hidden_size,
         config.moe_intermediate_size,
+        reader.formats.experts,
     )
-    tables = {
-        n: TableFiles(
-            *(checkpoint.entries[f"layers.{n}.engram.embed.{part}"] for part in ("weight", "scale"))
-        )
-        for n in config.engram_layer_ids
-    }
+    tables = {n: _table_files(config, reader, n) for n in config.engram_layer_ids}
     dram = Tier("dram", left - hot_rows_bytes, torch.device("cpu"))
     return V41Weights(
         embed=reader.plain("embed.weight"),
@@ -315,6 +345,13 @@ def read_weights(
         engram=EngramStore(tables, checkpoint, kernels, hot_rows_bytes, telemetry),
         dense_bytes=size["dense"],
     )
+
+
+def _table_files(c: V41Config, reader: _Reader, n: int) -> TableFiles:
+    name = f"layers.{n}.engram.embed"
+    entries = reader.checkpoint.entries
+    format_ = reader.formats.packed(Role.ENGRAM, name)
+    return TableFiles(entries[f"{name}.weight"], entries[f"{name}.scale"], format_, c.engram_head_dim)
 
 
 def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
@@ -334,8 +371,10 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
     engram = None
     if n in c.engram_layer_ids:
         qk = reader.small(f"{layer}.engram.q_weight") * reader.small(f"{layer}.engram.k_weight")
-        engram = EngramMix(reader.dense(f"{layer}.engram.wkv"), qk, c.rms_norm_eps)
-    shared = f"{layer}.ffn.shared_experts"
+        columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads * c.engram_head_dim
+        wkv = reader.dense(f"{layer}.engram.wkv", c.hidden_size * (c.hc_mult + 1), columns)
+        engram = EngramMix(wkv, qk, c.rms_norm_eps)
+    shared, width = f"{layer}.ffn.shared_experts", c.moe_intermediate_size * c.n_shared_experts
     return LayerWeights(
         attn_norm=reader.small(f"{layer}.attn_norm.weight"),
         ffn_norm=reader.small(f"{layer}.ffn_norm.weight"),
@@ -345,7 +384,9 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
         gate=reader.plain(f"{layer}.ffn.gate.weight"),
         gate_bias=reader.small(f"{layer}.ffn.gate.bias"),
         shared_experts=SharedExpert(
-            reader.dense(f"{shared}.w1"), reader.dense(f"{shared}.w3"), reader.dense(f"{shared}.w2")
+            reader.dense(f"{shared}.w1", width, c.hidden_size),
+            reader.dense(f"{shared}.w3", width, c.hidden_size),
+            reader.dense(f"{shared}.w2", c.hidden_size, width),
         ),
         engram=engram,
     )
@@ -364,19 +405,29 @@ def _read_attention(c: V41Config, reader: _Reader, n: int) -> AttentionWeights:
             index_norm=reader.small(f"{attn}.indexer.k_norm.weight"),
         )
     indexed = n in c.index_source_layer_ids
+    query_dim = c.num_attention_heads * c.head_dim
+    index_dim = c.index_n_heads * c.index_head_dim
     return AttentionWeights(
-        wq_a=reader.dense(f"{attn}.wq_a"),
+        wq_a=reader.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size),
         q_norm=reader.small(f"{attn}.q_norm.weight"),
-        wq_b=reader.dense(f"{attn}.wq_b"),
-        wkv=reader.dense(f"{attn}.wkv"),
+        wq_b=reader.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank),
+        wkv=reader.dense(f"{attn}.wkv", c.head_dim, c.hidden_size),
         kv_norm=reader.small(f"{attn}.kv_norm.weight"),
         sink=reader.small(f"{attn}.attn_sink"),
-        wo_a=reader.dense_groups(f"{attn}.wo_a", c.o_lora_rank),
-        wo_b=reader.dense(f"{attn}.wo_b"),
+        wo_a=reader.dense_groups(f"{attn}.wo_a", c.o_groups, c.o_lora_rank, query_dim // c.o_groups),
+        wo_b=reader.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank),
         compressor=compressor,
-        indexer_wq_b=reader.dense(f"{attn}.indexer.wq_b") if indexed else None,
+        indexer_wq_b=reader.dense(f"{attn}.indexer.wq_b", index_dim, c.q_lora_rank) if indexed else None,
         indexer_weights=reader.plain(f"{attn}.indexer.weights_proj.weight") if indexed else None,
     )
+
+
+# (dtype of codes, dtype of scales) -> what reports call it
+PACKED_NAMES = {
+    (codes, scales): name
+    for codes in ("I8", "U8")
+    for scales, name in (("F8_E8M0", "mxfp4"), ("F32", "nf4"), ("BF16", "int4"))
+}
 
 
 def components(config: V41Config, checkpoint: Checkpoint) -> list[Component]:
@@ -390,9 +441,11 @@ def components(config: V41Config, checkpoint: Checkpoint) -> list[Component]:
         total = totals.setdefault(key, [0, 0])
         total[0] += entry.nbytes
         if not name.endswith(".scale"):
-            two_codes_a_byte = key[1] == "routed_experts" and entry.dtype in ("I8", "U8")
+            two_codes_a_byte = entry.dtype in ("I8", "U8")
             total[1] += math.prod(entry.shape) * (2 if two_codes_a_byte else 1)
-            formats.setdefault(key, set()).add("fp4" if two_codes_a_byte else entry.dtype.lower())
+            scale = checkpoint.entries.get(name.removesuffix(".weight") + ".scale")
+            known = PACKED_NAMES.get((entry.dtype, scale.dtype)) if scale is not None else None
+            formats.setdefault(key, set()).add(known or entry.dtype.lower())
     return [
         Component(name, kind, "+".join(sorted(formats.get((name, kind), {"?"}))), nbytes, parameters)
         for (name, kind), (nbytes, parameters) in totals.items()

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from quant.formats import Format
 from quant.packed import PackedTensor
 
 Weight = torch.Tensor | PackedTensor
@@ -36,8 +37,8 @@ class Kernels(Protocol):
         """A dense weight as this back end likes it, made once at load; may copy it into memory."""
         ...
 
-    def slot_layout(self, hidden: int, width: int) -> SlotLayout:
-        """How this back end wants an expert of these dimensions to lie in a slot."""
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
+        """How this back end wants an expert of these dimensions and file format to lie in a slot."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -13,9 +13,11 @@ from typing import Literal
 import torch
 
 from quant.errors import ConfigError
+from quant.formats import Format
 from quant.fp8 import FP8_ROW
-from quant.kernels import Experts, Weight, library
+from quant.kernels import Experts, SlotLayout, Weight, library
 from quant.kernels.layout import (
+    TILED,
     ExpertSlotLayout,
     Matrix,
     Tiled,
@@ -27,6 +29,7 @@ from quant.kernels.layout import (
 )
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import PackedTensor
+from quant.slots import FileSlotLayout
 
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -87,9 +90,11 @@ class NativeKernels:
             return weight
         return tile(weight)
 
-    def slot_layout(self, hidden: int, width: int) -> ExpertSlotLayout:
-        """Slots of panels."""
-        return ExpertSlotLayout(hidden, width)
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
+        """Slots of panels, where the format has them."""
+        if format_.name in TILED:
+            return ExpertSlotLayout(hidden, width, format_)
+        return FileSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from quant.formats import Format
 from quant.kernels import Experts, Weight
 from quant.packed import PackedTensor
 from quant.slots import FileSlotLayout
@@ -31,9 +32,9 @@ class ReferenceKernels:
     def prepare(self, weight: Weight) -> Weight:
         return weight
 
-    def slot_layout(self, hidden: int, width: int) -> FileSlotLayout:
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> FileSlotLayout:
         """Slots in file layout."""
-        return FileSlotLayout(hidden, width)
+        return FileSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,15 @@ from engine.families import family_of
 from engine.families.deepseek_v41 import DeepseekV41
 from engine.model import Batch, Trace
 from memory.budget import MemoryBudget
+from memory.convert_files import convert_checkpoint
+from memory.convert_plan import Choices
 from memory.safetensors_files import open_safetensors
 from quant.errors import BudgetError
+from quant.int4 import INT4_GROUPS
 from quant.kernels import choose
 from quant.kernels.reference import ReferenceKernels
+from quant.mxfp4 import MXFP4
+from quant.nf4 import NF4
 from tests.conftest import golden_path
 
 TOLERANCE = 1e-4
@@ -235,3 +241,29 @@ def test_the_other_dialect_of_the_config_loads_to_the_same_model(checkpoint_copy
     golden = load_golden("v41-c")
     logits = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), model.new_cache(1, 150))
     assert_close(logits, golden.logits)
+
+
+@pytest.mark.parametrize(
+    ("experts", "dense", "engram", "most_divergence"),
+    [
+        (None, torch.bfloat16, None, 1e-4),
+        (NF4, None, None, 0.05),
+        (INT4_GROUPS[32], torch.bfloat16, MXFP4, 0.2),
+    ],
+    ids=["dense-bf16", "experts-nf4", "int4-bf16-fp4"],
+)
+def test_converted_checkpoints_load_and_answer_alike(
+    tmp_path: Path, experts: Any, dense: Any, engram: Any, most_divergence: float
+) -> None:
+    """Weights in other formats change the answers as little as their rounding does: mean KL in nats."""
+    golden = load_golden("v41-c")
+    target = tmp_path / "converted"
+    choices = Choices(experts=experts, dense=dense, engram=engram)
+    convert_checkpoint(golden_path("v41-c"), target, choices, lambda done, total: None, 1)
+    checkpoint = open_safetensors(target)
+    model = family_of(checkpoint).load(checkpoint, choose(), PLENTY)
+    logits = model.forward(Batch.of([(0, 0, golden.ids)], all_logits=True), model.new_cache(1, 150))
+    model.close()
+    reference = golden.logits.log_softmax(-1)
+    divergence = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
+    assert 0 <= divergence + 1e-6 < most_divergence

@@ -56,10 +56,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
     cache = model.new_cache(1, len(ids))
     cuts = [0, 40, 100, *range(101, 131)]
     return torch.cat(
-        [
-            model.forward(Batch.of([(0, a, ids[a:b])], all_logits=True), cache)
-            for a, b in pairwise(cuts)
-        ]
+        [model.forward(Batch.of([(0, a, ids[a:b])], all_logits=True), cache) for a, b in pairwise(cuts)]
     )
 
 

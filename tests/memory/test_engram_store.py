@@ -29,7 +29,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     generator = torch.Generator().manual_seed(3)
     codes = torch.randn(ROWS, DIM, generator=generator).to(torch.float8_e4m3fn)
     scales = torch.randint(110, 140, (ROWS, DIM // 32), generator=generator, dtype=torch.uint8)
-    save_file({"t.scale": scales, "pad": torch.zeros(1001), "t.weight": codes}, folder / "model.safetensors")
+    save_file(
+        {"t.scale": scales.view(torch.float8_e8m0fnu), "pad": torch.zeros(1001), "t.weight": codes},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text('{"model_type": "test"}')
     return open_safetensors(folder)
 
@@ -43,7 +46,7 @@ def table(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def make_store(checkpoint: Checkpoint, budget_bytes: int) -> EngramStore:
-    files = TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"])
+    files = TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"], FP8_ROW, DIM)
     return EngramStore({7: files}, checkpoint, ReferenceKernels(), budget_bytes, Telemetry())
 
 
@@ -69,7 +72,7 @@ def test_looking_up_nothing_gives_nothing(store: EngramStore) -> None:
 
 def test_hot_rows_are_read_once(checkpoint: Checkpoint) -> None:
     telemetry = Telemetry()
-    files = TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"])
+    files = TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"], FP8_ROW, DIM)
     store = EngramStore({7: files}, checkpoint, ReferenceKernels(), 60_000, telemetry)
     rows = torch.arange(0, 200, 3).repeat(2)
     for _ in range(3):
