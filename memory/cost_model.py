@@ -43,7 +43,7 @@ class Efficiency:
     expert_share: float = 0.8
     bus_share: float = 0.82
     card_layer_s: float = 100e-6
-    host_layer_s: float = 1e-3
+    host_layer_s: float = 1.3e-3
     round_trip_s: float = 100e-6
     card_hop_s: float = 52e-6
 
@@ -136,7 +136,8 @@ class CostModel:
         cost.nbytes[head_tier] += self.shape.head.nbytes
         picks = sum(hits.values())
         cost.hit_rates = {tier: hits[tier] / picks if picks else 0.0 for tier in ("vram", "dram", "nvme")}
-        cost.seconds, cost.nbytes = dict(cost.seconds), dict(cost.nbytes)
+        cost.seconds = {resource: time for resource, time in cost.seconds.items() if time > 0}
+        cost.nbytes = {tier: nbytes for tier, nbytes in cost.nbytes.items() if nbytes > 0}
         return cost
 
     def _on(self, tier: str, nbytes: float, flops: float) -> tuple[float, str]:
