@@ -54,9 +54,15 @@ def chat(
     """
     if model is not None and url is not None:
         raise typer.BadParameter("give a model or --url, not both")
-    from server.talk import LocalTalk, RemoteTalk, Sampling
+    from server.talk import RemoteTalk, Sampling
 
-    talk: Talk = LocalTalk(model) if url is None else RemoteTalk(url, api_key)
+    talk: Talk
+    if url is not None:
+        talk = RemoteTalk(url, api_key)
+    else:
+        from server.local_talk import LocalTalk
+
+        talk = LocalTalk(model)
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -74,7 +80,8 @@ def run(
 
     Example: loci run ./model "Name three rivers." --temperature 0
     """
-    from server.talk import LocalTalk, Sampling
+    from server.local_talk import LocalTalk
+    from server.talk import Sampling
 
     talk = LocalTalk(model)
     sampling = Sampling(temperature, max_tokens, seed)

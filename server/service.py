@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 from engine.engine import Engine
 from engine.loader import Loaded, default_model_path, load
+from engine.model import Model
+from memory.hardware import available_memory_bytes
 from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
 from server.generation import Generation
@@ -20,7 +22,11 @@ from server.settings import Settings
 
 log = logging.getLogger("loci")
 
+# Where nothing is said: this many tokens, or fewer where the KV cache would take more than this share
+# of the memory that is free.
 DEFAULT_CONTEXT = 8192
+LEAST_CONTEXT = 512
+KV_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,13 @@ def bring_up(settings: Settings) -> Served:
 
     Raises LociError where the checkpoint is wrong or does not fit into memory.
     """
-    loaded = load(default_model_path() if settings.model is None else settings.model)
-    info = loaded.model.info
-    context = settings.max_model_len or min(info.max_context, DEFAULT_CONTEXT)
-    if context > info.max_context:
-        raise ConfigError(
-            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
-        )
+    path = (settings.model or default_model_path()).resolve()
+    name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    loaded = load(path)
+    longest = loaded.model.info.max_context
+    context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
+    if context > longest:
+        raise ConfigError(f"max_model_len is {context}, but {name} was made for {longest} tokens")
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
@@ -63,7 +69,16 @@ def bring_up(settings: Settings) -> Served:
         max_waiting=settings.max_waiting,
     )
     engine.start()
-    return Served(settings.served_model_name or info.name, loaded, engine)
+    return Served(name, loaded, engine)
+
+
+def _modest_context(model: Model, sequences: int) -> int:
+    """A context length to begin with: DEFAULT_CONTEXT, halved until the KV cache leaves room for others."""
+    context = min(model.info.max_context, DEFAULT_CONTEXT)
+    room = available_memory_bytes() * KV_SHARE
+    while context > LEAST_CONTEXT and model.cache_bytes(sequences, context) > room:
+        context //= 2
+    return context
 
 
 class Service:

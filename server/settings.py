@@ -32,13 +32,13 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 opens it to the network.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     served_model_name: str | None = Field(
-        None, min_length=1, description="Name that requests use. Default: the model's own name."
+        None, min_length=1, description="Name that requests use. Default: that of the directory or file."
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
         description="Tokens a sequence may have, prompt and answer together. Memory for them is taken at "
-        "start. Default: what the model was made for, at most 8192.",
+        "start. Default: what the model was made for, at most 8192, less where memory is short.",
     )
     max_num_seqs: int = Field(
         8, ge=1, le=1024, description="Sequences computed together; further ones wait in a queue."

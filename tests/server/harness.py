@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import signal
@@ -10,9 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from server.cli import main
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -48,6 +53,30 @@ def run(
         env=environment(**variables),
         check=False,
     )
+
+
+def complaint(stderr: str) -> str:
+    """What a failed `loci` said last, behind the lines of its log."""
+    return stderr[stderr.index("loci: ") :]
+
+
+def invoke(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `loci` inside this process, which spares loading torch once more."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with (
+        mock.patch.object(sys, "argv", ["loci", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code or 0
+    if isinstance(code, str):  # as the interpreter does with a message
+        err.write(f"{code}\n")
+        code = 1
+    return subprocess.CompletedProcess(arguments, int(str(code)), out.getvalue(), err.getvalue())
 
 
 def eventually(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
@@ -86,12 +115,15 @@ class LociServer:
 
     def await_ready(self) -> LociServer:
         """Return once the model is loaded."""
-        eventually(
-            lambda: self.process.poll() is not None or httpx.get(f"{self.url}/ready").status_code == 200,
-            "the model is loaded",
-        )
+        eventually(lambda: self._is_ready() or self.process.poll() is not None, "the model is loaded")
         assert self.process.poll() is None, f"the server ended: {self.err.read_text()}"
         return self
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def metric(self, name: str, **labels: str) -> float:
         """The sample of this name with (at least) these labels; 0 where there is none."""

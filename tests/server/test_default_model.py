@@ -1,0 +1,62 @@
+"""The embedded default model: `loci serve` without a model gives sensible answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from engine.loader import default_model_path
+from quant.errors import ConfigError
+from tests.server.harness import LociServer
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    try:
+        default_model_path()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    server = LociServer(tmp_path_factory.mktemp("default"), ["--max-model-len", "512"])
+    try:
+        with openai.OpenAI(base_url=f"{server.await_ready().url}/v1", api_key="x") as sdk:
+            yield sdk
+    finally:
+        server.kill()
+
+
+def test_a_streamed_chat_knows_the_capital_of_france(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    stream = client.chat.completions.create(
+        model=model.id, messages=QUESTION, temperature=0, max_tokens=30, stream=True
+    )
+    chunks = list(stream)
+
+    answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert "Paris" in answer
+    assert "<|im_end|>" not in answer
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_characters_of_several_tokens_arrive_whole(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    stream = client.completions.create(
+        model=model.id, prompt="🦊" * 12, temperature=0, max_tokens=24, stream=True
+    )
+    pieces = [chunk.choices[0].text for chunk in stream]
+
+    assert "🦊" in "".join(pieces)
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+def test_tools_are_refused_where_the_template_has_no_place_for_them(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    tool = {"type": "function", "function": {"name": "f"}}
+
+    with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
+        client.chat.completions.create(model=model.id, messages=QUESTION, tools=[tool])
+
+    assert caught.value.param == "tools"
