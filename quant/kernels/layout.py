@@ -1,7 +1,7 @@
-"""Weights as the native kernels read them: panels of 16 rows, strictly in sequence.
+"""Weights as the native kernels read them: panels of 32 rows, strictly in sequence.
 
 A tiled PackedTensor has the format `TILED[name]`. Its codes are one flat run of bytes, panel after panel,
-each with 16 rows' codes and scales (bit by bit in `native_src/formats.hpp`): as many bytes as before, but for
+each with 32 rows' codes and scales (bit by bit in `native_src/formats.hpp`): as many bytes as before, but for
 rows that fill up the last panel. FP8 keeps its scales apart, as they were.
 """
 
@@ -14,13 +14,16 @@ import torch
 
 from quant.errors import FormatError
 from quant.formats import Format
-from quant.fp8 import FP8_32, FP8_128
+from quant.four_bit import FourBit
+from quant.fp8 import FP8_32, FP8_128, Fp8
 from quant.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128
 from quant.kernels import ExpertWeights, library
 from quant.mxfp4 import MXFP4
+from quant.nf4 import NF4
 from quant.packed import PackedTensor
 
-PANEL_ROWS = 16
+PANEL_ROWS = 32
 
 
 class Matrix(ctypes.Structure):
@@ -42,25 +45,23 @@ class Matrix(ctypes.Structure):
 class Tiled(Format):
     """A format rearranged into panels; `base` is the format as files have it."""
 
-    def __init__(self, base: Format, number: int, columns: int = 1) -> None:
+    def __init__(self, base: Format, number: int) -> None:
         self.base = base
         self.number = number  # `Format` of native_src/kernels.hpp
-        self.columns = columns  # what cols must be a multiple of
+        self.keeps_scales = isinstance(base, Fp8)
         self.name = f"{base.name} in panels"
         self.tile_rows = max(PANEL_ROWS, base.tile_rows)
         self.tile_cols = base.tile_cols
 
     def row_bytes(self, cols: int) -> int:
-        """Bytes of a row within its panel; 16 of them are a panel."""
-        if self.base.name == MXFP4.name:
-            return cols // 2 + cols // 32
-        return self.code_bytes(cols)
+        """Bytes of a row within its panel; 32 of them are a panel."""
+        return -(-cols // 2) * 2 if isinstance(self.base, Fp8) else self.base.bytes_for(1, cols)
 
     def code_bytes(self, cols: int) -> int:
         """Bytes of a row of codes in file layout."""
-        if self.base.name == MXFP4.name:
-            return cols // 2
-        return self.base.bytes_for(1, cols) if self.columns > 1 else cols
+        if isinstance(self.base, Fp8):
+            return cols
+        return cols // 2 if isinstance(self.base, FourBit) else self.base.bytes_for(1, cols)
 
     def bytes_for(self, rows: int, cols: int) -> int:
         """Bytes of the panels (of FP8, without its scales)."""
@@ -69,7 +70,8 @@ class Tiled(Format):
     def check(self, packed: PackedTensor) -> None:
         self.expect("codes shape", tuple(packed.codes.shape), (self.bytes_for(*packed.shape),))
         self.expect("codes dtype", packed.codes.dtype, torch.uint8)
-        self.expect("columns modulo block", packed.shape[1] % self.columns, 0)
+        if not self.keeps_scales:
+            self.expect(f"columns modulo {self.tile_cols}", packed.shape[1] % self.tile_cols, 0)
 
     def decode(self, packed: PackedTensor) -> torch.Tensor:
         return untile(packed).decode()
@@ -83,14 +85,19 @@ class Tiled(Format):
         return PackedTensor(self, (stop - start, cols), packed.codes[first:last], scales)
 
 
+_NUMBERS: tuple[tuple[Format, ...], ...] = (
+    (MXFP4,),
+    (FP8_32, FP8_128),
+    (Q4_0,),
+    (Q4_1,),
+    (Q8_0,),
+    (Q6_K,),
+    (NF4,),
+    (INT4_32, INT4_64, INT4_128),
+    (INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128),
+)  # in the order of `Format` in native_src/kernels.hpp
 TILED: dict[str, Tiled] = {
-    MXFP4.name: Tiled(MXFP4, 0, 32),
-    FP8_32.name: Tiled(FP8_32, 1),
-    FP8_128.name: Tiled(FP8_128, 1),
-    Q4_0.name: Tiled(Q4_0, 2, 32),
-    Q4_1.name: Tiled(Q4_1, 3, 32),
-    Q8_0.name: Tiled(Q8_0, 4, 32),
-    Q6_K.name: Tiled(Q6_K, 5, 256),
+    base.name: Tiled(base, number) for number, bases in enumerate(_NUMBERS) for base in bases
 }
 
 
@@ -139,8 +146,7 @@ def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | N
     packed = contiguous(packed)
     if out is None:
         out = torch.empty(form.bytes_for(*packed.shape), dtype=torch.uint8)
-    keeps_scales = form.columns == 1
-    result = PackedTensor(form, packed.shape, out, packed.scales if keeps_scales else None)
+    result = PackedTensor(form, packed.shape, out, packed.scales if form.keeps_scales else None)
     library.load().loci_tile(threads or torch.get_num_threads(), ctypes.byref(matrix(packed)), out.data_ptr())
     return result
 
@@ -149,15 +155,15 @@ def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTens
     """A tiled weight in file layout again; with `rows` (`[n]` int64) only those, in that order."""
     form = packed.format
     assert isinstance(form, Tiled)
-    if rows is None:
-        rows, scales = torch.arange(packed.shape[0]), packed.scales
-    else:
-        scales = None if packed.scales is None else packed.scales[rows // form.base.tile_rows]
-    rows = rows.contiguous()
-    cols = packed.shape[1]
+    cols, base = packed.shape[1], form.base
+    scales: torch.Tensor | None = None
+    if isinstance(base, FourBit):
+        count = packed.shape[0] if rows is None else len(rows)
+        scales = torch.empty(base.scale_shape(count, cols), dtype=base.scale_dtype)
+    elif packed.scales is not None:
+        scales = packed.scales if rows is None else packed.scales[rows // base.tile_rows]
+    rows = torch.arange(packed.shape[0]) if rows is None else rows.contiguous()
     codes = torch.empty((len(rows), form.code_bytes(cols)), dtype=torch.uint8)
-    if form.base.name == MXFP4.name:
-        scales = torch.empty((len(rows), cols // 32), dtype=torch.uint8)
     library.load().loci_untile(
         torch.get_num_threads(),
         ctypes.byref(matrix(packed)),
@@ -166,7 +172,7 @@ def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTens
         codes.data_ptr(),
         0 if scales is None else scales.data_ptr(),
     )
-    return PackedTensor(form.base, (len(rows), cols), codes, scales)
+    return PackedTensor(base, (len(rows), cols), codes, scales)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def library_path() -> Path | None:
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library with its signatures set. Raises LibraryMissingError where it was not built or doesn't load."""
+    """The library with its signatures set. Raises LibraryMissingError where there is none that loads."""
     path = library_path()
     if path is None:
         raise LibraryMissingError(

@@ -1,86 +1,139 @@
 // How each format's panel becomes vectors of unsigned codes and their scales.
 //
-// A panel is 16 rows cut into strips of kStrip columns (the last may be shorter, in whole blocks of 32).
-// A strip of n blocks is a header with the scales of all its blocks, then n x kBlockBytes of codes.
-//   header  [n][16 rows] scales, row beside row
-//   codes   four-bit: four vectors of 64 bytes; byte 4r+j of vector k has columns 8k+j (low nibble) and
-//           8k+4+j (high nibble) of row r.  eight-bit: vector k has column 4k+j in byte 4r+j.
-// So a whole vector is sixteen rows times four columns, each row in its own 32-bit lane: sums never cross
-// lanes, and a panel is read strictly in sequence. `row` below is the first row of a register: 0, or 8
-// where registers hold eight.
+// A panel is 32 rows cut into strips of kStrip columns (the last may be shorter, in whole groups).
+// A strip of n blocks of 32 columns is a header with the scales of all its groups, then n x kBlockBytes of codes.
+//   header  [fields][groups][32 rows], row beside row
+//   codes   four-bit: four spans of 128 bytes; byte 4r+j of span k has columns 8k+j (low nibble) and 8k+4+j
+//           (high nibble) of row r.  eight-bit: eight spans; byte 4r+j of span k has column 4k+j.
+// So a vector is some rows times four columns, each row in its own 32-bit lane: sums never cross lanes, and
+// a panel is read strictly in sequence. `row` below is the first row of a vector, `b` the block in the strip.
+//
+// A code counts as the unsigned number group(...) less an offset (offset_of in kernels.hpp), times unit(...).
 namespace {
 
 struct FourBit {
-    static constexpr bool kSmall = true;
-    static constexpr int kStrip = 128, kBlockBytes = 256, kParts = 1;
-    static constexpr float kUnit = 1;
-    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g) const {
-        const Bytes v = load_bytes(codes + (g >> 1) * 64);
+    static constexpr int kLargest = 15;  // unsigned code
+    static constexpr int kDigits = 1;    // numbers, of descending weight, that a code stands for
+    static constexpr int kStrip = 128, kBlockBytes = 512, kParts = 1;
+    static constexpr float unit(int) { return 1; }
+    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const {
+        const Bytes v = load_bytes(codes + (g >> 1) * 128);
         return mask(g & 1 ? shift_right(v, 4) : v, 15);
     }
+    // What a format adds that has offsets: y + offset * sum of the activations.
     ALWAYS_INLINE F32 constant(const uint8_t*, int, int, int, float, F32 y) const { return y; }
 };
 
-// 2 * e2m1 + 12, so that codes are unsigned; kUnit undoes the 2.
+// 2 * e2m1 + 12, so that codes are unsigned; the unit undoes the 2.
 alignas(16) const uint8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct Mxfp4 : FourBit {
-    static constexpr float kUnit = 0.5f;
+    static constexpr int kLargest = 24;
     const Table table = load_table(kE2m1);
-    static constexpr int header_bytes(int blocks) { return blocks * 16; }
-    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g) const {
-        const Bytes v = load_bytes(codes + (g >> 1) * 64);
+    explicit Mxfp4(PanelScales) {}
+    static constexpr float unit(int) { return 0.5f; }
+    static int header_bytes(int blocks) { return blocks * 32; }
+    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const {
+        const Bytes v = load_bytes(codes + (g >> 1) * 128);
         return g & 1 ? lookup_high(table, v) : lookup_low(table, v);
     }
     ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
-        return load_ue8m0(header + b * 16 + row);
+        return load_ue8m0(header + b * 32 + row);
+    }
+};
+
+// The levels of NF4 plus one, as three digits of base 128, the first counting 1/64: (level + 1) * 64 * 128 * 128,
+// rounded.
+struct Nf4Digits {
+    alignas(16) uint8_t digit[3][16];
+};
+constexpr Nf4Digits nf4_digits() {
+    constexpr double kLevels[16] = {
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0};
+    Nf4Digits digits{};
+    for (int i = 0; i < 16; ++i) {
+        const int fixed = static_cast<int>((kLevels[i] + 1) * (1 << 20) + 0.5);
+        for (int d = 0; d < 3; ++d) digits.digit[d][i] = static_cast<uint8_t>(d ? fixed >> (14 - 7 * d) & 127 : fixed >> 14);
+    }
+    return digits;
+}
+constexpr Nf4Digits kNf4Digits = nf4_digits();
+
+struct Nf4 : FourBit {
+    static constexpr int kLargest = 128, kDigits = 3;
+    Table tables[3];
+    explicit Nf4(PanelScales) {
+        for (int d = 0; d < 3; ++d) tables[d] = load_table(kNf4Digits.digit[d]);
+    }
+    static constexpr float unit(int digits) { return digits == 1 ? 1.0f / (64 * 128) : 1.0f / 64; }
+    static int header_bytes(int blocks) { return blocks / 2 * 128; }
+    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int digit) const {
+        const Bytes v = load_bytes(codes + (g >> 1) * 128);
+        return g & 1 ? lookup_high(tables[digit], v) : lookup_low(tables[digit], v);
+    }
+    ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
+        return load_float(reinterpret_cast<const float*>(header + (b >> 1) * 128) + row);
+    }
+};
+
+// (q - 8) * scale [+ offset], bf16 per group of 32, 64 or 128 columns
+template <bool HasOffset>
+struct Int4 : FourBit {
+    const int shift;  // log2 of a group's blocks
+    explicit Int4(PanelScales scales) : shift(scales.tile_cols == 32 ? 0 : scales.tile_cols == 64 ? 1 : 2) {}
+    int header_bytes(int blocks) const { return (blocks >> shift) * (HasOffset ? 128 : 64); }
+    ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
+        return load_bf16(header + (b >> shift) * 64 + 2 * row);
+    }
+    ALWAYS_INLINE F32 constant(const uint8_t* header, int blocks, int b, int row, float sum, F32 y) const {
+        if (!HasOffset) return y;
+        return fma(load_bf16(header + ((blocks >> shift) + (b >> shift)) * 64 + 2 * row), splat(sum), y);
     }
 };
 
 // d * (q - 8)
 struct Q4_0 : FourBit {
-    static constexpr int header_bytes(int blocks) { return blocks * 32; }
+    explicit Q4_0(PanelScales) {}
+    static int header_bytes(int blocks) { return blocks * 64; }
     ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
-        return load_half(header + b * 32 + 2 * row);
+        return load_half(header + b * 64 + 2 * row);
     }
 };
 
-// d * q + m; the header holds all d, then all m
-struct Q4_1 : FourBit {
-    static constexpr int header_bytes(int blocks) { return blocks * 64; }
-    ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
-        return load_half(header + b * 32 + 2 * row);
-    }
+// d * q + m
+struct Q4_1 : Q4_0 {
+    using Q4_0::Q4_0;
+    static int header_bytes(int blocks) { return blocks * 128; }
     ALWAYS_INLINE F32 constant(const uint8_t* header, int blocks, int b, int row, float sum, F32 y) const {
-        return fma(load_half(header + (blocks + b) * 32 + 2 * row), splat(sum), y);
+        return fma(load_half(header + (blocks + b) * 64 + 2 * row), splat(sum), y);
     }
 };
 
 // d * q with signed q, made unsigned by flipping the top bit (an offset of 128)
-struct Q8_0 : FourBit {
-    static constexpr bool kSmall = false;
-    static constexpr int kBlockBytes = 512;
-    static constexpr int header_bytes(int blocks) { return blocks * 32; }
-    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g) const { return flip_sign(load_bytes(codes + g * 64)); }
-    ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
-        return load_half(header + b * 32 + 2 * row);
-    }
+struct Q8_0 : Q4_0 {
+    static constexpr int kLargest = 255, kBlockBytes = 1024;
+    using Q4_0::Q4_0;
+    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const { return flip_sign(load_bytes(codes + g * 128)); }
 };
 
-// d * s * (q - 32), s int8 per 16 columns, d per 256. The header holds d, then s as [16][16 rows]. Codes of a
-// block: the low four bits as in FourBit, then two vectors of high bits: bits 2i and 2i+1 of byte 4r+j of
-// vector k belong to column 16k+4i+j.
+// d * s * (q - 32), s int8 per 16 columns, d per 256. The header holds d, then s as [16][32 rows]. Codes of a
+// block: the low four bits as in FourBit, then two spans of high bits: bits 2i and 2i+1 of byte 4r+j of
+// span k belong to column 16k+4i+j.
 struct Q6_K : FourBit {
-    static constexpr int kStrip = 256, kBlockBytes = 384, kParts = 2;
-    static constexpr int header_bytes(int) { return 32 + 256; }
-    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g) const {
-        const Bytes high = load_bytes(codes + 256 + (g >> 2) * 64);
+    static constexpr int kLargest = 63, kStrip = 256, kBlockBytes = 768, kParts = 2;
+    explicit Q6_K(PanelScales) {}
+    static int header_bytes(int) { return 64 + 512; }
+    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const {
+        const Bytes high = load_bytes(codes + 512 + (g >> 2) * 128);
         const int i = g & 3;
         const Bytes top = i < 2 ? shift_left(high, 4 - 2 * i) : shift_right(high, 2 * i - 4);
-        return merge(FourBit::group(codes, g), mask(top, 48));
+        return merge(FourBit::group(codes, g, 0), mask(top, 48));
     }
     ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int part, int row) const {
-        return mul(load_half(header + 2 * row), load_int8(header + 32 + (2 * b + part) * 16 + row));
+        return mul(load_half(header + 2 * row), load_int8(header + 64 + (2 * b + part) * 32 + row));
     }
 };
 

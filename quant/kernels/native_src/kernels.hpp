@@ -7,10 +7,10 @@
 namespace loci {
 
 // Weight formats by number; quant/kernels/layout.py holds the same numbers.
-enum Format : int64_t { kMxfp4 = 0, kFp8 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ8_0 = 4, kQ6_K = 5, kFormats = 6 };
+enum Format : int64_t { kMxfp4, kFp8, kQ4_0, kQ4_1, kQ8_0, kQ6_K, kNf4, kInt4, kInt4Offset, kFormats };
 
 // One weight matrix. In file layout `codes` and `scales` are as its Python format documents them. Tiled,
-// `codes` is a sequence of panels of 16 rows (tiles.cpp), which hold the scales too, except for FP8:
+// `codes` is a sequence of panels of 32 rows (tiles.cpp), which hold the scales too, except for FP8:
 // its scales are few (one per tile of tile_rows x tile_cols values) and stay where they were.
 struct Matrix {
     const uint8_t* codes;
@@ -18,13 +18,13 @@ struct Matrix {
     int64_t format;
     int64_t tiled;         // 0: file layout, 1: panels
     int64_t rows, cols;
-    int64_t tile_rows, tile_cols;  // FP8: values that share a scale
+    int64_t tile_rows, tile_cols;  // values that share a scale (FP8; INT4: columns)
     int64_t float_scales;          // FP8: scales are float32, not ue8m0
 };
 
-constexpr int kPanelRows = 16;   // rows interleaved in a panel
-constexpr int kBlock = 32;       // columns that share an activation scale
-constexpr int kMaxTokens = 8;    // tokens a panel kernel takes at most
+constexpr int64_t kPanelRows = 32;   // rows interleaved in a panel
+constexpr int64_t kBlock = 32;       // columns that share an activation scale
+constexpr int64_t kMaxTokens = 8;    // tokens a panel kernel takes at most
 
 // Activations of one token and 32 columns as fixed-point digits: x = scale * sum_d digit_d * 128^(2-d)
 // (three digits of -64..64, 21 bits) or x = scale * digit (one digit of -127..127).
@@ -48,15 +48,15 @@ struct alignas(16) Block<1> {
 };
 static_assert(sizeof(Block<3>) == 128 && sizeof(Block<1>) == 48);
 
-// How FP8 scales lie for one panel: a row of scales, one per tile_cols columns.
+// The columns that share a scale, and where FP8 has a panel's scales: a row of them, one per tile_cols columns.
 struct PanelScales {
     const void* row;
     int64_t tile_cols;
     bool is_float;
 };
 
-// Computes 16 rows x `tokens` products over all columns. x: one pointer per token (Block<D>* or float*);
-// out: [tokens][16]. The result for a token never depends on the other tokens of the call.
+// Computes a panel's rows x `tokens` products over all columns. x: one pointer per token (Block<D>* or
+// float*); out: [tokens][32]. The result for a token never depends on the other tokens of the call.
 using PanelKernel = void (*)(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales,
                              float* out);
 
@@ -65,7 +65,6 @@ struct Level {
     const char* name;
     // [format][digits == 1][log2 tokens]; null where the level has no kernel for so many tokens
     PanelKernel panel[kFormats][2][4];
-    int max_log2_tokens;
     void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
     // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
@@ -83,16 +82,24 @@ extern const Level kAvx512, kAvx2, kPortable;
 inline int offset_of(int64_t format) {
     switch (format) {
         case kMxfp4: return 12;  // codes are 2 * e2m1 + 12
-        case kQ4_0: return 8;
+        case kNf4: return 64;    // the first digit is (level + 1) * 64
+        case kQ4_0:
+        case kInt4:
+        case kInt4Offset: return 8;
         case kQ8_0: return 128;
         case kQ6_K: return 32;
         default: return 0;
     }
 }
 
+// Where row r's two codes lie in the 64 bytes that a pair of columns takes in an FP8 panel: within each 16
+// bytes four rows of the upper half of the panel, then four of the lower, as byte interleaving wants them.
+constexpr int fp8_place(int r) { return r % 16 / 4 * 16 + r / 16 * 8 + r % 4 * 2; }
+
 // tiles.cpp
 int64_t panel_bytes(const Matrix& m);
 void tile_panel(const Matrix& m, int64_t panel, uint8_t* out);
 void untile_row(const Matrix& tiled, int64_t row, uint8_t* codes, uint8_t* scales);
+void file_row_bytes(const Matrix& m, int64_t* codes, int64_t* scales);
 
 }  // namespace loci

@@ -3,13 +3,13 @@ namespace {
 
 template <class Format, int D, int Log2>
 constexpr PanelKernel integer_kernel() {
-    if constexpr (Log2 <= kMaxLog2) return integer_panel<Format, 1 << Log2, D>;
+    if constexpr ((D << Log2) <= kMostSums) return integer_panel<Format, 1 << Log2, D>;
     else return nullptr;
 }
 
 template <int Log2>
 constexpr PanelKernel fp8_kernel() {
-    if constexpr (Log2 <= kMaxLog2) return fp8_panel<1 << Log2>;
+    if constexpr ((4 << Log2) <= kMostSums) return fp8_panel<1 << Log2>;
     else return nullptr;
 }
 
@@ -24,13 +24,18 @@ constexpr void add_panels(Level& level) {
     // eight and six bits stay exact in int8 mode: whole digits would overflow the 16-bit sums of AVX2
     level.panel[kQ8_0][0][Log2] = integer_kernel<Q8_0, 3, Log2>();
     level.panel[kQ6_K][0][Log2] = integer_kernel<Q6_K, 3, Log2>();
+    level.panel[kNf4][0][Log2] = integer_kernel<Nf4, 3, Log2>();
+    level.panel[kNf4][1][Log2] = integer_kernel<Nf4, 1, Log2>();
+    level.panel[kInt4][0][Log2] = integer_kernel<Int4<false>, 3, Log2>();
+    level.panel[kInt4][1][Log2] = integer_kernel<Int4<false>, 1, Log2>();
+    level.panel[kInt4Offset][0][Log2] = integer_kernel<Int4<true>, 3, Log2>();
+    level.panel[kInt4Offset][1][Log2] = integer_kernel<Int4<true>, 1, Log2>();
     level.panel[kFp8][0][Log2] = fp8_kernel<Log2>();
 }
 
 constexpr Level make_level(const char* name) {
     Level level{};
     level.name = name;
-    level.max_log2_tokens = kMaxLog2;
     add_panels<0>(level);
     add_panels<1>(level);
     add_panels<2>(level);

@@ -10,11 +10,10 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
+// Stops the compiler from loading now what is used later: it would run out of registers.
+#define KEEP_ORDER asm volatile("" ::: "memory")
 
 namespace loci {
-namespace {
-constexpr int kMaxLog2 = 2;  // tokens that the registers of this level hold
-}
 #include "simd_avx2.hpp"
 #include "formats.hpp"
 #include "panels.hpp"

@@ -2,11 +2,10 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define UNROLL  // the vectors are already split in four
+// Stops the compiler from loading now what is used later: it would run out of registers.
+#define KEEP_ORDER asm volatile("" ::: "memory")
 
 namespace loci {
-namespace {
-constexpr int kMaxLog2 = 1;  // tokens that the registers of this level hold
-}
 #include "simd_portable.hpp"
 #include "formats.hpp"
 #include "panels.hpp"

@@ -89,7 +89,7 @@ class Panels {
         return copy;
     }
     PanelScales scales(int64_t panel) const {
-        if (m_.format != kFp8) return {};
+        if (m_.format != kFp8) return {nullptr, m_.tile_cols, false};
         const int64_t row = panel * kPanelRows / m_.tile_rows;
         const int64_t size = m_.float_scales ? 4 : 1, columns = (m_.cols + m_.tile_cols - 1) / m_.tile_cols;
         return {static_cast<const uint8_t*>(m_.scales) + row * columns * size, m_.tile_cols, m_.float_scales != 0};
@@ -103,12 +103,12 @@ class Panels {
     int64_t bytes_;
 };
 
-// One panel times `tokens` (at most kMaxTokens) activations: out [tokens][16].
+// One panel times `tokens` (at most kMaxTokens) activations: out [tokens][32].
 void multiply(const Team& team, const Matrix& m, const uint8_t* panel, PanelScales scales, const void* const* x,
               int64_t tokens, float* out) {
     const PanelKernel* kernels = team.level.panel[m.format][one_digit(team, m.format)];
-    for (int log2 = team.level.max_log2_tokens; tokens > 0; --log2)
-        for (const int64_t n = int64_t{1} << log2; tokens >= n; tokens -= n, x += n, out += n * kPanelRows)
+    for (int log2 = 3; tokens > 0; --log2)
+        for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens >= n; tokens -= n, x += n, out += n * kPanelRows)
             kernels[log2](panel, m.cols, x, scales, out);
 }
 
@@ -177,30 +177,25 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
     Activations h = layout_for(team, down_format, width);
     h.base = caller_h.get(pairs * h.stride);
 
-    // gate and up: 32 rows of both at a time, so that a whole block of h is at hand
-    const int64_t h_blocks = (width + kBlock - 1) / kBlock;
-    parallel_for(call.used * h_blocks, team.threads, [&](int64_t item) {
-        const int64_t e = item / h_blocks, first_row = item % h_blocks * kBlock;
-        const int64_t columns = std::min<int64_t>(kBlock, width - first_row);
+    // gate and up: a panel of both gives a block of h
+    static_assert(kPanelRows == kBlock);
+    const int64_t h_panels = Panels(call.experts[0]).count();
+    parallel_for(call.used * h_panels, team.threads, [&](int64_t item) {
+        const int64_t e = item / h_panels, panel = item % h_panels;
         const Matrix* expert = call.experts + 3 * e;
         for (int64_t i = start[static_cast<size_t>(e)]; i < start[static_cast<size_t>(e) + 1]; i += kMaxTokens) {
             const int64_t n = std::min<int64_t>(kMaxTokens, start[static_cast<size_t>(e) + 1] - i);
             const void* xs[kMaxTokens];
             for (int64_t k = 0; k < n; ++k) xs[k] = a.token(by_expert[static_cast<size_t>(i + k)] / call.top_k);
-            float sides[2][kMaxTokens][kBlock] = {};
+            float sides[2][kMaxTokens][kPanelRows];
             for (int side = 0; side < 2; ++side) {
                 const Panels panels(expert[side]);
-                for (int64_t p = first_row / kPanelRows; p * kPanelRows < first_row + columns; ++p) {
-                    float y[kMaxTokens][kPanelRows];
-                    multiply(team, expert[side], panels.get(p, worker_panel), panels.scales(p), xs, n, y[0]);
-                    for (int64_t k = 0; k < n; ++k)
-                        std::memcpy(sides[side][k] + p * kPanelRows - first_row, y[k], sizeof y[k]);
-                }
+                multiply(team, expert[side], panels.get(panel, worker_panel), panels.scales(panel), xs, n, sides[side][0]);
             }
             for (int64_t k = 0; k < n; ++k) {
                 float block[kBlock];
                 team.level.swiglu(sides[0][k], sides[1][k], call.limit, kBlock, block);
-                write_activations(team, down_format, h, i + k, first_row, block, columns);
+                write_activations(team, down_format, h, i + k, panel * kBlock, block, std::min(kBlock, width - panel * kBlock));
             }
         }
     });
@@ -262,8 +257,8 @@ void tile(const Team& team, const Matrix& m, uint8_t* out) {
 }
 
 void untile(const Team& team, const Matrix& tiled, const int64_t* rows, int64_t n, uint8_t* codes, uint8_t* scales) {
-    const int64_t scale_bytes = tiled.format == kMxfp4 ? tiled.cols / kBlock : 0;
-    const int64_t code_bytes = panel_bytes(tiled) / kPanelRows - scale_bytes;
+    int64_t code_bytes, scale_bytes;
+    file_row_bytes(tiled, &code_bytes, &scale_bytes);
     parallel_for(n, team.threads, [&](int64_t i) {
         untile_row(tiled, rows[i], codes + i * code_bytes, scales + i * scale_bytes);
     });

@@ -7,63 +7,80 @@ namespace {
 // How far ahead of the reads memory is asked for; hardware prefetchers alone lose a tenth of the bandwidth.
 constexpr int kPrefetchBytes = 4096;
 
-template <int D>
-ALWAYS_INLINE F32 combine(const I32* digit_sums) {
-    if constexpr (D == 1) return to_float(digit_sums[0]);
-    // the upper two fit 24 bits for four-bit codes, 31 for eight-bit ones
-    else return fma(to_float(add(times128(digit_sums[0]), digit_sums[1])), splat(128.0f), to_float(digit_sums[2]));
+// Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
+constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }
+
+// Sums of descending weight, each counting 128 times the next, in units of the last (of the first of three).
+template <int S>
+ALWAYS_INLINE F32 combine(const I32* sums) {
+    if constexpr (S == 1) return to_float(sums[0]);
+    else if constexpr (S == 2) return to_float(add(times128(sums[0]), sums[1]));
+    // the upper two fit the 24 bits of a float for four-bit codes, 31 for others
+    else return fma(to_float(add(times128(sums[0]), sums[1])), splat(128.0f), to_float(sums[2]));
 }
 
-// Packed integer codes times fixed-point activations.
+// Packed codes times fixed-point activations of D digits: T tokens, R vectors of rows at a time.
 template <class Format, int T, int D>
-void integer_panel(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales, float* out) {
-    const Format format{};
-    constexpr int kGroups = 8 / Format::kParts;
-    for (int row = 0; row < kPanelRows; row += kLanes) {
-        F32 y[T];
-        for (int t = 0; t < T; ++t) y[t] = zero();
-        const uint8_t* strip = panel;
-        int64_t block = 0;
-        for (int64_t c = 0; c < cols; c += Format::kStrip) {
-            const int64_t left = cols - c < Format::kStrip ? cols - c : Format::kStrip;
-            const int blocks = static_cast<int>(left) / kBlock;
-            const uint8_t* codes = strip + Format::header_bytes(blocks) + 4 * row;
-            for (int b = 0; b < blocks; ++b, ++block, codes += Format::kBlockBytes) {
-                if (row == 0) {
-                    for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + kPrefetchBytes + k);
-                }
+void integer_panel(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales, float* out) {
+    const Format format(scales);
+    // Products of a code's digit and an activation's digit by weight; those below the last sum are dropped.
+    constexpr int S = D > 1 ? D : Format::kDigits > 1 ? 2 : 1, W = Format::kDigits < S ? Format::kDigits : S;
+    constexpr int kVectors = kPanelRows / kLanes, R = vectors_at_once(T * S), kGroups = 8 / Format::kParts;
+    F32 y[T][kVectors];
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
+    const uint8_t* strip = panel;
+    int64_t block = 0;
+    for (int64_t c = 0; c < cols; c += Format::kStrip) {
+        const int64_t left = cols - c < Format::kStrip ? cols - c : Format::kStrip;
+        const int blocks = static_cast<int>(left) / kBlock;
+        const uint8_t* codes = strip + format.header_bytes(blocks);
+        for (int b = 0; b < blocks; ++b, ++block, codes += Format::kBlockBytes) {
+            for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + kPrefetchBytes + k);
+            const Block<D>* xs[T];
+            for (int t = 0; t < T; ++t) xs[t] = static_cast<const Block<D>*>(x[t]) + block;
+            for (int v = 0; v < kVectors; v += R)
                 for (int part = 0; part < Format::kParts; ++part) {
-                    const F32 scale = format.scale(strip, b, part, row);
-                    Dot<Format::kSmall> dots[T][D];
-                    const Block<D>* xs[T];
-                    for (int t = 0; t < T; ++t) {
-                        xs[t] = static_cast<const Block<D>*>(x[t]) + block;
-                        for (int d = 0; d < D; ++d) dots[t][d].start(xs[t]->correction[part][d]);
-                    }
+                    KEEP_ORDER;
+                    const auto start = [&](int t, int s) { return s < D ? xs[t]->correction[part][s] : 0; };
+                    Dot<Format::kLargest, D == 1 ? 127 : 64> dots[T][S][R];
+                    for (int t = 0; t < T; ++t)
+                        for (int s = 0; s < S; ++s)
+                            for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, s));
                     UNROLL for (int i = 0; i < kGroups; ++i) {
                         const int g = part * kGroups + i;
-                        const Bytes w = format.group(codes, g);
-                        for (int t = 0; t < T; ++t)
-                            for (int d = 0; d < D; ++d) dots[t][d].add(w, xs[t]->digits[d] + 4 * g);
-                        if (i % 4 == 3)
+                        for (int j = 0; j < W; ++j) {
+                            Bytes w[R];
+                            for (int r = 0; r < R; ++r) w[r] = format.group(codes + 4 * (v + r) * kLanes, g, j);
                             for (int t = 0; t < T; ++t)
-                                for (int d = 0; d < D; ++d) dots[t][d].flush();
+                                for (int d = 0; d < D && j + d < S; ++d) {
+                                    const auto digits = four_digits(xs[t]->digits[d] + 4 * g);
+                                    for (int r = 0; r < R; ++r) dots[t][j + d][r].add(w[r], digits);
+                                }
+                        }
+                        for (int t = 0; t < T; ++t)
+                            for (int s = 0; s < S; ++s)
+                                for (int r = 0; r < R; ++r) dots[t][s][r].after(i);
                     }
-                    for (int t = 0; t < T; ++t) {
-                        I32 sums[D];
-                        for (int d = 0; d < D; ++d) sums[d] = dots[t][d].total();
-                        y[t] = fma(mul(combine<D>(sums), splat(xs[t]->scale)), scale, y[t]);
+                    for (int r = 0; r < R; ++r) {
+                        const int row = (v + r) * kLanes;
+                        const F32 scale = format.scale(strip, b, part, row);
+                        for (int t = 0; t < T; ++t) {
+                            I32 sums[S];
+                            for (int s = 0; s < S; ++s) sums[s] = dots[t][s][r].end(start(t, s), kGroups);
+                            F32& sum = y[t][v + r];
+                            sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
+                            if (part + 1 == Format::kParts)
+                                sum = format.constant(strip, blocks, b, row, xs[t]->sum, sum);
+                        }
                     }
                 }
-                for (int t = 0; t < T; ++t) {
-                    const Block<D>* xs = static_cast<const Block<D>*>(x[t]) + block;
-                    y[t] = format.constant(strip, blocks, b, row, xs->sum, y[t]);
-                }
-            }
-            strip = codes - 4 * row;
         }
-        for (int t = 0; t < T; ++t) store(out + t * kPanelRows + row, mul(y[t], splat(Format::kUnit)));
+        strip = codes;
     }
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v)
+            store(out + t * kPanelRows + v * kLanes, mul(y[t][v], splat(Format::unit(D))));
 }
 
 ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
@@ -75,39 +92,49 @@ ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
     return value;
 }
 
-// e4m3 codes, column after column of 16 rows, times float activations.
+// e4m3 codes, column pair after column pair, times float activations. The products of even and odd columns are
+// summed apart: two short chains of additions instead of a long one.
 template <int T>
 void fp8_panel(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales, float* out) {
-    for (int row = 0; row < kPanelRows; row += kLanes) {
-        F32 y[T];
-        for (int t = 0; t < T; ++t) y[t] = zero();
-        for (int64_t tile = 0; tile * scales.tile_cols < cols; ++tile) {
-            const int64_t first = tile * scales.tile_cols;
-            const int64_t end = first + scales.tile_cols < cols ? first + scales.tile_cols : cols;
-            F32 even[T], odd[T];
-            for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
-            int64_t c = first;
-            for (; c + 4 <= end; c += 4) {
-                const uint8_t* codes = panel + c * kPanelRows + row;
-                if (row == 0) prefetch(codes + kPrefetchBytes);
-                UNROLL for (int k = 0; k < 4; k += 2) {
-                    const F32 w0 = load_e4m3(codes + k * kPanelRows), w1 = load_e4m3(codes + (k + 1) * kPanelRows);
+    constexpr int kVectors = kPanelRows / kLanes;
+    const E4m3 decode;
+    const float* xs[T];
+    for (int t = 0; t < T; ++t) xs[t] = static_cast<const float*>(x[t]);
+    F32 y[T][kVectors];
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
+    for (int64_t tile = 0; tile * scales.tile_cols < cols; ++tile) {
+        const int64_t first = tile * scales.tile_cols;
+        const int64_t end = first + scales.tile_cols < cols ? first + scales.tile_cols : cols;
+        const F32 scale = splat(scale_at(scales, tile));
+        for (int v = 0; v < kVectors; v += 2) {
+            KEEP_ORDER;
+            F32 sums[T][2][2];  // [token][even or odd column][vector of rows]
+            for (int t = 0; t < T; ++t)
+                for (int k = 0; k < 4; ++k) sums[t][k & 1][k >> 1] = zero();
+            const auto add_pair = [&](int64_t c, bool both) {
+                F32 w[2][2];
+                decode(panel + c * kPanelRows, v, w);
+                for (int k = 0; k < 2; ++k)
                     for (int t = 0; t < T; ++t) {
-                        const float* xt = static_cast<const float*>(x[t]) + c + k;
-                        even[t] = fma(w0, splat(xt[0]), even[t]);
-                        odd[t] = fma(w1, splat(xt[1]), odd[t]);
+                        const F32 xk = splat(k == 0 || both ? xs[t][c + k] : 0.0f);
+                        for (int r = 0; r < 2; ++r) sums[t][k][r] = fma(w[k][r], xk, sums[t][k][r]);
                     }
-                }
+            };
+            int64_t c = first;
+            for (; c + 8 <= end; c += 8) {
+                const uint8_t* ahead = panel + c * kPanelRows + kPrefetchBytes;
+                for (int k = 0; k < 8 * kPanelRows && v == 0; k += 64) prefetch(ahead + k);
+                UNROLL for (int k = 0; k < 8; k += 2) add_pair(c + k, true);
             }
-            for (; c < end; ++c) {
-                const F32 w = load_e4m3(panel + c * kPanelRows + row);
-                for (int t = 0; t < T; ++t) even[t] = fma(w, splat(static_cast<const float*>(x[t])[c]), even[t]);
-            }
-            const F32 scale = splat(scale_at(scales, tile));
-            for (int t = 0; t < T; ++t) y[t] = fma(add(even[t], odd[t]), scale, y[t]);
+            for (; c < end; c += 2) add_pair(c, c + 1 < end);
+            for (int t = 0; t < T; ++t)
+                for (int r = 0; r < 2; ++r)
+                    y[t][v + r] = fma(add(sums[t][0][r], sums[t][1][r]), scale, y[t][v + r]);
         }
-        for (int t = 0; t < T; ++t) store(out + t * kPanelRows + row, mul(y[t], splat(256.0f)));
     }
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + t * kPanelRows, v, y[t][v]);
 }
 
 // Plain rows times float activations: vectors run along the columns, so nothing needs repacking.

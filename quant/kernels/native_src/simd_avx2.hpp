@@ -1,7 +1,9 @@
-// AVX2 with FMA and F16C: eight rows in a register, so a panel is computed in two halves.
+// AVX2 with FMA and F16C: eight rows in a register, a quarter of a panel.
 namespace {
 
 constexpr int kLanes = 8;
+constexpr int kSumRegisters = 12;  // that can hold sums
+constexpr int kMostSums = 8;       // of a row, in one kernel: digits or columns x tokens
 using I32 = __m256i;
 using F32 = __m256;
 using Bytes = __m256i;  // four unsigned codes of each of eight rows
@@ -20,32 +22,42 @@ ALWAYS_INLINE Bytes lookup_low(Table t, Bytes v) { return _mm256_shuffle_epi8(t,
 ALWAYS_INLINE Bytes lookup_high(Table t, Bytes v) { return _mm256_shuffle_epi8(t, mask(shift_right(v, 4), 15)); }
 ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
-// Sums of code x digit. Small (codes below 64): products are gathered in 16 bits, which four groups
-// cannot overflow (63 * 64 * 2 * 4, or 24 * 127 * 2 * 4 with one digit), then widened by flush().
-// Others: one product pair fits 16 bits (255 * 64 * 2) and is widened at once.
-template <bool Small>
+// Four digits in every lane.
+ALWAYS_INLINE I32 four_digits(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// Sums of code x digit over groups of four columns. Products are gathered in 16 bits for as many groups as
+// cannot overflow them, then widened; where not even four groups fit, each product is widened at once.
+template <int LargestCode, int LargestDigit>
 struct Dot {
+    static constexpr int kFitting = 32767 / (2 * LargestCode * LargestDigit);
+    static constexpr int kEvery = kFitting >= 8 ? 8 : kFitting >= 4 ? 4 : 1;
+    static_assert(kFitting >= 1);
     I32 sum, pairs;
-    ALWAYS_INLINE void start(int32_t value) {
-        sum = _mm256_set1_epi32(value);
-        pairs = _mm256_setzero_si256();
-    }
-    ALWAYS_INLINE void add(Bytes codes, const int8_t* digits) {
-        int32_t four;
-        __builtin_memcpy(&four, digits, 4);
-        const I32 product = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
-        if (Small) {
-            pairs = _mm256_add_epi16(pairs, product);
+    ALWAYS_INLINE void begin(int32_t) { sum = pairs = _mm256_setzero_si256(); }
+    ALWAYS_INLINE void add(Bytes codes, I32 digits) {
+        const I32 products = _mm256_maddubs_epi16(codes, digits);
+        if (kEvery == 1) {
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
         } else {
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(product, _mm256_set1_epi16(1)));
+            pairs = _mm256_add_epi16(pairs, products);
+            // with three digits there are as many sums as registers hold: add in this very order
+            if (LargestDigit < 127) asm volatile("" : "+x"(pairs));
         }
     }
-    ALWAYS_INLINE void flush() {
-        if (!Small) return;
+    ALWAYS_INLINE void after(int group) {
+        if (kEvery == 1 || (group + 1) % kEvery) return;
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         pairs = _mm256_setzero_si256();
     }
-    ALWAYS_INLINE I32 total() const { return sum; }
+    // groups: how many there were, a multiple of kEvery or less than it
+    ALWAYS_INLINE I32 end(int32_t start, int groups) {
+        if (groups < kEvery) sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        return _mm256_add_epi32(sum, _mm256_set1_epi32(start));
+    }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
@@ -84,6 +96,27 @@ ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
     const __m128i half = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
     return _mm256_cvtph_ps(half);
 }
+// A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats / 256.
+struct E4m3 {
+    // rows 4v..4v+3 and 16+4v..16+4v+3 of both columns in w[.][0], those of v+1 in w[.][1]
+    ALWAYS_INLINE void operator()(const uint8_t* codes, int v, F32 (*w)[2]) const {
+        const __m128i by_column = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+        for (int r = 0; r < 2; ++r) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * (v + r)));
+            const __m256i words = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, by_column));
+            const __m256i half =
+                _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+            w[0][r] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+            w[1][r] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+        }
+    }
+    ALWAYS_INLINE static void store_rows(float* out, int v, F32 y) {
+        y = mul(y, splat(256.0f));
+        _mm_storeu_ps(out + 4 * v, _mm256_castps256_ps128(y));
+        _mm_storeu_ps(out + 16 + 4 * v, _mm256_extractf128_ps(y, 1));
+    }
+};
+
 ALWAYS_INLINE uint64_t read_bytes(const uint8_t* p, int64_t n, int64_t streams) {
     I32 s[4] = {};
     if (streams == 1) {

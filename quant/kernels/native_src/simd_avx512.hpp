@@ -1,7 +1,9 @@
-// AVX-512 (F, BW, DQ, VL, VBMI, VNNI): sixteen rows in a register.
+// AVX-512 (F, BW, DQ, VL, VBMI, VNNI): sixteen rows in a register, half a panel.
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kSumRegisters = 24;  // that can hold sums
+constexpr int kMostSums = 16;       // of a row, in one kernel: digits or columns x tokens
 using I32 = __m512i;
 using F32 = __m512;
 using Bytes = __m512i;  // four unsigned codes of each of sixteen rows
@@ -21,18 +23,21 @@ ALWAYS_INLINE Bytes merge(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 ALWAYS_INLINE Bytes flip_sign(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
 ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
-// Sums of code x digit over up to eight groups of four columns. Small: codes below 64.
-template <bool Small>
+// Four digits in every lane.
+ALWAYS_INLINE I32 four_digits(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+}
+
+// Sums of code x digit over groups of four columns, from a start value.
+template <int LargestCode, int LargestDigit>
 struct Dot {
     I32 sum;
-    ALWAYS_INLINE void start(int32_t value) { sum = _mm512_set1_epi32(value); }
-    ALWAYS_INLINE void add(Bytes codes, const int8_t* digits) {
-        int32_t four;
-        __builtin_memcpy(&four, digits, 4);
-        sum = _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
-    }
-    ALWAYS_INLINE void flush() {}
-    ALWAYS_INLINE I32 total() const { return sum; }
+    ALWAYS_INLINE void begin(int32_t start) { sum = _mm512_set1_epi32(start); }
+    ALWAYS_INLINE void add(Bytes codes, I32 digits) { sum = _mm512_dpbusd_epi32(sum, codes, digits); }
+    ALWAYS_INLINE void after(int) {}
+    ALWAYS_INLINE I32 end(int32_t, int) const { return sum; }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
@@ -67,6 +72,55 @@ ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
     const __m256i half = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
     return _mm512_cvtph_ps(half);
 }
+
+// A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats. A float of an e4m3 value has
+// zeros in its lower half; its two upper bytes are looked up: vpermi2b knows 128 entries and ignores the sign.
+struct E4m3Tables {
+    alignas(64) uint8_t bytes[2][128];  // bits 16..23 and 24..30 of code c
+};
+
+constexpr E4m3Tables e4m3_tables() {
+    E4m3Tables t{};
+    for (int c = 0; c < 128; ++c) {
+        int exponent = c >> 3, mantissa = c & 7;
+        if (c == 0) {
+            exponent = -120;
+        } else if (exponent == 0) {  // subnormal: mantissa * 2^-9
+            for (exponent = 1; mantissa < 8; --exponent) mantissa *= 2;
+            mantissa -= 8;
+        }
+        const int bits = (exponent + 120) << 7 | mantissa << 4;
+        t.bytes[0][c] = static_cast<uint8_t>(bits & 255);
+        t.bytes[1][c] = static_cast<uint8_t>(bits >> 8);
+    }
+    return t;
+}
+
+constexpr E4m3Tables kE4m3 = e4m3_tables();
+
+struct E4m3 {
+    __m512i low[2], high[2];
+    ALWAYS_INLINE E4m3() {
+        for (int i = 0; i < 2; ++i) {
+            low[i] = load_bytes(kE4m3.bytes[0] + 64 * i);
+            high[i] = load_bytes(kE4m3.bytes[1] + 64 * i);
+        }
+    }
+    // rows 0..15 and 16..31 of both columns
+    ALWAYS_INLINE void operator()(const uint8_t* codes, int, F32 (*w)[2]) const {
+        const __m512i v = load_bytes(codes);
+        const __m512i lower = _mm512_permutex2var_epi8(low[0], v, low[1]);
+        const __m512i upper = _mm512_permutex2var_epi8(high[0], v, high[1]);
+        const __m512i with_sign = _mm512_ternarylogic_epi32(upper, v, _mm512_set1_epi8(-128), 0xf8);  // a | b & c
+        const __m512i rows[2] = {_mm512_unpacklo_epi8(lower, with_sign), _mm512_unpackhi_epi8(lower, with_sign)};
+        for (int r = 0; r < 2; ++r) {
+            w[0][r] = _mm512_castsi512_ps(_mm512_slli_epi32(rows[r], 16));
+            w[1][r] = _mm512_castsi512_ps(_mm512_and_si512(rows[r], _mm512_set1_epi32(-65536)));
+        }
+    }
+    ALWAYS_INLINE static void store_rows(float* out, int v, F32 y) { store(out + v * kLanes, y); }
+};
+
 ALWAYS_INLINE uint64_t read_bytes(const uint8_t* p, int64_t n, int64_t streams) {
     I32 s[4] = {};
     if (streams == 1) {

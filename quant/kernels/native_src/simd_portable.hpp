@@ -1,7 +1,9 @@
-// Plain C++ over the compiler's vector types: any machine, sixteen rows in a (split) register.
+// Plain C++ over the compiler's vector types: any machine, sixteen rows in a vector, half a panel.
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kSumRegisters = 1;  // that can hold sums
+constexpr int kMostSums = 6;       // of a row, in one kernel: digits or columns x tokens
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
 typedef float F32 __attribute__((vector_size(64)));
@@ -35,15 +37,20 @@ ALWAYS_INLINE Bytes lookup_low(const Table& t, Bytes v) {
 ALWAYS_INLINE Bytes lookup_high(const Table& t, Bytes v) { return lookup_low(t, shift_right(v, 4)); }
 ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
-template <bool Small>
+struct Digits {
+    const int8_t* four;
+};
+ALWAYS_INLINE Digits four_digits(const int8_t* p) { return {p}; }
+
+template <int LargestCode, int LargestDigit>
 struct Dot {
     I32 sum;
-    ALWAYS_INLINE void start(int32_t value) { sum = I32{} + value; }
-    ALWAYS_INLINE void add(Bytes codes, const int8_t* digits) {
-        for (int j = 0; j < 4; ++j) sum += reinterpret_cast<I32>((codes >> (8 * j)) & splat_bits(255)) * digits[j];
+    ALWAYS_INLINE void begin(int32_t start) { sum = I32{} + start; }
+    ALWAYS_INLINE void add(Bytes codes, Digits digits) {
+        for (int j = 0; j < 4; ++j) sum += reinterpret_cast<I32>((codes >> (8 * j)) & splat_bits(255)) * digits.four[j];
     }
-    ALWAYS_INLINE void flush() {}
-    ALWAYS_INLINE I32 total() const { return sum; }
+    ALWAYS_INLINE void after(int) {}
+    ALWAYS_INLINE I32 end(int32_t, int) const { return sum; }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return a + b; }
@@ -102,6 +109,19 @@ ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
     for (int i = 0; i < 16; ++i) v[i] = p[i];
     return half_to_float((v & splat_bits(0x7f)) << 7 | (v & splat_bits(0x80)) << 8);
 }
+// A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats / 256.
+struct E4m3 {
+    ALWAYS_INLINE void operator()(const uint8_t* codes, int, F32 (*w)[2]) const {
+        for (int column = 0; column < 2; ++column)
+            for (int r = 0; r < 2; ++r) {
+                uint8_t rows[16];
+                for (int i = 0; i < 16; ++i) rows[i] = codes[fp8_place(16 * r + i) + column];
+                w[column][r] = load_e4m3(rows);
+            }
+    }
+    ALWAYS_INLINE static void store_rows(float* out, int v, F32 y) { store(out + v * kLanes, mul(y, splat(256.0f))); }
+};
+
 ALWAYS_INLINE uint64_t read_bytes(const uint8_t* p, int64_t n, int64_t streams) {
     uint64_t sums[4] = {};
     const int64_t part = streams == 1 ? 8 : n / 4 / 8 * 8, step = streams == 1 ? 32 : 8;

@@ -1,5 +1,5 @@
 // From a format's own layout to panels and back. The layout of a panel is described in formats.hpp; FP8
-// panels are column after column of 16 bytes. Rows that a last panel lacks are zero.
+// panels are pairs of columns, 64 bytes each (fp8_place). Rows that a last panel lacks are zero.
 #include <cstring>
 
 #include "kernels.hpp"
@@ -7,164 +7,185 @@
 namespace loci {
 namespace {
 
-// A row in file layout: GGUF blocks keep their scales among the codes.
+constexpr int64_t kSpan = 4 * kPanelRows;  // four bytes of each row
+
+struct Shape {
+    int bits;           // of a code
+    int strip_blocks;   // blocks of 32 columns in a strip
+    int group_blocks;   // blocks that share a scale
+    int fields;         // scale, and offset where there is one
+    int field_bytes;
+    int file_block;     // bytes of a GGUF block, which begins with its fields; 0: scales lie apart
+};
+
+Shape shape_of(const Matrix& m) {
+    switch (m.format) {
+        case kMxfp4: return {4, 4, 1, 1, 1, 0};
+        case kNf4: return {4, 4, 2, 1, 4, 0};
+        case kInt4: return {4, 4, static_cast<int>(m.tile_cols / kBlock), 1, 2, 0};
+        case kInt4Offset: return {4, 4, static_cast<int>(m.tile_cols / kBlock), 2, 2, 0};
+        case kQ4_0: return {4, 4, 1, 1, 2, 18};
+        case kQ4_1: return {4, 4, 1, 2, 2, 20};
+        case kQ8_0: return {8, 4, 1, 1, 2, 34};
+        default: return {6, 8, 8, 18, 1, 210};  // kQ6_K: d and 16 scales per strip
+    }
+}
+
+// A row in file layout.
 struct FileRow {
     uint8_t* codes;
     uint8_t* scales;
 };
 
-struct Shape {
-    int strip_blocks;  // blocks in a strip
-    int header;        // bytes of scales per block and row; Q6_K counts per strip
-    int file_block;    // bytes of a block (Q6_K: of a strip) in the file's row
-    int bits;
-};
-
-Shape shape_of(int64_t format) {
-    switch (format) {
-        case kMxfp4: return {4, 1, 16, 4};
-        case kQ4_0: return {4, 2, 18, 4};
-        case kQ4_1: return {4, 4, 20, 4};
-        case kQ8_0: return {4, 2, 34, 8};
-        default: return {8, 18, 210, 6};  // kQ6_K
-    }
+int64_t scale_bytes(const Matrix& m) {  // of a row
+    const Shape s = shape_of(m);
+    return m.cols / kBlock / s.group_blocks * s.fields * s.field_bytes;
 }
 
-int64_t row_bytes(const Matrix& m) {  // codes and scales of one row
-    if (m.format == kFp8) return m.cols;
-    const Shape s = shape_of(m.format);
-    if (m.format == kMxfp4) return m.cols / 2 + m.cols / kBlock;
-    return m.format == kQ6_K ? m.cols / 256 * s.file_block : m.cols / kBlock * s.file_block;
+int64_t row_bytes(const Matrix& m) {  // codes and scales
+    if (m.format == kFp8) return (m.cols + 1) / 2 * 2;
+    return m.cols * shape_of(m).bits / 8 + scale_bytes(m);
 }
+
+// In these formats codes and scales are two arrays.
+bool scales_apart(const Matrix& m) { return m.format != kFp8 && shape_of(m).file_block == 0; }
 
 FileRow file_row(const Matrix& m, int64_t row) {
     uint8_t* codes = const_cast<uint8_t*>(m.codes);
-    if (m.format == kMxfp4) {
-        uint8_t* scales = static_cast<uint8_t*>(const_cast<void*>(m.scales));
-        return {codes + row * (m.cols / 2), scales + row * (m.cols / kBlock)};
-    }
-    return {codes + row * row_bytes(m), nullptr};
+    if (!scales_apart(m)) return {codes + row * row_bytes(m), nullptr};
+    uint8_t* scales = static_cast<uint8_t*>(const_cast<void*>(m.scales));
+    return {codes + row * (m.cols / 2), scales + row * scale_bytes(m)};
 }
 
-// The 32 codes of a block in the order of their columns.
-void read_codes(int64_t format, FileRow row, int64_t block, uint8_t* q) {
-    const Shape s = shape_of(format);
-    if (format == kMxfp4) {
-        const uint8_t* p = row.codes + block * 16;
-        for (int i = 0; i < 16; ++i) {
-            q[2 * i] = p[i] & 15;
-            q[2 * i + 1] = p[i] >> 4;
-        }
-    } else if (format == kQ8_0) {
-        std::memcpy(q, row.codes + block * s.file_block + 2, kBlock);
-    } else if (format == kQ6_K) {
-        const int64_t part = block % 8;  // within 256 columns: half, then quarter of the half
-        const uint8_t* p = row.codes + block / 8 * s.file_block;
-        const uint8_t* low = p + part / 4 * 64 + part % 2 * 32;
-        const uint8_t* high = p + 128 + part / 4 * 32;
-        const int nibble = part % 4 < 2 ? 0 : 4, shift = static_cast<int>(part % 4 * 2);
-        for (int i = 0; i < kBlock; ++i)
-            q[i] = static_cast<uint8_t>(((low[i] >> nibble) & 15) | ((high[i] >> shift) & 3) << 4);
+// The next functions move a block's codes between file and panel order, as words of four bytes: word k is what
+// a row has in span k. Even and odd columns beside each other in a byte: eight columns 0..7 are the nibbles
+// of a word, and the panel wants them as 0 4 1 5 2 6 3 7; both steps swap, so both undo themselves.
+uint32_t swap_nibbles(uint32_t v) { return (v & 0x0f0f0f0fu) << 4 | (v >> 4 & 0x0f0f0f0fu); }
+
+uint32_t pairs_to_panel(uint32_t v) {
+    uint32_t t = (v >> 8 ^ v) & 0x0000ff00u;
+    v ^= t ^ t << 8;
+    t = (v >> 4 ^ v) & 0x00f000f0u;
+    return v ^ t ^ t << 4;
+}
+
+uint32_t panel_to_pairs(uint32_t v) {
+    uint32_t t = (v >> 4 ^ v) & 0x00f000f0u;
+    v ^= t ^ t << 4;
+    t = (v >> 8 ^ v) & 0x0000ff00u;
+    return v ^ t ^ t << 8;
+}
+
+// GGUF: byte j has columns j and 16 + j. Takes each pair of words apart and puts it together across.
+void halves_to_panel(const uint32_t* in, uint32_t* out) {
+    constexpr uint32_t kLow = 0x0f0f0f0fu;
+    for (int k = 0; k < 2; ++k) {
+        out[k] = (in[2 * k] & kLow) | (in[2 * k + 1] & kLow) << 4;
+        out[k + 2] = (in[2 * k] >> 4 & kLow) | (in[2 * k + 1] & ~kLow);
+    }
+}
+
+void panel_to_halves(const uint32_t* in, uint32_t* out) {
+    constexpr uint32_t kLow = 0x0f0f0f0fu;
+    for (int k = 0; k < 2; ++k) {
+        out[2 * k] = (in[k] & kLow) | (in[k + 2] & kLow) << 4;
+        out[2 * k + 1] = (in[k] >> 4 & kLow) | (in[k + 2] & ~kLow);
+    }
+}
+
+// Q6_K, where block b of a strip has its codes: low bits in a nibble of 32 bytes, high ones in two bits of 32.
+struct SixBits {
+    uint8_t *low, *high;
+    int nibble, shift;
+    SixBits(uint8_t* strip, int64_t b)
+        : low(strip + b / 4 * 64 + b % 2 * 32), high(strip + 128 + b / 4 * 32), nibble(b % 4 < 2 ? 0 : 4),
+          shift(static_cast<int>(b % 4 * 2)) {}
+};
+
+void six_bits_to_panel(const SixBits& in, uint8_t* out) {
+    std::memset(out, 0, 24);
+    for (int c = 0; c < kBlock; ++c) {
+        const int low = in.low[c] >> in.nibble & 15, high = in.high[c] >> in.shift & 3;
+        out[c / 8 * 4 + c % 4] = static_cast<uint8_t>(out[c / 8 * 4 + c % 4] | low << (c & 4));
+        out[16 + c / 16 * 4 + c % 4] = static_cast<uint8_t>(out[16 + c / 16 * 4 + c % 4] | high << (c / 4 % 4 * 2));
+    }
+}
+
+void panel_to_six_bits(const uint8_t* in, const SixBits& out) {
+    for (int c = 0; c < kBlock; ++c) {
+        const int low = in[c / 8 * 4 + c % 4] >> (c & 4) & 15;
+        const int high = in[16 + c / 16 * 4 + c % 4] >> (c / 4 % 4 * 2) & 3;
+        out.low[c] = static_cast<uint8_t>((out.low[c] & ~(15 << out.nibble)) | low << out.nibble);
+        out.high[c] = static_cast<uint8_t>((out.high[c] & ~(3 << out.shift)) | high << out.shift);
+    }
+}
+
+void read_block(const Matrix& m, FileRow row, int64_t block, uint32_t* words) {
+    const Shape s = shape_of(m);
+    uint32_t in[8];
+    if (m.format == kQ6_K) {
+        const SixBits six(row.codes + block / 8 * s.file_block, block % 8);
+        six_bits_to_panel(six, reinterpret_cast<uint8_t*>(words));
+    } else if (m.format == kQ8_0) {
+        std::memcpy(words, row.codes + block * s.file_block + 2, 32);
+    } else if (s.file_block) {
+        std::memcpy(in, row.codes + block * s.file_block + s.fields * s.field_bytes, 16);
+        halves_to_panel(in, words);
     } else {
-        const uint8_t* p = row.codes + block * s.file_block + s.header;
-        for (int i = 0; i < 16; ++i) {
-            q[i] = p[i] & 15;
-            q[i + 16] = p[i] >> 4;
-        }
+        std::memcpy(in, row.codes + block * 16, 16);
+        for (int k = 0; k < 4; ++k) words[k] = pairs_to_panel(m.format == kNf4 ? swap_nibbles(in[k]) : in[k]);
     }
 }
 
-void write_codes(int64_t format, FileRow row, int64_t block, const uint8_t* q) {
-    const Shape s = shape_of(format);
-    if (format == kMxfp4) {
-        uint8_t* p = row.codes + block * 16;
-        for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(q[2 * i] | q[2 * i + 1] << 4);
-    } else if (format == kQ8_0) {
-        std::memcpy(row.codes + block * s.file_block + 2, q, kBlock);
-    } else if (format == kQ6_K) {
-        const int64_t part = block % 8;
-        uint8_t* p = row.codes + block / 8 * s.file_block;
-        uint8_t* low = p + part / 4 * 64 + part % 2 * 32;
-        uint8_t* high = p + 128 + part / 4 * 32;
-        const int nibble = part % 4 < 2 ? 0 : 4, shift = static_cast<int>(part % 4 * 2);
-        for (int i = 0; i < kBlock; ++i) {
-            low[i] = static_cast<uint8_t>((low[i] & ~(15 << nibble)) | (q[i] & 15) << nibble);
-            high[i] = static_cast<uint8_t>((high[i] & ~(3 << shift)) | (q[i] >> 4) << shift);
-        }
+void write_block(const Matrix& m, FileRow row, int64_t block, const uint32_t* words) {
+    const Shape s = shape_of(m);
+    uint32_t out[8];
+    if (m.format == kQ6_K) {
+        const SixBits six(row.codes + block / 8 * s.file_block, block % 8);
+        panel_to_six_bits(reinterpret_cast<const uint8_t*>(words), six);
+    } else if (m.format == kQ8_0) {
+        std::memcpy(row.codes + block * s.file_block + 2, words, 32);
+    } else if (s.file_block) {
+        panel_to_halves(words, out);
+        std::memcpy(row.codes + block * s.file_block + s.fields * s.field_bytes, out, 16);
     } else {
-        uint8_t* p = row.codes + block * s.file_block + s.header;
-        for (int i = 0; i < 16; ++i) p[i] = static_cast<uint8_t>(q[i] | q[i + 16] << 4);
-    }
-}
-
-void put_codes(int bits, const uint8_t* q, int r, uint8_t* codes) {
-    if (bits == 8) {
-        for (int g = 0; g < 8; ++g) std::memcpy(codes + g * 64 + 4 * r, q + 4 * g, 4);
-        return;
-    }
-    uint8_t nibbles[16];
-    for (int k = 0; k < 4; ++k)
-        for (int j = 0; j < 4; ++j)
-            nibbles[4 * k + j] = static_cast<uint8_t>((q[8 * k + j] & 15) | (q[8 * k + 4 + j] & 15) << 4);
-    for (int k = 0; k < 4; ++k) std::memcpy(codes + k * 64 + 4 * r, nibbles + 4 * k, 4);
-    if (bits == 6) {
-        for (int k = 0; k < 2; ++k)
-            for (int j = 0; j < 4; ++j) {
-                int top = 0;
-                for (int i = 0; i < 4; ++i) top |= (q[16 * k + 4 * i + j] >> 4) << (2 * i);
-                codes[256 + k * 64 + 4 * r + j] = static_cast<uint8_t>(top);
-            }
-    }
-}
-
-void take_codes(int bits, const uint8_t* codes, int r, uint8_t* q) {
-    for (int g = 0; g < 8; ++g)
-        for (int j = 0; j < 4; ++j) {
-            uint8_t& code = q[4 * g + j];
-            if (bits == 8) {
-                code = codes[g * 64 + 4 * r + j];
-                continue;
-            }
-            code = static_cast<uint8_t>((codes[(g >> 1) * 64 + 4 * r + j] >> (g & 1 ? 4 : 0)) & 15);
-            if (bits == 6) {
-                const int top = codes[256 + (g >> 2) * 64 + 4 * r + j] >> (2 * (g & 3));
-                code = static_cast<uint8_t>(code | (top & 3) << 4);
-            }
+        for (int k = 0; k < 4; ++k) {
+            const uint32_t v = panel_to_pairs(words[k]);
+            out[k] = m.format == kNf4 ? swap_nibbles(v) : v;
         }
+        std::memcpy(row.codes + block * 16, out, 16);
+    }
 }
 
 // Calls copy(file bytes, header bytes, n) for every scale of row r of a strip.
 template <class Copy>
-void each_scale(int64_t format, FileRow row, int64_t block, int blocks, int r, uint8_t* header, const Copy& copy) {
-    const int size = shape_of(format).file_block;
-    if (format == kQ6_K) {
-        uint8_t* p = row.codes + block / 8 * size;
-        copy(p + 208, header + 2 * r, 2);
-        for (int i = 0; i < 16; ++i) copy(p + 192 + i, header + 32 + 16 * i + r, 1);
+void each_scale(const Matrix& m, FileRow row, int64_t block, int blocks, int r, uint8_t* header, const Copy& copy) {
+    const Shape s = shape_of(m);
+    if (m.format == kQ6_K) {
+        uint8_t* strip = row.codes + block / 8 * s.file_block;
+        copy(strip + 208, header + 2 * r, 2);
+        for (int i = 0; i < 16; ++i) copy(strip + 192 + i, header + (2 + i) * kPanelRows + r, 1);
         return;
     }
-    for (int b = 0; b < blocks; ++b) {
-        if (format == kMxfp4) {
-            copy(row.scales + block + b, header + 16 * b + r, 1);
-            continue;
+    const int groups = blocks / s.group_blocks;
+    for (int g = 0; g < groups; ++g)
+        for (int f = 0; f < s.fields; ++f) {
+            uint8_t* file = s.file_block ? row.codes + (block + g) * s.file_block + f * s.field_bytes
+                                         : row.scales + ((block / s.group_blocks + g) * s.fields + f) * s.field_bytes;
+            copy(file, header + ((f * groups + g) * kPanelRows + r) * s.field_bytes, static_cast<size_t>(s.field_bytes));
         }
-        uint8_t* p = row.codes + (block + b) * size;
-        copy(p, header + 32 * b + 2 * r, 2);
-        if (format == kQ4_1) copy(p + 2, header + 32 * (blocks + b) + 2 * r, 2);
-    }
 }
 
-// Calls strip(first block, blocks, header, codes) for every strip of a panel.
+// Calls visit(first block, blocks, header, codes) for every strip of a panel.
 template <class Visit>
 void each_strip(const Matrix& m, uint8_t* panel, const Visit& visit) {
-    const Shape s = shape_of(m.format);
-    const int block_bytes = 2 * s.bits * kBlock;
-    for (int64_t block = 0; block < m.cols / kBlock; block += s.strip_blocks) {
-        const int64_t left = m.cols / kBlock - block;
-        const int blocks = static_cast<int>(left < s.strip_blocks ? left : s.strip_blocks);
-        uint8_t* codes = panel + 16 * s.header * (m.format == kQ6_K ? 1 : blocks);
+    const Shape s = shape_of(m);
+    const int64_t all = m.cols / kBlock;
+    for (int64_t block = 0; block < all; block += s.strip_blocks) {
+        const int blocks = static_cast<int>(all - block < s.strip_blocks ? all - block : s.strip_blocks);
+        uint8_t* codes = panel + kPanelRows * (blocks / s.group_blocks) * s.fields * s.field_bytes;
         visit(block, blocks, panel, codes);
-        panel = codes + blocks * block_bytes;
+        panel = codes + blocks * s.bits * kSpan;
     }
 }
 
@@ -175,24 +196,27 @@ int64_t panel_bytes(const Matrix& m) { return kPanelRows * row_bytes(m); }
 void tile_panel(const Matrix& m, int64_t panel, uint8_t* out) {
     const int64_t first = panel * kPanelRows;
     const int rows = static_cast<int>(m.rows - first < kPanelRows ? m.rows - first : kPanelRows);
-    if (rows < kPanelRows) std::memset(out, 0, static_cast<size_t>(panel_bytes(m)));
+    if (rows < kPanelRows || m.cols % 2) std::memset(out, 0, static_cast<size_t>(panel_bytes(m)));
     if (m.format == kFp8) {
-        for (int64_t c = 0; c < m.cols; c += 64)
-            for (int r = 0; r < rows; ++r)
-                for (int64_t k = c; k < c + 64 && k < m.cols; ++k)
-                    out[k * kPanelRows + r] = m.codes[(first + r) * m.cols + k];
+        for (int r = 0; r < rows; ++r) {
+            const uint8_t* codes = m.codes + (first + r) * m.cols;
+            uint8_t* to = out + fp8_place(r);
+            for (int64_t c = 0; c + 1 < m.cols; c += 2) std::memcpy(to + c * kPanelRows, codes + c, 2);
+            if (m.cols % 2) to[(m.cols - 1) * kPanelRows] = codes[m.cols - 1];
+        }
         return;
     }
-    const Shape s = shape_of(m.format);
+    const int bits = shape_of(m).bits;
     each_strip(m, out, [&](int64_t block, int blocks, uint8_t* header, uint8_t* codes) {
         for (int r = 0; r < rows; ++r) {
             const FileRow row = file_row(m, first + r);
-            each_scale(m.format, row, block, blocks, r, header,
+            each_scale(m, row, block, blocks, r, header,
                        [](uint8_t* file, uint8_t* tile, size_t n) { std::memcpy(tile, file, n); });
             for (int b = 0; b < blocks; ++b) {
-                uint8_t q[kBlock];
-                read_codes(m.format, row, block + b, q);
-                put_codes(s.bits, q, r, codes + b * 2 * s.bits * kBlock);
+                uint32_t words[8];
+                read_block(m, row, block + b, words);
+                uint8_t* to = codes + b * bits * kSpan + 4 * r;
+                for (int k = 0; k < bits; ++k) std::memcpy(to + k * kSpan, words + k, 4);
             }
         }
     });
@@ -202,20 +226,26 @@ void untile_row(const Matrix& tiled, int64_t row, uint8_t* codes, uint8_t* scale
     uint8_t* panel = const_cast<uint8_t*>(tiled.codes) + row / kPanelRows * panel_bytes(tiled);
     const int r = static_cast<int>(row % kPanelRows);
     if (tiled.format == kFp8) {
-        for (int64_t c = 0; c < tiled.cols; ++c) codes[c] = panel[c * kPanelRows + r];
+        for (int64_t c = 0; c < tiled.cols; ++c) codes[c] = panel[c / 2 * 2 * kPanelRows + fp8_place(r) + c % 2];
         return;
     }
-    const Shape s = shape_of(tiled.format);
+    const int bits = shape_of(tiled).bits;
     const FileRow file{codes, scales};
     each_strip(tiled, panel, [&](int64_t block, int blocks, uint8_t* header, uint8_t* tile_codes) {
-        each_scale(tiled.format, file, block, blocks, r, header,
+        each_scale(tiled, file, block, blocks, r, header,
                    [](uint8_t* to, uint8_t* tile, size_t n) { std::memcpy(to, tile, n); });
         for (int b = 0; b < blocks; ++b) {
-            uint8_t q[kBlock];
-            take_codes(s.bits, tile_codes + b * 2 * s.bits * kBlock, r, q);
-            write_codes(tiled.format, file, block + b, q);
+            uint32_t words[8];
+            const uint8_t* from = tile_codes + b * bits * kSpan + 4 * r;
+            for (int k = 0; k < bits; ++k) std::memcpy(words + k, from + k * kSpan, 4);
+            write_block(tiled, file, block + b, words);
         }
     });
+}
+
+void file_row_bytes(const Matrix& m, int64_t* codes, int64_t* scales) {
+    *scales = scales_apart(m) ? scale_bytes(m) : 0;
+    *codes = m.format == kFp8 ? m.cols : row_bytes(m) - *scales;
 }
 
 }  // namespace loci
