@@ -30,6 +30,18 @@ class Entries:
 
 
 @dataclass
+class Published:
+    """What layers leave for later ones: the latest source's entries, its selection, the candidates.
+
+    bias `[B, T, G]`: 0 for selected entries, HIDDEN for others; pool `[B, T, G]` bool.
+    """
+
+    entries: Entries | None = None
+    bias: Tensor | None = None
+    pool: Tensor | None = None
+
+
+@dataclass
 class Geometry:
     """What all layers share about a batch of packed rows.
 
@@ -190,7 +202,9 @@ class Attention(nn.Module):
         if number in c.index_source_layer_ids:
             self.indexer = Indexer(c, owns_keys=number in c.kv_source_layer_ids)
 
-    def forward(self, x: Tensor, geometry: Geometry, published: dict, trace: dict | None) -> Tensor:
+    def forward(
+        self, x: Tensor, geometry: Geometry, published: Published, trace: dict[str, Tensor] | None
+    ) -> Tensor:
         """`[B, T, hidden]` to the same. `published` carries entries, selection and pool to later layers."""
         batch, length, _ = x.shape
         rotation = geometry.rotations[self.source is not None]
@@ -202,7 +216,9 @@ class Attention(nn.Module):
             scores = self._publish(x, qr, geometry, published, trace)
         out, attended = self._attend(q, kv, geometry, published)
         if scores is not None and self.training:
-            geometry.index_losses.append(self._index_loss(scores, attended, published["entries"].visible))
+            assert attended is not None
+            assert published.entries is not None
+            geometry.index_losses.append(self._index_loss(scores, attended, published.entries.visible))
         out = rotate(out, rotation, sign=-1.0)
         c = self.config
         groups = out.flatten(2).view(batch, length, c.o_groups, -1)
@@ -211,7 +227,7 @@ class Attention(nn.Module):
         return self.wo_b(torch.cat(low, dim=-1))
 
     def _publish(
-        self, x: Tensor, qr: Tensor, geometry: Geometry, published: dict, trace: dict | None
+        self, x: Tensor, qr: Tensor, geometry: Geometry, published: Published, trace: dict[str, Tensor] | None
     ) -> Tensor | None:
         """Compress, index and select where this layer is a source; returns its index scores."""
         c = self.config
@@ -220,26 +236,27 @@ class Attention(nn.Module):
         if self.number in c.kv_source_layer_ids:
             latents = self.compressor(x)
             groups = latents.shape[1]
-            at_group = tuple(part[: groups * ratio : ratio] for part in rotation)
+            at_group = (rotation[0][: groups * ratio : ratio], rotation[1][: groups * ratio : ratio])
             keys = self.indexer.keys(latents, at_group)
-            published["entries"] = Entries(rotate(latents, at_group), keys, geometry.visible(ratio))
+            published.entries = Entries(rotate(latents, at_group), keys, geometry.visible(ratio))
         if self.number not in c.index_source_layer_ids:
             return None
-        entries: Entries = published["entries"]
+        entries = published.entries
+        assert entries is not None
         scores = self.indexer(x, qr, entries.index_keys, ratio, rotation)
         ranked = scores.detach().masked_fill(~entries.visible, -torch.inf)
-        if "pool" in published:
-            ranked = ranked.masked_fill(~published["pool"], -torch.inf)
+        if published.pool is not None:
+            ranked = ranked.masked_fill(~published.pool, -torch.inf)
         chosen = best(ranked, c.index_topk)
         if self.number == c.candidate_source_layer_id:
-            published["pool"] = candidate_pool(ranked, c.candidate_block_size, c.candidate_topk_blocks)
-        published["bias"] = torch.zeros(chosen.shape).masked_fill_(~chosen, HIDDEN)
+            published.pool = candidate_pool(ranked, c.candidate_block_size, c.candidate_topk_blocks)
+        published.bias = torch.zeros(chosen.shape).masked_fill_(~chosen, HIDDEN)
         if trace is not None:
             trace[f"index_selected.{self.number}"] = chosen
         return scores
 
     def _attend(
-        self, q: Tensor, kv: Tensor, geometry: Geometry, published: dict
+        self, q: Tensor, kv: Tensor, geometry: Geometry, published: Published
     ) -> tuple[Tensor, Tensor | None]:
         """Attention output `[B, T, heads, dim]`, and the weights on compressed entries `[B, T, heads, G]`."""
         batch, length = kv.shape[:2]
@@ -250,9 +267,11 @@ class Attention(nn.Module):
         keys = torch.cat((torch.zeros_like(keys[:, :, :1]), keys[:, :, 1:]), dim=2)
         bias = geometry.window_bias
         if self.source is not None:
-            latents = published["entries"].latents
+            assert published.entries is not None
+            assert published.bias is not None
+            latents = published.entries.latents
             keys = torch.cat((keys, latents.unsqueeze(1).expand(-1, blocks, -1, -1)), dim=2)
-            selected = published["bias"].view(batch * blocks, window, 1, -1)
+            selected = published.bias.view(batch * blocks, window, 1, -1)
             bias = torch.cat((bias, selected), dim=-1)
         keys = keys.flatten(0, 1)  # [B * blocks, S, dim]
         queries = q.reshape(batch * blocks, window * self.heads, self.dim) * self.dim**-0.5

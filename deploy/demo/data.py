@@ -30,7 +30,7 @@ from prompts import render, train_tokenizer
 from sources import fetch
 
 HELD_OUT_SHARE = 0.03
-THINKING_SHARE = 0.08
+THINKING_SHARE = 0.25  # serving asks for a thought unless told otherwise
 STORIES, COMPOSED = 30_000, 48_000
 
 Named = list[tuple[str, Document]]
@@ -38,7 +38,7 @@ Named = list[tuple[str, Document]]
 
 def generated(make: Callable[[random.Random], Document], count: int, seed: str) -> Named:
     """`count` documents of a generator, each from a seed of its own, each text only once."""
-    found = {}
+    found: dict[str, tuple[str, Document]] = {}
     for i in range(count):
         document = make(random.Random(f"{seed}-{i}"))
         found.setdefault(json.dumps(document), (f"{seed}-{i}", document))
@@ -73,7 +73,7 @@ def chance(name: str, purpose: str) -> float:
     return int.from_bytes(digest[:8], "little") / 2**64
 
 
-def split(documents: Named) -> tuple[Named, Named]:
+def hold_out(documents: Named) -> tuple[Named, Named]:
     """(for training, held out); a document's fate follows from its name."""
     held_out = [item for item in documents if chance(item[0], "held out") < HELD_OUT_SHARE]
     training = [item for item in documents if chance(item[0], "held out") >= HELD_OUT_SHARE]
@@ -117,14 +117,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    parts = {name: split(documents) for name, documents in all_parts(args.dir).items()}
+    parts = {name: hold_out(documents) for name, documents in all_parts(args.dir).items()}
     tokenizer_file = args.dir / "tokenizer.json"
     if not tokenizer_file.exists():
-        training = [document for part, _ in parts.values() for _, document in part]
-        train_tokenizer(training).save(str(tokenizer_file))
+        texts = [document for part, _ in parts.values() for _, document in part]
+        train_tokenizer(texts).save(str(tokenizer_file))
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
 
-    report = {}
+    report: dict[str, dict[str, dict[str, int]]] = {}
     for name, (training, held_out) in parts.items():
         report[name] = {}
         for which, documents in (("train", training), ("heldout", held_out)):

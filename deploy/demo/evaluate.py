@@ -165,6 +165,7 @@ def lines_for(stored: Subject, exact: Subject, held_out: HeldOut) -> list[Line]:
 def answers(subject: Subject, tokenizer: tokenizers.Tokenizer) -> list[tuple[str, str]]:
     """The ten fixed prompts and what the model says at temperature 0, unedited."""
     stop = tokenizer.token_to_id(EOS)
+    assert stop is not None
     found = []
     for question in PROMPTS:
         ids = tokenizer.encode(prompt(chat(question)), add_special_tokens=False).ids

@@ -9,6 +9,8 @@ hidden activations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,16 @@ class RoutedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weights, ids, w13, w2, limit: float, dtype: torch.dtype):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        limit: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
         groups = _by_expert(ids, w13.shape[0])
         top_k = ids.shape[1]
         low_x, low_w13, low_w2 = x.to(dtype), w13.to(dtype), w2.to(dtype)
@@ -53,7 +64,7 @@ class RoutedExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         low_x, weights, w13, w2 = ctx.saved_tensors
         limit, top_k, dtype = ctx.limit, weights.shape[1], low_x.dtype
         flat_weights = weights.flatten()

@@ -80,7 +80,8 @@ def check(directory: Path, model: Model, tables: list[Tensor]) -> None:
     read_tables = from_released(read, read_files(directory))
     ids = torch.arange(model.config.sliding_window).unsqueeze(0) % model.config.vocab_size
     documents = torch.zeros_like(ids)
-    rows = torch.arange(ids.numel() * read.layers[model.config.engram_layer_ids[0]].engram.columns)
+    columns = (model.config.engram_max_ngram_size - 1) * model.config.engram_n_heads
+    rows = torch.arange(ids.numel() * columns)
     values = [table[rows].view(ids.numel(), -1) for table in read_tables]
     rounded = [round_fp8_rows(table[rows]).view(ids.numel(), -1) for table in tables]
     model.set_rounding(True)

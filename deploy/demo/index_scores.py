@@ -7,6 +7,8 @@ computes them again instead of keeping them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class IndexScores(torch.autograd.Function):
         return scores
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, weights, keys = ctx.saved_tensors
         grad_queries = torch.zeros(queries.shape)
         grad_weights = torch.zeros_like(weights)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,7 +89,7 @@ class SoftmaxWithSink(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, scores: Tensor, bias: Tensor, sink: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, bias: Tensor, sink: Tensor) -> Tensor:
         scores = scores.add_(bias)
         scores[..., 0] = sink
         weights = scores.softmax(-1)
@@ -95,7 +97,7 @@ class SoftmaxWithSink(torch.autograd.Function):
         return weights
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
         grad_scores = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
         grad_sink = grad_scores[..., 0].sum((0, 1))

@@ -6,6 +6,8 @@ gradient of a block is known as soon as its loss is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class HeadLoss(torch.autograd.Function):
     """Mean of -log softmax(states head^T)[target]; states `[N, hidden]`, targets `[N]`."""
 
     @staticmethod
-    def forward(ctx, states: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, states: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
         total = torch.zeros(())
         low_head, low_states = head.to(dtype), states.to(dtype)
         grad_states = torch.empty_like(states)
@@ -39,6 +41,6 @@ class HeadLoss(torch.autograd.Function):
         return total / len(states)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_head = ctx.saved_tensors
         return grad_states * grad, grad_head * grad, None, None

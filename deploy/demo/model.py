@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention import Attention, Geometry
+from attention import Attention, Geometry, Published
 from engine.families.deepseek_v41_config import V41Config
 from experts import RoutedExperts
 from layers import Embedding, Linear, Precision, RmsNorm
@@ -228,7 +228,7 @@ class Model(nn.Module):
         c = self.config
         batch, length = ids.shape
         geometry = Geometry.of(c, documents)
-        published: dict = {}
+        published = Published()
         embedded = self.embed(ids.flatten())  # [N, hidden]
         streams = embedded.expand(c.hc_mult, -1, -1)
         pre = torch.zeros(c.hc_mult, len(embedded))

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from corpus import sampled
 from paths import demo_directory
@@ -31,7 +32,7 @@ def teacher_file() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def converse(llm, number: int) -> list[str] | None:
+def converse(llm: Any, number: int) -> list[str] | None:
     """The turns of conversation `number`, or None where an answer is not good enough."""
     messages: list[dict[str, str]] = []
     for question in sampled.prompt(number):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from corpus import Document, chat, composed, facts, prose, sampled, smalltalk, stories
-from data import split
+from data import hold_out
 from prompts import EOS, SPECIAL_TOKENS, prompt, render, train_tokenizer
 
 
@@ -66,11 +66,11 @@ def test_answers_that_repeat_themselves_are_not_learned() -> None:
 
 def test_held_out_documents_are_not_trained_on_and_stay_held_out() -> None:
     documents: list[tuple[str, Document]] = [(f"d{i}", prose(str(i))) for i in range(2000)]
-    training, held_out = split(documents)
+    training, held_out = hold_out(documents)
     assert {n for n, _ in training}.isdisjoint(n for n, _ in held_out)
     assert len(training) + len(held_out) == 2000
     assert 30 < len(held_out) < 100
-    _, still = split([*documents, ("new", prose("new"))])
+    _, still = hold_out([*documents, ("new", prose("new"))])
     assert {n for n, _ in held_out} <= {n for n, _ in still}
 
 

@@ -61,7 +61,7 @@ class World:
 
     @classmethod
     def begin(cls, rng: random.Random, people: int, things: int) -> World:
-        gender = {}
+        gender: dict[str, str] = {}
         while len(gender) < people:
             pronoun = rng.choice(("she", "he"))
             gender[rng.choice(PEOPLE[pronoun])] = pronoun
