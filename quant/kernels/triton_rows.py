@@ -1,0 +1,95 @@
+"""Triton: rows of a packed table, gathered and decoded in one pass; made for Engram tables.
+
+A table may lie in pinned host memory: the kernel then reads just the rows it needs over the bus.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.errors import FormatError
+from quant.fp8 import Fp8
+from quant.kernels.triton_decode import CHUNK, four_bit_kind, load_four_bit, load_fp8, nf4_levels
+from quant.kernels.triton_launch import Launch
+from quant.packed import PackedTensor
+
+BLOCK_ROWS = 8
+BLOCK_COLS = 256
+
+
+@triton.jit
+def gather_fp8(
+    codes,
+    scales,
+    wanted,
+    out,
+    count,
+    cols,
+    scale_cols,
+    TILE_COLS: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """out `[count, cols]` float32: rows `wanted` `[count]` int64; grid (blocks of rows, of columns)."""
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = place < count
+    rows = tl.load(wanted + place, mask=inside, other=0)
+    chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
+    values = load_fp8(codes, scales, rows, inside, chunk, cols, scale_cols, 1, TILE_COLS, POWERS)
+    col = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    at = out + place.to(tl.int64)[:, None, None] * cols + col[None, :, :]
+    tl.store(at, values, mask=inside[:, None, None] & (col < cols)[None, :, :])
+
+
+@triton.jit
+def gather_four_bit(
+    codes,
+    scales,
+    levels,
+    wanted,
+    out,
+    count,
+    groups,
+    KIND: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """As `gather_fp8`, for four-bit tables of `groups` scale blocks a row."""
+    place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = place < count
+    rows = tl.load(wanted + place, mask=inside, other=0)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    even, odd = load_four_bit(codes, scales, levels, rows, inside, group, groups, KIND, HALF)
+    col = group[:, None] * (2 * HALF) + 2 * tl.arange(0, HALF)[None, :]
+    at = out + place.to(tl.int64)[:, None, None] * (groups * 2 * HALF) + col[None, :, :]
+    stored = inside[:, None, None] & (group < groups)[None, :, None]
+    tl.store(at, even, mask=stored)
+    tl.store(at + 1, odd, mask=stored)
+
+
+def gather_launch(table: PackedTensor, wanted: torch.Tensor, out: torch.Tensor) -> Launch:
+    """The launch that writes rows `wanted` `[n]` int64 of `table` into `out` `[n, cols]` float32.
+
+    Raises FormatError for tables whose rows share scales, and formats without a kernel.
+    """
+    cols = table.shape[1]
+    tile = table.format.tile_cols
+    assert table.scales is not None
+    constants: dict[str, int | bool] = {"BLOCK_N": BLOCK_ROWS}
+    grid = (triton.cdiv(len(wanted), BLOCK_ROWS), triton.cdiv(cols, BLOCK_COLS))
+    kind = four_bit_kind(table)
+    if kind is not None:
+        constants |= {"KIND": kind, "HALF": tile // 2, "GROUPS": BLOCK_COLS // tile}
+        levels = nf4_levels(out.device)
+        arguments = (table.codes, table.scales, levels, wanted, out, len(wanted), cols // tile)
+        return Launch(gather_four_bit, grid, arguments, constants, num_warps=4)
+    if not isinstance(table.format, Fp8) or table.format.tile_rows != 1:
+        raise FormatError(f"{table.format.name}: no Triton kernel gathers rows of it")
+    is_power = table.scales.dtype == torch.uint8
+    constants |= {"TILE_COLS": tile, "POWERS": is_power, "CHUNKS": BLOCK_COLS // CHUNK.value}
+    arguments_fp8 = (table.codes, table.scales, wanted, out, len(wanted), cols, table.scales.shape[1])
+    return Launch(gather_fp8, grid, arguments_fp8, constants, num_warps=4)
