@@ -128,6 +128,7 @@ class _Server(uvicorn.Server):
     def _when_loaded(self) -> None:
         if self._service.failure is not None:
             self.should_exit = True
+        if self.should_exit:
             return
         served = self._service.served
         _say(f"{served.name} is ready. Try:\n  {_curl(self._url, self._service)}")

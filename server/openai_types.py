@@ -55,7 +55,7 @@ class ResponseFormat(Body):
 
 
 # Fields that would change what the answer means, and why they cannot be honoured.
-_REFUSED = {
+REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "audio": "only text can be generated",
@@ -97,7 +97,7 @@ class GenerationRequest(Body):
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for name, why in _REFUSED.items():
+            for name, why in REFUSED.items():
                 if data.get(name) is not None:
                     raise RequestError(
                         f"{name} is not supported: {why}", param=name, code="unsupported_parameter"

@@ -1,0 +1,41 @@
+"""docs/api.md leaves nothing out: every route, field, metric and setting stands there."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi.routing import APIRoute
+
+from server import native_api, openai_api
+from server.metrics import Metrics
+from server.openai_types import REFUSED, ChatRequest, CompletionRequest
+from server.settings import Settings
+from tests.server.harness import ROOT
+
+PAGE = (ROOT / "docs" / "api.md").read_text()
+
+
+def test_every_route_is_documented() -> None:
+    routes = [*openai_api.router.routes, *native_api.router.routes]
+
+    paths = {route.path.replace("{model:path}", "{id}") for route in routes if isinstance(route, APIRoute)}
+    assert {path for path in paths if path not in PAGE} == set()
+    assert len(paths) == 10
+
+
+@pytest.mark.parametrize(
+    "names",
+    [ChatRequest.model_fields, CompletionRequest.model_fields, REFUSED],
+    ids=["chat", "completions", "refused"],
+)
+def test_every_field_is_documented(names: dict[str, object]) -> None:
+    assert [name for name in names if f"`{name}`" not in PAGE] == []
+
+
+def test_every_setting_is_documented() -> None:
+    assert [name for name in Settings.model_fields if f"| `{name}` |" not in PAGE] == []
+
+
+def test_every_metric_of_ours_is_documented() -> None:
+    names = [family.name for family in Metrics().registry.collect()]
+
+    assert [name for name in names if name not in PAGE] == []
