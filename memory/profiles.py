@@ -69,7 +69,12 @@ class HardwareProfile:
     assumed: tuple[str, ...] = ()
 
     def with_virtual_gpus(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
-        """This machine with virtual cards: their memory is taken from DRAM, the CPU computes for them."""
+        """This machine with virtual cards: their memory is taken from DRAM, the CPU computes for them.
+
+        Raises ConfigError where the devices are not virtual: a profile knows its real cards.
+        """
+        if any(device.kind != "virtual" for device in devices):
+            raise ConfigError("devices: only virtual cards can be planned with; real ones are in the profile")
         gpus = tuple(
             GpuSpec(
                 name=f"virtual {device.index}",

@@ -51,7 +51,9 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
         "cores": machine.cores,
         "cpu_flags": list(machine.cpu_flags),
         "memory_bytes": machine.memory_bytes,
+        "numa_nodes": machine.numa_nodes,
         "gpus": [gpu.name for gpu in machine.gpus],
+        "disks": [f"{disk.name} {disk.model}".strip() for disk in machine.disks],
     }
 
 
@@ -119,7 +121,8 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
     gpus = []
     for gpu in machine.gpus:
         i = gpu.index
-        alone = rate(f"link_{i}", ASSUMED_LINK_BYTES_PER_S, f"link of card {i}", "GB/s")
+        usual = gpu.pcie.usable_bytes_per_s if gpu.pcie else ASSUMED_LINK_BYTES_PER_S
+        alone = rate(f"link_{i}", usual, f"link of card {i}", "GB/s")
         gpus.append(
             GpuSpec(
                 name=gpu.name,

@@ -97,15 +97,27 @@ def _machine() -> Iterator[Finding]:
     if machine.memory_limit_bytes is not None:
         memory += f", this container may use {bytes_text(machine.memory_limit_bytes)}"
     yield Finding("memory", memory, _room_advice("memory", machine.available_bytes, MODEST_MEMORY_BYTES))
+    if machine.numa_nodes > 1:
+        yield Finding("NUMA", f"{machine.numa_nodes} nodes; memory of other nodes is slower")
     free = machine.disk_free_bytes
     yield Finding(
         "disk",
         f"{bytes_text(free)} free in {Path.cwd()}",
         _room_advice("disk space", free, MODEST_DISK_BYTES),
     )
+    for disk in machine.disks:
+        found = f"{disk.name}, {bytes_text(disk.nbytes)} {disk.model}".rstrip()
+        advice = "it turns; experts and Engram rows want a solid state drive" if disk.is_rotational else ""
+        yield Finding("drive", found, advice)
     for gpu in machine.gpus:
         capability = ".".join(map(str, gpu.capability))
-        yield Finding(f"GPU {gpu.index}", f"{gpu.name}, {bytes_text(gpu.memory_bytes)}, sm {capability}")
+        found = f"{gpu.name}, {bytes_text(gpu.free_bytes)} of {bytes_text(gpu.memory_bytes)} free"
+        found += f", sm {capability}"
+        if gpu.pcie is not None:
+            found += f", PCIe {gpu.pcie.generation}.0 x{gpu.pcie.lanes}"
+        if gpu.peers:
+            found += f", reads the memory of {', '.join(map(str, gpu.peers))}"
+        yield Finding(f"GPU {gpu.index}", found)
     if not machine.gpus:
         yield Finding("GPU", "none that torch can use; everything is computed on the processor")
 

@@ -47,6 +47,10 @@ def plan(
             help="Virtual cards instead of real ones: virtual:24GiB@12.5GB/s,...", show_default=False
         ),
     ] = None,
+    dram: Annotated[
+        str | None,
+        typer.Option(help="DRAM that may be used, as in 64GiB. Default: all there is.", show_default=False),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -62,7 +66,7 @@ def plan(
     from memory.routing import SKEWED, UNIFORM
 
     shape = _shape(model)
-    machine = _hardware(hardware, devices, shape if Path(model).exists() else None)
+    machine = _hardware(hardware, devices, dram, shape if Path(model).exists() else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} has been made for {shape.max_context} tokens")
     workload = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
@@ -106,15 +110,19 @@ def _shape(model: str) -> ModelShape:
     raise ConfigError(f"{model}: no such file or directory, and none of the names {', '.join(NAMES)}")
 
 
-def _hardware(name: str, devices: str | None, on_disk: ModelShape | None) -> HardwareProfile:
-    """on_disk: the model where it lies on this machine's disk already."""
-    from memory.profiles import load_profile, parse_devices
+def _hardware(
+    name: str, devices: str | None, dram: str | None, on_disk: ModelShape | None
+) -> HardwareProfile:
+    """The machine asked for; on_disk is the model where it lies on this machine's disk already."""
+    from memory.profiles import load_profile, parse_bytes, parse_devices
     from memory.this_machine import this_machine
 
     machine = this_machine() if name == "this" else load_profile(name)
     if name == "this" and on_disk is not None:
         machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.nbytes)
-    return machine.with_virtual_gpus(parse_devices(devices)) if devices else machine
+    if devices is not None:
+        machine = machine.with_virtual_gpus(parse_devices(devices))
+    return machine if dram is None else replace(machine, dram_bytes=parse_bytes(dram))
 
 
 def _report(shape: ModelShape, machine: HardwareProfile, placement: Placement) -> dict[str, Any]:
@@ -227,19 +235,25 @@ def _held(shape: ModelShape, places: list[Place]) -> str:
 
 def _print_forecasts(forecasts: list[Forecast], workload: Workload) -> None:
     print("\nExpected tokens per second, and what bounds them:")
-    rows = []
-    for f in forecasts:
-        hits = " / ".join(f"{f.alone.hit_rates[tier]:.0%}" for tier in ("vram", "dram", "nvme"))
-        rows.append((f.routing.name, hits, *(_speed(cost) for cost in (f.alone, f.together, f.prefill))))
-    headers = ["routing", "in vram / dram / nvme", "decode, 1 sequence"]
-    print_table([*headers, f"decode, {workload.sequences} together", "prefill"], rows)
-    for f in forecasts:
-        print(f"  {f.routing.name}: {f.routing.source}")
+    steps = ["decode, 1 sequence", f"decode, {workload.sequences} together", "prefill"]
+    speeds = [[_speed(cost) for cost in (f.alone, f.together, f.prefill)] for f in forecasts]
+    if any(forecasts[0].alone.hit_rates.values()):
+        rows = []
+        for f, speed in zip(forecasts, speeds, strict=True):
+            hits = " / ".join(f"{f.alone.hit_rates[tier]:.0%}" for tier in ("vram", "dram", "nvme"))
+            rows.append((f.routing.name, hits, *speed))
+        print_table(["routing", "in vram / dram / nvme", *steps], rows)
+        for f in forecasts:
+            print(f"  {f.routing.name}: {f.routing.source}")
+    else:
+        print_table(steps, speeds)
     last = forecasts[-1]
     read = ", ".join(
-        f"{tier} {bytes_text(int(n))}" for tier, n in sorted(last.alone.nbytes.items()) if n >= 1
+        f"{tier} {bytes_text(int(nbytes))}"
+        for tier, nbytes in sorted(last.alone.nbytes.items())
+        if nbytes >= 1
     )
-    print(f"A decoded token reads or moves ({last.routing.name}): {read}")
+    print(f"A decoded token reads or moves: {read}")
 
 
 def _speed(cost: StepCost) -> str:

@@ -30,6 +30,11 @@ def test_a_cards_link_is_read_at_its_best_speed_and_present_width(tmp_path: Path
     assert _pcie_link("", tmp_path) is None
 
 
+def test_links_are_as_fast_as_their_lanes() -> None:
+    assert round(PcieLink(4, 16).usable_bytes_per_s / 1e9) == 25
+    assert PcieLink(4, 8).usable_bytes_per_s == PcieLink(3, 16).usable_bytes_per_s
+
+
 def test_a_cards_address_is_written_as_the_system_does() -> None:
     card = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)
     assert _pci_address(card) == "0000:c1:00.0"

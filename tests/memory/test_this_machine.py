@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from memory.hardware import Gpu, Machine, detect
+from memory.hardware import Gpu, Machine, PcieLink, detect
 from memory.this_machine import Result, cache_path, read_measured, this_machine, write_results
 from quant.errors import ConfigError
 
@@ -77,6 +77,13 @@ def test_what_was_not_measured_is_said_with_the_value_taken() -> None:
     profile = this_machine(MACHINE, {})
     for topic in ("DRAM read bandwidth: 30 GB/s", "CPU arithmetic", "disk reads", "link of card 0", "VRAM"):
         assert any(topic in line for line in profile.assumed), topic
+
+
+def test_an_unmeasured_link_is_taken_to_be_as_fast_as_its_lanes() -> None:
+    card = replace(MACHINE.gpus[0], pcie=PcieLink(5, 8))
+    profile = this_machine(replace(MACHINE, gpus=(card,)), {})
+    assert profile.gpus[0].link_bytes_per_s == PcieLink(5, 8).usable_bytes_per_s
+    assert any("link of card 0: 25.2 GB/s" in line for line in profile.assumed)
 
 
 def test_a_cards_bandwidth_by_the_data_sheet_needs_no_measuring() -> None:

@@ -106,6 +106,11 @@ def test_virtual_cards_take_part_in_a_plan() -> None:
     assert {place["tier"] for place in report["places"] if place["kind"] == "dense"} == {"vram:0", "vram:1"}
 
 
+def test_dram_can_be_kept_from_a_model() -> None:
+    tiers = planned(FLASH, "--hardware", "2x4090-256g", "--dram", "64GiB")["tiers"]
+    assert 63 << 30 < tiers["dram"]["used_bytes"] <= tiers["dram"]["budget_bytes"] == 64 << 30
+
+
 def test_own_hardware_is_read_from_a_file(tmp_path: Path) -> None:
     source = Path(measure.__file__).parent / "profiles" / "4090-128g.toml"
     own = tmp_path / "mine.toml"
@@ -124,6 +129,8 @@ def test_own_hardware_is_read_from_a_file(tmp_path: Path) -> None:
         ((FLASH, "--hardware", "abacus"), "no such hardware profile"),
         ((FLASH, "--hardware", "4090-128g", "--context", "2000000"), "1048576 tokens"),
         ((FLASH, "--hardware", "4090-128g", "--devices", "virtual"), "virtual:24GiB@12.5GB/s"),
+        ((FLASH, "--hardware", "4090-128g", "--devices", "cuda:20GiB"), "only virtual cards"),
+        ((FLASH, "--hardware", "4090-128g", "--dram", "much"), "24GiB or 12.5GB"),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(arguments: tuple[str, ...], complaint: str) -> None:
