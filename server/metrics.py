@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,7 +11,9 @@ from prometheus_client.registry import Collector
 
 from engine.engine import EngineStats
 from engine.generation import Output
+from engine.model import Model
 from memory.hardware import resident_bytes
+from memory.telemetry import Snapshot
 
 # Seconds. A local model may take minutes to read a long prompt and is never faster than a millisecond.
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
@@ -47,9 +49,9 @@ class Metrics:
             "loci_end_to_end_seconds", "From submission to a sequence's last token.", _LATENCY
         )
 
-    def observe_engine(self, stats: Callable[[], EngineStats], weight_bytes: int) -> None:
-        """From now on report the engine's own counters and the memory that weights and KV take."""
-        self.registry.register(_EngineCollector(stats, weight_bytes))
+    def observe_engine(self, stats: Callable[[], EngineStats], model: Model) -> None:
+        """From now on report the engine's counters, the memory of each tier, and what moves between them."""
+        self.registry.register(_EngineCollector(stats, model))
 
     def observe_process(self) -> None:
         """Report the process's memory at each scrape."""
@@ -84,9 +86,9 @@ class SequenceTimer:
 
 
 class _EngineCollector(Collector):
-    def __init__(self, stats: Callable[[], EngineStats], weight_bytes: int) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], model: Model) -> None:
         self._stats = stats
-        self._weight_bytes = weight_bytes
+        self._model = model
 
     def collect(self) -> Iterator[Metric]:
         now = self._stats()
@@ -102,9 +104,32 @@ class _EngineCollector(Collector):
         tiers = GaugeMetricFamily(
             "loci_tier_memory_bytes", "Bytes in a memory tier, by what they hold.", labels=["tier", "content"]
         )
-        tiers.add_metric(["dram", "weights"], self._weight_bytes)
+        for tier, nbytes in self._model.tier_bytes.items():
+            tiers.add_metric([tier, "weights"], nbytes)
         tiers.add_metric(["dram", "kv"], now.kv_bytes)
         yield tiers
+        if self._model.telemetry is not None:
+            yield from _movements(self._model.telemetry.snapshot())
+
+
+def _movements(seen: Snapshot) -> Iterator[Metric]:
+    """What was hit, moved and waited for, one counter for each field of Snapshot."""
+
+    def counter(name: str, text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=[label])
+        for key, value in values.items():
+            family.add_metric([key], value)
+        return family
+
+    yield counter("loci_expert_hits", "Expert uses by the tier that held the expert.", "tier", seen.hits)
+    yield counter("loci_experts_computed", "Experts computed, by tier.", "tier", seen.computed)
+    yield counter("loci_link_bytes", "Bytes moved, by link.", "link", seen.moved_bytes)
+    yield counter("loci_link_transfers", "Transfers, by link and reason.", "transfer", seen.moves)
+    yield counter(
+        "loci_stall_seconds", "Time that computation waited for bytes, by link.", "link", seen.stalled_s
+    )
+    yield counter("loci_prefetched_experts", "Experts read ahead, by outcome.", "outcome", seen.prefetches)
+    yield counter("loci_engram_rows", "Engram rows, by where they were found.", "rows", seen.rows)
 
 
 class _ProcessCollector(Collector):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from engine.engine import Engine
 from engine.loader import Loaded, default_model_path, load
 from engine.model import Model
+from memory.budget import MemoryBudget
 from memory.hardware import available_memory_bytes
 from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
@@ -55,7 +56,7 @@ def bring_up(settings: Settings) -> Served:
     """
     path = (settings.model or default_model_path()).resolve()
     name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
-    loaded = load(path)
+    loaded = load(path, MemoryBudget.of_this_machine(settings.dram_budget, settings.devices))
     longest = loaded.model.info.max_context
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if context > longest:
@@ -100,9 +101,7 @@ class Service:
             except Exception as error:
                 self.failure = error
             else:
-                self.metrics.observe_engine(
-                    served.engine.stats, sum(c.nbytes for c in served.loaded.components)
-                )
+                self.metrics.observe_engine(served.engine.stats, served.loaded.model)
                 self._served = served
             with suppress(RuntimeError):  # the loop has closed: the server was stopped meanwhile
                 loop.call_soon_threadsafe(when_done)

@@ -49,6 +49,16 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(
         512, ge=1, description="Prompt tokens computed per step, so that long prompts do not stall answers."
     )
+    dram_budget: str | None = Field(
+        None,
+        description="Memory that weights may take, like 16GiB; what does not fit is read from disk when it "
+        "is needed. Default: three quarters of what is free.",
+    )
+    devices: str | None = Field(
+        None,
+        description="Cards to keep experts on, like virtual:24GiB@12.5GB/s,virtual:24GiB@12.5GB/s: a virtual "
+        "card is host memory with a card's size and link speed. Default: none.",
+    )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         description="Key that clients must send as bearer token. Repeat the flag, or separate by commas, "

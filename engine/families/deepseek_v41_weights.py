@@ -319,8 +319,8 @@ def read_weights(
     left = budget.dram_bytes - size["dense"]
     if left < 0:
         raise BudgetError(
-            f"{checkpoint.path}: the weights that every token uses need {size['dense'] / 1e9:.1f} GB, "
-            f"{budget.dram_bytes / 1e9:.1f} GB of memory may be used; free some, or take a smaller model"
+            f"{checkpoint.path}: the weights that every token uses need {size['dense'] / 1e6:,.1f} MB, "
+            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, or take a smaller model"
         )
     everything_fits = size["engram"] + size["routed_experts"] * ROOM_FOR_ALIGNMENT <= left
     hot_rows_bytes = size["engram"] if everything_fits else min(size["engram"], int(left * HOT_ROWS_SHARE))

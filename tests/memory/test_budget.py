@@ -1,0 +1,48 @@
+"""Budgets as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from memory.budget import MemoryBudget
+from quant.errors import BudgetError, ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _ten_gigabytes_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memory.budget.available_memory_bytes", lambda: 10 * 10**9)
+
+
+def test_without_a_word_weights_get_a_share_of_what_is_free() -> None:
+    assert MemoryBudget.of_this_machine() == MemoryBudget(7_500_000_000)
+
+
+def test_virtual_cards_take_their_memory_from_the_host() -> None:
+    budget = MemoryBudget.of_this_machine(devices="virtual:1GB@12.5GB/s,virtual:2GB")
+    assert budget.dram_bytes == 4_500_000_000
+    assert [(t.name, t.budget_bytes, t.link_bytes_per_s) for t in budget.cards] == [
+        ("vram:0", 10**9, 12.5e9),
+        ("vram:1", 2 * 10**9, None),
+    ]
+    assert all(card.is_virtual for card in budget.cards)
+
+
+def test_a_dram_budget_is_taken_as_given() -> None:
+    assert MemoryBudget.of_this_machine(dram="1GiB").dram_bytes == 1 << 30
+
+
+@pytest.mark.parametrize(("dram", "devices"), [("11GB", None), ("9GB", "virtual:2GB"), (None, "virtual:8GB")])
+def test_more_than_there_is_is_refused(dram: str | None, devices: str | None) -> None:
+    with pytest.raises(BudgetError, match=r"10\.0 GB of memory are free; ask for less"):
+        MemoryBudget.of_this_machine(dram, devices)
+
+
+def test_real_cards_are_refused_until_they_work() -> None:
+    with pytest.raises(ConfigError, match="cuda devices is not supported yet"):
+        MemoryBudget.of_this_machine(devices="cuda:20GiB")
+
+
+@pytest.mark.parametrize("text", ["many", "12 parsecs", "-1GB"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        MemoryBudget.of_this_machine(dram=text)
