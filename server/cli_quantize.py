@@ -15,6 +15,7 @@ from server.cli_common import Model
 from server.terminal import bytes_text, is_terminal, print_table
 
 if TYPE_CHECKING:
+    from engine.evaluate import Evaluation
     from memory.convert_files import OnProgress, TensorError
     from memory.convert_plan import Choices
 
@@ -65,6 +66,10 @@ def quantize(
     report: Annotated[
         Path | None, typer.Option(help="Write each matrix's error to this JSON file.", show_default=False)
     ] = None,
+    eval_text: Annotated[
+        Path | None,
+        typer.Option("--eval", help="Compare both checkpoints on this text file.", show_default=False),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads. Default: all cores.", show_default=False)
     ] = None,
@@ -77,15 +82,29 @@ def quantize(
         raise ConfigError(f"{source}: a safetensors directory is needed; GGUF files are read, not converted")
     if report is not None and not report.parent.is_dir():
         raise ConfigError(f"{report.parent}: no such directory to write to")
+    if eval_text is not None:
+        from engine.evaluate import read_text
+
+        read_text(eval_text)  # refused now rather than hours later
     choices = _choices(experts, dense, engram, int(int4_group), int4_offset)
 
     from memory.convert_files import convert_checkpoint
 
     with _Progress() as on_progress:
         errors = convert_checkpoint(source, destination, choices, on_progress, workers)
-    if report is not None:
-        _write_report(report, source, destination, errors)
     _print_summary(errors)
+    evaluation = None
+    if eval_text is not None:
+        from engine.evaluate import compare
+
+        evaluation = compare(source, destination, eval_text)
+        print(
+            f"{evaluation.tokens} tokens of {eval_text.name}: "
+            f"perplexity {evaluation.perplexity_before:.4f} before, {evaluation.perplexity_after:.4f} after; "
+            f"KL {evaluation.mean_kl:.5f}, same likeliest token {evaluation.top1_agreement:.2%}"
+        )
+    if report is not None:
+        _write_report(report, source, destination, errors, evaluation)
     print(f'{destination}: converted and read back; try `loci run {destination} "Hello"`')
 
 
@@ -149,10 +168,17 @@ class _Progress:
             print(f"{share:3d} %  {bytes_text(done)} of {bytes_text(total)}{speed}{left}", flush=True)
 
 
-def _write_report(report: Path, source: Path, destination: Path, errors: list[TensorError]) -> None:
+def _write_report(
+    report: Path,
+    source: Path,
+    destination: Path,
+    errors: list[TensorError],
+    evaluation: Evaluation | None,
+) -> None:
     value = {
         "source": source.name,
         "destination": destination.name,
+        "evaluation": None if evaluation is None else asdict(evaluation),
         "tensors": [asdict(error) for error in errors],
     }
     part = report.with_name(f".{report.name}.part")

@@ -66,6 +66,27 @@ def test_what_cannot_be_done_is_said_in_one_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_both_checkpoints_are_compared_on_a_text(tmp_path: Path) -> None:
+    text, report = tmp_path / "text.txt", tmp_path / "report.json"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 8)
+    result = run(GOLDEN, tmp_path / "out", "--experts", "nf4", "--eval", text, "--report", report)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+    evaluation = json.loads(report.read_text())["evaluation"]
+    assert evaluation["tokens"] > 50
+    assert evaluation["mean_kl"] > 0
+    assert evaluation["perplexity_after"] != evaluation["perplexity_before"]
+    assert 0 < evaluation["top1_agreement"] < 1
+
+
+def test_text_that_cannot_be_read_is_refused_before_converting(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
+    for name, message in (("text.txt", "not UTF-8"), ("missing.txt", "No such file")):
+        result = run(GOLDEN, tmp_path / "out", "--experts", "nf4", "--eval", tmp_path / name)
+        assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_unknown_format_is_a_usage_error(tmp_path: Path) -> None:
     result = run(GOLDEN, tmp_path / "out", "--experts", "q4_k")
     assert result.exit_code == 2
