@@ -29,6 +29,11 @@ class ChatReply:
         parallel_calls = request.parallel_tool_calls is not False
         self._choices = [_Choice(i, prompt.new_parser(), parallel_calls) for i in range(request.choices)]
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences the answer takes."""
+        return len(self._choices)
+
     def submit_to(self, generation: Generation) -> None:
         """Submit one sequence per choice. Raises what Generation.submit raises."""
         for choice in self._choices:

@@ -65,6 +65,11 @@ class CompletionReply:
             for i in range(request.choices)
         ]
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences the answer takes."""
+        return len(self._choices)
+
     def submit_to(self, generation: Generation) -> None:
         """Submit one sequence per choice. Raises what Generation.submit raises."""
         for choice in self._choices:

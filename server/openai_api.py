@@ -80,6 +80,12 @@ async def completions(request: Request) -> Response:
 async def _reply(
     request: Request, service: Service, reply: ChatReply | CompletionReply, is_stream: bool
 ) -> Response:
+    limit = service.settings.max_num_seqs + service.settings.max_waiting
+    if reply.sequences > limit:
+        text = (
+            f"{reply.sequences} answers at once are more than this server takes ({limit}); send fewer prompts"
+        )
+        raise ApiError(400, text, param="n", code="too_many_sequences")
     generation = service.new_generation()
     try:
         reply.submit_to(generation)

@@ -36,13 +36,21 @@ def test_it_prints_where_it_is_and_a_curl_that_works(start_server: StartServer) 
 def test_sigterm_lets_a_stream_finish_and_exits_with_0(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
-        stream = client.completions.create(**LONG | {"max_tokens": 150}, stream=True)
+        stream = client.completions.create(**LONG | {"max_tokens": 60}, stream=True)
         chunks = [next(stream)]
         server.signal(signal.SIGTERM)
         chunks += list(stream)
         eventually(lambda: _refuses_connections(server.url), "no new connections are taken")
 
     assert chunks[-1].choices[0].finish_reason == "length"
+    assert server.exit_code() == 0
+
+
+def test_sigterm_while_loading_exits_with_0(start_server: StartServer) -> None:
+    server = start_server(TINY)
+    assert server.url
+    server.signal(signal.SIGTERM)
+
     assert server.exit_code() == 0
 
 

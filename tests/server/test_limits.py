@@ -46,14 +46,27 @@ def test_a_client_that_leaves_a_whole_answer_frees_its_slot(narrow: LociServer) 
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_come_back(narrow: LociServer) -> None:
-    with openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="x", max_retries=0) as client:
+    with (
+        httpx.stream("POST", f"{narrow.url}/v1/completions", json=LONG | {"stream": True}) as running,
+        openai.OpenAI(base_url=f"{narrow.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        lines = running.iter_lines()
+        next(lines)
         with pytest.raises(openai.RateLimitError) as caught:
-            client.completions.create(**SHORT, n=3)
+            client.completions.create(**SHORT, n=2)
 
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
         assert "waiting already; try again later" in caught.value.message
-    eventually(lambda: narrow.metric("loci_sequences_waiting") == 0, "the others were taken back")
+        eventually(lambda: narrow.metric("loci_sequences_waiting") == 0, "the other one was taken back")
+    eventually(lambda: narrow.metric("loci_sequences_running") == 0, "the slot is free")
+
+
+def test_more_answers_than_ever_fit_are_refused_for_good(narrow: LociServer) -> None:
+    answer = httpx.post(f"{narrow.url}/v1/completions", json=SHORT | {"prompt": ["a", "b", "c"]})
+
+    assert answer.status_code == 400
+    assert "3 answers at once are more than this server takes (2)" in answer.json()["error"]["message"]
 
 
 def test_a_body_that_declares_to_be_too_large_is_refused_unread(narrow: LociServer) -> None:
