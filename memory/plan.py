@@ -148,8 +148,7 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
     cards = _reserve_workspace(room, shape, hardware.gpus, workload)
     _place_dense(room, shape, workload, cards)
-    tier = room.first_with(shape.embedding.nbytes, ["dram", *reversed(cards)])
-    room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, "a token reads one row of it")
+    _place_embedding(room, shape, cards)
     speeds = {card: hardware.gpus[int(card.partition(":")[2])].memory_bytes_per_s for card in cards}
     _place_experts_and_tables(room, shape, speeds)
     elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
@@ -177,7 +176,7 @@ def _reserve_workspace(
             room.left[card] = 0
             continue
         usable.append(card)
-        room.reserve("workspace", card, needed, "CUDA, activations of a prompt chunk, logits")
+        room.reserve("workspace", card, needed, "activations of a prompt chunk, logits, CUDA")
         room.reserve("expert staging", card, staging, f"experts of {STAGED_LAYERS} layers on their way in")
     if not usable:
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
@@ -206,6 +205,16 @@ def _place_dense(room: _Room, shape: ModelShape, workload: Workload, cards: list
     beside = [tier] if tier in cards else []
     tier = room.first_with(shape.head.nbytes, [*beside, *reversed(cards), "dram"])
     room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
+
+
+def _place_embedding(room: _Room, shape: ModelShape, cards: list[str]) -> None:
+    """One row a token: anywhere but where experts from NVMe must pass through."""
+    staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
+    has_room = room.left["dram"] >= shape.embedding.nbytes + staging
+    tiers = [*(["dram"] if has_room else []), *reversed(cards), "nvme"]
+    tier = room.first_with(shape.embedding.nbytes, tiers)
+    why = "a token reads one row of it" + ("; mapped from disk" if tier == "nvme" else "")
+    room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
 
 
 def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: dict[str, float]) -> None:

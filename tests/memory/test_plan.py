@@ -126,6 +126,13 @@ def test_a_disk_without_room_for_the_checkpoint_is_said() -> None:
     assert [reserve.name for reserve in placement.reserves if reserve.tier == NOWHERE] == ["checkpoint"]
 
 
+@pytest.mark.parametrize("gigabytes", [9.5, 9.75, 10, 10.25, 10.5, 10.75])
+def test_an_embedding_makes_room_for_experts_on_their_way(gigabytes: float) -> None:
+    placement = plan(FLASH, replace(MACHINE, dram_bytes=int(gigabytes * GB), gpus=()), Workload(8192, 1))
+    assert placement.fits
+    assert placement.tier_of("embedding", None) == ("nvme" if gigabytes < 10.6 else "dram")
+
+
 def test_what_every_token_reads_must_not_lie_on_disk() -> None:
     placement = plan(FLASH, replace(MACHINE, dram_bytes=6 * GB, gpus=()), Workload(8192, 1))
     assert "dense" in missing_kinds(placement)
