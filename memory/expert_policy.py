@@ -29,9 +29,14 @@ class ExpertPolicy(ABC):
         """How much each expert is worth keeping, `[experts]` float64; the lowest leaves first."""
 
     def victim(self, candidates: Collection[int]) -> int:
-        """The one of `candidates` that is worth least; the lowest number among equals."""
+        """The one of `candidates` that is worth least; the highest number among equals."""
         scores = self.scores()
-        return min(candidates, key=lambda expert: (scores[expert], expert))
+        return max(candidates, key=lambda expert: (-scores[expert], expert))
+
+    def ranking(self) -> list[int]:
+        """All experts, those most worth keeping first."""
+        scores = self.scores()
+        return sorted(range(self.experts), key=lambda expert: (-scores[expert], expert))
 
 
 class Lru(ExpertPolicy):

@@ -21,7 +21,7 @@ import torch
 
 from memory.checkpoint import TensorEntry
 from memory.disk import DirectFiles, coalesce
-from memory.expert_policy import ExpertPolicy, Predictive
+from memory.expert_policy import Predictive
 from memory.telemetry import Telemetry
 from memory.tiers import Arena, Tier
 from memory.transfer import Link, Priority, Ticket
@@ -98,6 +98,7 @@ class ExpertStore:
     cards     tiers of cards, none on a machine without
     dram      the tier of host memory; a BudgetError says how much it must have at least
     kernels   compute in all tiers, and say how an expert lies in a slot
+    hotness   `[layers, experts]`, shares of uses in an earlier profile: the hot ones are brought in first
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ExpertStore:
         cards: Sequence[Tier] = (),
         *,
         telemetry: Telemetry | None = None,
-        policy: Callable[[int], ExpertPolicy] = Predictive,
+        hotness: torch.Tensor | None = None,
         readers: int = 4,
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
     ) -> None:
@@ -128,7 +129,10 @@ class ExpertStore:
         self._dram = _Shelf(arena, files.layers)
         # Where DRAM holds everything, cards hold copies; else an expert is in one place at a time.
         self._keeps_copies = arena.slots >= total
-        self._policies = [policy(files.experts) for _ in range(files.layers)]
+        self._policies = [
+            Predictive(files.experts, prior=None if hotness is None else hotness[layer].numpy())
+            for layer in range(files.layers)
+        ]
         self._cpu_bytes_per_s = cpu_bytes_per_s
         self._busy: set[Key] = set()
         self._leaving: list[tuple[Ticket, _Shelf, int]] = []
@@ -187,9 +191,7 @@ class ExpertStore:
         Nothing in use, on its way, or worth more than its successor is displaced, and needed reads go first.
         """
         guess = sorted(set(expert_ids))
-        policy = self._policies[layer]
-        if isinstance(policy, Predictive):
-            policy.expected(guess)
+        self._policies[layer].expected(guess)
         for expert in guess:
             key = (layer, expert)
             if self._find(key) is not None:
@@ -218,7 +220,8 @@ class ExpertStore:
 
     def _fill(self) -> None:
         """Fill cards and DRAM at start, every layer its share, and wait for the bytes."""
-        keys = [(layer, expert) for expert in range(self.files.experts) for layer in range(self.files.layers)]
+        ranked = [policy.ranking() for policy in self._policies]
+        keys = [(layer, expert) for place in zip(*ranked, strict=True) for layer, expert in enumerate(place)]
         at = 0
         while at < len(keys):
             room = min(self._dram.arena.free - self._spare, FILL_BATCH)

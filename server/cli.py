@@ -8,7 +8,17 @@ import sys
 import typer
 
 from quant.errors import LociError
-from server import cli_chat, cli_doctor, cli_info, cli_logits, cli_plan, cli_quantize, cli_serve
+from server import (
+    cli_bench,
+    cli_chat,
+    cli_doctor,
+    cli_info,
+    cli_logits,
+    cli_plan,
+    cli_profile,
+    cli_quantize,
+    cli_serve,
+)
 
 app = typer.Typer(
     name="loci",
@@ -24,7 +34,9 @@ app.command()(cli_info.info)
 app.command()(cli_logits.logits)
 app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
+app.command()(cli_profile.profile)
 app.command()(cli_doctor.doctor)
+app.add_typer(cli_bench.bench)
 
 
 def main() -> None:

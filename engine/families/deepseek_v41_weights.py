@@ -19,6 +19,7 @@ from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint, TensorEntry, TensorSpec
 from memory.engram_store import EngramStore, TableFiles
 from memory.expert_store import ExpertStore
+from memory.routing_trace import trace_beside
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from quant.errors import BudgetError, CheckpointError
@@ -335,13 +336,14 @@ def read_weights(
         reader.formats.experts,
     )
     tables = {n: _table_files(config, reader, n) for n in config.engram_layer_ids}
+    hotness = trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
     dram = Tier("dram", left - hot_rows_bytes, torch.device("cpu"))
     return V41Weights(
         embed=reader.plain("embed.weight"),
         norm=reader.small("norm.weight"),
         head=reader.plain("head.weight"),
         layers=tuple(_read_layer(config, reader, n) for n in range(config.num_hidden_layers)),
-        experts=ExpertStore(files, kernels, dram, budget.cards, telemetry=telemetry),
+        experts=ExpertStore(files, kernels, dram, budget.cards, telemetry=telemetry, hotness=hotness),
         engram=EngramStore(tables, checkpoint, kernels, hot_rows_bytes, telemetry),
         dense_bytes=size["dense"],
     )

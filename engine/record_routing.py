@@ -1,0 +1,41 @@
+"""Running a model over text and keeping what its routers chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engine.model import Batch, Model, Trace
+from memory.routing_trace import RoutingTrace
+from quant.errors import ConfigError
+
+CHUNK = 256
+
+
+def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int], None]) -> RoutingTrace:
+    """The experts chosen for each of `ids`, read as one text (in pieces of the model's context).
+
+    Raises ConfigError for a model without routed experts.
+    """
+    context = min(model.info.max_context, 4096)
+    cache = model.new_cache(1, context)
+    chosen: list[torch.Tensor] = []
+    for begin in range(0, len(ids), context):
+        piece = ids[begin : begin + context]
+        cache.reset(0)
+        for start in range(0, len(piece), CHUNK):
+            trace = Trace()
+            part = piece[start : start + CHUNK]
+            model.forward(Batch.of([(0, start, part)]), cache, trace)
+            names = sorted(
+                (name for name in trace.values if name.startswith("router_ids.")),
+                key=lambda name: int(name.rpartition(".")[2]),
+            )
+            if not names:
+                raise ConfigError(
+                    f"{model.info.name}: this model has no routed experts; there is nothing to record"
+                )
+            chosen.append(torch.stack([trace.values[name][0] for name in names], dim=1))
+            on_progress(len(part))
+    return RoutingTrace(torch.cat(chosen))

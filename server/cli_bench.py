@@ -1,0 +1,11 @@
+"""`loci bench ...`: measurements, each with a table and, where asked, JSON."""
+
+from __future__ import annotations
+
+import typer
+
+from server import cli_bench_experts, cli_bench_hardware
+
+bench = typer.Typer(name="bench", help="Measure this machine and Loci on it.", no_args_is_help=True)
+bench.command()(cli_bench_hardware.hardware)
+bench.command()(cli_bench_experts.experts)

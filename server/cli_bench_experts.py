@@ -1,0 +1,75 @@
+"""`loci bench experts`: which policy keeps the right experts, on recorded routing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quant.errors import ConfigError
+from server.terminal import print_table
+
+# Of Belady's hits, what the default policy should reach.
+TARGET = 0.9
+
+
+def experts(
+    trace: Annotated[
+        Path, typer.Option(help="Routing trace, as `loci profile` records it.", show_default=False)
+    ],
+    count: Annotated[
+        int, typer.Option("--experts", min=2, help="Routed experts of a layer.", show_default=False)
+    ],
+    shares: Annotated[
+        str, typer.Option(help="Slots as shares of a layer's experts, separated by commas.")
+    ] = "0.1,0.25,0.5,0.75",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
+    ] = None,
+) -> None:
+    """Replay a routing trace through each eviction policy, and compare with the best possible (Belady).
+
+    Example: loci bench experts --trace routing.safetensors --experts 384
+    """
+    from memory.bench_experts import compare_policies
+    from memory.hardware import detect
+    from memory.routing_trace import RoutingTrace
+    from memory.this_machine import Result, write_results
+
+    try:
+        fractions = tuple(float(part) for part in shares.split(","))
+    except ValueError:
+        raise ConfigError(f"--shares {shares!r}: expected numbers such as 0.1,0.5") from None
+    if not all(0 < f <= 1 for f in fractions):
+        raise ConfigError(f"--shares {shares!r}: each must be above 0 and at most 1")
+    recorded = RoutingTrace.load(trace)
+    recorded.shares(count)  # refuses a trace of more experts
+    scores = compare_policies(recorded, count, fractions)
+    print_table(
+        ["policy", "slots", "hits", "Belady's hits", "of Belady's"],
+        [
+            (
+                s.policy,
+                f"{s.slots_share:.0%}",
+                f"{s.hit_rate:.1%}",
+                f"{s.belady_rate:.1%}",
+                f"{s.of_belady:.3f}",
+            )
+            for s in scores
+        ],
+        right=(1, 2, 3, 4),
+    )
+    if json_file is not None:
+        results = [
+            Result(
+                f"expert_hits_of_belady_{s.policy}_{s.slots_share:g}",
+                s.of_belady,
+                "ratio",
+                TARGET,
+                s.of_belady >= TARGET,
+            )
+            for s in scores
+        ]
+        write_results(json_file, detect(), results)
+        print(f"written to {json_file}")
