@@ -36,6 +36,7 @@ NF4_LEVELS = torch.tensor(
     ],
     dtype=torch.float32,
 )  # fmt: skip
+FINE_BINS = 4096
 BINS = 256  # narrower than any two borders or levels lie apart
 MAX_STATE_BYTES = 1 << 16
 
@@ -54,6 +55,8 @@ class Nf4(FourBit):
         has_border = torch.isin(bins, bin_of_border)
         self._border = torch.where(has_border, borders[below.clamp(max=14)], 2.0)
         self._low, self._high = NF4_LEVELS[below], NF4_LEVELS[(below + 1).clamp(max=15)]
+        centres = (torch.arange(FINE_BINS + 1) + 0.5) * (2 / FINE_BINS) - 1
+        self._nearby = NF4_LEVELS[torch.bucketize(centres, borders)]
         self._code = torch.zeros(BINS, dtype=torch.uint8)
         self._code[_bin(NF4_LEVELS).long()] = torch.arange(16, dtype=torch.uint8)
 
@@ -74,6 +77,10 @@ class Nf4(FourBit):
             table.to(flat.device).index_select(0, bins) for table in (self._border, self._low, self._high)
         )
         return torch.where(flat > border, high, low).view(scaled.shape)
+
+    def nearby_levels(self, scaled: torch.Tensor) -> torch.Tensor:
+        bins = (scaled.flatten().clamp(-1, 1) + 1).mul_(FINE_BINS / 2).to(torch.int32)
+        return self._nearby.to(scaled.device).index_select(0, bins).view(scaled.shape)
 
     def codes_of(self, levels: torch.Tensor) -> torch.Tensor:
         bins = _bin(levels.flatten())

@@ -50,7 +50,7 @@ def search_scales(format_: FourBit, blocks: torch.Tensor, weights: torch.Tensor)
         trial = format_.rescaled(covering, factor)
         best, least = _better(format_, (best, least), (trial, _error(format_, blocks, trial, weights)))
     for _ in range(REFITS):
-        levels = format_.nearest_levels(format_.remove_scales(blocks, best))
+        levels = format_.nearby_levels(format_.remove_scales(blocks, best))
         trial = format_.fitted(blocks, levels, weights)
         best, least = _better(format_, (best, least), (trial, _error(format_, blocks, trial, weights)))
     return best
@@ -70,7 +70,7 @@ def _error(
     format_: FourBit, blocks: torch.Tensor, stored: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Weighted square error of each block, `[rows, cols/block]`."""
-    levels = format_.nearest_levels(format_.remove_scales(blocks, stored))
+    levels = format_.nearby_levels(format_.remove_scales(blocks, stored))
     return format_.apply_scales(levels, stored).sub_(blocks).square_().mul_(weights).sum(-1)
 
 
