@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memory.model_shape import ModelShape
+from memory.routing_trace import RoutingTrace
+from quant.errors import CheckpointError
+
 # From the published routing statistics of DeepSeek-V4.1-Flash (190 sequences of code and general text,
 # 36,250 tokens): the hottest 30, 40, 44, 50, 60 and 75 % of each layer's experts took 71.2, 80.2, 83.1,
 # 86.9, 92.1 and 97.2 % of the picks. k = 4 gives 71.2, 81.3, 84.3, 88.1, 92.6 and 96.8.
@@ -49,6 +53,19 @@ SKEWED = Routing("skewed", MEASURED_SOURCE, MEASURED_SKEW)
 def from_counts(counts: Sequence[Sequence[float]], source: str) -> Routing:
     """Routing as a trace has it: picks per layer and expert. Layers it says nothing of are uniform."""
     return Routing("traced", source, 0.0, tuple(tuple(map(float, row)) for row in counts))
+
+
+def of_trace(trace: RoutingTrace, shape: ModelShape, source: str) -> Routing:
+    """The routing of a recorded trace. Raises CheckpointError where it is another model's."""
+    holders = [n for n, layer in enumerate(shape.layers) if layer.experts]
+    if trace.layers != len(holders):
+        raise CheckpointError(
+            f"{source}: traces {trace.layers} layers, {shape.name} has {len(holders)} with routed experts; "
+            "record one of this model with `loci profile`"
+        )
+    shares = trace.shares(max(layer.experts for layer in shape.layers)).tolist()
+    rows = dict(zip(holders, shares, strict=True))
+    return from_counts([rows.get(n, ()) for n in range(len(shape.layers))], source)
 
 
 def _picks(weights: np.ndarray, top_k: int) -> np.ndarray:

@@ -51,6 +51,10 @@ def plan(
         str | None,
         typer.Option(help="DRAM that may be used, as in 64GiB. Default: all there is.", show_default=False),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Routing trace, as `loci profile` records it, for hit rates.", show_default=False),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -63,7 +67,8 @@ def plan(
     from memory.forecast import doublings, forecast, remedy
     from memory.plan import Workload
     from memory.plan import plan as make_plan
-    from memory.routing import SKEWED, UNIFORM
+    from memory.routing import SKEWED, UNIFORM, of_trace
+    from memory.routing_trace import RoutingTrace
 
     shape = _shape(model)
     machine = _hardware(hardware, devices, dram, shape if Path(model).exists() else None)
@@ -80,7 +85,9 @@ def plan(
             _print_placement(shape, placement, layers)
             _print_remedy(mend)
         raise typer.Exit(DOES_NOT_FIT)
-    routings = (UNIFORM, SKEWED) if any(layer.experts for layer in shape.layers) else (UNIFORM,)
+    routings = [UNIFORM, SKEWED] if shape.expert_nbytes else [UNIFORM]
+    if trace is not None:
+        routings.append(of_trace(RoutingTrace.load(trace), shape, str(trace)))
     forecasts = [forecast(shape, machine, workload, routing) for routing in routings]
     gains = doublings(shape, machine, workload, routings[-1])
     if as_json:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory.routing import MEASURED_SKEW, SKEWED, UNIFORM, Routing, any_used, distinct, from_counts
+from memory.model_shape import KvShape, LayerShape, Weights
+from memory.model_shapes import built_in
+from memory.routing import MEASURED_SKEW, SKEWED, UNIFORM, Routing, any_used, distinct, from_counts, of_trace
+from memory.routing_trace import RoutingTrace
+from quant.errors import CheckpointError
 
 # Share of V4.1-Flash's experts that are held -> share of picks that they take, as published.
 PUBLISHED = {0.30: 0.712, 0.40: 0.802, 0.44: 0.831, 0.50: 0.869, 0.60: 0.921, 0.75: 0.972}
@@ -67,3 +74,20 @@ def test_the_chance_that_any_of_some_experts_is_used() -> None:
     assert any_used(chances, 2) == pytest.approx(1 - 0.25**2)
     assert any_used(np.array([]), 9) == 0.0
     assert any_used(np.array([1.0]), 1) == pytest.approx(1.0)
+
+
+def trace_of(*tokens: list[list[int]]) -> RoutingTrace:
+    return RoutingTrace(torch.tensor(tokens))
+
+
+def test_a_recorded_trace_counts_for_the_layers_that_have_experts() -> None:
+    plain, mixed = LayerShape(Weights(), KvShape()), LayerShape(Weights(), KvShape(), experts=4)
+    shape = replace(built_in("deepseek-v4-flash"), layers=(plain, mixed, mixed), top_k=2)
+    routing = of_trace(trace_of([[0, 1], [2, 3]], [[0, 2], [2, 3]]), shape, "trace")
+    assert routing.counts == ((), (0.5, 0.25, 0.25, 0.0), (0.0, 0.0, 0.5, 0.5))
+    assert routing.picks(1, 4, 2).tolist() == pytest.approx([1.0, 0.5, 0.5, 0.0])
+
+
+def test_a_trace_of_another_model_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="traces 2 layers, deepseek-v4-flash has 43"):
+        of_trace(trace_of([[0, 1], [2, 3]]), built_in("deepseek-v4-flash"), "trace")

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
+import torch
 
 from memory import measure
 from memory.profiles import shipped
+from memory.routing_trace import RoutingTrace
 from memory.this_machine import cache_path
 from server import cli_bench_hardware
 from tests.conftest import golden_path
@@ -106,6 +106,17 @@ def test_virtual_cards_take_part_in_a_plan() -> None:
     assert {place["tier"] for place in report["places"] if place["kind"] == "dense"} == {"vram:0", "vram:1"}
 
 
+def test_a_recorded_trace_adds_its_own_forecast(tmp_path: Path) -> None:
+    file = tmp_path / "routing.safetensors"
+    RoutingTrace(torch.arange(6).expand(10, 43, 6)).save(file)
+    report = planned("deepseek-v4-flash", "--hardware", "4090-128g", "--trace", str(file))
+    uniform, skewed, traced = report["forecasts"]
+    assert traced["routing"] == "traced"
+    assert traced["decode_alone"]["hit_rates"]["vram"] == pytest.approx(1.0)
+    assert traced["decode_alone"]["tokens_per_s"] > skewed["decode_alone"]["tokens_per_s"]
+    assert skewed["decode_alone"]["tokens_per_s"] > uniform["decode_alone"]["tokens_per_s"]
+
+
 def test_dram_can_be_kept_from_a_model() -> None:
     tiers = planned(FLASH, "--hardware", "2x4090-256g", "--dram", "64GiB")["tiers"]
     assert 63 << 30 < tiers["dram"]["used_bytes"] <= tiers["dram"]["budget_bytes"] == 64 << 30
@@ -146,13 +157,11 @@ def test_measurements_are_kept_for_the_planner(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(measure, "EXPERT_WIDTH", 128)
     monkeypatch.setattr(measure, "RANDOM_SECONDS", 0.02)
     monkeypatch.setattr(cli_bench_hardware, "DISK_BYTES", 16 << 20)
-    app = typer.Typer()
-    app.command()(cli_bench_hardware.hardware)
     out = tmp_path / "out.json"
-    result = CliRunner().invoke(app, ["--json", str(out), "--directory", str(tmp_path)])
-    assert result.exit_code == 0, result.output
+    result = invoke("bench", "hardware", "--json", out, "--directory", tmp_path)
+    assert result.returncode == 0, result.stderr
     assert json.loads(out.read_text()) == json.loads(cache_path().read_text())
-    assert "dram_read" in result.output
+    assert "dram_read" in result.stdout
     plan = planned(str(golden_path("v41-c")))
     assert not any("DRAM" in line for line in plan["assumed"])
     cache_path().unlink()
