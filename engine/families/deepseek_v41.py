@@ -135,13 +135,13 @@ class DeepseekV41(Model):
             if layer.engram is not None:
                 streams = self._read_engram(number, streams, step)
 
-            mix = layer.hc_attn.mix(streams)
+            mix = layer.hc_attn.mix(self.kernels, streams)
             x = rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
             y = self._attention(number, layer.attn, x, step)
             step.trace.add(f"attn_out.{number}", y)
             streams, pre = write_streams(streams, y, mix), mix.pre
 
-            mix = layer.hc_ffn.mix(streams)
+            mix = layer.hc_ffn.mix(self.kernels, streams)
             x = rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
             y = self._experts(number, layer, x, step)
             streams, pre = write_streams(streams, y, mix), mix.pre

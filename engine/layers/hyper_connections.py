@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from quant.kernels import Kernels
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -37,7 +39,7 @@ class HyperConnection:
     hc_eps: float
     norm_eps: float
 
-    def mix(self, streams: torch.Tensor) -> Mix:
+    def mix(self, kernels: Kernels, streams: torch.Tensor) -> Mix:
         """Mixing weights from streams `[tokens, hc, hidden]`."""
         tokens, hc, _ = streams.shape
         flat = streams.flatten(1)
@@ -45,16 +47,7 @@ class HyperConnection:
         pre = torch.sigmoid(m[:, :hc] * self.scale[0] + self.base[:hc]) + self.hc_eps
         post = 2 * torch.sigmoid(m[:, hc : 2 * hc] * self.scale[1] + self.base[hc : 2 * hc])
         combine = (m[:, 2 * hc :] * self.scale[2] + self.base[2 * hc :]).view(tokens, hc, hc)
-        return Mix(pre, post, self._sinkhorn(combine))
-
-    def _sinkhorn(self, logits: torch.Tensor) -> torch.Tensor:
-        """A nearly doubly stochastic matrix per token, `[tokens, hc, hc]`."""
-        c = logits.softmax(-1) + self.hc_eps
-        c = c / (c.sum(-2, keepdim=True) + self.hc_eps)
-        for _ in range(self.sinkhorn_iters - 1):
-            c = c / (c.sum(-1, keepdim=True) + self.hc_eps)
-            c = c / (c.sum(-2, keepdim=True) + self.hc_eps)
-        return c
+        return Mix(pre, post, kernels.sinkhorn(combine, self.sinkhorn_iters, self.hc_eps))
 
 
 def first_mix(tokens: int, hc: int) -> torch.Tensor:

@@ -60,6 +60,14 @@ class Kernels(Protocol):
         """
         ...
 
+    def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+        """Nearly doubly stochastic matrices from logits `[tokens, n, n]`, by alternate normalisation.
+
+        Softmax over the last index, plus eps, divided by sums over the first index; then (iterations - 1)
+        times divided by sums over the last and over the first index; eps is added to each sum.
+        """
+        ...
+
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         """Rows of a packed table as numbers: rows `[n]` int64 -> `[n, cols]` float32."""
         ...

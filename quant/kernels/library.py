@@ -27,6 +27,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_dense_linear": (None, [Int, Int, Pointer, Int, Int64, Int64, Pointer, Int64, Pointer]),
     "loci_moe": (None, [Int, Int, Int, Pointer, Pointer, Pointer]),
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
+    "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
     "loci_read": (ctypes.c_uint64, [Int, Int, Pointer, Int64, Int64]),
 }
 

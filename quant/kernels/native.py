@@ -174,6 +174,12 @@ class NativeKernels:
         )
         return out.to(x.dtype)
 
+    def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+        matrices = logits.to(torch.float32).clone(memory_format=torch.contiguous_format)
+        count, n, _ = matrices.shape
+        self._library.loci_sinkhorn(matrices.data_ptr(), count, n, iterations, eps)
+        return matrices
+
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         if isinstance(table.format, Tiled):
             return untile(table, rows).decode()

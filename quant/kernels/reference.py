@@ -74,6 +74,14 @@ class ReferenceKernels:
         up = self.linear(x, w3).clamp(-swiglu_limit, swiglu_limit)
         return self.linear(F.silu(gate) * up, w2)
 
+    def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+        c = logits.softmax(-1) + eps
+        c = c / (c.sum(-2, keepdim=True) + eps)
+        for _ in range(iterations - 1):
+            c = c / (c.sum(-1, keepdim=True) + eps)
+            c = c / (c.sum(-2, keepdim=True) + eps)
+        return c
+
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         assert table.format.tile_rows == 1
         scales = None if table.scales is None else table.scales[rows]
