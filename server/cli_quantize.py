@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli_common import Model
 from server.terminal import bytes_text, is_terminal, print_table
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Group(StrEnum):
 
 
 def quantize(
-    source: Model,
+    source: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
     destination: Annotated[Path, typer.Argument(help="New directory to write.", show_default=False)],
     experts: Annotated[Experts, typer.Option(help="Format of the routed experts.")] = Experts.KEEP,
     dense: Annotated[Dense, typer.Option(help="Format of dense matrices.")] = Dense.KEEP,
