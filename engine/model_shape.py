@@ -9,7 +9,7 @@ from pathlib import Path
 from engine.families import family_of
 from engine.families.deepseek_v41_config import V41Config
 from engine.families.deepseek_v41_config import parse_config as parse_v41
-from engine.families.deepseek_v41_weights import IGNORED_PREFIXES
+from engine.families.deepseek_v41_tensors import IGNORED_PREFIXES
 from engine.families.llama_config import parse_config as parse_llama
 from engine.loader import open_checkpoint
 from memory.checkpoint import Checkpoint, TensorEntry

@@ -14,7 +14,6 @@ order of the router's choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from memory.checkpoint import TensorEntry
 from memory.disk import DirectFiles, coalesce
 from memory.expert_policy import Predictive
+from memory.shelf import Key, Place, Shelf
 from memory.telemetry import Telemetry
 from memory.tiers import Arena, Tier
 from memory.transfer import Link, Priority, Ticket
@@ -30,8 +30,6 @@ from quant.formats import Format
 from quant.kernels import ExpertWeights, Kernels
 
 FILL_BATCH = 64  # experts on their way at once while filling
-
-Key = tuple[int, int]  # (layer, expert)
 
 # Bytes per second at which the CPU computes experts that lie in DRAM, until a measurement says otherwise.
 ASSUMED_CPU_BYTES_PER_S = 40e9
@@ -60,38 +58,6 @@ class ExpertFiles(Protocol):
         ...
 
 
-@dataclass
-class _Place:
-    """An expert's slot in an arena; `ticket` while its bytes are on their way."""
-
-    slot: int
-    ticket: Ticket | None = None
-    foreseen: bool = False  # brought in by a guess and not used yet
-
-    @property
-    def is_moving(self) -> bool:
-        return self.ticket is not None and not self.ticket.is_done
-
-
-class _Shelf:
-    """One arena and which experts are in it, by layer."""
-
-    def __init__(self, arena: Arena, layers: int) -> None:
-        self.arena = arena
-        self.tier = arena.tier
-        self.by_layer: list[dict[int, _Place]] = [{} for _ in range(layers)]
-        self.quota = arena.slots / layers  # a layer's fair share
-
-    def find(self, key: Key) -> _Place | None:
-        return self.by_layer[key[0]].get(key[1])
-
-    def put(self, key: Key, place: _Place) -> None:
-        self.by_layer[key[0]][key[1]] = place
-
-    def remove(self, key: Key) -> _Place:
-        return self.by_layer[key[0]].pop(key[1])
-
-
 class ExpertStore:
     """Experts of all layers within fixed budgets. Used by one thread, the engine's.
 
@@ -118,7 +84,7 @@ class ExpertStore:
         self.kernels = kernels
         self.telemetry = telemetry or Telemetry()
         total = files.layers * files.experts
-        self._cards = [_Shelf(Arena.filling(tier, layout.nbytes, total), files.layers) for tier in cards]
+        self._cards = [Shelf(Arena.filling(tier, layout.nbytes, total), files.layers) for tier in cards]
         least = 2  # one expert at work, one that makes room
         arena = Arena.filling(dram, layout.nbytes, total, pinned=bool(cards))
         if arena.slots < min(least, total):
@@ -126,7 +92,7 @@ class ExpertStore:
                 f"the DRAM budget of {dram.budget_bytes} bytes holds {arena.slots} experts of "
                 f"{layout.nbytes} bytes; at least {least} are needed"
             )
-        self._dram = _Shelf(arena, files.layers)
+        self._dram = Shelf(arena, files.layers)
         # Where DRAM holds everything, cards hold copies; else an expert is in one place at a time.
         self._keeps_copies = arena.slots >= total
         self._policies = [
@@ -135,7 +101,7 @@ class ExpertStore:
         ]
         self._cpu_bytes_per_s = cpu_bytes_per_s
         self._busy: set[Key] = set()
-        self._leaving: list[tuple[Ticket, _Shelf, int]] = []
+        self._leaving: list[tuple[Ticket, Shelf, int]] = []
         self._direct = DirectFiles()
         self._direct.open(
             sorted(
@@ -207,7 +173,7 @@ class ExpertStore:
         """DRAM slots kept free for what cards give back."""
         return 1 if self._cards and not self._keeps_copies else 0
 
-    def _find(self, key: Key) -> tuple[_Shelf, _Place] | None:
+    def _find(self, key: Key) -> tuple[Shelf, Place] | None:
         for shelf in (*self._cards, self._dram):
             place = shelf.find(key)
             if place is not None:
@@ -236,7 +202,7 @@ class ExpertStore:
                     self._move_to_card(key, Priority.DEMAND)
             self._settle(wait=True)
 
-    def _read(self, key: Key, priority: Priority) -> _Place:
+    def _read(self, key: Key, priority: Priority) -> Place:
         """Read an expert from disk into a free DRAM slot; the caller has made sure there is one."""
         slot = self._dram.arena.take()
         assert slot is not None
@@ -250,7 +216,7 @@ class ExpertStore:
             self.layout.pack_into(target, expert.w1, expert.w3, expert.w2)
 
         ticket = self._disk.submit(work, self.layout.nbytes, priority)
-        place = _Place(slot, ticket, foreseen=priority is Priority.PREFETCH)
+        place = Place(slot, ticket, foreseen=priority is Priority.PREFETCH)
         self._dram.put(key, place)
         return place
 
@@ -285,10 +251,10 @@ class ExpertStore:
             inside.copy_(outside)
 
         ticket = link.submit(work, nbytes, priority)
-        shelf.put(key, _Place(slot, ticket))
+        shelf.put(key, Place(slot, ticket))
         if leaving is not None and out is not None:
             assert spare is not None
-            self._dram.put(leaving, _Place(spare, ticket))
+            self._dram.put(leaving, Place(spare, ticket))
         if not self._keeps_copies:
             self._leaving.append((ticket, self._dram, self._dram.remove(key).slot))
         return True
@@ -308,7 +274,7 @@ class ExpertStore:
     def _worth(self, key: Key) -> float:
         return float(self._policies[key[0]].scores()[key[1]])
 
-    def _worst(self, shelf: _Shelf, layer: int, allowed: Callable[[Key], bool]) -> Key | None:
+    def _worst(self, shelf: Shelf, layer: int, allowed: Callable[[Key], bool]) -> Key | None:
         """What leaves `shelf` for an expert of `layer`: of its own layer, or of the most overfull one."""
 
         def candidates(of: int) -> list[int]:

@@ -14,15 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from engine.families.deepseek_v41_config import V41Config, parse_config
-from engine.families.deepseek_v41_weights import (
-    IGNORED_PREFIXES,
-    AttentionWeights,
-    LayerWeights,
-    V41Weights,
-    components,
-    expected_tensors,
-    read_weights,
-)
+from engine.families.deepseek_v41_tensors import IGNORED_PREFIXES, components, expected_tensors
+from engine.families.deepseek_v41_weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from engine.layers.hyper_connections import first_mix, read_streams, write_streams
 from engine.layers.norm import rms_norm

@@ -1,0 +1,46 @@
+"""A shelf: one arena of expert slots, and which expert lies in which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memory.tiers import Arena
+from memory.transfer import Ticket
+
+Key = tuple[int, int]  # (layer, expert)
+
+
+@dataclass
+class Place:
+    """An expert's slot in an arena; `ticket` while its bytes are on their way."""
+
+    slot: int
+    ticket: Ticket | None = None
+    foreseen: bool = False  # brought in by a guess and not used yet
+
+    @property
+    def is_moving(self) -> bool:
+        """True while the bytes are on their way."""
+        return self.ticket is not None and not self.ticket.is_done
+
+
+class Shelf:
+    """One arena and which experts are in it, by layer."""
+
+    def __init__(self, arena: Arena, layers: int) -> None:
+        self.arena = arena
+        self.tier = arena.tier
+        self.by_layer: list[dict[int, Place]] = [{} for _ in range(layers)]
+        self.quota = arena.slots / layers  # a layer's fair share
+
+    def find(self, key: Key) -> Place | None:
+        """Where the expert lies, None where it does not."""
+        return self.by_layer[key[0]].get(key[1])
+
+    def put(self, key: Key, place: Place) -> None:
+        """Note that the expert lies in `place`."""
+        self.by_layer[key[0]][key[1]] = place
+
+    def remove(self, key: Key) -> Place:
+        """Forget the expert; whoever asked has its slot now."""
+        return self.by_layer[key[0]].pop(key[1])
