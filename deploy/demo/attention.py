@@ -1,8 +1,7 @@
 """V4.1 attention for training: whole rows of packed documents at once (spec section 4).
 
-The window is computed in blocks: a block of queries sees its own block of keys and the one before,
-so the cost per token does not grow with the context. Compressed entries are all scored and the
-unselected ones masked: at these sizes cheaper than gathering each token's selection.
+Of the compressed entries that a block of queries can see, all are scored and the unselected ones
+masked: at these sizes cheaper than gathering each token's selection (`blocks.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from blocks import BlockAttention, IndexScores, Span, spans_of
 from engine.families.deepseek_v41_config import V41Config
 from engine.layers.rope import inverse_frequencies
-from index_scores import IndexScores
-from layers import Linear, Precision, RmsNorm, SoftmaxWithSink, bmm, linear
+from layers import Linear, Precision, RmsNorm, linear
 
 HIDDEN = -1e30  # finite, so that rows that see nothing at all (padding) stay free of NaN
 
@@ -47,7 +46,7 @@ class Geometry:
 
     documents `[B, T]` int64: which document of the row a token belongs to, -1 for padding.
     rotations: layer kind -> (cos, sin), each `[T, rope_dim / 2]`
-    window_bias `[B * blocks, window, 1, 2 * window]`: 0 or HIDDEN
+    window_bias `[B, T, 2 * window]`: 0 or HIDDEN, for the keys of the block before a token's own, and that
     """
 
     documents: Tensor
@@ -55,6 +54,7 @@ class Geometry:
     window_bias: Tensor
     window: int
     index_losses: list[Tensor] = field(default_factory=list)
+    _spans: dict[int, list[Span]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: V41Config, documents: Tensor) -> Geometry:
@@ -75,7 +75,13 @@ class Geometry:
         near = (key <= query) & (key > query - window)
         same = mine.unsqueeze(-1) == seen.unsqueeze(-2)
         bias = torch.zeros(same.shape).masked_fill_(~(same & near), HIDDEN)
-        return cls(documents, rotations, bias.view(-1, window, 1, 2 * window), window)
+        return cls(documents, rotations, bias.view(batch, length, 2 * window), window)
+
+    def spans(self, ratio: int) -> list[Span]:
+        """Blocks of queries and the entries of a source with `ratio` that each may need; 0: no entries."""
+        if ratio not in self._spans:
+            self._spans[ratio] = spans_of(self.documents, self.window, ratio)
+        return self._spans[ratio]
 
     def visible(self, ratio: int) -> Tensor:
         """Which entries of a source with `ratio` each token may see, `[B, T, G]`: complete, same document."""
@@ -148,14 +154,14 @@ class Indexer(nn.Module):
         return rotate(self.k_norm(self.wk(latents.detach())), rotation)
 
     def forward(
-        self, x: Tensor, qr: Tensor, keys: Tensor, ratio: int, rotation: tuple[Tensor, Tensor]
+        self, x: Tensor, qr: Tensor, keys: Tensor, spans: list[Span], rotation: tuple[Tensor, Tensor]
     ) -> Tensor:
         """`[B, T, G]`."""
         x, qr = x.detach(), qr.detach()
         batch, length, _ = x.shape
         queries = rotate(self.wq_b(qr).view(batch, length, self.heads, self.dim), rotation)
         weights = self.weights_proj(x) * (self.dim**-0.5 * self.heads**-0.5)  # [B, T, ih]
-        return IndexScores.apply(queries, weights, keys, ratio, Precision.products)
+        return IndexScores.apply(queries, weights, keys, spans, Precision.products)
 
 
 def best(scores: Tensor, top_k: int) -> Tensor:
@@ -216,7 +222,6 @@ class Attention(nn.Module):
             scores = self._publish(x, qr, geometry, published, trace)
         out, attended = self._attend(q, kv, geometry, published)
         if scores is not None and self.training:
-            assert attended is not None
             assert published.entries is not None
             geometry.index_losses.append(self._index_loss(scores, attended, published.entries.visible))
         out = rotate(out, rotation, sign=-1.0)
@@ -243,7 +248,7 @@ class Attention(nn.Module):
             return None
         entries = published.entries
         assert entries is not None
-        scores = self.indexer(x, qr, entries.index_keys, ratio, rotation)
+        scores = self.indexer(x, qr, entries.index_keys, geometry.spans(ratio), rotation)
         ranked = scores.detach().masked_fill(~entries.visible, -torch.inf)
         if published.pool is not None:
             ranked = ranked.masked_fill(~published.pool, -torch.inf)
@@ -257,38 +262,25 @@ class Attention(nn.Module):
 
     def _attend(
         self, q: Tensor, kv: Tensor, geometry: Geometry, published: Published
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention output `[B, T, heads, dim]`, and the weights on compressed entries `[B, T, heads, G]`."""
+    ) -> tuple[Tensor, Tensor]:
+        """Attention output `[B, T, heads, dim]`, and the heads' summed weights on entries `[B, T, G]`."""
         batch, length = kv.shape[:2]
-        window = geometry.window
-        blocks = length // window
-        keys = with_block_before(kv.view(batch, blocks, window, self.dim), 0.0)
-        # No query's window reaches its block's first key, so its place is free: the sink takes it.
-        keys = torch.cat((torch.zeros_like(keys[:, :, :1]), keys[:, :, 1:]), dim=2)
-        bias = geometry.window_bias
+        latents, selection = kv.new_zeros(batch, 0, self.dim), kv.new_zeros(batch, length, 0)
+        ratio = 0
         if self.source is not None:
             assert published.entries is not None
             assert published.bias is not None
-            latents = published.entries.latents
-            keys = torch.cat((keys, latents.unsqueeze(1).expand(-1, blocks, -1, -1)), dim=2)
-            selected = published.bias.view(batch * blocks, window, 1, -1)
-            bias = torch.cat((bias, selected), dim=-1)
-        keys = keys.flatten(0, 1)  # [B * blocks, S, dim]
-        queries = q.reshape(batch * blocks, window * self.heads, self.dim) * self.dim**-0.5
-        scores = bmm(queries, keys.transpose(1, 2)).view(batch * blocks, window, self.heads, -1)
-        weights = SoftmaxWithSink.apply(scores, bias, self.attn_sink)
-        out = bmm(weights.flatten(1, 2), keys).view(batch, length, self.heads, self.dim)
-        attended = None
-        if self.source is not None:
-            attended = weights.detach()[..., 2 * window :].view(batch, length, self.heads, -1)
-        return out, attended
+            latents, selection = published.entries.latents, published.bias
+            ratio = self.config.compress_ratios[self.number]
+        spans, window_bias = geometry.spans(ratio), geometry.window_bias
+        q, sink = q * self.dim**-0.5, self.attn_sink
+        return BlockAttention.apply(q, kv, latents, sink, window_bias, selection, spans, Precision.products)
 
     @staticmethod
     def _index_loss(scores: Tensor, attended: Tensor, visible: Tensor) -> Tensor:
         """KL(attention over selected entries || softmax of index scores), mean over tokens that see any."""
-        target = attended.sum(2)
-        total = target.sum(-1, keepdim=True)
-        target = target / total.clamp(min=1e-9)
+        total = attended.sum(-1, keepdim=True)
+        target = attended / total.clamp(min=1e-9)
         log_scores = scores.masked_fill(~visible, HIDDEN).log_softmax(-1)
         divergence = (torch.special.xlogy(target, target) - target * log_scores).sum(-1)
         seeing = total.squeeze(-1) > 1e-6

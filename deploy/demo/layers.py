@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,13 +23,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if Precision.products == torch.float32:
         return F.linear(x, weight)
     return F.linear(x.to(Precision.products), weight.to(Precision.products)).float()
-
-
-def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """Batched a b, float32."""
-    if Precision.products == torch.float32:
-        return torch.bmm(a, b)
-    return torch.bmm(a.to(Precision.products), b.to(Precision.products)).float()
 
 
 class Linear(nn.Module):
@@ -79,27 +70,3 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         weight = straight_through(self.weight, "bf16") if self.rounding else self.weight
         return F.embedding(ids, weight)
-
-
-class SoftmaxWithSink(torch.autograd.Function):
-    """softmax over the last axis whose denominator gains exp(sink_h).
-
-    scores `[n, W, heads, S]` (overwritten), bias `[n, W, 1, S]`, sink `[heads]`. Place 0 of the last
-    axis stands for the sink: its score is replaced, and its key and value must be zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, bias: Tensor, sink: Tensor) -> Tensor:
-        scores = scores.add_(bias)
-        scores[..., 0] = sink
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(weights)
-        return weights
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weights,) = ctx.saved_tensors
-        grad_scores = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
-        grad_sink = grad_scores[..., 0].sum((0, 1))
-        grad_scores[..., 0] = 0
-        return grad_scores, None, grad_sink

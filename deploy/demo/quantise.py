@@ -46,13 +46,17 @@ def _power(exponents: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)
 
 
-def _e2m1_codes(scaled: Tensor) -> Tensor:
-    """The nearest e2m1 code of each value in [-6, 6], uint8; ties go to the even code."""
+def _to_e2m1(scaled: Tensor) -> Tensor:
+    """The nearest e2m1 value of each value in [-6, 6]; ties go to the even code."""
     magnitude = scaled.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    rounded = (magnitude / step).round() * step
-    code = torch.bucketize(rounded, E2M1[:8])
-    return (code + 8 * (scaled < 0)).to(torch.uint8)
+    return (scaled / step).round_().mul_(step)
+
+
+def _e2m1_codes(scaled: Tensor) -> Tensor:
+    """The code of that value, uint8."""
+    rounded = _to_e2m1(scaled)
+    return (torch.bucketize(rounded.abs(), E2M1[:8]) + 8 * (rounded < 0)).to(torch.uint8)
 
 
 def round_fp8_tiles(w: Tensor) -> Tensor:
@@ -72,7 +76,7 @@ def round_fp4(w: Tensor) -> Tensor:
     """`w` `[..., cols]` as MXFP4 (a scale per 32 columns of a row) holds it."""
     blocks = w.view(*w.shape[:-1], -1, TILE)
     scale = _power(_row_exponents(w, E2M1_LARGEST)).unsqueeze(-1)
-    return (E2M1[_e2m1_codes(blocks / scale).long()] * scale).view_as(w)
+    return (_to_e2m1(blocks / scale) * scale).view_as(w)
 
 
 def round_bf16(w: Tensor) -> Tensor:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blocks import BlockAttention, IndexScores, spans_of
 from experts import RoutedExperts
-from index_scores import IndexScores
 from kneser_ney import KneserNey
-from layers import SoftmaxWithSink
 from loss import HeadLoss
 from packing import lay_out
 from quant.fp8 import FP8_32, FP8_ROW
@@ -67,33 +66,56 @@ def test_head_loss_is_cross_entropy_with_its_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_sink_takes_its_share_of_attention_and_learns() -> None:
+def seen_entries(documents: Tensor, ratio: int) -> Tensor:
+    """Which entries each token of a row may see, `[T, G]`."""
+    tokens, entries = len(documents), len(documents) // ratio
+    complete = (torch.arange(entries) + 1) * ratio <= torch.arange(tokens).unsqueeze(1) + 1
+    return complete & (documents.unsqueeze(1) == documents[::ratio][:entries])
+
+
+ROW = torch.tensor([0] * 70 + [1] * 30 + [2] * 60)  # three documents in five blocks of 32
+
+
+def test_attention_in_blocks_is_the_plain_one_with_its_gradients() -> None:
     torch.manual_seed(3)
-    scores, sink = torch.randn(2, 3, 4, 7, requires_grad=True), torch.randn(4, requires_grad=True)
-    bias = torch.zeros(2, 3, 1, 7)
-    got = SoftmaxWithSink.apply(scores * 1.0, bias, sink)
-    exponents = scores[..., 1:].exp()
-    want = exponents / (exponents.sum(-1, keepdim=True) + sink.exp().view(1, 1, 4, 1))
-    torch.testing.assert_close(got[..., 1:], want)
-    direction = torch.randn_like(want)
-    fast = torch.autograd.grad((got[..., 1:] * direction).sum(), (scores, sink))
-    slow = torch.autograd.grad((want * direction).sum(), (scores, sink))
-    for a, b in zip(fast, slow, strict=True):
+    window, ratio, heads = 32, 2, 3
+    q, kv = torch.randn(1, 160, heads, 8, requires_grad=True), torch.randn(1, 160, 8, requires_grad=True)
+    entries, sink = torch.randn(1, 80, 8, requires_grad=True), torch.randn(heads, requires_grad=True)
+    selected = seen_entries(ROW, ratio) & (torch.rand(160, 80) < 0.5)
+    at = torch.arange(160)
+    near = (at <= at.unsqueeze(1)) & (at > at.unsqueeze(1) - window) & (ROW.unsqueeze(1) == ROW)
+
+    scores = torch.cat((q[0] @ kv[0].t(), q[0] @ entries[0].t()), dim=-1)  # [T, heads, T + G]
+    hidden = ~torch.cat((near, selected), dim=-1).unsqueeze(1)
+    exponents = scores.masked_fill(hidden, -torch.inf).exp()
+    weights = exponents / (exponents.sum(-1, keepdim=True) + sink.exp().view(1, heads, 1))
+    slow = (weights @ torch.cat((kv[0], entries[0]))).unsqueeze(0)
+
+    blocks = torch.cat((torch.zeros(160, window, dtype=torch.bool), near), dim=1)
+    in_window = torch.stack([blocks[t, t // window * window :][: 2 * window] for t in range(160)])
+    bias = [torch.zeros(mask.shape).masked_fill(~mask, -1e30).unsqueeze(0) for mask in (in_window, selected)]
+    spans = spans_of(ROW.unsqueeze(0), window, ratio)
+    fast, attended = BlockAttention.apply(q, kv, entries, sink, *bias, spans, torch.float32)
+
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(attended[0], weights[..., 160:].sum(1).detach())
+    direction = torch.randn_like(fast)
+    got, want = (torch.autograd.grad((o * direction).sum(), (q, kv, entries, sink)) for o in (fast, slow))
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_index_scores_in_blocks_are_the_plain_ones_with_their_gradients() -> None:
     torch.manual_seed(6)
     queries, weights = (
-        torch.randn(2, 150, 3, 8, requires_grad=True),
-        torch.randn(2, 150, 3, requires_grad=True),
+        torch.randn(1, 160, 3, 8, requires_grad=True),
+        torch.randn(1, 160, 3, requires_grad=True),
     )
-    keys = torch.randn(2, 75, 8, requires_grad=True)
-    seen = (torch.arange(75) + 1) * 2 <= torch.arange(150).unsqueeze(1) + 1
-    direction = torch.randn(2, 150, 75) * seen
-    fast = IndexScores.apply(queries, weights, keys, 2, torch.float32)
-    dots = torch.einsum("bthd,bgd->bthg", queries, keys).relu()
-    slow = torch.einsum("bthg,bth->btg", dots, weights)
+    keys = torch.randn(1, 80, 8, requires_grad=True)
+    seen = seen_entries(ROW, 2)
+    direction = torch.randn(1, 160, 80) * seen
+    fast = IndexScores.apply(queries, weights, keys, spans_of(ROW.unsqueeze(0), 32, 2), torch.float32)
+    slow = torch.einsum("bthg,bth->btg", torch.einsum("bthd,bgd->bthg", queries, keys).relu(), weights)
     torch.testing.assert_close(fast * seen, slow * seen)
     got, want = (torch.autograd.grad((s * direction).sum(), (queries, weights, keys)) for s in (fast, slow))
     for a, b in zip(got, want, strict=True):
