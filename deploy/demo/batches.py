@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,23 @@ from packing import lay_out, pack
 
 
 class Corpus:
-    """All training documents, and a fingerprint of them."""
+    """All training documents, how often each occurs in a pass, and a fingerprint of all that.
 
-    def __init__(self, directory: Path) -> None:
+    mix: part -> times, 1 where nothing is said.
+    """
+
+    def __init__(self, directory: Path, mix: Mapping[str, float]) -> None:
         files = sorted(directory.glob("train-*.safetensors"))
         if not files:
             raise SystemExit(f"no corpus in {directory}: run `python deploy/demo/data.py` first")
-        self.documents = read_documents(files)
-        digest = hashlib.sha256()
+        self.documents: list[np.ndarray] = []
+        times: list[float] = []
+        for file in files:
+            part = read_documents([file])
+            self.documents += part
+            times += [mix.get(file.stem.removeprefix("train-"), 1.0)] * len(part)
+        self.times = np.array(times)
+        digest = hashlib.sha256(self.times.tobytes())
         for document in self.documents:
             digest.update(document.tobytes())
         self.fingerprint = digest.hexdigest()[:16]
@@ -39,7 +49,8 @@ class Pass:
     @classmethod
     def of(cls, corpus: Corpus, context: int, step: int, seed: tuple[int, int]) -> Pass:
         rng = np.random.default_rng(seed)
-        order = rng.permutation(len(corpus.documents))
+        copies = (corpus.times + rng.random(len(corpus.times))).astype(np.int64)
+        order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
         pieces = lay_out([len(corpus.documents[i]) for i in order], context, step)
         rows = [[(int(order[d]), start, stop) for d, start, stop in row] for row in pieces]
         return cls(corpus, [rows[i] for i in rng.permutation(len(rows))], context, step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -30,16 +31,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All stages, and the peak learning rate that a linear warm-up leads to."""
+    """All stages, the peak learning rate that a linear warm-up leads to, and the mix of the corpus.
+
+    mix: how often a document of a part occurs in each pass (1.5: once, and every second one twice);
+    parts not named occur once.
+    """
 
     peak: float
     warmup_tokens: int
     stages: tuple[Stage, ...]
+    mix: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> Schedule:
         raw = json.loads(file.read_text())
-        return cls(raw["peak"], raw["warmup_tokens"], tuple(Stage(**stage) for stage in raw["stages"]))
+        stages = tuple(Stage(**stage) for stage in raw["stages"])
+        return cls(raw["peak"], raw["warmup_tokens"], stages, raw.get("mix", {}))
 
     @property
     def total(self) -> int:

@@ -74,7 +74,7 @@ class Trainer:
         self.find_rows = RowFinder(config, build_token_map(tokenizer, config.vocab_size))
         self.step_tokens = alignment(config)
         self.state = TrainingState(self.model, optimiser_for(self.model), self.tables)
-        self.corpus = Corpus(directory)
+        self.corpus = Corpus(directory, schedule.mix)
         self.stopping = False
 
     # -- one step -----------------------------------------------------------------------------

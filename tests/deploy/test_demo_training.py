@@ -10,7 +10,7 @@ import torch
 
 import export
 import shape
-from batches import Pass
+from batches import Corpus, Pass
 from corpus import composed
 from data import save_tokens, tokenise
 from engine.families import family_of
@@ -75,6 +75,14 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(directory: Path)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
+
+
+def test_a_pass_holds_each_document_as_often_as_the_mix_says(directory: Path) -> None:
+    for times, counts in ((1.0, {1}), (2.0, {2}), (0.5, {0, 1}), (1.5, {1, 2})):
+        corpus = Corpus(directory, {"composed": times})
+        rows = Pass.of(corpus, 64, 4, (1, 1)).rows
+        beginnings = [document for row in rows for document, start, _ in row if start == 0]
+        assert {beginnings.count(document) for document in range(len(corpus.documents))} == counts
 
 
 def test_training_lowers_the_loss(directory: Path) -> None:
