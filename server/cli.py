@@ -18,6 +18,7 @@ from server import (
     cli_profile,
     cli_quantize,
     cli_serve,
+    cli_synth,
 )
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command()(cli_logits.logits)
 app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
 app.command()(cli_profile.profile)
+app.command()(cli_synth.synth)
 app.command()(cli_doctor.doctor)
 app.add_typer(cli_bench.bench)
 
