@@ -15,6 +15,7 @@ import torch
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from memory.telemetry import Telemetry
+from quant.errors import BudgetError
 from quant.kernels import Kernels
 
 
@@ -85,16 +86,31 @@ class KvCache(ABC):
     `start` of a segment is the number of tokens that its slot holds.
     """
 
-    slots: int
-    capacity: int
+    def __init__(self, slots: int, capacity: int) -> None:
+        self.slots = slots
+        self.capacity = capacity
+        self._lengths = [0] * slots
 
-    @abstractmethod
     def reset(self, slot: int) -> None:
         """Forget the sequence in `slot`."""
+        self._lengths[slot] = 0
 
-    @abstractmethod
     def length(self, slot: int) -> int:
         """Tokens that `slot` holds."""
+        return self._lengths[slot]
+
+    def admit(self, segment: Segment) -> None:
+        """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
+        held = self._lengths[segment.slot]
+        if segment.start != held:
+            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
+        needed = segment.start + segment.length
+        if needed > self.capacity:
+            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
+
+    def advance(self, segment: Segment) -> None:
+        """Count the segment's tokens as held; called when every layer has stored them."""
+        self._lengths[segment.slot] += segment.length
 
     @property
     @abstractmethod

@@ -41,34 +41,13 @@ class LlamaCache(KvCache):
     """Keys and values of every layer, float32, `[2, layers, slots, kv_heads, capacity, head_dim]`."""
 
     def __init__(self, config: LlamaConfig, slots: int, capacity: int) -> None:
-        self.slots = slots
-        self.capacity = capacity
-        self._lengths = [0] * slots
+        super().__init__(slots, capacity)
         shape = (2, config.layers, slots, config.kv_heads, capacity, config.head_dim)
         self._held = torch.empty(shape)  # untouched pages of an allocation cost no memory
-
-    def reset(self, slot: int) -> None:
-        self._lengths[slot] = 0
-
-    def length(self, slot: int) -> int:
-        return self._lengths[slot]
 
     @property
     def nbytes(self) -> int:
         return self._held.nbytes
-
-    def admit(self, segment: Segment) -> None:
-        """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
-        held = self._lengths[segment.slot]
-        if segment.start != held:
-            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
-        needed = segment.start + segment.length
-        if needed > self.capacity:
-            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
-
-    def advance(self, segment: Segment) -> None:
-        """Count the segment's tokens as held; called when every layer has stored them."""
-        self._lengths[segment.slot] += segment.length
 
     def extend(
         self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor

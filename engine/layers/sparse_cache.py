@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from engine.model import KvCache, Segment
-from quant.errors import BudgetError
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,8 @@ class SparseCache(KvCache):
     """KvCache for models with sliding windows and shared compressed entries."""
 
     def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
+        super().__init__(slots, capacity)
         self.shape = shape
-        self.slots = slots
-        self.capacity = capacity
-        self._lengths = [0] * slots
         self.windows = torch.zeros(shape.layers, slots, shape.window, shape.head_dim)
         self.sources = {
             layer: SourceState(
@@ -78,28 +75,12 @@ class SparseCache(KvCache):
         self.history = torch.full((slots, shape.history), shape.history_pad, dtype=torch.int64)
 
     def reset(self, slot: int) -> None:
-        self._lengths[slot] = 0
+        super().reset(slot)
         self.history[slot] = self.shape.history_pad
-
-    def length(self, slot: int) -> int:
-        return self._lengths[slot]
 
     @property
     def nbytes(self) -> int:
         return self.shape.nbytes(self.slots, self.capacity)
-
-    def admit(self, segment: Segment) -> None:
-        """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
-        held = self._lengths[segment.slot]
-        if segment.start != held:
-            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
-        needed = segment.start + segment.length
-        if needed > self.capacity:
-            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
-
-    def advance(self, segment: Segment) -> None:
-        """Count the segment's tokens as held; called when every layer has stored them."""
-        self._lengths[segment.slot] += segment.length
 
     def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
