@@ -6,4 +6,4 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "deploy" / "demo"))
+sys.path.append(str(ROOT / "deploy" / "demo"))  # last: their short names must not hide others
