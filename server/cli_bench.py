@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from server import cli_bench_experts, cli_bench_hardware
+from server import cli_bench_experts, cli_bench_hardware, cli_bench_slice
 
 bench = typer.Typer(name="bench", help="Measure this machine and Loci on it.", no_args_is_help=True)
 bench.command()(cli_bench_hardware.hardware)
 bench.command()(cli_bench_experts.experts)
+bench.command("slice")(cli_bench_slice.slice_)

@@ -1,0 +1,164 @@
+"""Decoding a model within budgets, with a clock: time by layer and kind, bytes by tier, and their bound."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.families.deepseek_v41 import DeepseekV41
+from engine.loader import load
+from engine.model import Batch, KvCache, Trace
+from memory.budget import MemoryBudget
+from memory.hardware import peak_resident_bytes, resident_bytes
+from memory.telemetry import Snapshot
+from quant.errors import ConfigError
+
+PROMPT_TOKENS = 32
+# Steps before the clock runs: threads start, and the hot places of caches fill.
+WARM_STEPS = 4
+# The last value that a part of a layer shows -> what the time since the value before it went to.
+KINDS = {
+    "engram_rows": "addresses",
+    "engram_gate": "engram",
+    "index_selected": "attention",
+    "attn_out": "attention",
+    "router_ids": "router",
+    "router_weights": "router",
+    "streams": "experts",
+}
+
+
+@dataclass
+class Clock(Trace):
+    """A trace that keeps no values, but when they came: `seconds[kind][layer]`, -1 for what has no layer."""
+
+    seconds: dict[str, dict[int, float]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(float))
+    )
+    last: float = 0.0
+
+    def add(self, name: str, value: Any) -> None:
+        """The time since the value before belongs to what `name` ends."""
+        part, _, layer = name.partition(".")
+        self.tick(KINDS.get(part, "other"), int(layer) if layer else -1)
+
+    def tick(self, kind: str, layer: int = -1) -> None:
+        """The time since the last tick went to `kind`."""
+        now = time.perf_counter()
+        self.seconds[kind][layer] += now - self.last
+        self.last = now
+
+
+@dataclass(frozen=True)
+class SliceRun:
+    """What decoding `tokens` tokens, one a step, took and moved.
+
+    total_s      of all steps
+    seconds      by kind and layer (-1: none), of all steps
+    layers       of the model; tables: layers with Engram
+    dense_bytes  that every token reads: attention, shared experts, router, head
+    expert_bytes of one routed expert in a slot
+    counts       hits, computed, moved bytes ... of these steps alone
+    tier_bytes   allocated for weights
+    grown_bytes  by which the process's peak memory exceeds what it had before loading
+    """
+
+    tokens: int
+    total_s: float
+    seconds: dict[str, dict[int, float]]
+    layers: int
+    tables: int
+    dense_bytes: int
+    expert_bytes: int
+    counts: Snapshot
+    tier_bytes: dict[str, int]
+    grown_bytes: int
+
+    @property
+    def computed_bytes(self) -> int:
+        """Of experts that were computed, in all steps."""
+        return sum(self.counts.computed.values()) * self.expert_bytes
+
+    def bound_s(
+        self, dram_bytes_per_s: float, disk_bytes_per_s: float, link_bytes_per_s: dict[str, float]
+    ) -> dict[str, float]:
+        """Seconds that each resource needs for these steps' bytes at the given rates, were it always busy."""
+        moved = self.counts.moved_bytes
+        return {
+            "dram": (self.tokens * self.dense_bytes + self.computed_bytes) / dram_bytes_per_s,
+            "nvme": moved.get("nvme", 0) / disk_bytes_per_s,
+            **{card: moved.get(card, 0) / rate for card, rate in link_bytes_per_s.items()},
+        }
+
+    def like(self, layers: int, tables: int) -> float:
+        """Seconds a token would take with so many layers and tables that cost what this model's do."""
+        by_kind = {kind: sum(layer.values()) / self.tokens for kind, layer in self.seconds.items()}
+        in_layers = sum(by_kind.get(kind, 0.0) for kind in ("attention", "router", "experts")) / self.layers
+        engram = by_kind.get("engram", 0.0) / max(self.tables, 1)
+        return in_layers * layers + engram * tables + by_kind["head"] + by_kind.get("addresses", 0.0)
+
+
+def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callable[[int], None]) -> SliceRun:
+    """Load `path`, read a short prompt and decode `tokens` random tokens, one sequence alone.
+
+    Random tokens stand for text that repeats nothing: caches see as many new rows and experts as can
+    be. Raises ConfigError for a model without routed experts, and what loading raises.
+    """
+    before = resident_bytes()
+    loaded = load(path, budget)
+    model = loaded.model
+    try:
+        if not isinstance(model, DeepseekV41):
+            raise ConfigError(f"{path}: this model has no routed experts; there is nothing that would move")
+        dense = sum(
+            part.nbytes
+            for part in loaded.components
+            if part.kind not in ("embedding", "engram", "routed_experts")
+        )
+        length = PROMPT_TOKENS + WARM_STEPS + tokens
+        ids = torch.randint(3, model.info.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        cache = model.new_cache(1, length)
+        model.forward(Batch.of([(0, 0, ids[:PROMPT_TOKENS].tolist())]), cache)
+        start = PROMPT_TOKENS + WARM_STEPS
+        for at in range(PROMPT_TOKENS, start):
+            _step(model, cache, at, int(ids[at]), Clock())
+        counted, clock = model.telemetry.snapshot(), Clock()
+        begun = time.perf_counter()
+        for at in range(start, length):
+            _step(model, cache, at, int(ids[at]), clock)
+            on_progress(at + 1 - start)
+        return SliceRun(
+            tokens=tokens,
+            total_s=time.perf_counter() - begun,
+            seconds={kind: dict(by_layer) for kind, by_layer in clock.seconds.items()},
+            layers=model.config.num_hidden_layers,
+            tables=len(model.config.engram_layer_ids),
+            dense_bytes=dense,
+            expert_bytes=model.weights.experts.layout.nbytes,
+            counts=_since(counted, model.telemetry.snapshot()),
+            tier_bytes=model.tier_bytes,
+            grown_bytes=peak_resident_bytes() - before,
+        )
+    finally:
+        model.close()
+
+
+def _step(model: DeepseekV41, cache: KvCache, at: int, token: int, clock: Clock) -> None:
+    clock.last = time.perf_counter()
+    model.forward(Batch.of([(0, at, [token])]), cache, clock)
+    clock.tick("head")
+
+
+def _since(before: Snapshot, after: Snapshot) -> Snapshot:
+    """Counters of the time between two snapshots."""
+    changes: dict[str, dict[str, Any]] = {
+        name: {label: n - vars(before)[name].get(label, 0) for label, n in counter.items()}
+        for name, counter in vars(after).items()
+    }
+    return Snapshot(**changes)

@@ -1,0 +1,175 @@
+"""`loci bench slice`: what a token costs within budgets, layer by layer, and what bounds it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.terminal import bytes_text, print_table
+
+if TYPE_CHECKING:
+    from engine.bench_slice import SliceRun
+    from memory.budget import MemoryBudget
+
+# Of the time that bytes need at the measured rates, what decoding should take at most the inverse of.
+BOUND_TARGET = 0.8
+PLAN_TARGET = 0.2
+DISK_BYTES = 1 << 30
+FULL_LAYERS, FULL_TABLES = 40, 2
+
+
+def slice_(
+    model: Annotated[
+        Path, typer.Argument(help="Checkpoint directory, as `loci synth` writes it.", show_default=False)
+    ],
+    dram_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that weights may take, like 4GiB. Default: three quarters of what is free."
+        ),
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Virtual cards, like virtual:1GiB@12.5GB/s. Default: none.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to decode.")] = 64,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
+    ] = None,
+) -> None:
+    """Decode within budgets and report time by layer, bytes by tier, hits, stalls, memory and the bound.
+
+    Afterwards this machine's DRAM and disk are measured, which takes half a minute and 1 GB of disk.
+
+    Example: loci bench slice ./slice --dram-budget 4GiB --devices virtual:1GiB@12.5GB/s
+    """
+    from rich.progress import Progress
+
+    from engine.bench_slice import run_slice
+    from memory.budget import MemoryBudget
+    from memory.hardware import detect
+    from memory.measure import measure_cpu, measure_disk, measure_dram, working_bytes
+    from memory.this_machine import Result, write_results
+
+    budget = MemoryBudget.of_this_machine(dram_budget, devices)
+    with Progress(disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("tokens", total=tokens)
+        run = run_slice(model, budget, tokens, lambda done: bar.update(task, completed=done))
+    machine = detect(model)
+    measured = [
+        *measure_dram(working_bytes() // 2),
+        *measure_cpu(working_bytes() // 2),
+        *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
+    ]
+    rates = {result.name: result.value for result in measured}
+    links = {card.name: card.link_bytes_per_s or float("inf") for card in budget.cards}
+    bounds = run.bound_s(rates["dram_read"] * 1e9, rates.get("disk_read", float("inf")) * 1e9, links)
+    ratio = max(bounds.values()) / run.total_s
+    expected = _planned_tokens_per_s(model, rates, devices, budget, tokens)
+    speed = run.tokens / run.total_s
+    error = abs(expected - speed) / speed
+
+    _print_layers(run)
+    _print_bytes(run, bounds)
+    _print_memory(run, budget)
+    print(
+        f"\n{speed:.3g} tokens/s decoded; the slowest resource alone allows {speed / ratio:.3g} "
+        f"(ratio {ratio:.2f}); the plan said {expected:.3g} (off by {error:.0%})"
+    )
+    whole = 1 / run.like(FULL_LAYERS, FULL_TABLES)
+    print(
+        f"Extrapolated, not measured: {whole:.3g} tokens/s with {FULL_LAYERS} layers and {FULL_TABLES} "
+        "tables, were every layer like these on average"
+    )
+    if json_file is not None:
+        weights = budget.dram_bytes + sum(card.budget_bytes for card in budget.cards)
+        asked, grown = sum(run.counts.hits.values()), run.grown_bytes
+        results = [
+            Result("slice_decode", speed, "tokens/s"),
+            Result("slice_decode_bound_ratio", ratio, "ratio", BOUND_TARGET, ratio >= BOUND_TARGET),
+            Result("plan_error_slice", error, "fraction", PLAN_TARGET, error <= PLAN_TARGET),
+            Result(f"slice_decode_extrapolated_to_{FULL_LAYERS}_layers", whole, "tokens/s"),
+            Result("slice_memory_growth", grown / 1e9, "GB", weights / 1e9, grown <= weights),
+            *(Result(f"slice_hits_{tier}", n / asked, "ratio") for tier, n in run.counts.hits.items()),
+            *(Result(f"slice_bytes_{link}", n / run.tokens / 1e6, "MB/token")
+              for link, n in run.counts.moved_bytes.items()),
+            *(Result(f"slice_stall_{link}", 1e3 * s / run.tokens, "ms/token")
+              for link, s in run.counts.stalled_s.items()),
+            *(Result(f"slice_time_{kind}", 1e3 * sum(by_layer.values()) / run.tokens, "ms/token")
+              for kind, by_layer in run.seconds.items()),
+            *measured,
+        ]  # fmt: skip
+        write_results(json_file, machine, results)
+        print(f"written to {json_file}")
+
+
+def _planned_tokens_per_s(
+    model: Path,
+    rates: dict[str, float],
+    devices: str | None,
+    budget: MemoryBudget,
+    tokens: int,
+) -> float:
+    """What `loci plan` expects of one sequence with these rates and budgets, every expert equally likely."""
+    from engine.model_shape import shape_of
+    from memory.forecast import forecast
+    from memory.plan import PROCESS_BYTES, Workload
+    from memory.profiles import parse_devices
+    from memory.routing import UNIFORM
+    from memory.this_machine import this_machine
+
+    machine = this_machine(measured=rates)
+    if devices is not None:
+        machine = machine.with_virtual_gpus(parse_devices(devices))
+    # The budget is for weights alone, the planner's DRAM for the whole process.
+    machine = replace(machine, dram_bytes=budget.dram_bytes + PROCESS_BYTES)
+    return forecast(shape_of(model), machine, Workload(2 * tokens, 1, 32), UNIFORM).alone.tokens_per_s
+
+
+def _print_layers(run: SliceRun) -> None:
+    kinds = [kind for kind in ("engram", "attention", "router", "experts") if kind in run.seconds]
+    rows = []
+    for layer in range(run.layers):
+        times = [run.seconds[kind].get(layer, 0.0) / run.tokens for kind in kinds]
+        rows.append((f"layer {layer}", *(f"{1e3 * s:.2f}" for s in times), f"{1e3 * sum(times):.2f}"))
+    empty = [""] * len(kinds)
+    outside = {kind: run.seconds.get(kind, {}).get(-1, 0.0) for kind in ("addresses", "head")}
+    for what, seconds in {**outside, "token": run.total_s}.items():
+        rows += [(what, *empty, f"{1e3 * seconds / run.tokens:.2f}")]
+    print_table(["ms a token", *kinds, "all"], rows, right=tuple(range(1, len(kinds) + 2)))
+
+
+def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
+    counts, asked = run.counts, sum(run.counts.hits.values())
+    tiers = sorted({*counts.hits, *counts.moved_bytes, *bounds})
+    rows = [
+        (
+            tier,
+            f"{counts.hits[tier] / asked:.1%}" if tier in counts.hits else "",
+            bytes_text(counts.moved_bytes.get(tier, 0) // run.tokens),
+            f"{1e3 * bounds[tier] / run.tokens:.2f}" if tier in bounds else "",
+            f"{1e3 * counts.stalled_s.get(tier, 0.0) / run.tokens:.2f}",
+        )
+        for tier in tiers
+    ]
+    print()
+    print_table(
+        ["tier", "hits", "moved a token", "least ms for its bytes", "ms waited for"], rows, right=(1, 2, 3, 4)
+    )
+
+
+def _print_memory(run: SliceRun, budget: MemoryBudget) -> None:
+    allowed = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
+    print()
+    print_table(
+        ["tier", "allocated", "budget"],
+        [
+            *((tier, bytes_text(n), bytes_text(allowed[tier])) for tier, n in run.tier_bytes.items()),
+            ("process", bytes_text(run.grown_bytes), bytes_text(sum(allowed.values()))),
+        ],
+        right=(1, 2),
+    )
+    print("process: growth of its resident memory from before loading to its peak, mapped files included")
