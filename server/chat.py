@@ -69,6 +69,7 @@ class ChatReply:
         return self._request.sampling(
             self._served.vocab_size,
             choice,
+            self._served.loaded.sampling,
             self._prompt.stop_token_ids,
             max_tokens=max_tokens,
             logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,

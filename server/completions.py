@@ -114,6 +114,7 @@ class CompletionReply:
         return request.sampling(
             self._served.vocab_size,
             index % request.choices,
+            self._served.loaded.sampling,
             max_tokens=max_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,

@@ -58,7 +58,9 @@ class LocalTalk:
         self, ids: Sequence[int], sampling: Sampling, stop_token_ids: tuple[int, ...] = ()
     ) -> Iterator[Output]:
         inbox: SimpleQueue[Output] = SimpleQueue()
-        params = SamplingParams(**sampling.given, stop_token_ids=stop_token_ids)
+        params = SamplingParams(
+            **{**self._served.loaded.sampling, **sampling.given}, stop_token_ids=stop_token_ids
+        )
         ticket = self._served.engine.submit(ids, params, inbox.put)
         try:
             is_over = False

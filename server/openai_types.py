@@ -5,7 +5,7 @@ docs/api.md says of each field whether it is accepted, ignored or refused, and w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -135,9 +135,16 @@ class GenerationRequest(Body):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling(
-        self, vocab_size: int, choice: int, stop_token_ids: Sequence[int] = (), **extra: Any
+        self,
+        vocab_size: int,
+        choice: int,
+        defaults: Mapping[str, Any],
+        stop_token_ids: Sequence[int] = (),
+        **extra: Any,
     ) -> SamplingParams:
         """Sampling settings of the given choice: choice i has seed + i.
+
+        `defaults` are the model's own, for what the request does not say.
 
         `stop_token_ids` are the prompt dialect's own; like the model's they give way to ignore_eos.
 
@@ -160,7 +167,8 @@ class GenerationRequest(Body):
             "stop_token_ids": tuple(self.stop_token_ids or ()) + implied,
             "ignore_eos": self.ignore_eos,
         } | extra
-        return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        return SamplingParams(**{**defaults, **given})
 
     def _logit_bias(self, vocab_size: int) -> dict[int, float]:
         bias = {}
