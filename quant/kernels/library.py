@@ -12,12 +12,14 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
+INTERFACE = 2  # of native_src/api.cpp; another number means a library of other sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
 Int64 = ctypes.c_int64
 
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "loci_interface": (Int, []),
     "loci_level_name": (ctypes.c_char_p, [Int]),
     "loci_has_pool": (Int, []),
     "loci_panel_bytes": (Int64, [Pointer]),
@@ -58,6 +60,8 @@ def load() -> ctypes.CDLL:
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
+        if library.loci_interface() != INTERFACE:
+            raise OSError("built from other sources")
     except (OSError, AttributeError) as error:
         raise LibraryMissingError(
             f"the compiled kernels do not load ({error}); install the package again"

@@ -32,6 +32,9 @@ EXPORT const char* loci_level_name(int level) {
     return found ? found->name : nullptr;
 }
 
+// Raised with every change of a signature, a struct or the layout of panels; quant/kernels/library.py expects it.
+EXPORT int loci_interface() { return 2; }
+
 EXPORT int loci_has_pool() { return has_pool(); }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
@@ -63,7 +66,7 @@ EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const
 // Reads n bytes with as many threads, each its own part, in one or four streams; what a kernel is measured by.
 EXPORT uint64_t loci_read(int level, int threads, const uint8_t* bytes, int64_t n, int64_t streams) {
     const Level* found = level_at(level);
-    constexpr int64_t kTurn = 8 << 20;
+    constexpr int64_t kTurn = 1 << 20;
     std::atomic<uint64_t> sum{0};
     parallel_for((n + kTurn - 1) / kTurn, threads, [&](int64_t turn) {
         const int64_t first = turn * kTurn, size = n - first < kTurn ? n - first : kTurn;

@@ -50,21 +50,31 @@ static_assert(sizeof(Block<3>) == 128 && sizeof(Block<1>) == 48);
 
 // The columns that share a scale, and where FP8 has a panel's scales: a row of them, one per tile_cols columns.
 struct PanelScales {
-    const void* row;
-    int64_t tile_cols;
-    bool is_float;
+    const void* row = nullptr;
+    int64_t tile_cols = 0;
+    bool is_float = false;
 };
 
-// Computes a panel's rows x `tokens` products over all columns. x: one pointer per token (Block<D>* or
-// float*); out: [tokens][32]. The result for a token never depends on the other tokens of the call.
-using PanelKernel = void (*)(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales,
-                             float* out);
+// Panels of one shape (perhaps of several matrices) to be multiplied by the same activations.
+constexpr int kMostPanels = 4;
+struct PanelSet {
+    int64_t cols;
+    int count = 0;
+    const uint8_t* panels[kMostPanels] = {};
+    PanelScales scales[kMostPanels] = {};
+};
+
+// Products of panels and tokens over all columns. x: one pointer per token (Block<D>* or float*);
+// out: [panels][tokens][32]. The result for a token never depends on what else is in the call.
+using PanelKernel = void (*)(const PanelSet& set, const void* const* x, float* out);
 
 // The kernels of one instruction-set level.
 struct Level {
     const char* name;
-    // [format][digits == 1][log2 tokens]; null where the level has no kernel for so many tokens
+    // one panel and some tokens: [format][digits == 1][log2 tokens]; null where there is no such kernel
     PanelKernel panel[kFormats][2][4];
+    // kMostPanels panels and one token: [format][digits == 1]
+    PanelKernel panels[kFormats][2];
     void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
     // h = silu(min(gate, limit)) * clamp(up, -limit, limit)

@@ -3,43 +3,49 @@ namespace {
 
 template <class Format, int D, int Log2>
 constexpr PanelKernel integer_kernel() {
-    if constexpr ((D << Log2) <= kMostSums) return integer_panel<Format, 1 << Log2, D>;
+    if constexpr ((D << Log2) <= kMostSums) return integer_panels<Format, 1, 1 << Log2, D>;
     else return nullptr;
 }
 
 template <int Log2>
 constexpr PanelKernel fp8_kernel() {
-    if constexpr ((4 << Log2) <= kMostSums) return fp8_panel<1 << Log2>;
+    if constexpr ((1 << Log2) <= kMostFp8Tokens) return fp8_panels<1, 1 << Log2>;
     else return nullptr;
 }
 
-template <int Log2>
-constexpr void add_panels(Level& level) {
-    level.panel[kMxfp4][0][Log2] = integer_kernel<Mxfp4, 3, Log2>();
-    level.panel[kMxfp4][1][Log2] = integer_kernel<Mxfp4, 1, Log2>();
-    level.panel[kQ4_0][0][Log2] = integer_kernel<Q4_0, 3, Log2>();
-    level.panel[kQ4_0][1][Log2] = integer_kernel<Q4_0, 1, Log2>();
-    level.panel[kQ4_1][0][Log2] = integer_kernel<Q4_1, 3, Log2>();
-    level.panel[kQ4_1][1][Log2] = integer_kernel<Q4_1, 1, Log2>();
-    // eight and six bits stay exact in int8 mode: whole digits would overflow the 16-bit sums of AVX2
-    level.panel[kQ8_0][0][Log2] = integer_kernel<Q8_0, 3, Log2>();
-    level.panel[kQ6_K][0][Log2] = integer_kernel<Q6_K, 3, Log2>();
-    level.panel[kNf4][0][Log2] = integer_kernel<Nf4, 3, Log2>();
-    level.panel[kNf4][1][Log2] = integer_kernel<Nf4, 1, Log2>();
-    level.panel[kInt4][0][Log2] = integer_kernel<Int4<false>, 3, Log2>();
-    level.panel[kInt4][1][Log2] = integer_kernel<Int4<false>, 1, Log2>();
-    level.panel[kInt4Offset][0][Log2] = integer_kernel<Int4<true>, 3, Log2>();
-    level.panel[kInt4Offset][1][Log2] = integer_kernel<Int4<true>, 1, Log2>();
-    level.panel[kFp8][0][Log2] = fp8_kernel<Log2>();
+template <class Format, int D>
+constexpr void add_integer(Level& level, int number) {
+    constexpr PanelKernel kernels[4] = {integer_kernel<Format, D, 0>(), integer_kernel<Format, D, 1>(),
+                                        integer_kernel<Format, D, 2>(), integer_kernel<Format, D, 3>()};
+    for (int i = 0; i < 4; ++i) level.panel[number][D == 1][i] = kernels[i];
+    level.panels[number][D == 1] = integer_panels<Format, kMostPanels, 1, D>;
+}
+
+constexpr void add_fp8(Level& level) {
+    constexpr PanelKernel kernels[4] = {fp8_kernel<0>(), fp8_kernel<1>(), fp8_kernel<2>(), fp8_kernel<3>()};
+    for (int i = 0; i < 4; ++i) level.panel[kFp8][0][i] = kernels[i];
+    level.panels[kFp8][0] = fp8_panels<kMostPanels, 1>;
 }
 
 constexpr Level make_level(const char* name) {
     Level level{};
     level.name = name;
-    add_panels<0>(level);
-    add_panels<1>(level);
-    add_panels<2>(level);
-    add_panels<3>(level);
+    add_fp8(level);
+    add_integer<Mxfp4, 3>(level, kMxfp4);
+    add_integer<Mxfp4, 1>(level, kMxfp4);
+    add_integer<Nf4, 3>(level, kNf4);
+    add_integer<Nf4, 1>(level, kNf4);
+    add_integer<Int4<false>, 3>(level, kInt4);
+    add_integer<Int4<false>, 1>(level, kInt4);
+    add_integer<Int4<true>, 3>(level, kInt4Offset);
+    add_integer<Int4<true>, 1>(level, kInt4Offset);
+    add_integer<Q4_0, 3>(level, kQ4_0);
+    add_integer<Q4_0, 1>(level, kQ4_0);
+    add_integer<Q4_1, 3>(level, kQ4_1);
+    add_integer<Q4_1, 1>(level, kQ4_1);
+    // eight and six bits stay exact in int8 mode: whole digits would overflow the 16-bit sums of AVX2
+    add_integer<Q8_0, 3>(level, kQ8_0);
+    add_integer<Q6_K, 3>(level, kQ6_K);
     level.digits3 = to_digits<3>;
     level.digits1 = to_digits<1>;
     level.swiglu = swiglu;

@@ -12,7 +12,7 @@ namespace loci {
 namespace {
 
 // Bytes that one turn of a thread should read: long enough to stream, short enough to share evenly.
-constexpr int64_t kTurnBytes = 128 * 1024;
+constexpr int64_t kTurnBytes = 128 * 1024;  // of plain rows
 // Below this many bytes of work, waking the others costs more than it saves.
 constexpr int64_t kWorthSharing = 32 * 1024;
 
@@ -76,15 +76,25 @@ Activations prepare(const Team& team, int64_t format, const float* x, int64_t to
     return a;
 }
 
+thread_local Scratch worker_panels;                      // of each thread: panels tiled on the way
+thread_local Scratch caller_x, caller_h;                 // of the thread that calls
+
 // The panels of a matrix, tiled on the way where it lies in file layout.
 class Panels {
   public:
     explicit Panels(const Matrix& m) : m_(m), bytes_(panel_bytes(m)) {}
     int64_t count() const { return (m_.rows + kPanelRows - 1) / kPanelRows; }
     int64_t bytes() const { return bytes_; }
-    const uint8_t* get(int64_t panel, Scratch& scratch) const {
-        if (m_.tiled) return m_.codes + panel * bytes_;
-        uint8_t* copy = scratch.get(bytes_);
+    int64_t rows_in(int64_t panel) const { return std::min(kPanelRows, m_.rows - panel * kPanelRows); }
+    void add_to(PanelSet& set, int64_t panel) const {
+        set.panels[set.count] = m_.tiled ? m_.codes + panel * bytes_ : tiled_copy(panel, set.count);
+        set.scales[set.count] = scales(panel);
+        ++set.count;
+    }
+
+  private:
+    const uint8_t* tiled_copy(int64_t panel, int place) const {
+        uint8_t* copy = worker_panels.get(kMostPanels * bytes_) + place * bytes_;
         tile_panel(m_, panel, copy);
         return copy;
     }
@@ -94,48 +104,57 @@ class Panels {
         const int64_t size = m_.float_scales ? 4 : 1, columns = (m_.cols + m_.tile_cols - 1) / m_.tile_cols;
         return {static_cast<const uint8_t*>(m_.scales) + row * columns * size, m_.tile_cols, m_.float_scales != 0};
     }
-    int rows_in(int64_t panel) const {
-        return static_cast<int>(std::min<int64_t>(kPanelRows, m_.rows - panel * kPanelRows));
-    }
 
-  private:
     Matrix m_;
     int64_t bytes_;
 };
 
-// One panel times `tokens` (at most kMaxTokens) activations: out [tokens][32].
-void multiply(const Team& team, const Matrix& m, const uint8_t* panel, PanelScales scales, const void* const* x,
-              int64_t tokens, float* out) {
-    const PanelKernel* kernels = team.level.panel[m.format][one_digit(team, m.format)];
-    for (int log2 = 3; tokens > 0; --log2)
-        for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens >= n; tokens -= n, x += n, out += n * kPanelRows)
-            kernels[log2](panel, m.cols, x, scales, out);
+// A set of panels times `tokens` (at most kMaxTokens) activations: out [panels][tokens][32].
+void multiply(const Team& team, int64_t format, const PanelSet& set, const void* const* x, int64_t tokens, float* out) {
+    const bool one = one_digit(team, format);
+    if (tokens == 1 && set.count == kMostPanels) {
+        team.level.panels[format][one](set, x, out);
+        return;
+    }
+    const PanelKernel* kernels = team.level.panel[format][one];
+    for (int q = 0; q < set.count; ++q) {
+        PanelSet single{set.cols, 1, {set.panels[q]}, {set.scales[q]}};
+        int64_t done = 0;
+        for (int log2 = 3; log2 >= 0; --log2)
+            for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens - done >= n; done += n)
+                kernels[log2](single, x + done, out + (q * tokens + done) * kPanelRows);
+    }
 }
 
-thread_local Scratch worker_panel;                       // of each thread: a panel tiled on the way
-thread_local Scratch caller_x, caller_h, caller_pairs;  // of the thread that calls
+// How many panels a turn of a thread takes: several at once, unless too few turns would be left to share.
+int64_t panels_per_turn(int64_t panels, int threads) {
+    constexpr int64_t kTurnsEach = 4;
+    return panels >= kMostPanels * kTurnsEach * threads || threads == 1 ? kMostPanels : 1;
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
 void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, float* out) {
     const Panels panels(m);
     const Activations a = prepare(team, m.format, x, tokens, m.cols, caller_x);
-    const int64_t per_turn = std::max<int64_t>(1, std::min(kTurnBytes / panels.bytes(), panels.count() / team.threads));
-    const int64_t turns = (panels.count() + per_turn - 1) / per_turn;
     const int threads = panels.count() * panels.bytes() * tokens < kWorthSharing ? 1 : team.threads;
-    parallel_for(turns, threads, [&](int64_t turn) {
-        const int64_t end = std::min(panels.count(), (turn + 1) * per_turn);
-        for (int64_t p = turn * per_turn; p < end; ++p) {
-            const uint8_t* panel = panels.get(p, worker_panel);
-            for (int64_t t = 0; t < tokens; t += kMaxTokens) {
-                const int64_t n = std::min<int64_t>(kMaxTokens, tokens - t);
-                const void* xs[kMaxTokens];
-                float y[kMaxTokens][kPanelRows];
-                for (int64_t i = 0; i < n; ++i) xs[i] = a.token(t + i);
-                multiply(team, m, panel, panels.scales(p), xs, n, y[0]);
-                const size_t size = static_cast<size_t>(panels.rows_in(p)) * sizeof(float);
-                for (int64_t i = 0; i < n; ++i) std::memcpy(out + (t + i) * m.rows + p * kPanelRows, y[i], size);
-            }
+    const int64_t per_turn = panels_per_turn(panels.count(), threads);
+    parallel_for(divide_up(panels.count(), per_turn), threads, [&](int64_t turn) {
+        PanelSet set{m.cols};
+        const int64_t first = turn * per_turn, end = std::min(panels.count(), first + per_turn);
+        for (int64_t p = first; p < end; ++p) panels.add_to(set, p);
+        for (int64_t t = 0; t < tokens; t += kMaxTokens) {
+            const int64_t n = std::min(kMaxTokens, tokens - t);
+            const void* xs[kMaxTokens];
+            float y[kMostPanels * kMaxTokens][kPanelRows];
+            for (int64_t i = 0; i < n; ++i) xs[i] = a.token(t + i);
+            multiply(team, m.format, set, xs, n, y[0]);
+            for (int64_t p = first; p < end; ++p)
+                for (int64_t i = 0; i < n; ++i)
+                    std::memcpy(out + (t + i) * m.rows + p * kPanelRows, y[(p - first) * n + i],
+                                static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
         }
     });
 }
@@ -153,78 +172,88 @@ void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, 
     });
 }
 
-void moe(const Team& team, const Moe& call, const float* x, float* out) {
-    const int64_t hidden = call.experts[0].cols, width = call.experts[0].rows;
-    const int64_t format = call.experts[0].format, down_format = call.experts[2].format;
+namespace {
 
-    // (token, choice) pairs by expert: those of expert e are start[e] .. start[e + 1]
-    const int64_t pairs = call.tokens * call.top_k;
-    std::vector<int64_t> start(static_cast<size_t>(call.used) + 1), expert_of(static_cast<size_t>(pairs)),
-        by_expert(static_cast<size_t>(pairs));
-    for (int64_t i = 0; i < pairs; ++i) {
-        const int64_t e = std::lower_bound(call.ids, call.ids + call.used, call.choice[i]) - call.ids;
-        expert_of[static_cast<size_t>(i)] = e;
-        ++start[static_cast<size_t>(e) + 1];
-    }
-    for (size_t e = 0; e < static_cast<size_t>(call.used); ++e) start[e + 1] += start[e];
-    {
+// The (token, choice) pairs of a call, ordered by expert, then by token.
+struct Pairs {
+    std::vector<int64_t> start;  // those of the expert in place e are start[e] .. start[e + 1]
+    std::vector<int64_t> pair;   // token * top_k + choice
+
+    explicit Pairs(const Moe& call) : start(static_cast<size_t>(call.used) + 1) {
+        const int64_t count = call.tokens * call.top_k;
+        std::vector<size_t> place(static_cast<size_t>(count));
+        for (size_t i = 0; i < place.size(); ++i) {
+            place[i] = static_cast<size_t>(std::lower_bound(call.ids, call.ids + call.used, call.choice[i]) - call.ids);
+            ++start[place[i] + 1];
+        }
+        for (size_t e = 1; e < start.size(); ++e) start[e] += start[e - 1];
         std::vector<int64_t> next(start.begin(), start.end() - 1);
-        for (int64_t i = 0; i < pairs; ++i)
-            by_expert[static_cast<size_t>(next[static_cast<size_t>(expert_of[static_cast<size_t>(i)])]++)] = i;
+        pair.resize(place.size());
+        for (size_t i = 0; i < place.size(); ++i) pair[static_cast<size_t>(next[place[i]]++)] = static_cast<int64_t>(i);
     }
+    int64_t begin(int64_t e) const { return start[static_cast<size_t>(e)]; }
+    int64_t end(int64_t e) const { return start[static_cast<size_t>(e) + 1]; }
+    int64_t at(int64_t i) const { return pair[static_cast<size_t>(i)]; }
+};
 
-    const Activations a = prepare(team, format, x, call.tokens, hidden, caller_x);
-    Activations h = layout_for(team, down_format, width);
-    h.base = caller_h.get(pairs * h.stride);
+}  // namespace
 
-    // gate and up: a panel of both gives a block of h
+void moe(const Team& team, const Moe& call, const float* x, float* out) {
+    const Matrix &up_shape = call.experts[0], &down_shape = call.experts[2];
+    const int64_t hidden = up_shape.cols, width = up_shape.rows;
+    const Pairs pairs(call);
+    const Activations a = prepare(team, up_shape.format, x, call.tokens, hidden, caller_x);
+    Activations h = layout_for(team, down_shape.format, width);  // one for each pair, in their order
+    h.base = caller_h.get(static_cast<int64_t>(pairs.pair.size()) * h.stride);
+
+    // Gate and up: two panels of each at a time; a panel of both gives a block of h.
     static_assert(kPanelRows == kBlock);
-    const int64_t h_panels = Panels(call.experts[0]).count();
-    parallel_for(call.used * h_panels, team.threads, [&](int64_t item) {
-        const int64_t e = item / h_panels, panel = item % h_panels;
-        const Matrix* expert = call.experts + 3 * e;
-        for (int64_t i = start[static_cast<size_t>(e)]; i < start[static_cast<size_t>(e) + 1]; i += kMaxTokens) {
-            const int64_t n = std::min<int64_t>(kMaxTokens, start[static_cast<size_t>(e) + 1] - i);
+    const int64_t h_panels = divide_up(width, kPanelRows), h_turns = divide_up(h_panels, 2);
+    parallel_for(call.used * h_turns, team.threads, [&](int64_t item) {
+        const int64_t e = item / h_turns, first = item % h_turns * 2, end = std::min(h_panels, first + 2);
+        PanelSet set{hidden};
+        for (int side = 0; side < 2; ++side)
+            for (int64_t p = first; p < end; ++p) Panels(call.experts[3 * e + side]).add_to(set, p);
+        for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
+            const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
             const void* xs[kMaxTokens];
-            for (int64_t k = 0; k < n; ++k) xs[k] = a.token(by_expert[static_cast<size_t>(i + k)] / call.top_k);
-            float sides[2][kMaxTokens][kPanelRows];
-            for (int side = 0; side < 2; ++side) {
-                const Panels panels(expert[side]);
-                multiply(team, expert[side], panels.get(panel, worker_panel), panels.scales(panel), xs, n, sides[side][0]);
-            }
-            for (int64_t k = 0; k < n; ++k) {
-                float block[kBlock];
-                team.level.swiglu(sides[0][k], sides[1][k], call.limit, kBlock, block);
-                write_activations(team, down_format, h, i + k, panel * kBlock, block, std::min(kBlock, width - panel * kBlock));
-            }
+            for (int64_t k = 0; k < n; ++k) xs[k] = a.token(pairs.at(i + k) / call.top_k);
+            float y[kMostPanels * kMaxTokens][kPanelRows];
+            multiply(team, up_shape.format, set, xs, n, y[0]);
+            for (int64_t p = first; p < end; ++p)
+                for (int64_t k = 0; k < n; ++k) {
+                    float block[kBlock];
+                    const float *gate = y[(p - first) * n + k], *up = y[(end - first + p - first) * n + k];
+                    team.level.swiglu(gate, up, call.limit, kBlock, block);
+                    const int64_t columns = std::min(kBlock, width - p * kBlock);
+                    write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
+                }
         }
     });
 
-    // down: each turn owns some rows of the result and adds the experts to them in order
-    const Panels shape(call.experts[2]);
-    const int64_t per_turn = std::max<int64_t>(1, std::min(kTurnBytes / shape.bytes(), shape.count() / team.threads));
-    parallel_for((shape.count() + per_turn - 1) / per_turn, team.threads, [&](int64_t turn) {
-        const int64_t begin = turn * per_turn, end = std::min(shape.count(), begin + per_turn);
-        const int64_t first_row = begin * kPanelRows, last_row = std::min(hidden, end * kPanelRows);
+    // Down: each turn owns some rows of the result and adds the experts to them in order.
+    const int64_t y_panels = divide_up(hidden, kPanelRows), per_turn = panels_per_turn(y_panels, team.threads);
+    parallel_for(divide_up(y_panels, per_turn), team.threads, [&](int64_t turn) {
+        const int64_t first = turn * per_turn, end = std::min(y_panels, first + per_turn);
         for (int64_t t = 0; t < call.tokens; ++t)
-            std::fill(out + t * hidden + first_row, out + t * hidden + last_row, 0.0f);
+            std::fill(out + t * hidden + first * kPanelRows, out + t * hidden + std::min(hidden, end * kPanelRows), 0.0f);
         for (int64_t e = 0; e < call.used; ++e) {
-            const Matrix& down = call.experts[3 * e + 2];
-            const Panels panels(down);
-            for (int64_t p = begin; p < end; ++p) {
-                const uint8_t* panel = panels.get(p, worker_panel);
-                for (int64_t i = start[static_cast<size_t>(e)]; i < start[static_cast<size_t>(e) + 1]; i += kMaxTokens) {
-                    const int64_t n = std::min<int64_t>(kMaxTokens, start[static_cast<size_t>(e) + 1] - i);
-                    const void* hs[kMaxTokens];
-                    float y[kMaxTokens][kPanelRows];
-                    for (int64_t k = 0; k < n; ++k) hs[k] = h.token(i + k);
-                    multiply(team, down, panel, panels.scales(p), hs, n, y[0]);
+            const Panels panels(call.experts[3 * e + 2]);
+            PanelSet set{width};
+            for (int64_t p = first; p < end; ++p) panels.add_to(set, p);
+            for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
+                const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
+                const void* hs[kMaxTokens];
+                for (int64_t k = 0; k < n; ++k) hs[k] = h.token(i + k);
+                float y[kMostPanels * kMaxTokens][kPanelRows];
+                multiply(team, down_shape.format, set, hs, n, y[0]);
+                for (int64_t p = first; p < end; ++p)
                     for (int64_t k = 0; k < n; ++k) {
-                        const int64_t pair = by_expert[static_cast<size_t>(i + k)];
+                        const int64_t pair = pairs.at(i + k);
                         float* to = out + pair / call.top_k * hidden + p * kPanelRows;
-                        for (int r = 0; r < panels.rows_in(p); ++r) to[r] += call.weights[pair] * y[k][r];
+                        const float weight = call.weights[pair], *from = y[(p - first) * n + k];
+                        for (int64_t r = 0; r < panels.rows_in(p); ++r) to[r] += weight * from[r];
                     }
-                }
             }
         }
     });

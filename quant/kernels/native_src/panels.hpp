@@ -4,8 +4,8 @@
 // take part, so a token's result is the same bit for bit in every batch.
 namespace {
 
-// How far ahead of the reads memory is asked for; hardware prefetchers alone lose a tenth of the bandwidth.
-constexpr int kPrefetchBytes = 4096;
+// How far ahead of the reads memory is asked for; several panels at once are as many streams, each slower.
+constexpr int prefetch_bytes(int panels) { return panels == 1 ? 4096 : 512; }
 
 // Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
 constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }
@@ -19,68 +19,75 @@ ALWAYS_INLINE F32 combine(const I32* sums) {
     else return fma(to_float(add(times128(sums[0]), sums[1])), splat(128.0f), to_float(sums[2]));
 }
 
-// Packed codes times fixed-point activations of D digits: T tokens, R vectors of rows at a time.
-template <class Format, int T, int D>
-void integer_panel(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales, float* out) {
-    const Format format(scales);
+// Packed codes times fixed-point activations of D digits: P panels, T tokens, R vectors of rows at a time.
+// A panel streams through the first-level cache and sweeps the activations out of it; with four panels side by
+// side each block of activations is fetched once for four blocks of weights.
+template <class Format, int P, int T, int D>
+void integer_panels(const PanelSet& set, const void* const* x, float* out) {
+    const Format format(set.scales[0]);
     // Products of a code's digit and an activation's digit by weight; those below the last sum are dropped.
     constexpr int S = D > 1 ? D : Format::kDigits > 1 ? 2 : 1, W = Format::kDigits < S ? Format::kDigits : S;
     constexpr int kVectors = kPanelRows / kLanes, R = vectors_at_once(T * S), kGroups = 8 / Format::kParts;
-    F32 y[T][kVectors];
-    for (int t = 0; t < T; ++t)
-        for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
-    const uint8_t* strip = panel;
-    int64_t block = 0;
-    for (int64_t c = 0; c < cols; c += Format::kStrip) {
-        const int64_t left = cols - c < Format::kStrip ? cols - c : Format::kStrip;
+    F32 y[P][T][kVectors];
+    for (int q = 0; q < P; ++q)
+        for (int t = 0; t < T; ++t)
+            for (int v = 0; v < kVectors; ++v) y[q][t][v] = zero();
+    int64_t block = 0, strip = 0;  // strip: where it begins in each panel
+    for (int64_t c = 0; c < set.cols; c += Format::kStrip) {
+        const int64_t left = set.cols - c < Format::kStrip ? set.cols - c : Format::kStrip;
         const int blocks = static_cast<int>(left) / kBlock;
-        const uint8_t* codes = strip + format.header_bytes(blocks);
-        for (int b = 0; b < blocks; ++b, ++block, codes += Format::kBlockBytes) {
-            for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + kPrefetchBytes + k);
+        int64_t codes_at = strip + format.header_bytes(blocks);
+        for (int b = 0; b < blocks; ++b, ++block, codes_at += Format::kBlockBytes) {
             const Block<D>* xs[T];
             for (int t = 0; t < T; ++t) xs[t] = static_cast<const Block<D>*>(x[t]) + block;
-            for (int v = 0; v < kVectors; v += R)
-                for (int part = 0; part < Format::kParts; ++part) {
-                    KEEP_ORDER;
-                    const auto start = [&](int t, int s) { return s < D ? xs[t]->correction[part][s] : 0; };
-                    Dot<Format::kLargest, D == 1 ? 127 : 64> dots[T][S][R];
-                    for (int t = 0; t < T; ++t)
-                        for (int s = 0; s < S; ++s)
-                            for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, s));
-                    UNROLL for (int i = 0; i < kGroups; ++i) {
-                        const int g = part * kGroups + i;
-                        for (int j = 0; j < W; ++j) {
-                            Bytes w[R];
-                            for (int r = 0; r < R; ++r) w[r] = format.group(codes + 4 * (v + r) * kLanes, g, j);
-                            for (int t = 0; t < T; ++t)
-                                for (int d = 0; d < D && j + d < S; ++d) {
-                                    const auto digits = four_digits(xs[t]->digits[d] + 4 * g);
-                                    for (int r = 0; r < R; ++r) dots[t][j + d][r].add(w[r], digits);
-                                }
-                        }
+            for (int q = 0; q < P; ++q) {
+                const uint8_t *codes = set.panels[q] + codes_at, *header = set.panels[q] + strip;
+                for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + prefetch_bytes(P) + k);
+                for (int v = 0; v < kVectors; v += R)
+                    for (int part = 0; part < Format::kParts; ++part) {
+                        KEEP_ORDER;
+                        const auto start = [&](int t, int s) { return s < D ? xs[t]->correction[part][s] : 0; };
+                        Dot<Format::kLargest, D == 1 ? 127 : 64> dots[T][S][R];
                         for (int t = 0; t < T; ++t)
                             for (int s = 0; s < S; ++s)
-                                for (int r = 0; r < R; ++r) dots[t][s][r].after(i);
-                    }
-                    for (int r = 0; r < R; ++r) {
-                        const int row = (v + r) * kLanes;
-                        const F32 scale = format.scale(strip, b, part, row);
-                        for (int t = 0; t < T; ++t) {
-                            I32 sums[S];
-                            for (int s = 0; s < S; ++s) sums[s] = dots[t][s][r].end(start(t, s), kGroups);
-                            F32& sum = y[t][v + r];
-                            sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
-                            if (part + 1 == Format::kParts)
-                                sum = format.constant(strip, blocks, b, row, xs[t]->sum, sum);
+                                for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, s));
+                        UNROLL for (int i = 0; i < kGroups; ++i) {
+                            const int g = part * kGroups + i;
+                            UNROLL for (int j = 0; j < W; ++j) {
+                                Bytes w[R];
+                                for (int r = 0; r < R; ++r) w[r] = format.group(codes + 4 * (v + r) * kLanes, g, j);
+                                for (int t = 0; t < T; ++t)
+                                    UNROLL for (int d = 0; d < D; ++d) {
+                                        if (j + d >= S) continue;
+                                        const auto digits = four_digits(xs[t]->digits[d] + 4 * g);
+                                        for (int r = 0; r < R; ++r) dots[t][j + d][r].add(w[r], digits);
+                                    }
+                            }
+                            for (int t = 0; t < T; ++t)
+                                for (int s = 0; s < S; ++s)
+                                    for (int r = 0; r < R; ++r) dots[t][s][r].after(i);
+                        }
+                        for (int r = 0; r < R; ++r) {
+                            const int row = (v + r) * kLanes;
+                            const F32 scale = format.scale(header, b, part, row);
+                            for (int t = 0; t < T; ++t) {
+                                I32 sums[S];
+                                for (int s = 0; s < S; ++s) sums[s] = dots[t][s][r].end(start(t, s), kGroups);
+                                F32& sum = y[q][t][v + r];
+                                sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
+                                if (part + 1 == Format::kParts)
+                                    sum = format.constant(header, blocks, b, row, xs[t]->sum, sum);
+                            }
                         }
                     }
-                }
+            }
         }
-        strip = codes;
+        strip = codes_at;
     }
-    for (int t = 0; t < T; ++t)
-        for (int v = 0; v < kVectors; ++v)
-            store(out + t * kPanelRows + v * kLanes, mul(y[t][v], splat(Format::unit(D))));
+    for (int q = 0; q < P; ++q)
+        for (int t = 0; t < T; ++t)
+            for (int v = 0; v < kVectors; ++v)
+                store(out + (q * T + t) * kPanelRows + v * kLanes, mul(y[q][t][v], splat(Format::unit(D))));
 }
 
 ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
@@ -94,47 +101,52 @@ ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
 
 // e4m3 codes, column pair after column pair, times float activations. The products of even and odd columns are
 // summed apart: two short chains of additions instead of a long one.
-template <int T>
-void fp8_panel(const uint8_t* panel, int64_t cols, const void* const* x, PanelScales scales, float* out) {
-    constexpr int kVectors = kPanelRows / kLanes;
-    const E4m3 decode;
+template <int P, int T>
+void fp8_panels(const PanelSet& set, const void* const* x, float* out) {
+    constexpr int kVectors = kPanelRows / kLanes, R = vectors_at_once(2 * T);
+    const E4m3 e4m3;
+    const int64_t tile_cols = set.scales[0].tile_cols;
     const float* xs[T];
     for (int t = 0; t < T; ++t) xs[t] = static_cast<const float*>(x[t]);
-    F32 y[T][kVectors];
-    for (int t = 0; t < T; ++t)
-        for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
-    for (int64_t tile = 0; tile * scales.tile_cols < cols; ++tile) {
-        const int64_t first = tile * scales.tile_cols;
-        const int64_t end = first + scales.tile_cols < cols ? first + scales.tile_cols : cols;
-        const F32 scale = splat(scale_at(scales, tile));
-        for (int v = 0; v < kVectors; v += 2) {
-            KEEP_ORDER;
-            F32 sums[T][2][2];  // [token][even or odd column][vector of rows]
-            for (int t = 0; t < T; ++t)
-                for (int k = 0; k < 4; ++k) sums[t][k & 1][k >> 1] = zero();
-            const auto add_pair = [&](int64_t c, bool both) {
-                F32 w[2][2];
-                decode(panel + c * kPanelRows, v, w);
-                for (int k = 0; k < 2; ++k)
-                    for (int t = 0; t < T; ++t) {
-                        const F32 xk = splat(k == 0 || both ? xs[t][c + k] : 0.0f);
-                        for (int r = 0; r < 2; ++r) sums[t][k][r] = fma(w[k][r], xk, sums[t][k][r]);
-                    }
-            };
-            int64_t c = first;
-            for (; c + 8 <= end; c += 8) {
-                const uint8_t* ahead = panel + c * kPanelRows + kPrefetchBytes;
-                for (int k = 0; k < 8 * kPanelRows && v == 0; k += 64) prefetch(ahead + k);
-                UNROLL for (int k = 0; k < 8; k += 2) add_pair(c + k, true);
+    F32 y[P][T][kVectors];
+    for (int q = 0; q < P; ++q)
+        for (int t = 0; t < T; ++t)
+            for (int v = 0; v < kVectors; ++v) y[q][t][v] = zero();
+    for (int64_t tile = 0; tile * tile_cols < set.cols; ++tile) {
+        const int64_t first = tile * tile_cols, end = first + tile_cols < set.cols ? first + tile_cols : set.cols;
+        for (int q = 0; q < P; ++q) {
+            const uint8_t* panel = set.panels[q];
+            const F32 scale = splat(scale_at(set.scales[q], tile));
+            for (int v = 0; v < kVectors; v += R) {
+                KEEP_ORDER;
+                F32 sums[T][2][R];  // [token][even or odd column][vector of rows]
+                for (int t = 0; t < T; ++t)
+                    for (int r = 0; r < R; ++r) sums[t][0][r] = sums[t][1][r] = zero();
+                const auto add_pair = [&](int64_t c, bool both) {
+                    F32 w[2][R];
+                    e4m3.decode(panel + c * kPanelRows, v, w);
+                    for (int k = 0; k < 2; ++k)
+                        for (int t = 0; t < T; ++t) {
+                            const F32 xk = splat(k == 0 || both ? xs[t][c + k] : 0.0f);
+                            for (int r = 0; r < R; ++r) sums[t][k][r] = fma(w[k][r], xk, sums[t][k][r]);
+                        }
+                };
+                int64_t c = first;
+                for (; c + 8 <= end; c += 8) {
+                    const uint8_t* ahead = panel + c * kPanelRows + prefetch_bytes(P);
+                    for (int k = 0; k < 8 * kPanelRows && v == 0; k += 64) prefetch(ahead + k);
+                    UNROLL for (int k = 0; k < 8; k += 2) add_pair(c + k, true);
+                }
+                for (; c < end; c += 2) add_pair(c, c + 1 < end);
+                for (int t = 0; t < T; ++t)
+                    for (int r = 0; r < R; ++r)
+                        y[q][t][v + r] = fma(add(sums[t][0][r], sums[t][1][r]), scale, y[q][t][v + r]);
             }
-            for (; c < end; c += 2) add_pair(c, c + 1 < end);
-            for (int t = 0; t < T; ++t)
-                for (int r = 0; r < 2; ++r)
-                    y[t][v + r] = fma(add(sums[t][0][r], sums[t][1][r]), scale, y[t][v + r]);
         }
     }
-    for (int t = 0; t < T; ++t)
-        for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + t * kPanelRows, v, y[t][v]);
+    for (int q = 0; q < P; ++q)
+        for (int t = 0; t < T; ++t)
+            for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + (q * T + t) * kPanelRows, v, y[q][t][v]);
 }
 
 // Plain rows times float activations: vectors run along the columns, so nothing needs repacking.
@@ -152,7 +164,7 @@ void dense_row(const uint8_t* row, int64_t cols, const float* x, float* out, int
     for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = zero();
     const int64_t whole = cols / kStep * kStep;
     for (int64_t c = 0; c < whole; c += kStep) {
-        prefetch(row + kSize * c + kPrefetchBytes);
+        prefetch(row + kSize * c + prefetch_bytes(1));
         UNROLL for (int k = 0; k < 4; ++k) {
             const F32 w = load_dense<Kind>(row, c + k * kLanes);
             for (int t = 0; t < T; ++t)
@@ -190,7 +202,7 @@ void dense_rows(const void* row, int kind, int64_t cols, const float* x, int64_t
 // One row of e4m3 codes with a scale per 32 columns as floats.
 void fp8_row(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out) {
     for (int64_t c = 0; c < cols; c += kBlock) {
-        const F32 scale = splat(256.0f * scale_at({scales, kBlock, float_scales}, c / kBlock));
+        const F32 scale = splat(scale_at({scales, kBlock, float_scales}, c / kBlock));
         if (c + kBlock <= cols) {
             for (int k = 0; k < kBlock; k += kLanes) store(out + c + k, mul(load_e4m3(codes + c + k), scale));
         } else {

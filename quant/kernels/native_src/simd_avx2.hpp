@@ -3,7 +3,8 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kSumRegisters = 12;  // that can hold sums
-constexpr int kMostSums = 8;       // of a row, in one kernel: digits or columns x tokens
+constexpr int kMostSums = 8;       // of a row, in one kernel: digits x tokens
+constexpr int kMostFp8Tokens = 4;
 using I32 = __m256i;
 using F32 = __m256;
 using Bytes = __m256i;  // four unsigned codes of each of eight rows
@@ -90,18 +91,19 @@ ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const I32 c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(c, 23), _mm256_set1_epi32(0x00400000)));
 }
-// Eight e4m3 bytes to float / 256: the bits as fp16 have an exponent bias of 15 instead of 7.
+// Eight e4m3 bytes to float, by way of fp16, whose exponent bias is 15 instead of 7.
 ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
     const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     const __m128i half = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
-    return _mm256_cvtph_ps(half);
+    return mul(_mm256_cvtph_ps(half), splat(256.0f));
 }
 // A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats / 256.
 struct E4m3 {
     // rows 4v..4v+3 and 16+4v..16+4v+3 of both columns in w[.][0], those of v+1 in w[.][1]
-    ALWAYS_INLINE void operator()(const uint8_t* codes, int v, F32 (*w)[2]) const {
+    template <int R>
+    ALWAYS_INLINE void decode(const uint8_t* codes, int v, F32 (*w)[R]) const {
         const __m128i by_column = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        for (int r = 0; r < 2; ++r) {
+        for (int r = 0; r < R; ++r) {
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * (v + r)));
             const __m256i words = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, by_column));
             const __m256i half =

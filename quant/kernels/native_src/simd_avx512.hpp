@@ -3,7 +3,8 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr int kSumRegisters = 24;  // that can hold sums
-constexpr int kMostSums = 16;       // of a row, in one kernel: digits or columns x tokens
+constexpr int kMostSums = 16;      // of a row, in one kernel: digits x tokens
+constexpr int kMostFp8Tokens = 4;
 using I32 = __m512i;
 using F32 = __m512;
 using Bytes = __m512i;  // four unsigned codes of each of sixteen rows
@@ -66,11 +67,11 @@ ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const I32 c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(c, 23), _mm512_set1_epi32(0x00400000)));
 }
-// Sixteen e4m3 bytes to float / 256: the bits as fp16 have an exponent bias of 15 instead of 7.
+// Sixteen e4m3 bytes to float, by way of fp16, whose exponent bias is 15 instead of 7.
 ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
     const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m256i half = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-    return _mm512_cvtph_ps(half);
+    return mul(_mm512_cvtph_ps(half), splat(256.0f));
 }
 
 // A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats. A float of an e4m3 value has
@@ -107,7 +108,9 @@ struct E4m3 {
         }
     }
     // rows 0..15 and 16..31 of both columns
-    ALWAYS_INLINE void operator()(const uint8_t* codes, int, F32 (*w)[2]) const {
+    template <int R>
+    ALWAYS_INLINE void decode(const uint8_t* codes, int, F32 (*w)[R]) const {
+        static_assert(R == 2);
         const __m512i v = load_bytes(codes);
         const __m512i lower = _mm512_permutex2var_epi8(low[0], v, low[1]);
         const __m512i upper = _mm512_permutex2var_epi8(high[0], v, high[1]);

@@ -1,28 +1,36 @@
 // Plain C++ over the compiler's vector types: any machine, sixteen rows in a vector, half a panel.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;
 constexpr int kSumRegisters = 1;  // that can hold sums
-constexpr int kMostSums = 6;       // of a row, in one kernel: digits or columns x tokens
+constexpr int kMostSums = 6;      // of a row, in one kernel: digits x tokens
+constexpr int kMostFp8Tokens = 1;
+
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
+typedef int16_t I16 __attribute__((vector_size(64)));
+typedef uint16_t Words __attribute__((vector_size(32)));
+typedef uint8_t Octets __attribute__((vector_size(16)));
+typedef int8_t SignedOctets __attribute__((vector_size(16)));
 typedef float F32 __attribute__((vector_size(64)));
 using Bytes = U32;  // four unsigned codes of each of sixteen rows
 struct Table {
     uint8_t entries[16];
 };
 
-ALWAYS_INLINE U32 splat_bits(uint32_t v) { return U32{} + v; }
-ALWAYS_INLINE Bytes load_bytes(const uint8_t* p) {
-    Bytes v;
-    __builtin_memcpy(&v, p, 64);
+template <class Vector>
+ALWAYS_INLINE Vector load_as(const uint8_t* p) {
+    Vector v;
+    __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
-ALWAYS_INLINE Table load_table(const uint8_t* p) {
-    Table t;
-    __builtin_memcpy(&t, p, 16);
-    return t;
-}
+ALWAYS_INLINE U32 splat_bits(uint32_t v) { return U32{} + v; }
+ALWAYS_INLINE Bytes load_bytes(const uint8_t* p) { return load_as<Bytes>(p); }
+ALWAYS_INLINE Table load_table(const uint8_t* p) { return load_as<Table>(p); }
 ALWAYS_INLINE Bytes mask(Bytes v, int m) { return v & splat_bits(0x01010101u * static_cast<uint32_t>(m)); }
 ALWAYS_INLINE Bytes shift_right(Bytes v, int n) { return v >> n; }
 ALWAYS_INLINE Bytes shift_left(Bytes v, int n) { return v << n; }
@@ -30,46 +38,58 @@ ALWAYS_INLINE Bytes merge(Bytes a, Bytes b) { return a | b; }
 ALWAYS_INLINE Bytes flip_sign(Bytes v) { return v ^ splat_bits(0x80808080u); }
 ALWAYS_INLINE Bytes lookup_low(const Table& t, Bytes v) {
     uint8_t bytes[64];
+    v = mask(v, 15);
     __builtin_memcpy(bytes, &v, 64);
-    for (int i = 0; i < 64; ++i) bytes[i] = t.entries[bytes[i] & 15];
+#if defined(__aarch64__)
+    for (int i = 0; i < 64; i += 16) vst1q_u8(bytes + i, vqtbl1q_u8(vld1q_u8(t.entries), vld1q_u8(bytes + i)));
+#else
+    for (int i = 0; i < 64; ++i) bytes[i] = t.entries[bytes[i]];
+#endif
     return load_bytes(bytes);
 }
 ALWAYS_INLINE Bytes lookup_high(const Table& t, Bytes v) { return lookup_low(t, shift_right(v, 4)); }
 ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
+// Four digits as 16-bit factors of the even and the odd bytes of a lane.
 struct Digits {
-    const int8_t* four;
+    I16 even, odd;
 };
-ALWAYS_INLINE Digits four_digits(const int8_t* p) { return {p}; }
+ALWAYS_INLINE Digits four_digits(const int8_t* p) {
+    const auto both = [](int a, int b) {
+        return reinterpret_cast<I16>(splat_bits(static_cast<uint32_t>(a & 0xffff) | static_cast<uint32_t>(b) << 16));
+    };
+    return {both(p[0], p[2]), both(p[1], p[3])};
+}
 
+// Sums of code x digit over groups of four columns, from a start value. Two products fit 16 bits (255 * 64 * 2).
 template <int LargestCode, int LargestDigit>
 struct Dot {
+    static_assert(2 * LargestCode * LargestDigit <= 32767);
     I32 sum;
     ALWAYS_INLINE void begin(int32_t start) { sum = I32{} + start; }
-    ALWAYS_INLINE void add(Bytes codes, Digits digits) {
-        for (int j = 0; j < 4; ++j) sum += reinterpret_cast<I32>((codes >> (8 * j)) & splat_bits(255)) * digits.four[j];
+    ALWAYS_INLINE void add(Bytes codes, const Digits& digits) {
+        const I16 even = reinterpret_cast<I16>(codes & splat_bits(0x00ff00ffu));
+        const I16 odd = reinterpret_cast<I16>(codes >> 8 & splat_bits(0x00ff00ffu));
+        const I32 products = reinterpret_cast<I32>(even * digits.even + odd * digits.odd);
+        sum += (products >> 16) + (products << 16 >> 16);
     }
     ALWAYS_INLINE void after(int) {}
     ALWAYS_INLINE I32 end(int32_t, int) const { return sum; }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return a + b; }
-ALWAYS_INLINE I32 times128(I32 a) { return a * 128; }
+ALWAYS_INLINE I32 times128(I32 a) { return a << 7; }
 ALWAYS_INLINE F32 to_float(I32 a) { return __builtin_convertvector(a, F32); }
 ALWAYS_INLINE F32 zero() { return F32{}; }
 ALWAYS_INLINE F32 splat(float a) {
-    F32 v;
-    for (int i = 0; i < 16; ++i) v[i] = a;
-    return v;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &a, 4);
+    return reinterpret_cast<F32>(splat_bits(bits));
 }
 ALWAYS_INLINE F32 mul(F32 a, F32 b) { return a * b; }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return a + b; }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
-ALWAYS_INLINE F32 load_float(const float* p) {
-    F32 v;
-    __builtin_memcpy(&v, p, 64);
-    return v;
-}
+ALWAYS_INLINE F32 load_float(const float* p) { return load_as<F32>(reinterpret_cast<const uint8_t*>(p)); }
 ALWAYS_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, 64); }
 ALWAYS_INLINE float reduce(F32 a) {
     float s = 0;
@@ -84,55 +104,59 @@ ALWAYS_INLINE F32 half_to_float(U32 h) {
     const U32 special = reinterpret_cast<U32>(magnitude >= splat_bits(0x0f800000u)) & splat_bits(0x7f800000u);
     return reinterpret_cast<F32>(reinterpret_cast<U32>(value) | special | (h & splat_bits(0x8000)) << 16);
 }
-ALWAYS_INLINE U32 load_words(const uint8_t* p) {
-    uint16_t words[16];
-    __builtin_memcpy(words, p, 32);
-    U32 v;
-    for (int i = 0; i < 16; ++i) v[i] = words[i];
-    return v;
-}
+ALWAYS_INLINE U32 load_words(const uint8_t* p) { return __builtin_convertvector(load_as<Words>(p), U32); }
+ALWAYS_INLINE U32 load_octets(const uint8_t* p) { return __builtin_convertvector(load_as<Octets>(p), U32); }
 ALWAYS_INLINE F32 load_half(const uint8_t* p) { return half_to_float(load_words(p)); }
 ALWAYS_INLINE F32 load_bf16(const uint8_t* p) { return reinterpret_cast<F32>(load_words(p) << 16); }
-ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
+ALWAYS_INLINE F32 load_int8(const uint8_t* p) { return __builtin_convertvector(load_as<SignedOctets>(p), F32); }
+// ue8m0 to float; code 0 is the subnormal 2^-127
+ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
+    const U32 codes = load_octets(p);
+    return reinterpret_cast<F32>(codes << 23 | (reinterpret_cast<U32>(codes == U32{}) & splat_bits(0x00400000u)));
+}
+
+struct E4m3Table {
+    float values[256];
+};
+constexpr E4m3Table e4m3_table() {
+    E4m3Table table{};
+    for (int c = 0; c < 256; ++c) {
+        const int exponent = c >> 3 & 15, mantissa = c & 7;
+        float value = static_cast<float>(exponent ? 8 + mantissa : mantissa) / 512;
+        for (int e = 1; e < exponent; ++e) value *= 2;
+        table.values[c] = c & 128 ? -value : value;
+    }
+    return table;
+}
+constexpr E4m3Table kE4m3 = e4m3_table();
+
+ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
     F32 v;
-    for (int i = 0; i < 16; ++i) v[i] = static_cast<int8_t>(p[i]);
+    for (int i = 0; i < 16; ++i) v[i] = kE4m3.values[p[i]];
     return v;
 }
-ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
-    U32 v;
-    for (int i = 0; i < 16; ++i) v[i] = p[i] ? static_cast<uint32_t>(p[i]) << 23 : 0x00400000u;
-    return reinterpret_cast<F32>(v);
-}
-// Sixteen e4m3 bytes to float / 256, as fp16 bits with an exponent bias of 15 instead of 7.
-ALWAYS_INLINE F32 load_e4m3(const uint8_t* p) {
-    U32 v;
-    for (int i = 0; i < 16; ++i) v[i] = p[i];
-    return half_to_float((v & splat_bits(0x7f)) << 7 | (v & splat_bits(0x80)) << 8);
-}
-// A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats / 256.
+
+// A pair of columns (64 bytes, as fp8_place in kernels.hpp orders them) to floats.
 struct E4m3 {
-    ALWAYS_INLINE void operator()(const uint8_t* codes, int, F32 (*w)[2]) const {
-        for (int column = 0; column < 2; ++column)
-            for (int r = 0; r < 2; ++r) {
-                uint8_t rows[16];
-                for (int i = 0; i < 16; ++i) rows[i] = codes[fp8_place(16 * r + i) + column];
-                w[column][r] = load_e4m3(rows);
+    template <int R>
+    ALWAYS_INLINE void decode(const uint8_t* codes, int v, F32 (*w)[R]) const {
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < 16; ++i) {
+                const uint8_t* both = codes + fp8_place(16 * (v + r) + i);
+                w[0][r][i] = kE4m3.values[both[0]];
+                w[1][r][i] = kE4m3.values[both[1]];
             }
     }
-    ALWAYS_INLINE static void store_rows(float* out, int v, F32 y) { store(out + v * kLanes, mul(y, splat(256.0f))); }
+    ALWAYS_INLINE static void store_rows(float* out, int v, F32 y) { store(out + v * kLanes, y); }
 };
 
 ALWAYS_INLINE uint64_t read_bytes(const uint8_t* p, int64_t n, int64_t streams) {
-    uint64_t sums[4] = {};
-    const int64_t part = streams == 1 ? 8 : n / 4 / 8 * 8, step = streams == 1 ? 32 : 8;
-    const int64_t end = streams == 1 ? n / 32 * 32 : part;
+    U32 sums[4] = {};
+    const int64_t part = streams == 1 ? 64 : n / 256 * 64, step = streams == 1 ? 256 : 64;
+    const int64_t end = streams == 1 ? n / 256 * 256 : part;
     for (int64_t i = 0; i < end; i += step)
-        for (int k = 0; k < 4; ++k) {
-            uint64_t v;
-            __builtin_memcpy(&v, p + k * part + i, 8);
-            sums[k] += v;
-        }
-    return sums[0] + sums[1] + sums[2] + sums[3];
+        for (int k = 0; k < 4; ++k) sums[k] += load_bytes(p + k * part + i);
+    return (sums[0] + sums[1] + sums[2] + sums[3])[0];
 }
 
 }  // namespace
