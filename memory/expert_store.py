@@ -29,6 +29,7 @@ from quant.errors import BudgetError
 from quant.formats import Format
 from quant.kernels import ExpertWeights, Kernels
 
+LEAST_SLOTS = 2  # in DRAM: one expert at work, one that makes room
 FILL_BATCH = 64  # experts on their way at once while filling
 
 # Bytes per second at which the CPU computes experts that lie in DRAM, until a measurement says otherwise.
@@ -85,12 +86,11 @@ class ExpertStore:
         self.telemetry = telemetry or Telemetry()
         total = files.layers * files.experts
         self._cards = [Shelf(Arena.filling(tier, layout.nbytes, total), files.layers) for tier in cards]
-        least = 2  # one expert at work, one that makes room
         arena = Arena.filling(dram, layout.nbytes, total, pinned=bool(cards))
-        if arena.slots < min(least, total):
+        if arena.slots < min(LEAST_SLOTS, total):
             raise BudgetError(
                 f"the DRAM budget of {dram.budget_bytes} bytes holds {arena.slots} experts of "
-                f"{layout.nbytes} bytes; at least {least} are needed"
+                f"{layout.nbytes} bytes; at least {LEAST_SLOTS} are needed"
             )
         self._dram = Shelf(arena, files.layers)
         # Where DRAM holds everything, cards hold copies; else an expert is in one place at a time.
@@ -101,7 +101,7 @@ class ExpertStore:
         ]
         self._cpu_bytes_per_s = cpu_bytes_per_s
         self._busy: set[Key] = set()
-        self._leaving: list[tuple[Ticket, Shelf, int]] = []
+        self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots that are free once a move has ended
         self._direct = DirectFiles()
         self._direct.open(
             sorted(
@@ -199,7 +199,7 @@ class ExpertStore:
                 ticket.wait()
             for key in batch:
                 if self._cards and self._cards[self._home(key)].arena.free:
-                    self._move_to_card(key, Priority.DEMAND)
+                    self._move_to_card(key)
             self._settle(wait=True)
 
     def _read(self, key: Key, priority: Priority) -> Place:
@@ -220,8 +220,8 @@ class ExpertStore:
         self._dram.put(key, place)
         return place
 
-    def _move_to_card(self, key: Key, priority: Priority) -> bool:
-        """Move an expert that DRAM holds to its card; False where no slot there can be freed.
+    def _move_to_card(self, key: Key) -> None:
+        """Move an expert that DRAM holds to its card, unless all there are worth more or in use.
 
         In exclusive mode the card's expert that leaves takes a spare DRAM slot, or is dropped (the disk
         has it) where none is free.
@@ -236,7 +236,7 @@ class ExpertStore:
         if slot is None:
             leaving = self._worst(shelf, key[0], lambda other: other != key)
             if leaving is None or self._worth(leaving) > self._worth(key):
-                return False
+                return
             slot = shelf.remove(leaving).slot
             if not self._keeps_copies:
                 spare = self._dram.arena.take()
@@ -250,25 +250,24 @@ class ExpertStore:
                 telemetry.add("moved_bytes", f"{card} to dram", nbytes)
             inside.copy_(outside)
 
-        ticket = link.submit(work, nbytes, priority)
+        ticket = link.submit(work, nbytes, Priority.DEMAND)
         shelf.put(key, Place(slot, ticket))
         if leaving is not None and out is not None:
             assert spare is not None
             self._dram.put(leaving, Place(spare, ticket))
         if not self._keeps_copies:
-            self._leaving.append((ticket, self._dram, self._dram.remove(key).slot))
-        return True
+            self._leaving.append((ticket, self._dram.remove(key).slot))
 
     def _settle(self, *, wait: bool = False) -> None:
         """Free the slots of experts whose move has ended."""
         still = []
-        for ticket, shelf, slot in self._leaving:
+        for ticket, slot in self._leaving:
             if wait:
                 ticket.wait()
             if ticket.is_done:
-                shelf.arena.give_back(slot)
+                self._dram.arena.give_back(slot)
             else:
-                still.append((ticket, shelf, slot))
+                still.append((ticket, slot))
         self._leaving = still
 
     def _worth(self, key: Key) -> float:
@@ -347,11 +346,13 @@ class ExpertStep:
         """Take as many of the remaining experts as slots can be found for; start what must move."""
         store, layer = self._store, self._layer
         store._settle()
+        missing: list[int] = []
         waiting: list[int] = []
         in_dram: list[int] = []
         for expert in self._later:  # what is here already must not make room for what is not
             found = store._find((layer, expert))
             if found is None:
+                missing.append(expert)
                 continue
             shelf, place = found
             store._busy.add((layer, expert))
@@ -363,10 +364,10 @@ class ExpertStep:
                 store._disk.promote(place.ticket)
             elif shelf is store._dram:
                 in_dram.append(expert)
-        for expert in self._later:
-            if expert in self._now:
-                continue
-            if store._dram.arena.free > 0 or store._make_room(layer) or store._dram.arena.free > 0:
+        for expert in missing:
+            if store._dram.arena.free == 0:
+                store._make_room(layer)
+            if store._dram.arena.free > 0:
                 store._read((layer, expert), Priority.DEMAND)
                 store._busy.add((layer, expert))
                 self._now.append(expert)
@@ -374,7 +375,8 @@ class ExpertStep:
                 waiting.append(expert)
         if waiting and not self._now:
             store._settle(wait=True)
-            if not store._make_room(layer):
+            store._make_room(layer)
+            if store._dram.arena.free == 0:
                 raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
             self._later = waiting
             self._begin()
@@ -390,7 +392,7 @@ class ExpertStep:
         ranked = sorted(in_dram, key=lambda e: -store._worth((self._layer, e)))
         speeds = [shelf.tier.link_bytes_per_s or float("inf") for shelf in store._cards]
         for expert in ranked[: fetch_count(len(ranked), sum(speeds), store._cpu_bytes_per_s)]:
-            store._move_to_card((self._layer, expert), Priority.DEMAND)
+            store._move_to_card((self._layer, expert))
 
     def _compute_wave(self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float) -> None:
         """Compute what is here, tier by tier, then each of the others as it arrives."""

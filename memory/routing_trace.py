@@ -6,7 +6,6 @@ they are brought in first, and start with credit. File: `router_ids` `[tokens, l
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from memory.user_files import whole_file
 from quant.errors import CheckpointError
 
 FILE_NAME = "routing.safetensors"
@@ -45,12 +45,8 @@ class RoutingTrace:
 
     def save(self, file: Path) -> None:
         """Write the trace, whole or not at all."""
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(file) as temporary:
             save_file({"router_ids": self.router_ids.to(torch.int16).contiguous()}, temporary)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @property
     def layers(self) -> int:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from memory.hardware import Machine, detect
 from memory.profiles import ROWS_PER_CORE, GpuSpec, HardwareProfile
+from memory.user_files import user_cache, whole_file
 from quant.errors import ConfigError
 
 MAX_CACHE_BYTES = 1 << 20
@@ -59,8 +58,7 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
 
 def cache_path() -> Path:
     """Where measurements are kept: `$XDG_CACHE_HOME/loci/hardware.json`, or below `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "loci" / "hardware.json"
+    return user_cache() / "hardware.json"
 
 
 def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> None:
@@ -68,9 +66,8 @@ def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> No
     report = {"machine": machine_facts(machine), "results": [vars(result) for result in results]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump(report, file, indent=1)
-        os.replace(file.name, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=1))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); name another place") from None
 

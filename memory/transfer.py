@@ -1,8 +1,7 @@
 """Links and tickets: bytes on their way, and the one place where compute may wait for them.
 
 A link is a worker thread with a priority queue: what is needed now overtakes what is only foreseen. A
-link to a card copies on a CUDA stream of its own; a link to a virtual card paces its copies to the
-speed of the real one; a disk link reads and rearranges.
+link to a virtual card paces its copies to the speed of a real one; a disk link reads and rearranges.
 """
 
 from __future__ import annotations
@@ -110,16 +109,6 @@ class Link:
                     job.priority = Priority.DEMAND
                     heapq.heapify(self._queue)
                     return
-
-    def cancel(self, ticket: Ticket) -> bool:
-        """Take a transfer back that has not begun; False where it has."""
-        with self._changed:
-            for at, job in enumerate(self._queue):
-                if job.ticket is ticket:
-                    self._queue.pop(at)
-                    heapq.heapify(self._queue)
-                    return True
-        return False
 
     def close(self) -> None:
         """End the threads; what is still queued fails."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,16 +39,13 @@ def logits(
     from safetensors.torch import save_file
 
     from engine.loader import load
+    from memory.user_files import whole_file
 
     loaded = load(model).model
     _check(ids, greedy, loaded)
     tensors = _compute(loaded, ids, chunk, greedy)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(out) as temporary:
         save_file(tensors, temporary)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{out}: logits of {len(ids)} tokens" + (f", {greedy} greedy ids" if greedy else ""))
 
 

@@ -34,7 +34,7 @@ from memory.checkpoint import Checkpoint
 from memory.engram_store import RowsTicket
 from memory.telemetry import Telemetry
 from quant.errors import ConfigError
-from quant.kernels import Kernels
+from quant.kernels import Kernels, swiglu
 
 
 @dataclass
@@ -71,17 +71,11 @@ class DeepseekV41(Model):
         self.weights = weights
         self.kernels = kernels
         self.token_map = token_map
-        primes = table_primes(
-            len(config.engram_layer_ids),
-            config.engram_max_ngram_size - 1,
-            config.engram_n_heads,
-            config.engram_vocab_size,
-        )
         self.hashes = [
             EngramHash.for_layer(
-                layer, layer_primes, config.engram_compressed_vocab_size, config.engram_max_ngram_size
+                layer, primes, config.engram_compressed_vocab_size, config.engram_max_ngram_size
             )
-            for layer, layer_primes in zip(config.engram_layer_ids, primes, strict=True)
+            for layer, primes in zip(config.engram_layer_ids, _table_primes(config), strict=True)
         ]
         self.plain_frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
         self.compressed_frequencies = inverse_frequencies(
@@ -287,9 +281,7 @@ class DeepseekV41(Model):
             store.prefetch(number + 1, guess.flatten().tolist())
         routed = experts.run(x, weights, config.swiglu_limit)
         shared = layer.shared_experts
-        gate = self.kernels.linear(x, shared.w1).clamp(max=config.swiglu_limit)
-        up = self.kernels.linear(x, shared.w3).clamp(-config.swiglu_limit, config.swiglu_limit)
-        return routed + self.kernels.linear(F.silu(gate) * up, shared.w2)
+        return routed + swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
 
     def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`.
@@ -323,6 +315,12 @@ def _complete_groups(
     state.open_gate[slot, :left] = gate[whole:]
     grouped = (count, state.ratio, kv.shape[1])
     return kv[:whole].view(grouped), gate[:whole].view(grouped)
+
+
+def _table_primes(config: V41Config) -> list[list[int]]:
+    """Sizes of the hash tables of each Engram layer."""
+    orders = config.engram_max_ngram_size - 1
+    return table_primes(len(config.engram_layer_ids), orders, config.engram_n_heads, config.engram_vocab_size)
 
 
 class DeepseekV41Family(Family):
@@ -360,13 +358,7 @@ class DeepseekV41Family(Family):
 
     def _check_tables(self, config: V41Config) -> None:
         """The config's table sizes must be the sums of the primes that the hash will use."""
-        primes = table_primes(
-            len(config.engram_layer_ids),
-            config.engram_max_ngram_size - 1,
-            config.engram_n_heads,
-            config.engram_vocab_size,
-        )
-        expected = tuple(sum(layer) for layer in primes)
+        expected = tuple(sum(primes) for primes in _table_primes(config))
         if config.engram_num_embeddings != expected:
             raise ConfigError(
                 f"engram_num_embeddings is {list(config.engram_num_embeddings)}, but the hash of this "

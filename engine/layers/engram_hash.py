@@ -6,8 +6,6 @@ Everything follows from token ids alone, so rows can be fetched before the forwa
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import tokenizers
 import torch
 from tokenizers import Regex, normalizers
 
+from memory.user_files import user_cache, whole_file
 from quant.errors import ConfigError
 
 REPLACEMENT_CHARACTER = "\ufffd"
@@ -60,7 +59,7 @@ def load_token_map(tokenizer_file: Path, vocab_size: int, expected_size: int) ->
         raise ConfigError(f"{tokenizer_file}: not found; Engram look-ups are hashed from its vocabulary")
     content = tokenizer_file.read_bytes()
     digest = hashlib.sha256(content + vocab_size.to_bytes(8, "little")).hexdigest()[:32]
-    cached = _cache_dir() / f"{digest}.npy"
+    cached = user_cache() / "token_maps" / f"{digest}.npy"
     token_map = _read_cached(cached, vocab_size)
     if token_map is None:
         try:
@@ -78,11 +77,6 @@ def load_token_map(tokenizer_file: Path, vocab_size: int, expected_size: int) ->
     return token_map
 
 
-def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "loci" / "token_maps"
-
-
 def _read_cached(file: Path, vocab_size: int) -> np.ndarray | None:
     try:
         token_map: np.ndarray = np.load(file, allow_pickle=False)
@@ -96,9 +90,8 @@ def _write_cached(file: Path, token_map: np.ndarray) -> None:
     """Best effort: a read-only home only costs building the map again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as stream:
+        with whole_file(file) as temporary, temporary.open("wb") as stream:
             np.save(stream, token_map)
-        os.replace(stream.name, file)
     except OSError:
         return
 

@@ -56,10 +56,6 @@ class Rotation:
         """The rotation that undoes this one."""
         return Rotation(self.cos, -self.sin)
 
-    def slice(self, start: int, stop: int) -> Rotation:
-        """The rotation of tokens `start..stop`."""
-        return Rotation(self.cos[start:stop], self.sin[start:stop])
-
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate the last `dim` channels of x `[tokens, ..., channels]`; the others pass through."""
         pairs = self.cos.shape[-1]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F
 
 from quant.formats import Format
 from quant.packed import PackedTensor
@@ -105,6 +106,15 @@ class SlotLayout(Protocol):
     def views(self, slot: torch.Tensor) -> ExpertWeights:
         """The weights of the expert that lies in `slot`."""
         ...
+
+
+def swiglu(
+    kernels: Kernels, x: torch.Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float
+) -> torch.Tensor:
+    """One gated feed-forward of x `[tokens, hidden]`: w2( silu(min(w1 x, limit)) * clamp(w3 x, +-limit) )."""
+    gate = kernels.linear(x, w1).clamp(max=limit)
+    up = kernels.linear(x, w3).clamp(-limit, limit)
+    return kernels.linear(F.silu(gate) * up, w2)
 
 
 def choose() -> Kernels:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from quant.formats import Format
-from quant.kernels import Experts, Weight
+from quant.kernels import Experts, Weight, swiglu
 from quant.packed import PackedTensor
 from quant.slots import FileSlotLayout
 
@@ -62,17 +62,9 @@ class ReferenceKernels:
         for expert_id in sorted(set(expert_ids.flatten().tolist())):
             tokens, choice = (expert_ids == expert_id).nonzero(as_tuple=True)
             expert = experts[expert_id]
-            y = self.swiglu(x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
+            y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
             out.index_add_(0, tokens, y * expert_weights[tokens, choice].unsqueeze(-1))
         return out
-
-    def swiglu(
-        self, x: torch.Tensor, w1: Weight, w3: Weight, w2: Weight, swiglu_limit: float
-    ) -> torch.Tensor:
-        """One gated feed-forward with the clamps of spec section 5; `[tokens, hidden]` to the same."""
-        gate = self.linear(x, w1).clamp(max=swiglu_limit)
-        up = self.linear(x, w3).clamp(-swiglu_limit, swiglu_limit)
-        return self.linear(F.silu(gate) * up, w2)
 
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         c = logits.softmax(-1) + eps
