@@ -7,170 +7,102 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from engine.generation import FinishReason, Output, TokenLogprob
-from engine.output_parser import MessageDelta, OutputParser
+from engine.generation import TokenLogprob
+from engine.output_parser import MessageDelta
 from engine.prompts import ChatPrompt
-from engine.sampling_params import SamplingParams
+from server.answer import Answer
 from server.generation import Generation
 from server.logprobs import chat_logprobs
 from server.openai_types import ChatRequest
+from server.reply import ConversationReply, Counts
 from server.service import Served
 
 
-class ChatReply:
-    """Builds the answer to one request from what its sequences generate."""
+class ChatReply(ConversationReply):
+    """Answers in the shape of Chat Completions."""
 
     def __init__(self, request: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
-        self._request = request
-        self._prompt = prompt
-        self._served = served
+        super().__init__(request, prompt, served)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        parallel_calls = request.parallel_tool_calls is not False
-        self._choices = [_Choice(i, prompt.new_parser(), parallel_calls) for i in range(request.choices)]
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences the answer takes."""
-        return len(self._choices)
-
-    def submit_to(self, generation: Generation) -> None:
-        """Submit one sequence per choice. Raises what Generation.submit raises."""
-        for choice in self._choices:
-            generation.submit(self._prompt.token_ids, self._sampling(choice.index))
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""
-        async for index, output in generation.outputs():
-            self._choices[index].take(output)
+        await self.finish(generation)
         return self._envelope("chat.completion") | {
-            "choices": [self._whole_choice(choice) for choice in self._choices],
-            "usage": self._usage(),
+            "choices": [self._whole_choice(answer) for answer in self.answers],
+            "usage": usage(self.counts),
         }
 
     async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """The answer as chunks."""
-        async for index, output in generation.outputs():
-            choice = self._choices[index]
-            if not choice.has_begun:
-                yield self._chunk(choice, {"role": "assistant", "content": ""})
-            for delta in choice.take(output):
-                yield self._chunk(choice, _delta_fields(delta))
-            if choice.finish_reason is not None:
-                yield self._chunk(choice, {})
+        begun: set[int] = set()
+        async for answer, deltas in self.pieces(generation):
+            if answer.index not in begun:
+                begun.add(answer.index)
+                yield self._chunk(answer, {"role": "assistant", "content": ""})
+            for delta in deltas:
+                yield self._chunk(answer, _delta_fields(delta))
+            if answer.finish_reason is not None:
+                yield self._chunk(answer, {})
         if self._request.wants_usage:
-            yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": self._usage()}
-
-    def _sampling(self, choice: int) -> SamplingParams:
-        max_tokens = self._request.answer_tokens
-        if max_tokens is None:
-            prompt = self._prompt
-            max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
-        return self._request.sampling(
-            self._served.vocab_size,
-            choice,
-            self._served.loaded.sampling,
-            self._prompt.stop_token_ids,
-            max_tokens=max_tokens,
-            logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
-        )
+            yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._served.name}
 
-    def _chunk(self, choice: _Choice, delta: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, answer: Answer, delta: dict[str, Any]) -> dict[str, Any]:
         # The last chunk of a choice has an empty delta, and only it has a reason.
         fields = {
-            "index": choice.index,
+            "index": answer.index,
             "delta": delta,
-            "logprobs": self._logprobs(choice.new_logprobs()),
-            "finish_reason": None if delta else choice.finish_reason,
+            "logprobs": self._logprobs(answer.new_logprobs()),
+            "finish_reason": None if delta else _finish_reason(answer),
         }
-        usage = {"usage": None} if self._request.wants_usage else {}
-        return self._envelope("chat.completion.chunk") | {"choices": [fields]} | usage
+        no_usage = {"usage": None} if self._request.wants_usage else {}
+        return self._envelope("chat.completion.chunk") | {"choices": [fields]} | no_usage
 
-    def _whole_choice(self, choice: _Choice) -> dict[str, Any]:
+    def _whole_choice(self, answer: Answer) -> dict[str, Any]:
         return {
-            "index": choice.index,
-            "message": choice.message(),
-            "logprobs": self._logprobs(choice.new_logprobs()),
-            "finish_reason": choice.finish_reason,
+            "index": answer.index,
+            "message": _message(answer),
+            "logprobs": self._logprobs(answer.new_logprobs()),
+            "finish_reason": _finish_reason(answer),
         }
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
-        return {"content": chat_logprobs(self._served.loaded.tokenizer, tokens)}
-
-    def _usage(self) -> dict[str, int]:
-        return usage(len(self._prompt.token_ids), sum(choice.tokens for choice in self._choices))
+        return {"content": chat_logprobs(self._served.loaded.tokenizer, tokens), "refusal": None}
 
 
-class _Choice:
-    """One answer as it grows."""
+def usage(counts: Counts) -> dict[str, Any]:
+    """OpenAI's token counts."""
+    return {
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.generated,
+        "total_tokens": counts.prompt + counts.generated,
+        "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
+    }
 
-    def __init__(self, index: int, parser: OutputParser, parallel_calls: bool) -> None:
-        self.index = index
-        self.tokens = 0
-        self.has_begun = False
-        self.finish_reason: str | None = None
-        self._parser = parser
-        self._parallel_calls = parallel_calls
-        self._content: list[str] = []
-        self._reasoning: list[str] = []
-        self._calls: dict[int, dict[str, Any]] = {}
-        self._logprobs: list[TokenLogprob] = []
 
-    def take(self, output: Output) -> list[MessageDelta]:
-        """What `output` adds to the message."""
-        self.has_begun = True
-        self.tokens += len(output.token_ids)
-        self._logprobs += output.logprobs
-        deltas = list(self._parser.push(output.text))
-        if output.finish_reason is not None:
-            deltas += self._parser.finish()
-        kept = [delta for delta in map(self._within_limits, deltas) if delta != MessageDelta()]
-        for delta in kept:
-            self._add(delta)
-        if output.finish_reason is not None:
-            called = bool(self._calls) and output.finish_reason is FinishReason.STOP
-            self.finish_reason = "tool_calls" if called else output.finish_reason.value
-        return kept
+def _finish_reason(answer: Answer) -> str | None:
+    return "tool_calls" if answer.called_tools else answer.finish_reason and answer.finish_reason.value
 
-    def new_logprobs(self) -> list[TokenLogprob]:
-        """Logprobs since this was last asked."""
-        fresh, self._logprobs = self._logprobs, []
-        return fresh
 
-    def message(self) -> dict[str, Any]:
-        """The whole message."""
-        content = "".join(self._content)
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": None if self._calls and not content else content,
-        }
-        if self._reasoning:
-            message["reasoning_content"] = "".join(self._reasoning)
-        if self._calls:
-            message["tool_calls"] = list(self._calls.values())
-        return message
-
-    def _within_limits(self, delta: MessageDelta) -> MessageDelta:
-        if self._parallel_calls:
-            return delta
-        first_call = tuple(call for call in delta.tool_calls if call.index == 0)
-        return MessageDelta(delta.content, delta.reasoning, first_call)
-
-    def _add(self, delta: MessageDelta) -> None:
-        self._content.append(delta.content)
-        if delta.reasoning:
-            self._reasoning.append(delta.reasoning)
-        for call in delta.tool_calls:
-            whole = self._calls.setdefault(
-                call.index,
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}},
-            )
-            whole["function"]["arguments"] += call.arguments
+def _message(answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if answer.calls and not answer.content else answer.content,
+    }
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.calls
+        ]
+    return message
 
 
 def _delta_fields(delta: MessageDelta) -> dict[str, Any]:
@@ -191,12 +123,3 @@ def _call_fields(delta: MessageDelta) -> Iterator[dict[str, Any]]:
         else:
             function = {"name": call.name, "arguments": call.arguments}
             yield {"index": call.index, "id": call.id, "type": "function", "function": function}
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's token counts."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }

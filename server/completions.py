@@ -14,6 +14,7 @@ from server.chat import usage
 from server.generation import Generation
 from server.logprobs import CompletionLogprobs, empty_logprobs
 from server.openai_types import CompletionRequest, check_ids
+from server.reply import Counts, Reply
 from server.service import Served
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -44,7 +45,7 @@ def tokenize_prompts(request: CompletionRequest, served: Served) -> list[Tokeniz
     return result
 
 
-class CompletionReply:
+class CompletionReply(Reply):
     """Builds the answer to one request; choice `p * n + i` is the i-th answer to prompt p.
 
     With `max_tokens: 0` prompts are only scored: one token is generated, because that is what makes
@@ -70,6 +71,14 @@ class CompletionReply:
         """How many sequences the answer takes."""
         return len(self._choices)
 
+    @property
+    def counts(self) -> Counts:
+        """Tokens of all prompts and all answers so far."""
+        return Counts(
+            prompt=sum(len(prompt.token_ids) for prompt in self._prompts),
+            generated=sum(choice.tokens for choice in self._choices),
+        )
+
     def submit_to(self, generation: Generation) -> None:
         """Submit one sequence per choice. Raises what Generation.submit raises."""
         for choice in self._choices:
@@ -93,7 +102,7 @@ class CompletionReply:
             }
             for choice in self._choices
         ]
-        return self._envelope(choices) | {"usage": self._usage()}
+        return self._envelope(choices) | {"usage": usage(self.counts)}
 
     async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """The answer as chunks."""
@@ -103,7 +112,7 @@ class CompletionReply:
             if piece["text"] or piece["logprobs"] or piece["finish_reason"]:
                 yield self._envelope([piece]) | no_usage
         if self._request.wants_usage:
-            yield self._envelope([]) | {"usage": self._usage()}
+            yield self._envelope([]) | {"usage": usage(self.counts)}
 
     def _sampling(self, index: int) -> SamplingParams:
         request = self._request
@@ -150,10 +159,6 @@ class CompletionReply:
             "model": self._served.name,
             "choices": choices,
         }
-
-    def _usage(self) -> dict[str, int]:
-        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
-        return usage(prompt_tokens, sum(choice.tokens for choice in self._choices))
 
 
 @dataclass

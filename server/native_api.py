@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.errors import RETRY_AFTER_S, ApiError
-from server.openai_api import read_body, service_of
+from server.handling import read_body, service_of
 from server.openai_types import DetokenizeRequest, TokenizeRequest, check_ids
 from server.service import Served
 

@@ -22,22 +22,33 @@ CLIENT_CLOSED_REQUEST = 499  # as proxies log it; nobody is there to read it
 
 
 def frame(data: dict[str, Any]) -> bytes:
-    """One event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One event; where its data has a `type`, that is also the event's name."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    name = f"event: {data['type']}\n" if "type" in data else ""
+    return f"{name}data: {text}\n\n".encode()
 
 
 class EventStream(Response):
-    """Sends `events` as they come, then `[DONE]`; an error on the way becomes the last event.
+    """Sends `events` as they come, then the bytes `last`; an error on the way becomes the last event.
 
-    `close` is called in any case: at the end, after an error, and when the client goes away.
+    `failure` says how a protocol tells an error. `close` is called in any case: at the end, after an
+    error, and when the client goes away.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        last: bytes,
+        failure: Callable[[ApiError], dict[str, Any]],
+        close: Callable[[], None],
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._last = last
+        self._failure = failure
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,13 +66,13 @@ class EventStream(Response):
         try:
             async for event in self._events:
                 await put(frame(event))
-            await put(DONE)
+            await put(self._last)
         except ApiError as error:
-            await put(frame(error.body))
+            await put(frame(self._failure(error)))
         except Exception:
             request_id = scope["state"]["request_id"]
             log.exception("%s: a stream failed", request_id)
-            await put(frame(internal(request_id).body))
+            await put(frame(self._failure(internal(request_id))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -38,13 +38,15 @@ def test_a_chat_is_answered(client: openai.OpenAI) -> None:
 
 
 def test_reasoning_is_kept_apart_from_content(client: openai.OpenAI) -> None:
-    thinking = ask(client).choices[0].message
-    plain = ask(client, reasoning_effort="none").choices[0].message
+    thinking = ask(client)
+    plain = ask(client, reasoning_effort="none")
 
-    assert thinking.reasoning_content
-    assert not thinking.content
-    assert plain.content
-    assert not hasattr(plain, "reasoning_content")
+    assert thinking.choices[0].message.reasoning_content
+    assert not thinking.choices[0].message.content
+    assert thinking.usage.completion_tokens_details.reasoning_tokens == 8
+    assert plain.choices[0].message.content
+    assert not hasattr(plain.choices[0].message, "reasoning_content")
+    assert plain.usage.completion_tokens_details.reasoning_tokens == 0
 
 
 def test_streamed_pieces_add_up_to_the_whole_answer(client: openai.OpenAI) -> None:

@@ -1,0 +1,74 @@
+"""What the handlers of all protocols share: the service, the body, and the answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from engine.prompts import ChatPrompt
+from server.errors import ApiError
+from server.openai_messages import Body
+from server.openai_types import ChatRequest
+from server.reply import Reply
+from server.service import Served, Service
+from server.streaming import EventStream, answer
+
+B = TypeVar("B", bound=Body)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that `request` came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+async def read_body(request: Request, kind: type[B]) -> B:
+    """The body as `kind`.
+
+    Raises pydantic's ValidationError and RequestError for what is wrong with it, ApiError 415 where
+    it is not declared as JSON: browsers send other types across sites without asking.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        found = media_type or "none"
+        raise ApiError(
+            415, f"send Content-Type: application/json, got {found}", code="unsupported_media_type"
+        )
+    return kind.model_validate_json(await request.body())
+
+
+async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
+    """The conversation as the model sees it. Raises RequestError for what its dialect cannot express."""
+    if served.loaded.chat is None:
+        text = f"{served.name} has no chat template; use /v1/completions"
+        raise ApiError(400, text, param="messages", code="no_chat_template")
+    return await asyncio.to_thread(served.loaded.chat.render, chat.as_prompt())
+
+
+async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Response:
+    """Submit the sequences of `reply` and send what they generate.
+
+    Raises ApiError where they are more than this server ever takes, CapacityError for a full queue,
+    RequestError for settings out of range.
+    """
+    service = service_of(request)
+    limit = service.settings.max_num_seqs + service.settings.max_waiting
+    if reply.sequences > limit:
+        text = (
+            f"{reply.sequences} answers at once are more than this server takes ({limit}); send fewer prompts"
+        )
+        raise ApiError(400, text, param="n", code="too_many_sequences")
+    generation = service.new_generation()
+    try:
+        reply.submit_to(generation)
+    except BaseException:
+        generation.close()
+        raise
+    if is_stream:
+        return EventStream(reply.events(generation), reply.last, reply.failure, generation.close)
+    result = await answer(request, reply.whole(generation), generation.close)
+    return result if isinstance(result, Response) else JSONResponse(result)
