@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -55,6 +56,7 @@ class DirectFiles:
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
+        self._scratch = threading.local()
 
     def open(self, files: Sequence[Path]) -> None:
         """Open `files` once, before threads read from them. Raises CheckpointError."""
@@ -77,13 +79,25 @@ class DirectFiles:
                 os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, part: Range) -> dict[str, torch.Tensor]:
-        """The raw bytes of the tensors of `part`, uint8 `[nbytes]` each, views of one fresh buffer.
+    def read(self, ranges: Sequence[Range]) -> dict[str, torch.Tensor]:
+        """The raw bytes of the tensors of `ranges`, uint8 `[nbytes]` each, in a buffer of the calling thread.
 
-        Raises CheckpointError where the file has become shorter.
+        They stay until the thread's next read: new memory for each read would have to be cleared first, which
+        takes longer than the read. Raises CheckpointError where a file has become shorter.
         """
-        buffer = mmap.mmap(-1, part.stop - part.start)  # page-aligned
-        view = memoryview(buffer)
+        buffer = self._buffer(sum(part.stop - part.start for part in ranges))
+        whole = torch.frombuffer(buffer, dtype=torch.uint8)
+        found: dict[str, torch.Tensor] = {}
+        at = 0
+        for part in ranges:
+            self._read_range(part, memoryview(buffer)[at : at + part.stop - part.start])
+            for entry in part.entries:
+                start = at + entry.offset - part.start
+                found[entry.name] = whole[start : start + entry.nbytes]
+            at += part.stop - part.start
+        return found
+
+    def _read_range(self, part: Range, view: memoryview) -> None:
         done = 0
         needed = max(entry.offset + entry.nbytes for entry in part.entries) - part.start
         while done < needed:
@@ -92,11 +106,13 @@ class DirectFiles:
             if count == 0:
                 raise CheckpointError(f"{part.file}: ends at byte {part.start + done}; download it again")
             done += count
-        whole = torch.frombuffer(buffer, dtype=torch.uint8)
-        return {
-            entry.name: whole[entry.offset - part.start : entry.offset - part.start + entry.nbytes]
-            for entry in part.entries
-        }
+
+    def _buffer(self, nbytes: int) -> mmap.mmap:
+        """The calling thread's buffer, page-aligned, of at least `nbytes`."""
+        buffer: mmap.mmap | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = self._scratch.buffer = mmap.mmap(-1, nbytes)
+        return buffer
 
     def read_blocks(self, file: Path, blocks: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
         """Blocks of `file` by number, `[n]` ascending -> uint8 `[n, BLOCK]`; many requests at once.

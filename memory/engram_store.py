@@ -224,7 +224,7 @@ class EngramStore:
             packed = table.rows(unique, self._telemetry)
             answer.append(self._kernels.gather_rows(packed, torch.from_numpy(back)))
 
-        return RowsTicket(self._link.submit(work, 0, Priority.DEMAND), answer)
+        return RowsTicket(self._link.submit([work], 0, Priority.DEMAND), answer)
 
     def close(self) -> None:
         """End the threads and close the files."""

@@ -101,10 +101,12 @@ class Predictive(AgedLfu):
         self._follows = np.zeros((experts, experts))
         self._newest: list[int] = []
         self._expected: list[int] = []
+        self._scores: np.ndarray | None = None  # until something is used or expected
 
     def expected(self, expert_ids: Collection[int]) -> None:
         """A guess at the experts of this layer's coming step."""
         self._expected = list(expert_ids)
+        self._scores = None
 
     def used(self, expert_ids: Collection[int]) -> None:
         super().used(expert_ids)
@@ -114,8 +116,14 @@ class Predictive(AgedLfu):
             self._follows[self._newest] *= 0.99
         self._newest = now
         self._expected = []
+        self._scores = None
 
     def scores(self) -> np.ndarray:
+        if self._scores is None:
+            self._scores = self._compute_scores()
+        return self._scores
+
+    def _compute_scores(self) -> np.ndarray:
         frequency = self._counts / max(self._counts.sum(), 1e-9)
         worth: np.ndarray = frequency.copy()
         if self._newest:

@@ -5,28 +5,48 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """Counters of a moment, by label: tiers, links or stores. Bytes and seconds, never rates.
 
+    Labels of two words are a link and why bytes were asked of it: `demand` (a step needs them) or
+    `prefetch` (it was foreseen to need them).
+
     hits            expert uses served from a tier, by tier (`nvme`: had to be read from disk first)
     computed        expert uses computed on a device, by tier
+    evictions       experts that had to leave a tier, by tier
     moved_bytes     by link
-    moves           transfers by link and reason (`demand`, `prefetch`)
-    stalled_s       time that compute waited for bytes, by link
-    prefetches      outcome of prefetched experts: `used`, `dropped`
+    busy_s          time in which a link had at least one transfer under way, by link
+    moves           transfers, by link and reason
+    failed          transfers that failed, by link and reason
+    stalled_s       time that compute waited for bytes, by link and reason (`prefetch`: foreseen too late)
+    prefetches      outcome of prefetched experts: `used`; `dropped`, read but never used; `cancelled`, given
+                    up before they were read
     rows            Engram rows by where they were found: `asked`, `unique`, `cached`, `read`
+    slots           now, not counted: expert slots that hold nothing, by tier
     """
 
     hits: dict[str, int]
     computed: dict[str, int]
+    evictions: dict[str, int]
     moved_bytes: dict[str, int]
+    busy_s: dict[str, float]
     moves: dict[str, int]
+    failed: dict[str, int]
     stalled_s: dict[str, float]
     prefetches: dict[str, int]
     rows: dict[str, int]
+    slots: dict[str, int]
+
+    def stalled_on(self, link: str) -> float:
+        """Seconds that compute waited for `link`, whatever the reason."""
+        return sum(s for label, s in self.stalled_s.items() if label.rpartition(" ")[0] == link)
+
+
+_SECONDS = ("busy_s", "stalled_s")
 
 
 @dataclass
@@ -43,11 +63,16 @@ class Telemetry:
         with self._lock:
             self._counts[counter][label] += amount
 
+    def set(self, level: str, label: str, value: float) -> None:
+        """Replace a value of Snapshot that says what is now."""
+        with self._lock:
+            self._counts[level][label] = value
+
     def snapshot(self) -> Snapshot:
         """A copy of all counters."""
         with self._lock:
-            whole = {
-                name: {label: int(n) for label, n in self._counts[name].items()}
-                for name in ("hits", "computed", "moved_bytes", "moves", "prefetches", "rows")
+            whole: dict[str, Any] = {
+                name: {label: n if name in _SECONDS else int(n) for label, n in self._counts[name].items()}
+                for name in Snapshot.__dataclass_fields__
             }
-            return Snapshot(**whole, stalled_s=dict(self._counts["stalled_s"]))
+            return Snapshot(**whole)

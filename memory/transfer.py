@@ -10,7 +10,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -27,11 +27,14 @@ class Priority(IntEnum):
 class Ticket:
     """The promise of a transfer. `wait` returns when the bytes are there, or raises what went wrong."""
 
-    def __init__(self, link: Link, nbytes: int) -> None:
+    def __init__(self, link: Link, nbytes: int, priority: Priority, parts: int) -> None:
         self._link = link
         self.nbytes = nbytes
+        self.label = f"{link.name} {priority.name.lower()}"
+        self.was_foreseen = priority is Priority.PREFETCH
+        self.parts_left = parts
         self._done = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     @property
     def is_done(self) -> bool:
@@ -40,21 +43,29 @@ class Ticket:
 
     @property
     def has_failed(self) -> bool:
-        """True once it is known that the bytes will not come."""
-        return self._error is not None
+        """True once the transfer has ended without the bytes."""
+        return self._done.is_set() and self.error is not None
 
     def wait(self) -> None:
         """Wait for the bytes; time spent here is the link's stall."""
         if not self._done.is_set():
             start = time.perf_counter()
             self._done.wait()
-            self._link.telemetry.add("stalled_s", self._link.name, time.perf_counter() - start)
-        if self._error is not None:
-            raise self._error
+            self._link.telemetry.add("stalled_s", self.label, time.perf_counter() - start)
+        if self.error is not None:
+            raise self.error
 
-    def finish(self, error: BaseException | None = None) -> None:
-        """Called by the link when the transfer has ended."""
-        self._error = error
+    def end_part(self, error: BaseException | None) -> bool:
+        """Called by the link, which holds its lock, when a part has ended; True where it was the last.
+
+        A failed part does not end the transfer: others may still be writing to the same place.
+        """
+        self.error = self.error or error
+        self.parts_left -= 1
+        return self.parts_left == 0
+
+    def finish(self) -> None:
+        """Called by the link when all parts have ended."""
         self._done.set()
 
 
@@ -63,6 +74,7 @@ class _Job:
     priority: Priority
     number: int
     work: Callable[[], None] = field(compare=False)
+    nbytes: int = field(compare=False)
     ticket: Ticket = field(compare=False)
 
 
@@ -82,6 +94,8 @@ class Link:
         self._free_at = 0.0
         self._numbers = itertools.count()
         self._queue: list[_Job] = []
+        self._under_way = 0
+        self._busy_since = 0.0
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [
@@ -91,24 +105,37 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Callable[[], None], nbytes: int, priority: Priority) -> Ticket:
-        """Queue `work`, which moves `nbytes`; it runs on one of the link's threads."""
-        ticket = Ticket(self, nbytes)
+    def submit(self, parts: Sequence[Callable[[], None]], nbytes: int, priority: Priority) -> Ticket:
+        """Queue a transfer of `nbytes` in all, done in `parts` of about equal size, on the link's threads."""
+        ticket = Ticket(self, nbytes, priority, len(parts))
         with self._changed:
             if self._closed:
                 raise RuntimeError(f"link {self.name} is closed")
-            heapq.heappush(self._queue, _Job(priority, next(self._numbers), work, ticket))
-            self._changed.notify()
+            for n, work in enumerate(parts):
+                share = nbytes * (n + 1) // len(parts) - nbytes * n // len(parts)
+                heapq.heappush(self._queue, _Job(priority, next(self._numbers), work, share, ticket))
+            self._changed.notify(len(parts))
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
         """Let a queued transfer that was only foreseen go first: it is needed now."""
         with self._changed:
-            for job in self._queue:
-                if job.ticket is ticket and job.priority is not Priority.DEMAND:
-                    job.priority = Priority.DEMAND
-                    heapq.heapify(self._queue)
-                    return
+            found = [job for job in self._queue if job.ticket is ticket]
+            for job in found:
+                job.priority = Priority.DEMAND
+            if found:
+                heapq.heapify(self._queue)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Take a transfer off the queue, so that it never ends; False where it has begun."""
+        with self._changed:
+            kept = [job for job in self._queue if job.ticket is not ticket]
+            queued = len(self._queue) - len(kept)
+            if queued == 0 or queued < ticket.parts_left:
+                return False
+            heapq.heapify(kept)
+            self._queue = kept
+            return True
 
     def close(self) -> None:
         """End the threads; what is still queued fails."""
@@ -117,7 +144,7 @@ class Link:
             dropped, self._queue = self._queue, []
             self._changed.notify_all()
         for job in dropped:
-            job.ticket.finish(RuntimeError(f"link {self.name} was closed"))
+            self._end(job, RuntimeError(f"link {self.name} was closed"))
         for thread in self._threads:
             thread.join()
 
@@ -125,20 +152,36 @@ class Link:
         with self._changed:
             while not self._queue and not self._closed:
                 self._changed.wait()
-            return heapq.heappop(self._queue) if self._queue else None
+            if not self._queue:
+                return None
+            if self._under_way == 0:
+                self._busy_since = time.perf_counter()
+            self._under_way += 1
+            return heapq.heappop(self._queue)
 
     def _work(self) -> None:
         while (job := self._next()) is not None:
+            error: BaseException | None = None
             try:
                 started = time.perf_counter()
                 job.work()
-                self._pace(started, job.ticket.nbytes)
-            except BaseException as error:  # handed to whoever waits
-                job.ticket.finish(error)
-                continue
-            self.telemetry.add("moved_bytes", self.name, job.ticket.nbytes)
-            self.telemetry.add("moves", f"{self.name} {job.priority.name.lower()}")
-            job.ticket.finish()
+                self._pace(started, job.nbytes)
+                self.telemetry.add("moved_bytes", self.name, job.nbytes)
+            except BaseException as raised:  # handed to whoever waits
+                error = raised
+            with self._changed:
+                self._under_way -= 1
+                if self._under_way == 0:
+                    self.telemetry.add("busy_s", self.name, time.perf_counter() - self._busy_since)
+            self._end(job, error)
+
+    def _end(self, job: _Job, error: BaseException | None) -> None:
+        ticket = job.ticket
+        with self._changed:
+            is_last = ticket.end_part(error)
+        if is_last:
+            self.telemetry.add("failed" if ticket.error is not None else "moves", ticket.label)
+            ticket.finish()
 
     def _pace(self, started: float, nbytes: int) -> None:
         """Hold the link until the bytes would have arrived at its speed."""

@@ -44,13 +44,17 @@ class FileSlotLayout:
         self, slot: torch.Tensor, w1: PackedTensor, w3: PackedTensor, w2: PackedTensor, threads: int = 1
     ) -> ExpertWeights:
         """Copy an expert's weights into `slot` (uint8 `[nbytes]`) and return them as they lie there."""
-        expert = self.views(slot)
-        for weight, view in ((w1, expert.w1), (w3, expert.w3), (w2, expert.w2)):
-            assert weight.scales is not None
-            assert view.scales is not None
-            view.codes.copy_(weight.codes)
-            view.scales.copy_(weight.scales)
-        return expert
+        for number, weight in enumerate((w1, w3, w2)):
+            self.pack_matrix(slot, number, weight, threads)
+        return self.views(slot)
+
+    def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
+        """Copy one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
+        view = self.views(slot).matrices[number]
+        assert weight.scales is not None
+        assert view.scales is not None
+        view.codes.copy_(weight.codes)
+        view.scales.copy_(weight.scales)
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
         """The weights of the expert that lies in `slot`."""

@@ -151,7 +151,7 @@ def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
             f"{counts.hits[tier] / asked:.1%}" if tier in counts.hits else "",
             bytes_text(counts.moved_bytes.get(tier, 0) // run.tokens),
             f"{1e3 * bounds[tier] / run.tokens:.2f}" if tier in bounds else "",
-            f"{1e3 * counts.stalled_s.get(tier, 0.0) / run.tokens:.2f}",
+            f"{1e3 * counts.stalled_on(tier) / run.tokens:.2f}",
         )
         for tier in tiers
     ]

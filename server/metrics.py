@@ -121,14 +121,26 @@ def _movements(seen: Snapshot) -> Iterator[Metric]:
             family.add_metric([key], value)
         return family
 
+    def by_reason(name: str, text: str, values: Mapping[str, float]) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=["link", "reason"])
+        for key, value in values.items():
+            link, _, reason = key.rpartition(" ")
+            family.add_metric([link, reason], value)
+        return family
+
     yield counter("loci_expert_hits", "Expert uses by the tier that held the expert.", "tier", seen.hits)
     yield counter("loci_experts_computed", "Experts computed, by tier.", "tier", seen.computed)
-    yield counter("loci_link_bytes", "Bytes moved, by link.", "link", seen.moved_bytes)
-    yield counter("loci_link_transfers", "Transfers, by link and reason.", "transfer", seen.moves)
-    yield counter(
-        "loci_stall_seconds", "Time that computation waited for bytes, by link.", "link", seen.stalled_s
-    )
+    yield counter("loci_expert_evictions", "Experts that had to leave a tier.", "tier", seen.evictions)
     yield counter("loci_prefetched_experts", "Experts read ahead, by outcome.", "outcome", seen.prefetches)
+    slots = GaugeMetricFamily("loci_expert_slots_free", "Expert slots that hold nothing.", labels=["tier"])
+    for tier, free in seen.slots.items():
+        slots.add_metric([tier], free)
+    yield slots
+    yield counter("loci_link_bytes", "Bytes moved, by link.", "link", seen.moved_bytes)
+    yield counter("loci_link_busy_seconds", "Time in which a link moved bytes.", "link", seen.busy_s)
+    yield by_reason("loci_link_transfers", "Transfers, by link and reason.", seen.moves)
+    yield by_reason("loci_link_failures", "Transfers that failed, by link and reason.", seen.failed)
+    yield by_reason("loci_stall_seconds", "Time that computation waited for bytes.", seen.stalled_s)
     yield counter("loci_engram_rows", "Engram rows, by where they were found.", "rows", seen.rows)
 
 

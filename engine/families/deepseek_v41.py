@@ -278,10 +278,10 @@ class DeepseekV41(Model):
         experts = store.acquire(number, chosen)
         if number + 1 < config.num_hidden_layers and not store.holds_all(number + 1):
             guess, _ = self._route(self.weights.layers[number + 1], x)
-            store.prefetch(number + 1, guess.flatten().tolist())
-        routed = experts.run(x, weights, config.swiglu_limit)
-        shared = layer.shared_experts
-        return routed + swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
+            store.prefetch(number + 1, guess.t().flatten().tolist())  # every token's best choice first
+        shared = layer.shared_experts  # computed while missing experts arrive
+        y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
+        return experts.run(x, weights, config.swiglu_limit) + y
 
     def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`.

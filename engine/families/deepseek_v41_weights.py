@@ -23,7 +23,7 @@ from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.formats import Format
-from quant.kernels import ExpertWeights, Kernels, Weight
+from quant.kernels import Kernels, Weight
 from quant.packed import PackedTensor
 from quant.quantization_config import Role
 from quant.stored import FLOAT_DTYPES, unpack, unpack_bytes
@@ -150,28 +150,20 @@ class V41ExpertFiles:
     width: int
     format: Format
 
-    def entries(self, layer: int, expert: int) -> list[TensorEntry]:
-        """The tensors of one expert."""
-        names = self.checkpoint.entries
-        prefix = self._prefix(layer, expert)
-        return [names[f"{prefix}.{w}.{part}"] for w in ("w1", "w3", "w2") for part in ("weight", "scale")]
+    def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
+        """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""
+        name = self._name(layer, expert, number)
+        return [self.checkpoint.entries[f"{name}.{part}"] for part in ("weight", "scale")]
 
-    def weights(self, layer: int, expert: int, raw: dict[str, torch.Tensor]) -> ExpertWeights:
-        """The expert's matrices from the raw bytes of its tensors, by name."""
-        prefix = self._prefix(layer, expert)
+    def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
+        """The matrix from the raw bytes of its tensors, by name."""
+        name = self._name(layer, expert, number)
+        is_down = number == 2
+        shape = (self.hidden, self.width) if is_down else (self.width, self.hidden)
+        return unpack_bytes(self.format, shape, raw[f"{name}.weight"], raw[f"{name}.scale"])
 
-        def matrix(name: str, rows: int, cols: int) -> PackedTensor:
-            codes, scales = raw[f"{prefix}.{name}.weight"], raw[f"{prefix}.{name}.scale"]
-            return unpack_bytes(self.format, (rows, cols), codes, scales)
-
-        return ExpertWeights(
-            matrix("w1", self.width, self.hidden),
-            matrix("w3", self.width, self.hidden),
-            matrix("w2", self.hidden, self.width),
-        )
-
-    def _prefix(self, layer: int, expert: int) -> str:
-        return f"layers.{layer}.ffn.experts.{expert}"
+    def _name(self, layer: int, expert: int, number: int) -> str:
+        return f"layers.{layer}.ffn.experts.{expert}.{('w1', 'w3', 'w2')[number]}"
 
 
 def read_weights(

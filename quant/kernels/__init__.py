@@ -88,6 +88,11 @@ class ExpertWeights:
     w3: PackedTensor
     w2: PackedTensor
 
+    @property
+    def matrices(self) -> tuple[PackedTensor, PackedTensor, PackedTensor]:
+        """w1, w3 and w2."""
+        return self.w1, self.w3, self.w2
+
 
 class SlotLayout(Protocol):
     """How an expert's bytes lie in a slot of fixed size."""
@@ -101,6 +106,10 @@ class SlotLayout(Protocol):
         self, slot: torch.Tensor, w1: PackedTensor, w3: PackedTensor, w2: PackedTensor, threads: int = 1
     ) -> ExpertWeights:
         """Rearrange an expert's weights, as files have them, into `slot` (uint8 `[nbytes]`)."""
+        ...
+
+    def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
+        """Rearrange one of them: number 0 is w1, 1 is w3, 2 is w2."""
         ...
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:

@@ -204,12 +204,16 @@ class ExpertSlotLayout:
         threads: int = 1,
     ) -> ExpertWeights:
         """Rearrange an expert's weights into `slot` (uint8 `[nbytes]`) and return them as they lie there."""
-        expert = self.views(slot)
-        for weight, view in ((w1, expert.w1), (w3, expert.w3), (w2, expert.w2)):
-            if weight.shape != view.shape:
-                raise FormatError(f"expert weight of shape {weight.shape}, expected {view.shape}")
-            tile(weight, view.codes, threads)
-        return expert
+        for number, weight in enumerate((w1, w3, w2)):
+            self.pack_matrix(slot, number, weight, threads)
+        return self.views(slot)
+
+    def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
+        """Rearrange one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
+        view = self.views(slot).matrices[number]
+        if weight.shape != view.shape:
+            raise FormatError(f"expert weight of shape {weight.shape}, expected {view.shape}")
+        tile(weight, view.codes, threads)
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
         """The weights of the expert that lies in `slot`."""

@@ -114,7 +114,7 @@ def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:
     assert sum(seen.hits.values()) == sum(seen.computed.values())
     assert seen.moved_bytes["nvme"] % SLOT == 0
     assert seen.moved_bytes["vram:0"] >= 16 * SLOT
-    assert seen.stalled_s["nvme"] > 0
+    assert seen.stalled_on("nvme") > 0
     assert seen.moves["nvme demand"] >= seen.hits["nvme"]
 
 

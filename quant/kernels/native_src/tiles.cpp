@@ -189,6 +189,47 @@ void each_strip(const Matrix& m, uint8_t* panel, const Visit& visit) {
     }
 }
 
+// The scales of a strip: from a row of file layout each, `apart` bytes apart, to row beside row.
+template <class Field>
+void copy_scales(const uint8_t* file, int64_t apart, int groups, uint8_t* header) {
+    for (int f = 0; f < groups; ++f)
+        for (int r = 0; r < kPanelRows; ++r)
+            std::memcpy(header + (f * kPanelRows + r) * sizeof(Field), file + r * apart + f * sizeof(Field), sizeof(Field));
+}
+
+// A whole strip of four-bit codes: 32 rows of 64 bytes, a transposition of words that stays in the nearest cache.
+template <bool Swap>
+void copy_strip(const uint8_t* codes, int64_t apart, uint8_t* to) {
+    constexpr int kWords = 16;
+    for (int r = 0; r < kPanelRows; ++r) {
+        uint32_t words[kWords];
+        std::memcpy(words, codes + r * apart, sizeof words);
+        __builtin_prefetch(codes + r * apart + 256);  // rows are too many streams for the processor to foresee
+        for (uint32_t& word : words) word = pairs_to_panel(Swap ? swap_nibbles(word) : word);
+        for (int k = 0; k < kWords; ++k) std::memcpy(to + k * kSpan + 4 * r, words + k, 4);
+    }
+}
+
+// As the general way below, for what experts are mostly made of: a full panel, one scale a group, whole strips.
+bool tile_plain_four_bit(const Matrix& m, int64_t first, uint8_t* out) {
+    const Shape s = shape_of(m);
+    if (!scales_apart(m) || s.fields != 1 || m.rows - first < kPanelRows || m.cols % (s.strip_blocks * kBlock)) return false;
+    const FileRow row = file_row(m, first);
+    const int64_t scales_apart_by = scale_bytes(m), codes_apart_by = m.cols / 2;
+    const int groups = s.strip_blocks / s.group_blocks;
+    each_strip(m, out, [&](int64_t block, int, uint8_t* header, uint8_t* codes) {
+        const uint8_t* scales = row.scales + block / s.group_blocks * s.field_bytes;
+        switch (s.field_bytes) {
+            case 1: copy_scales<uint8_t>(scales, scales_apart_by, groups, header); break;
+            case 2: copy_scales<uint16_t>(scales, scales_apart_by, groups, header); break;
+            default: copy_scales<uint32_t>(scales, scales_apart_by, groups, header);
+        }
+        if (m.format == kNf4) copy_strip<true>(row.codes + block * 16, codes_apart_by, codes);
+        else copy_strip<false>(row.codes + block * 16, codes_apart_by, codes);
+    });
+    return true;
+}
+
 }  // namespace
 
 int64_t panel_bytes(const Matrix& m) { return kPanelRows * row_bytes(m); }
@@ -206,6 +247,7 @@ void tile_panel(const Matrix& m, int64_t panel, uint8_t* out) {
         }
         return;
     }
+    if (tile_plain_four_bit(m, first, out)) return;
     const int bits = shape_of(m).bits;
     each_strip(m, out, [&](int64_t block, int blocks, uint8_t* header, uint8_t* codes) {
         for (int r = 0; r < rows; ++r) {

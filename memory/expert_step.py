@@ -1,0 +1,170 @@
+"""One layer's experts for one batch: what is there is computed while what is missing arrives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from memory.shelf import Key, Place, Shelf
+from memory.transfer import Priority
+from quant.errors import BudgetError
+
+if TYPE_CHECKING:
+    from memory.expert_store import ExpertStore
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """An expert that this wave computes, and where it is or will be."""
+
+    expert: int
+    shelf: Shelf
+    place: Place
+
+
+class ExpertStep:
+    """One layer's experts for one batch, between `ExpertStore.acquire` and the sum of their outputs.
+
+    With fewer slots than the step needs experts, they are computed in waves.
+    """
+
+    def __init__(self, store: ExpertStore, layer: int, expert_ids: torch.Tensor, needed: list[int]) -> None:
+        self._store = store
+        self._layer = layer
+        self._ids = expert_ids
+        self._later = needed
+        self._now: list[_Taken] = []
+        for expert in needed:
+            found = store.find((layer, expert))
+            store.telemetry.add("hits", "nvme" if found is None else found[0].tier.name)
+        self._begin()
+
+    def run(self, x: torch.Tensor, weights: torch.Tensor, swiglu_limit: float) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`."""
+        tokens, top_k = self._ids.shape
+        outputs = torch.empty(tokens * top_k, x.shape[1], dtype=x.dtype)
+        try:
+            while self._now:
+                self._compute_wave(x, outputs, swiglu_limit)
+                self._release()
+                self._begin()
+        finally:
+            self._release()
+        return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(1)
+
+    def _key(self, expert: int) -> Key:
+        return self._layer, expert
+
+    def _begin(self) -> None:
+        """Take as many of the remaining experts as slots can be found for; start what must move."""
+        store = self._store
+        store.settle()
+        missing: list[int] = []
+        waiting: list[int] = []
+        in_dram: list[int] = []
+        for expert in self._later:  # what is here already must not make room for what is not
+            found = store.find(self._key(expert))
+            if found is None:
+                missing.append(expert)
+                continue
+            shelf, place = found
+            self._take(expert, shelf, place)
+            if place.foreseen:
+                place.foreseen = False
+                store.telemetry.add("prefetches", "used")
+            if place.is_moving:
+                store.hurry(place)
+            elif shelf is store.dram:
+                in_dram.append(expert)
+        for expert in missing:
+            if store.dram.arena.free > 0 or store.make_room(self._layer):
+                store.read(self._key(expert), Priority.DEMAND)
+                place = store.dram.by_layer[self._layer][expert]
+                self._take(expert, store.dram, place)
+            else:
+                waiting.append(expert)
+        self._later = waiting
+        if waiting and not self._now:
+            if not store.wait_for_room(self._layer):
+                raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
+            self._begin()
+            return
+        self._fetch_some(in_dram)
+        store.note_slots()
+
+    def _take(self, expert: int, shelf: Shelf, place: Place) -> None:
+        self._store.busy.add(self._key(expert))
+        self._now.append(_Taken(expert, shelf, place))
+
+    def _fetch_some(self, in_dram: list[int]) -> None:
+        """Move the most valuable of the experts in DRAM to cards, as many as the cost model says."""
+        store = self._store
+        if not store.cards or not in_dram:
+            return
+        ranked = sorted(in_dram, key=lambda e: -store.worth(self._key(e)))
+        speeds = [shelf.tier.link_bytes_per_s or float("inf") for shelf in store.cards]
+        for expert in ranked[: fetch_count(len(ranked), sum(speeds), store.cpu_bytes_per_s)]:
+            store.move_to_card(self._key(expert))
+        self._now = [_Taken(taken.expert, *self._where(taken)) for taken in self._now]
+
+    def _where(self, taken: _Taken) -> tuple[Shelf, Place]:
+        return self._store.find(self._key(taken.expert)) or (taken.shelf, taken.place)
+
+    def _compute_wave(self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float) -> None:
+        """Compute what is here, again and again, until everything has arrived."""
+        left = self._now
+        while left:
+            here = [taken for taken in left if not taken.place.is_moving]
+            if not here:
+                self._wait(left[0])
+                continue
+            left = [taken for taken in left if not any(taken is other for other in here)]
+            for taken in here:
+                self._wait(taken)  # raises where the bytes did not come
+            for shelf in {id(taken.shelf): taken.shelf for taken in here}.values():
+                self._compute(shelf, [t for t in here if t.shelf is shelf], x, outputs, swiglu_limit)
+
+    def _wait(self, taken: _Taken) -> None:
+        """Wait for an expert's bytes. A read that was only foreseen may fail: then it is tried again."""
+        ticket = taken.place.ticket
+        if ticket is None:
+            return
+        try:
+            ticket.wait()
+        except Exception:
+            if not ticket.was_foreseen:
+                raise
+            self._store.read_into(self._key(taken.expert), taken.place, Priority.DEMAND).wait()
+
+    def _compute(
+        self,
+        shelf: Shelf,
+        experts: list[_Taken],
+        x: torch.Tensor,
+        outputs: torch.Tensor,
+        swiglu_limit: float,
+    ) -> None:
+        """Outputs of experts of one tier for the tokens that chose them, into their rows of `outputs`."""
+        layout = self._store.layout
+        weights = {t.expert: layout.views(shelf.arena.slot(t.place.slot)) for t in experts}
+        flat = self._ids.flatten()
+        rows = torch.isin(flat, torch.tensor(list(weights))).nonzero().squeeze(1)
+        ids = flat[rows].unsqueeze(1)  # [rows, 1]
+        ones = torch.ones(len(rows), 1)
+        inputs = x[rows // self._ids.shape[1]]
+        outputs[rows] = self._store.kernels.moe(inputs, ids, ones, weights, swiglu_limit)
+        self._store.telemetry.add("computed", shelf.tier.name, len(experts))
+
+    def _release(self) -> None:
+        """These experts may leave again."""
+        self._store.busy.difference_update(self._key(taken.expert) for taken in self._now)
+        self._now = []
+
+
+def fetch_count(missing: int, link_bytes_per_s: float, cpu_bytes_per_s: float) -> int:
+    """How many of `missing` experts in DRAM to move to cards so that links and CPU finish together."""
+    if link_bytes_per_s == float("inf"):
+        return missing
+    return round(missing * link_bytes_per_s / (link_bytes_per_s + cpu_bytes_per_s))
