@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections.abc import Iterator
 from collections.abc import Sequence as Ids
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from engine.detokenizer import Detokenizer
 from engine.generation import FinishReason, TokenLogprob
 from engine.model import Batch, KvCache, Model, Segment
+from engine.prefix_cache import PrefixCache, PrefixStats
 from engine.sampler import Sampler, token_logprobs
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Chunk, Scheduler
@@ -26,6 +29,9 @@ from memory.hardware import available_memory_bytes
 from quant.errors import BudgetError, CapacityError, LociError, RequestError
 
 logger = logging.getLogger("loci.engine")
+
+# The state within a long prompt is saved after so many tokens, for prompts that only begin like it.
+SAVE_EVERY = 2048
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class EngineStats:
     kv_tokens_used: int
     kv_tokens_capacity: int
     kv_bytes: int
+    prefixes: PrefixStats | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,8 @@ class Engine:
 
     max_sequences run together, each of at most `max_context` tokens (prompt and answer); the cache
     for them is allocated here. A step computes at most `prefill_chunk` tokens. More than
-    `max_waiting` queued sequences are refused.
+    `max_waiting` queued sequences are refused. States of prompts and answers are kept for later
+    prompts that begin alike, in up to `prefix_cache_bytes`; 0 keeps none.
     """
 
     def __init__(
@@ -66,12 +74,14 @@ class Engine:
         max_context: int,
         prefill_chunk: int = 512,
         max_waiting: int = 256,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._max_context = min(max_context, model.info.max_context)
         self._max_waiting = max_waiting
-        self._cache = _allocate_cache(model, max_sequences, self._max_context)
+        self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
+        self._prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
         self._scheduler = Scheduler(max_sequences, prefill_chunk)
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
@@ -106,9 +116,12 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
-    def submit(self, prompt_ids: Ids[int], params: SamplingParams, on_output: OnOutput) -> Ticket:
+    def submit(
+        self, prompt_ids: Ids[int], params: SamplingParams, on_output: OnOutput, *, cache_salt: str = ""
+    ) -> Ticket:
         """Queue a sequence; `on_output` is called from the engine's thread with each Output.
 
+        Cached prefixes are shared by sequences of the same `cache_salt` only.
         Raises RequestError where the prompt is empty, has ids outside the vocabulary or does not
         leave room for a token (code `context_length_exceeded`), CapacityError where the queue is full.
         """
@@ -128,6 +141,7 @@ class Engine:
             sampler=Sampler(params, ids, vocab_size),
             detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop),
             on_output=on_output,
+            cache_salt=cache_salt,
         )
         with self._wake:
             if self._stopping or not self.is_alive:
@@ -158,6 +172,7 @@ class Engine:
             kv_tokens_used=sum(s.computed for s in running),
             kv_tokens_capacity=self._cache.slots * self._cache.capacity,
             kv_bytes=self._cache.nbytes,
+            prefixes=None if self._prefixes is None else self._prefixes.stats,
         )
 
     def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
@@ -210,27 +225,46 @@ class Engine:
         return not stopping
 
     def _step(self) -> None:
-        """Schedule, run, report. A failed step fails the sequences that were in it, no others."""
-        chunks, admitted = self._scheduler.next_chunks()
-        for sequence in admitted:
-            assert sequence.slot is not None
-            self._cache.reset(sequence.slot)
+        """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
+        for sequence in self._scheduler.admit():
+            with self._failing_alone(sequence):
+                self._begin(sequence)
+        chunks = self._scheduler.next_chunks()
         if not chunks:
             return
         try:
             batch, counts = _assemble(chunks)
             logits = self.model.forward(batch, self._cache)
-            self._steps += 1
-            start = 0
-            for chunk, count in zip(chunks, counts, strict=True):
-                self._advance(chunk, logits[start : start + count])
-                start += count
         except Exception as error:
             logger.exception("a step failed")
-            reason = str(error) if isinstance(error, LociError) else f"{type(error).__name__} in the engine"
             for chunk in chunks:
-                if chunk.sequence.finish_reason is None:
-                    self._end(chunk.sequence, FinishReason.ERROR, reason)
+                self._end(chunk.sequence, FinishReason.ERROR, _reason(error))
+            return
+        self._steps += 1
+        for chunk, rows in zip(chunks, torch.split(logits, counts), strict=True):
+            with self._failing_alone(chunk.sequence):
+                self._advance(chunk, rows)
+
+    @contextmanager
+    def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
+        """What goes wrong inside ends `sequence` and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            logger.exception("sequence %d failed", sequence.sequence_id)
+            self._end(sequence, FinishReason.ERROR, _reason(error))
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Fill the slot of an admitted sequence with what is known of its prompt."""
+        assert sequence.slot is not None
+        self._cache.reset(sequence.slot)
+        if self._prefixes is None or sequence.params.prompt_logprobs is not None:
+            return  # log probabilities of the prompt need all of it computed
+        prefix = self._prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
+        sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
+        sequence.parting = prefix.parting
+        if prefix.logits is not None:
+            self._take_token(sequence, prefix.logits)
 
     def _advance(self, chunk: Chunk, logits: torch.Tensor) -> None:
         """Count what was computed; sample where the prompt is complete. logits `[wanted, vocab]`."""
@@ -248,20 +282,36 @@ class Engine:
                     params.prompt_logprobs,
                 )
             if sequence.is_prefilling:
+                if sequence.computed == sequence.parting or sequence.computed >= sequence.saved + SAVE_EVERY:
+                    self._save_prefix(sequence)
                 return
-        last = logits[-1]
-        token = sequence.sampler.sample(last)
+            self._save_prefix(sequence, logits[-1])
+        self._take_token(sequence, logits[-1])
+
+    def _take_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Sample the next token from logits `[vocab]` and report it."""
+        params = sequence.params
+        token = sequence.sampler.sample(logits)
         self._generated_tokens += 1
         logprobs: list[TokenLogprob] = []
         if params.logprobs is not None:
-            logprobs = token_logprobs(last.unsqueeze(0), torch.tensor([token]), params.logprobs)
+            logprobs = token_logprobs(logits.unsqueeze(0), torch.tensor([token]), params.logprobs)
         sequence.append(token, tuple(logprobs))
         if sequence.finish_reason is not None:
+            self._save_prefix(sequence)
             self._forget(sequence)
+
+    def _save_prefix(self, sequence: Sequence, logits: torch.Tensor | None = None) -> None:
+        """Keep the state of a sequence as it is now; `logits` `[vocab]` are those behind it."""
+        if self._prefixes is not None and sequence.slot is not None:
+            tokens = sequence.token_ids[: sequence.computed]
+            self._prefixes.save(sequence.slot, tokens, sequence.cache_salt, logits)
+            sequence.saved = sequence.computed
 
     def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         self._forget(sequence)
-        sequence.finish(reason, error=error)
+        if sequence.finish_reason is None:
+            sequence.finish(reason, error=error)
 
     def _forget(self, sequence: Sequence) -> None:
         with self._wake:
@@ -272,13 +322,19 @@ class Engine:
         self._scheduler.release(sequence)
 
 
-def _allocate_cache(model: Model, slots: int, capacity: int) -> KvCache:
-    """The cache for `slots` sequences; refused where it would not fit. Raises BudgetError."""
+def _reason(error: Exception) -> str:
+    """What the clients of a failed sequence are told; the log has the rest."""
+    return str(error) if isinstance(error, LociError) else f"{type(error).__name__} in the engine"
+
+
+def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) -> KvCache:
+    """The cache for `slots` sequences, beside which prefixes must find room. Raises BudgetError."""
     needed, available = model.cache_bytes(slots, capacity), available_memory_bytes()
-    if needed > available:
+    if needed + prefix_bytes > available:
         raise BudgetError(
-            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB, "
-            f"{available / 1e9:.1f} GB of memory are free; lower --max-model-len or --max-num-seqs"
+            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB, that of "
+            f"prefixes {prefix_bytes / 1e9:.1f} GB; {available / 1e9:.1f} GB of memory are free; "
+            "lower --max-model-len, --max-num-seqs or --prefix-cache"
         )
     return model.new_cache(slots, capacity)
 

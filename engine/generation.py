@@ -36,6 +36,7 @@ class Output:
     error       what went wrong, where finish_reason is ERROR
     stop_match  the stop string or stop token id that ended it
     queue_s     in the first Output: seconds from submission until the prompt was first computed
+    cached_tokens    in the first Output: tokens of the prompt that did not have to be computed
     """
 
     text: str = ""
@@ -46,3 +47,4 @@ class Output:
     error: str | None = None
     stop_match: str | int | None = None
     queue_s: float | None = None
+    cached_tokens: int | None = None

@@ -112,6 +112,24 @@ class KvCache(ABC):
         """Count the segment's tokens as held; called when every layer has stored them."""
         self._lengths[segment.slot] += segment.length
 
+    def resume(self, slot: int, length: int) -> None:
+        """Count the first `length` tokens as held: `appended` and `recent` of the slot were filled in."""
+        self._lengths[slot] = length
+
+    @abstractmethod
+    def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
+        """What stays as it is once it is written: (tokens to a row, view `[rows, ...]`) for each part.
+
+        A row is complete once the slot holds all its tokens.
+        """
+
+    @abstractmethod
+    def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
+        """Views of all else that a slot of `length` tokens needs to go on; later tokens overwrite it.
+
+        Empty where rows are all that a slot has: then it can go on from any earlier length.
+        """
+
     @property
     @abstractmethod
     def nbytes(self) -> int:

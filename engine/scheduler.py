@@ -39,8 +39,8 @@ class Scheduler:
         """Queue a sequence."""
         self.waiting.append(sequence)
 
-    def next_chunks(self) -> tuple[list[Chunk], list[Sequence]]:
-        """Chunks of the next step (none when idle), and the sequences that were just given a slot."""
+    def admit(self) -> list[Sequence]:
+        """Give free slots to waiting sequences; returns those that now run."""
         admitted = []
         while self.waiting and self._free:
             sequence = self.waiting.popleft()
@@ -48,15 +48,20 @@ class Scheduler:
             sequence.queue_s = time.perf_counter() - sequence.submitted_s
             self.running.append(sequence)
             admitted.append(sequence)
-        decodes = [s for s in self.running if not s.is_prefilling]
-        chunks = [Chunk(s, 1) for s in decodes]
+        return admitted
+
+    def next_chunks(self) -> list[Chunk]:
+        """Chunks of the next step; none when idle."""
+        chunks = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
         budget = max(self.token_budget - len(chunks), 1)
         for sequence in self.running:
             if sequence.is_prefilling and budget > 0:
-                length = min(len(sequence.pending), budget)
+                length = min(sequence.pending, budget)
+                if sequence.parting is not None and sequence.parting > sequence.computed:
+                    length = min(length, sequence.parting - sequence.computed)
                 chunks.append(Chunk(sequence, length))
                 budget -= length
-        return chunks, admitted
+        return chunks
 
     def release(self, sequence: Sequence) -> None:
         """Take a finished sequence out, wherever it is; its slot is free from now on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field, replace
 
 from engine.detokenizer import Detokenizer
@@ -23,7 +22,8 @@ class Sequence:
     """A prompt and the answer that grows behind it.
 
     computed counts the tokens that the cache holds; slot is the cache slot, None while waiting.
-    `max_tokens` is what the parameters and the context leave room for.
+    `max_tokens` is what the parameters and the context leave room for. Of the prompt, `cached_tokens`
+    came from the prefix cache; the prefill stops at `parting`, for the state there to be saved.
     """
 
     sequence_id: int
@@ -34,11 +34,15 @@ class Sequence:
     sampler: Sampler
     detokenizer: Detokenizer
     on_output: OnOutput
+    cache_salt: str = ""
     prompt_length: int = field(init=False)
     submitted_s: float = field(default_factory=time.perf_counter)
     queue_s: float | None = None
     slot: int | None = None
     computed: int = 0
+    cached_tokens: int = 0
+    parting: int | None = None
+    saved: int = 0  # tokens of the newest state that the prefix cache was given
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _reported: bool = False
@@ -49,9 +53,9 @@ class Sequence:
             self.prompt_logprobs.append(None)  # nothing predicts the first token
 
     @property
-    def pending(self) -> Ids[int]:
-        """Tokens the cache does not hold yet: the rest of the prompt, or the newest token."""
-        return self.token_ids[self.computed :]
+    def pending(self) -> int:
+        """How many tokens the cache does not hold yet: the rest of the prompt, or the newest token."""
+        return len(self.token_ids) - self.computed
 
     @property
     def is_prefilling(self) -> bool:
@@ -87,8 +91,8 @@ class Sequence:
         stop_match: str | int | None = None,
         error: str | None = None,
     ) -> None:
-        """Report the last Output, with all text that was held back."""
-        if not isinstance(stop_match, str):
+        """Report the last Output, with all text that was held back (unless there was an error)."""
+        if error is None and not isinstance(stop_match, str):
             piece = self.detokenizer.finish()
             text += piece.text
             if piece.stop is not None:
@@ -100,7 +104,12 @@ class Sequence:
         if not self._reported:
             self._reported = True
             prompt_logprobs = None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs)
-            output = replace(output, prompt_logprobs=prompt_logprobs, queue_s=self.queue_s)
+            output = replace(
+                output,
+                prompt_logprobs=prompt_logprobs,
+                queue_s=self.queue_s,
+                cached_tokens=self.cached_tokens,
+            )
         try:
             self.on_output(output)
         except Exception:  # a reader's fault must not fail the others in the step

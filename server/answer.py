@@ -35,6 +35,7 @@ class Answer:
     ) -> None:
         self.index = index
         self.tokens = 0
+        self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.stop_match: str | int | None = None
         self.calls: list[Call] = []
@@ -70,6 +71,7 @@ class Answer:
     def take(self, output: Output) -> list[MessageDelta]:
         """What `output` adds to the message."""
         self._count(output.token_ids)
+        self.cached_tokens += output.cached_tokens or 0
         self._logprobs += output.logprobs
         deltas = list(self._parser.push(output.text))
         if output.finish_reason is not None:

@@ -82,6 +82,7 @@ def usage(counts: Counts) -> dict[str, Any]:
         "prompt_tokens": counts.prompt,
         "completion_tokens": counts.generated,
         "total_tokens": counts.prompt + counts.generated,
+        "prompt_tokens_details": {"cached_tokens": counts.cached},
         "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
     }
 

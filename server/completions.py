@@ -74,15 +74,19 @@ class CompletionReply(Reply):
     @property
     def counts(self) -> Counts:
         """Tokens of all prompts and all answers so far."""
+        cached = [choice.cached_tokens for choice in self._choices]
+        n = self._request.choices  # answers to one prompt, which is counted once
         return Counts(
             prompt=sum(len(prompt.token_ids) for prompt in self._prompts),
             generated=sum(choice.tokens for choice in self._choices),
+            cached=sum(min(cached[i : i + n]) for i in range(0, len(cached), n)),
         )
 
     def submit_to(self, generation: Generation) -> None:
         """Submit one sequence per choice. Raises what Generation.submit raises."""
         for choice in self._choices:
-            generation.submit(choice.prompt.token_ids, self._sampling(choice.index))
+            salt = self._request.cache_salt or ""
+            generation.submit(choice.prompt.token_ids, self._sampling(choice.index), salt)
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""
@@ -137,6 +141,7 @@ class CompletionReply(Reply):
             prompt_logprobs = output.prompt_logprobs or ()
             tokens += list(zip(choice.prompt.token_ids, prompt_logprobs, strict=False))[choice.prompt.added :]
         choice.has_begun = True
+        choice.cached_tokens += output.cached_tokens or 0
         if not self._scores_only:
             text += output.text
             tokens += [(token.token_id, token) for token in output.logprobs]
@@ -167,5 +172,6 @@ class _Choice:
     prompt: TokenizedPrompt
     logprobs: CompletionLogprobs
     tokens: int = 0
+    cached_tokens: int = 0
     has_begun: bool = False
     finish_reason: str | None = None

@@ -34,11 +34,11 @@ class Generation:
         self._timeout: ApiError | None = None
         self._alarm = None if timeout_s is None else self._loop.call_later(timeout_s, self._expire, timeout_s)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str = "") -> None:
         """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
         index = self._submitted
         on_output = partial(self._on_output, index, SequenceTimer(self._metrics))
-        self._running[index] = self._engine.submit(prompt_ids, params, on_output)
+        self._running[index] = self._engine.submit(prompt_ids, params, on_output, cache_salt=cache_salt)
         self._submitted += 1
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
@@ -108,4 +108,5 @@ def _join(first: Output, then: Output) -> Output:
         finish_reason=then.finish_reason,
         error=then.error,
         stop_match=then.stop_match,
+        cached_tokens=first.cached_tokens,
     )

@@ -101,12 +101,25 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "loci_kv_tokens_capacity", "Tokens that the KV cache has room for.", now.kv_tokens_capacity
         )
+        prefixes = now.prefixes
+        if prefixes is not None:
+            for name, text, count in (
+                ("queries", "Prompts looked up among known prefixes.", prefixes.queries),
+                ("hits", "Prompts of which some was known.", prefixes.hits),
+                ("tokens", "Prompt tokens that did not have to be computed.", prefixes.cached_tokens),
+                ("evictions", "States given up for newer ones.", prefixes.evictions),
+            ):
+                yield CounterMetricFamily(f"loci_prefix_cache_{name}", text, count)
+            yield GaugeMetricFamily("loci_prefix_cache_bytes", "Bytes of prefixes.", prefixes.nbytes)
+            yield GaugeMetricFamily(
+                "loci_prefix_cache_budget_bytes", "Bytes that prefixes may take.", prefixes.budget_bytes
+            )
         tiers = GaugeMetricFamily(
             "loci_tier_memory_bytes", "Bytes in a memory tier, by what they hold.", labels=["tier", "content"]
         )
         for tier, nbytes in self._model.tier_bytes.items():
             tiers.add_metric([tier, "weights"], nbytes)
-        tiers.add_metric(["dram", "kv"], now.kv_bytes)
+        tiers.add_metric(["dram", "kv"], now.kv_bytes + (prefixes.nbytes if prefixes is not None else 0))
         yield tiers
         if self._model.telemetry is not None:
             yield from _movements(self._model.telemetry.snapshot())

@@ -92,6 +92,7 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
+    cache_salt: str | None = Field(None, max_length=256)
 
     @model_validator(mode="before")
     @classmethod

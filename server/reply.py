@@ -22,11 +22,13 @@ END_OF_REASONING = "</think>"
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of a request: those of the prompt, and those generated, of which some are reasoning."""
+    """Tokens of a request: of the prompt (`cached` ones were not computed again), and generated (of which
+    some are reasoning)."""
 
     prompt: int
     generated: int
     reasoning: int = 0
+    cached: int = 0
 
 
 class Reply(ABC):
@@ -82,11 +84,13 @@ class ConversationReply(Reply):
             prompt=len(self._prompt.token_ids),
             generated=sum(answer.tokens for answer in self.answers),
             reasoning=sum(answer.reasoning_tokens for answer in self.answers),
+            cached=min(answer.cached_tokens for answer in self.answers),
         )
 
     def submit_to(self, generation: Generation) -> None:
         for answer in self.answers:
-            generation.submit(self._prompt.token_ids, self._sampling(answer.index))
+            salt = self._request.cache_salt or ""
+            generation.submit(self._prompt.token_ids, self._sampling(answer.index), salt)
 
     async def pieces(self, generation: Generation) -> AsyncIterator[tuple[Answer, list[MessageDelta]]]:
         """Each answer that grew, with what was added to it."""

@@ -15,6 +15,7 @@ from engine.loader import Loaded, default_model_path, load
 from engine.model import Model
 from memory.budget import MemoryBudget
 from memory.hardware import available_memory_bytes
+from memory.profiles import parse_bytes
 from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
 from server.generation import Generation
@@ -28,6 +29,8 @@ log = logging.getLogger("loci")
 DEFAULT_CONTEXT = 8192
 LEAST_CONTEXT = 512
 KV_SHARE = 0.25
+# Share of the memory left by weights and KV cache that prefixes may take.
+PREFIX_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,18 @@ def bring_up(settings: Settings) -> Served:
     """
     path = (settings.model or default_model_path()).resolve()
     name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    prefix_bytes = _parsed_prefix_cache(settings)
+    free_bytes = available_memory_bytes()
     loaded = load(path, MemoryBudget.of_this_machine(settings.dram_budget, settings.devices))
     longest = loaded.model.info.max_context
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if context > longest:
         raise ConfigError(f"max_model_len is {context}, but {name} was made for {longest} tokens")
+    if prefix_bytes is None:
+        # Weights and KV cache may not have been touched yet, so the system does not count them all.
+        weights, kv = loaded.model.tier_bytes, loaded.model.cache_bytes(settings.max_num_seqs, context)
+        left = min(free_bytes - sum(weights.values()) - kv, available_memory_bytes())
+        prefix_bytes = max(0, int(left * PREFIX_SHARE))
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
@@ -68,6 +78,7 @@ def bring_up(settings: Settings) -> Served:
         max_context=context,
         prefill_chunk=settings.prefill_chunk,
         max_waiting=settings.max_waiting,
+        prefix_cache_bytes=prefix_bytes,
     )
     engine.start()
     return Served(name, loaded, engine)
@@ -80,6 +91,14 @@ def _modest_context(model: Model, sequences: int) -> int:
     while context > LEAST_CONTEXT and model.cache_bytes(sequences, context) > room:
         context //= 2
     return context
+
+
+def _parsed_prefix_cache(settings: Settings) -> int | None:
+    """Bytes that prefixes may take, None where nothing is said. Raises ConfigError."""
+    text = settings.prefix_cache
+    if text is None:
+        return None
+    return 0 if text.strip() == "0" else parse_bytes(text)
 
 
 class Service:

@@ -49,6 +49,11 @@ class Settings(BaseSettings):
     prefill_chunk: int = Field(
         512, ge=1, description="Prompt tokens computed per step, so that long prompts do not stall answers."
     )
+    prefix_cache: str | None = Field(
+        None,
+        description="Memory for the state of earlier prompts and answers, like 2GiB, so that prompts which "
+        "begin like them skip that part; 0 turns it off. Default: a tenth of what is left.",
+    )
     dram_budget: str | None = Field(
         None,
         description="Memory that weights may take, like 16GiB; what does not fit is read from disk when it "

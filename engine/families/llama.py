@@ -49,6 +49,12 @@ class LlamaCache(KvCache):
     def nbytes(self) -> int:
         return self._held.nbytes
 
+    def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
+        return tuple((1, layer[:, slot].permute(2, 0, 1, 3)) for layer in self._held.unbind(1))
+
+    def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
+        return ()
+
     def extend(
         self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -82,6 +82,22 @@ class SparseCache(KvCache):
     def nbytes(self) -> int:
         return self.shape.nbytes(self.slots, self.capacity)
 
+    def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
+        return tuple(
+            (source.ratio, rows[slot])
+            for source in self.sources.values()
+            for rows in (source.entries, source.index_keys)
+        )
+
+    def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
+        unfinished = [
+            rows[slot, : length % source.ratio]
+            for source in self.sources.values()
+            for rows in (source.open_kv, source.open_gate)
+        ]
+        window = self.windows[:, slot, : min(length, self.shape.window)]
+        return window, *unfinished, self.history[slot]
+
     def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
         window = self.shape.window

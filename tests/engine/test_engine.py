@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,47 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from engine.engine import Engine, Ticket
-from engine.generation import FinishReason, Output
+from engine.generation import FinishReason
 from engine.loader import Loaded, load
 from engine.sampling_params import SamplingParams
 from quant.errors import BudgetError, CapacityError, RequestError
 from tests.conftest import golden_path
-
-PATIENCE_S = 60
-
-
-class Answer:
-    """Collects the Outputs of one sequence and waits for its end."""
-
-    def __init__(self) -> None:
-        self.outputs: list[Output] = []
-        self._changed = threading.Condition()
-
-    def __call__(self, output: Output) -> None:
-        with self._changed:
-            self.outputs.append(output)
-            self._changed.notify_all()
-
-    def wait(self) -> Answer:
-        with self._changed:
-            assert self._changed.wait_for(lambda: self.finish_reason is not None, PATIENCE_S)
-        return self
-
-    def wait_for_tokens(self, count: int) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: len(self.token_ids) >= count, PATIENCE_S)
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.outputs[-1].finish_reason if self.outputs else None
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [i for output in self.outputs for i in output.token_ids]
-
-    @property
-    def text(self) -> str:
-        return "".join(output.text for output in self.outputs)
+from tests.engine.answers import Answer
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +212,7 @@ def test_counters_add_up(engine: Engine) -> None:
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(loaded: Loaded) -> None:
-    with pytest.raises(BudgetError, match="lower --max-model-len or --max-num-seqs"):
+    with pytest.raises(BudgetError, match="lower --max-model-len, --max-num-seqs or --prefix-cache"):
         Engine(loaded.model, loaded.tokenizer, max_sequences=10**9, max_context=2000)
 
 

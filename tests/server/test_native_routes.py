@@ -80,6 +80,8 @@ def test_metrics_are_what_prometheus_reads(server: LociServer, http: httpx.Clien
     assert server.metric("loci_tier_memory_bytes", tier="dram", content="weights") > 1e6
     assert server.metric("loci_tier_memory_bytes", tier="dram", content="kv") > 1e5
     assert server.metric("loci_kv_tokens_capacity") == 4 * 2048
+    assert server.metric("loci_prefix_cache_queries_total") > 0
+    assert 0 < server.metric("loci_prefix_cache_bytes") < server.metric("loci_prefix_cache_budget_bytes")
 
 
 def test_unknown_paths_share_one_label(server: LociServer, http: httpx.Client) -> None:

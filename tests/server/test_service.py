@@ -32,7 +32,9 @@ class PlayedEngine:
         self._play = play
         self.aborted: list[Ticket] = []
 
-    def submit(self, prompt_ids: list[int], params: object, on_output: OnOutput) -> Ticket:
+    def submit(
+        self, prompt_ids: list[int], params: object, on_output: OnOutput, *, cache_salt: str
+    ) -> Ticket:
         self._play(on_output)
         return Ticket(1)
 
