@@ -83,17 +83,20 @@ class KvCache(ABC):
     """State of up to `slots` sequences of up to `capacity` tokens; allocated once, of fixed size.
 
     A slot is empty after `reset`; `forward` appends to it. Positions must follow each other: the
-    `start` of a segment is the number of tokens that its slot holds.
+    `start` of a segment is the number of tokens that its slot holds. Of its last tokens, a slot can
+    give back `margin`.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
         self.slots = slots
         self.capacity = capacity
+        self.margin = margin
         self._lengths = [0] * slots
+        self._shortest = [0] * slots
 
     def reset(self, slot: int) -> None:
         """Forget the sequence in `slot`."""
-        self._lengths[slot] = 0
+        self.resume(slot, 0, 0)
 
     def length(self, slot: int) -> int:
         """Tokens that `slot` holds."""
@@ -111,10 +114,17 @@ class KvCache(ABC):
     def advance(self, segment: Segment) -> None:
         """Count the segment's tokens as held; called when every layer has stored them."""
         self._lengths[segment.slot] += segment.length
+        shortest = self._lengths[segment.slot] - self.margin
+        self._shortest[segment.slot] = max(self._shortest[segment.slot], shortest)
 
-    def resume(self, slot: int, length: int) -> None:
-        """Count the first `length` tokens as held: `appended` and `recent` of the slot were filled in."""
-        self._lengths[slot] = length
+    def shortest(self, slot: int) -> int:
+        """The least length that the sequence in `slot` can be taken back to."""
+        return self._shortest[slot]
+
+    def resume(self, slot: int, length: int, shortest: int) -> None:
+        """Count the first `length` tokens as held, behind whatever `appended` and `recent` were filled
+        with; that can be taken back to `shortest`."""
+        self._lengths[slot], self._shortest[slot] = length, shortest
 
     @abstractmethod
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
@@ -125,10 +135,7 @@ class KvCache(ABC):
 
     @abstractmethod
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        """Views of all else that a slot of `length` tokens needs to go on; later tokens overwrite it.
-
-        Empty where rows are all that a slot has: then it can go on from any earlier length.
-        """
+        """Views of all else that a slot of `length` tokens holds; later tokens overwrite it."""
 
     @property
     @abstractmethod

@@ -56,7 +56,7 @@ class _Node:
     """An edge of the tree and its end.
 
     rows has what the cache appended for `tokens`, which begin at position `start`; recent what it
-    held at the end besides, None where only rows are known.
+    held at the end besides, None where only rows are known. That can be taken back to `shortest`.
     """
 
     start: int
@@ -64,6 +64,7 @@ class _Node:
     rows: Saved
     parent: _Node | None
     recent: Saved | None = None
+    shortest: int = 0
     logits: torch.Tensor | None = None
     children: dict[int, _Node] = field(default_factory=dict)
 
@@ -81,6 +82,18 @@ class _Node:
         return self.tokens.nbytes + sum(t.nbytes for t in self.rows)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A node on the way through the tree, and how many tokens of its edge were gone along."""
+
+    node: _Node
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.node.start + self.count
+
+
 class PrefixCache:
     """Saves and restores the state of a cache's slots, within `budget_bytes`; the least recently used
     goes first. Used by one thread; `stats` may be read by others.
@@ -91,7 +104,6 @@ class PrefixCache:
     def __init__(self, cache: KvCache, budget_bytes: int) -> None:
         self._cache = cache
         self._budget_bytes = budget_bytes
-        self._resumes_anywhere = not cache.recent(0, 0)
         self._roots: dict[str, _Node] = {}
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # nodes one can go on from, oldest use first
         self._nbytes = 0
@@ -113,24 +125,18 @@ class PrefixCache:
         ids = np.asarray(prompt, dtype=np.int32)
         path = self._walk(ids, salt)
         last = len(ids) - 1
-        shared = path[-1][0].start + path[-1][1] if path else 0
-        ends = [n for n, count in path if n.recent is not None and count == len(n.tokens)]
-        end = next((n for n in reversed(ends) if n.stop <= last or n.logits is not None), None)
-        length = end.stop if end is not None else 0
-        if self._resumes_anywhere and length <= last:
-            length = min(shared, last)
-            end = next((node for node, _ in path if node.stop >= length), None)
+        shared = path[-1].stop if path else 0
+        end, length = self._best_end(path, ids)
         parting = min(shared, last)
-        if length == 0 or end is None:
-            return Prefix(0, None, self._worth_saving(parting, 0))
+        is_worth_saving = parting - length >= LEAST_GAIN
+        if end is None:
+            return Prefix(0, None, parting if is_worth_saving else None)
         self._hits += 1
         self._cached_tokens += length
-        self._load(slot, [node for node, _ in path if node.start < length], length)
-        if self._resumes_anywhere and end.recent is None:
-            end.recent = ()
-        self._ends[end] = None
+        self._load(slot, path, end, length)
         self._ends.move_to_end(end)
-        return Prefix(length, end.logits if length > last else None, self._worth_saving(parting, length))
+        logits = end.logits if length > last else None
+        return Prefix(length, logits, parting if is_worth_saving else None)
 
     def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
         """Keep the state of `slot`, which holds just `tokens`; `logits` `[vocab]` are those behind them.
@@ -144,30 +150,53 @@ class PrefixCache:
             return
         while True:
             path = self._walk(ids, salt)
-            node, count = path[-1] if path else (None, 0)
-            shared = node.start + count if node is not None else 0
-            if node is not None and shared == len(ids) and self._holds(node, count, logits):
+            shared = path[-1].stop if path else 0
+            if shared == len(ids) and self._adds_nothing(path[-1], logits):
                 return
             needed = self._edge_bytes(slot, shared, len(ids)) + at_end
             if self._nbytes + needed <= self._budget_bytes:
                 break
             self._evict()
-        if node is None:
+        if path:
+            node = self._split(path[-1].node, path[-1].count)
+        else:
             node = self._roots.setdefault(salt, _Node(0, np.empty(0, np.int32), (), None))
-        elif count < len(node.tokens):
-            node = self._split(node, count)
         if shared < len(ids):
             node = self._grow(node, slot, ids[shared:].copy())
         self._nbytes -= node.end_bytes
         node.recent = tuple(t.clone() for t in recent)
+        node.shortest = self._cache.shortest(slot)
         node.logits = node.logits if logits is None else logits.clone()
         self._nbytes += node.end_bytes
         self._ends[node] = None
         self._ends.move_to_end(node)
 
-    def _walk(self, ids: Ids, salt: str) -> list[tuple[_Node, int]]:
-        """The nodes along `ids`, and how many tokens of each one's edge agree (all but in the last)."""
-        path: list[tuple[_Node, int]] = []
+    def _best_end(self, path: list[_Step], ids: Ids) -> tuple[_Node | None, int]:
+        """The end from which most of `ids` can be gone on from, and how much that is.
+
+        Where `ids` leave the tree, ends a little further on will do, if they can be taken back.
+        """
+        last, best, length = len(ids) - 1, None, 0
+        for node in [step.node for step in path if step.count == len(step.node.tokens)]:
+            if node.recent is not None:
+                usable = node.stop if node.stop <= last or node.logits is not None else last
+                if usable >= max(node.shortest, length + 1):
+                    best, length = node, usable
+        if not path:
+            return best, length
+        parting = min(path[-1].stop, last)
+        below = [path[-1].node]
+        while below and parting > length:
+            node = below.pop()
+            if node.recent is not None and node.shortest <= parting <= node.stop:
+                return node, parting
+            if node.stop - self._cache.margin <= parting:
+                below += node.children.values()
+        return best, length
+
+    def _walk(self, ids: Ids, salt: str) -> list[_Step]:
+        """The way of `ids` through the tree: of every node's edge all tokens agree, but for the last one."""
+        path: list[_Step] = []
         node, at = self._roots.get(salt), 0
         while node is not None and at < len(ids):
             node = node.children.get(int(ids[at]))
@@ -176,20 +205,18 @@ class PrefixCache:
             most = min(len(node.tokens), len(ids) - at)
             agree = node.tokens[:most] == ids[at : at + most]
             count = most if agree.all() else int(agree.argmin())
-            path.append((node, count))
+            path.append(_Step(node, count))
             at += count
             if count < len(node.tokens):
                 break
         return path
 
-    def _worth_saving(self, parting: int, held: int) -> int | None:
-        return None if self._resumes_anywhere or parting - held < LEAST_GAIN else parting
-
-    def _holds(self, node: _Node, count: int, logits: torch.Tensor | None) -> bool:
-        """True where saving the position after `count` tokens of the edge would add nothing."""
-        if count < len(node.tokens) or node.recent is None:
-            return self._resumes_anywhere and logits is None
-        return logits is None or node.logits is not None
+    def _adds_nothing(self, step: _Step, logits: torch.Tensor | None) -> bool:
+        """True where the state after `step` is known already, and its logits if there are any."""
+        node = step.node
+        if logits is None and node.recent is not None and node.shortest <= step.stop:
+            return True
+        return step.stop == node.stop and node.recent is not None and node.logits is not None
 
     def _edge_bytes(self, slot: int, start: int, stop: int) -> int:
         """Bytes of the edge with the tokens from `start` to `stop`."""
@@ -198,14 +225,15 @@ class PrefixCache:
         )
         return rows + (stop - start) * np.dtype(np.int32).itemsize
 
-    def _load(self, slot: int, nodes: list[_Node], length: int) -> None:
-        for node in nodes:
+    def _load(self, slot: int, path: list[_Step], end: _Node, length: int) -> None:
+        """Fill a slot with the rows along `path` and what the cache held at `end`, taken back to `length`."""
+        for node in [step.node for step in path if step.node.start < length]:
             for (ratio, view), saved in zip(self._cache.appended(slot), node.rows, strict=True):
                 first, stop = node.start // ratio, min(node.stop, length) // ratio
                 view[first:stop] = saved[: stop - first]
-        for view, saved in zip(self._cache.recent(slot, length), nodes[-1].recent or (), strict=True):
+        for view, saved in zip(self._cache.recent(slot, end.stop), end.recent or (), strict=True):
             view.copy_(saved)
-        self._cache.resume(slot, length)
+        self._cache.resume(slot, length, end.shortest)
 
     def _grow(self, parent: _Node, slot: int, tokens: Ids) -> _Node:
         """A new node behind `parent`, its rows copied from the slot."""
@@ -218,9 +246,10 @@ class PrefixCache:
         return node
 
     def _split(self, node: _Node, count: int) -> _Node:
-        """Cut an edge behind its first `count` tokens; returns the new, upper node."""
+        """Cut an edge behind its first `count` tokens, if it goes on; returns the node that ends there."""
         parent = node.parent
-        assert parent is not None
+        if count == len(node.tokens) or parent is None:
+            return node
         upper_rows, lower_rows = [], []
         for (ratio, _), rows in zip(self._cache.appended(0), node.rows, strict=True):
             at = (node.start + count) // ratio - node.start // ratio

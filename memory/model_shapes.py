@@ -15,6 +15,9 @@ from memory.model_shape import KvShape, LayerShape, ModelShape, Table, Weights
 from quant.errors import ConfigError
 
 KV_VALUE_BYTES = 4  # the engine's caches hold float32
+# Tokens by which the engine's rings exceed what attention reads: a chat prompt ends with a few tokens
+# that open the answer, and the next turn's prompt, which has others there, can still go on from it.
+KV_MARGIN = 16
 
 
 class _Tally:
@@ -144,9 +147,10 @@ def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:
     for n in range(d.layers):
         source = max((s for s in d.kv_sources if s <= n), default=None) if d.ratios[n] else None
         is_source, scans = n in d.kv_sources, n in d.index_sources
+        open_rows = d.ratios[n] - 1 + KV_MARGIN if is_source and d.ratios[n] > 1 else 0
         found.append(
             KvShape(
-                fixed_bytes=value * d.head_dim * (d.window + (2 * (d.ratios[n] - 1) if is_source else 0)),
+                fixed_bytes=value * d.head_dim * (d.window + KV_MARGIN + 2 * open_rows),
                 fixed_flops=4 * d.heads * d.head_dim * d.window,
                 ratio=d.ratios[n] if is_source else 0,
                 entry_bytes=value * (d.head_dim + d.index_dim) if is_source else 0,

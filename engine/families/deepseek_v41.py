@@ -27,11 +27,12 @@ from engine.layers.sparse_attention import (
     candidate_blocks,
     select_entries,
 )
-from engine.layers.sparse_cache import CacheShape, SourceState, SparseCache
-from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
+from engine.layers.sparse_cache import CacheShape, SparseCache
+from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Trace
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from memory.engram_store import RowsTicket
+from memory.model_shapes import KV_MARGIN
 from memory.telemetry import Telemetry
 from quant.errors import ConfigError
 from quant.kernels import Kernels, swiglu
@@ -89,6 +90,7 @@ class DeepseekV41(Model):
             sources={layer: config.compress_ratios[layer] for layer in config.kv_source_layer_ids},
             history=config.engram_max_ngram_size - 1 if config.engram_layer_ids else 0,
             history_pad=int(token_map[config.engram_pad_token_id]) if config.engram_layer_ids else 0,
+            margin=KV_MARGIN,
         )
 
     def close(self) -> None:
@@ -215,19 +217,21 @@ class DeepseekV41(Model):
         config = self.config
         assert attn.compressor is not None
         state = step.cache.sources[number]
+        ratio = state.ratio
         kv = self.kernels.linear(x, attn.compressor.wkv)  # [tokens, head_dim]
         gate = kv if attn.compressor.wgate is None else self.kernels.linear(x, attn.compressor.wgate)
         for segment, (start, stop) in zip(step.batch.segments, step.bounds, strict=True):
-            first = segment.start // state.ratio
-            groups_kv, groups_gate = _complete_groups(state, segment, kv[start:stop], gate[start:stop])
-            count = groups_kv.shape[0]
+            first = segment.start // ratio
+            count = (segment.start + segment.length) // ratio - first
+            latent, gates = step.cache.extend_group(number, segment, kv[start:stop], gate[start:stop])
             if count == 0:
                 continue
-            latent = groups_kv.squeeze(1)
-            if state.ratio > 1:
-                latent = (groups_kv * groups_gate.softmax(dim=1)).sum(1)
+            if ratio > 1:
+                grouped = (count, ratio, config.head_dim)
+                weights = gates[: count * ratio].view(grouped).softmax(dim=1)
+                latent = (latent[: count * ratio].view(grouped) * weights).sum(1)
             latent = rms_norm(latent, attn.compressor.norm, config.rms_norm_eps)
-            positions = torch.arange(first, first + count) * state.ratio
+            positions = torch.arange(first, first + count) * ratio
             rotation = Rotation.at(positions, self.compressed_frequencies)
             index_key = self.kernels.linear(latent, attn.compressor.index_wk)
             index_key = rms_norm(index_key, attn.compressor.index_norm, config.rms_norm_eps)
@@ -295,26 +299,6 @@ class DeepseekV41(Model):
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
         return chosen, weights
-
-
-def _complete_groups(
-    state: SourceState, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the open group's projections with the new ones; keep what is still open.
-
-    kv, gate `[L, head_dim]` -> complete groups `[count, ratio, head_dim]` of each.
-    """
-    held = segment.start % state.ratio
-    slot = segment.slot
-    kv = torch.cat((state.open_kv[slot, :held], kv))
-    gate = torch.cat((state.open_gate[slot, :held], gate))
-    count = kv.shape[0] // state.ratio
-    whole = count * state.ratio
-    left = kv.shape[0] - whole
-    state.open_kv[slot, :left] = kv[whole:]
-    state.open_gate[slot, :left] = gate[whole:]
-    grouped = (count, state.ratio, kv.shape[1])
-    return kv[:whole].view(grouped), gate[:whole].view(grouped)
 
 
 def _table_primes(config: V41Config) -> list[list[int]]:

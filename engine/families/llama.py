@@ -41,7 +41,7 @@ class LlamaCache(KvCache):
     """Keys and values of every layer, float32, `[2, layers, slots, kv_heads, capacity, head_dim]`."""
 
     def __init__(self, config: LlamaConfig, slots: int, capacity: int) -> None:
-        super().__init__(slots, capacity)
+        super().__init__(slots, capacity, margin=capacity)
         shape = (2, config.layers, slots, config.kv_heads, capacity, config.head_dim)
         self._held = torch.empty(shape)  # untouched pages of an allocation cost no memory
 

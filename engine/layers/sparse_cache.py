@@ -1,8 +1,9 @@
 """The state of window and compressed attention, for a fixed number of sequences of fixed capacity.
 
-Per slot: a ring of the last `window` latents of every layer; for every kv source layer the
-compressed entries, their index keys, and the projections of the group that is not yet complete;
-and the last token keys that n-gram hashing looks back on. The layers' tensors are allocated once;
+Per slot: rings with the latents of every layer's last tokens; for every kv source layer the compressed
+entries, their index keys, and a ring with the projections of the last tokens, whose group may not be
+complete; and a ring with the token keys that n-gram hashing looks back on. Rings are a few tokens longer
+than their readers need, so that a slot can go back that far. The layers' tensors are allocated once;
 untouched pages of a long, unused slot cost no physical memory.
 """
 
@@ -20,7 +21,8 @@ class CacheShape:
     """What decides the size of a SparseCache.
 
     sources maps a kv source layer to its compression ratio; history is how many earlier token keys
-    n-gram hashing needs, history_pad what stands before a sequence's start.
+    n-gram hashing needs, history_pad what stands before a sequence's start; margin is how many of
+    its last tokens a slot can give back.
     """
 
     layers: int
@@ -30,14 +32,24 @@ class CacheShape:
     sources: dict[int, int]
     history: int
     history_pad: int
+    margin: int
+
+    def open_rows(self, ratio: int) -> int:
+        """Tokens whose projections are kept: of the unfinished group, and of those before it."""
+        return ratio - 1 + self.margin if ratio > 1 else 0
+
+    @property
+    def history_rows(self) -> int:
+        """Tokens whose keys are kept."""
+        return self.history + self.margin if self.history else 0
 
     def nbytes(self, slots: int, capacity: int) -> int:
         """Bytes of a cache of this shape."""
-        floats = self.layers * self.window * self.head_dim
+        floats = self.layers * (self.window + self.margin) * self.head_dim
         for ratio in self.sources.values():
             floats += (capacity // ratio) * (self.head_dim + self.index_dim)
-            floats += 2 * (ratio - 1) * self.head_dim
-        return slots * (4 * floats + 8 * self.history)
+            floats += 2 * self.open_rows(ratio) * self.head_dim
+        return slots * (4 * floats + 8 * self.history_rows)
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,7 @@ class SourceState:
     """One kv source layer's compressed state; the first dimension is the slot.
 
     entries `[slots, capacity // ratio, head_dim]`   index_keys `[slots, capacity // ratio, index_dim]`
-    open_kv, open_gate `[slots, ratio - 1, head_dim]`: projections of the unfinished group
+    open_kv, open_gate `[slots, open_rows, head_dim]`: rings of the last tokens' projections
     """
 
     ratio: int
@@ -59,24 +71,20 @@ class SparseCache(KvCache):
     """KvCache for models with sliding windows and shared compressed entries."""
 
     def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
-        super().__init__(slots, capacity)
+        super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
-        self.windows = torch.zeros(shape.layers, slots, shape.window, shape.head_dim)
+        self.windows = torch.zeros(shape.layers, slots, shape.window + shape.margin, shape.head_dim)
         self.sources = {
             layer: SourceState(
                 ratio,
                 torch.zeros(slots, capacity // ratio, shape.head_dim),
                 torch.zeros(slots, capacity // ratio, shape.index_dim),
-                torch.zeros(slots, ratio - 1, shape.head_dim),
-                torch.zeros(slots, ratio - 1, shape.head_dim),
+                torch.zeros(slots, shape.open_rows(ratio), shape.head_dim),
+                torch.zeros(slots, shape.open_rows(ratio), shape.head_dim),
             )
             for layer, ratio in shape.sources.items()
         }
-        self.history = torch.full((slots, shape.history), shape.history_pad, dtype=torch.int64)
-
-    def reset(self, slot: int) -> None:
-        super().reset(slot)
-        self.history[slot] = self.shape.history_pad
+        self.history = torch.zeros(slots, shape.history_rows, dtype=torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -90,29 +98,45 @@ class SparseCache(KvCache):
         )
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        unfinished = [
-            rows[slot, : length % source.ratio]
-            for source in self.sources.values()
-            for rows in (source.open_kv, source.open_gate)
-        ]
-        window = self.windows[:, slot, : min(length, self.shape.window)]
-        return window, *unfinished, self.history[slot]
+        window = self.windows[:, slot, : min(length, self.windows.shape[2])]
+        rings = [ring[slot] for s in self.sources.values() for ring in (s.open_kv, s.open_gate)]
+        rings.append(self.history[slot])
+        return window, *(ring[: min(length, len(ring))] for ring in rings)
 
     def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
-        window = self.shape.window
-        ring = self.windows[layer, segment.slot]
-        before = min(window - 1, segment.start)
-        earlier = torch.arange(segment.start - before, segment.start) % window
-        joined = torch.cat((ring[earlier], kv))
-        kept = min(window, segment.length)
-        stop = segment.start + segment.length
-        ring[torch.arange(stop - kept, stop) % window] = kv[-kept:]
-        return joined
+        before = min(self.shape.window - 1, segment.start)
+        return _extend(self.windows[layer, segment.slot], segment.start, before, kv)
+
+    def extend_group(
+        self, layer: int, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a source layer's projections `[L, head_dim]`; return them behind those of the group that
+        was not complete."""
+        source, slot = self.sources[layer], segment.slot
+        if source.ratio == 1:
+            return kv, gate
+        held = segment.start % source.ratio
+        return (
+            _extend(source.open_kv[slot], segment.start, held, kv),
+            _extend(source.open_gate[slot], segment.start, held, gate),
+        )
 
     def extend_history(self, segment: Segment, keys: torch.Tensor) -> torch.Tensor:
         """Store the segment's token keys `[L]`; return them behind the `history` ones before them."""
-        joined = torch.cat((self.history[segment.slot], keys))
-        if self.shape.history:
-            self.history[segment.slot] = joined[-self.shape.history :]
-        return joined
+        before = min(self.shape.history, segment.start)
+        joined = _extend(self.history[segment.slot], segment.start, before, keys)
+        return torch.cat((keys.new_full((self.shape.history - before,), self.shape.history_pad), joined))
+
+
+def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> torch.Tensor:
+    """Write `new` `[L, ...]`, of tokens from `start` on, into a ring `[size, ...]` of the last tokens.
+
+    Returns it behind the `before` tokens that precede it, `[before + L, ...]`.
+    """
+    size = ring.shape[0]
+    joined = torch.cat((ring[torch.arange(start - before, start) % size], new))
+    stop = start + new.shape[0]
+    kept = min(size, new.shape[0])
+    ring[torch.arange(stop - kept, stop) % size] = new[new.shape[0] - kept :]
+    return joined

@@ -11,7 +11,7 @@ from engine.families.deepseek_v41_config import parse_config
 from engine.layers.sparse_cache import CacheShape
 from engine.loader import open_checkpoint
 from engine.model_shape import shape_of
-from memory.model_shapes import V41Dims, v41_shape
+from memory.model_shapes import KV_MARGIN, V41Dims, v41_shape
 from tests.conftest import golden_path
 from tests.engine.tiny_llama import CONTEXT, HEAD_DIM, KV_HEADS, LAYERS, tiny_values, write_gguf
 
@@ -52,7 +52,14 @@ def test_planned_kv_is_what_the_engine_allocates() -> None:
     c = parse_config(open_checkpoint(path).config)
     sources = {layer: c.compress_ratios[layer] for layer in c.kv_source_layer_ids}
     cache = CacheShape(
-        c.num_hidden_layers, c.sliding_window, c.head_dim, c.index_head_dim, sources, history=0, history_pad=0
+        layers=c.num_hidden_layers,
+        window=c.sliding_window,
+        head_dim=c.head_dim,
+        index_dim=c.index_head_dim,
+        sources=sources,
+        history=0,
+        history_pad=0,
+        margin=KV_MARGIN,
     )
     assert shape_of(path).kv_bytes(300, 2) == cache.nbytes(slots=2, capacity=300)
 

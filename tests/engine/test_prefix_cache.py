@@ -144,6 +144,31 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
         assert prefixes.stats.nbytes == held_bytes(prefixes) <= budget
 
 
+@pytest.mark.parametrize("name", ["v41-a", "v41-c"])
+@pytest.mark.parametrize("taken_back", [1, 2, 3, 4, 7, 8, 15, 16])
+def test_a_state_can_be_taken_back_by_a_few_tokens(
+    models: Callable[[str], Model], name: str, taken_back: int
+) -> None:
+    """A chat's prompt ends with tokens that open the answer; the next turn has others there."""
+    model = models(name)
+    ids, other = some_ids(1, 33), [1, *some_ids(2, 5)]  # no prompt has the 1
+    kept = len(ids) - taken_back
+    cache = model.new_cache(3, 64)
+    prefixes, later_ones = PrefixCache(cache, PLENTY), PrefixCache(cache, PLENTY)
+    for at, token in enumerate(ids):
+        compute(model, cache, 0, at, [token])
+    for at, token in enumerate([*ids[:kept], other[0]]):
+        uncached = compute(model, cache, 1, at, [token])
+
+    prefixes.save(0, ids)
+    prefix = prefixes.restore(2, ids[:kept] + other)
+    later_ones.save(2, ids[:kept])
+    further_back = later_ones.restore(1, ids[: len(ids) - cache.margin - 1] + other)
+
+    assert (prefix.length, further_back.length) == (kept, 0)
+    assert torch.equal(compute(model, cache, 2, kept, other[:1]), uncached)
+
+
 def held_bytes(prefixes: PrefixCache) -> int:
     """What the tree really holds."""
     nodes, total = list(prefixes._roots.values()), 0

@@ -225,3 +225,16 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
     assert model.id == MODEL
     assert model.max_model_len == 2048
     assert client.models.retrieve(MODEL) == model
+
+
+def test_earlier_turns_are_reported_as_cached(client: openai.OpenAI) -> None:
+    question = {"role": "user", "content": "Does anybody else ask just this?"}
+    salt = {"cache_salt": "a chat"}  # other tests' prompts begin as this one does
+    first = ask(client, messages=[question], extra_body=salt)
+    turns = [question, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Good."}]
+    *_, last = ask(
+        client, messages=turns, stream=True, stream_options={"include_usage": True}, extra_body=salt
+    )
+
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert 0 < last.usage.prompt_tokens_details.cached_tokens <= first.usage.prompt_tokens
