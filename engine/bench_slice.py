@@ -15,6 +15,7 @@ from engine.families.deepseek_v41 import DeepseekV41
 from engine.loader import load
 from engine.model import Batch, KvCache, Trace
 from memory.budget import MemoryBudget
+from memory.cost_model import CROSSINGS
 from memory.hardware import peak_resident_bytes, resident_bytes
 from memory.telemetry import Snapshot
 from quant.errors import ConfigError
@@ -88,11 +89,22 @@ class SliceRun:
     def bound_s(
         self, dram_bytes_per_s: float, disk_bytes_per_s: float, link_bytes_per_s: dict[str, float]
     ) -> dict[str, float]:
-        """Seconds that each resource needs for these steps' bytes at the given rates, were it always busy."""
-        moved = self.counts.moved_bytes
+        """Seconds that each resource needs for these steps' bytes at the given rates, were it always busy.
+
+        Everything that crosses the DRAM bus counts: weights that are multiplied with; experts from disk, which
+        are written, rearranged and written again; copies between DRAM and virtual cards, which both are host
+        memory. Of the disk's bytes only those count that were needed, and its rate is that of this run where
+        that was better than the measured one.
+        """
+        counts, moved = self.counts, self.counts.moved_bytes
+        from_disk = moved.get("nvme", 0)
+        copied = sum(nbytes for link, nbytes in moved.items() if link.startswith("vram"))
+        crossing = self.tokens * self.dense_bytes + self.computed_bytes + CROSSINGS * from_disk + 2 * copied
+        needed = (counts.hits.get("nvme", 0) + counts.prefetches.get("used", 0)) * self.expert_bytes
+        disk_rate = max(disk_bytes_per_s, from_disk / counts.busy_s.get("nvme", float("inf")))
         return {
-            "dram": (self.tokens * self.dense_bytes + self.computed_bytes) / dram_bytes_per_s,
-            "nvme": moved.get("nvme", 0) / disk_bytes_per_s,
+            "dram": crossing / dram_bytes_per_s,
+            "nvme": needed / disk_rate,
             **{card: moved.get(card, 0) / rate for card, rate in link_bytes_per_s.items()},
         }
 

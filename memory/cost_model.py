@@ -19,6 +19,9 @@ from memory.plan import Placement
 from memory.profiles import HardwareProfile
 from memory.routing import Routing, any_used, distinct
 
+# An expert from NVMe is written to DRAM by the disk, read and written when it is rearranged, and read again.
+CROSSINGS = 3
+
 VRAM, GPU, DRAM, CPU, LINK, DISK, LATENCY = (
     "VRAM bandwidth", "GPU arithmetic", "DRAM bandwidth", "CPU arithmetic", "PCIe links", "disk", "latency",
 )  # fmt: skip
@@ -34,6 +37,8 @@ class Efficiency:
     bus_share           of the DRAM read rate, when CPU and links read at once
     card_layer_s        launching a layer's kernels on a card
     host_layer_s        the same on the CPU: calls, and threads that meet
+    guessed_share       of a layer's missing experts that are asked for while the layer before it is computed
+    rearranged_per_core bytes a second that a core brings from file order into the kernels' order
     round_trip_s        card to CPU and back, in a layer that needs experts outside VRAM
     card_hop_s          card to card and back, in a layer whose experts lie on several
     """
@@ -44,6 +49,8 @@ class Efficiency:
     bus_share: float = 0.82
     card_layer_s: float = 100e-6
     host_layer_s: float = 1.3e-3
+    guessed_share: float = 0.65
+    rearranged_per_core: float = 4e9
     round_trip_s: float = 100e-6
     card_hop_s: float = 52e-6
 
@@ -56,12 +63,15 @@ class StepCost:
     seconds       its duration, by the resource that was busy longest at each point
     nbytes        bytes read from each tier, or moved over each link, by its name
     hit_rates     share of the routed picks found in VRAM, DRAM and on NVMe
+    disk_idle_s   since the last router, in which the disk could read what the next layer is guessed to need
     """
 
     tokens: int
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     nbytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     hit_rates: dict[str, float] = field(default_factory=dict)
+
+    disk_idle_s: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -122,10 +132,14 @@ class CostModel:
         """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
         cost = StepCost(tokens)
         hits: dict[str, float] = defaultdict(float)
+        is_foreseen = False
         for n, layer in enumerate(self.shape.layers):
             if layer.table is not None:
                 self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)
             self._dense(cost, n, layer, tokens, sequences, held)
+            if not is_foreseen:
+                cost.disk_idle_s = 0.0
+            is_foreseen = layer.experts > 0
             if layer.experts:
                 self._routed(cost, hits, n, layer, tokens)
         head_tier = self.placement.tier_of("head", None)
@@ -158,7 +172,8 @@ class CostModel:
     def _dense(
         self, cost: StepCost, n: int, layer: LayerShape, tokens: int, sequences: int, held: int
     ) -> None:
-        """Attention, router and shared experts, and the layer's fixed costs."""
+        """Attention, router, shared experts, and fixed costs; the disk reads ahead meanwhile."""
+        before = cost.total_s
         tier = self._tiers[n]
         weights = layer.dense + layer.shared
         nbytes = weights.nbytes + layer.kv.read_bytes(held) * sequences
@@ -168,6 +183,7 @@ class CostModel:
         cost.nbytes[tier] += nbytes
         e = self.efficiency
         cost.seconds[LATENCY] += e.card_layer_s if self._is_real_card(tier) else e.host_layer_s
+        cost.disk_idle_s += cost.total_s - before
 
     def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
         """Engram rows: fetched from the step's start on, so only what layers 0..n-1 do not hide counts."""
@@ -211,6 +227,7 @@ class CostModel:
             cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * e.round_trip_s * on_card
         else:
             cost.seconds[card_bound if card_s >= cpu_s else DRAM] += max(card_s, cpu_s)
+            cost.disk_idle_s += max(card_s, cpu_s)
         if sum(self._is_real_card(tier) for tier in cards) > 1:
             cost.seconds[LATENCY] += e.card_hop_s
 
@@ -230,6 +247,10 @@ class CostModel:
         bus, which everything crosses, work meanwhile.
         """
         e, hardware = self.efficiency, self.hardware
+        disk = read / hardware.disk_bytes_per_s
+        # Of what was read ahead, the guessed share was right.
+        disk -= e.guessed_share * min(disk, cost.disk_idle_s)
+        cpu_s += read / (e.rearranged_per_core * hardware.cores)
         by_cpu, cpu_bound = self._on("dram", moved, flops)
         real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda"]
         links = sum(gpu.link_together_bytes_per_s for gpu in real)
@@ -247,10 +268,11 @@ class CostModel:
             cpu_bound: (1 - x) * by_cpu + cpu_s,
             LINK: x * by_link,
             card_bound: card_s + x * on_card,
-            DISK: read / hardware.disk_bytes_per_s,
+            DISK: disk,
         }
-        bus = (moved + read) / self._bus_rate
+        bus = (moved + CROSSINGS * read) / self._bus_rate
         total = max(bus, *candidates.values())
+        cost.disk_idle_s = total - disk
         if bus >= total:
             cost.seconds[DRAM] += total
         elif candidates[DISK] >= total:

@@ -7,6 +7,7 @@ Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from memory.model_shape import ModelShape
@@ -21,6 +22,8 @@ PROCESS_BYTES = 1_000_000_000
 ACTIVATION_BUFFERS = 2
 # Layers whose experts can be in staging at once: one computed, the next on its way in.
 STAGED_LAYERS = 2
+# What calling a layer's operations costs more on the CPU than on a card; its threads must meet.
+CPU_CALLS_S = 1.2e-3
 # Of an Engram table on NVMe, the rows worth keeping in DRAM: at most this share of the table, and of DRAM.
 HOT_ROWS_OF_TABLE = 0.10
 HOT_ROWS_OF_DRAM = 0.05
@@ -147,7 +150,7 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     room = _Room(budgets)
     room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
     cards = _reserve_workspace(room, shape, hardware.gpus, workload)
-    _place_dense(room, shape, workload, cards)
+    room = _place_dense(room, shape, hardware, workload, cards)
     _place_embedding(room, shape, cards)
     speeds = {card: hardware.gpus[int(card.partition(":")[2])].memory_bytes_per_s for card in cards}
     _place_experts_and_tables(room, shape, speeds)
@@ -183,16 +186,63 @@ def _reserve_workspace(
     return usable
 
 
-def _place_dense(room: _Room, shape: ModelShape, workload: Workload, cards: list[str]) -> None:
-    """What every token reads: consecutive layers to each card in proportion to its room, the rest to DRAM."""
+def _place_dense(
+    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, cards: list[str]
+) -> _Room:
+    """What every token reads: to the cards the head and what layers fit, or layers alone; the rest to DRAM.
+
+    Of the two the one that keeps more off the CPU is taken, so that a larger card never makes a worse plan.
+    """
+    trials: list[_Room] = []
+    for head_first in (True, False):
+        trial = deepcopy(room)
+        if head_first:
+            _put_head(trial, shape, cards)
+        _put_layers(trial, shape, workload, cards)
+        if not head_first:
+            _put_head(trial, shape, cards)
+        trials.append(trial)
+    return max(trials, key=lambda trial: _saved_s(trial, shape, hardware, workload, cards))
+
+
+def _saved_s(
+    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, cards: list[str]
+) -> float:
+    """Seconds of the CPU in a step of all sequences for what lies on cards instead."""
+    tokens = workload.sequences
+    saved = 0.0
+    for place in room.places:
+        if place.tier not in cards or place.kind not in ("head", "dense"):
+            continue
+        weights, kv_bytes, kv_flops = shape.head, 0.0, 0.0
+        if place.layer is not None:
+            layer = shape.layers[place.layer]
+            weights = layer.dense + layer.shared
+            kv_bytes, kv_flops = layer.kv.read_bytes(workload.context), layer.kv.flops(workload.context)
+            saved += CPU_CALLS_S
+        saved += max(
+            (weights.nbytes + kv_bytes * tokens) / hardware.dram_bytes_per_s,
+            tokens * (2 * weights.parameters + kv_flops) / hardware.cpu_matmul_flops,
+        )
+    return saved
+
+
+def _put_head(room: _Room, shape: ModelShape, cards: list[str]) -> None:
+    """To the last card, which has the last layers."""
+    tier = room.first_with(shape.head.nbytes, [*reversed(cards), "dram"])
+    room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
+
+
+def _put_layers(room: _Room, shape: ModelShape, workload: Workload, cards: list[str]) -> None:
+    """Consecutive layers to each card in proportion to its room, the rest to DRAM."""
     sizes = [
         layer.dense.nbytes + layer.shared.nbytes + workload.sequences * layer.kv.nbytes(workload.context)
         for layer in shape.layers
     ]
     on_cards = sum(room.left[card] for card in cards)
-    share = min(1.0, (sum(sizes) + shape.head.nbytes) / on_cards) if on_cards else 1.0
+    share = min(1.0, sum(sizes) / on_cards) if on_cards else 1.0
     kept_free = {card: room.left[card] * (1.0 - share) for card in cards}
-    tier, ahead = NOWHERE, list(cards)
+    ahead = list(cards)
     for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
         while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
             ahead.pop(0)
@@ -202,9 +252,6 @@ def _place_dense(room: _Room, shape: ModelShape, workload: Workload, cards: list
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
         kv = size - layer.dense.nbytes - layer.shared.nbytes
         room.put(f"KV, layer {n}", "kv", n, tier, kv, "beside its layer")
-    beside = [tier] if tier in cards else []
-    tier = room.first_with(shape.head.nbytes, [*beside, *reversed(cards), "dram"])
-    room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
 
 
 def _place_embedding(room: _Room, shape: ModelShape, cards: list[str]) -> None:

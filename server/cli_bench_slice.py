@@ -151,13 +151,16 @@ def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
             f"{counts.hits[tier] / asked:.1%}" if tier in counts.hits else "",
             bytes_text(counts.moved_bytes.get(tier, 0) // run.tokens),
             f"{1e3 * bounds[tier] / run.tokens:.2f}" if tier in bounds else "",
+            f"{1e3 * counts.busy_s[tier] / run.tokens:.2f}" if tier in counts.busy_s else "",
             f"{1e3 * counts.stalled_on(tier) / run.tokens:.2f}",
         )
         for tier in tiers
     ]
     print()
     print_table(
-        ["tier", "hits", "moved a token", "least ms for its bytes", "ms waited for"], rows, right=(1, 2, 3, 4)
+        ["tier", "hits", "moved a token", "least ms for its bytes", "ms busy", "ms waited for"],
+        rows,
+        right=(1, 2, 3, 4, 5),
     )
 
 

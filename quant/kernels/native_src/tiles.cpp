@@ -60,10 +60,12 @@ FileRow file_row(const Matrix& m, int64_t row) {
 // The next functions move a block's codes between file and panel order, as words of four bytes: word k is what
 // a row has in span k. Even and odd columns beside each other in a byte: eight columns 0..7 are the nibbles
 // of a word, and the panel wants them as 0 4 1 5 2 6 3 7; both steps swap, so both undo themselves.
-uint32_t swap_nibbles(uint32_t v) { return (v & 0x0f0f0f0fu) << 4 | (v >> 4 & 0x0f0f0f0fu); }
+template <class Word>
+Word swap_nibbles(Word v) { return (v & 0x0f0f0f0fu) << 4 | (v >> 4 & 0x0f0f0f0fu); }
 
-uint32_t pairs_to_panel(uint32_t v) {
-    uint32_t t = (v >> 8 ^ v) & 0x0000ff00u;
+template <class Word>
+Word pairs_to_panel(Word v) {
+    Word t = (v >> 8 ^ v) & 0x0000ff00u;
     v ^= t ^ t << 8;
     t = (v >> 4 ^ v) & 0x00f000f0u;
     return v ^ t ^ t << 4;
@@ -197,17 +199,33 @@ void copy_scales(const uint8_t* file, int64_t apart, int groups, uint8_t* header
             std::memcpy(header + (f * kPanelRows + r) * sizeof(Field), file + r * apart + f * sizeof(Field), sizeof(Field));
 }
 
+typedef uint32_t Words __attribute__((vector_size(16)));  // four of a row's
+
+// Rows of four words to columns.
+void transpose(Words w[4]) {
+    const Words a = __builtin_shufflevector(w[0], w[1], 0, 4, 1, 5), b = __builtin_shufflevector(w[0], w[1], 2, 6, 3, 7);
+    const Words c = __builtin_shufflevector(w[2], w[3], 0, 4, 1, 5), d = __builtin_shufflevector(w[2], w[3], 2, 6, 3, 7);
+    w[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    w[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    w[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    w[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+}
+
 // A whole strip of four-bit codes: 32 rows of 64 bytes, a transposition of words that stays in the nearest cache.
 template <bool Swap>
 void copy_strip(const uint8_t* codes, int64_t apart, uint8_t* to) {
-    constexpr int kWords = 16;
-    for (int r = 0; r < kPanelRows; ++r) {
-        uint32_t words[kWords];
-        std::memcpy(words, codes + r * apart, sizeof words);
-        __builtin_prefetch(codes + r * apart + 256);  // rows are too many streams for the processor to foresee
-        for (uint32_t& word : words) word = pairs_to_panel(Swap ? swap_nibbles(word) : word);
-        for (int k = 0; k < kWords; ++k) std::memcpy(to + k * kSpan + 4 * r, words + k, 4);
-    }
+    for (int r = 0; r < kPanelRows; r += 4)
+        for (int b = 0; b < 4; ++b) {
+            Words words[4];
+            for (int i = 0; i < 4; ++i) {
+                const uint8_t* from = codes + (r + i) * apart + 16 * b;
+                if (b == 0) __builtin_prefetch(from + 256);  // rows are too many streams for the processor to foresee
+                std::memcpy(&words[i], from, 16);
+                words[i] = pairs_to_panel(Swap ? swap_nibbles(words[i]) : words[i]);
+            }
+            transpose(words);
+            for (int k = 0; k < 4; ++k) std::memcpy(to + (4 * b + k) * kSpan + 4 * r, &words[k], 16);
+        }
 }
 
 // As the general way below, for what experts are mostly made of: a full panel, one scale a group, whole strips.
