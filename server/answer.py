@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.generation import FinishReason, Output, TokenLogprob
 from engine.output_parser import MessageDelta, OutputParser
@@ -20,6 +21,11 @@ class Call:
     def arguments(self) -> str:
         """JSON as text, as far as it has come."""
         return "".join(self.pieces)
+
+    @property
+    def function(self) -> dict[str, str]:
+        """Name and arguments, as messages have them."""
+        return {"name": self.name, "arguments": self.arguments}
 
 
 class Answer:
@@ -57,6 +63,22 @@ class Answer:
     def reasoning(self) -> str:
         """What the model thought so far."""
         return "".join(self._reasoning)
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message so far, in the shape that conversations are kept in (OpenAI's)."""
+        content = self.content
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None if self.calls and not content else content,
+        }
+        if self._reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": call.function} for call in self.calls
+            ]
+        return message
 
     @property
     def called_tools(self) -> bool:

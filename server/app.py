@@ -7,10 +7,11 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from quant.errors import LociError
-from server import native_api, openai_api
+from server import native_api, openai_api, responses_api
 from server.auth import RequireKey
 from server.errors import ApiError, from_loci, from_validation
 from server.middleware import BodyLimit, RequestLog
+from server.response_store import ResponseStore
 from server.service import Service
 
 
@@ -19,7 +20,9 @@ def create_app(service: Service) -> FastAPI:
     # No pages that load scripts from elsewhere; docs/api.md is the reference.
     app = FastAPI(title="Loci", openapi_url=None)
     app.state.service = service
+    app.state.responses = ResponseStore(service.settings.response_store_bytes)
     app.include_router(openai_api.router)
+    app.include_router(responses_api.router)
     app.include_router(native_api.router)
 
     # Added last means run first: log, then key, then size.

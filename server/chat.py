@@ -65,7 +65,7 @@ class ChatReply(ConversationReply):
     def _whole_choice(self, answer: Answer) -> dict[str, Any]:
         return {
             "index": answer.index,
-            "message": _message(answer),
+            "message": answer.message,
             "logprobs": self._logprobs(answer.new_logprobs()),
             "finish_reason": _finish_reason(answer),
         }
@@ -89,21 +89,6 @@ def usage(counts: Counts) -> dict[str, Any]:
 
 def _finish_reason(answer: Answer) -> str | None:
     return "tool_calls" if answer.called_tools else answer.finish_reason and answer.finish_reason.value
-
-
-def _message(answer: Answer) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": None if answer.calls and not answer.content else answer.content,
-    }
-    if answer.reasoning:
-        message["reasoning_content"] = answer.reasoning
-    if answer.calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in answer.calls
-        ]
-    return message
 
 
 def _delta_fields(delta: MessageDelta) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
 
@@ -15,17 +16,50 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+def refuse_fields(data: Any, refused: Mapping[str, str]) -> Any:
+    """`data` as it came. Raises RequestError where it has a field that `refused` gives a reason against."""
+    for name, why in refused.items() if isinstance(data, dict) else ():
+        if data.get(name) is not None:
+            raise RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
+    return data
+
+
+# What the protocols call a piece of text.
+_TEXT_TYPES = ("text", "input_text", "output_text", "reasoning_text", "summary_text", "refusal")
+
+
 class TextPart(Body):
-    """A part of a message's content. Only text is understood."""
+    """A part of a message's content. Only text is understood; whatever it is called, it becomes `text`."""
 
     type: str
     text: str | None = None
+    refusal: str | None = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _call_it_text(self) -> Self:
+        if self.type in _TEXT_TYPES:
+            self.text = self.refusal if self.type == "refusal" else self.text
+            self.type = "text"
+        return self
 
 
-_Content = Annotated[
+Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
     Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
 ]
+
+
+def check_parts(content: str | list[TextPart] | None, path: str) -> None:
+    """Raise RequestError naming a part that is no text."""
+    for i, part in enumerate(content) if isinstance(content, list) else ():
+        if part.type != "text":
+            raise RequestError(
+                f"{path}[{i}]: parts of type {part.type!r} are not supported; send text",
+                param=f"{path}[{i}].type",
+                code="unsupported_content_part",
+            )
+        if part.text is None:
+            raise RequestError(f"{path}[{i}].text is required", param=f"{path}[{i}].text")
 
 
 class FunctionCall(Body):
@@ -47,7 +81,7 @@ class Message(Body):
     """One message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: _Content | None = None
+    content: Content | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -56,18 +90,7 @@ class Message(Body):
 
     def check(self, path: str) -> None:
         """Raise RequestError where role and fields do not fit together."""
-        if isinstance(self.content, list):
-            for i, part in enumerate(self.content):
-                if part.type != "text":
-                    raise RequestError(
-                        f"{path}.content[{i}]: parts of type {part.type!r} are not supported; send text",
-                        param=f"{path}.content[{i}].type",
-                        code="unsupported_content_part",
-                    )
-                if part.text is None:
-                    raise RequestError(
-                        f"{path}.content[{i}].text is required", param=f"{path}.content[{i}].text"
-                    )
+        check_parts(self.content, f"{path}.content")
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise RequestError(f"{path}.content is required", param=f"{path}.content")
         if self.role == "tool" and self.tool_call_id is None:

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from engine.sampling_params import SamplingParams
 from quant.errors import RequestError
-from server.openai_messages import Body, Message, NamedToolChoice, Tool, ToolChoice
+from server.openai_messages import Body, Message, NamedToolChoice, Tool, ToolChoice, refuse_fields
 
 MAX_STOP = 16
 MAX_N = 128
@@ -40,6 +40,9 @@ _Prompt = Annotated[
     | Annotated[list[list[int]], Tag("<prompts of ids>")],
     Discriminator(_prompt_kind),
 ]
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class StreamOptions(Body):
@@ -70,16 +73,13 @@ REFUSED = {
 }
 
 
-class GenerationRequest(Body):
-    """What chat and plain completions have in common."""
+class SamplingFields(Body):
+    """How tokens are chosen and when to stop: OpenAI's fields and the usual extensions."""
 
-    model: str
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    n: int | None = Field(None, ge=1, le=MAX_N)
     seed: int | None = None
     stop: _Strings | None = None
     stop_token_ids: list[int] | None = None
@@ -88,6 +88,14 @@ class GenerationRequest(Body):
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+
+
+class GenerationRequest(SamplingFields):
+    """What chat and plain completions have in common."""
+
+    model: str
+    max_tokens: int | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -97,13 +105,7 @@ class GenerationRequest(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name, why in REFUSED.items():
-                if data.get(name) is not None:
-                    raise RequestError(
-                        f"{name} is not supported: {why}", param=name, code="unsupported_parameter"
-                    )
-        return data
+        return refuse_fields(data, REFUSED)
 
     @model_validator(mode="after")
     def _check_common_fields(self) -> Self:
@@ -193,7 +195,7 @@ class ChatRequest(GenerationRequest):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     thinking: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

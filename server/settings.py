@@ -70,6 +70,11 @@ class Settings(BaseSettings):
         "for several.",
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    response_store_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Memory for answers of /v1/responses that clients may come back to; 0 keeps none.",
+    )
     request_timeout_s: float | None = Field(
         None, gt=0, description="Seconds after which a request is ended. Default: none."
     )

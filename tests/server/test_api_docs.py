@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from fastapi.routing import APIRoute
 
-from server import native_api, openai_api
+from server import native_api, openai_api, responses_api
 from server.metrics import Metrics
 from server.openai_types import REFUSED, ChatRequest, CompletionRequest
+from server.responses_types import RESPONSES_REFUSED, ResponsesRequest
 from server.settings import Settings
 from tests.server.harness import ROOT
 
@@ -15,17 +18,26 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_every_route_is_documented() -> None:
-    routes = [*openai_api.router.routes, *native_api.router.routes]
+    routers = (openai_api.router, responses_api.router, native_api.router)
+    routes = [route for router in routers for route in router.routes]
 
-    paths = {route.path.replace("{model:path}", "{id}") for route in routes if isinstance(route, APIRoute)}
+    paths = {
+        re.sub(r"\{\w+(:path)?\}", "{id}", route.path) for route in routes if isinstance(route, APIRoute)
+    }
     assert {path for path in paths if path not in PAGE} == set()
-    assert len(paths) == 10
+    assert len(paths) == 13
 
 
 @pytest.mark.parametrize(
     "names",
-    [ChatRequest.model_fields, CompletionRequest.model_fields, REFUSED],
-    ids=["chat", "completions", "refused"],
+    [
+        ChatRequest.model_fields,
+        CompletionRequest.model_fields,
+        ResponsesRequest.model_fields,
+        REFUSED,
+        RESPONSES_REFUSED,
+    ],
+    ids=["chat", "completions", "responses", "refused", "refused responses"],
 )
 def test_every_field_is_documented(names: dict[str, object]) -> None:
     assert [name for name in names if f"`{name}`" not in PAGE] == []

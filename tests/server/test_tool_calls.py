@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from engine.generation import FinishReason, Output
+from engine.generation import FinishReason
 from engine.loader import Loaded, load
 from server.chat import ChatReply
 from server.openai_types import ChatRequest
 from server.service import Served
+from tests.server import scripted
 from tests.server.harness import TINY
-
-CALLS = (
-    "Let me look.\n\n<｜DSML｜ calls>\n"
-    '<｜DSML｜ invoke name="weather">\n'
-    '<｜DSML｜ parameter name="city" string="true">Paris</｜DSML｜ parameter>\n'
-    "</｜DSML｜ invoke>\n"
-    '<｜DSML｜ invoke name="time">\n'
-    '<｜DSML｜ parameter name="zone" string="false">1</｜DSML｜ parameter>\n'
-    "</｜DSML｜ invoke>\n"
-    "</｜DSML｜ calls>"
-)
-
-
-class Script:
-    """Stands for a Generation whose only sequence writes `text`, piece by piece."""
-
-    def __init__(self, text: str, reason: FinishReason = FinishReason.STOP) -> None:
-        self._text = text
-        self._reason = reason
-
-    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        for start in range(0, len(self._text), 7):
-            yield 0, Output(self._text[start : start + 7], token_ids=(5,))
-        yield 0, Output(finish_reason=self._reason)
+from tests.server.scripted import CALLS, Script
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +36,12 @@ def reply(loaded: Loaded, **fields: Any) -> ChatReply:
 
 
 def whole(loaded: Loaded, script: Script, **fields: Any) -> dict[str, Any]:
-    answer = asyncio.run(reply(loaded, **fields).whole(script))  # type: ignore[arg-type]
-    (choice,) = answer["choices"]
+    (choice,) = scripted.whole(reply(loaded, **fields), script)["choices"]
     return choice
 
 
 def events(loaded: Loaded, script: Script) -> list[dict[str, Any]]:
-    async def collect() -> list[dict[str, Any]]:
-        return [event async for event in reply(loaded, stream=True).events(script)]  # type: ignore[arg-type]
-
-    return asyncio.run(collect())
+    return scripted.events(reply(loaded, stream=True), script)
 
 
 def test_calls_become_tool_calls_with_json_arguments(loaded: Loaded) -> None:

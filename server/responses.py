@@ -1,0 +1,116 @@
+"""/v1/responses: the answer as a list of items, whole or as a stream of typed events."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from engine.generation import FinishReason
+from engine.prompts import ChatPrompt
+from server.errors import ApiError
+from server.generation import Generation
+from server.openai_messages import Message
+from server.openai_types import ChatRequest
+from server.reply import ConversationReply, Counts
+from server.responses_items import Event, OutputItems
+from server.responses_types import ResponsesRequest
+from server.service import Served
+
+
+class ResponsesReply(ConversationReply):
+    """Answers in the shape of the Responses interface. `keep` is handed what was finished."""
+
+    last = b""
+
+    def __init__(
+        self,
+        body: ResponsesRequest,
+        chat: ChatRequest,
+        prompt: ChatPrompt,
+        served: Served,
+        keep: Callable[[dict[str, Any], Message], None],
+    ) -> None:
+        super().__init__(chat, prompt, served)
+        self._body = body
+        self._keep = keep
+        self._id = f"resp_{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._items = OutputItems()
+        self._events_sent = 0
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The finished response."""
+        last: Event = {}
+        async for event in self.events(generation):
+            last = event
+        response: dict[str, Any] = last["response"]
+        return response
+
+    async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        """The events that build the response; the last one holds all of it."""
+        yield self._event({"type": "response.created", "response": self._response("in_progress")})
+        yield self._event({"type": "response.in_progress", "response": self._response("in_progress")})
+        reason = None
+        async for answer, deltas in self.pieces(generation):
+            reason = answer.finish_reason
+            for delta in deltas:
+                for event in self._items.add(delta):
+                    yield self._event(event)
+        status = "incomplete" if reason is FinishReason.LENGTH else "completed"
+        for event in self._items.close("incomplete" if status == "incomplete" else "completed"):
+            yield self._event(event)
+        response = self._response(status)
+        self._keep(response, Message.model_validate(self.answers[0].message))
+        yield self._event({"type": f"response.{status}", "response": response})
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """`response.failed`, with what there was of the answer."""
+        response = self._response("failed")
+        response["error"] = {"code": "server_error", "message": error.message}
+        return self._event({"type": "response.failed", "response": response})
+
+    def _event(self, event: Event) -> Event:
+        numbered = event | {"sequence_number": self._events_sent}
+        self._events_sent += 1
+        return numbered
+
+    def _response(self, status: str) -> dict[str, Any]:
+        body = self._body
+        given = body.model_dump(by_alias=True)
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self._served.name,
+            "output": list(self._items.done),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": given["reasoning"] or {"effort": None},
+            "store": body.store is not False,
+            "temperature": body.temperature,
+            "text": given["text"] or {"format": {"type": "text"}},
+            "tool_choice": given["tool_choice"] or "auto",
+            "tools": given["tools"] or [],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": None if status == "in_progress" else _usage(self.counts),
+        }
+
+
+def _usage(counts: Counts) -> dict[str, Any]:
+    return {
+        "input_tokens": counts.prompt,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": counts.generated,
+        "output_tokens_details": {"reasoning_tokens": counts.reasoning},
+        "total_tokens": counts.prompt + counts.generated,
+    }

@@ -1,0 +1,104 @@
+"""Items of a Responses request as messages of a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, TypeVar
+
+from quant.errors import RequestError
+from server.openai_messages import Body, Content, FunctionCall, Message, TextPart, ToolCall, check_parts
+
+T = TypeVar("T")
+Text = str | list[TextPart]
+
+
+class InputItem(Body):
+    """One item of the input. Which fields it needs depends on its type; without one it is a message."""
+
+    type: str = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Content | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Content | None = None
+    summary: list[TextPart] | None = None
+
+
+def messages_of(items: Iterable[InputItem]) -> list[Message]:
+    """The conversation that `items` are: reasoning, text and calls that follow each other make one message.
+
+    Raises RequestError naming an item that is not understood.
+    """
+    messages: list[Message] = []
+    for i, item in enumerate(items):
+        path = f"input[{i}]"
+        match item.type:
+            case "message":
+                _add_message(messages, item, path)
+            case "function_call_output":
+                output = _content(item.output, f"{path}.output")
+                call_id = _required(item.call_id, f"{path}.call_id")
+                messages.append(Message(role="tool", tool_call_id=call_id, content=output))
+            case "reasoning":
+                thoughts = _content(item.content or item.summary or [], f"{path}.content")
+                _assistant(messages).reasoning_content = _plain(thoughts)
+            case "function_call":
+                turn = _assistant(messages)
+                turn.tool_calls = [*(turn.tool_calls or []), _call(item, path)]
+            case _:
+                raise RequestError(
+                    f"{path}: items of type {item.type!r} are not supported; known are message, reasoning, "
+                    "function_call and function_call_output",
+                    param=f"{path}.type",
+                    code="unsupported_input_item",
+                )
+    return messages
+
+
+def _add_message(messages: list[Message], item: InputItem, path: str) -> None:
+    content = _content(item.content, f"{path}.content")
+    if item.role != "assistant":
+        messages.append(Message(role=_required(item.role, f"{path}.role"), content=content))
+        return
+    turn = _assistant(messages)
+    turn.content = content if not turn.content else _parts(turn.content) + _parts(content)
+
+
+def _assistant(messages: list[Message]) -> Message:
+    """The assistant's message that the last items belong to, or a new one."""
+    if not messages or messages[-1].role != "assistant":
+        messages.append(Message(role="assistant", content=""))
+    return messages[-1]
+
+
+def _call(item: InputItem, path: str) -> ToolCall:
+    name = _required(item.name, f"{path}.name")
+    arguments = _required(item.arguments, f"{path}.arguments")
+    call_id = _required(item.call_id, f"{path}.call_id")
+    return ToolCall(id=call_id, function=FunctionCall(name=name, arguments=arguments))
+
+
+def _content(content: Text | None, path: str) -> Text:
+    if content is None:
+        raise _missing(path)
+    check_parts(content, path)
+    return content
+
+
+def _parts(content: Text) -> list[TextPart]:
+    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
+
+
+def _plain(content: Text) -> str:
+    return "".join(part.text or "" for part in _parts(content))
+
+
+def _required(value: T | None, path: str) -> T:
+    if value is None:
+        raise _missing(path)
+    return value
+
+
+def _missing(path: str) -> RequestError:
+    return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
