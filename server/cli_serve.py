@@ -144,6 +144,7 @@ class _Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + number)
         self.should_exit = True
+        self._service.drain()
         _say(f"Stopping; requests that run have {self._drain_s:g} s to finish. Once more to stop at once.")
         stop = threading.Thread(target=self._service.stop, daemon=True)
         asyncio.get_running_loop().call_later(self._drain_s, stop.start)

@@ -39,7 +39,7 @@ async def ready(request: Request) -> Response:
     service = service_of(request)
     if service.is_ready:
         return JSONResponse({"status": "ready"})
-    status = "loading" if service.is_alive else "engine_stopped"
+    status = "stopping" if service.is_draining else "loading" if service.is_alive else "engine_stopped"
     return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 

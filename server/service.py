@@ -108,6 +108,7 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self.failure: Exception | None = None
+        self.is_draining = False
         self._served: Served | None = None
 
     def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
@@ -136,11 +137,13 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """True while requests can be answered."""
-        return self._served is not None and self._served.engine.is_alive
+        return self._served is not None and self._served.engine.is_alive and not self.is_draining
 
     @property
     def served(self) -> Served:
-        """The model. Raises ApiError 503 while it loads or when its engine has died."""
+        """The model. Raises ApiError 503 while it loads or the server stops, or when its engine has died."""
+        if self.is_draining:
+            raise unavailable("the server is stopping and takes no new requests", "server_stopping")
         if self._served is None:
             raise unavailable("the model is still loading; try again soon", "model_loading")
         if not self._served.engine.is_alive:
@@ -162,6 +165,10 @@ class Service:
     def new_generation(self) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
         return Generation(self.served.engine, self.metrics, self.settings.request_timeout_s)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those that run go on."""
+        self.is_draining = True
 
     def stop(self) -> None:
         """End the engine; what still runs is aborted."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.engine import Engine, Ticket
-from engine.generation import FinishReason
+from engine.generation import FinishReason, Output
 from engine.loader import Loaded, load
 from engine.sampling_params import SamplingParams
 from quant.errors import BudgetError, CapacityError, RequestError
@@ -167,6 +167,54 @@ def test_a_failed_step_fails_its_sequences_and_the_engine_goes_on(
     assert answer.finish_reason is FinishReason.ERROR
     assert answer.outputs[-1].error == "no room for the moment"
     assert len(submit(engine, [5, 6, 7], max_tokens=3, ignore_eos=True)[0].wait().token_ids) == 3
+
+
+@pytest.mark.parametrize("part", ["sampler", "detokenizer", "reader"])
+def test_what_fails_for_one_sequence_fails_no_other(
+    engine: Engine, part: str, expected: dict[str, torch.Tensor]
+) -> None:
+    """A reader that fails keeps the others' answers whole; its own sequence goes on to its end."""
+    ids, greedy = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
+    good, _ = submit(engine, ids, max_tokens=12, ignore_eos=True)
+    bad = Answer()
+
+    def broken(*_: object) -> Any:
+        bad.outputs.append(Output(finish_reason=FinishReason.ERROR))
+        raise ZeroDivisionError("of one sequence")
+
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    engine.submit(ids, params, broken if part == "reader" else bad)
+    if part != "reader":
+        (sequence,) = [s for s in engine._known.values() if s.on_output is bad]
+        owner, method = (sequence.sampler, "sample") if part == "sampler" else (sequence.detokenizer, "push")
+        setattr(owner, method, broken)
+    bad.wait()
+
+    assert bad.outputs[-1].finish_reason is FinishReason.ERROR
+    assert good.wait().token_ids == greedy
+    assert submit(engine, ids, max_tokens=12, ignore_eos=True)[0].wait().token_ids == greedy
+    assert engine.stats().running == 0
+
+
+def test_a_step_loop_that_dies_ends_everything_and_says_so(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=200)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+
+    def dying(*_: object) -> torch.Tensor:
+        raise SystemExit
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loaded.model, "forward", dying)
+        engine.start()
+        answers = [submit(engine, [5, 6, 7])[0] for _ in range(2)]
+        engine._thread.join()
+
+    assert [answer.finish_reason for answer in answers] == [FinishReason.ABORT] * 2
+    assert not engine.is_alive
+    with pytest.raises(CapacityError, match="not running"):
+        submit(engine, [5])
 
 
 def test_a_full_queue_refuses(loaded: Loaded) -> None:

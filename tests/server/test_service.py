@@ -99,6 +99,30 @@ def test_while_the_model_loads_the_server_is_alive_but_not_ready(loaded: Loaded)
     }
 
 
+def test_while_the_server_stops_new_requests_are_sent_away(loaded: Loaded) -> None:
+    async def talk() -> list[httpx.Response]:
+        service = Service(resolve_settings({}), Metrics())
+        done = asyncio.Event()
+        service.load_in_background(lambda: Served("m", loaded, PlayedEngine()), done.set)  # type: ignore[arg-type]
+        await done.wait()
+        service.drain()
+        transport = httpx.ASGITransport(create_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return [
+                await client.get("/health"),
+                await client.get("/ready"),
+                await client.post("/v1/completions", json=BODY),
+            ]
+
+    health, ready, completion = asyncio.run(talk())
+
+    assert health.status_code == 200
+    assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+    assert completion.status_code == 503
+    assert completion.json()["error"]["code"] == "server_stopping"
+    assert completion.headers["retry-after"] == "1"
+
+
 def test_a_dead_engine_fails_health_and_requests(loaded: Loaded) -> None:
     engine = PlayedEngine()
     engine.is_alive = False
