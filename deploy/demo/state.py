@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from model import Model
 from tables import Table
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # what AdamW and Muon keep of a parameter
 
 
 @dataclass
@@ -30,18 +31,21 @@ class Progress:
 
 
 class TrainingState:
-    """Model, optimiser, tables and progress, saved and loaded together."""
+    """Model, optimisers, tables and progress, saved and loaded together."""
 
-    def __init__(self, model: Model, optimiser: torch.optim.Optimizer, tables: list[Table]) -> None:
-        self.model, self.optimiser, self.tables = model, optimiser, tables
+    def __init__(
+        self, model: Model, optimisers: Sequence[torch.optim.Optimizer], tables: list[Table]
+    ) -> None:
+        self.model, self.optimisers, self.tables = model, optimisers, tables
         self.progress = Progress()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        for parameter, moments in self.optimiser.state.items():
-            for kind, value in moments.items():
-                tensors[f"optimiser.{kind}.{self._names[id(parameter)]}"] = value
+        for optimiser in self.optimisers:
+            for parameter, moments in optimiser.state.items():
+                for kind, value in moments.items():
+                    tensors[f"optimiser.{kind}.{self._names[id(parameter)]}"] = value
         for i, table in enumerate(self.tables):
             tensors |= {f"table.{i}.{kind}": getattr(table, kind) for kind in ("weight", "mean", "square")}
         return tensors
@@ -60,14 +64,14 @@ class TrainingState:
             names = set(stored.keys())
             for name, value in self.model.state_dict().items():
                 value.copy_(stored.get_tensor(f"model.{name}"))
-            for name, parameter in self.model.named_parameters():
-                kinds = [
-                    kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"optimiser.{kind}.{name}" in names
-                ]
-                if kinds:
-                    self.optimiser.state[parameter] = {
-                        kind: stored.get_tensor(f"optimiser.{kind}.{name}") for kind in kinds
-                    }
+            for optimiser in self.optimisers:
+                for parameter in (p for group in optimiser.param_groups for p in group["params"]):
+                    name = self._names[id(parameter)]
+                    kinds = [kind for kind in MOMENTS if f"optimiser.{kind}.{name}" in names]
+                    if kinds:
+                        optimiser.state[parameter] = {
+                            kind: stored.get_tensor(f"optimiser.{kind}.{name}") for kind in kinds
+                        }
             for i, table in enumerate(self.tables):
                 for kind in ("weight", "mean", "square"):
                     getattr(table, kind).copy_(stored.get_tensor(f"table.{i}.{kind}"))

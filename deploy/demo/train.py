@@ -34,6 +34,7 @@ from engine.layers.engram_hash import build_token_map
 from layers import Precision
 from loss import HeadLoss
 from model import Hidden, Model
+from optimisers import optimisers_for
 from packing import alignment, lay_out, pack, targets
 from paths import demo_directory
 from rows import RowFinder
@@ -43,7 +44,6 @@ from state import TrainingState
 from tables import Gathered, Table
 
 SEED = 41
-WEIGHT_DECAY = 0.1
 TABLE_RATE = 5.0  # times the learning rate of the rest
 CLIP = 1.0
 INDEX_LOSS_WEIGHT = 0.2
@@ -73,7 +73,8 @@ class Trainer:
         tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
         self.find_rows = RowFinder(config, build_token_map(tokenizer, config.vocab_size))
         self.step_tokens = alignment(config)
-        self.state = TrainingState(self.model, optimiser_for(self.model), self.tables)
+        self.optimisers = optimisers_for(self.model, Precision.products)
+        self.state = TrainingState(self.model, self.optimisers, self.tables)
         self.corpus = Corpus(directory, schedule.mix)
         self.stopping = False
 
@@ -112,10 +113,11 @@ class Trainer:
             for layer, chosen in enumerate(hidden.router_ids):
                 load[layer] += chosen[real].flatten().bincount(minlength=load.shape[1])
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
-        for group in self.state.optimiser.param_groups:
-            group["lr"] = rate
-        self.state.optimiser.step()
-        self.state.optimiser.zero_grad(set_to_none=False)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=False)
         for g in gathered:
             g.update(rate * TABLE_RATE)
         if stage.balance:
@@ -207,14 +209,6 @@ class Trainer:
     def stop(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: finish the step at hand, save, leave."""
         self.stopping = True
-
-
-def optimiser_for(model: Model) -> torch.optim.AdamW:
-    """AdamW; matrices decay, everything that is a vector or a token's own row does not."""
-    decaying = [p for n, p in model.named_parameters() if p.dim() >= 2 and not n.startswith("embed")]
-    others = [p for n, p in model.named_parameters() if p.dim() < 2 or n.startswith("embed")]
-    groups = [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
 
 
 class Log:
