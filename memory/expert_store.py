@@ -105,6 +105,15 @@ class ExpertStore:
         """Experts in each tier; those in none are on disk only."""
         return {shelf.tier.name: sum(len(layer) for layer in shelf.by_layer) for shelf in self._shelves}
 
+    def whereabouts(self) -> list[list[str]]:
+        """The tier that holds each expert, by layer and expert; `nvme` where none does."""
+        tiers = [["nvme"] * self.files.experts for _ in range(self.files.layers)]
+        for shelf in reversed(self._shelves):  # of copies, the card's counts
+            for layer, places in enumerate(shelf.by_layer):
+                for expert in list(places):  # a copy at once: another thread may look
+                    tiers[layer][expert] = shelf.tier.name
+        return tiers
+
     def holds_all(self, layer: int) -> bool:
         """True where no expert of `layer` would have to be read from disk."""
         held = {expert for shelf in self._shelves for expert in shelf.by_layer[layer]}

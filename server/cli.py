@@ -11,6 +11,7 @@ from quant.errors import LociError
 from server import (
     cli_bench,
     cli_chat,
+    cli_demo,
     cli_doctor,
     cli_info,
     cli_logits,
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command()(cli_serve.serve)
 app.command()(cli_chat.chat)
 app.command()(cli_chat.run)
+app.command()(cli_demo.demo)
 app.command()(cli_info.info)
 app.command()(cli_logits.logits)
 app.command()(cli_plan.plan)

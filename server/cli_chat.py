@@ -30,7 +30,8 @@ def chat(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Checkpoint directory or GGUF file. Default: the embedded model.", show_default=False
+            help="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
+            show_default=False,
         ),
     ] = None,
     url: Annotated[

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
-_WHAT = "Checkpoint directory or GGUF file."
+from engine.embedded import EMBEDDED, model_path
 
-Model = Annotated[Path, typer.Argument(help=_WHAT, show_default=False)]
+_NAMES = ", ".join(EMBEDDED)
+_WHAT = f"Checkpoint directory, GGUF file, or an embedded model's name ({_NAMES})."
+
+Model = Annotated[Path, typer.Argument(help=_WHAT, callback=model_path, show_default=False)]
 OptionalModel = Annotated[
-    Path | None, typer.Argument(help=f"{_WHAT} Default: the embedded model.", show_default=False)
+    Path | None,
+    typer.Argument(help=f"{_WHAT} Default: demo.", callback=model_path, show_default=False),
 ]

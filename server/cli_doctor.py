@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from engine.embedded import EMBEDDED, model_path
 from memory.hardware import detect
 from quant.errors import LociError
 from server.terminal import bytes_text, print_table
@@ -39,7 +40,7 @@ def doctor() -> None:
 
     Example: loci doctor
     """
-    findings = [*_python(), *_packages(), *_machine(), *_kernels(), *_default_model()]
+    findings = [*_python(), *_packages(), *_machine(), *_kernels(), *_embedded_models()]
     print_table(["", "what", "found"], [(f.verdict, f.topic, f.found) for f in findings])
     advice = [f"{f.topic}: {f.advice}" for f in findings if f.advice]
     if advice:
@@ -135,12 +136,9 @@ def _kernels() -> Iterator[Finding]:
         yield Finding("kernels", choose().name)
 
 
-def _default_model() -> Iterator[Finding]:
-    if _version("torch") is None:
-        return
-    from engine.loader import default_model_path
-
-    try:
-        yield Finding("default model", str(default_model_path()))
-    except LociError as error:
-        yield Finding("default model", "not installed", str(error))
+def _embedded_models() -> Iterator[Finding]:
+    for name in EMBEDDED:
+        try:
+            yield Finding(f"embedded model {name}", str(model_path(Path(name))))
+        except LociError as error:
+            yield Finding(f"embedded model {name}", "not installed", str(error))

@@ -42,10 +42,10 @@ def info(
 
     Example: loci info ./DeepSeek-V4.1-Flash
     """
-    from engine.loader import default_model_path, describe
+    from engine.loader import describe
 
-    path = model or default_model_path()
-    about, components = describe(path)
+    assert model is not None  # a default stands in
+    about, components = describe(model)
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
     print(f"{about.name}: family {about.family}, {_count(parameters)} parameters, {bytes_text(total)}")
@@ -53,7 +53,7 @@ def info(
     print()
     _print_components(components)
     if total <= LOADED_UNASKED_BYTES if load is None else load:
-        _print_memory(path)
+        _print_memory(model)
     else:
         print("\nNot loaded; --load does that and prints KV cache and peak memory.")
 

@@ -20,9 +20,11 @@ from server.talk import ChatMessage, Sampling
 class LocalTalk:
     """A model in this process."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._served = bring_up(resolve_settings({"model": path, "max_num_seqs": 1}))
+    def __init__(self, path: Path | None, **settings: object) -> None:
+        """Load it; `settings` are those of a server, by name."""
+        self._served = bring_up(resolve_settings({"model": path, "max_num_seqs": 1, **settings}))
         self.name = self._served.name
+        self.model = self._served.loaded.model
 
     @property
     def can_chat(self) -> bool:

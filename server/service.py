@@ -10,8 +10,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from engine.embedded import model_path
 from engine.engine import Engine
-from engine.loader import Loaded, default_model_path, load
+from engine.loader import Loaded, load
 from engine.model import Model
 from memory.budget import MemoryBudget
 from memory.hardware import available_memory_bytes
@@ -57,7 +58,7 @@ def bring_up(settings: Settings) -> Served:
 
     Raises LociError where the checkpoint is wrong or does not fit into memory.
     """
-    path = (settings.model or default_model_path()).resolve()
+    path = model_path(settings.model).resolve()
     name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()

@@ -27,7 +27,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LOCI_", env_ignore_empty=True, extra="forbid")
 
     model: Path | None = Field(
-        None, description="Checkpoint directory or GGUF file. Default: the embedded model."
+        None,
+        description="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 opens it to the network.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")

