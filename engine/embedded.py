@@ -42,8 +42,8 @@ def _smollm2() -> Path | None:
     return files[0].resolve() if files else None
 
 
-# The first one is the default. SmolLM2's sampling is what its authors recommend: at temperature 1 a model
-# this small loses the thread.
+# The first one that is installed is the default. SmolLM2's sampling is what its authors recommend: at
+# temperature 1 a model this small loses the thread.
 EMBEDDED: dict[str, EmbeddedModel] = {
     "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci"),
     "smollm2": EmbeddedModel(
@@ -57,15 +57,18 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 def model_path(model: Path | None) -> Path:
     """The path of a model as a person names it: a path, an embedded model's name, or None for the default.
 
-    A path that exists wins over a name. Raises ConfigError where the embedded model is not installed.
+    A path that exists wins over a name; the default is the first embedded model that is installed. Raises
+    ConfigError where the embedded model is not installed.
     """
-    name = next(iter(EMBEDDED)) if model is None else str(model)
-    if model is not None and (name not in EMBEDDED or model.exists()):
+    if model is not None and (str(model) not in EMBEDDED or model.exists()):
         return model
-    found = EMBEDDED[name].find()
-    if found is None:
-        raise ConfigError(f"the embedded model {name!r} is not installed; {EMBEDDED[name].install}")
-    return found
+    names = list(EMBEDDED) if model is None else [str(model)]
+    for name in names:
+        found = EMBEDDED[name].find()
+        if found is not None:
+            return found
+    advice = "; or ".join(EMBEDDED[name].install for name in names)
+    raise ConfigError(f"no embedded model {' or '.join(names)} is installed; {advice}")
 
 
 def embedded_sampling(path: Path) -> Mapping[str, Any]:

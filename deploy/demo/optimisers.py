@@ -13,6 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from model import Model
+
 WEIGHT_DECAY = 0.1
 MOMENTUM = 0.95
 # A quintic whose iteration pulls singular values from (0, 1] to about one within five steps.
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update, alpha=-rate * UPDATE_SIZE * max(rows, cols) ** 0.5)
 
 
-def optimisers_for(model: nn.Module, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def optimisers_for(model: Model, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """Muon and AdamW over all parameters of the training model.
 
     AdamW gets vectors, token embeddings, the head, the router and the small mixes of hyper-connections,
@@ -87,7 +89,7 @@ def optimisers_for(model: nn.Module, dtype: torch.dtype) -> list[torch.optim.Opt
             if name.endswith("experts_w13"):
                 splits[parameter] = 2
             elif name.endswith("engram.wkv.weight"):
-                splits[parameter] = parameter.shape[0] // parameter.shape[1]
+                splits[parameter] = model.config.hc_mult + 1  # a key for each stream, and the value
     groups = [{"params": head, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-10, fused=True)
     return [Muon(matrices, splits, dtype), adam]

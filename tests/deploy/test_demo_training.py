@@ -21,6 +21,7 @@ from layers import Precision
 from memory.budget import MemoryBudget
 from memory.safetensors_files import open_safetensors
 from model import Model
+from optimisers import Muon, orthogonalise
 from prompts import train_tokenizer
 from quant.kernels.reference import ReferenceKernels
 from released import from_released, read_files
@@ -102,6 +103,26 @@ def test_only_looked_up_engram_rows_change(directory: Path) -> None:
         changed = (table.weight != old).any(1)
         assert changed.any()
         assert set(changed.nonzero().flatten().tolist()) <= set(rows.flatten().tolist())
+
+
+def test_orthogonalised_matrices_have_singular_values_about_one() -> None:
+    torch.manual_seed(0)
+    for rows, cols in ((16, 48), (48, 16), (32, 32)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(3, rows, cols), torch.float32))
+        assert float(values.min()) > 0.5
+        assert float(values.max()) < 1.3
+
+
+def test_matrices_that_stand_above_each_other_are_orthogonalised_apart() -> None:
+    gate_and_up = torch.nn.Parameter(torch.zeros(2, 8, 4))
+    gate_and_up.grad = torch.randn(2, 8, 4)
+    alone = torch.nn.Parameter(torch.zeros(2, 4, 4))
+    alone.grad = gate_and_up.grad[:, 4:].clone()
+    for parameter, splits in ((gate_and_up, {gate_and_up: 2}), (alone, {})):
+        muon = Muon([parameter], splits, torch.float32)
+        muon.param_groups[0]["lr"] = 0.1
+        muon.step()
+    torch.testing.assert_close(gate_and_up[:, 4:], alone)
 
 
 def test_a_stop_signal_ends_training_after_the_step_at_hand(directory: Path) -> None:

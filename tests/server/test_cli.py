@@ -180,7 +180,16 @@ def test_doctor_reports_the_machine() -> None:
     result = harness.run("doctor")
 
     assert result.returncode == 0
-    for topic in ("Python", "packages", "processor", "memory", "disk", "GPU", "kernels", "default model"):
+    for topic in (
+        "Python",
+        "packages",
+        "processor",
+        "memory",
+        "disk",
+        "GPU",
+        "kernels",
+        "embedded model demo",
+    ):
         assert re.search(rf"^(ok|note) +{topic} ", result.stdout, re.MULTILINE), topic
 
 

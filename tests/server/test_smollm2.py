@@ -1,13 +1,14 @@
-"""The embedded default model: `loci serve` without a model gives sensible answers."""
+"""The embedded SmolLM2: `loci serve smollm2` gives sensible answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 
-from engine.loader import default_model_path
+from engine.embedded import model_path
 from quant.errors import ConfigError
 from tests.server.harness import LociServer
 
@@ -17,10 +18,10 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     try:
-        default_model_path()
+        model_path(Path("smollm2"))
     except ConfigError as error:
         pytest.skip(str(error))
-    server = LociServer(tmp_path_factory.mktemp("default"), ["--max-model-len", "512"])
+    server = LociServer(tmp_path_factory.mktemp("smollm2"), ["smollm2", "--max-model-len", "512"])
     try:
         with openai.OpenAI(base_url=f"{server.await_ready().url}/v1", api_key="x") as sdk:
             yield sdk

@@ -1,0 +1,47 @@
+"""`loci demo` answers while experts and Engram rows move, and says where they were."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from engine.embedded import EMBEDDED
+from tests.server import harness
+
+needs_demo = pytest.mark.skipif(EMBEDDED["demo"].find() is None, reason="the demonstration model is missing")
+
+
+@needs_demo
+def test_the_demo_shows_what_served_an_answer() -> None:
+    result = harness.run("demo", "What is the capital of France?")
+
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    rows = {
+        tier: (int(experts), int(share))
+        for tier, experts, share in re.findall(
+            r"^(card \d|DRAM|disk) +(\d+) +(\d+)%", result.stdout, re.MULTILINE
+        )
+    }
+    assert rows.keys() == {"card 0", "card 1", "DRAM", "disk"}
+    assert sum(experts for experts, _ in rows.values()) == 144
+    assert all(share > 0 for _, share in rows.values())
+    assert re.search(r"[1-9][\d,]* read from disk", result.stdout)
+
+
+@needs_demo
+def test_the_demo_takes_questions_from_a_pipe() -> None:
+    result = harness.run("demo", stdin="Hello!\n\nWho are you?\n")
+
+    assert result.returncode == 0, result.stderr
+    assert "> Hello!" in result.stdout
+    assert "> Who are you?" in result.stdout
+
+
+@needs_demo
+def test_a_budget_that_is_too_small_is_one_line() -> None:
+    result = harness.run("demo", "Hello!", "--dram-budget", "1MB")
+
+    assert result.returncode == 1
+    assert harness.complaint(result.stderr).count("\n") == 1
