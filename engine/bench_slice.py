@@ -91,10 +91,10 @@ class SliceRun:
     ) -> dict[str, float]:
         """Seconds that each resource needs for these steps' bytes at the given rates, were it always busy.
 
-        Everything that crosses the DRAM bus counts: weights that are multiplied with; experts from disk, which
-        are written, rearranged and written again; copies between DRAM and virtual cards, which both are host
-        memory. Of the disk's bytes only those count that were needed, and its rate is that of this run where
-        that was better than the measured one.
+        Everything that crosses the DRAM bus counts: weights that are multiplied with; experts from disk,
+        which are written, rearranged and written again; copies between DRAM and virtual cards, which both
+        are host memory. Of the disk's bytes only those count that were needed, and its rate is that of this
+        run where that was better than the measured one.
         """
         counts, moved = self.counts, self.counts.moved_bytes
         from_disk = moved.get("nvme", 0)
