@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -114,12 +115,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, default=demo_directory(), help="where data and checkpoints lie")
+    parser.add_argument("--tokenizer", type=Path, help="a vocabulary to use instead of learning one")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     parts = {name: hold_out(documents) for name, documents in all_parts(args.dir).items()}
     tokenizer_file = args.dir / "tokenizer.json"
-    if not tokenizer_file.exists():
+    if args.tokenizer:
+        shutil.copyfile(args.tokenizer, tokenizer_file)
+    elif not tokenizer_file.exists():
         texts = [document for part, _ in parts.values() for _, document in part]
         train_tokenizer(texts).save(str(tokenizer_file))
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))

@@ -190,7 +190,7 @@ def report(lines: list[Line], control: list[Line], said: list[tuple[str, str]], 
     ]
     dialogue = "\n".join(f"> **{question}**\n>\n> {' '.join(answer.split())}\n" for question, answer in said)
     return (
-        f"After {progress.tokens / 1e6:.1f} million tokens of training ({progress.step:,} steps):\n\n"
+        f"After {progress.all_tokens / 1e6:.1f} million tokens of training:\n\n"
         "| measured on held-out text | figure | limit | met | untrained |\n|---|---|---|---|---|\n"
         + "\n".join(rows)
         + f"\n\nTen fixed prompts, temperature 0, unedited:\n\n{dialogue}"

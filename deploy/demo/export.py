@@ -28,7 +28,7 @@ from model import Model
 from paths import demo_directory
 from prompts import BOS, EOS, PAD
 from quantise import round_fp8_rows
-from released import from_released, read_files, table_to_released, to_released
+from released import TRAINED_TOKENS, from_released, read_files, table_to_released, to_released
 from shape import TEXT_CONFIG, config_for
 from state import read_trained
 
@@ -44,13 +44,15 @@ def shards_of(model: Model, tables: list[Tensor]) -> list[dict[str, Tensor]]:
     ]
 
 
-def write_checkpoint(directory: Path, model: Model, tables: list[Tensor], tokenizer_file: Path) -> None:
-    """All files of a checkpoint, into an empty directory."""
+def write_checkpoint(
+    directory: Path, model: Model, tables: list[Tensor], tokenizer_file: Path, trained_tokens: int
+) -> None:
+    """All files of a checkpoint, into an empty directory; each shard says how far it was trained."""
     shards = shards_of(model, tables)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        save_file(shard, directory / name, metadata={"format": "pt", TRAINED_TOKENS: str(trained_tokens)})
         weight_map |= dict.fromkeys(shard, name)
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -119,7 +121,7 @@ def main() -> None:
     unfinished = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    write_checkpoint(unfinished, model, tables, tokenizer_file)
+    write_checkpoint(unfinished, model, tables, tokenizer_file, progress.all_tokens)
     check(unfinished, model, tables)
     size = sum(file.stat().st_size for file in unfinished.iterdir())
     if size > LARGEST_BYTES:
@@ -128,7 +130,7 @@ def main() -> None:
         )
     shutil.rmtree(args.out, ignore_errors=True)
     unfinished.rename(args.out)
-    print(f"{args.out}: {size / 1e6:.1f} MB, after {progress.tokens:,} tokens of training")
+    print(f"{args.out}: {size / 1e6:.1f} MB, after {progress.all_tokens:,} tokens of training")
 
 
 if __name__ == "__main__":

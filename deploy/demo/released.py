@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from quant.mxfp4 import MXFP4
 from quant.packed import PackedTensor
 from quantise import encode_fp4, encode_fp8_rows, encode_fp8_tiles
 
+TRAINED_TOKENS = "trained_tokens"  # metadata of every shard
 STACKED = ("experts_w13", "experts_w2")
 
 
@@ -82,6 +84,12 @@ def _split_experts(parameter: str, value: Tensor) -> Iterator[tuple[str, Tensor]
 def read_files(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint directory as stored."""
     return {name: t for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def trained_tokens(path: Path) -> int:
+    """How many tokens the checkpoint at `path` was trained on, as its shards say."""
+    with safe_open(next(iter(sorted(path.glob("*.safetensors")))), framework="pt") as shard:
+        return int((shard.metadata() or {}).get(TRAINED_TOKENS, 0))
 
 
 @torch.no_grad()

@@ -28,6 +28,12 @@ class Progress:
     passes: int = 0  # over the corpus, in this stage
     row: int = 0  # next row of this pass
     corpus: str = ""  # fingerprint of the data this pass is laid out from
+    earlier_tokens: int = 0  # seen before this schedule, by the checkpoint that training began with
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens seen since the weights were random."""
+        return self.earlier_tokens + self.tokens
 
 
 class TrainingState:

@@ -37,6 +37,7 @@ from model import Hidden, Model
 from optimisers import optimisers_for
 from packing import alignment, lay_out, pack, targets
 from paths import demo_directory
+from released import from_released, read_files, trained_tokens
 from rows import RowFinder
 from schedule import Schedule, Stage
 from shape import config_for
@@ -77,6 +78,19 @@ class Trainer:
         self.state = TrainingState(self.model, self.optimisers, self.tables)
         self.corpus = Corpus(directory, schedule.mix)
         self.stopping = False
+
+    @torch.no_grad()
+    def begin_with(self, checkpoint: Path) -> None:
+        """Take over the weights of an exported checkpoint; moments and schedule begin anew."""
+        if (checkpoint / "tokenizer.json").read_bytes() != (self.directory / "tokenizer.json").read_bytes():
+            raise SystemExit(
+                f"{checkpoint} has another vocabulary than {self.directory}: make the data with "
+                f"`python deploy/demo/data.py --tokenizer {checkpoint / 'tokenizer.json'}`"
+            )
+        tables = from_released(self.model, read_files(checkpoint))
+        for table, weight in zip(self.tables, tables, strict=True):
+            table.weight.copy_(weight)
+        self.state.progress.earlier_tokens = trained_tokens(checkpoint)
 
     # -- one step -----------------------------------------------------------------------------
 
@@ -250,6 +264,9 @@ def main() -> None:
     )
     parser.add_argument("--dir", type=Path, default=demo_directory(), help="where data and checkpoints lie")
     parser.add_argument("--stages", type=Path, default=HERE / "stages.json")
+    parser.add_argument(
+        "--begin-with", type=Path, help="an exported checkpoint to go on from, where there is no saved state"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--until-tokens", type=int, help="stop there; default: the end of the schedule")
     parser.add_argument(
@@ -267,6 +284,8 @@ def main() -> None:
     saved = args.dir / "state.safetensors"
     if saved.exists():
         trainer.state.load(saved)
+    elif args.begin_with:
+        trainer.begin_with(args.begin_with)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, trainer.stop)
     progress = trainer.state.progress

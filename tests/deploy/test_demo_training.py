@@ -141,7 +141,7 @@ def test_the_serving_family_computes_what_was_trained(directory: Path, tmp_path:
     tables, _ = read_trained(directory / "state.safetensors", model)
     out = tmp_path / "exported"
     out.mkdir()
-    export.write_checkpoint(out, model, tables, directory / "tokenizer.json")
+    export.write_checkpoint(out, model, tables, directory / "tokenizer.json", 1000)
     export.check(out, model, tables)
 
     stored = Model(config).eval()
@@ -160,12 +160,33 @@ def test_the_serving_family_computes_what_was_trained(directory: Path, tmp_path:
     torch.testing.assert_close(logits, trained, rtol=0, atol=1e-4)
 
 
+def test_training_goes_on_from_an_exported_checkpoint(directory: Path, tmp_path: Path) -> None:
+    first = Trainer(directory, SCHEDULE)
+    first.run(256)
+    out = tmp_path / "exported"
+    out.mkdir()
+    tables = [table.weight for table in first.tables]
+    export.write_checkpoint(out, first.model, tables, directory / "tokenizer.json", 256)
+    (directory / "state.safetensors").unlink()
+
+    second = Trainer(directory, SCHEDULE)
+    second.begin_with(out)
+
+    assert second.state.progress.all_tokens == 256
+    first_loss, second_loss = (trainer.held_out(96, rounding=True)["composed"] for trainer in (first, second))
+    assert second_loss == pytest.approx(first_loss, abs=0.01)
+
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(SystemExit, match="another vocabulary"):
+        second.begin_with(out)
+
+
 def test_export_refuses_files_that_differ_from_the_model(directory: Path, tmp_path: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     tables = [table.weight for table in trainer.tables]
     out = tmp_path / "exported"
     out.mkdir()
-    export.write_checkpoint(out, trainer.model, tables, directory / "tokenizer.json")
+    export.write_checkpoint(out, trainer.model, tables, directory / "tokenizer.json", 0)
     with torch.no_grad():
         trainer.model.norm.weight.mul_(2)
     with pytest.raises(SystemExit, match="differ from the model"):
