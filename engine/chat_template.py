@@ -70,8 +70,12 @@ class TemplateChat(ChatFormat):
         mark = _unused_character(json.dumps(said, ensure_ascii=False) + self._source)
         variables = {name: self._marks.put(value, mark) for name, value in said.items()}
         variables |= self._tokenizer.special_tokens
-        variables["add_generation_prompt"] = True
+        begun = _begun_answer(said["messages"])
+        variables["add_generation_prompt"] = begun is None
         prompt, special_ranges = self._marks.take_out(self._run(variables), mark)
+        if begun is not None:
+            prompt = _up_to(prompt, begun)
+            special_ranges = [(start, end) for start, end in special_ranges if end <= len(prompt)]
         return ChatPrompt(
             self._tokenizer.encode_prompt(prompt, special_ranges),
             lambda: self._parser(prompt, tools is not None),
@@ -248,6 +252,28 @@ def _unused_character(text: str) -> str:
         if chr(code) not in text:
             return chr(code)
     raise RequestError("the messages use every private-use character there is", param="messages")
+
+
+def _begun_answer(messages: list[dict[str, Any]]) -> str | None:
+    """Text of the answer that the last message has begun (`prefix`), which the model is to go on with."""
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or not last.get("prefix"):
+        return None
+    text: str = last["content"].strip()
+    if not text:
+        raise RequestError("a message with prefix needs content to be continued", param="messages")
+    return text
+
+
+def _up_to(prompt: str, text: str) -> str:
+    """The prompt without what the template writes behind the last `text`, such as an end of turn."""
+    found = prompt.rfind(text)
+    if found < 0:
+        raise RequestError(
+            "this model's chat template changes the last message, so it cannot be continued (prefix)",
+            param="messages",
+        )
+    return prompt[: found + len(text)]
 
 
 def _content(content: Any) -> str:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from quant.errors import LociError
-from server import native_api, openai_api, responses_api
+from server import messages_api, native_api, openai_api, responses_api
 from server.auth import RequireKey
 from server.errors import ApiError, from_loci, from_validation
 from server.middleware import BodyLimit, RequestLog
@@ -23,6 +23,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.responses = ResponseStore(service.settings.response_store_bytes)
     app.include_router(openai_api.router)
     app.include_router(responses_api.router)
+    app.include_router(messages_api.router)
     app.include_router(native_api.router)
 
     # Added last means run first: log, then key, then size.
@@ -41,17 +42,17 @@ def create_app(service: Service) -> FastAPI:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response
+    return error.response_to(request.scope)
 
 
 async def _on_loci_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LociError)
-    return from_loci(error).response
+    return from_loci(error).response_to(request.scope)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ValidationError)
-    return from_validation(error).response
+    return from_validation(error).response_to(request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -62,4 +63,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         405: f"{path} does not take {method}",
     }.get(error.status_code, str(error.detail))
     code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return ApiError(error.status_code, text, code=code, headers=error.headers).response
+    return ApiError(error.status_code, text, code=code, headers=error.headers).response_to(request.scope)

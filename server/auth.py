@@ -31,11 +31,13 @@ class RequireKey:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error.response(scope, receive, send)
+        await error.response_to(scope)(scope, receive, send)
 
     def _is_known(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            token = headers.get("x-api-key", "")  # as Anthropic's clients send it
         given = token.strip().encode("latin-1")
         # Every key is compared, so that the time taken tells nothing about which one matched.
         matches = [hmac.compare_digest(given, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)

@@ -1,4 +1,6 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` and a status."""
+"""Errors as clients expect them: OpenAI's `{"error": {"message", "type", "param", "code"}}`; on the routes of
+Anthropic's protocol that one's shape.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,23 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.responses import JSONResponse
+from starlette.types import Scope
 
 from quant.errors import CapacityError, LociError, RequestError
 
 RETRY_AFTER_S = 1
 
+MESSAGES_PATH = "/v1/messages"
+
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -43,9 +57,22 @@ class ApiError(Exception):
         return {"error": error}
 
     @property
-    def response(self) -> JSONResponse:
-        """The whole answer."""
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def messages_body(self) -> dict[str, Any]:
+        """The JSON object that clients of /v1/messages read."""
+        otherwise = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _MESSAGES_TYPES.get(self.status, otherwise)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response_to(self, scope: Scope) -> JSONResponse:
+        """The whole answer, in the shape of the protocol that the path of `scope` belongs to."""
+        body = self.messages_body if speaks_messages(scope) else self.body
+        return JSONResponse(body, self.status, headers=self.headers)
+
+
+def speaks_messages(scope: Scope) -> bool:
+    """True for the routes of Anthropic's protocol."""
+    path: str = scope["path"]
+    return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
 
 
 def unavailable(message: str, code: str) -> ApiError:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, internal
+from server.errors import ApiError, internal, speaks_messages
 from server.metrics import Metrics
 from server.streaming import CLIENT_CLOSED_REQUEST
 
@@ -47,7 +47,10 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if speaks_messages(scope):
+                    headers["Request-Id"] = request_id
             await send(message)
 
         try:
@@ -55,7 +58,7 @@ class RequestLog:
         except Exception:
             log.exception("%s: unexpected error", request_id)
             if status == 0:
-                await internal(request_id).response(scope, receive, send_with_id)
+                await internal(request_id).response_to(scope)(scope, receive, send_with_id)
         finally:
             status = status or CLIENT_CLOSED_REQUEST
             route = getattr(scope.get("route"), "path", _NO_ROUTE)
@@ -93,7 +96,7 @@ class BodyLimit:
             too_large = len(body) > self._limit_bytes
         if too_large:
             text = f"the body is larger than this server's limit of {self._limit_bytes} bytes"
-            await ApiError(413, text, code="body_too_large").response(scope, receive, send)
+            await ApiError(413, text, code="body_too_large").response_to(scope)(scope, receive, send)
             return
         is_delivered = False
 

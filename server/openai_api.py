@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -19,7 +20,9 @@ router = APIRouter(prefix="/v1")
 @router.get("/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """The one model this server has."""
-    return {"object": "list", "data": [_card(service_of(request).served)]}
+    card = _card(service_of(request).served)
+    pages = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}
+    return {"object": "list", "data": [card]} | pages
 
 
 @router.get("/models/{model:path}")
@@ -46,10 +49,14 @@ async def completions(request: Request) -> Response:
 
 
 def _card(served: Served) -> dict[str, Any]:
+    # OpenAI's and Anthropic's clients ask the same route and read different fields.
     return {
         "id": served.name,
         "object": "model",
+        "type": "model",
+        "display_name": served.name,
         "created": served.created,
+        "created_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
         "owned_by": "loci",
         "max_model_len": served.engine.max_context,
     }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
+
+T = TypeVar("T")
 
 
 class Body(BaseModel):
@@ -49,6 +51,18 @@ Content = Annotated[
 ]
 
 
+def required(value: T | None, path: str) -> T:
+    """`value`. Raises RequestError where there is none."""
+    if value is None:
+        raise missing(path)
+    return value
+
+
+def missing(path: str) -> RequestError:
+    """A field was left out that must be there."""
+    return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
+
+
 def check_parts(content: str | list[TextPart] | None, path: str) -> None:
     """Raise RequestError naming a part that is no text."""
     for i, part in enumerate(content) if isinstance(content, list) else ():
@@ -59,7 +73,7 @@ def check_parts(content: str | list[TextPart] | None, path: str) -> None:
                 code="unsupported_content_part",
             )
         if part.text is None:
-            raise RequestError(f"{path}[{i}].text is required", param=f"{path}[{i}].text")
+            raise missing(f"{path}[{i}].text")
 
 
 class FunctionCall(Body):
@@ -92,9 +106,9 @@ class Message(Body):
         """Raise RequestError where role and fields do not fit together."""
         check_parts(self.content, f"{path}.content")
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise RequestError(f"{path}.content is required", param=f"{path}.content")
+            raise missing(f"{path}.content")
         if self.role == "tool" and self.tool_call_id is None:
-            raise RequestError(f"{path}.tool_call_id is required", param=f"{path}.tool_call_id")
+            raise missing(f"{path}.tool_call_id")
 
 
 class FunctionDefinition(Body):

@@ -14,8 +14,9 @@ from server.generation import Generation
 from server.openai_messages import Message
 from server.openai_types import ChatRequest
 from server.reply import ConversationReply, Counts
-from server.responses_items import Event, OutputItems
+from server.responses_items import OutputItems
 from server.responses_types import ResponsesRequest
+from server.segments import Event
 from server.service import Served
 
 
@@ -58,9 +59,10 @@ class ResponsesReply(ConversationReply):
             for delta in deltas:
                 for event in self._items.add(delta):
                     yield self._event(event)
-        status = "incomplete" if reason is FinishReason.LENGTH else "completed"
-        for event in self._items.close("incomplete" if status == "incomplete" else "completed"):
+        cut_off = reason is FinishReason.LENGTH
+        for event in self._items.close(cut_off):
             yield self._event(event)
+        status = "incomplete" if cut_off else "completed"
         response = self._response(status)
         self._keep(response, Message.model_validate(self.answers[0].message))
         yield self._event({"type": f"response.{status}", "response": response})
@@ -109,7 +111,7 @@ class ResponsesReply(ConversationReply):
 def _usage(counts: Counts) -> dict[str, Any]:
     return {
         "input_tokens": counts.prompt,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},
         "output_tokens": counts.generated,
         "output_tokens_details": {"reasoning_tokens": counts.reasoning},
         "total_tokens": counts.prompt + counts.generated,

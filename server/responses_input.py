@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeVar
+from typing import Literal
 
 from quant.errors import RequestError
-from server.openai_messages import Body, Content, FunctionCall, Message, TextPart, ToolCall, check_parts
+from server.openai_messages import (
+    Body,
+    Content,
+    FunctionCall,
+    Message,
+    TextPart,
+    ToolCall,
+    check_parts,
+    missing,
+    required,
+)
 
-T = TypeVar("T")
 Text = str | list[TextPart]
 
 
@@ -38,7 +47,7 @@ def messages_of(items: Iterable[InputItem]) -> list[Message]:
                 _add_message(messages, item, path)
             case "function_call_output":
                 output = _content(item.output, f"{path}.output")
-                call_id = _required(item.call_id, f"{path}.call_id")
+                call_id = required(item.call_id, f"{path}.call_id")
                 messages.append(Message(role="tool", tool_call_id=call_id, content=output))
             case "reasoning":
                 thoughts = _content(item.content or item.summary or [], f"{path}.content")
@@ -59,7 +68,7 @@ def messages_of(items: Iterable[InputItem]) -> list[Message]:
 def _add_message(messages: list[Message], item: InputItem, path: str) -> None:
     content = _content(item.content, f"{path}.content")
     if item.role != "assistant":
-        messages.append(Message(role=_required(item.role, f"{path}.role"), content=content))
+        messages.append(Message(role=required(item.role, f"{path}.role"), content=content))
         return
     turn = _assistant(messages)
     turn.content = content if not turn.content else _parts(turn.content) + _parts(content)
@@ -73,15 +82,15 @@ def _assistant(messages: list[Message]) -> Message:
 
 
 def _call(item: InputItem, path: str) -> ToolCall:
-    name = _required(item.name, f"{path}.name")
-    arguments = _required(item.arguments, f"{path}.arguments")
-    call_id = _required(item.call_id, f"{path}.call_id")
+    name = required(item.name, f"{path}.name")
+    arguments = required(item.arguments, f"{path}.arguments")
+    call_id = required(item.call_id, f"{path}.call_id")
     return ToolCall(id=call_id, function=FunctionCall(name=name, arguments=arguments))
 
 
 def _content(content: Text | None, path: str) -> Text:
     if content is None:
-        raise _missing(path)
+        raise missing(path)
     check_parts(content, path)
     return content
 
@@ -92,13 +101,3 @@ def _parts(content: Text) -> list[TextPart]:
 
 def _plain(content: Text) -> str:
     return "".join(part.text or "" for part in _parts(content))
-
-
-def _required(value: T | None, path: str) -> T:
-    if value is None:
-        raise _missing(path)
-    return value
-
-
-def _missing(path: str) -> RequestError:
-    return RequestError(f"{path} is required", param=path, code="missing_required_parameter")

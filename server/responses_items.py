@@ -4,116 +4,74 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.output_parser import MessageDelta, ToolCallDelta
+from server.segments import Event, Kind, Segment, SegmentWriter
 
-Event = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete"]
 
-
-Kind = Literal["reasoning", "message", "function_call"]
-
-
-@dataclass
-class Item:
-    """One item of the output. `kind` says what it is; `pieces` add up to its text or arguments."""
-
-    kind: Kind
-    index: int
-    id: str
-    call: ToolCallDelta | None = None
-    pieces: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """Text, or the arguments of a call."""
-        return "".join(self.pieces)
-
-    def part(self, text: str) -> dict[str, Any]:
-        """`text` as the content part that such an item has."""
-        if self.kind == "reasoning":
-            return {"type": "reasoning_text", "text": text}
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-    def as_json(self, status: Status) -> dict[str, Any]:
-        """The item as clients see it."""
-        shown: dict[str, Any] = {"id": self.id, "type": self.kind, "status": status}
-        if self.call is not None:
-            return shown | {"call_id": self.call.id, "name": self.call.name, "arguments": self.text}
-        content = [self.part(self.text)] if self.pieces else []
-        if self.kind == "reasoning":
-            return shown | {"summary": [], "content": content}
-        return shown | {"role": "assistant", "content": content}
-
-
-_PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
-_STREAMS = {
+_PREFIXES: dict[Kind, str] = {"reasoning": "rs", "text": "msg", "call": "fc"}
+_STREAMS: dict[Kind, str] = {
     "reasoning": "response.reasoning_text",
-    "message": "response.output_text",
-    "function_call": "response.function_call_arguments",
+    "text": "response.output_text",
+    "call": "response.function_call_arguments",
 }
 
 
-class OutputItems:
-    """Turns the deltas of one answer into items; `done` holds those that are finished."""
+class OutputItems(SegmentWriter):
+    """A segment is an item; `done` holds those that are finished."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.done: list[dict[str, Any]] = []
-        self._open: Item | None = None
+        self._id = ""
 
-    def add(self, delta: MessageDelta) -> Iterator[Event]:
-        """Events of what `delta` adds."""
-        if delta.reasoning:
-            yield from self._write("reasoning", delta.reasoning)
-        if delta.content:
-            yield from self._write("message", delta.content)
-        for call in delta.tool_calls:
-            if call.id is not None:
-                yield from self.close("completed")
-                yield from self._begin("function_call", call)
-            yield from self._write("function_call", call.arguments)
+    def begun(self, segment: Segment) -> Iterator[Event]:
+        self._id = f"{_PREFIXES[segment.kind]}_{uuid.uuid4().hex}"
+        item = self._item(segment, "in_progress")
+        yield {"type": "response.output_item.added", "output_index": segment.index, "item": item}
+        if segment.kind != "call":
+            yield self._event("response.content_part.added", segment, content_index=0, part=_part(segment))
 
-    def close(self, status: Status) -> Iterator[Event]:
-        """Events that end the item being written, if there is one."""
-        item, self._open = self._open, None
-        if item is None:
-            return
-        shown = item.as_json(status)
-        self.done.append(shown)
-        stream = _STREAMS[item.kind]
-        if item.kind == "function_call":
-            yield _event(f"{stream}.done", item, arguments=item.text, name=shown["name"])
+    def grown(self, segment: Segment, text: str) -> Iterator[Event]:
+        place = {} if segment.kind == "call" else {"content_index": 0}
+        yield self._event(
+            f"{_STREAMS[segment.kind]}.delta", segment, delta=text, **place, **_logprobs(segment)
+        )
+
+    def ended(self, segment: Segment, cut_off: bool) -> Iterator[Event]:
+        item = self._item(segment, "incomplete" if cut_off else "completed")
+        self.done.append(item)
+        done = f"{_STREAMS[segment.kind]}.done"
+        if segment.kind == "call":
+            yield self._event(done, segment, arguments=segment.text, name=item["name"])
         else:
-            yield _event(f"{stream}.done", item, content_index=0, text=item.text, **_logprobs(item))
-            yield _event("response.content_part.done", item, content_index=0, part=item.part(item.text))
-        yield {"type": "response.output_item.done", "output_index": item.index, "item": shown}
+            yield self._event(done, segment, content_index=0, text=segment.text, **_logprobs(segment))
+            yield self._event("response.content_part.done", segment, content_index=0, part=_part(segment))
+        yield {"type": "response.output_item.done", "output_index": segment.index, "item": item}
 
-    def _begin(self, kind: Kind, call: ToolCallDelta | None = None) -> Iterator[Event]:
-        item = Item(kind, len(self.done), f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", call)
-        self._open = item
-        shown = item.as_json("in_progress")
-        yield {"type": "response.output_item.added", "output_index": item.index, "item": shown}
-        if call is None:
-            yield _event("response.content_part.added", item, content_index=0, part=item.part(""))
+    def _item(self, segment: Segment, status: Status) -> dict[str, Any]:
+        """The segment as clients see it."""
+        common = {"id": self._id, "status": status}
+        if segment.call is not None:
+            call = {"call_id": segment.call.id, "name": segment.call.name, "arguments": segment.text}
+            return common | {"type": "function_call"} | call
+        content = [_part(segment)] if segment.pieces else []
+        if segment.kind == "reasoning":
+            return common | {"type": "reasoning", "summary": [], "content": content}
+        return common | {"type": "message", "role": "assistant", "content": content}
 
-    def _write(self, kind: Kind, text: str) -> Iterator[Event]:
-        if self._open is None or self._open.kind != kind:
-            yield from self.close("completed")
-            yield from self._begin(kind)
-        item = self._open
-        assert item is not None
-        if text:
-            item.pieces.append(text)
-            place = {} if kind == "function_call" else {"content_index": 0}
-            yield _event(f"{_STREAMS[kind]}.delta", item, delta=text, **place, **_logprobs(item))
+    def _event(self, event_type: str, segment: Segment, **fields: Any) -> Event:
+        return {"type": event_type, "item_id": self._id, "output_index": segment.index, **fields}
 
 
-def _event(event_type: str, item: Item, **fields: Any) -> Event:
-    return {"type": event_type, "item_id": item.id, "output_index": item.index, **fields}
+def _part(segment: Segment) -> dict[str, Any]:
+    """The text so far as the content part that such an item has."""
+    if segment.kind == "reasoning":
+        return {"type": "reasoning_text", "text": segment.text}
+    return {"type": "output_text", "text": segment.text, "annotations": [], "logprobs": []}
 
 
-def _logprobs(item: Item) -> dict[str, Any]:
+def _logprobs(segment: Segment) -> dict[str, Any]:
     # Clients expect the field in events of the message's text, and only there.
-    return {"logprobs": []} if item.kind == "message" else {}
+    return {"logprobs": []} if segment.kind == "text" else {}

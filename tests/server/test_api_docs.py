@@ -7,7 +7,8 @@ import re
 import pytest
 from fastapi.routing import APIRoute
 
-from server import native_api, openai_api, responses_api
+from server import messages_api, native_api, openai_api, responses_api
+from server.messages_types import MESSAGES_REFUSED, MessagesRequest
 from server.metrics import Metrics
 from server.openai_types import REFUSED, ChatRequest, CompletionRequest
 from server.responses_types import RESPONSES_REFUSED, ResponsesRequest
@@ -18,14 +19,14 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_every_route_is_documented() -> None:
-    routers = (openai_api.router, responses_api.router, native_api.router)
+    routers = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
     routes = [route for router in routers for route in router.routes]
 
     paths = {
         re.sub(r"\{\w+(:path)?\}", "{id}", route.path) for route in routes if isinstance(route, APIRoute)
     }
     assert {path for path in paths if path not in PAGE} == set()
-    assert len(paths) == 13
+    assert len(paths) == 15
 
 
 @pytest.mark.parametrize(
@@ -34,10 +35,12 @@ def test_every_route_is_documented() -> None:
         ChatRequest.model_fields,
         CompletionRequest.model_fields,
         ResponsesRequest.model_fields,
+        MessagesRequest.model_fields,
         REFUSED,
         RESPONSES_REFUSED,
+        MESSAGES_REFUSED,
     ],
-    ids=["chat", "completions", "responses", "refused", "refused responses"],
+    ids=["chat", "completions", "responses", "messages", "refused", "refused responses", "refused messages"],
 )
 def test_every_field_is_documented(names: dict[str, object]) -> None:
     assert [name for name in names if f"`{name}`" not in PAGE] == []
