@@ -102,7 +102,13 @@ class DirectFiles:
         needed = max(entry.offset + entry.nbytes for entry in part.entries) - part.start
         while done < needed:
             # A short read ends at the end of the file, so what follows starts on a block again.
-            count = os.preadv(self._descriptors[part.file], [view[done:]], part.start + done)
+            try:
+                count = os.preadv(self._descriptors[part.file], [view[done:]], part.start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{part.file}: cannot be read at byte {part.start + done} ({error.strerror}); "
+                    "is the drive still there?"
+                ) from None
             if count == 0:
                 raise CheckpointError(f"{part.file}: ends at byte {part.start + done}; download it again")
             done += count

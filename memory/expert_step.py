@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Taken:
-    """An expert that this wave computes, and where it is or will be."""
+    """An expert that this wave computes, where it is or will be, and whether it was missing."""
 
     expert: int
     shelf: Shelf
     place: Place
+    was_missing: bool = False
 
 
 class ExpertStep:
@@ -82,7 +83,7 @@ class ExpertStep:
             if store.dram.arena.free > 0 or store.make_room(self._layer):
                 store.read(self._key(expert), Priority.DEMAND)
                 place = store.dram.by_layer[self._layer][expert]
-                self._take(expert, store.dram, place)
+                self._take(expert, store.dram, place, was_missing=True)
             else:
                 waiting.append(expert)
         self._later = waiting
@@ -94,9 +95,9 @@ class ExpertStep:
         self._fetch_some(in_dram)
         store.note_slots()
 
-    def _take(self, expert: int, shelf: Shelf, place: Place) -> None:
+    def _take(self, expert: int, shelf: Shelf, place: Place, *, was_missing: bool = False) -> None:
         self._store.busy.add(self._key(expert))
-        self._now.append(_Taken(expert, shelf, place))
+        self._now.append(_Taken(expert, shelf, place, was_missing))
 
     def _fetch_some(self, in_dram: list[int]) -> None:
         """Move the most valuable of the experts in DRAM to cards, as many as the cost model says."""
@@ -107,10 +108,9 @@ class ExpertStep:
         speeds = [shelf.tier.link_bytes_per_s or float("inf") for shelf in store.cards]
         for expert in ranked[: fetch_count(len(ranked), sum(speeds), store.cpu_bytes_per_s)]:
             store.move_to_card(self._key(expert))
-        self._now = [_Taken(taken.expert, *self._where(taken)) for taken in self._now]
-
-    def _where(self, taken: _Taken) -> tuple[Shelf, Place]:
-        return self._store.find(self._key(taken.expert)) or (taken.shelf, taken.place)
+        for at, taken in enumerate(self._now):
+            if taken.expert in in_dram and (found := store.find(self._key(taken.expert))) is not None:
+                self._now[at] = _Taken(taken.expert, *found)
 
     def _compute_wave(self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float) -> None:
         """Compute what is here, again and again, until everything has arrived."""
@@ -127,14 +127,14 @@ class ExpertStep:
                 self._compute(shelf, [t for t in here if t.shelf is shelf], x, outputs, swiglu_limit)
 
     def _wait(self, taken: _Taken) -> None:
-        """Wait for an expert's bytes. A read that was only foreseen may fail: then it is tried again."""
+        """Wait for an expert's bytes. A read that an earlier step or a guess began may fail once."""
         ticket = taken.place.ticket
         if ticket is None:
             return
         try:
             ticket.wait()
         except Exception:
-            if not ticket.was_foreseen:
+            if taken.was_missing or taken.shelf is not self._store.dram:
                 raise
             self._store.read_into(self._key(taken.expert), taken.place, Priority.DEMAND).wait()
 

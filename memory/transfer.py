@@ -31,7 +31,6 @@ class Ticket:
         self._link = link
         self.nbytes = nbytes
         self.label = f"{link.name} {priority.name.lower()}"
-        self.was_foreseen = priority is Priority.PREFETCH
         self.parts_left = parts
         self._done = threading.Event()
         self.error: BaseException | None = None

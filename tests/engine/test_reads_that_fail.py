@@ -1,0 +1,80 @@
+"""Reads that fail or hang in the middle of serving: who is told, and that the rest goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.engine import Engine
+from engine.generation import FinishReason
+from engine.loader import load
+from engine.sampling_params import SamplingParams
+from memory.budget import MemoryBudget
+from memory.disk import DirectFiles
+from quant.errors import CheckpointError
+from tests.conftest import golden_path
+from tests.engine.answers import Answer
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    return load_file(golden_path("v41-c") / "expected.safetensors")
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """With so small a budget that every step reads experts."""
+    loaded = load(golden_path("v41-c"), MemoryBudget(1_500_000))
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=2, max_context=200, prefill_chunk=64)
+    engine.start()
+    yield engine
+    engine.stop()
+    loaded.model.close()
+
+
+def test_a_request_whose_experts_cannot_be_read_is_told_and_the_next_is_answered(
+    engine: Engine, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, greedy = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
+
+    def gone(*_: object) -> None:
+        raise CheckpointError("shard: cannot be read at byte 0 (Input/output error)")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(DirectFiles, "read", gone)
+        failed = Answer()
+        engine.submit(ids, GREEDY, failed)
+        failed.wait()
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.outputs[-1].error == "shard: cannot be read at byte 0 (Input/output error)"
+    answer = Answer()
+    engine.submit(ids, GREEDY, answer)
+    assert answer.wait().token_ids == greedy
+
+
+def test_a_request_that_is_cancelled_while_the_disk_hangs_harms_nobody(
+    engine: Engine, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, greedy = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
+    read, hangs, answers_again = DirectFiles.read, threading.Event(), threading.Event()
+
+    def hanging(self: DirectFiles, ranges: object) -> object:
+        hangs.set()
+        assert answers_again.wait(60)
+        return read(self, ranges)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DirectFiles, "read", hanging)
+    cancelled, company = Answer(), Answer()
+    ticket = engine.submit(ids, GREEDY, cancelled)
+    assert hangs.wait(60)
+    engine.submit(ids, GREEDY, company)
+    engine.abort(ticket)
+    answers_again.set()
+    assert cancelled.wait().finish_reason is FinishReason.ABORT
+    assert company.wait().token_ids == greedy

@@ -1,0 +1,185 @@
+"""The expert store: same outputs whatever the budgets, bytes within them, failures that pass."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memory.disk import DirectFiles
+from memory.expert_reader import ExpertReader
+from memory.hardware import resident_bytes
+from memory.transfer import Priority, Ticket
+from quant.errors import BudgetError, CheckpointError
+from tests.memory.experts_on_disk import ExpertsOnDisk, steps
+
+LAYERS, EXPERTS = 3, 8
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ExpertsOnDisk:
+    return ExpertsOnDisk.write(tmp_path_factory.mktemp("experts") / "shard", LAYERS, EXPERTS, 64, 32)
+
+
+@pytest.fixture(scope="module")
+def expected(files: ExpertsOnDisk) -> torch.Tensor:
+    store = files.store(LAYERS * EXPERTS * 1.1)
+    outputs = steps(files, store, 6)
+    store.close()
+    assert outputs.isfinite().all()
+    assert outputs.std() > 0
+    return outputs
+
+
+@settings(max_examples=40)
+@given(
+    dram=st.floats(0, LAYERS * EXPERTS * 1.2),
+    cards=st.lists(st.floats(0, LAYERS * EXPERTS * 1.2), max_size=3),
+    paced=st.booleans(),
+)
+def test_any_budgets_give_the_same_outputs_or_are_refused(
+    files: ExpertsOnDisk, expected: torch.Tensor, dram: float, cards: list[float], paced: bool
+) -> None:
+    try:
+        store = files.store(dram, *cards, bytes_per_s=1e8 if paced else None)
+    except BudgetError:
+        assert dram < 2.1  # slots begin on cache lines
+        return
+    try:
+        assert torch.equal(steps(files, store, 6), expected)
+        for tier, allowed in {"dram": dram, **{f"vram:{i}": n for i, n in enumerate(cards)}}.items():
+            assert store.tier_bytes[tier] <= allowed * files.slot_bytes
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("readers", [1, 7])
+def test_the_number_of_readers_changes_nothing(
+    files: ExpertsOnDisk, expected: torch.Tensor, readers: int
+) -> None:
+    store = files.store(5, 3, readers=readers)
+    assert torch.equal(steps(files, store, 6), expected)
+    store.close()
+
+
+def test_memory_grows_by_no_more_than_the_budgets(tmp_path: Path) -> None:
+    files = ExpertsOnDisk.write(tmp_path / "shard", 4, 24, 1024, 768)  # 120 MB
+    buffers = 4 * files.slot_bytes  # of readers, and what a step computes with
+    warm = files.store(2)
+    steps(files, warm, 1)
+    warm.close()
+    gc.collect()
+    before = resident_bytes()
+    store = files.store(12, 6, 6)
+    budget = 24 * files.slot_bytes
+    for seed in range(10):
+        steps(files, store, 1, seed=seed)
+        assert resident_bytes() - before <= budget + buffers
+    seen = store.telemetry.snapshot()
+    store.close()
+    assert seen.moved_bytes["nvme"] > 2 * budget
+    assert seen.evictions["dram"] > 0
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Exception) -> list[int]:
+    """Let reads fail of which `fails` says so by their number; returns the numbers, growing."""
+    read, numbers, lock = DirectFiles.read, [0], threading.Lock()
+
+    def sometimes(self: DirectFiles, ranges: object) -> object:
+        with lock:
+            numbers[0] += 1
+            number = numbers[0]
+        if fails(number):
+            raise error
+        return read(self, ranges)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DirectFiles, "read", sometimes)
+    return numbers
+
+
+def test_a_step_whose_read_fails_says_so_and_the_slot_is_read_anew(
+    files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = files.store(4, 2)
+    for fails in (lambda n: n == 5, lambda n: n > 3, lambda n: n % 3 == 0):
+        with monkeypatch.context() as broken:
+            failing(broken, fails, CheckpointError("shard: cannot be read at byte 4096"))
+            with pytest.raises(CheckpointError, match="cannot be read at byte 4096"):
+                steps(files, store, 50)
+        assert torch.equal(steps(files, store, 6), expected)
+    assert store.telemetry.snapshot().failed["nvme demand"] > 0
+    store.close()
+
+
+def test_a_guess_that_cannot_be_read_fails_nobody(
+    files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = ExpertReader._part
+
+    def only_demand(
+        self: ExpertReader, key: tuple[int, int], slot: torch.Tensor, priority: Priority
+    ) -> Ticket:
+        def fail() -> None:
+            raise CheckpointError("shard: cannot be read")
+
+        parts = [part(self, key, number, slot) for number in range(3)]
+        if priority is Priority.PREFETCH:
+            parts[1] = fail
+        return self.link.submit(parts, self._layout.nbytes, priority)
+
+    store = files.store(8)
+    monkeypatch.setattr(ExpertReader, "read", only_demand)
+    assert torch.equal(steps(files, store, 6), expected)
+    seen = store.telemetry.snapshot()
+    assert seen.failed["nvme prefetch"] > 0
+    assert "nvme demand" not in seen.failed
+    store.close()
+
+
+def test_a_slow_disk_is_waited_for(
+    files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = DirectFiles.read
+
+    def slowly(self: DirectFiles, ranges: object) -> object:
+        time.sleep(0.002)
+        return read(self, ranges)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DirectFiles, "read", slowly)
+    store = files.store(5, 2)
+    assert torch.equal(steps(files, store, 6), expected)
+    seen = store.telemetry.snapshot()
+    assert seen.stalled_on("nvme") > 0.002
+    assert seen.busy_s["nvme"] >= seen.stalled_on("nvme") * 0.5
+    store.close()
+
+
+def test_a_drive_that_reports_an_error_is_named(
+    files: ExpertsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    store = files.store(3)
+    monkeypatch.setattr(os, "preadv", gone)
+    with pytest.raises(CheckpointError, match=r"shard: cannot be read at byte \d+ \(Input/output error\)"):
+        steps(files, store, 6)
+    store.close()
+
+
+def test_wrong_guesses_are_taken_back_or_dropped_and_right_ones_used(files: ExpertsOnDisk) -> None:
+    store = files.store(10, readers=1)
+    steps(files, store, 30)
+    seen = store.telemetry.snapshot()
+    assert seen.prefetches["used"] > 0
+    assert seen.prefetches.get("cancelled", 0) + seen.prefetches.get("dropped", 0) > 0
+    assert seen.slots["dram"] >= 0
+    store.close()
