@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Ids
 from contextlib import contextmanager
@@ -36,7 +38,10 @@ SAVE_EVERY = 2048
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for metrics; prompt_tokens, generated_tokens and steps only grow."""
+    """A snapshot for metrics; prompt_tokens, generated_tokens, steps and seconds only grow.
+
+    step_s is the time spent in steps, forward_s the model's part of it.
+    """
 
     running: int
     waiting: int
@@ -46,6 +51,8 @@ class EngineStats:
     kv_tokens_used: int
     kv_tokens_capacity: int
     kv_bytes: int
+    step_s: float
+    forward_s: float
     prefixes: PrefixStats | None = None
 
 
@@ -60,7 +67,8 @@ class Engine:
     """Runs sequences on a model. Thread-safe: submit and abort may be called from any thread.
 
     max_sequences run together, each of at most `max_context` tokens (prompt and answer); the cache
-    for them is allocated here. A step computes at most `prefill_chunk` tokens. More than
+    for them is allocated here. A step computes at most `prefill_chunk` tokens, and of prompts only what
+    takes about `prefill_step_s` while answers run. More than
     `max_waiting` queued sequences are refused. States of prompts and answers are kept for later
     prompts that begin alike, in up to `prefix_cache_bytes`; 0 keeps none.
     """
@@ -73,6 +81,7 @@ class Engine:
         max_sequences: int,
         max_context: int,
         prefill_chunk: int = 512,
+        prefill_step_s: float = math.inf,
         max_waiting: int = 256,
         prefix_cache_bytes: int = 0,
     ) -> None:
@@ -82,7 +91,7 @@ class Engine:
         self._max_waiting = max_waiting
         self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
         self._prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
-        self._scheduler = Scheduler(max_sequences, prefill_chunk)
+        self._scheduler = Scheduler(max_sequences, prefill_chunk, prefill_step_s)
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []
@@ -93,6 +102,7 @@ class Engine:
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._steps = 0
+        self._step_s = self._forward_s = 0.0
 
     @property
     def max_context(self) -> int:
@@ -172,6 +182,8 @@ class Engine:
             kv_tokens_used=sum(s.computed for s in running),
             kv_tokens_capacity=self._cache.slots * self._cache.capacity,
             kv_bytes=self._cache.nbytes,
+            step_s=self._step_s,
+            forward_s=self._forward_s,
             prefixes=None if self._prefixes is None else self._prefixes.stats,
         )
 
@@ -226,6 +238,7 @@ class Engine:
 
     def _step(self) -> None:
         """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
+        began = time.perf_counter()
         for sequence in self._scheduler.admit():
             with self._failing_alone(sequence):
                 self._begin(sequence)
@@ -234,16 +247,21 @@ class Engine:
             return
         try:
             batch, counts = _assemble(chunks)
+            forward_began = time.perf_counter()
             logits = self.model.forward(batch, self._cache)
+            forward_s = time.perf_counter() - forward_began
         except Exception as error:
             logger.exception("a step failed")
             for chunk in chunks:
                 self._end(chunk.sequence, FinishReason.ERROR, _reason(error))
             return
-        self._steps += 1
+        self._scheduler.observe(chunks, forward_s)
         for chunk, rows in zip(chunks, torch.split(logits, counts), strict=True):
             with self._failing_alone(chunk.sequence):
                 self._advance(chunk, rows)
+        self._steps += 1
+        self._forward_s += forward_s
+        self._step_s += time.perf_counter() - began
 
     @contextmanager
     def _failing_alone(self, sequence: Sequence) -> Iterator[None]:

@@ -1,12 +1,18 @@
-"""Which tokens the next step computes: every running decode, then prompt chunks in order of arrival."""
+"""Which tokens the next step computes: every running decode, then as much of prompts as they can bear."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from engine.sequence import Sequence
+
+# A prompt goes on by at least so many tokens a step, or it would never end.
+LEAST_PREFILL = 16
+# Weight of the newest step in the running means of what steps take.
+NEWEST = 0.3
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,18 @@ class Scheduler:
 
     slots         sequences that run together, one cache slot each
     token_budget  most tokens of one step; decodes come first, prompts fill up what is left
+    step_s        seconds that a step may take for the sake of prompts while answers run (or twice what
+                  it takes without them, if that is longer); infinite where they may wait
     """
 
-    def __init__(self, slots: int, token_budget: int) -> None:
+    def __init__(self, slots: int, token_budget: int, step_s: float) -> None:
         self.token_budget = token_budget
+        self.step_s = step_s
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(slots - 1, -1, -1))
+        self._decode_s: float | None = None  # of a step without prompts
+        self._prefill_token_s: float | None = None  # what a token of a prompt adds to a step
 
     @property
     def has_work(self) -> bool:
@@ -51,17 +62,33 @@ class Scheduler:
         return admitted
 
     def next_chunks(self) -> list[Chunk]:
-        """Chunks of the next step; none when idle."""
-        chunks = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
-        budget = max(self.token_budget - len(chunks), 1)
-        for sequence in self.running:
-            if sequence.is_prefilling and budget > 0:
-                length = min(sequence.pending, budget)
-                if sequence.parting is not None and sequence.parting > sequence.computed:
-                    length = min(length, sequence.parting - sequence.computed)
-                chunks.append(Chunk(sequence, length))
-                budget -= length
-        return chunks
+        """Chunks of the next step; none when idle.
+
+        The oldest prompt gets at least half of what there is for prompts, so that none waits for ever;
+        the rest goes to the shortest ones, so that none waits for a long one to end.
+        """
+        decodes = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
+        prompts = [s for s in self.running if s.is_prefilling]
+        if not prompts:
+            return decodes
+        budget = self._prefill_budget(len(decodes))
+        lengths = {prompts[0]: min(_wanted(prompts[0]), (budget + 1) // 2)}
+        left = budget - lengths[prompts[0]]
+        for sequence in [*sorted(prompts[1:], key=_wanted), prompts[0]]:
+            more = min(_wanted(sequence) - lengths.get(sequence, 0), left)
+            lengths[sequence] = lengths.get(sequence, 0) + more
+            left -= more
+        return decodes + [Chunk(s, lengths[s]) for s in prompts if lengths[s]]
+
+    def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
+        """Learn from what a step took."""
+        decodes = sum(not chunk.sequence.is_prefilling for chunk in chunks)
+        tokens = sum(chunk.length for chunk in chunks) - decodes
+        if not tokens:
+            self._decode_s = _mean(self._decode_s, seconds)
+        elif tokens >= LEAST_PREFILL:
+            alone = (self._decode_s or 0.0) if decodes else 0.0
+            self._prefill_token_s = _mean(self._prefill_token_s, max(seconds - alone, 0.0) / tokens)
 
     def release(self, sequence: Sequence) -> None:
         """Take a finished sequence out, wherever it is; its slot is free from now on."""
@@ -71,3 +98,22 @@ class Scheduler:
         self.running.remove(sequence)
         self._free.append(sequence.slot)
         sequence.slot = None
+
+    def _prefill_budget(self, decodes: int) -> int:
+        """Tokens of prompts that the next step may compute beside so many decodes."""
+        budget = max(self.token_budget - decodes, 1)
+        if not decodes or not self._prefill_token_s or self._decode_s is None:
+            return budget
+        seconds = max(self.step_s - self._decode_s, self._decode_s)
+        return int(min(budget, max(seconds / self._prefill_token_s, LEAST_PREFILL)))
+
+
+def _wanted(sequence: Sequence) -> int:
+    """Tokens that a prompt could go on by."""
+    if sequence.parting is not None and sequence.parting > sequence.computed:
+        return sequence.parting - sequence.computed
+    return sequence.pending
+
+
+def _mean(mean: float | None, newest: float) -> float:
+    return newest if mean is None else (1 - NEWEST) * mean + NEWEST * newest

@@ -97,6 +97,8 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("loci_prompt_tokens", "Prompt tokens computed.", now.prompt_tokens)
         yield CounterMetricFamily("loci_generated_tokens", "Tokens generated.", now.generated_tokens)
         yield CounterMetricFamily("loci_engine_steps", "Steps of the engine's loop.", now.steps)
+        yield CounterMetricFamily("loci_engine_step_seconds", "Time spent in steps.", now.step_s)
+        yield CounterMetricFamily("loci_engine_forward_seconds", "Of it, the model's part.", now.forward_s)
         yield GaugeMetricFamily("loci_kv_tokens_used", "Tokens that the KV cache holds.", now.kv_tokens_used)
         yield GaugeMetricFamily(
             "loci_kv_tokens_capacity", "Tokens that the KV cache has room for.", now.kv_tokens_capacity

@@ -78,6 +78,7 @@ def bring_up(settings: Settings) -> Served:
         max_sequences=settings.max_num_seqs,
         max_context=context,
         prefill_chunk=settings.prefill_chunk,
+        prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
     )

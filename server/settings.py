@@ -47,8 +47,12 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         256, ge=0, description="Sequences that may wait; beyond that requests are answered with 429."
     )
-    prefill_chunk: int = Field(
-        512, ge=1, description="Prompt tokens computed per step, so that long prompts do not stall answers."
+    prefill_chunk: int = Field(512, ge=1, description="Most prompt tokens computed per step.")
+    prefill_step_ms: float = Field(
+        250.0,
+        gt=0,
+        description="While answers run, prompts are computed in pieces so small that a step takes about so "
+        "long (or twice as long as without prompts, if that is more). Larger values serve prompts faster.",
     )
     prefix_cache: str | None = Field(
         None,
