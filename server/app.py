@@ -5,32 +5,50 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from quant.errors import LociError
 from server import messages_api, native_api, openai_api, responses_api
-from server.auth import RequireKey
+from server.auth import RequireHost, RequireKey
 from server.errors import ApiError, from_loci, from_validation
+from server.keys import KeyRing
 from server.middleware import BodyLimit, RequestLog
+from server.rate_limits import RATE_LIMIT_HEADERS
 from server.response_store import ResponseStore
 from server.service import Service
 
+# What scripts of other origins may read beside the body.
+EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", *RATE_LIMIT_HEADERS)
+
 
 def create_app(service: Service) -> FastAPI:
-    """The application that answers for `service`."""
+    """The application that answers for `service`. Raises ConfigError for a wrong file of keys."""
     # No pages that load scripts from elsewhere; docs/api.md is the reference.
     app = FastAPI(title="Loci", openapi_url=None)
+    settings = service.settings
     app.state.service = service
-    app.state.responses = ResponseStore(service.settings.response_store_bytes)
+    app.state.responses = ResponseStore(settings.response_store_bytes)
     app.include_router(openai_api.router)
     app.include_router(responses_api.router)
     app.include_router(messages_api.router)
     app.include_router(native_api.router)
 
-    # Added last means run first: log, then key, then size.
-    app.add_middleware(BodyLimit, limit_bytes=service.settings.max_body_bytes)
-    if service.settings.api_key:
-        keys = [key.get_secret_value() for key in service.settings.api_key]
-        app.add_middleware(RequireKey, keys=keys)
+    # Added last means run first: log, then host, origin, key and size.
+    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
+    if settings.needs_key:
+        keys = [key.get_secret_value() for key in settings.api_key]
+        ring = KeyRing(keys, settings.api_key_file, service.metrics)
+        app.add_middleware(RequireKey, ring=ring, metrics=service.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
+    if settings.host_names is not None:
+        app.add_middleware(RequireHost, allowed=settings.host_names)
     app.add_middleware(RequestLog, metrics=service.metrics)
 
     app.add_exception_handler(ApiError, _on_api_error)

@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ import typer
 import uvicorn
 
 from quant.errors import ConfigError
-from server.settings import Settings, resolve_settings
+from server.logs import configure_logging
+from server.settings import SEVERAL, Settings, resolve_settings
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -37,7 +37,7 @@ def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., Non
     parameters = [_parameter("model", Path, typer.Argument(help=_help("model"), show_default=False))]
     for name, field in Settings.model_fields.items():
         if name != "model":
-            kind = list[str] if name == "api_key" else field.annotation
+            kind = list[str] if name in SEVERAL else field.annotation
             option = typer.Option(help=_help(name), show_default=False)
             parameters.append(_parameter(name, kind, option))
     file = typer.Option(help="TOML file with settings.", envvar="LOCI_CONFIG", show_default=False)
@@ -73,9 +73,9 @@ def serve(config: Path | None, **flags: Any) -> None:
     Example: loci serve ./DeepSeek-V4.1-Flash --port 8000
     """
     settings = resolve_settings(flags, config)
-    _configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     listener = _bind(settings.host, settings.port)
-    if not settings.is_loopback and not settings.api_key:
+    if not settings.is_loopback and not settings.needs_key:
         log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
 
     # Imported late: torch takes seconds, wrong settings should not.
@@ -177,18 +177,10 @@ def _curl(url: str, service: Service) -> str:
     else:
         message = {"role": "user", "content": "What is the capital of France?"}
         path, body = "chat/completions", {"model": served.name, "messages": [message]}
-    key = ' -H "Authorization: Bearer $LOCI_API_KEY"' if service.settings.api_key else ""
+    key = ' -H "Authorization: Bearer $LOCI_API_KEY"' if service.settings.needs_key else ""
     data = shlex.quote(json.dumps(body))
     return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {data}"
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    # Its news of starting and stopping repeat ours.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)

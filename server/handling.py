@@ -12,6 +12,7 @@ from engine.prompts import ChatPrompt
 from server.errors import ApiError
 from server.openai_messages import Body
 from server.openai_types import ChatRequest
+from server.rate_limits import Account
 from server.reply import Reply
 from server.service import Served, Service
 from server.streaming import EventStream, answer
@@ -24,6 +25,13 @@ def service_of(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
+
+
+def account_of(request: Request) -> Account | None:
+    """Whose key the request came with; None where the server wants no keys."""
+    account = request.scope["state"].get("account")
+    assert account is None or isinstance(account, Account)
+    return account
 
 
 async def read_body(request: Request, kind: type[B]) -> B:
@@ -68,7 +76,14 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
     except BaseException:
         generation.close()
         raise
+    account = account_of(request)
+
+    def close() -> None:
+        generation.close()
+        if account is not None:
+            account.spend(reply.counts.prompt, reply.counts.generated)
+
     if is_stream:
-        return EventStream(reply.events(generation), reply.last, reply.failure, generation.close)
-    result = await answer(request, reply.whole(generation), generation.close)
+        return EventStream(reply.events(generation), reply.last, reply.failure, close)
+    result = await answer(request, reply.whole(generation), close)
     return result if isinstance(result, Response) else JSONResponse(result)

@@ -32,6 +32,21 @@ class Metrics:
         self.requests = Counter(
             "loci_http_requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
+        self.key_requests = Counter(
+            "loci_key_requests", "Requests answered, by API key.", ["key", "status"], registry=self.registry
+        )
+        self.key_tokens = Counter(
+            "loci_key_tokens",
+            "Tokens of prompts and answers, by API key.",
+            ["key", "kind"],
+            registry=self.registry,
+        )
+        self.key_refusals = Counter(
+            "loci_key_refusals",
+            "Requests refused because of a key's limit.",
+            ["key", "limit"],
+            registry=self.registry,
+        )
         self.queue_time = histogram(
             "loci_queue_time_seconds",
             "From submission until a sequence is first computed.",

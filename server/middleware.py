@@ -65,8 +65,17 @@ class RequestLog:
             self._metrics.requests.labels(route, str(status)).inc()
             elapsed_ms = (time.perf_counter() - began) * 1000
             # Quoted, because a decoded path may contain line breaks.
-            path = quote(scope["path"])
-            access.info("%s %s %d %.1fms %s", scope["method"], path, status, elapsed_ms, request_id)
+            fields = {
+                "method": scope["method"],
+                "path": quote(scope["path"]),
+                "status": status,
+                "duration_ms": round(elapsed_ms, 1),
+                "request_id": request_id,
+                "key": account.name if (account := scope["state"].get("account")) else None,
+                "client": scope["client"][0] if scope.get("client") else None,
+            }
+            text = "%(method)s %(path)s %(status)d %(duration_ms)sms %(request_id)s"
+            access.info(text, fields, extra={"fields": fields})
 
 
 class BodyLimit:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from quant.errors import RequestError
 from server.errors import ApiError
-from server.handling import read_body, render, respond, service_of
+from server.handling import account_of, read_body, render, respond, service_of
 from server.openai_messages import Message
 from server.response_store import ResponseStore, StoredResponse
 from server.responses import ResponsesReply
@@ -83,8 +83,8 @@ def store_of(request: Request) -> ResponseStore:
 
 def owner_of(request: Request) -> str | None:
     """Name of the key that the request came with."""
-    name: str | None = request.scope["state"].get("key_name")
-    return name
+    account = account_of(request)
+    return None if account is None else account.name
 
 
 def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) -> tuple[Message, ...]:

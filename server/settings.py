@@ -17,7 +17,9 @@ from pydantic_settings import (
 )
 
 from quant.errors import ConfigError
+from server.logs import LogFormat
 
+SEVERAL = ("api_key", "allowed_hosts", "cors_origins")
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -74,6 +76,21 @@ class Settings(BaseSettings):
         description="Key that clients must send as bearer token. Repeat the flag, or separate by commas, "
         "for several.",
     )
+    api_key_file: Path | None = Field(
+        None,
+        description="TOML file of keys by name, with their limits; read again when it changes.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Name that requests may ask for in their Host header; * is any. Repeat the flag, or "
+        "separate by commas, for several. Default: localhost, 127.0.0.1 and ::1 where only this machine can "
+        "reach the server, else any.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origin whose web pages may use the server, like https://chat.example.org; * is any. "
+        "Repeat the flag, or separate by commas, for several. Default: none.",
+    )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
     response_store_bytes: int = Field(
         64 * 2**20,
@@ -87,15 +104,28 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM or Ctrl-C."
     )
     log_level: LogLevel = Field("info", description="Least severe message to log.")
+    log_format: LogFormat = Field("text", description="Lines of the log as text, or as json objects.")
 
-    @field_validator("api_key", mode="before")
+    @field_validator(*SEVERAL, mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
+    def _split_at_commas(cls, value: object) -> object:
         given = [value] if isinstance(value, str) else value
         if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
             return value
-        keys = [key.strip() for text in given for key in text.split(",")]
-        return tuple(key for key in keys if key)
+        values = [text.strip() for several in given for text in several.split(",")]
+        return tuple(text for text in values if text)
+
+    @property
+    def needs_key(self) -> bool:
+        """True where clients must send a key."""
+        return bool(self.api_key) or self.api_key_file is not None
+
+    @property
+    def host_names(self) -> tuple[str, ...] | None:
+        """Names that requests may ask for; None where any will do."""
+        if self.allowed_hosts:
+            return None if "*" in self.allowed_hosts else self.allowed_hosts
+        return ("localhost", "127.0.0.1", "::1", self.host) if self.is_loopback else None
 
     @property
     def is_loopback(self) -> bool:

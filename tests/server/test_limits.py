@@ -91,7 +91,8 @@ def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(narrow: LociServer) 
 def test_a_client_that_leaves_while_sending_does_no_harm(narrow: LociServer) -> None:
     host, port = narrow.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+        connection.sendall(head + b"{")
 
     eventually(
         lambda: narrow.metric("loci_http_requests_total", route="unmatched", status="499") == 1,
