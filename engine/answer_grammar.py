@@ -60,7 +60,7 @@ def answer_grammar(
         return None
     if calls is None:
         body = content
-    elif _must_call(request):
+    elif must_call(request):
         body = calls
     else:
         assert style.calls is not None
@@ -84,7 +84,8 @@ def offered_tools(request: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return list(tools)
 
 
-def _must_call(request: Mapping[str, Any]) -> bool:
+def must_call(request: Mapping[str, Any]) -> bool:
+    """Whether the answer has to be a tool call."""
     choice = request.get("tool_choice")
     return choice == "required" or isinstance(choice, Mapping)
 
@@ -120,10 +121,11 @@ def _calls(
     tools = offered_tools(request)
     if not tools or style.calls is None:
         return None
-    must = _must_call(request)
+    must = must_call(request)
     if not (must or content_is_bound or any(map(is_strict, tools))):
         return None
-    several = request.get("parallel_tool_calls") is not False and not isinstance(request.get("tool_choice"), Mapping)
+    is_named = isinstance(request.get("tool_choice"), Mapping)
+    several = request.get("parallel_tool_calls") is not False and not is_named
     calls = style.calls.calls(writer, tools, several=several)
     if style.in_calls:
         return calls

@@ -17,9 +17,11 @@ from typing import Any
 
 import deepseek_recipe as recipe
 
-from engine.output_parser import MessageDelta, OutputParser, ToolCallDelta
+from engine.answer_grammar import AnswerStyle, Reasoning, answer_grammar, must_call
+from engine.output_parser import THINK, MessageDelta, OutputParser, ToolCallDelta
 from engine.prompts import ChatFormat, ChatPrompt
 from engine.tokenizer import Tokenizer
+from engine.tool_grammar import DsmlCalls
 from quant.errors import RequestError
 
 MODEL = "served"  # the library knows models by name; ours is an alias for the version
@@ -31,11 +33,16 @@ class Version:
 
     model_version: recipe.ModelVersion
     encoding: recipe.DeepseekV4Encoding | recipe.DeepseekV41Encoding
+    calls: DsmlCalls
 
 
 VERSIONS = {
-    "deepseek_v4": Version(recipe.ModelVersion.DeepseekV4Pro, recipe.DeepseekV4Encoding()),
-    "deepseek_v41": Version(recipe.ModelVersion.DeepseekV41Flash, recipe.DeepseekV41Encoding()),
+    "deepseek_v4": Version(
+        recipe.ModelVersion.DeepseekV4Pro, recipe.DeepseekV4Encoding(), DsmlCalls("", "tool_calls")
+    ),
+    "deepseek_v41": Version(
+        recipe.ModelVersion.DeepseekV41Flash, recipe.DeepseekV41Encoding(), DsmlCalls(" ", "calls")
+    ),
 }
 
 # Fields that shape the prompt, in the order in which one is blamed for an error.
@@ -50,6 +57,7 @@ class DeepseekChat(ChatFormat):
         version = VERSIONS[model_type]
         self._tokenizer = tokenizer
         self._encoding = version.encoding
+        self._calls = version.calls
         self._options = recipe.ConversionOptions(default_thinking_mode=default_thinking).with_model_alias(
             MODEL, version.model_version
         )
@@ -59,7 +67,7 @@ class DeepseekChat(ChatFormat):
     def render(self, request: Mapping[str, Any]) -> ChatPrompt:
         body = _prompt_fields(request)
         try:
-            converted = self._convert(body)
+            converted = self._convert_forcing(body)
         except (ValueError, recipe.ConversionError) as error:
             raise RequestError(_message(error), param=self._blame(body)) from None
         prompt = self._encoding.render_conversation(converted.conversation)
@@ -68,12 +76,27 @@ class DeepseekChat(ChatFormat):
         token_ids = self._tokenizer.encode_prompt(prompt.prompt, prompt.special_ranges)
         options = converted.parsing_options
         options.stop_sequences = []
+        style = AnswerStyle(
+            Reasoning.OPEN if prompt.prompt.endswith(THINK) else Reasoning.NONE,
+            self._calls,
+            in_calls=options.starts_in_tool_calls,
+            gap="\n\n",
+        )
         return ChatPrompt(
             token_ids,
             lambda: DeepseekParser(converted, options),
             max_tokens=converted.resolve_max_tokens(len(token_ids), UNBOUNDED),
             stop_token_ids=self._stop_token_ids,
+            grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
         )
+
+    def _convert_forcing(self, body: Mapping[str, Any]) -> recipe.ConversationRequest:
+        """As `_convert`; behind reasoning, where the library forces no calls, only the grammar does."""
+        if must_call(body):
+            unforced = self._convert({**body, "tool_choice": "auto"})
+            if unforced.conversation.thinking_mode:
+                return unforced
+        return self._convert(body)
 
     def _convert(self, body: Mapping[str, Any]) -> recipe.ConversationRequest:
         return recipe.ChatCompletionRequest({"model": MODEL, **body}).convert(self._options)
@@ -84,7 +107,7 @@ class DeepseekChat(ChatFormat):
         for field, value in body.items():
             tried[field] = value
             try:
-                self._convert(tried)
+                self._convert_forcing(tried)
             except (ValueError, recipe.ConversionError):
                 return field
         return "messages"
@@ -139,6 +162,14 @@ def _delta(delta: Mapping[str, Any]) -> MessageDelta:
 def _prompt_fields(request: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a request that the library is to see, in its own vocabulary."""
     body = {field: request[field] for field in PROMPT_FIELDS if request.get(field) is not None}
+    # The library's rules for strict schemas are the vendor's; ours are those of the grammar.
+    if described := body.get("response_format", {}).get("json_schema"):
+        body["response_format"] = {**body["response_format"], "json_schema": _without_strict(described)}
+    if "tools" in body:
+        body["tools"] = [
+            {**tool, "function": _without_strict(tool["function"])} if "function" in tool else tool
+            for tool in body["tools"]
+        ]
     # The library has no `developer`, the newer name of `system`.
     body["messages"] = [
         {**message, "role": "system"} if message.get("role") == "developer" else message
@@ -154,6 +185,10 @@ def _prompt_fields(request: Mapping[str, Any]) -> dict[str, Any]:
             param="chat_template_kwargs",
         )
     return body
+
+
+def _without_strict(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name != "strict"}
 
 
 def _message(error: Exception) -> str:

@@ -28,9 +28,11 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.answer_grammar import AnswerStyle, Reasoning, answer_grammar
 from engine.output_parser import END_THINK, THINK, TOOL_CALL, OutputParser, PlainParser, TaggedParser
 from engine.prompts import ChatFormat, ChatPrompt
 from engine.tokenizer import Tokenizer
+from engine.tool_grammar import TaggedCalls
 from quant.errors import ConfigError, RequestError
 
 MAX_PROMPT_CHARS = 16 << 20
@@ -76,10 +78,14 @@ class TemplateChat(ChatFormat):
         if begun is not None:
             prompt = _up_to(prompt, begun)
             special_ranges = [(start, end) for start, end in special_ranges if end <= len(prompt)]
+        reasoning = self._reasoning(prompt)
+        calls = tools is not None and self._can_call
+        style = AnswerStyle(reasoning, TaggedCalls() if calls else None)
         return ChatPrompt(
             self._tokenizer.encode_prompt(prompt, special_ranges),
-            lambda: self._parser(prompt, tools is not None),
+            lambda: _parser(reasoning, calls),
             stop_token_ids=self._stop_token_ids,
+            grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
         )
 
     def _run(self, variables: Mapping[str, Any]) -> str:
@@ -101,25 +107,27 @@ class TemplateChat(ChatFormat):
             )
         return "".join(pieces)
 
-    def _parser(self, prompt: str, tools: bool) -> OutputParser:
-        reasoning = END_THINK in self._source
-        calls = tools and TOOL_CALL in self._source
-        if not reasoning and not calls:
-            return PlainParser()
+    @property
+    def _can_call(self) -> bool:
+        """Whether the template teaches the spelling of tool calls that we read."""
+        return TOOL_CALL in self._source
+
+    def _reasoning(self, prompt: str) -> Reasoning:
         prompt = prompt.rstrip()
-        return TaggedParser(
-            reasoning=reasoning and not prompt.endswith(END_THINK),
-            in_reasoning=reasoning and prompt.endswith(THINK),
-            tools=calls,
-        )
+        if END_THINK not in self._source or prompt.endswith(END_THINK):
+            return Reasoning.NONE
+        return Reasoning.OPEN if prompt.endswith(THINK) else Reasoning.POSSIBLE
 
     def _tools(self, request: Mapping[str, Any]) -> Any:
         choice = request.get("tool_choice")
         tools = request.get("tools") or None
         if choice == "none" or tools is None:
             return None
-        if choice not in (None, "auto"):
-            raise RequestError("tool_choice must be auto or none for this model", param="tool_choice")
+        if choice not in (None, "auto") and not self._can_call:
+            raise RequestError(
+                "tool_choice must be auto or none for this model: how it writes calls is not known",
+                param="tool_choice",
+            )
         if "tools" not in self._variables:
             raise RequestError("this model's chat template has no place for tools", param="tools")
         return tools
@@ -152,6 +160,14 @@ class TemplateChat(ChatFormat):
         if effort == "none" or thinking == "disabled":
             switches = {"enable_thinking": False, "thinking": False} | switches
         return switches
+
+
+def _parser(reasoning: Reasoning, calls: bool) -> OutputParser:
+    if reasoning is Reasoning.NONE and not calls:
+        return PlainParser()
+    return TaggedParser(
+        reasoning=reasoning is not Reasoning.NONE, in_reasoning=reasoning is Reasoning.OPEN, tools=calls
+    )
 
 
 class _Marks:

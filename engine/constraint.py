@@ -94,25 +94,20 @@ class GrammarCompiler:
         return matcher
 
     def _compiled_now(self, grammar: Grammar) -> llguidance.LLMatcher:
+        _check_size(grammar)
         matcher, error = self._try(grammar.text)
         if not error:
             return matcher
         for field, part in grammar.parts:
             if reason := self._try(part)[1]:
                 raise RequestError(f"{field}: {reason}", param=field, code="invalid_grammar")
-        raise RequestError(f"the answer's grammar cannot be followed: {error}", code="invalid_grammar")
+        raise RequestError(f"the grammar of the answer: {error}", code="invalid_grammar")
 
     def _try(self, text: str) -> tuple[llguidance.LLMatcher, str]:
         """A matcher that has computed its first mask, and why it is of no use, if it is not."""
-        if len(text.encode()) > MAX_BYTES:
-            raise RequestError(
-                f"the grammar of the answer has more than {MAX_BYTES} bytes; make it smaller",
-                code="invalid_grammar",
-            )
         matcher = llguidance.LLMatcher(self._known_vocabulary(), text, log_level=0, limits=LIMITS)
-        if not matcher.is_error() and not any(matcher.compute_bitmask()) and not matcher.is_error():
-            return matcher, "no text that this model can write matches it"
-        return matcher, _reason(matcher) if matcher.is_error() else ""
+        can_begin = not matcher.is_error() and any(matcher.compute_bitmask())
+        return matcher, "" if can_begin and not matcher.is_error() else _reason(matcher)
 
     def _known_vocabulary(self) -> llguidance.LLTokenizer:
         if not self._ends:
@@ -148,18 +143,12 @@ class Constraint:
         if token_id is not None:
             self._matcher.consume_token(token_id)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            raise RequestError(
-                f"the answer cannot go on by its grammar: {_reason(self._matcher)}", code="invalid_grammar"
-            )
         allowed = np.zeros(self._vocab_size, dtype=np.uint8)
         known = np.unpackbits(bits, count=min(self._vocab_size, 8 * len(bits)), bitorder="little")
         allowed[: len(known)] = known
-        if not allowed.any():
-            raise RequestError(
-                "the answer cannot go on by its grammar: this model has no token for what must follow",
-                code="invalid_grammar",
-            )
+        if self._matcher.is_error() or not allowed.any():
+            reason = _reason(self._matcher)
+            raise RequestError(f"the answer cannot go on by its grammar: {reason}", code="invalid_grammar")
         return torch.from_numpy(allowed) == 0
 
 
@@ -188,7 +177,19 @@ class _Source:
         return self._tokenizer.encode(plain, parse_special=False)
 
 
+def _check_size(grammar: Grammar) -> None:
+    size = len(grammar.text.encode())
+    if size > MAX_BYTES:
+        field = max(grammar.parts, key=lambda part: len(part[1]))[0] if grammar.parts else None
+        text = f"the grammar of the answer has {size} bytes, more than {MAX_BYTES}; make it smaller"
+        raise RequestError(text, param=field, code="invalid_grammar")
+
+
 def _reason(matcher: llguidance.LLMatcher) -> str:
-    """The library's complaint without its excerpt of the grammar, which is ours as often as the client's."""
-    lines = matcher.get_error().splitlines()
-    return "; ".join(line.strip() for line in lines if line.strip() and "|" not in line and "^" not in line)[:500]
+    """Why nothing can follow: the library's complaint without its excerpt of the grammar, which is ours as
+    often as the client's."""
+    error = matcher.get_error()
+    if not error or error.startswith("NoExtension"):
+        return "there is no token for what must come next"
+    lines = [line.strip() for line in error.splitlines()]
+    return "; ".join(line for line in lines if line and "|" not in line and line[0] not in "^<")[:500]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.constraint import GrammarCompiler
 from engine.detokenizer import Detokenizer
 from engine.generation import FinishReason, TokenLogprob
 from engine.model import Batch, KvCache, Model, Segment
@@ -87,6 +88,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.grammars = GrammarCompiler(tokenizer, model.info.eos_token_ids, model.info.vocab_size)
         self._max_context = min(max_context, model.info.max_context)
         self._max_waiting = max_waiting
         self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
@@ -125,6 +127,7 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self.grammars.close()
 
     def submit(
         self, prompt_ids: Ids[int], params: SamplingParams, on_output: OnOutput, *, cache_salt: str = ""
@@ -133,11 +136,13 @@ class Engine:
 
         Cached prefixes are shared by sequences of the same `cache_salt` only.
         Raises RequestError where the prompt is empty, has ids outside the vocabulary or does not
-        leave room for a token (code `context_length_exceeded`), CapacityError where the queue is full.
+        leave room for a token (code `context_length_exceeded`) or the grammar is wrong (compile it with
+        `grammars` beforehand: that takes time), CapacityError where the queue is full.
         """
         vocab_size = self.model.info.vocab_size
         ids = list(prompt_ids)
         self._check_prompt(ids, params)
+        constraint = None if params.grammar is None else self.grammars.start(params.grammar)
         room = self._max_context - len(ids)
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -148,7 +153,7 @@ class Engine:
             params=params,
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset(stop_ids),
-            sampler=Sampler(params, ids, vocab_size),
+            sampler=Sampler(params, ids, vocab_size, constraint),
             detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop),
             on_output=on_output,
             cache_salt=cache_salt,
@@ -268,6 +273,8 @@ class Engine:
         """What goes wrong inside ends `sequence` and nothing else."""
         try:
             yield
+        except RequestError as error:
+            self._end(sequence, FinishReason.REFUSED, str(error))
         except Exception as error:
             logger.exception("sequence %d failed", sequence.sequence_id)
             self._end(sequence, FinishReason.ERROR, _reason(error))

@@ -7,12 +7,13 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended."""
+    """Why a sequence ended. ERROR is a fault of ours, REFUSED one of the request that showed late."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Output:
     logprobs    one per token id, where asked for
     prompt_logprobs  in the first Output, where asked for; one per prompt token, the first one None
     finish_reason    set in the last Output
-    error       what went wrong, where finish_reason is ERROR
+    error       what went wrong, where finish_reason is ERROR or REFUSED
     stop_match  the stop string or stop token id that ended it
     queue_s     in the first Output: seconds from submission until the prompt was first computed
     cached_tokens    in the first Output: tokens of the prompt that did not have to be computed

@@ -13,7 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import llguidance
+
 MAX_BYTES = 256 << 10
+
+# Text, unlike the complement of a pattern, holds no broken characters and no added tokens.
+ANY_TEXT = r"/(.|\n)*/"
 
 # A space, or a line break with indentation: a model that may write any white space can write it for ever.
 WHITE_SPACE = r" |\n[ ]{0,64}"
@@ -65,7 +70,7 @@ class GrammarWriter:
 
     def plain(self, text: str) -> str:
         """Exactly `text`, as text."""
-        return json.dumps(text, ensure_ascii=False)
+        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # Lark takes no raw DEL
 
     def literal(self, text: str) -> str:
         """Exactly `text`; token spellings in it are those tokens."""
@@ -81,16 +86,16 @@ class GrammarWriter:
         match = self._token.search(tag)
         if match is None:
             name = f"rule_{len(self._rules)}"
-            self._rules.append(f"{name}[lazy]: /(.|\\n)*{_escaped(tag)}/")
+            self._rules.append(f"{name}[lazy]: /(.|\\n)*{escaped(tag)}/")
             return name
         before, token, behind = tag[: match.start()], match.group(), tag[match.end() :]
-        text = self.terminal(f"/(.|\\n)*{_escaped(before)}/ & {_without(token)}")
+        text = self.terminal(f"/(.|\\n)*{escaped(before)}/ & {_without(token)}")
         return f"{text} <[{self._added[token]}]> {self.literal(behind)}"
 
     def text_without(self, tag: str) -> str:
         """Any text, perhaps none, in which `tag` does not occur."""
         match = self._token.search(tag)
-        return self.terminal(_without(tag if match is None else match.group()))
+        return self.terminal(f"{ANY_TEXT} & {_without(tag if match is None else match.group())}")
 
     def json(self, schema: Mapping[str, Any], field: str, *, lenient: bool = False) -> str:
         """JSON by a schema. `lenient` passes over keywords that cannot be enforced."""
@@ -98,8 +103,8 @@ class GrammarWriter:
         return self._part({"json_schema": {**schema, "x-guidance": guidance}}, field)
 
     def regex(self, pattern: str, field: str) -> str:
-        """Text that matches a regular expression as a whole."""
-        return self._part({"lark_grammar": f"start: /{_with_slashes_escaped(pattern)}/"}, field)
+        """Text that matches a regular expression as a whole; its \\d, \\w and \\s are ASCII."""
+        return self._part({"lark_grammar": f"start: /{llguidance.regex_to_lark(pattern, 'dws')}/"}, field)
 
     def lark(self, text: str, field: str) -> str:
         """Text by a grammar of the client's own, which begins at its rule `start`."""
@@ -113,15 +118,9 @@ class GrammarWriter:
 
 
 def _without(text: str) -> str:
-    return f"~/(.|\\n)*{_escaped(text)}(.|\\n)*/"
+    return f"~/(.|\\n)*{escaped(text)}(.|\\n)*/"
 
 
-def _escaped(text: str) -> str:
-    """A pattern between slashes for exactly `text`."""
-    return re.sub(r"[^\w\s｜]", lambda match: "\\" + match.group(), text).replace("\n", "\\n")
-
-
-def _with_slashes_escaped(pattern: str) -> str:
-    """`pattern` fit to stand between slashes on one line."""
-    pattern = re.sub(r"\\.|/", lambda match: "\\/" if match.group() == "/" else match.group(), pattern, flags=re.S)
-    return pattern.replace("\n", "\\n")
+def escaped(text: str) -> str:
+    """What stands between slashes in a pattern for exactly `text`."""
+    return re.sub(r"[.^$*+?()\[\]{}|\\/&~#-]", lambda match: "\\" + match.group(), text).replace("\n", "\\n")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.grammar import Grammar
 from engine.output_parser import OutputParser
 from engine.tokenizer import Tokenizer
 
@@ -20,12 +21,14 @@ class ChatPrompt:
     max_tokens      the dialect's own default where the request gives none; it may be more than the
                     context has room for
     stop_token_ids  tokens that end a turn in this dialect, beside those of the model's config
+    grammar         what the answer must match, where the request says so
     """
 
     token_ids: list[int]
     new_parser: Callable[[], OutputParser]
     max_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
 
 class ChatFormat(ABC):
@@ -38,7 +41,7 @@ class ChatFormat(ABC):
     @abstractmethod
     def render(self, request: Mapping[str, Any]) -> ChatPrompt:
         """`request` is an OpenAI chat-completions body (messages, tools, tool_choice, reasoning_effort,
-        response_format, chat_template_kwargs ...), already validated in shape.
+        response_format, structured_outputs, chat_template_kwargs ...), already validated in shape.
 
         What it says is text: spelling a special token in a message never makes one. Raises
         RequestError for what the dialect cannot express, naming the field.

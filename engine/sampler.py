@@ -1,14 +1,15 @@
 """From logits to a token: penalties, bias, truncation, a reproducible draw, and log probabilities.
 
-Order of operations: logit_bias, repetition penalty, frequency and presence penalties, temperature,
-top_k, top_p, min_p, draw. Log probabilities are those of the model's own distribution, before any
-of these.
+Order of operations: logit_bias, repetition penalty, frequency and presence penalties, the grammar's
+mask, temperature, top_k, top_p, min_p, draw. Log probabilities are those of the model's own
+distribution, before any of these.
 """
 
 from __future__ import annotations
 
 import torch
 
+from engine.constraint import Constraint
 from engine.generation import TokenLogprob
 from engine.sampling_params import SamplingParams
 
@@ -21,8 +22,15 @@ class Sampler:
     The same seed, parameters and logits give the same tokens, whatever else runs beside.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: list[int], vocab_size: int) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        vocab_size: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         self.params = params
+        self._constraint = constraint
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -37,8 +45,16 @@ class Sampler:
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
 
     def sample(self, logits: torch.Tensor) -> int:
-        """Choose the next token from logits `[vocab_size]` float32 and remember it."""
-        token = self._choose(self._adjusted(logits))
+        """Choose the next token from logits `[vocab_size]` float32 and remember it.
+
+        Raises RequestError where the answer's grammar leaves no token.
+        """
+        logits = self._adjusted(logits)
+        if self._constraint is not None:
+            logits = self._constraint.mask(logits)
+        token = self._choose(logits)
+        if self._constraint is not None:
+            self._constraint.advance(token)
         if self._counts is not None:
             self._counts[token] += 1
         if self._seen is not None:

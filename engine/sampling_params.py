@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.grammar import Grammar
 from quant.errors import RequestError
 
 
@@ -13,10 +14,10 @@ from quant.errors import RequestError
 class SamplingParams:
     """Sampling settings of one sequence, checked on creation.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. `logprobs` is None for none,
-    else how many alternatives to report beside the chosen token (0 to 20); `prompt_logprobs` the
-    same for the prompt's own tokens. `seed` None draws one. `max_tokens` None means as many as the
-    context holds. Raises RequestError naming the field.
+    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. `logprobs` is None for none, else
+    how many alternatives to report beside the chosen token (0 to 20); `prompt_logprobs` the same for the
+    prompt's own tokens. `grammar` is what the answer must match. `seed` None draws one. `max_tokens` None
+    means as many as the context holds. Raises RequestError naming the field.
     """
 
     max_tokens: int | None = None
@@ -35,6 +36,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         self._within("temperature", 0.0, 10.0)
@@ -51,6 +53,9 @@ class SamplingParams:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError("top_logprobs must be between 0 and 20", param="top_logprobs")
+        if self.grammar is not None and self.ignore_eos:
+            text = "an answer that is bound to a grammar ends with it; leave out ignore_eos"
+            raise RequestError(text, param="ignore_eos")
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", param="stop")
         for value in self.logit_bias.values():

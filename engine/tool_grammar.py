@@ -8,15 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.grammar import GrammarWriter
+from engine.grammar import GrammarWriter, escaped
 from engine.output_parser import END_TOOL_CALL, TOOL_CALL
 from quant.errors import RequestError
 
 # Keywords that say nothing about which texts are valid.
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+ANNOTATIONS = {
+    "title",
+    "description",
+    "default",
+    "examples",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+    "$comment",
+}
 DEFINITIONS = ("$defs", "definitions")
 DSML = "｜DSML｜"
 AS_TEXT, AS_JSON = '" string="true">', '" string="false">'
+OBJECT_KEYWORDS = {"type", "properties", "required", "additionalProperties"}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -65,47 +75,29 @@ class DsmlCalls(CallSpelling):
         self.begin = self._tag(block) + "\n"
 
     def calls(self, writer: GrammarWriter, tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-        invocations = [
-            self._invocation(writer, tool, _field(i), is_strict(tool)) for i, tool in enumerate(tools)
-        ]
-        call = writer.rule(" | ".join(invocations))
+        call = writer.rule(" | ".join(self._invocation(writer, i, tool) for i, tool in enumerate(tools)))
         return f"{call}{'+' if several else ''} {writer.literal(self._end_tag(self._block))}"
 
-    def _invocation(self, writer: GrammarWriter, tool: Mapping[str, Any], field: str, strict: bool) -> str:
-        name, schema = tool["function"]["name"], arguments_schema(tool)
-        begin = writer.literal(self._tag("invoke", name=_attribute(name, field)) + "\n")
-        end = writer.literal(self._end_tag("invoke") + "\n")
-        parameters = self._parameters(writer, schema, field, strict)
-        return writer.rule(" ".join([begin, *parameters, end]))
-
-    def _parameters(
-        self, writer: GrammarWriter, schema: Mapping[str, Any], field: str, strict: bool
-    ) -> list[str]:
-        """One expression per property in the schema's order, then one for others where it lets them in."""
-        unknown = schema.keys() - {"type", "properties", "required", "additionalProperties"}
-        unknown -= ANNOTATIONS | {*DEFINITIONS, "$schema"}
-        if schema.get("type") != "object" or (unknown and strict):
-            found = f"its keywords {sorted(unknown)}" if unknown else f"type {schema.get('type')!r}"
-            raise RequestError(
-                f"{field}: this model's tool calls need an object with properties at the top, not {found}",
-                param=field,
-            )
-        properties, required = schema.get("properties", {}), schema.get("required", ())
+    def _invocation(self, writer: GrammarWriter, index: int, tool: Mapping[str, Any]) -> str:
+        """A call of one tool: its parameters in the schema's order, then others where it lets them in."""
+        field, schema, strict = _field(index), arguments_schema(tool), is_strict(tool)
+        properties, required = _properties(schema, field, strict)
         shared = {name: schema[name] for name in DEFINITIONS if name in schema}
-        result = []
-        for name, value in properties.items():
-            spelled = _attribute(name, field)
-            element = writer.rule(self._element(writer, writer.plain(spelled), value, shared, field, strict))
-            result.append(element if name in required else f"{element}?")
-        others = schema.get("additionalProperties", False)
-        if others is not False:
-            known = "".join(f" & ~/{re.escape(name)}/" for name in properties)
-            value = others if isinstance(others, Mapping) else {}
-            name_ = writer.terminal(f'/[^"<>&\\n{DSML[0]}]+/{known}')
-            result.append(writer.rule(self._element(writer, name_, value, shared, field, strict)) + "*")
-        return result
 
-    def _element(
+        def parameter(name: str, value: Any) -> str:
+            return writer.rule(self._parameter(writer, name, value, shared, field, strict))
+
+        parts = [writer.literal(self._tag("invoke", _attribute(tool["function"]["name"], field)) + "\n")]
+        for name, value in properties.items():
+            element = parameter(writer.plain(_attribute(name, field)), value)
+            parts.append(element if name in required else f"{element}?")
+        others = schema.get("additionalProperties", True)
+        if others is not False:
+            known = "".join(f" & ~/{escaped(name)}/" for name in properties)
+            parts.append(parameter(writer.terminal(f"/[A-Za-z0-9_.-]{{1,64}}/{known}"), others) + "*")
+        return writer.rule(" ".join([*parts, writer.literal(self._end_tag("invoke") + "\n")]))
+
+    def _parameter(
         self,
         writer: GrammarWriter,
         name: str,
@@ -114,8 +106,7 @@ class DsmlCalls(CallSpelling):
         field: str,
         strict: bool,
     ) -> str:
-        """A parameter: as plain text where the schema takes any string, as JSON where it takes more."""
-        begin = writer.literal(f'<{DSML}{self._gap}parameter name="')
+        """A parameter: as plain text where the schema takes strings, as JSON where it takes more."""
         end_tag = self._end_tag("parameter") + "\n"
         end = writer.literal(end_tag)
         kinds = []
@@ -124,8 +115,9 @@ class DsmlCalls(CallSpelling):
             listed = " | ".join(f"{writer.plain(each)} {end}" for each in strings)
             kinds.append(f"{writer.plain(AS_TEXT)} ({listed or writer.text_before(end_tag)})")
         if takes_more:
-            schema = {**schema, **shared} if isinstance(schema, Mapping) else {}
-            kinds.append(f"{writer.plain(AS_JSON)} {writer.json(schema, field, lenient=not strict)} {end}")
+            value = {**schema, **shared} if isinstance(schema, Mapping) else {}
+            kinds.append(f"{writer.plain(AS_JSON)} {writer.json(value, field, lenient=not strict)} {end}")
+        begin = writer.literal(f'<{DSML}{self._gap}parameter name="')
         return f"{begin} {name} ({' | '.join(kinds)})"
 
     def _tag(self, element: str, name: str | None = None) -> str:
@@ -152,11 +144,12 @@ def string_part(schema: Any) -> tuple[list[str] | None, bool]:
     The first is None for no string, the empty list for every string, else the strings. Strings that
     are limited in other ways (a pattern, a length) are left to JSON.
     """
-    if not isinstance(schema, Mapping) or not schema.keys() - ANNOTATIONS:
+    keywords = schema.keys() - ANNOTATIONS if isinstance(schema, Mapping) else set()
+    if not keywords:
         return [], True
-    keywords = schema.keys() - ANNOTATIONS
-    if keywords <= {"type", "enum"} and "enum" in keywords or keywords <= {"type", "const"} and "const" in keywords:
-        values = schema["enum"] if "enum" in keywords else [schema["const"]]
+    listing = keywords - {"type"}
+    if listing == {"const"} or (listing == {"enum"} and isinstance(schema["enum"], list)):
+        values = schema["enum"] if "enum" in listing else [schema["const"]]
         strings = [value for value in values if isinstance(value, str)]
         return (strings or None), len(strings) < len(values)
     if keywords == {"type"}:
@@ -167,11 +160,21 @@ def string_part(schema: Any) -> tuple[list[str] | None, bool]:
     return None, True
 
 
+def _properties(schema: Mapping[str, Any], field: str, strict: bool) -> tuple[Mapping[str, Any], list[str]]:
+    """The properties by name, and the names of those that must be there."""
+    other = sorted(schema.keys() - ANNOTATIONS - {*DEFINITIONS, "$schema"} - OBJECT_KEYWORDS)
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    is_plain = isinstance(properties, Mapping) and isinstance(required, list) and not (other and strict)
+    if schema.get("type") == "object" and is_plain:
+        return properties, required
+    text = f"{field}: this model's tool calls need a schema of type object, its properties at the top"
+    raise RequestError(f"{text}; {other} cannot be enforced" if other else text, param=field)
+
+
 def _attribute(name: str, field: str) -> str:
-    if re.search(r'["<>&\n｜]', name):
-        raise RequestError(
-            f"{field}: the name {name!r} has a character that this model's tool calls cannot carry", param=field
-        )
+    if re.search(r'["<>&\s｜\\\x00-\x1f]', name):
+        text = f"{field}: the name {name!r} has a character that this model's tool calls cannot carry"
+        raise RequestError(text, param=field)
     return name
 
 

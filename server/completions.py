@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from engine.answer_grammar import content_grammar
 from engine.generation import FinishReason, Output, TokenLogprob
+from engine.grammar import Grammar
 from engine.sampling_params import SamplingParams
 from server.chat import usage
 from server.generation import Generation
@@ -60,11 +62,17 @@ class CompletionReply(Reply):
         self._created = int(time.time())
         self._scores_only = request.max_tokens == 0
         tokenizer = served.loaded.tokenizer
+        self._grammar = content_grammar(request.as_format(), tokenizer.added_tokens)
         self._choices = [
             _Choice(p * request.choices + i, prompt, CompletionLogprobs(tokenizer))
             for p, prompt in enumerate(prompts)
             for i in range(request.choices)
         ]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What each sequence must match."""
+        return self._grammar
 
     @property
     def sequences(self) -> int:
@@ -129,6 +137,7 @@ class CompletionReply(Reply):
             index % request.choices,
             self._served.loaded.sampling,
             max_tokens=max_tokens,
+            grammar=self._grammar,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )

@@ -94,6 +94,8 @@ class Generation:
             self._running.pop(index, None)
         if output.finish_reason is FinishReason.ERROR:
             raise ApiError(500, output.error or "the engine failed", code="engine_error")
+        if output.finish_reason is FinishReason.REFUSED:
+            raise ApiError(400, output.error or "the request cannot be answered", code="invalid_grammar")
         if output.finish_reason is FinishReason.ABORT:
             raise unavailable("the engine stopped before the answer was finished", "engine_stopped")
         return output

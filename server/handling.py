@@ -8,7 +8,10 @@ from typing import TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from engine.constraint import GrammarCompiler
+from engine.grammar import Grammar
 from engine.prompts import ChatPrompt
+from quant.errors import RequestError
 from server.errors import ApiError
 from server.openai_messages import Body
 from server.openai_types import ChatRequest
@@ -17,6 +20,7 @@ from server.reply import Reply
 from server.service import Served, Service
 from server.streaming import EventStream, answer
 
+COMPILE_TIMEOUT_S = 5
 B = TypeVar("B", bound=Body)
 
 
@@ -61,7 +65,7 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
     """Submit the sequences of `reply` and send what they generate.
 
     Raises ApiError where they are more than this server ever takes, CapacityError for a full queue,
-    RequestError for settings out of range.
+    RequestError for settings out of range and for grammars that are wrong or too large.
     """
     service = service_of(request)
     limit = service.settings.max_num_seqs + service.settings.max_waiting
@@ -70,6 +74,8 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
             f"{reply.sequences} answers at once are more than this server takes ({limit}); send fewer prompts"
         )
         raise ApiError(400, text, param="n", code="too_many_sequences")
+    if reply.grammar is not None:
+        await _compile(reply.grammar, service.served.engine.grammars)
     generation = service.new_generation()
     try:
         reply.submit_to(generation)
@@ -87,3 +93,14 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
         return EventStream(reply.events(generation), reply.last, reply.failure, close)
     result = await answer(request, reply.whole(generation), close)
     return result if isinstance(result, Response) else JSONResponse(result)
+
+
+async def _compile(grammar: Grammar, grammars: GrammarCompiler) -> None:
+    """Compile without holding up the event loop, and for a limited time."""
+    compiling = grammars.compile(grammar)
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(compiling), COMPILE_TIMEOUT_S)
+    except TimeoutError:
+        field = grammar.parts[0][0] if grammar.parts else None
+        text = f"the answer's grammar took longer than {COMPILE_TIMEOUT_S} s to compile; make it simpler"
+        raise RequestError(text, param=field, code="invalid_grammar") from None

@@ -51,10 +51,43 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class ResponseFormat(Body):
-    """Only `text` so far."""
+class SchemaFormat(Body):
+    """A schema that the answer must match; `strict: false` passes over what cannot be enforced."""
 
-    type: str
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """`text`, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise RequestError("response_format.json_schema is required", param="response_format.json_schema")
+        return self
+
+
+class StructuredOutputs(Body):
+    """What the answer must match, in one of five ways: vLLM's extension."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = Field(None, min_length=1)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    grammar: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            names = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
+            raise RequestError(f"structured_outputs takes exactly one of {names}", param="structured_outputs")
+        return self
 
 
 # Fields that would change what the answer means, and why they cannot be honoured.
@@ -63,12 +96,11 @@ REFUSED = {
     "function_call": "use tool_choice",
     "audio": "only text can be generated",
     "web_search_options": "this server searches nothing",
-    "guided_json": "constrained output is not supported yet",
-    "guided_regex": "constrained output is not supported yet",
-    "guided_choice": "constrained output is not supported yet",
-    "guided_grammar": "constrained output is not supported yet",
-    "structured_outputs": "constrained output is not supported yet",
-    "grammar": "constrained output is not supported yet",
+    "guided_json": "use structured_outputs.json",
+    "guided_regex": "use structured_outputs.regex",
+    "guided_choice": "use structured_outputs.choice",
+    "guided_grammar": "use structured_outputs.grammar",
+    "grammar": "use structured_outputs.grammar",
     "suffix": "filling in the middle is not supported",
 }
 
@@ -99,6 +131,7 @@ class GenerationRequest(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     modalities: list[str] | None = None
     cache_salt: str | None = Field(None, max_length=256)
 
@@ -109,11 +142,9 @@ class GenerationRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _check_common_fields(self) -> Self:
-        if self.response_format is not None and self.response_format.type != "text":
+        if self.structured_outputs and self.response_format and self.response_format.type != "text":
             raise RequestError(
-                f"response_format of type {self.response_format.type!r} is not supported yet; use 'text'",
-                param="response_format",
-                code="unsupported_parameter",
+                "send response_format or structured_outputs, not both", param="structured_outputs"
             )
         if self.modalities is not None and self.modalities != ["text"]:
             raise RequestError(
@@ -226,11 +257,14 @@ class ChatRequest(GenerationRequest):
             "messages",
             "tools",
             "tool_choice",
+            "parallel_tool_calls",
+            "response_format",
+            "structured_outputs",
             "reasoning_effort",
             "thinking",
             "chat_template_kwargs",
         }
-        body = self.model_dump(include=names, exclude_none=True)
+        body = self.model_dump(include=names, exclude_none=True, by_alias=True)
         if not self.tools:
             body.pop("tools", None)
             body.pop("tool_choice", None)
@@ -256,6 +290,11 @@ class CompletionRequest(GenerationRequest):
         if not self.prompts:
             raise RequestError("prompt must not be empty", param="prompt")
         return self
+
+    def as_format(self) -> dict[str, Any]:
+        """The fields that say what the answer must match."""
+        names = {"response_format", "structured_outputs"}
+        return self.model_dump(include=names, exclude_none=True, by_alias=True)
 
     @property
     def prompts(self) -> list[str | list[int]]:

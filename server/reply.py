@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from engine.grammar import Grammar
 from engine.output_parser import MessageDelta
 from engine.prompts import ChatPrompt
 from engine.sampling_params import SamplingParams
@@ -35,6 +36,11 @@ class Reply(ABC):
     """The answer to one request. `last` is what a stream ends with once all events are told."""
 
     last = DONE
+
+    @property
+    @abstractmethod
+    def grammar(self) -> Grammar | None:
+        """What each sequence must match."""
 
     @property
     @abstractmethod
@@ -73,6 +79,10 @@ class ConversationReply(Reply):
         end = served.loaded.tokenizer.added_tokens.get(END_OF_REASONING)
         parallel = request.parallel_tool_calls is not False
         self.answers = [Answer(i, prompt.new_parser(), parallel, end) for i in range(request.choices)]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self._prompt.grammar
 
     @property
     def sequences(self) -> int:
@@ -114,5 +124,6 @@ class ConversationReply(Reply):
             self._served.loaded.sampling,
             self._prompt.stop_token_ids,
             max_tokens=max_tokens,
+            grammar=self.grammar,
             logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
         )

@@ -70,8 +70,14 @@ def _tree(depth: int) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
-    "any object": ({"type": "object"}, {"a": [1, 2.5, "three", None, {"b": True}], "c": "some longer text " * 8}),
-    "person": (PERSON, {"name": "Ada Lovelace", "age": 36, "email": "ada@example.org", "tags": ["red", "blue"]}),
+    "any object": (
+        {"type": "object"},
+        {"a": [1, 2.5, "three", None, {"b": True}], "c": "some longer text " * 8},
+    ),
+    "person": (
+        PERSON,
+        {"name": "Ada Lovelace", "age": 36, "email": "ada@example.org", "tags": ["red", "blue"]},
+    ),
     "tree": (TREE, _tree(3)),
     "60 fields": (WIDE, {f"field_{i}": f"text {i}" if i % 2 else i for i in range(60)}),
 }
@@ -83,7 +89,11 @@ def vocabularies() -> dict[str, tuple[Tokenizer, int]]:
     smollm = Tokenizer.from_gguf(open_gguf(default_model_path()))
     assert smollm.eos_token_id is not None
     large = Tokenizer(synthetic_tokenizer(129280), bos_token_id=0, add_bos=True)
-    return {"tiny, 1k": (tiny, 1), "SmolLM2, 49k": (smollm, smollm.eos_token_id), "V4.1's size, 129k": (large, EOS)}
+    return {
+        "tiny, 1k": (tiny, 1),
+        "SmolLM2, 49k": (smollm, smollm.eos_token_id),
+        "V4.1's size, 129k": (large, EOS),
+    }
 
 
 def measure_llguidance(tokenizer: Tokenizer, eos: int) -> tuple[float, list[dict[str, Any]]]:
@@ -181,7 +191,9 @@ def main() -> None:
     for vocabulary, (tokenizer, eos) in vocabularies().items():
         for library, measure in libraries.items():
             setup_s, rows = measure(tokenizer, eos)
-            results += [{"vocabulary": vocabulary, "library": library, "setup_s": setup_s, **row} for row in rows]
+            results += [
+                {"vocabulary": vocabulary, "library": library, "setup_s": setup_s, **row} for row in rows
+            ]
     table = Table("vocabulary", "library", "set up, s", "case", "tokens", "compile, ms", "copy, us")
     for column in ("first step, us", "mean step, us", "p99 step, us"):
         table.add_column(column)

@@ -230,7 +230,6 @@ def test_stop_strings_are_left_to_the_engine(chat: ChatFormat) -> None:
         (user(reasoning_effort="much"), "reasoning_effort", "unknown variant `much`, expected one of"),
         (user(thinking={"type": "x"}), "thinking", "unknown variant `x`"),
         (user(tools=[{"type": "function"}]), "tools", "missing field `function`"),
-        (user(tools=TOOLS, tool_choice="required"), "tool_choice", "Thinking mode does not support"),
         (user(response_format={"type": "xml"}), "response_format", "unknown variant `xml`"),
         (user([{"type": "input_audio"}]), "messages", "unknown variant `input_audio`"),
         (

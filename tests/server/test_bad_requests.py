@@ -13,6 +13,14 @@ PLAIN = {"model": "v41-c", "prompt": "Hello", "max_tokens": 4}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 
+def called(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
 def user(content: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": content}]}
 
@@ -58,14 +66,50 @@ def user(content: Any) -> dict[str, Any]:
             "messages[0].content[0].type",
             "parts of type 'image_url' are not supported; send text",
         ),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "not supported yet"),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type",
+            "'text', 'json_object' or 'json_schema'",
+        ),
+        ({"response_format": {"type": "json_object"}}, "response_format", "must contain the word 'json'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        (json_schema({"not": {}}), "response_format.json_schema.schema", 'Unimplemented keys: ["not"]'),
+        (json_schema({"type": "king"}), "response_format", '"king" is not valid'),
+        (json_schema({"$ref": "http://x/y"}), "response_format", "cannot fetch"),
+        (json_schema({"enum": []}), "response_format.json_schema.schema", "Unsatisfiable"),
+        (json_schema({"enum": ["x" * 300_000]}), "response_format.json_schema.schema", "more than 262144"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "unclosed group"),
+        ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", "look-ahead"),
+        ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar", "no start rule"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1 item"),
+        ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice[0]", "at least 1 character"),
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one of json, json_object"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one of"),
+        (
+            json_schema({"type": "object"}) | {"structured_outputs": {"regex": "a"}},
+            "structured_outputs",
+            "not both",
+        ),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos", "leave out ignore_eos"),
         ({"modalities": ["text", "audio"]}, "modalities", "other than ['text']"),
         ({"audio": {"voice": "x"}}, "audio", "only text can be generated"),
         ({"functions": [{"name": "f"}]}, "functions", "use tools"),
         ({"function_call": "auto"}, "function_call", "use tool_choice"),
         ({"web_search_options": {}}, "web_search_options", "searches nothing"),
-        ({"guided_regex": "a+"}, "guided_regex", "constrained output is not supported yet"),
+        ({"guided_regex": "a+"}, "guided_regex", "use structured_outputs.regex"),
+        (
+            {"tools": [called("f", {"type": "array"})], "tool_choice": "required"},
+            "tools",
+            "schema must be a JSON Schema of 'type: \"object\"'",
+        ),
+        (
+            {
+                "tools": [TOOL, called("g", {"type": "object", "properties": {"a b": {}}})],
+                "tool_choice": "required",
+            },
+            "tools[1].function.parameters",
+            "'a b' has a character",
+        ),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "'function'"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "'none', 'auto' or 'required'"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
