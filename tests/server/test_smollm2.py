@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from engine.embedded import model_path
 from quant.errors import ConfigError
@@ -40,6 +42,19 @@ def test_a_streamed_chat_knows_the_capital_of_france(client: openai.OpenAI) -> N
     assert "Paris" in answer
     assert "<|im_end|>" not in answer
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_an_answer_by_schema_says_what_the_model_knows(client: openai.OpenAI) -> None:
+    class Place(BaseModel):
+        city: str = Field(max_length=40)
+        country: Literal["Germany", "France", "Spain"]
+
+    (model,) = client.models.list().data
+    answer = client.chat.completions.parse(
+        model=model.id, messages=QUESTION, temperature=0, max_tokens=60, response_format=Place
+    )
+
+    assert answer.choices[0].message.parsed == Place(city="Paris", country="France")
 
 
 def test_characters_of_several_tokens_arrive_whole(client: openai.OpenAI) -> None:
