@@ -102,10 +102,17 @@ class Message(Body):
     tool_call_id: str | None = None
     prefix: bool | None = None
 
+    @model_validator(mode="after")
+    def _let_the_assistant_say_nothing(self) -> Self:
+        # An answer that was cut off while the model reasoned has no text; clients send it back as it was.
+        if self.role == "assistant" and self.content is None and not self.tool_calls:
+            self.content = ""
+        return self
+
     def check(self, path: str) -> None:
         """Raise RequestError where role and fields do not fit together."""
         check_parts(self.content, f"{path}.content")
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise missing(f"{path}.content")
         if self.role == "tool" and self.tool_call_id is None:
             raise missing(f"{path}.tool_call_id")

@@ -203,6 +203,47 @@ def test_tools_and_their_history_are_part_of_the_prompt(client: openai.OpenAI) -
     assert bare < with_tools < with_history
 
 
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    for effort in ("none", "low"):
+        answer = ask(client, reasoning_effort=effort).choices[0].message
+
+        went_on = ask(client, messages=[*QUESTION, answer, *QUESTION])
+
+        assert text_of(went_on.choices[0].message)
+
+
+@pytest.mark.parametrize("content", [None, "", []])
+def test_an_assistant_may_have_said_nothing(client: openai.OpenAI, content: object) -> None:
+    silent = {"role": "assistant", "content": content}
+
+    answer = ask(client, messages=[*QUESTION, silent, *QUESTION])
+
+    assert answer.usage.completion_tokens == 8
+
+
+def test_a_refusal_in_the_history_is_text(client: openai.OpenAI) -> None:
+    def after(part: dict[str, str]) -> object:
+        return ask(client, messages=[*QUESTION, {"role": "assistant", "content": [part]}, *QUESTION])
+
+    refused = after({"type": "refusal", "refusal": "No."})
+    said = after({"type": "text", "text": "No."})
+
+    assert text_of(refused.choices[0].message) == text_of(said.choices[0].message)
+
+
+def test_the_sdks_stream_helper_sees_every_piece(client: openai.OpenAI) -> None:
+    whole = ask(client, reasoning_effort="none", max_tokens=20).choices[0].message.content
+    expected = whole[: whole.index(whole[10:13])]
+    with client.chat.completions.stream(
+        model=MODEL, messages=QUESTION, temperature=0, reasoning_effort="none", stop=whole[10:13]
+    ) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+
+    assert "".join(deltas) == expected
+    assert final.choices[0].message.content == expected
+
+
 def test_fields_without_meaning_here_are_ignored(client: openai.OpenAI) -> None:
     plain = ask(client)
     dressed = ask(
