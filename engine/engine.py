@@ -20,6 +20,7 @@ import torch
 
 from engine.constraint import GrammarCompiler
 from engine.detokenizer import Detokenizer
+from engine.draw import draw_tokens
 from engine.generation import FinishReason, TokenLogprob
 from engine.model import Batch, KvCache, Model, Segment
 from engine.prefix_cache import PrefixCache, PrefixStats
@@ -250,34 +251,38 @@ class Engine:
         chunks = self._scheduler.next_chunks()
         if not chunks:
             return
-        try:
+        logits = None
+        with self._failing_alone(*(chunk.sequence for chunk in chunks)):
             batch, counts = _assemble(chunks)
             forward_began = time.perf_counter()
             logits = self.model.forward(batch, self._cache)
             forward_s = time.perf_counter() - forward_began
-        except Exception as error:
-            logger.exception("a step failed")
-            for chunk in chunks:
-                self._end(chunk.sequence, FinishReason.ERROR, _reason(error))
+        if logits is None:
             return
         self._scheduler.observe(chunks, forward_s)
+        ready = []
         for chunk, rows in zip(chunks, torch.split(logits, counts), strict=True):
             with self._failing_alone(chunk.sequence):
-                self._advance(chunk, rows)
+                if self._advance(chunk, rows):
+                    ready.append((chunk.sequence, rows[-1]))
+        self._take_tokens(ready, logits)
         self._steps += 1
         self._forward_s += forward_s
         self._step_s += time.perf_counter() - began
 
     @contextmanager
-    def _failing_alone(self, sequence: Sequence) -> Iterator[None]:
-        """What goes wrong inside ends `sequence` and nothing else."""
+    def _failing_alone(self, *sequences: Sequence) -> Iterator[None]:
+        """What goes wrong inside ends `sequences` and nothing else."""
         try:
             yield
         except RequestError as error:
-            self._end(sequence, FinishReason.REFUSED, str(error))
+            for sequence in sequences:
+                self._end(sequence, FinishReason.REFUSED, str(error))
         except Exception as error:
-            logger.exception("sequence %d failed", sequence.sequence_id)
-            self._end(sequence, FinishReason.ERROR, _reason(error))
+            logger.exception("failed: sequences %s", [sequence.sequence_id for sequence in sequences])
+            reason = str(error) if isinstance(error, LociError) else f"{type(error).__name__} in the engine"
+            for sequence in sequences:
+                self._end(sequence, FinishReason.ERROR, reason)
 
     def _begin(self, sequence: Sequence) -> None:
         """Fill the slot of an admitted sequence with what is known of its prompt."""
@@ -289,10 +294,10 @@ class Engine:
         sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
         sequence.parting = prefix.parting
         if prefix.logits is not None:
-            self._take_token(sequence, prefix.logits)
+            self._take_tokens([(sequence, prefix.logits)], prefix.logits.unsqueeze(0))
 
-    def _advance(self, chunk: Chunk, logits: torch.Tensor) -> None:
-        """Count what was computed; sample where the prompt is complete. logits `[wanted, vocab]`."""
+    def _advance(self, chunk: Chunk, logits: torch.Tensor) -> bool:
+        """Count what was computed; True where a token is to follow. logits `[wanted, vocab]`."""
         sequence, params = chunk.sequence, chunk.sequence.params
         was_prefilling = sequence.is_prefilling
         first = sequence.computed
@@ -309,14 +314,35 @@ class Engine:
             if sequence.is_prefilling:
                 if sequence.computed == sequence.parting or sequence.computed >= sequence.saved + SAVE_EVERY:
                     self._save_prefix(sequence)
-                return
+                return False
             self._save_prefix(sequence, logits[-1])
-        self._take_token(sequence, logits[-1])
+        return True
 
-    def _take_token(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """Sample the next token from logits `[vocab]` and report it."""
+    def _take_tokens(self, ready: list[tuple[Sequence, torch.Tensor]], logits: torch.Tensor) -> None:
+        """Sample and report the next token of each sequence; its logits `[vocab]` are a row of `logits`."""
+        adjusted = []
+        for sequence, row in ready:
+            with self._failing_alone(sequence):
+                adjusted.append((sequence, row, sequence.sampler.adjusted(row)))
+        if not adjusted:
+            return
+        is_untouched = len(adjusted) == len(logits) and all(new is row for _, row, new in adjusted)
+        with self._failing_alone(*(sequence for sequence, _, _ in adjusted)):
+            tokens = draw_tokens(
+                logits if is_untouched else torch.stack([new for _, _, new in adjusted]),
+                [sequence.params for sequence, _, _ in adjusted],
+                [sequence.sampler.number() for sequence, _, _ in adjusted],
+            )
+            for (sequence, row, _), token in zip(adjusted, tokens, strict=True):
+                with self._failing_alone(sequence):
+                    self._take_token(sequence, row, token)
+
+    def _take_token(self, sequence: Sequence, logits: torch.Tensor, token: int) -> None:
+        """Report a token that was drawn from logits `[vocab]`."""
         params = sequence.params
-        token = sequence.sampler.sample(logits)
+        if token < 0:
+            raise LociError("the model computed what is not a number; the log of the server may say why")
+        sequence.sampler.remember(token)
         self._generated_tokens += 1
         logprobs: list[TokenLogprob] = []
         if params.logprobs is not None:
@@ -345,11 +371,6 @@ class Engine:
                 self._submitted.remove(sequence)
                 return
         self._scheduler.release(sequence)
-
-
-def _reason(error: Exception) -> str:
-    """What the clients of a failed sequence are told; the log has the rest."""
-    return str(error) if isinstance(error, LociError) else f"{type(error).__name__} in the engine"
 
 
 def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) -> KvCache:

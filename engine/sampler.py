@@ -7,9 +7,12 @@ distribution, before any of these.
 
 from __future__ import annotations
 
+from random import Random
+
 import torch
 
 from engine.constraint import Constraint
+from engine.draw import draw_tokens
 from engine.generation import TokenLogprob
 from engine.sampling_params import SamplingParams
 
@@ -31,11 +34,7 @@ class Sampler:
     ) -> None:
         self.params = params
         self._constraint = constraint
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed & SEED_MASK)
+        self._random = Random(None if params.seed is None else params.seed & SEED_MASK)
         self._bias = _bias_vector(params, vocab_size)
         counts_output = params.frequency_penalty != 0 or params.presence_penalty != 0
         self._counts = torch.zeros(vocab_size) if counts_output else None  # tokens of the answer
@@ -49,19 +48,28 @@ class Sampler:
 
         Raises RequestError where the answer's grammar leaves no token.
         """
-        logits = self._adjusted(logits)
-        if self._constraint is not None:
-            logits = self._constraint.mask(logits)
-        token = self._choose(logits)
+        (token,) = draw_tokens(self.adjusted(logits).unsqueeze(0), [self.params], [self.number()])
+        self.remember(token)
+        return token
+
+    def number(self) -> float:
+        """The next random number of the sequence, at least 0 and below 1."""
+        return self._random.random()
+
+    def remember(self, token: int) -> None:
+        """Count a token that was chosen."""
         if self._constraint is not None:
             self._constraint.advance(token)
         if self._counts is not None:
             self._counts[token] += 1
         if self._seen is not None:
             self._seen[token] = True
-        return token
 
-    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[vocab_size]` with bias, penalties and mask; the same tensor where there are none.
+
+        Raises RequestError where the answer's grammar leaves no token.
+        """
         params = self.params
         if self._bias is not None:
             logits = logits + self._bias
@@ -72,26 +80,7 @@ class Sampler:
         if self._counts is not None:
             logits = logits - params.frequency_penalty * self._counts
             logits = logits - params.presence_penalty * (self._counts > 0)
-        return logits
-
-    def _choose(self, logits: torch.Tensor) -> int:
-        params = self.params
-        if params.temperature == 0:
-            return int(logits.argmax())
-        logits = logits / params.temperature
-        candidates = None
-        if 0 < params.top_k < logits.shape[0]:
-            logits, candidates = logits.topk(params.top_k)
-        probs = logits.softmax(-1)
-        if params.top_p < 1:
-            ordered, order = probs.sort(descending=True)
-            # A token stays while those before it hold less than top_p; the first always stays.
-            ordered[ordered.cumsum(-1) - ordered >= params.top_p] = 0
-            probs = torch.zeros_like(probs).scatter_(0, order, ordered)
-        if params.min_p > 0:
-            probs = torch.where(probs < params.min_p * probs.max(), 0, probs)
-        drawn = int(torch.multinomial(probs, 1, generator=self._generator))
-        return drawn if candidates is None else int(candidates[drawn])
+        return logits if self._constraint is None else self._constraint.mask(logits)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprob]:

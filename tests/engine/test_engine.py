@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from engine.engine import Engine, Ticket
 from engine.generation import FinishReason, Output
 from engine.loader import Loaded, load
+from engine.model import Batch, KvCache
 from engine.sampling_params import SamplingParams
 from quant.errors import BudgetError, CapacityError, RequestError
 from tests.conftest import golden_path
@@ -179,21 +180,41 @@ def test_what_fails_for_one_sequence_fails_no_other(
     bad = Answer()
 
     def broken(*_: object) -> Any:
-        bad.outputs.append(Output(finish_reason=FinishReason.ERROR))
+        bad(Output(finish_reason=FinishReason.ERROR))
         raise ZeroDivisionError("of one sequence")
 
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     engine.submit(ids, params, broken if part == "reader" else bad)
     if part != "reader":
         (sequence,) = [s for s in engine._known.values() if s.on_output is bad]
-        owner, method = (sequence.sampler, "sample") if part == "sampler" else (sequence.detokenizer, "push")
-        setattr(owner, method, broken)
+        if part == "sampler":
+            sequence.sampler.adjusted = broken  # type: ignore[method-assign]
+        else:
+            sequence.detokenizer.push = broken  # type: ignore[method-assign]
     bad.wait()
 
     assert bad.outputs[-1].finish_reason is FinishReason.ERROR
     assert good.wait().token_ids == greedy
     assert submit(engine, ids, max_tokens=12, ignore_eos=True)[0].wait().token_ids == greedy
     assert engine.stats().running == 0
+
+
+def test_logits_that_are_no_numbers_fail_their_sequence(
+    engine: Engine, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = loaded.model.forward
+
+    def poisoned(batch: Batch, cache: KvCache) -> torch.Tensor:
+        logits = forward(batch, cache).clone()
+        logits[0, 7] = torch.nan
+        return logits
+
+    with monkeypatch.context() as broken:
+        broken.setattr(loaded.model, "forward", poisoned)
+        for temperature in (0.0, 1.0):
+            answer = submit(engine, [5, 6, 7], temperature=temperature)[0].wait()
+            assert answer.finish_reason is FinishReason.ERROR
+            assert "what is not a number" in (answer.outputs[-1].error or "")
 
 
 def test_a_step_loop_that_dies_ends_everything_and_says_so(
@@ -208,10 +229,10 @@ def test_a_step_loop_that_dies_ends_everything_and_says_so(
     with monkeypatch.context() as broken:
         broken.setattr(loaded.model, "forward", dying)
         engine.start()
-        answers = [submit(engine, [5, 6, 7])[0] for _ in range(2)]
+        answer = submit(engine, [5, 6, 7])[0]
         engine._thread.join()
 
-    assert [answer.finish_reason for answer in answers] == [FinishReason.ABORT] * 2
+    assert answer.finish_reason is FinishReason.ABORT
     assert not engine.is_alive
     with pytest.raises(CapacityError, match="not running"):
         submit(engine, [5])
