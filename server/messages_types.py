@@ -22,7 +22,7 @@ from server.openai_messages import (
     refuse_fields,
     required,
 )
-from server.openai_types import ChatRequest, ReasoningEffort, SamplingFields
+from server.openai_types import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 
 MESSAGES_REFUSED = {
     "mcp_servers": "this server calls no others",
@@ -153,11 +153,18 @@ class MessagesRequest(CountRequest, SamplingFields):
     max_tokens: int = Field(ge=1)
     stop_sequences: list[str] | None = None
     stream: bool | None = None
+    cache_salt: str | None = Field(None, max_length=MAX_SALT)
 
     def _chat_fields(self) -> dict[str, Any]:
-        sampling = {name: getattr(self, name) for name in SamplingFields.model_fields}
-        stop = {"stop": self.stop_sequences or self.stop, "max_completion_tokens": self.max_tokens}
-        return super()._chat_fields() | sampling | stop
+        return (
+            super()._chat_fields()
+            | {name: getattr(self, name) for name in SamplingFields.model_fields}
+            | {
+                "stop": self.stop_sequences or self.stop,
+                "max_completion_tokens": self.max_tokens,
+                "cache_salt": self.cache_salt,
+            }
+        )
 
 
 def _user_messages(

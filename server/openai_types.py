@@ -16,6 +16,7 @@ from server.openai_messages import Body, Message, NamedToolChoice, Tool, ToolCho
 
 MAX_STOP = 16
 MAX_N = 128
+MAX_SALT = 256
 
 # One error per union instead of one per member: the discriminator looks at the value's type first.
 # Tags in angle brackets are left out of the paths that errors name.
@@ -133,7 +134,7 @@ class GenerationRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     modalities: list[str] | None = None
-    cache_salt: str | None = Field(None, max_length=256)
+    cache_salt: str | None = Field(None, max_length=MAX_SALT)
 
     @model_validator(mode="before")
     @classmethod

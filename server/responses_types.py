@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from server.openai_messages import Body, FunctionDefinition, Message, Tool, refuse_fields
-from server.openai_types import ChatRequest, ReasoningEffort, SamplingFields
+from server.openai_types import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 from server.responses_input import InputItem, messages_of
 
 RESPONSES_REFUSED = {
@@ -84,6 +84,7 @@ class ResponsesRequest(SamplingFields):
     previous_response_id: str | None = None
     truncation: Literal["disabled"] | None = None
     metadata: dict[str, str] | None = None
+    cache_salt: str | None = Field(None, max_length=MAX_SALT)
 
     @model_validator(mode="before")
     @classmethod
@@ -120,6 +121,7 @@ class ResponsesRequest(SamplingFields):
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "response_format": _response_format(self.text.format if self.text else None),
             "stream": self.stream,
+            "cache_salt": self.cache_salt,
         } | {name: getattr(self, name) for name in SamplingFields.model_fields}
         return ChatRequest.model_validate(fields)
 

@@ -114,6 +114,44 @@ def test_an_answer_that_was_begun_is_continued(claude: anthropic.Anthropic) -> N
     assert message.content
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}, "rains": {"type": "boolean"}},
+    "required": ["unit", "rains"],
+    "additionalProperties": False,
+}
+
+
+def test_a_tool_can_be_forced(claude: anthropic.Anthropic) -> None:
+    tool = {"name": "weather", "input_schema": SCHEMA}
+
+    for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+        message = ask(claude, tools=[tool], tool_choice=choice, max_tokens=200)
+
+        (block,) = message.content
+        assert block.type == "tool_use"
+        assert block.input["unit"] in ("C", "F")
+        assert message.stop_reason == "tool_use"
+
+
+def test_a_text_can_be_held_to_a_schema(claude: anthropic.Anthropic) -> None:
+    form = {"format": {"type": "json_schema", "schema": SCHEMA}}
+
+    message = ask(claude, output_config=form, max_tokens=100)
+
+    assert json.loads(message.content[0].text)["unit"] in ("C", "F")
+    assert message.stop_reason == "end_turn"
+
+
+def test_a_schema_that_cannot_be_kept_is_named_as_it_was_sent(http: httpx.Client) -> None:
+    form = {"format": {"type": "json_schema", "schema": {"type": "no such type"}}}
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 8, "output_config": form}
+    answer = http.post("/v1/messages", json=body)
+
+    assert answer.status_code == 400
+    assert "response_format" not in answer.json()["error"]["message"]
+
+
 def test_tokens_are_counted_as_they_are_read(claude: anthropic.Anthropic) -> None:
     count = claude.messages.count_tokens(model=MODEL, messages=HELLO, system="Be kind.", tools=TOOLS)
     usage = ask(claude, system="Be kind.", tools=TOOLS).usage

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import deepseek_recipe as recipe
 import httpx
 import openai
 import pytest
 from openai.types.responses import ResponseOutputMessage, ResponseReasoningItem
+from pydantic import BaseModel
 
 from engine.generation import FinishReason
 from engine.loader import Loaded, load
@@ -172,6 +173,46 @@ def test_results_of_calls_are_part_of_the_next_turn(client: openai.OpenAI) -> No
 
     assert response.output_text == chat_text(client, messages, tools=tools)
     assert [tool.name for tool in response.tools] == ["weather", "time"]
+
+
+class Weather(BaseModel):
+    unit: Literal["C", "F"]
+    rains: bool
+
+
+def test_the_sdk_parses_answers_into_models(client: openai.OpenAI) -> None:
+    response = client.responses.parse(
+        model=MODEL, input="Answer in json.", text_format=Weather, **PLAIN | {"max_output_tokens": 60}
+    )
+
+    assert isinstance(response.output_parsed, Weather)
+    assert response.status == "completed"
+
+
+def test_a_tool_can_be_forced_and_its_arguments_parsed(client: openai.OpenAI) -> None:
+    tool = openai.pydantic_function_tool(Weather, name="weather")["function"] | {"type": "function"}
+    choice: Any = {"type": "function", "name": "weather"}
+    fields: Any = PLAIN | {"max_output_tokens": 200, "tools": [tool], "tool_choice": choice}
+
+    with client.responses.stream(model=MODEL, input="Hello", **fields) as stream:
+        deltas = [e.delta for e in stream if e.type == "response.function_call_arguments.delta"]
+        final = stream.get_final_response()
+
+    (call,) = final.output
+    assert call.type == "function_call"
+    assert call.name == "weather"
+    assert Weather.model_validate(call.parsed_arguments)
+    assert "".join(deltas) == call.arguments
+
+
+def test_a_schema_that_cannot_be_kept_is_named_as_it_was_sent(http: httpx.Client) -> None:
+    form = {"type": "json_schema", "name": "x", "schema": {"type": "no such type"}}
+    answer = http.post("/v1/responses", json={"model": MODEL, "input": "Hello", "text": {"format": form}})
+
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["param"].startswith("text.format"), error
+    assert "response_format" not in error["message"]
 
 
 def test_input_tokens_are_counted_without_answering(client: openai.OpenAI) -> None:
