@@ -164,7 +164,7 @@ class PrefixCache:
         if shared < len(ids):
             node = self._grow(node, slot, ids[shared:].copy())
         self._nbytes -= node.end_bytes
-        node.recent = tuple(t.clone() for t in recent)
+        node.recent = tuple(t.to("cpu", copy=True) for t in recent)  # the budget is of DRAM
         node.shortest = self._cache.shortest(slot)
         node.logits = node.logits if logits is None else logits.clone()
         self._nbytes += node.end_bytes
@@ -239,7 +239,8 @@ class PrefixCache:
         """A new node behind `parent`, its rows copied from the slot."""
         start, stop = parent.stop, parent.stop + len(tokens)
         rows = tuple(
-            view[start // ratio : stop // ratio].clone() for ratio, view in self._cache.appended(slot)
+            view[start // ratio : stop // ratio].to("cpu", copy=True)
+            for ratio, view in self._cache.appended(slot)
         )
         node = parent.children[int(tokens[0])] = _Node(start, tokens, rows, parent)
         self._nbytes += node.edge_bytes

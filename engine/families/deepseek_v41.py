@@ -54,6 +54,16 @@ class _Step:
     engram_rows: dict[int, RowsTicket]
     selections: list[Selection] = field(default_factory=list)
     pools: list[CandidatePool] | None = None
+    _rotations: dict[tuple[bool, torch.device], Rotation] = field(default_factory=dict)
+
+    def rotation(self, device: torch.device, *, compressed: bool) -> Rotation:
+        """The rotation of the batch's positions on `device`, brought there once."""
+        key = compressed, device
+        if key not in self._rotations:
+            self._rotations[key] = (self.compressed_rotation if compressed else self.plain_rotation).to(
+                device
+            )
+        return self._rotations[key]
 
 
 class DeepseekV41(Model):
@@ -91,6 +101,7 @@ class DeepseekV41(Model):
             history=config.engram_max_ngram_size - 1 if config.engram_layer_ids else 0,
             history_pad=int(token_map[config.engram_pad_token_id]) if config.engram_layer_ids else 0,
             margin=KV_MARGIN,
+            devices=tuple(layer.device for layer in weights.layers),
         )
 
     def close(self) -> None:
@@ -124,6 +135,7 @@ class DeepseekV41(Model):
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
         pre = first_mix(len(batch.token_ids), config.hc_mult)
         for number, layer in enumerate(weights.layers):
+            streams, pre = streams.to(layer.device), pre.to(layer.device)
             if layer.engram is not None:
                 streams = self._read_engram(number, streams, step)
 
@@ -141,8 +153,9 @@ class DeepseekV41(Model):
         for segment in batch.segments:
             cache.advance(segment)
         wanted = batch.logit_rows
-        final = rms_norm(read_streams(streams[wanted], pre[wanted]), weights.norm, config.rms_norm_eps)
-        return self.kernels.linear(final, weights.head).float()
+        final = read_streams(streams[wanted], pre[wanted]).to(weights.norm.device)
+        final = rms_norm(final, weights.norm, config.rms_norm_eps)
+        return self.kernels.linear(final, weights.head).float().cpu()
 
     def _begin(self, batch: Batch, cache: SparseCache, trace: Trace) -> _Step:
         """Check the batch, lay out its segments, and ask for every Engram row it will need."""
@@ -178,7 +191,8 @@ class DeepseekV41(Model):
         """Add the gated value of the tokens' n-gram rows to every stream."""
         layer = self.weights.layers[number]
         assert layer.engram is not None
-        values = step.engram_rows[number].wait().view(len(streams), -1)  # [tokens, columns * dim]
+        values = step.engram_rows[number].wait().to(layer.device)
+        values = values.view(len(streams), -1)  # [tokens, columns * dim]
         gates, value = layer.engram.gates_and_value(self.kernels, streams, values)
         step.trace.add(f"engram_gate.{number}", gates)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
@@ -189,7 +203,7 @@ class DeepseekV41(Model):
         eps = config.rms_norm_eps
         tokens = x.shape[0]
         ratio = config.compress_ratios[number]
-        rotation = step.compressed_rotation if ratio else step.plain_rotation
+        rotation = step.rotation(x.device, compressed=ratio > 0)
         qr = rms_norm(linear(x, attn.wq_a), attn.q_norm, eps)
         q = linear(qr, attn.wq_b).view(tokens, config.num_attention_heads, config.head_dim)
         q = rotation.apply(q)
@@ -206,7 +220,7 @@ class DeepseekV41(Model):
             compressed, selection = None, None
             if source is not None:
                 compressed = step.cache.sources[source].entries[segment.slot]
-                selection = step.selections[i]
+                selection = step.selections[i].to(x.device)
             out[start:stop] = attend(
                 q[start:stop], window_kv, attn.sink, config.sliding_window, compressed, selection
             )
@@ -235,7 +249,7 @@ class DeepseekV41(Model):
                 latent = (latent[: count * ratio].view(grouped) * weights).sum(1)
             latent = rms_norm(latent, attn.compressor.norm, config.rms_norm_eps)
             positions = torch.arange(first, first + count) * ratio
-            rotation = Rotation.at(positions, self.compressed_frequencies)
+            rotation = Rotation.at(positions, self.compressed_frequencies).to(x.device)
             index_key = self.kernels.linear(latent, attn.compressor.index_wk)
             index_key = rms_norm(index_key, attn.compressor.index_norm, config.rms_norm_eps)
             state.entries[segment.slot, first : first + count] = rotation.apply(latent)
@@ -253,16 +267,19 @@ class DeepseekV41(Model):
         state = step.cache.sources[source]
         queries = self.kernels.linear(qr, attn.indexer_wq_b)
         queries = queries.view(-1, config.index_n_heads, config.index_head_dim)
-        queries = step.compressed_rotation.apply(queries)
+        queries = step.rotation(x.device, compressed=True).apply(queries)
         weights = self.kernels.linear(x, attn.indexer_weights)
         weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
+        device = state.index_keys.device  # queries go where the keys are, which are many more
+        queries, weights = queries.to(device), weights.to(device)
         makes_pool = number == config.candidate_source_layer_id
         pools: list[CandidatePool] = []
         step.selections = []
         for i, (segment, (start, stop)) in enumerate(zip(step.batch.segments, step.bounds, strict=True)):
-            seen = torch.arange(segment.start + 1, segment.start + segment.length + 1) // state.ratio  # [L]
+            ends = torch.arange(segment.start + 1, segment.start + segment.length + 1, device=device)
+            seen = ends // state.ratio  # [L]
             keys = state.index_keys[segment.slot, : (segment.start + segment.length) // state.ratio]
-            pool = step.pools[i] if step.pools is not None else None
+            pool = step.pools[i].to(device) if step.pools is not None else None
             selection, scores = select_entries(
                 queries[start:stop], weights[start:stop], keys, seen, config.index_topk, pool
             )
@@ -282,10 +299,11 @@ class DeepseekV41(Model):
         chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
-        experts = store.acquire(number, chosen)
+        experts = store.acquire(number, chosen.cpu())
         if number + 1 < config.num_hidden_layers and not store.holds_all(number + 1):
-            guess, _ = self._route(self.weights.layers[number + 1], x)
-            store.prefetch(number + 1, guess.t().flatten().tolist())  # every token's best choice first
+            following = self.weights.layers[number + 1]
+            guess, _ = self._route(following, x.to(following.device))
+            store.prefetch(number + 1, guess.t().flatten().cpu().tolist())  # every token's best choice first
         shared = layer.shared_experts  # computed while missing experts arrive
         y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
         return experts.run(x, weights, config.swiglu_limit) + y

@@ -84,6 +84,11 @@ class LayerWeights:
     shared_experts: SharedExpert
     engram: EngramMix | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies, and where the layer is computed."""
+        return self.attn_norm.device
+
 
 @dataclass(frozen=True)
 class V41Weights:

@@ -52,6 +52,10 @@ class Rotation:
         angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
         return cls(angles.cos().float(), angles.sin().float())
 
+    def to(self, device: torch.device) -> Rotation:
+        """The same on `device`."""
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
     def inverse(self) -> Rotation:
         """The rotation that undoes this one."""
         return Rotation(self.cos, -self.sin)

@@ -20,6 +20,10 @@ class Selection:
 
     entries: torch.Tensor
 
+    def to(self, device: torch.device) -> Selection:
+        """The same on `device`."""
+        return Selection(self.entries.to(device))
+
 
 @dataclass(frozen=True)
 class CandidatePool:
@@ -28,9 +32,13 @@ class CandidatePool:
     blocks: torch.Tensor
     block_size: int
 
+    def to(self, device: torch.device) -> CandidatePool:
+        """The same on `device`."""
+        return CandidatePool(self.blocks.to(device), self.block_size)
+
     def entries(self, visible: torch.Tensor) -> torch.Tensor:
         """The pool's entries for each token, `[L, blocks * block_size]`, -1 where not visible."""
-        offsets = torch.arange(self.block_size)
+        offsets = torch.arange(self.block_size, device=visible.device)
         entries = (self.blocks.unsqueeze(-1) * self.block_size + offsets).flatten(1)
         outside = (self.blocks < 0).repeat_interleave(self.block_size, dim=1)
         return torch.where(outside | (entries >= visible.unsqueeze(1)), -1, entries)
@@ -67,7 +75,7 @@ def select_entries(
     """
     if pool is None:
         scores = index_scores(queries, weights, keys)
-        hidden = torch.arange(keys.shape[0]) >= visible.unsqueeze(1)
+        hidden = torch.arange(keys.shape[0], device=keys.device) >= visible.unsqueeze(1)
         scores = scores.masked_fill(hidden, -torch.inf)
         return Selection(top_visible(scores, top_k)), scores
     entries = pool.entries(visible)  # [L, pool]
@@ -109,7 +117,8 @@ def attend(
     q          `[L, heads, head_dim]`
     window_kv  `[n + L, head_dim]`: the latents of the n <= window - 1 tokens before, then of the new ones
     sink       `[heads]`: the denominator of head h gains exp(sink_h)
-    compressed `[G, head_dim]` and selection: the compressed entries and which of them are seen
+    compressed `[G, head_dim]` and selection: the compressed entries and which of them are seen; the entries
+               may lie on another device, then the selected ones are fetched from there
     """
     before = window_kv.shape[0] - q.shape[0]
     out = torch.empty_like(q)
@@ -120,8 +129,10 @@ def attend(
         chosen = None
         if compressed is not None and selection is not None:
             chosen = compressed, selection.entries[start:stop]
-        at = torch.arange(start, stop).unsqueeze(1) + before  # the key index of each query itself
-        key_index = torch.arange(first, stop + before)
+        at = (
+            torch.arange(start, stop, device=q.device).unsqueeze(1) + before
+        )  # the key index of each query itself
+        key_index = torch.arange(first, stop + before, device=q.device)
         hidden = (key_index > at) | (key_index <= at - window)  # [block, keys]
         out[start:stop] = _attend_block(q[start:stop], keys, hidden, sink, chosen)
     return out
@@ -141,7 +152,7 @@ def _attend_block(
     parts = [sink.view(1, heads, 1).expand(block, heads, 1), scores]
     if chosen is not None:
         compressed, entries = chosen
-        latents = compressed[entries.clamp(min=0)]  # [block, k, head_dim]
+        latents = compressed[entries.clamp(min=0).to(compressed.device)].to(q.device)  # [block, k, head_dim]
         selected = (q @ latents.transpose(1, 2)).masked_fill((entries < 0).unsqueeze(1), -torch.inf)
         parts.append(selected)
     weights = torch.cat(parts, dim=-1).softmax(-1)

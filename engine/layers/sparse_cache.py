@@ -22,7 +22,7 @@ class CacheShape:
 
     sources maps a kv source layer to its compression ratio; history is how many earlier token keys
     n-gram hashing needs, history_pad what stands before a sequence's start; margin is how many of
-    its last tokens a slot can give back.
+    its last tokens a slot can give back; devices is where each layer's state lies.
     """
 
     layers: int
@@ -33,6 +33,7 @@ class CacheShape:
     history: int
     history_pad: int
     margin: int
+    devices: tuple[torch.device, ...]
 
     def open_rows(self, ratio: int) -> int:
         """Tokens whose projections are kept: of the unfinished group, and of those before it."""
@@ -73,14 +74,22 @@ class SparseCache(KvCache):
     def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
-        self.windows = torch.zeros(shape.layers, slots, shape.window + shape.margin, shape.head_dim)
+        self.windows = [
+            torch.zeros(slots, shape.window + shape.margin, shape.head_dim, device=device)
+            for device in shape.devices
+        ]
         self.sources = {
             layer: SourceState(
                 ratio,
-                torch.zeros(slots, capacity // ratio, shape.head_dim),
-                torch.zeros(slots, capacity // ratio, shape.index_dim),
-                torch.zeros(slots, shape.open_rows(ratio), shape.head_dim),
-                torch.zeros(slots, shape.open_rows(ratio), shape.head_dim),
+                *(
+                    torch.zeros(slots, rows, dim, device=shape.devices[layer])
+                    for rows, dim in (
+                        (capacity // ratio, shape.head_dim),
+                        (capacity // ratio, shape.index_dim),
+                        (shape.open_rows(ratio), shape.head_dim),
+                        (shape.open_rows(ratio), shape.head_dim),
+                    )
+                ),
             )
             for layer, ratio in shape.sources.items()
         }
@@ -98,15 +107,15 @@ class SparseCache(KvCache):
         )
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        window = self.windows[:, slot, : min(length, self.windows.shape[2])]
-        rings = [ring[slot] for s in self.sources.values() for ring in (s.open_kv, s.open_gate)]
+        rings = [window[slot] for window in self.windows]
+        rings += [ring[slot] for s in self.sources.values() for ring in (s.open_kv, s.open_gate)]
         rings.append(self.history[slot])
-        return window, *(ring[: min(length, len(ring))] for ring in rings)
+        return tuple(ring[: min(length, len(ring))] for ring in rings)
 
     def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
         before = min(self.shape.window - 1, segment.start)
-        return _extend(self.windows[layer, segment.slot], segment.start, before, kv)
+        return _extend(self.windows[layer][segment.slot], segment.start, before, kv)
 
     def extend_group(
         self, layer: int, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
@@ -135,8 +144,8 @@ def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> t
     Returns it behind the `before` tokens that precede it, `[before + L, ...]`.
     """
     size = ring.shape[0]
-    joined = torch.cat((ring[torch.arange(start - before, start) % size], new))
-    stop = start + new.shape[0]
+    at = torch.arange(start - before, start + new.shape[0], device=ring.device) % size
+    joined = torch.cat((ring[at[:before]], new))
     kept = min(size, new.shape[0])
-    ring[torch.arange(stop - kept, stop) % size] = new[new.shape[0] - kept :]
+    ring[at[len(at) - kept :]] = new[new.shape[0] - kept :]
     return joined

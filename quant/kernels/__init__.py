@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
+from quant.errors import ConfigError
 from quant.formats import Format
 from quant.packed import PackedTensor
 
@@ -32,6 +34,10 @@ class Kernels(Protocol):
 
     def describe(self) -> str:
         """What computes, with what, and where it is not the fastest, why: one line for people."""
+        ...
+
+    def on(self, device: torch.device) -> Kernels:
+        """The back end that computes with what lies on `device`: its `prepare` brings weights there."""
         ...
 
     def prepare(self, weight: Weight) -> Weight:
@@ -126,8 +132,25 @@ def swiglu(
     return kernels.linear(F.silu(gate) * up, w2)
 
 
-def choose() -> Kernels:
-    """The best back end this machine can run; says in the log where that is only the reference."""
+def choose(cards: Sequence[torch.device] = ()) -> Kernels:
+    """The best back end this machine can run, for host memory and `cards`.
+
+    Says in the log where the host has only the reference. Raises ConfigError where cards need Triton and it
+    is missing.
+    """
+    host = _host()
+    if not cards:
+        return host
+    from quant.kernels.devices import DeviceKernels
+
+    try:
+        from quant.kernels.triton_kernels import TritonKernels
+    except ImportError as error:
+        raise ConfigError(f"cards need Triton ({error}); install it with `pip install 'loci[gpu]'`") from None
+    return DeviceKernels(host, {card: TritonKernels(card) for card in cards})
+
+
+def _host() -> Kernels:
     from quant.kernels.library import LibraryMissingError
     from quant.kernels.native import NativeKernels
     from quant.kernels.reference import ReferenceKernels

@@ -80,6 +80,9 @@ class NativeKernels:
         pool = "torch's pool" if self._library.loci_has_pool() else "no OpenMP runtime found"
         return f"{self.level}, {self._threads()} threads ({pool}), {self.activations} activations"
 
+    def on(self, device: torch.device) -> NativeKernels:
+        return self
+
     def prepare(self, weight: Weight) -> Weight:
         """The weight as this back end likes it: in panels where its format has them, copied into memory."""
         if (

@@ -29,6 +29,9 @@ class ReferenceKernels:
     def describe(self) -> str:
         return f"plain torch{self.reason and ': '}{self.reason}"
 
+    def on(self, device: torch.device) -> ReferenceKernels:
+        return self
+
     def prepare(self, weight: Weight) -> Weight:
         return weight
 

@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from quant.formats import Format
 from quant.fp8 import Fp8
 from quant.kernels import Experts, Weight
-from quant.kernels.reference import ReferenceKernels
+from quant.kernels.card_layout import CardSlotLayout
+from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.kernels.triton_decode import four_bit_kind
 from quant.kernels.triton_launch import Launcher
 from quant.kernels.triton_linear import linear_launch
 from quant.kernels.triton_moe import moe_launches, schedule
 from quant.kernels.triton_rows import gather_launch
 from quant.packed import PackedTensor
-from quant.slots import FileSlotLayout
 
 
 class TritonKernels:
@@ -41,19 +41,22 @@ class TritonKernels:
         major, minor = torch.cuda.get_device_capability(self.device)
         return f"Triton on {torch.cuda.get_device_name(self.device)} (sm_{major}{minor})"
 
+    def on(self, device: torch.device) -> TritonKernels:
+        return self
+
     def prepare(self, weight: Weight) -> Weight:
         if isinstance(weight, torch.Tensor):
             return weight.to(self.device)
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> FileSlotLayout:
-        """Slots in file layout."""
-        return FileSlotLayout(hidden, width, format_)
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> CardSlotLayout:
+        """Slots in file layout, and the way there from the CPU's panels."""
+        return CardSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
-            return F.linear(x, weight.to(x.dtype))
+            return self._plain(x, weight)
         if four_bit_kind(weight) is None and not isinstance(weight.format, Fp8):
             return self._reference.linear(x, weight)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -61,6 +64,13 @@ class TritonKernels:
         if len(flat):
             self.launcher.start(linear_launch(flat, weight, out))
         return out.view(*x.shape[:-1], weight.shape[0])
+
+    def _plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A plain weight in another dtype is brought to that of x a block of rows at a time, never whole."""
+        if weight.dtype == x.dtype:
+            return F.linear(x, weight)
+        step = max(1, DECODE_VALUES // weight.shape[1])
+        return torch.cat([F.linear(x, part.to(x.dtype)) for part in torch.split(weight, step)], dim=-1)
 
     def moe(
         self,
@@ -79,6 +89,9 @@ class TritonKernels:
         for launch in moe_launches(x.contiguous(), plan, weights, experts, swiglu_limit, out):
             self.launcher.start(launch)
         return out.view(tokens, top_k, -1).sum(1).to(x.dtype)
+
+    def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+        return self._reference.sinkhorn(logits, iterations, eps)
 
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(rows), table.shape[1], device=self.device)

@@ -214,7 +214,7 @@ def test_a_cache_refuses_more_tokens_than_it_holds() -> None:
 def test_cache_bytes_are_what_is_allocated() -> None:
     model = load_golden("v41-a").model
     cache = model.new_cache(3, 100)
-    tensors = [cache.windows, cache.history]
+    tensors = [*cache.windows, cache.history]
     for source in cache.sources.values():
         tensors += [source.entries, source.index_keys, source.open_kv, source.open_gate]
     assert model.cache_bytes(3, 100) == cache.nbytes == sum(t.nbytes for t in tensors)
