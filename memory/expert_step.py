@@ -43,9 +43,12 @@ class ExpertStep:
         self._begin()
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, swiglu_limit: float) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`."""
+        """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`.
+
+        On the device of x, wherever the experts are computed.
+        """
         tokens, top_k = self._ids.shape
-        outputs = torch.empty(tokens * top_k, x.shape[1], dtype=x.dtype)
+        outputs = x.new_empty(tokens * top_k, x.shape[1])
         try:
             while self._now:
                 self._compute_wave(x, outputs, swiglu_limit)
@@ -123,8 +126,13 @@ class ExpertStep:
             left = [taken for taken in left if not any(taken is other for other in here)]
             for taken in here:
                 self._wait(taken)  # raises where the bytes did not come
-            for shelf in {id(taken.shelf): taken.shelf for taken in here}.values():
-                self._compute(shelf, [t for t in here if t.shelf is shelf], x, outputs, swiglu_limit)
+            found = [
+                self._compute(shelf, [t for t in here if t.shelf is shelf], x, swiglu_limit)
+                for shelf in (*self._store.cards, self._store.dram)  # cards compute while the CPU does
+                if any(t.shelf is shelf for t in here)
+            ]
+            for rows, y in found:
+                outputs[rows.to(outputs.device)] = y.to(outputs.device)
 
     def _wait(self, taken: _Taken) -> None:
         """Wait for an expert's bytes. A read that an earlier step or a guess began may fail once."""
@@ -139,23 +147,22 @@ class ExpertStep:
             self._store.read_into(self._key(taken.expert), taken.place, Priority.DEMAND).wait()
 
     def _compute(
-        self,
-        shelf: Shelf,
-        experts: list[_Taken],
-        x: torch.Tensor,
-        outputs: torch.Tensor,
-        swiglu_limit: float,
-    ) -> None:
-        """Outputs of experts of one tier for the tokens that chose them, into their rows of `outputs`."""
-        layout = self._store.layout
-        weights = {t.expert: layout.views(shelf.arena.slot(t.place.slot)) for t in experts}
+        self, shelf: Shelf, experts: list[_Taken], x: torch.Tensor, swiglu_limit: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start experts of one tier where they lie, for the tokens that chose them.
+
+        Returns the rows of the step's outputs that they give, `[n]`, and these `[n, hidden]`.
+        """
+        weights = {t.expert: shelf.weights(t.place) for t in experts}
         flat = self._ids.flatten()
         rows = torch.isin(flat, torch.tensor(list(weights))).nonzero().squeeze(1)
         ids = flat[rows].unsqueeze(1)  # [rows, 1]
-        ones = torch.ones(len(rows), 1)
-        inputs = x[rows // self._ids.shape[1]]
-        outputs[rows] = self._store.kernels.moe(inputs, ids, ones, weights, swiglu_limit)
+        device = shelf.tier.device
+        inputs = x[(rows // self._ids.shape[1]).to(x.device)].to(device)
+        ones = torch.ones(len(rows), 1, device=device)
+        outputs = self._store.kernels.moe(inputs, ids, ones, weights, swiglu_limit)
         self._store.telemetry.add("computed", shelf.tier.name, len(experts))
+        return rows, outputs
 
     def _release(self) -> None:
         """These experts may leave again."""

@@ -18,6 +18,7 @@ from contextlib import suppress
 
 import torch
 
+from memory.carrier import Carrier
 from memory.expert_policy import Predictive
 from memory.expert_reader import ExpertFiles, ExpertReader
 from memory.expert_step import ExpertStep
@@ -57,20 +58,26 @@ class ExpertStore:
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
     ) -> None:
         self.files = files
-        self.layout = layout = kernels.slot_layout(files.hidden, files.width, files.format)
         self.kernels = kernels
         self.telemetry = telemetry or Telemetry()
         total = files.layers * files.experts
-        self.cards = [Shelf(Arena.filling(tier, layout.nbytes, total), files.layers) for tier in cards]
-        arena = Arena.filling(dram, layout.nbytes, total, pinned=bool(cards))
-        if arena.slots < min(LEAST_SLOTS, total):
+
+        def shelf(tier: Tier) -> Shelf:
+            layout = kernels.on(tier.device).slot_layout(files.hidden, files.width, files.format)
+            is_pinned = tier is dram and any(card.device.type == "cuda" for card in cards)
+            return Shelf(Arena.filling(tier, layout.nbytes, total, pinned=is_pinned), files.layers, layout)
+
+        self.dram = shelf(dram)
+        self.layout = layout = self.dram.layout
+        if self.dram.arena.slots < min(LEAST_SLOTS, total):
             raise BudgetError(
-                f"the DRAM budget of {dram.budget_bytes} bytes holds {arena.slots} experts of "
+                f"the DRAM budget of {dram.budget_bytes} bytes holds {self.dram.arena.slots} experts of "
                 f"{layout.nbytes} bytes; at least {LEAST_SLOTS} are needed"
             )
-        self.dram = Shelf(arena, files.layers)
+        self.cards = [shelf(tier) for tier in cards]
+        self._carriers = [Carrier(card.tier, layout, card.layout) for card in self.cards]
         # Where DRAM holds everything, cards hold copies; else an expert is in one place at a time.
-        self._keeps_copies = arena.slots >= total
+        self._keeps_copies = self.dram.arena.slots >= total
         self._policies = [
             Predictive(files.experts, prior=None if hotness is None else hotness[layer].numpy())
             for layer in range(files.layers)
@@ -223,7 +230,7 @@ class ExpertStore:
         has it) where none is free.
         """
         at = self._home(key)
-        shelf, link = self.cards[at], self._links[at]
+        shelf, link, carrier = self.cards[at], self._links[at], self._carriers[at]
         source = self.dram.find(key)
         assert source is not None
         slot = shelf.arena.take()
@@ -240,12 +247,13 @@ class ExpertStore:
                 out = None if spare is None else self.dram.arena.slot(spare)
         inside, outside = shelf.arena.slot(slot), self.dram.arena.slot(source.slot)
         telemetry, nbytes, card = self.telemetry, self.layout.nbytes, shelf.tier.name
+        fence = carrier.fence()
 
         def work() -> None:
             if out is not None:
-                out.copy_(inside)
+                carrier.take_back(out, inside, fence)
                 telemetry.add("moved_bytes", f"{card} to dram", nbytes)
-            inside.copy_(outside)
+            carrier.bring(inside, outside, fence)
 
         ticket = link.submit([work], nbytes, Priority.DEMAND)
         shelf.put(key, Place(slot, ticket))

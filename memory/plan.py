@@ -168,20 +168,26 @@ def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
 def _reserve_workspace(
     room: _Room, shape: ModelShape, gpus: tuple[GpuSpec, ...], workload: Workload
 ) -> list[str]:
-    """Set workspace aside; return the cards that have room for it, the others stay unused."""
+    """Set workspace aside; return the cards that have room for it, the others stay unused.
+
+    What a virtual card would need of it is host memory, like the card itself.
+    """
     work = workspace_bytes(shape, workload)
     staging = -(-STAGED_LAYERS * shape.top_k * shape.expert_nbytes // max(1, len(gpus)))
     usable = []
     for number, gpu in enumerate(gpus):
         card = f"vram:{number}"
-        needed = work + (0 if gpu.kind == "virtual" else CARD_BASE_BYTES)
+        if gpu.kind == "virtual":
+            usable.append(card)
+            continue
+        needed = work + CARD_BASE_BYTES
         if room.left[card] < needed + staging:
             room.left[card] = 0
             continue
         usable.append(card)
         room.reserve("workspace", card, needed, "activations of a prompt chunk, logits, CUDA")
         room.reserve("expert staging", card, staging, f"experts of {STAGED_LAYERS} layers on their way in")
-    if not usable:
+    if not any(gpus[int(card.partition(":")[2])].kind == "cuda" for card in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
     return usable
 

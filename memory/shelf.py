@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from memory.tiers import Arena
 from memory.transfer import Ticket
+from quant.kernels import ExpertWeights, SlotLayout
 
 Key = tuple[int, int]  # (layer, expert)
 
@@ -25,13 +26,18 @@ class Place:
 
 
 class Shelf:
-    """One arena and which experts are in it, by layer."""
+    """One arena, how an expert lies in its slots, and which experts are there, by layer."""
 
-    def __init__(self, arena: Arena, layers: int) -> None:
+    def __init__(self, arena: Arena, layers: int, layout: SlotLayout) -> None:
         self.arena = arena
+        self.layout = layout
         self.tier = arena.tier
         self.by_layer: list[dict[int, Place]] = [{} for _ in range(layers)]
         self.quota = arena.slots / layers  # a layer's fair share
+
+    def weights(self, place: Place) -> ExpertWeights:
+        """What lies in `place`."""
+        return self.layout.views(self.arena.slot(place.slot))
 
     def find(self, key: Key) -> Place | None:
         """Where the expert lies, None where it does not."""

@@ -16,6 +16,7 @@ from engine.loader import Loaded, load
 from engine.model import Model
 from memory.budget import MemoryBudget
 from memory.hardware import available_memory_bytes
+from memory.plan import Workload
 from memory.profiles import parse_bytes
 from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
@@ -62,7 +63,10 @@ def bring_up(settings: Settings) -> Served:
     name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
-    loaded = load(path, MemoryBudget.of_this_machine(settings.dram_budget, settings.devices))
+    workload = Workload(
+        settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
+    )
+    loaded = load(path, MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload))
     longest = loaded.model.info.max_context
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if context > longest:

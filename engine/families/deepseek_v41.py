@@ -7,6 +7,7 @@ before some layers. Section numbers refer to docs/deepseek-v41.md.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from memory.checkpoint import Checkpoint
 from memory.engram_store import RowsTicket
 from memory.model_shapes import KV_MARGIN
 from memory.telemetry import Telemetry
-from quant.errors import ConfigError
+from quant.errors import BudgetError, ConfigError
 from quant.kernels import Kernels, swiglu
 
 
@@ -60,9 +61,8 @@ class _Step:
         """The rotation of the batch's positions on `device`, brought there once."""
         key = compressed, device
         if key not in self._rotations:
-            self._rotations[key] = (self.compressed_rotation if compressed else self.plain_rotation).to(
-                device
-            )
+            rotation = self.compressed_rotation if compressed else self.plain_rotation
+            self._rotations[key] = rotation.to(device)
         return self._rotations[key]
 
 
@@ -110,8 +110,11 @@ class DeepseekV41(Model):
 
     @property
     def tier_bytes(self) -> dict[str, int]:
-        tiers = self.weights.experts.tier_bytes
-        return {**tiers, "dram": tiers["dram"] + self.weights.dense_bytes + self.weights.engram.nbytes}
+        dense, engram = self.weights.places.nbytes, self.weights.engram.nbytes
+        return {
+            tier: nbytes + dense.get(tier, 0) + (engram if tier == "dram" else 0)
+            for tier, nbytes in self.weights.experts.tier_bytes.items()
+        }
 
     def expert_tiers(self) -> list[list[str]]:
         return self.weights.experts.whereabouts()
@@ -121,6 +124,16 @@ class DeepseekV41(Model):
         return self.weights.experts.telemetry
 
     def new_cache(self, slots: int, capacity: int) -> SparseCache:
+        """Raises BudgetError where a card's part is more than was kept free there when loading."""
+        needed: dict[str, int] = defaultdict(int)
+        for layer, tier in enumerate(self.weights.places.tiers):
+            needed[tier] += self.cache_shape.layer_bytes(layer, slots, capacity)
+        for tier, room in self.weights.places.kv_room.items():
+            if needed[tier] > room:
+                raise BudgetError(
+                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
+                    f"{needed[tier] / 1e6:,.1f} MB there, {room / 1e6:,.1f} MB were kept free when loading"
+                )
         return SparseCache(self.cache_shape, slots, capacity)
 
     def cache_bytes(self, slots: int, capacity: int) -> int:

@@ -6,12 +6,13 @@ become float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from engine.families.deepseek_v41_config import V41Config
-from engine.families.deepseek_v41_tensors import StoredFormats, components
+from engine.families.deepseek_v41_places import HOST, DensePlaces, place_dense
+from engine.families.deepseek_v41_tensors import StoredFormats
 from engine.layers.engram import EngramMix
 from engine.layers.hyper_connections import HyperConnection
 from memory.budget import MemoryBudget
@@ -21,7 +22,6 @@ from memory.expert_store import ExpertStore
 from memory.routing_trace import trace_beside
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
-from quant.errors import BudgetError
 from quant.formats import Format
 from quant.kernels import Kernels, Weight
 from quant.packed import PackedTensor
@@ -100,21 +100,23 @@ class V41Weights:
     layers: tuple[LayerWeights, ...]
     experts: ExpertStore
     engram: EngramStore
-    dense_bytes: int
+    places: DensePlaces
 
 
 class _Reader:
-    """Views of a verified checkpoint's tensors."""
+    """A verified checkpoint's tensors on `device`; in host memory views of the file where possible."""
 
-    def __init__(self, checkpoint: Checkpoint, kernels: Kernels) -> None:
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device = HOST) -> None:
         self.checkpoint = checkpoint
-        self.kernels = kernels
+        self.kernels = kernels.on(device)
+        self.device = device
         self.formats = StoredFormats(checkpoint)
 
     def plain(self, name: str) -> torch.Tensor:
-        """A float tensor as it is stored, mapped."""
+        """A float tensor as it is stored."""
         entry = self.checkpoint.entries[name]
-        return self.checkpoint.map(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
+        stored = self.checkpoint.map(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
+        return stored.to(self.device)
 
     def small(self, name: str) -> torch.Tensor:
         """A norm, bias or mix as float32."""
@@ -176,23 +178,17 @@ def read_weights(
 ) -> V41Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    Dense weights are copied into memory as the kernels like them. Engram tables and routed experts
-    share what is left of the budget: where not everything fits, a small part goes to hot rows of the
-    tables (a token needs a few kilobytes of them) and the rest to experts (it needs gigabytes).
-    Raises BudgetError where not even the dense weights fit.
+    Dense weights are copied to where the plan places them, as the kernels there like them. Routed experts get
+    what is left of each card; of DRAM they and the Engram tables do: where not everything fits, a small part
+    goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it needs
+    gigabytes). Raises BudgetError where not even the dense weights fit.
     """
-    size = dict.fromkeys(("dense", "engram", "routed_experts"), 0)
-    for part in components(config, checkpoint):
-        size[part.kind if part.kind in size else "dense"] += part.nbytes
-    left = budget.dram_bytes - size["dense"]
-    if left < 0:
-        raise BudgetError(
-            f"{checkpoint.path}: the weights that every token uses need {size['dense'] / 1e6:,.1f} MB, "
-            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, or take a smaller model"
-        )
-    everything_fits = size["engram"] + size["routed_experts"] * ROOM_FOR_ALIGNMENT <= left
-    hot_rows_bytes = size["engram"] if everything_fits else min(size["engram"], int(left * HOT_ROWS_SHARE))
-    reader = _Reader(checkpoint, kernels)
+    places = place_dense(config, checkpoint, budget)
+    left = places.left["dram"]
+    tables_bytes, experts_bytes = places.tables_bytes, places.experts_bytes
+    everything_fits = tables_bytes + experts_bytes * ROOM_FOR_ALIGNMENT <= left
+    hot_rows_bytes = tables_bytes if everything_fits else min(tables_bytes, int(left * HOT_ROWS_SHARE))
+    host = _Reader(checkpoint, kernels)
     telemetry = Telemetry()
     files = V41ExpertFiles(
         checkpoint,
@@ -200,19 +196,24 @@ def read_weights(
         config.n_routed_experts,
         config.hidden_size,
         config.moe_intermediate_size,
-        reader.formats.experts,
+        host.formats.experts,
     )
-    tables = {n: _table_files(config, reader, n) for n in config.engram_layer_ids}
+    tables = {n: _table_files(config, host, n) for n in config.engram_layer_ids}
     hotness = trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
-    dram = Tier("dram", left - hot_rows_bytes, torch.device("cpu"))
+    dram = Tier("dram", left - hot_rows_bytes, HOST)
+    cards = [replace(card, budget_bytes=places.left[card.name]) for card in budget.cards]
+    by_head = _Reader(checkpoint, kernels, places.head)
     return V41Weights(
-        embed=reader.plain("embed.weight"),
-        norm=reader.small("norm.weight"),
-        head=reader.plain("head.weight"),
-        layers=tuple(_read_layer(config, reader, n) for n in range(config.num_hidden_layers)),
-        experts=ExpertStore(files, kernels, dram, budget.cards, telemetry=telemetry, hotness=hotness),
+        embed=host.plain("embed.weight"),
+        norm=by_head.small("norm.weight"),
+        head=by_head.plain("head.weight"),
+        layers=tuple(
+            _read_layer(config, _Reader(checkpoint, kernels, device), n)
+            for n, device in enumerate(places.layers)
+        ),
+        experts=ExpertStore(files, kernels, dram, cards, telemetry=telemetry, hotness=hotness),
         engram=EngramStore(tables, checkpoint, kernels, hot_rows_bytes, telemetry),
-        dense_bytes=size["dense"],
+        places=places,
     )
 
 

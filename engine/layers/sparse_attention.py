@@ -129,11 +129,9 @@ def attend(
         chosen = None
         if compressed is not None and selection is not None:
             chosen = compressed, selection.entries[start:stop]
-        at = (
-            torch.arange(start, stop, device=q.device).unsqueeze(1) + before
-        )  # the key index of each query itself
+        own = torch.arange(start, stop, device=q.device).unsqueeze(1) + before  # each query's own key
         key_index = torch.arange(first, stop + before, device=q.device)
-        hidden = (key_index > at) | (key_index <= at - window)  # [block, keys]
+        hidden = (key_index > own) | (key_index <= own - window)  # [block, keys]
         out[start:stop] = _attend_block(q[start:stop], keys, hidden, sink, chosen)
     return out
 

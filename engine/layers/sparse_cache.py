@@ -46,11 +46,16 @@ class CacheShape:
 
     def nbytes(self, slots: int, capacity: int) -> int:
         """Bytes of a cache of this shape."""
-        floats = self.layers * (self.window + self.margin) * self.head_dim
-        for ratio in self.sources.values():
+        layers = sum(self.layer_bytes(layer, slots, capacity) for layer in range(self.layers))
+        return layers + slots * 8 * self.history_rows
+
+    def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
+        """Bytes of one layer's part."""
+        floats = (self.window + self.margin) * self.head_dim
+        if (ratio := self.sources.get(layer)) is not None:
             floats += (capacity // ratio) * (self.head_dim + self.index_dim)
             floats += 2 * self.open_rows(ratio) * self.head_dim
-        return slots * (4 * floats + 8 * self.history_rows)
+        return 4 * slots * floats
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.families import family_of
 from engine.families.deepseek_v41_config import parse_config
@@ -60,6 +61,7 @@ def test_planned_kv_is_what_the_engine_allocates() -> None:
         history=0,
         history_pad=0,
         margin=KV_MARGIN,
+        devices=(torch.device("cpu"),) * c.num_hidden_layers,
     )
     assert shape_of(path).kv_bytes(300, 2) == cache.nbytes(slots=2, capacity=300)
 

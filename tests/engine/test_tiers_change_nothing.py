@@ -38,14 +38,14 @@ def loaded(budget: MemoryBudget) -> Iterator[DeepseekV41]:
 
 
 def budget(dram_experts: float, *card_experts: float, bytes_per_s: float | None = 50e6) -> MemoryBudget:
-    """Room for so many experts in DRAM and on virtual cards, beside the dense weights."""
-    with loaded(MemoryBudget(1 << 30)) as model:
-        dense = model.weights.dense_bytes
-        tables = model.weights.engram.nbytes
+    """Room for so many experts in DRAM, beside dense weights, and for as many bytes on virtual cards."""
     cards = tuple(
         Tier(f"vram:{i}", int(n * SLOT), CPU, link_bytes_per_s=bytes_per_s)
         for i, n in enumerate(card_experts)
     )
+    with loaded(MemoryBudget(1 << 30, cards)) as model:
+        dense = model.weights.places.nbytes["dram"]
+        tables = model.weights.engram.nbytes
     if dram_experts >= EXPERTS:  # then everything fits: with room for the tables too
         return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), cards)
     return MemoryBudget(dense + int(dram_experts * SLOT / 0.95) + 1, cards)
@@ -94,17 +94,16 @@ def test_logits_are_bit_identical_for_any_budgets(
     limits = budget(dram, *cards)
     with loaded(limits) as model:
         logits = answer(model, golden["input_ids"].tolist())
-        bytes_by_tier = model.weights.experts.tier_bytes
-        residency = model.weights.experts.residency()
+        bytes_by_tier = model.tier_bytes
+        kv_room = model.weights.places.kv_room
     assert torch.equal(logits, everything_in_dram)
-    assert bytes_by_tier["dram"] <= dram * SLOT
-    for tier, most in zip(limits.cards, cards, strict=True):
-        assert bytes_by_tier[tier.name] <= most * SLOT
-        assert residency[tier.name] <= most
+    assert bytes_by_tier["dram"] <= limits.dram_bytes
+    for card in limits.cards:
+        assert bytes_by_tier[card.name] + kv_room.get(card.name, 0) <= card.budget_bytes
 
 
 def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:
-    with loaded(budget(20, 16, 16)) as model:
+    with loaded(budget(20, 90, 90)) as model:
         answer(model, golden["input_ids"].tolist())
         seen = model.telemetry.snapshot()
     assert seen.hits["vram:0"] > 0
@@ -113,7 +112,7 @@ def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:
     assert seen.hits["nvme"] > 0
     assert sum(seen.hits.values()) == sum(seen.computed.values())
     assert seen.moved_bytes["nvme"] % SLOT == 0
-    assert seen.moved_bytes["vram:0"] >= 16 * SLOT
+    assert seen.moved_bytes["vram:0"] > 0
     assert seen.stalled_on("nvme") > 0
     assert seen.moves["nvme demand"] >= seen.hits["nvme"]
 

@@ -26,9 +26,8 @@ def test_a_slot_on_a_card_holds_what_the_file_has_and_gives_the_panels_back(
     hidden, width = 64 * hidden, 64 * width
     weights = expert(format_, hidden, width, seed=hidden + width)
     panels, card = ExpertSlotLayout(hidden, width, format_), CardSlotLayout(hidden, width, format_)
-    source, slot, back = (
-        torch.zeros(n, dtype=torch.uint8) for n in (panels.nbytes, card.nbytes, panels.nbytes)
-    )
+    source, back = torch.zeros(2, panels.nbytes, dtype=torch.uint8)
+    slot = torch.zeros(card.nbytes, dtype=torch.uint8)
     panels.pack_into(source, *weights.matrices)
     card.from_panels(slot, source)
     expected = torch.zeros(card.nbytes, dtype=torch.uint8)

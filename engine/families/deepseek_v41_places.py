@@ -1,0 +1,75 @@
+"""On which card, or in DRAM, what every token reads lies: as the planner says, within the budgets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41_shape import checkpoint_shape
+from memory.budget import MemoryBudget
+from memory.checkpoint import Checkpoint
+from memory.plan import plan
+from quant.errors import BudgetError
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class DensePlaces:
+    """Where layers (with their shared experts and KV) and the head lie.
+
+    layers, head   the device of each
+    tiers          the tier of each layer
+    nbytes         bytes of weights by tier: dense, shared experts, head, embedding
+    kv_room        bytes of KV that are kept free, by card
+    left           bytes by tier for routed experts (in DRAM, for Engram tables too)
+    """
+
+    layers: tuple[torch.device, ...]
+    head: torch.device
+    tiers: tuple[str, ...]
+    nbytes: dict[str, int]
+    kv_room: dict[str, int]
+    left: dict[str, int]
+    experts_bytes: int
+    tables_bytes: int
+
+
+def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
+    """Places within `budget`. Raises BudgetError where what every token reads does not fit."""
+    shape = checkpoint_shape(config, checkpoint, checkpoint.path.name)
+    placement = plan(shape, budget.profile, budget.workload)
+    devices = {"dram": HOST, **{card.name: card.device for card in budget.cards}}
+    budgets = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
+    nbytes: dict[str, int] = defaultdict(int, {"dram": shape.embedding.nbytes})
+    kv_room: dict[str, int] = defaultdict(int)
+    for place in placement.places:
+        if place.kind in ("dense", "shared_experts", "head"):
+            nbytes[place.tier] += place.nbytes
+        elif place.kind == "kv" and place.tier != "dram":
+            kv_room[place.tier] += place.nbytes
+    if nbytes["dram"] > budget.dram_bytes:
+        raise BudgetError(
+            f"{checkpoint.path}: the weights that every token uses need {nbytes['dram'] / 1e6:,.1f} MB, "
+            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, or take a smaller model"
+        )
+    reserved: dict[str, int] = defaultdict(int)
+    for reserve in placement.reserves:
+        reserved[reserve.tier] += reserve.nbytes if reserve.tier.startswith("vram") else 0
+    tiers = tuple(placement.tier_of("dense", n) for n in range(len(shape.layers)))
+    return DensePlaces(
+        layers=tuple(devices[tier] for tier in tiers),
+        head=devices[placement.tier_of("head", None)],
+        tiers=tiers,
+        nbytes=dict(nbytes),
+        kv_room=dict(kv_room),
+        left={
+            tier: max(0, allowed - nbytes[tier] - kv_room[tier] - reserved[tier])
+            for tier, allowed in budgets.items()
+        },
+        experts_bytes=sum(layer.experts * layer.expert.nbytes for layer in shape.layers),
+        tables_bytes=sum(layer.table.nbytes for layer in shape.layers if layer.table is not None),
+    )
