@@ -29,10 +29,11 @@ class OnCard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, device: torch.device) -> OnCard:
-        made: OnCard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=device,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # torch will not take views of tensors from inside and outside
+            made: OnCard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+                cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
+                dtype=held.dtype, device=device,
+            )  # fmt: skip
         made.held = held
         return made
 
@@ -58,7 +59,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     target = torch.device(target) if target is not None else None
     if target is None and tensors and isinstance(tensors[0], OnCard):
         target = tensors[0].device
-    elif target is None and devices:
+    elif target is None and devices and func is not aten.copy_.default:  # that brings numbers back
         raise RuntimeError(f"{func}: a tensor in host memory with others on {devices}")
     if target is not None and target.type == NAME:
         kwargs = {**kwargs, **({"device": torch.device("cpu")} if "device" in kwargs else {})}

@@ -62,7 +62,8 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`.
 
-        x `[tokens, hidden]`; expert_ids `[tokens, top_k]` int64; expert_weights `[tokens, top_k]` float32.
+        x `[tokens, hidden]`; expert_ids `[tokens, top_k]` int64, in host memory or beside x; expert_weights
+        `[tokens, top_k]` float32.
         expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) ).
         """
         ...

@@ -63,7 +63,8 @@ class ReferenceKernels:
     ) -> torch.Tensor:
         out = torch.zeros_like(x)
         for expert_id in sorted(set(expert_ids.flatten().tolist())):
-            tokens, choice = (expert_ids == expert_id).nonzero(as_tuple=True)
+            places = (expert_ids == expert_id).nonzero(as_tuple=True)
+            tokens, choice = (place.to(x.device) for place in places)
             expert = experts[expert_id]
             y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
             out.index_add_(0, tokens, y * expert_weights[tokens, choice].unsqueeze(-1))
