@@ -93,6 +93,10 @@ def serve(config: Path | None, **flags: Any) -> None:
         service.stop()
     if service.failure is not None:
         raise service.failure
+    if service.is_loading:  # a thread that is inside torch when the interpreter ends would abort the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class _Server(uvicorn.Server):

@@ -116,6 +116,7 @@ class Service:
         self.failure: Exception | None = None
         self.is_draining = False
         self._served: Served | None = None
+        self._loader: threading.Thread | None = None
 
     def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
         """Start loading in a thread; `when_done` runs on this event loop, whether it worked or not."""
@@ -133,7 +134,13 @@ class Service:
                 loop.call_soon_threadsafe(when_done)
 
         # A daemon, so that a signal during a long load ends the process.
-        threading.Thread(target=work, name="loci-load", daemon=True).start()
+        self._loader = threading.Thread(target=work, name="loci-load", daemon=True)
+        self._loader.start()
+
+    @property
+    def is_loading(self) -> bool:
+        """True while the thread that loads runs."""
+        return self._loader is not None and self._loader.is_alive()
 
     @property
     def is_alive(self) -> bool:

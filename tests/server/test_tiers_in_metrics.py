@@ -49,7 +49,7 @@ def test_a_budget_that_cannot_hold_the_dense_weights_ends_with_one_line(start_se
     assert "the weights that every token uses need" in complaint(server.err.read_text())
 
 
-def test_real_cards_are_refused_until_they_work(start_server: StartServer) -> None:
+def test_cards_that_are_not_there_are_refused(start_server: StartServer) -> None:
     server = start_server(TINY, "--devices", "cuda:20GiB")
     assert server.exit_code() == 1
-    assert "cuda devices is not supported yet" in complaint(server.err.read_text())
+    assert "there is no CUDA card 0" in complaint(server.err.read_text())
