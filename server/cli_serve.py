@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
