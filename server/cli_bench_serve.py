@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli_common import OptionalModel
 from server.terminal import print_table
 
 if TYPE_CHECKING:
@@ -27,7 +26,10 @@ RUNNING = 4  # streams that a long prompt interferes with
 
 
 def serve(
-    model: OptionalModel = None,
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="What to serve: as for `loci serve`. Default: the same.", show_default=False),
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option(

@@ -1,7 +1,8 @@
 """From the engine's thread to the event loop: the sequences of one request, read as they grow.
 
-The engine calls back from its own thread; `Generation` collects what came and wakes the event loop
-once for all of it. Whoever leaves a Generation early aborts its sequences, so their slots are free.
+The engine calls back from its own thread; `Generation` collects what came, and `Wakeups` wakes the event
+loop once for all requests that have news. Whoever leaves a Generation early aborts its sequences, so that
+their slots are free.
 """
 
 from __future__ import annotations
@@ -19,20 +20,44 @@ from server.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
 
 
+class Wakeups:
+    """Sets events of the running event loop from other threads, waking it once for all that are due."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: deque[asyncio.Event] = deque()
+        self._is_coming = False
+
+    def set(self, event: asyncio.Event) -> None:
+        """Have `event` set soon. May be called from any thread."""
+        # Appending first and looking at the flag second loses nothing: a wake that is still to come will
+        # see the new entry.
+        self._due.append(event)
+        if not self._is_coming:
+            self._is_coming = True
+            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._is_coming = False
+        while self._due:
+            self._due.popleft().set()
+
+
 class Generation:
     """Sequences that were submitted together. Create, submit and read on the event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, timeout_s: float | None) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, wakeups: Wakeups, timeout_s: float | None) -> None:
         self._engine = engine
         self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
+        self._wakeups = wakeups
         self._inbox: deque[tuple[int, Output]] = deque()
         self._arrived = asyncio.Event()
-        self._wake_is_due = False
         self._running: dict[int, Ticket] = {}
         self._submitted = 0
         self._timeout: ApiError | None = None
-        self._alarm = None if timeout_s is None else self._loop.call_later(timeout_s, self._expire, timeout_s)
+        loop = asyncio.get_running_loop()
+        self._alarm = None if timeout_s is None else loop.call_later(timeout_s, self._expire, timeout_s)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str = "") -> None:
         """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
@@ -64,18 +89,10 @@ class Generation:
         self._running.clear()
 
     def _on_output(self, index: int, timer: SequenceTimer, output: Output) -> None:
-        # Runs in the engine's thread. Appending first and looking at the flag second loses no wake-up:
-        # a wake that is still due will see the new entry.
+        # Runs in the engine's thread.
         timer.observe(output)
         self._inbox.append((index, output))
-        if not self._wake_is_due:
-            self._wake_is_due = True
-            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
-                self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        self._wake_is_due = False
-        self._arrived.set()
+        self._wakeups.set(self._arrived)
 
     def _expire(self, timeout_s: float) -> None:
         message = f"the request took longer than {timeout_s:g} s and was ended"

@@ -20,7 +20,7 @@ from memory.plan import Workload
 from memory.profiles import parse_bytes
 from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
-from server.generation import Generation
+from server.generation import Generation, Wakeups
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -117,6 +117,7 @@ class Service:
         self.is_draining = False
         self._served: Served | None = None
         self._loader: threading.Thread | None = None
+        self._wakeups: Wakeups | None = None  # made on the event loop
 
     def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
         """Start loading in a thread; `when_done` runs on this event loop, whether it worked or not."""
@@ -177,7 +178,9 @@ class Service:
 
     def new_generation(self) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
-        return Generation(self.served.engine, self.metrics, self.settings.request_timeout_s)
+        if self._wakeups is None:
+            self._wakeups = Wakeups()
+        return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 
     def drain(self) -> None:
         """Refuse new requests from now on; those that run go on."""

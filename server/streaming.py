@@ -21,11 +21,13 @@ DONE = b"data: [DONE]\n\n"
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it; nobody is there to read it
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def frame(data: dict[str, Any]) -> bytes:
     """One event; where its data has a `type`, that is also the event's name."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     name = f"event: {data['type']}\n" if "type" in data else ""
-    return f"{name}data: {text}\n\n".encode()
+    return f"{name}data: {_encode(data)}\n\n".encode()
 
 
 class EventStream(Response):

@@ -62,7 +62,9 @@ def ask(
         service.load_in_background(bring_up, done.set)
         if wait:
             await done.wait()
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://localhost"
+        ) as client:
             return [await client.request(method, path, json=body) for method, path, body in requests]
 
     return asyncio.run(talk())
@@ -107,7 +109,7 @@ def test_while_the_server_stops_new_requests_are_sent_away(loaded: Loaded) -> No
         await done.wait()
         service.drain()
         transport = httpx.ASGITransport(create_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [
                 await client.get("/health"),
                 await client.get("/ready"),
