@@ -51,7 +51,7 @@ def test_a_running_server_is_measured_by_its_url(server: LociServer, tmp_path: P
     ("arguments", "message"),
     [
         (["--streams", "one"], "--streams 'one': expected numbers from 1 to 1024"),
-        (["--url", "127.0.0.1:1"], "is not an address"),
+        (["--url", "127.0.0.1:1"], "127.0.0.1:1: Request URL is missing"),
         (["--url", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
     ],
 )
