@@ -17,6 +17,7 @@ from engine.model import Batch, KvCache, Trace
 from memory.budget import MemoryBudget
 from memory.cost_model import CROSSINGS
 from memory.hardware import peak_resident_bytes, resident_bytes
+from memory.plan import Workload
 from memory.telemetry import Snapshot
 from quant.errors import ConfigError
 
@@ -64,6 +65,8 @@ class SliceRun:
     seconds      by kind and layer (-1: none), of all steps
     layers       of the model; tables: layers with Engram
     dense_bytes  that every token reads: attention, shared experts, router, head
+    first_bytes  of these, what is read before a token's first router can say what it needs: the head, which
+                 gave the token, and the dense part of one layer
     expert_bytes of one routed expert in a slot
     counts       hits, computed, moved bytes ... of these steps alone
     tier_bytes   allocated for weights
@@ -76,6 +79,7 @@ class SliceRun:
     layers: int
     tables: int
     dense_bytes: int
+    first_bytes: int
     expert_bytes: int
     counts: Snapshot
     tier_bytes: dict[str, int]
@@ -98,15 +102,32 @@ class SliceRun:
         """
         counts, moved = self.counts, self.counts.moved_bytes
         from_disk = moved.get("nvme", 0)
-        copied = sum(nbytes for link, nbytes in moved.items() if link.startswith("vram"))
-        crossing = self.tokens * self.dense_bytes + self.computed_bytes + CROSSINGS * from_disk + 2 * copied
         needed = (counts.hits.get("nvme", 0) + counts.prefetches.get("used", 0)) * self.expert_bytes
         disk_rate = max(disk_bytes_per_s, from_disk / counts.busy_s.get("nvme", float("inf")))
         return {
-            "dram": crossing / dram_bytes_per_s,
+            "dram": self._crossing_bytes / dram_bytes_per_s,
             "nvme": needed / disk_rate,
             **{card: moved.get(card, 0) / rate for card, rate in link_bytes_per_s.items()},
         }
+
+    def ordered_bound_s(self, bounds: dict[str, float]) -> float:
+        """The longest of `bound_s`, in order: what only a router can ask for is not read before it is asked.
+
+        Between a token's head and the next one's first router no expert is known to be needed, and only
+        DRAM has work.
+        """
+        dram = bounds["dram"]
+        before_first_router = dram * self.tokens * self.first_bytes / self._crossing_bytes
+        others = [seconds for resource, seconds in bounds.items() if resource != "dram"]
+        return before_first_router + max(*others, dram - before_first_router)
+
+    @property
+    def _crossing_bytes(self) -> int:
+        """Bytes over the DRAM bus in all steps."""
+        moved = self.counts.moved_bytes
+        copied = sum(nbytes for link, nbytes in moved.items() if link.startswith("vram"))
+        from_disk = CROSSINGS * moved.get("nvme", 0)
+        return self.tokens * self.dense_bytes + self.computed_bytes + from_disk + 2 * copied
 
     def like(self, layers: int, tables: int) -> float:
         """Seconds a token would take with so many layers and tables that cost what this model's do."""
@@ -114,6 +135,11 @@ class SliceRun:
         in_layers = sum(by_kind.get(kind, 0.0) for kind in ("attention", "router", "experts")) / self.layers
         engram = by_kind.get("engram", 0.0) / max(self.tables, 1)
         return in_layers * layers + engram * tables + by_kind["head"] + by_kind.get("addresses", 0.0)
+
+
+def workload(tokens: int) -> Workload:
+    """What `run_slice` asks of a model."""
+    return Workload(PROMPT_TOKENS + WARM_STEPS + tokens, 1, PROMPT_TOKENS)
 
 
 def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callable[[int], None]) -> SliceRun:
@@ -128,11 +154,12 @@ def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callab
     try:
         if not isinstance(model, DeepseekV41):
             raise ConfigError(f"{path}: this model has no routed experts; there is nothing that would move")
-        dense = sum(
-            part.nbytes
+        dense = {
+            part.kind: part.nbytes
             for part in loaded.components
             if part.kind not in ("embedding", "engram", "routed_experts")
-        )
+        }
+        in_layers = sum(nbytes for kind, nbytes in dense.items() if kind not in ("head", "shared_experts"))
         length = PROMPT_TOKENS + WARM_STEPS + tokens
         ids = torch.randint(3, model.info.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
         cache = model.new_cache(1, length)
@@ -151,7 +178,8 @@ def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callab
             seconds={kind: dict(by_layer) for kind, by_layer in clock.seconds.items()},
             layers=model.config.num_hidden_layers,
             tables=len(model.config.engram_layer_ids),
-            dense_bytes=dense,
+            dense_bytes=sum(dense.values()),
+            first_bytes=dense["head"] + in_layers // model.config.num_hidden_layers,
             expert_bytes=model.weights.experts.layout.nbytes,
             counts=_since(counted, model.telemetry.snapshot()),
             tier_bytes=model.tier_bytes,

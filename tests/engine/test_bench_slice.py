@@ -41,6 +41,13 @@ def test_a_resource_twice_as_fast_bounds_half_as_tightly(run: SliceRun) -> None:
     assert fast["nvme"] == slow["nvme"] > 0
 
 
+def test_in_order_no_token_is_faster_than_without(run: SliceRun) -> None:
+    bounds = run.bound_s(1e9, 1e9, {"vram:0": 1e9})
+    assert run.ordered_bound_s(bounds) >= max(bounds.values())
+    idle_disk = {**bounds, "nvme": 0.0, "vram:0": 0.0}
+    assert run.ordered_bound_s(idle_disk) == pytest.approx(bounds["dram"])
+
+
 def test_weights_stay_within_their_budgets(run: SliceRun) -> None:
     assert run.tier_bytes["dram"] <= 1_900_000
     assert run.tier_bytes["vram:0"] <= 60_000
