@@ -171,7 +171,7 @@ class Model(ABC):
 
     @abstractmethod
     def cache_bytes(self, slots: int, capacity: int) -> int:
-        """Bytes that `new_cache` would allocate."""
+        """Bytes that `new_cache` would allocate in host memory."""
 
     @abstractmethod
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:

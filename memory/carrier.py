@@ -60,8 +60,10 @@ class CudaQueue:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             assert isinstance(after, torch.cuda.Event)
             self._stream.wait_event(after)
-            yield
-            self._stream.synchronize()
+            try:
+                yield
+            finally:  # also where it failed: nothing may still be under way to a slot that is given away
+                self._stream.synchronize()
 
 
 class Carrier:

@@ -98,6 +98,8 @@ class ExpertStore:
         self._reader.close()
         for link in self._links:
             link.close()
+        for shelf in self._shelves:
+            shelf.arena.close()
 
     @property
     def _shelves(self) -> tuple[Shelf, ...]:

@@ -55,8 +55,15 @@ class Arena:
         self.slot_bytes = slot_bytes
         self.nbytes = slots * stride
         self._stride = stride
-        self._bytes = _allocate(self.nbytes, tier, pinned)
+        self._bytes = _allocate(self.nbytes, tier)
+        self._is_locked = pinned and self.nbytes > 0 and _page_lock(self._bytes, tier)
         self._free = list(range(slots - 1, -1, -1))
+
+    def close(self) -> None:
+        """Undo the page lock; slots must not be used afterwards."""
+        if self._is_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())  # type: ignore[no-untyped-call]
+            self._is_locked = False
 
     @classmethod
     def filling(cls, tier: Tier, slot_bytes: int, most: int, *, pinned: bool = False) -> Arena:
@@ -83,15 +90,28 @@ class Arena:
         return self._bytes[start : start + self.slot_bytes]
 
 
-def _allocate(nbytes: int, tier: Tier, pinned: bool) -> torch.Tensor:
-    """One allocation; page-locked where asked and allowed, else ordinary with a warning."""
-    if pinned and torch.cuda.is_available():
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            logger.warning(
-                "%s: %.1f GB cannot be page-locked (%s); transfers to cards will be slower. "
-                "Raise the limit with `ulimit -l unlimited`",
-                tier.name, nbytes / 1e9, error,
-            )  # fmt: skip
+def _allocate(nbytes: int, tier: Tier) -> torch.Tensor:
+    """One allocation of exactly so many bytes."""
     return torch.empty(nbytes, dtype=torch.uint8, device=tier.device)
+
+
+def _page_lock(memory: torch.Tensor, tier: Tier) -> bool:
+    """Let cards copy from and to host memory by themselves; False, with a warning, where that is not allowed.
+
+    PyTorch's own pinned allocations are rounded up to a power of two, which a budget of DRAM cannot bear.
+    """
+    problem = _register(memory)
+    if problem:
+        logger.warning(
+            "%s: %.1f GB cannot be page-locked (%s); transfers to cards will be slower. "
+            "Raise the limit with `ulimit -l unlimited`",
+            tier.name, memory.nbytes / 1e9, problem,
+        )  # fmt: skip
+    return not problem
+
+
+def _register(memory: torch.Tensor) -> str:
+    """Page-lock; returns what CUDA says against it, or nothing."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    return "" if int(error) == 0 else str(runtime.cudaGetErrorString(error))

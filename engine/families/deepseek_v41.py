@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.families.deepseek_v41_config import V41Config, parse_config
+from engine.families.deepseek_v41_places import HOST
 from engine.families.deepseek_v41_tensors import IGNORED_PREFIXES, components, expected_tensors
 from engine.families.deepseek_v41_weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
@@ -137,7 +138,12 @@ class DeepseekV41(Model):
         return SparseCache(self.cache_shape, slots, capacity)
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
-        return self.cache_shape.nbytes(slots, capacity)
+        on_cards = sum(
+            self.cache_shape.layer_bytes(layer, slots, capacity)
+            for layer, weights in enumerate(self.weights.layers)
+            if weights.device != HOST
+        )
+        return self.cache_shape.nbytes(slots, capacity) - on_cards
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from engine.families.deepseek_v41_config import V41Config
 from engine.families.deepseek_v41_shape import checkpoint_shape
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
-from memory.plan import plan
+from memory.plan import Placement, plan
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")
@@ -56,6 +56,7 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
             f"{checkpoint.path}: the weights that every token uses need {nbytes['dram'] / 1e6:,.1f} MB, "
             f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, or take a smaller model"
         )
+    _check_cards(placement, budget)
     reserved: dict[str, int] = defaultdict(int)
     for reserve in placement.reserves:
         reserved[reserve.tier] += reserve.nbytes if reserve.tier.startswith("vram") else 0
@@ -73,3 +74,14 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
         experts_bytes=sum(layer.experts * layer.expert.nbytes for layer in shape.layers),
         tables_bytes=sum(layer.table.nbytes for layer in shape.layers if layer.table is not None),
     )
+
+
+def _check_cards(placement: Placement, budget: MemoryBudget) -> None:
+    """A real card without room for its work space would fail while serving. Raises BudgetError."""
+    planned = {reserve.tier for reserve in placement.reserves}
+    for card in budget.cards:
+        if not card.is_virtual and card.name not in planned:
+            raise BudgetError(
+                f"{card.name}: {card.budget_bytes / 1e9:.1f} GB are too little for CUDA, activations and "
+                "experts on their way; give the card more, or leave it out"
+            )

@@ -136,3 +136,18 @@ def test_a_card_without_room_for_the_cache_says_so(cards: tuple[torch.device, to
     with pytest.raises(BudgetError, match=r"vram:\d: the KV cache of 2 sequences of 100000 tokens needs"):
         model.new_cache(2, 100_000)
     model.close()
+
+
+def test_a_card_too_small_to_work_on_is_refused(cards: tuple[torch.device, torch.device]) -> None:
+    with pytest.raises(BudgetError, match=r"vram:0: 0\.6 GB are too little for CUDA, activations"):
+        load(cards, 1 << 30, 1000)
+
+
+def test_what_cards_hold_of_the_cache_is_not_counted_as_host_memory(
+    cards: tuple[torch.device, torch.device],
+) -> None:
+    model = load(cards, 1 << 30, 8 << 20)
+    cache = model.new_cache(2, 200)
+    in_host_memory = cache.history.nbytes + sum(w.nbytes for w in cache.windows if w.device.type == "cpu")
+    assert model.cache_bytes(2, 200) == in_host_memory < cache.nbytes
+    model.close()
