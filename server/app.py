@@ -17,21 +17,21 @@ from server.rate_limits import RATE_LIMIT_HEADERS
 from server.response_store import ResponseStore
 from server.service import Service
 
+ROUTERS = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
 # What scripts of other origins may read beside the body.
 EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", *RATE_LIMIT_HEADERS)
 
 
 def create_app(service: Service) -> FastAPI:
     """The application that answers for `service`. Raises ConfigError for a wrong file of keys."""
-    # No pages that load scripts from elsewhere; docs/api.md is the reference.
+    # FastAPI's own document knows no bodies, and its pages load scripts from elsewhere.
     app = FastAPI(title="Loci", openapi_url=None)
     settings = service.settings
     app.state.service = service
     app.state.responses = ResponseStore(settings.response_store_bytes)
-    app.include_router(openai_api.router)
-    app.include_router(responses_api.router)
-    app.include_router(messages_api.router)
-    app.include_router(native_api.router)
+    app.state.routes = [route for router in ROUTERS for route in router.routes]
+    for router in ROUTERS:
+        app.include_router(router)
 
     # Added last means run first: log, then host, origin, key and size.
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)

@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from server.errors import RETRY_AFTER_S, ApiError
 from server.handling import read_body, service_of
 from server.openai_types import DetokenizeRequest, TokenizeRequest, check_ids
+from server.openapi import document
 from server.service import Served
 
 router = APIRouter()
@@ -53,6 +54,14 @@ async def show_version() -> dict[str, str]:
 async def metrics(request: Request) -> Response:
     """Everything Prometheus wants to know."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> dict[str, Any]:
+    """This description of the interface, for tools."""
+    service = service_of(request)
+    model = service.served.name if service.is_ready else None
+    return document(request.app.state.routes, loci_version(), model)
 
 
 @router.post("/tokenize")

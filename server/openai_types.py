@@ -106,20 +106,25 @@ REFUSED = {
 }
 
 
+def _ranging(low: float, high: float) -> Any:
+    """A field whose range stands in the OpenAPI document; SamplingParams checks it."""
+    return Field(None, json_schema_extra={"minimum": low, "maximum": high})
+
+
 class SamplingFields(Body):
     """How tokens are chosen and when to stop: OpenAI's fields and the usual extensions."""
 
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: float | None = _ranging(0, 10)
+    top_p: float | None = _ranging(0, 1)
     top_k: int | None = None
-    min_p: float | None = None
+    min_p: float | None = _ranging(0, 1)
     seed: int | None = None
     stop: _Strings | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
+    frequency_penalty: float | None = _ranging(-2, 2)
+    presence_penalty: float | None = _ranging(-2, 2)
+    repetition_penalty: float | None = _ranging(0.01, 10)
     logit_bias: dict[str, float] | None = None
 
 

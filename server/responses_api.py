@@ -24,6 +24,7 @@ _NAMES = {
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
 }
 
 

@@ -7,7 +7,8 @@ import re
 import pytest
 from fastapi.routing import APIRoute
 
-from server import messages_api, native_api, openai_api, responses_api, settings_page
+from server import settings_page
+from server.app import ROUTERS
 from server.messages_types import MESSAGES_REFUSED, MessagesRequest
 from server.metrics import Metrics
 from server.openai_types import REFUSED, ChatRequest, CompletionRequest
@@ -18,14 +19,13 @@ PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
 def test_every_route_is_documented() -> None:
-    routers = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
-    routes = [route for router in routers for route in router.routes]
+    routes = [route for router in ROUTERS for route in router.routes]
 
     paths = {
         re.sub(r"\{\w+(:path)?\}", "{id}", route.path) for route in routes if isinstance(route, APIRoute)
     }
     assert {path for path in paths if path not in PAGE} == set()
-    assert len(paths) == 15
+    assert len(paths) == 16
 
 
 @pytest.mark.parametrize(
