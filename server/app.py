@@ -34,7 +34,7 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router)
 
     # Added last means run first: log, then host, origin, key and size.
-    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, timeout_s=settings.read_timeout_s)
     if settings.needs_key:
         keys = [key.get_secret_value() for key in settings.api_key]
         ring = KeyRing(keys, settings.api_key_file, service.metrics)

@@ -24,6 +24,7 @@ import typer
 import uvicorn
 
 from quant.errors import ConfigError
+from server.connection import allow_many_connections, protocol_with_deadline
 from server.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
 
@@ -76,6 +77,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     settings = resolve_settings(flags, config)
     configure_logging(settings.log_level, settings.log_format)
     listener = _bind(settings.host, settings.port)
+    allow_many_connections()
     if not settings.is_loopback and not settings.needs_key:
         log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
 
@@ -110,7 +112,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=protocol_with_deadline(service.settings.read_timeout_s),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -19,6 +20,7 @@ log = logging.getLogger("loci")
 access = logging.getLogger("loci.access")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+CLOSING = {"Connection": "close"}  # or the rest of a body that nobody wants would still be taken
 _NO_ROUTE = "unmatched"  # one label for all paths that do not exist, or a scanner would fill the registry
 
 
@@ -79,33 +81,32 @@ class RequestLog:
 
 
 class BodyLimit:
-    """Answers 413 to bodies above the limit, whether they declare their size or not.
+    """Answers 413 to bodies above the limit, whether they declare their size or not, 408 to slow ones.
 
     The body is read here, counting bytes as they arrive, and passed on whole.
     """
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, limit_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._limit_bytes = limit_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "0")
-        body = bytearray()
-        is_complete = False
-        too_large = declared.isdecimal() and int(declared) > self._limit_bytes
-        while not is_complete and not too_large:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            is_complete = not message.get("more_body", False)
-            too_large = len(body) > self._limit_bytes
-        if too_large:
-            text = f"the body is larger than this server's limit of {self._limit_bytes} bytes"
-            await ApiError(413, text, code="body_too_large").response_to(scope)(scope, receive, send)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(scope, receive)
+        except ApiError as error:
+            await error.response_to(scope)(scope, receive, send)
+            return
+        except TimeoutError:
+            text = f"the body did not arrive within {self._timeout_s:g} s"
+            too_slow = ApiError(408, text, code="body_too_slow", headers=CLOSING)
+            await too_slow.response_to(scope)(scope, receive, send)
+            return
+        if body is None:
             return
         is_delivered = False
 
@@ -114,6 +115,24 @@ class BodyLimit:
             if is_delivered:
                 return await receive()
             is_delivered = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body, None where the client leaves. Raises ApiError 413 where it is too large."""
+        declared = Headers(scope=scope).get("content-length", "0")
+        body = bytearray()
+        is_complete = False
+        too_large = declared.isdecimal() and int(declared) > self._limit_bytes
+        while not is_complete and not too_large:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            is_complete = not message.get("more_body", False)
+            too_large = len(body) > self._limit_bytes
+        if too_large:
+            text = f"the body is larger than this server's limit of {self._limit_bytes} bytes"
+            raise ApiError(413, text, code="body_too_large", headers=CLOSING)
+        return bytes(body)

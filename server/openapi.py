@@ -28,6 +28,7 @@ STATUSES = {
     401: "No key, or a wrong one.",
     403: "A host name that the server does not answer to.",
     404: "No such model, or no such response.",
+    408: "A body that did not arrive in time.",
     413: "A body above the limit.",
     415: "Not application/json.",
     429: "The queue is full, or a key's limit is reached.",
@@ -35,8 +36,8 @@ STATUSES = {
     503: "The model is loading, or the server is stopping.",
     504: "The request took longer than the server's limit.",
 }
-ALWAYS = (401, 403, 413, 429)
-READING = (400, 404, 415, 500, 503)
+ALWAYS = (401, 403, 408, 413)
+READING = (400, 404, 415, 429, 500, 503)
 
 
 def _object(**properties: Any) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class Settings(BaseSettings):
         "Repeat the flag, or separate by commas, for several. Default: none.",
     )
     max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    read_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that a client may take to send the head of a request, and again for its body.",
+    )
     response_store_bytes: int = Field(
         64 * 2**20,
         ge=0,
