@@ -6,8 +6,8 @@ Each row's token depends on that row, its parameters and its random number alone
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 
-import numpy as np
 import torch
 
 from engine.sampling_params import SamplingParams
@@ -37,9 +37,8 @@ def draw_tokens(
     if greedy:
         # NumPy's argmax is vectorised, torch's is not: 3 us against 43 us for 49152 tokens.
         rows = _rows(logits, greedy).numpy()
-        best = rows.argmax(-1)  # of the first that is no number, if there are any
-        best[np.isnan(rows[np.arange(len(best)), best])] = -1
-        _put(tokens, greedy, best.tolist())
+        best = rows.argmax(-1).tolist()  # where there are any that are no numbers, the first of them
+        _put(tokens, greedy, [-1 if isnan(row[i]) else i for row, i in zip(rows, best, strict=True)])
     if plain:
         probs = _probabilities(logits, params, plain)
         _put(tokens, plain, _columns(probs, [numbers[row] for row in plain]))
