@@ -90,7 +90,7 @@ async def _client(target: Target, dice: random.Random, deadline: float, tally: T
             "prompt": prompt,
             "max_tokens": tokens,
             "ignore_eos": True,
-            "temperature": dice.choice([0, 1]),
+            "temperature": dice.random(),
         }
         stays_s = dice.expovariate(1.0) if dice.random() < LEAVING else None
         try:
@@ -108,10 +108,9 @@ async def _client(target: Target, dice: random.Random, deadline: float, tally: T
             return
         else:
             tally.complete.append(timeline)
-            if (timeline.finish_reason, timeline.tokens) != ("length", tokens):
-                tally.problems.append(
-                    f"a stream of {tokens} tokens ended with {timeline.finish_reason!r} after {timeline.tokens}"
-                )
+            ended = timeline.finish_reason, timeline.tokens
+            if ended != ("length", tokens):
+                tally.problems.append(f"a stream of {tokens} tokens ended with {ended}")
 
 
 async def _check(server: LociServer, before: Book, tally: Tally) -> None:
