@@ -94,7 +94,9 @@ class Engine:
         self._max_waiting = max_waiting
         self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
         self._prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
-        self._scheduler = Scheduler(max_sequences, prefill_chunk, prefill_step_s)
+        self._scheduler = Scheduler(
+            max_sequences, prefill_chunk, prefill_step_s, shares_prompts=self._prefixes is not None
+        )
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []

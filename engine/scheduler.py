@@ -30,11 +30,14 @@ class Scheduler:
     token_budget  most tokens of one step; decodes come first, prompts fill up what is left
     step_s        seconds that a step may take for the sake of prompts while answers run (or twice what
                   it takes without them, if that is longer); infinite where they may wait
+    shares_prompts  a prompt that is being computed is not begun a second time: whoever has the same one
+                  waits until it is known
     """
 
-    def __init__(self, slots: int, token_budget: int, step_s: float) -> None:
+    def __init__(self, slots: int, token_budget: int, step_s: float, *, shares_prompts: bool = False) -> None:
         self.token_budget = token_budget
         self.step_s = step_s
+        self.shares_prompts = shares_prompts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(slots - 1, -1, -1))
@@ -52,13 +55,21 @@ class Scheduler:
 
     def admit(self) -> list[Sequence]:
         """Give free slots to waiting sequences; returns those that now run."""
-        admitted = []
+        admitted: list[Sequence] = []
+        held_back: list[Sequence] = []
+        computed_now = {s.prompt_hash for s in self.running if s.is_prefilling}
         while self.waiting and self._free:
             sequence = self.waiting.popleft()
+            may_share = self.shares_prompts and sequence.params.prompt_logprobs is None
+            if may_share and sequence.prompt_hash in computed_now:
+                held_back.append(sequence)
+                continue
+            computed_now.add(sequence.prompt_hash)
             sequence.slot = self._free.pop()
             sequence.queue_s = time.perf_counter() - sequence.submitted_s
             self.running.append(sequence)
             admitted.append(sequence)
+        self.waiting.extendleft(reversed(held_back))
         return admitted
 
     def next_chunks(self) -> list[Chunk]:

@@ -36,6 +36,7 @@ class Sequence:
     on_output: OnOutput
     cache_salt: str = ""
     prompt_length: int = field(init=False)
+    prompt_hash: int = field(init=False)
     submitted_s: float = field(default_factory=time.perf_counter)
     queue_s: float | None = None
     slot: int | None = None
@@ -49,6 +50,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.token_ids)
+        self.prompt_hash = hash((self.cache_salt, tuple(self.token_ids)))
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)  # nothing predicts the first token
 

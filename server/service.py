@@ -66,15 +66,18 @@ def bring_up(settings: Settings) -> Served:
     workload = Workload(
         settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
     )
-    loaded = load(path, MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload))
+    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
+    loaded = load(path, budget)
     longest = loaded.model.info.max_context
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if context > longest:
         raise ConfigError(f"max_model_len is {context}, but {name} was made for {longest} tokens")
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.
-        weights, kv = loaded.model.tier_bytes, loaded.model.cache_bytes(settings.max_num_seqs, context)
-        left = min(free_bytes - sum(weights.values()) - kv, available_memory_bytes())
+        elsewhere = {card.name for card in budget.cards if not card.is_virtual}
+        weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
+        kv = loaded.model.cache_bytes(settings.max_num_seqs, context)
+        left = min(free_bytes - weights - kv, available_memory_bytes())
         prefix_bytes = max(0, int(left * PREFIX_SHARE))
     engine = Engine(
         loaded.model,

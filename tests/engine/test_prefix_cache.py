@@ -315,6 +315,26 @@ def test_a_prompt_asked_again_is_not_computed_again(engine: Engine, plain: Engin
     assert again.outputs[0].logprobs == first.outputs[0].logprobs
 
 
+def test_a_prompt_that_is_being_computed_is_not_begun_a_second_time(engine: Engine, plain: Engine) -> None:
+    ids = some_ids(1, 200)
+    answers = [Answer() for _ in range(5)]
+    for seed, answer in enumerate(answers):
+        params = SamplingParams(temperature=1.0, seed=seed % 2, max_tokens=8, ignore_eos=True)
+        engine.submit(ids, params, answer)
+
+    tokens = [answer.wait().token_ids for answer in answers]
+
+    assert [cached(answer) for answer in answers] == [0, 200, 200, 200, 200]
+    assert engine.stats().prompt_tokens == 200
+    assert (
+        tokens[0]
+        == tokens[2]
+        == tokens[4]
+        == ask(plain, ids, temperature=1.0, seed=0, max_tokens=8).token_ids
+    )
+    assert tokens[1] == tokens[3] != tokens[0]
+
+
 def test_the_next_turn_of_a_conversation_goes_on_behind_the_last_answer(
     engine: Engine, plain: Engine
 ) -> None:
