@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from quant.errors import LociError
-from server import messages_api, native_api, openai_api, responses_api
+from server import chat_page, messages_api, native_api, openai_api, responses_api
 from server.auth import RequireHost, RequireKey
 from server.errors import ApiError, from_loci, from_validation
 from server.keys import KeyRing
@@ -32,6 +32,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.routes = [route for router in ROUTERS for route in router.routes]
     for router in ROUTERS:
         app.include_router(router)
+    app.include_router(chat_page.router)
 
     # Added last means run first: log, then host, origin, key and size.
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, timeout_s=settings.read_timeout_s)

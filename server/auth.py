@@ -7,13 +7,15 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.chat_page import PAGE_PATHS
 from server.errors import ApiError
 from server.keys import KeyRing
 from server.metrics import Metrics
 from server.rate_limits import Account
 
-# Probes of container platforms cannot send keys, and these two say nothing that needs one.
-OPEN_PATHS = ("/health", "/ready")
+# Probes of container platforms and browsers that open a page cannot send keys; none of these says anything
+# that needs one.
+OPEN_PATHS = frozenset(("/health", "/ready", *PAGE_PATHS))
 
 
 class RequireKey:

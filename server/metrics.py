@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -138,6 +139,13 @@ class _EngineCollector(Collector):
             tiers.add_metric([tier, "weights"], nbytes)
         tiers.add_metric(["dram", "kv"], now.kv_bytes + (prefixes.nbytes if prefixes is not None else 0))
         yield tiers
+        experts = GaugeMetricFamily(
+            "loci_experts", "Routed experts, by the tier that holds them (nvme: none does).", labels=["tier"]
+        )
+        held = collections.Counter(tier for layer in self._model.expert_tiers() for tier in layer)
+        for tier, count in held.items():
+            experts.add_metric([tier], count)
+        yield experts
         if self._model.telemetry is not None:
             yield from _movements(self._model.telemetry.snapshot())
 
