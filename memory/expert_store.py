@@ -157,8 +157,11 @@ class ExpertStore:
             self.telemetry.set("slots", shelf.tier.name, shelf.arena.free)
 
     def _give_up_guesses(self, layer: int, needed: Iterable[int]) -> None:
-        """Take reads that were foreseen for this step, and are not needed, off the queue."""
+        """Compare the guess with what is needed; take reads that are not off the queue."""
+        guess = {expert for of, expert in self._foreseen if of == layer}
         self._foreseen = {key for key in self._foreseen if key[0] != layer}
+        self.telemetry.add("guesses", "made", len(guess))
+        self.telemetry.add("guesses", "right", len(guess.intersection(needed)))
         wrong = self.dram.by_layer[layer].keys() - set(needed)
         for expert in wrong:
             place = self.dram.by_layer[layer][expert]

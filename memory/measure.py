@@ -63,10 +63,13 @@ def measure_cpu(nbytes: int) -> list[Result]:
     """The kernels themselves: experts of about `nbytes` in all, one token, and many tokens at once."""
     kernels = choose()
 
-    def matrix(rows: int, cols: int) -> PackedTensor:
+    def as_stored(rows: int, cols: int) -> PackedTensor:
         codes = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8)
         scales = torch.randint(120, 130, (rows, cols // 32), dtype=torch.uint8)
-        ready: Weight = kernels.prepare(PackedTensor(MXFP4, (rows, cols), codes, scales))
+        return PackedTensor(MXFP4, (rows, cols), codes, scales)
+
+    def matrix(rows: int, cols: int) -> PackedTensor:
+        ready: Weight = kernels.prepare(as_stored(rows, cols))
         assert isinstance(ready, PackedTensor)
         return ready
 
@@ -84,10 +87,18 @@ def measure_cpu(nbytes: int) -> list[Result]:
         ids = torch.arange(first, first + EXPERT_TOP_K).remainder(len(experts)).unsqueeze(0)
         kernels.moe(x, ids, weights, experts, 10.0)
 
+    layout = kernels.slot_layout(hidden, width, MXFP4)
+    stored = as_stored(width, hidden), as_stored(width, hidden), as_stored(hidden, width)
+    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(4)]
+
+    def rearrange() -> None:
+        layout.pack_into(slots[next(turn) % len(slots)], *stored)
+
     prompt = torch.randn(PROMPT_TOKENS, hidden)
     flops = 2 * PROMPT_TOKENS * hidden * width
     return [
         Result("cpu_experts", EXPERT_TOP_K * each / _median_s(one_token, 3 * RUNS) / 1e9, "GB/s"),
+        Result("expert_rearranged_1_thread", each / _median_s(rearrange) / 1e9, "GB/s"),
         Result(
             "cpu_matmul", flops / _median_s(lambda: kernels.linear(prompt, experts[0].w1)) / 1e9, "GFLOP/s"
         ),

@@ -23,6 +23,7 @@ class Snapshot:
     moves           transfers, by link and reason
     failed          transfers that failed, by link and reason
     stalled_s       time that compute waited for bytes, by link and reason (`prefetch`: foreseen too late)
+    guesses         experts that a router was guessed to choose: `made`, and of these `right`
     prefetches      outcome of prefetched experts: `used`; `dropped`, read but never used; `cancelled`, given
                     up before they were read
     rows            Engram rows by where they were found: `asked`, `unique`, `cached`, `read`
@@ -37,6 +38,7 @@ class Snapshot:
     moves: dict[str, int]
     failed: dict[str, int]
     stalled_s: dict[str, float]
+    guesses: dict[str, int]
     prefetches: dict[str, int]
     rows: dict[str, int]
     slots: dict[str, int]

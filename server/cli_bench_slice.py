@@ -81,6 +81,10 @@ def slice_(
         f"(ratio {ratio:.2f}), in the order that routers ask for experts {speed / ordered:.3g} "
         f"({ordered:.2f}); the plan said {expected:.3g} (off by {error:.0%})"
     )
+    guesses = run.counts.guesses
+    guessed = guesses.get("right", 0) / max(1, guesses.get("made", 0))
+    prefetched = ", ".join(f"{n} {outcome}" for outcome, n in run.counts.prefetches.items()) or "none"
+    print(f"a layer ahead, routers were guessed right in {guessed:.0%}; experts read ahead: {prefetched}")
     whole = 1 / run.like(FULL_LAYERS, FULL_TABLES)
     print(
         f"Extrapolated, not measured: {whole:.3g} tokens/s with {FULL_LAYERS} layers and {FULL_TABLES} "
@@ -96,6 +100,7 @@ def slice_(
             Result("plan_error_slice", error, "fraction", PLAN_TARGET, error <= PLAN_TARGET),
             Result(f"slice_decode_extrapolated_to_{FULL_LAYERS}_layers", whole, "tokens/s"),
             Result("slice_memory_growth", grown / 1e9, "GB", weights / 1e9, grown <= weights),
+            Result("slice_guessed_right", guessed, "ratio"),
             *(Result(f"slice_hits_{tier}", n / asked, "ratio") for tier, n in run.counts.hits.items()),
             *(Result(f"slice_bytes_{link}", n / run.tokens / 1e6, "MB/token")
               for link, n in run.counts.moved_bytes.items()),

@@ -169,6 +169,7 @@ def _movements(seen: Snapshot) -> Iterator[Metric]:
     yield counter("loci_expert_hits", "Expert uses by the tier that held the expert.", "tier", seen.hits)
     yield counter("loci_experts_computed", "Experts computed, by tier.", "tier", seen.computed)
     yield counter("loci_expert_evictions", "Experts that had to leave a tier.", "tier", seen.evictions)
+    yield counter("loci_expert_guesses", "Experts guessed a layer ahead.", "guesses", seen.guesses)
     yield counter("loci_prefetched_experts", "Experts read ahead, by outcome.", "outcome", seen.prefetches)
     slots = GaugeMetricFamily("loci_expert_slots_free", "Expert slots that hold nothing.", labels=["tier"])
     for tier, free in seen.slots.items():

@@ -68,8 +68,9 @@ class Settings(BaseSettings):
     )
     devices: str | None = Field(
         None,
-        description="Cards to keep experts on, like virtual:24GiB@12.5GB/s,virtual:24GiB@12.5GB/s: a virtual "
-        "card is host memory with a card's size and link speed. Default: none.",
+        description="Cards for weights and KV, like cuda:22GiB,cuda:22GiB (not proven on real ones yet) or "
+        "virtual:24GiB@12.5GB/s: a virtual card is host memory with a card's size and link speed. "
+        "Default: none.",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),

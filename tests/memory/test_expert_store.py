@@ -181,5 +181,6 @@ def test_wrong_guesses_are_taken_back_or_dropped_and_right_ones_used(files: Expe
     seen = store.telemetry.snapshot()
     assert seen.prefetches["used"] > 0
     assert seen.prefetches.get("cancelled", 0) + seen.prefetches.get("dropped", 0) > 0
+    assert 0 < seen.guesses["right"] < seen.guesses["made"]  # three of four, and a wrong one
     assert seen.slots["dram"] >= 0
     store.close()
