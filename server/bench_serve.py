@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from engine.bench_engine import StepCost, Timeline, run_engine, throughput
 from engine.engine import Engine
 from engine.sampling_params import SamplingParams
+from quant.errors import LociError
 from server.bench_client import Target, stream_completion
 
 # Ordinary tokens of every vocabulary there is; special ones lie at its ends.
@@ -114,6 +115,8 @@ async def _interfere(target: Target, streams: int, prompt_tokens: int, answer_to
                 before.append(gap)
             elif ended - gap < long.arrivals_s[-1]:
                 during.append(gap)
+    if not before or not during:
+        raise LociError(f"a prompt of {prompt_tokens} tokens did not meet running streams; take a longer one")
     return Interference(prompt_tokens, long.ttft_s, before, during)
 
 

@@ -58,18 +58,19 @@ def serve(
 
     Example: loci bench serve --streams 1,16 --json serve.json
     """
-    from server.bench_serve import Load, compare, interfere
+    from server.bench_serve import BEFORE_TOKENS, Load, compare, interfere
 
     counts = _counts(streams)
     load = Load(prompt_tokens, tokens, rounds)
     with ExitStack() as stack:
-        longest = max(long_prompt + RUNNING, prompt_tokens + tokens) + 1
+        # Enough for answers to go on until the prompt is computed, which it is by 16 tokens a step at least.
+        going_on = max(tokens, long_prompt // 8 + 64)
+        longest = max(long_prompt, prompt_tokens + tokens, BEFORE_TOKENS + going_on) + 1
         target, engine = _set_up(stack, model, url, api_key, max(*counts, RUNNING + 1), longest)
         compared = {count: compare(target, engine, count, load) for count in counts}
         interference = None
         if long_prompt:
-            # Long enough that no stream ends before the prompt is computed.
-            interference = interfere(target, RUNNING, long_prompt, max(tokens, long_prompt))
+            interference = interfere(target, RUNNING, long_prompt, going_on)
     _print(compared, interference)
     if json_file is not None:
         from memory.hardware import detect
@@ -100,7 +101,7 @@ def _set_up(
     from server.talk import RemoteTalk
 
     engine = None
-    flags = {"max_num_seqs": most, "max_model_len": 2 * longest}
+    flags = {"max_num_seqs": most, "max_model_len": longest}
     if url is None or model is not None:
         settings = resolve_settings({"model": model, **flags, "prefix_cache": "0"})
         engine = bring_up(settings).engine
@@ -142,7 +143,7 @@ def _print(compared: dict[int, Comparison], interference: Interference | None) -
 
 
 def _latencies(timelines: Sequence[Timeline]) -> dict[str, dict[int, float]]:
-    """Percentiles by name."""
+    """Percentiles by name; what was never seen (gaps, where answers came in one piece) is left out."""
     from engine.bench_engine import percentile
 
     values = {
@@ -151,7 +152,7 @@ def _latencies(timelines: Sequence[Timeline]) -> dict[str, dict[int, float]]:
         "tpot_ms": [1e3 * t.tpot_s for t in timelines],
         "request_latency_ms": [1e3 * t.latency_s for t in timelines],
     }
-    return {name: {p: percentile(found, p) for p in PERCENTILES} for name, found in values.items()}
+    return {name: {p: percentile(found, p) for p in PERCENTILES} for name, found in values.items() if found}
 
 
 def _results(compared: dict[int, Comparison], interference: Interference | None) -> list[Result]:
