@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 2  # of native_src/api.cpp; another number means a library of other sources
+INTERFACE = 3  # of native_src/api.cpp; another number means a library of other sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -31,6 +31,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
     "loci_read": (ctypes.c_uint64, [Int, Int, Pointer, Int64, Int64]),
+    "loci_read_rows": (ctypes.c_uint64, [Int, Int, Pointer, Int64, Pointer, Int64]),
 }
 
 

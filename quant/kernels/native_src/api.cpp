@@ -33,7 +33,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/library.py expects it.
-EXPORT int loci_interface() { return 2; }
+EXPORT int loci_interface() { return 3; }
 
 EXPORT int loci_has_pool() { return has_pool(); }
 
@@ -71,6 +71,19 @@ EXPORT uint64_t loci_read(int level, int threads, const uint8_t* bytes, int64_t 
     parallel_for((n + kTurn - 1) / kTurn, threads, [&](int64_t turn) {
         const int64_t first = turn * kTurn, size = n - first < kTurn ? n - first : kTurn;
         sum += found->read(bytes + first, size, streams);
+    });
+    return sum;
+}
+
+// Reads n rows of a table in the order named: what gathering is measured by.
+EXPORT uint64_t loci_read_rows(int level, int threads, const uint8_t* bytes, int64_t row_bytes, const int64_t* rows,
+                               int64_t n) {
+    const Level* found = level_at(level);
+    constexpr int64_t kTurn = 256;
+    std::atomic<uint64_t> sum{0};
+    parallel_for((n + kTurn - 1) / kTurn, threads, [&](int64_t turn) {
+        const int64_t first = turn * kTurn, count = n - first < kTurn ? n - first : kTurn;
+        sum += found->read_rows(bytes, row_bytes, rows + first, count);
     });
     return sum;
 }

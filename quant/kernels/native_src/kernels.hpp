@@ -79,11 +79,12 @@ struct Level {
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
     // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
-    // plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride] = row . x[token]
-    void (*dense_rows)(const void* row, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
-                       int64_t out_stride);
+    // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
+    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens,
+                       float* out, int64_t out_stride);
     void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
     uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
+    uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
 };
 
 extern const Level kAvx512, kAvx2, kPortable;

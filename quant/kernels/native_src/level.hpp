@@ -52,6 +52,7 @@ constexpr Level make_level(const char* name) {
     level.dense_rows = dense_rows;
     level.fp8_row = fp8_row;
     level.read = read_bytes;
+    level.read_rows = read_rows;
     return level;
 }
 

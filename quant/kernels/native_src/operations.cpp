@@ -12,7 +12,7 @@ namespace loci {
 namespace {
 
 // Bytes that one turn of a thread should read: long enough to stream, short enough to share evenly.
-constexpr int64_t kTurnBytes = 128 * 1024;  // of plain rows
+constexpr int64_t kTurnBytes = 1024 * 1024;  // of plain rows
 // Below this many bytes of work, waking the others costs more than it saves.
 constexpr int64_t kWorthSharing = 32 * 1024;
 
@@ -162,13 +162,15 @@ void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, f
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
                   int64_t tokens, float* out) {
     const int64_t row_bytes = cols * (kind == 2 ? 4 : 2);
-    const int64_t per_turn = std::max<int64_t>(1, std::min(kTurnBytes / row_bytes, rows / team.threads));
+    constexpr int64_t kTogether = 4;   // rows that a kernel takes at most
+    constexpr int64_t kTurnsEach = 4;  // of a thread, at least
+    const int64_t fair = std::min(kTurnBytes / row_bytes, rows / (kTurnsEach * team.threads));
+    const int64_t per_turn = std::max(kTogether, fair / kTogether * kTogether);
     const int threads = rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
     parallel_for((rows + per_turn - 1) / per_turn, threads, [&](int64_t turn) {
-        const int64_t end = std::min(rows, (turn + 1) * per_turn);
-        for (int64_t r = turn * per_turn; r < end; ++r)
-            team.level.dense_rows(static_cast<const uint8_t*>(weight) + r * row_bytes, kind, cols, x, tokens, out + r,
-                                  rows);
+        const int64_t first = turn * per_turn, n = std::min(rows - first, per_turn);
+        team.level.dense_rows(static_cast<const uint8_t*>(weight) + first * row_bytes, n, kind, cols, x, tokens,
+                              out + first, rows);
     });
 }
 

@@ -6,6 +6,7 @@ namespace {
 
 // How far ahead of the reads memory is asked for; several panels at once are as many streams, each slower.
 constexpr int prefetch_bytes(int panels) { return panels == 1 ? 4096 : 512; }
+constexpr int kDenseAhead = 512;  // of each row
 
 // Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
 constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }
@@ -149,54 +150,87 @@ void fp8_panels(const PanelSet& set, const void* const* x, float* out) {
             for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + (q * T + t) * kPanelRows, v, y[q][t][v]);
 }
 
-// Plain rows times float activations: vectors run along the columns, so nothing needs repacking.
+// Plain rows times float activations: vectors run along the columns, so nothing needs repacking. Two vectors at
+// a time: of bf16 the even and the odd columns, which takes one instruction each; of other kinds one after the other.
 template <int Kind>
-ALWAYS_INLINE F32 load_dense(const uint8_t* row, int64_t c) {
-    if constexpr (Kind == 0) return load_bf16(row + 2 * c);
-    else if constexpr (Kind == 1) return load_half(row + 2 * c);
-    else return load_float(reinterpret_cast<const float*>(row) + c);
+ALWAYS_INLINE void load_dense(const uint8_t* row, F32 (&w)[2]) {
+    for (int k = 0; k < 2; ++k)
+        if constexpr (Kind == 1) w[k] = load_half(row + 2 * k * kLanes);
+        else w[k] = load_float(reinterpret_cast<const float*>(row) + k * kLanes);
+}
+template <>
+ALWAYS_INLINE void load_dense<0>(const uint8_t* row, F32 (&w)[2]) {
+    load_bf16_pairs(row, w);
 }
 
-template <int Kind, int T>
-void dense_row(const uint8_t* row, int64_t cols, const float* x, float* out, int64_t out_stride) {
-    constexpr int kStep = 4 * kLanes, kSize = Kind == 2 ? 4 : 2;
-    F32 sums[T][2];
-    for (int t = 0; t < T; ++t) sums[t][0] = sums[t][1] = zero();
-    const int64_t whole = cols / kStep * kStep;
-    for (int64_t c = 0; c < whole; c += kStep) {
-        prefetch(row + kSize * c + prefetch_bytes(1));
-        UNROLL for (int k = 0; k < 4; ++k) {
-            const F32 w = load_dense<Kind>(row, c + k * kLanes);
-            for (int t = 0; t < T; ++t)
-                sums[t][k & 1] = fma(w, load_float(x + t * cols + c + k * kLanes), sums[t][k & 1]);
-        }
-    }
-    if (whole < cols) {  // the last columns, padded with zeros
-        alignas(64) uint8_t tail[kStep * kSize] = {};
-        alignas(64) float tail_x[kStep] = {};
-        __builtin_memcpy(tail, row + kSize * whole, static_cast<size_t>(kSize * (cols - whole)));
+// R rows, `apart` from one another, and T tokens at a time. The vectors of a row's sum are added up in one order
+// whatever R and T are, so that a token gets the same bits in any company.
+template <int Kind, int R, int T>
+void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float* x, float* out, int64_t out_stride) {
+    constexpr int kSize = Kind == 2 ? 4 : 2, kStep = 2 * kLanes;
+    const int64_t row_bytes = kSize * cols * apart;
+    F32 sums[R][T];
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) sums[r][t] = zero();
+    const auto add_columns = [&](const uint8_t* w, int64_t w_apart, const float* xs, int64_t x_apart) {
+        F32 values[T][2];
         for (int t = 0; t < T; ++t) {
-            __builtin_memcpy(tail_x, x + t * cols + whole, sizeof(float) * static_cast<size_t>(cols - whole));
-            for (int k = 0; k < 4; ++k)
-                sums[t][k & 1] = fma(load_dense<Kind>(tail, k * kLanes), load_float(tail_x + k * kLanes), sums[t][k & 1]);
+            if constexpr (Kind == 0) load_pairs(xs + t * x_apart, values[t]);
+            else load_dense<2>(reinterpret_cast<const uint8_t*>(xs + t * x_apart), values[t]);
         }
+        for (int r = 0; r < R; ++r) {
+            F32 row[2];
+            load_dense<Kind>(w + r * w_apart, row);
+            for (int k = 0; k < 2; ++k)
+                for (int t = 0; t < T; ++t) sums[r][t] = fma(row[k], values[t][k], sums[r][t]);
+        }
+    };
+    int64_t c = 0;
+    for (; c + kStep <= cols; c += kStep) {
+        for (int r = 0; r < R; ++r)
+            for (int k = 0; k < kStep * kSize; k += 64) prefetch(weight + r * row_bytes + kSize * c + kDenseAhead + k);
+        add_columns(weight + kSize * c, row_bytes, x + c, cols);
     }
-    for (int t = 0; t < T; ++t) out[t * out_stride] = reduce(add(sums[t][0], sums[t][1]));
+    if (c < cols) {  // the last columns, padded with zeros
+        const size_t left = static_cast<size_t>(cols - c);
+        alignas(64) uint8_t tail[R][kStep * kSize] = {};
+        alignas(64) float tail_x[T][kStep] = {};
+        for (int r = 0; r < R; ++r) __builtin_memcpy(tail[r], weight + r * row_bytes + kSize * c, kSize * left);
+        for (int t = 0; t < T; ++t) __builtin_memcpy(tail_x[t], x + t * cols + c, sizeof(float) * left);
+        add_columns(tail[0], kStep * kSize, tail_x[0], kStep);
+    }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < T; ++t) out[t * out_stride + r * apart] = reduce(sums[r][t]);
 }
 
-template <int Kind>
-void dense_tokens(const uint8_t* row, int64_t cols, const float* x, int64_t tokens, float* out, int64_t out_stride) {
+template <int Kind, int R>
+void dense_tokens(const uint8_t* rows, int64_t apart, int64_t cols, const float* x, int64_t tokens, float* out,
+                  int64_t stride) {
+    constexpr int T = kDenseTokens;
     int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4) dense_row<Kind, 4>(row, cols, x + t * cols, out + t * out_stride, out_stride);
-    for (; t < tokens; ++t) dense_row<Kind, 1>(row, cols, x + t * cols, out + t * out_stride, out_stride);
+    for (; t + T <= tokens; t += T) dense_block<Kind, R, T>(rows, apart, cols, x + t * cols, out + t * stride, stride);
+    for (; t < tokens; ++t) dense_block<Kind, R, 1>(rows, apart, cols, x + t * cols, out + t * stride, stride);
 }
 
-void dense_rows(const void* row, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
+// Rows that are multiplied together are far apart: each is part of a run that goes on with the row behind it, long
+// enough for the processor to foresee. Rows side by side would be as many runs that end every few kilobytes.
+template <int Kind>
+void dense_rows_of(const uint8_t* rows, int64_t n, int64_t cols, const float* x, int64_t tokens, float* out,
+                   int64_t stride) {
+    constexpr int64_t R = kDenseRows, kSize = Kind == 2 ? 4 : 2;
+    const int64_t run = n / R;
+    for (int64_t r = 0; r < run; ++r)
+        dense_tokens<Kind, R>(rows + r * cols * kSize, run, cols, x, tokens, out + r, stride);
+    for (int64_t r = run * R; r < n; ++r)
+        dense_tokens<Kind, 1>(rows + r * cols * kSize, 1, cols, x, tokens, out + r, stride);
+}
+
+void dense_rows(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
                 int64_t out_stride) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(row);
-    if (kind == 0) dense_tokens<0>(bytes, cols, x, tokens, out, out_stride);
-    else if (kind == 1) dense_tokens<1>(bytes, cols, x, tokens, out, out_stride);
-    else dense_tokens<2>(bytes, cols, x, tokens, out, out_stride);
+    const uint8_t* bytes = static_cast<const uint8_t*>(rows);
+    if (kind == 0) dense_rows_of<0>(bytes, n, cols, x, tokens, out, out_stride);
+    else if (kind == 1) dense_rows_of<1>(bytes, n, cols, x, tokens, out, out_stride);
+    else dense_rows_of<2>(bytes, n, cols, x, tokens, out, out_stride);
 }
 
 // One row of e4m3 codes with a scale per 32 columns as floats.
@@ -213,6 +247,22 @@ void fp8_row(const uint8_t* codes, const void* scales, bool float_scales, int64_
             __builtin_memcpy(out + c, values, sizeof(float) * static_cast<size_t>(cols - c));
         }
     }
+}
+
+// Reads whole rows in the order named, a multiple of eight bytes each; nothing but their sum comes of it.
+uint64_t read_rows(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n) {
+    constexpr int64_t kAhead = 16;
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        if (i + kAhead < n)
+            for (int64_t k = 0; k < row_bytes; k += 64) prefetch(bytes + rows[i + kAhead] * row_bytes + k);
+        for (int64_t k = 0; k + 8 <= row_bytes; k += 8) {
+            uint64_t word;
+            __builtin_memcpy(&word, bytes + rows[i] * row_bytes + k, 8);
+            sum += word;
+        }
+    }
+    return sum;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ constexpr int kLanes = 8;
 constexpr int kSumRegisters = 12;  // that can hold sums
 constexpr int kMostSums = 8;       // of a row, in one kernel: digits x tokens
 constexpr int kMostFp8Tokens = 4;
+constexpr int kDenseRows = 4, kDenseTokens = 2;  // plain rows and tokens, multiplied together
 using I32 = __m256i;
 using F32 = __m256;
 using Bytes = __m256i;  // four unsigned codes of each of eight rows
@@ -82,6 +83,18 @@ ALWAYS_INLINE F32 load_half(const uint8_t* p) {
 ALWAYS_INLINE F32 load_bf16(const uint8_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+// Twice eight columns: the even ones and the odd ones.
+ALWAYS_INLINE void load_bf16_pairs(const uint8_t* p, F32 (&w)[2]) {
+    const I32 v = load_bytes(p);
+    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+    w[1] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(-65536)));
+}
+ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
+    const F32 a = load_float(p), b = load_float(p + 8);
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    x[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+    x[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

@@ -5,6 +5,7 @@ constexpr int kLanes = 16;
 constexpr int kSumRegisters = 24;  // that can hold sums
 constexpr int kMostSums = 16;      // of a row, in one kernel: digits x tokens
 constexpr int kMostFp8Tokens = 4;
+constexpr int kDenseRows = 4, kDenseTokens = 4;  // plain rows and tokens, multiplied together
 using I32 = __m512i;
 using F32 = __m512;
 using Bytes = __m512i;  // four unsigned codes of each of sixteen rows
@@ -58,6 +59,18 @@ ALWAYS_INLINE F32 load_half(const uint8_t* p) {
 ALWAYS_INLINE F32 load_bf16(const uint8_t* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+// Twice sixteen columns: the even ones and the odd ones.
+ALWAYS_INLINE void load_bf16_pairs(const uint8_t* p, F32 (&w)[2]) {
+    const I32 v = _mm512_loadu_si512(p);
+    w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+    w[1] = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(-65536)));
+}
+ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
+    const I32 even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const F32 a = load_float(p), b = load_float(p + 16);
+    x[0] = _mm512_permutex2var_ps(a, even, b);
+    x[1] = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -9,6 +9,7 @@ constexpr int kLanes = 16;
 constexpr int kSumRegisters = 1;  // that can hold sums
 constexpr int kMostSums = 6;      // of a row, in one kernel: digits x tokens
 constexpr int kMostFp8Tokens = 1;
+constexpr int kDenseRows = 1, kDenseTokens = 4;  // plain rows and tokens, multiplied together
 
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef uint32_t U32 __attribute__((vector_size(64)));
@@ -108,6 +109,17 @@ ALWAYS_INLINE U32 load_words(const uint8_t* p) { return __builtin_convertvector(
 ALWAYS_INLINE U32 load_octets(const uint8_t* p) { return __builtin_convertvector(load_as<Octets>(p), U32); }
 ALWAYS_INLINE F32 load_half(const uint8_t* p) { return half_to_float(load_words(p)); }
 ALWAYS_INLINE F32 load_bf16(const uint8_t* p) { return reinterpret_cast<F32>(load_words(p) << 16); }
+// Twice sixteen columns: the even ones and the odd ones.
+ALWAYS_INLINE void load_bf16_pairs(const uint8_t* p, F32 (&w)[2]) {
+    const U32 v = load_bytes(p);
+    w[0] = reinterpret_cast<F32>(v << 16);
+    w[1] = reinterpret_cast<F32>(v & splat_bits(0xffff0000u));
+}
+ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
+    const F32 a = load_float(p), b = load_float(p + 16);
+    x[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    x[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) { return __builtin_convertvector(load_as<SignedOctets>(p), F32); }
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
