@@ -31,7 +31,7 @@ pytestmark = pytest.mark.parametrize("level", LEVELS)
 
 
 def gguf_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
-    """Random codes under scales that are plain numbers; the block's last or first two bytes hold its scale."""
+    """Random codes under scales that are plain numbers, which lie first or last in a block."""
     torch.manual_seed(rows + cols)
     codes = torch.randint(0, 256, (rows, format_.bytes_for(1, cols)), dtype=torch.uint8)
     blocks = codes.view(rows, cols // format_.tile_cols, -1)

@@ -1,0 +1,59 @@
+"""Many tokens: arithmetic speed of packed products against torch's own matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from quant.bench.decode import HIDDEN, WIDTH, Both
+from quant.bench.timing import Case, Figure, take_turns
+from quant.fp8 import FP8_32
+from quant.kernels import Weight
+from quant.mxfp4 import MXFP4
+from quant.packed import PackedTensor
+
+TOKENS = (64, 512)
+# Exact activations are float32, so float32 products are their equal; int8 ones compete with bfloat16.
+EQUALS = {"exact": "torch_fp32", "int8": "torch_bf16"}
+
+
+def measure_prefill(both: Both, turns: int, target: float) -> list[Figure]:
+    """GFLOP/s of an FP4 product `[tokens, 5120] x [5120, 2304]` and of others; ratios to torch's."""
+    stored = MXFP4.encode(torch.randn(WIDTH, HIDDEN) / HIDDEN**0.5)
+    fp8 = both.modes["exact"].prepare(FP8_32.encode(torch.randn(WIDTH, HIDDEN)))
+    figures, lowest = [], []
+    for tokens in TOKENS:
+        rates = take_turns(_cases(both, tokens, stored, fp8), turns)
+        figures += [
+            Figure(f"prefill_{tokens}_{case}", rates.median(case) / 1e9, "GFLOP/s") for case in rates.per_turn
+        ]
+        for mode, equal in EQUALS.items():
+            name, suffix = f"fp4_prefill_{tokens}_vs", both.suffix(mode)
+            figures += [
+                Figure(f"{name}_{other}{suffix}", rates.ratio(f"fp4_{mode}", other), "ratio")
+                for other in EQUALS.values()
+            ]
+            faster = rates.ratio(f"fp4_{mode}", "dequantised")
+            figures.append(Figure(f"{name}_dequantised{suffix}", faster, "ratio", 1.0))
+            if mode == both.default:
+                lowest.append(rates.ratio(f"fp4_{mode}", equal))
+    return [*figures, Figure("fp4_prefill_flops_ratio", min(lowest), "ratio", target)]
+
+
+def _cases(both: Both, tokens: int, stored: PackedTensor, fp8: Weight) -> list[Case]:
+    kernels = both.modes["exact"]
+    fp4, plain = kernels.prepare(stored), stored.decode()
+    half = plain.bfloat16()
+    x = torch.randn(tokens, HIDDEN)
+    x_half = x.bfloat16()
+    work = 2.0 * tokens * WIDTH * HIDDEN
+    cases = [
+        Case("torch_fp32", work, lambda _: F.linear(x, plain)),
+        Case("torch_bf16", work, lambda _: F.linear(x_half, half)),
+        Case("dequantised", work, lambda _: F.linear(x_half, stored.decode(torch.bfloat16))),
+        Case("fp8", work, lambda _: kernels.linear(x, fp8)),
+        Case("bf16", work, lambda _: kernels.linear(x, half)),
+    ]
+    for mode, own in both.modes.items():
+        cases.append(Case(f"fp4_{mode}", work, lambda _, own=own: own.linear(x, fp4)))  # type: ignore[misc]
+    return cases

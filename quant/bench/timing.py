@@ -1,0 +1,70 @@
+"""Fair timing on a machine that others use as well.
+
+The memory bandwidth of a shared machine may double or halve within seconds. So cases that are compared take
+turns, each a few milliseconds at a time, and a ratio is the median of the ratios of the turns.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# Threads of another library's pool spin for a while after their work; they must not take the next one's time.
+SETTLE_S = 0.005
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to time: `run(turn)` does `work` (bytes, operations, rows) where that turn is due."""
+
+    name: str
+    work: float
+    run: Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Work per second of each case in each turn."""
+
+    per_turn: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Work per second of a case."""
+        return statistics.median(self.per_turn[name])
+
+    def ratio(self, name: str, to: str) -> float:
+        """How fast a case is in units of another, turn by turn."""
+        pairs = zip(self.per_turn[name], self.per_turn[to], strict=True)
+        return statistics.median(rate / other for rate, other in pairs)
+
+
+def take_turns(cases: Sequence[Case], turns: int) -> Rates:
+    """Time the cases one after the other, `turns` times after a first that is not counted."""
+    rates: dict[str, list[float]] = {case.name: [] for case in cases}
+    for turn in range(turns + 1):
+        for place in range(len(cases)):
+            case = cases[(turn + place) % len(cases)]  # nobody always comes after the same neighbour
+            time.sleep(SETTLE_S)
+            start = time.perf_counter()
+            case.run(turn)
+            taken = time.perf_counter() - start
+            if turn:
+                rates[case.name].append(case.work / taken)
+    return Rates(rates)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One result: `target` is what was promised, at least; None where nothing was."""
+
+    name: str
+    value: float
+    unit: str
+    target: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the promise was kept."""
+        return None if self.target is None else self.value >= self.target
