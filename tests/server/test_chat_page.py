@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import Literal
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from server.chat_page import PAGE_PATHS
@@ -158,6 +160,33 @@ def test_settings_reach_the_server(page: Page) -> None:
     assert body["max_completion_tokens"] == 3
     assert body["temperature"] == 0
     expect(page.locator(".figures")).to_contain_text("3 tokens")
+
+
+@needs_chromium
+def test_reasoning_is_folded_until_it_is_opened(page: Page) -> None:
+    page.evaluate(LIMITED.replace("{", "{reasoning_effort: 'high', "))
+    page.reload()
+    expect(page.locator("#model")).to_have_text(TINY.name)
+    say(page, "Hello")
+
+    thoughts = page.locator(".reasoning > .text")
+    expect(thoughts).not_to_be_empty()
+    expect(thoughts).not_to_be_visible()
+    page.get_by_text("Thoughts").click()
+    expect(thoughts).to_be_visible()
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_hinders_who_sees_or_types_otherwise(page: Page, scheme: Literal["light", "dark"]) -> None:
+    page.emulate_media(color_scheme=scheme)
+    say(page, "Hello")
+    on_page = Axe().run(page)
+    page.get_by_role("button", name="Settings").click()
+    in_settings = Axe().run(page)
+
+    assert on_page.violations_count == 0, on_page.generate_report()
+    assert in_settings.violations_count == 0, in_settings.generate_report()
 
 
 @needs_chromium
