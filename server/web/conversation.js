@@ -54,7 +54,7 @@ export class Conversation {
     this.#abort = abort;
     this.#hooks.onBusy(true);
     const answer = this.#newAnswer();
-    const body = settings.request(this.#turns.map(({ role, content }) => ({ role, content })));
+    const body = settings.request(this.#answered().map(({ role, content }) => ({ role, content })));
     const turn = { role: "assistant", content: "", reasoning: "", note: "", tokens: null };
     try {
       for await (const piece of chat(body, settings.apiKey(), abort.signal)) {
@@ -81,6 +81,11 @@ export class Conversation {
     }
     this.#hooks.onBusy(false);
     if (!isGone) this.#hooks.onSaid(answer.text.innerText || turn.note);
+  }
+
+  /** The turns without questions that got no answer: templates want roles to alternate. */
+  #answered() {
+    return this.#turns.filter((turn, i, all) => turn.role !== "user" || all[i + 1]?.role !== "user");
   }
 
   #newAnswer() {
