@@ -24,7 +24,6 @@ DEPLOY = ROOT / "deploy"
 RULES = DEPLOY / "prometheus" / "rules.yml"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "loci.json").read_text())
 KEY = "a-key-for-tests"
-SHOWS_KEY = {"Authorization": f"Bearer {KEY}"}
 # A program that comes with a Python package, beside the interpreter.
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 EXPRESSIONS = [
@@ -89,6 +88,7 @@ def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
     arguments = [TINY, "--dram-budget", "1.6MB", "--devices", devices, "--api-key", KEY]
     server = LociServer(tmp_path_factory.mktemp("busy"), arguments)
+    server.headers = {"Authorization": f"Bearer {KEY}"}
     try:
         yield server.await_ready()
     finally:
@@ -149,19 +149,13 @@ def work(server: LociServer) -> None:
     for text in ("Hello there", "Hello there, again", "Something else altogether"):
         body = {"model": TINY.name, "prompt": text, "max_tokens": 24, "ignore_eos": True}
         httpx.post(
-            f"{server.url}/v1/completions", json=body, headers=SHOWS_KEY, timeout=60
+            f"{server.url}/v1/completions", json=body, headers=server.headers, timeout=60
         ).raise_for_status()
-
-
-def exported(server: LociServer) -> dict[str, float]:
-    """The metrics without labels that the server has now."""
-    page = httpx.get(f"{server.url}/metrics", headers=SHOWS_KEY).text
-    return {name: float(value) for name, value in re.findall(r"^(loci_\w+) (\S+)$", page, re.MULTILINE)}
 
 
 def saw_all_work(client: httpx.Client, server: LociServer) -> bool:
     seen = ask(client, "sum(loci_generated_tokens_total)")
-    return bool(seen) and float(seen[0]["value"][1]) == exported(server)["loci_generated_tokens_total"]
+    return bool(seen) and float(seen[0]["value"][1]) == server.metric("loci_generated_tokens_total")
 
 
 def ask(client: httpx.Client, expression: str) -> list[dict[str, Any]]:
@@ -193,7 +187,7 @@ def test_every_rule_can_be_evaluated(prometheus: httpx.Client) -> None:
 
 
 def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) -> None:
-    page = httpx.get(f"{busy_server.url}/metrics", headers=SHOWS_KEY).text
+    page = httpx.get(f"{busy_server.url}/metrics", headers=busy_server.headers).text
     known = set()
     for name, kind in re.findall(r"^# TYPE (\S+) (\w+)$", page, re.MULTILINE):
         known |= {f"{name}_bucket"} if kind == "histogram" else {name}

@@ -103,6 +103,7 @@ class LociServer:
             cwd=ROOT,
             env=environment(**variables),
         )
+        self.headers: dict[str, str] = {}  # what its metrics want, where it has keys
         self._url = ""
 
     @property
@@ -127,7 +128,7 @@ class LociServer:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sample of this name with (at least) these labels; 0 where there is none."""
-        page = httpx.get(f"{self.url}/metrics").text
+        page = httpx.get(f"{self.url}/metrics", headers=self.headers).text
         return sum(
             sample.value
             for family in text_string_to_metric_families(page)
