@@ -18,6 +18,9 @@ log = logging.getLogger("loci")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
+# A line that clients ignore. Proxies give up on a silent connection, and a long prompt is read for minutes.
+KEEP_ALIVE = b": still here\n\n"
+KEEP_ALIVE_S = 15.0
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it; nobody is there to read it
 
 
@@ -62,9 +65,22 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
+        is_silent = True
+
         async def put(body: bytes) -> None:
+            nonlocal is_silent
+            is_silent = False
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
+        async def keep_alive() -> None:
+            nonlocal is_silent
+            while True:
+                await asyncio.sleep(KEEP_ALIVE_S)
+                if is_silent:
+                    await put(KEEP_ALIVE)
+                is_silent = True
+
+        beat = asyncio.ensure_future(keep_alive())
         try:
             async for event in self._events:
                 await put(frame(event))
@@ -75,6 +91,8 @@ class EventStream(Response):
             request_id = scope["state"]["request_id"]
             log.exception("%s: a stream failed", request_id)
             await put(frame(self._failure(internal(request_id))))
+        finally:
+            beat.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
