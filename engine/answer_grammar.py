@@ -65,16 +65,22 @@ def answer_grammar(
     else:
         assert style.calls is not None
         body = f"({content or writer.text_without(style.calls.begin)} | {calls})"
-    thinking = writer.text_before(END_THINK)
     match style.reasoning:
         case Reasoning.OPEN:
-            return writer.finished(f"{thinking} {body}")
+            return writer.finished(f"{writer.text_before(END_THINK)} {body}")
         case Reasoning.POSSIBLE:
-            return writer.finished(f"({writer.literal(THINK)} {thinking})? {body}")
+            thinking = f"{writer.literal(THINK)} {writer.text_before(END_THINK)}"
+            return writer.finished(f"({thinking})? {body}")
     return writer.finished(f"{body}")
 
 
-def offered_tools(request: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def must_call(request: Mapping[str, Any]) -> bool:
+    """Whether the answer has to be a tool call."""
+    choice = request.get("tool_choice")
+    return choice == "required" or isinstance(choice, Mapping)
+
+
+def _offered_tools(request: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The tools that an answer may call."""
     tools, choice = request.get("tools") or (), request.get("tool_choice")
     if choice == "none":
@@ -82,12 +88,6 @@ def offered_tools(request: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     if isinstance(choice, Mapping):
         return [tool for tool in tools if tool["function"]["name"] == choice["function"]["name"]]
     return list(tools)
-
-
-def must_call(request: Mapping[str, Any]) -> bool:
-    """Whether the answer has to be a tool call."""
-    choice = request.get("tool_choice")
-    return choice == "required" or isinstance(choice, Mapping)
 
 
 def _content(writer: GrammarWriter, request: Mapping[str, Any]) -> str | None:
@@ -118,7 +118,7 @@ def _content(writer: GrammarWriter, request: Mapping[str, Any]) -> str | None:
 def _calls(
     writer: GrammarWriter, request: Mapping[str, Any], style: AnswerStyle, content_is_bound: bool
 ) -> str | None:
-    tools = offered_tools(request)
+    tools = _offered_tools(request)
     if not tools or style.calls is None:
         return None
     must = must_call(request)

@@ -20,14 +20,14 @@ from engine.grammar import MAX_BYTES, Grammar
 from engine.tokenizer import Tokenizer
 from quant.errors import CapacityError, RequestError
 
-KEPT = 64  # compiled grammars
+KEPT = 32  # compiled grammars, each of some kB; hostile ones some dozen MB
 MAX_COMPILING = 16  # at once, most of them waiting for a thread
 MASK_THREADS = 2
 COMPILE_THREADS = 2
 
-# The library counts its work and gives up at these limits: a hostile grammar costs a second, not an hour.
+# The library counts its work and gives up at these limits: a hostile grammar costs seconds, not hours.
 LIMITS = llguidance.LLParserLimits(
-    max_grammar_size=100_000, max_lexer_states=50_000, step_max_items=20_000, verbose_errors=False
+    max_grammar_size=100_000, max_lexer_states=20_000, step_max_items=20_000, verbose_errors=False
 )
 
 
