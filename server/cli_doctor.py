@@ -133,7 +133,8 @@ def _kernels() -> Iterator[Finding]:
     if _version("torch") is not None:
         from quant.kernels import choose
 
-        yield Finding("kernels", choose().name)
+        kernels = choose()
+        yield Finding("kernels", f"{kernels.name}: {kernels.describe()}")
 
 
 def _embedded_models() -> Iterator[Finding]:

@@ -184,6 +184,7 @@ def measure_others(arena: Arena, both: Both, turns: int) -> list[Figure]:
         for mode, kernels in both.modes.items()
     ]
     cases.append(Case("int4pack", each, _int4pack(len(half.bytes), each)))
+    cases.append(Case("bitsandbytes", 1, _bitsandbytes()))
     opened, llama = [], []
     try:
         for type_ in TYPES:
@@ -201,7 +202,10 @@ def measure_others(arena: Arena, both: Both, turns: int) -> list[Figure]:
 
 def _side_by_side(rates: Rates, both: Both, llama: Sequence[str]) -> list[Figure]:
     us = {name: 1e6 / rates.median(name) for name in rates.per_turn}
-    figures = [Figure("int4pack_gemv", us["int4pack"], "us")]
+    figures = [
+        Figure("int4pack_gemv", us["int4pack"], "us"),
+        Figure("bitsandbytes_nf4_gemv", us["bitsandbytes"], "us"),
+    ]
     for mode in both.modes:
         promised = 1.0 if mode == both.default else None
         suffix = both.suffix(mode)
@@ -247,6 +251,21 @@ def _int4pack(nbytes: int, each: int) -> Callable[[int], None]:
     def run(turn: int) -> None:
         for weight, scale in due(matrices, each, turn):
             torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, INT4PACK_GROUP, scale)
+
+    return run
+
+
+def _bitsandbytes() -> Callable[[int], None]:
+    """bitsandbytes' product with an NF4 matrix on the CPU, bfloat16 activations."""
+    import bitsandbytes  # takes seconds to import
+
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(WIDTH, HIDDEN).bfloat16(), blocksize=NF4.tile_cols, quant_type="nf4"
+    )
+    x = torch.randn(1, HIDDEN).bfloat16()
+
+    def run(_turn: int) -> None:
+        bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)  # type: ignore[attr-defined]
 
     return run
 

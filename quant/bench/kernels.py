@@ -9,7 +9,7 @@ from quant.bench.arena import Arena
 from quant.bench.decode import TURN_BYTES, Both, measure_decode, measure_others
 from quant.bench.prefill import measure_prefill
 from quant.bench.rows import measure_rows
-from quant.bench.timing import Figure
+from quant.bench.timing import Figure, Neighbours
 from quant.errors import ConfigError
 from quant.kernels import choose
 from quant.kernels.native import NativeKernels
@@ -42,9 +42,11 @@ def measure_kernels(effort: Effort) -> Iterator[tuple[str, list[Figure]]]:
     if effort.arena_bytes < LEAST_BYTES:
         raise ConfigError(f"{LEAST_BYTES >> 20} MiB of memory at least are needed; free some")
     both = Both({mode: NativeKernels(mode, kernels.level) for mode in ("exact", "int8")}, kernels.activations)
+    neighbours = Neighbours()
     arena = Arena(effort.arena_bytes, kernels)
     target = READ_TARGETS[kernels.level]
     yield "one token", measure_decode(arena, both, effort.turns, target, READ_TARGET_OTHERS)
     yield "one token, beside others", measure_others(arena, both, effort.turns)
     yield "many tokens", measure_prefill(both, effort.prefill_turns, FLOPS_TARGET)
     yield "Engram rows", measure_rows(arena, kernels, effort.turns)
+    yield "meanwhile", [Figure("cores_busy_elsewhere", neighbours.cores(), "cores")]

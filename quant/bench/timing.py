@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import psutil
+
 # Threads of another library's pool spin for a while after their work; they must not take the next one's time.
 SETTLE_S = 0.005
 
@@ -53,6 +55,22 @@ def take_turns(cases: Sequence[Case], turns: int) -> Rates:
             if turn:
                 rates[case.name].append(case.work / taken)
     return Rates(rates)
+
+
+class Neighbours:
+    """How many cores other processes kept busy since this was made: what to doubt the figures by."""
+
+    def __init__(self) -> None:
+        self._start, self._others = time.perf_counter(), self._others_s()
+
+    def cores(self) -> float:
+        """Cores in use elsewhere, on average."""
+        return max(0.0, self._others_s() - self._others) / (time.perf_counter() - self._start)
+
+    def _others_s(self) -> float:
+        machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = sum(getattr(machine, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
+        return float(busy - own.user - own.system)
 
 
 @dataclass(frozen=True)

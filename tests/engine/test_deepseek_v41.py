@@ -191,6 +191,20 @@ def test_the_chosen_kernels_match_as_the_plain_ones_do(name: str) -> None:
     assert_close(torch.cat(stepwise), golden.logits[:130])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_chosen_kernels_continue_greedily_as_the_reference_does(name: str) -> None:
+    golden = load_golden(name)
+    expected = golden.expected["greedy_ids"].tolist()
+    checkpoint = open_safetensors(golden_path(name))
+    model = family_of(checkpoint).load(checkpoint, choose(), PLENTY)
+    cache = model.new_cache(1, len(golden.ids) + len(expected))
+    found = [int(model.forward(Batch.of([(0, 0, golden.ids)]), cache).argmax())]
+    while len(found) < len(expected):
+        logits = model.forward(Batch.of([(0, cache.length(0), found[-1:])]), cache)
+        found.append(int(logits.argmax()))
+    assert found == expected
+
+
 def test_dense_weights_that_do_not_fit_are_refused() -> None:
     checkpoint = open_safetensors(golden_path("v41-c"))
     with pytest.raises(BudgetError, match="the weights that every token uses need"):

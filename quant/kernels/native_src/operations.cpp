@@ -91,6 +91,12 @@ class Panels {
         set.scales[set.count] = scales(panel);
         ++set.count;
     }
+    // Asks for the beginning of a panel that will be multiplied soon, but does not follow the one before in memory.
+    void announce(int64_t panel) const {
+        constexpr int64_t kAhead = 1024;
+        if (!m_.tiled) return;
+        for (int64_t k = 0; k < std::min(kAhead, bytes_); k += 64) __builtin_prefetch(m_.codes + panel * bytes_ + k);
+    }
 
   private:
     const uint8_t* tiled_copy(int64_t panel, int place) const {
@@ -134,27 +140,39 @@ int64_t panels_per_turn(int64_t panels, int threads) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The panels of a turn lie far apart, those of the next turn behind each of them: so each is part of a run that goes
+// on from turn to turn, long enough for the processor to foresee.
+struct Turns {
+    int64_t panels, count;
+    Turns(int64_t all, int64_t per_turn) : panels(all), count(divide_up(all, per_turn)) {}
+    template <class F>
+    void each_panel(int64_t turn, const F& visit) const {
+        int place = 0;
+        for (int64_t p = turn; p < panels; p += count) visit(place++, p);
+    }
+};
+
 }  // namespace
 
 void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, float* out) {
     const Panels panels(m);
     const Activations a = prepare(team, m.format, x, tokens, m.cols, caller_x);
     const int threads = panels.count() * panels.bytes() * tokens < kWorthSharing ? 1 : team.threads;
-    const int64_t per_turn = panels_per_turn(panels.count(), threads);
-    parallel_for(divide_up(panels.count(), per_turn), threads, [&](int64_t turn) {
+    const Turns turns(panels.count(), panels_per_turn(panels.count(), threads));
+    parallel_for(turns.count, threads, [&](int64_t turn) {
         PanelSet set{m.cols};
-        const int64_t first = turn * per_turn, end = std::min(panels.count(), first + per_turn);
-        for (int64_t p = first; p < end; ++p) panels.add_to(set, p);
+        turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
         for (int64_t t = 0; t < tokens; t += kMaxTokens) {
             const int64_t n = std::min(kMaxTokens, tokens - t);
             const void* xs[kMaxTokens];
             float y[kMostPanels * kMaxTokens][kPanelRows];
             for (int64_t i = 0; i < n; ++i) xs[i] = a.token(t + i);
             multiply(team, m.format, set, xs, n, y[0]);
-            for (int64_t p = first; p < end; ++p)
+            turns.each_panel(turn, [&](int q, int64_t p) {
                 for (int64_t i = 0; i < n; ++i)
-                    std::memcpy(out + (t + i) * m.rows + p * kPanelRows, y[(p - first) * n + i],
+                    std::memcpy(out + (t + i) * m.rows + p * kPanelRows, y[q * n + i],
                                 static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
+            });
         }
     });
 }
@@ -210,52 +228,59 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
 
     // Gate and up: two panels of each at a time; a panel of both gives a block of h.
     static_assert(kPanelRows == kBlock);
-    const int64_t h_panels = divide_up(width, kPanelRows), h_turns = divide_up(h_panels, 2);
-    parallel_for(call.used * h_turns, team.threads, [&](int64_t item) {
-        const int64_t e = item / h_turns, first = item % h_turns * 2, end = std::min(h_panels, first + 2);
+    const Turns h_turns(divide_up(width, kPanelRows), 2);
+    parallel_for(call.used * h_turns.count, team.threads, [&](int64_t item) {
+        const int64_t e = item / h_turns.count, turn = item % h_turns.count;
         PanelSet set{hidden};
         for (int side = 0; side < 2; ++side)
-            for (int64_t p = first; p < end; ++p) Panels(call.experts[3 * e + side]).add_to(set, p);
+            h_turns.each_panel(turn, [&](int, int64_t p) { Panels(call.experts[3 * e + side]).add_to(set, p); });
         for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
             const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
             const void* xs[kMaxTokens];
             for (int64_t k = 0; k < n; ++k) xs[k] = a.token(pairs.at(i + k) / call.top_k);
             float y[kMostPanels * kMaxTokens][kPanelRows];
             multiply(team, up_shape.format, set, xs, n, y[0]);
-            for (int64_t p = first; p < end; ++p)
+            h_turns.each_panel(turn, [&](int q, int64_t p) {
                 for (int64_t k = 0; k < n; ++k) {
                     float block[kBlock];
-                    const float *gate = y[(p - first) * n + k], *up = y[(end - first + p - first) * n + k];
+                    const float *gate = y[q * n + k], *up = y[(set.count / 2 + q) * n + k];
                     team.level.swiglu(gate, up, call.limit, kBlock, block);
                     const int64_t columns = std::min(kBlock, width - p * kBlock);
                     write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
                 }
+            });
         }
     });
 
     // Down: each turn owns some rows of the result and adds the experts to them in order.
-    const int64_t y_panels = divide_up(hidden, kPanelRows), per_turn = panels_per_turn(y_panels, team.threads);
-    parallel_for(divide_up(y_panels, per_turn), team.threads, [&](int64_t turn) {
-        const int64_t first = turn * per_turn, end = std::min(y_panels, first + per_turn);
-        for (int64_t t = 0; t < call.tokens; ++t)
-            std::fill(out + t * hidden + first * kPanelRows, out + t * hidden + std::min(hidden, end * kPanelRows), 0.0f);
+    const int64_t y_panels = divide_up(hidden, kPanelRows);
+    const Turns y_turns(y_panels, panels_per_turn(y_panels, team.threads));
+    parallel_for(y_turns.count, team.threads, [&](int64_t turn) {
+        y_turns.each_panel(turn, [&](int, int64_t p) {
+            const int64_t rows = std::min(kPanelRows, hidden - p * kPanelRows);
+            for (int64_t t = 0; t < call.tokens; ++t) std::fill_n(out + t * hidden + p * kPanelRows, rows, 0.0f);
+        });
         for (int64_t e = 0; e < call.used; ++e) {
             const Panels panels(call.experts[3 * e + 2]);
             PanelSet set{width};
-            for (int64_t p = first; p < end; ++p) panels.add_to(set, p);
+            y_turns.each_panel(turn, [&](int, int64_t p) {
+                panels.add_to(set, p);
+                if (e + 1 < call.used) Panels(call.experts[3 * e + 5]).announce(p);
+            });
             for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
                 const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
                 const void* hs[kMaxTokens];
                 for (int64_t k = 0; k < n; ++k) hs[k] = h.token(i + k);
                 float y[kMostPanels * kMaxTokens][kPanelRows];
                 multiply(team, down_shape.format, set, hs, n, y[0]);
-                for (int64_t p = first; p < end; ++p)
+                y_turns.each_panel(turn, [&](int q, int64_t p) {
                     for (int64_t k = 0; k < n; ++k) {
                         const int64_t pair = pairs.at(i + k);
                         float* to = out + pair / call.top_k * hidden + p * kPanelRows;
-                        const float weight = call.weights[pair], *from = y[(p - first) * n + k];
+                        const float weight = call.weights[pair], *from = y[q * n + k];
                         for (int64_t r = 0; r < panels.rows_in(p); ++r) to[r] += weight * from[r];
                     }
+                });
             }
         }
     });
