@@ -33,8 +33,11 @@ def measure_prefill(both: Both, turns: int, target: float) -> list[Figure]:
                 Figure(f"{name}_{other}{suffix}", rates.ratio(f"fp4_{mode}", other), "ratio")
                 for other in EQUALS.values()
             ]
-            faster = rates.ratio(f"fp4_{mode}", "dequantised")
-            figures.append(Figure(f"{name}_dequantised{suffix}", faster, "ratio", 1.0))
+            for other in EQUALS.values():
+                dequantised = other.replace("torch", "dequantised")
+                faster = rates.ratio(f"fp4_{mode}", dequantised)
+                promised = 1.0 if other == equal else None
+                figures.append(Figure(f"{name}_{dequantised}{suffix}", faster, "ratio", promised))
             if mode == both.default:
                 lowest.append(rates.ratio(f"fp4_{mode}", equal))
     return [*figures, Figure("fp4_prefill_flops_ratio", min(lowest), "ratio", target)]
@@ -50,7 +53,8 @@ def _cases(both: Both, tokens: int, stored: PackedTensor, fp8: Weight) -> list[C
     cases = [
         Case("torch_fp32", work, lambda _: F.linear(x, plain)),
         Case("torch_bf16", work, lambda _: F.linear(x_half, half)),
-        Case("dequantised", work, lambda _: F.linear(x_half, stored.decode(torch.bfloat16))),
+        Case("dequantised_fp32", work, lambda _: F.linear(x, stored.decode())),
+        Case("dequantised_bf16", work, lambda _: F.linear(x_half, stored.decode(torch.bfloat16))),
         Case("fp8", work, lambda _: kernels.linear(x, fp8)),
         Case("bf16", work, lambda _: kernels.linear(x, half)),
     ]

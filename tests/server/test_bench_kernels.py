@@ -23,7 +23,7 @@ PROMISED = {
     "fp4_moe_demo_call",
     "fp4_gemv_vs_int4pack",
     "fp4_prefill_flops_ratio",
-    "fp4_prefill_64_vs_dequantised",
+    "fp4_prefill_64_vs_dequantised_fp32",
     "engram_rows_limit_ratio",
     "cores_busy_elsewhere",
 }
