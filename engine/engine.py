@@ -348,6 +348,8 @@ class Engine:
         if token < 0:
             raise LociError("the model computed what is not a number; the log of the server may say why")
         sequence.sampler.remember(token)
+        assert sequence.slot is not None
+        self.model.expect(self._cache, sequence.slot, token)
         self._generated_tokens += 1
         logprobs: list[TokenLogprob] = []
         if params.logprobs is not None:

@@ -173,6 +173,9 @@ class Model(ABC):
     def cache_bytes(self, slots: int, capacity: int) -> int:
         """Bytes that `new_cache` would allocate in host memory."""
 
+    def expect(self, cache: KvCache, slot: int, token: int) -> None:  # noqa: B027 - most need nothing ahead
+        """Told as soon as it is known that `token` goes on in `slot`, to ask for what its step will need."""
+
     @abstractmethod
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch.

@@ -11,12 +11,10 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from memory.checkpoint import TensorEntry
@@ -120,20 +118,19 @@ class DirectFiles:
             buffer = self._scratch.buffer = mmap.mmap(-1, nbytes)
         return buffer
 
-    def read_blocks(self, file: Path, blocks: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
-        """Blocks of `file` by number, `[n]` ascending -> uint8 `[n, BLOCK]`; many requests at once.
+    def descriptor(self, file: Path) -> int:
+        """The descriptor of an open file, for native readers; they must align what they read to blocks."""
+        return self._descriptors[file]
 
-        Neighbouring blocks are one request. A block that the file's end cuts is filled up with zeros.
+    def load(self, entry: TensorEntry) -> torch.Tensor:
+        """The raw bytes of a tensor of any size, uint8 `[nbytes]`, in memory of their own.
+
+        Raises CheckpointError where they cannot be read.
         """
-        buffer = mmap.mmap(-1, max(len(blocks), 1) * BLOCK)
-        view = memoryview(buffer)
-        breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
-        starts = [0, *breaks.tolist()] if len(blocks) else []
-        stops = [*breaks.tolist(), len(blocks)]
-        descriptor = self._descriptors[file]
-
-        def read(start: int, stop: int) -> None:
-            os.preadv(descriptor, [view[start * BLOCK : stop * BLOCK]], int(blocks[start]) * BLOCK)
-
-        list(pool.map(read, starts, stops))
-        return np.frombuffer(buffer, dtype=np.uint8).reshape(-1, BLOCK)[: len(blocks)]
+        part = coalesce([entry])[0]
+        buffer = mmap.mmap(-1, max(part.stop - part.start, BLOCK))  # page-aligned
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            buffer.madvise(mmap.MADV_HUGEPAGE)  # rows lie anywhere: fewer pages, fewer misses to find them
+        self._read_range(part, memoryview(buffer))
+        start = entry.offset - part.start
+        return torch.frombuffer(buffer, dtype=torch.uint8)[start : start + entry.nbytes]

@@ -1,30 +1,34 @@
 """The Engram store: rows of n-gram tables, asked for before they are needed.
 
 A table that fits into its share of the budget is held in DRAM as a whole. Of a larger one only hot rows
-are: the rest is read from disk, a few 4-KiB blocks for each look-up, many requests at once. Every look-up
-runs on the store's own thread; duplicates are looked up once.
+are, and the scales of all rows where they take no more than half of the share: a missing row then costs one
+read instead of two. Native threads look rows up: repeats once, many requests to the disk at a time, and
+into numbers, while the layers before compute.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
-import numpy as np
 import torch
 
 from memory.checkpoint import Checkpoint, TensorEntry
-from memory.disk import BLOCK, DirectFiles
+from memory.disk import DirectFiles
+from memory.engram_rows import HotRows, RowCounts, RowJob, RowServer, RowTable
 from memory.telemetry import Telemetry
-from memory.transfer import Link, Priority, Ticket
+from quant.errors import CheckpointError
 from quant.formats import Format
+from quant.fp8 import FP8_ROW
 from quant.kernels import Kernels
+from quant.kernels.library import LibraryMissingError
 from quant.packed import PackedTensor
 from quant.stored import unpack
 
-WAYS = 8  # rows that share a place in the cache of hot rows
-READERS = 16  # requests to the disk at once
+THREADS = 4  # look-ups at once; each keeps many requests to the disk under way
+LINK = "engram"  # the name of its bytes and stalls in Telemetry
 
 
 @dataclass(frozen=True)
@@ -37,153 +41,136 @@ class TableFiles:
     dim: int
 
     @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return self.codes.shape[0]
+
+    @property
     def code_bytes(self) -> int:
         """Bytes of a row's codes."""
-        return self.codes.nbytes // self.codes.shape[0]
+        return self.codes.nbytes // self.rows
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of a row's scales."""
-        return self.scales.nbytes // self.scales.shape[0]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row, codes and scales."""
-        return self.code_bytes + self.scale_bytes
-
-    def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedTensor:
-        """Rows from the raw bytes of their codes `[n, code_bytes]` and scales `[n, scale_bytes]`."""
-        shape = (codes.shape[0], self.dim)
-        return unpack(self.format, shape, codes.flatten(), scales.flatten(), self.scales.dtype)
+        return self.scales.nbytes // self.rows
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole table."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedTensor:
+        """Rows from the raw bytes of their codes `[n, code_bytes]` and scales `[n, scale_bytes]`."""
+        shape = (codes.shape[0], self.dim)
+        return unpack(self.format, shape, codes.flatten(), scales.flatten(), self.scales.dtype)
 
-class RowsTicket:
+
+class RowsTicket(Protocol):
     """The promise of a look-up."""
 
-    def __init__(self, ticket: Ticket, answer: list[torch.Tensor]) -> None:
-        self._ticket = ticket
-        self._answer = answer
+    def wait(self) -> torch.Tensor:
+        """The rows, `[n, dim]` float32; raises what the look-up raised."""
+        ...
+
+
+class ReadyRows:
+    """The answer to a look-up that took no time."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
 
     def wait(self) -> torch.Tensor:
-        """The rows, `[n, dim]` float32; waiting here counts as the store's stall."""
-        self._ticket.wait()
-        return self._answer[0]
+        return self._rows
 
 
-class HotRows:
-    """A set-associative cache of packed rows: `sets * WAYS` of them, least recently used leaves its set."""
+class _ServedRows:
+    """A look-up on the store's threads. `counts` says what it took, once `wait` has returned."""
 
-    def __init__(self, rows: int, row_bytes: int) -> None:
-        self.sets = max(rows // WAYS, 1)
-        self._tags = np.full((self.sets, WAYS), -1, dtype=np.int64)
-        self._stamps = np.zeros((self.sets, WAYS), dtype=np.int64)
-        self._bytes = np.empty((self.sets * WAYS, row_bytes), dtype=np.uint8)
-        self._now = 0
+    def __init__(self, job: RowJob, table: _Table, telemetry: Telemetry) -> None:
+        self._job = job
+        self._table = table
+        self._telemetry = telemetry
+        self.counts: RowCounts | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of rows, tags and stamps."""
-        return self._bytes.nbytes + self._tags.nbytes + self._stamps.nbytes
+    def wait(self) -> torch.Tensor:
+        """The rows, `[n, dim]` float32; waiting here counts as the store's stall.
 
-    @staticmethod
-    def rows_within(budget_bytes: int, row_bytes: int) -> int:
-        """Rows that a cache of `budget_bytes` holds."""
-        return budget_bytes // (row_bytes + 16)
-
-    def find(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Copy rows that are held into `out` `[n, row_bytes]`; which ones, bool `[n]`."""
-        self._now += 1
-        where = rows % self.sets
-        matches = self._tags[where] == rows[:, None]  # [n, ways]
-        found: np.ndarray = matches.any(1)
-        at, way = where[found], matches.argmax(1)[found]
-        out[found] = self._bytes[at * WAYS + way]
-        self._stamps[at, way] = self._now
-        return found
-
-    def keep(self, rows: np.ndarray, packed: np.ndarray) -> None:
-        """Hold unique `rows` `[n]` with their bytes `[n, row_bytes]`, in place of the oldest of their sets.
-
-        Of new rows that share a set, one is kept for each call; the others will come again if they are hot.
+        Raises CheckpointError where the disk does not give them.
         """
-        where, first = np.unique(rows % self.sets, return_index=True)
-        way = self._stamps[where].argmin(1)
-        self._tags[where, way] = rows[first]
-        self._stamps[where, way] = self._now
-        self._bytes[where * WAYS + way] = packed[first]
+        if self.counts is None:
+            start = time.perf_counter() if not self._job.is_done else None
+            try:
+                self.counts = self._job.wait()
+            except CheckpointError as error:
+                self._telemetry.add("failed", f"{LINK} demand")
+                raise CheckpointError(f"{self._table.files.codes.file}: {error}") from None
+            if start is not None:
+                self._telemetry.add("stalled_s", f"{LINK} demand", time.perf_counter() - start)
+            for label in ("asked", "unique", "cached", "read"):
+                self._telemetry.add("rows", label, getattr(self.counts, label))
+            self._telemetry.add("moved_bytes", LINK, self.counts.read_bytes)
+        return self._table.numbers(self._job.out)
 
 
-class _WholeTable:
-    """A table in DRAM."""
+class _Table:
+    """What of a table is in DRAM within `budget_bytes`, for the threads that look it up."""
 
-    def __init__(self, files: TableFiles, checkpoint: Checkpoint) -> None:
-        self._files = files
-        self._codes = checkpoint.map(files.codes.name).view(-1, files.code_bytes).clone()
-        self._scales = checkpoint.map(files.scales.name).view(-1, files.scale_bytes).clone()
+    def __init__(self, files: TableFiles, direct: DirectFiles, kernels: Kernels, budget_bytes: int) -> None:
+        self.files = files
+        self._kernels = kernels
+        self._decodes = files.format is FP8_ROW
+        is_whole = budget_bytes >= files.nbytes
+        self._codes = direct.load(files.codes) if is_whole else None
+        holds_scales = is_whole or files.scales.nbytes * 2 <= budget_bytes
+        self._scales = direct.load(files.scales) if holds_scales else None
+        left = budget_bytes - (files.scales.nbytes if holds_scales else 0)
+        row_bytes = files.code_bytes + (0 if holds_scales else files.scale_bytes)
+        self._hot = HotRows.within(0 if is_whole else left, row_bytes)
+        self.native = RowTable(
+            codes=None if self._codes is None else self._codes.data_ptr(),
+            scales=None if self._scales is None else self._scales.data_ptr(),
+            rows=files.rows,
+            cols=files.dim,
+            code_bytes=files.code_bytes,
+            scale_bytes=files.scale_bytes,
+            decodes=self._decodes,
+            float_scales=files.scales.dtype == "F32",
+            codes_file=direct.descriptor(files.codes.file),
+            codes_at=files.codes.offset,
+            scales_file=direct.descriptor(files.scales.file),
+            scales_at=files.scales.offset,
+            sets=self._hot.sets,
+            tags=self._hot.tags.data_ptr(),
+            stamps=self._hot.stamps.data_ptr(),
+            hot=self._hot.rows.data_ptr(),
+        )
 
     @property
     def nbytes(self) -> int:
-        return self._codes.nbytes + self._scales.nbytes
+        held = [tensor.nbytes for tensor in (self._codes, self._scales) if tensor is not None]
+        return sum(held) + self._hot.nbytes
 
-    def rows(self, rows: np.ndarray, telemetry: Telemetry) -> PackedTensor:
-        at = torch.from_numpy(rows)
-        telemetry.add("rows", "cached", len(rows))
-        return self._files.unpack(self._codes[at], self._scales[at])
+    def room(self, n: int, *, pinned: bool) -> torch.Tensor:
+        """Where the answer to a look-up of n rows goes."""
+        if self._decodes:
+            return torch.empty(n, self.files.dim, pin_memory=pinned)
+        return torch.empty(n, self.files.code_bytes + self.files.scale_bytes, dtype=torch.uint8)
 
-
-class _TableOnDisk:
-    """A table on disk, with hot rows in DRAM."""
-
-    def __init__(
-        self, files: TableFiles, budget_bytes: int, direct: DirectFiles, pool: ThreadPoolExecutor
-    ) -> None:
-        self._files = files
-        self._direct = direct
-        self._pool = pool
-        direct.open([files.codes.file, files.scales.file])
-        self._hot = HotRows(HotRows.rows_within(budget_bytes, files.row_bytes), files.row_bytes)
-
-    @property
-    def nbytes(self) -> int:
-        return self._hot.nbytes
-
-    def rows(self, rows: np.ndarray, telemetry: Telemetry) -> PackedTensor:
-        files = self._files
-        packed = np.empty((len(rows), files.row_bytes), dtype=np.uint8)
-        found = self._hot.find(rows, packed)
-        missing = rows[~found]
-        telemetry.add("rows", "cached", int(found.sum()))
-        telemetry.add("rows", "read", len(missing))
-        if len(missing):
-            fresh = np.concatenate(
-                (
-                    self._read(files.codes, files.code_bytes, missing),
-                    self._read(files.scales, files.scale_bytes, missing),
-                ),
-                axis=1,
-            )
-            packed[~found] = fresh
-            self._hot.keep(missing, fresh)
-        codes = torch.from_numpy(packed[:, : files.code_bytes].copy())
-        scales = torch.from_numpy(packed[:, files.code_bytes :].copy())
-        return files.unpack(codes, scales)
-
-    def _read(self, entry: TensorEntry, width: int, rows: np.ndarray) -> np.ndarray:
-        """Bytes of some rows of a tensor with `width` bytes a row, `[n, width]`."""
-        at = (entry.offset + rows * width)[:, None] + np.arange(width)  # byte positions in the file
-        blocks = np.unique(at // BLOCK)
-        content = self._direct.read_blocks(entry.file, blocks, self._pool)
-        picked: np.ndarray = content[np.searchsorted(blocks, at // BLOCK), at % BLOCK]
-        return picked
+    def numbers(self, answer: torch.Tensor) -> torch.Tensor:
+        """The rows of an answer, `[n, dim]` float32."""
+        if self._decodes:
+            return answer
+        codes, scales = answer.tensor_split([self.files.code_bytes], dim=1)
+        return self._kernels.gather_rows(self.files.unpack(codes, scales), torch.arange(len(answer)))
 
 
 class EngramStore:
-    """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known."""
+    """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
+
+    pinned: answers lie in page-locked memory, for a card that fetches them. Without the compiled kernels
+    tables stay mapped, and a look-up takes place when it is asked for.
+    """
 
     def __init__(
         self,
@@ -192,20 +179,33 @@ class EngramStore:
         kernels: Kernels,
         budget_bytes: int,
         telemetry: Telemetry,
+        *,
+        pinned: bool = False,
     ) -> None:
+        self.files = tables
         self._kernels = kernels
         self._telemetry = telemetry
+        self._pinned = pinned
         self._direct = DirectFiles()
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="loci-engram-read")
-        self._link = Link("engram", telemetry)
+        self._server: RowServer | None = None
+        self._tables: dict[int, _Table] = {}
+        self._mapped: dict[int, PackedTensor] = {}
+        if not tables:
+            return
+        try:
+            self._server = RowServer(THREADS)
+        except LibraryMissingError:
+            for layer, files in tables.items():
+                codes, scales = checkpoint.map(files.codes.name), checkpoint.map(files.scales.name)
+                self._mapped[layer] = files.unpack(codes.view(files.rows, -1), scales.view(files.rows, -1))
+            return
+        self._direct.open([entry.file for files in tables.values() for entry in (files.codes, files.scales)])
         total = sum(files.nbytes for files in tables.values())
-        self._tables: dict[int, _WholeTable | _TableOnDisk] = {}
+        self._numbers: dict[int, int] = {}
         for layer, files in tables.items():
             share = budget_bytes * files.nbytes // max(total, 1)
-            if share >= files.nbytes:
-                self._tables[layer] = _WholeTable(files, checkpoint)
-            else:
-                self._tables[layer] = _TableOnDisk(files, share, self._direct, self._pool)
+            self._tables[layer] = _Table(files, self._direct, kernels, share)
+            self._numbers[layer] = self._server.add(self._tables[layer].native)
 
     @property
     def nbytes(self) -> int:
@@ -214,20 +214,15 @@ class EngramStore:
 
     def lookup(self, layer: int, rows: torch.Tensor) -> RowsTicket:
         """Ask for rows `[n]` int64 (repeats are fine) of a layer's table."""
-        answer: list[torch.Tensor] = []
-        table = self._tables[layer]
-
-        def work() -> None:
-            unique, back = np.unique(rows.numpy(), return_inverse=True)
+        if self._server is None:
             self._telemetry.add("rows", "asked", len(rows))
-            self._telemetry.add("rows", "unique", len(unique))
-            packed = table.rows(unique, self._telemetry)
-            answer.append(self._kernels.gather_rows(packed, torch.from_numpy(back)))
-
-        return RowsTicket(self._link.submit([work], 0, Priority.DEMAND), answer)
+            return ReadyRows(self._kernels.gather_rows(self._mapped[layer], rows))
+        table = self._tables[layer]
+        out = table.room(len(rows), pinned=self._pinned)
+        return _ServedRows(self._server.ask(self._numbers[layer], rows, out), table, self._telemetry)
 
     def close(self) -> None:
         """End the threads and close the files."""
-        self._link.close()
-        self._pool.shutdown()
+        if self._server is not None:
+            self._server.close()
         self._direct.close()

@@ -20,6 +20,7 @@ from server import (
     cli_quantize,
     cli_serve,
     cli_synth,
+    cli_top,
 )
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ app.command()(cli_plan.plan)
 app.command()(cli_quantize.quantize)
 app.command()(cli_profile.profile)
 app.command()(cli_synth.synth)
+app.command()(cli_top.top)
 app.command()(cli_doctor.doctor)
 app.add_typer(cli_bench.bench)
 

@@ -19,6 +19,7 @@ from engine.families.deepseek_v41_places import HOST
 from engine.families.deepseek_v41_tensors import IGNORED_PREFIXES, components, expected_tensors
 from engine.families.deepseek_v41_weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
+from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.hyper_connections import first_mix, read_streams, write_streams
 from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, inverse_frequencies
@@ -33,7 +34,6 @@ from engine.layers.sparse_cache import CacheShape, SparseCache
 from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Trace
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
-from memory.engram_store import RowsTicket
 from memory.model_shapes import KV_MARGIN
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
@@ -53,7 +53,7 @@ class _Step:
     bounds: list[tuple[int, int]]
     plain_rotation: Rotation
     compressed_rotation: Rotation
-    engram_rows: dict[int, RowsTicket]
+    engram: StepRows | None
     selections: list[Selection] = field(default_factory=list)
     pools: list[CandidatePool] | None = None
     _rotations: dict[tuple[bool, torch.device], Rotation] = field(default_factory=dict)
@@ -83,12 +83,13 @@ class DeepseekV41(Model):
         self.weights = weights
         self.kernels = kernels
         self.token_map = token_map
-        self.hashes = [
+        hashes = [
             EngramHash.for_layer(
                 layer, primes, config.engram_compressed_vocab_size, config.engram_max_ngram_size
             )
             for layer, primes in zip(config.engram_layer_ids, _table_primes(config), strict=True)
         ]
+        self.engram = EngramLookup(config.engram_layer_ids, hashes, weights.engram)
         self.plain_frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
         self.compressed_frequencies = inverse_frequencies(
             config.qk_rope_head_dim, config.compress_rope_theta, config.yarn
@@ -145,6 +146,11 @@ class DeepseekV41(Model):
         )
         return self.cache_shape.nbytes(slots, capacity) - on_cards
 
+    def expect(self, cache: KvCache, slot: int, token: int) -> None:
+        assert isinstance(cache, SparseCache)
+        if self.config.engram_layer_ids:
+            self.engram.expect(torch.cat((cache.last_keys(slot), self.token_map[token].view(1))))
+
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, SparseCache)
@@ -183,19 +189,16 @@ class DeepseekV41(Model):
         ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
         bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        tickets: dict[int, RowsTicket] = {}
-        if self.hashes:
+        engram = None
+        if self.config.engram_layer_ids:
             keys = self.token_map[batch.token_ids]
-            behind = [
-                cache.extend_history(segment, keys[start:stop])
-                for segment, (start, stop) in zip(batch.segments, bounds, strict=True)
-            ]
-            rows = [torch.cat([h.rows(sequence) for sequence in behind]) for h in self.hashes]
-            trace.add("engram_rows", torch.stack(rows, dim=1))
-            tickets = {
-                layer: self.weights.engram.lookup(layer, layer_rows.flatten())
-                for layer, layer_rows in zip(self.config.engram_layer_ids, rows, strict=True)
-            }
+            engram = self.engram.begin(
+                [
+                    cache.extend_history(segment, keys[start:stop])
+                    for segment, (start, stop) in zip(batch.segments, bounds, strict=True)
+                ]
+            )
+            trace.add("engram_rows", engram.rows)
         return _Step(
             batch=batch,
             cache=cache,
@@ -203,15 +206,16 @@ class DeepseekV41(Model):
             bounds=bounds,
             plain_rotation=Rotation.at(positions, self.plain_frequencies),
             compressed_rotation=Rotation.at(positions, self.compressed_frequencies),
-            engram_rows=tickets,
+            engram=engram,
         )
 
     def _read_engram(self, number: int, streams: torch.Tensor, step: _Step) -> torch.Tensor:
         """Add the gated value of the tokens' n-gram rows to every stream."""
         layer = self.weights.layers[number]
         assert layer.engram is not None
-        values = step.engram_rows[number].wait().to(layer.device)
-        values = values.view(len(streams), -1)  # [tokens, columns * dim]
+        assert step.engram is not None
+        table = self.config.engram_layer_ids.index(number)
+        values = step.engram.wait(table).to(layer.device)  # [tokens, columns * dim]
         gates, value = layer.engram.gates_and_value(self.kernels, streams, values)
         step.trace.add(f"engram_gate.{number}", gates)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)

@@ -212,7 +212,14 @@ def read_weights(
             for n, device in enumerate(places.layers)
         ),
         experts=ExpertStore(files, kernels, dram, cards, telemetry=telemetry, hotness=hotness),
-        engram=EngramStore(tables, checkpoint, kernels, hot_rows_bytes, telemetry),
+        engram=EngramStore(
+            tables,
+            checkpoint,
+            kernels,
+            hot_rows_bytes,
+            telemetry,
+            pinned=any(card.device.type == "cuda" for card in cards),
+        ),
         places=places,
     )
 

@@ -30,6 +30,13 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_moe": (None, [Int, Int, Int, Pointer, Pointer, Pointer]),
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
+    "loci_rows_open": (Pointer, [Int, Int]),
+    "loci_rows_add": (Int64, [Pointer, Pointer]),
+    "loci_rows_ask": (Pointer, [Pointer, Int64, Pointer, Int64, Pointer]),
+    "loci_rows_done": (Int, [Pointer]),
+    "loci_rows_wait": (Int, [Pointer, Pointer]),
+    "loci_rows_forget": (None, [Pointer]),
+    "loci_rows_close": (None, [Pointer]),
     "loci_read": (ctypes.c_uint64, [Int, Int, Pointer, Int64, Int64]),
     "loci_read_rows": (ctypes.c_uint64, [Int, Int, Pointer, Int64, Pointer, Int64]),
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +81,28 @@ def test_a_request_that_is_cancelled_while_the_disk_hangs_harms_nobody(
     answers_again.set()
     assert cancelled.wait().finish_reason is FinishReason.ABORT
     assert company.wait().token_ids == greedy
+
+
+def test_a_request_whose_engram_rows_cannot_be_read_is_told_and_the_next_is_answered(
+    expected: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    ids, greedy = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
+    path = shutil.copytree(golden_path("v41-c"), tmp_path / "v41-c")
+    loaded = load(path, MemoryBudget(1_500_000))
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=2, max_context=200, prefill_chunk=64)
+    engine.start()
+    shard = next(path.glob("model-00002-of-*.safetensors"))  # holds a table and nothing else
+    content = shard.read_bytes()
+    os.truncate(shard, 4096)
+    failed = Answer()
+    engine.submit(ids, GREEDY, failed)
+    failed.wait()
+    shard.write_bytes(content)
+    answer = Answer()
+    engine.submit(ids, GREEDY, answer)
+    answer.wait()
+    engine.stop()
+    loaded.model.close()
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.outputs[-1].error == f"{shard}: the file has become shorter; download it again"
+    assert answer.token_ids == greedy

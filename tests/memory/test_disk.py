@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +54,14 @@ def test_tensors_in_different_files_are_not(file: Path, tmp_path: Path) -> None:
     assert len(coalesce([entry(file, "a", 0, 10), entry(tmp_path / "other", "b", 0, 10)])) == 2
 
 
-@given(numbers=st.sets(st.integers(0, len(CONTENT) // BLOCK), max_size=30))
-def test_blocks_hold_the_bytes_of_the_file(file: Path, numbers: set[int]) -> None:
+@given(start=st.integers(0, len(CONTENT) - 1), size=st.integers(1, 9000))
+def test_a_tensor_in_memory_of_its_own_has_the_bytes_of_the_file(file: Path, start: int, size: int) -> None:
+    size = min(size, len(CONTENT) - start)
     direct = DirectFiles()
     direct.open([file])
-    blocks = np.array(sorted(numbers), dtype=np.int64)
-    with ThreadPoolExecutor(4) as pool:
-        content = direct.read_blocks(file, blocks, pool)
+    content = direct.load(entry(file, "a", start, start + size))
     direct.close()
-    padded = CONTENT.ljust((len(CONTENT) // BLOCK + 1) * BLOCK, b"\0")
-    assert content.tobytes() == b"".join(padded[b * BLOCK : (b + 1) * BLOCK] for b in blocks.tolist())
+    assert content.numpy().tobytes() == CONTENT[start : start + size]
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 #include "operations.hpp"
 #include "pool.hpp"
+#include "table_rows.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -87,3 +88,14 @@ EXPORT uint64_t loci_read_rows(int level, int threads, const uint8_t* bytes, int
     });
     return sum;
 }
+
+// Look-ups of table rows (table_rows.hpp): a server with its threads and tables, and jobs.
+EXPORT RowServer* loci_rows_open(int level, int threads) { return new RowServer(*level_at(level), threads); }
+EXPORT int64_t loci_rows_add(RowServer* server, const RowTable* table) { return server->add(*table); }
+EXPORT RowJob* loci_rows_ask(RowServer* server, int64_t table, const int64_t* rows, int64_t n, void* out) {
+    return server->ask(table, rows, n, out);
+}
+EXPORT int loci_rows_done(const RowJob* job) { return job->done(); }
+EXPORT int loci_rows_wait(RowJob* job, RowCounts* counts) { return job->wait(counts); }
+EXPORT void loci_rows_forget(RowJob* job) { delete job; }
+EXPORT void loci_rows_close(RowServer* server) { delete server; }

@@ -1,0 +1,83 @@
+"""Asking for a step's Engram rows before its forward, and for a decoded token's as soon as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.layers.engram_hash import EngramHash
+from memory.engram_store import EngramStore, RowsTicket
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of consecutive tokens `[tables, tokens, columns]`, and a ticket for each table's."""
+
+    rows: torch.Tensor
+    tickets: list[RowsTicket]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Rows of a step's tokens, on their way: parts in the order of the tokens."""
+
+    parts: list[_Part]
+
+    def wait(self, table: int) -> torch.Tensor:
+        """Values of all tokens, `[tokens, columns * dim]`; raises what the look-up raised."""
+        values = [part.tickets[table].wait().view(part.rows.shape[1], -1) for part in self.parts]
+        return values[0] if len(values) == 1 else torch.cat(values)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """Which rows, `[tokens, tables, columns]`."""
+        return torch.cat([part.rows for part in self.parts], dim=1).transpose(0, 1)
+
+
+class EngramLookup:
+    """Look-ups in the tables of `layers`, whose addresses `hashes` give.
+
+    What a token needs follows from its own key and the few before it alone, so rows asked for ahead are
+    known again by these keys, whatever has become of the sequence that they were asked for.
+    """
+
+    def __init__(self, layers: Sequence[int], hashes: Sequence[EngramHash], store: EngramStore) -> None:
+        self._layers = layers
+        self._hashes = hashes
+        self._store = store
+        self._ahead: dict[tuple[int, ...], _Part] = {}
+
+    def expect(self, keys: torch.Tensor) -> None:
+        """Ask for the rows of one token that the next step will probably hold: keys `[history + 1]`."""
+        if self._hashes:
+            window = tuple(keys.tolist())
+            if window not in self._ahead:
+                self._ahead[window] = self._ask([keys])
+
+    def begin(self, segments: Sequence[torch.Tensor]) -> StepRows:
+        """Ask for the rows of all tokens of a step; each segment's keys `[history + L]`."""
+        ahead, self._ahead = self._ahead, {}
+        parts: list[_Part] = []
+        unasked: list[torch.Tensor] = []
+        for keys in segments:
+            known = ahead.get(tuple(keys.tolist())) if len(keys) == self._hashes[0].history + 1 else None
+            if known is None:
+                unasked.append(keys)
+                continue
+            if unasked:
+                parts.append(self._ask(unasked))
+                unasked = []
+            parts.append(known)
+        if unasked:
+            parts.append(self._ask(unasked))
+        return StepRows(parts)
+
+    def _ask(self, segments: Sequence[torch.Tensor]) -> _Part:
+        rows = torch.stack([torch.cat([h.rows(keys) for keys in segments]) for h in self._hashes])
+        tickets = [
+            self._store.lookup(layer, table_rows.flatten())
+            for layer, table_rows in zip(self._layers, rows, strict=True)
+        ]
+        return _Part(rows, tickets)
