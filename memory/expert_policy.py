@@ -96,7 +96,7 @@ class Predictive(AgedLfu):
 
     name = "predictive"
 
-    def __init__(self, experts: int, *, half_life: float = 256.0, prior: np.ndarray | None = None) -> None:
+    def __init__(self, experts: int, *, half_life: float = 32.0, prior: np.ndarray | None = None) -> None:
         super().__init__(experts, half_life=half_life, prior=prior)
         self._follows = np.zeros((experts, experts))
         self._newest: list[int] = []

@@ -12,6 +12,9 @@ from server.terminal import print_table
 
 # Of Belady's hits, what the default policy should reach.
 TARGET = 0.9
+# The policy that serves, and the share of DeepSeek-V4.1-Flash's experts that two RTX 4090 and 128 GB hold
+# (`loci plan deepseek-v4.1-flash --hardware 2x4090-128g`); 256 GB hold all.
+DEFAULT_POLICY, PLANNED_SHARE = "predictive", 0.556
 
 
 def experts(
@@ -23,7 +26,7 @@ def experts(
     ],
     shares: Annotated[
         str, typer.Option(help="Slots as shares of a layer's experts, separated by commas.")
-    ] = "0.1,0.25,0.5,0.75",
+    ] = "0.25,0.5,0.75",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
     ] = None,
@@ -45,7 +48,7 @@ def experts(
         raise ConfigError(f"--shares {shares!r}: each must be above 0 and at most 1")
     recorded = RoutingTrace.load(trace)
     recorded.shares(count)  # refuses a trace of more experts
-    scores = compare_policies(recorded, count, fractions)
+    scores = compare_policies(recorded, count, (*fractions, PLANNED_SHARE))
     print_table(
         ["policy", "slots", "hits", "Belady's hits", "of Belady's"],
         [
@@ -71,5 +74,7 @@ def experts(
             )
             for s in scores
         ]
+        planned = next(s for s in reversed(scores) if s.policy == DEFAULT_POLICY).of_belady
+        results.append(Result("expert_hits_vs_belady", planned, "ratio", TARGET, planned >= TARGET))
         write_results(json_file, detect(), results)
         print(f"written to {json_file}")
