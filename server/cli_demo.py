@@ -246,7 +246,8 @@ class _LiveShow:
 
         lines = []
         for number, layer in enumerate(self._story.model.expert_tiers()):
-            line = Text(f"layer {number}  ", "dim")
+            line = Text()
+            line.append(f"layer {number}  ", "dim")
             for tier in layer:
                 square, style = SQUARES[tier]
                 line.append(square + " ", style)
