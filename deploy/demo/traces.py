@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from data import read_documents
+from engine.embedded import DEMO_NAME
 from engine.loader import load
 from engine.model import Batch, Model, Trace
 from memory.routing_trace import FILE_NAME, RoutingTrace
@@ -69,7 +70,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dir", type=Path, default=demo_directory(), help="where the held-out text lies")
-    parser.add_argument("--model", type=Path, default=HERE / "model", help="the exported checkpoint")
+    parser.add_argument("--model", type=Path, default=HERE / DEMO_NAME, help="the exported checkpoint")
     parser.add_argument("--out", type=Path, default=HERE / "traces", help="directory of the traces")
     args = parser.parse_args()
 

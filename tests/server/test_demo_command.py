@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
-from engine.embedded import EMBEDDED
 from tests.server import harness
 
-needs_demo = pytest.mark.skipif(EMBEDDED["demo"].find() is None, reason="the demonstration model is missing")
 
-
-@needs_demo
 def test_the_demo_shows_what_served_an_answer() -> None:
-    result = harness.run("demo", "What is the capital of France?")
+    result = harness.run("demo", "What does a cow eat?")
 
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
+    assert "grass" in result.stdout
     rows = {
         tier: (int(experts), int(share))
         for tier, experts, share in re.findall(
@@ -30,7 +24,6 @@ def test_the_demo_shows_what_served_an_answer() -> None:
     assert re.search(r"[1-9][\d,]* read from disk", result.stdout)
 
 
-@needs_demo
 def test_the_demo_takes_questions_from_a_pipe() -> None:
     result = harness.run("demo", stdin="Hello!\n\nWho are you?\n")
 
@@ -39,7 +32,6 @@ def test_the_demo_takes_questions_from_a_pipe() -> None:
     assert "> Who are you?" in result.stdout
 
 
-@needs_demo
 def test_a_budget_that_is_too_small_is_one_line() -> None:
     result = harness.run("demo", "Hello!", "--dram-budget", "1MB")
 
