@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from memory.hardware import available_memory_bytes
+from memory.hardware import available_memory_bytes, detect
 from memory.plan import Workload
 from memory.profiles import DeviceSpec, GpuSpec, HardwareProfile, parse_bytes, parse_devices
+from memory.this_machine import ASSUMED_LINK_BYTES_PER_S, read_measured
 from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
 
@@ -26,11 +27,14 @@ class MemoryBudget:
     dram_bytes  for all weights in host memory
     cards       with what may be allocated on each, for weights and KV
     workload    for which cards must have KV and work space
+    cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
     """
 
     dram_bytes: int
     cards: tuple[Tier, ...] = ()
     workload: Workload = field(default_factory=lambda: Workload(context=8192))
+
+    cpu_bytes_per_s: float | None = None
 
     @property
     def profile(self) -> HardwareProfile:
@@ -72,8 +76,9 @@ class MemoryBudget:
         Without `dram` it is a share of the memory that is free now, less what virtual cards take of
         it. Raises ConfigError for text that is not understood, BudgetError where there is not as much.
         """
+        measured = read_measured(detect()) if devices else {}
         specs = parse_devices(devices) if devices else ()
-        cards = tuple(_tier(f"vram:{number}", device) for number, device in enumerate(specs))
+        cards = tuple(_tier(f"vram:{number}", device, measured) for number, device in enumerate(specs))
         on_cards = sum(card.budget_bytes for card in cards if card.is_virtual)
         free = available_memory_bytes()
         dram_bytes = int(free * WEIGHTS_SHARE) - on_cards if dram is None else parse_bytes(dram)
@@ -83,10 +88,12 @@ class MemoryBudget:
                 f"the budgets for DRAM and virtual cards come to {asked / 1e9:.1f} GB, "
                 f"{free / 1e9:.1f} GB of memory are free; ask for less"
             )
-        return cls(dram_bytes, cards, *([workload] if workload else []))
+        experts = measured.get("cpu_experts")
+        budget = cls(dram_bytes, cards, cpu_bytes_per_s=experts * 1e9 if experts else None)
+        return replace(budget, workload=workload) if workload else budget
 
 
-def _tier(name: str, device: DeviceSpec) -> Tier:
+def _tier(name: str, device: DeviceSpec, measured: dict[str, float]) -> Tier:
     if device.kind == "virtual":
         return Tier(name, device.budget_bytes, torch.device("cpu"), device.link_bytes_per_s)
     if not torch.cuda.is_available():
@@ -102,7 +109,8 @@ def _tier(name: str, device: DeviceSpec) -> Tier:
             f"devices: card {device.index} has {free / 1e9:.1f} GB free, {device.budget_bytes / 1e9:.1f} GB "
             "were asked for"
         )
-    return Tier(name, device.budget_bytes, torch.device("cuda", device.index))
+    link = measured.get(f"link_{device.index}_together", ASSUMED_LINK_BYTES_PER_S / 1e9) * 1e9
+    return Tier(name, device.budget_bytes, torch.device("cuda", device.index), link)
 
 
 def _why_no_cuda() -> str:

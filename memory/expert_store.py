@@ -88,7 +88,11 @@ class ExpertStore:
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots that are free once a move has ended
         self._reader = ExpertReader(files, layout, self.telemetry, readers)
         self._links = [
-            Link(shelf.tier.name, self.telemetry, bytes_per_s=shelf.tier.link_bytes_per_s)
+            Link(
+                shelf.tier.name,
+                self.telemetry,
+                bytes_per_s=shelf.tier.link_bytes_per_s if shelf.tier.is_virtual else None,
+            )
             for shelf in self.cards
         ]
         self._fill()

@@ -27,7 +27,8 @@ class Tier:
     name          `vram:0`, `vram:1`, `dram`
     budget_bytes  what may be allocated there
     device        where its tensors live; a virtual card's are in host memory
-    link_bytes_per_s  speed at which bytes arrive from DRAM; None: as fast as the copy goes
+    link_bytes_per_s  speed at which bytes arrive from DRAM, to which a virtual card's copies are held;
+                      None: as fast as the copy goes
     """
 
     name: str

@@ -26,6 +26,7 @@ class DensePlaces:
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
     kv_room        bytes of KV that are kept free, by card
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)
+    experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
     """
 
     layers: tuple[torch.device, ...]

@@ -18,7 +18,7 @@ from engine.layers.hyper_connections import HyperConnection
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint, TensorEntry
 from memory.engram_store import EngramStore, TableFiles
-from memory.expert_store import ExpertStore
+from memory.expert_store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
 from memory.routing_trace import trace_beside
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
@@ -211,7 +211,15 @@ def read_weights(
             _read_layer(config, _Reader(checkpoint, kernels, device), n)
             for n, device in enumerate(places.layers)
         ),
-        experts=ExpertStore(files, kernels, dram, cards, telemetry=telemetry, hotness=hotness),
+        experts=ExpertStore(
+            files,
+            kernels,
+            dram,
+            cards,
+            telemetry=telemetry,
+            hotness=hotness,
+            cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
+        ),
         engram=EngramStore(
             tables,
             checkpoint,

@@ -66,7 +66,9 @@ def golden() -> dict[str, torch.Tensor]:
 
 def load(cards: tuple[torch.device, ...], dram_bytes: int, card_bytes: int) -> DeepseekV41:
     """v41-a with so much room on each card, beside what a card itself takes."""
-    tiers = tuple(Tier(f"vram:{i}", CARD_BASE_BYTES + card_bytes, device) for i, device in enumerate(cards))
+    tiers = tuple(
+        Tier(f"vram:{i}", CARD_BASE_BYTES + card_bytes, device, 40e9) for i, device in enumerate(cards)
+    )
     kernels = DeviceKernels(choose(), {card: OneCard(card) for card in cards})
     checkpoint = open_safetensors(golden_path("v41-a"))
     model = family_of(checkpoint).load(checkpoint, kernels, MemoryBudget(dram_bytes, tiers, WORKLOAD))
