@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from engine.layers.engram_hash import EngramHash
-from memory.engram_store import EngramStore, RowsTicket
+from memory.engram_store import RowsTicket
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class StepRows:
         return torch.cat([part.rows for part in self.parts], dim=1).transpose(0, 1)
 
 
+class Store(Protocol):
+    """Where rows come from."""
+
+    def lookup(self, layer: int, rows: torch.Tensor) -> RowsTicket:
+        """Ask for rows `[n]` int64 of a layer's table."""
+        ...
+
+
 class EngramLookup:
     """Look-ups in the tables of `layers`, whose addresses `hashes` give.
 
@@ -43,15 +52,15 @@ class EngramLookup:
     known again by these keys, whatever has become of the sequence that they were asked for.
     """
 
-    def __init__(self, layers: Sequence[int], hashes: Sequence[EngramHash], store: EngramStore) -> None:
-        self._layers = layers
-        self._hashes = hashes
+    def __init__(self, layers: Sequence[int], hashes: Sequence[EngramHash], store: Store) -> None:
+        self.layers = layers
+        self.hashes = hashes
         self._store = store
         self._ahead: dict[tuple[int, ...], _Part] = {}
 
     def expect(self, keys: torch.Tensor) -> None:
         """Ask for the rows of one token that the next step will probably hold: keys `[history + 1]`."""
-        if self._hashes:
+        if self.hashes:
             window = tuple(keys.tolist())
             if window not in self._ahead:
                 self._ahead[window] = self._ask([keys])
@@ -62,7 +71,7 @@ class EngramLookup:
         parts: list[_Part] = []
         unasked: list[torch.Tensor] = []
         for keys in segments:
-            known = ahead.get(tuple(keys.tolist())) if len(keys) == self._hashes[0].history + 1 else None
+            known = ahead.get(tuple(keys.tolist())) if len(keys) == self.hashes[0].history + 1 else None
             if known is None:
                 unasked.append(keys)
                 continue
@@ -75,9 +84,9 @@ class EngramLookup:
         return StepRows(parts)
 
     def _ask(self, segments: Sequence[torch.Tensor]) -> _Part:
-        rows = torch.stack([torch.cat([h.rows(keys) for keys in segments]) for h in self._hashes])
+        rows = torch.stack([torch.cat([h.rows(keys) for keys in segments]) for h in self.hashes])
         tickets = [
             self._store.lookup(layer, table_rows.flatten())
-            for layer, table_rows in zip(self._layers, rows, strict=True)
+            for layer, table_rows in zip(self.layers, rows, strict=True)
         ]
         return _Part(rows, tickets)
