@@ -111,4 +111,5 @@ def test_prompts_seen_before_are_reported_as_cached(client: openai.OpenAI) -> No
     assert new.prompt_tokens_details.cached_tokens == 0
     assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens == new.prompt_tokens
     assert salted.prompt_tokens_details.cached_tokens == 0
-    assert both.prompt_tokens_details.cached_tokens == new.prompt_tokens
+    # All prompts share the token they begin with.
+    assert new.prompt_tokens <= both.prompt_tokens_details.cached_tokens <= new.prompt_tokens + 1
