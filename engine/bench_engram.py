@@ -25,6 +25,7 @@ from memory.telemetry import Telemetry
 from quant.errors import ConfigError
 
 ABSENT, DRAM, NVME = "absent", "dram", "nvme"
+KINDS = ("decode", "prefill")
 SKEWS = ("uniform", "zipf")
 HOT_SHARE = 10  # on disk, the hot cache holds one part in so many of the table
 FIRST_TOKEN = 3
@@ -66,6 +67,10 @@ class EngramRun:
         pairs = zip(times[where, skew], times[ABSENT, skew], strict=True)
         return float(median(with_table / without - 1 for with_table, without in pairs))
 
+    def worst_penalty(self, where: str) -> float:
+        """The largest of a place's penalties."""
+        return max(self.penalty(where, skew, kind) for skew in SKEWS for kind in KINDS)
+
 
 class _Tokens:
     """Endless random token ids of one skew; the same for every store that is compared."""
@@ -91,7 +96,7 @@ def run_engram(
     warm_tokens: int,
     on_progress: Callable[[int, int], None],
 ) -> EngramRun:
-    """Measure the checkpoint at `path`, whose tables must fit into free memory twice over a tenth.
+    """Measure the checkpoint at `path`; its tables, and a tenth of them once more, must fit beside the model.
 
     Every round decodes and prefills with each store in turn, so that what disturbs one disturbs all.
     Raises ConfigError for a model without tables or without room to hold them, and what loading raises.
@@ -173,7 +178,6 @@ class _Bench:
     def _round(self, where: str, ids: list[int], prompt_tokens: int) -> tuple[float, float]:
         """Seconds of the prompt, and of a decoded token (median), with the store `where`."""
         model, cache = self._model, self._cache
-        # The look-up asks any store that has `lookup`.
         model.engram = EngramLookup(self._layers, self._hashes, self._stores[where])
         cache.reset(0)
         begun = time.perf_counter()

@@ -28,14 +28,20 @@ def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int]
             trace = Trace()
             part = piece[start : start + CHUNK]
             model.forward(Batch.of([(0, start, part)]), cache, trace)
-            names = sorted(
-                (name for name in trace.values if name.startswith("router_ids.")),
-                key=lambda name: int(name.rpartition(".")[2]),
-            )
-            if not names:
+            if not any(map(_is_choice, trace.values)):
                 raise ConfigError(
                     f"{model.info.name}: this model has no routed experts; there is nothing to record"
                 )
-            chosen.append(torch.stack([trace.values[name][0] for name in names], dim=1))
+            chosen.append(chosen_experts(trace))
             on_progress(len(part))
     return RoutingTrace(torch.cat(chosen))
+
+
+def chosen_experts(trace: Trace) -> torch.Tensor:
+    """What the routers of every layer chose in the one forward of `trace`, `[tokens, layers, top_k]`."""
+    names = sorted(filter(_is_choice, trace.values), key=lambda name: int(name.rpartition(".")[2]))
+    return torch.stack([trace.values[name][0] for name in names], dim=1)
+
+
+def _is_choice(name: str) -> bool:
+    return name.startswith("router_ids.")

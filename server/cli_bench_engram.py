@@ -42,7 +42,8 @@ def engram(
     """
     from rich.progress import Progress
 
-    from engine.bench_engram import run_engram
+    from engine.bench_engine import percentile
+    from engine.bench_engram import KINDS, run_engram
     from memory.hardware import detect
     from memory.this_machine import Result, write_results
 
@@ -60,50 +61,40 @@ def engram(
     if json_file is not None:
         results = []
         for where, target in TARGETS.items():
-            worst = max(
-                run.penalty(where, skew, kind) for w, skew in run.decode if w == where for kind in _KINDS
-            )
+            worst = run.worst_penalty(where)
             results.append(Result(f"engram_{where}_penalty", worst, "fraction", target, worst <= target))
         for where, skew in run.hits:
-            for kind in _KINDS:
+            for kind in KINDS:
                 name = f"engram_{where}_{skew}_{kind}_penalty"
                 results.append(Result(name, run.penalty(where, skew, kind), "fraction"))
             results.append(Result(f"engram_{where}_{skew}_hits", run.hits[where, skew], "ratio"))
             for percent in PERCENTILES:
-                value = 1e6 * _percentile(run.lookups[where, skew], percent)
+                value = 1e6 * percentile(run.lookups[where, skew], percent)
                 results.append(Result(f"engram_{where}_{skew}_lookup_p{percent}", value, "us"))
         write_results(json_file, detect(model), results)
         print(f"written to {json_file}")
 
 
-_KINDS = ("decode", "prefill")
-
-
-def _percentile(values: list[float], percent: int) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
-
-
 def _print(run: EngramRun) -> None:
+    from engine.bench_engine import percentile
+    from engine.bench_engram import KINDS
+
     print(
         f"tables of {bytes_text(run.table_bytes)}, {run.rows_a_token} rows a token; "
         f"on disk with {bytes_text(run.hot_bytes)} in DRAM"
     )
     rows = []
     for where, skew in run.decode:
-        seconds = [
-            f"{1e3 * sorted(times[where, skew])[len(times[where, skew]) // 2]:.2f}"
-            for times in (run.decode, run.prefill)
-        ]
+        seconds = [f"{1e3 * percentile(times[where, skew], 50):.2f}" for times in (run.decode, run.prefill)]
         if where not in TARGETS:
             rows.append((where, skew, *seconds, *[""] * 6))
             continue
-        penalties = [f"{run.penalty(where, skew, kind):+.2%}" for kind in _KINDS]
-        latencies = [f"{1e6 * _percentile(run.lookups[where, skew], percent):.0f}" for percent in PERCENTILES]
+        penalties = [f"{run.penalty(where, skew, kind):+.2%}" for kind in KINDS]
+        latencies = [f"{1e6 * percentile(run.lookups[where, skew], percent):.0f}" for percent in PERCENTILES]
         rows.append((where, skew, *seconds, *penalties, f"{run.hits[where, skew]:.1%}", *latencies))
     headers = ["table", "rows", "decode ms", "prefill ms", "decode", "prefill", "in DRAM"]
     print_table([*headers, *(f"look-up p{p} us" for p in PERCENTILES)], rows, right=tuple(range(2, 10)))
     for where, target in TARGETS.items():
-        worst = max(run.penalty(where, skew, kind) for w, skew in run.decode if w == where for kind in _KINDS)
+        worst = run.worst_penalty(where)
         verdict = "met" if worst <= target else "missed"
         print(f"engram_{where}_penalty {worst:+.2%}, target {target:.0%}: {verdict}")

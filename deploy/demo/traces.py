@@ -23,6 +23,7 @@ from data import read_documents
 from engine.embedded import DEMO_NAME
 from engine.loader import load
 from engine.model import Batch, Model, Trace
+from engine.record_routing import chosen_experts
 from memory.routing_trace import FILE_NAME, RoutingTrace
 from memory.user_files import whole_file
 from paths import demo_directory
@@ -58,9 +59,7 @@ def record(model: Model, documents: list[list[int]]) -> tuple[torch.Tensor, torc
         cache.reset(0)
         trace = Trace()
         model.forward(Batch.of([(0, 0, ids)]), cache, trace)
-        names = [name for name in trace.values if name.startswith("router_ids.")]
-        names.sort(key=lambda name: int(name.rpartition(".")[2]))
-        experts.append(torch.stack([trace.values[name][0] for name in names], dim=1))
+        experts.append(chosen_experts(trace))
         rows.append(trace.values["engram_rows"][0])
     return torch.cat(experts), torch.cat(rows)
 
