@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from blocks import BlockAttention, IndexScores, Span, spans_of
 from engine.families.deepseek_v41_config import V41Config
 from engine.layers.rope import inverse_frequencies
-from layers import Linear, Precision, RmsNorm, linear
+from layers import Linear, Precision, RmsNorm, fused, linear
 
 HIDDEN = -1e30  # finite, so that rows that see nothing at all (padding) stay free of NaN
 
@@ -99,6 +99,7 @@ def with_block_before(blocks: Tensor, fill: float) -> Tensor:
     return torch.cat((before, blocks), dim=2)
 
 
+@fused
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], sign: float = 1.0) -> Tensor:
     """Turn the last channels of x `[B, T, ..., channels]`, in interleaved pairs; sign -1 turns back."""
     cos, sin = rotation

@@ -1,10 +1,8 @@
 """Routed experts for training: many tokens, few of them per expert.
 
-A loop over experts is the fast way here: an expert's few hundred tokens and its weights stay in the
-core's cache from the first product to the last, and one pass of Python per expert costs
-microseconds beside them. (Sorting all tokens into one buffer streams every intermediate value
-through memory instead.) Forward and backward are written out, so that nothing is kept but the
-hidden activations.
+Tokens are sorted by expert once; then a loop over experts makes each product, with one expert's few
+hundred tokens and its weights in the core's cache. Forward and backward are written out, so that
+nothing is kept but inputs and the products before the activation.
 """
 
 from __future__ import annotations
@@ -14,27 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def _by_expert(ids: Tensor, experts: int) -> list[Tensor]:
-    """For each expert the flat positions `token * top_k + choice` that chose it."""
-    flat = ids.flatten()
-    order = flat.argsort()
-    return list(order.split(flat.bincount(minlength=experts).tolist()))
+from layers import fused
 
 
-def _gate_up(xe: Tensor, w13: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gate, up (both before clamping, `[n, width]`), sigmoid of the clamped gate, and the activation."""
-    gate, up = (xe @ w13.t()).float().chunk(2, dim=1)
+@fused
+def activation(h: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit); h `[n, 2 * width]` holds gate beside up."""
+    gate, up = h.float().chunk(2, dim=1)
     clamped = gate.clamp(max=limit)
+    return (clamped * clamped.sigmoid() * up.clamp(-limit, limit)).to(h.dtype)
+
+
+@fused
+def activation_backward(
+    h: Tensor, grad_act: Tensor, weight: Tensor, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The activation again, the gradients of the weights `[n, 1]`, and that of h.
+
+    grad_act `[n, width]` is W2^T grad, not yet weighted, so that it serves the weights' gradient too.
+    """
+    gate, up = h.float().chunk(2, dim=1)
+    clamped, clipped = gate.clamp(max=limit), up.clamp(-limit, limit)
     sigmoid = clamped.sigmoid()
-    return gate, up, sigmoid, clamped * sigmoid * up.clamp(-limit, limit)
+    act = clamped * sigmoid * clipped
+    grad = grad_act.float()
+    grad_weight = (grad * act).sum(1, keepdim=True)
+    grad = grad * weight
+    grad_up = grad * (clamped * sigmoid) * (up.abs() <= limit)
+    grad_gate = grad * clipped * (sigmoid * (1 + clamped * (1 - sigmoid))) * (gate <= limit)
+    return act.to(h.dtype), grad_weight, torch.cat((grad_gate, grad_up), dim=1).to(h.dtype)
 
 
 class RoutedExperts(torch.autograd.Function):
     """sum over chosen experts of weight * W2(silu(min(W1 x, limit)) * clamp(W3 x, -limit, limit)).
 
     x `[N, hidden]`, weights and ids `[N, top_k]`, w13 `[experts, 2 * width, hidden]` (W1 above W3),
-    w2 `[experts, hidden, width]`. Products run in `dtype`, everything else in float32.
+    w2 `[experts, hidden, width]`. Products run in `dtype`, sums over the choices in float32.
     """
 
     @staticmethod
@@ -48,49 +61,49 @@ class RoutedExperts(torch.autograd.Function):
         limit: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        groups = _by_expert(ids, w13.shape[0])
-        top_k = ids.shape[1]
-        low_x, low_w13, low_w2 = x.to(dtype), w13.to(dtype), w2.to(dtype)
-        flat_weights = weights.flatten()
-        out = torch.zeros_like(x)
-        for e, chosen in enumerate(groups):
-            if len(chosen):
-                tokens = chosen // top_k
-                act = _gate_up(low_x[tokens], low_w13[e], limit)[-1]
-                y = (act.to(dtype) @ low_w2[e].t()).float()
-                out.index_add_(0, tokens, y.mul_(flat_weights[chosen].unsqueeze(1)))
-        ctx.save_for_backward(low_x, weights, low_w13, low_w2)
-        ctx.groups, ctx.limit = groups, limit
-        return out
+        tokens, top_k = ids.shape
+        order = ids.flatten().argsort(stable=True)  # places `token * top_k + choice`, expert by expert
+        counts = ids.flatten().bincount(minlength=len(w13)).tolist()
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order))
+        low_w13, low_w2 = w13.to(dtype), w2.to(dtype)
+        xs = x.to(dtype)[order // top_k]  # [N * top_k, hidden], sorted like all that follows
+        h = xs.new_empty(len(order), w13.shape[1])
+        y = torch.empty_like(xs)
+        for e, part in _parts(counts):
+            torch.mm(xs[part], low_w13[e].t(), out=h[part])
+            torch.mm(activation(h[part], limit), low_w2[e].t(), out=y[part])
+        ctx.save_for_backward(weights, low_w13, low_w2, order, places, xs, h)
+        ctx.counts, ctx.limit = counts, limit
+        return torch.einsum("nk,nkd->nd", weights, y[places].view(tokens, top_k, -1).float())
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        low_x, weights, w13, w2 = ctx.saved_tensors
-        limit, top_k, dtype = ctx.limit, weights.shape[1], low_x.dtype
-        flat_weights = weights.flatten()
-        grad_out = grad_out.contiguous()
-        grad_x = torch.zeros_like(grad_out)
-        grad_weights = torch.zeros_like(flat_weights)
-        grad_w13 = torch.zeros(w13.shape)
-        grad_w2 = torch.zeros(w2.shape)
-        for e, chosen in enumerate(ctx.groups):
-            if not len(chosen):
-                continue
-            tokens = chosen // top_k
-            xe = low_x[tokens]
-            gate, up, sigmoid, act = _gate_up(xe, w13[e], limit)
-            weight = flat_weights[chosen].unsqueeze(1)
-            grad_y = grad_out[tokens]
-            # back through the weighted sum: act' = W2^T grad serves the weight's gradient too
-            grad_act = (grad_y.to(dtype) @ w2[e]).float()  # [n, width], not yet weighted
-            grad_weights[chosen] = (grad_act * act).sum(1)
-            grad_act.mul_(weight)
-            grad_w2[e] = (grad_y * weight).to(dtype).t() @ act.to(dtype)
-            clamped, clipped = gate.clamp(max=limit), up.clamp(-limit, limit)
-            grad_up = grad_act * (clamped * sigmoid) * (up.abs() <= limit)
-            slope = sigmoid * (1 + clamped * (1 - sigmoid))
-            grad_gate = grad_act * clipped * slope * (gate <= limit)
-            grad_h = torch.cat((grad_gate, grad_up), dim=1).to(dtype)  # [n, 2 * width]
-            grad_w13[e] = grad_h.t() @ xe
-            grad_x.index_add_(0, tokens, (grad_h @ w13[e]).float())
-        return grad_x, grad_weights.view_as(weights), None, grad_w13, grad_w2, None, None
+        weights, w13, w2, order, places, xs, h = ctx.saved_tensors
+        tokens, top_k = weights.shape
+        grad_y = grad_out.to(xs.dtype)[order // top_k]  # not yet weighted
+        sorted_weights = weights.flatten()[order].unsqueeze(1)
+        grad_weights = torch.empty_like(sorted_weights)
+        grad_x = torch.empty_like(xs)
+        grad_w13, grad_w2 = torch.zeros_like(w13), torch.zeros_like(w2)
+        for e, part in _parts(ctx.counts):
+            weight = sorted_weights[part]
+            act, grad_weights[part], grad_h = activation_backward(
+                h[part], grad_y[part] @ w2[e], weight, ctx.limit
+            )
+            torch.mm((grad_y[part] * weight.to(xs.dtype)).t(), act, out=grad_w2[e])
+            torch.mm(grad_h.t(), xs[part], out=grad_w13[e])
+            torch.mm(grad_h, w13[e], out=grad_x[part])
+        summed = grad_x[places].view(tokens, top_k, -1).float().sum(1)
+        by_choice = grad_weights[places].view_as(weights)
+        return summed, by_choice, None, grad_w13.float(), grad_w2.float(), None, None
+
+
+def _parts(counts: list[int]) -> list[tuple[int, slice]]:
+    """(expert, its stretch of the sorted tokens) for every expert that has any."""
+    parts, begin = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            parts.append((expert, slice(begin, begin + count)))
+        begin += count
+    return parts

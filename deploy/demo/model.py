@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attention import Attention, Geometry, Published
 from engine.families.deepseek_v41_config import V41Config
 from experts import RoutedExperts
-from layers import Embedding, Linear, Precision, RmsNorm
+from layers import Embedding, Linear, Precision, RmsNorm, fused
 from quantise import straight_through
 
 
@@ -44,33 +44,38 @@ class HyperConnection(nn.Module):
 
     def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """pre `[hc, N]`, post `[hc, N]`, combine `[hc, hc, N]`."""
-        hc, tokens, hidden = streams.shape
-        fn = self.fn.view(-1, hc, hidden).permute(1, 2, 0)  # [hc, hidden, mixes]
-        m = torch.bmm(streams, fn).sum(0)  # [N, mixes]
-        mean_square = streams.square().sum((0, 2)) / (hc * hidden)
-        m = (m * torch.rsqrt(mean_square + self.config.rms_norm_eps).unsqueeze(1)).t()  # [mixes, N]
-        base = self.base.unsqueeze(1)
-        pre = torch.sigmoid(m[:hc] * self.scale[0] + base[:hc]) + self.config.hc_eps
-        post = 2 * torch.sigmoid(m[hc : 2 * hc] * self.scale[1] + base[hc : 2 * hc])
-        logits = (m[2 * hc :] * self.scale[2] + base[2 * hc :]).view(hc, hc, tokens)
-        return pre, post, self._sinkhorn(logits)
-
-    def _sinkhorn(self, logits: Tensor) -> Tensor:
-        """Tokens lie along the last axis, so each step is a few long vector operations."""
-        eps = self.config.hc_eps
-        c = logits.softmax(1) + eps
-        c = c / (c.sum(0, keepdim=True) + eps)
-        for _ in range(self.config.hc_sinkhorn_iters - 1):
-            c = c / (c.sum(1, keepdim=True) + eps)
-            c = c / (c.sum(0, keepdim=True) + eps)
-        return c
+        c = self.config
+        return mixes(streams, self.fn, self.base, self.scale, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
 
 
+@fused
+def mixes(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pre, post, combine. Tokens lie along the last axis: each step is a few long vector operations."""
+    hc, tokens, hidden = streams.shape
+    m = torch.bmm(streams, fn.view(-1, hc, hidden).permute(1, 2, 0)).sum(0)  # [N, mixes]
+    mean_square = streams.square().sum((0, 2)) / (hc * hidden)
+    m = (m * torch.rsqrt(mean_square + norm_eps).unsqueeze(1)).t()  # [mixes, N]
+    base = base.unsqueeze(1)
+    pre = torch.sigmoid(m[:hc] * scale[0] + base[:hc]) + eps
+    post = 2 * torch.sigmoid(m[hc : 2 * hc] * scale[1] + base[hc : 2 * hc])
+    logits = (m[2 * hc :] * scale[2] + base[2 * hc :]).view(hc, hc, tokens)
+    combine = logits.softmax(1) + eps
+    combine = combine / (combine.sum(0, keepdim=True) + eps)
+    for _ in range(iterations - 1):  # Sinkhorn
+        combine = combine / (combine.sum(1, keepdim=True) + eps)
+        combine = combine / (combine.sum(0, keepdim=True) + eps)
+    return pre, post, combine
+
+
+@fused
 def read_streams(streams: Tensor, pre: Tensor) -> Tensor:
     """sum_i pre_i * H_i, `[N, hidden]`."""
     return (streams * pre.unsqueeze(-1)).sum(0)
 
 
+@fused
 def write_streams(streams: Tensor, y: Tensor, post: Tensor, combine: Tensor) -> Tensor:
     """H_j = post_j * y + sum_i combine[i, j] * H_i, `[hc, N, hidden]`."""
     carried = (combine.unsqueeze(-1) * streams.unsqueeze(1)).sum(0)
@@ -148,16 +153,21 @@ class Engram(nn.Module):
 
     def forward(self, streams: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Streams `[hc, N, hidden]` with the gated value added, and the gates `[hc, N]`."""
-        c, hidden, hc = self.config, self.config.hidden_size, self.config.hc_mult
         kv = self.wkv(rows)  # [N, hidden * (hc + 1)]
-        key = kv[:, : hc * hidden].view(-1, hc, hidden).transpose(0, 1)
-        value = kv[:, hc * hidden :]
-        qk = (self.q_weight * self.k_weight).unsqueeze(1)
-        dot = (streams * qk * key).sum(-1) * hidden**-0.5
-        dot = dot * torch.rsqrt(streams.square().mean(-1) + c.rms_norm_eps)
-        dot = dot * torch.rsqrt(key.square().mean(-1) + c.rms_norm_eps)
-        gates = torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
-        return streams + gates.unsqueeze(-1) * value, gates
+        return add_gated(streams, kv, self.q_weight * self.k_weight, self.config.rms_norm_eps)
+
+
+@fused
+def add_gated(streams: Tensor, kv: Tensor, qk: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """kv `[N, hidden * (hc + 1)]`: a key for each stream, and the value that its gate scales."""
+    hc, tokens, hidden = streams.shape
+    key = kv[:, : hc * hidden].view(tokens, hc, hidden).transpose(0, 1)
+    value = kv[:, hc * hidden :]
+    dot = (streams * qk.unsqueeze(1) * key).sum(-1) * hidden**-0.5
+    dot = dot * torch.rsqrt(streams.square().mean(-1) + eps)
+    dot = dot * torch.rsqrt(key.square().mean(-1) + eps)
+    gates = torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
+    return streams + gates.unsqueeze(-1) * value, gates
 
 
 class Layer(nn.Module):

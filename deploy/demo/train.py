@@ -31,7 +31,7 @@ from batches import Corpus, Pass
 from data import read_documents
 from engine.families.deepseek_v41_config import parse_config
 from engine.layers.engram_hash import build_token_map
-from layers import Precision
+from layers import Fusion, Precision
 from loss import HeadLoss
 from model import Hidden, Model
 from optimisers import optimisers_for
@@ -53,7 +53,7 @@ IDLE, OVERWORKED = 0.5, 1.75  # shares of the mean load between which the routin
 SAVE_EVERY_S = 300.0
 HELD_OUT_EVERY_TOKENS = 500_000
 HELD_OUT_ROWS = 24
-MICRO_TOKENS = 2048
+MICRO_TOKENS = 4096
 
 
 class Trainer:
@@ -258,6 +258,16 @@ def fast_products() -> torch.dtype:
     return torch.bfloat16 if capability.get("avx512_bf16") or capability.get("amx_bf16") else torch.float32
 
 
+def can_compile() -> bool:
+    """Whether a C++ compiler is here, which fused operations need; without one they run one by one."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8))
+    except Exception as error:  # whatever the tool chain lacks: training is slower, and goes on
+        print(f"operations are not fused, training is slower: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -279,6 +289,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     Precision.products = getattr(torch, args.products) if args.products else fast_products()
+    Fusion.on = can_compile()
     schedule = Schedule.read(args.stages)
     trainer = Trainer(args.dir, schedule)
     saved = args.dir / "state.safetensors"
