@@ -170,8 +170,9 @@ class Link:
                 error = raised
             with self._changed:
                 self._under_way -= 1
-                if self._under_way == 0:
-                    self.telemetry.add("busy_s", self.name, time.perf_counter() - self._busy_since)
+                now = time.perf_counter()
+                self.telemetry.add("busy_s", self.name, now - self._busy_since)
+                self._busy_since = now
             self._end(job, error)
 
     def _end(self, job: _Job, error: BaseException | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Annotated
 
 import httpx
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Labels = tuple[tuple[str, str], ...]
 QUANTILES = (0.5, 0.9, 0.99)
+WINDOW_S = 60.0  # percentiles and shares of a live view are those of so long a time
+REASONS = {"demand": "demand", "prefetch": "foreseen late"}
 MOST_PAGE_BYTES = 16 << 20
 
 
@@ -75,29 +77,43 @@ def top(
         bool, typer.Option("--once", help="Print the totals since the server started, and end.")
     ] = False,
 ) -> None:
-    """Watch a running server: requests, speed, latencies, memory by tier, hits, links, stalls, Engram rows.
+    """Watch a running server: requests, latencies, caches, memory by tier, hits, links, stalls, Engram rows.
 
-    Ctrl-C ends it.
+    Rates are those since the last look, percentiles and shares those of the last minute. What a server
+    does not have is left out. Ctrl-C ends it.
 
     Example: loci top --url http://127.0.0.1:8000
     """
     from rich.console import Console
-    from rich.live import Live
 
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     with httpx.Client(headers=headers, timeout=10) as client:
-        now = _look(client, url)
         if once or not is_terminal():
-            Console(width=None if is_terminal() else 80).print(view(now, None))
+            Console(width=None if is_terminal() else 80).print(view(_look(client, url)))
             return
-        with Live(view(now, None), screen=True, auto_refresh=False) as live:
-            try:
-                while True:
-                    time.sleep(interval_s)
-                    before, now = now, _look(client, url)
-                    live.update(view(now, before), refresh=True)
-            except KeyboardInterrupt:
-                return
+        try:
+            _watch(client, url, interval_s)
+        except KeyboardInterrupt:
+            return
+
+
+def _watch(client: httpx.Client, url: str, interval_s: float) -> None:
+    """Look again and again. Raises LociError when the server does not answer any more."""
+    from rich.live import Live
+
+    seen = deque([_look(client, url)])
+    with Live(view(seen[0]), screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            before, now = seen[-1], _look(client, url)
+            if now.total("loci_engine_steps_total") < before.total("loci_engine_steps_total"):
+                seen = deque([now])  # another server, which counts from zero
+                live.update(view(now), refresh=True)
+                continue
+            seen.append(now)
+            while seen[0].at < now.at - WINDOW_S and len(seen) > 2:
+                seen.popleft()
+            live.update(view(now, before, seen[0]), refresh=True)
 
 
 def _look(client: httpx.Client, url: str) -> Sample:
@@ -119,35 +135,52 @@ def _look(client: httpx.Client, url: str) -> Sample:
     return sample
 
 
-def view(now: Sample, before: Sample | None) -> Group:
-    """All tables, for 80 columns; rates are those since `before`, where there is none totals are shown."""
+def view(now: Sample, before: Sample | None = None, earlier: Sample | None = None) -> Group:
+    """All tables that have something to show, for 80 columns.
+
+    Rates are those since `before`, percentiles and shares those since `earlier`; where there is none,
+    totals since the server started are shown.
+    """
     from rich.console import Group
 
-    return Group(
+    tables = (
         _requests(now, before),
-        _latencies(now, before),
+        _latencies(now, earlier),
+        _caches(now, earlier),
         _tiers(now, before),
         _links(now, before),
-        _guesses(now),
+        _ahead(now),
     )
+    return Group(*(table for table in tables if table.row_count))
 
 
 def _table(*headers: str) -> Table:
-    from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
+    table = Table(box=None, padding=(0, 1), header_style="reverse")  # all must fit into a small terminal
     for number, header in enumerate(headers):
         table.add_column(header, justify="right" if number else "left", no_wrap=True)
     return table
 
 
 def _grown(now: Sample, before: Sample | None, name: str, **labels: str) -> float:
+    """How much a counter grew since `before`, or its total."""
+    return max(now.total(name, **labels) - (before.total(name, **labels) if before else 0.0), 0.0)
+
+
+def _rate(now: Sample, before: Sample | None, name: str, **labels: str) -> float:
     """How much a counter grew a second since `before`, or its total."""
-    if before is None:
-        return now.total(name, **labels)
-    grown = now.total(name, **labels) - before.total(name, **labels)
-    return max(grown, 0.0) / max(now.at - before.at, 1e-9)
+    return _grown(now, before, name, **labels) / (max(now.at - before.at, 1e-9) if before else 1.0)
+
+
+def _per_second(now: Sample, before: Sample | None, name: str, **labels: str) -> str:
+    """Seconds that a counter counts: as a share of the time since `before`, or their total."""
+    grown = _rate(now, before, name, **labels)
+    return f"{grown:.2f} s" if before is None else f"{min(grown, 1.0):.1%}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "-"
 
 
 def _requests(now: Sample, before: Sample | None) -> Table:
@@ -157,21 +190,49 @@ def _requests(now: Sample, before: Sample | None) -> Table:
         "",
         f"{now.total('loci_sequences_running'):.0f}",
         f"{now.total('loci_sequences_waiting'):.0f}",
-        f"{_grown(now, before, 'loci_generated_tokens_total'):,.1f}",
-        f"{_grown(now, before, 'loci_prompt_tokens_total'):,.1f}",
+        f"{_rate(now, before, 'loci_generated_tokens_total'):,.1f}",
+        f"{_rate(now, before, 'loci_prompt_tokens_total'):,.1f}",
         bytes_text(int(now.total("loci_process_resident_memory_bytes"))),
     )
     return table
 
 
-def _latencies(now: Sample, before: Sample | None) -> Table:
+def _latencies(now: Sample, earlier: Sample | None) -> Table:
     table = _table("latency", *(f"p{100 * share:.0f}" for share in QUANTILES))
     for what, name in (
+        ("in the queue", "loci_queue_time_seconds"),
         ("first token", "loci_time_to_first_token_seconds"),
         ("between tokens", "loci_inter_token_latency_seconds"),
+        ("whole answer", "loci_end_to_end_seconds"),
     ):
-        found = [now.quantile(name, share, before) for share in QUANTILES]
+        if now.total(f"{name}_count") == 0:
+            continue
+        found = [now.quantile(name, share, earlier) for share in QUANTILES]
         table.add_row(what, *("-" if s is None else f"{1e3 * s:,.0f} ms" for s in found))
+    return table
+
+
+def _caches(now: Sample, earlier: Sample | None) -> Table:
+    """KV and prefixes: how full, and what prompts found there."""
+    table = _table("cache", "holds", "of", "full", "prompts known", "tokens known")
+    used, capacity = now.total("loci_kv_tokens_used"), now.total("loci_kv_tokens_capacity")
+    if capacity:
+        table.add_row("KV", f"{used:,.0f}", f"{capacity:,.0f} tokens", _share(used, capacity), "", "")
+    held, budget = now.total("loci_prefix_cache_bytes"), now.total("loci_prefix_cache_budget_bytes")
+    if budget:
+        known = _grown(now, earlier, "loci_prefix_cache_tokens_total")
+        computed = _grown(now, earlier, "loci_prompt_tokens_total")
+        table.add_row(
+            "prefixes",
+            bytes_text(int(held)),
+            bytes_text(int(budget)),
+            _share(held, budget),
+            _share(
+                _grown(now, earlier, "loci_prefix_cache_hits_total"),
+                _grown(now, earlier, "loci_prefix_cache_queries_total"),
+            ),
+            _share(known, known + computed),
+        )
     return table
 
 
@@ -186,35 +247,39 @@ def _tiers(now: Sample, before: Sample | None) -> Table:
             f"{tier} (misses)" if tier == "nvme" else tier,
             bytes_text(held) if held else "-",
             "-" if free is None else f"{free:.0f}",
-            f"{_grown(now, before, 'loci_expert_hits_total', tier=tier):,.0f}",
-            f"{_grown(now, before, 'loci_expert_evictions_total', tier=tier):,.0f}",
+            f"{_rate(now, before, 'loci_expert_hits_total', tier=tier):,.0f}",
+            f"{_rate(now, before, 'loci_expert_evictions_total', tier=tier):,.0f}",
         )
     return table
 
 
 def _links(now: Sample, before: Sample | None) -> Table:
+    """What moved over each link, how busy it was, and why computation waited for it."""
     per = "" if before is None else "/s"
-    table = _table("link", f"moved{per}", "waited: demand", "waited: foreseen late")
-    stalled = "loci_stall_seconds_total"
+    stalled, busy = "loci_stall_seconds_total", "loci_link_busy_seconds_total"
+    reasons = now.labels(stalled, "reason")
+    waits = [f"waited: {REASONS.get(reason, reason)}" for reason in reasons]
+    table = _table("link", f"moved{per}", "busy", *waits, "failed")
     for link in sorted({*now.labels("loci_link_bytes_total", "link"), *now.labels(stalled, "link")}):
-        waits = [_grown(now, before, stalled, link=link, reason=why) for why in ("demand", "prefetch")]
         table.add_row(
             link,
-            bytes_text(int(_grown(now, before, "loci_link_bytes_total", link=link))),
-            *(f"{s:.2f} s" if before is None else f"{s:.1%} of time" for s in waits),
+            bytes_text(int(_rate(now, before, "loci_link_bytes_total", link=link))),
+            _per_second(now, before, busy, link=link) if link in now.labels(busy, "link") else "-",
+            *(_per_second(now, before, stalled, link=link, reason=reason) for reason in reasons),
+            f"{now.total('loci_link_failures_total', link=link):,.0f}",
         )
     return table
 
 
-def _guesses(now: Sample) -> Table:
-    """Totals: what was read ahead, and where Engram rows were found."""
+def _ahead(now: Sample) -> Table:
+    """Totals: what was guessed and read ahead, and where Engram rows were found."""
     table = _table("since start", "", "", "", "")
     for what, name, label in (
+        ("router guesses", "loci_expert_guesses_total", "guesses"),
         ("read ahead", "loci_prefetched_experts_total", "outcome"),
         ("Engram rows", "loci_engram_rows_total", "rows"),
     ):
-        values = now.values[name]
-        cells = [f"{dict(at)[label]} {value:,.0f}" for at, value in values.items()]
+        cells = [f"{dict(at)[label]} {value:,.0f}" for at, value in now.values[name].items()]
         if cells:
-            table.add_row(what, *cells[:4])
+            table.add_row(what, *cells)
     return table
