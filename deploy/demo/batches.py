@@ -13,6 +13,8 @@ from torch import Tensor
 from data import read_documents
 from packing import lay_out, pack
 
+MOVED_ROWS = 1000
+
 
 class Corpus:
     """All training documents, how often each occurs in a pass, and a fingerprint of all that.
@@ -50,10 +52,15 @@ class Pass:
     def of(cls, corpus: Corpus, context: int, step: int, seed: tuple[int, int]) -> Pass:
         rng = np.random.default_rng(seed)
         copies = (corpus.times + rng.random(len(corpus.times))).astype(np.int64)
-        order = rng.permutation(np.repeat(np.arange(len(copies)), copies))
+        # A document's copies are spread over the pass: no text comes again while other text waits.
+        order = np.repeat(np.arange(len(copies)), copies)
+        number = np.arange(len(order)) - np.repeat(copies.cumsum() - copies, copies)  # of the copy
+        order = order[np.argsort((number + rng.random(len(order))) / copies[order], kind="stable")]
         pieces = lay_out([len(corpus.documents[i]) for i in order], context, step)
         rows = [[(int(order[d]), start, stop) for d, start, stop in row] for row in pieces]
-        return cls(corpus, [rows[i] for i in rng.permutation(len(rows))], context, step)
+        # Rows move a little, so that a long document's pieces do not make up one batch.
+        moved = np.argsort(np.arange(len(rows)) + rng.random(len(rows)) * MOVED_ROWS, kind="stable")
+        return cls(corpus, [rows[i] for i in moved], context, step)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Token ids and document numbers of `count` rows from `first`, `[count, context]`."""

@@ -23,23 +23,36 @@ class Table:
         self.mean = torch.zeros(rows, dim)
         self.square = torch.zeros(rows, dim)
 
-    def gather(self, rows: Tensor) -> Gathered:
-        """The rows that a step needs; `rows` `[N, columns]`."""
+    def gather(self, rows: Tensor, kept: Tensor | None = None) -> Gathered:
+        """The rows `[N, columns]` that a step needs; what is looked up is multiplied by `kept`."""
         unique, inverse = rows.unique(return_inverse=True)
-        return Gathered(self, unique, inverse)
+        return Gathered(self, unique, inverse, kept)
+
+
+def dropout(shape: torch.Size, share: float, seed: int) -> Tensor:
+    """Multipliers for look-ups: 0 for about `share` of them, the others scaled up to make good for it.
+
+    A row knows by heart what followed in the few texts that it was trained on. Where some rows are
+    always missing, the model learns to doubt each of them, as it must with text that it has not seen.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(shape, generator=generator) >= share).float() / (1 - share)
 
 
 class Gathered:
     """Rows taken out of a table for one step: read them through `values`, then `update`."""
 
-    def __init__(self, table: Table, rows: Tensor, places: Tensor) -> None:
-        self.table, self.rows, self.places = table, rows, places
+    def __init__(self, table: Table, rows: Tensor, places: Tensor, kept: Tensor | None) -> None:
+        self.table, self.rows, self.places, self.kept = table, rows, places, kept
         self.leaf = table.weight[rows].requires_grad_()
 
     def values(self, start: int, stop: int, rounding: bool) -> Tensor:
         """Concatenated rows of tokens start..stop, `[stop - start, columns * dim]`."""
         leaf = straight_through(self.leaf, "fp8_row") if rounding else self.leaf
-        return F.embedding(self.places[start:stop], leaf).flatten(1)
+        values = F.embedding(self.places[start:stop], leaf)  # [tokens, columns, dim]
+        if self.kept is not None:
+            values = values * self.kept[start:stop].unsqueeze(-1)
+        return values.flatten(1)
 
     @torch.no_grad()
     def update(self, learning_rate: float) -> None:
