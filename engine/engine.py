@@ -41,7 +41,8 @@ SAVE_EVERY = 2048
 class EngineStats:
     """A snapshot for metrics; prompt_tokens, generated_tokens, steps and seconds only grow.
 
-    step_s is the time spent in steps, forward_s the model's part of it.
+    step_s is the time spent in steps, forward_s the model's part of it. is_failing: the last step ended its
+    requests with an error that was not theirs.
     """
 
     running: int
@@ -55,6 +56,7 @@ class EngineStats:
     step_s: float
     forward_s: float
     prefixes: PrefixStats | None = None
+    is_failing: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Engine:
         self._generated_tokens = 0
         self._steps = 0
         self._step_s = self._forward_s = 0.0
+        self._is_failing = False
 
     @property
     def max_context(self) -> int:
@@ -192,6 +195,7 @@ class Engine:
             step_s=self._step_s,
             forward_s=self._forward_s,
             prefixes=None if self._prefixes is None else self._prefixes.stats,
+            is_failing=self._is_failing,
         )
 
     def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
@@ -260,6 +264,7 @@ class Engine:
             forward_s = time.perf_counter() - forward_began
         if logits is None:
             return
+        self._is_failing = False
         self._scheduler.observe(chunks, forward_s)
         ready = []
         for chunk, rows in zip(chunks, torch.split(logits, counts), strict=True):
@@ -279,6 +284,7 @@ class Engine:
         if isinstance(error, RequestError):
             reason, text = FinishReason.REFUSED, str(error)
         else:
+            self._is_failing = True
             numbers = [sequence.sequence_id for sequence in sequences]
             logger.error("failed: sequences %s", numbers, exc_info=error)
             known = isinstance(error, LociError)

@@ -199,7 +199,7 @@ class Family(ABC):
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
-        """The model, its weights mapped or read within `budget`, still packed.
+        """The model, its weights read within `budget`, still packed.
 
         Raises CheckpointError listing everything that is wrong, before anything large is read, and
         BudgetError where what every token needs does not fit.

@@ -1,13 +1,12 @@
 """Checkpoints on disk: what tensors there are and where, read without loading them.
 
-`Checkpoint` is what families see: a config and named ranges of files that can be mapped. Two
+`Checkpoint` is what families see: a config and named ranges of files that can be read. Two
 kinds exist: safetensors directories (`memory/safetensors_files.py`) and GGUF files
 (`memory/gguf_files.py`). Nothing here unpickles anything.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from memory.file_reads import read_tensor
 from quant.errors import CheckpointError
 
 
@@ -61,7 +61,6 @@ class Checkpoint:
         self.config = config
         self.entries = entries
         self.problems = problems
-        self._maps: dict[Path, torch.Tensor] = {}
 
     def verify(self, specs: Mapping[str, TensorSpec], ignored_prefixes: tuple[str, ...] = ()) -> None:
         """Compare what there is with what a family expects; nothing but headers is read.
@@ -87,12 +86,9 @@ class Checkpoint:
         if problems:
             raise CheckpointError(_list_problems(self.path, problems))
 
-    def map(self, name: str) -> torch.Tensor:
-        """The raw bytes of a tensor as a uint8 view of the mapped file, `[nbytes]`; nothing is read yet."""
-        entry = self.entries[name]
-        if entry.file not in self._maps:
-            self._maps[entry.file] = _map_file(entry.file)
-        return self._maps[entry.file][entry.offset : entry.offset + entry.nbytes]
+    def read(self, name: str) -> torch.Tensor:
+        """The raw bytes of a tensor, uint8 `[nbytes]`. Raises CheckpointError where they cannot be read."""
+        return read_tensor(self.entries[name])
 
 
 SHOWN_PROBLEMS = 40
@@ -104,9 +100,3 @@ def _list_problems(path: Path, problems: list[str]) -> str:
         shown.append(f"... and {len(problems) - len(shown)} more")
     lines = "\n  ".join(shown)
     return f"{path}: {len(problems)} problem(s) in the checkpoint; nothing was loaded:\n  {lines}"
-
-
-def _map_file(path: Path) -> torch.Tensor:
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapped, dtype=torch.uint8)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from memory.checkpoint import TensorEntry
+from memory.file_reads import open_to_read, read_into
 from quant.errors import CheckpointError
 
 BLOCK = 4096  # O_DIRECT wants offsets, lengths and addresses to be multiples of this
@@ -62,12 +63,9 @@ class DirectFiles:
             if file in self._descriptors:
                 continue
             try:
-                descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-            except OSError:
-                try:
-                    descriptor = os.open(file, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{file}: cannot be opened ({error.strerror})") from None
+                descriptor = open_to_read(file, getattr(os, "O_DIRECT", 0))
+            except CheckpointError:
+                descriptor = open_to_read(file)
             self._descriptors[file] = descriptor
 
     def close(self) -> None:
@@ -96,20 +94,8 @@ class DirectFiles:
         return found
 
     def _read_range(self, part: Range, view: memoryview) -> None:
-        done = 0
         needed = max(entry.offset + entry.nbytes for entry in part.entries) - part.start
-        while done < needed:
-            # A short read ends at the end of the file, so what follows starts on a block again.
-            try:
-                count = os.preadv(self._descriptors[part.file], [view[done:]], part.start + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{part.file}: cannot be read at byte {part.start + done} ({error.strerror}); "
-                    "is the drive still there?"
-                ) from None
-            if count == 0:
-                raise CheckpointError(f"{part.file}: ends at byte {part.start + done}; download it again")
-            done += count
+        read_into(self._descriptors[part.file], view, part.start, needed, part.file)
 
     def _buffer(self, nbytes: int) -> mmap.mmap:
         """The calling thread's buffer, page-aligned, of at least `nbytes`."""

@@ -18,6 +18,7 @@ import torch
 from memory.checkpoint import Checkpoint, TensorEntry
 from memory.disk import DirectFiles
 from memory.engram_rows import HotRows, RowCounts, RowJob, RowServer, RowTable
+from memory.file_reads import RowsOnDisk
 from memory.telemetry import Telemetry
 from quant.errors import CheckpointError
 from quant.formats import Format
@@ -169,7 +170,7 @@ class EngramStore:
     """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
 
     pinned: answers lie in page-locked memory, for a card that fetches them. Without the compiled kernels
-    tables stay mapped, and a look-up takes place when it is asked for.
+    tables stay on disk, and a look-up takes place when it is asked for.
     """
 
     def __init__(
@@ -189,15 +190,14 @@ class EngramStore:
         self._direct = DirectFiles()
         self._server: RowServer | None = None
         self._tables: dict[int, _Table] = {}
-        self._mapped: dict[int, PackedTensor] = {}
+        self._on_disk: dict[int, tuple[RowsOnDisk, RowsOnDisk]] = {}
         if not tables:
             return
         try:
             self._server = RowServer(THREADS)
         except LibraryMissingError:
             for layer, files in tables.items():
-                codes, scales = checkpoint.map(files.codes.name), checkpoint.map(files.scales.name)
-                self._mapped[layer] = files.unpack(codes.view(files.rows, -1), scales.view(files.rows, -1))
+                self._on_disk[layer] = RowsOnDisk(files.codes), RowsOnDisk(files.scales)
             return
         self._direct.open([entry.file for files in tables.values() for entry in (files.codes, files.scales)])
         total = sum(files.nbytes for files in tables.values())
@@ -216,7 +216,9 @@ class EngramStore:
         """Ask for rows `[n]` int64 (repeats are fine) of a layer's table."""
         if self._server is None:
             self._telemetry.add("rows", "asked", len(rows))
-            return ReadyRows(self._kernels.gather_rows(self._mapped[layer], rows))
+            codes, scales = (part[rows] for part in self._on_disk[layer])
+            found = self.files[layer].unpack(codes, scales)
+            return ReadyRows(self._kernels.gather_rows(found, torch.arange(len(rows))))
         table = self._tables[layer]
         out = table.room(len(rows), pinned=self._pinned)
         return _ServedRows(self._server.ask(self._numbers[layer], rows, out), table, self._telemetry)

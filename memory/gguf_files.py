@@ -1,7 +1,7 @@
 """GGUF files as checkpoints: one file that holds metadata, tensor headers and tensors.
 
 The `gguf` package reads the layout. Only headers are touched; tensors are byte ranges of the file
-until a family maps them. A tensor's shape is given with the fastest dimension last, so that a
+until a family reads them. A tensor's shape is given with the fastest dimension last, so that a
 matrix is `[rows, cols]` as everywhere in Loci (GGUF itself lists dimensions the other way round).
 """
 

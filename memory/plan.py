@@ -151,7 +151,7 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
     cards = _reserve_workspace(room, shape, hardware.gpus, workload)
     room = _place_dense(room, shape, hardware, workload, cards)
-    _place_embedding(room, shape, cards)
+    _place_embedding(room, shape)
     speeds = {card: hardware.gpus[int(card.partition(":")[2])].memory_bytes_per_s for card in cards}
     _place_experts_and_tables(room, shape, speeds)
     elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
@@ -260,13 +260,16 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, cards: list[
         room.put(f"KV, layer {n}", "kv", n, tier, kv, "beside its layer")
 
 
-def _place_embedding(room: _Room, shape: ModelShape, cards: list[str]) -> None:
-    """One row a token: anywhere but where experts from NVMe must pass through."""
-    staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
-    has_room = room.left["dram"] >= shape.embedding.nbytes + staging
-    tiers = [*(["dram"] if has_room else []), *reversed(cards), "nvme"]
-    tier = room.first_with(shape.embedding.nbytes, tiers)
-    why = "a token reads one row of it" + ("; mapped from disk" if tier == "nvme" else "")
+def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:
+    """True where so many bytes of DRAM hold the embedding beside the experts that pass through from NVMe."""
+    return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.expert_nbytes
+
+
+def _place_embedding(room: _Room, shape: ModelShape) -> None:
+    """One row a token: on disk, where DRAM has no room for all of it."""
+    tier = "dram" if embedding_fits(shape, room.left["dram"]) else "nvme"
+    tier = room.first_with(shape.embedding.nbytes, [tier])
+    why = "a token reads one row of it" + (", from the file" if tier == "nvme" else "")
     room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
 
 

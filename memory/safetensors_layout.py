@@ -2,7 +2,7 @@
 
 Layout of a file: 8 bytes little-endian header length, a JSON header naming dtype, shape and byte
 range of each tensor, then the bytes. The header is padded with spaces, and tensors of wide items
-come first, so that every tensor begins at a multiple of its item size and can be mapped as it is.
+come first, so that every tensor begins at a multiple of its item size, as readers that map files expect.
 """
 
 from __future__ import annotations

@@ -29,9 +29,14 @@ def loci_version() -> str:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 while the server does its work, 503 once the engine's thread has died."""
-    alive = service_of(request).is_alive
-    return JSONResponse({"status": "ok" if alive else "engine_stopped"}, 200 if alive else 503)
+    """200 while the server does its work, 503 once the engine's thread has died.
+
+    A step that failed changes the status alone: to start again would not mend a file or a disk.
+    """
+    service = service_of(request)
+    if not service.is_alive:
+        return JSONResponse({"status": "engine_stopped"}, 503)
+    return JSONResponse({"status": "failing" if service.is_failing else "ok"})
 
 
 @router.get("/ready")

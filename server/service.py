@@ -152,6 +152,11 @@ class Service:
         return self._served is None or self._served.engine.is_alive
 
     @property
+    def is_failing(self) -> bool:
+        """True while the engine works, but its last step failed (a disk that cannot be read)."""
+        return self._served is not None and self._served.engine.stats().is_failing
+
+    @property
     def is_ready(self) -> bool:
         """True while requests can be answered."""
         return self._served is not None and self._served.engine.is_alive and not self.is_draining

@@ -11,7 +11,7 @@ from engine.families.deepseek_v41_config import V41Config
 from engine.families.deepseek_v41_shape import checkpoint_shape
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
-from memory.plan import Placement, plan
+from memory.plan import Placement, embedding_fits, plan
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")
@@ -23,6 +23,7 @@ class DensePlaces:
 
     layers, head   the device of each
     tiers          the tier of each layer
+    holds_embedding  False where the embedding stays on disk, for want of DRAM
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
     kv_room        bytes of KV that are kept free, by card
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)
@@ -32,6 +33,7 @@ class DensePlaces:
     layers: tuple[torch.device, ...]
     head: torch.device
     tiers: tuple[str, ...]
+    holds_embedding: bool
     nbytes: dict[str, int]
     kv_room: dict[str, int]
     left: dict[str, int]
@@ -45,13 +47,16 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
     placement = plan(shape, budget.profile, budget.workload)
     devices = {"dram": HOST, **{card.name: card.device for card in budget.cards}}
     budgets = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
-    nbytes: dict[str, int] = defaultdict(int, {"dram": shape.embedding.nbytes})
+    nbytes: dict[str, int] = defaultdict(int)
     kv_room: dict[str, int] = defaultdict(int)
     for place in placement.places:
         if place.kind in ("dense", "shared_experts", "head"):
             nbytes[place.tier] += place.nbytes
         elif place.kind == "kv" and place.tier != "dram":
             kv_room[place.tier] += place.nbytes
+    holds_embedding = embedding_fits(shape, budget.dram_bytes - nbytes["dram"])
+    if holds_embedding:
+        nbytes["dram"] += shape.embedding.nbytes
     if nbytes["dram"] > budget.dram_bytes:
         raise BudgetError(
             f"{checkpoint.path}: the weights that every token uses need {nbytes['dram'] / 1e6:,.1f} MB, "
@@ -66,6 +71,7 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
         layers=tuple(devices[tier] for tier in tiers),
         head=devices[placement.tier_of("head", None)],
         tiers=tiers,
+        holds_embedding=holds_embedding,
         nbytes=dict(nbytes),
         kv_room=dict(kv_room),
         left={

@@ -19,6 +19,7 @@ from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint, TensorEntry
 from memory.engram_store import EngramStore, TableFiles
 from memory.expert_store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
+from memory.file_reads import RowsOnDisk
 from memory.routing_trace import trace_beside
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
@@ -94,7 +95,7 @@ class LayerWeights:
 class V41Weights:
     """The whole model."""
 
-    embed: torch.Tensor
+    embed: torch.Tensor | RowsOnDisk
     norm: torch.Tensor
     head: Weight
     layers: tuple[LayerWeights, ...]
@@ -104,7 +105,7 @@ class V41Weights:
 
 
 class _Reader:
-    """A verified checkpoint's tensors on `device`; in host memory views of the file where possible."""
+    """A verified checkpoint's tensors on `device`."""
 
     def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device = HOST) -> None:
         self.checkpoint = checkpoint
@@ -115,15 +116,17 @@ class _Reader:
     def plain(self, name: str) -> torch.Tensor:
         """A float tensor as it is stored."""
         entry = self.checkpoint.entries[name]
-        stored = self.checkpoint.map(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
+        stored = self.checkpoint.read(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
         return stored.to(self.device)
+
+    def on_disk(self, name: str) -> RowsOnDisk:
+        """A float matrix that stays in its file."""
+        entry = self.checkpoint.entries[name]
+        return RowsOnDisk(entry, FLOAT_DTYPES[entry.dtype])
 
     def small(self, name: str) -> torch.Tensor:
         """A norm, bias or mix as float32."""
         return self.plain(name).float()
-
-    def _bytes(self, name: str) -> torch.Tensor:
-        return self.checkpoint.map(name).view(self.checkpoint.entries[name].shape)
 
     def dense(self, name: str, rows: int, cols: int) -> Weight:
         """A dense `[rows, cols]` matrix as the kernels like it."""
@@ -138,11 +141,11 @@ class _Reader:
         return tuple(self.kernels.prepare(stored.rows(start, start + rows)) for start in starts)
 
     def stored(self, name: str, rows: int, cols: int) -> Weight:
-        """A dense matrix as the file has it, mapped."""
+        """A dense matrix as the file has it."""
         format_ = self.formats.of(Role.DENSE, name)
         if format_ is None:
             return self.plain(f"{name}.weight")
-        codes, scales = self.checkpoint.map(f"{name}.weight"), self.checkpoint.map(f"{name}.scale")
+        codes, scales = self.checkpoint.read(f"{name}.weight"), self.checkpoint.read(f"{name}.scale")
         return unpack(format_, (rows, cols), codes, scales, self.checkpoint.entries[f"{name}.scale"].dtype)
 
 
@@ -204,7 +207,7 @@ def read_weights(
     cards = [replace(card, budget_bytes=places.left[card.name]) for card in budget.cards]
     by_head = _Reader(checkpoint, kernels, places.head)
     return V41Weights(
-        embed=host.plain("embed.weight"),
+        embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
         norm=by_head.small("norm.weight"),
         head=by_head.plain("head.weight"),
         layers=tuple(

@@ -206,7 +206,7 @@ class LlamaFamily(Family):
 
         def read(role: str, *layer: int) -> Weight:
             entry = checkpoint.entries[config.names[role].format(*layer)]
-            return weight_from_bytes(entry.dtype, entry.shape, checkpoint.map(entry.name))
+            return weight_from_bytes(entry.dtype, entry.shape, checkpoint.read(entry.name))
 
         def norm(role: str, *layer: int) -> torch.Tensor:
             weight = read(role, *layer)

@@ -163,7 +163,7 @@ def _decoded(checkpoint: Checkpoint, name: str) -> np.ndarray:
 
     entry = checkpoint.entries[name]
     kind = gguf.GGMLQuantizationType[entry.dtype]
-    raw = checkpoint.map(name).numpy().reshape(entry.shape[0], -1)
+    raw = checkpoint.read(name).numpy().reshape(entry.shape[0], -1)
     if entry.dtype == "F16":
         return raw.view(np.float16).astype(np.float32)
     return gguf.quants.dequantize(raw, kind)

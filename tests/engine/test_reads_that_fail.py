@@ -13,14 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from engine.engine import Engine
+from engine.families import family_of
 from engine.generation import FinishReason
 from engine.loader import load
+from engine.model import Batch
 from engine.sampling_params import SamplingParams
 from memory.budget import MemoryBudget
 from memory.disk import DirectFiles
+from memory.file_reads import RowsOnDisk
+from memory.gguf_files import open_gguf
+from memory.safetensors_files import open_safetensors
 from quant.errors import CheckpointError
+from quant.kernels import choose
 from tests.conftest import golden_path
 from tests.engine.answers import Answer
+from tests.engine.tiny_llama import tiny_values, write_gguf
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -106,3 +113,27 @@ def test_a_request_whose_engram_rows_cannot_be_read_is_told_and_the_next_is_answ
     assert failed.finish_reason is FinishReason.ERROR
     assert failed.outputs[-1].error == f"{shard}: the file has become shorter; download it again"
     assert answer.token_ids == greedy
+
+
+def test_a_model_that_is_held_in_memory_does_not_need_its_file_any_more(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", tiny_values(), "Q4_1")
+    model = family_of(open_gguf(file)).load(open_gguf(file), choose(), MemoryBudget(1 << 30))
+    batch = Batch.of([(0, 0, [5, 6, 7])], all_logits=True)
+    before = model.forward(batch, model.new_cache(1, 16))
+    os.truncate(file, 0)
+    assert torch.equal(model.forward(batch, model.new_cache(1, 16)), before)
+
+
+def test_an_embedding_that_stays_on_disk_is_read_row_by_row(tmp_path: Path) -> None:
+    path = shutil.copytree(golden_path("v41-c"), tmp_path / "v41-c")
+    checkpoint = open_safetensors(path)
+    entry = checkpoint.entries["embed.weight"]
+    whole = checkpoint.read("embed.weight").view(torch.bfloat16).view(entry.shape)
+    rows = RowsOnDisk(entry, torch.bfloat16)
+    ids = torch.tensor([3, entry.shape[0] - 1, 3, 0])
+    assert torch.equal(rows[ids], whole[ids])
+    with pytest.raises(IndexError):
+        rows[torch.tensor([entry.shape[0]])]
+    os.truncate(entry.file, entry.offset)
+    with pytest.raises(CheckpointError, match="ends at byte"):
+        rows[ids]

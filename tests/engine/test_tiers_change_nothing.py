@@ -46,6 +46,8 @@ def budget(dram_experts: float, *card_experts: float, bytes_per_s: float | None 
     with loaded(MemoryBudget(1 << 30, cards)) as model:
         dense = model.weights.places.nbytes["dram"]
         tables = model.weights.engram.nbytes
+        if dram_experts < 2 * model.config.num_experts_per_tok:  # then the embedding stays on disk
+            dense -= model.weights.embed.nbytes
     if dram_experts >= EXPERTS:  # then everything fits: with room for the tables too
         return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), cards)
     return MemoryBudget(dense + int(dram_experts * SLOT / 0.95) + 1, cards)

@@ -49,7 +49,7 @@ def weight_of(path: Path | Checkpoint, name: str, role: Role, shape: tuple[int, 
     config = QuantizationConfig.parse(checkpoint.config)
     format_ = format_of(role, entries[0].dtype, entries[1].dtype, config)
     assert format_ is not None
-    raw = [checkpoint.map(entry.name) for entry in entries]
+    raw = [checkpoint.read(entry.name) for entry in entries]
     return unpack(format_, shape, raw[0], raw[1], entries[1].dtype)
 
 
@@ -155,7 +155,7 @@ def test_config_tokenizer_and_index_come_along(tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir() if p.name.startswith(".")} == set()
 
 
-def test_every_tensor_can_be_mapped_at_its_own_alignment(tmp_path: Path) -> None:
+def test_every_tensor_begins_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
     convert(GOLDEN, tmp_path / "out", Choices(experts=NF4))
     sizes = {"F32": 4, "BF16": 2}
     for entry in open_safetensors(tmp_path / "out").entries.values():

@@ -49,8 +49,8 @@ def table_files(checkpoint: Checkpoint) -> TableFiles:
 @pytest.fixture(scope="module")
 def table(checkpoint: Checkpoint) -> torch.Tensor:
     """The whole table as numbers."""
-    codes = checkpoint.map("t.weight").view(ROWS, DIM)
-    scales = checkpoint.map("t.scale").view(ROWS, DIM // 32)
+    codes = checkpoint.read("t.weight").view(ROWS, DIM)
+    scales = checkpoint.read("t.scale").view(ROWS, DIM // 32)
     return PackedTensor(FP8_ROW, (ROWS, DIM), codes, scales).decode()
 
 

@@ -39,7 +39,7 @@ def test_tensors_are_found_without_reading_them(checkpoint_copy: Path) -> None:
         expected |= load_file(shard)
     assert checkpoint.entries.keys() == expected.keys()
     name = "layers.0.attn.wq_a.weight"
-    raw = checkpoint.map(name).view(torch.float8_e4m3fn).view(checkpoint.entries[name].shape)
+    raw = checkpoint.read(name).view(torch.float8_e4m3fn).view(checkpoint.entries[name].shape)
     assert torch.equal(raw.float(), expected[name].float())
 
 
