@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from quantise import straight_through
 
 BETAS, EPS = (0.9, 0.99), 1e-10
+DECAY = 1.0  # per learning rate, each time a row is touched: what points now here, now there does not add up
 
 
 class Table:
@@ -56,7 +57,7 @@ class Gathered:
 
     @torch.no_grad()
     def update(self, learning_rate: float) -> None:
-        """One Adam step for the gathered rows."""
+        """One step of Adam with decoupled decay for the gathered rows."""
         grad = self.leaf.grad
         if grad is None:
             return
@@ -64,4 +65,5 @@ class Gathered:
         mean = table.mean[rows].lerp_(grad, 1 - BETAS[0])
         square = table.square[rows].lerp_(grad.square(), 1 - BETAS[1])
         table.mean[rows], table.square[rows] = mean, square
-        table.weight[rows] = self.leaf.detach() - learning_rate * mean / (square.sqrt() + EPS)
+        weight = self.leaf.detach() * (1 - learning_rate * DECAY)
+        table.weight[rows] = weight - learning_rate * mean / (square.sqrt() + EPS)

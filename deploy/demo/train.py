@@ -46,7 +46,7 @@ from tables import Gathered, Table, dropout
 
 SEED = 41
 TABLE_RATE = 3.0  # times the learning rate of the rest
-ROW_DROPOUT = 0.4
+ROW_DROPOUT = 0.5
 CLIP = 1.0
 INDEX_LOSS_WEIGHT = 0.2
 BIAS_STEP = 0.005
