@@ -42,13 +42,18 @@ class Sampler:
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+        adjustments = (self._bias, self._counts, self._seen, constraint)
+        self._adjusts = any(adjustment is not None for adjustment in adjustments)
 
     def sample(self, logits: torch.Tensor) -> int:
         """Choose the next token from logits `[vocab_size]` float32 and remember it.
 
         Raises RequestError where the answer's grammar leaves no token.
         """
-        (token,) = draw_tokens(self.adjusted(logits).unsqueeze(0), [self.params], [self.number()])
+        rows = logits.unsqueeze(0)
+        changed = self.adjusted(rows, 0)
+        rows = rows if changed is None else changed.unsqueeze(0)
+        (token,) = draw_tokens(rows, [self.params], [self.number()])
         self.remember(token)
         return token
 
@@ -65,12 +70,14 @@ class Sampler:
         if self._seen is not None:
             self._seen[token] = True
 
-    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits `[vocab_size]` with bias, penalties and mask; the same tensor where there are none.
+    def adjusted(self, logits: torch.Tensor, row: int) -> torch.Tensor | None:
+        """A row of logits `[rows, vocab_size]` with bias, penalties and mask; None where there are none.
 
         Raises RequestError where the answer's grammar leaves no token.
         """
-        params = self.params
+        if not self._adjusts:
+            return None
+        params, logits = self.params, logits[row]
         if self._bias is not None:
             logits = logits + self._bias
         if self._seen is not None:

@@ -50,7 +50,7 @@ class LlamaCache(KvCache):
         return self._held.nbytes
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
-        return tuple((1, layer[:, slot].permute(2, 0, 1, 3)) for layer in self._held.unbind(1))
+        return ((1, self._held[:, :, slot].permute(3, 0, 1, 2, 4)),)
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
         return ()
