@@ -11,7 +11,7 @@ from engine.bench_engine import StepCost, Timeline, run_engine, throughput
 from engine.engine import Engine
 from engine.sampling_params import SamplingParams
 from quant.errors import LociError
-from server.bench_client import Target, stream_completion
+from server.bench_client import CompletionStream, Target, stream_completion
 
 # Ordinary tokens of every vocabulary there is; special ones lie at its ends.
 TOKEN_IDS = range(100, 1000)
@@ -93,12 +93,14 @@ def interfere(target: Target, streams: int, prompt_tokens: int, answer_tokens: i
 
 async def _interfere(target: Target, streams: int, prompt_tokens: int, answer_tokens: int) -> Interference:
     short = Load(BEFORE_TOKENS, answer_tokens, 1)
-    running = [Timeline() for _ in range(streams)]
+    running = [CompletionStream() for _ in range(streams)]
     tasks = [
-        asyncio.ensure_future(stream_completion(target, _fields(prompt, answer_tokens), timeline))
-        for prompt, timeline in zip(short.prompts(streams), running, strict=True)
+        asyncio.ensure_future(stream_completion(target, _fields(prompt, answer_tokens), stream))
+        for prompt, stream in zip(short.prompts(streams), running, strict=True)
     ]
-    while min(len(t.arrivals_s) for t in running) <= BEFORE_TOKENS and not all(t.done() for t in tasks):
+    while min(len(s.timeline.arrivals_s) for s in running) <= BEFORE_TOKENS and not all(
+        task.done() for task in tasks
+    ):
         await asyncio.sleep(0.01)
     long = await stream_completion(target, _fields(Load(prompt_tokens, 1, 1).prompts(1)[0], 1))
     for task in tasks:
@@ -108,7 +110,7 @@ async def _interfere(target: Target, streams: int, prompt_tokens: int, answer_to
             raise result
     before: list[float] = []
     during: list[float] = []
-    for timeline in running:
+    for timeline in (stream.timeline for stream in running):
         for gap, ended in zip(timeline.itl_s, timeline.arrivals_s[1:], strict=True):
             if ended < long.sent_s:
                 before.append(gap)

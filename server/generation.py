@@ -1,13 +1,14 @@
 """From the engine's thread to the event loop: the sequences of one request, read as they grow.
 
-The engine calls back from its own thread; `Generation` collects what came, and `Wakeups` wakes the event
-loop once for all requests that have news. Whoever leaves a Generation early aborts its sequences, so that
-their slots are free.
+The engine calls back from its own thread; `Generation` collects what came, and between steps `Wakeups` wakes
+the event loop once for all requests that have news. Whoever leaves a Generation early aborts its sequences,
+so that their slots are free.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -19,29 +20,40 @@ from engine.sampling_params import SamplingParams
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
 
+# Seconds that the engine waits at most for the event loop to tell what the last step generated.
+PATIENCE_S = 0.005
+
 
 class Wakeups:
-    """Sets events of the running event loop from other threads, waking it once for all that are due."""
+    """Sets events of the running event loop from the engine's thread, between steps and all together."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._due: deque[asyncio.Event] = deque()
-        self._is_coming = False
+        self._all_read = threading.Event()
 
-    def set(self, event: asyncio.Event) -> None:
-        """Have `event` set soon. May be called from any thread."""
-        # Appending first and looking at the flag second loses nothing: a wake that is still to come will
-        # see the new entry.
+    def add(self, event: asyncio.Event) -> None:
+        """Have `event` set by the next `flush`."""
         self._due.append(event)
-        if not self._is_coming:
-            self._is_coming = True
-            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
-                self._loop.call_soon_threadsafe(self._wake)
+
+    def flush(self) -> None:
+        """Set what is due; returns when those who waited for it have read their news, or a little later.
+
+        Python runs one thread at a time. If the event loop did its work while the next step is computed,
+        the two threads would stop each other at every operation; one after the other takes less.
+        """
+        if not self._due:
+            return
+        self._all_read.clear()
+        with suppress(RuntimeError):  # the loop has closed: nobody is left to read
+            self._loop.call_soon_threadsafe(self._wake)
+            self._all_read.wait(PATIENCE_S)
 
     def _wake(self) -> None:
-        self._is_coming = False
         while self._due:
             self._due.popleft().set()
+        # The loop's next round runs those who were woken, then this.
+        self._loop.call_soon(self._all_read.set)
 
 
 class Generation:
@@ -92,7 +104,7 @@ class Generation:
         # Runs in the engine's thread.
         timer.observe(output)
         self._inbox.append((index, output))
-        self._wakeups.set(self._arrived)
+        self._wakeups.add(self._arrived)
 
     def _expire(self, timeout_s: float) -> None:
         message = f"the request took longer than {timeout_s:g} s and was ended"

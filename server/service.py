@@ -188,6 +188,7 @@ class Service:
         """An empty Generation on the engine, under this server's time limit."""
         if self._wakeups is None:
             self._wakeups = Wakeups()
+            self.served.engine.between_steps = self._wakeups.flush
         return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 
     def drain(self) -> None:

@@ -294,3 +294,24 @@ def test_waiting_sequences_go_on_when_all_running_ones_end_in_the_same_step(load
             assert answer.wait().finish_reason is FinishReason.LENGTH
     finally:
         engine.stop()
+
+
+def test_what_was_reported_is_followed_by_a_call_between_steps(loaded: Loaded) -> None:
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=200)
+    seen: list[str] = []
+    engine.between_steps = lambda: seen.append("between")
+    engine.start()
+    answers = [Answer(), Answer()]
+
+    for answer in answers:
+
+        def note(output: Output, answer: Answer = answer) -> None:
+            seen.append("output")
+            answer(output)
+
+        engine.submit([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=150), note)
+    answers[0].wait()
+    engine.stop()
+
+    assert seen.count("output") > 2
+    assert seen[-1] == "between"

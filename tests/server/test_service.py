@@ -30,12 +30,14 @@ class PlayedEngine:
 
     def __init__(self, play: Callable[[OnOutput], None] = lambda on_output: None) -> None:
         self._play = play
+        self.between_steps: Callable[[], None]
         self.aborted: list[Ticket] = []
 
     def submit(
         self, prompt_ids: list[int], params: object, on_output: OnOutput, *, cache_salt: str
     ) -> Ticket:
         self._play(on_output)
+        self.between_steps()
         return Ticket(1)
 
     def abort(self, ticket: Ticket) -> None:
