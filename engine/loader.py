@@ -59,8 +59,8 @@ def load(path: Path, budget: MemoryBudget | None = None) -> Loaded:
     _, components = family.describe(checkpoint)
     budget = budget or MemoryBudget.of_this_machine()
     kernels = choose([card.device for card in budget.cards if not card.is_virtual])
-    model = family.load(checkpoint, kernels, budget)
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
     sampling = sampling_defaults(path) or embedded_sampling(path)
+    model = family.load(checkpoint, kernels, budget)  # last: it is large, all else may still be refused
     return Loaded(model, tokenizer, chat, components, sampling)

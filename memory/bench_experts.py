@@ -1,10 +1,15 @@
-"""What each policy would have hit on a recorded trace, against the most that any could (Belady)."""
+"""What each policy would have hit on a recorded trace, against the most that any could (Belady).
+
+And what exchanges between a card and DRAM bring, with the margin that they must pay and without.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memory.expert_policy import POLICIES, belady_hits, policy_hits
+import numpy as np
+
+from memory.expert_policy import EXCHANGE_MARGIN, POLICIES, Predictive, belady_hits, replay
 from memory.routing_trace import RoutingTrace
 
 
@@ -32,6 +37,34 @@ def compare_policies(trace: RoutingTrace, experts: int, shares: tuple[float, ...
         slots = max(1, round(share * experts))
         best = sum(belady_hits(layer, slots, experts) for layer in steps)
         for name, policy in POLICIES.items():
-            hits = sum(policy_hits(layer, slots, policy(experts)) for layer in steps)
+            hits = sum(replay(layer, slots, policy(experts)).hits for layer in steps)
             scores.append(PolicyScore(name, share, hits / uses, best / uses))
+    return scores
+
+
+@dataclass(frozen=True)
+class ExchangeScore:
+    """What a full card with slots for a share of a layer's experts does; rates are of all uses."""
+
+    routing: str
+    slots_share: float
+    margin: float
+    hit_rate: float
+    exchange_rate: float
+
+
+def compare_margins(trace: RoutingTrace, experts: int, shares: tuple[float, ...]) -> list[ExchangeScore]:
+    """Exchanges without a margin and with the one that serves, on the trace and on uniform routing."""
+    recorded = [trace.steps(layer) for layer in range(trace.layers)]
+    random = np.random.default_rng(0)
+    uniform = [[set(random.permutation(experts)[: len(step)].tolist()) for step in recorded[0]]]
+    scores = []
+    for name, layers in (("recorded", recorded), ("uniform", uniform)):
+        uses = sum(len(step) for layer in layers for step in layer)
+        for share in shares:
+            slots = max(1, round(share * experts))
+            for margin in (1.0, EXCHANGE_MARGIN):
+                replays = [replay(layer, slots, Predictive(experts), margin) for layer in layers]
+                hits, exchanges = sum(r.hits for r in replays), sum(r.exchanges for r in replays)
+                scores.append(ExchangeScore(name, share, margin, hits / uses, exchanges / uses))
     return scores

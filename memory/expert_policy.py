@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+# Where cards and DRAM hold different experts, one that goes to a full card sends another back. It must be
+# worth so much more than that one; else two that are used alike change places again and again, for nothing.
+EXCHANGE_MARGIN = 1.5
 
 
 class ExpertPolicy(ABC):
@@ -137,14 +142,23 @@ class Predictive(AgedLfu):
 POLICIES: dict[str, Callable[[int], ExpertPolicy]] = {"lru": Lru, "lfu": AgedLfu, "predictive": Predictive}
 
 
-def policy_hits(trace: Sequence[Collection[int]], slots: int, policy: ExpertPolicy) -> int:
+@dataclass(frozen=True)
+class Replay:
+    """What a policy would have done on a trace: uses served, and experts that left for others."""
+
+    hits: int
+    exchanges: int
+
+
+def replay(trace: Sequence[Collection[int]], slots: int, policy: ExpertPolicy, margin: float = 1.0) -> Replay:
     """Uses of one layer that `slots` slots under `policy` would have served.
 
-    trace: the experts of each step. All experts of a step are brought in; one that was just brought
-    in or is used in this step does not leave for another of the same step, while there is a choice.
+    trace: the experts of each step. All experts of a step are brought in, as far as each is worth `margin`
+    times as much as what leaves for it; one that was just brought in or is used in this step does not leave
+    for another of the same step, while there is a choice.
     """
     resident: set[int] = set()
-    hits = 0
+    hits = exchanges = 0
     for step in trace:
         needed = set(step)
         hits += len(needed & resident)
@@ -154,11 +168,12 @@ def policy_hits(trace: Sequence[Collection[int]], slots: int, policy: ExpertPoli
                 candidates = resident - needed or resident
                 leaving = policy.victim(candidates)
                 # A newcomer that is worth less than all that are held is used without being kept.
-                if policy.scores()[expert] < policy.scores()[leaving]:
+                if policy.scores()[expert] < margin * policy.scores()[leaving]:
                     continue
                 resident.remove(leaving)
+                exchanges += 1
             resident.add(expert)
-    return hits
+    return Replay(hits, exchanges)
 
 
 def belady_hits(trace: Sequence[Collection[int]], slots: int, experts: int) -> int:

@@ -108,8 +108,10 @@ class ExpertStep:
         if not store.cards or not in_dram:
             return
         ranked = sorted(in_dram, key=lambda e: -store.worth(self._key(e)))
-        speeds = [shelf.tier.link_bytes_per_s or float("inf") for shelf in store.cards]
-        for expert in ranked[: fetch_count(len(ranked), sum(speeds), store.cpu_bytes_per_s)]:
+        speed = sum(shelf.tier.link_bytes_per_s or float("inf") for shelf in store.cards)
+        if not store.keeps_copies:
+            speed /= 2  # another expert comes back
+        for expert in ranked[: fetch_count(len(ranked), speed, store.cpu_bytes_per_s)]:
             store.move_to_card(self._key(expert))
         for at, taken in enumerate(self._now):
             if taken.expert in in_dram and (found := store.find(self._key(taken.expert))) is not None:

@@ -19,7 +19,7 @@ from contextlib import suppress
 import torch
 
 from memory.carrier import Carrier
-from memory.expert_policy import Predictive
+from memory.expert_policy import EXCHANGE_MARGIN, Predictive
 from memory.expert_reader import ExpertFiles, ExpertReader
 from memory.expert_step import ExpertStep
 from memory.shelf import Key, Place, Shelf
@@ -77,7 +77,7 @@ class ExpertStore:
         self.cards = [shelf(tier) for tier in cards]
         self._carriers = [Carrier(card.tier, layout, card.layout) for card in self.cards]
         # Where DRAM holds everything, cards hold copies; else an expert is in one place at a time.
-        self._keeps_copies = self.dram.arena.slots >= total
+        self.keeps_copies = self.dram.arena.slots >= total
         self._policies = [
             Predictive(files.experts, prior=None if hotness is None else hotness[layer].numpy())
             for layer in range(files.layers)
@@ -176,7 +176,7 @@ class ExpertStore:
     @property
     def _spare(self) -> int:
         """DRAM slots kept free for what cards give back."""
-        return 1 if self.cards and not self._keeps_copies else 0
+        return 1 if self.cards and not self.keeps_copies else 0
 
     def find(self, key: Key) -> tuple[Shelf, Place] | None:
         """Where an expert is or will be; one whose bytes failed to come is nowhere."""
@@ -233,7 +233,7 @@ class ExpertStore:
             self._reader.link.promote(place.ticket)
 
     def move_to_card(self, key: Key) -> None:
-        """Move an expert that DRAM holds to its card, unless all there are worth as much or in use.
+        """Move an expert that DRAM holds to its card, unless all there are worth about as much or in use.
 
         In exclusive mode the card's expert that leaves takes a spare DRAM slot, or is dropped (the disk
         has it) where none is free.
@@ -247,11 +247,13 @@ class ExpertStore:
         leaving: Key | None = None
         if slot is None:
             leaving = self._worst(shelf, key[0], self.busy)
-            if leaving is None or self.worth(leaving) >= self.worth(key):
+            # A copy costs one transfer, which this step's use pays; an exchange costs two: later ones pay.
+            margin = 1.0 if self.keeps_copies else EXCHANGE_MARGIN
+            if leaving is None or self.worth(leaving) * margin >= self.worth(key):
                 return
             slot = shelf.remove(leaving).slot
             self.telemetry.add("evictions", shelf.tier.name)
-            if not self._keeps_copies:
+            if not self.keeps_copies:
                 spare = self.dram.arena.take()
                 out = None if spare is None else self.dram.arena.slot(spare)
         inside, outside = shelf.arena.slot(slot), self.dram.arena.slot(source.slot)
@@ -269,7 +271,7 @@ class ExpertStore:
         if leaving is not None and out is not None:
             assert spare is not None
             self.dram.put(leaving, Place(spare, ticket))
-        if not self._keeps_copies:
+        if not self.keeps_copies:
             self._leaving.append((ticket, self.dram.remove(key).slot))
 
     def settle(self, *, wait: bool = False) -> None:

@@ -5,6 +5,7 @@ Weights are never mapped: a page of a mapped file that is not there any more end
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from pathlib import Path
@@ -46,14 +47,17 @@ def read_into(descriptor: int, view: memoryview, at: int, needed: int, file: Pat
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """The raw bytes of a tensor, uint8 `[nbytes]`, in memory of their own. Raises CheckpointError."""
-    raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+    """The raw bytes of a tensor, uint8 `[nbytes]`, in memory of their own. Raises CheckpointError.
+
+    Pages of their own go back to the system at once when they are given up; an allocator keeps some.
+    """
+    pages = mmap.mmap(-1, max(entry.nbytes, 1))
     descriptor = open_to_read(entry.file)
     try:
-        read_into(descriptor, raw.numpy().data, entry.offset, entry.nbytes, entry.file)
+        read_into(descriptor, memoryview(pages), entry.offset, entry.nbytes, entry.file)
     finally:
         os.close(descriptor)
-    return raw
+    return torch.frombuffer(pages, dtype=torch.uint8)[: entry.nbytes]
 
 
 class RowsOnDisk:

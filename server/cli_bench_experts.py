@@ -33,9 +33,11 @@ def experts(
 ) -> None:
     """Replay a routing trace through each eviction policy, and compare with the best possible (Belady).
 
+    Then what cards and DRAM exchange, with the margin that an exchange must pay and without.
+
     Example: loci bench experts --trace routing.safetensors --experts 384
     """
-    from memory.bench_experts import compare_policies
+    from memory.bench_experts import compare_margins, compare_policies
     from memory.hardware import detect
     from memory.routing_trace import RoutingTrace
     from memory.this_machine import Result, write_results
@@ -63,6 +65,22 @@ def experts(
         ],
         right=(1, 2, 3, 4),
     )
+    margins = compare_margins(recorded, count, fractions)
+    print("\nA full card beside DRAM, predictive; an exchange moves one expert in and one back")
+    print_table(
+        ["routing", "slots", "margin", "hits", "exchanges a use"],
+        [
+            (
+                m.routing,
+                f"{m.slots_share:.0%}",
+                f"{m.margin:g}",
+                f"{m.hit_rate:.1%}",
+                f"{m.exchange_rate:.3f}",
+            )
+            for m in margins
+        ],
+        right=(1, 2, 3, 4),
+    )
     if json_file is not None:
         results = [
             Result(
@@ -76,5 +94,9 @@ def experts(
         ]
         planned = next(s for s in reversed(scores) if s.policy == DEFAULT_POLICY).of_belady
         results.append(Result("expert_hits_vs_belady", planned, "ratio", TARGET, planned >= TARGET))
+        for m in margins:
+            name = f"{m.routing}_{m.slots_share:g}_margin_{m.margin:g}"
+            results.append(Result(f"card_hits_{name}", m.hit_rate, "ratio"))
+            results.append(Result(f"card_exchanges_{name}", m.exchange_rate, "per use"))
         write_results(json_file, detect(), results)
         print(f"written to {json_file}")

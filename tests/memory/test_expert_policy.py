@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory.expert_policy import POLICIES, AgedLfu, Lru, Predictive, belady_hits, policy_hits
+from memory.expert_policy import EXCHANGE_MARGIN, POLICIES, AgedLfu, Lru, Predictive, belady_hits, replay
 
 EXPERTS = 12
 TRACES = st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=4), min_size=1, max_size=60)
@@ -56,7 +57,7 @@ def test_what_usually_follows_is_kept() -> None:
 @pytest.mark.parametrize("name", POLICIES)
 @given(trace=TRACES, slots=st.integers(1, EXPERTS))
 def test_no_policy_hits_more_than_belady(name: str, trace: list[set[int]], slots: int) -> None:
-    assert policy_hits(trace, slots, POLICIES[name](EXPERTS)) <= belady_hits(trace, slots, EXPERTS)
+    assert replay(trace, slots, POLICIES[name](EXPERTS)).hits <= belady_hits(trace, slots, EXPERTS)
 
 
 @given(trace=TRACES)
@@ -64,9 +65,22 @@ def test_with_room_for_all_only_first_uses_miss(trace: list[set[int]]) -> None:
     first_uses = len(set().union(*trace))
     expected = sum(len(step) for step in trace) - first_uses
     assert belady_hits(trace, EXPERTS, EXPERTS) == expected
-    assert policy_hits(trace, EXPERTS, Lru(EXPERTS)) == expected
+    assert replay(trace, EXPERTS, Lru(EXPERTS)).hits == expected
 
 
 def test_belady_on_a_loop_keeps_what_comes_back_soonest() -> None:
     loop = [{0}, {1}, {2}] * 10
-    assert belady_hits(loop, 2, 3) > policy_hits(loop, 2, Lru(3)) == 0
+    assert belady_hits(loop, 2, 3) > replay(loop, 2, Lru(3)).hits == 0
+
+
+def test_with_a_margin_experts_that_are_used_alike_do_not_change_places() -> None:
+    random = np.random.default_rng(0)
+    alike = [set(random.choice(24, 2, replace=False).tolist()) for _ in range(1000)]
+    plain, held = (replay(alike, 6, Predictive(24), margin) for margin in (1.0, EXCHANGE_MARGIN))
+    assert held.exchanges < plain.exchanges / 2
+    assert abs(held.hits - plain.hits) < plain.hits / 10
+
+
+def test_with_a_margin_the_hot_experts_still_come_in() -> None:
+    trace = [{0, 1}] * 50 + [{8, 9}] * 50
+    assert replay(trace, 2, Predictive(24), EXCHANGE_MARGIN).hits >= 180

@@ -19,7 +19,7 @@ from memory.expert_reader import ExpertReader
 from memory.hardware import resident_bytes
 from memory.transfer import Priority, Ticket
 from quant.errors import BudgetError, CheckpointError
-from tests.memory.experts_on_disk import ExpertsOnDisk, steps
+from tests.memory.experts_on_disk import LIMIT, ExpertsOnDisk, steps
 
 LAYERS, EXPERTS = 3, 8
 
@@ -183,4 +183,24 @@ def test_wrong_guesses_are_taken_back_or_dropped_and_right_ones_used(files: Expe
     assert seen.prefetches.get("cancelled", 0) + seen.prefetches.get("dropped", 0) > 0
     assert 0 < seen.guesses["right"] < seen.guesses["made"]  # three of four, and a wrong one
     assert seen.slots["dram"] >= 0
+    store.close()
+
+
+def test_an_expert_goes_to_a_full_card_only_if_it_is_worth_the_exchange(files: ExpertsOnDisk) -> None:
+    store = files.store(20.4, 3.1)  # an expert is in one place, and no card has room for another
+    card = store.cards[0]
+    assert card.arena.free == 0
+    x, ones = torch.ones(1, files.hidden), torch.ones(1, 1)
+    newcomer = next(expert for expert in range(EXPERTS) if card.find((0, expert)) is None)
+    held = list(card.by_layer[0])
+    assert held
+    for expert in held * 8:
+        store.acquire(0, torch.tensor([[expert]])).run(x, ones, LIMIT)
+    worth = []
+    while card.find((0, newcomer)) is None:
+        worth.append(store.worth((0, newcomer)) / min(store.worth((0, expert)) for expert in held))
+        store.acquire(0, torch.tensor([[newcomer]])).run(x, ones, LIMIT)
+    store.settle(wait=True)
+    assert max(worth) > 1.0  # worth more, but not enough
+    assert store.telemetry.snapshot().evictions["vram:0"] == 1
     store.close()
