@@ -49,6 +49,20 @@ class MoeCall(ctypes.Structure):
     )
 
 
+def as_floats(x: torch.Tensor, cols: int) -> torch.Tensor:
+    """x as contiguous float32 `[tokens, cols]`: itself where it is that, for calls of torch take time."""
+    if x.dtype == torch.float32 and x.dim() == 2 and x.shape[1] == cols and x.is_contiguous():
+        return x
+    return x.reshape(-1, cols).to(torch.float32).contiguous()
+
+
+def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out `[tokens, rows]` float32 with the leading dimensions and the dtype of x `[..., cols]`."""
+    if x.dtype == torch.float32 and x.dim() == 2 and len(x) == len(out):
+        return out
+    return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
+
+
 class NativeKernels:
     """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
 
@@ -106,7 +120,7 @@ class NativeKernels:
             return self._fallback.linear(x, weight)
         weight = contiguous(weight)
         rows, cols = weight.shape
-        flat = x.reshape(-1, cols).to(torch.float32).contiguous()  # [tokens, cols]
+        flat = as_floats(x, cols)
         out = torch.empty((len(flat), rows), dtype=torch.float32)
         self._library.loci_linear(
             self._level,
@@ -117,12 +131,12 @@ class NativeKernels:
             len(flat),
             out.data_ptr(),
         )
-        return out.view(*x.shape[:-1], rows).to(x.dtype)
+        return like(x, out)
 
     def _dense_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows, cols = weight.shape
         weight = weight.contiguous()
-        flat = x.reshape(-1, cols).to(torch.float32).contiguous()  # [tokens, cols]
+        flat = as_floats(x, cols)
         out = torch.empty((len(flat), rows), dtype=torch.float32)
         self._library.loci_dense_linear(
             self._level,
@@ -135,7 +149,7 @@ class NativeKernels:
             len(flat),
             out.data_ptr(),
         )
-        return out.view(*x.shape[:-1], rows).to(x.dtype)
+        return like(x, out)
 
     def moe(
         self,
@@ -153,14 +167,14 @@ class NativeKernels:
             return torch.zeros_like(x)
         weights = [contiguous(w) for w in weights]
         matrices = (Matrix * len(weights))(*(matrix(w) for w in weights))
-        ids = torch.tensor(used, dtype=torch.int64)
+        ids = (ctypes.c_int64 * len(used))(*used)
         choice = expert_ids.to(torch.int64).contiguous()
         factors = expert_weights.to(torch.float32).contiguous()
-        flat = x.to(torch.float32).contiguous()
+        flat = as_floats(x, weights[0].shape[1])
         out = torch.empty_like(flat)
         call = MoeCall(
             ctypes.addressof(matrices),
-            ids.data_ptr(),
+            ctypes.addressof(ids),
             len(used),
             choice.data_ptr(),
             factors.data_ptr(),
@@ -175,7 +189,7 @@ class NativeKernels:
             flat.data_ptr(),
             out.data_ptr(),
         )
-        return out.to(x.dtype)
+        return like(x, out)
 
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         matrices = logits.to(torch.float32).clone(memory_format=torch.contiguous_format)

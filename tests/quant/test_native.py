@@ -96,23 +96,39 @@ def test_plain_rows_of_any_length(level: str, dtype: torch.dtype, cols: int) -> 
     assert difference(NativeKernels(level=level).linear(x, w), REFERENCE.linear(x, w)) < EXACT
 
 
+def five_experts(
+    kernels: NativeKernels, format_: Format, hidden: int, width: int
+) -> tuple[list[ExpertWeights], list[ExpertWeights]]:
+    """Random experts as files have them, and the same in slots."""
+    layout = kernels.slot_layout(hidden, width, format_)
+    files = [expert(format_, hidden, width, seed) for seed in range(5)]
+    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in files]
+    return files, [layout.pack_into(slot, *e.matrices) for slot, e in zip(slots, files, strict=True)]
+
+
 @pytest.mark.parametrize("format_", [MXFP4, NF4], ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_experts_equal_the_reference_and_need_no_company(level: str, format_: Format, tokens: int) -> None:
     kernels = NativeKernels(level=level)
-    layout = kernels.slot_layout(128, 96 if format_ is MXFP4 else 64, format_)
-    width = 96 if format_ is MXFP4 else 64
-    files = [expert(format_, 128, width, seed) for seed in range(5)]
-    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in files]
-    experts: list[ExpertWeights] = [
-        layout.pack_into(slot, *e.matrices) for slot, e in zip(slots, files, strict=True)
-    ]
+    files, experts = five_experts(kernels, format_, 128, 96 if format_ is MXFP4 else 64)
     x = torch.randn(tokens, 128)
     ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
     factors = torch.rand(tokens, 2)
     found = kernels.moe(x, ids, factors, experts, 7.0)
     assert difference(found, REFERENCE.moe(x, ids, factors, files, 7.0)) < 3 * EXACT
     for t in range(tokens):
+        alone = kernels.moe(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0)
+        assert torch.equal(found[t : t + 1], alone)
+
+
+def test_experts_of_thousands_of_tokens_are_summed_as_for_one(level: str) -> None:
+    kernels = NativeKernels(level=level)
+    _, experts = five_experts(kernels, MXFP4, 256, 32)
+    tokens = 2200  # so many that products are summed before all experts are done
+    x, factors = torch.randn(tokens, 256), torch.rand(tokens, 2)
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    found = kernels.moe(x, ids, factors, experts, 7.0)
+    for t in (0, 7, tokens - 1):
         alone = kernels.moe(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0)
         assert torch.equal(found[t : t + 1], alone)
 

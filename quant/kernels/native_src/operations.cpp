@@ -77,7 +77,7 @@ Activations prepare(const Team& team, int64_t format, const float* x, int64_t to
 }
 
 thread_local Scratch worker_panels;                      // of each thread: panels tiled on the way
-thread_local Scratch caller_x, caller_h;                 // of the thread that calls
+thread_local Scratch caller_x, caller_h, caller_y;       // of the thread that calls
 
 // The panels of a matrix, tiled on the way where it lies in file layout.
 class Panels {
@@ -90,12 +90,6 @@ class Panels {
         set.panels[set.count] = m_.tiled ? m_.codes + panel * bytes_ : tiled_copy(panel, set.count);
         set.scales[set.count] = scales(panel);
         ++set.count;
-    }
-    // Asks for the beginning of a panel that will be multiplied soon, but does not follow the one before in memory.
-    void announce(int64_t panel) const {
-        constexpr int64_t kAhead = 1024;
-        if (!m_.tiled) return;
-        for (int64_t k = 0; k < std::min(kAhead, bytes_); k += 64) __builtin_prefetch(m_.codes + panel * bytes_ + k);
     }
 
   private:
@@ -252,21 +246,20 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
         }
     });
 
-    // Down: each turn owns some rows of the result and adds the experts to them in order.
-    const int64_t y_panels = divide_up(hidden, kPanelRows);
-    const Turns y_turns(y_panels, panels_per_turn(y_panels, team.threads));
-    parallel_for(y_turns.count, team.threads, [&](int64_t turn) {
-        y_turns.each_panel(turn, [&](int, int64_t p) {
-            const int64_t rows = std::min(kPanelRows, hidden - p * kPanelRows);
-            for (int64_t t = 0; t < call.tokens; ++t) std::fill_n(out + t * hidden + p * kPanelRows, rows, 0.0f);
-        });
-        for (int64_t e = 0; e < call.used; ++e) {
+    // Down, some experts at a time: all their products first, each matrix read in sequence; then the weighted sums,
+    // in the order of the experts.
+    std::fill_n(out, call.tokens * hidden, 0.0f);
+    const Turns y_turns(divide_up(hidden, kPanelRows), kMostPanels);
+    constexpr int64_t kProducts = 1024 * 1024, kColumns = 512;  // floats
+    for (int64_t first = 0, last = 0; first < call.used; first = last) {
+        for (++last; last < call.used && (pairs.end(last) - pairs.begin(first)) * hidden <= kProducts;) ++last;
+        const int64_t begin = pairs.begin(first), count = pairs.begin(last) - begin;
+        float* products = reinterpret_cast<float*>(caller_y.get(count * hidden * static_cast<int64_t>(sizeof(float))));
+        parallel_for((last - first) * y_turns.count, team.threads, [&](int64_t item) {
+            const int64_t e = first + item / y_turns.count, turn = item % y_turns.count;
             const Panels panels(call.experts[3 * e + 2]);
             PanelSet set{width};
-            y_turns.each_panel(turn, [&](int, int64_t p) {
-                panels.add_to(set, p);
-                if (e + 1 < call.used) Panels(call.experts[3 * e + 5]).announce(p);
-            });
+            y_turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
             for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
                 const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
                 const void* hs[kMaxTokens];
@@ -274,16 +267,23 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
                 float y[kMostPanels * kMaxTokens][kPanelRows];
                 multiply(team, down_shape.format, set, hs, n, y[0]);
                 y_turns.each_panel(turn, [&](int q, int64_t p) {
-                    for (int64_t k = 0; k < n; ++k) {
-                        const int64_t pair = pairs.at(i + k);
-                        float* to = out + pair / call.top_k * hidden + p * kPanelRows;
-                        const float weight = call.weights[pair], *from = y[q * n + k];
-                        for (int64_t r = 0; r < panels.rows_in(p); ++r) to[r] += weight * from[r];
-                    }
+                    for (int64_t k = 0; k < n; ++k)
+                        std::memcpy(products + (i - begin + k) * hidden + p * kPanelRows, y[q * n + k],
+                                    static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
                 });
             }
-        }
-    });
+        });
+        const int threads = count * hidden < kWorthSharing ? 1 : team.threads;
+        parallel_for(divide_up(hidden, kColumns), threads, [&](int64_t item) {
+            const int64_t c = item * kColumns, columns = std::min(kColumns, hidden - c);
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t pair = pairs.at(begin + i);
+                const float weight = call.weights[pair], *from = products + i * hidden + c;
+                float* to = out + pair / call.top_k * hidden + c;
+                for (int64_t k = 0; k < columns; ++k) to[k] += weight * from[k];
+            }
+        });
+    }
 }
 
 void gather_rows(const Team& team, const uint8_t* codes, const void* scales, bool float_scales, int64_t cols,

@@ -5,8 +5,8 @@
 namespace {
 
 // How far ahead of the reads memory is asked for; several panels at once are as many streams, each slower.
-constexpr int prefetch_bytes(int panels) { return panels == 1 ? 4096 : 512; }
-constexpr int kDenseAhead = 512;  // of each row
+constexpr int prefetch_bytes(int panels) { return panels == 1 ? 2048 : 1024; }
+constexpr int kDenseAhead = 2048;  // of each row
 
 // Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
 constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }

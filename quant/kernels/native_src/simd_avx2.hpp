@@ -22,7 +22,8 @@ ALWAYS_INLINE Bytes merge(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 ALWAYS_INLINE Bytes flip_sign(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
 ALWAYS_INLINE Bytes lookup_low(Table t, Bytes v) { return _mm256_shuffle_epi8(t, mask(v, 15)); }
 ALWAYS_INLINE Bytes lookup_high(Table t, Bytes v) { return _mm256_shuffle_epi8(t, mask(shift_right(v, 4), 15)); }
-ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache: the first level can wait for few lines at once, and its own reads need those places.
+ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // Four digits in every lane.
 ALWAYS_INLINE I32 four_digits(const int8_t* p) {

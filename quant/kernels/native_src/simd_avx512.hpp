@@ -11,7 +11,11 @@ using F32 = __m512;
 using Bytes = __m512i;  // four unsigned codes of each of sixteen rows
 using Table = __m512i;  // 16 bytes, four times
 
-ALWAYS_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+ALWAYS_INLINE Bytes load_bytes(const uint8_t* p) {
+    Bytes v = _mm512_loadu_si512(p);
+    asm("" : "+v"(v));  // once: the compiler would load again for every use
+    return v;
+}
 ALWAYS_INLINE Table load_table(const uint8_t* p) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -23,7 +27,8 @@ ALWAYS_INLINE Bytes shift_right(Bytes v, int n) { return _mm512_srli_epi16(v, n)
 ALWAYS_INLINE Bytes shift_left(Bytes v, int n) { return _mm512_slli_epi16(v, n); }
 ALWAYS_INLINE Bytes merge(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 ALWAYS_INLINE Bytes flip_sign(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
-ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache: the first level can wait for few lines at once, and its own reads need those places.
+ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 // Four digits in every lane.
 ALWAYS_INLINE I32 four_digits(const int8_t* p) {
