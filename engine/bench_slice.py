@@ -65,8 +65,7 @@ class SliceRun:
     seconds      by kind and layer (-1: none), of all steps
     layers       of the model; tables: layers with Engram
     dense_bytes  that every token reads: attention, shared experts, router, head
-    first_bytes  of these, what is read before a token's first router can say what it needs: the head, which
-                 gave the token, and the dense part of one layer
+    head_bytes   of these, the head's: it gives the token, of which the first layer's experts are guessed
     expert_bytes of one routed expert in a slot
     counts       hits, computed, moved bytes ... of these steps alone
     tier_bytes   allocated for weights
@@ -79,7 +78,7 @@ class SliceRun:
     layers: int
     tables: int
     dense_bytes: int
-    first_bytes: int
+    head_bytes: int
     expert_bytes: int
     counts: Snapshot
     tier_bytes: dict[str, int]
@@ -111,15 +110,14 @@ class SliceRun:
         }
 
     def ordered_bound_s(self, bounds: dict[str, float]) -> float:
-        """The longest of `bound_s`, in order: what only a router can ask for is not read before it is asked.
+        """The longest of `bound_s`, in order: what only a token can ask for is not read before there is one.
 
-        Between a token's head and the next one's first router no expert is known to be needed, and only
-        DRAM has work.
+        While the head is computed no expert is known to be needed, and only DRAM has work.
         """
         dram = bounds["dram"]
-        before_first_router = dram * self.tokens * self.first_bytes / self._crossing_bytes
+        in_head = dram * self.tokens * self.head_bytes / self._crossing_bytes
         others = [seconds for resource, seconds in bounds.items() if resource != "dram"]
-        return before_first_router + max(*others, dram - before_first_router)
+        return in_head + max(*others, dram - in_head)
 
     @property
     def _crossing_bytes(self) -> int:
@@ -159,7 +157,6 @@ def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callab
             for part in loaded.components
             if part.kind not in ("embedding", "engram", "routed_experts")
         }
-        in_layers = sum(nbytes for kind, nbytes in dense.items() if kind not in ("head", "shared_experts"))
         length = PROMPT_TOKENS + WARM_STEPS + tokens
         ids = torch.randint(3, model.info.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
         cache = model.new_cache(1, length)
@@ -179,7 +176,7 @@ def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callab
             layers=model.config.num_hidden_layers,
             tables=len(model.config.engram_layer_ids),
             dense_bytes=sum(dense.values()),
-            first_bytes=dense["head"] + in_layers // model.config.num_hidden_layers,
+            head_bytes=dense["head"],
             expert_bytes=model.weights.experts.layout.nbytes,
             counts=_since(counted, model.telemetry.snapshot()),
             tier_bytes=model.tier_bytes,

@@ -79,7 +79,7 @@ def slice_(
     _print_memory(run, budget)
     print(
         f"\n{speed:.3g} tokens/s decoded; the slowest resource alone allows {speed / ratio:.3g} "
-        f"(ratio {ratio:.2f}), in the order that routers ask for experts {speed / ordered:.3g} "
+        f"(ratio {ratio:.2f}), in the order that experts become known {speed / ordered:.3g} "
         f"({ordered:.2f}); the plan said {expected:.3g} (off by {error:.0%})"
     )
     guesses = run.counts.guesses

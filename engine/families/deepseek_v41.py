@@ -159,6 +159,8 @@ class DeepseekV41(Model):
         embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
         pre = first_mix(len(batch.token_ids), config.hc_mult)
+        first = weights.layers[0]
+        self._foresee(0, rms_norm(embedded.to(first.device), first.ffn_norm, config.rms_norm_eps))
         for number, layer in enumerate(weights.layers):
             streams, pre = streams.to(layer.device), pre.to(layer.device)
             if layer.engram is not None:
@@ -323,20 +325,26 @@ class DeepseekV41(Model):
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
         experts = store.acquire(number, chosen.cpu())
-        if number + 1 < config.num_hidden_layers and not store.holds_all(number + 1):
-            following = self.weights.layers[number + 1]
-            guess, _ = self._route(following, x.to(following.device))
-            store.prefetch(number + 1, guess.t().flatten().cpu().tolist())  # every token's best choice first
+        if number + 1 < config.num_hidden_layers:
+            self._foresee(number + 1, x)
         shared = layer.shared_experts  # computed while missing experts arrive
         y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
         return experts.run(x, weights, config.swiglu_limit) + y
 
-    def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`.
+    def _foresee(self, number: int, x: torch.Tensor) -> None:
+        """Begin to read experts that layer `number` will probably choose.
 
-        The residual changes little from layer to layer, so the next layer's router, asked with this
-        layer's input, guesses most of its own choice.
+        The residual changes little from layer to layer, so a router that is asked with the input of the layer
+        before, the first one with the embedding, guesses most of its own choice.
         """
+        store = self.weights.experts
+        if not store.holds_all(number):
+            layer = self.weights.layers[number]
+            guess, _ = self._route(layer, x.to(layer.device))
+            store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's best choice first
+
+    def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`."""
         config = self.config
         scores = F.softplus(self.kernels.linear(x, layer.gate)).sqrt()
         chosen = (scores + layer.gate_bias).topk(config.num_experts_per_tok, dim=-1).indices

@@ -127,6 +127,19 @@ def test_experts_are_read_ahead_of_need(golden: dict[str, torch.Tensor]) -> None
     assert seen.prefetches["used"] > 0
 
 
+def test_experts_of_every_layer_are_guessed_the_first_ones_from_the_token_alone(
+    golden: dict[str, torch.Tensor],
+) -> None:
+    with loaded(budget(20)) as model:
+        cache = model.new_cache(1, 30)
+        for at, token in enumerate(golden["input_ids"].tolist()[:30]):
+            model.forward(Batch.of([(0, at, [token])]), cache)
+        seen = model.telemetry.snapshot().guesses
+        every_choice = cache.length(0) * model.config.num_hidden_layers * model.config.num_experts_per_tok
+    assert seen["made"] == every_choice
+    assert seen["right"] > every_choice / 2
+
+
 def test_engram_rows_come_from_disk_where_tables_do_not_fit(golden: dict[str, torch.Tensor]) -> None:
     with loaded(budget(20)) as model:
         answer(model, golden["input_ids"].tolist())
