@@ -11,8 +11,10 @@ from engine.sequence import Sequence
 
 # A prompt goes on by at least so many tokens a step, or it would never end.
 LEAST_PREFILL = 16
-# Weight of the newest step in the running means of what steps take.
+# Weight of the newest step in the running means of what steps take. Tokens cost the more the longer a prompt
+# grows; a mean that followed too slowly would let steps grow with it.
 NEWEST = 0.3
+RISING = 0.6
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ class Scheduler:
             self._decode_s = _mean(self._decode_s, seconds)
         elif tokens >= LEAST_PREFILL:
             alone = (self._decode_s or 0.0) if decodes else 0.0
-            self._prefill_token_s = _mean(self._prefill_token_s, max(seconds - alone, 0.0) / tokens)
+            token_s = max(seconds - alone, 0.0) / tokens
+            weight = RISING if token_s > (self._prefill_token_s or 0.0) else NEWEST
+            self._prefill_token_s = _mean(self._prefill_token_s, token_s, weight)
 
     def release(self, sequence: Sequence) -> None:
         """Take a finished sequence out, wherever it is; its slot is free from now on."""
@@ -126,5 +130,5 @@ def _wanted(sequence: Sequence) -> int:
     return sequence.pending
 
 
-def _mean(mean: float | None, newest: float) -> float:
-    return newest if mean is None else (1 - NEWEST) * mean + NEWEST * newest
+def _mean(mean: float | None, newest: float, weight: float = NEWEST) -> float:
+    return newest if mean is None else (1 - weight) * mean + weight * newest

@@ -116,6 +116,19 @@ def test_prompts_leave_running_answers_their_pace(token_s: float, base_s: float)
         assert tokens == 512 or took > 0.9 * max(0.1, 2 * base_s)
 
 
+def test_tokens_that_cost_more_the_longer_the_prompt_do_not_lengthen_steps() -> None:
+    scheduler = Scheduler(5, 512, 0.25)
+    running(scheduler, answers=4)
+    step(scheduler, base_s=0.02)
+    (prompt,) = running(scheduler, 32_000)
+    step(scheduler, token_s=0.0005, base_s=0.02)
+
+    while prompt.is_prefilling:
+        token_s = 0.0005 * (1 + prompt.computed / 8000)
+        took = 0.02 + step(scheduler, token_s, base_s=0.02)[prompt.sequence_id] * token_s
+        assert took <= 0.25 * 1.1  # what is expected lags a little behind
+
+
 def test_a_prompt_goes_on_however_slow_the_machine_is() -> None:
     scheduler = Scheduler(4, 512, 0.1)
     running(scheduler, answers=1)
