@@ -1,4 +1,4 @@
-"""A prompt of 32768 tokens beside four running streams: the demonstration model, with a context that holds it.
+"""A prompt of 32768 tokens beside four running streams: the demonstration model with a longer context.
 
 Run: python tests/bench/long_prompt.py [TOKENS] [options of `loci bench serve`, such as --json FILE].
 """
