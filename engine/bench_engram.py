@@ -2,21 +2,22 @@
 
 The forward is a real one; only the store behind its look-ups changes. Without means zeros that are there
 at once. Rows follow from token ids, so their skew is that of the tokens: uniform ones repeat nothing, those
-of a Zipf law repeat as words do.
+of a Zipf law repeat as words do. Or they are those that a text has asked for, from a trace.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Protocol
 
 import torch
 
 from engine.families.deepseek_v41 import DeepseekV41
-from engine.layers.engram_lookup import EngramLookup
+from engine.layers.engram_lookup import EngramLookup, Store
 from engine.loader import load, open_checkpoint
 from engine.model import Batch
 from memory.budget import MemoryBudget
@@ -26,9 +27,10 @@ from quant.errors import ConfigError
 
 ABSENT, DRAM, NVME = "absent", "dram", "nvme"
 KINDS = ("decode", "prefill")
-SKEWS = ("uniform", "zipf")
+UNIFORM, ZIPF, RECORDED = "uniform", "zipf", "recorded"
 HOT_SHARE = 10  # on disk, the hot cache holds one part in so many of the table
 FIRST_TOKEN = 3
+SINGLE_LOOKUPS = 300
 WARM_CHUNK = 2048  # tokens of a look-up while the hot cache fills
 
 
@@ -41,6 +43,21 @@ class _NoTable:
     def lookup(self, layer: int, rows: torch.Tensor) -> ReadyRows:
         """Zeros `[n, dim]`."""
         return ReadyRows(self._zeros[: len(rows)])
+
+
+@dataclass(frozen=True)
+class EngramCase:
+    """What every round does, and how many tokens' rows are looked up before."""
+
+    rounds: int
+    decode_tokens: int
+    prompt_tokens: int
+    warm_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a round."""
+        return self.prompt_tokens + self.decode_tokens
 
 
 @dataclass
@@ -69,37 +86,122 @@ class EngramRun:
 
     def worst_penalty(self, where: str) -> float:
         """The largest of a place's penalties."""
-        return max(self.penalty(where, skew, kind) for skew in SKEWS for kind in KINDS)
+        skews = [skew for place, skew in self.hits if place == where]
+        return max(self.penalty(where, skew, kind) for skew in skews for kind in KINDS)
 
 
-class _Tokens:
-    """Endless random token ids of one skew; the same for every store that is compared."""
+class _Source(Protocol):
+    """What the rounds, and look-ups before and after them, ask for; the same for every store."""
 
-    def __init__(self, vocab_size: int, skew: str, seed: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        ranks = torch.arange(1, vocab_size - FIRST_TOKEN + 1, dtype=torch.float64)
-        self._shares = (ranks if skew == "zipf" else torch.ones_like(ranks)).reciprocal()
+    skew: str
 
-    def take(self, count: int) -> list[int]:
-        """The next `count` ids."""
-        drawn = torch.multinomial(self._shares, count, replacement=True, generator=self._generator)
+    def warm(self) -> Iterator[torch.Tensor]:
+        """Rows that are looked up first, piece by piece, `[tables, tokens, columns]`."""
+        ...
+
+    def single(self) -> torch.Tensor:
+        """Rows of tokens that are looked up alone, `[tables, tokens, columns]`."""
+        ...
+
+    def round(self, number: int, store: Store) -> tuple[list[int], EngramLookup]:
+        """Token ids of a round, prompt and answer, and what looks up their rows."""
+        ...
+
+
+class _Drawn:
+    """Random tokens of one skew."""
+
+    def __init__(self, model: DeepseekV41, case: EngramCase, skew: str) -> None:
+        self.skew = skew
+        self._model = model
+        self._engram = model.engram
+        self._case = case
+        ranks = torch.arange(1, model.info.vocab_size - FIRST_TOKEN + 1, dtype=torch.float64)
+        self._shares = (ranks if skew == ZIPF else torch.ones_like(ranks)).reciprocal()
+
+    def warm(self) -> Iterator[torch.Tensor]:
+        generator, count = torch.Generator().manual_seed(1), self._case.warm_tokens
+        for begin in range(0, count, WARM_CHUNK):
+            yield self._rows(self._draw(min(WARM_CHUNK, count - begin), generator))
+
+    def single(self) -> torch.Tensor:
+        return self._rows(self._draw(SINGLE_LOOKUPS, torch.Generator().manual_seed(9)))
+
+    def round(self, number: int, store: Store) -> tuple[list[int], EngramLookup]:
+        lookup = EngramLookup(self._engram.layers, self._engram.hashes, store)
+        return self._draw(self._case.tokens, torch.Generator().manual_seed(1000 + number)), lookup
+
+    def _draw(self, count: int, generator: torch.Generator) -> list[int]:
+        drawn = torch.multinomial(self._shares, count, replacement=True, generator=generator)
         ids: list[int] = (drawn + FIRST_TOKEN).tolist()
         return ids
 
+    def _rows(self, ids: list[int]) -> torch.Tensor:
+        """The rows that a text asks for, `[tables, tokens, columns]`."""
+        shape = self._model.cache_shape
+        keys = self._model.token_map[torch.tensor(ids)]
+        window = torch.cat((torch.full((shape.history,), shape.history_pad), keys))
+        return self._engram.rows_of([window])
+
+
+class _RecordedLookup(EngramLookup):
+    """Asks for the rows of a trace `[tables, tokens, columns]` in turn, whatever the tokens are."""
+
+    def __init__(self, like: EngramLookup, store: Store, rows: torch.Tensor) -> None:
+        super().__init__(like.layers, like.hashes, store)
+        self._recorded = rows
+        self._at = 0
+
+    def rows_of(self, segments: Sequence[torch.Tensor]) -> torch.Tensor:
+        begin = self._at
+        self._at += sum(len(keys) - self.hashes[0].history for keys in segments)
+        return self._recorded[:, begin : self._at]
+
+
+class _Recorded:
+    """A trace's rows: its last tokens for rounds and single look-ups, those before them to warm up."""
+
+    skew = RECORDED
+
+    def __init__(self, model: DeepseekV41, case: EngramCase, trace: torch.Tensor) -> None:
+        """Raises ConfigError where the trace is another model's or too short."""
+        sizes = [files.rows for files in model.weights.engram.files.values()]
+        like = (len(sizes), model.engram.columns)
+        if tuple(trace.shape[1:]) != like or (trace.amax((0, 2)) >= torch.tensor(sizes)).any():
+            raise ConfigError(
+                f"the trace is another model's: {trace.shape[2]} rows a token of {trace.shape[1]} tables, "
+                f"up to row {int(trace.max())}; {model.info.name} reads {like[1]} of tables of "
+                f"{', '.join(map(str, sizes))} rows"
+            )
+        needed = case.rounds * case.tokens + SINGLE_LOOKUPS
+        if len(trace) < needed:
+            raise ConfigError(f"the trace has {len(trace)} tokens, the rounds need {needed}; ask for fewer")
+        self._engram = model.engram
+        self._case = case
+        self._rows = trace.transpose(0, 1)
+        self._first = len(trace) - needed
+
+    def warm(self) -> Iterator[torch.Tensor]:
+        begin = max(0, self._first - self._case.warm_tokens)
+        yield from torch.split(self._rows[:, begin : self._first], WARM_CHUNK, dim=1)
+
+    def single(self) -> torch.Tensor:
+        return self._rows[:, -SINGLE_LOOKUPS:]
+
+    def round(self, number: int, store: Store) -> tuple[list[int], EngramLookup]:
+        begin, count = self._first + number * self._case.tokens, self._case.tokens
+        lookup = _RecordedLookup(self._engram, store, self._rows[:, begin : begin + count])
+        return list(range(FIRST_TOKEN, FIRST_TOKEN + count)), lookup
+
 
 def run_engram(
-    path: Path,
-    *,
-    rounds: int,
-    decode_tokens: int,
-    prompt_tokens: int,
-    warm_tokens: int,
-    on_progress: Callable[[int, int], None],
+    path: Path, case: EngramCase, on_progress: Callable[[int, int], None], trace: torch.Tensor | None = None
 ) -> EngramRun:
     """Measure the checkpoint at `path`; its tables, and a tenth of them once more, must fit beside the model.
 
-    Every round decodes and prefills with each store in turn, so that what disturbs one disturbs all.
-    Raises ConfigError for a model without tables or without room to hold them, and what loading raises.
+    Every round decodes and prefills with each store in turn, so that what disturbs one disturbs all. Rows are
+    those of a trace `[tokens, tables, columns]`, or of random tokens. Raises ConfigError for a model without
+    tables or without room to hold them, a trace that is not of this model, and what loading raises.
     """
     model = load(path, MemoryBudget.of_this_machine()).model
     try:
@@ -112,13 +214,18 @@ def run_engram(
                 f"{path}: tables of {table_bytes / 1e9:.1f} GB do not fit into memory beside the model; "
                 "take a slice with fewer rows"
             )
+        sources: list[_Source]
+        if trace is None:
+            sources = [_Drawn(model, case, skew) for skew in (UNIFORM, ZIPF)]
+        else:
+            sources = [_Recorded(model, case, trace)]
         telemetry = Telemetry()
         on_disk = EngramStore(
             whole.files, open_checkpoint(path), model.kernels, table_bytes // HOT_SHARE, telemetry
         )
         try:
-            bench = _Bench(model, {DRAM: whole, NVME: on_disk}, {DRAM: model.telemetry, NVME: telemetry})
-            return bench.run(rounds, decode_tokens, prompt_tokens, warm_tokens, on_progress)
+            bench = _Bench(model, case, whole, on_disk, {DRAM: model.telemetry, NVME: telemetry})
+            return bench.run(sources, on_progress)
         finally:
             on_disk.close()
     finally:
@@ -127,91 +234,77 @@ def run_engram(
 
 class _Bench:
     def __init__(
-        self, model: DeepseekV41, stores: dict[str, EngramStore], telemetry: dict[str, Telemetry]
+        self,
+        model: DeepseekV41,
+        case: EngramCase,
+        whole: EngramStore,
+        on_disk: EngramStore,
+        telemetry: dict[str, Telemetry],
     ) -> None:
         self._model = model
-        self._hashes = model.engram.hashes
-        self._layers = model.config.engram_layer_ids
-        self._columns = (model.config.engram_max_ngram_size - 1) * model.config.engram_n_heads
-        self._stores: dict[str, EngramStore | _NoTable] = dict(stores)
+        self._case = case
+        self._layers = model.engram.layers
+        columns = model.engram.columns
+        absent = _NoTable(case.prompt_tokens * columns, model.config.engram_head_dim)
+        self._stores: dict[str, Store] = {ABSENT: absent, DRAM: whole, NVME: on_disk}
         self._telemetry = telemetry
-
-    def run(
-        self,
-        rounds: int,
-        decode_tokens: int,
-        prompt_tokens: int,
-        warm_tokens: int,
-        on_progress: Callable[[int, int], None],
-    ) -> EngramRun:
-        vocab, dim = self._model.info.vocab_size, self._model.config.engram_head_dim
-        whole, on_disk = self._stores[DRAM], self._stores[NVME]
-        assert isinstance(whole, EngramStore)
-        assert isinstance(on_disk, EngramStore)
+        self._cache = model.new_cache(1, case.tokens)
         tables = sum(files.nbytes for files in whole.files.values())
-        self._stores[ABSENT] = _NoTable(prompt_tokens * self._columns, dim)
-        run = EngramRun(tables, on_disk.nbytes, self._columns * len(self._layers))
-        self._cache = self._model.new_cache(1, prompt_tokens + decode_tokens)
-        done, total = 0, rounds * len(SKEWS) * len(self._stores)
-        for skew in SKEWS:
-            self._warm(_Tokens(vocab, skew, 1), warm_tokens)
+        self._run = EngramRun(tables, on_disk.nbytes, columns * len(self._layers))
+
+    def run(self, sources: Sequence[_Source], on_progress: Callable[[int, int], None]) -> EngramRun:
+        run, rounds = self._run, self._case.rounds
+        done, total = 0, rounds * len(sources) * len(self._stores)
+        for source in sources:
+            for rows in source.warm():
+                self._look_up(NVME, rows)
             before = {where: t.snapshot().rows for where, t in self._telemetry.items()}
             for number in range(rounds):
                 # Who begins changes from round to round.
                 places = (ABSENT, DRAM, NVME)
                 order = places[number % 3 :] + places[: number % 3]
                 for where in order:
-                    ids = _Tokens(vocab, skew, 1000 + number).take(prompt_tokens + decode_tokens)
-                    prefill, decode = self._round(where, ids, prompt_tokens)
-                    run.prefill.setdefault((where, skew), []).append(prefill)
-                    run.decode.setdefault((where, skew), []).append(decode)
+                    prefill, decode = self._round(where, source, number)
+                    run.prefill.setdefault((where, source.skew), []).append(prefill)
+                    run.decode.setdefault((where, source.skew), []).append(decode)
                     done += 1
                     on_progress(done, total)
             for where, telemetry in self._telemetry.items():
-                rows = telemetry.snapshot().rows
-                asked = rows.get("unique", 0) - before[where].get("unique", 0)
-                cached = rows.get("cached", 0) - before[where].get("cached", 0)
-                run.hits[where, skew] = cached / max(1, asked)
-                run.lookups[where, skew] = self._single_lookups(where, _Tokens(vocab, skew, 9), 300)
+                seen = telemetry.snapshot().rows
+                asked = seen.get("unique", 0) - before[where].get("unique", 0)
+                cached = seen.get("cached", 0) - before[where].get("cached", 0)
+                run.hits[where, source.skew] = cached / max(1, asked)
+                run.lookups[where, source.skew] = self._single_lookups(where, source.single())
         return run
 
-    def _round(self, where: str, ids: list[int], prompt_tokens: int) -> tuple[float, float]:
+    def _round(self, where: str, source: _Source, number: int) -> tuple[float, float]:
         """Seconds of the prompt, and of a decoded token (median), with the store `where`."""
-        model, cache = self._model, self._cache
-        model.engram = EngramLookup(self._layers, self._hashes, self._stores[where])
+        model, cache, prompt = self._model, self._cache, self._case.prompt_tokens
+        ids, model.engram = source.round(number, self._stores[where])
         cache.reset(0)
         begun = time.perf_counter()
-        model.forward(Batch.of([(0, 0, ids[:prompt_tokens])]), cache)
+        model.forward(Batch.of([(0, 0, ids[:prompt])]), cache)
         prefill = time.perf_counter() - begun
         steps = []
-        for at in range(prompt_tokens, len(ids)):
+        for at in range(prompt, len(ids)):
             begun = time.perf_counter()
             model.expect(cache, 0, ids[at])  # as the engine does when it has sampled the token
             model.forward(Batch.of([(0, at, [ids[at]])]), cache)
             steps.append(time.perf_counter() - begun)
         return prefill, median(steps)
 
-    def _warm(self, tokens: _Tokens, count: int) -> None:
-        """Let the hot cache see what text of this skew asks for."""
-        for begin in range(0, count, WARM_CHUNK):
-            for rows, layer in self._rows(tokens.take(min(WARM_CHUNK, count - begin))):
-                self._stores[NVME].lookup(layer, rows.flatten()).wait()
-
-    def _single_lookups(self, where: str, tokens: _Tokens, count: int) -> list[float]:
-        """Seconds of `count` look-ups, each of one token's rows of all tables."""
-        by_table = self._rows(tokens.take(count))
+    def _single_lookups(self, where: str, rows: torch.Tensor) -> list[float]:
+        """Seconds of look-ups, each of one token's rows of all tables; rows `[tables, tokens, columns]`."""
         seconds = []
-        for at in range(count):
+        for at in range(rows.shape[1]):
             begun = time.perf_counter()
-            tickets = [self._stores[where].lookup(layer, rows[at]) for rows, layer in by_table]
-            for ticket in tickets:
-                ticket.wait()
+            self._look_up(where, rows[:, at])
             seconds.append(time.perf_counter() - begun)
         return seconds
 
-    def _rows(self, ids: list[int]) -> list[tuple[torch.Tensor, int]]:
-        """The rows `[tokens, columns]` that a text asks of each table, and the table's layer."""
-        keys = self._model.token_map[torch.tensor(ids)]
-        history = torch.full((self._hashes[0].history,), self._cache.shape.history_pad)
-        window = torch.cat((history, keys))
-        return [(h.rows(window), layer) for h, layer in zip(self._hashes, self._layers, strict=True)]
+    def _look_up(self, where: str, rows: torch.Tensor) -> None:
+        """Wait for rows `[tables, ...]`, of all tables at once."""
+        store = self._stores[where]
+        tickets = [store.lookup(layer, of.flatten()) for layer, of in zip(self._layers, rows, strict=True)]
+        for ticket in tickets:
+            ticket.wait()

@@ -37,7 +37,7 @@ class Efficiency:
     bus_share           of the DRAM read rate, when CPU and links read at once
     card_layer_s        launching a layer's kernels on a card
     host_layer_s        the same on the CPU: calls, and threads that meet
-    guessed_share       of a layer's missing experts that are asked for while the layer before it is computed
+    guessed_share       of a layer's missing experts that are asked for before its router says so
     rearranged_per_core bytes a second that a core brings from file order into the kernels' order
     round_trip_s        card to CPU and back, in a layer that needs experts outside VRAM
     card_hop_s          card to card and back, in a layer whose experts lie on several
@@ -132,7 +132,7 @@ class CostModel:
         """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
         cost = StepCost(tokens)
         hits: dict[str, float] = defaultdict(float)
-        is_foreseen = False
+        is_foreseen = True  # the first layer's experts are guessed from the embedding
         for n, layer in enumerate(self.shape.layers):
             if layer.table is not None:
                 self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)

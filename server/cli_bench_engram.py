@@ -29,6 +29,12 @@ def engram(
     warm: Annotated[
         int, typer.Option(min=0, help="Tokens whose rows are looked up first, so that the hot cache fills.")
     ] = 200_000,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows that a text asked of this model's tables, instead of random ones.", show_default=False
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
     ] = None,
@@ -39,11 +45,13 @@ def engram(
 
     Example: loci synth deepseek-v4.1-flash --layers 3 --experts 16 --engram-rows 20000000 --out ./slice
     and then: loci bench engram ./slice
+    Rows of real text: loci bench engram deploy/demo/loci-demo --trace deploy/demo/traces/engram.safetensors
     """
     from rich.progress import Progress
 
     from engine.bench_engine import percentile
-    from engine.bench_engram import KINDS, run_engram
+    from engine.bench_engram import KINDS, EngramCase, run_engram
+    from memory.engram_trace import load_rows
     from memory.hardware import detect
     from memory.this_machine import Result, write_results
 
@@ -51,10 +59,8 @@ def engram(
         task = bar.add_task("rounds")
         run = run_engram(
             model,
-            rounds=rounds,
-            decode_tokens=tokens,
-            prompt_tokens=prompt,
-            warm_tokens=warm,
+            EngramCase(rounds, tokens, prompt, warm),
+            trace=None if trace is None else load_rows(trace),
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _print(run)

@@ -17,18 +17,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import torch
-from safetensors.torch import save_file
 
 from data import read_documents
 from engine.embedded import DEMO_NAME
 from engine.loader import load
 from engine.model import Batch, Model, Trace
 from engine.record_routing import chosen_experts
+from memory.engram_trace import FILE_NAME as ENGRAM_FILE
+from memory.engram_trace import save_rows
 from memory.routing_trace import FILE_NAME, RoutingTrace
-from memory.user_files import whole_file
 from paths import demo_directory
 
-ENGRAM_FILE = "engram.safetensors"
 # Together below a megabyte: 2 bytes for each of 6 x 2 experts, 4 for each of 2 x 8 rows, of every token.
 TOKENS = 10_000
 LONGEST = 1024  # of a document, this much is read
@@ -79,8 +78,7 @@ def main() -> None:
     loaded.model.close()
     args.out.mkdir(parents=True, exist_ok=True)
     RoutingTrace(experts).save(args.out / FILE_NAME)
-    with whole_file(args.out / ENGRAM_FILE) as temporary:
-        save_file({"engram_rows": rows.to(torch.int32).contiguous()}, temporary)
+    save_rows(rows, args.out / ENGRAM_FILE)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(f"{args.out}: {len(experts):,} tokens of {len(documents)} documents, {size / 1e3:,.0f} kB")
 

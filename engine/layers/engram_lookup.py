@@ -58,6 +58,11 @@ class EngramLookup:
         self._store = store
         self._ahead: dict[tuple[int, ...], _Part] = {}
 
+    @property
+    def columns(self) -> int:
+        """Rows that a token asks of each table."""
+        return len(self.hashes[0].primes)
+
     def expect(self, keys: torch.Tensor) -> None:
         """Ask for the rows of one token that the next step will probably hold: keys `[history + 1]`."""
         if self.hashes:
@@ -83,8 +88,12 @@ class EngramLookup:
             parts.append(self._ask(unasked))
         return StepRows(parts)
 
+    def rows_of(self, segments: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The rows that segments of keys `[history + L]` ask of each table, `[tables, tokens, columns]`."""
+        return torch.stack([torch.cat([h.rows(keys) for keys in segments]) for h in self.hashes])
+
     def _ask(self, segments: Sequence[torch.Tensor]) -> _Part:
-        rows = torch.stack([torch.cat([h.rows(keys) for keys in segments]) for h in self.hashes])
+        rows = self.rows_of(segments)
         tickets = [
             self._store.lookup(layer, table_rows.flatten())
             for layer, table_rows in zip(self.layers, rows, strict=True)
