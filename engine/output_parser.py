@@ -7,6 +7,8 @@ import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from engine.call_reader import ObjectReader, read_head
+
 
 @dataclass(frozen=True)
 class ToolCallDelta:
@@ -67,9 +69,11 @@ class TaggedParser(OutputParser):
 
     reasoning     an answer may begin with `<think>`
     in_reasoning  the prompt has opened it already
-    tools         tool calls are looked for; one whose JSON is broken is passed on as content
+    tools         tool calls are looked for
 
-    Nothing that may become a tag is let through, and line breaks next to a tag belong to it.
+    Nothing that may become a tag is let through, and line breaks next to a tag belong to it. Arguments are
+    passed on as they are written, once the name is known; a call that does not begin with its name is read
+    when it is complete, and what is none stays content.
     """
 
     def __init__(self, *, reasoning: bool, in_reasoning: bool, tools: bool) -> None:
@@ -78,6 +82,7 @@ class TaggedParser(OutputParser):
         self._after_tag = in_reasoning
         self._pending = ""
         self._calls = 0
+        self._arguments = ObjectReader()
 
     @property
     def has_tool_calls(self) -> bool:
@@ -88,14 +93,22 @@ class TaggedParser(OutputParser):
         if self._state == "start" and not self._has_begun():
             return []
         deltas: list[MessageDelta] = []
-        while (tag := self._tag()) and tag in self._pending:
+        while True:
+            if self._state == "tool_call":
+                deltas += self._begun_call()
+            elif self._state == "arguments":
+                deltas += self._more_arguments()
+            tag = self._tag()
+            if not tag or tag not in self._pending:
+                break
             before, _, self._pending = self._pending.partition(tag)
-            deltas += (
-                self._call(before, tag) if self._state == "tool_call" else self._text(before.rstrip("\n"))
-            )
+            if self._state == "tool_call":
+                deltas += self._call(before, tag)
+            elif self._state != "call_end":
+                deltas += self._text(before.rstrip("\n"))
             self._state = "tool_call" if tag == TOOL_CALL else "content"
             self._after_tag = True
-        if self._state != "tool_call":
+        if self._state in ("content", "reasoning"):
             certain = _before_possible_tag(self._pending, tag)
             self._pending = self._pending[len(certain) :]
             deltas += self._text(certain)
@@ -103,6 +116,8 @@ class TaggedParser(OutputParser):
 
     def finish(self) -> list[MessageDelta]:
         rest, self._pending = self._pending, ""
+        if self._state in ("arguments", "call_end"):
+            return []
         return self._call(rest, "") if self._state == "tool_call" else self._text(rest)
 
     def _has_begun(self) -> bool:
@@ -118,6 +133,8 @@ class TaggedParser(OutputParser):
         """The tag that ends the current state; empty for none."""
         if self._state == "content":
             return TOOL_CALL if self._tools else ""
+        if self._state == "arguments":
+            return ""
         return END_THINK if self._state == "reasoning" else END_TOOL_CALL
 
     def _text(self, text: str) -> list[MessageDelta]:
@@ -128,14 +145,37 @@ class TaggedParser(OutputParser):
         self._after_tag = False
         return [MessageDelta(reasoning=text) if self._state == "reasoning" else MessageDelta(content=text)]
 
+    def _begun_call(self) -> list[MessageDelta]:
+        """The call that is pending, once it is known which it is, with what there is of its arguments."""
+        head = read_head(self._pending)
+        if head is None:
+            return []
+        self._pending = self._pending[head.stop :]
+        self._state, self._arguments = "arguments", ObjectReader()
+        return [self._new_call(head.name, self._taken_arguments())]
+
+    def _more_arguments(self) -> list[MessageDelta]:
+        arguments = self._taken_arguments()
+        return [MessageDelta(tool_calls=(ToolCallDelta(self._calls - 1, arguments),))] if arguments else []
+
+    def _taken_arguments(self) -> str:
+        """What is pending of the arguments; behind them only the closing tag is looked for."""
+        count = self._arguments.take(self._pending)
+        arguments, self._pending = self._pending[:count], self._pending[count:]
+        if self._arguments.has_ended:
+            self._state = "call_end"
+        return arguments
+
+    def _new_call(self, name: str, arguments: str) -> MessageDelta:
+        delta = ToolCallDelta(self._calls, arguments, id=f"call_{uuid.uuid4().hex}", name=name)
+        self._calls += 1
+        return MessageDelta(tool_calls=(delta,))
+
     def _call(self, body: str, closing: str) -> list[MessageDelta]:
         call = _parse_call(body)
         if call is None:
             return [MessageDelta(content=TOOL_CALL + body + closing)]
-        name, arguments = call
-        delta = ToolCallDelta(self._calls, arguments, id=f"call_{uuid.uuid4().hex}", name=name)
-        self._calls += 1
-        return [MessageDelta(tool_calls=(delta,))]
+        return [self._new_call(*call)]
 
 
 def _before_possible_tag(text: str, tag: str) -> str:

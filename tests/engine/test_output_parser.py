@@ -122,7 +122,59 @@ def test_reasoning_flows_before_it_ends() -> None:
     assert subject.push("s>") == [MessageDelta(reasoning="\n</this>")]
 
 
-PARTS = st.sampled_from([*TAGS, CALL, "\n", "Hi", " ", "<", "</t", "<tool_", "é", '{"name": "f"}', "think>"])
+def test_arguments_flow_as_they_are_written() -> None:
+    subject = parser()
+
+    assert subject.push('<tool_call>\n{"name": "weather", "argum') == []
+    (first,) = subject.push('ents": {"ci')[0].tool_calls
+    assert (first.index, first.name, first.arguments) == (0, "weather", '{"ci')
+    assert subject.has_tool_calls
+    assert subject.push('ty": "}</tool_call>') == [
+        MessageDelta(tool_calls=(ToolCallDelta(0, 'ty": "}</tool_call>'),))
+    ]
+    assert subject.push('\\"') == [MessageDelta(tool_calls=(ToolCallDelta(0, '\\"'),))]
+    assert subject.push('"}}\n</tool_') == [MessageDelta(tool_calls=(ToolCallDelta(0, '"}'),))]
+    assert subject.push("call>Bye") == [MessageDelta(content="Bye")]
+    assert subject.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("end", "arguments"),
+    [
+        ("", '{"a": "x'),
+        ('"', '{"a": "x"'),
+        ('"}', '{"a": "x"}'),
+        ('"}}', '{"a": "x"}'),
+        ('"}}\n</tool', '{"a": "x"}'),
+    ],
+)
+def test_a_call_that_is_cut_off_has_been_sent_as_far_as_it_came(end: str, arguments: str) -> None:
+    _, content, calls = run(parser(), BEGUN, "x" + end)
+
+    assert content == ""
+    assert added_up(calls) == [("f", arguments)]
+
+
+@pytest.mark.parametrize("broken", ["\n", '", <'])
+def test_broken_arguments_do_not_swallow_what_follows_their_call(broken: str) -> None:
+    _, content, calls = run(parser(), f"{BEGUN}x{broken}}}</tool_call>", f"Then {CALL}")
+
+    assert content == "Then "
+    assert [name for name, _ in added_up(calls)] == ["f", "weather"]
+
+
+PIECES = ("\n", "Hi", " ", "<", "</t", "<tool_", "é", '{"name": "f"}', "think>")
+BEGUN = '<tool_call>{"name": "f", "arguments": {"a": "'
+PARTS = st.sampled_from([*TAGS, *PIECES, CALL, BEGUN, '"', "\\", "}", '{"name": "<', '", "arguments": {'])
+
+
+def added_up(calls: list[ToolCallDelta]) -> list[tuple[str | None, str]]:
+    """Name and arguments of each call."""
+    names = [call.name for call in calls if call.id is not None]
+    return [
+        (name, "".join(call.arguments for call in calls if call.index == index))
+        for index, name in enumerate(names)
+    ]
 
 
 @given(parts=st.lists(PARTS, max_size=8), data=st.data(), in_reasoning=st.booleans(), tools=st.booleans())
@@ -137,7 +189,7 @@ def test_how_the_text_is_cut_into_pieces_changes_nothing(
     cut = run(parser(in_reasoning=in_reasoning, tools=tools), *pieces)
 
     assert cut[:2] == whole[:2]
-    assert [(c.name, c.arguments) for c in cut[2]] == [(c.name, c.arguments) for c in whole[2]]
+    assert added_up(cut[2]) == added_up(whole[2])
 
 
 @given(cut=st.integers(0, 60))

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
 
 from engine.generation import FinishReason
 from engine.loader import Loaded, load
+from engine.output_parser import TaggedParser
+from server.answer import Answer
 from server.chat import ChatReply
 from server.openai_types import ChatRequest
 from server.service import Served
@@ -70,6 +74,28 @@ def test_streamed_calls_add_up_to_the_whole_ones(loaded: Loaded) -> None:
     assert [call["function"] for call in calls.values()] == [call["function"] for call in expected]
     assert all(call["id"] and call["type"] == "function" for call in calls.values())
     assert events(loaded, Script(CALLS))[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_tagged_calls_reach_openais_client_while_they_are_written(loaded: Loaded) -> None:
+    subject = reply(loaded, stream=True)
+    parser = TaggedParser(reasoning=False, in_reasoning=False, tools=True)
+    subject.answers = [Answer(0, parser, parallel_calls=True, end_of_reasoning=None)]
+    arguments = '{"city": "Zürich", "days": [1, 2, 3]}'
+    text = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+
+    chunks = [
+        ChatCompletionChunk.model_validate(event) for event in scripted.events(subject, Script(text * 2))
+    ]
+
+    state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+    for chunk in chunks:
+        state.handle_chunk(chunk)
+    (choice,) = state.get_final_completion().choices
+    calls = choice.message.tool_calls or []
+    assert [(call.function.name, call.function.arguments) for call in calls] == [("weather", arguments)] * 2
+    assert choice.finish_reason == "tool_calls"
+    pieces = [piece for chunk in chunks for piece in chunk.choices[0].delta.tool_calls or []]
+    assert sum(piece.index == 0 for piece in pieces) > 3
 
 
 def test_without_parallel_calls_only_the_first_is_made(loaded: Loaded) -> None:
