@@ -102,7 +102,8 @@ class SliceRun:
         counts, moved = self.counts, self.counts.moved_bytes
         from_disk = moved.get("nvme", 0)
         needed = (counts.hits.get("nvme", 0) + counts.prefetches.get("used", 0)) * self.expert_bytes
-        disk_rate = max(disk_bytes_per_s, from_disk / counts.busy_s.get("nvme", float("inf")))
+        busy_s = counts.busy_s.get("nvme", 0.0)
+        disk_rate = max(disk_bytes_per_s, from_disk / busy_s if busy_s else 0.0)
         return {
             "dram": self._crossing_bytes / dram_bytes_per_s,
             "nvme": needed / disk_rate,

@@ -86,6 +86,7 @@ class ExpertStore:
         self.busy: set[Key] = set()  # of the step under way: these must not leave
         self._foreseen: set[Key] = set()  # guessed for a step to come: these had better not
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots that are free once a move has ended
+        self._ahead: list[Ticket | None] = [None] * len(cards)  # the last copy of a foreseen expert to each
         self._reader = ExpertReader(files, layout, self.telemetry, readers)
         self._links = [
             Link(
@@ -127,10 +128,10 @@ class ExpertStore:
                     tiers[layer][expert] = shelf.tier.name
         return tiers
 
-    def holds_all(self, layer: int) -> bool:
-        """True where no expert of `layer` would have to be read from disk."""
-        held = {expert for shelf in self._shelves for expert in shelf.by_layer[layer]}
-        return len(held) == self.files.experts
+    def wants_guesses(self, layer: int) -> bool:
+        """True where experts of `layer` could be brought nearer: from disk, or from DRAM to a card."""
+        shelves = self.cards if self.keeps_copies else self._shelves
+        return bool(shelves) and sum(len(shelf.by_layer[layer]) for shelf in shelves) < self.files.experts
 
     def acquire(self, layer: int, expert_ids: torch.Tensor) -> ExpertStep:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
@@ -140,20 +141,32 @@ class ExpertStore:
         return ExpertStep(self, layer, expert_ids, needed)
 
     def prefetch(self, layer: int, expert_ids: Iterable[int]) -> None:
-        """Read experts that `layer` will probably need, the likeliest first, as far as there is room.
+        """Bring nearer what `layer` will probably need, the likeliest first, as far as there is room.
 
-        Nothing in use, on its way, or foreseen itself is displaced, and needed reads go first.
+        What is on disk is read; where DRAM holds everything, one expert at a time goes up each link. Nothing
+        in use, on its way, or foreseen itself is displaced, and what is needed goes first.
         """
         guess = list(dict.fromkeys(expert_ids))
         self._policies[layer].expected(guess)
         self._foreseen = {(layer, expert) for expert in guess}
         for expert in guess:
-            if self.find((layer, expert)) is not None:
+            found = self.find((layer, expert))
+            if found is not None:
+                is_here = found[0] is self.dram and not found[1].is_moving
+                if self.keeps_copies and self.cards and is_here:
+                    self._copy_ahead((layer, expert))
                 continue
             if not self.make_room(layer, Priority.PREFETCH):
                 break
             self.read((layer, expert), Priority.PREFETCH)
         self.note_slots()
+
+    def _copy_ahead(self, key: Key) -> None:
+        """Copy a foreseen expert to its card, unless another one is still under way to it."""
+        at = self._home(key)
+        last = self._ahead[at]
+        if last is None or last.is_done:
+            self._ahead[at] = self.move_to_card(key, Priority.PREFETCH)
 
     def note_slots(self) -> None:
         """Tell the telemetry how many slots hold nothing."""
@@ -161,7 +174,10 @@ class ExpertStore:
             self.telemetry.set("slots", shelf.tier.name, shelf.arena.free)
 
     def _give_up_guesses(self, layer: int, needed: Iterable[int]) -> None:
-        """Compare the guess with what is needed; take reads that are not off the queue."""
+        """Compare the guess with what is needed; take off the queues what need not be there.
+
+        That is wrong guesses at the disk. On links all that waits: what is needed may be computed in DRAM.
+        """
         guess = {expert for of, expert in self._foreseen if of == layer}
         self._foreseen = {key for key in self._foreseen if key[0] != layer}
         self.telemetry.add("guesses", "made", len(guess))
@@ -172,6 +188,12 @@ class ExpertStore:
             if place.foreseen and place.ticket is not None and self._reader.link.cancel(place.ticket):
                 self._forget(self.dram, (layer, expert))
                 self.telemetry.add("prefetches", "cancelled")
+        for at, (shelf, link) in enumerate(zip(self.cards, self._links, strict=True)):
+            for expert, place in list(shelf.by_layer[layer].items()):
+                if place.foreseen and place.ticket is not None and link.cancel(place.ticket):
+                    self._forget(shelf, (layer, expert))
+                    self._ahead[at] = None
+                    self.telemetry.add("prefetches", "cancelled")
 
     @property
     def _spare(self) -> int:
@@ -208,10 +230,11 @@ class ExpertStore:
             batch, at = keys[at : at + room], at + room
             for ticket in [self.read(key, Priority.DEMAND) for key in batch]:
                 ticket.wait()
-            for key in batch:
-                if self.cards and self.cards[self._home(key)].arena.free:
-                    self.move_to_card(key)
-            self.settle(wait=True)
+            to_cards = [key for key in batch if self.cards]
+            moves = [self.move_to_card(key) for key in to_cards if self.cards[self._home(key)].arena.free]
+            for move in filter(None, moves):
+                move.wait()
+            self.settle()
         self.note_slots()
 
     def read(self, key: Key, priority: Priority) -> Ticket:
@@ -232,7 +255,7 @@ class ExpertStore:
         if place.ticket is not None:
             self._reader.link.promote(place.ticket)
 
-    def move_to_card(self, key: Key) -> None:
+    def move_to_card(self, key: Key, priority: Priority = Priority.DEMAND) -> Ticket | None:
         """Move an expert that DRAM holds to its card, unless all there are worth about as much or in use.
 
         In exclusive mode the card's expert that leaves takes a spare DRAM slot, or is dropped (the disk
@@ -246,12 +269,16 @@ class ExpertStore:
         out: torch.Tensor | None = None
         leaving: Key | None = None
         if slot is None:
-            leaving = self._worst(shelf, key[0], self.busy)
+            is_demand = priority is Priority.DEMAND
+            leaving = self._worst(shelf, key[0], self.busy if is_demand else self.busy | self._foreseen)
             # A copy costs one transfer, which this step's use pays; an exchange costs two: later ones pay.
             margin = 1.0 if self.keeps_copies else EXCHANGE_MARGIN
             if leaving is None or self.worth(leaving) * margin >= self.worth(key):
-                return
-            slot = shelf.remove(leaving).slot
+                return None
+            left = shelf.remove(leaving)
+            slot = left.slot
+            if left.foreseen:
+                self.telemetry.add("prefetches", "dropped")
             self.telemetry.add("evictions", shelf.tier.name)
             if not self.keeps_copies:
                 spare = self.dram.arena.take()
@@ -266,13 +293,14 @@ class ExpertStore:
                 telemetry.add("moved_bytes", f"{card} to dram", nbytes)
             carrier.bring(inside, outside, fence)
 
-        ticket = link.submit([work], nbytes, Priority.DEMAND)
-        shelf.put(key, Place(slot, ticket))
+        ticket = link.submit([work], nbytes, priority)
+        shelf.put(key, Place(slot, ticket, foreseen=priority is Priority.PREFETCH))
         if leaving is not None and out is not None:
             assert spare is not None
             self.dram.put(leaving, Place(spare, ticket))
         if not self.keeps_copies:
             self._leaving.append((ticket, self.dram.remove(key).slot))
+        return ticket
 
     def settle(self, *, wait: bool = False) -> None:
         """Free the slots of experts whose move has ended."""

@@ -332,13 +332,13 @@ class DeepseekV41(Model):
         return experts.run(x, weights, config.swiglu_limit) + y
 
     def _foresee(self, number: int, x: torch.Tensor) -> None:
-        """Begin to read experts that layer `number` will probably choose.
+        """Begin to bring what layer `number` will probably choose nearer.
 
         The residual changes little from layer to layer, so a router that is asked with the input of the layer
         before, the first one with the embedding, guesses most of its own choice.
         """
         store = self.weights.experts
-        if not store.holds_all(number):
+        if store.wants_guesses(number):
             layer = self.weights.layers[number]
             guess, _ = self._route(layer, x.to(layer.device))
             store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's best choice first

@@ -48,6 +48,11 @@ def test_in_order_no_token_is_faster_than_without(run: SliceRun) -> None:
     assert run.ordered_bound_s(idle_disk) == pytest.approx(bounds["dram"])
 
 
+def test_a_disk_that_was_not_needed_bounds_nothing(run: SliceRun) -> None:
+    idle = replace(run.counts, moved_bytes={}, busy_s={"nvme": 0.0}, hits={"dram": 1}, prefetches={})
+    assert replace(run, counts=idle).bound_s(1e9, 1e9, {"vram:0": 1e9})["nvme"] == 0
+
+
 def test_weights_stay_within_their_budgets(run: SliceRun) -> None:
     assert run.tier_bytes["dram"] <= 1_900_000
     assert run.tier_bytes["vram:0"] <= 60_000

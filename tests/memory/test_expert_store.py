@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from memory.disk import DirectFiles
 from memory.expert_reader import ExpertReader
+from memory.expert_store import ExpertStore
 from memory.hardware import resident_bytes
 from memory.transfer import Priority, Ticket
 from quant.errors import BudgetError, CheckpointError
@@ -203,4 +204,49 @@ def test_an_expert_goes_to_a_full_card_only_if_it_is_worth_the_exchange(files: E
     store.settle(wait=True)
     assert max(worth) > 1.0  # worth more, but not enough
     assert store.telemetry.snapshot().evictions["vram:0"] == 1
+    store.close()
+
+
+def one_in_dram_only(store: ExpertStore) -> int:
+    """An expert of layer 0 that its card has no copy of."""
+    return next(e for e in range(EXPERTS) if all(card.find((0, e)) is None for card in store.cards))
+
+
+def test_a_foreseen_expert_goes_up_an_idle_link_and_is_used_there(files: ExpertsOnDisk) -> None:
+    store = files.store(LAYERS * EXPERTS * 1.1, 6.1, 6.1)
+    expert = one_in_dram_only(store)
+    store.prefetch(0, [expert])
+    found = store.find((0, expert))
+    assert found is not None
+    shelf, place = found
+    assert shelf in store.cards
+    assert place.ticket is not None
+    place.ticket.wait()
+    store.acquire(0, torch.tensor([[expert]])).run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
+    seen = store.telemetry.snapshot()
+    assert seen.hits == {shelf.tier.name: 1}
+    assert seen.prefetches == {"used": 1}
+    assert seen.moves[f"{shelf.tier.name} prefetch"] == 1
+    store.close()
+
+
+def test_a_foreseen_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_back(
+    files: ExpertsOnDisk, expected: torch.Tensor
+) -> None:
+    store = files.store(LAYERS * EXPERTS * 1.1, 6.1)
+    expert = one_in_dram_only(store)
+    is_free = threading.Event()
+
+    def occupy() -> None:
+        assert is_free.wait(60)
+
+    ahead = store._links[0].submit([occupy], 1, Priority.DEMAND)
+    store.prefetch(0, [expert])
+    step = store.acquire(0, torch.tensor([[expert]]))
+    assert store.telemetry.snapshot().hits == {"dram": 1}
+    assert store.telemetry.snapshot().prefetches == {"cancelled": 1}
+    is_free.set()
+    ahead.wait()
+    step.run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
+    assert torch.equal(steps(files, store, 6), expected)
     store.close()
