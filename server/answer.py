@@ -47,7 +47,7 @@ class Answer:
         self.calls: list[Call] = []
         self._parser = parser
         self._parallel_calls = parallel_calls
-        self._end_of_reasoning = end_of_reasoning
+        self.end_of_reasoning = end_of_reasoning
         self._tokens_before_content = 0
         self._in_reasoning = True
         self._content: list[str] = []
@@ -88,7 +88,7 @@ class Answer:
     @property
     def reasoning_tokens(self) -> int:
         """Tokens up to the end of the reasoning; 0 without any, or where no token marks its end."""
-        return self._tokens_before_content if self._reasoning and self._end_of_reasoning is not None else 0
+        return self._tokens_before_content if self._reasoning and self.end_of_reasoning is not None else 0
 
     def take(self, output: Output) -> list[MessageDelta]:
         """What `output` adds to the message."""
@@ -114,7 +114,7 @@ class Answer:
         self.tokens += len(token_ids)
         for token_id in token_ids if self._in_reasoning else ():
             self._tokens_before_content += 1
-            if token_id == self._end_of_reasoning:
+            if token_id == self.end_of_reasoning:
                 self._in_reasoning = False
                 break
 

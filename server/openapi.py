@@ -84,6 +84,10 @@ OPERATIONS = {
         _object(object=_TEXT, input_tokens=_COUNT), ResponsesRequest, READING
     ),
     ("GET", "/v1/responses/{response_id}"): Operation(_RESPONSE, errors=(400, 404)),
+    ("GET", "/v1/responses/{response_id}/input_items"): Operation(
+        _object(object={"const": "list"}, data=_LIST, has_more={"type": "boolean"}), errors=(400, 404)
+    ),
+    ("POST", "/v1/responses/{response_id}/cancel"): Operation(_RESPONSE, errors=(400, 404, 429)),
     ("DELETE", "/v1/responses/{response_id}"): Operation(
         _object(id=_TEXT, object=_TEXT, deleted={"const": True}), errors=(404,)
     ),

@@ -14,18 +14,20 @@ from server.openai_messages import Message
 class StoredResponse:
     """An answer as it was sent, and the conversation up to it, without instructions.
 
-    owner  name of the API key that it belongs to; nobody else finds it
+    owner        name of the API key that it belongs to; nobody else finds it
+    input_items  what the client had sent, as it may read it back
     """
 
     owner: str | None
     response: dict[str, Any]
     conversation: tuple[Message, ...]
+    input_items: tuple[dict[str, Any], ...] = ()
 
     @property
     def size_bytes(self) -> int:
         """About what it takes, told by its JSON."""
         messages = sum(len(message.model_dump_json()) for message in self.conversation)
-        return len(json.dumps(self.response)) + messages
+        return len(json.dumps([self.response, self.input_items])) + messages
 
 
 class ResponseStore:

@@ -7,10 +7,13 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from engine.generation import FinishReason
+from engine.generation import FinishReason, TokenLogprob
+from engine.output_parser import MessageDelta
 from engine.prompts import ChatPrompt
+from server.answer import Answer
 from server.errors import ApiError
 from server.generation import Generation
+from server.logprobs import chat_logprobs
 from server.openai_messages import Message
 from server.openai_types import ChatRequest
 from server.reply import ConversationReply, Counts
@@ -40,6 +43,7 @@ class ResponsesReply(ConversationReply):
         self._created = int(time.time())
         self._items = OutputItems()
         self._events_sent = 0
+        self._unclaimed: list[TokenLogprob] = []
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished response."""
@@ -56,6 +60,8 @@ class ResponsesReply(ConversationReply):
         reason = None
         async for answer, deltas in self.pieces(generation):
             reason = answer.finish_reason
+            if self._body.wants_logprobs:
+                self._collect_logprobs(answer, deltas)
             for delta in deltas:
                 for event in self._items.add(delta):
                     yield self._event(event)
@@ -66,6 +72,19 @@ class ResponsesReply(ConversationReply):
         response = self._response(status)
         self._keep(response, Message.model_validate(self.answers[0].message))
         yield self._event({"type": f"response.{status}", "response": response})
+
+    def _collect_logprobs(self, answer: Answer, deltas: list[MessageDelta]) -> None:
+        """Keep the log probabilities of the message's text; those of reasoning and calls are not told."""
+        self._unclaimed += answer.new_logprobs()
+        ids = [token.token_id for token in self._unclaimed]
+        if answer.end_of_reasoning in ids:
+            del self._unclaimed[: ids.index(answer.end_of_reasoning) + 1]
+        if self._unclaimed and self._unclaimed[-1].token_id == answer.stop_match:
+            del self._unclaimed[-1]
+        if any(delta.content for delta in deltas):
+            self._items.logprobs += chat_logprobs(self._served.loaded.tokenizer, self._unclaimed)
+        if deltas:  # tokens whose text is still held back belong to the next piece
+            self._unclaimed = []
 
     def failure(self, error: ApiError) -> dict[str, Any]:
         """`response.failed`, with what there was of the answer."""
@@ -102,6 +121,7 @@ class ResponsesReply(ConversationReply):
             "text": given["text"] or {"format": {"type": "text"}},
             "tool_choice": given["tool_choice"] or "auto",
             "tools": given["tools"] or [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None if status == "in_progress" else _usage(self.counts),

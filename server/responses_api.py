@@ -14,9 +14,12 @@ from server.handling import account_of, read_body, render, respond, service_of
 from server.openai_messages import Message
 from server.response_store import ResponseStore, StoredResponse
 from server.responses import ResponsesReply
+from server.responses_input import kept_items
 from server.responses_types import ResponsesRequest
 
 router = APIRouter(prefix="/v1/responses")
+
+MOST_ITEMS = 100  # of one page
 
 # What a field of the chat request is called here.
 _NAMES = {
@@ -40,7 +43,8 @@ async def create_response(request: Request) -> Response:
 
         def keep(response: dict[str, Any], answer: Message) -> None:
             if body.store is not False:
-                store.put(StoredResponse(owner, response, (*earlier, *body.messages, answer)))
+                conversation = (*earlier, *body.messages, answer)
+                store.put(StoredResponse(owner, response, conversation, kept_items(body.input)))
 
         reply = ResponsesReply(body, chat, await render(chat, served), served, keep)
         return await respond(request, reply, body.stream)
@@ -61,10 +65,39 @@ async def get_response(request: Request, response_id: str) -> dict[str, Any]:
     """A response that is still kept."""
     if request.query_params.get("stream") == "true":
         raise ApiError(400, "a finished response is not streamed again; leave stream out", param="stream")
-    stored = store_of(request).get(response_id, owner_of(request))
-    if stored is None:
-        raise _not_found(response_id)
-    return stored.response
+    return _stored(request, response_id).response
+
+
+@router.get("/{response_id}/input_items")
+async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
+    """What a kept response answers, page by page; `order` is `desc` (the newest first) or `asc`."""
+    items = list(_stored(request, response_id).input_items)
+    asked = request.query_params
+    if asked.get("order", "desc") not in ("asc", "desc"):
+        raise ApiError(400, "order must be asc or desc", param="order", code="invalid_value")
+    if asked.get("order", "desc") == "desc":
+        items.reverse()
+    limit = asked.get("limit", "20")
+    if not (limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= MOST_ITEMS):
+        text = f"limit must be a number from 1 to {MOST_ITEMS}"
+        raise ApiError(400, text, param="limit", code="invalid_value")
+    if after := asked.get("after"):
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            text = f"the response has no item {after!r}"
+            raise ApiError(400, text, param="after", code="invalid_value")
+        items = items[ids.index(after) + 1 :]
+    page = items[: int(limit)]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return {"object": "list", "data": page, "has_more": len(items) > len(page)} | ends
+
+
+@router.post("/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
+    """Refused: what is kept has ended, and what is computed ends with its connection."""
+    _stored(request, response_id)
+    text = "the response has ended; only background responses can be cancelled, others by hanging up"
+    raise ApiError(400, text, code="response_not_cancellable")
 
 
 @router.delete("/{response_id}")
@@ -73,6 +106,14 @@ async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
     if not store_of(request).remove(response_id, owner_of(request)):
         raise _not_found(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _stored(request: Request, response_id: str) -> StoredResponse:
+    """Raises ApiError 404 where it is not kept, or belongs to another key."""
+    stored = store_of(request).get(response_id, owner_of(request))
+    if stored is None:
+        raise _not_found(response_id)
+    return stored
 
 
 def store_of(request: Request) -> ResponseStore:

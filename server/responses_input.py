@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from quant.errors import RequestError
 from server.openai_messages import (
@@ -63,6 +64,25 @@ def messages_of(items: Iterable[InputItem]) -> list[Message]:
                     code="unsupported_input_item",
                 )
     return messages
+
+
+def kept_items(given: str | list[InputItem]) -> tuple[dict[str, Any], ...]:
+    """The input as clients read it back: items with ids, their texts as parts."""
+    items = [InputItem(role="user", content=given)] if isinstance(given, str) else given
+    return tuple(_kept(item) for item in items)
+
+
+def _kept(item: InputItem) -> dict[str, Any]:
+    kinds = {"content": "input_text", "output": "input_text", "summary": "summary_text"}
+    if item.type == "reasoning":
+        kinds["content"] = "reasoning_text"
+    elif item.role == "assistant":
+        kinds["content"] = "output_text"
+    fields = item.model_dump(exclude_none=True) | {"id": f"item_{uuid.uuid4().hex}"}
+    for name, kind in kinds.items():
+        if name in fields and not (name == "output" and isinstance(item.output, str)):
+            fields[name] = [{"type": kind, "text": part.text} for part in _parts(getattr(item, name))]
+    return fields
 
 
 def _add_message(messages: list[Message], item: InputItem, path: str) -> None:

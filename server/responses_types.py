@@ -11,11 +11,12 @@ from server.openai_messages import Body, FunctionDefinition, Message, Tool, refu
 from server.openai_types import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 from server.responses_input import InputItem, messages_of
 
+LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
+
 RESPONSES_REFUSED = {
     "background": "answers are computed while the client waits; use stream",
     "conversation": "send the items of the conversation, or previous_response_id",
     "prompt": "there are no stored prompts; send instructions and input",
-    "top_logprobs": "log probabilities are part of /v1/chat/completions",
 }
 
 
@@ -84,6 +85,8 @@ class ResponsesRequest(SamplingFields):
     previous_response_id: str | None = None
     truncation: Literal["disabled"] | None = None
     metadata: dict[str, str] | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     cache_salt: str | None = Field(None, max_length=MAX_SALT)
 
     @model_validator(mode="before")
@@ -92,6 +95,11 @@ class ResponsesRequest(SamplingFields):
         if isinstance(data, dict) and data.get("background") is False:
             data = {name: value for name, value in data.items() if name != "background"}
         return refuse_fields(data, RESPONSES_REFUSED)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """True where the answer's text comes with log probabilities."""
+        return self.top_logprobs is not None or LOGPROBS in (self.include or ())
 
     @property
     def messages(self) -> list[Message]:
@@ -121,6 +129,8 @@ class ResponsesRequest(SamplingFields):
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "response_format": _response_format(self.text.format if self.text else None),
             "stream": self.stream,
+            "logprobs": self.wants_logprobs,
+            "top_logprobs": self.top_logprobs,
             "cache_salt": self.cache_salt,
         } | {name: getattr(self, name) for name in SamplingFields.model_fields}
         return ChatRequest.model_validate(fields)

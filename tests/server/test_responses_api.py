@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
 import deepseek_recipe as recipe
@@ -13,7 +13,7 @@ import pytest
 from openai.types.responses import ResponseOutputMessage, ResponseReasoningItem
 from pydantic import BaseModel
 
-from engine.generation import FinishReason
+from engine.generation import FinishReason, Output, TokenLogprob
 from engine.loader import Loaded, load
 from server.errors import ApiError
 from server.openai_messages import Message
@@ -143,6 +143,109 @@ def test_a_kept_response_can_be_fetched_and_forgotten(client: openai.OpenAI) -> 
         client.responses.delete(response.id)
 
 
+def test_what_a_response_answers_can_be_read_back_page_by_page(client: openai.OpenAI) -> None:
+    items = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "Hi."}]},
+        {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+    ]
+    response = ask(client, items, tools=TOOLS)
+
+    oldest_first = list(client.responses.input_items.list(response.id, order="asc", limit=3))
+    newest_first = list(client.responses.input_items.list(response.id))
+
+    assert [item.type for item in oldest_first] == [
+        "message",
+        "message",
+        "function_call",
+        "function_call_output",
+    ]
+    assert [item.id for item in newest_first] == [item.id for item in reversed(oldest_first)]
+    user, assistant, call, output = (item.to_dict() for item in oldest_first)
+    assert user["content"] == [{"type": "input_text", "text": "Hello"}]
+    assert assistant["content"] == [{"type": "output_text", "text": "Hi."}]
+    assert (call["name"], call["arguments"], output["output"]) == ("weather", "{}", "rain")
+    assert ask(client, oldest_first, tools=TOOLS).output_text == response.output_text
+    (only,) = client.responses.input_items.list(ask(client, "Hello").id)
+    assert only.to_dict()["content"] == user["content"]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("order=up", "order"),
+        ("limit=0", "limit"),
+        ("limit=x", "limit"),
+        ("limit=" + "9" * 5000, "limit"),
+        ("after=nothing", "after"),
+    ],
+)
+def test_a_page_that_cannot_be_is_refused(
+    client: openai.OpenAI, http: httpx.Client, query: str, param: str
+) -> None:
+    answer = http.get(f"/v1/responses/{ask(client).id}/input_items?{query}")
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_a_response_that_has_ended_cannot_be_cancelled(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="has ended"):
+        client.responses.cancel(ask(client).id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_0")
+    with pytest.raises(openai.NotFoundError):
+        client.responses.input_items.list("resp_0")
+
+
+def test_log_probabilities_are_those_of_a_chat(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model=MODEL, messages=[{"role": "user", "content": "Hello"}], logprobs=True, top_logprobs=2,
+        max_tokens=8, temperature=0, reasoning_effort="none",
+    )  # fmt: skip
+    expected = [(t.token, t.logprob, len(t.top_logprobs)) for t in chat.choices[0].logprobs.content]
+
+    response = ask(client, include=["message.output_text.logprobs"], top_logprobs=2)
+    with client.responses.stream(model=MODEL, input="Hello", top_logprobs=2, **PLAIN) as stream:
+        deltas = [event for event in stream if event.type == "response.output_text.delta"]
+
+    (part,) = response.output[0].content
+    assert [(t.token, t.logprob, len(t.top_logprobs)) for t in part.logprobs] == expected
+    assert response.top_logprobs == 2
+    streamed = [(t.token, t.logprob, len(t.top_logprobs)) for event in deltas for t in event.logprobs]
+    assert streamed == expected
+    assert ask(client).output[0].content[0].logprobs == []
+
+
+def test_reasoning_has_no_log_probabilities(reply: NewReply, loaded: Loaded) -> None:
+    end = loaded.tokenizer.added_tokens["</think>"]
+    asking = reply("high", include=["message.output_text.logprobs"])
+    outputs = [("Hm", 40), ("</think>", end), ("A", 41), ("b", 42), ("", 1)]
+
+    class Told:
+        async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+            for text, token in outputs:
+                is_last = token == 1
+                yield (
+                    0,
+                    Output(
+                        text,
+                        (token,),
+                        (TokenLogprob(token, -0.5),),
+                        finish_reason=FinishReason.STOP if is_last else None,
+                        stop_match=token if is_last else None,
+                    ),
+                )
+
+    response = whole(asking, Told())  # type: ignore[arg-type]
+
+    message = response["output"][1]
+    assert message["content"][0]["text"] == "Ab"
+    expected = [loaded.tokenizer.token_bytes(token).decode(errors="replace") for token in (41, 42)]
+    assert [entry["token"] for entry in message["content"][0]["logprobs"]] == expected
+
+
 def test_a_response_is_not_kept_where_the_client_says_so(client: openai.OpenAI) -> None:
     response = ask(client, store=False)
 
@@ -242,7 +345,8 @@ def test_input_tokens_are_counted_without_answering(client: openai.OpenAI) -> No
         ({"background": True}, "background", "use stream"),
         ({"conversation": "conv_1"}, "conversation", "previous_response_id"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt", "no stored prompts"),
-        ({"top_logprobs": 3}, "top_logprobs", "/v1/chat/completions"),
+        ({"top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"include": "all"}, "include", "valid array"),
         ({"truncation": "auto"}, "truncation", "'disabled'"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'function'"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'none', 'minimal'"),
