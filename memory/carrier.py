@@ -66,11 +66,16 @@ class CudaQueue:
                 self._stream.synchronize()
 
 
+def queue_of(device: torch.device) -> CopyQueue:
+    """A new queue of copies to and from a device."""
+    return CudaQueue(device) if device.type == "cuda" else HostQueue()
+
+
 class Carrier:
     """Between slots in DRAM and slots on one card."""
 
     def __init__(self, tier: Tier, in_dram: SlotLayout, on_card: SlotLayout) -> None:
-        self._queue = CudaQueue(tier.device) if tier.device.type == "cuda" else HostQueue()
+        self._queue = queue_of(tier.device)
         self._card_layout = on_card if isinstance(on_card, CardSlotLayout) else None
         self._staging = None
         if self._card_layout is not None:

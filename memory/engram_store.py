@@ -18,8 +18,10 @@ import torch
 from memory.checkpoint import Checkpoint, TensorEntry
 from memory.disk import DirectFiles
 from memory.engram_rows import HotRows, RowCounts, RowJob, RowServer, RowTable
+from memory.engram_sender import RowSender
 from memory.file_reads import RowsOnDisk
 from memory.telemetry import Telemetry
+from memory.tiers import Tier
 from quant.errors import CheckpointError
 from quant.formats import Format
 from quant.fp8 import FP8_ROW
@@ -71,7 +73,7 @@ class RowsTicket(Protocol):
     """The promise of a look-up."""
 
     def wait(self) -> torch.Tensor:
-        """The rows, `[n, dim]` float32; raises what the look-up raised."""
+        """The rows, `[n, dim]` float32, where the layer is computed; raises what the look-up raised."""
         ...
 
 
@@ -84,9 +86,12 @@ class ReadyRows:
     def wait(self) -> torch.Tensor:
         return self._rows
 
+    def arrive(self) -> torch.Tensor:
+        return self._rows
+
 
 class _ServedRows:
-    """A look-up on the store's threads. `counts` says what it took, once `wait` has returned."""
+    """A look-up on the store's threads. `counts` says what it took, once `arrive` or `wait` has returned."""
 
     def __init__(self, job: RowJob, table: _Table, telemetry: Telemetry) -> None:
         self._job = job
@@ -95,19 +100,23 @@ class _ServedRows:
         self.counts: RowCounts | None = None
 
     def wait(self) -> torch.Tensor:
-        """The rows, `[n, dim]` float32; waiting here counts as the store's stall.
+        """As `arrive`; waiting here counts as the store's stall."""
+        if self.counts is not None or self._job.is_done:
+            return self.arrive()
+        start = time.perf_counter()
+        try:
+            return self.arrive()
+        finally:
+            self._telemetry.add("stalled_s", f"{LINK} demand", time.perf_counter() - start)
 
-        Raises CheckpointError where the disk does not give them.
-        """
+    def arrive(self) -> torch.Tensor:
+        """The rows, `[n, dim]` float32. Raises CheckpointError where the disk does not give them."""
         if self.counts is None:
-            start = time.perf_counter() if not self._job.is_done else None
             try:
                 self.counts = self._job.wait()
             except CheckpointError as error:
                 self._telemetry.add("failed", f"{LINK} demand")
                 raise CheckpointError(f"{self._table.files.codes.file}: {error}") from None
-            if start is not None:
-                self._telemetry.add("stalled_s", f"{LINK} demand", time.perf_counter() - start)
             for label in ("asked", "unique", "cached", "read"):
                 self._telemetry.add("rows", label, getattr(self.counts, label))
             self._telemetry.add("moved_bytes", LINK, self.counts.read_bytes)
@@ -169,8 +178,8 @@ class _Table:
 class EngramStore:
     """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
 
-    pinned: answers lie in page-locked memory, for a card that fetches them. Without the compiled kernels
-    tables stay on disk, and a look-up takes place when it is asked for.
+    cards: where layers are computed that are not in host memory; their rows are sent there. Without the
+    compiled kernels tables stay on disk, and a look-up takes place when it is asked for.
     """
 
     def __init__(
@@ -181,12 +190,15 @@ class EngramStore:
         budget_bytes: int,
         telemetry: Telemetry,
         *,
-        pinned: bool = False,
+        cards: Mapping[int, Tier] | None = None,
     ) -> None:
         self.files = tables
         self._kernels = kernels
         self._telemetry = telemetry
-        self._pinned = pinned
+        cards = {layer: card for layer, card in (cards or {}).items() if layer in tables}
+        senders = {card.name: RowSender(card, telemetry) for card in cards.values()}
+        self._senders = {layer: senders[card.name] for layer, card in cards.items()}
+        self._pinned = {layer for layer, card in cards.items() if card.device.type == "cuda"}
         self._direct = DirectFiles()
         self._server: RowServer | None = None
         self._tables: dict[int, _Table] = {}
@@ -213,18 +225,26 @@ class EngramStore:
         return sum(table.nbytes for table in self._tables.values())
 
     def lookup(self, layer: int, rows: torch.Tensor) -> RowsTicket:
-        """Ask for rows `[n]` int64 (repeats are fine) of a layer's table."""
+        """Ask for rows `[n]` int64 (repeats are fine) of a layer's table, to be where the layer is."""
+        found = self._found(layer, rows)
+        sender = self._senders.get(layer)
+        return found if sender is None else sender.send(found, len(rows), self.files[layer].dim)
+
+    def _found(self, layer: int, rows: torch.Tensor) -> ReadyRows | _ServedRows:
+        """A look-up in host memory."""
         if self._server is None:
             self._telemetry.add("rows", "asked", len(rows))
             codes, scales = (part[rows] for part in self._on_disk[layer])
             found = self.files[layer].unpack(codes, scales)
             return ReadyRows(self._kernels.gather_rows(found, torch.arange(len(rows))))
         table = self._tables[layer]
-        out = table.room(len(rows), pinned=self._pinned)
+        out = table.room(len(rows), pinned=layer in self._pinned)
         return _ServedRows(self._server.ask(self._numbers[layer], rows, out), table, self._telemetry)
 
     def close(self) -> None:
         """End the threads and close the files."""
+        for sender in set(self._senders.values()):
+            sender.close()
         if self._server is not None:
             self._server.close()
         self._direct.close()

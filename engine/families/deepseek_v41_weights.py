@@ -229,7 +229,9 @@ def read_weights(
             kernels,
             hot_rows_bytes,
             telemetry,
-            pinned=any(card.device.type == "cuda" for card in cards),
+            cards={
+                layer: card for layer, tier in enumerate(places.tiers) for card in cards if card.name == tier
+            },
         ),
         places=places,
     )
