@@ -196,8 +196,8 @@ class EngramStore:
         self._kernels = kernels
         self._telemetry = telemetry
         cards = {layer: card for layer, card in (cards or {}).items() if layer in tables}
-        senders = {card.name: RowSender(card, telemetry) for card in cards.values()}
-        self._senders = {layer: senders[card.name] for layer, card in cards.items()}
+        senders = {card: RowSender(card, telemetry) for card in set(cards.values())}
+        self._senders = {layer: senders[card] for layer, card in cards.items()}
         self._pinned = {layer for layer, card in cards.items() if card.device.type == "cuda"}
         self._direct = DirectFiles()
         self._server: RowServer | None = None

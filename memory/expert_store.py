@@ -190,7 +190,9 @@ class ExpertStore:
                 self.telemetry.add("prefetches", "cancelled")
         for at, (shelf, link) in enumerate(zip(self.cards, self._links, strict=True)):
             for expert, place in list(shelf.by_layer[layer].items()):
-                if place.foreseen and place.ticket is not None and link.cancel(place.ticket):
+                if not place.foreseen or not place.is_moving:
+                    continue
+                if place.ticket is not None and link.cancel(place.ticket):
                     self._forget(shelf, (layer, expert))
                     self._ahead[at] = None
                     self.telemetry.add("prefetches", "cancelled")
