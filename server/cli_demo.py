@@ -115,6 +115,12 @@ class _Since:
         """Time that computation waited for a link."""
         return 1e3 * (self.after.stalled_on(link) - self.before.stalled_on(link))
 
+    @property
+    def engram_stalled_ms(self) -> float:
+        """Time that computation waited for Engram rows, in host memory or on their way to a card."""
+        links = {label.rpartition(" ")[0] for label in self.after.stalled_s}
+        return sum(self.stalled_ms(link) for link in links if link.startswith("engram"))
+
 
 class _Story:
     """What is told about a model: at the beginning, and after each answer."""
@@ -160,7 +166,7 @@ class _Story:
         )
         return (
             f"Engram rows: {asked:,.0f} asked for, {unique:,.0f} without repeats, {cached:,.0f} were held, "
-            f"{read:,.0f} read from disk; waited {since.stalled_ms('engram'):.1f} ms."
+            f"{read:,.0f} read from disk; waited {since.engram_stalled_ms:.1f} ms."
         )
 
 
