@@ -288,19 +288,19 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
 
 void gather_rows(const Team& team, const uint8_t* codes, const void* scales, bool float_scales, int64_t cols,
                  const int64_t* rows, int64_t n, float* out) {
-    constexpr int64_t kTurn = 32, kAhead = 8;
+    constexpr int64_t kTurn = 128;
     const int64_t scale_bytes = (cols + kBlock - 1) / kBlock * (float_scales ? 4 : 1);
     const uint8_t* scale_base = static_cast<const uint8_t*>(scales);
     parallel_for((n + kTurn - 1) / kTurn, n * cols < kWorthSharing ? 1 : team.threads, [&](int64_t turn) {
         const int64_t end = std::min(n, (turn + 1) * kTurn);
         const auto prefetch = [&](int64_t i) {
             if (i >= end) return;
-            for (int64_t c = 0; c < cols; c += 64) __builtin_prefetch(codes + rows[i] * cols + c);
-            __builtin_prefetch(scale_base + rows[i] * scale_bytes);
+            prefetch_row(codes + rows[i] * cols, cols);
+            prefetch_row(scale_base + rows[i] * scale_bytes, scale_bytes);
         };
-        for (int64_t i = turn * kTurn; i < turn * kTurn + kAhead; ++i) prefetch(i);
+        for (int64_t i = turn * kTurn; i < turn * kTurn + kRowsAhead; ++i) prefetch(i);
         for (int64_t i = turn * kTurn; i < end; ++i) {
-            prefetch(i + kAhead);
+            prefetch(i + kRowsAhead);
             team.level.fp8_row(codes + rows[i] * cols, scale_base + rows[i] * scale_bytes, float_scales, cols,
                                out + i * cols);
         }

@@ -348,15 +348,14 @@ int RowServer::look_up(RowJob& job, Reader& reader) {
         return Place{codes, t.scales ? t.scales + rows[i] * t.scale_bytes : codes + t.code_bytes};
     };
     const int64_t n = static_cast<int64_t>(back.size());
-    constexpr int64_t kAhead = 8;
     const auto prefetch = [&](int64_t i) {
         const Place at = place(back[i]);
-        for (int64_t c = 0; c < t.code_bytes; c += 64) __builtin_prefetch(at.codes + c);
-        __builtin_prefetch(at.scales);
+        prefetch_row(at.codes, t.code_bytes);
+        prefetch_row(at.scales, t.scale_bytes);
     };
-    for (int64_t i = 0; i < std::min(n, kAhead); ++i) prefetch(i);
+    for (int64_t i = 0; i < std::min(n, kRowsAhead); ++i) prefetch(i);
     for (int64_t i = 0; i < n; ++i) {
-        if (i + kAhead < n) prefetch(i + kAhead);
+        if (i + kRowsAhead < n) prefetch(i + kRowsAhead);
         const Place at = place(back[i]);
         if (t.decodes) {
             float* to = static_cast<float*>(job.out_) + i * t.cols;
