@@ -109,7 +109,21 @@ def tiled_format(packed: PackedTensor) -> Tiled | None:
 
 
 def matrix(packed: PackedTensor) -> Matrix:
-    """What the library needs to know of a weight, whose codes and scales must be contiguous."""
+    """What the library needs to know of a weight, whose codes and scales must be contiguous.
+
+    Kept with the weight: after each product that has swept the caches, making it again takes microseconds.
+    """
+    kept = vars(packed).get(_KEPT)
+    if kept is None:
+        kept = vars(packed)[_KEPT] = _matrix(packed)
+    assert isinstance(kept, Matrix)
+    return kept
+
+
+_KEPT = "_native_matrix"
+
+
+def _matrix(packed: PackedTensor) -> Matrix:
     form = tiled_format(packed)
     assert form is not None
     scales = packed.scales
