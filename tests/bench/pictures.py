@@ -1,6 +1,8 @@
 """Pictures of the chat page for the documentation: a real server, a real browser, a real conversation.
 
 Run: python tests/bench/pictures.py [MODEL] (default: the embedded one). Further arguments go to `loci serve`.
+The README's picture, in which experts lie in every tier: demo --dram-budget 7MB
+--devices virtual:2.2MB@12.5GB/s,virtual:2.2MB@12.5GB/s
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from tests.server.harness import LociServer  # noqa: E402
 from tests.server.test_chat_page import CHROMIUM, FLAGS  # noqa: E402
 
 QUESTIONS = ("What is the capital of France?", "Write a short Python function that adds two numbers.")
+DEMO_QUESTIONS = (
+    "What does a cow eat?",
+    "What is Loci?",
+    "What is an expert?",
+)  # what that model knows about
 SETTINGS = "localStorage.setItem('loci.settings', JSON.stringify({max_tokens: '160', temperature: '0'}))"
 DESKTOP, PHONE = {"width": 1180, "height": 800}, {"width": 390, "height": 780}
 
@@ -32,7 +39,7 @@ def main(arguments: list[str]) -> None:
             page.goto(server.await_ready().url)
             page.evaluate(SETTINGS)
             page.reload()
-            for question in QUESTIONS:
+            for question in DEMO_QUESTIONS if arguments[:1] == ["demo"] else QUESTIONS:
                 ask(page, question)
             picture(page, "chat.png")
             page.set_viewport_size(PHONE)
