@@ -6,7 +6,6 @@ from other threads through an inbox that is emptied between steps.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -18,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.assemble import assemble
 from engine.constraint import GrammarCompiler
 from engine.detokenizer import Detokenizer
 from engine.draw import draw_tokens
 from engine.generation import FinishReason, TokenLogprob
-from engine.model import Batch, KvCache, Model, Segment
+from engine.model import KvCache, Model
 from engine.prefix_cache import PrefixCache, PrefixStats
 from engine.sampler import Sampler, token_logprobs
 from engine.sampling_params import SamplingParams
@@ -263,7 +263,7 @@ class Engine:
             return
         logits = None
         with self._failing_alone(*(chunk.sequence for chunk in chunks)):
-            batch, counts = _assemble(chunks)
+            batch, counts = assemble(chunks)
             forward_began = time.perf_counter()
             logits = self.model.forward(batch, self._cache)
             forward_s = time.perf_counter() - forward_began
@@ -428,37 +428,3 @@ def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) 
             "lower --max-model-len, --max-num-seqs or --prefix-cache"
         )
     return model.new_cache(slots, capacity)
-
-
-def _assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
-    """The batch of these chunks, and how many logit rows each gets.
-
-    A chunk wants the logits of its last token once its prompt is complete, and those of every
-    prompt token where their log probabilities were asked for.
-    """
-    ids: list[int] = []
-    segments: list[Segment] = []
-    rows: list[int] = []
-    counts: list[int] = []
-    for chunk in chunks:
-        sequence = chunk.sequence
-        assert sequence.slot is not None
-        start = len(ids)
-        ids += sequence.token_ids[sequence.computed : sequence.computed + chunk.length]
-        segments.append(Segment(sequence.slot, sequence.computed, chunk.length))
-        if sequence.is_prefilling and sequence.params.prompt_logprobs is not None:
-            wanted = list(range(start, len(ids)))
-        elif sequence.computed + chunk.length >= sequence.prompt_length:
-            wanted = [len(ids) - 1]
-        else:
-            wanted = []
-        rows += wanted
-        counts.append(len(wanted))
-    # Steps without prompts want all rows, and every new tensor is felt there.
-    wanted_rows = _all_rows(len(ids)) if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64)
-    return Batch(torch.tensor(ids), tuple(segments), wanted_rows), counts
-
-
-@functools.lru_cache(maxsize=64)
-def _all_rows(count: int) -> torch.Tensor:
-    return torch.arange(count)

@@ -1,0 +1,44 @@
+"""From what the scheduler chose to what a model computes: chunks of sequences laid end to end."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from engine.model import Batch, Segment
+from engine.scheduler import Chunk
+
+
+def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
+    """The batch of these chunks, and how many logit rows each gets.
+
+    A chunk wants the logits of its last token once its prompt is complete, and those of every
+    prompt token where their log probabilities were asked for.
+    """
+    ids: list[int] = []
+    segments: list[Segment] = []
+    rows: list[int] = []
+    counts: list[int] = []
+    for chunk in chunks:
+        sequence = chunk.sequence
+        assert sequence.slot is not None
+        start = len(ids)
+        ids += sequence.token_ids[sequence.computed : sequence.computed + chunk.length]
+        segments.append(Segment(sequence.slot, sequence.computed, chunk.length))
+        if sequence.is_prefilling and sequence.params.prompt_logprobs is not None:
+            wanted = list(range(start, len(ids)))
+        elif sequence.computed + chunk.length >= sequence.prompt_length:
+            wanted = [len(ids) - 1]
+        else:
+            wanted = []
+        rows += wanted
+        counts.append(len(wanted))
+    # Steps without prompts want all rows, and every new tensor is felt there.
+    wanted_rows = _all_rows(len(ids)) if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64)
+    return Batch(torch.tensor(ids), tuple(segments), wanted_rows), counts
+
+
+@functools.lru_cache(maxsize=64)
+def _all_rows(count: int) -> torch.Tensor:
+    return torch.arange(count)
