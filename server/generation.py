@@ -8,7 +8,6 @@ so that their slots are free.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
@@ -20,9 +19,6 @@ from engine.sampling_params import SamplingParams
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
 
-# Seconds that the engine waits at most for the event loop to tell what the last step generated.
-PATIENCE_S = 0.005
-
 
 class Wakeups:
     """Sets events of the running event loop from the engine's thread, between steps and all together."""
@@ -30,30 +26,20 @@ class Wakeups:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._due: deque[asyncio.Event] = deque()
-        self._all_read = threading.Event()
 
     def add(self, event: asyncio.Event) -> None:
         """Have `event` set by the next `flush`."""
         self._due.append(event)
 
     def flush(self) -> None:
-        """Set what is due; returns when those who waited for it have read their news, or a little later.
-
-        Python runs one thread at a time. If the event loop did its work while the next step is computed,
-        the two threads would stop each other at every operation; one after the other takes less.
-        """
-        if not self._due:
-            return
-        self._all_read.clear()
-        with suppress(RuntimeError):  # the loop has closed: nobody is left to read
-            self._loop.call_soon_threadsafe(self._wake)
-            self._all_read.wait(PATIENCE_S)
+        """Set what is due soon, waking the loop once."""
+        if self._due:
+            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
+                self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
         while self._due:
             self._due.popleft().set()
-        # The loop's next round runs those who were woken, then this.
-        self._loop.call_soon(self._all_read.set)
 
 
 class Generation:
