@@ -29,7 +29,7 @@ R = TypeVar("R")
 class Fusion:
     """Whether chains of small operations are compiled into one loop each; `train.py` turns it on.
 
-    It makes a step a quarter shorter, after a minute or two of compiling.
+    It makes steps shorter, after a minute or two of compiling.
     """
 
     on = False
@@ -38,8 +38,8 @@ class Fusion:
 def fused(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, compiled while `Fusion.on`.
 
-    Only for arithmetic in float32: the compiler may drop a rounding to bfloat16 and back, so rounded
-    weights come in as arguments.
+    What lies between arguments and results must be float32: the compiler may drop a rounding to bfloat16
+    and back, so rounded weights come in as arguments.
     """
     compiled: list[Callable[P, R]] = []
 

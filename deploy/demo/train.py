@@ -107,11 +107,11 @@ class Trainer:
         """One update from all rows `[rows, context]`; returns what the log shows."""
         following, known = targets(ids, documents)
         total = int(known.sum())
+        first_seed = self.state.progress.step * len(self.tables)
         gathered = [
-            table.gather(rows, dropout(rows.shape, ROW_DROPOUT, seed))
-            for seed, (table, rows) in enumerate(
-                zip(self.tables, self.find_rows(ids, documents), strict=True),
-                start=self.state.progress.step * len(self.tables),
+            table.gather(rows, dropout(rows.shape, ROW_DROPOUT, first_seed + number))
+            for number, (table, rows) in enumerate(
+                zip(self.tables, self.find_rows(ids, documents), strict=True)
             )
         ]
         load = torch.zeros(self.config.num_hidden_layers, self.config.n_routed_experts)
