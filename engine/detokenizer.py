@@ -32,9 +32,10 @@ class Detokenizer:
         self._include_stop = include_stop
         self._held = ""
 
-    def push(self, token_id: int) -> Piece:
-        """The text that `token_id` makes certain."""
-        return self._release(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+    def push(self, token_id: int, *, may_stop: bool = True) -> Piece:
+        """The text that `token_id` makes certain; with `may_stop` False it is no part of a stop string."""
+        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        return self._release(text) if may_stop else Piece(text)
 
     def finish(self) -> Piece:
         """Everything still held back; a character that never completed becomes U+FFFD."""

@@ -155,13 +155,15 @@ class Engine:
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids.update(self.model.info.eos_token_ids)
+        if params.min_tokens and len(stop_ids) >= vocab_size:
+            raise RequestError("min_tokens leaves no token: all of them end the answer", param="min_tokens")
         sequence = Sequence(
             sequence_id=next(self._ids),
             token_ids=ids,
             params=params,
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset(stop_ids),
-            sampler=Sampler(params, ids, vocab_size, constraint),
+            sampler=Sampler(params, ids, vocab_size, constraint, stop_ids),
             detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop),
             on_output=on_output,
             cache_salt=cache_salt,
@@ -211,11 +213,12 @@ class Engine:
             if not 0 <= token_id < vocab_size:
                 param = "logit_bias" if token_id in params.logit_bias else "stop_token_ids"
                 raise RequestError(f"{param}: token id {token_id} is outside the vocabulary", param=param)
-        wanted = len(ids) + (params.max_tokens or 1)
+        answer = params.max_tokens or max(params.min_tokens, 1)
+        wanted = len(ids) + answer
         if wanted > self._max_context:
             raise RequestError(
                 f"this model's maximum context length is {self._max_context} tokens, but {wanted} were "
-                f"requested ({len(ids)} in the prompt, {params.max_tokens or 1} for the answer); "
+                f"requested ({len(ids)} in the prompt, {answer} for the answer); "
                 "shorten the prompt or ask for fewer tokens",
                 param="max_tokens" if len(ids) < self._max_context else "messages",
                 code="context_length_exceeded",

@@ -1,12 +1,13 @@
 """From logits to a token: penalties, bias, truncation, a reproducible draw, and log probabilities.
 
-Order of operations: logit_bias, repetition penalty, frequency and presence penalties, the grammar's
-mask, temperature, top_k, top_p, min_p, draw. Log probabilities are those of the model's own
-distribution, before any of these.
+Order of operations: logit_bias, repetition penalty, frequency and presence penalties, what may not end the
+answer yet, the grammar's mask, temperature, top_k, top_p, min_p, draw. Log probabilities are those of the
+model's own distribution, before any of these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from random import Random
 
 import torch
@@ -22,6 +23,7 @@ SEED_MASK = (1 << 63) - 1
 class Sampler:
     """Draws the tokens of one sequence; its state is a random generator and token counts.
 
+    None of `ending` is drawn before `min_tokens` others were.
     The same seed, parameters and logits give the same tokens, whatever else runs beside.
     """
 
@@ -31,6 +33,7 @@ class Sampler:
         prompt_ids: list[int],
         vocab_size: int,
         constraint: Constraint | None = None,
+        ending: Collection[int] = (),
     ) -> None:
         self.params = params
         self._constraint = constraint
@@ -42,6 +45,8 @@ class Sampler:
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+        self._early = params.min_tokens if ending else 0  # tokens to go until one of `ending` may come
+        self._ending = torch.tensor(sorted(ending), dtype=torch.int64)
         adjustments = (self._bias, self._counts, self._seen, constraint)
         self._adjusts = any(adjustment is not None for adjustment in adjustments)
 
@@ -63,6 +68,7 @@ class Sampler:
 
     def remember(self, token: int) -> None:
         """Count a token that was chosen."""
+        self._early = max(0, self._early - 1)
         if self._constraint is not None:
             self._constraint.advance(token)
         if self._counts is not None:
@@ -75,7 +81,7 @@ class Sampler:
 
         Raises RequestError where the answer's grammar leaves no token.
         """
-        if not self._adjusts:
+        if not (self._adjusts or self._early):
             return None
         params, logits = self.params, logits[row]
         if self._bias is not None:
@@ -87,6 +93,8 @@ class Sampler:
         if self._counts is not None:
             logits = logits - params.frequency_penalty * self._counts
             logits = logits - params.presence_penalty * (self._counts > 0)
+        if self._early:
+            logits = logits.index_fill(0, self._ending, -torch.inf)
         return logits if self._constraint is None else self._constraint.mask(logits)
 
 

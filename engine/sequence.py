@@ -75,7 +75,7 @@ class Sequence:
         if token_id in self.stop_token_ids:
             self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=token_id)
             return
-        piece = self.detokenizer.push(token_id)
+        piece = self.detokenizer.push(token_id, may_stop=self.generated > self.params.min_tokens)
         if piece.stop is not None:
             self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=piece.stop, text=piece.text)
         elif self.generated >= self.max_tokens:

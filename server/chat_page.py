@@ -29,13 +29,13 @@ _HEADERS = {
 }
 
 
-@router.api_route("/", methods=["GET", "HEAD"])
+@router.get("/")
 async def show_page() -> FileResponse:
     """The page."""
     return _file("index.html")
 
 
-@router.api_route("/web/{name}", methods=["GET", "HEAD"])
+@router.get("/web/{name}")
 async def show_file(name: str) -> FileResponse:
     """A script, style sheet or picture of the page."""
     return _file(name)

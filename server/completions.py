@@ -32,13 +32,15 @@ class TokenizedPrompt:
 
 
 def tokenize_prompts(request: CompletionRequest, served: Served) -> list[TokenizedPrompt]:
-    """The request's prompts as token ids; texts begin with the tokens that the model's tokenizer adds."""
+    """The request's prompts as token ids; texts begin with the tokens that the model's tokenizer adds, unless
+    `add_special_tokens` is false."""
     tokenizer = served.loaded.tokenizer
+    adds_bos = tokenizer.add_bos and request.add_special_tokens is not False
     result = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt, add_special_tokens=True)
-            added = int(tokenizer.add_bos and ids[:1] == [tokenizer.bos_token_id])
+            ids = tokenizer.encode(prompt, add_special_tokens=adds_bos)
+            added = int(adds_bos and ids[:1] == [tokenizer.bos_token_id])
             result.append(TokenizedPrompt(prompt, ids, added))
         else:
             check_ids(prompt, served.vocab_size, "prompt")

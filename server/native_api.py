@@ -75,7 +75,11 @@ async def tokenize(request: Request) -> dict[str, Any]:
     body = await read_body(request, TokenizeRequest)
     served = service_of(request).served
     ids = await asyncio.to_thread(_token_ids, body, served)
-    return {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
+    answer = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
+    if body.return_token_strs:
+        pieces = (served.loaded.tokenizer.token_bytes(i) for i in ids)
+        answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+    return answer
 
 
 @router.post("/detokenize")

@@ -19,9 +19,11 @@ class Body(BaseModel):
 
 
 def refuse_fields(data: Any, refused: Mapping[str, str]) -> Any:
-    """`data` as it came. Raises RequestError where it has a field that `refused` gives a reason against."""
+    """`data` as it came. Raises RequestError where it has a field that `refused` gives a reason against;
+    null and false ask for nothing.
+    """
     for name, why in refused.items() if isinstance(data, dict) else ():
-        if data.get(name) is not None:
+        if data.get(name) is not None and data[name] is not False:
             raise RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
     return data
 

@@ -102,7 +102,18 @@ REFUSED = {
     "guided_choice": "use structured_outputs.choice",
     "guided_grammar": "use structured_outputs.grammar",
     "grammar": "use structured_outputs.grammar",
+    "ebnf": "use structured_outputs.grammar",
+    "regex": "use structured_outputs.regex",
+    "json_schema": "use response_format or structured_outputs.json",
     "suffix": "filling in the middle is not supported",
+    "use_beam_search": "answers are sampled",
+    "prompt_logprobs": "use echo and logprobs of /v1/completions",
+    "allowed_token_ids": "use structured_outputs.choice or logit_bias",
+    "bad_words": "use logit_bias",
+    "logits_processors": "nothing of a request is executed",
+    "truncate_prompt_tokens": "shorten the prompt",
+    "chat_template": "the model's own is used; chat_template_kwargs are its variables",
+    "documents": "put them into messages",
 }
 
 
@@ -121,7 +132,9 @@ class SamplingFields(Body):
     seed: int | None = None
     stop: _Strings | None = None
     stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = None
     frequency_penalty: float | None = _ranging(-2, 2)
     presence_penalty: float | None = _ranging(-2, 2)
     repetition_penalty: float | None = _ranging(0.01, 10)
@@ -196,7 +209,7 @@ class GenerationRequest(SamplingFields):
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
-            "top_k": self.top_k,
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # off, as vLLM and SGLang write it
             "min_p": self.min_p,
             "seed": seed,
             "frequency_penalty": self.frequency_penalty,
@@ -205,7 +218,9 @@ class GenerationRequest(SamplingFields):
             "logit_bias": self._logit_bias(vocab_size),
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()) + implied,
+            "include_stop": self.include_stop_str_in_output,
             "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
         } | extra
         given = {name: value for name, value in fields.items() if value is not None}
         return SamplingParams(**{**defaults, **given})
@@ -235,9 +250,12 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: ReasoningEffort | None = None
     thinking: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:
+        self._check_ending()
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.top_logprobs is not None and not self.logprobs:
@@ -251,6 +269,25 @@ class ChatRequest(GenerationRequest):
                     f"tool_choice names {wanted!r}, which is not in tools", param="tool_choice"
                 )
         return self
+
+    def _check_ending(self) -> None:
+        """vLLM's way to say whether the last message is complete; ours is its `prefix`."""
+        last = self.messages[-1]
+        if self.continue_final_message:
+            if last.role != "assistant" or self.add_generation_prompt:
+                raise RequestError(
+                    "continue_final_message needs a last message of the assistant, and no "
+                    "add_generation_prompt",
+                    param="continue_final_message",
+                )
+            last.prefix = True
+        elif self.add_generation_prompt is False and not last.prefix:
+            raise RequestError(
+                "add_generation_prompt: false is not supported: an answer begins a message, or goes on with "
+                "the last one (continue_final_message)",
+                param="add_generation_prompt",
+                code="unsupported_parameter",
+            )
 
     @property
     def answer_tokens(self) -> int | None:
@@ -281,6 +318,7 @@ class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
     prompt: _Prompt
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = None
@@ -318,6 +356,7 @@ class TokenizeRequest(Body):
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool = True
+    return_token_strs: bool = False
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

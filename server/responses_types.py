@@ -92,8 +92,6 @@ class ResponsesRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("background") is False:
-            data = {name: value for name, value in data.items() if name != "background"}
         return refuse_fields(data, RESPONSES_REFUSED)
 
     @property

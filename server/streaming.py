@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -24,13 +24,10 @@ KEEP_ALIVE_S = 15.0
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it; nobody is there to read it
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 def frame(data: dict[str, Any]) -> bytes:
     """One event; where its data has a `type`, that is also the event's name."""
-    name = f"event: {data['type']}\n" if "type" in data else ""
-    return f"{name}data: {_encode(data)}\n\n".encode()
+    name = f"event: {data['type']}\n".encode() if "type" in data else b""
+    return b"%bdata: %b\n\n" % (name, to_json(data))
 
 
 class EventStream(Response):

@@ -48,6 +48,13 @@ def test_bytes_that_are_no_text_do_not_hold_up_what_follows() -> None:
     assert "".join(stream(ids_of_bytes(b"\xff\xfe\xe4\xb8\xadx"))[0]) == "\ufffd\ufffd中x"
 
 
+def test_text_that_may_not_stop_is_no_part_of_a_stop_string() -> None:
+    detokenizer = Detokenizer(tokenizer(), ("ab",))
+    first, *others = ids_of_bytes(b"aabb")
+    pieces = [detokenizer.push(first, may_stop=False), *map(detokenizer.push, others)]
+    assert [(piece.text, piece.stop) for piece in pieces[:3]] == [("a", None), ("", None), ("", "ab")]
+
+
 @given(st.binary(max_size=40))
 def test_streamed_text_is_the_text_of_all_bytes(data: bytes) -> None:
     assert "".join(stream(ids_of_bytes(data))[0]) == data.decode(errors="replace")

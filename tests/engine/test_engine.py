@@ -97,6 +97,26 @@ def test_the_end_of_sequence_token_stops_unless_it_is_ignored(
     assert ignored.token_ids == [1] * 5
 
 
+def test_no_token_ends_an_answer_before_min_tokens(engine: Engine, expected: dict[str, Any]) -> None:
+    ids = expected["input_ids"].tolist()
+    push = {"logit_bias": {1: 100.0, 7: 90.0}, "min_tokens": 3}  # 1 is the checkpoint's eos_token_id
+    assert submit(engine, ids, max_tokens=9, **push)[0].wait().token_ids == [7, 7, 7, 1]
+    stopped = submit(engine, ids, max_tokens=9, stop_token_ids=(7,), **push)[0].wait()
+    assert set(stopped.token_ids[:3]).isdisjoint({1, 7})
+    assert stopped.token_ids[3:] == [1]
+
+
+def test_a_stop_string_is_not_looked_for_before_min_tokens(
+    engine: Engine, loaded: Loaded, expected: dict[str, Any]
+) -> None:
+    ids = expected["input_ids"].tolist()
+    push = {"logit_bias": {300: 100.0}, "ignore_eos": True}
+    text = loaded.tokenizer.decode([300])
+    answer = submit(engine, ids, max_tokens=9, stop=(text,), min_tokens=4, **push)[0].wait()
+    assert (answer.text, len(answer.token_ids)) == (text * 4, 5)
+    assert answer.finish_reason is FinishReason.STOP
+
+
 def test_an_answer_ends_where_the_context_does(engine: Engine, expected: dict[str, torch.Tensor]) -> None:
     answer = submit(engine, expected["input_ids"].tolist(), ignore_eos=True)[0].wait()
     assert len(answer.token_ids) == 200 - 150
@@ -261,6 +281,8 @@ def test_a_full_queue_refuses(loaded: Loaded) -> None:
         ([5] * 100, {"max_tokens": 101}, "maximum context length is 200 tokens, but 201 were requested"),
         ([5], {"logit_bias": {1024: 1.0}}, "logit_bias: token id 1024"),
         ([5], {"stop_token_ids": (5000,)}, "stop_token_ids: token id 5000"),
+        ([5], {"stop_token_ids": tuple(range(1024)), "min_tokens": 1}, "min_tokens leaves no token"),
+        ([5] * 100, {"min_tokens": 101}, "maximum context length is 200 tokens, but 201 were requested"),
     ],
 )
 def test_a_request_that_cannot_work_is_refused(

@@ -64,6 +64,11 @@ def test_without_a_seed_draws_differ() -> None:
     assert len(runs) > 1
 
 
+def test_what_ends_an_answer_is_not_drawn_before_min_tokens() -> None:
+    chosen = Sampler(SamplingParams(temperature=0, min_tokens=3), [], len(LOGITS), ending={0, 4})
+    assert [chosen.sample(LOGITS) for _ in range(5)] == [1, 1, 1, 0, 0]
+
+
 def test_logit_bias_moves_a_token() -> None:
     assert drawn(temperature=0, logit_bias={3: 100.0}) == {3}
     assert 0 not in drawn(logit_bias={0: -100.0})

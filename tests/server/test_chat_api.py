@@ -159,6 +159,41 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(client: openai.OpenAI) -
     assert "".join(c.choices[0].delta.content or "" for c in streamed) == expected
 
 
+def test_a_stop_string_is_shown_where_asked_for(client: openai.OpenAI) -> None:
+    whole = text_of(ask(client).choices[0].message)
+    answer = ask(client, stop=whole[3:6], extra_body={"include_stop_str_in_output": True}).choices[0]
+
+    assert text_of(answer.message) == whole[:6]
+    assert answer.finish_reason == "stop"
+
+
+def test_min_tokens_hold_the_end_back(client: openai.OpenAI) -> None:
+    pushed = {"logit_bias": {"1": 100}, "extra_body": {"min_tokens": 5}}  # 1 is the end of sequence
+    answer = ask(client, **pushed)
+
+    assert answer.usage.completion_tokens == 6
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_top_k_of_minus_one_is_off(client: openai.OpenAI) -> None:
+    drawn = [
+        text_of(ask(client, temperature=1, seed=5, extra_body={"top_k": k}).choices[0].message)
+        for k in (0, -1)
+    ]
+
+    assert drawn[0] == drawn[1]
+
+
+def test_the_last_message_is_continued_in_vllms_words_too(client: openai.OpenAI) -> None:
+    begun = [*QUESTION, {"role": "assistant", "content": "The"}]
+    theirs = {"continue_final_message": True, "add_generation_prompt": False}
+    ours = ask(client, messages=[*begun[:-1], begun[-1] | {"prefix": True}])
+
+    answer = ask(client, messages=begun, extra_body=theirs)
+    assert answer.choices[0].message == ours.choices[0].message
+    assert answer.usage.prompt_tokens == ours.usage.prompt_tokens
+
+
 def test_max_completion_tokens_is_the_current_name_of_max_tokens(client: openai.OpenAI) -> None:
     answer = ask(client, max_completion_tokens=3, max_tokens=openai.omit)
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import httpx
 import openai
 import pytest
+
+from engine.tokenizer import Tokenizer
+from server.completions import tokenize_prompts
+from server.openai_types import CompletionRequest
+from tests.server.harness import ROOT
 
 MODEL = "v41-c"
 PROMPT = "The river is"
@@ -113,3 +120,14 @@ def test_prompts_seen_before_are_reported_as_cached(client: openai.OpenAI) -> No
     assert salted.prompt_tokens_details.cached_tokens == 0
     # All prompts share the token they begin with.
     assert new.prompt_tokens <= both.prompt_tokens_details.cached_tokens <= new.prompt_tokens + 1
+
+
+def test_texts_begin_as_the_tokenizer_says_unless_they_are_not_to() -> None:
+    tokenizer = Tokenizer.from_directory(ROOT / "deploy" / "demo" / "loci-demo")  # one that adds a token
+    served = SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
+
+    def ids(**fields: bool) -> list[int]:
+        request = CompletionRequest(model=MODEL, prompt=PROMPT, **fields)
+        return tokenize_prompts(request, served)[0].token_ids
+
+    assert ids() == [tokenizer.bos_token_id, *ids(add_special_tokens=False)]

@@ -69,7 +69,7 @@ def test_schemathesis_finds_nothing(fuzzed: LociServer) -> None:
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{fuzzed.url}/openapi.json"),
         *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing,stateful"),
-        *("--max-time", "26", "--request-timeout", "15", "--seed", "1", "--max-examples", "20"),
+        *("--max-time", "34", "--request-timeout", "15", "--seed", "1", "--max-examples", "20"),
         *("--suppress-health-check", "all", "--no-color"),
     ]
 

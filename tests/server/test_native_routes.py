@@ -19,6 +19,15 @@ def test_health_and_readiness(http: httpx.Client) -> None:
     assert set(http.get("/version").json()) == {"version"}
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/version", "/v1/models", "/"])
+def test_monitors_may_ask_for_heads(http: httpx.Client, path: str) -> None:
+    head, whole = http.head(path), http.get(path)
+
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert "content-length" in head.headers
+
+
 @pytest.mark.parametrize("text", ["", "Hello world", "naïve 東京 🦊", "<｜User｜>"])
 def test_detokenizing_restores_what_was_tokenized(http: httpx.Client, text: str) -> None:
     ids = http.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
@@ -26,6 +35,13 @@ def test_detokenizing_restores_what_was_tokenized(http: httpx.Client, text: str)
     assert ids["count"] == len(ids["tokens"])
     assert ids["max_model_len"] == 2048
     assert http.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"prompt": text}
+
+
+def test_tokens_are_spelled_where_asked_for(http: httpx.Client) -> None:
+    answer = http.post("/tokenize", json={"prompt": "Hello world", "return_token_strs": True}).json()
+
+    assert "".join(answer["token_strs"]).endswith("Hello world")
+    assert len(answer["token_strs"]) == answer["count"]
 
 
 def test_a_conversation_is_tokenized_as_the_model_sees_it(http: httpx.Client) -> None:
