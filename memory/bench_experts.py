@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memory.expert_policy import EXCHANGE_MARGIN, POLICIES, Predictive, belady_hits, replay
+from memory.expert_policy import EXCHANGE_MARGIN, NOBODY, POLICIES, Predictive, belady_hits, replay
 from memory.routing_trace import RoutingTrace
 
 
@@ -31,13 +31,17 @@ class PolicyScore:
 def compare_policies(trace: RoutingTrace, experts: int, shares: tuple[float, ...]) -> list[PolicyScore]:
     """Every policy at every share of slots, over all layers of the trace."""
     steps = [trace.steps(layer) for layer in range(trace.layers)]
+    beside = [trace.beside(layer) for layer in range(trace.layers)]
     uses = sum(len(step) for layer in steps for step in layer)
     scores = []
     for share in shares:
         slots = max(1, round(share * experts))
         best = sum(belady_hits(layer, slots, experts) for layer in steps)
         for name, policy in POLICIES.items():
-            hits = sum(replay(layer, slots, policy(experts)).hits for layer in steps)
+            hits = sum(
+                replay(layer, slots, policy(experts), neighbours=neighbours).hits
+                for layer, neighbours in zip(steps, beside, strict=True)
+            )
             scores.append(PolicyScore(name, share, hits / uses, best / uses))
     return scores
 
@@ -59,12 +63,19 @@ def compare_margins(trace: RoutingTrace, experts: int, shares: tuple[float, ...]
     random = np.random.default_rng(0)
     uniform = [[set(random.permutation(experts)[: len(step)].tolist()) for step in recorded[0]]]
     scores = []
-    for name, layers in (("recorded", recorded), ("uniform", uniform)):
+    beside = [trace.beside(layer) for layer in range(trace.layers)]
+    for name, layers, neighbours in (
+        ("recorded", recorded, beside),
+        ("uniform", uniform, [[NOBODY] * len(uniform[0])]),
+    ):
         uses = sum(len(step) for layer in layers for step in layer)
         for share in shares:
             slots = max(1, round(share * experts))
             for margin in (1.0, EXCHANGE_MARGIN):
-                replays = [replay(layer, slots, Predictive(experts), margin) for layer in layers]
+                replays = [
+                    replay(layer, slots, Predictive(experts), margin, of)
+                    for layer, of in zip(layers, neighbours, strict=True)
+                ]
                 hits, exchanges = sum(r.hits for r in replays), sum(r.exchanges for r in replays)
                 scores.append(ExchangeScore(name, share, margin, hits / uses, exchanges / uses))
     return scores

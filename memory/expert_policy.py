@@ -7,14 +7,27 @@ and again; across layers, "least recently used" would always be the one that is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
 # Where cards and DRAM hold different experts, one that goes to a full card sends another back. It must be
 # worth so much more than that one; else two that are used alike change places again and again, for nothing.
 EXCHANGE_MARGIN = 1.5
+
+
+# What two neighbouring layers used last: the one before in this step, the one after in the step before.
+Beside = tuple[Collection[int], Collection[int]]
+NOBODY: Beside = ((), ())
+
+
+def beside(newest: Sequence[Collection[int]], layer: int) -> Beside:
+    """What the neighbours of `layer` used last, of what each layer used last when its turn has come."""
+    before = newest[layer - 1] if layer > 0 else ()
+    after = newest[layer + 1] if layer + 1 < len(newest) else ()
+    return before, after
 
 
 class ExpertPolicy(ABC):
@@ -26,8 +39,8 @@ class ExpertPolicy(ABC):
         self.experts = experts
 
     @abstractmethod
-    def used(self, expert_ids: Collection[int]) -> None:
-        """A step used these experts."""
+    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
+        """A step used these experts of the layer."""
 
     @abstractmethod
     def scores(self) -> np.ndarray:
@@ -54,7 +67,7 @@ class Lru(ExpertPolicy):
         self._step = 0
         self._last = np.full(experts, -1.0)
 
-    def used(self, expert_ids: Collection[int]) -> None:
+    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
         self._step += 1
         self._last[list(expert_ids)] = self._step
 
@@ -65,25 +78,17 @@ class Lru(ExpertPolicy):
 class AgedLfu(ExpertPolicy):
     """Least frequently used leaves first; what was used long ago counts for less and less.
 
-    half_life is the number of steps after which a use counts half. `prior` are uses seen in an earlier
-    profile, `[experts]`, as shares of all uses; they count like `prior_steps` steps of use.
+    half_life is the number of steps after which a use counts half.
     """
 
     name = "lfu"
 
-    def __init__(
-        self,
-        experts: int,
-        *,
-        half_life: float = 256.0,
-        prior: np.ndarray | None = None,
-        prior_steps: float = 64.0,
-    ) -> None:
+    def __init__(self, experts: int, *, half_life: float = 256.0) -> None:
         super().__init__(experts)
         self._decay = 0.5 ** (1.0 / half_life)
-        self._counts = np.zeros(experts) if prior is None else prior * prior_steps
+        self._counts = np.zeros(experts)
 
-    def used(self, expert_ids: Collection[int]) -> None:
+    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
         self._counts *= self._decay
         self._counts[list(expert_ids)] += 1.0
 
@@ -91,21 +96,40 @@ class AgedLfu(ExpertPolicy):
         return self._counts
 
 
-class Predictive(AgedLfu):
-    """Aged frequency, and which experts tend to follow those of the newest step.
+class Predictive(ExpertPolicy):
+    """What tends to follow the experts of the last steps, and what was used more than usual of late.
 
-    It learns, per layer, how often expert b is used in the step after expert a (a decayed count), and
-    adds the chance of being used next to the frequency; a router's own guess for the coming step, given
-    to `expected`, lifts those experts above all others until the layer has been used.
+    It learns how often each expert of its layer is used a step after any of the layer itself and of its two
+    neighbours. What an expert is worth is the share of uses that it usually has, and by how much the experts
+    of the last steps, and its own uses of late, speak for more or for less than that. A router's own guess
+    for the coming step, given to `expected`, lifts those experts above all others until the layer has been
+    used.
+
+    `prior` are uses seen in an earlier profile, `[experts]`, as shares of all uses.
     """
 
     name = "predictive"
 
-    def __init__(self, experts: int, *, half_life: float = 32.0, prior: np.ndarray | None = None) -> None:
-        super().__init__(experts, half_life=half_life, prior=prior)
-        self._follows = np.zeros((experts, experts))
-        self._newest: list[int] = []
+    FADES = 0.7  # with every step since it was used, an expert speaks so much less of what comes,
+    LEAST = 0.3  # and below this no longer: those of four steps speak
+    FOLLOWS = 1.5  # above 1, since the mean over experts hides what they agree on
+    OF_LATE, HALF_LIFE = 0.25, 16  # uses of late, and after how many steps they count half
+    DOUBT = 8.0  # uses after an expert that outweigh what is usual
+    AT_LEAST = 0.1  # of what is usual
+    PRIOR_USES = 64.0
+    MEMORY_STEPS = 4096  # after which all that was learned counts half
+
+    def __init__(self, experts: int, *, prior: np.ndarray | None = None) -> None:
+        super().__init__(experts)
+        self._uses = np.ones(experts) if prior is None else prior * self.PRIOR_USES + 0.01
+        self._late = self._uses / self._uses.sum()
+        # Of experts used lately, the layer's and its neighbours'; which of them still say something.
+        self._traces = np.zeros(3 * experts, np.float32)
+        self._speaking = np.zeros(0, np.int64)
+        self._follows = np.zeros((3 * experts, experts), np.float32)
+        self._steps = 0
         self._expected: list[int] = []
+        self._worth: np.ndarray | None = None  # until something is used
         self._scores: np.ndarray | None = None  # until something is used or expected
 
     def expected(self, expert_ids: Collection[int]) -> None:
@@ -113,29 +137,43 @@ class Predictive(AgedLfu):
         self._expected = list(expert_ids)
         self._scores = None
 
-    def used(self, expert_ids: Collection[int]) -> None:
-        super().used(expert_ids)
+    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
         now = list(expert_ids)
-        if self._newest:
-            self._follows[np.ix_(self._newest, now)] += 1.0
-            self._follows[self._newest] *= 0.99
-        self._newest = now
+        self._follows[self._speaking[:, None], now] += self._traces[self._speaking, None]
+        self._traces *= self.FADES
+        for traces, experts in zip(self._traces.reshape(3, -1), (now, *neighbours), strict=True):
+            if 2 * len(experts) <= self.experts:  # else a prompt's, after which everything follows
+                traces[list(experts)] += 1.0
+        self._speaking = np.flatnonzero(self._traces >= self.LEAST)
+        fades = 0.5 ** (1.0 / self.HALF_LIFE)
+        self._late *= fades
+        self._late[now] += (1.0 - fades) / max(1, len(now))
+        self._uses[now] += 1.0
+        self._steps += 1
+        if self._steps % self.MEMORY_STEPS == 0:
+            self._uses *= 0.5
+            self._follows *= 0.5
         self._expected = []
-        self._scores = None
+        self._worth = self._scores = None
 
     def scores(self) -> np.ndarray:
+        if self._worth is None:
+            self._worth = self._compute_worth()
         if self._scores is None:
-            self._scores = self._compute_scores()
+            self._scores = self._worth.copy()
+            self._scores[self._expected] += 1e6
         return self._scores
 
-    def _compute_scores(self) -> np.ndarray:
-        frequency = self._counts / max(self._counts.sum(), 1e-9)
-        worth: np.ndarray = frequency.copy()
-        if self._newest:
-            rows = self._follows[self._newest]
-            totals = rows.sum(axis=1, keepdims=True)
-            worth += (rows / np.maximum(totals, 8.0)).mean(axis=0)
-        worth[self._expected] += 1e6
+    def _compute_worth(self) -> np.ndarray:
+        usual = self._uses / self._uses.sum()  # shares of a step's uses, like all below
+        worth: np.ndarray = usual + self.OF_LATE * (self._late - usual)
+        if len(self._speaking):
+            rows = self._follows[self._speaking]
+            weights = self._traces[self._speaking]
+            weights /= weights.sum() * (rows.sum(axis=1) + self.DOUBT)
+            follows = weights @ rows + self.DOUBT * weights.sum() * usual
+            worth += self.FOLLOWS * (follows - usual)
+        np.maximum(worth, self.AT_LEAST * usual, out=worth)
         return worth
 
 
@@ -150,19 +188,25 @@ class Replay:
     exchanges: int
 
 
-def replay(trace: Sequence[Collection[int]], slots: int, policy: ExpertPolicy, margin: float = 1.0) -> Replay:
+def replay(
+    trace: Sequence[Collection[int]],
+    slots: int,
+    policy: ExpertPolicy,
+    margin: float = 1.0,
+    neighbours: Iterable[Beside] = repeat(NOBODY),
+) -> Replay:
     """Uses of one layer that `slots` slots under `policy` would have served.
 
-    trace: the experts of each step. All experts of a step are brought in, as far as each is worth `margin`
-    times as much as what leaves for it; one that was just brought in or is used in this step does not leave
-    for another of the same step, while there is a choice.
+    trace: the experts of each step; neighbours: those of the layers beside it. All experts of a step are
+    brought in, as far as each is worth `margin` times as much as what leaves for it; one that was just
+    brought in or is used in this step does not leave for another of the same step, while there is a choice.
     """
     resident: set[int] = set()
     hits = exchanges = 0
-    for step in trace:
+    for step, used_beside in zip(trace, neighbours, strict=False):
         needed = set(step)
         hits += len(needed & resident)
-        policy.used(needed)
+        policy.used(needed, used_beside)
         for expert in sorted(needed - resident):
             if len(resident) >= slots:
                 candidates = resident - needed or resident

@@ -19,7 +19,7 @@ from contextlib import suppress
 import torch
 
 from memory.carrier import Carrier
-from memory.expert_policy import EXCHANGE_MARGIN, Predictive
+from memory.expert_policy import EXCHANGE_MARGIN, Predictive, beside
 from memory.expert_reader import ExpertFiles, ExpertReader
 from memory.expert_step import ExpertStep
 from memory.shelf import Key, Place, Shelf
@@ -82,6 +82,7 @@ class ExpertStore:
             Predictive(files.experts, prior=None if hotness is None else hotness[layer].numpy())
             for layer in range(files.layers)
         ]
+        self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
         self.cpu_bytes_per_s = cpu_bytes_per_s
         self.busy: set[Key] = set()  # of the step under way: these must not leave
         self._foreseen: set[Key] = set()  # guessed for a step to come: these had better not
@@ -136,7 +137,8 @@ class ExpertStore:
     def acquire(self, layer: int, expert_ids: torch.Tensor) -> ExpertStep:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
         needed = sorted(set(expert_ids.flatten().tolist()))
-        self._policies[layer].used(needed)
+        self._policies[layer].used(needed, beside(self._used, layer))
+        self._used[layer] = needed
         self._give_up_guesses(layer, needed)
         return ExpertStep(self, layer, expert_ids, needed)
 

@@ -6,6 +6,7 @@ they are brought in first, and start with credit. File: `router_ids` `[tokens, l
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from memory.expert_policy import Beside, beside
 from memory.user_files import whole_file
 from quant.errors import CheckpointError
 
@@ -56,6 +58,19 @@ class RoutingTrace:
     def steps(self, layer: int) -> list[set[int]]:
         """The experts of each token in one layer."""
         return [set(ids) for ids in self.router_ids[:, layer].tolist()]
+
+    def beside(self, layer: int) -> list[Beside]:
+        """What the layer's neighbours used last at each token: the one before it, and the one after it."""
+        steps = [self.steps(n) for n in range(self.layers)]
+        newest: list[Collection[int]] = [()] * self.layers
+        found = []
+        for token in range(len(self.router_ids)):
+            if layer > 0:
+                newest[layer - 1] = steps[layer - 1][token]
+            found.append(beside(newest, layer))
+            if layer + 1 < self.layers:
+                newest[layer + 1] = steps[layer + 1][token]
+        return found
 
     def shares(self, experts: int) -> torch.Tensor:
         """How large a part of a layer's uses each expert has, `[layers, experts]` float64.

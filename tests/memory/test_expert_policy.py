@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory.expert_policy import EXCHANGE_MARGIN, POLICIES, AgedLfu, Lru, Predictive, belady_hits, replay
+from memory.expert_policy import (
+    EXCHANGE_MARGIN,
+    NOBODY,
+    POLICIES,
+    AgedLfu,
+    Beside,
+    Lru,
+    Predictive,
+    belady_hits,
+    replay,
+)
 
 EXPERTS = 12
 TRACES = st.lists(st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=4), min_size=1, max_size=60)
@@ -52,6 +62,41 @@ def test_what_usually_follows_is_kept() -> None:
         policy.used([2])
     policy.used([0])
     assert policy.victim([1, 2]) == 2
+
+
+@pytest.mark.parametrize("neighbour", [0, 1])
+def test_what_usually_follows_an_expert_of_a_neighbouring_layer_is_kept(neighbour: int) -> None:
+    policy = Predictive(6)
+
+    def beside(expert: int) -> Beside:
+        return ((), (expert,)) if neighbour else ((expert,), ())
+
+    for _ in range(20):
+        for announced in (1, 2):
+            policy.used([0], beside(announced))
+            policy.used([announced], NOBODY)
+            for _ in range(4):
+                policy.used([3], NOBODY)
+    policy.used([0], beside(1))
+    assert policy.victim([1, 2]) == 2
+
+
+@pytest.mark.parametrize(("first", "is_learned"), [([0, 1, 2, 3], False), ([0], True)])
+def test_a_prompt_that_used_nearly_all_experts_does_not_say_what_follows(
+    first: list[int], is_learned: bool
+) -> None:
+    policy = Predictive(6)
+    pause: list[list[int]] = [[]] * 5
+    for _ in range(20):
+        for step in (first, [5], *pause, [4], *pause):
+            policy.used(step)
+    policy.used([0])
+    assert (policy.victim([4, 5]) == 4) == is_learned
+
+
+def test_hot_experts_of_a_profile_rank_first() -> None:
+    prior = np.array([0.1, 0.0, 0.6, 0.3])
+    assert Predictive(4, prior=prior).ranking() == [2, 3, 0, 1]
 
 
 @pytest.mark.parametrize("name", POLICIES)
