@@ -86,7 +86,7 @@ class ExpertStore:
         self.cpu_bytes_per_s = cpu_bytes_per_s
         self.busy: set[Key] = set()  # of the step under way: these must not leave
         self._foreseen: set[Key] = set()  # guessed for a step to come: these had better not
-        self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots that are free once a move has ended
+        self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
         self._ahead: list[Ticket | None] = [None] * len(cards)  # the last copy of a foreseen expert to each
         self._reader = ExpertReader(files, layout, self.telemetry, readers)
         self._links = [
@@ -151,6 +151,7 @@ class ExpertStore:
         guess = list(dict.fromkeys(expert_ids))
         self._policies[layer].expected(guess)
         self._foreseen = {(layer, expert) for expert in guess}
+        self._cancel_reads(layer, guess)
         for expert in guess:
             found = self.find((layer, expert))
             if found is not None:
@@ -184,12 +185,7 @@ class ExpertStore:
         self._foreseen = {key for key in self._foreseen if key[0] != layer}
         self.telemetry.add("guesses", "made", len(guess))
         self.telemetry.add("guesses", "right", len(guess.intersection(needed)))
-        wrong = self.dram.by_layer[layer].keys() - set(needed)
-        for expert in wrong:
-            place = self.dram.by_layer[layer][expert]
-            if place.foreseen and place.ticket is not None and self._reader.link.cancel(place.ticket):
-                self._forget(self.dram, (layer, expert))
-                self.telemetry.add("prefetches", "cancelled")
+        self._cancel_reads(layer, needed)
         for at, (shelf, link) in enumerate(zip(self.cards, self._links, strict=True)):
             for expert, place in list(shelf.by_layer[layer].items()):
                 if not place.foreseen or not place.is_moving:
@@ -198,6 +194,16 @@ class ExpertStore:
                     self._forget(shelf, (layer, expert))
                     self._ahead[at] = None
                     self.telemetry.add("prefetches", "cancelled")
+
+    def _cancel_reads(self, layer: int, still_wanted: Iterable[int]) -> None:
+        """Read no more of what was foreseen for `layer` and is not wanted any more."""
+        for expert in self.dram.by_layer[layer].keys() - set(still_wanted):
+            place = self.dram.by_layer[layer][expert]
+            if place.foreseen and place.ticket is not None and self._reader.link.cancel(place.ticket):
+                self.dram.remove((layer, expert))
+                self._leaving.append((place.ticket, place.slot))  # parts may be on their way to it
+                self.telemetry.add("prefetches", "cancelled")
+        self.settle()
 
     @property
     def _spare(self) -> int:
@@ -307,11 +313,12 @@ class ExpertStore:
         return ticket
 
     def settle(self, *, wait: bool = False) -> None:
-        """Free the slots of experts whose move has ended."""
+        """Free the slots that nothing moves from or to any more."""
         still = []
         for ticket, slot in self._leaving:
             if wait:
-                ticket.wait()
+                with suppress(Exception):  # whoever needs the bytes will find that they are not there
+                    ticket.wait()
             if ticket.is_done:
                 self.dram.arena.give_back(slot)
             else:

@@ -24,6 +24,10 @@ class Priority(IntEnum):
     PREFETCH = 1
 
 
+class CancelledError(Exception):
+    """What waiting for a transfer raises that was taken off its queue."""
+
+
 class Ticket:
     """The promise of a transfer. `wait` returns when the bytes are there, or raises what went wrong."""
 
@@ -126,14 +130,21 @@ class Link:
                 heapq.heapify(self._queue)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Take a transfer off the queue, so that it never ends; False where it has begun."""
+        """Take off the queue what has not begun of a transfer; False where all of it has.
+
+        The transfer ends, with CancelledError, when what had begun has ended: at once where nothing had.
+        """
         with self._changed:
             kept = [job for job in self._queue if job.ticket is not ticket]
             queued = len(self._queue) - len(kept)
-            if queued == 0 or queued < ticket.parts_left:
+            if queued == 0:
                 return False
             heapq.heapify(kept)
             self._queue = kept
+            ticket.error = ticket.error or CancelledError(f"{ticket.label}: cancelled")
+            ticket.parts_left -= queued
+            if ticket.parts_left == 0:
+                ticket.finish()
             return True
 
     def close(self) -> None:
@@ -180,7 +191,8 @@ class Link:
         with self._changed:
             is_last = ticket.end_part(error)
         if is_last:
-            self.telemetry.add("failed" if ticket.error is not None else "moves", ticket.label)
+            if not isinstance(ticket.error, CancelledError):
+                self.telemetry.add("failed" if ticket.error is not None else "moves", ticket.label)
             ticket.finish()
 
     def _pace(self, started: float, nbytes: int) -> None:

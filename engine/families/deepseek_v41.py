@@ -20,7 +20,7 @@ from engine.families.deepseek_v41_tensors import IGNORED_PREFIXES, components, e
 from engine.families.deepseek_v41_weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from engine.layers.engram_lookup import EngramLookup, StepRows
-from engine.layers.hyper_connections import first_mix, read_streams, write_streams
+from engine.layers.hyper_connections import Mix, first_mix, read_streams, write_streams
 from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, inverse_frequencies
 from engine.layers.sparse_attention import (
@@ -159,12 +159,12 @@ class DeepseekV41(Model):
         embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
         pre = first_mix(len(batch.token_ids), config.hc_mult)
-        first = weights.layers[0]
-        self._foresee(0, rms_norm(embedded.to(first.device), first.ffn_norm, config.rms_norm_eps))
         for number, layer in enumerate(weights.layers):
             streams, pre = streams.to(layer.device), pre.to(layer.device)
             if layer.engram is not None:
                 streams = self._read_engram(number, streams, step)
+            if number == 0 or layer.device == HOST:  # on a card, attention leaves no time to use it
+                self._foresee(number, streams, pre)
 
             mix = layer.hc_attn.mix(self.kernels, streams)
             x = rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
@@ -174,7 +174,7 @@ class DeepseekV41(Model):
 
             mix = layer.hc_ffn.mix(self.kernels, streams)
             x = rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
-            y = self._experts(number, layer, x, step)
+            y = self._experts(number, x, streams, mix, step)
             streams, pre = write_streams(streams, y, mix), mix.pre
             step.trace.add(f"streams.{number}", streams)
         for segment in batch.segments:
@@ -317,30 +317,35 @@ class DeepseekV41(Model):
         if makes_pool:
             step.pools = pools
 
-    def _experts(self, number: int, layer: LayerWeights, x: torch.Tensor, step: _Step) -> torch.Tensor:
-        """Section 5: routed experts and the shared one, `[tokens, hidden]` to the same."""
-        config = self.config
-        store = self.weights.experts
+    def _experts(
+        self, number: int, x: torch.Tensor, streams: torch.Tensor, mix: Mix, step: _Step
+    ) -> torch.Tensor:
+        """Section 5: routed experts and the shared one, `[tokens, hidden]` to the same.
+
+        streams and mix are those that the layer's output will be written to.
+        """
+        config, layer = self.config, self.weights.layers[number]
         chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
-        experts = store.acquire(number, chosen.cpu())
-        if number + 1 < config.num_hidden_layers:
-            self._foresee(number + 1, x)
+        experts = self.weights.experts.acquire(number, chosen.cpu())
         shared = layer.shared_experts  # computed while missing experts arrive
         y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
+        if number + 1 < config.num_hidden_layers:
+            self._foresee(number + 1, write_streams(streams, y, mix), mix.pre)
         return experts.run(x, weights, config.swiglu_limit) + y
 
-    def _foresee(self, number: int, x: torch.Tensor) -> None:
-        """Begin to bring what layer `number` will probably choose nearer.
+    def _foresee(self, number: int, streams: torch.Tensor, pre: torch.Tensor) -> None:
+        """Begin to bring what layer `number` will probably choose nearer, from the streams as far as known.
 
-        The residual changes little from layer to layer, so a router that is asked with the input of the layer
-        before, the first one with the embedding, guesses most of its own choice.
+        Routed experts of the layer before, and the layer's own attention, change them little: its router,
+        asked without these, guesses most of its own choice.
         """
         store = self.weights.experts
         if store.wants_guesses(number):
             layer = self.weights.layers[number]
-            guess, _ = self._route(layer, x.to(layer.device))
+            x = read_streams(streams, pre).to(layer.device)
+            guess, _ = self._route(layer, rms_norm(x, layer.ffn_norm, self.config.rms_norm_eps))
             store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's best choice first
 
     def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
