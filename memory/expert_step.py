@@ -123,11 +123,10 @@ class ExpertStep:
         while left:
             here = [taken for taken in left if not taken.place.is_moving]
             if not here:
-                self._wait(left[0])
+                left[0] = self._wait(left[0])
                 continue
             left = [taken for taken in left if not any(taken is other for other in here)]
-            for taken in here:
-                self._wait(taken)  # raises where the bytes did not come
+            here = [self._wait(taken) for taken in here]  # raises where the bytes did not come
             found = [
                 self._compute(shelf, [t for t in here if t.shelf is shelf], x, swiglu_limit)
                 for shelf in (*self._store.cards, self._store.dram)  # cards compute while the CPU does
@@ -136,17 +135,37 @@ class ExpertStep:
             for rows, y in found:
                 outputs[rows.to(outputs.device)] = y.to(outputs.device)
 
-    def _wait(self, taken: _Taken) -> None:
-        """Wait for an expert's bytes. A read that an earlier step or a guess began may fail once."""
+    def _wait(self, taken: _Taken) -> _Taken:
+        """Wait for an expert's bytes, and say where they are: elsewhere where they did not come.
+
+        A read that an earlier step or a guess began may fail once, and so may the way to a card.
+        """
         ticket = taken.place.ticket
         if ticket is None:
-            return
+            return taken
         try:
             ticket.wait()
         except Exception:
-            if taken.was_missing or taken.shelf is not self._store.dram:
+            if taken.was_missing:
                 raise
+            if taken.shelf is not self._store.dram:
+                return self._without_card(taken.expert)
             self._store.read_into(self._key(taken.expert), taken.place, Priority.DEMAND).wait()
+        return taken
+
+    def _without_card(self, expert: int) -> _Taken:
+        """An expert that did not reach its card, in DRAM: where it still is, or read anew."""
+        store, key = self._store, self._key(expert)
+        found = store.find(key)
+        if found is None:
+            if not store.make_room(self._layer) and not store.wait_for_room(self._layer):
+                raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
+            store.read(key, Priority.DEMAND)
+            found = store.dram, store.dram.by_layer[self._layer][expert]
+        shelf, place = found
+        if place.ticket is not None:
+            place.ticket.wait()
+        return _Taken(expert, shelf, place, was_missing=True)
 
     def _compute(
         self, shelf: Shelf, experts: list[_Taken], x: torch.Tensor, swiglu_limit: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memory.carrier import Carrier, Fence
 from memory.disk import DirectFiles
 from memory.expert_reader import ExpertReader
 from memory.expert_store import ExpertStore
@@ -248,5 +250,88 @@ def test_a_foreseen_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_b
     is_free.set()
     ahead.wait()
     step.run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
+    assert torch.equal(steps(files, store, 6), expected)
+    store.close()
+
+
+@pytest.mark.parametrize("dram", [LAYERS * EXPERTS * 1.1, 8], ids=["copies", "exchanges"])
+def test_an_expert_whose_way_to_a_card_fails_is_computed_without_it(
+    files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, dram: float
+) -> None:
+    bring, calls = Carrier.bring, itertools.count()
+
+    def sometimes(self: Carrier, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
+        if next(calls) % 2:
+            slot.zero_()  # half-way
+            raise RuntimeError("the card has fallen off the bus")
+        bring(self, slot, source, after)
+
+    store = files.store(dram, 3.1, 3.1)
+    monkeypatch.setattr(Carrier, "bring", sometimes)
+    assert torch.equal(steps(files, store, 6), expected)
+    seen = store.telemetry.snapshot()
+    assert sum(n for label, n in seen.failed.items() if label.startswith("vram")) > 0
+    monkeypatch.undo()
+    assert torch.equal(steps(files, store, 6), expected)
+    store.settle(wait=True)
+    assert store.residency()["dram"] + store.dram.arena.free == store.dram.arena.slots  # none was lost
+    store.close()
+
+
+def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
+    files: ExpertsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = files.store(LAYERS * EXPERTS * 1.1, 6.1)
+    expert = one_in_dram_only(store)
+    x, ones, chosen = torch.ones(1, files.hidden), torch.ones(1, 1), torch.tensor([[expert]])
+    whole = files.store(LAYERS * EXPERTS * 1.1)
+    wanted = whole.acquire(0, chosen).run(x, ones, LIMIT)
+    whole.close()
+    begun, is_asked_for = threading.Event(), threading.Event()
+
+    def fail(*_: object) -> None:
+        begun.set()
+        assert is_asked_for.wait(60)
+        raise RuntimeError("the card has fallen off the bus")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Carrier, "bring", fail)
+        store.prefetch(0, [expert])
+        assert begun.wait(60)
+        step = store.acquire(0, chosen)
+        is_asked_for.set()
+        assert torch.equal(step.run(x, ones, LIMIT), wanted)
+    seen = store.telemetry.snapshot()
+    assert seen.failed == {"vram:0 prefetch": 1}
+    assert seen.computed == {"dram": 1}
+    assert store.cards[0].find((0, expert)) is None
+    store.close()
+
+
+def test_a_wrong_guess_that_is_half_read_is_read_no_further(
+    files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, begun, may_end = DirectFiles.read, threading.Event(), threading.Event()
+
+    def held(self: DirectFiles, ranges: object) -> object:
+        begun.set()
+        assert may_end.wait(60)
+        return read(self, ranges)  # type: ignore[arg-type]
+
+    store = files.store(8, readers=1)
+    on_disk = next(e for e in range(EXPERTS) if store.find((0, e)) is None)
+    here = next(e for e in range(EXPERTS) if store.find((0, e)) is not None)
+    before = store.telemetry.snapshot().moved_bytes["nvme"]
+    with monkeypatch.context() as slow:
+        slow.setattr(DirectFiles, "read", held)
+        store.prefetch(0, [on_disk])
+        assert begun.wait(60)
+        step = store.acquire(0, torch.tensor([[here]]))
+        may_end.set()
+        step.run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
+        store.settle(wait=True)
+    seen = store.telemetry.snapshot()
+    assert seen.prefetches == {"cancelled": 1}
+    assert 0 < seen.moved_bytes["nvme"] - before < store.layout.nbytes
     assert torch.equal(steps(files, store, 6), expected)
     store.close()

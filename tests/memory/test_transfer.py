@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from memory.telemetry import Telemetry
-from memory.transfer import Link, Priority
+from memory.transfer import CancelledError, Link, Priority
 
 
 @pytest.fixture
@@ -96,6 +96,38 @@ def test_a_paced_link_is_no_faster_than_its_speed() -> None:
         ticket.wait()
     assert time.perf_counter() - start >= 0.05
     link.close()
+
+
+def test_a_transfer_that_is_cancelled_before_it_begins_ends_at_once(link: Link) -> None:
+    gate = Gate(link)
+    ticket = link.submit([lambda: pytest.fail("moved")], 1, Priority.PREFETCH)
+    assert link.cancel(ticket)
+    with pytest.raises(CancelledError):
+        ticket.wait()
+    gate.open()
+    gate.ticket.wait()
+    assert link.telemetry.snapshot().failed == {}
+
+
+def test_of_a_transfer_that_is_cancelled_half_way_only_what_has_begun_is_moved(link: Link) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def first() -> None:
+        begun.set()
+        assert may_end.wait(30)
+
+    ticket = link.submit([first, lambda: pytest.fail("moved")], 20, Priority.PREFETCH)
+    assert begun.wait(30)
+    assert link.cancel(ticket)
+    assert not link.cancel(ticket)  # nothing of it waits any more
+    assert not ticket.is_done  # its place is still written to
+    may_end.set()
+    with pytest.raises(CancelledError):
+        ticket.wait()
+    seen = link.telemetry.snapshot()
+    assert seen.moved_bytes["nvme"] == 10
+    assert seen.failed == {}
+    assert "nvme prefetch" not in seen.moves
 
 
 def test_closing_fails_what_is_queued() -> None:
