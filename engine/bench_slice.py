@@ -85,6 +85,12 @@ class SliceRun:
     grown_bytes: int
 
     @property
+    def disk_bytes_per_s(self) -> float:
+        """Of the expert reads of these steps while there were any; 0 where nothing was read."""
+        busy_s = self.counts.busy_s.get("nvme", 0.0)
+        return self.counts.moved_bytes.get("nvme", 0) / busy_s if busy_s else 0.0
+
+    @property
     def computed_bytes(self) -> int:
         """Of experts that were computed, in all steps."""
         return sum(self.counts.computed.values()) * self.expert_bytes
@@ -100,13 +106,10 @@ class SliceRun:
         run where that was better than the measured one.
         """
         counts, moved = self.counts, self.counts.moved_bytes
-        from_disk = moved.get("nvme", 0)
         needed = (counts.hits.get("nvme", 0) + counts.prefetches.get("used", 0)) * self.expert_bytes
-        busy_s = counts.busy_s.get("nvme", 0.0)
-        disk_rate = max(disk_bytes_per_s, from_disk / busy_s if busy_s else 0.0)
         return {
             "dram": self._crossing_bytes / dram_bytes_per_s,
-            "nvme": needed / disk_rate,
+            "nvme": needed / max(disk_bytes_per_s, self.disk_bytes_per_s),
             **{card: moved.get(card, 0) / rate for card, rate in link_bytes_per_s.items()},
         }
 

@@ -49,7 +49,7 @@ class Efficiency:
     bus_share: float = 0.82
     card_layer_s: float = 100e-6
     host_layer_s: float = 1.3e-3
-    guessed_share: float = 0.7
+    guessed_share: float = 0.9
     rearranged_per_core: float = 4e9
     round_trip_s: float = 100e-6
     card_hop_s: float = 52e-6

@@ -9,6 +9,7 @@ import torch
 
 from memory.checkpoint import TensorEntry
 from memory.disk import DirectFiles, Range, coalesce
+from memory.hardware import usable_cores
 from memory.shelf import Key
 from memory.telemetry import Telemetry
 from memory.transfer import Link, Priority, Ticket
@@ -17,6 +18,15 @@ from quant.kernels import SlotLayout
 from quant.packed import PackedTensor
 
 MATRICES = 3  # of an expert: w1, w3, w2
+MOST_READERS = 4
+
+
+def default_readers() -> int:
+    """Readers that keep the disk busy while others rearrange.
+
+    More would have more guesses under way that cannot be taken back any more when they turn out wrong.
+    """
+    return min(MOST_READERS, usable_cores() + 1)
 
 
 class ExpertFiles(Protocol):

@@ -20,7 +20,7 @@ import torch
 
 from memory.carrier import Carrier
 from memory.expert_policy import EXCHANGE_MARGIN, Predictive, beside
-from memory.expert_reader import ExpertFiles, ExpertReader
+from memory.expert_reader import ExpertFiles, ExpertReader, default_readers
 from memory.expert_step import ExpertStep
 from memory.shelf import Key, Place, Shelf
 from memory.telemetry import Telemetry
@@ -42,6 +42,7 @@ class ExpertStore:
     cards     tiers of cards, none on a machine without
     dram      the tier of host memory; a BudgetError says how much it must have at least
     kernels   compute in all tiers, and say how an expert lies in a slot
+    readers   threads that read experts from disk and rearrange them; by default as `default_readers` says
     hotness   `[layers, experts]`, shares of uses in an earlier profile: the hot ones are brought in first
     """
 
@@ -54,7 +55,7 @@ class ExpertStore:
         *,
         telemetry: Telemetry | None = None,
         hotness: torch.Tensor | None = None,
-        readers: int = 4,
+        readers: int | None = None,
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
     ) -> None:
         self.files = files
@@ -88,7 +89,7 @@ class ExpertStore:
         self._foreseen: set[Key] = set()  # guessed for a step to come: these had better not
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
         self._ahead: list[Ticket | None] = [None] * len(cards)  # the last copy of a foreseen expert to each
-        self._reader = ExpertReader(files, layout, self.telemetry, readers)
+        self._reader = ExpertReader(files, layout, self.telemetry, readers or default_readers())
         self._links = [
             Link(
                 shelf.tier.name,

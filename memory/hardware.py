@@ -103,7 +103,7 @@ def detect(directory: Path | None = None) -> Machine:
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_cpu_field("model name") or platform.processor() or platform.machine(),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         cpu_flags=_cpu_flags(),
         memory_bytes=psutil.virtual_memory().total,
         memory_limit_bytes=None if group is None else group.limit_bytes,
@@ -139,7 +139,8 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -70,7 +70,9 @@ def slice_(
     bounds = run.bound_s(rates["dram_read"] * 1e9, rates.get("disk_read", float("inf")) * 1e9, links)
     ratio = max(bounds.values()) / run.total_s
     ordered = run.ordered_bound_s(bounds) / run.total_s
-    expected = _planned_tokens_per_s(model, rates, devices, budget, tokens)
+    # The disk is shared with others: a plan made with its rate at another moment would say little.
+    seen = {**rates, "disk_read": run.disk_bytes_per_s / 1e9} if run.disk_bytes_per_s else rates
+    expected = _planned_tokens_per_s(model, seen, devices, budget, tokens)
     speed = run.tokens / run.total_s
     error = abs(expected - speed) / speed
 
@@ -80,7 +82,8 @@ def slice_(
     print(
         f"\n{speed:.3g} tokens/s decoded; the slowest resource alone allows {speed / ratio:.3g} "
         f"(ratio {ratio:.2f}), in the order that experts become known {speed / ordered:.3g} "
-        f"({ordered:.2f}); the plan said {expected:.3g} (off by {error:.0%})"
+        f"({ordered:.2f}); the plan for the disk's {run.disk_bytes_per_s / 1e9:.3g} GB/s in this run said "
+        f"{expected:.3g} (off by {error:.0%})"
     )
     guesses = run.counts.guesses
     guessed = guesses.get("right", 0) / max(1, guesses.get("made", 0))
@@ -102,6 +105,7 @@ def slice_(
             Result("plan_error_slice", error, "fraction", PLAN_TARGET, error <= PLAN_TARGET),
             Result(f"slice_decode_extrapolated_to_{FULL_LAYERS}_layers", whole, "tokens/s"),
             Result("slice_memory_growth", grown / 1e9, "GB", allowed / 1e9, grown <= allowed),
+            Result("slice_disk_read", run.disk_bytes_per_s / 1e9, "GB/s"),
             Result("slice_guessed_right", guessed, "ratio"),
             *(Result(f"slice_hits_{tier}", n / asked, "ratio") for tier, n in run.counts.hits.items()),
             *(Result(f"slice_bytes_{link}", n / run.tokens / 1e6, "MB/token")
