@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ import httpx
 import pytest
 import yaml
 
+from tests.deploy.scraping import RULES, ask, scraping
 from tests.server.harness import ROOT, TINY, LociServer, eventually
 
 DEPLOY = ROOT / "deploy"
-RULES = DEPLOY / "prometheus" / "rules.yml"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "loci.json").read_text())
 KEY = "a-key-for-tests"
 # A program that comes with a Python package, beside the interpreter.
@@ -69,6 +68,11 @@ def test_the_dockerfile_has_no_findings() -> None:
     check(str(HADOLINT), "Dockerfile")
 
 
+@needs("docker-compose", "docker-compose")
+def test_the_compose_file_is_valid() -> None:
+    check("docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet")
+
+
 def test_what_compose_and_grafana_name_exists() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     mounts = [v for service in services.values() for v in service["volumes"] if v.startswith("./")]
@@ -80,6 +84,22 @@ def test_what_compose_and_grafana_name_exists() -> None:
     )["datasources"]
     assert {p["datasource"]["uid"] for p in DASHBOARD["panels"] if p["type"] != "row"} == {source["uid"]}
     assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service["ports"])
+
+
+def test_panels_have_places_and_names_of_their_own() -> None:
+    panels = DASHBOARD["panels"]
+    cells = [
+        (x, y)
+        for p in panels
+        for x in range(p["gridPos"]["x"], p["gridPos"]["x"] + p["gridPos"]["w"])
+        for y in range(p["gridPos"]["y"], p["gridPos"]["y"] + p["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) == 23  # Grafana's grid has 24 columns
+    assert len({p["id"] for p in panels}) == len(panels)
+    for panel in panels:
+        refs = [target["refId"] for target in panel.get("targets", [])]
+        assert len(refs) == len(set(refs)), panel["title"]
 
 
 @pytest.fixture(scope="module")
@@ -98,51 +118,12 @@ def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer
 @pytest.fixture(scope="module")
 def prometheus(busy_server: LociServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A Prometheus with this repository's rules that has seen the busy server at work."""
-    folder = tmp_path_factory.mktemp("prometheus")
-    target = busy_server.url.removeprefix("http://")
-    config = {
-        "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
-        "rule_files": [str(RULES)],
-        "scrape_configs": [
-            {
-                "job_name": "loci",
-                "authorization": {"credentials": KEY},
-                "static_configs": [{"targets": [target]}],
-            }
-        ],
-    }
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={folder}/prometheus.yml",
-                f"--storage.tsdb.path={folder}/data",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            eventually(lambda: scraped(client), "Prometheus scrapes the server")
-            # Twice, so that counters with labels are seen to grow.
-            for _ in range(2):
-                work(busy_server)
-                eventually(lambda: saw_all_work(client, busy_server), "Prometheus has seen the work")
-            yield client
-    finally:
-        process.kill()
-        process.wait()
-
-
-def scraped(client: httpx.Client) -> bool:
-    try:
-        return bool(ask(client, "up == 1"))
-    except (httpx.TransportError, KeyError, ValueError):
-        return False
+    with scraping(busy_server, KEY, tmp_path_factory.mktemp("prometheus"), "500ms") as client:
+        # Twice, so that counters with labels are seen to grow.
+        for _ in range(2):
+            work(busy_server)
+            eventually(lambda: saw_all_work(client, busy_server), "Prometheus has seen the work")
+        yield client
 
 
 def work(server: LociServer) -> None:
@@ -156,13 +137,6 @@ def work(server: LociServer) -> None:
 def saw_all_work(client: httpx.Client, server: LociServer) -> bool:
     seen = ask(client, "sum(loci_generated_tokens_total)")
     return bool(seen) and float(seen[0]["value"][1]) == server.metric("loci_generated_tokens_total")
-
-
-def ask(client: httpx.Client, expression: str) -> list[dict[str, Any]]:
-    answer = client.get("/api/v1/query", params={"query": expression}).json()
-    assert answer["status"] == "success", answer
-    result: list[dict[str, Any]] = answer["data"]["result"]
-    return result
 
 
 @needs("prometheus", "prometheus")
