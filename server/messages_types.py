@@ -186,7 +186,7 @@ def _user_messages(
             messages[-1].content.append(part)
         else:
             messages.append(Message(role=role, content=[part]))
-    return messages
+    return messages or [Message(role=role, content="")]
 
 
 def _assistant_message(content: str | list[Block], path: str) -> Message:

@@ -29,6 +29,11 @@ def test_temperature_zero_takes_the_best() -> None:
     assert drawn(temperature=0) == {0}
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-9, 1e-300])
+def test_a_tiny_temperature_is_as_good_as_zero(temperature: float) -> None:
+    assert drawn(20, temperature=temperature) == {0}
+
+
 def test_without_limits_every_token_is_drawn_sometimes() -> None:
     assert drawn(2000, temperature=2.0) == {0, 1, 2, 3, 4}
 

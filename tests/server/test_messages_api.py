@@ -122,6 +122,13 @@ SCHEMA = {
 }
 
 
+def test_a_turn_without_blocks_is_an_empty_one(claude: anthropic.Anthropic) -> None:
+    turns = [[{"role": "user", "content": content}] for content in ([], "")]
+    counted = [claude.messages.count_tokens(model=MODEL, messages=turn).input_tokens for turn in turns]
+
+    assert counted[0] == counted[1]
+
+
 def test_a_tool_can_be_forced(claude: anthropic.Anthropic) -> None:
     tool = {"name": "weather", "input_schema": SCHEMA}
 
