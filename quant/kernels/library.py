@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 3  # of native_src/api.cpp; another number means a library of other sources
+INTERFACE = 4  # of native_src/api.cpp; another number means a library of other sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -21,7 +21,6 @@ Int64 = ctypes.c_int64
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_interface": (Int, []),
     "loci_level_name": (ctypes.c_char_p, [Int]),
-    "loci_has_pool": (Int, []),
     "loci_panel_bytes": (Int64, [Pointer]),
     "loci_tile": (None, [Int, Pointer, Pointer]),
     "loci_untile": (None, [Int, Pointer, Pointer, Int64, Pointer, Pointer]),

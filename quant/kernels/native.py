@@ -91,8 +91,7 @@ class NativeKernels:
 
     def describe(self) -> str:
         """Level, threads and activation mode, for people."""
-        pool = "torch's pool" if self._library.loci_has_pool() else "no OpenMP runtime found"
-        return f"{self.level}, {self._threads()} threads ({pool}), {self.activations} activations"
+        return f"{self.level}, {self._threads()} threads, {self.activations} activations"
 
     def on(self, device: torch.device) -> NativeKernels:
         return self

@@ -1,14 +1,11 @@
-// Work shared among the threads of the OpenMP pool that torch already runs.
+// Work shared among a pool of threads that no caller ever waits for without need.
 #pragma once
 #include <atomic>
 #include <cstdint>
 
 namespace loci {
-
-// Whether the process has an OpenMP runtime to share; without one everything runs on the calling thread.
-bool has_pool();
-
 namespace detail {
+// Calls fn(data) on this thread and on up to `threads` - 1 others that come before this one is done with it.
 void run_team(void (*fn)(void*), void* data, int threads);
 
 constexpr int kMostThreads = 256;
