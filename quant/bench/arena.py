@@ -6,12 +6,13 @@ uses the same memory, and plain reads are timed on it too.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from quant.kernels import ExpertWeights, Weight, library
 from quant.kernels.layout import ExpertSlotLayout
 from quant.kernels.native import NativeKernels
-from quant.packed import PackedTensor
 
 STREAMS = 4  # of plain reads, in each thread
 
@@ -53,10 +54,7 @@ class Arena:
         """As many copies of a prepared matrix as fit."""
         if isinstance(weight, torch.Tensor):
             return list(self.copies(weight))
-        return [
-            PackedTensor(weight.format, weight.shape, codes, weight.scales)
-            for codes in self.copies(weight.codes)
-        ]
+        return [replace(weight, codes=codes) for codes in self.copies(weight.codes)]
 
     def experts(self, layout: ExpertSlotLayout, most: int | None = None) -> list[ExpertWeights]:
         """As many copies of a random expert as fit, at most `most`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -70,6 +71,7 @@ class Tiled(Format):
     def check(self, packed: PackedTensor) -> None:
         self.expect("codes shape", tuple(packed.codes.shape), (self.bytes_for(*packed.shape),))
         self.expect("codes dtype", packed.codes.dtype, torch.uint8)
+        self.expect("codes in one run", packed.codes.is_contiguous(), True)
         if not self.keeps_scales:
             self.expect(f"columns modulo {self.tile_cols}", packed.shape[1] % self.tile_cols, 0)
 
@@ -82,7 +84,7 @@ class Tiled(Format):
         scales = packed.scales
         if scales is not None:
             scales = scales[start // self.base.tile_rows : -(-stop // self.base.tile_rows)]
-        return PackedTensor(self, (stop - start, cols), packed.codes[first:last], scales)
+        return NativeWeight(self, (stop - start, cols), packed.codes[first:last], scales)
 
 
 _NUMBERS: tuple[tuple[Format, ...], ...] = (
@@ -108,46 +110,46 @@ def tiled_format(packed: PackedTensor) -> Tiled | None:
     return TILED.get(packed.format.name)
 
 
-def matrix(packed: PackedTensor) -> Matrix:
-    """What the library needs to know of a weight, whose codes and scales must be contiguous.
+@dataclass(frozen=True)
+class NativeWeight(PackedTensor):
+    """A weight that the library can read: its codes and its scales are each one run of bytes."""
 
-    Kept with the weight: after each product that has swept the caches, making it again takes microseconds.
-    """
-    kept = vars(packed).get(_KEPT)
-    if kept is None:
-        kept = vars(packed)[_KEPT] = _matrix(packed)
-    assert isinstance(kept, Matrix)
-    return kept
+    @cached_property
+    def matrix(self) -> Matrix:
+        """What the library needs to know of it.
 
+        Kept: after each product that has swept the caches, making it again would take microseconds.
+        """
+        form = tiled_format(self)
+        assert form is not None
+        return Matrix(
+            self.codes.data_ptr(),
+            0 if self.scales is None else self.scales.data_ptr(),
+            form.number,
+            int(form is self.format),
+            *self.shape,
+            form.base.tile_rows,
+            form.base.tile_cols,
+            int(self.scales is not None and self.scales.dtype == torch.float32),
+        )
 
-_KEPT = "_native_matrix"
-
-
-def _matrix(packed: PackedTensor) -> Matrix:
-    form = tiled_format(packed)
-    assert form is not None
-    scales = packed.scales
-    return Matrix(
-        packed.codes.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
-        form.number,
-        int(form is packed.format),
-        *packed.shape,
-        form.base.tile_rows,
-        form.base.tile_cols,
-        int(scales is not None and scales.dtype == torch.float32),
-    )
+    @cached_property
+    def address(self) -> int:
+        """Where `matrix` lies."""
+        return ctypes.addressof(self.matrix)
 
 
-def contiguous(packed: PackedTensor) -> PackedTensor:
-    """The same weight with codes and scales each in one run of bytes."""
-    if packed.codes.is_contiguous() and (packed.scales is None or packed.scales.is_contiguous()):
+def native_weight(packed: PackedTensor) -> NativeWeight | None:
+    """The weight for the library, copied where it lies in pieces; None where its format has no panels."""
+    if isinstance(packed, NativeWeight):
         return packed
+    if tiled_format(packed) is None:
+        return None
     scales = None if packed.scales is None else packed.scales.contiguous()
-    return PackedTensor(packed.format, packed.shape, packed.codes.contiguous(), scales)
+    return NativeWeight(packed.format, packed.shape, packed.codes.contiguous(), scales)
 
 
-def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> PackedTensor:
+def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> NativeWeight:
     """`packed` rearranged into panels, in `out` (uint8, of `TILED[...].bytes_for` bytes) where given.
 
     Runs on `threads` threads (torch's number by default). Raises FormatError for a format without panels.
@@ -157,18 +159,20 @@ def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | N
         raise FormatError(f"{packed.format.name}: there is no panel layout of this format")
     if packed.format is form:
         raise FormatError(f"{packed.format.name}: already in panels")
-    packed = contiguous(packed)
+    source = native_weight(packed)
+    assert source is not None
     if out is None:
         out = torch.empty(form.bytes_for(*packed.shape), dtype=torch.uint8)
-    result = PackedTensor(form, packed.shape, out, packed.scales if form.keeps_scales else None)
-    library.load().loci_tile(threads or torch.get_num_threads(), ctypes.byref(matrix(packed)), out.data_ptr())
+    result = NativeWeight(form, packed.shape, out, source.scales if form.keeps_scales else None)
+    library.load().loci_tile(threads or torch.get_num_threads(), source.address, out.data_ptr())
     return result
 
 
 def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTensor:
     """A tiled weight in file layout again; with `rows` (`[n]` int64) only those, in that order."""
-    form = packed.format
+    form, source = packed.format, native_weight(packed)
     assert isinstance(form, Tiled)
+    assert source is not None
     cols, base = packed.shape[1], form.base
     scales: torch.Tensor | None = None
     if isinstance(base, FourBit):
@@ -180,7 +184,7 @@ def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTens
     codes = torch.empty((len(rows), form.code_bytes(cols)), dtype=torch.uint8)
     library.load().loci_untile(
         torch.get_num_threads(),
-        ctypes.byref(matrix(packed)),
+        source.address,
         rows.data_ptr(),
         len(rows),
         codes.data_ptr(),
@@ -234,7 +238,7 @@ class ExpertSlotLayout:
         form, side = TILED[self.format.name], self._side_bytes
         shape, down_shape = (self.width, self.hidden), (self.hidden, self.width)
         return ExpertWeights(
-            PackedTensor(form, shape, slot[:side]),
-            PackedTensor(form, shape, slot[side : 2 * side]),
-            PackedTensor(form, down_shape, slot[2 * side :]),
+            NativeWeight(form, shape, slot[:side]),
+            NativeWeight(form, shape, slot[side : 2 * side]),
+            NativeWeight(form, down_shape, slot[2 * side :]),
         )

@@ -16,17 +16,7 @@ from quant.errors import ConfigError
 from quant.formats import Format
 from quant.fp8 import FP8_ROW
 from quant.kernels import Experts, SlotLayout, Weight, library
-from quant.kernels.layout import (
-    TILED,
-    ExpertSlotLayout,
-    Matrix,
-    Tiled,
-    contiguous,
-    matrix,
-    tile,
-    tiled_format,
-    untile,
-)
+from quant.kernels.layout import TILED, ExpertSlotLayout, Tiled, native_weight, tile, tiled_format, untile
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import PackedTensor
 from quant.slots import FileSlotLayout
@@ -115,17 +105,17 @@ class NativeKernels:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return self._dense_linear(x, weight)
-        if tiled_format(weight) is None:
+        native = native_weight(weight)
+        if native is None:
             return self._fallback.linear(x, weight)
-        weight = contiguous(weight)
-        rows, cols = weight.shape
+        rows, cols = native.shape
         flat = as_floats(x, cols)
         out = torch.empty((len(flat), rows), dtype=torch.float32)
         self._library.loci_linear(
             self._level,
             self._threads(),
             self.activations == "int8",
-            ctypes.byref(matrix(weight)),
+            native.address,
             flat.data_ptr(),
             len(flat),
             out.data_ptr(),
@@ -159,17 +149,17 @@ class NativeKernels:
         swiglu_limit: float,
     ) -> torch.Tensor:
         used = sorted(set(expert_ids.flatten().tolist()))
-        weights = [w for e in map(experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
-        if any(tiled_format(w) is None for w in weights):
-            return self._fallback.moe(x, expert_ids, expert_weights, experts, swiglu_limit)
         if not used:
             return torch.zeros_like(x)
-        weights = [contiguous(w) for w in weights]
-        matrices = (Matrix * len(weights))(*(matrix(w) for w in weights))
+        weights = [native_weight(w) for e in map(experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
+        addresses = [w.address for w in weights if w is not None]
+        if len(addresses) < len(weights):
+            return self._fallback.moe(x, expert_ids, expert_weights, experts, swiglu_limit)
+        matrices = (ctypes.c_void_p * len(addresses))(*addresses)
         ids = (ctypes.c_int64 * len(used))(*used)
         choice = expert_ids.to(torch.int64).contiguous()
         factors = expert_weights.to(torch.float32).contiguous()
-        flat = as_floats(x, weights[0].shape[1])
+        flat = as_floats(x, x.shape[1])
         out = torch.empty_like(flat)
         call = MoeCall(
             ctypes.addressof(matrices),
@@ -201,15 +191,16 @@ class NativeKernels:
             return untile(table, rows).decode()
         if table.format.name != FP8_ROW.name:
             return self._fallback.gather_rows(table, rows)
-        table, rows = contiguous(table), rows.to(torch.int64).contiguous()
-        assert table.scales is not None
+        codes, scales, rows = table.codes.contiguous(), table.scales, rows.to(torch.int64).contiguous()
+        assert scales is not None
+        scales = scales.contiguous()
         out = torch.empty((len(rows), table.shape[1]), dtype=torch.float32)
         self._library.loci_gather_rows(
             self._level,
             self._threads(),
-            table.codes.data_ptr(),
-            table.scales.data_ptr(),
-            table.scales.dtype == torch.float32,
+            codes.data_ptr(),
+            scales.data_ptr(),
+            scales.dtype == torch.float32,
             table.shape[1],
             rows.data_ptr(),
             len(rows),

@@ -213,7 +213,7 @@ struct Pairs {
 }  // namespace
 
 void moe(const Team& team, const Moe& call, const float* x, float* out) {
-    const Matrix &up_shape = call.experts[0], &down_shape = call.experts[2];
+    const Matrix &up_shape = *call.experts[0], &down_shape = *call.experts[2];
     const int64_t hidden = up_shape.cols, width = up_shape.rows;
     const Pairs pairs(call);
     const Activations a = prepare(team, up_shape.format, x, call.tokens, hidden, caller_x);
@@ -227,7 +227,7 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
         const int64_t e = item / h_turns.count, turn = item % h_turns.count;
         PanelSet set{hidden};
         for (int side = 0; side < 2; ++side)
-            h_turns.each_panel(turn, [&](int, int64_t p) { Panels(call.experts[3 * e + side]).add_to(set, p); });
+            h_turns.each_panel(turn, [&](int, int64_t p) { Panels(*call.experts[3 * e + side]).add_to(set, p); });
         for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
             const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
             const void* xs[kMaxTokens];
@@ -257,7 +257,7 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
         float* products = reinterpret_cast<float*>(caller_y.get(count * hidden * static_cast<int64_t>(sizeof(float))));
         parallel_for((last - first) * y_turns.count, team.threads, [&](int64_t item) {
             const int64_t e = first + item / y_turns.count, turn = item % y_turns.count;
-            const Panels panels(call.experts[3 * e + 2]);
+            const Panels panels(*call.experts[3 * e + 2]);
             PanelSet set{width};
             y_turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
             for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
