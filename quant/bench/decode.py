@@ -15,10 +15,11 @@ from quant.formats import Format
 from quant.fp8 import FP8_32
 from quant.int4 import INT4_32
 from quant.kernels import ExpertWeights, Weight
-from quant.kernels.layout import ExpertSlotLayout
+from quant.kernels.layout import ExpertSlotLayout, tile
 from quant.kernels.native import NativeKernels
 from quant.mxfp4 import MXFP4
 from quant.nf4 import NF4
+from quant.packed import PackedTensor
 
 HIDDEN, WIDTH, TOP_K = 5120, 2304, 6  # of V4.1-Flash
 SMALL_HIDDEN, SMALL_WIDTH = 4096, 2048  # of V4-Flash
@@ -26,6 +27,7 @@ DEMO_HIDDEN, DEMO_WIDTH, DEMO_EXPERTS, DEMO_TOP_K = 256, 128, 24, 2
 LIMIT = 10.0
 HEAD_ROWS = 12_928  # a tenth of the vocabulary
 TURN_BYTES = 100 << 20  # that a case reads in one turn: some milliseconds
+CACHED_ROWS = 1024  # of a matrix that stays in the caches: its products take as long as their arithmetic
 # Beside int4pack, groups of 128 with scale and zero are 4.25 bits a weight, as MXFP4 has.
 INT4PACK_GROUP = 128
 
@@ -67,6 +69,18 @@ def product_case(name: str, kernels: NativeKernels, matrices: Sequence[Weight], 
     return Case(name, each * nbytes, run)
 
 
+def cached_case(name: str, kernels: NativeKernels, weight: PackedTensor, x: torch.Tensor) -> Case:
+    """Products with the first rows of a matrix, again and again: as fast as arithmetic allows."""
+    part = weight.rows(0, CACHED_ROWS)
+    calls = TURN_BYTES // part.nbytes
+
+    def run(_turn: int) -> None:
+        for _ in range(calls):
+            kernels.linear(x, part)
+
+    return Case(name, calls * part.nbytes, run)
+
+
 def moe_case(
     name: str, kernels: NativeKernels, experts: Sequence[ExpertWeights], hidden: int, top_k: int, calls: int
 ) -> Case:
@@ -91,16 +105,8 @@ def measure_decode(
     figures += _experts(arena, both, turns, "fp4_4096x2048", SMALL_HIDDEN, SMALL_WIDTH, target)
     for name, format_ in (("nf4", NF4), ("int4", INT4_32)):
         figures += _products(arena, both, turns, name, format_, target_others)
-    kernels = both.modes["exact"]
-    weights: dict[str, tuple[Weight, float | None]] = {
-        "fp8": (kernels.prepare(FP8_32.encode(torch.randn(HIDDEN, HIDDEN))), target),
-        "bf16_head": (torch.randn(HEAD_ROWS, HIDDEN).bfloat16(), None),
-    }
-    for name, (weight, promised) in weights.items():
-        product = product_case(name, kernels, arena.matrices(weight), torch.randn(1, HIDDEN))
-        rates = take_turns([read_case(arena, int(product.work)), product], turns)
-        figures += _against_read(rates, name, f"{name}_gemv", promised)
-    return figures + _demo(arena, both, turns)
+    figures += _products(arena, Both({"exact": both.modes["exact"]}, "exact"), turns, "fp8", FP8_32, target)
+    return figures + _head(arena, both.modes["exact"], turns) + _demo(arena, both, turns)
 
 
 def _against_read(rates: Rates, case: str, name: str, target: float | None) -> list[Figure]:
@@ -117,17 +123,18 @@ def _experts(
     experts = arena.experts(ExpertSlotLayout(hidden, width, MXFP4))
     gates = [expert.w1 for expert in experts]
     x = torch.randn(1, hidden)
-    cases = []
+    cases, cached = [], []
     for mode, kernels in both.modes.items():
         cases.append(product_case(f"gemv {mode}", kernels, gates, x))
         cases.append(moe_case(f"moe {mode}", kernels, experts, hidden, TOP_K, 1))
-    rates = take_turns([read_case(arena, int(cases[1].work)), *cases], turns)
+        cached.append(cached_case(f"cached {mode}", kernels, gates[0], x))
+    rates = take_turns([read_case(arena, int(cases[1].work)), *cases, *cached], turns)
     figures = [Figure(f"{name}_read_rate", rates.median("read") / 1e9, "GB/s")]
     for kind in ("gemv", "moe"):
         for mode in both.modes:
             promised = target if mode == both.default else None
             figures += _renamed(rates, f"{kind} {mode}", f"{name}_{kind}", both.suffix(mode), promised)
-    return figures
+    return figures + [_cached(rates, f"cached {m}", f"{name}_gemv", both.suffix(m)) for m in both.modes]
 
 
 def _renamed(rates: Rates, case: str, name: str, suffix: str, target: float | None) -> list[Figure]:
@@ -139,16 +146,31 @@ def _renamed(rates: Rates, case: str, name: str, suffix: str, target: float | No
 def _products(
     arena: Arena, both: Both, turns: int, name: str, format_: Format, target: float | None
 ) -> list[Figure]:
-    """GEMV in a format, with both kinds of activations."""
-    packed = both.modes["exact"].prepare(format_.encode(torch.randn(WIDTH, HIDDEN)))
+    """GEMV in a format, with each kind of activations, beyond caches and within them."""
+    rows = HIDDEN if format_ is FP8_32 else WIDTH
+    packed = tile(format_.encode(torch.randn(rows, HIDDEN)))
     matrices, x = arena.matrices(packed), torch.randn(1, HIDDEN)
     cases = [product_case(mode, kernels, matrices, x) for mode, kernels in both.modes.items()]
-    rates = take_turns([read_case(arena, int(cases[0].work)), *cases], turns)
+    cached = [cached_case(f"{mode} cached", kernels, packed, x) for mode, kernels in both.modes.items()]
+    rates = take_turns([read_case(arena, int(cases[0].work)), *cases, *cached], turns)
     figures = []
     for mode in both.modes:
-        promised = target if mode == both.default else None
-        figures += _renamed(rates, mode, f"{name}_gemv", both.suffix(mode), promised)
+        promised, suffix = (target if mode == both.default else None), both.suffix(mode)
+        figures += _renamed(rates, mode, f"{name}_gemv", suffix, promised)
+        figures.append(_cached(rates, f"{mode} cached", f"{name}_gemv", suffix))
     return figures
+
+
+def _cached(rates: Rates, case: str, name: str, suffix: str) -> Figure:
+    return Figure(f"{name}_cached_rate{suffix}", rates.median(case) / 1e9, "GB/s")
+
+
+def _head(arena: Arena, kernels: NativeKernels, turns: int) -> list[Figure]:
+    """Plain bf16 rows: a tenth of the vocabulary's head."""
+    head = torch.randn(HEAD_ROWS, HIDDEN).bfloat16()
+    product = product_case("head", kernels, arena.matrices(head), torch.randn(1, HIDDEN))
+    rates = take_turns([read_case(arena, int(product.work)), product], turns)
+    return _against_read(rates, "head", "bf16_head_gemv", None)
 
 
 def _demo(arena: Arena, both: Both, turns: int) -> list[Figure]:

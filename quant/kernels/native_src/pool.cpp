@@ -1,12 +1,13 @@
 #include "pool.hpp"
 
+#include <pthread.h>
+
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
+#include <vector>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -40,19 +41,26 @@ int this_core() {
 #endif
 }
 
-// Linux likes to wake a thread on the core of the thread that wakes it, and on a machine whose cores are all busy
-// it may stay there: two threads then take turns on one core while another is idle. False where there is no other.
-bool leave_core(int core) {
+// How many cores this thread may run on, where the system tells.
+int cores_allowed() {
 #if defined(__linux__)
-    cpu_set_t allowed, others;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return false;
-    others = allowed;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+    return detail::kMostThreads;
+}
+
+// Linux may wake a thread on the core of the thread that wakes it, where it waits for its turn while another core is
+// idle: on two cores, products of a millisecond were computed by one thread most of the time. So a worker may run on
+// any core of the caller's but the caller's own.
+void keep_off(pthread_t worker, int core) {
+#if defined(__linux__)
+    cpu_set_t others;
+    if (core < 0 || sched_getaffinity(0, sizeof others, &others) != 0) return;
     CPU_CLR(static_cast<size_t>(core), &others);
-    if (sched_setaffinity(0, sizeof others, &others) != 0) return false;  // moves at once
-    return sched_setaffinity(0, sizeof allowed, &allowed) == 0;
+    if (CPU_COUNT(&others) > 0) pthread_setaffinity_np(worker, sizeof others, &others);
 #else
-    (void)core;
-    return false;
+    (void)worker, (void)core;
 #endif
 }
 
@@ -69,12 +77,8 @@ class Pool {
     void run(void (*fn)(void*), void* data, int threads) {
         std::unique_lock<std::mutex> turn(running_, std::try_to_lock);
         if (!turn.owns_lock() || forked_) return fn(data);  // others are computing: their cores are taken
-        while (workers_ < threads - 1) {
-            std::thread([this] { serve(); }).detach();
-            ++workers_;
-        }
+        gather(threads - 1);
         Job job{fn, data, {threads - 1}};
-        core_.store(this_core(), std::memory_order_relaxed);
         open_.store(&job);
         calls_.fetch_add(1);
         if (asleep_.load() > 0) {
@@ -98,16 +102,25 @@ class Pool {
         std::atomic<int> places;  // for workers
     };
 
-    Pool() {
-#if defined(__unix__) || defined(__APPLE__)
-        pthread_atfork(nullptr, nullptr, [] { shared().forked_ = true; });  // a child has no workers
-#endif
+    Pool() { pthread_atfork(nullptr, nullptr, [] { shared().forked_ = true; }); }  // a child has no workers
+
+    // Sees to it that there are so many workers, on other cores than this one.
+    void gather(int count) {
+        const int core = this_core();
+        if (core == core_ && static_cast<int>(workers_.size()) >= count) return;
+        if (core != core_ || workers_.empty()) most_workers_ = cores_allowed() - 1;
+        while (static_cast<int>(workers_.size()) < std::min(count, most_workers_)) {
+            workers_.emplace_back([this] { serve(); });
+            keep_off(workers_.back().native_handle(), core);
+        }
+        if (core != core_)
+            for (std::thread& worker : workers_) keep_off(worker.native_handle(), core);
+        core_ = core;
     }
 
     void serve() {
         for (uint64_t seen = 0;;) {
             seen = next_call(seen);
-            if (this_core() == core_.load(std::memory_order_relaxed)) leave_core(this_core());
             inside_.fetch_add(1);
             Job* job = open_.load();
             if (job && job->places.fetch_sub(1) > 0) job->fn(job->data);
@@ -118,7 +131,7 @@ class Pool {
     // Returns when there was a call after `seen`.
     uint64_t next_call(uint64_t seen) {
         const Clock::time_point start = Clock::now();
-        while (this_core() != core_.load(std::memory_order_relaxed) && Clock::now() - start < kWatch) {
+        while (Clock::now() - start < kWatch) {
             for (int i = 0; i < 8; ++i) {
                 const uint64_t now = calls_.load(std::memory_order_acquire);
                 if (now != seen) return now;
@@ -134,12 +147,13 @@ class Pool {
     }
 
     std::mutex running_;  // held by the caller whose job it is
-    int workers_ = 0;
+    std::vector<std::thread> workers_;
+    int most_workers_ = 0;
+    int core_ = -1;  // where the last caller ran
     bool forked_ = false;
     alignas(64) std::atomic<Job*> open_{nullptr};
     std::atomic<int> inside_{0};
     alignas(64) std::atomic<uint64_t> calls_{0};
-    std::atomic<int> core_{-1};  // where the last caller runs
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex sleeping_;
     std::condition_variable called_;
