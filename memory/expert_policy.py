@@ -113,15 +113,18 @@ class Predictive(ExpertPolicy):
     FADES = 0.7  # with every step since it was used, an expert speaks so much less of what comes,
     LEAST = 0.3  # and below this no longer: those of four steps speak
     FOLLOWS = 1.5  # above 1, since the mean over experts hides what they agree on
-    OF_LATE, HALF_LIFE = 0.25, 16  # uses of late, and after how many steps they count half
-    DOUBT = 8.0  # uses after an expert that outweigh what is usual
+    OF_LATE = 0.25
     AT_LEAST = 0.1  # of what is usual
-    PRIOR_USES = 64.0
+    # Uses for each expert of the layer, so that one use among many experts does not count as news:
+    HALF_LIFE = 1.33  # after which those of late count half
+    DOUBT = 2.0  # after an expert, which outweigh what is usual
+    PRIOR = 4.0  # that a profile, or the lack of one, counts like
     MEMORY_STEPS = 4096  # after which all that was learned counts half
 
     def __init__(self, experts: int, *, prior: np.ndarray | None = None) -> None:
         super().__init__(experts)
-        self._uses = np.ones(experts) if prior is None else prior * self.PRIOR_USES + 0.01
+        shares = np.full(experts, 1.0 / experts) if prior is None else prior
+        self._uses = self.PRIOR * experts * shares + 0.01
         self._late = self._uses / self._uses.sum()
         # Of experts used lately, the layer's and its neighbours'; which of them still say something.
         self._traces = np.zeros(3 * experts, np.float32)
@@ -145,7 +148,7 @@ class Predictive(ExpertPolicy):
             if 2 * len(experts) <= self.experts:  # else a prompt's, after which everything follows
                 traces[list(experts)] += 1.0
         self._speaking = np.flatnonzero(self._traces >= self.LEAST)
-        fades = 0.5 ** (1.0 / self.HALF_LIFE)
+        fades = 0.5 ** (len(now) / (self.HALF_LIFE * self.experts))
         self._late *= fades
         self._late[now] += (1.0 - fades) / max(1, len(now))
         self._uses[now] += 1.0
@@ -170,8 +173,9 @@ class Predictive(ExpertPolicy):
         if len(self._speaking):
             rows = self._follows[self._speaking]
             weights = self._traces[self._speaking]
-            weights /= weights.sum() * (rows.sum(axis=1) + self.DOUBT)
-            follows = weights @ rows + self.DOUBT * weights.sum() * usual
+            doubt = self.DOUBT * self.experts
+            weights /= weights.sum() * (rows.sum(axis=1) + doubt)
+            follows = weights @ rows + doubt * weights.sum() * usual
             worth += self.FOLLOWS * (follows - usual)
         np.maximum(worth, self.AT_LEAST * usual, out=worth)
         return worth
