@@ -10,6 +10,7 @@ import torch
 from memory.shelf import Key, Place, Shelf
 from memory.transfer import Priority
 from quant.errors import BudgetError
+from quant.kernels import ExpertWeights
 
 if TYPE_CHECKING:
     from memory.expert_store import ExpertStore
@@ -23,6 +24,22 @@ class _Taken:
     shelf: Shelf
     place: Place
     was_missing: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Experts of one tier, and the tokens that chose them.
+
+    rows    of the step's outputs that they give, `[n]`
+    ids     the expert of each, `[n, 1]`
+    inputs  the token of each, `[n, hidden]`, where the experts lie
+    """
+
+    tier: str
+    weights: dict[int, ExpertWeights]
+    rows: torch.Tensor
+    ids: torch.Tensor
+    inputs: torch.Tensor
 
 
 class ExpertStep:
@@ -127,11 +144,15 @@ class ExpertStep:
                 continue
             left = [taken for taken in left if not any(taken is other for other in here)]
             here = [self._wait(taken) for taken in here]  # raises where the bytes did not come
-            found = [
-                self._compute(shelf, [t for t in here if t.shelf is shelf], x, swiglu_limit)
-                for shelf in (*self._store.cards, self._store.dram)  # cards compute while the CPU does
-                if any(t.shelf is shelf for t in here)
+            # The host's tokens are fetched first: behind what cards compute they would wait for it.
+            parts = [
+                self._part(shelf, [taken for taken in here if taken.shelf is shelf], x)
+                for shelf in (self._store.dram, *self._store.cards)
+                if any(taken.shelf is shelf for taken in here)
             ]
+            found = [
+                self._compute(part, swiglu_limit) for part in reversed(parts)
+            ]  # the CPU's last: it waits
             for rows, y in found:
                 outputs[rows.to(outputs.device)] = y.to(outputs.device)
 
@@ -167,23 +188,20 @@ class ExpertStep:
             place.ticket.wait()
         return _Taken(expert, shelf, place, was_missing=True)
 
-    def _compute(
-        self, shelf: Shelf, experts: list[_Taken], x: torch.Tensor, swiglu_limit: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Start experts of one tier where they lie, for the tokens that chose them.
-
-        Returns the rows of the step's outputs that they give, `[n]`, and these `[n, hidden]`.
-        """
+    def _part(self, shelf: Shelf, experts: list[_Taken], x: torch.Tensor) -> _Part:
+        """What the experts of one tier are to compute, where they lie."""
         weights = {t.expert: shelf.weights(t.place) for t in experts}
         flat = self._ids.flatten()
         rows = torch.isin(flat, torch.tensor(list(weights))).nonzero().squeeze(1)
-        ids = flat[rows].unsqueeze(1)  # [rows, 1]
-        device = shelf.tier.device
-        inputs = x[(rows // self._ids.shape[1]).to(x.device)].to(device)
-        ones = torch.ones(len(rows), 1, device=device)
-        outputs = self._store.kernels.moe(inputs, ids, ones, weights, swiglu_limit)
-        self._store.telemetry.add("computed", shelf.tier.name, len(experts))
-        return rows, outputs
+        inputs = x[(rows // self._ids.shape[1]).to(x.device)].to(shelf.tier.device)
+        return _Part(shelf.tier.name, weights, rows, flat[rows].unsqueeze(1), inputs)
+
+    def _compute(self, part: _Part, swiglu_limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Start the experts of a part: the rows of the step's outputs that they give, and these."""
+        ones = torch.ones(len(part.rows), 1, device=part.inputs.device)
+        outputs = self._store.kernels.moe(part.inputs, part.ids, ones, part.weights, swiglu_limit)
+        self._store.telemetry.add("computed", part.tier, len(part.weights))
+        return part.rows, outputs
 
     def _release(self) -> None:
         """These experts may leave again."""

@@ -9,6 +9,7 @@ allocated while serving.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class Arena:
         self.nbytes = slots * stride
         self._stride = stride
         self._bytes = _allocate(self.nbytes, tier)
-        self._is_locked = pinned and self.nbytes > 0 and _page_lock(self._bytes, tier)
+        self._is_locked = pinned and self.nbytes > 0 and page_lock(self._bytes, tier)
         self._free = list(range(slots - 1, -1, -1))
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ def _allocate(nbytes: int, tier: Tier) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=tier.device)
 
 
-def _page_lock(memory: torch.Tensor, tier: Tier) -> bool:
+def page_lock(memory: torch.Tensor, tier: Tier) -> bool:
     """Let cards copy from and to host memory by themselves; False, with a warning, where that is not allowed.
 
     PyTorch's own pinned allocations are rounded up to a power of two, which a budget of DRAM cannot bear.
@@ -115,4 +116,9 @@ def _register(memory: torch.Tensor) -> str:
     """Page-lock; returns what CUDA says against it, or nothing."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-    return "" if int(error) == 0 else str(runtime.cudaGetErrorString(error))
+    if int(error) == 0:
+        return ""
+    # CUDA keeps the error, and torch would raise it at its next kernel, whichever it is: let it be this one.
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return str(runtime.cudaGetErrorString(error))

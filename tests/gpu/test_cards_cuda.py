@@ -19,7 +19,7 @@ from engine.model import Batch
 from memory.budget import MemoryBudget
 from memory.carrier import Carrier
 from memory.plan import CARD_BASE_BYTES, Workload
-from memory.tiers import Tier
+from memory.tiers import Tier, page_lock
 from quant.kernels.card_layout import CardSlotLayout
 from quant.kernels.layout import ExpertSlotLayout
 from quant.mxfp4 import MXFP4
@@ -128,3 +128,12 @@ def test_an_expert_goes_to_a_card_and_back_unchanged_while_kernels_read_the_slot
         assert torch.equal(back, source)
         assert all(torch.equal(copies[0], copy) for copy in copies)
         assert not torch.equal(copies[0], slot)
+
+
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is() -> None:
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    host = Tier("dram", 1 << 20, torch.device("cpu"))
+    assert page_lock(memory, host)
+    assert not page_lock(memory, host)  # it is already
+    assert torch.ones(4, device="cuda").sum().item() == 4  # and CUDA has forgotten that it refused
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -200,9 +200,12 @@ def test_an_expert_goes_to_a_full_card_only_if_it_is_worth_the_exchange(files: E
     for expert in held * 8:
         store.acquire(0, torch.tensor([[expert]])).run(x, ones, LIMIT)
     worth = []
-    while card.find((0, newcomer)) is None:
+    for turn in range(1000):
         worth.append(store.worth((0, newcomer)) / min(store.worth((0, expert)) for expert in held))
-        store.acquire(0, torch.tensor([[newcomer]])).run(x, ones, LIMIT)
+        used = newcomer if turn % 3 else held[turn % len(held)]
+        store.acquire(0, torch.tensor([[used]])).run(x, ones, LIMIT)
+        if card.find((0, newcomer)) is not None:
+            break
     store.settle(wait=True)
     assert max(worth) > 1.0  # worth more, but not enough
     assert store.telemetry.snapshot().evictions["vram:0"] == 1
