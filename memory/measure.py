@@ -124,6 +124,32 @@ def measure_disk(directory: Path, nbytes: int) -> list[Result]:
             os.close(descriptor)
 
 
+def measure_file(file: Path, seconds: float = 1.5) -> list[Result]:
+    """Direct reads of 8 MiB anywhere in `file`, for so long at each depth: bytes that were not just written.
+
+    Empty for a smaller file, and where the file system refuses direct reads. Raises ConfigError where the
+    drive fails.
+    """
+    count = file.stat().st_size // READ_BYTES
+    if count == 0:
+        return []
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return []
+    try:
+        places = np.random.default_rng(0).integers(0, count, size=100_000) * READ_BYTES
+        rates = []
+        for depth in READ_DEPTHS:
+            done, taken = _read_all(descriptor, depth, READ_BYTES, iter(places.tolist()), seconds)
+            rates.append(done * READ_BYTES / taken / 1e9)
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); is the drive still there?") from None
+    finally:
+        os.close(descriptor)
+    return [Result("checkpoint_read", max(rates), "GB/s")]
+
+
 def _disk_results(descriptor: int, nbytes: int) -> list[Result]:
     results = []
     for depth in READ_DEPTHS:

@@ -51,7 +51,7 @@ def slice_(
     from engine.bench_slice import run_slice, workload
     from memory.budget import MemoryBudget
     from memory.hardware import detect
-    from memory.measure import measure_cpu, measure_disk, measure_dram, working_bytes
+    from memory.measure import measure_cpu, measure_disk, measure_dram, measure_file, working_bytes
     from memory.plan import PROCESS_BYTES
     from memory.this_machine import Result, write_results
 
@@ -64,10 +64,13 @@ def slice_(
         *measure_dram(working_bytes() // 2),
         *measure_cpu(working_bytes() // 2),
         *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
+        *measure_file(max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)),
     ]
     rates = {result.name: result.value for result in measured}
+    # What was just written may come from a cache below the disk.
+    disk = rates.get("checkpoint_read", rates.get("disk_read", float("inf")))
     links = {card.name: card.link_bytes_per_s or float("inf") for card in budget.cards}
-    bounds = run.bound_s(rates["dram_read"] * 1e9, rates.get("disk_read", float("inf")) * 1e9, links)
+    bounds = run.bound_s(rates["dram_read"] * 1e9, disk * 1e9, links)
     ratio = max(bounds.values()) / run.total_s
     ordered = run.ordered_bound_s(bounds) / run.total_s
     # The disk is shared with others: a plan made with its rate at another moment would say little.
