@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("loci")
 
+# The engine's thread comes back from native code many times a step, and would wait each time until the event
+# loop pauses, at most 5 ms (Python's own setting). Tokens come 1 % faster with this.
+SWITCH_INTERVAL_S = 1e-4
+
 
 def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with one option per field of Settings, so that settings are described in one place."""
@@ -78,6 +82,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     configure_logging(settings.log_level, settings.log_format)
     listener = _bind(settings.host, settings.port)
     allow_many_connections()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if not settings.is_loopback and not settings.needs_key:
         log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
 
