@@ -48,8 +48,6 @@ def as_floats(x: torch.Tensor, cols: int) -> torch.Tensor:
 
 def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out `[tokens, rows]` float32 with the leading dimensions and the dtype of x `[..., cols]`."""
-    if x.dtype == torch.float32 and x.dim() == 2 and len(x) == len(out):
-        return out
     return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
 
 
@@ -110,23 +108,25 @@ class NativeKernels:
             return self._fallback.linear(x, weight)
         rows, cols = native.shape
         flat = as_floats(x, cols)
-        out = torch.empty((len(flat), rows), dtype=torch.float32)
+        tokens = flat.shape[0]
+        out = flat.new_empty(tokens, rows)
         self._library.loci_linear(
             self._level,
             self._threads(),
             self.activations == "int8",
             native.address,
             flat.data_ptr(),
-            len(flat),
+            tokens,
             out.data_ptr(),
         )
-        return like(x, out)
+        return out if flat is x else like(x, out)
 
     def _dense_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         rows, cols = weight.shape
         weight = weight.contiguous()
         flat = as_floats(x, cols)
-        out = torch.empty((len(flat), rows), dtype=torch.float32)
+        tokens = flat.shape[0]
+        out = flat.new_empty(tokens, rows)
         self._library.loci_dense_linear(
             self._level,
             self._threads(),
@@ -135,10 +135,10 @@ class NativeKernels:
             rows,
             cols,
             flat.data_ptr(),
-            len(flat),
+            tokens,
             out.data_ptr(),
         )
-        return like(x, out)
+        return out if flat is x else like(x, out)
 
     def moe(
         self,
@@ -178,7 +178,7 @@ class NativeKernels:
             flat.data_ptr(),
             out.data_ptr(),
         )
-        return like(x, out)
+        return out if flat is x else like(x, out)
 
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         matrices = logits.to(torch.float32).clone(memory_format=torch.contiguous_format)
