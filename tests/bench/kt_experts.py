@@ -29,7 +29,7 @@ from quant.mxfp4 import MXFP4
 from quant.packed import PackedTensor
 
 EXPERTS = 36
-TURNS, ROUNDS = 30, 5
+TURNS, ROUNDS = 30, 3
 SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
 
 
@@ -118,7 +118,9 @@ def main() -> None:
                 capture_output=True,
                 text=True,
             )
-            results.append(json.loads(next(line for line in done.stdout.splitlines() if line[0] == "{")))
+            results.append(
+                json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+            )
     for name, results in found.items():
         us, ratio = (statistics.median(r[key] for r in results) for key in ("us", "ratio"))
         print(f"{name:10s} {us:7.0f} us a call, {ratio:.2f} of reads; results begin {results[0]['first']}")
