@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("loci")
 
 # The engine's thread comes back from native code many times a step, and would wait each time until the event
-# loop pauses, at most 5 ms (Python's own setting). Tokens come 1 % faster with this.
+# loop pauses, at most 5 ms (Python's own setting).
 SWITCH_INTERVAL_S = 1e-4
 
 
