@@ -1,4 +1,4 @@
-"""What pages of 2 MiB do for reads and products, beside pages of 4 KiB: `python -m tests.bench.huge_pages`."""
+"""What huge pages do for reads and products: `python -m tests.bench.huge_pages`."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def main() -> None:
     rates = take_turns(cases, TURNS)
     for name in ("read", "matrix", "experts"):
         small, huge = f"{name} 4 KiB", f"{name} 2 MiB"
+        before, after = (rates.median(case) / 1e9 for case in (small, huge))
         print(
-            f"{name:8s} {rates.median(small) / 1e9:5.1f} GB/s in pages of 4 KiB, {rates.median(huge) / 1e9:5.1f} "
-            f"in pages of 2 MiB: {rates.ratio(huge, small):.2f} times as fast"
+            f"{name:8s} {before:.1f} GB/s, in huge pages {after:.1f}: {rates.ratio(huge, small):.2f} times as fast"
         )
 
 

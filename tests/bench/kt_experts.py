@@ -29,7 +29,7 @@ from quant.mxfp4 import MXFP4
 from quant.packed import PackedTensor
 
 EXPERTS = 36
-TURNS, ROUNDS = 30, 3
+TURNS, ROUNDS = 20, 2
 SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
 
 
