@@ -42,9 +42,8 @@ def main() -> None:
     for name in ("read", "matrix", "experts"):
         small, huge = f"{name} 4 KiB", f"{name} 2 MiB"
         before, after = (rates.median(case) / 1e9 for case in (small, huge))
-        print(
-            f"{name:8s} {before:.1f} GB/s, in huge pages {after:.1f}: {rates.ratio(huge, small):.2f} times as fast"
-        )
+        times = rates.ratio(huge, small)
+        print(f"{name:8s} {before:.1f} GB/s, in huge pages {after:.1f}: {times:.2f} times as fast")
 
 
 if __name__ == "__main__":
