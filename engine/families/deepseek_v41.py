@@ -163,18 +163,17 @@ class DeepseekV41(Model):
             streams, pre = streams.to(layer.device), pre.to(layer.device)
             if layer.engram is not None:
                 streams = self._read_engram(number, streams, step)
-            if number == 0 or layer.device == HOST:  # on a card, attention leaves no time to use it
-                self._foresee(number, streams, pre)
 
             mix = layer.hc_attn.mix(self.kernels, streams)
+            if number == 0 or layer.device == HOST:  # on a card, attention leaves no time to use it
+                self._foresee(number, streams, mix.pre)
             x = rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
             y = self._attention(number, layer.attn, x, step)
             step.trace.add(f"attn_out.{number}", y)
             streams, pre = write_streams(streams, y, mix), mix.pre
 
             mix = layer.hc_ffn.mix(self.kernels, streams)
-            x = rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
-            y = self._experts(number, x, streams, mix, step)
+            y = self._experts(number, streams, pre, mix, step)
             streams, pre = write_streams(streams, y, mix), mix.pre
             step.trace.add(f"streams.{number}", streams)
         for segment in batch.segments:
@@ -318,13 +317,14 @@ class DeepseekV41(Model):
             step.pools = pools
 
     def _experts(
-        self, number: int, x: torch.Tensor, streams: torch.Tensor, mix: Mix, step: _Step
+        self, number: int, streams: torch.Tensor, pre: torch.Tensor, mix: Mix, step: _Step
     ) -> torch.Tensor:
-        """Section 5: routed experts and the shared one, `[tokens, hidden]` to the same.
+        """Section 5: routed experts and the shared one, `[tokens, hidden]`.
 
-        streams and mix are those that the layer's output will be written to.
+        They read the streams with `pre`; `mix` says how they will be written to them.
         """
         config, layer = self.config, self.weights.layers[number]
+        x = rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
         chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
@@ -332,7 +332,8 @@ class DeepseekV41(Model):
         shared = layer.shared_experts  # computed while missing experts arrive
         y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
         if number + 1 < config.num_hidden_layers:
-            self._foresee(number + 1, write_streams(streams, y, mix), mix.pre)
+            # The next layer's experts will read with its attention's mix, which is more like this one's.
+            self._foresee(number + 1, write_streams(streams, y, mix), pre)
         return experts.run(x, weights, config.swiglu_limit) + y
 
     def _foresee(self, number: int, streams: torch.Tensor, pre: torch.Tensor) -> None:
