@@ -85,8 +85,8 @@ def slice_(
     print(
         f"\n{speed:.3g} tokens/s decoded; the slowest resource alone allows {speed / ratio:.3g} "
         f"(ratio {ratio:.2f}), in the order that experts become known {speed / ordered:.3g} "
-        f"({ordered:.2f}); the plan, with the disk at {seen.get('disk_read', 0):.3g} GB/s, said {expected:.3g} "
-        f"(off by {error:.0%})"
+        f"({ordered:.2f}); the plan, with the disk at {seen.get('disk_read', 0):.3g} GB/s, said "
+        f"{expected:.3g} (off by {error:.0%})"
     )
     guesses = run.counts.guesses
     guessed = guesses.get("right", 0) / max(1, guesses.get("made", 0))
