@@ -6,6 +6,7 @@ Weights stay as they are stored, everything else is float32.
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,11 @@ class LlamaCache(KvCache):
     def __init__(self, config: LlamaConfig, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=capacity)
         shape = (2, config.layers, slots, config.kv_heads, capacity, config.head_dim)
-        self._held = torch.empty(shape)  # untouched pages of an allocation cost no memory
+        # Pages that were not touched cost no memory. Torch would ask for huge ones, of which a short sequence
+        # needs one for each layer and head, as much as a long one.
+        nbytes = math.prod(shape) * torch.float32.itemsize
+        mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._held = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
 
     @property
     def nbytes(self) -> int:
