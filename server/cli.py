@@ -54,7 +54,7 @@ def main() -> None:
     # Where another program keeps a core busy, that made steps of a small model 60 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch then asks for huge pages where it allocates megabytes: processors foresee no addresses beyond a
-    # page, and have to look up where each page lies. Weights are read a tenth faster (docs/kernels.md).
+    # page, and have to look up where each page lies (figures in docs/kernels.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
