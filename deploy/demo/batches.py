@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from data import read_documents
 from packing import lay_out, pack
+from tables import FOLDS, fingerprint
 
 MOVED_ROWS = 1000
 
@@ -33,10 +34,7 @@ class Corpus:
             self.documents += part
             times += [mix.get(file.stem.removeprefix("train-"), 1.0)] * len(part)
         self.times = np.array(times)
-        digest = hashlib.sha256(self.times.tobytes())
-        for document in self.documents:
-            digest.update(document.tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint = fingerprint([*self.documents, self.times])
 
 
 @dataclass
@@ -62,8 +60,13 @@ class Pass:
         moved = np.argsort(np.arange(len(rows)) + rng.random(len(rows)) * MOVED_ROWS, kind="stable")
         return cls(corpus, [rows[i] for i in moved], context, step)
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Token ids and document numbers of `count` rows from `first`, `[count, context]`."""
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, document numbers and the set of Engram tables to read, `[count, context]` each."""
         rows = self.rows[first : first + count]
         pieces = [[self.corpus.documents[d][start:stop] for d, start, stop in row] for row in rows]
-        return pack(pieces, self.context, self.step)
+        ids, numbers = pack(pieces, self.context, self.step)
+        sets = torch.zeros_like(numbers)
+        for row, its_numbers, its_sets in zip(rows, numbers, sets, strict=True):
+            folds = torch.tensor([d % FOLDS for d, _, _ in row])
+            its_sets.copy_(folds[its_numbers.clamp(min=0)])
+        return ids, numbers, sets

@@ -19,6 +19,11 @@ LEAST_DISCOUNT = 0.05
 PAD = 2  # stands before a document's beginning, as in the Engram hash
 
 
+def suffix(keys: np.ndarray, length: int) -> np.ndarray:
+    """The last `length` tokens of each n-gram."""
+    return keys & ((1 << (BITS * length)) - 1)
+
+
 def ngram_keys(document: np.ndarray, order: int) -> np.ndarray:
     """At each position the n-gram that ends there as one integer, oldest token in the highest bits."""
     padded = np.concatenate([np.full(order - 1, PAD), document])
@@ -35,6 +40,7 @@ class Order:
     grams: np.ndarray  # sorted keys
     shares: np.ndarray  # max(count - discount, 0) / count of the context
     contexts: np.ndarray  # sorted keys
+    totals: np.ndarray  # how often each context was counted
     rest: np.ndarray  # weight of the lower order after each context
 
     @classmethod
@@ -48,7 +54,7 @@ class Order:
         lengths = np.diff(np.append(first, len(grams)))
         freed = np.add.reduceat(discount, first)
         shares = (counts - discount) / np.repeat(totals, lengths)
-        return cls(grams, shares, contexts, freed / totals)
+        return cls(grams, shares, contexts, totals, freed / totals)
 
 
 def _sum_by(sorted_keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -65,15 +71,14 @@ def _look_up(table: np.ndarray, values: np.ndarray, keys: np.ndarray, otherwise:
 class KneserNey:
     """The model: `log_probabilities` of documents it has not seen."""
 
-    def __init__(self, documents: Sequence[np.ndarray], vocabulary: int) -> None:
+    def __init__(self, documents: Sequence[np.ndarray], vocabulary: int, highest: int = ORDER) -> None:
         self.vocabulary = vocabulary
-        keys = np.concatenate([ngram_keys(document, ORDER) for document in documents])
+        keys = np.concatenate([ngram_keys(document, highest) for document in documents])
         grams, counts = np.unique(keys, return_counts=True)
-        self.orders = [Order.from_counts(grams, counts)]
-        for order in range(ORDER - 1, 0, -1):
+        self.orders = [Order.from_counts(grams, counts)]  # highest first
+        for order in range(highest - 1, 0, -1):
             # Each distinct longer n-gram counts once for the n-gram that it ends with.
-            ends = grams & ((1 << (BITS * order)) - 1)
-            grams, counts = np.unique(ends, return_counts=True)
+            grams, counts = np.unique(suffix(grams, order), return_counts=True)
             self.orders.append(Order.from_counts(grams, counts))
 
     def log_probabilities(self, document: np.ndarray) -> np.ndarray:

@@ -30,6 +30,7 @@ class RowFinder:
     def __init__(self, config: V41Config, token_map: np.ndarray) -> None:
         self.token_map = torch.from_numpy(token_map)
         self.pad_key = self.token_map[config.engram_pad_token_id]
+        self.longest = config.engram_max_ngram_size
         self.hashes = hashes_of(config)
 
     def __call__(self, ids: Tensor, documents: Tensor) -> list[Tensor]:

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Model
-from tables import Table
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")  # what AdamW and Muon keep of a parameter
 
@@ -37,10 +36,10 @@ class Progress:
 
 
 class TrainingState:
-    """Model, optimisers, tables and progress, saved and loaded together."""
+    """Model, optimisers and progress, saved and loaded together; the exported tables are saved with them."""
 
     def __init__(
-        self, model: Model, optimisers: Sequence[torch.optim.Optimizer], tables: list[Table]
+        self, model: Model, optimisers: Sequence[torch.optim.Optimizer], tables: list[Tensor]
     ) -> None:
         self.model, self.optimisers, self.tables = model, optimisers, tables
         self.progress = Progress()
@@ -52,9 +51,7 @@ class TrainingState:
             for parameter, moments in optimiser.state.items():
                 for kind, value in moments.items():
                     tensors[f"optimiser.{kind}.{self._names[id(parameter)]}"] = value
-        for i, table in enumerate(self.tables):
-            tensors |= {f"table.{i}.{kind}": getattr(table, kind) for kind in ("weight", "mean", "square")}
-        return tensors
+        return tensors | {f"table.{i}.weight": table for i, table in enumerate(self.tables)}
 
     def save(self, file: Path) -> None:
         """Write to a temporary name, then rename: a kill at any moment leaves a whole file."""
@@ -78,9 +75,6 @@ class TrainingState:
                         optimiser.state[parameter] = {
                             kind: stored.get_tensor(f"optimiser.{kind}.{name}") for kind in kinds
                         }
-            for i, table in enumerate(self.tables):
-                for kind in ("weight", "mean", "square"):
-                    getattr(table, kind).copy_(stored.get_tensor(f"table.{i}.{kind}"))
 
 
 @torch.no_grad()

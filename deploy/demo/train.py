@@ -42,11 +42,9 @@ from rows import RowFinder
 from schedule import Schedule, Stage
 from shape import config_for
 from state import TrainingState
-from tables import Gathered, Table, dropout
+from tables import COMPLETE, load_or_count
 
 SEED = 41
-TABLE_RATE = 3.0  # times the learning rate of the rest
-ROW_DROPOUT = 0.5
 CLIP = 1.0
 INDEX_LOSS_WEIGHT = 0.2
 BIAS_STEP = 0.005
@@ -68,61 +66,48 @@ class Trainer:
         self.config = config = parse_config(config_for(tokenizer_file))
         torch.manual_seed(SEED)
         self.model = Model(config).train()
-        generator = torch.Generator().manual_seed(SEED)
-        self.tables = [
-            Table(rows, config.engram_head_dim, generator) for rows in config.engram_num_embeddings
-        ]
         tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
         self.find_rows = RowFinder(config, build_token_map(tokenizer, config.vocab_size))
         self.step_tokens = alignment(config)
         self.optimisers = optimisers_for(self.model, Precision.products)
-        self.state = TrainingState(self.model, self.optimisers, self.tables)
         self.corpus = Corpus(directory, schedule.mix)
+        self.tables = load_or_count(
+            directory / "tables.safetensors", self.corpus.documents, config, self.find_rows
+        )
+        self.state = TrainingState(self.model, self.optimisers, self.tables.complete)
         self.stopping = False
 
     @torch.no_grad()
     def begin_with(self, checkpoint: Path) -> None:
-        """Take over the weights of an exported checkpoint; moments and schedule begin anew."""
+        """Take over an exported checkpoint's weights, not its tables; moments and schedule begin anew."""
         if (checkpoint / "tokenizer.json").read_bytes() != (self.directory / "tokenizer.json").read_bytes():
             raise SystemExit(
                 f"{checkpoint} has another vocabulary than {self.directory}: make the data with "
                 f"`python deploy/demo/data.py --tokenizer {checkpoint / 'tokenizer.json'}`"
             )
-        tables = from_released(self.model, read_files(checkpoint))
-        for table, weight in zip(self.tables, tables, strict=True):
-            table.weight.copy_(weight)
+        from_released(self.model, read_files(checkpoint))
         self.state.progress.earlier_tokens = trained_tokens(checkpoint)
 
     # -- one step -----------------------------------------------------------------------------
 
-    def _forward(
-        self, ids: Tensor, documents: Tensor, gathered: list[Gathered], at: int, rounding: bool
-    ) -> Hidden:
-        """A forward of some rows, whose tokens stand from `at` in the step's gathered tables."""
-        tokens = ids.numel()
-        values = [g.values(at, at + tokens, rounding) for g in gathered]
+    def _forward(self, ids: Tensor, documents: Tensor, sets: Tensor, rounding: bool) -> Hidden:
+        """A forward of some rows `[rows, context]`; sets: which tables each token reads."""
+        values = self.tables.values(self.find_rows(ids, documents), sets.flatten(), rounding)
         return self.model(ids, documents, values)
 
-    def step(self, ids: Tensor, documents: Tensor, stage: Stage, rate: float) -> dict[str, float]:
+    def step(
+        self, ids: Tensor, documents: Tensor, sets: Tensor, stage: Stage, rate: float
+    ) -> dict[str, float]:
         """One update from all rows `[rows, context]`; returns what the log shows."""
         following, known = targets(ids, documents)
         total = int(known.sum())
-        first_seed = self.state.progress.step * len(self.tables)
-        gathered = [
-            table.gather(rows, dropout(rows.shape, ROW_DROPOUT, first_seed + number))
-            for number, (table, rows) in enumerate(
-                zip(self.tables, self.find_rows(ids, documents), strict=True)
-            )
-        ]
         load = torch.zeros(self.config.num_hidden_layers, self.config.n_routed_experts)
         loss_sum = index_sum = 0.0
         rows = max(1, MICRO_TOKENS // stage.context)
         for first in range(0, len(ids), rows):
             part = slice(first, first + rows)
             mask = known[part].flatten()
-            hidden = self._forward(
-                ids[part], documents[part], gathered, first * stage.context, stage.rounding
-            )
+            hidden = self._forward(ids[part], documents[part], sets[part], stage.rounding)
             share = int(mask.sum()) / total
             wanted = following[part].flatten()[mask]
             loss = HeadLoss.apply(hidden.states[mask], self.model.head.matrix(), wanted, Precision.products)
@@ -139,8 +124,6 @@ class Trainer:
                 group["lr"] = rate
             optimiser.step()
             optimiser.zero_grad(set_to_none=False)
-        for g in gathered:
-            g.update(rate * TABLE_RATE)
         if stage.balance:
             self._balance(load)
         busiest = float((load.amax(1) / load.mean(1)).max())
@@ -168,10 +151,11 @@ class Trainer:
                 [[documents[d][a:b] for d, a, b in row] for row in pieces], context, self.step_tokens
             )
             following, known = targets(ids, numbers)
-            gathered = [t.gather(r) for t, r in zip(self.tables, self.find_rows(ids, numbers), strict=True)]
+            sets = torch.full_like(ids, COMPLETE)
             total = 0.0
             for i in range(len(ids)):
-                hidden = self._forward(ids[i : i + 1], numbers[i : i + 1], gathered, i * context, rounding)
+                row = slice(i, i + 1)
+                hidden = self._forward(ids[row], numbers[row], sets[row], rounding)
                 logits = self.model.head(hidden.states[known[i]])
                 wanted = following[i][known[i]]
                 total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
@@ -202,9 +186,9 @@ class Trainer:
             if progress.row + count > len(data.rows):
                 progress.passes, progress.row = progress.passes + 1, 0
                 continue
-            ids, documents = data.batch(progress.row, count)
+            ids, documents, sets = data.batch(progress.row, count)
             rate = self.schedule.learning_rate(progress.tokens)
-            result = self.step(ids, documents, stage, rate)
+            result = self.step(ids, documents, sets, stage, rate)
             if not math.isfinite(result["loss"]):
                 raise SystemExit(
                     f"step {progress.step}: the loss is {result['loss']}; the last save is untouched"

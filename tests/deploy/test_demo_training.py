@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ from released import from_released, read_files
 from rows import RowFinder
 from schedule import Schedule, Stage
 from state import read_trained
-from tables import Table, dropout
+from tables import FOLDS
 from train import Trainer
 
 TINY = {
@@ -100,17 +101,6 @@ def test_no_text_comes_again_while_another_waits(directory: Path, monkeypatch: p
         assert set(beginnings[i * third : (i + 1) * third]) == set(range(third))
 
 
-def test_dropped_look_ups_read_as_zeros_and_the_others_make_good_for_them() -> None:
-    kept = dropout(torch.Size((1000, 8)), 0.25, seed=3)
-
-    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert float(kept.mean()) == pytest.approx(1, abs=0.05)
-    table = Table(10, 4, torch.Generator().manual_seed(0))
-    rows = torch.arange(8).repeat(1000, 1)
-    values = table.gather(rows, kept).values(0, 1000, rounding=False).view(1000, 8, 4)
-    assert torch.equal(values, table.weight[rows] * kept.unsqueeze(-1))
-
-
 def test_training_lowers_the_loss(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     stage = SCHEDULE.stages[0]
@@ -119,15 +109,35 @@ def test_training_lowers_the_loss(directory: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_only_looked_up_engram_rows_change(directory: Path) -> None:
+def test_no_text_reads_tables_that_it_was_counted_in(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
-    before = [table.weight.clone() for table in trainer.tables]
-    ids, documents = Pass.of(trainer.corpus, 64, trainer.step_tokens, (1, 1)).batch(0, 1)
-    trainer.step(ids, documents, SCHEDULE.stages[0], 0.003)
-    for table, old, rows in zip(trainer.tables, before, trainer.find_rows(ids, documents), strict=True):
-        changed = (table.weight != old).any(1)
-        assert changed.any()
-        assert set(changed.nonzero().flatten().tolist()) <= set(rows.flatten().tolist())
+    documents = trainer.corpus.documents
+    data = Pass.of(trainer.corpus, 64, trainer.step_tokens, (1, 1))
+    ids, numbers, sets = data.batch(0, 2)
+    for row, its_numbers, its_sets in zip(data.rows, numbers, sets, strict=False):
+        for number, (document, _, _) in enumerate(row):
+            (read,) = its_sets[its_numbers == number].unique().tolist()
+            others = [d for i, d in enumerate(documents) if i % FOLDS != read]
+            assert not any(d is documents[document] for d in others)
+    rows = trainer.find_rows(ids, numbers)
+    for values, layer, places in zip(
+        trainer.tables.values(rows, sets.flatten(), rounding=False), trainer.tables.layers, rows, strict=True
+    ):
+        for token in (0, 17, 100):
+            assert torch.equal(values[token], layer[sets.flatten()[token], places[token]].flatten())
+
+
+def test_tables_are_counted_once_for_the_same_texts(directory: Path) -> None:
+    first = Trainer(directory, SCHEDULE).tables.complete
+    written = (directory / "tables.safetensors").stat().st_mtime_ns
+    second = Trainer(directory, SCHEDULE).tables.complete
+    assert (directory / "tables.safetensors").stat().st_mtime_ns == written
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    (directory / "train-composed.safetensors").rename(directory / "train-other.safetensors")
+    save_tokens(directory / "train-composed.safetensors", np.arange(100) % 50, np.array([60, 40]))
+    third = Trainer(directory, SCHEDULE).tables.complete
+    assert not torch.equal(third[0], first[0])
 
 
 def test_orthogonalised_matrices_have_singular_values_about_one() -> None:
@@ -190,8 +200,7 @@ def test_training_goes_on_from_an_exported_checkpoint(directory: Path, tmp_path:
     first.run(256)
     out = tmp_path / "exported"
     out.mkdir()
-    tables = [table.weight for table in first.tables]
-    export.write_checkpoint(out, first.model, tables, directory / "tokenizer.json", 256)
+    export.write_checkpoint(out, first.model, first.tables.complete, directory / "tokenizer.json", 256)
     (directory / "state.safetensors").unlink()
 
     second = Trainer(directory, SCHEDULE)
@@ -211,7 +220,7 @@ def test_training_goes_on_from_an_exported_checkpoint(directory: Path, tmp_path:
 
 def test_export_refuses_files_that_differ_from_the_model(directory: Path, tmp_path: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
-    tables = [table.weight for table in trainer.tables]
+    tables = trainer.tables.complete
     out = tmp_path / "exported"
     out.mkdir()
     export.write_checkpoint(out, trainer.model, tables, directory / "tokenizer.json", 0)
