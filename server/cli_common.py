@@ -15,5 +15,5 @@ _WHAT = f"Checkpoint directory, GGUF file, or an embedded model's name ({_NAMES}
 Model = Annotated[Path, typer.Argument(help=_WHAT, callback=model_path, show_default=False)]
 OptionalModel = Annotated[
     Path | None,
-    typer.Argument(help=f"{_WHAT} Default: smollm2.", callback=model_path, show_default=False),
+    typer.Argument(help=f"{_WHAT} Default: demo.", callback=model_path, show_default=False),
 ]

@@ -29,9 +29,9 @@ def test_each_model_answers_to_its_name(models: dict[str, Path | None]) -> None:
 
 
 def test_the_default_is_the_first_that_is_installed(models: dict[str, Path | None]) -> None:
-    assert model_path(None) == models["smollm2"]
-    models["smollm2"] = None
     assert model_path(None) == models["demo"]
+    models["demo"] = None
+    assert model_path(None) == models["smollm2"]
 
 
 def test_a_path_that_exists_wins_over_a_name(
@@ -46,7 +46,7 @@ def test_a_missing_model_is_refused_with_what_to_do(models: dict[str, Path | Non
     models.update(demo=None, smollm2=None)
     with pytest.raises(ConfigError, match=r"no embedded model smollm2 .*make serve"):
         model_path(Path("smollm2"))
-    with pytest.raises(ConfigError, match="no embedded model smollm2 or demo"):
+    with pytest.raises(ConfigError, match="no embedded model demo or smollm2"):
         model_path(None)
 
 
