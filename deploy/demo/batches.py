@@ -20,21 +20,41 @@ MOVED_ROWS = 1000
 class Corpus:
     """All training documents, how often each occurs in a pass, and a fingerprint of all that.
 
-    mix: part -> times, 1 where nothing is said.
+    mix: part -> times, 1 where nothing is said; advice: part -> share of soft targets, else none.
     """
 
-    def __init__(self, directory: Path, mix: Mapping[str, float]) -> None:
+    def __init__(self, directory: Path, mix: Mapping[str, float], advice: Mapping[str, float]) -> None:
         files = sorted(directory.glob("train-*.safetensors"))
         if not files:
             raise SystemExit(f"no corpus in {directory}: run `python deploy/demo/data.py` first")
         self.documents: list[np.ndarray] = []
         times: list[float] = []
+        advised: list[float] = []
         for file in files:
             part = read_documents([file])
             self.documents += part
-            times += [mix.get(file.stem.removeprefix("train-"), 1.0)] * len(part)
-        self.times = np.array(times)
+            name = file.stem.removeprefix("train-")
+            times += [mix.get(name, 1.0)] * len(part)
+            advised += [advice.get(name, 0.0)] * len(part)
+        self.times, self.advised = np.array(times), np.array(advised)
         self.fingerprint = fingerprint([*self.documents, self.times])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows, all `[rows, context]`: token ids, documents' numbers within the row, and of each token's
+    document the fold and the share of soft targets."""
+
+    ids: Tensor
+    documents: Tensor
+    folds: Tensor
+    advised: Tensor
+
+    def __getitem__(self, part: slice) -> Rows:
+        return Rows(self.ids[part], self.documents[part], self.folds[part], self.advised[part])
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass
@@ -60,13 +80,14 @@ class Pass:
         moved = np.argsort(np.arange(len(rows)) + rng.random(len(rows)) * MOVED_ROWS, kind="stable")
         return cls(corpus, [rows[i] for i in moved], context, step)
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, document numbers and the set of Engram tables to read, `[count, context]` each."""
+    def batch(self, first: int, count: int) -> Rows:
+        """`count` rows from `first`."""
         rows = self.rows[first : first + count]
         pieces = [[self.corpus.documents[d][start:stop] for d, start, stop in row] for row in rows]
         ids, numbers = pack(pieces, self.context, self.step)
-        sets = torch.zeros_like(numbers)
-        for row, its_numbers, its_sets in zip(rows, numbers, sets, strict=True):
-            folds = torch.tensor([d % FOLDS for d, _, _ in row])
-            its_sets.copy_(folds[its_numbers.clamp(min=0)])
-        return ids, numbers, sets
+        folds, advised = torch.zeros_like(numbers), torch.zeros(numbers.shape)
+        for i, row in enumerate(rows):
+            documents = torch.tensor([d for d, _, _ in row])[numbers[i].clamp(min=0)]
+            folds[i] = documents % FOLDS
+            advised[i] = torch.from_numpy(self.corpus.advised)[documents]
+        return Rows(ids, numbers, folds, advised)

@@ -11,14 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advice import Advice
+
 BLOCK = 256
 
 
 class HeadLoss(torch.autograd.Function):
-    """Mean of -log softmax(states head^T)[target]; states `[N, hidden]`, targets `[N]`."""
+    """Mean cross entropy of softmax(states head^T) with the target; states `[N, hidden]`, targets `[N]`.
+
+    With advice the target is not the token alone, but shares its weight with what the advisors expect.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, head: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, states: Tensor, head: Tensor, target: Tensor, advice: Advice | None, dtype: torch.dtype
+    ) -> Tensor:
         total = torch.zeros(())
         low_head, low_states = head.to(dtype), states.to(dtype)
         grad_states = torch.empty_like(states)
@@ -29,11 +36,18 @@ class HeadLoss(torch.autograd.Function):
             wanted = target[block].unsqueeze(1)
             largest = logits.amax(1, keepdim=True)
             chosen = logits.gather(1, wanted)
+            own = torch.ones_like(chosen)  # the token's share of the target
+            if advice is not None:
+                share, expected = advice.of(block)
+                own, expected = own - share, expected.mul_(share)
+                chosen = own * chosen + (logits * expected).sum(1, keepdim=True)
             probabilities = logits.sub_(largest).exp_()
             norm = probabilities.sum(1, keepdim=True)
             total += (norm.log() + largest - chosen).sum()
             grad = probabilities.div_(norm)
-            grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
+            grad.scatter_add_(1, wanted, -own)
+            if advice is not None:
+                grad -= expected
             low_grad = grad.to(dtype)
             grad_states[block] = (low_grad @ low_head).float()
             grad_head += (low_grad.t() @ low_states[block]).float()
@@ -43,4 +57,4 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_head = ctx.saved_tensors
-        return grad_states * grad, grad_head * grad, None, None
+        return grad_states * grad, grad_head * grad, None, None, None

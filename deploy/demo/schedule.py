@@ -34,19 +34,20 @@ class Schedule:
     """All stages, the peak learning rate that a linear warm-up leads to, and the mix of the corpus.
 
     mix: how often a document of a part occurs in each pass (1.5: once, and every second one twice);
-    parts not named occur once.
+    parts not named occur once. advice: part -> share of its targets that are soft (`advice.py`).
     """
 
     peak: float
     warmup_tokens: int
     stages: tuple[Stage, ...]
     mix: Mapping[str, float] = field(default_factory=dict)
+    advice: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, file: Path) -> Schedule:
         raw = json.loads(file.read_text())
         stages = tuple(Stage(**stage) for stage in raw["stages"])
-        return cls(raw["peak"], raw["warmup_tokens"], stages, raw.get("mix", {}))
+        return cls(raw["peak"], raw["warmup_tokens"], stages, raw.get("mix", {}), raw.get("advice", {}))
 
     @property
     def total(self) -> int:

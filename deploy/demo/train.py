@@ -23,11 +23,13 @@ from types import FrameType
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
 
-from batches import Corpus, Pass
+from advice import Advice, advisors_for, context_keys
+from batches import Corpus, Pass, Rows
 from data import read_documents
 from engine.families.deepseek_v41_config import parse_config
 from engine.layers.engram_hash import build_token_map
@@ -42,7 +44,7 @@ from rows import RowFinder
 from schedule import Schedule, Stage
 from shape import config_for
 from state import TrainingState
-from tables import COMPLETE, load_or_count
+from tables import COMPLETE, FOLDS, load_or_count
 
 SEED = 41
 CLIP = 1.0
@@ -70,9 +72,17 @@ class Trainer:
         self.find_rows = RowFinder(config, build_token_map(tokenizer, config.vocab_size))
         self.step_tokens = alignment(config)
         self.optimisers = optimisers_for(self.model, Precision.products)
-        self.corpus = Corpus(directory, schedule.mix)
+        self.corpus = corpus = Corpus(directory, schedule.mix, schedule.advice)
         self.tables = load_or_count(
-            directory / "tables.safetensors", self.corpus.documents, config, self.find_rows
+            directory / "tables.safetensors", corpus.documents, config, self.find_rows
+        )
+        advised = np.flatnonzero(corpus.advised)
+        self.advisors = (
+            advisors_for(
+                [corpus.documents[i] for i in advised], [int(i) % FOLDS for i in advised], config.vocab_size
+            )
+            if len(advised)
+            else []
         )
         self.state = TrainingState(self.model, self.optimisers, self.tables.complete)
         self.stopping = False
@@ -95,27 +105,38 @@ class Trainer:
         values = self.tables.values(self.find_rows(ids, documents), sets.flatten(), rounding)
         return self.model(ids, documents, values)
 
-    def step(
-        self, ids: Tensor, documents: Tensor, sets: Tensor, stage: Stage, rate: float
-    ) -> dict[str, float]:
-        """One update from all rows `[rows, context]`; returns what the log shows."""
-        following, known = targets(ids, documents)
+    def _advice(self, batch: Rows, mask: Tensor) -> Advice | None:
+        """Soft targets of the tokens in `mask` `[N]`, where any are wanted."""
+        if not self.advisors:
+            return None
+        keys = context_keys(batch.ids, batch.documents).flatten(0, 1)
+        return Advice(self.advisors, batch.advised.flatten()[mask], batch.folds.flatten()[mask], keys[mask])
+
+    def step(self, batch: Rows, stage: Stage, rate: float) -> dict[str, float]:
+        """One update from all rows; returns what the log shows."""
+        following, known = targets(batch.ids, batch.documents)
         total = int(known.sum())
         load = torch.zeros(self.config.num_hidden_layers, self.config.n_routed_experts)
         loss_sum = index_sum = 0.0
         rows = max(1, MICRO_TOKENS // stage.context)
-        for first in range(0, len(ids), rows):
+        for first in range(0, len(batch), rows):
             part = slice(first, first + rows)
-            mask = known[part].flatten()
-            hidden = self._forward(ids[part], documents[part], sets[part], stage.rounding)
+            some, mask = batch[part], known[part].flatten()
+            hidden = self._forward(some.ids, some.documents, some.folds, stage.rounding)
             share = int(mask.sum()) / total
             wanted = following[part].flatten()[mask]
-            loss = HeadLoss.apply(hidden.states[mask], self.model.head.matrix(), wanted, Precision.products)
+            loss = HeadLoss.apply(
+                hidden.states[mask],
+                self.model.head.matrix(),
+                wanted,
+                self._advice(some, mask),
+                Precision.products,
+            )
             index_loss = torch.stack(hidden.index_losses).mean()
             ((loss + INDEX_LOSS_WEIGHT * index_loss) * share).backward()
             loss_sum += float(loss.detach()) * share
             index_sum += float(index_loss.detach()) * share
-            real = documents[part].flatten() >= 0
+            real = some.documents.flatten() >= 0
             for layer, chosen in enumerate(hidden.router_ids):
                 load[layer] += chosen[real].flatten().bincount(minlength=load.shape[1])
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP))
@@ -186,9 +207,9 @@ class Trainer:
             if progress.row + count > len(data.rows):
                 progress.passes, progress.row = progress.passes + 1, 0
                 continue
-            ids, documents, sets = data.batch(progress.row, count)
+            batch = data.batch(progress.row, count)
             rate = self.schedule.learning_rate(progress.tokens)
-            result = self.step(ids, documents, sets, stage, rate)
+            result = self.step(batch, stage, rate)
             if not math.isfinite(result["loss"]):
                 raise SystemExit(
                     f"step {progress.step}: the loss is {result['loss']}; the last save is untouched"
@@ -196,7 +217,7 @@ class Trainer:
             before = progress.tokens
             progress.row += count
             progress.step += 1
-            progress.tokens += ids.numel()
+            progress.tokens += batch.ids.numel()
             now = time.monotonic()
             if progress.step % 10 == 0:
                 speed = (progress.tokens - marked_tokens) / (now - mark)

@@ -1,4 +1,4 @@
-"""Counted Engram rows say what an n-gram adds to the expectation of the next token."""
+"""What is counted: Engram rows say what an n-gram adds to the expectation of the next token; soft targets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from advice import CONTEXT, Advice, Advisor, advisors_for, context_keys
 from counting import fit, news_of, next_token_codes
 from kneser_ney import KneserNey
+from loss import HeadLoss
+from tables import FOLDS
 
 VOCABULARY = 40
 RNG = np.random.default_rng(0)
@@ -63,3 +66,60 @@ def test_frequent_contexts_win_collisions() -> None:
     news = torch.tensor([[1.0], [-1.0]])
     x = fit(rows, news, torch.tensor([99.0, 1.0]), 1)
     assert float(x) == pytest.approx(0.98, abs=0.02)
+
+
+def test_an_advisor_gives_the_whole_distribution_of_its_model() -> None:
+    model = KneserNey(DOCUMENTS, VOCABULARY, CONTEXT + 1)
+    document = np.concatenate((DOCUMENTS[0][:20], [3, 1, 3], DOCUMENTS[1][:20]))  # with contexts never seen
+    ids = torch.from_numpy(document).unsqueeze(0)
+
+    expected = Advisor(model).distributions(context_keys(ids, torch.zeros_like(ids))[0])
+
+    torch.testing.assert_close(expected.sum(1), torch.ones(len(document)))
+    following = expected[:-1].gather(1, ids[0, 1:, None]).squeeze(1).log()
+    wanted = torch.from_numpy(model.log_probabilities(document)[1:]).float()
+    torch.testing.assert_close(following, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_in_a_row_do_not_see_each_other_in_context_keys() -> None:
+    ids, documents = torch.tensor([[7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1]])
+    keys = context_keys(ids, documents)
+    alone = context_keys(ids[:, 2:], documents[:, 2:])
+    assert torch.equal(keys[:, 2:], alone)
+
+
+def test_no_text_is_advised_by_what_was_counted_in_it() -> None:
+    marked = [np.array([5, 6, 7, 8, 30 + fold]) for fold in range(FOLDS)]
+    advisors = advisors_for(marked, list(range(FOLDS)), VOCABULARY)
+    ids = torch.tensor([[6, 7, 8]])
+    keys = context_keys(ids, torch.zeros_like(ids))[0, -1:]
+    for fold, advisor in enumerate(advisors):
+        own, others = (
+            advisor.distributions(keys)[0][30 + fold],
+            advisor.distributions(keys)[0][30 : 30 + FOLDS],
+        )
+        assert float(own) == float(others.min()) < float(others.max())
+
+
+def test_advised_loss_and_gradients_are_those_of_soft_targets() -> None:
+    torch.manual_seed(0)
+    advisors = advisors_for(DOCUMENTS, [i % FOLDS for i in range(len(DOCUMENTS))], VOCABULARY)
+    ids = torch.from_numpy(DOCUMENTS[0]).unsqueeze(0)
+    contexts = context_keys(ids, torch.zeros_like(ids))[0]
+    share = torch.tensor([0.0, 0.4]).repeat(30)
+    advice = Advice(advisors, share, torch.arange(60) % FOLDS, contexts)
+    states = torch.randn(60, 8, requires_grad=True)
+    head = torch.randn(VOCABULARY, 8, requires_grad=True)
+    wanted = torch.randint(0, VOCABULARY, (60,))
+
+    loss = HeadLoss.apply(states, head, wanted, advice, torch.float32)
+    got = torch.autograd.grad(loss, (states, head))
+
+    expected = torch.stack([advisors[i % FOLDS].distributions(contexts[i : i + 1])[0] for i in range(60)])
+    target = (1 - share[:, None]) * torch.nn.functional.one_hot(wanted, VOCABULARY) + share[
+        :, None
+    ] * expected
+    plain = torch.nn.functional.cross_entropy(states @ head.t(), target)
+    torch.testing.assert_close(loss, plain)
+    for a, b in zip(got, torch.autograd.grad(plain, (states, head)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -58,7 +58,7 @@ def test_head_loss_is_cross_entropy_with_its_gradients() -> None:
     torch.manual_seed(2)
     states, head = torch.randn(700, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
     wanted = torch.randint(0, 40, (700,))
-    blocked = HeadLoss.apply(states, head, wanted, torch.float32)
+    blocked = HeadLoss.apply(states, head, wanted, None, torch.float32)
     whole = F.cross_entropy(states @ head.t(), wanted)
     torch.testing.assert_close(blocked, whole)
     got, want = (torch.autograd.grad(loss, (states, head)) for loss in (blocked, whole))

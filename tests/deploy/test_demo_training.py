@@ -42,6 +42,7 @@ SCHEDULE = Schedule(
     0.003,
     512,
     (Stage("short", 768, 64, 128), Stage("long", 768, 96, 192, rounding=True, balance=False, decay=True)),
+    advice={"composed": 0.3},
 )
 
 
@@ -83,7 +84,7 @@ def test_an_interrupted_training_ends_like_an_uninterrupted_one(directory: Path)
 
 def test_a_pass_holds_each_document_as_often_as_the_mix_says(directory: Path) -> None:
     for times, counts in ((1.0, {1}), (2.0, {2}), (0.5, {0, 1}), (1.5, {1, 2})):
-        corpus = Corpus(directory, {"composed": times})
+        corpus = Corpus(directory, {"composed": times}, {})
         rows = Pass.of(corpus, 64, 4, (1, 1)).rows
         beginnings = [document for row in rows for document, start, _ in row if start == 0]
         assert {beginnings.count(document) for document in range(len(corpus.documents))} == counts
@@ -91,7 +92,7 @@ def test_a_pass_holds_each_document_as_often_as_the_mix_says(directory: Path) ->
 
 def test_no_text_comes_again_while_another_waits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "MOVED_ROWS", 0)
-    corpus = Corpus(directory, {"composed": 3.0})
+    corpus = Corpus(directory, {"composed": 3.0}, {})
 
     rows = Pass.of(corpus, 64, 4, (1, 1)).rows
 
@@ -105,7 +106,7 @@ def test_training_lowers_the_loss(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     stage = SCHEDULE.stages[0]
     batch = Pass.of(trainer.corpus, 64, trainer.step_tokens, (1, 1)).batch(0, 2)
-    losses = [trainer.step(*batch, stage, 0.003)["loss"] for _ in range(8)]
+    losses = [trainer.step(batch, stage, 0.003)["loss"] for _ in range(8)]
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -113,18 +114,17 @@ def test_no_text_reads_tables_that_it_was_counted_in(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     documents = trainer.corpus.documents
     data = Pass.of(trainer.corpus, 64, trainer.step_tokens, (1, 1))
-    ids, numbers, sets = data.batch(0, 2)
-    for row, its_numbers, its_sets in zip(data.rows, numbers, sets, strict=False):
+    batch = data.batch(0, 2)
+    for row, numbers, folds in zip(data.rows, batch.documents, batch.folds, strict=False):
         for number, (document, _, _) in enumerate(row):
-            (read,) = its_sets[its_numbers == number].unique().tolist()
+            (read,) = folds[numbers == number].unique().tolist()
             others = [d for i, d in enumerate(documents) if i % FOLDS != read]
             assert not any(d is documents[document] for d in others)
-    rows = trainer.find_rows(ids, numbers)
-    for values, layer, places in zip(
-        trainer.tables.values(rows, sets.flatten(), rounding=False), trainer.tables.layers, rows, strict=True
-    ):
+    rows, sets = trainer.find_rows(batch.ids, batch.documents), batch.folds.flatten()
+    read_values = trainer.tables.values(rows, sets, rounding=False)
+    for values, layer, places in zip(read_values, trainer.tables.layers, rows, strict=True):
         for token in (0, 17, 100):
-            assert torch.equal(values[token], layer[sets.flatten()[token], places[token]].flatten())
+            assert torch.equal(values[token], layer[sets[token], places[token]].flatten())
 
 
 def test_tables_are_counted_once_for_the_same_texts(directory: Path) -> None:
