@@ -42,8 +42,8 @@ def _smollm2() -> Path | None:
     return files[0].resolve() if files else None
 
 
-# The first one that is installed is the default. At temperature 1 models this small lose the thread; SmolLM2's
-# sampling is what its authors recommend.
+# The first one that is installed is the default. At temperature 1 models this small lose the thread;
+# SmolLM2's sampling is what its authors recommend.
 EMBEDDED: dict[str, EmbeddedModel] = {
     "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}),
     "smollm2": EmbeddedModel(
