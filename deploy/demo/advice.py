@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kneser_ney import BITS, PAD, KneserNey, Order
+from kneser_ney import BITS, PAD, KneserNey, Order, suffix
 from tables import FOLDS
 
 CONTEXT = 3  # tokens of it that count
@@ -45,7 +45,7 @@ class _Listed:
     def __init__(self, order: Order) -> None:
         self.contexts = torch.from_numpy(order.contexts)
         self.rest = torch.from_numpy(order.rest).float()
-        self.following = torch.from_numpy(order.grams & ((1 << BITS) - 1))
+        self.following = torch.from_numpy(suffix(order.grams, 1))
         self.shares = torch.from_numpy(order.shares).float()
         begins = np.searchsorted(order.grams >> BITS, np.append(order.contexts, np.iinfo(np.int64).max))
         self.begins = torch.from_numpy(begins)

@@ -60,7 +60,7 @@ def news_of(orders: Sequence[Order], codes: Tensor) -> list[Tensor]:
     contexts = np.zeros(1, dtype=np.int64)
     for length, order in enumerate(orders):
         seen = torch.zeros(len(order.contexts), codes.shape[1])
-        following = torch.from_numpy(order.grams & ((1 << BITS) - 1))
+        following = torch.from_numpy(suffix(order.grams, 1))
         shares = torch.from_numpy(order.shares).float().unsqueeze(1)
         at = torch.from_numpy(np.searchsorted(order.contexts, order.grams >> BITS))
         seen.index_add_(0, at, codes[following] * shares)
@@ -74,7 +74,7 @@ def news_of(orders: Sequence[Order], codes: Tensor) -> list[Tensor]:
 def rows_of(contexts: np.ndarray, length: int, find: RowFinder) -> list[Tensor]:
     """Per Engram layer the rows `[contexts, columns]` that a token ending such a context looks up."""
     places = BITS * np.arange(length - 1, -1, -1)
-    ids = torch.from_numpy((contexts[:, None] >> places) & ((1 << BITS) - 1))
+    ids = torch.from_numpy(suffix(contexts[:, None] >> places, 1))
     longest = find.longest
     ids = torch.cat((torch.full((len(ids), longest - length), PAD), ids), 1)
     parts = [
