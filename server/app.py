@@ -30,8 +30,10 @@ def create_app(service: Service) -> FastAPI:
     settings = service.settings
     app.state.service = service
     app.state.responses = ResponseStore(settings.response_store_bytes)
-    app.state.routes = [route for router in ROUTERS for route in router.routes]
-    for router in (*ROUTERS, chat_page.router):
+    routers = (*ROUTERS, chat_page.router)
+    routes = [route for router in routers for route in router.routes]
+    app.state.routes = routes
+    for router in routers:
         _answer_heads(router)
         app.include_router(router)
 
@@ -51,7 +53,7 @@ def create_app(service: Service) -> FastAPI:
         )
     if settings.host_names is not None:
         app.add_middleware(RequireHost, allowed=settings.host_names)
-    app.add_middleware(RequestLog, metrics=service.metrics)
+    app.add_middleware(RequestLog, metrics=service.metrics, routes=routes)
 
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(LociError, _on_loci_error)

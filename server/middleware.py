@@ -7,9 +7,11 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, internal, speaks_messages
@@ -30,9 +32,10 @@ class RequestLog:
     Paths are logged, bodies and query strings never. What nobody caught becomes a 500 here.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,8 +66,7 @@ class RequestLog:
                 await internal(request_id).response_to(scope)(scope, receive, send_with_id)
         finally:
             status = status or CLIENT_CLOSED_REQUEST
-            route = getattr(scope.get("route"), "path", _NO_ROUTE)
-            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.requests.labels(self._route_of(scope), str(status)).inc()
             elapsed_ms = (time.perf_counter() - began) * 1000
             # Quoted, because a decoded path may contain line breaks.
             fields = {
@@ -78,6 +80,15 @@ class RequestLog:
             }
             text = "%(method)s %(path)s %(status)d %(duration_ms)sms %(request_id)s"
             access.info(text, fields, extra={"fields": fields})
+
+    def _route_of(self, scope: Scope) -> str:
+        """The path of the route that was asked for, also where something refused the request before it."""
+        if (found := scope.get("route")) is None:
+            matches = ((route, route.matches(scope)[0]) for route in self._routes)
+            # One that wants another method is the second choice.
+            found, match = max(matches, key=lambda each: each[1].value)
+            found = None if match is Match.NONE else found
+        return getattr(found, "path", _NO_ROUTE)
 
 
 class BodyLimit:

@@ -246,6 +246,7 @@ def test_a_limit_is_a_429_that_the_sdk_understands(guarded: LociServer) -> None:
     assert 'loci_key_refusals_total{key="bob",limit="requests_per_minute"} 1.0' in page
     assert 'loci_key_tokens_total{key="bob",kind="generated"} 3.0' in page
     assert 'loci_key_requests_total{key="bob",status="429"} 1.0' in page
+    assert 'loci_http_requests_total{route="/v1/completions",status="429"} 1.0' in page
     assert "sk-" not in page
 
 

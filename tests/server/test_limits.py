@@ -91,11 +91,11 @@ def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(narrow: LociServer) 
 def test_a_client_that_leaves_while_sending_does_no_harm(narrow: LociServer) -> None:
     host, port = narrow.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
         connection.sendall(head + b"{")
 
     eventually(
-        lambda: narrow.metric("loci_http_requests_total", route="unmatched", status="499") == 1,
+        lambda: narrow.metric("loci_http_requests_total", route="/v1/chat/completions", status="499") == 1,
         "the request is given up",
     )
     assert httpx.post(f"{narrow.url}/v1/completions", json=SHORT).status_code == 200

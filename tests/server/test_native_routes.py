@@ -110,6 +110,34 @@ def test_unknown_paths_share_one_label(server: LociServer, http: httpx.Client) -
     assert server.metric("loci_http_requests_total", route="unmatched", status="404") >= before + 2
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "route", "status"),
+    [
+        ("GET", "/v1/models/any", {"Host": "evil.example"}, "/v1/models/{model:path}", "403"),
+        ("POST", "/v1/responses/input_tokens", {"Host": "evil.example"}, "/v1/responses/input_tokens", "403"),
+        ("DELETE", "/v1/messages", {"Host": "evil.example"}, "/v1/messages", "403"),
+        ("GET", "/v1/chat/completions", {}, "/v1/chat/completions", "405"),
+        ("GET", "/web/style.css", {"Host": "evil.example"}, "/web/{name}", "403"),
+        ("GET", "/nowhere", {"Host": "evil.example"}, "unmatched", "403"),
+    ],
+)
+def test_what_is_refused_on_the_way_is_counted_by_its_route(
+    server: LociServer,
+    http: httpx.Client,
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    route: str,
+    status: str,
+) -> None:
+    before = server.metric("loci_http_requests_total", route=route, status=status)
+
+    answer = http.request(method, path, headers=headers)
+
+    assert str(answer.status_code) == status
+    assert server.metric("loci_http_requests_total", route=route, status=status) == before + 1
+
+
 def test_each_answer_carries_a_request_id(http: httpx.Client) -> None:
     ours = http.get("/health").headers["x-request-id"]
     theirs = http.get("/health", headers={"X-Request-Id": "trace-42"}).headers["x-request-id"]
