@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from engine.families.deepseek_v41 import DeepseekV41
@@ -90,6 +91,11 @@ class EngramRun:
         return max(self.penalty(where, skew, kind) for skew in skews for kind in KINDS)
 
 
+def _engram_of(model: DeepseekV41) -> EngramLookup:
+    assert model.engram is not None
+    return model.engram
+
+
 class _Source(Protocol):
     """What the rounds, and look-ups before and after them, ask for; the same for every store."""
 
@@ -114,7 +120,7 @@ class _Drawn:
     def __init__(self, model: DeepseekV41, case: EngramCase, skew: str) -> None:
         self.skew = skew
         self._model = model
-        self._engram = model.engram
+        self._engram = _engram_of(model)
         self._case = case
         ranks = torch.arange(1, model.info.vocab_size - FIRST_TOKEN + 1, dtype=torch.float64)
         self._shares = (ranks if skew == ZIPF else torch.ones_like(ranks)).reciprocal()
@@ -128,7 +134,7 @@ class _Drawn:
         return self._rows(self._draw(SINGLE_LOOKUPS, torch.Generator().manual_seed(9)))
 
     def round(self, number: int, store: Store) -> tuple[list[int], EngramLookup]:
-        lookup = EngramLookup(self._engram.layers, self._engram.hashes, store)
+        lookup = EngramLookup(self._engram.layers, self._engram.hashing, store)
         return self._draw(self._case.tokens, torch.Generator().manual_seed(1000 + number)), lookup
 
     def _draw(self, count: int, generator: torch.Generator) -> list[int]:
@@ -141,20 +147,20 @@ class _Drawn:
         shape = self._model.cache_shape
         keys = self._model.token_map[torch.tensor(ids)]
         window = torch.cat((torch.full((shape.history,), shape.history_pad), keys))
-        return self._engram.rows_of([window])
+        return torch.from_numpy(self._engram.rows_of(self._engram.windows([window])))
 
 
 class _RecordedLookup(EngramLookup):
     """Asks for the rows of a trace `[tables, tokens, columns]` in turn, whatever the tokens are."""
 
     def __init__(self, like: EngramLookup, store: Store, rows: torch.Tensor) -> None:
-        super().__init__(like.layers, like.hashes, store)
-        self._recorded = rows
+        super().__init__(like.layers, like.hashing, store)
+        self._recorded = rows.numpy()
         self._at = 0
 
-    def rows_of(self, segments: Sequence[torch.Tensor]) -> torch.Tensor:
+    def rows_of(self, windows: np.ndarray) -> np.ndarray:
         begin = self._at
-        self._at += sum(len(keys) - self.hashes[0].history for keys in segments)
+        self._at += len(windows)
         return self._recorded[:, begin : self._at]
 
 
@@ -166,7 +172,7 @@ class _Recorded:
     def __init__(self, model: DeepseekV41, case: EngramCase, trace: torch.Tensor) -> None:
         """Raises ConfigError where the trace is another model's or too short."""
         sizes = [files.rows for files in model.weights.engram.files.values()]
-        like = (len(sizes), model.engram.columns)
+        like = (len(sizes), _engram_of(model).columns)
         if tuple(trace.shape[1:]) != like or (trace.amax((0, 2)) >= torch.tensor(sizes)).any():
             raise ConfigError(
                 f"the trace is another model's: {trace.shape[2]} rows a token of {trace.shape[1]} tables, "
@@ -176,7 +182,7 @@ class _Recorded:
         needed = case.rounds * case.tokens + SINGLE_LOOKUPS
         if len(trace) < needed:
             raise ConfigError(f"the trace has {len(trace)} tokens, the rounds need {needed}; ask for fewer")
-        self._engram = model.engram
+        self._engram = _engram_of(model)
         self._case = case
         self._rows = trace.transpose(0, 1)
         self._first = len(trace) - needed
@@ -205,7 +211,7 @@ def run_engram(
     """
     model = load(path, MemoryBudget.of_this_machine()).model
     try:
-        if not isinstance(model, DeepseekV41) or not model.config.engram_layer_ids:
+        if not isinstance(model, DeepseekV41) or model.engram is None:
             raise ConfigError(f"{path}: this model has no Engram tables")
         whole = model.weights.engram
         table_bytes = sum(files.nbytes for files in whole.files.values())
@@ -243,8 +249,9 @@ class _Bench:
     ) -> None:
         self._model = model
         self._case = case
-        self._layers = model.engram.layers
-        columns = model.engram.columns
+        engram = _engram_of(model)
+        self._layers = engram.layers
+        columns = engram.columns
         absent = _NoTable(case.prompt_tokens * columns, model.config.engram_head_dim)
         self._stores: dict[str, Store] = {ABSENT: absent, DRAM: whole, NVME: on_disk}
         self._telemetry = telemetry
@@ -288,7 +295,7 @@ class _Bench:
         steps = []
         for at in range(prompt, len(ids)):
             begun = time.perf_counter()
-            model.expect(cache, 0, ids[at])  # as the engine does when it has sampled the token
+            model.expect([(ids[:at], ids[at])])  # as the engine does when it has sampled the token
             model.forward(Batch.of([(0, at, [ids[at]])]), cache)
             steps.append(time.perf_counter() - begun)
         return prefill, median(steps)

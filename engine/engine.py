@@ -356,6 +356,13 @@ class Engine:
                 [sequence.params for sequence, _, _ in adjusted],
                 [sequence.sampler.number() for sequence, _, _ in adjusted],
             )
+            self.model.expect(
+                [
+                    (sequence.token_ids, token)
+                    for (sequence, _, _), token in zip(adjusted, tokens, strict=True)
+                    if token >= 0
+                ]
+            )
             for (sequence, row, _), token in zip(adjusted, tokens, strict=True):
                 with self._failing_alone(sequence):
                     self._take_token(sequence, logits, row, token)
@@ -366,8 +373,6 @@ class Engine:
         if token < 0:
             raise LociError("the model computed what is not a number; the log of the server may say why")
         sequence.sampler.remember(token)
-        assert sequence.slot is not None
-        self.model.expect(self._cache, sequence.slot, token)
         self._generated_tokens += 1
         logprobs: list[TokenLogprob] = []
         if params.logprobs is not None:

@@ -173,8 +173,8 @@ class Model(ABC):
     def cache_bytes(self, slots: int, capacity: int) -> int:
         """Bytes that `new_cache` would allocate in host memory."""
 
-    def expect(self, cache: KvCache, slot: int, token: int) -> None:  # noqa: B027 - most need nothing ahead
-        """Told as soon as it is known that `token` goes on in `slot`, to ask for what its step will need."""
+    def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - most need nothing ahead
+        """Told as soon as tokens are drawn, each with those before it, to ask for what they will need."""
 
     @abstractmethod
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
@@ -208,7 +208,7 @@ class Family(ABC):
 
 @dataclass
 class Trace:
-    """Collects intermediate values of a forward for tests and profiles; off unless passed in.
+    """Collects intermediate values of a forward for tests and profiles, where one is passed in.
 
     `values["router_ids.3"]` is a list with one tensor per forward, in order.
     """
@@ -218,3 +218,11 @@ class Trace:
     def add(self, name: str, value: Any) -> None:
         """Append `value` under `name`."""
         self.values.setdefault(name, []).append(value)
+
+
+class _NoTrace(Trace):
+    def add(self, name: str, value: Any) -> None:
+        """Keep nothing: the values of all layers together are many times what a forward needs."""
+
+
+NO_TRACE = _NoTrace()

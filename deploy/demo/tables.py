@@ -54,7 +54,7 @@ def load_or_count(file: Path, documents: Sequence[np.ndarray], config: V41Config
     if file.exists():
         with safe_open(file, framework="pt") as stored:
             if stored.metadata()["documents"] == digest:
-                return Tables([stored.get_tensor(f"table.{i}") for i in range(len(find.hashes))])
+                return Tables([stored.get_tensor(f"table.{i}") for i in range(find.tables)])
     print("counting Engram rows, which takes some minutes", flush=True)
     codes = next_token_codes(documents, config.vocab_size, code_size(config))
     sets = []

@@ -8,6 +8,7 @@ before some layers. Section numbers refer to docs/deepseek-v41.md.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from engine.layers.sparse_attention import (
     select_entries,
 )
 from engine.layers.sparse_cache import CacheShape, SparseCache
-from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Trace
+from engine.model import NO_TRACE, Batch, Component, Family, KvCache, Model, ModelInfo, Trace
 from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from memory.model_shapes import KV_MARGIN
@@ -83,13 +84,9 @@ class DeepseekV41(Model):
         self.weights = weights
         self.kernels = kernels
         self.token_map = token_map
-        hashes = [
-            EngramHash.for_layer(
-                layer, primes, config.engram_compressed_vocab_size, config.engram_max_ngram_size
-            )
-            for layer, primes in zip(config.engram_layer_ids, _table_primes(config), strict=True)
-        ]
-        self.engram = EngramLookup(config.engram_layer_ids, hashes, weights.engram)
+        self.engram: EngramLookup | None = None
+        if config.engram_layer_ids:
+            self.engram = EngramLookup(config.engram_layer_ids, hashing_of(config), weights.engram)
         self.plain_frequencies = inverse_frequencies(config.qk_rope_head_dim, config.rope_theta)
         self.compressed_frequencies = inverse_frequencies(
             config.qk_rope_head_dim, config.compress_rope_theta, config.yarn
@@ -146,15 +143,17 @@ class DeepseekV41(Model):
         )
         return self.cache_shape.nbytes(slots, capacity) - on_cards
 
-    def expect(self, cache: KvCache, slot: int, token: int) -> None:
-        assert isinstance(cache, SparseCache)
-        if self.config.engram_layer_ids:
-            self.engram.expect(torch.cat((cache.last_keys(slot), self.token_map[token].view(1))))
+    def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
+        if self.engram is None or not drawn:
+            return
+        history, pad = self.cache_shape.history, self.config.engram_pad_token_id
+        ids = [[*[pad] * (history - len(before)), *before[-history:], token] for before, token in drawn]
+        self.engram.expect(self.token_map.numpy()[ids])
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, SparseCache)
-        step = self._begin(batch, cache, trace or Trace())
+        step = self._begin(batch, cache, trace or NO_TRACE)
         config, weights = self.config, self.weights
         embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
@@ -191,7 +190,7 @@ class DeepseekV41(Model):
         bounds = list(zip([0, *ends[:-1]], ends, strict=True))
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         engram = None
-        if self.config.engram_layer_ids:
+        if self.engram is not None:
             keys = self.token_map[batch.token_ids]
             engram = self.engram.begin(
                 [
@@ -363,6 +362,12 @@ def _table_primes(config: V41Config) -> list[list[int]]:
     """Sizes of the hash tables of each Engram layer."""
     orders = config.engram_max_ngram_size - 1
     return table_primes(len(config.engram_layer_ids), orders, config.engram_n_heads, config.engram_vocab_size)
+
+
+def hashing_of(config: V41Config) -> EngramHash:
+    """The addresses that the Engram layers of `config` use."""
+    vocab, max_ngram = config.engram_compressed_vocab_size, config.engram_max_ngram_size
+    return EngramHash.for_layers(config.engram_layer_ids, _table_primes(config), vocab, max_ngram)
 
 
 class DeepseekV41Family(Family):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-import torch
 from tokenizers import Regex, normalizers
 
 from memory.user_files import user_cache, whole_file
@@ -123,41 +122,53 @@ def table_primes(layers: int, orders: int, heads: int, vocab_size: int) -> list[
 
 @dataclass(frozen=True)
 class EngramHash:
-    """Addresses of one layer's table.
+    """Addresses in all tables of a model.
 
-    multipliers `[max_ngram]`, primes and offsets `[columns]`, all int64; column `o * heads + h` is
-    order `o + 2`, head `h`.
+    multipliers `[tables, max_ngram]`, primes and offsets `[tables, columns]`, all int64; column
+    `o * heads + h` is order `o + 2`, head `h`.
     """
 
-    multipliers: torch.Tensor
-    primes: torch.Tensor
-    offsets: torch.Tensor
+    multipliers: np.ndarray
+    primes: np.ndarray
+    offsets: np.ndarray
     heads: int
 
     @classmethod
-    def for_layer(
-        cls, layer_id: int, primes: Sequence[int], compressed_vocab: int, max_ngram: int
+    def for_layers(
+        cls, layer_ids: Sequence[int], primes: Sequence[Sequence[int]], compressed_vocab: int, max_ngram: int
     ) -> EngramHash:
-        """The hash of layer `layer_id`; multipliers are drawn so that products never overflow int64."""
+        """Addresses in the tables of `layer_ids`; multipliers are drawn so that no product overflows."""
         bound = max(1, (2**63 - 1) // compressed_vocab // 2)
-        drawn = np.random.default_rng(10007 * layer_id).integers(0, bound, size=max_ngram, dtype=np.int64)
-        sizes = torch.tensor(primes, dtype=torch.int64)
-        return cls(
-            torch.from_numpy(2 * drawn + 1), sizes, sizes.cumsum(0) - sizes, len(primes) // (max_ngram - 1)
-        )
+        drawn = [
+            np.random.default_rng(10007 * layer_id).integers(0, bound, size=max_ngram, dtype=np.int64)
+            for layer_id in layer_ids
+        ]
+        sizes = np.array(primes, dtype=np.int64)
+        heads = sizes.shape[1] // (max_ngram - 1)
+        return cls(2 * np.stack(drawn) + 1, sizes, sizes.cumsum(1) - sizes, heads)
 
     @property
     def history(self) -> int:
         """How many earlier tokens an address depends on."""
-        return len(self.multipliers) - 1
+        return int(self.multipliers.shape[1]) - 1
 
-    def rows(self, keys: torch.Tensor) -> torch.Tensor:
-        """Rows for the tokens behind the first `history` keys: `[history + L]` -> `[L, columns]` int64."""
-        history = self.history
-        length = len(keys) - history
-        hashed = keys[history:] * self.multipliers[0]
-        columns = []
+    @property
+    def columns(self) -> int:
+        """Rows that a token asks of each table."""
+        return int(self.primes.shape[1])
+
+    def rows(self, windows: np.ndarray) -> np.ndarray:
+        """The rows of tokens, each behind those before it: `[N, history + 1]` to `[tables, N, columns]`.
+
+        In NumPy: torch takes several times as long for the few numbers of a decoded token.
+        """
+        history, tables = self.history, len(self.primes)
+        hashed = np.empty((tables, len(windows), history, self.heads), dtype=np.int64)
+        mixed = self.multipliers[:, :1] * windows[:, history]  # [tables, N]
         for n in range(1, history + 1):
-            hashed = hashed ^ (keys[history - n : history - n + length] * self.multipliers[n])
-            columns.append(hashed.unsqueeze(1).expand(length, self.heads))
-        return torch.cat(columns, dim=1) % self.primes + self.offsets
+            mixed = mixed ^ (self.multipliers[:, n : n + 1] * windows[:, history - n])
+            hashed[:, :, n - 1] = mixed[:, :, None]
+        rows = hashed.reshape(tables, len(windows), self.columns)
+        rows %= self.primes[:, None]
+        rows += self.offsets[:, None]
+        return rows

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from engine.layers.engram_hash import EngramHash
@@ -14,27 +15,42 @@ from memory.engram_store import RowsTicket
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of consecutive tokens `[tables, tokens, columns]`, and a ticket for each table's."""
+    """Rows of tokens `[tables, tokens, columns]`, asked for together, and a ticket for each table's."""
 
-    rows: torch.Tensor
+    rows: np.ndarray
     tickets: list[RowsTicket]
+
+
+@dataclass(frozen=True)
+class _Picked:
+    """Some tokens of a part, in the order in which the step has them."""
+
+    part: _Part
+    tokens: list[int]
+
+    def wait(self, table: int) -> torch.Tensor:
+        """Values, `[tokens, columns * dim]`."""
+        whole = self.part.rows.shape[1]
+        values = self.part.tickets[table].wait().view(whole, -1)
+        return values if self.tokens == list(range(whole)) else values[self.tokens]
 
 
 @dataclass(frozen=True)
 class StepRows:
     """Rows of a step's tokens, on their way: parts in the order of the tokens."""
 
-    parts: list[_Part]
+    parts: list[_Picked]
 
     def wait(self, table: int) -> torch.Tensor:
         """Values of all tokens, `[tokens, columns * dim]`; raises what the look-up raised."""
-        values = [part.tickets[table].wait().view(part.rows.shape[1], -1) for part in self.parts]
+        values = [picked.wait(table) for picked in self.parts]
         return values[0] if len(values) == 1 else torch.cat(values)
 
     @property
     def rows(self) -> torch.Tensor:
         """Which rows, `[tokens, tables, columns]`."""
-        return torch.cat([part.rows for part in self.parts], dim=1).transpose(0, 1)
+        rows = np.concatenate([picked.part.rows[:, picked.tokens] for picked in self.parts], axis=1)
+        return torch.from_numpy(rows).transpose(0, 1)
 
 
 class Store(Protocol):
@@ -46,56 +62,69 @@ class Store(Protocol):
 
 
 class EngramLookup:
-    """Look-ups in the tables of `layers`, whose addresses `hashes` give.
+    """Look-ups in the tables of `layers`, whose addresses `hashing` gives.
 
     What a token needs follows from its own key and the few before it alone, so rows asked for ahead are
     known again by these keys, whatever has become of the sequence that they were asked for.
     """
 
-    def __init__(self, layers: Sequence[int], hashes: Sequence[EngramHash], store: Store) -> None:
+    def __init__(self, layers: Sequence[int], hashing: EngramHash, store: Store) -> None:
         self.layers = layers
-        self.hashes = hashes
+        self.hashing = hashing
         self._store = store
-        self._ahead: dict[tuple[int, ...], _Part] = {}
+        self._ahead: dict[tuple[int, ...], tuple[_Part, int]] = {}
 
     @property
     def columns(self) -> int:
         """Rows that a token asks of each table."""
-        return len(self.hashes[0].primes)
+        return self.hashing.columns
 
-    def expect(self, keys: torch.Tensor) -> None:
-        """Ask for the rows of one token that the next step will probably hold: keys `[history + 1]`."""
-        if self.hashes:
-            window = tuple(keys.tolist())
-            if window not in self._ahead:
-                self._ahead[window] = self._ask([keys])
+    def expect(self, windows: np.ndarray) -> None:
+        """Ask for the rows of tokens that the next step will probably hold: keys `[tokens, history + 1]`."""
+        new = [w for w in dict.fromkeys(map(tuple, windows.tolist())) if w not in self._ahead]
+        if new:
+            part = self._ask(np.array(new))
+            self._ahead.update({window: (part, at) for at, window in enumerate(new)})
 
     def begin(self, segments: Sequence[torch.Tensor]) -> StepRows:
         """Ask for the rows of all tokens of a step; each segment's keys `[history + L]`."""
         ahead, self._ahead = self._ahead, {}
-        parts: list[_Part] = []
+        parts: list[_Picked] = []
         unasked: list[torch.Tensor] = []
+
+        def ask() -> None:
+            if unasked:
+                part = self._ask(self.windows(unasked))
+                parts.append(_Picked(part, list(range(part.rows.shape[1]))))
+                unasked.clear()
+
         for keys in segments:
-            known = ahead.get(tuple(keys.tolist())) if len(keys) == self.hashes[0].history + 1 else None
+            known = ahead.get(tuple(keys.tolist())) if len(keys) == self.hashing.history + 1 else None
             if known is None:
                 unasked.append(keys)
                 continue
-            if unasked:
-                parts.append(self._ask(unasked))
-                unasked = []
-            parts.append(known)
-        if unasked:
-            parts.append(self._ask(unasked))
+            ask()
+            part, token = known
+            if parts and parts[-1].part is part:
+                parts[-1].tokens.append(token)
+            else:
+                parts.append(_Picked(part, [token]))
+        ask()
         return StepRows(parts)
 
-    def rows_of(self, segments: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The rows that segments of keys `[history + L]` ask of each table, `[tables, tokens, columns]`."""
-        return torch.stack([torch.cat([h.rows(keys) for keys in segments]) for h in self.hashes])
+    def rows_of(self, windows: np.ndarray) -> np.ndarray:
+        """The rows that keys `[tokens, history + 1]` ask of each table, `[tables, tokens, columns]`."""
+        return self.hashing.rows(windows)
 
-    def _ask(self, segments: Sequence[torch.Tensor]) -> _Part:
-        rows = self.rows_of(segments)
+    def windows(self, segments: Sequence[torch.Tensor]) -> np.ndarray:
+        """Segments of keys `[history + L]` token by token, `[tokens, history + 1]`."""
+        width = self.hashing.history + 1
+        return torch.cat([keys.unfold(0, width, 1) for keys in segments]).numpy()
+
+    def _ask(self, windows: np.ndarray) -> _Part:
+        rows = self.rows_of(windows)
         tickets = [
-            self._store.lookup(layer, table_rows.flatten())
+            self._store.lookup(layer, torch.from_numpy(table_rows.reshape(-1)))
             for layer, table_rows in zip(self.layers, rows, strict=True)
         ]
         return _Part(rows, tickets)

@@ -142,13 +142,6 @@ class SparseCache(KvCache):
         joined = _extend(self.history[segment.slot], segment.start, before, keys)
         return torch.cat((keys.new_full((self.shape.history - before,), self.shape.history_pad), joined))
 
-    def last_keys(self, slot: int) -> torch.Tensor:
-        """The token keys that the next token's n-grams look back on, `[history]`."""
-        length, history = self.length(slot), self.shape.history
-        keys = self.history[slot, torch.arange(length - history, length) % self.shape.history_rows]
-        keys[: max(0, history - length)] = self.shape.history_pad
-        return keys
-
 
 def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> torch.Tensor:
     """Write `new` `[L, ...]`, of tokens from `start` on, into a ring `[size, ...]` of the last tokens.

@@ -233,4 +233,4 @@ def test_export_refuses_files_that_differ_from_the_model(directory: Path, tmp_pa
 def test_the_demo_shape_is_one_that_the_family_accepts(directory: Path) -> None:
     config = parse_config(shape.config_for(directory / "tokenizer.json"))
     tokenizer_map = build_token_map(train_tokenizer([]), config.vocab_size)
-    assert RowFinder(config, tokenizer_map).hashes[0].primes.min() >= config.engram_vocab_size
+    assert RowFinder(config, tokenizer_map).hashing.primes.min() >= config.engram_vocab_size

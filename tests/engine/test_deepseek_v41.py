@@ -134,6 +134,14 @@ def test_traces_match(golden: Golden) -> None:
     assert compared >= golden.model.config.num_hidden_layers
 
 
+def test_values_of_layers_are_kept_only_where_a_trace_is_passed_in(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trace, "add", lambda *_: pytest.fail("kept without being asked for"))
+    cache = golden.model.new_cache(1, len(golden.ids))
+    golden.model.forward(Batch.of([(0, 0, golden.ids)]), cache)
+
+
 def test_engram_rows_match_exactly(golden: Golden) -> None:
     trace = Trace()
     cache = golden.model.new_cache(1, len(golden.ids))

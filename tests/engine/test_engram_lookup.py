@@ -32,15 +32,14 @@ def asked(model: DeepseekV41) -> int:
     return model.telemetry.snapshot().rows["asked"]
 
 
-def step(model: DeepseekV41, expected: list[tuple[int, int]]) -> tuple[torch.Tensor, int]:
+def step(model: DeepseekV41, *expected: tuple[int, int]) -> tuple[torch.Tensor, int]:
     """Logits of a step that goes on with sequences 0 and 2 and begins sequence 1 between them, and the rows
     that it and the expectations asked for."""
     cache = model.new_cache(3, 32)
     for slot in (0, 2):
         model.forward(Batch.of([(slot, 0, PROMPTS[slot])]), cache)
     before = asked(model)
-    for slot, token in expected:
-        model.expect(cache, slot, token)
+    model.expect([(PROMPTS[slot], token) for slot, token in expected])
     parts = [
         (0, len(PROMPTS[0]), NEXT[:1]),
         (1, 0, PROMPTS[1]),
@@ -51,16 +50,16 @@ def step(model: DeepseekV41, expected: list[tuple[int, int]]) -> tuple[torch.Ten
 
 
 def test_expected_tokens_give_the_same_logits_and_ask_for_no_row_twice(model: DeepseekV41) -> None:
-    logits, rows = step(model, [])
+    logits, rows = step(model)
     for expected in ([(0, NEXT[0])], [(2, NEXT[2]), (0, NEXT[0])], [(0, NEXT[0]), (0, NEXT[0])]):
-        ahead, rows_ahead = step(model, expected)
+        ahead, rows_ahead = step(model, *expected)
         assert torch.equal(ahead, logits)
         assert rows_ahead == rows
 
 
 def test_what_was_expected_in_vain_changes_nothing(model: DeepseekV41) -> None:
-    logits, _ = step(model, [])
-    vain, _ = step(model, [(0, NEXT[2]), (1, NEXT[0]), (2, NEXT[0])])
+    logits, _ = step(model)
+    vain, _ = step(model, (0, NEXT[2]), (1, NEXT[0]), (2, NEXT[0]))
     assert torch.equal(vain, logits)
 
 
@@ -69,7 +68,7 @@ def test_rows_expected_of_a_sequence_that_ended_do_not_reach_the_next_in_its_slo
         cache = model.new_cache(1, 32)
         model.forward(Batch.of([(0, 0, PROMPTS[0])]), cache)
         if expects:
-            model.expect(cache, 0, NEXT[0])
+            model.expect([(PROMPTS[0], NEXT[0])])
         cache.reset(0)
         return model.forward(Batch.of([(0, 0, NEXT[:1])]), cache)
 
