@@ -40,23 +40,23 @@ class ChatReply(ConversationReply):
         async for answer, deltas in self.pieces(generation):
             if answer.index not in begun:
                 begun.add(answer.index)
-                yield self._chunk(answer, {"role": "assistant", "content": ""})
+                yield self._chunk(answer, {"role": "assistant", "content": ""}, [])
             for delta in deltas:
-                yield self._chunk(answer, _delta_fields(delta))
+                yield self._chunk(answer, _delta_fields(delta), answer.new_logprobs())
             if answer.finish_reason is not None:
-                yield self._chunk(answer, {})
+                yield self._chunk(answer, {}, answer.new_logprobs())
         if self._request.wants_usage:
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._served.name}
 
-    def _chunk(self, answer: Answer, delta: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(self, answer: Answer, delta: dict[str, Any], logprobs: list[TokenLogprob]) -> dict[str, Any]:
         # The last chunk of a choice has an empty delta, and only it has a reason.
         fields = {
             "index": answer.index,
             "delta": delta,
-            "logprobs": self._logprobs(answer.new_logprobs()),
+            "logprobs": self._logprobs(logprobs),
             "finish_reason": None if delta else _finish_reason(answer),
         }
         no_usage = {"usage": None} if self._request.wants_usage else {}

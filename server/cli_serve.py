@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import logging
-import math
 import os
 import shlex
 import signal
@@ -36,6 +35,8 @@ log = logging.getLogger("loci")
 # The engine's thread comes back from native code many times a step, and would wait each time until the event
 # loop pauses, at most 5 ms (Python's own setting).
 SWITCH_INTERVAL_S = 1e-4
+# After the deadline of a drain: time to read why an answer ended.
+LAST_WORDS_S = 5
 
 
 def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -108,12 +109,16 @@ def serve(config: Path | None, **flags: Any) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with our start and end: loads once it listens; the first signal drains, the second ends."""
+    """uvicorn with our start and end: loads once it listens; the first signal drains, the second ends.
+
+    While it drains it goes on listening, so that who comes now is told that the server stops.
+    """
 
     def __init__(self, app: Any, service: Service, url: str) -> None:
         self._service = service
         self._url = url
         self._drain_s = service.settings.drain_timeout_s
+        self._unfinished: set[asyncio.Task[None]] = set()  # requests that ran when draining began
         super().__init__(
             uvicorn.Config(
                 app,
@@ -123,9 +128,9 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                # Our own deadline ends the sequences, so that clients read why; this one is for clients
-                # that do not read.
-                timeout_graceful_shutdown=math.ceil(self._drain_s) + 5,
+                # Our own deadline ends the sequences, so that clients read why; this one begins after it, and
+                # is for clients that do not read.
+                timeout_graceful_shutdown=LAST_WORDS_S,
             )
         )
 
@@ -140,10 +145,14 @@ class _Server(uvicorn.Server):
     def _when_loaded(self) -> None:
         if self._service.failure is not None:
             self.should_exit = True
-        if self.should_exit:
+        if self.should_exit or self._service.is_draining:
             return
         served = self._service.served
         _say(f"{served.name} is ready. Try:\n  {_curl(self._url, self._service)}")
+
+    async def on_tick(self, counter: int) -> bool:
+        is_over = await super().on_tick(counter)
+        return is_over or (self._service.is_draining and all(task.done() for task in self._unfinished))
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -153,13 +162,16 @@ class _Server(uvicorn.Server):
         yield
 
     def _on_signal(self, number: int) -> None:
-        if self.should_exit:
+        if self._service.is_draining:
             os._exit(128 + number)
-        self.should_exit = True
         self._service.drain()
+        self._unfinished = set(self.server_state.tasks)
         _say(f"Stopping; requests that run have {self._drain_s:g} s to finish. Once more to stop at once.")
-        stop = threading.Thread(target=self._service.stop, daemon=True)
-        asyncio.get_running_loop().call_later(self._drain_s, stop.start)
+        asyncio.get_running_loop().call_later(self._drain_s, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+        threading.Thread(target=self._service.stop, daemon=True).start()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -20,10 +20,11 @@ class Body(BaseModel):
 
 def refuse_fields(data: Any, refused: Mapping[str, str]) -> Any:
     """`data` as it came. Raises RequestError where it has a field that `refused` gives a reason against;
-    null and false ask for nothing.
+    null, false, an empty text and an empty list ask for nothing.
     """
     for name, why in refused.items() if isinstance(data, dict) else ():
-        if data.get(name) is not None and data[name] is not False:
+        value = data.get(name)
+        if not (value is None or value is False or value == "" or value == []):
             raise RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
     return data
 

@@ -118,7 +118,7 @@ class ResponsesReply(ConversationReply):
             "reasoning": given["reasoning"] or {"effort": None},
             "store": body.store is not False,
             "temperature": body.temperature,
-            "text": given["text"] or {"format": {"type": "text"}},
+            "text": {"format": (given["text"] or {}).get("format") or {"type": "text"}},
             "tool_choice": given["tool_choice"] or "auto",
             "tools": given["tools"] or [],
             "top_logprobs": body.top_logprobs or 0,

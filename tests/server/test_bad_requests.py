@@ -172,6 +172,19 @@ def test_a_wrong_completion_field_is_named(
     assert error["param"] == param
 
 
+@pytest.mark.parametrize("value", [None, False, "", []])
+def test_a_refused_field_that_asks_for_nothing_is_let_through(http: httpx.Client, value: object) -> None:
+    assert http.post("/v1/chat/completions", json=CHAT | {"grammar": value}).status_code == 200
+
+
+@pytest.mark.parametrize("value", [0, {}, "x", True])
+def test_a_refused_field_that_asks_for_something_is_named(http: httpx.Client, value: object) -> None:
+    answer = http.post("/v1/chat/completions", json=CHAT | {"prompt_logprobs": value})
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt_logprobs"
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
 @pytest.mark.parametrize(
     ("body", "message"),

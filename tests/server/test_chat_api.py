@@ -139,6 +139,15 @@ def test_streamed_logprobs_are_the_same_as_whole_ones(client: openai.OpenAI) -> 
     assert [t.logprob for t in streamed] == pytest.approx([t.logprob for t in whole], abs=1e-4)
 
 
+def test_a_streamed_piece_comes_with_the_log_probabilities_of_its_tokens(client: openai.OpenAI) -> None:
+    first, *pieces = ask(client, logprobs=True, stream=True, reasoning_effort="none")
+
+    assert (first.choices[0].delta.role, first.choices[0].logprobs.content) == ("assistant", [])
+    for piece in pieces:
+        spelled = b"".join(bytes(token.bytes) for token in piece.choices[0].logprobs.content)
+        assert spelled.decode(errors="replace") == (piece.choices[0].delta.content or "")
+
+
 def test_logit_bias_forces_a_token(client: openai.OpenAI) -> None:
     answer = ask(client, logit_bias={"300": 100}, logprobs=True, max_tokens=4)
 

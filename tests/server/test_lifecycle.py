@@ -46,6 +46,30 @@ def test_sigterm_lets_a_stream_finish_and_exits_with_0(start_server: StartServer
     assert server.exit_code() == 0
 
 
+def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_server: StartServer) -> None:
+    server = start_server(TINY).await_ready()
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+        client.completions.create(**LONG | {"max_tokens": 400}, stream=True) as running,
+    ):
+        next(running)
+        server.signal(signal.SIGTERM)
+        eventually(lambda: "Stopping" in server.out.read_text(), "the signal is noticed")
+        with pytest.raises(openai.InternalServerError) as caught:
+            client.completions.create(**LONG)
+        ready, health, metrics = (
+            httpx.get(f"{server.url}{path}") for path in ("/ready", "/health", "/metrics")
+        )
+        list(running)
+
+    assert caught.value.status_code == 503
+    assert caught.value.code == "server_stopping"
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+    assert (health.status_code, metrics.status_code) == (200, 200)
+    assert server.exit_code() == 0
+
+
 def test_sigterm_while_loading_exits_with_0(start_server: StartServer) -> None:
     server = start_server(TINY)
     assert server.url

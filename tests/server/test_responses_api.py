@@ -40,6 +40,12 @@ def test_an_answer_that_ends_by_itself_is_completed(client: openai.OpenAI) -> No
     assert response.output_text == text[: text.index(text[5:8])]
 
 
+def test_a_text_without_a_form_is_told_to_be_plain(client: openai.OpenAI) -> None:
+    response = ask(client, text={"verbosity": "low"})
+
+    assert response.text.format.type == "text"
+
+
 def test_reasoning_is_an_item_of_its_own(client: openai.OpenAI) -> None:
     response = ask(client, reasoning={"effort": "low"})
 
