@@ -48,6 +48,8 @@ VERSIONS = {
 # Fields that shape the prompt, in the order in which one is blamed for an error.
 PROMPT_FIELDS = ("messages", "reasoning_effort", "thinking", "tools", "tool_choice", "response_format")
 UNBOUNDED = 1 << 30  # a context so long that the default stands
+# What the library says of a body that it does not take; the last is about JSON nested too deeply.
+REFUSALS = (ValueError, recipe.ConversionError, RecursionError)
 
 
 class DeepseekChat(ChatFormat):
@@ -68,7 +70,7 @@ class DeepseekChat(ChatFormat):
         body = _prompt_fields(request)
         try:
             converted = self._convert_forcing(body)
-        except (ValueError, recipe.ConversionError) as error:
+        except REFUSALS as error:
             raise RequestError(_message(error), param=self._blame(body)) from None
         prompt = self._encoding.render_conversation(converted.conversation)
         if prompt.image_sources:
@@ -108,7 +110,7 @@ class DeepseekChat(ChatFormat):
             tried[field] = value
             try:
                 self._convert_forcing(tried)
-            except (ValueError, recipe.ConversionError):
+            except REFUSALS:
                 return field
         return "messages"
 

@@ -17,6 +17,10 @@ def called(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
+def nested(levels: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": nested(levels - 1)}} if levels else {"type": "object"}
+
+
 def json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
@@ -121,6 +125,9 @@ def user(content: Any) -> dict[str, Any]:
             "'a b' has a character",
         ),
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "'function'"),
+        ({"tools": [called("f", nested(70))]}, "tools", "nesting depth of 128"),
+        (json_schema(nested(70)), "response_format", "nesting depth of 128"),
+        ({"thinking": {"type": "enabled", "a": nested(70)}}, "thinking", "nesting depth of 128"),
         ({"tools": [TOOL], "tool_choice": "maybe"}, "tool_choice", "'none', 'auto' or 'required'"),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         (
