@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 # Beside what every token reads, each card has room for about a tenth of the 144 experts of 54 kB and DRAM
 # for a third; of 22 MB of Engram rows DRAM has a hundred kilobytes. The rest is on disk until it is needed.
+# Links as fast as sixteen lanes of PCIe 4.0: by the time that slower ones had carried one of a token's two
+# experts in a layer, the CPU would have computed both.
 DRAM_BUDGET = "7MB"
-DEVICES = "virtual:2.2MB@12.5GB/s,virtual:2.2MB@12.5GB/s"
+DEVICES = "virtual:2.2MB@25GB/s,virtual:2.2MB@25GB/s"
 MAX_TOKENS = 160
 CONTEXT = 640
 QUESTIONS = (
@@ -145,7 +147,7 @@ class _Story:
         )
 
     def table(self, since: _Since) -> list[tuple[str, ...]]:
-        """A row for each tier: experts in it, uses served, bytes moved over its link, time waited for it."""
+        """A row for each tier: experts in it, uses served, experts that left, bytes moved, time waited."""
         flat = [tier for layer in self.model.expert_tiers() for tier in layer]
         uses = sum(since.of("hits", tier) for tier in NAMES) or 1.0
         return [
@@ -153,6 +155,7 @@ class _Story:
                 name,
                 str(flat.count(tier)),
                 f"{since.of('hits', tier) / uses:.0%}",
+                f"{since.of('evictions', tier):.0f}" if tier != "nvme" else "",
                 bytes_text(int(since.of("moved_bytes", tier))) if tier != "dram" else "",
                 f"{since.stalled_ms(tier):.1f} ms" if tier != "dram" else "",
             )
@@ -170,7 +173,7 @@ class _Story:
         )
 
 
-HEADERS = ("tier", "experts", "uses served", "moved over its link", "waited for it")
+HEADERS = ("tier", "experts", "uses served", "had to leave", "moved over its link", "waited for it")
 
 
 class _PlainShow:
@@ -193,7 +196,7 @@ class _PlainShow:
             answer += piece
         since = _Since(before, self._story.telemetry.snapshot())
         write("\n\n")
-        print_table(HEADERS, self._story.table(since), right=(1, 2, 3, 4))
+        print_table(HEADERS, self._story.table(since), right=(1, 2, 3, 4, 5))
         write(self._story.engram(since) + "\n")
         return answer
 
