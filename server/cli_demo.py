@@ -173,7 +173,7 @@ class _Story:
         )
 
 
-HEADERS = ("tier", "experts", "uses served", "had to leave", "moved over its link", "waited for it")
+HEADERS = ("tier", "experts", "uses served", "had to leave", "over its link", "waited for it")
 
 
 class _PlainShow:
