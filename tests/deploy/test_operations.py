@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from tests.deploy.scraping import RULES, ask, scraping
 from tests.server.harness import ROOT, TINY, LociServer, eventually
@@ -66,24 +65,6 @@ def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
 @pytest.mark.skipif(HADOLINT is None, reason="no hadolint is installed (`make test` brings it)")
 def test_the_dockerfile_has_no_findings() -> None:
     check(str(HADOLINT), "Dockerfile")
-
-
-@needs("docker-compose", "docker-compose")
-def test_the_compose_file_is_valid() -> None:
-    check("docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet")
-
-
-def test_what_compose_and_grafana_name_exists() -> None:
-    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
-    mounts = [v for service in services.values() for v in service["volumes"] if v.startswith("./")]
-    assert mounts
-    for mount in mounts:
-        assert (DEPLOY / mount.split(":")[0]).is_dir(), mount
-    (source,) = yaml.safe_load(
-        (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yaml").read_text()
-    )["datasources"]
-    assert {p["datasource"]["uid"] for p in DASHBOARD["panels"] if p["type"] != "row"} == {source["uid"]}
-    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service["ports"])
 
 
 def test_panels_have_places_and_names_of_their_own() -> None:
