@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,8 @@ from memory.engram_store import EngramStore, ReadyRows
 from memory.telemetry import Telemetry
 from quant.errors import ConfigError
 
-ABSENT, DRAM, NVME = "absent", "dram", "nvme"
+ABSENT, DRAM, NVME = PLACES = "absent", "dram", "nvme"
+ORDERS = list(permutations(range(len(PLACES))))
 KINDS = ("decode", "prefill")
 UNIFORM, ZIPF, RECORDED = "uniform", "zipf", "recorded"
 HOT_SHARE = 10  # on disk, the hot cache holds one part in so many of the table
@@ -48,7 +50,7 @@ class _NoTable:
 
 @dataclass(frozen=True)
 class EngramCase:
-    """What every round does, and how many tokens' rows are looked up before."""
+    """What each of two or more rounds does, and how many tokens' rows are looked up before."""
 
     rounds: int
     decode_tokens: int
@@ -63,10 +65,10 @@ class EngramCase:
 
 @dataclass
 class EngramRun:
-    """Seconds of every round, by (where the table is, skew of its rows); seconds of single look-ups too.
+    """Seconds by (where the table is, skew of its rows), each beside those of the other places.
 
-    decode   a token, median of the round's tokens
-    prefill  the prompt
+    decode   every decoded token
+    prefill  every round's prompt
     lookups  a decoded token's rows of all tables, nothing else going on
     hits     rows found in DRAM, of the distinct ones asked for while the rounds ran
     """
@@ -80,10 +82,19 @@ class EngramRun:
     hits: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def penalty(self, where: str, skew: str, kind: str) -> float:
-        """The part by which `decode` or `prefill` is slower than without the table, median over rounds."""
-        times = getattr(self, kind)
+        """The part by which `decode` or `prefill` is slower than without the table, median of all pairs."""
+        return float(median(self._pairs(where, skew, kind)))
+
+    def doubt(self, where: str, skew: str, kind: str) -> float:
+        """The standard error of `penalty`, from the half of the pairs in the middle."""
+        pairs = self._pairs(where, skew, kind)
+        low, _, high = quantiles(pairs, n=4)
+        return float((high - low) / len(pairs) ** 0.5)
+
+    def _pairs(self, where: str, skew: str, kind: str) -> list[float]:
+        times: dict[tuple[str, str], list[float]] = getattr(self, kind)
         pairs = zip(times[where, skew], times[ABSENT, skew], strict=True)
-        return float(median(with_table / without - 1 for with_table, without in pairs))
+        return [with_table / without - 1 for with_table, without in pairs]
 
     def worst_penalty(self, where: str) -> float:
         """The largest of a place's penalties."""
@@ -205,9 +216,9 @@ def run_engram(
 ) -> EngramRun:
     """Measure the checkpoint at `path`; its tables, and a tenth of them once more, must fit beside the model.
 
-    Every round decodes and prefills with each store in turn, so that what disturbs one disturbs all. Rows are
-    those of a trace `[tokens, tables, columns]`, or of random tokens. Raises ConfigError for a model without
-    tables or without room to hold them, a trace that is not of this model, and what loading raises.
+    Each prompt and each token is computed with every store in turn, so that what disturbs one disturbs all.
+    Rows are those of a trace `[tokens, tables, columns]`, or of random tokens. Raises ConfigError for a model
+    without tables or without room to hold them, a trace that is not of this model, and what loading raises.
     """
     model = load(path, MemoryBudget.of_this_machine()).model
     try:
@@ -255,27 +266,21 @@ class _Bench:
         absent = _NoTable(case.prompt_tokens * columns, model.config.engram_head_dim)
         self._stores: dict[str, Store] = {ABSENT: absent, DRAM: whole, NVME: on_disk}
         self._telemetry = telemetry
-        self._cache = model.new_cache(1, case.tokens)
+        self._cache = model.new_cache(len(PLACES), case.tokens)
         tables = sum(files.nbytes for files in whole.files.values())
         self._run = EngramRun(tables, on_disk.nbytes, columns * len(self._layers))
 
     def run(self, sources: Sequence[_Source], on_progress: Callable[[int, int], None]) -> EngramRun:
         run, rounds = self._run, self._case.rounds
-        done, total = 0, rounds * len(sources) * len(self._stores)
+        done, total = 0, rounds * len(sources)
         for source in sources:
             for rows in source.warm():
                 self._look_up(NVME, rows)
             before = {where: t.snapshot().rows for where, t in self._telemetry.items()}
             for number in range(rounds):
-                # Who begins changes from round to round.
-                places = (ABSENT, DRAM, NVME)
-                order = places[number % 3 :] + places[: number % 3]
-                for where in order:
-                    prefill, decode = self._round(where, source, number)
-                    run.prefill.setdefault((where, source.skew), []).append(prefill)
-                    run.decode.setdefault((where, source.skew), []).append(decode)
-                    done += 1
-                    on_progress(done, total)
+                self._round(source, number)
+                done += 1
+                on_progress(done, total)
             for where, telemetry in self._telemetry.items():
                 seen = telemetry.snapshot().rows
                 asked = seen.get("unique", 0) - before[where].get("unique", 0)
@@ -284,21 +289,35 @@ class _Bench:
                 run.lookups[where, source.skew] = self._single_lookups(where, source.single())
         return run
 
-    def _round(self, where: str, source: _Source, number: int) -> tuple[float, float]:
-        """Seconds of the prompt, and of a decoded token (median), with the store `where`."""
-        model, cache, prompt = self._model, self._cache, self._case.prompt_tokens
-        ids, model.engram = source.round(number, self._stores[where])
-        cache.reset(0)
-        begun = time.perf_counter()
-        model.forward(Batch.of([(0, 0, ids[:prompt])]), cache)
-        prefill = time.perf_counter() - begun
-        steps = []
+    def _round(self, source: _Source, number: int) -> None:
+        """A prompt and its answer, of each place in a slot of its own; who begins changes all the time."""
+        prompt = self._case.prompt_tokens
+        drawn = [source.round(number, self._stores[where]) for where in PLACES]
+        ids = drawn[0][0]
+        for slot in ORDERS[number % len(ORDERS)]:
+            self._cache.reset(slot)
+            self._time(self._run.prefill, slot, source, drawn[slot][1], [], ids[:prompt])
         for at in range(prompt, len(ids)):
-            begun = time.perf_counter()
-            model.expect([(ids[:at], ids[at])])  # as the engine does when it has sampled the token
-            model.forward(Batch.of([(0, at, [ids[at]])]), cache)
-            steps.append(time.perf_counter() - begun)
-        return prefill, median(steps)
+            for slot in ORDERS[(number + at) % len(ORDERS)]:
+                self._time(self._run.decode, slot, source, drawn[slot][1], ids[:at], [ids[at]])
+
+    def _time(
+        self,
+        into: dict[tuple[str, str], list[float]],
+        slot: int,
+        source: _Source,
+        lookup: EngramLookup,
+        before: list[int],
+        ids: list[int],
+    ) -> None:
+        """Compute tokens of a slot behind those `before`, with its look-up, and note how long that takes."""
+        model, cache = self._model, self._cache
+        model.engram = lookup
+        begun = time.perf_counter()
+        if before:
+            model.expect([(before, ids[0])])  # as the engine does when it has sampled the token
+        model.forward(Batch.of([(slot, len(before), ids)]), cache)
+        into.setdefault((PLACES[slot], source.skew), []).append(time.perf_counter() - begun)
 
     def _single_lookups(self, where: str, rows: torch.Tensor) -> list[float]:
         """Seconds of look-ups, each of one token's rows of all tables; rows `[tables, tokens, columns]`."""

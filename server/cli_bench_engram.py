@@ -23,7 +23,7 @@ def engram(
         Path,
         typer.Argument(help="Checkpoint with Engram tables, as `loci synth` writes it.", show_default=False),
     ],
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; each tries all cases in turn.")] = 9,
+    rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds; each tries all cases in turn.")] = 9,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens decoded in each.")] = 12,
     prompt: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of the prompt in each.")] = 128,
     warm: Annotated[
@@ -73,6 +73,7 @@ def engram(
             for kind in KINDS:
                 name = f"engram_{where}_{skew}_{kind}_penalty"
                 results.append(Result(name, run.penalty(where, skew, kind), "fraction"))
+                results.append(Result(f"{name}_error", run.doubt(where, skew, kind), "fraction"))
             results.append(Result(f"engram_{where}_{skew}_hits", run.hits[where, skew], "ratio"))
             for percent in PERCENTILES:
                 value = 1e6 * percentile(run.lookups[where, skew], percent)
@@ -95,7 +96,9 @@ def _print(run: EngramRun) -> None:
         if where not in TARGETS:
             rows.append((where, skew, *seconds, *[""] * 6))
             continue
-        penalties = [f"{run.penalty(where, skew, kind):+.2%}" for kind in KINDS]
+        penalties = [
+            f"{run.penalty(where, skew, kind):+.2%} ±{run.doubt(where, skew, kind):.2%}" for kind in KINDS
+        ]
         latencies = [f"{1e6 * percentile(run.lookups[where, skew], percent):.0f}" for percent in PERCENTILES]
         rows.append((where, skew, *seconds, *penalties, f"{run.hits[where, skew]:.1%}", *latencies))
     headers = ["table", "rows", "decode ms", "prefill ms", "decode", "prefill", "in DRAM"]
