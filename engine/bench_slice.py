@@ -27,11 +27,13 @@ WARM_STEPS = 4
 # The last value that a part of a layer shows -> what the time since the value before it went to.
 KINDS = {
     "engram_rows": "addresses",
+    "engram_kv": "engram",
     "engram_gate": "engram",
     "index_selected": "attention",
     "attn_out": "attention",
     "router_ids": "router",
     "router_weights": "router",
+    "shared_out": "experts",
     "streams": "experts",
 }
 

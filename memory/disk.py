@@ -19,10 +19,12 @@ import torch
 
 from memory.checkpoint import TensorEntry
 from memory.file_reads import open_to_read, read_into
+from memory.transfer import CancelledError
 from quant.errors import CheckpointError
 
 BLOCK = 4096  # O_DIRECT wants offsets, lengths and addresses to be multiples of this
 MOST_GAP = 256 << 10  # ranges closer together than this are read at once
+PIECE = 2 << 20  # bytes between two looks at whether the rest is still wanted
 
 
 @dataclass(frozen=True)
@@ -75,27 +77,33 @@ class DirectFiles:
                 os.close(descriptor)
         self._descriptors.clear()
 
-    def read(self, ranges: Sequence[Range]) -> dict[str, torch.Tensor]:
+    def read(self, ranges: Sequence[Range], stop: threading.Event | None = None) -> dict[str, torch.Tensor]:
         """The raw bytes of the tensors of `ranges`, uint8 `[nbytes]` each, in a buffer of the calling thread.
 
         They stay until the thread's next read: new memory for each read would have to be cleared first, which
-        takes longer than the read. Raises CheckpointError where a file has become shorter.
+        takes longer than the read. Raises CheckpointError where a file has become shorter, and CancelledError
+        soon after `stop` is set.
         """
         buffer = self._buffer(sum(part.stop - part.start for part in ranges))
         whole = torch.frombuffer(buffer, dtype=torch.uint8)
         found: dict[str, torch.Tensor] = {}
         at = 0
         for part in ranges:
-            self._read_range(part, memoryview(buffer)[at : at + part.stop - part.start])
+            self._read_range(part, memoryview(buffer)[at : at + part.stop - part.start], stop)
             for entry in part.entries:
                 start = at + entry.offset - part.start
                 found[entry.name] = whole[start : start + entry.nbytes]
             at += part.stop - part.start
         return found
 
-    def _read_range(self, part: Range, view: memoryview) -> None:
+    def _read_range(self, part: Range, view: memoryview, stop: threading.Event | None = None) -> None:
         needed = max(entry.offset + entry.nbytes for entry in part.entries) - part.start
-        read_into(self._descriptors[part.file], view, part.start, needed, part.file)
+        piece = needed if stop is None else PIECE
+        for at in range(0, needed, piece):
+            if stop is not None and stop.is_set():
+                raise CancelledError(f"{part.file}: not wanted any more", moved_bytes=at)
+            of = view[at : at + piece] if at + piece < needed else view[at:]
+            read_into(self._descriptors[part.file], of, part.start + at, min(piece, needed - at), part.file)
 
     def _buffer(self, nbytes: int) -> mmap.mmap:
         """The calling thread's buffer, page-aligned, of at least `nbytes`."""

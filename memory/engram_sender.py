@@ -34,9 +34,13 @@ class SentRows:
         self._link = link
         self._telemetry = telemetry
 
+    @property
+    def is_done(self) -> bool:
+        return self._sent.done()
+
     def wait(self) -> torch.Tensor:
         """The rows on the card; waiting here counts as a stall. Raises what the look-up raised."""
-        if not self._sent.done():
+        if not self.is_done:
             start = time.perf_counter()
             try:
                 self._sent.result()

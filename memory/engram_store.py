@@ -72,6 +72,11 @@ class TableFiles:
 class RowsTicket(Protocol):
     """The promise of a look-up."""
 
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would not wait."""
+        ...
+
     def wait(self) -> torch.Tensor:
         """The rows, `[n, dim]` float32, where the layer is computed; raises what the look-up raised."""
         ...
@@ -79,6 +84,8 @@ class RowsTicket(Protocol):
 
 class ReadyRows:
     """The answer to a look-up that took no time."""
+
+    is_done = True
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
@@ -99,9 +106,13 @@ class _ServedRows:
         self._telemetry = telemetry
         self.counts: RowCounts | None = None
 
+    @property
+    def is_done(self) -> bool:
+        return self.counts is not None or self._job.is_done
+
     def wait(self) -> torch.Tensor:
         """As `arrive`; waiting here counts as the store's stall."""
-        if self.counts is not None or self._job.is_done:
+        if self.is_done:
             return self.arrive()
         start = time.perf_counter()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -22,10 +23,7 @@ MOST_READERS = 4
 
 
 def default_readers() -> int:
-    """Readers that keep the disk busy while others rearrange.
-
-    More would have more guesses under way that cannot be taken back any more when they turn out wrong.
-    """
+    """Readers that keep the disk busy while others rearrange."""
     return min(MOST_READERS, usable_cores() + 1)
 
 
@@ -78,14 +76,15 @@ class ExpertReader:
 
     def read(self, key: Key, slot: torch.Tensor, priority: Priority) -> Ticket:
         """Begin reading an expert into `slot` (uint8 `[layout.nbytes]`)."""
-        parts = [self._part(key, number, slot) for number in range(MATRICES)]
-        return self.link.submit(parts, self._layout.nbytes, priority)
+        stop = threading.Event()
+        parts = [self._part(key, number, slot, stop) for number in range(MATRICES)]
+        return self.link.submit(parts, self._layout.nbytes, priority, stop)
 
-    def _part(self, key: Key, number: int, slot: torch.Tensor) -> Callable[[], None]:
+    def _part(self, key: Key, number: int, slot: torch.Tensor, stop: threading.Event) -> Callable[[], None]:
         ranges: list[Range] = coalesce(self._files.entries(*key, number))
 
         def work() -> None:
-            raw = self._direct.read(ranges)
+            raw = self._direct.read(ranges, stop)
             self._layout.pack_matrix(slot, number, self._files.matrix(*key, number, raw))
 
         return work

@@ -59,6 +59,13 @@ class ExpertStep:
             store.telemetry.add("hits", "nvme" if found is None else found[0].tier.name)
         self._begin()
 
+    def __enter__(self) -> ExpertStep:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """What the step uses may leave again, also where something went wrong before or in `run`."""
+        self._release()
+
     def run(self, x: torch.Tensor, weights: torch.Tensor, swiglu_limit: float) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`.
 

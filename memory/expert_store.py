@@ -197,7 +197,7 @@ class ExpertStore:
                     self.telemetry.add("prefetches", "cancelled")
 
     def _cancel_reads(self, layer: int, still_wanted: Iterable[int]) -> None:
-        """Read no more of what was foreseen for `layer` and is not wanted any more."""
+        """Read no more of what was foreseen for `layer` and is not wanted any more, not even to its end."""
         for expert in self.dram.by_layer[layer].keys() - set(still_wanted):
             place = self.dram.by_layer[layer][expert]
             if place.foreseen and place.ticket is not None and self._reader.link.cancel(place.ticket):

@@ -25,15 +25,22 @@ class Priority(IntEnum):
 
 
 class CancelledError(Exception):
-    """What waiting for a transfer raises that was taken off its queue."""
+    """What waiting for a cancelled transfer raises; a part that stops half-way says what it moved."""
+
+    def __init__(self, message: str, moved_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.moved_bytes = moved_bytes
 
 
 class Ticket:
     """The promise of a transfer. `wait` returns when the bytes are there, or raises what went wrong."""
 
-    def __init__(self, link: Link, nbytes: int, priority: Priority, parts: int) -> None:
+    def __init__(
+        self, link: Link, nbytes: int, priority: Priority, parts: int, stop: threading.Event | None
+    ) -> None:
         self._link = link
         self.nbytes = nbytes
+        self.stop = stop
         self.label = f"{link.name} {priority.name.lower()}"
         self.parts_left = parts
         self._done = threading.Event()
@@ -108,9 +115,18 @@ class Link:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, parts: Sequence[Callable[[], None]], nbytes: int, priority: Priority) -> Ticket:
-        """Queue a transfer of `nbytes` in all, done in `parts` of about equal size, on the link's threads."""
-        ticket = Ticket(self, nbytes, priority, len(parts))
+    def submit(
+        self,
+        parts: Sequence[Callable[[], None]],
+        nbytes: int,
+        priority: Priority,
+        stop: threading.Event | None = None,
+    ) -> Ticket:
+        """Queue a transfer of `nbytes` in all, done in `parts` of about equal size, on the link's threads.
+
+        stop: parts under way that look at it end early with CancelledError once it is set, by `cancel`.
+        """
+        ticket = Ticket(self, nbytes, priority, len(parts), stop)
         with self._changed:
             if self._closed:
                 raise RuntimeError(f"link {self.name} is closed")
@@ -130,17 +146,21 @@ class Link:
                 heapq.heapify(self._queue)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Take off the queue what has not begun of a transfer; False where all of it has.
+        """Take off the queue what has not begun of a transfer, and stop what can be stopped.
 
-        The transfer ends, with CancelledError, when what had begun has ended: at once where nothing had.
+        False where there is neither. The transfer ends, with CancelledError, when what had begun has ended:
+        at once where nothing had.
         """
         with self._changed:
             kept = [job for job in self._queue if job.ticket is not ticket]
             queued = len(self._queue) - len(kept)
-            if queued == 0:
+            can_stop = ticket.stop is not None and not ticket.stop.is_set() and ticket.parts_left > 0
+            if queued == 0 and not can_stop:
                 return False
             heapq.heapify(kept)
             self._queue = kept
+            if ticket.stop is not None:
+                ticket.stop.set()
             ticket.error = ticket.error or CancelledError(f"{ticket.label}: cancelled")
             ticket.parts_left -= queued
             if ticket.parts_left == 0:
@@ -177,6 +197,9 @@ class Link:
                 job.work()
                 self._pace(started, job.nbytes)
                 self.telemetry.add("moved_bytes", self.name, job.nbytes)
+            except CancelledError as stopped:
+                self.telemetry.add("moved_bytes", self.name, stopped.moved_bytes)
+                error = stopped
             except BaseException as raised:  # handed to whoever waits
                 error = raised
             with self._changed:

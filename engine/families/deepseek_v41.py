@@ -55,6 +55,7 @@ class _Step:
     plain_rotation: Rotation
     compressed_rotation: Rotation
     engram: StepRows | None
+    engram_kv: dict[int, torch.Tensor] = field(default_factory=dict)  # by layer, from a guess to its use
     selections: list[Selection] = field(default_factory=list)
     pools: list[CandidatePool] | None = None
     _rotations: dict[tuple[bool, torch.device], Rotation] = field(default_factory=dict)
@@ -153,18 +154,19 @@ class DeepseekV41(Model):
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, SparseCache)
-        step = self._begin(batch, cache, trace or NO_TRACE)
         config, weights = self.config, self.weights
         embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
         pre = first_mix(len(batch.token_ids), config.hc_mult)
+        step = self._begin(batch, cache, trace or NO_TRACE)
+        self._foresee(0, streams, pre)
         for number, layer in enumerate(weights.layers):
             streams, pre = streams.to(layer.device), pre.to(layer.device)
             if layer.engram is not None:
                 streams = self._read_engram(number, streams, step)
 
             mix = layer.hc_attn.mix(self.kernels, streams)
-            if number == 0 or layer.device == HOST:  # on a card, attention leaves no time to use it
+            if number > 0 and layer.device == HOST:  # on a card, attention leaves no time to use it
                 self._foresee(number, streams, mix.pre)
             x = rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
             y = self._attention(number, layer.attn, x, step)
@@ -213,12 +215,33 @@ class DeepseekV41(Model):
         """Add the gated value of the tokens' n-gram rows to every stream."""
         layer = self.weights.layers[number]
         assert layer.engram is not None
-        assert step.engram is not None
-        table = self.config.engram_layer_ids.index(number)
-        values = step.engram.wait(table).to(layer.device)  # [tokens, columns * dim]
-        gates, value = layer.engram.gates_and_value(self.kernels, streams, values)
+        kv = step.engram_kv.pop(number) if number in step.engram_kv else self._engram_kv(number, step)
+        gates, value = layer.engram.gates_and_value(streams, kv)
         step.trace.add(f"engram_gate.{number}", gates)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
+
+    def _engram_kv(self, number: int, step: _Step) -> torch.Tensor:
+        """What the tokens' rows say to layer `number`, which is all but the gates."""
+        layer = self.weights.layers[number]
+        assert layer.engram is not None
+        assert step.engram is not None
+        values = step.engram.wait(self._table(number)).to(layer.device)  # [tokens, columns * dim]
+        return layer.engram.keys_and_value(self.kernels, values)
+
+    def _with_engram_ahead(self, number: int, streams: torch.Tensor, step: _Step) -> torch.Tensor:
+        """About what `_read_engram` will make of the streams; as they are where rows are not there yet."""
+        layer = self.weights.layers[number]
+        if layer.engram is None or step.engram is None or not step.engram.is_there(self._table(number)):
+            return streams
+        streams = streams.to(layer.device)
+        step.engram_kv[number] = self._engram_kv(number, step)
+        step.trace.add(f"engram_kv.{number}", step.engram_kv[number])
+        gates, value = layer.engram.gates_and_value(streams, step.engram_kv[number])
+        return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
+
+    def _table(self, number: int) -> int:
+        """Which of the Engram tables layer `number` reads."""
+        return self.config.engram_layer_ids.index(number)
 
     def _attention(self, number: int, attn: AttentionWeights, x: torch.Tensor, step: _Step) -> torch.Tensor:
         """Sections 4.1 to 4.7 for all tokens, `[tokens, hidden]` to the same."""
@@ -327,13 +350,15 @@ class DeepseekV41(Model):
         chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
-        experts = self.weights.experts.acquire(number, chosen.cpu())
-        shared = layer.shared_experts  # computed while missing experts arrive
-        y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
-        if number + 1 < config.num_hidden_layers:
-            # The next layer's experts will read with its attention's mix, which is more like this one's.
-            self._foresee(number + 1, write_streams(streams, y, mix), pre)
-        return experts.run(x, weights, config.swiglu_limit) + y
+        with self.weights.experts.acquire(number, chosen.cpu()) as experts:
+            shared = layer.shared_experts  # computed while missing experts arrive
+            y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
+            step.trace.add(f"shared_out.{number}", y)
+            if number + 1 < config.num_hidden_layers and self.weights.experts.wants_guesses(number + 1):
+                ahead = self._with_engram_ahead(number + 1, write_streams(streams, y, mix), step)
+                # The next layer's experts will read with its attention's mix, which is more like this one's.
+                self._foresee(number + 1, ahead, pre.to(ahead.device))
+            return experts.run(x, weights, config.swiglu_limit) + y
 
     def _foresee(self, number: int, streams: torch.Tensor, pre: torch.Tensor) -> None:
         """Begin to bring what layer `number` will probably choose nearer, from the streams as far as known.

@@ -21,16 +21,17 @@ class EngramMix:
     qk: torch.Tensor
     norm_eps: float
 
-    def gates_and_value(
-        self, kernels: Kernels, streams: torch.Tensor, rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_value(self, kernels: Kernels, rows: torch.Tensor) -> torch.Tensor:
+        """What rows `[tokens, columns * dim]` say whatever the streams are: `[tokens, (hc + 1) * hidden]`."""
+        return kernels.linear(rows, self.wkv)
+
+    def gates_and_value(self, streams: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate per stream `[tokens, hc]` and value `[tokens, hidden]`.
 
-        streams `[tokens, hc, hidden]`, rows `[tokens, columns * dim]`. The streams are normalised by
-        their RMS alone, and the square root keeps the sign of the dot product.
+        streams `[tokens, hc, hidden]`, kv of `keys_and_value`. The streams are normalised by their RMS
+        alone, and the square root keeps the sign of the dot product.
         """
         tokens, hc, hidden = streams.shape
-        kv = kernels.linear(rows, self.wkv)
         key, value = kv[:, : hc * hidden].view(tokens, hc, hidden), kv[:, hc * hidden :]
         dot = (streams * self.qk * key).sum(-1)
         dot = dot * torch.rsqrt(streams.square().mean(-1) + self.norm_eps)

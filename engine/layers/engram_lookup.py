@@ -41,6 +41,10 @@ class StepRows:
 
     parts: list[_Picked]
 
+    def is_there(self, table: int) -> bool:
+        """True where `wait` would not wait."""
+        return all(picked.part.tickets[table].is_done for picked in self.parts)
+
     def wait(self, table: int) -> torch.Tensor:
         """Values of all tokens, `[tokens, columns * dim]`; raises what the look-up raised."""
         values = [picked.wait(table) for picked in self.parts]
