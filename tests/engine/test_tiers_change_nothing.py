@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 
 from engine.families import family_of
 from engine.families.deepseek_v41 import DeepseekV41
+from engine.layers.engram import EngramMix
+from engine.layers.engram_lookup import StepRows
 from engine.model import Batch
 from memory.budget import MemoryBudget
+from memory.expert_store import ExpertStore
 from memory.safetensors_files import open_safetensors
 from memory.tiers import Tier
 from quant.errors import BudgetError
@@ -179,3 +182,29 @@ def test_a_read_that_fails_fails_its_step_and_can_be_tried_again(
             with pytest.raises(OSError, match="the drive is gone"):
                 answer(model, ids)
         assert torch.equal(answer(model, ids), everything_in_dram)
+
+
+def test_a_guess_before_a_layer_with_a_table_takes_its_rows_into_account(
+    golden: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guesses: list[tuple[int, list[int]]] = []
+    prefetch = ExpertStore.prefetch
+
+    def noted(self: ExpertStore, layer: int, expert_ids: list[int]) -> None:
+        guesses.append((layer, expert_ids))
+        prefetch(self, layer, expert_ids)
+
+    def no_gate(self: EngramMix, streams: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.zeros(streams.shape[:2]), torch.zeros(streams.shape[0], streams.shape[2])
+
+    monkeypatch.setattr(ExpertStore, "prefetch", noted)
+    monkeypatch.setattr(StepRows, "is_there", lambda self, table: self.wait(table) is not None)
+    ids = golden["input_ids"].tolist()[:64]
+    with loaded(budget(20)) as model:
+        table = model.config.engram_layer_ids[0]
+        model.forward(Batch.of([(0, 0, ids)]), model.new_cache(1, 64))
+        with_rows = dict(reversed(guesses))[table]  # the first of this layer
+        guesses.clear()
+        monkeypatch.setattr(EngramMix, "gates_and_value", no_gate)
+        model.forward(Batch.of([(0, 0, ids)]), model.new_cache(1, 64))
+    assert with_rows != dict(reversed(guesses))[table]

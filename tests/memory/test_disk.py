@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from memory.checkpoint import TensorEntry
 from memory.disk import BLOCK, DirectFiles, coalesce
+from memory.transfer import CancelledError
 from quant.errors import CheckpointError
 
 CONTENT = np.random.default_rng(5).integers(0, 256, 300_001, dtype=np.uint8).tobytes()
@@ -40,9 +43,32 @@ def test_ranges_hold_exactly_the_bytes_of_their_tensors(file: Path, spans: list[
     direct.open([file])
     ranges = coalesce(entries)
     assert all(part.start % BLOCK == 0 for part in ranges)
-    found = {name: raw.numpy().tobytes() for name, raw in direct.read(ranges).items()}
+    wanted = {e.name: CONTENT[e.offset : e.offset + e.nbytes] for e in entries}
+    for stop in (None, threading.Event()):
+        with patch("memory.disk.PIECE", 2 * BLOCK):
+            found = {name: raw.numpy().tobytes() for name, raw in direct.read(ranges, stop).items()}
+        assert found == wanted
     direct.close()
-    assert found == {e.name: CONTENT[e.offset : e.offset + e.nbytes] for e in entries}
+
+
+def test_a_read_that_is_to_stop_ends_within_a_piece(file: Path) -> None:
+    stop, pieces = threading.Event(), []
+
+    def read_and_stop(descriptor: int, view: memoryview, at: int, needed: int, file: Path) -> None:
+        pieces.append(needed)
+        stop.set()
+
+    direct = DirectFiles()
+    direct.open([file])
+    with (
+        patch("memory.disk.PIECE", BLOCK),
+        patch("memory.disk.read_into", read_and_stop),
+        pytest.raises(CancelledError, match="not wanted any more") as stopped,
+    ):
+        direct.read(coalesce([entry(file, "a", 0, 100_000)]), stop)
+    direct.close()
+    assert pieces == [BLOCK]
+    assert stopped.value.moved_bytes == BLOCK
 
 
 def test_tensors_that_lie_together_are_one_request(file: Path) -> None:

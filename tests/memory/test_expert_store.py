@@ -15,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import memory.disk
 from memory.carrier import Carrier, Fence
 from memory.disk import DirectFiles
 from memory.expert_reader import ExpertReader
 from memory.expert_store import ExpertStore
+from memory.file_reads import read_into
 from memory.hardware import resident_bytes
 from memory.transfer import Priority, Ticket
 from quant.errors import BudgetError, CheckpointError
@@ -96,13 +98,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error
     """Let reads fail of which `fails` says so by their number; returns the numbers, growing."""
     read, numbers, lock = DirectFiles.read, [0], threading.Lock()
 
-    def sometimes(self: DirectFiles, ranges: object) -> object:
+    def sometimes(self: DirectFiles, *args: object) -> object:
         with lock:
             numbers[0] += 1
             number = numbers[0]
         if fails(number):
             raise error
-        return read(self, ranges)  # type: ignore[arg-type]
+        return read(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DirectFiles, "read", sometimes)
     return numbers
@@ -152,9 +154,9 @@ def test_a_slow_disk_is_waited_for(
 ) -> None:
     read = DirectFiles.read
 
-    def slowly(self: DirectFiles, ranges: object) -> object:
+    def slowly(self: DirectFiles, *args: object) -> object:
         time.sleep(0.002)
-        return read(self, ranges)  # type: ignore[arg-type]
+        return read(self, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DirectFiles, "read", slowly)
     store = files.store(5, 2)
@@ -311,22 +313,30 @@ def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
     store.close()
 
 
+def test_what_a_failed_step_would_have_used_may_leave_again(files: ExpertsOnDisk) -> None:
+    store = files.store(4)
+    with pytest.raises(RuntimeError, match="before its experts"), store.acquire(0, torch.tensor([[0, 1]])):
+        raise RuntimeError("the step failed before its experts were computed")
+    assert not store.busy
+    store.close()
+
+
 def test_a_wrong_guess_that_is_half_read_is_read_no_further(
     files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, begun, may_end = DirectFiles.read, threading.Event(), threading.Event()
+    begun, may_end = threading.Event(), threading.Event()
 
-    def held(self: DirectFiles, ranges: object) -> object:
+    def held(*args: object) -> None:
         begun.set()
         assert may_end.wait(60)
-        return read(self, ranges)  # type: ignore[arg-type]
+        read_into(*args)  # type: ignore[arg-type]
 
     store = files.store(8, readers=1)
     on_disk = next(e for e in range(EXPERTS) if store.find((0, e)) is None)
     here = next(e for e in range(EXPERTS) if store.find((0, e)) is not None)
     before = store.telemetry.snapshot().moved_bytes["nvme"]
     with monkeypatch.context() as slow:
-        slow.setattr(DirectFiles, "read", held)
+        slow.setattr(memory.disk, "read_into", held)
         store.prefetch(0, [on_disk])
         assert begun.wait(60)
         step = store.acquire(0, torch.tensor([[here]]))

@@ -130,6 +130,33 @@ def test_of_a_transfer_that_is_cancelled_half_way_only_what_has_begun_is_moved(l
     assert "nvme prefetch" not in seen.moves
 
 
+def test_a_transfer_under_way_that_looks_whether_it_should_stop_is_cancelled_too(link: Link) -> None:
+    begun, stop = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert stop.wait(30)
+        raise CancelledError("not wanted any more", moved_bytes=7)
+
+    ticket = link.submit([work], 20, Priority.PREFETCH, stop)
+    assert begun.wait(30)
+    assert link.cancel(ticket)
+    assert not link.cancel(ticket)
+    with pytest.raises(CancelledError):
+        ticket.wait()
+    assert not link.cancel(ticket)
+    seen = link.telemetry.snapshot()
+    assert seen.moved_bytes["nvme"] == 7
+    assert seen.failed == {}
+
+
+def test_a_transfer_that_has_ended_cannot_be_cancelled(link: Link) -> None:
+    ticket = link.submit([lambda: None], 20, Priority.PREFETCH, threading.Event())
+    ticket.wait()
+    assert not link.cancel(ticket)
+    assert not ticket.has_failed
+
+
 def test_closing_fails_what_is_queued() -> None:
     link = Link("nvme", Telemetry())
     gate = Gate(link)
