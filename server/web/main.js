@@ -18,6 +18,7 @@ const conversation = new Conversation({
   onBusy(isBusy) {
     send.hidden = isBusy;
     stop.hidden = !isBusy;
+    tellStrip(isBusy);
     if (isBusy) announcer.textContent = "Answering";
     prompt.focus();
   },
@@ -102,4 +103,4 @@ document.querySelector("#new").addEventListener("click", () => {
 settings.onSave(connect);
 
 connect();
-watchTiers(document.querySelector("#strip"), settings.apiKey, () => conversation.isBusy);
+const tellStrip = watchTiers(document.querySelector("#strip"), settings.apiKey);

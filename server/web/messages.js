@@ -21,6 +21,15 @@ export function toEnd() {
   scroller.scrollTop = scroller.scrollHeight;
 }
 
+const isNearEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END_PX;
+
+// A keyboard that opens on a phone, or one that is turned, must not hide the end from who was there.
+let wasNearEnd = true;
+scroller.addEventListener("scroll", () => (wasNearEnd = isNearEnd()));
+new ResizeObserver(() => {
+  if (wasNearEnd) toEnd();
+}).observe(scroller);
+
 /** Remove all messages from the one at `index` on. */
 export function dropFrom(index) {
   while (list.children.length > index) list.lastChild.remove();
@@ -97,7 +106,7 @@ export class Answer {
 
   #draw() {
     this.#frame = 0;
-    const follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END_PX;
+    const follows = isNearEnd();
     this.folded.hidden = !this.reasoning;
     // Models begin with line breaks that are no part of what they say.
     render(this.thoughts, this.reasoning.trimStart());

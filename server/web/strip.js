@@ -7,22 +7,47 @@ import { element } from "./dom.js";
 const BUSY_MS = 1000;
 const IDLE_MS = 5000;
 
-/** Keep `strip` up to date while the page is seen. */
-export async function watchTiers(strip, apiKey, isBusy) {
-  let before = null;
-  for (;;) {
-    if (!document.hidden) {
-      try {
-        const now = new Reading(await metrics(apiKey()));
-        strip.replaceChildren(...figures(now, before ?? now).map(cell));
-        strip.hidden = strip.children.length === 0;
-        before = now;
-      } catch {
-        strip.hidden = true; // the line of the model says what is wrong
-      }
+/**
+ * Keeps `strip` up to date while the page is seen: now and then, each second while an answer grows, and at once
+ * when one begins or ends. Returns the function that is to be told `isBusy` then.
+ */
+export function watchTiers(strip, apiKey) {
+  let isBusy = false;
+  let seen = []; // the last readings, oldest first
+  let isDue = false; // also while a reading is under way, which may be from before
+  let wake = () => {};
+
+  async function look() {
+    try {
+      const now = new Reading(await metrics(apiKey()));
+      const before = seen.findLast((each) => now.readAt - each.readAt > BUSY_MS * 0.9) ?? seen[0] ?? now;
+      strip.replaceChildren(...figures(now, before).map(cell));
+      strip.hidden = strip.children.length === 0;
+      seen = [...seen.slice(-2), now];
+    } catch {
+      strip.hidden = true; // the line of the model says what is wrong
     }
-    await new Promise((resolve) => setTimeout(resolve, isBusy() ? BUSY_MS : IDLE_MS));
   }
+
+  async function watch() {
+    for (;;) {
+      isDue = false;
+      if (!document.hidden) await look();
+      if (isDue) continue;
+      await new Promise((resolve) => {
+        wake = resolve;
+        setTimeout(resolve, isBusy ? BUSY_MS : IDLE_MS);
+      });
+    }
+  }
+
+  watch();
+  return (isBusyNow) => {
+    isBusy = isBusyNow;
+    if (isBusy) seen = []; // what is shown of an answer is about nothing before it
+    isDue = true;
+    wake();
+  };
 }
 
 /** One page of metrics: samples by name and labels, and when it was read. */

@@ -2,7 +2,7 @@
 
 Run: python tests/bench/pictures.py [MODEL] (default: the embedded one). Further arguments go to `loci serve`.
 The README's picture, in which experts lie in every tier: demo --dram-budget 7MB
---devices virtual:2.2MB@12.5GB/s,virtual:2.2MB@12.5GB/s
+--devices virtual:2.2MB@25GB/s,virtual:2.2MB@25GB/s
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Literal
@@ -9,11 +11,11 @@ from typing import Literal
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from server.chat_page import PAGE_PATHS
 from tests.server.conftest import StartServer
-from tests.server.harness import TINY, LociServer
+from tests.server.harness import TINY, LociServer, eventually
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -65,6 +67,13 @@ def say(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
     expect(page.locator(".answer").last).not_to_have_class("answer growing", timeout=30_000)
     expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def stored(question: str, answer: str) -> str:
+    """The script that leaves a conversation in the tab, to be shown after a reload."""
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    turns[1] |= {"reasoning": "", "note": ""}
+    return f"sessionStorage.setItem('loci.conversation', {json.dumps(json.dumps(turns))})"
 
 
 def shown(page: Page, markdown: str) -> str:
@@ -141,6 +150,92 @@ def test_escape_stops_an_answer_and_its_sequence(page: Page, server: LociServer)
     expect(page.locator(".figures")).to_contain_text("stopped")
     expect(page.get_by_role("button", name="Send")).to_be_visible()
     assert page.locator(".answer > .text").inner_text() != ""
+    eventually(lambda: server.metric("loci_sequences_running") == 0, "the slot is free", deadline_s=10)
+
+
+@needs_chromium
+def test_everything_can_be_done_without_a_mouse(page: Page, server: LociServer) -> None:
+    def move_to(name: str, key: str = "Shift+Tab") -> None:
+        for _ in range(20):
+            page.keyboard.press(key)
+            if page.evaluate("document.activeElement.textContent.trim()") == name:
+                return
+        raise AssertionError(f"the keyboard does not reach {name}")
+
+    page.keyboard.type("Hello")  # where one writes has the focus from the beginning
+    page.keyboard.press("Enter")
+    expect(page.locator(".figures")).to_contain_text("12 tokens")
+    expect(page.get_by_label("Message")).to_be_focused()
+
+    move_to("Settings")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("System prompt")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("System prompt")).not_to_be_visible()
+    page.keyboard.press("Enter")
+    page.get_by_label("Most tokens of an answer").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("1900")
+    page.keyboard.press("Enter")
+    move_to("Again", "Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer > .text")).not_to_be_empty()
+    move_to("Stop", "Tab")
+    page.keyboard.press("Space")
+
+    expect(page.locator(".figures")).to_contain_text("stopped")
+    expect(page.get_by_label("Message")).to_be_focused()
+    eventually(lambda: server.metric("loci_sequences_running") == 0, "the slot is free", deadline_s=10)
+
+
+@needs_chromium
+def test_on_a_phone_return_begins_a_line_and_nothing_sticks_out(browser: Browser, server: LociServer) -> None:
+    size: ViewportSize = {"width": 360, "height": 640}
+    context = browser.new_context(viewport=size, has_touch=True, is_mobile=True, device_scale_factor=2)
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    page.goto(server.url)
+    page.evaluate(LIMITED)
+    page.evaluate(
+        stored(
+            "wide `code` " + "x" * 300, "```\n" + "y" * 300 + "\n```\n\n|a|b|\n|-|-|\n|" + "z" * 200 + "|1|"
+        )
+    )
+    page.reload()
+    expect(page.locator("#model")).to_have_text(TINY.name)
+    page.get_by_label("Message").tap()
+    page.keyboard.type("One")
+    page.keyboard.press("Enter")
+    page.keyboard.type("two")
+    expect(page.get_by_label("Message")).to_have_value("One\ntwo")
+    page.get_by_role("button", name="Send").tap()
+    expect(page.locator(".figures").last).to_contain_text("12 tokens")
+    page.set_viewport_size({"width": size["width"], "height": 340})  # as when a keyboard opens
+    page.wait_for_function("scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 2")
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    letters_px = page.locator("#prompt").evaluate("e => parseFloat(getComputedStyle(e).fontSize)")
+    assert letters_px >= 16  # phones zoom into smaller ones
+    for name in ("New", "Settings", "Send"):
+        box = page.get_by_role("button", name=name).bounding_box()
+        assert box is not None
+        assert box["height"] >= 24  # WCAG's least size of a target
+    context.close()
+
+
+@needs_chromium
+def test_what_a_model_writes_cannot_act_on_the_page(page: Page) -> None:
+    page.evaluate(
+        stored(
+            "<b>Hi</b>", "<img src=x onerror='window.harmed = 1'><script>window.harmed = 1</script> *safe*"
+        )
+    )
+    page.reload()
+
+    expect(page.locator(".answer em")).to_have_text("safe")
+    expect(page.locator(".question .text")).to_have_text("<b>Hi</b>")
+    assert page.locator(".answer img, .answer script, .question b").count() == 0
+    assert page.evaluate("window.harmed") is None
 
 
 @needs_chromium
@@ -214,12 +309,18 @@ def test_the_strip_shows_every_tier(browser: Browser, start_server: StartServer)
     page.reload()
     expect(page.locator("#model")).to_have_text(TINY.name)
     say(page, "Hello")
-    page.reload()  # which reads the metrics at once
 
     expect(page.locator("#strip dt")).to_have_text(
         ["VRAM 0", "VRAM 1", "DRAM", "NVMe", "Stalled", "Context", "Tokens/s"]
     )
-    assert "of 40 experts are here" in str(page.locator(".nvme").get_attribute("title"))
+    # Of the answer that has just ended, not of the time since the page was opened.
+    expect(page.locator(".speed dd")).to_have_text(re.compile(r"^\d+\.\d$"))
+    nvme = str(page.locator(".nvme").get_attribute("title"))
+    assert "of 40 experts are here" in nvme
+    assert re.search(r"[1-9]\d* % of expert uses were found here just now", nvme)
+    hits = sum(tiered.metric("loci_expert_hits_total", tier=tier) for tier in ("vram:0", "vram:1", "dram"))
+    missed = tiered.metric("loci_expert_hits_total", tier="nvme")
+    assert f" {round(100 * missed / (hits + missed))} % of expert uses" in nvme
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out on a phone
     page.close()
 
