@@ -1,65 +1,47 @@
-// Activations as fixed-point digits, and the gate of a gated feed-forward. Plain loops over 32 values, which
-// the compiler turns into vectors of whatever width it is allowed.
+// Activations as fixed-point digits, and the gate of a gated feed-forward.
 namespace {
-
-// Largest magnitude of 32 values, as bits: magnitudes of floats order like integers, NaN above infinity.
-ALWAYS_INLINE uint32_t largest_bits(const float* x) {
-    uint32_t bits[kBlock], largest = 0;
-    __builtin_memcpy(bits, x, sizeof bits);
-    for (int i = 0; i < kBlock; ++i) {
-        const uint32_t magnitude = bits[i] & 0x7fffffffu;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    return largest;
-}
-
-// Rounds to the nearest integer, |v| < 2^22.
-ALWAYS_INLINE int32_t round_small(float v) {
-    const float shifted = v + 12582912.0f;  // 1.5 * 2^23
-    int32_t bits;
-    __builtin_memcpy(&bits, &shifted, 4);
-    return bits - 0x4b400000;
-}
 
 template <int D>
 void to_digits(const float* x, int64_t cols, int offset, bool halves, Block<D>* out) {
     constexpr float kLargest = D == 1 ? 127.0f : 1048576.0f;  // 64 * 128 * 128
+    constexpr int kVectors = kBlock / kLanes;
     for (int64_t c = 0; c < cols; c += kBlock, ++out, x += kBlock) {
-        const uint32_t bits = largest_bits(x);
-        float largest;
-        __builtin_memcpy(&largest, &bits, 4);
+        F32 values[kVectors];
+        for (int i = 0; i < kVectors; ++i) values[i] = load_float(x + i * kLanes);
+        // magnitudes of floats order like integers, NaN above infinity
+        I32 magnitudes = magnitude_bits(values[0]);
+        for (int i = 1; i < kVectors; ++i) magnitudes = larger(magnitudes, magnitude_bits(values[i]));
+        const int32_t bits = largest(magnitudes);
+        float most;
+        __builtin_memcpy(&most, &bits, 4);
         // Below 1e-32 the block counts as zero; infinities and NaN make the scale NaN, and the result with it.
-        const bool usable = largest > 1e-32f && bits < 0x7f800000u;
-        const float inverse = usable ? kLargest / largest : 0.0f;
-        int32_t fixed[kBlock];
-        for (int i = 0; i < kBlock; ++i) fixed[i] = usable ? round_small(x[i] * inverse) : 0;
-        int32_t sums[D] = {}, half_sums[D] = {};
-        for (int d = D - 1; d > 0; --d) {
-            int32_t sum = 0, half = 0;
-            for (int i = 0; i < kBlock; ++i) {
-                const int32_t digit = ((fixed[i] + 64) & 127) - 64;
-                fixed[i] = (fixed[i] - digit) >> 7;
-                out->digits[d][i] = static_cast<int8_t>(digit);
-                sum += digit;
-                half += i < 16 ? digit : 0;
+        const bool finite = bits < 0x7f800000, usable = finite && most > 1e-32f;
+        const F32 inverse = splat(usable ? kLargest / most : 0.0f);
+        I32 fixed[kVectors];
+        for (int i = 0; i < kVectors; ++i) fixed[i] = round_to_int(mul(finite ? values[i] : zero(), inverse));
+        int32_t sums[D][2];  // of the first and second 16 columns, or of all 32 in the first entry
+        for (int d = D - 1; d >= 0; --d) {
+            I32 halves_of[2] = {};
+            for (int i = 0; i < kVectors; ++i) {
+                I32 digit = fixed[i];
+                if (d > 0) {
+                    fixed[i] = shift_right_7(add(digit, splat_int(64)));
+                    digit = sub(digit, shift_left_7(fixed[i]));
+                }
+                store_bytes(out->digits[d] + i * kLanes, digit);
+                I32& half = halves_of[2 * i / kVectors];
+                half = add(half, digit);
             }
-            sums[d] = sum;
-            half_sums[d] = half;
+            sums[d][0] = reduce(halves ? halves_of[0] : add(halves_of[0], halves_of[1]));
+            sums[d][1] = halves ? reduce(halves_of[1]) : 0;
         }
-        for (int i = 0; i < kBlock; ++i) {
-            out->digits[0][i] = static_cast<int8_t>(fixed[i]);
-            sums[0] += fixed[i];
-            half_sums[0] += i < 16 ? fixed[i] : 0;
-        }
-        const float scale = bits >= 0x7f800000u ? __builtin_nanf("") : usable ? largest / kLargest : 0.0f;
         float sum = 0;
         for (int d = 0; d < D; ++d) {
-            out->correction[0][d] = -offset * (halves ? half_sums[d] : sums[d]);
-            out->correction[1][d] = -offset * (sums[d] - half_sums[d]);
-            sum = sum * 128.0f + static_cast<float>(sums[d]);
+            for (int half = 0; half < 2; ++half) out->correction[half][d] = -offset * sums[d][half];
+            sum = sum * 128.0f + static_cast<float>(sums[d][0] + sums[d][1]);
         }
-        out->scale = scale;
-        out->sum = scale * sum;
+        out->scale = finite ? usable ? most / kLargest : 0.0f : __builtin_nanf("");
+        out->sum = out->scale * sum;
     }
 }
 

@@ -11,13 +11,14 @@ constexpr int kDenseAhead = 2048;  // of each row
 // Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
 constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }
 
-// Sums of descending weight, each counting 128 times the next, in units of the last (of the first of three).
+// Sums of descending weight together, in units of the last (of the first of three). Each counts 128 times the next; the
+// first comes multiplied with that.
 template <int S>
 ALWAYS_INLINE F32 combine(const I32* sums) {
     if constexpr (S == 1) return to_float(sums[0]);
-    else if constexpr (S == 2) return to_float(add(times128(sums[0]), sums[1]));
+    else if constexpr (S == 2) return to_float(add(sums[0], sums[1]));
     // the upper two fit the 24 bits of a float for four-bit codes, 31 for others
-    else return fma(to_float(add(times128(sums[0]), sums[1])), splat(128.0f), to_float(sums[2]));
+    else return fma(to_float(add(sums[0], sums[1])), splat(128.0f), to_float(sums[2]));
 }
 
 // Packed codes times fixed-point activations of D digits: P panels, T tokens, R vectors of rows at a time.
@@ -25,6 +26,7 @@ ALWAYS_INLINE F32 combine(const I32* sums) {
 // side each block of activations is fetched once for four blocks of weights.
 template <class Format, int P, int T, int D>
 void integer_panels(const PanelSet& set, const void* const* x, float* out) {
+    using Sum = Dot<Format::kLargest, D == 1 ? 127 : 64>;
     const Format format(set.scales[0]);
     // Products of a code's digit and an activation's digit by weight; those below the last sum are dropped.
     constexpr int S = D > 1 ? D : Format::kDigits > 1 ? 2 : 1, W = Format::kDigits < S ? Format::kDigits : S;
@@ -40,18 +42,22 @@ void integer_panels(const PanelSet& set, const void* const* x, float* out) {
         int64_t codes_at = strip + format.header_bytes(blocks);
         for (int b = 0; b < blocks; ++b, ++block, codes_at += Format::kBlockBytes) {
             const Block<D>* xs[T];
-            for (int t = 0; t < T; ++t) xs[t] = static_cast<const Block<D>*>(x[t]) + block;
+            int32_t starts[T][Format::kParts][S] = {};
+            for (int t = 0; t < T; ++t) {
+                xs[t] = static_cast<const Block<D>*>(x[t]) + block;
+                for (int part = 0; part < Format::kParts; ++part)
+                    for (int s = 0; s < D; ++s) starts[t][part][s] = Sum::prepare(xs[t]->correction[part][s]);
+            }
             for (int q = 0; q < P; ++q) {
                 const uint8_t *codes = set.panels[q] + codes_at, *header = set.panels[q] + strip;
                 for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + prefetch_bytes(P) + k);
                 for (int v = 0; v < kVectors; v += R)
                     for (int part = 0; part < Format::kParts; ++part) {
                         KEEP_ORDER;
-                        const auto start = [&](int t, int s) { return s < D ? xs[t]->correction[part][s] : 0; };
-                        Dot<Format::kLargest, D == 1 ? 127 : 64> dots[T][S][R];
+                        Sum dots[T][S][R];
                         for (int t = 0; t < T; ++t)
                             for (int s = 0; s < S; ++s)
-                                for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, s));
+                                for (int r = 0; r < R; ++r) dots[t][s][r].begin(starts[t][part][s]);
                         UNROLL for (int i = 0; i < kGroups; ++i) {
                             const int g = part * kGroups + i;
                             UNROLL for (int j = 0; j < W; ++j) {
@@ -68,12 +74,12 @@ void integer_panels(const PanelSet& set, const void* const* x, float* out) {
                                 for (int s = 0; s < S; ++s)
                                     for (int r = 0; r < R; ++r) dots[t][s][r].after(i);
                         }
-                        for (int r = 0; r < R; ++r) {
+                        UNROLL for (int r = 0; r < R; ++r) {
                             const int row = (v + r) * kLanes;
                             const F32 scale = format.scale(header, b, part, row);
                             for (int t = 0; t < T; ++t) {
                                 I32 sums[S];
-                                for (int s = 0; s < S; ++s) sums[s] = dots[t][s][r].end(start(t, s), kGroups);
+                                UNROLL for (int s = 0; s < S; ++s) sums[s] = dots[t][s][r].end(s == 0 && S > 1 ? 128 : 1);
                                 F32& sum = y[q][t][v + r];
                                 sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
                                 if (part + 1 == Format::kParts)

@@ -32,15 +32,23 @@ ALWAYS_INLINE I32 four_digits(const int8_t* p) {
     return _mm256_set1_epi32(four);
 }
 
-// Sums of code x digit over groups of four columns. Products are gathered in 16 bits for as many groups as
-// cannot overflow them, then widened; where not even four groups fit, each product is widened at once.
+// Sums of code x digit over the groups of four columns of a block, from a start value. Products are gathered in 16 bits
+// for as many groups as cannot overflow them, then widened; where not even four groups fit, each product is widened at
+// once. Where all eight fit, so does the start value, one half in each half of a lane: an offset is at most the largest
+// code, and even.
 template <int LargestCode, int LargestDigit>
 struct Dot {
     static constexpr int kFitting = 32767 / (2 * LargestCode * LargestDigit);
     static constexpr int kEvery = kFitting >= 8 ? 8 : kFitting >= 4 ? 4 : 1;
     static_assert(kFitting >= 1);
     I32 sum, pairs;
-    ALWAYS_INLINE void begin(int32_t) { sum = pairs = _mm256_setzero_si256(); }
+    ALWAYS_INLINE static int32_t prepare(int32_t start) {
+        return kEvery < 8 ? start : static_cast<int32_t>(0x10001u * static_cast<uint16_t>(start / 2));
+    }
+    ALWAYS_INLINE void begin(int32_t prepared) {
+        (kEvery < 8 ? sum : pairs) = _mm256_set1_epi32(prepared);
+        if (kEvery < 8) pairs = _mm256_setzero_si256();
+    }
     ALWAYS_INLINE void add(Bytes codes, I32 digits) {
         const I32 products = _mm256_maddubs_epi16(codes, digits);
         if (kEvery == 1) {
@@ -52,19 +60,39 @@ struct Dot {
         }
     }
     ALWAYS_INLINE void after(int group) {
-        if (kEvery == 1 || (group + 1) % kEvery) return;
+        if (kEvery != 4 || (group + 1) % kEvery) return;
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
         pairs = _mm256_setzero_si256();
     }
-    // groups: how many there were, a multiple of kEvery or less than it
-    ALWAYS_INLINE I32 end(int32_t start, int groups) {
-        if (groups < kEvery) sum = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-        return _mm256_add_epi32(sum, _mm256_set1_epi32(start));
+    // the sum times 1 or 128
+    ALWAYS_INLINE I32 end(int weight) const {
+        if (kEvery == 8) return _mm256_madd_epi16(pairs, _mm256_set1_epi16(static_cast<short>(weight)));
+        return weight == 128 ? _mm256_slli_epi32(sum, 7) : sum;
     }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
-ALWAYS_INLINE I32 times128(I32 a) { return _mm256_slli_epi32(a, 7); }
+ALWAYS_INLINE I32 sub(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }
+ALWAYS_INLINE I32 larger(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+ALWAYS_INLINE I32 splat_int(int32_t a) { return _mm256_set1_epi32(a); }
+ALWAYS_INLINE I32 shift_left_7(I32 a) { return _mm256_slli_epi32(a, 7); }
+ALWAYS_INLINE I32 shift_right_7(I32 a) { return _mm256_srai_epi32(a, 7); }
+ALWAYS_INLINE int32_t reduce(I32 a) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+ALWAYS_INLINE int32_t largest(I32 a) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+ALWAYS_INLINE void store_bytes(int8_t* p, I32 a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+ALWAYS_INLINE I32 round_to_int(F32 a) { return _mm256_cvtps_epi32(a); }
+ALWAYS_INLINE I32 magnitude_bits(F32 a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
 ALWAYS_INLINE F32 to_float(I32 a) { return _mm256_cvtepi32_ps(a); }
 ALWAYS_INLINE F32 zero() { return _mm256_setzero_ps(); }
 ALWAYS_INLINE F32 splat(float a) { return _mm256_set1_ps(a); }
@@ -116,14 +144,16 @@ struct E4m3 {
     // rows 4v..4v+3 and 16+4v..16+4v+3 of both columns in w[.][0], those of v+1 in w[.][1]
     template <int R>
     ALWAYS_INLINE void decode(const uint8_t* codes, int v, F32 (*w)[R]) const {
-        const __m128i by_column = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
-        for (int r = 0; r < R; ++r) {
-            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * (v + r)));
-            const __m256i words = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, by_column));
+        static_assert(R == 1 || R == 2);
+        // by way of fp16, as above; the second column is the upper byte of each word
+        const __m256i words = R == 2 ? load_bytes(codes + 16 * v)
+                                     : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * v)));
+        const __m256i columns[2] = {_mm256_slli_epi16(words, 8), words};
+        for (int k = 0; k < 2; ++k) {
             const __m256i half =
-                _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-            w[0][r] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-            w[1][r] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
+                _mm256_and_si256(_mm256_srai_epi16(columns[k], 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+            w[k][0] = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+            if constexpr (R == 2) w[k][1] = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
         }
     }
     ALWAYS_INLINE static void store_rows(float* out, int v, F32 y) {

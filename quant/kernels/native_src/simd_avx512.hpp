@@ -37,18 +37,29 @@ ALWAYS_INLINE I32 four_digits(const int8_t* p) {
     return _mm512_set1_epi32(four);
 }
 
-// Sums of code x digit over groups of four columns, from a start value.
+// Sums of code x digit over the groups of four columns of a block, from a start value.
 template <int LargestCode, int LargestDigit>
 struct Dot {
     I32 sum;
-    ALWAYS_INLINE void begin(int32_t start) { sum = _mm512_set1_epi32(start); }
+    ALWAYS_INLINE static int32_t prepare(int32_t start) { return start; }
+    ALWAYS_INLINE void begin(int32_t prepared) { sum = _mm512_set1_epi32(prepared); }
     ALWAYS_INLINE void add(Bytes codes, I32 digits) { sum = _mm512_dpbusd_epi32(sum, codes, digits); }
     ALWAYS_INLINE void after(int) {}
-    ALWAYS_INLINE I32 end(int32_t, int) const { return sum; }
+    // the sum times 1 or 128
+    ALWAYS_INLINE I32 end(int weight) const { return weight == 128 ? _mm512_slli_epi32(sum, 7) : sum; }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
-ALWAYS_INLINE I32 times128(I32 a) { return _mm512_slli_epi32(a, 7); }
+ALWAYS_INLINE I32 sub(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
+ALWAYS_INLINE I32 larger(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+ALWAYS_INLINE I32 splat_int(int32_t a) { return _mm512_set1_epi32(a); }
+ALWAYS_INLINE I32 shift_left_7(I32 a) { return _mm512_slli_epi32(a, 7); }
+ALWAYS_INLINE I32 shift_right_7(I32 a) { return _mm512_srai_epi32(a, 7); }
+ALWAYS_INLINE int32_t reduce(I32 a) { return _mm512_reduce_add_epi32(a); }
+ALWAYS_INLINE int32_t largest(I32 a) { return _mm512_reduce_max_epi32(a); }
+ALWAYS_INLINE void store_bytes(int8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+ALWAYS_INLINE I32 round_to_int(F32 a) { return _mm512_cvtps_epi32(a); }
+ALWAYS_INLINE I32 magnitude_bits(F32 a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
 ALWAYS_INLINE F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
 ALWAYS_INLINE F32 zero() { return _mm512_setzero_ps(); }
 ALWAYS_INLINE F32 splat(float a) { return _mm512_set1_ps(a); }

@@ -62,12 +62,13 @@ ALWAYS_INLINE Digits four_digits(const int8_t* p) {
     return {both(p[0], p[2]), both(p[1], p[3])};
 }
 
-// Sums of code x digit over groups of four columns, from a start value. Two products fit 16 bits (255 * 64 * 2).
+// Sums of code x digit over the groups of four columns of a block, from a start value. Two products fit 16 bits (255 * 64 * 2).
 template <int LargestCode, int LargestDigit>
 struct Dot {
     static_assert(2 * LargestCode * LargestDigit <= 32767);
     I32 sum;
-    ALWAYS_INLINE void begin(int32_t start) { sum = I32{} + start; }
+    ALWAYS_INLINE static int32_t prepare(int32_t start) { return start; }
+    ALWAYS_INLINE void begin(int32_t prepared) { sum = I32{} + prepared; }
     ALWAYS_INLINE void add(Bytes codes, const Digits& digits) {
         const I16 even = reinterpret_cast<I16>(codes & splat_bits(0x00ff00ffu));
         const I16 odd = reinterpret_cast<I16>(codes >> 8 & splat_bits(0x00ff00ffu));
@@ -75,11 +76,35 @@ struct Dot {
         sum += (products >> 16) + (products << 16 >> 16);
     }
     ALWAYS_INLINE void after(int) {}
-    ALWAYS_INLINE I32 end(int32_t, int) const { return sum; }
+    // the sum times 1 or 128
+    ALWAYS_INLINE I32 end(int weight) const { return sum * weight; }
 };
 
 ALWAYS_INLINE I32 add(I32 a, I32 b) { return a + b; }
-ALWAYS_INLINE I32 times128(I32 a) { return a << 7; }
+ALWAYS_INLINE I32 sub(I32 a, I32 b) { return a - b; }
+ALWAYS_INLINE I32 larger(I32 a, I32 b) { return a > b ? a : b; }
+ALWAYS_INLINE I32 splat_int(int32_t a) { return I32{} + a; }
+ALWAYS_INLINE I32 shift_left_7(I32 a) { return a << 7; }
+ALWAYS_INLINE I32 shift_right_7(I32 a) { return a >> 7; }
+ALWAYS_INLINE int32_t reduce(I32 a) {
+    int32_t s = 0;
+    for (int i = 0; i < 16; ++i) s += a[i];
+    return s;
+}
+ALWAYS_INLINE int32_t largest(I32 a) {
+    int32_t s = a[0];
+    for (int i = 1; i < 16; ++i) s = s > a[i] ? s : a[i];
+    return s;
+}
+ALWAYS_INLINE void store_bytes(int8_t* p, I32 a) {
+    const SignedOctets bytes = __builtin_convertvector(a, SignedOctets);
+    __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+ALWAYS_INLINE I32 round_to_int(F32 a) {  // |a| < 2^22: to the nearest, the lower bits of 1.5 * 2^23 + a
+    const F32 shifted = a + 12582912.0f;
+    return reinterpret_cast<I32>(shifted) - 0x4b400000;
+}
+ALWAYS_INLINE I32 magnitude_bits(F32 a) { return reinterpret_cast<I32>(a) & 0x7fffffff; }
 ALWAYS_INLINE F32 to_float(I32 a) { return __builtin_convertvector(a, F32); }
 ALWAYS_INLINE F32 zero() { return F32{}; }
 ALWAYS_INLINE F32 splat(float a) {
