@@ -46,6 +46,11 @@ def as_floats(x: torch.Tensor, cols: int) -> torch.Tensor:
     return x.reshape(-1, cols).to(torch.float32).contiguous()
 
 
+def contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x contiguous and of that dtype: itself where it is that, as above."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
 def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out `[tokens, rows]` float32 with the leading dimensions and the dtype of x `[..., cols]`."""
     return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
@@ -148,7 +153,7 @@ class NativeKernels:
         experts: Experts,
         swiglu_limit: float,
     ) -> torch.Tensor:
-        used = sorted(set(expert_ids.flatten().tolist()))
+        used = sorted({expert for chosen in expert_ids.tolist() for expert in chosen})
         if not used:
             return torch.zeros_like(x)
         weights = [native_weight(w) for e in map(experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
@@ -157,8 +162,8 @@ class NativeKernels:
             return self._fallback.moe(x, expert_ids, expert_weights, experts, swiglu_limit)
         matrices = (ctypes.c_void_p * len(addresses))(*addresses)
         ids = (ctypes.c_int64 * len(used))(*used)
-        choice = expert_ids.to(torch.int64).contiguous()
-        factors = expert_weights.to(torch.float32).contiguous()
+        choice = contiguous(expert_ids, torch.int64)
+        factors = contiguous(expert_weights, torch.float32)
         flat = as_floats(x, x.shape[1])
         out = torch.empty_like(flat)
         call = MoeCall(
