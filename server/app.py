@@ -16,6 +16,7 @@ from server.keys import KeyRing
 from server.middleware import BodyLimit, RequestLog
 from server.rate_limits import RATE_LIMIT_HEADERS
 from server.response_store import ResponseStore
+from server.running import RunningAnswers
 from server.service import Service
 
 ROUTERS = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
@@ -30,6 +31,7 @@ def create_app(service: Service) -> FastAPI:
     settings = service.settings
     app.state.service = service
     app.state.responses = ResponseStore(settings.response_store_bytes)
+    app.state.running = RunningAnswers()
     routers = (*ROUTERS, chat_page.router)
     routes = [route for router in routers for route in router.routes]
     app.state.routes = routes

@@ -23,7 +23,7 @@ class ChatReply(ConversationReply):
 
     def __init__(self, request: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
         super().__init__(request, prompt, served)
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class ChatReply(ConversationReply):
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._served.name}
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._served.name}
 
     def _chunk(self, answer: Answer, delta: dict[str, Any], logprobs: list[TokenLogprob]) -> dict[str, Any]:
         # The last chunk of a choice has an empty delta, and only it has a reason.

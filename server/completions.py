@@ -60,7 +60,7 @@ class CompletionReply(Reply):
         self._request = request
         self._prompts = prompts
         self._served = served
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self.id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._scores_only = request.max_tokens == 0
         tokenizer = served.loaded.tokenizer
@@ -169,7 +169,7 @@ class CompletionReply(Reply):
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "text_completion",
             "created": self._created,
             "model": self._served.name,

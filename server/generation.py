@@ -19,6 +19,8 @@ from engine.sampling_params import SamplingParams
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
 
+CANCELLED = 499  # as if its client had left; clients repeat requests that end with 409 or 5xx
+
 
 class Wakeups:
     """Sets events of the running event loop from the engine's thread, between steps and all together."""
@@ -53,7 +55,7 @@ class Generation:
         self._arrived = asyncio.Event()
         self._running: dict[int, Ticket] = {}
         self._submitted = 0
-        self._timeout: ApiError | None = None
+        self._ended_by: ApiError | None = None
         loop = asyncio.get_running_loop()
         self._alarm = None if timeout_s is None else loop.call_later(timeout_s, self._expire, timeout_s)
 
@@ -75,16 +77,25 @@ class Generation:
             self._arrived.clear()
             for index, output in self._drain().items():
                 yield index, self._checked(index, output)
-            if self._running and self._timeout is not None:
-                raise self._timeout
+            if self._running and self._ended_by is not None:
+                raise self._ended_by
+
+    def cancel(self) -> None:
+        """Abort whatever still runs, and tell who reads that somebody wanted it."""
+        self._ended_by = ApiError(CANCELLED, "the request was cancelled", code="request_cancelled")
+        self._abort()
+        self._arrived.set()
 
     def close(self) -> None:
         """Abort whatever still runs."""
         if self._alarm is not None:
             self._alarm.cancel()
+        self._abort()
+        self._running.clear()
+
+    def _abort(self) -> None:
         for ticket in self._running.values():
             self._engine.abort(ticket)
-        self._running.clear()
 
     def _on_output(self, index: int, timer: SequenceTimer, output: Output) -> None:
         # Runs in the engine's thread.
@@ -94,7 +105,7 @@ class Generation:
 
     def _expire(self, timeout_s: float) -> None:
         message = f"the request took longer than {timeout_s:g} s and was ended"
-        self._timeout = ApiError(504, message, code="request_timeout")
+        self._ended_by = ApiError(504, message, code="request_timeout")
         self._arrived.set()
 
     def _drain(self) -> dict[int, Output]:
@@ -112,7 +123,8 @@ class Generation:
         if output.finish_reason is FinishReason.REFUSED:
             raise ApiError(400, output.error or "the request cannot be answered", code="invalid_grammar")
         if output.finish_reason is FinishReason.ABORT:
-            raise unavailable("the engine stopped before the answer was finished", "engine_stopped")
+            stopped = unavailable("the engine stopped before the answer was finished", "engine_stopped")
+            raise self._ended_by or stopped
         return output
 
 

@@ -17,6 +17,7 @@ from server.openai_messages import Body
 from server.openai_types import ChatRequest
 from server.rate_limits import Account
 from server.reply import Reply
+from server.running import RunningAnswers
 from server.service import Served, Service
 from server.streaming import EventStream, answer
 
@@ -36,6 +37,19 @@ def account_of(request: Request) -> Account | None:
     account = request.scope["state"].get("account")
     assert account is None or isinstance(account, Account)
     return account
+
+
+def owner_of(request: Request) -> str | None:
+    """Name of the key that the request came with."""
+    account = account_of(request)
+    return None if account is None else account.name
+
+
+def running_of(request: Request) -> RunningAnswers:
+    """The answers that the application generates at this moment."""
+    running = request.app.state.running
+    assert isinstance(running, RunningAnswers)
+    return running
 
 
 async def read_body(request: Request, kind: type[B]) -> B:
@@ -83,8 +97,12 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
         generation.close()
         raise
     account = account_of(request)
+    running, owner = running_of(request), owner_of(request)
+    ids = (request.scope["state"]["request_id"], reply.id)
+    running.begin(owner, ids, generation, reply)
 
     def close() -> None:
+        running.end(owner, ids, generation)
         generation.close()
         if account is not None:
             account.spend(reply.counts.prompt, reply.counts.generated)

@@ -24,7 +24,7 @@ class MessagesReply(ConversationReply):
 
     def __init__(self, chat: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
         super().__init__(chat, prompt, served)
-        self._id = f"msg_{uuid.uuid4().hex}"
+        self.id = f"msg_{uuid.uuid4().hex}"
         self._blocks = ContentBlocks()
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class MessagesReply(ConversationReply):
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
             "model": self._served.name,

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.errors import RETRY_AFTER_S, ApiError
-from server.handling import read_body, service_of
+from server.handling import owner_of, read_body, running_of, service_of
 from server.openai_types import DetokenizeRequest, TokenizeRequest, check_ids
 from server.openapi import document
 from server.service import Served
@@ -47,6 +47,15 @@ async def ready(request: Request) -> Response:
         return JSONResponse({"status": "ready"})
     status = "stopping" if service.is_draining else "loading" if service.is_alive else "engine_stopped"
     return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+@router.delete("/v1/requests/{request_id}")
+async def cancel_request(request: Request, request_id: str) -> dict[str, Any]:
+    """End what is being answered under this id: that of the request or that of the answer."""
+    if not running_of(request).cancel(owner_of(request), request_id):
+        text = f"nothing is being answered under {request_id!r}"
+        raise ApiError(404, text, code="request_not_found")
+    return {"id": request_id, "object": "request", "cancelled": True}
 
 
 @router.get("/version")

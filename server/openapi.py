@@ -27,11 +27,12 @@ STATUSES = {
     400: "Wrong, refused, or more than the context holds.",
     401: "No key, or a wrong one.",
     403: "A host name that the server does not answer to.",
-    404: "No such model, or no such response.",
+    404: "No such model, response, or request under way.",
     408: "A body that did not arrive in time.",
     413: "A body above the limit.",
     415: "Not application/json.",
     429: "The queue is full, or a key's limit is reached.",
+    499: "Cancelled by another request.",
     500: "A fault in engine or server.",
     503: "The model is loading, or the server is stopping.",
     504: "The request took longer than the server's limit.",
@@ -91,6 +92,9 @@ OPERATIONS = {
     ("DELETE", "/v1/responses/{response_id}"): Operation(
         _object(id=_TEXT, object=_TEXT, deleted={"const": True}), errors=(404,)
     ),
+    ("DELETE", "/v1/requests/{request_id}"): Operation(
+        _object(id=_TEXT, object={"const": "request"}, cancelled={"const": True}), errors=(404,)
+    ),
     ("POST", MESSAGES_PATH): Operation(_MESSAGE, MessagesRequest, READING, True),
     ("POST", f"{MESSAGES_PATH}/count_tokens"): Operation(_object(input_tokens=_COUNT), CountRequest, READING),
     ("POST", "/tokenize"): Operation(
@@ -148,7 +152,7 @@ def _responses(path: str, operation: Operation) -> dict[str, Any]:
         answer["text/event-stream"] = {"schema": _object(data=_TEXT)}  # of one event
     error = "MessagesError" if path.startswith(MESSAGES_PATH) else "Error"
     content = {"application/json": {"schema": {"$ref": REF.format(model=error)}}}
-    statuses = {*ALWAYS, *operation.errors} | ({504} if operation.streams else set())
+    statuses = {*ALWAYS, *operation.errors} | ({499, 504} if operation.streams else set())
     responses = {
         str(status): {"description": STATUSES[status], "content": content} for status in sorted(statuses)
     }

@@ -36,6 +36,7 @@ class Reply(ABC):
     """The answer to one request. `last` is what a stream ends with once all events are told."""
 
     last = DONE
+    id: str  # as clients read it
 
     @property
     @abstractmethod

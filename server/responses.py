@@ -12,7 +12,7 @@ from engine.output_parser import MessageDelta
 from engine.prompts import ChatPrompt
 from server.answer import Answer
 from server.errors import ApiError
-from server.generation import Generation
+from server.generation import CANCELLED, Generation
 from server.logprobs import chat_logprobs
 from server.openai_messages import Message
 from server.openai_types import ChatRequest
@@ -39,7 +39,7 @@ class ResponsesReply(ConversationReply):
         super().__init__(chat, prompt, served)
         self._body = body
         self._keep = keep
-        self._id = f"resp_{uuid.uuid4().hex}"
+        self.id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._items = OutputItems()
         self._events_sent = 0
@@ -86,9 +86,13 @@ class ResponsesReply(ConversationReply):
         if deltas:  # tokens whose text is still held back belong to the next piece
             self._unclaimed = []
 
+    def cancelled(self) -> dict[str, Any]:
+        """The response as far as it came before a client ended it."""
+        return self._response("cancelled")
+
     def failure(self, error: ApiError) -> dict[str, Any]:
         """`response.failed`, with what there was of the answer."""
-        response = self._response("failed")
+        response = self._response("cancelled" if error.status == CANCELLED else "failed")
         response["error"] = {"code": "server_error", "message": error.message}
         return self._event({"type": "response.failed", "response": response})
 
@@ -101,7 +105,7 @@ class ResponsesReply(ConversationReply):
         body = self._body
         given = body.model_dump(by_alias=True)
         return {
-            "id": self._id,
+            "id": self.id,
             "object": "response",
             "created_at": self._created,
             "status": status,

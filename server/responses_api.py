@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from quant.errors import RequestError
 from server.errors import ApiError
-from server.handling import account_of, read_body, render, respond, service_of
+from server.handling import owner_of, read_body, render, respond, running_of, service_of
 from server.openai_messages import Message
 from server.response_store import ResponseStore, StoredResponse
 from server.responses import ResponsesReply
@@ -94,16 +94,21 @@ async def list_input_items(request: Request, response_id: str) -> dict[str, Any]
 
 @router.post("/{response_id}/cancel")
 async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
-    """Refused: what is kept has ended, and what is computed ends with its connection."""
+    """End a response that is being computed; its stream ends too."""
+    for reply in running_of(request).cancel(owner_of(request), response_id):
+        if isinstance(reply, ResponsesReply):
+            return reply.cancelled()
     _stored(request, response_id)
-    text = "the response has ended; only background responses can be cancelled, others by hanging up"
-    raise ApiError(400, text, code="response_not_cancellable")
+    raise ApiError(400, "the response has ended already", code="response_not_cancellable")
 
 
 @router.delete("/{response_id}")
 async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
-    """Forget a response."""
-    if not store_of(request).remove(response_id, owner_of(request)):
+    """Forget a response, or end one that is being computed."""
+    owner = owner_of(request)
+    if not running_of(request).cancel(owner, response_id) and not store_of(request).remove(
+        response_id, owner
+    ):
         raise _not_found(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
@@ -121,12 +126,6 @@ def store_of(request: Request) -> ResponseStore:
     store = request.app.state.responses
     assert isinstance(store, ResponseStore)
     return store
-
-
-def owner_of(request: Request) -> str | None:
-    """Name of the key that the request came with."""
-    account = account_of(request)
-    return None if account is None else account.name
 
 
 def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) -> tuple[Message, ...]:
