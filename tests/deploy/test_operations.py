@@ -150,3 +150,26 @@ def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) 
     named |= set(re.findall(r"\bloci_\w+", RULES.read_text()))
 
     assert named - known == set()
+
+
+def test_documentation_tells_of_each_metric_and_of_none_that_is_not(busy_server: LociServer) -> None:
+    page = httpx.get(f"{busy_server.url}/metrics", headers=busy_server.headers).text
+    exported = set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))
+    recorded = set(re.findall(r"record: (\S+)", RULES.read_text()))
+    pages = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    told = {name for text in pages.values() for name in re.findall(r"\bloci_[a-z_]+", text)}
+    told_recorded = {name for text in pages.values() for name in re.findall(r"`(loci:[a-z0-9_:]+)`", text)}
+
+    described = pages[ROOT / "docs" / "api.md"]
+    assert {n for n in exported if n not in described and not n.endswith("_created")} == set()
+    assert told - exported == set()
+    assert told_recorded - recorded == set()
+
+
+def test_the_page_on_operations_tells_of_each_alert() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+
+    alerts = set(re.findall(r"alert: (\S+)", RULES.read_text()))
+    assert set(re.findall(r"^\| (Loci\w+) \|", page, re.MULTILINE)) == alerts
+    rows = {panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"}
+    assert {row for row in rows if f"| {row} |" not in page} == set()
