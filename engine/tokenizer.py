@@ -55,6 +55,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens or {})
         self.size = max(backend.get_vocab().values(), default=-1) + 1
         self._literal = _without_added_tokens(backend)
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
@@ -156,6 +157,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, perhaps a part of a character; none for an unknown id."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spelled(token_id)
+        return known
+
+    def _spelled(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id)
         if token is None:
             return b""

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from engine.bench_engine import StepCost, Timeline, run_engine, throughput
 from engine.engine import Engine
@@ -42,34 +43,44 @@ class Comparison:
 
     @property
     def http_throughput(self) -> float:
-        """Output tokens per second over HTTP, in the best round."""
-        return max(throughput(run) for run in self.http)
+        """Output tokens per second over HTTP, median of the rounds."""
+        return median(throughput(run) for run in self.http)
 
     @property
     def ratio(self) -> float:
-        """HTTP's share of the bare engine's throughput, each in its best round: the least disturbed one."""
-        return self.http_throughput / max(throughput(run) for run in self.bare)
+        """HTTP's share of the bare engine's throughput: the median of what each round found."""
+        return median(
+            throughput(http) / throughput(bare) for http, bare in zip(self.http, self.bare, strict=True)
+        )
 
     @property
     def overhead_us(self) -> float:
-        """Microseconds of a bare step besides the model's forward, in the best round."""
-        return min(cost.overhead_us for cost in self.costs)
+        """Microseconds of a bare step besides the model's forward, median of the rounds."""
+        return median(cost.overhead_us for cost in self.costs)
 
 
 def compare(target: Target, engine: Engine | None, streams: int, load: Load) -> Comparison:
-    """Run `streams` streams together, over HTTP and then on the engine, `load.rounds` times."""
+    """Run `streams` streams together `load.rounds` times, over HTTP and on the engine.
+
+    Who begins changes from round to round, so that what disturbs the machine for a while disturbs both.
+    """
     found = Comparison()
-    for number in range(load.rounds + 1):
-        timelines = asyncio.run(_run_http(target, load.prompts(streams), load.tokens))
-        if number:  # the first round warms up
-            found.http.append(timelines)
+
+    def over_http() -> None:
+        found.http.append(asyncio.run(_run_http(target, load.prompts(streams), load.tokens)))
+
+    def on_the_engine() -> None:
         if engine is not None:
             params = SamplingParams(max_tokens=load.tokens, temperature=0.0, ignore_eos=True)
             bare, cost = run_engine(engine, load.prompts(streams), params)
-            if number:
-                found.bare.append(bare)
-                found.costs.append(cost)
-    return found
+            found.bare.append(bare)
+            found.costs.append(cost)
+
+    for number in range(load.rounds + 1):
+        for run in (over_http, on_the_engine)[:: 1 if number % 2 else -1]:
+            run()
+    # The first round warms up.
+    return Comparison(found.http[1:], found.bare[1:], found.costs[1:])
 
 
 async def _run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:

@@ -43,7 +43,7 @@ def serve(
     streams: Annotated[str, typer.Option(help="Streams to run together, separated by commas.")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Times to run everything; the best round counts.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times to run everything; medians count.")] = 9,
     long_prompt: Annotated[
         int, typer.Option(min=0, help="Tokens of a prompt that comes while 4 streams run; 0 for none.")
     ] = 1500,
