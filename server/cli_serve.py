@@ -23,7 +23,7 @@ import typer
 import uvicorn
 
 from quant.errors import ConfigError
-from server.connection import allow_many_connections, protocol_with_deadline
+from server.connection import allow_many_connections, protocol_with_deadlines
 from server.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
 
@@ -122,7 +122,9 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol_with_deadline(service.settings.read_timeout_s),
+                http=protocol_with_deadlines(
+                    service.settings.read_timeout_s, service.settings.write_timeout_s
+                ),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -1,4 +1,4 @@
-"""Connections: a client that does not get on with its request is hung up on."""
+"""Connections: a client that does not get on with its request, or with its answer, is hung up on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ TIMED_OUT = (
 )
 
 
-def protocol_with_deadline(read_timeout_s: float) -> type[H11Protocol]:
-    """uvicorn's protocol, but the head of each request must arrive within `read_timeout_s` of its start.
+def protocol_with_deadlines(read_timeout_s: float, write_timeout_s: float) -> type[H11Protocol]:
+    """uvicorn's protocol, but the head of each request must arrive within `read_timeout_s` of its start, and
+    an answer that fills the connection's buffer be taken within `write_timeout_s`.
 
     uvicorn itself only times the pause between requests, which a byte now and then keeps from ending.
     """
 
     class DeadlineProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _patience: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -32,8 +34,19 @@ def protocol_with_deadline(read_timeout_s: float) -> type[H11Protocol]:
             super().data_received(data)
             self._watch(awaits_head=self.conn.their_state is h11.IDLE)
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._patience = self.loop.call_later(write_timeout_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._patience is not None:
+                self._patience.cancel()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._watch(awaits_head=False)
+            if self._patience is not None:
+                self._patience.cancel()
             super().connection_lost(exc)
 
         def _watch(self, *, awaits_head: bool) -> None:

@@ -98,6 +98,11 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds that a client may take to send the head of a request, and again for its body.",
     )
+    write_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that an answer waits for a client that does not take it; then it is hung up on.",
+    )
     response_store_bytes: int = Field(
         64 * 2**20,
         ge=0,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.server.harness import TINY, LociServer
+from tests.server.harness import TINY, LociServer, eventually
 
 SHORT = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -17,8 +19,9 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
-    """Gives a client one second for a head, and one for a body."""
-    server = LociServer(tmp_path_factory.mktemp("impatient"), [TINY, "--read-timeout-s", "1"])
+    """Gives a client one second for a head, one for a body, and one to take an answer."""
+    limits = ["--read-timeout-s", "1", "--write-timeout-s", "1"]
+    server = LociServer(tmp_path_factory.mktemp("impatient"), [TINY, *limits])
     try:
         yield server.await_ready()
     finally:
@@ -82,6 +85,23 @@ def test_a_second_request_on_a_connection_has_its_own_time(impatient: LociServer
     with httpx.Client(base_url=impatient.url, timeout=120) as client:
         assert client.post("/v1/completions", json=long).status_code == 200
         assert client.post("/v1/completions", json=SHORT).status_code == 200
+
+
+def test_a_client_that_does_not_take_its_answer_is_hung_up_on(impatient: LociServer) -> None:
+    def open_files() -> int:
+        return len(list(Path(f"/proc/{impatient.process.pid}/fd").iterdir()))
+
+    before = open_files()
+    body = json.dumps({"tokens": [300] * 2_000_000}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = impatient.url.removeprefix("http://").split(":")
+        connection.connect((host, int(port)))
+        head = HEAD.replace(b"/v1/completions", b"/detokenize")
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+
+        eventually(lambda: open_files() == before, "the connection is closed", deadline_s=20)
 
 
 def test_many_slow_connections_leave_room_for_others(impatient: LociServer) -> None:
