@@ -123,7 +123,8 @@ class RowServer:
 
     def ask(self, table: int, rows: torch.Tensor, out: torch.Tensor) -> RowJob:
         """Look up rows `[n]` int64 into `out`, n rows of floats or of bytes."""
-        rows = rows.to(torch.int64).contiguous()
+        if rows.dtype != torch.int64 or not rows.is_contiguous():
+            rows = rows.to(torch.int64).contiguous()
         if self._pointer is None:
             raise RuntimeError("the store of Engram rows is closed")
         args = (table, rows.data_ptr(), len(rows), out.data_ptr())

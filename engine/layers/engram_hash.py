@@ -158,17 +158,10 @@ class EngramHash:
         return int(self.primes.shape[1])
 
     def rows(self, windows: np.ndarray) -> np.ndarray:
-        """The rows of tokens, each behind those before it: `[N, history + 1]` to `[tables, N, columns]`.
-
-        In NumPy: torch takes several times as long for the few numbers of a decoded token.
-        """
-        history, tables = self.history, len(self.primes)
-        hashed = np.empty((tables, len(windows), history, self.heads), dtype=np.int64)
-        mixed = self.multipliers[:, :1] * windows[:, history]  # [tables, N]
-        for n in range(1, history + 1):
-            mixed = mixed ^ (self.multipliers[:, n : n + 1] * windows[:, history - n])
-            hashed[:, :, n - 1] = mixed[:, :, None]
-        rows = hashed.reshape(tables, len(windows), self.columns)
-        rows %= self.primes[:, None]
-        rows += self.offsets[:, None]
-        return rows
+        """The rows of tokens, each behind those before it: `[N, history + 1]` to `[tables, N, columns]`."""
+        tables = len(self.primes)
+        terms = windows[:, ::-1] * self.multipliers[:, None]  # [tables, N, history + 1], the newest first
+        mixed = np.bitwise_xor.accumulate(terms, axis=2)[:, :, 1:, None]  # [tables, N, orders, 1]
+        by_order = (tables, 1, self.history, self.heads)
+        rows: np.ndarray = mixed % self.primes.reshape(by_order) + self.offsets.reshape(by_order)
+        return rows.reshape(tables, len(windows), self.columns)

@@ -288,11 +288,13 @@ RowJob* RowServer::ask(int64_t table, const int64_t* wanted, int64_t n, void* ou
     job->wanted_.assign(wanted, wanted + n);
     job->out_ = out;
     job->counts_.nanoseconds = -nanoseconds();
+    bool was_empty;
     {
         std::lock_guard<std::mutex> lock(shared_->mutex);
+        was_empty = queue_.empty();
         queue_.push_back(job);
     }
-    asked_.notify_one();
+    if (was_empty) asked_.notify_one();  // whom it wakes wakes the next: waking costs more than asking
     return job;
 }
 
@@ -306,6 +308,7 @@ void RowServer::work() {
             if (queue_.empty()) return;
             job = queue_.front();
             queue_.pop_front();
+            if (!queue_.empty()) asked_.notify_one();
         }
         int error;
         try {
