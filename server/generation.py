@@ -18,8 +18,7 @@ from engine.generation import FinishReason, Output
 from engine.sampling_params import SamplingParams
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
-
-CANCELLED = 499  # as if its client had left; clients repeat requests that end with 409 or 5xx
+from server.streaming import CLIENT_CLOSED_REQUEST
 
 
 class Wakeups:
@@ -82,7 +81,9 @@ class Generation:
 
     def cancel(self) -> None:
         """Abort whatever still runs, and tell who reads that somebody wanted it."""
-        self._ended_by = ApiError(CANCELLED, "the request was cancelled", code="request_cancelled")
+        # As if its client had left; clients repeat requests that end with 409 or 5xx.
+        text = "the request was cancelled"
+        self._ended_by = ApiError(CLIENT_CLOSED_REQUEST, text, code="request_cancelled")
         self._abort()
         self._arrived.set()
 

@@ -102,8 +102,8 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
     running.begin(owner, ids, generation, reply)
 
     def close() -> None:
-        running.end(owner, ids, generation)
         generation.close()
+        running.end(owner, ids, generation)
         if account is not None:
             account.spend(reply.counts.prompt, reply.counts.generated)
 

@@ -12,7 +12,7 @@ from engine.output_parser import MessageDelta
 from engine.prompts import ChatPrompt
 from server.answer import Answer
 from server.errors import ApiError
-from server.generation import CANCELLED, Generation
+from server.generation import Generation
 from server.logprobs import chat_logprobs
 from server.openai_messages import Message
 from server.openai_types import ChatRequest
@@ -21,6 +21,7 @@ from server.responses_items import OutputItems
 from server.responses_types import ResponsesRequest
 from server.segments import Event
 from server.service import Served
+from server.streaming import CLIENT_CLOSED_REQUEST
 
 
 class ResponsesReply(ConversationReply):
@@ -92,7 +93,7 @@ class ResponsesReply(ConversationReply):
 
     def failure(self, error: ApiError) -> dict[str, Any]:
         """`response.failed`, with what there was of the answer."""
-        response = self._response("cancelled" if error.status == CANCELLED else "failed")
+        response = self._response("cancelled" if error.status == CLIENT_CLOSED_REQUEST else "failed")
         response["error"] = {"code": "server_error", "message": error.message}
         return self._event({"type": "response.failed", "response": response})
 

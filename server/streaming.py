@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 # A line that clients ignore. Proxies give up on a silent connection, and a long prompt is read for minutes.
 KEEP_ALIVE = b": still here\n\n"
 KEEP_ALIVE_S = 15.0
-CLIENT_CLOSED_REQUEST = 499  # as proxies log it; nobody is there to read it
+CLIENT_CLOSED_REQUEST = 499  # as proxies log it
 
 
 def frame(data: dict[str, Any]) -> bytes:
