@@ -35,8 +35,8 @@ log = logging.getLogger("loci")
 # The engine's thread comes back from native code many times a step, and would wait each time until the event
 # loop pauses, at most 5 ms (Python's own setting).
 SWITCH_INTERVAL_S = 1e-4
-# Longer than clients and proxies keep an idle connection (Python's SDKs 5 s, nginx 60 s): who hangs up first must
-# be they, or a request may meet a connection that is just being closed.
+# Longer than clients and proxies keep an idle connection (Python's SDKs 5 s, nginx 60 s): they must be first
+# to hang up, or a request may meet a connection that is just being closed.
 KEEP_ALIVE_S = 75
 # After the deadline of a drain: time to read why an answer ended.
 LAST_WORDS_S = 5

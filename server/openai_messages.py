@@ -150,8 +150,31 @@ class NamedToolChoice(Body):
     function: FunctionName
 
 
+class AllowedTools(Body):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice] = Field(min_length=1)
+
+
+class AllowedToolChoice(Body):
+    """`{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}`."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def choice_kind(value: Any) -> str:
+    """The tag of a tool choice, in all shapes that clients send and that are made of them."""
+    if isinstance(value, str):
+        return "<mode>"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "<allowed>" if kind == "allowed_tools" else "<named>"
+
+
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
-    | Annotated[NamedToolChoice, Tag("<named>")],
-    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
+    | Annotated[NamedToolChoice, Tag("<named>")]
+    | Annotated[AllowedToolChoice, Tag("<allowed>")],
+    Discriminator(choice_kind),
 ]

@@ -12,7 +12,15 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from engine.sampling_params import SamplingParams
 from quant.errors import RequestError
-from server.openai_messages import Body, Message, NamedToolChoice, Tool, ToolChoice, refuse_fields
+from server.openai_messages import (
+    AllowedToolChoice,
+    Body,
+    Message,
+    NamedToolChoice,
+    Tool,
+    ToolChoice,
+    refuse_fields,
+)
 
 MAX_STOP = 16
 MAX_N = 128
@@ -262,13 +270,22 @@ class ChatRequest(GenerationRequest):
             raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise RequestError("tool_choice needs tools", param="tool_choice")
-        if isinstance(self.tool_choice, NamedToolChoice):
-            wanted = self.tool_choice.function.name
-            if wanted not in [tool.function.name for tool in self.tools or []]:
+        known = [tool.function.name for tool in self.tools or []]
+        for wanted in self._chosen_tools:
+            if wanted not in known:
                 raise RequestError(
                     f"tool_choice names {wanted!r}, which is not in tools", param="tool_choice"
                 )
         return self
+
+    @property
+    def _chosen_tools(self) -> list[str]:
+        """Names of the tools that `tool_choice` names."""
+        if isinstance(self.tool_choice, NamedToolChoice):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return []
 
     def _check_ending(self) -> None:
         """vLLM's way to say whether the last message is complete; ours is its `prefix`."""
@@ -311,6 +328,9 @@ class ChatRequest(GenerationRequest):
         if not self.tools:
             body.pop("tools", None)
             body.pop("tool_choice", None)
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            body["tools"] = [tool for tool in body["tools"] if tool["function"]["name"] in self._chosen_tools]
+            body["tool_choice"] = self.tool_choice.allowed_tools.mode
         return body
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from server.openai_messages import Body, FunctionDefinition, Message, Tool, refuse_fields
+from server.openai_messages import Body, FunctionDefinition, Message, Tool, choice_kind, refuse_fields
 from server.openai_types import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 from server.responses_input import InputItem, messages_of
 
@@ -40,9 +40,19 @@ class NamedFunction(_OfFunctionType):
     name: str
 
 
+class AllowedFunctions(Body):
+    """Which of the functions may be called, and whether one must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction] = Field(min_length=1)
+
+
 _Choice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("<mode>")] | Annotated[NamedFunction, Tag("<named>")],
-    Discriminator(lambda value: "<mode>" if isinstance(value, str) else "<named>"),
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    | Annotated[NamedFunction, Tag("<named>")]
+    | Annotated[AllowedFunctions, Tag("<allowed>")],
+    Discriminator(choice_kind),
 ]
 
 
@@ -116,7 +126,10 @@ class ResponsesRequest(SamplingFields):
             messages.insert(0, Message(role="system", content=self.instructions))
         choice: Any = self.tool_choice
         if isinstance(choice, NamedFunction):
-            choice = {"type": "function", "function": {"name": choice.name}}
+            choice = _named(choice)
+        elif isinstance(choice, AllowedFunctions):
+            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+            choice = {"type": "allowed_tools", "allowed_tools": allowed}
         fields = {
             "model": self.model,
             "messages": messages,
@@ -132,6 +145,10 @@ class ResponsesRequest(SamplingFields):
             "cache_salt": self.cache_salt,
         } | {name: getattr(self, name) for name in SamplingFields.model_fields}
         return ChatRequest.model_validate(fields)
+
+
+def _named(function: NamedFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function.name}}
 
 
 def _response_format(wanted: TextFormat | None) -> dict[str, Any] | None:

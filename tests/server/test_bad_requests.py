@@ -135,6 +135,25 @@ def user(content: Any) -> dict[str, Any]:
             "tool_choice",
             "'g', which is not in tools",
         ),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "allowed_tools": {
+                        "mode": "auto",
+                        "tools": [{"type": "function", "function": {"name": "g"}}],
+                    },
+                },
+            },
+            "tool_choice",
+            "'g', which is not in tools",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}},
+            "tool_choice.allowed_tools",
+            "required",
+        ),
         ({"reasoning_effort": "huge"}, "reasoning_effort", "'none', 'minimal'"),
         ({"chat_template_kwargs": {"colour": 1}}, "chat_template_kwargs", "not ['colour']"),
     ],

@@ -169,6 +169,37 @@ def test_forced_tools_are_called_with_valid_arguments(client: openai.OpenAI, cho
     assert jsonschema_rs.is_valid(TOOL["function"]["parameters"], json.loads(call.function.arguments))
 
 
+def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
+    other: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": "other", "parameters": {"type": "object"}},
+    }
+    named = {"type": "function", "function": {"name": "weather"}}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            **PLAIN, tools=[other, TOOL], tool_choice=choice, parallel_tool_calls=False, seed=seed
+        )
+        (call,) = answer.choices[0].message.tool_calls or ()
+        assert call.function.name == "weather"
+    response = client.responses.create(
+        model="v41-c",
+        input="Hello",
+        reasoning={"effort": "none"},
+        tools=[{"type": "function", "strict": False, **tool["function"]} for tool in (other, TOOL)],
+        tool_choice={
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": "weather"}],
+        },
+        parallel_tool_calls=False,
+    )
+    (item,) = response.output
+    assert item.type == "function_call"
+    assert item.name == "weather"
+
+
 def test_the_form_comes_behind_the_reasoning(http: httpx.Client) -> None:
     wish = {"logit_bias": {_id(http, "</think>"): 40}, "structured_outputs": {"choice": ["yes", "no"]}}
 
