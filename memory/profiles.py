@@ -126,7 +126,13 @@ def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
             raise ConfigError(f"devices: {speed!r} is not a speed; expected something like 12.5GB/s")
         index = sum(device.kind == kind for device in found)
         link = parse_bytes(speed.removesuffix("/s")) if at else None
-        found.append(DeviceSpec(kind, index, parse_bytes(size), link))
+        try:
+            found.append(DeviceSpec(kind, index, parse_bytes(size), link))
+        except ConfigError as error:
+            raise ConfigError(
+                f"devices: {part.strip()!r}: {error}; a device is kind and budget, like {kind}:20GiB; "
+                "cards are taken in their order"
+            ) from None
     return tuple(found)
 
 
@@ -271,6 +277,8 @@ def _describe(error: ValidationError) -> str:
             problems.append(f"{key}: no such key")
         elif item["type"] == "missing":
             problems.append(f"{key}: missing")
+        elif item["type"] == "model_type":
+            problems.append(f"{key}: must be a section of its own, [{key}]")
         else:
             problems.append(f"{key}: {item['msg']}, got {item['input']!r}")
     return "; ".join(problems)

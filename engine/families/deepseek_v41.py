@@ -158,8 +158,8 @@ class DeepseekV41(Model):
         embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
         pre = first_mix(len(batch.token_ids), config.hc_mult)
+        self._foresee(0, streams, pre)  # first: the disk has nothing to do until then
         step = self._begin(batch, cache, trace or NO_TRACE)
-        self._foresee(0, streams, pre)
         for number, layer in enumerate(weights.layers):
             streams, pre = streams.to(layer.device), pre.to(layer.device)
             if layer.engram is not None:

@@ -60,7 +60,8 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
     if nbytes["dram"] > budget.dram_bytes:
         raise BudgetError(
             f"{checkpoint.path}: the weights that every token uses need {nbytes['dram'] / 1e6:,.1f} MB, "
-            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, or take a smaller model"
+            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, raise "
+            "--dram-budget, or take a smaller model"
         )
     _check_cards(placement, budget)
     reserved: dict[str, int] = defaultdict(int)

@@ -206,7 +206,8 @@ class LlamaFamily(Family):
         if nbytes > budget.dram_bytes:
             raise BudgetError(
                 f"{checkpoint.path}: the weights, all used for every token, need {nbytes:,} bytes; the "
-                f"budget is {budget.dram_bytes:,} bytes of memory; free some, or take a smaller model"
+                f"budget is {budget.dram_bytes:,} bytes of memory; free some, raise "
+                "--dram-budget, or take a smaller model"
             )
 
         def read(role: str, *layer: int) -> Weight:

@@ -76,6 +76,7 @@ def test_a_profile_of_ones_own_is_read_from_a_file(tmp_path: Path) -> None:
         (("size_gib = 64", "size_gib = true"), r"dram\.size_gib"),
         (("reserved_gib = 4", "reserved_gib = 64"), r"dram: 64\.0 GiB reserved of 64\.0"),
         (("link_gb_per_s = 25", "link_gb_per_s = 25\nsli = 1"), r"gpu\.0\.sli: no such key"),
+        (("[dram]", "[[dram]]"), r"dram: must be a section of its own, \[dram\]"),
         (('name = "mine"', 'name = "mine'), r"not TOML"),
     ],
 )
@@ -113,6 +114,11 @@ def test_devices_are_read_with_budget_and_link() -> None:
         DeviceSpec("virtual", 1, 512_000_000, None),
         DeviceSpec("cuda", 0, 20 << 30, None),
     )
+
+
+def test_a_card_named_by_number_is_told_how_cards_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"'cuda:0'.*like cuda:20GiB; cards are taken in their order"):
+        parse_devices("cuda:0")
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: S
 
 
 def test_no_server_there_is_said_in_one_line() -> None:
-    once = invoke("top", "--once", "--url", "http://127.0.0.1:1")
+    once = invoke("top", "--once", "--url", "http://127.0.0.1:1", "--api-key", "schlüssel")
     assert once.returncode == 1
     assert "no server answers there" in complaint(once.stderr)
 
