@@ -17,7 +17,7 @@ from memory.budget import MemoryBudget
 from memory.checkpoint import Checkpoint
 from memory.gguf_files import open_gguf
 from memory.safetensors_files import open_safetensors
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ConfigError
 from quant.kernels import choose
 
 
@@ -52,11 +52,18 @@ def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
     return family_of(checkpoint).describe(checkpoint)
 
 
-def load(path: Path, budget: MemoryBudget | None = None) -> Loaded:
-    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine)."""
+def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
+    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
+
+    A ConfigError says where the model was not made for `context` tokens.
+    """
     checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
-    _, components = family.describe(checkpoint)
+    info, components = family.describe(checkpoint)
+    if context is not None and context > info.max_context:
+        raise ConfigError(
+            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+        )
     budget = budget or MemoryBudget.of_this_machine()
     kernels = choose([card.device for card in budget.cards if not card.is_virtual])
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)

@@ -33,7 +33,10 @@ class CancelledError(Exception):
 
 
 class Ticket:
-    """The promise of a transfer. `wait` returns when the bytes are there, or raises what went wrong."""
+    """The promise of a transfer. `wait` returns when the bytes are there, or raises what went wrong.
+
+    stop is what parts under way look at to end early; None where they cannot.
+    """
 
     def __init__(
         self, link: Link, nbytes: int, priority: Priority, parts: int, stop: threading.Event | None

@@ -86,7 +86,7 @@ def top(
     """
     from rich.console import Console
 
-    headers = {"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+    headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
     with httpx.Client(headers=headers, timeout=10) as client:
         if once or not is_terminal():
             Console(width=None if is_terminal() else 80).print(view(_look(client, url)))

@@ -18,7 +18,6 @@ from memory.budget import MemoryBudget
 from memory.hardware import available_memory_bytes
 from memory.plan import Workload
 from memory.profiles import parse_bytes
-from quant.errors import ConfigError
 from server.errors import ApiError, unavailable
 from server.generation import Generation, Wakeups
 from server.metrics import Metrics
@@ -67,11 +66,8 @@ def bring_up(settings: Settings) -> Served:
         settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
     )
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
-    loaded = load(path, budget)
-    longest = loaded.model.info.max_context
+    loaded = load(path, budget, settings.max_model_len)
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
-    if context > longest:
-        raise ConfigError(f"max_model_len is {context}, but {name} was made for {longest} tokens")
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.
         elsewhere = {card.name for card in budget.cards if not card.is_virtual}
