@@ -24,6 +24,7 @@ from quant.errors import ConfigError
 PROMPT_TOKENS = 32
 # Steps before the clock runs: threads start, and the hot places of caches fill.
 WARM_STEPS = 4
+PAUSES = 8  # in a run
 # The last value that a part of a layer shows -> what the time since the value before it went to.
 KINDS = {
     "engram_rows": "addresses",
@@ -146,11 +147,18 @@ def workload(tokens: int) -> Workload:
     return Workload(PROMPT_TOKENS + WARM_STEPS + tokens, 1, PROMPT_TOKENS)
 
 
-def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callable[[int], None]) -> SliceRun:
+def run_slice(
+    path: Path,
+    budget: MemoryBudget,
+    tokens: int,
+    on_progress: Callable[[int], None],
+    in_pause: Callable[[], None] = lambda: None,
+) -> SliceRun:
     """Load `path`, read a short prompt and decode `tokens` random tokens, one sequence alone.
 
     Random tokens stand for text that repeats nothing: caches see as many new rows and experts as can
-    be. Raises ConfigError for a model without routed experts, and what loading raises.
+    be. Before some of the tokens the clock stands still and `in_pause` is called. Raises ConfigError for a
+    model without routed experts, and what loading raises.
     """
     before = resident_bytes()
     loaded = load(path, budget)
@@ -171,13 +179,15 @@ def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callab
         for at in range(PROMPT_TOKENS, start):
             _step(model, cache, at, int(ids[at]), Clock())
         counted, clock = model.telemetry.snapshot(), Clock()
-        begun = time.perf_counter()
+        total_s = 0.0
         for at in range(start, length):
-            _step(model, cache, at, int(ids[at]), clock)
+            if (at - start) % max(1, tokens // PAUSES) == 0:
+                in_pause()
+            total_s += _step(model, cache, at, int(ids[at]), clock)
             on_progress(at + 1 - start)
         return SliceRun(
             tokens=tokens,
-            total_s=time.perf_counter() - begun,
+            total_s=total_s,
             seconds={kind: dict(by_layer) for kind, by_layer in clock.seconds.items()},
             layers=model.config.num_hidden_layers,
             tables=len(model.config.engram_layer_ids),
@@ -192,10 +202,12 @@ def run_slice(path: Path, budget: MemoryBudget, tokens: int, on_progress: Callab
         model.close()
 
 
-def _step(model: DeepseekV41, cache: KvCache, at: int, token: int, clock: Clock) -> None:
-    clock.last = time.perf_counter()
+def _step(model: DeepseekV41, cache: KvCache, at: int, token: int, clock: Clock) -> float:
+    """Compute a token; the seconds that it took."""
+    begun = clock.last = time.perf_counter()
     model.forward(Batch.of([(0, at, [token])]), cache, clock)
     clock.tick("head")
+    return clock.last - begun
 
 
 def _since(before: Snapshot, after: Snapshot) -> Snapshot:

@@ -124,8 +124,8 @@ def measure_disk(directory: Path, nbytes: int) -> list[Result]:
             os.close(descriptor)
 
 
-def measure_file(file: Path, seconds: float = 1.5) -> list[Result]:
-    """Direct reads of 8 MiB anywhere in `file`, for so long at each depth: bytes that were not just written.
+def read_rates(file: Path, seconds: float) -> list[float]:
+    """Bytes a second of direct reads of 8 MiB anywhere in `file`, for so long at each depth of READ_DEPTHS.
 
     Empty for a smaller file, and where the file system refuses direct reads. Raises ConfigError where the
     drive fails.
@@ -138,16 +138,17 @@ def measure_file(file: Path, seconds: float = 1.5) -> list[Result]:
     except OSError:
         return []
     try:
-        places = np.random.default_rng(0).integers(0, count, size=100_000) * READ_BYTES
         rates = []
         for depth in READ_DEPTHS:
+            # Other places each time: what was read lately may come from a cache below the disk.
+            places = np.random.default_rng().integers(0, count, size=100_000) * READ_BYTES
             done, taken = _read_all(descriptor, depth, READ_BYTES, iter(places.tolist()), seconds)
-            rates.append(done * READ_BYTES / taken / 1e9)
+            rates.append(done * READ_BYTES / taken)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error}); is the drive still there?") from None
     finally:
         os.close(descriptor)
-    return [Result("checkpoint_read", max(rates), "GB/s")]
+    return rates
 
 
 def _disk_results(descriptor: int, nbytes: int) -> list[Result]:

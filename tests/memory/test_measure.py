@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memory import measure
-from memory.measure import measure_cpu, measure_disk, measure_dram, measure_file, measure_gpus, working_bytes
+from memory.measure import measure_cpu, measure_disk, measure_dram, measure_gpus, read_rates, working_bytes
 from memory.this_machine import Result
 from quant.errors import ConfigError
 from quant.kernels import library
@@ -88,12 +88,13 @@ def test_a_file_system_without_direct_reads_gives_no_figures(
 def test_a_file_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "shard"
     file.write_bytes(bytes(measure.READ_BYTES + 5))
-    found = values(measure_file(file, 0.02))
+    found = read_rates(file, 0.02)
     if not found:
         pytest.skip("the temporary directory refuses direct reads")
-    assert found["checkpoint_read"] > 0
+    assert len(found) == len(measure.READ_DEPTHS)
+    assert min(found) > 0
     file.write_bytes(bytes(measure.READ_BYTES - 1))
-    assert measure_file(file, 0.02) == []
+    assert read_rates(file, 0.02) == []
 
     def gone(*_: object) -> int:
         raise OSError(5, "Input/output error")
@@ -101,7 +102,7 @@ def test_a_file_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_bytes(bytes(measure.READ_BYTES))
     monkeypatch.setattr(measure.os, "preadv", gone)
     with pytest.raises(ConfigError, match="shard: cannot be read"):
-        measure_file(file, 0.02)
+        read_rates(file, 0.02)
 
 
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
