@@ -210,7 +210,9 @@ def _encode(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
         raise RequestError(
             f"the text is not valid Unicode: a lone surrogate stands at character {error.start}"
         ) from None
-    return encoder.encode(text, add_special_tokens=False).ids
+    # Of the library's calls those for batches alone release the interpreter lock; a megabyte takes a second.
+    ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    return ids
 
 
 def _read_text(file: Path) -> str:

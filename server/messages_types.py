@@ -14,6 +14,7 @@ from server.openai_messages import (
     Content,
     FunctionCall,
     FunctionDefinition,
+    Items,
     Message,
     TextPart,
     Tool,
@@ -44,7 +45,7 @@ class Block(Body):
 
 
 _Blocks = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[Block], Tag("<blocks>")],
+    Annotated[str, Tag("<string>")] | Annotated[Items[Block], Tag("<blocks>")],
     Discriminator(lambda value: "<blocks>" if isinstance(value, list) else "<string>"),
 ]
 
@@ -97,9 +98,9 @@ class CountRequest(Body):
     """Body of /v1/messages/count_tokens: what makes the prompt."""
 
     model: str
-    messages: list[Turn] = Field(min_length=1)
+    messages: Items[Turn] = Field(min_length=1)
     system: Content | None = None
-    tools: list[MessagesTool] | None = None
+    tools: Items[MessagesTool] | None = None
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -11,6 +11,10 @@ from quant.errors import RequestError
 
 T = TypeVar("T")
 
+# Reading a body holds up everybody else, so lists of objects end here, and at the first one that is wrong.
+MAX_ITEMS = 16_384
+Items = Annotated[list[T], Field(max_length=MAX_ITEMS, fail_fast=True)]
+
 
 class Body(BaseModel):
     """Base of everything that arrives as JSON."""
@@ -49,7 +53,7 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
+    Annotated[str, Tag("<string>")] | Annotated[Items[TextPart], Tag("<parts>")],
     Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
 ]
 
@@ -101,7 +105,7 @@ class Message(Body):
     content: Content | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
 

@@ -15,6 +15,7 @@ from quant.errors import RequestError
 from server.openai_messages import (
     AllowedToolChoice,
     Body,
+    Items,
     Message,
     NamedToolChoice,
     Tool,
@@ -44,9 +45,9 @@ def _prompt_kind(value: object) -> str:
 
 _Prompt = Annotated[
     Annotated[str, Tag("<string>")]
-    | Annotated[list[str], Tag("<strings>")]
+    | Annotated[Items[str], Tag("<strings>")]
     | Annotated[list[int], Tag("<ids>")]
-    | Annotated[list[list[int]], Tag("<prompts of ids>")],
+    | Annotated[Items[list[int]], Tag("<prompts of ids>")],
     Discriminator(_prompt_kind),
 ]
 
@@ -248,11 +249,11 @@ class GenerationRequest(SamplingFields):
 class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
@@ -373,8 +374,8 @@ class TokenizeRequest(Body):
     """Body of /tokenize: a text, or a conversation as the model would see it."""
 
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 

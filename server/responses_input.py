@@ -11,6 +11,7 @@ from server.openai_messages import (
     Body,
     Content,
     FunctionCall,
+    Items,
     Message,
     TextPart,
     ToolCall,
@@ -32,7 +33,7 @@ class InputItem(Body):
     name: str | None = None
     arguments: str | None = None
     output: Content | None = None
-    summary: list[TextPart] | None = None
+    summary: Items[TextPart] | None = None
 
 
 def messages_of(items: Iterable[InputItem]) -> list[Message]:

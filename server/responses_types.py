@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from server.openai_messages import Body, FunctionDefinition, Message, Tool, choice_kind, refuse_fields
+from server.openai_messages import (
+    Body,
+    FunctionDefinition,
+    Items,
+    Message,
+    Tool,
+    choice_kind,
+    refuse_fields,
+)
 from server.openai_types import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 from server.responses_input import InputItem, messages_of
 
@@ -21,7 +29,7 @@ RESPONSES_REFUSED = {
 
 
 _Input = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[InputItem], Field(min_length=1), Tag("<items>")],
+    Annotated[str, Tag("<string>")] | Annotated[Items[InputItem], Field(min_length=1), Tag("<items>")],
     Discriminator(lambda value: "<items>" if isinstance(value, list) else "<string>"),
 ]
 
@@ -85,7 +93,7 @@ class ResponsesRequest(SamplingFields):
     input: _Input
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[ResponsesTool] | None = None
+    tools: Items[ResponsesTool] | None = None
     tool_choice: _Choice | None = None
     parallel_tool_calls: bool | None = None
     text: Text | None = None

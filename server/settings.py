@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         description="Origin whose web pages may use the server, like https://chat.example.org; * is any. "
         "Repeat the flag, or separate by commas, for several. Default: none.",
     )
-    max_body_bytes: int = Field(32 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body, in bytes.")
     read_timeout_s: float = Field(
         60.0,
         gt=0,

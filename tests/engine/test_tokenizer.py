@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,27 @@ def test_decoding_can_leave_special_tokens_out(tokenizer: Tokenizer) -> None:
 def test_text_that_is_not_unicode_is_a_bad_request(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="a lone surrogate stands at character 1"):
         tokenizer.encode("a\ud800")
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    tokenizer = Tokenizer.from_directory(golden_path("v41-c"))
+    turns, is_over = [0], threading.Event()
+
+    def take_turns() -> None:
+        while not is_over.wait(0.001):
+            turns[0] += 1
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    try:
+        before = turns[0]
+        tokenizer.encode("words of a long text " * 60_000)
+        during = turns[0] - before
+    finally:
+        is_over.set()
+        other.join()
+
+    assert during > 10  # two or three where it must wait for the end
 
 
 def test_size_is_one_more_than_the_largest_id(tokenizer: Tokenizer) -> None:

@@ -61,6 +61,8 @@ def user(content: Any) -> dict[str, Any]:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
         ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": CHAT["messages"] * 16_385}, "messages", "at most 16384 items"),
+        (user([{"type": "text", "text": "a"}] * 16_385), "messages[0].content", "at most 16384 items"),
         ({"messages": "Hello"}, "messages", "valid array, got the string 'Hello'"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'system', 'developer'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
