@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import to_json
 
 from server.errors import RETRY_AFTER_S, ApiError
 from server.handling import owner_of, read_body, running_of, service_of
@@ -79,25 +80,33 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 
 @router.post("/tokenize")
-async def tokenize(request: Request) -> dict[str, Any]:
+async def tokenize(request: Request) -> Response:
     """Token ids of a text, or of a conversation as the model would see it."""
     body = await read_body(request, TokenizeRequest)
     served = service_of(request).served
-    ids = await asyncio.to_thread(_token_ids, body, served)
+    return Response(await asyncio.to_thread(_tokenized, body, served), media_type="application/json")
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    body = await read_body(request, DetokenizeRequest)
+    served = service_of(request).served
+    return Response(await asyncio.to_thread(_detokenized, body, served), media_type="application/json")
+
+
+def _tokenized(body: TokenizeRequest, served: Served) -> bytes:
+    ids = _token_ids(body, served)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
     if body.return_token_strs:
         pieces = (served.loaded.tokenizer.token_bytes(i) for i in ids)
         answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
-    return answer
+    return to_json(answer)
 
 
-@router.post("/detokenize")
-async def detokenize(request: Request) -> dict[str, str]:
-    """The text of token ids."""
-    body = await read_body(request, DetokenizeRequest)
-    served = service_of(request).served
+def _detokenized(body: DetokenizeRequest, served: Served) -> bytes:
     check_ids(body.tokens, served.vocab_size, "tokens")
-    return {"prompt": served.loaded.tokenizer.decode(body.tokens)}
+    return to_json({"prompt": served.loaded.tokenizer.decode(body.tokens)})
 
 
 def _token_ids(body: TokenizeRequest, served: Served) -> list[int]:

@@ -92,12 +92,12 @@ def test_a_client_that_does_not_take_its_answer_is_hung_up_on(impatient: LociSer
         return len(list(Path(f"/proc/{impatient.process.pid}/fd").iterdir()))
 
     before = open_files()
-    body = json.dumps({"tokens": [300] * 2_000_000}).encode()
+    body = json.dumps({"prompt": "a b " * 400_000, "return_token_strs": True}).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = impatient.url.removeprefix("http://").split(":")
         connection.connect((host, int(port)))
-        head = HEAD.replace(b"/v1/completions", b"/detokenize")
+        head = HEAD.replace(b"/v1/completions", b"/tokenize")
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
 
