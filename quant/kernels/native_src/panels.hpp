@@ -42,12 +42,15 @@ void integer_panels(const PanelSet& set, const void* const* x, float* out) {
         int64_t codes_at = strip + format.header_bytes(blocks);
         for (int b = 0; b < blocks; ++b, ++block, codes_at += Format::kBlockBytes) {
             const Block<D>* xs[T];
-            int32_t starts[T][Format::kParts][S] = {};
-            for (int t = 0; t < T; ++t) {
-                xs[t] = static_cast<const Block<D>*>(x[t]) + block;
-                for (int part = 0; part < Format::kParts; ++part)
-                    for (int s = 0; s < D; ++s) starts[t][part][s] = Sum::prepare(xs[t]->correction[part][s]);
-            }
+            for (int t = 0; t < T; ++t) xs[t] = static_cast<const Block<D>*>(x[t]) + block;
+            // where sums begin: once for all panels where that takes instructions, else read when it is needed
+            int32_t prepared[T][Format::kParts][S] = {};
+            for (int t = 0; t < T; ++t)
+                for (int part = 0; part < Format::kParts && Sum::kPrepares; ++part)
+                    for (int s = 0; s < D; ++s) prepared[t][part][s] = Sum::prepare(xs[t]->correction[part][s]);
+            const auto start = [&](int t, int part, int s) {
+                return Sum::kPrepares ? prepared[t][part][s] : s < D ? xs[t]->correction[part][s] : 0;
+            };
             for (int q = 0; q < P; ++q) {
                 const uint8_t *codes = set.panels[q] + codes_at, *header = set.panels[q] + strip;
                 for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + prefetch_bytes(P) + k);
@@ -57,7 +60,7 @@ void integer_panels(const PanelSet& set, const void* const* x, float* out) {
                         Sum dots[T][S][R];
                         for (int t = 0; t < T; ++t)
                             for (int s = 0; s < S; ++s)
-                                for (int r = 0; r < R; ++r) dots[t][s][r].begin(starts[t][part][s]);
+                                for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, part, s));
                         UNROLL for (int i = 0; i < kGroups; ++i) {
                             const int g = part * kGroups + i;
                             UNROLL for (int j = 0; j < W; ++j) {

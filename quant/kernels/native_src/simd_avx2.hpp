@@ -42,8 +42,9 @@ struct Dot {
     static constexpr int kEvery = kFitting >= 8 ? 8 : kFitting >= 4 ? 4 : 1;
     static_assert(kFitting >= 1);
     I32 sum, pairs;
+    static constexpr bool kPrepares = kEvery == 8;
     ALWAYS_INLINE static int32_t prepare(int32_t start) {
-        return kEvery < 8 ? start : static_cast<int32_t>(0x10001u * static_cast<uint16_t>(start / 2));
+        return static_cast<int32_t>(0x10001u * static_cast<uint16_t>(start / 2));
     }
     ALWAYS_INLINE void begin(int32_t prepared) {
         (kEvery < 8 ? sum : pairs) = _mm256_set1_epi32(prepared);

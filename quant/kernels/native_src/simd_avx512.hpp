@@ -41,6 +41,7 @@ ALWAYS_INLINE I32 four_digits(const int8_t* p) {
 template <int LargestCode, int LargestDigit>
 struct Dot {
     I32 sum;
+    static constexpr bool kPrepares = false;
     ALWAYS_INLINE static int32_t prepare(int32_t start) { return start; }
     ALWAYS_INLINE void begin(int32_t prepared) { sum = _mm512_set1_epi32(prepared); }
     ALWAYS_INLINE void add(Bytes codes, I32 digits) { sum = _mm512_dpbusd_epi32(sum, codes, digits); }

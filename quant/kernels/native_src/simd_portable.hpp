@@ -67,6 +67,7 @@ template <int LargestCode, int LargestDigit>
 struct Dot {
     static_assert(2 * LargestCode * LargestDigit <= 32767);
     I32 sum;
+    static constexpr bool kPrepares = false;
     ALWAYS_INLINE static int32_t prepare(int32_t start) { return start; }
     ALWAYS_INLINE void begin(int32_t prepared) { sum = I32{} + prepared; }
     ALWAYS_INLINE void add(Bytes codes, const Digits& digits) {
