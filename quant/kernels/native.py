@@ -16,7 +16,16 @@ from quant.errors import ConfigError
 from quant.formats import Format
 from quant.fp8 import FP8_ROW
 from quant.kernels import Experts, SlotLayout, Weight, library
-from quant.kernels.layout import TILED, ExpertSlotLayout, Tiled, native_weight, tile, tiled_format, untile
+from quant.kernels.layout import (
+    TILED,
+    ExpertSlotLayout,
+    NativeWeight,
+    Tiled,
+    native_weight,
+    tile,
+    tiled_format,
+    untile,
+)
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import PackedTensor
 from quant.slots import FileSlotLayout
@@ -106,9 +115,13 @@ class NativeKernels:
         return FileSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        if isinstance(weight, torch.Tensor):
+        # the usual first: to ask torch whether something is a tensor takes long where caches are swept
+        if isinstance(weight, NativeWeight):
+            native: NativeWeight | None = weight
+        elif isinstance(weight, torch.Tensor):
             return self._dense_linear(x, weight)
-        native = native_weight(weight)
+        else:
+            native = native_weight(weight)
         if native is None:
             return self._fallback.linear(x, weight)
         rows, cols = native.shape
