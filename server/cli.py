@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import typer
@@ -46,7 +47,7 @@ app.add_typer(cli_bench.bench)
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 told to end.
 
     LOCI_DEBUG=1 shows tracebacks.
     """
@@ -56,6 +57,8 @@ def main() -> None:
     # torch then asks for huge pages where it allocates megabytes: processors foresee no addresses beyond a
     # page, and have to look up where each page lies (figures in docs/kernels.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # As after Ctrl-C, what is half written is removed. `loci serve` drains instead.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app()
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -208,3 +209,18 @@ def test_each_command_explains_itself_with_an_example(command: str) -> None:
 
     assert result.returncode == 0
     assert f"Example: loci {command}" in result.stdout
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_slice_that_is_given_up_half_written_leaves_nothing(
+    tmp_path: Path, how: signal.Signals, code: int
+) -> None:
+    arguments = ("v41-tiny", "--layers", "3", "--engram-rows", "20000000", "--out", tmp_path / "slice")
+    with subprocess.Popen(
+        harness.command("synth", *arguments), cwd=ROOT, env=harness.environment(), stdout=subprocess.PIPE
+    ) as synth:
+        assert synth.stdout is not None
+        assert synth.stdout.readline().startswith(b" 10 %")
+        synth.send_signal(how)
+        assert synth.wait(harness.DEADLINE_S) == code
+    assert list(tmp_path.iterdir()) == []
