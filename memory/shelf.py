@@ -34,10 +34,14 @@ class Shelf:
         self.tier = arena.tier
         self.by_layer: list[dict[int, Place]] = [{} for _ in range(layers)]
         self.quota = arena.slots / layers  # a layer's fair share
+        self._views: dict[int, ExpertWeights] = {}  # by slot: bytes change, where they lie does not
 
     def weights(self, place: Place) -> ExpertWeights:
         """What lies in `place`."""
-        return self.layout.views(self.arena.slot(place.slot))
+        views = self._views.get(place.slot)
+        if views is None:
+            views = self._views[place.slot] = self.layout.views(self.arena.slot(place.slot))
+        return views
 
     def find(self, key: Key) -> Place | None:
         """Where the expert lies, None where it does not."""
