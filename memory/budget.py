@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from memory.hardware import available_memory_bytes, detect
+from memory.hardware import available_memory_bytes
 from memory.plan import Workload
 from memory.profiles import DeviceSpec, GpuSpec, HardwareProfile, parse_bytes, parse_devices
-from memory.this_machine import ASSUMED_LINK_BYTES_PER_S, read_measured
+from memory.this_machine import this_machine
 from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
 
@@ -76,9 +76,11 @@ class MemoryBudget:
         Without `dram` it is a share of the memory that is free now, less what virtual cards take of
         it. Raises ConfigError for text that is not understood, BudgetError where there is not as much.
         """
-        measured = read_measured(detect()) if devices else {}
         specs = parse_devices(devices) if devices else ()
-        cards = tuple(_tier(f"vram:{number}", device, measured) for number, device in enumerate(specs))
+        machine = this_machine() if specs else None
+        cards = tuple(_tier(f"vram:{number}", device, machine) for number, device in enumerate(specs))
+        if sum(not card.is_virtual for card in cards) > 1:
+            logger.warning("two real cards together are unproven yet; `pytest tests/gpu` checks these")
         on_cards = sum(card.budget_bytes for card in cards if card.is_virtual)
         free = available_memory_bytes()
         dram_bytes = int(free * WEIGHTS_SHARE) - on_cards if dram is None else parse_bytes(dram)
@@ -88,12 +90,11 @@ class MemoryBudget:
                 f"the budgets for DRAM and virtual cards come to {asked / 1e9:.1f} GB, "
                 f"{free / 1e9:.1f} GB of memory are free; ask for less"
             )
-        experts = measured.get("cpu_experts")
-        budget = cls(dram_bytes, cards, cpu_bytes_per_s=experts * 1e9 if experts else None)
+        budget = cls(dram_bytes, cards, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
         return replace(budget, workload=workload) if workload else budget
 
 
-def _tier(name: str, device: DeviceSpec, measured: dict[str, float]) -> Tier:
+def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tier:
     if device.kind == "virtual":
         return Tier(name, device.budget_bytes, torch.device("cpu"), device.link_bytes_per_s)
     if not torch.cuda.is_available():
@@ -102,14 +103,14 @@ def _tier(name: str, device: DeviceSpec, measured: dict[str, float]) -> Tier:
         raise ConfigError(
             f"devices: there is no CUDA card {device.index}; this machine has {torch.cuda.device_count()}"
         )
-    logger.warning("%s: Loci has not been proven on real cards yet; `pytest tests/gpu` checks this one", name)
     free = torch.cuda.mem_get_info(device.index)[0]
     if device.budget_bytes > free:
         raise BudgetError(
             f"devices: card {device.index} has {free / 1e9:.1f} GB free, {device.budget_bytes / 1e9:.1f} GB "
             "were asked for"
         )
-    link = measured.get(f"link_{device.index}_together", ASSUMED_LINK_BYTES_PER_S / 1e9) * 1e9
+    assert machine is not None
+    link = machine.gpus[device.index].link_together_bytes_per_s
     return Tier(name, device.budget_bytes, torch.device("cuda", device.index), link)
 
 

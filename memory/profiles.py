@@ -68,27 +68,44 @@ class HardwareProfile:
     gpus: tuple[GpuSpec, ...] = ()
     assumed: tuple[str, ...] = ()
 
-    def with_virtual_gpus(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
-        """This machine with virtual cards: their memory is taken from DRAM, the CPU computes for them.
+    def with_devices(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
+        """This machine with these cards alone, each as large as its budget.
 
-        Raises ConfigError where the devices are not virtual: a profile knows its real cards.
+        Real ones are the profile's, in its order. Virtual ones take their memory from DRAM, and the CPU
+        computes for them. Raises ConfigError where the profile has no such card, or a smaller one.
         """
-        if any(device.kind != "virtual" for device in devices):
-            raise ConfigError("devices: only virtual cards can be planned with; real ones are in the profile")
+        real = sum(device.kind == "cuda" for device in devices)
         gpus = tuple(
-            GpuSpec(
-                name=f"virtual {device.index}",
-                kind="virtual",
-                memory_bytes=device.budget_bytes,
-                memory_bytes_per_s=self.dram_bytes_per_s,
-                matmul_flops=self.cpu_matmul_flops,
-                link_bytes_per_s=device.link_bytes_per_s or self.dram_bytes_per_s,
-                link_together_bytes_per_s=device.link_bytes_per_s or self.dram_bytes_per_s,
-            )
+            self._card(device, is_alone=real == 1) if device.kind == "cuda" else self._virtual_card(device)
             for device in devices
         )
-        taken = sum(gpu.memory_bytes for gpu in gpus)
+        taken = sum(gpu.memory_bytes for gpu in gpus if gpu.kind == "virtual")
         return replace(self, gpus=gpus, dram_bytes=max(0, self.dram_bytes - taken))
+
+    def _card(self, device: DeviceSpec, *, is_alone: bool) -> GpuSpec:
+        cards = [gpu for gpu in self.gpus if gpu.kind == "cuda"]
+        if device.index >= len(cards):
+            raise ConfigError(f"devices: there is no card {device.index} in {self.name}; it has {len(cards)}")
+        card = cards[device.index]
+        if device.budget_bytes > card.memory_bytes:
+            raise ConfigError(
+                f"devices: card {device.index} of {self.name} has {card.memory_bytes / 1e9:.1f} GB for "
+                f"models, {device.budget_bytes / 1e9:.1f} GB were asked for"
+            )
+        together = card.link_bytes_per_s if is_alone else card.link_together_bytes_per_s
+        return replace(card, memory_bytes=device.budget_bytes, link_together_bytes_per_s=together)
+
+    def _virtual_card(self, device: DeviceSpec) -> GpuSpec:
+        link = device.link_bytes_per_s or self.dram_bytes_per_s
+        return GpuSpec(
+            name=f"virtual {device.index}",
+            kind="virtual",
+            memory_bytes=device.budget_bytes,
+            memory_bytes_per_s=self.dram_bytes_per_s,
+            matmul_flops=self.cpu_matmul_flops,
+            link_bytes_per_s=link,
+            link_together_bytes_per_s=link,
+        )
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def plan(
     devices: Annotated[
         str | None,
         typer.Option(
-            help="Virtual cards instead of real ones: virtual:24GiB@12.5GB/s,...", show_default=False
+            help="These cards alone, with budgets: cuda:22GiB,... or virtual:24GiB@12.5GB/s,...",
+            show_default=False,
         ),
     ] = None,
     dram: Annotated[
@@ -128,7 +129,7 @@ def _hardware(
     if name == "this" and on_disk is not None:
         machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.nbytes)
     if devices is not None:
-        machine = machine.with_virtual_gpus(parse_devices(devices))
+        machine = machine.with_devices(parse_devices(devices))
     return machine if dram is None else replace(machine, dram_bytes=parse_bytes(dram))
 
 

@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     )
     devices: str | None = Field(
         None,
-        description="Cards for weights and KV, like cuda:22GiB,cuda:22GiB (not proven on real ones yet) or "
+        description="Cards for weights and KV, like cuda:22GiB (two real ones together are unproven yet) or "
         "virtual:24GiB@12.5GB/s: a virtual card is host memory with a card's size and link speed. "
         "Default: none.",
     )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+
 import pytest
 import torch
 
 from memory.budget import MemoryBudget
+from memory.profiles import load_profile
 from quant.errors import BudgetError, ConfigError
 
 
@@ -48,3 +52,45 @@ def test_cards_that_are_not_there_are_refused() -> None:
 def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         MemoryBudget.of_this_machine(dram=text)
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two real cards, each with 20 GB free and, measured, 11 GB/s beside the other."""
+    machine = load_profile("2x4090-256g")
+    gpus = tuple(replace(gpu, link_together_bytes_per_s=11e9) for gpu in machine.gpus)
+    machine = replace(machine, gpus=gpus, expert_bytes_per_s=77e9)
+    monkeypatch.setattr("memory.budget.this_machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * 10**9, 24 * 10**9))
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_a_real_card_takes_nothing_of_the_host_and_is_as_fast_as_measured() -> None:
+    budget = MemoryBudget.of_this_machine(devices="cuda:16GiB")
+    assert budget.dram_bytes == 7_500_000_000
+    (card,) = budget.cards
+    assert (card.device, card.budget_bytes) == (torch.device("cuda", 0), 16 << 30)
+    assert not card.is_virtual
+    assert card.link_bytes_per_s == 11e9
+    assert budget.cpu_bytes_per_s == 77e9
+
+
+@pytest.mark.usefixtures("two_cards")
+@pytest.mark.parametrize(("devices", "warnings"), [("cuda:1GB,virtual:1GB", 0), ("cuda:1GB,cuda:1GB", 1)])
+def test_only_several_real_cards_are_said_to_be_unproven(
+    devices: str, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "loci.memory"):
+        MemoryBudget.of_this_machine(devices=devices)
+    assert len(caplog.messages) == warnings
+    assert all("two real cards together are unproven" in message for message in caplog.messages)
+
+
+@pytest.mark.usefixtures("two_cards")
+def test_more_than_is_free_on_a_card_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"card 0 has 20\.0 GB free, 23\.6 GB were asked for"):
+        MemoryBudget.of_this_machine(devices="cuda:22GiB")
+    with pytest.raises(ConfigError, match="no CUDA card 2; this machine has 2"):
+        MemoryBudget.of_this_machine(devices="cuda:1GB,cuda:1GB,cuda:1GB")

@@ -195,7 +195,7 @@ def test_engram_rows_from_disk_are_hidden_behind_the_layers_before() -> None:
 
 def test_a_virtual_card_costs_the_cpu_what_it_computes() -> None:
     plain = replace(MACHINE, gpus=(), dram_bytes=200 * GB)
-    virtual = plain.with_virtual_gpus(parse_devices("virtual:24GB@12.5GB/s,virtual:24GB@12.5GB/s"))
+    virtual = plain.with_devices(parse_devices("virtual:24GB@12.5GB/s,virtual:24GB@12.5GB/s"))
     a, b = (model(FLASH, machine).decode(1, 0) for machine in (plain, virtual))
     assert b.total_s == pytest.approx(a.total_s, rel=0.01)
     assert b.nbytes["vram:0"] > 0

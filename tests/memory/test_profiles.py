@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -138,7 +139,46 @@ def test_sizes_are_read_in_binary_and_decimal_units(text: str, nbytes: int) -> N
 
 
 def test_virtual_cards_take_their_memory_from_dram() -> None:
-    machine = MACHINE.with_virtual_gpus(parse_devices("virtual:2GB@5GB/s,virtual:3GB"))
+    machine = MACHINE.with_devices(parse_devices("virtual:2GB@5GB/s,virtual:3GB"))
     assert machine.dram_bytes == MACHINE.dram_bytes - 5 * GB
     assert [gpu.kind for gpu in machine.gpus] == ["virtual", "virtual"]
     assert [gpu.link_bytes_per_s for gpu in machine.gpus] == [5e9, MACHINE.dram_bytes_per_s]
+
+
+def test_real_cards_are_the_profiles_as_large_as_their_budgets() -> None:
+    machine = load_profile("2x4090-256g")
+    both = machine.with_devices(parse_devices("cuda:20GiB,cuda:22GiB"))
+    assert [gpu.memory_bytes >> 30 for gpu in both.gpus] == [20, 22]
+    assert both.gpus == tuple(
+        replace(card, memory_bytes=gpu.memory_bytes)
+        for card, gpu in zip(machine.gpus, both.gpus, strict=True)
+    )
+    assert both.dram_bytes == machine.dram_bytes
+
+
+def test_a_card_by_itself_has_its_link_for_itself() -> None:
+    machine = load_profile("2x4090-256g")
+    shared = replace(machine.gpus[0], link_together_bytes_per_s=machine.gpus[0].link_bytes_per_s / 2)
+    machine = replace(machine, gpus=(shared, shared))
+    (one,) = machine.with_devices(parse_devices("cuda:20GiB")).gpus
+    two = machine.with_devices(parse_devices("cuda:20GiB,cuda:20GiB")).gpus
+    assert one.link_together_bytes_per_s == shared.link_bytes_per_s
+    assert two[0].link_together_bytes_per_s == shared.link_together_bytes_per_s
+
+
+def test_real_and_virtual_cards_stand_in_the_order_asked_for() -> None:
+    machine = load_profile("2x4090-256g").with_devices(parse_devices("virtual:2GB,cuda:20GiB"))
+    assert [gpu.kind for gpu in machine.gpus] == ["virtual", "cuda"]
+    assert machine.dram_bytes == load_profile("2x4090-256g").dram_bytes - 2 * GB
+
+
+@pytest.mark.parametrize(
+    ("devices", "complaint"),
+    [
+        ("cuda:20GiB,cuda:20GiB,cuda:20GiB", r"no card 2 in 2x4090-256g; it has 2"),
+        ("cuda:30GiB", r"card 0 of 2x4090-256g has 2\d\.\d GB for models, 32\.2 GB were asked for"),
+    ],
+)
+def test_cards_that_a_machine_does_not_have_are_refused(devices: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_profile("2x4090-256g").with_devices(parse_devices(devices))

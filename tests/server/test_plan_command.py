@@ -106,6 +106,12 @@ def test_virtual_cards_take_part_in_a_plan() -> None:
     assert {place["tier"] for place in report["places"] if place["kind"] == "dense"} == {"vram:0", "vram:1"}
 
 
+def test_a_plan_may_leave_out_cards_and_part_of_their_memory() -> None:
+    report = planned(FLASH, "--hardware", "2x4090-256g", "--devices", "cuda:16GiB")
+    assert report["tiers"].keys() == {"vram:0", "dram", "nvme"}
+    assert report["tiers"]["vram:0"]["budget_bytes"] == 16 << 30
+
+
 def test_a_recorded_trace_adds_its_own_forecast(tmp_path: Path) -> None:
     file = tmp_path / "routing.safetensors"
     RoutingTrace(torch.arange(6).expand(10, 43, 6)).save(file)
@@ -140,7 +146,7 @@ def test_own_hardware_is_read_from_a_file(tmp_path: Path) -> None:
         ((FLASH, "--hardware", "abacus"), "no such hardware profile"),
         ((FLASH, "--hardware", "4090-128g", "--context", "2000000"), "1048576 tokens"),
         ((FLASH, "--hardware", "4090-128g", "--devices", "virtual"), "virtual:24GiB@12.5GB/s"),
-        ((FLASH, "--hardware", "4090-128g", "--devices", "cuda:20GiB"), "only virtual cards"),
+        ((FLASH, "--hardware", "4090-128g", "--devices", "cuda:30GiB"), "card 0 of 4090-128g has"),
         ((FLASH, "--hardware", "4090-128g", "--dram", "much"), "24GiB or 12.5GB"),
     ],
 )
