@@ -15,6 +15,8 @@ from server.terminal import bytes_text, print_table
 if TYPE_CHECKING:
     from engine.bench_slice import SliceRun
     from memory.budget import MemoryBudget
+    from memory.plan import Workload
+    from memory.profiles import HardwareProfile
 
 # Of the time that bytes need at the measured rates, what decoding should take at most the inverse of.
 BOUND_TARGET = 0.8
@@ -35,7 +37,7 @@ def slice_(
         ),
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="Virtual cards, like virtual:1GiB@12.5GB/s. Default: none.")
+        str | None, typer.Option(help="Cards, like cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to decode.")] = 64,
     json_file: Annotated[
@@ -44,21 +46,33 @@ def slice_(
 ) -> None:
     """Decode within budgets and report time by layer, bytes by tier, hits, stalls, memory and the bound.
 
-    The disk is measured in pauses between tokens, and with DRAM afterwards, which takes half a minute and
-    1 GB of disk.
+    The disk is measured in pauses between tokens, and with DRAM and real cards afterwards, which takes half a
+    minute and 1 GB of disk. On real cards the time by layer is that of further tokens, which take longer.
 
     Example: loci bench slice ./slice --dram-budget 4GiB --devices virtual:1GiB@12.5GB/s
     """
     from rich.progress import Progress
 
-    from engine.bench_slice import run_slice, workload
+    from engine.bench_slice import run_slice, steps, workload
     from memory.budget import MemoryBudget
     from memory.hardware import detect
-    from memory.measure import measure_cpu, measure_disk, measure_dram, read_rates, working_bytes
+    from memory.measure import (
+        measure_cpu,
+        measure_disk,
+        measure_dram,
+        measure_gpus,
+        read_rates,
+        working_bytes,
+    )
     from memory.plan import PROCESS_BYTES
-    from memory.this_machine import Result, write_results
+    from memory.profiles import parse_devices
+    from memory.this_machine import Result, this_machine, write_results
 
-    budget = MemoryBudget.of_this_machine(dram_budget, devices, workload(tokens))
+    specs = parse_devices(devices) if devices is not None else ()
+    has_real_cards = any(device.kind == "cuda" for device in specs)
+    asked_for = workload(tokens, has_real_cards=has_real_cards)
+    machine = detect(model)  # as it is before the model takes memory
+    budget = MemoryBudget.of_this_machine(dram_budget, devices, asked_for)
     disk_rates: list[list[float]] = []  # by pause and depth
 
     def measure_beside() -> None:
@@ -67,28 +81,32 @@ def slice_(
         disk_rates.append(read_rates(largest, PAUSE_S))
 
     with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("tokens", total=tokens)
+        task = bar.add_task("tokens", total=steps(tokens, has_real_cards=has_real_cards))
         run = run_slice(
             model, budget, tokens, lambda done: bar.update(task, completed=done), in_pause=measure_beside
         )
-    machine = detect(model)
     measured = [
         *measure_dram(working_bytes() // 2),
         *measure_cpu(working_bytes() // 2),
         *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
+        *(measure_gpus() if has_real_cards else ()),
     ]
     if best := max(map(mean, zip(*disk_rates, strict=True)), default=0.0):
         measured.append(Result("checkpoint_read", best / 1e9, "GB/s"))
     rates = {result.name: result.value for result in measured}
     # What was just written may come from a cache below the disk.
     disk = rates.get("checkpoint_read", rates.get("disk_read", float("inf")))
+    real = {card.name: card.device.index for card in budget.cards if not card.is_virtual}
     links = {card.name: card.link_bytes_per_s or float("inf") for card in budget.cards}
-    bounds = run.bound_s(rates["dram_read"] * 1e9, disk * 1e9, links)
+    links |= {card: rates[f"link_{index}"] * 1e9 for card, index in real.items()}
+    memories = {card: rates[f"vram_{index}"] * 1e9 for card, index in real.items()}
+    bounds = run.bound_s(rates["dram_read"] * 1e9, disk * 1e9, links, memories)
     ratio = max(bounds.values()) / run.total_s
     ordered = run.ordered_bound_s(bounds) / run.total_s
     # The disk is shared with others: a plan made with its rate at another moment would say little.
     seen = {**rates, "disk_read": run.disk_bytes_per_s / 1e9} if run.disk_bytes_per_s else rates
-    expected = _planned_tokens_per_s(model, seen, devices, budget, tokens)
+    profile = this_machine(machine, seen).with_devices(specs)
+    expected = _planned_tokens_per_s(model, profile, budget, asked_for)
     speed = run.tokens / run.total_s
     error = abs(expected - speed) / speed
 
@@ -112,7 +130,7 @@ def slice_(
     )
     if json_file is not None:
         # Budgets are for weights; tokenizer, buffers and activations are what plans reserve for the process.
-        allowed = budget.dram_bytes + sum(card.budget_bytes for card in budget.cards) + PROCESS_BYTES
+        allowed = _host_bytes(budget) + PROCESS_BYTES
         asked, grown = sum(run.counts.hits.values()), run.grown_bytes
         results = [
             Result("slice_decode", speed, "tokens/s"),
@@ -137,27 +155,21 @@ def slice_(
 
 
 def _planned_tokens_per_s(
-    model: Path,
-    rates: dict[str, float],
-    devices: str | None,
-    budget: MemoryBudget,
-    tokens: int,
+    model: Path, machine: HardwareProfile, budget: MemoryBudget, asked_for: Workload
 ) -> float:
-    """What `loci plan` expects of one sequence with these rates and budgets, every expert equally likely."""
-    from engine.bench_slice import workload
+    """What `loci plan` expects of one sequence within the budget, every expert equally likely."""
     from engine.model_shape import shape_of
     from memory.forecast import forecast
     from memory.plan import PROCESS_BYTES
-    from memory.profiles import parse_devices
     from memory.routing import UNIFORM
-    from memory.this_machine import this_machine
 
-    machine = this_machine(measured=rates)
-    if devices is not None:
-        machine = machine.with_virtual_gpus(parse_devices(devices))
-    # The budget is for weights alone, the planner's DRAM for the whole process.
-    machine = replace(machine, dram_bytes=budget.dram_bytes + PROCESS_BYTES)
-    return forecast(shape_of(model), machine, workload(tokens), UNIFORM).alone.tokens_per_s
+    shape = shape_of(model)
+    machine = replace(
+        machine,
+        dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone
+        disk_bytes=machine.disk_bytes + shape.nbytes,  # it lies there already
+    )
+    return forecast(shape, machine, asked_for, UNIFORM).alone.tokens_per_s
 
 
 def _print_layers(run: SliceRun) -> None:
@@ -171,6 +183,12 @@ def _print_layers(run: SliceRun) -> None:
     for what, seconds in {**outside, "token": run.total_s}.items():
         rows += [(what, *empty, f"{1e3 * seconds / run.tokens:.2f}")]
     print_table(["ms a token", *kinds, "all"], rows, right=tuple(range(1, len(kinds) + 2)))
+    if run.card_bytes:
+        clocked_s = sum(sum(by_layer.values()) for by_layer in run.seconds.values())
+        print(
+            "layers and head: of further tokens, with cards waited for after each part; such a token took "
+            f"{1e3 * clocked_s / run.tokens:.2f} ms"
+        )
 
 
 def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
@@ -195,6 +213,11 @@ def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
     )
 
 
+def _host_bytes(budget: MemoryBudget) -> int:
+    """What weights may take of host memory, in which virtual cards lie too."""
+    return budget.dram_bytes + sum(card.budget_bytes for card in budget.cards if card.is_virtual)
+
+
 def _print_memory(run: SliceRun, budget: MemoryBudget) -> None:
     allowed = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
     print()
@@ -202,7 +225,7 @@ def _print_memory(run: SliceRun, budget: MemoryBudget) -> None:
         ["tier", "allocated", "budget"],
         [
             *((tier, bytes_text(n), bytes_text(allowed[tier])) for tier, n in run.tier_bytes.items()),
-            ("process", bytes_text(run.grown_bytes), bytes_text(sum(allowed.values()))),
+            ("process", bytes_text(run.grown_bytes), bytes_text(_host_bytes(budget))),
         ],
         right=(1, 2),
     )
