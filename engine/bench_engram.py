@@ -8,7 +8,7 @@ of a Zipf law repeat as words do. Or they are those that a text has asked for, f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -24,6 +24,7 @@ from engine.loader import load, open_checkpoint
 from engine.model import Batch
 from memory.budget import MemoryBudget
 from memory.engram_store import EngramStore, ReadyRows
+from memory.plan import Workload
 from memory.telemetry import Telemetry
 from quant.errors import ConfigError
 
@@ -38,14 +39,14 @@ WARM_CHUNK = 2048  # tokens of a look-up while the hot cache fills
 
 
 class _NoTable:
-    """A store whose every row is zeros that are there already; at most `most` rows at once."""
+    """A store whose every row is zeros that are there already, where its layer is; `most` rows at once."""
 
-    def __init__(self, most: int, dim: int) -> None:
-        self._zeros = torch.zeros(most, dim)
+    def __init__(self, most: int, dim: int, devices: Mapping[int, torch.device]) -> None:
+        self._zeros = {layer: torch.zeros(most, dim, device=device) for layer, device in devices.items()}
 
     def lookup(self, layer: int, rows: torch.Tensor) -> ReadyRows:
         """Zeros `[n, dim]`."""
-        return ReadyRows(self._zeros[: len(rows)])
+        return ReadyRows(self._zeros[layer][: len(rows)])
 
 
 @dataclass(frozen=True)
@@ -212,15 +213,22 @@ class _Recorded:
 
 
 def run_engram(
-    path: Path, case: EngramCase, on_progress: Callable[[int, int], None], trace: torch.Tensor | None = None
+    path: Path,
+    case: EngramCase,
+    on_progress: Callable[[int, int], None],
+    trace: torch.Tensor | None = None,
+    devices: str | None = None,
 ) -> EngramRun:
     """Measure the checkpoint at `path`; its tables, and a tenth of them once more, must fit beside the model.
 
     Each prompt and each token is computed with every store in turn, so that what disturbs one disturbs all.
-    Rows are those of a trace `[tokens, tables, columns]`, or of random tokens. Raises ConfigError for a model
-    without tables or without room to hold them, a trace that is not of this model, and what loading raises.
+    Rows are those of a trace `[tokens, tables, columns]`, or of random tokens; layers on cards (`devices`, as
+    `loci serve` takes them) have them sent there. Raises ConfigError for a model without tables or without
+    room to hold them, a trace that is not of this model, and what loading raises.
     """
-    model = load(path, MemoryBudget.of_this_machine()).model
+    workload = Workload(case.tokens, len(PLACES), case.prompt_tokens)
+    budget = MemoryBudget.of_this_machine(devices=devices, workload=workload)
+    model = load(path, budget).model
     try:
         if not isinstance(model, DeepseekV41) or model.engram is None:
             raise ConfigError(f"{path}: this model has no Engram tables")
@@ -237,8 +245,15 @@ def run_engram(
         else:
             sources = [_Recorded(model, case, trace)]
         telemetry = Telemetry()
+        by_name = {card.name: card for card in budget.cards}
+        tiers = model.weights.places.tiers
         on_disk = EngramStore(
-            whole.files, open_checkpoint(path), model.kernels, table_bytes // HOT_SHARE, telemetry
+            whole.files,
+            open_checkpoint(path),
+            model.kernels,
+            table_bytes // HOT_SHARE,
+            telemetry,
+            cards={layer: by_name[tier] for layer, tier in enumerate(tiers) if tier in by_name},
         )
         try:
             bench = _Bench(model, case, whole, on_disk, {DRAM: model.telemetry, NVME: telemetry})
@@ -263,7 +278,8 @@ class _Bench:
         engram = _engram_of(model)
         self._layers = engram.layers
         columns = engram.columns
-        absent = _NoTable(case.prompt_tokens * columns, model.config.engram_head_dim)
+        devices = {layer: model.weights.layers[layer].device for layer in self._layers}
+        absent = _NoTable(case.prompt_tokens * columns, model.config.engram_head_dim, devices)
         self._stores: dict[str, Store] = {ABSENT: absent, DRAM: whole, NVME: on_disk}
         self._telemetry = telemetry
         self._cache = model.new_cache(len(PLACES), case.tokens)

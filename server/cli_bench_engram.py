@@ -35,6 +35,10 @@ def engram(
             help="Rows that a text asked of this model's tables, instead of random ones.", show_default=False
         ),
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Cards that layers are computed on, like cuda:24GiB. Default: none."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
     ] = None,
@@ -61,6 +65,7 @@ def engram(
             model,
             EngramCase(rounds, tokens, prompt, warm),
             trace=None if trace is None else load_rows(trace),
+            devices=devices,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     _print(run)

@@ -34,8 +34,9 @@ QUESTIONS = (
     "What does a cow eat?",
     "Tell me a story about a fox.",
 )
-SQUARES = {"vram:0": ("█", "green"), "vram:1": ("█", "cyan"), "dram": ("▒", "yellow"), "nvme": ("·", "dim")}
-NAMES = {"vram:0": "card 0", "vram:1": "card 1", "dram": "DRAM", "nvme": "disk"}
+CARD_COLOURS = ("green", "cyan", "magenta", "blue")
+SQUARES = {"dram": ("▒", "yellow"), "nvme": ("·", "dim")}
+NAMES = {"dram": "DRAM", "nvme": "disk"}
 
 
 def demo(
@@ -44,7 +45,9 @@ def demo(
         typer.Argument(help="Ask this, one after the other, instead of what you type.", show_default=False),
     ] = None,
     dram_budget: Annotated[str, typer.Option(help="Memory for all weights in host memory.")] = DRAM_BUDGET,
-    devices: Annotated[str, typer.Option(help="Virtual cards, with budget and link speed.")] = DEVICES,
+    devices: Annotated[
+        str, typer.Option(help="Cards with their budgets; virtual ones with a link speed too.")
+    ] = DEVICES,
 ) -> None:
     """Chat with the demonstration model while its experts and Engram rows move between tiers.
 
@@ -124,6 +127,16 @@ class _Since:
         return sum(self.stalled_ms(link) for link in links if link.startswith("engram"))
 
 
+def _square(tier: str) -> tuple[str, str]:
+    """What stands for an expert there, and its style."""
+    kind, _, number = tier.partition(":")
+    return ("█", CARD_COLOURS[int(number) % len(CARD_COLOURS)]) if kind == "vram" else SQUARES[tier]
+
+
+def _name(tier: str) -> str:
+    return tier.replace("vram:", "card ") if tier.startswith("vram:") else NAMES[tier]
+
+
 class _Story:
     """What is told about a model: at the beginning, and after each answer."""
 
@@ -132,15 +145,14 @@ class _Story:
         telemetry = model.telemetry
         assert telemetry is not None
         self.telemetry = telemetry
+        self.tiers = (*model.tier_bytes, "nvme")
 
     def opening(self) -> str:
         """What the budgets are."""
         tiers = self.model.expert_tiers()
         experts = sum(map(len, tiers))
         on_disk = sum(layer.count("nvme") for layer in tiers)
-        held = ", ".join(
-            f"{NAMES.get(tier, tier)} {bytes_text(n)}" for tier, n in self.model.tier_bytes.items()
-        )
+        held = ", ".join(f"{_name(tier)} {bytes_text(n)}" for tier, n in self.model.tier_bytes.items())
         return (
             f"{experts} experts in {len(tiers)} layers. Memory in use: {held}. "
             f"{on_disk} experts and most Engram rows are on disk until a token needs them."
@@ -149,17 +161,17 @@ class _Story:
     def table(self, since: _Since) -> list[tuple[str, ...]]:
         """A row for each tier: experts in it, uses served, experts that left, bytes moved, time waited."""
         flat = [tier for layer in self.model.expert_tiers() for tier in layer]
-        uses = sum(since.of("hits", tier) for tier in NAMES) or 1.0
+        uses = sum(since.of("hits", tier) for tier in self.tiers) or 1.0
         return [
             (
-                name,
+                _name(tier),
                 str(flat.count(tier)),
                 f"{since.of('hits', tier) / uses:.0%}",
                 f"{since.of('evictions', tier):.0f}" if tier != "nvme" else "",
                 bytes_text(int(since.of("moved_bytes", tier))) if tier != "dram" else "",
                 f"{since.stalled_ms(tier):.1f} ms" if tier != "dram" else "",
             )
-            for tier, name in NAMES.items()
+            for tier in self.tiers
         ]
 
     def engram(self, since: _Since) -> str:
@@ -238,8 +250,8 @@ class _LiveShow:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for header in HEADERS:
             table.add_column(header, justify="left" if header == "tier" else "right")
-        for tier, row in zip(NAMES, self._story.table(since), strict=True):
-            square, style = SQUARES[tier]
+        for tier, row in zip(self._story.tiers, self._story.table(since), strict=True):
+            square, style = _square(tier)
             table.add_row(Text(f"{square} {row[0]}", style), *row[1:])
         return Group(
             Text(f"\n> {question}", "bold"),
@@ -259,7 +271,7 @@ class _LiveShow:
             line = Text()
             line.append(f"layer {number}  ", "dim")
             for tier in layer:
-                square, style = SQUARES[tier]
+                square, style = _square(tier)
                 line.append(square + " ", style)
             lines.append(line)
         return lines

@@ -21,12 +21,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_every_case_is_measured_and_judged(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [(), ("--devices", "virtual:500kB")], ids=["no card", "a virtual card"])
+def test_every_case_is_measured_and_judged(model: Path, tmp_path: Path, devices: tuple[str, ...]) -> None:
     file = tmp_path / "engram.json"
 
     result = invoke(
         "bench", "engram", model, "--rounds", "2", "--tokens", "3", "--prompt", "16", "--warm", "400",
-        "--json", file,
+        "--json", file, *devices,
     )  # fmt: skip
 
     assert result.returncode == 0, result.stderr
