@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -99,6 +100,15 @@ class ExpertWeights:
     def matrices(self) -> tuple[PackedTensor, PackedTensor, PackedTensor]:
         """w1, w3 and w2."""
         return self.w1, self.w3, self.w2
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Of codes and scales of w1, w3 and w2 in memory."""
+        return tuple(
+            0 if part is None else part.data_ptr()
+            for weight in self.matrices
+            for part in (weight.codes, weight.scales)
+        )
 
 
 class SlotLayout(Protocol):

@@ -1,12 +1,15 @@
 """Packed weights to numbers in registers: the part that every Triton kernel shares.
 
-Codes go from a byte to two floats by moving bits, never through a dequantised copy in memory. Tiles
-of four-bit weights are `[BLOCK_N, GROUPS, HALF]`: rows, scale blocks, bytes of a scale block; the two
-values of a byte come as two tiles, for the even and the odd columns. Indices into a weight are 32-bit,
-which is enough for any matrix but an Engram table.
+Codes go from words of memory to floats by moving bits, never through a dequantised copy in memory. A thread
+loads four words at once; the eight four-bit codes of a word become eight tensors, one for each of its
+columns, so a product needs no shuffling. Tiles of four-bit weights are `[BLOCK_N, GROUPS, WORDS]`: rows,
+scale blocks, words of a scale block. Scales are applied to sums over a scale block where there are such sums.
+Indices into a weight are 32-bit, which is enough for any matrix but an Engram table.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -19,11 +22,8 @@ from quant.mxfp4 import Mxfp4
 from quant.nf4 import NF4_LEVELS, Nf4
 from quant.packed import PackedTensor
 
-# How tensor cores multiply float32: three passes of TF32, close to float32. bfloat16 is not affected.
-PRECISION: tl.constexpr = tl.constexpr("tf32x3")
-
-# Columns of FP8 weights that are loaded with one scale; every tile is a whole number of them wide.
-CHUNK: tl.constexpr = tl.constexpr(32)
+# Columns of FP8 weights that a thread loads with one scale; every tile is a whole number of them wide.
+CHUNK: tl.constexpr = tl.constexpr(16)
 
 MXFP4: tl.constexpr = tl.constexpr(0)
 NF4: tl.constexpr = tl.constexpr(1)
@@ -31,21 +31,27 @@ INT4: tl.constexpr = tl.constexpr(2)
 INT4_OFFSET: tl.constexpr = tl.constexpr(3)
 KINDS: dict[type[Format], int] = {Mxfp4: 0, Nf4: 1, Int4: 2, Int4Offset: 3}
 
+CODES_OF_A_WORD = 8
+WORD_BYTES = 4
+
 
 def four_bit_kind(packed: PackedTensor) -> int | None:
     """What kernels take as KIND; None for other formats."""
     return KINDS.get(type(packed.format))
 
 
+@cache
 def nf4_levels(device: torch.device) -> torch.Tensor:
-    """The table that kernels take as `levels`, on `device`; only NF4 reads it."""
+    """The table that kernels take as `levels`, on `device`, brought there once; only NF4 reads it."""
     return NF4_LEVELS.to(device)
 
 
 def check_reachable(packed: PackedTensor) -> None:
-    """Raise FormatError for a matrix with more bytes than 32-bit indices reach."""
+    """Raise FormatError for a matrix with more bytes than 32-bit indices reach, or not on a word's border."""
     if packed.codes.numel() >= 2**31:
         raise FormatError(f"{packed.format.name}: {list(packed.shape)} is too large for one kernel")
+    if packed.codes.data_ptr() % WORD_BYTES:
+        raise FormatError(f"{packed.format.name}: codes must begin at a multiple of {WORD_BYTES} bytes")
 
 
 @triton.jit
@@ -56,25 +62,68 @@ def ue8m0(codes):
 
 
 @triton.jit
-def four_bit_value(codes, levels, KIND: tl.constexpr):
-    """Codes 0..15 as float32, before scales."""
+def low_half(words):
+    """The lower 16 bits of words, which are a float16, as float32."""
+    return words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def high_half(words):
+    """The upper 16 bits of words, which are a float16, as float32."""
+    return (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def two_codes(words, levels, NUMBER: tl.constexpr, KIND: tl.constexpr):
+    """Values of the codes in nibbles NUMBER and NUMBER + 4 of words, but for FACTOR and scales."""
     if KIND == MXFP4:
         # s e e m become the sign, the two lowest exponent bits and the highest mantissa bit of a
         # float16, which is then short of an exponent bias of 14; subnormals come out right as well.
-        wide = codes.to(tl.uint16)
-        bits = ((wide & 8) << 12) | ((wide & 7) << 9)
-        return bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+        magnitudes = words << (9 - 4 * NUMBER) if NUMBER < 3 else words >> (4 * NUMBER - 9)
+        signs = words << (12 - 4 * NUMBER)
+        halves = (magnitudes & 0x0E000E00) | (signs & -0x7FFF8000)
+        return low_half(halves), high_half(halves)
     elif KIND == NF4:
-        return tl.load(levels + codes.to(tl.int32))
+        low = tl.load(levels + ((words >> (4 * NUMBER)) & 15))
+        return low, tl.load(levels + ((words >> (4 * NUMBER + 16)) & 15))
     else:
-        return codes.to(tl.float32) - 8.0
+        # Below the mantissa of the float16 1024 a code c gives 1024 + c.
+        halves = ((words >> (4 * NUMBER)) & 0x000F000F) | 0x64006400
+        return low_half(halves) - 1032.0, high_half(halves) - 1032.0
+
+
+@triton.jit
+def eight_columns(words, levels, KIND: tl.constexpr):
+    """Values of the eight columns of each word, in order, float32, but for `times_factor` and scales."""
+    a, e = two_codes(words, levels, 0, KIND)
+    b, f = two_codes(words, levels, 1, KIND)
+    c, g = two_codes(words, levels, 2, KIND)
+    d, h = two_codes(words, levels, 3, KIND)
+    if KIND == NF4:  # the upper nibble of a byte is the column before the lower's
+        return b, a, d, c, f, e, h, g
+    return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def times_factor(values, KIND: tl.constexpr):
+    """What `eight_columns` left out."""
+    if KIND == MXFP4:
+        return values * 16384.0
+    return values
+
+
+@triton.jit
+def load_words(codes, at, inside, HALF: tl.constexpr):
+    """The words `[BLOCK_N, GROUPS, HALF / 4]` of the scale blocks numbered `at` `[BLOCK_N, GROUPS]`."""
+    place = at[:, :, None] * (HALF // 4) + tl.arange(0, HALF // 4)[None, None, :]
+    return tl.load(codes.to(tl.pointer_type(tl.int32)) + place, mask=inside[:, :, None], other=0)
 
 
 @triton.jit
 def load_scales(scales, at, inside, KIND: tl.constexpr):
     """Scale and offset, float32, of the scale blocks numbered `at`."""
     if KIND == MXFP4:
-        scale = ue8m0(tl.load(scales + at, mask=inside, other=127))
+        scale = ue8m0(tl.load(scales + at, mask=inside, other=0))
         return scale, tl.zeros_like(scale)
     elif KIND == INT4_OFFSET:
         scale = tl.load(scales + at * 2, mask=inside, other=0.0).to(tl.float32)
@@ -82,6 +131,19 @@ def load_scales(scales, at, inside, KIND: tl.constexpr):
     else:
         scale = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
         return scale, tl.zeros_like(scale)
+
+
+@triton.jit
+def split_columns(values, GROUPS: tl.constexpr, WORDS: tl.constexpr):
+    """values `[m, GROUPS * WORDS * 8]` -> eight times `[m, 1, GROUPS, WORDS]`, for each column of a word."""
+    even, odd = tl.split(tl.reshape(values, (values.shape[0], 1, GROUPS, WORDS, 2, 2, 2)))
+    even_low, even_high = tl.split(even)
+    odd_low, odd_high = tl.split(odd)
+    a, e = tl.split(even_low)
+    c, g = tl.split(even_high)
+    b, f = tl.split(odd_low)
+    d, h = tl.split(odd_high)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
@@ -96,23 +158,22 @@ def load_four_bit(
     KIND: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Values of the even and of the odd columns, each float32 `[BLOCK_N, GROUPS, HALF]`.
+    """Values float32 `[BLOCK_N, GROUPS, 2 * HALF]`, scaled.
 
     rows `[BLOCK_N]`, group `[GROUPS]` (numbers of scale blocks within a row), groups: how many a row has.
     """
     at = rows[:, None] * groups + group[None, :]
     inside = row_inside[:, None] & (group < groups)[None, :]
+    words = load_words(codes, at, inside, HALF)
     scale, offset = load_scales(scales, at, inside, KIND)
-    byte_at = at[:, :, None] * HALF + tl.arange(0, HALF)[None, None, :]
-    byte = tl.load(codes + byte_at, mask=inside[:, :, None], other=0)
-    low = four_bit_value(byte & 15, levels, KIND) * scale[:, :, None]
-    high = four_bit_value(byte >> 4, levels, KIND) * scale[:, :, None]
+    a, b, c, d, e, f, g, h = eight_columns(words, levels, KIND)
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, h))
+    values = tl.reshape(tl.join(even, odd), (rows.shape[0], group.shape[0], 2 * HALF))
+    values = times_factor(values, KIND) * scale[:, :, None]
     if KIND == INT4_OFFSET:
-        low += offset[:, :, None]
-        high += offset[:, :, None]
-    if KIND == NF4:
-        return high, low
-    return low, high
+        values += offset[:, :, None]
+    return values
 
 
 @triton.jit
@@ -128,18 +189,18 @@ def load_fp8(
     TILE_COLS: tl.constexpr,
     POWERS: tl.constexpr,
 ):
-    """Values float32 `[BLOCK_N, CHUNKS, CHUNK]`; chunk `[CHUNKS]` numbers chunks of CHUNK columns.
+    """Values float32 `[BLOCK_N, CHUNKS, CHUNK]` and the scales of chunks `[BLOCK_N, CHUNKS]`, not applied.
 
-    POWERS: scales are ue8m0, else float32.
+    chunk `[CHUNKS]` numbers chunks of CHUNK columns. POWERS: scales are ue8m0, else float32.
     """
     tile = chunk * CHUNK // TILE_COLS
-    scale_inside = row_inside[:, None] & (tile < scale_cols)[None, :]
+    inside = row_inside[:, None] & (chunk * CHUNK < cols)[None, :]
     scale_at = (rows // TILE_ROWS)[:, None] * scale_cols + tile[None, :]
     if POWERS:
-        scale = ue8m0(tl.load(scales + scale_at, mask=scale_inside, other=127))
+        scale = ue8m0(tl.load(scales + scale_at, mask=inside, other=127))
     else:
-        scale = tl.load(scales + scale_at, mask=scale_inside, other=0.0)
+        scale = tl.load(scales + scale_at, mask=inside, other=0.0)
     col = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]  # [CHUNKS, CHUNK]
-    inside = row_inside[:, None, None] & (col < cols)[None, :, :]
-    code = tl.load(codes + rows[:, None, None] * cols + col[None, :, :], mask=inside, other=0)
-    return code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale[:, :, None]
+    place = rows[:, None, None] * cols + col[None, :, :]
+    code = tl.load(codes + place, mask=row_inside[:, None, None] & (col < cols)[None, :, :], other=0)
+    return code.to(tl.float8e4nv, bitcast=True).to(tl.float32), scale

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -22,14 +24,14 @@ from quant.kernels.triton_decode import (
     INT4,
     INT4_OFFSET,
     NF4,
+    WORD_BYTES,
     check_reachable,
     four_bit_kind,
     nf4_levels,
 )
 from quant.kernels.triton_launch import Launch
-from quant.kernels.triton_linear import Blocks, four_bit_constants, times_matrix, times_vector
+from quant.kernels.triton_linear import Blocks, four_bit_constants, times_four_bit
 
-PLACES = 6  # of an expert: codes and scales of w1, w3, w2
 ALIGNMENT = 16
 
 
@@ -74,6 +76,7 @@ def moe_gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """inner `[tokens * top_k, width]` from x `[tokens, hidden]`; grid (blocks of width, tiles)."""
@@ -83,32 +86,20 @@ def moe_gate_up(
     w3_codes, w3_scales = weight_at(base, places, expert * 6 + 2, KIND, ALIGNED)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < width
-    if BLOCK_M == 1:
-        pair = tl.load(pairs + start)
-        token = x + (pair // top_k) * groups * (2 * HALF)
-        gate = times_vector(
-            token, w1_codes, w1_scales, levels, rows, row_inside, groups, KIND, HALF, BLOCK_N, GROUPS
-        )
-        up = times_vector(
-            token, w3_codes, w3_scales, levels, rows, row_inside, groups, KIND, HALF, BLOCK_N, GROUPS
-        )
-        value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
-        tl.store(inner + pair * width + rows, value, mask=row_inside)
-    else:
-        place = start + tl.arange(0, BLOCK_M)
-        inside = place < stop
-        pair = tl.load(pairs + place, mask=inside, other=0)
-        gate = times_matrix(
-            x, pair // top_k, inside, w1_codes, w1_scales, levels, rows, row_inside, groups,
-            KIND, HALF, BLOCK_M, BLOCK_N, GROUPS,
-        )  # fmt: skip
-        up = times_matrix(
-            x, pair // top_k, inside, w3_codes, w3_scales, levels, rows, row_inside, groups,
-            KIND, HALF, BLOCK_M, BLOCK_N, GROUPS,
-        )  # fmt: skip
-        value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
-        at = inner + pair[:, None] * width + rows[None, :]
-        tl.store(at, value, mask=inside[:, None] & row_inside[None, :])
+    place = start + tl.arange(0, BLOCK_M)
+    inside = place < stop
+    pair = tl.load(pairs + place, mask=inside, other=0)
+    gate = times_four_bit(
+        x, pair // top_k, inside, w1_codes, w1_scales, levels, rows, row_inside, groups,
+        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
+    )  # fmt: skip
+    up = times_four_bit(
+        x, pair // top_k, inside, w3_codes, w3_scales, levels, rows, row_inside, groups,
+        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
+    )  # fmt: skip
+    value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
+    at = inner + pair[:, None] * width + rows[None, :]
+    tl.store(at, value, mask=inside[:, None] & row_inside[None, :])
 
 
 @triton.jit
@@ -128,6 +119,7 @@ def moe_down(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUPS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """out `[tokens * top_k, hidden]` float32: each pair's expert output times its weight."""
@@ -136,24 +128,16 @@ def moe_down(
     codes, scales = weight_at(base, places, expert * 6 + 4, KIND, ALIGNED)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < hidden
-    if BLOCK_M == 1:
-        pair = tl.load(pairs + start)
-        vector = inner + pair * groups * (2 * HALF)
-        total = times_vector(
-            vector, codes, scales, levels, rows, row_inside, groups, KIND, HALF, BLOCK_N, GROUPS
-        )
-        tl.store(out + pair * hidden + rows, total * tl.load(expert_weights + pair), mask=row_inside)
-    else:
-        place = start + tl.arange(0, BLOCK_M)
-        inside = place < stop
-        pair = tl.load(pairs + place, mask=inside, other=0)
-        total = times_matrix(
-            inner, pair, inside, codes, scales, levels, rows, row_inside, groups,
-            KIND, HALF, BLOCK_M, BLOCK_N, GROUPS,
-        )  # fmt: skip
-        total *= tl.load(expert_weights + pair, mask=inside, other=0.0)[:, None]
-        at = out + pair[:, None] * hidden + rows[None, :]
-        tl.store(at, total, mask=inside[:, None] & row_inside[None, :])
+    place = start + tl.arange(0, BLOCK_M)
+    inside = place < stop
+    pair = tl.load(pairs + place, mask=inside, other=0)
+    total = times_four_bit(
+        inner, pair, inside, codes, scales, levels, rows, row_inside, groups,
+        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
+    )  # fmt: skip
+    total *= tl.load(expert_weights + pair, mask=inside, other=0.0)[:, None]
+    at = out + pair[:, None] * hidden + rows[None, :]
+    tl.store(at, total, mask=inside[:, None] & row_inside[None, :])
 
 
 @dataclass(frozen=True)
@@ -161,14 +145,14 @@ class Schedule:
     """Which pairs go to which expert, in tiles.
 
     experts   the experts in use, ascending
-    pairs     `[tokens * top_k]` int32: numbers token * top_k + choice, sorted by expert
-    tiles     `[tiles, 3]` int32: index into `experts`, first and last (exclusive) index into `pairs`
+    pairs     `[tokens * top_k]` int64: numbers token * top_k + choice, sorted by expert
+    tiles     `[tiles, 3]` int64: index into `experts`, first and last (exclusive) index into `pairs`
     blocks    what a program computes; `blocks.tokens` is how many pairs a tile has at most
     """
 
     experts: list[int]
-    pairs: torch.Tensor
-    tiles: torch.Tensor
+    pairs: npt.NDArray[np.int64]
+    tiles: npt.NDArray[np.int64]
     blocks: Blocks
 
 
@@ -177,19 +161,18 @@ def schedule(expert_ids: torch.Tensor, dtype: torch.dtype) -> Schedule:
 
     Made on the CPU, where the choice is needed anyway to find the experts.
     """
-    flat = expert_ids.flatten().cpu()
-    pairs = flat.argsort(stable=True)
-    experts, counts = torch.unique_consecutive(flat[pairs], return_counts=True)
-    blocks = Blocks.of(int(counts.max()), dtype)
-    tiles = []
-    start = 0
-    for index, count in enumerate(counts.tolist()):
-        tiles += [
-            (index, first, min(first + blocks.tokens, start + count))
-            for first in range(start, start + count, blocks.tokens)
-        ]
-        start += count
-    return Schedule(experts.tolist(), pairs.int(), torch.tensor(tiles, dtype=torch.int32), blocks)
+    flat = expert_ids.flatten().cpu().numpy()
+    pairs = flat.argsort(kind="stable")
+    by_expert = flat[pairs]
+    starts = [0, *(np.flatnonzero(by_expert[1:] != by_expert[:-1]) + 1).tolist()]
+    stops = [*starts[1:], len(flat)]
+    blocks = Blocks.of(max(map(int.__sub__, stops, starts)), dtype)
+    tiles = [
+        (index, first, min(first + blocks.tokens, stop))
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True))
+        for first in range(start, stop, blocks.tokens)
+    ]
+    return Schedule(by_expert[starts].tolist(), pairs, np.array(tiles), blocks)
 
 
 def moe_launches(
@@ -206,24 +189,24 @@ def moe_launches(
     """
     chosen = [experts[expert] for expert in plan.experts]
     first = chosen[0].w1
-    base, places, is_aligned = _places(chosen)
+    base, distances, is_aligned = _places(chosen)
     width, hidden = first.shape
     top_k = out.shape[0] // x.shape[0]
     inner = x.new_empty(out.shape[0], width)
-    places, tiles, pairs = (t.to(x.device, non_blocking=True) for t in (places, plan.tiles, plan.pairs))
+    places, tiles, pairs = _together(x.device, distances, plan.tiles, plan.pairs)
     levels = nf4_levels(x.device)
-    constants = four_bit_constants(first, plan.blocks) | {"ALIGNED": is_aligned}
-    group = first.format.tile_cols
+    constants = four_bit_constants(x, first, plan.blocks) | {"ALIGNED": is_aligned}
+    group, rows = first.format.tile_cols, plan.blocks.rows
     gate_up = Launch(
         moe_gate_up,
-        (triton.cdiv(width, plan.blocks.rows), len(plan.tiles)),
+        (-(-width // rows), len(plan.tiles)),
         (x, base, places, tiles, pairs, levels, inner, top_k, width, hidden // group, swiglu_limit),
         constants,
         plan.blocks.warps,
     )
     down = Launch(
         moe_down,
-        (triton.cdiv(hidden, plan.blocks.rows), len(plan.tiles)),
+        (-(-hidden // rows), len(plan.tiles)),
         (inner, base, places, tiles, pairs, levels, expert_weights, out, hidden, width // group),
         constants,
         plan.blocks.warps,
@@ -231,19 +214,30 @@ def moe_launches(
     return gate_up, down
 
 
-def _places(chosen: list[ExpertWeights]) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """A tensor to count from, distances `[experts, 6]` int64 in bytes, and whether all are aligned."""
-    format_ = chosen[0].w1.format
-    if four_bit_kind(chosen[0].w1) is None:
+def _places(chosen: list[ExpertWeights]) -> tuple[torch.Tensor, npt.NDArray[np.int64], bool]:
+    """A tensor to count from, distances `[experts, 6]` in bytes, and whether all are aligned."""
+    first = chosen[0].w1
+    format_ = first.format
+    if four_bit_kind(first) is None:
         raise FormatError(f"{format_.name}: no Triton kernel runs experts in it")
-    base = chosen[0].w1.codes
-    places = []
+    check_reachable(first)
     for expert in chosen:
-        for weight in (expert.w1, expert.w3, expert.w2):
+        for weight in expert.matrices:
             if weight.format is not format_:
                 raise FormatError(f"experts in {format_.name} and {weight.format.name} in one layer")
-            check_reachable(weight)
-            assert weight.scales is not None
-            places += [weight.codes.data_ptr() - base.data_ptr(), weight.scales.data_ptr() - base.data_ptr()]
-    is_aligned = base.data_ptr() % ALIGNMENT == 0 and all(place % ALIGNMENT == 0 for place in places)
-    return base, torch.tensor(places).view(-1, PLACES), is_aligned
+    addresses = np.array([expert.addresses for expert in chosen])
+    distances = addresses - addresses[0, 0]
+    if (addresses % WORD_BYTES).any():
+        raise FormatError(f"{format_.name}: codes must begin at a multiple of {WORD_BYTES} bytes")
+    return first.codes, distances, not (addresses % ALIGNMENT).any()
+
+
+def _together(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+    """Arrays in one tensor on `device`, flat, each from an aligned place on: one copy instead of several."""
+    sizes = [-(-array.size // 2) * 2 for array in arrays]  # of 8 bytes each
+    whole = np.zeros(sum(sizes), dtype=np.int64)
+    at = 0
+    for array, size in zip(arrays, sizes, strict=True):
+        whole[at : at + array.size] = array.ravel()
+        at += size
+    return list(torch.from_numpy(whole).to(device, non_blocking=True).split(sizes))

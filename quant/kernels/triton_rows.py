@@ -38,10 +38,10 @@ def gather_fp8(
     inside = place < count
     rows = tl.load(wanted + place, mask=inside, other=0)
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
-    values = load_fp8(codes, scales, rows, inside, chunk, cols, scale_cols, 1, TILE_COLS, POWERS)
+    values, scale = load_fp8(codes, scales, rows, inside, chunk, cols, scale_cols, 1, TILE_COLS, POWERS)
     col = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
     at = out + place.to(tl.int64)[:, None, None] * cols + col[None, :, :]
-    tl.store(at, values, mask=inside[:, None, None] & (col < cols)[None, :, :])
+    tl.store(at, values * scale[:, :, None], mask=inside[:, None, None] & (col < cols)[None, :, :])
 
 
 @triton.jit
@@ -63,12 +63,10 @@ def gather_four_bit(
     inside = place < count
     rows = tl.load(wanted + place, mask=inside, other=0)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    even, odd = load_four_bit(codes, scales, levels, rows, inside, group, groups, KIND, HALF)
-    col = group[:, None] * (2 * HALF) + 2 * tl.arange(0, HALF)[None, :]
+    values = load_four_bit(codes, scales, levels, rows, inside, group, groups, KIND, HALF)
+    col = group[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     at = out + place.to(tl.int64)[:, None, None] * (groups * 2 * HALF) + col[None, :, :]
-    stored = inside[:, None, None] & (group < groups)[None, :, None]
-    tl.store(at, even, mask=stored)
-    tl.store(at + 1, odd, mask=stored)
+    tl.store(at, values, mask=inside[:, None, None] & (group < groups)[None, :, None])
 
 
 def gather_launch(table: PackedTensor, wanted: torch.Tensor, out: torch.Tensor) -> Launch:

@@ -59,12 +59,12 @@ def described(format_: Format, rows: int, cols: int) -> PackedTensor:
 
 def launches() -> Iterator[Launch]:
     """What serving starts: one token, a few, and a prefill's many."""
-    for tokens in (1, 16, 512):
-        yield linear(MXFP4, tokens, WIDTH, HIDDEN, torch.bfloat16)
-        yield linear(FP8_32, tokens, QUERIES, LATENT, torch.bfloat16)
+    for tokens in (1, 4, 16, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield linear(MXFP4, tokens, WIDTH, HIDDEN, dtype)
+            yield linear(FP8_32, tokens, QUERIES, LATENT, dtype)
     for format_ in (NF4, INT4_32, INT4_OFFSET_128):
         yield linear(format_, 512, WIDTH, HIDDEN, torch.bfloat16)
-    yield linear(MXFP4, 512, WIDTH, HIDDEN, torch.float32)
     yield linear(FP8_128, 512, QUERIES, LATENT, torch.float32)
     for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 1024), (torch.float32, 1024)):
         yield from moe(MXFP4, tokens, dtype)

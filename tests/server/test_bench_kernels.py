@@ -41,3 +41,10 @@ def test_every_promised_figure_is_measured_and_written(tmp_path: Path) -> None:
     for r in results.values():
         assert r["met"] == (None if r["target"] is None else r["value"] >= r["target"])
     assert "fp4_moe_read_ratio" in result.stdout
+
+
+def test_a_card_that_is_not_there_is_said_so() -> None:
+    result = harness.run("bench", "kernels", "--card", "63")
+    assert result.returncode != 0
+    assert "there is no CUDA card 63" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -118,14 +118,19 @@ def test_experts_are_run_from_slots_of_an_arena() -> None:
     assert difference(TRITON.moe(x, ids, weights, experts, 10.0), expected) < TOLERANCE[torch.float32]
 
 
-def test_slots_at_odd_addresses_work_too() -> None:
+@pytest.mark.parametrize("offset", [4, 1])
+def test_slots_begin_at_a_word_or_are_refused(offset: int) -> None:
     layout = FileSlotLayout(64, 32)
-    arena = torch.zeros(2 * layout.nbytes + 1, dtype=torch.uint8)[1:].view(2, -1)
+    arena = torch.zeros(2 * layout.nbytes + offset, dtype=torch.uint8)[offset:].view(2, -1)
     experts = {}
     for e in range(2):
         source = expert(MXFP4, 64, 32, e)
         experts[e] = layout.pack_into(arena[e], source.w1, source.w3, source.w2)
     x, ids, weights = torch.randn(1, 64), torch.tensor([[1, 0]]), torch.rand(1, 2)
+    if offset == 1:
+        with pytest.raises(FormatError, match="must begin at a multiple of 4 bytes"):
+            TRITON.moe(x, ids, weights, experts, 10.0)
+        return
     expected = REFERENCE.moe(x, ids, weights, experts, 10.0)
     assert difference(TRITON.moe(x, ids, weights, experts, 10.0), expected) < TOLERANCE[torch.float32]
 
