@@ -2,9 +2,9 @@
 
 Codes go from words of memory to floats by moving bits, never through a dequantised copy in memory. A thread
 loads four words at once; the eight four-bit codes of a word become eight tensors, one for each of its
-columns, so a product needs no shuffling. Tiles of four-bit weights are `[BLOCK_N, GROUPS, WORDS]`: rows,
-scale blocks, words of a scale block. Scales are applied to sums over a scale block where there are such sums.
-Indices into a weight are 32-bit, which is enough for any matrix but an Engram table.
+columns, so a product needs no shuffling. Tiles of four-bit weights are `[BLOCK_N, UNITS, WORDS]`: rows, units
+of 32 columns, words of a unit. Scales are applied to sums over a unit where there are such sums. Indices into
+a weight are 32-bit, which is enough for any matrix but an Engram table.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ INT4: tl.constexpr = tl.constexpr(2)
 INT4_OFFSET: tl.constexpr = tl.constexpr(3)
 KINDS: dict[type[Format], int] = {Mxfp4: 0, Nf4: 1, Int4: 2, Int4Offset: 3}
 
-CODES_OF_A_WORD = 8
 WORD_BYTES = 4
+# Columns of four-bit weights that are loaded with one scale, by one thread; every scale covers some of them.
+UNIT: tl.constexpr = tl.constexpr(32)
+WORDS: tl.constexpr = tl.constexpr(4)
 
 
 def four_bit_kind(packed: PackedTensor) -> int | None:
@@ -113,15 +115,15 @@ def times_factor(values, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_words(codes, at, inside, HALF: tl.constexpr):
-    """The words `[BLOCK_N, GROUPS, HALF / 4]` of the scale blocks numbered `at` `[BLOCK_N, GROUPS]`."""
-    place = at[:, :, None] * (HALF // 4) + tl.arange(0, HALF // 4)[None, None, :]
+def load_words(codes, at, inside):
+    """The words `[BLOCK_N, UNITS, WORDS]` of the units numbered `at` `[BLOCK_N, UNITS]`."""
+    place = at[:, :, None] * WORDS + tl.arange(0, WORDS)[None, None, :]
     return tl.load(codes.to(tl.pointer_type(tl.int32)) + place, mask=inside[:, :, None], other=0)
 
 
 @triton.jit
 def load_scales(scales, at, inside, KIND: tl.constexpr):
-    """Scale and offset, float32, of the scale blocks numbered `at`."""
+    """Scale and offset, float32, numbered `at`."""
     if KIND == MXFP4:
         scale = ue8m0(tl.load(scales + at, mask=inside, other=0))
         return scale, tl.zeros_like(scale)
@@ -134,9 +136,9 @@ def load_scales(scales, at, inside, KIND: tl.constexpr):
 
 
 @triton.jit
-def split_columns(values, GROUPS: tl.constexpr, WORDS: tl.constexpr):
-    """values `[m, GROUPS * WORDS * 8]` -> eight times `[m, 1, GROUPS, WORDS]`, for each column of a word."""
-    even, odd = tl.split(tl.reshape(values, (values.shape[0], 1, GROUPS, WORDS, 2, 2, 2)))
+def split_columns(values, UNITS: tl.constexpr):
+    """values `[UNITS * 32]` -> eight tensors `[UNITS, WORDS]`, one for each column of a word."""
+    even, odd = tl.split(tl.reshape(values, (UNITS, WORDS, 2, 2, 2)))
     even_low, even_high = tl.split(even)
     odd_low, odd_high = tl.split(odd)
     a, e = tl.split(even_low)
@@ -153,23 +155,24 @@ def load_four_bit(
     levels,
     rows,
     row_inside,
-    group,
-    groups,
+    unit,
+    units,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SCALE: tl.constexpr,
 ):
-    """Values float32 `[BLOCK_N, GROUPS, 2 * HALF]`, scaled.
+    """Values float32 `[BLOCK_N, UNITS, 32]`, scaled.
 
-    rows `[BLOCK_N]`, group `[GROUPS]` (numbers of scale blocks within a row), groups: how many a row has.
+    rows `[BLOCK_N]`, unit `[UNITS]` (numbers of units within a row), units: how many a row has.
+    PER_SCALE: how many of them share a scale.
     """
-    at = rows[:, None] * groups + group[None, :]
-    inside = row_inside[:, None] & (group < groups)[None, :]
-    words = load_words(codes, at, inside, HALF)
-    scale, offset = load_scales(scales, at, inside, KIND)
+    inside = row_inside[:, None] & (unit < units)[None, :]
+    words = load_words(codes, rows[:, None] * units + unit[None, :], inside)
+    scale_at = rows[:, None] * (units // PER_SCALE) + (unit // PER_SCALE)[None, :]
+    scale, offset = load_scales(scales, scale_at, inside, KIND)
     a, b, c, d, e, f, g, h = eight_columns(words, levels, KIND)
     even = tl.join(tl.join(a, e), tl.join(c, g))
     odd = tl.join(tl.join(b, f), tl.join(d, h))
-    values = tl.reshape(tl.join(even, odd), (rows.shape[0], group.shape[0], 2 * HALF))
+    values = tl.reshape(tl.join(even, odd), (rows.shape[0], unit.shape[0], UNIT))
     values = times_factor(values, KIND) * scale[:, :, None]
     if KIND == INT4_OFFSET:
         values += offset[:, :, None]

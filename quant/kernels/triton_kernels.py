@@ -18,6 +18,7 @@ from quant.kernels.triton_launch import Launcher
 from quant.kernels.triton_linear import linear_launch
 from quant.kernels.triton_moe import moe_launches, schedule
 from quant.kernels.triton_rows import gather_launch
+from quant.kernels.triton_sinkhorn import sinkhorn_launch
 from quant.packed import PackedTensor
 
 
@@ -56,8 +57,11 @@ class TritonKernels:
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
-            return self._plain(x, weight)
-        if four_bit_kind(weight) is None and not isinstance(weight.format, Fp8):
+            if weight.dtype == x.dtype:
+                return F.linear(x, weight)
+            if (x.dtype, weight.dtype) != (torch.float32, torch.bfloat16):
+                return self._converted(x, weight)
+        elif four_bit_kind(weight) is None and not isinstance(weight.format, Fp8):
             return self._reference.linear(x, weight)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         out = flat.new_empty(flat.shape[0], weight.shape[0])
@@ -65,10 +69,8 @@ class TritonKernels:
             self.launcher.start(linear_launch(flat, weight, out))
         return out.view(*x.shape[:-1], weight.shape[0])
 
-    def _plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _converted(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A plain weight in another dtype is brought to that of x a block of rows at a time, never whole."""
-        if weight.dtype == x.dtype:
-            return F.linear(x, weight)
         step = max(1, DECODE_VALUES // weight.shape[1])
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in torch.split(weight, step)], dim=-1)
 
@@ -91,7 +93,13 @@ class TritonKernels:
         return out.view(tokens, top_k, -1).sum(1).to(x.dtype)
 
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
-        return self._reference.sinkhorn(logits, iterations, eps)
+        n = logits.shape[-1]
+        if n & (n - 1):  # not a power of two
+            return self._reference.sinkhorn(logits, iterations, eps)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        if len(logits):
+            self.launcher.start(sinkhorn_launch(logits.contiguous(), out, iterations, eps))
+        return out
 
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(rows), table.shape[1], device=self.device)

@@ -1,9 +1,10 @@
-"""Triton: `x @ weight^T` for packed weights, for a few tokens and for many.
+"""Triton: `x @ weight^T` for packed and for bfloat16 weights, for a few tokens and for many.
 
-A few tokens: every program multiplies four rows, a thousand columns at a time, with each x and adds up in
-registers; the time is that of reading the weight. More tokens: tiles go through the tensor cores, and the
-weight is still read once for each block of tokens. Numbers are decoded to float32 and rounded to x's dtype
-for the tensor cores only: exact for MXFP4 and FP8, whose values bfloat16 holds.
+A few tokens: every program multiplies four rows, a thousand columns at a time, with one x and adds up in
+registers; the time is that of reading the weight. More tokens: tiles go through the tensor cores. Programs
+that share rows of the weight are neighbours, so the card's memory is read once and its cache gives the rest.
+Numbers are decoded to float32 and rounded to x's dtype for the tensor cores only: exact for MXFP4 and FP8,
+whose values bfloat16 holds.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import triton.language as tl
 
 from quant.errors import FormatError
 from quant.fp8 import Fp8
+from quant.kernels import Weight
 from quant.kernels.triton_decode import (
     CHUNK,
     INT4_OFFSET,
+    UNIT,
     check_reachable,
     eight_columns,
     four_bit_kind,
@@ -40,48 +43,43 @@ PRECISION: tl.constexpr = tl.constexpr("tf32x3")
 
 
 @triton.jit
-def times_vectors(
+def times_vector(
     x,
-    x_rows,
-    x_inside,
     codes,
     scales,
     levels,
     rows,
     row_inside,
-    groups,
+    units,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
-    """As `times_four_bit`, for a few rows of x: in registers, without tensor cores."""
-    total = tl.zeros([BLOCK_M, BLOCK_N, GROUPS], tl.float32)
-    cols = groups * (2 * HALF)
-    for first in range(0, groups, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        at = rows[:, None] * groups + group[None, :]
-        inside = row_inside[:, None] & (group < groups)[None, :]
-        words = load_words(codes, at, inside, HALF)
-        scale, offset = load_scales(scales, at, inside, KIND)
-        col = first * (2 * HALF) + tl.arange(0, GROUPS * 2 * HALF)
-        x_at = x + x_rows[:, None] * cols + col[None, :]
-        values = tl.load(x_at, mask=x_inside[:, None] & (col < cols)[None, :], other=0.0).to(tl.float32)
-        xa, xb, xc, xd, xe, xf, xg, xh = split_columns(values, GROUPS, HALF // 4)
+    """Rows of a four-bit weight times the vector at x: float32 `[BLOCK_N]`."""
+    total = tl.zeros([BLOCK_N, UNITS], tl.float32)
+    for first in range(0, units, UNITS):
+        unit = first + tl.arange(0, UNITS)
+        inside = row_inside[:, None] & (unit < units)[None, :]
+        words = load_words(codes, rows[:, None] * units + unit[None, :], inside)
+        scale_at = rows[:, None] * (units // PER_SCALE) + (unit // PER_SCALE)[None, :]
+        scale, offset = load_scales(scales, scale_at, inside, KIND)
+        col = first * UNIT + tl.arange(0, UNITS * UNIT)
+        values = tl.load(x + col, mask=col < units * UNIT, other=0.0).to(tl.float32)
+        xa, xb, xc, xd, xe, xf, xg, xh = split_columns(values, UNITS)
         a, b, c, d, e, f, g, h = eight_columns(words, levels, KIND)
-        part = a[None, :, :, :] * xa
-        part += b[None, :, :, :] * xb
-        part += c[None, :, :, :] * xc
-        part += d[None, :, :, :] * xd
-        part += e[None, :, :, :] * xe
-        part += f[None, :, :, :] * xf
-        part += g[None, :, :, :] * xg
-        part += h[None, :, :, :] * xh
-        total += times_factor(tl.sum(part, axis=3), KIND) * scale[None, :, :]
+        part = a * xa[None, :, :]
+        part += b * xb[None, :, :]
+        part += c * xc[None, :, :]
+        part += d * xd[None, :, :]
+        part += e * xe[None, :, :]
+        part += f * xf[None, :, :]
+        part += g * xg[None, :, :]
+        part += h * xh[None, :, :]
+        total += times_factor(tl.sum(part, axis=2), KIND) * scale
         if KIND == INT4_OFFSET:
-            total += tl.sum(xa + xb + xc + xd + xe + xf + xg + xh, axis=3) * offset[None, :, :]
-    return tl.sum(total, axis=2)
+            total += tl.sum(xa + xb + xc + xd + xe + xf + xg + xh, axis=1)[None, :] * offset
+    return tl.sum(total, axis=1)
 
 
 @triton.jit
@@ -121,57 +119,26 @@ def times_matrix(
     levels,
     rows,
     row_inside,
-    groups,
+    units,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ):
-    """As `times_four_bit`, for many rows of x: by tensor cores."""
+    """Rows x_rows of the matrix at x times rows of a four-bit weight: float32 `[BLOCK_M, BLOCK_N]`."""
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    cols = groups * (2 * HALF)
-    for first in range(0, groups, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        weight = load_four_bit(codes, scales, levels, rows, row_inside, group, groups, KIND, HALF)
-        weight = tl.trans(tl.reshape(weight, (BLOCK_N, GROUPS * 2 * HALF)))
-        col = first * (2 * HALF) + tl.arange(0, GROUPS * 2 * HALF)
+    cols = units * UNIT
+    for first in range(0, units, UNITS):
+        unit = first + tl.arange(0, UNITS)
+        weight = load_four_bit(codes, scales, levels, rows, row_inside, unit, units, KIND, PER_SCALE)
+        weight = tl.trans(tl.reshape(weight, (BLOCK_N, UNITS * UNIT)))
+        col = first * UNIT + tl.arange(0, UNITS * UNIT)
         x_at = x + x_rows[:, None] * cols + col[None, :]
         x_tile = tl.load(x_at, mask=x_inside[:, None] & (col < cols)[None, :], other=0.0)
         total = times_tile(x_tile, weight, total, IN_PARTS)
     return total
-
-
-@triton.jit
-def times_four_bit(
-    x,
-    x_rows,
-    x_inside,
-    codes,
-    scales,
-    levels,
-    rows,
-    row_inside,
-    groups,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
-):
-    """Rows x_rows of the matrix at x times rows of a four-bit weight: float32 `[BLOCK_M, BLOCK_N]`."""
-    if BLOCK_M < 16:  # less than a tile of the tensor cores
-        return times_vectors(
-            x, x_rows, x_inside, codes, scales, levels, rows, row_inside, groups,
-            KIND, HALF, BLOCK_M, BLOCK_N, GROUPS,
-        )  # fmt: skip
-    else:
-        return times_matrix(
-            x, x_rows, x_inside, codes, scales, levels, rows, row_inside, groups,
-            KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -183,25 +150,34 @@ def four_bit_linear(
     out,
     tokens,
     n,
-    groups,
+    units,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ):
-    """x `[tokens, 2 * HALF * groups]` -> out `[tokens, n]`; grid (blocks of n, blocks of tokens)."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """x `[tokens, 32 * units]` -> out `[tokens, n]`; grid (blocks of n times blocks of tokens)."""
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    rows = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) % blocks
     row_inside = rows < n
-    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = token < tokens
-    total = times_four_bit(
-        x, token, inside, codes, scales, levels, rows, row_inside, groups,
-        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
-    )  # fmt: skip
-    at = out + token[:, None] * n + rows[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
+    if BLOCK_M == 1:
+        total = times_vector(
+            x + block * units * UNIT, codes, scales, levels, rows, row_inside, units,
+            KIND, PER_SCALE, BLOCK_N, UNITS,
+        )  # fmt: skip
+        tl.store(out + block * n + rows, total.to(out.dtype.element_ty), mask=row_inside)
+    else:
+        token = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = token < tokens
+        total = times_matrix(
+            x, token, inside, codes, scales, levels, rows, row_inside, units,
+            KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+        )  # fmt: skip
+        at = out + token[:, None] * n + rows[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
 
 
 @triton.jit
@@ -222,35 +198,82 @@ def fp8_linear(
     CHUNKS: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ):
-    """x `[tokens, cols]`, weight `[n, cols]` -> out `[tokens, n]`; grid (blocks of n, blocks of tokens)."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """As `four_bit_linear`: x `[tokens, cols]`, weight `[n, cols]` -> out `[tokens, n]`."""
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    rows = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) % blocks
     row_inside = rows < n
-    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = token < tokens
-    sums = tl.zeros([BLOCK_M, BLOCK_N, CHUNKS if BLOCK_M < 16 else 1], tl.float32)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        weight, scale = load_fp8(
-            codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
-        )
-        if BLOCK_M < 16:
+    if BLOCK_M == 1:
+        sums = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
+        for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)
+            weight, scale = load_fp8(
+                codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
+            )
             col = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-            x_at = x + token[:, None, None] * cols + col[None, :, :]
-            x_inside = inside[:, None, None] & (col < cols)[None, :, :]
-            x_tile = tl.load(x_at, mask=x_inside, other=0.0).to(tl.float32)
-            part = tl.sum(weight[None, :, :, :] * x_tile[:, None, :, :], axis=3)
-            sums += part * scale[None, :, :]
-        else:
+            values = tl.load(x + block * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+            sums += tl.sum(weight * values[None, :, :], axis=2) * scale
+        total = tl.sum(sums, axis=1)
+        tl.store(out + block * n + rows, total.to(out.dtype.element_ty), mask=row_inside)
+    else:
+        token = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = token < tokens
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)
+            weight, scale = load_fp8(
+                codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
+            )
             weight = tl.reshape(weight * scale[:, :, None], (BLOCK_N, CHUNKS * CHUNK))
             col = first * CHUNK + tl.arange(0, CHUNKS * CHUNK)
             x_at = x + token[:, None] * cols + col[None, :]
             x_tile = tl.load(x_at, mask=inside[:, None] & (col < cols)[None, :], other=0.0)
-            total = times_tile(x_tile, tl.trans(weight), total, IN_PARTS)
-    if BLOCK_M < 16:
-        total = tl.sum(sums, axis=2)
-    at = out + token[:, None] * n + rows[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
+            product = times_tile(x_tile, tl.trans(weight), product, IN_PARTS)
+        at = out + token[:, None] * n + rows[None, :]
+        tl.store(at, product.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
+def plain_linear(
+    x,
+    weight,
+    out,
+    tokens,
+    n,
+    cols,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """As `fp8_linear` for a weight `[n, cols]` of bfloat16 and x of float32."""
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    rows = tl.program_id(0) // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    row_inside = rows < n
+    if BLOCK_M == 1:
+        sums = tl.zeros([BLOCK_N, COLS], tl.float32)
+        for first in range(0, cols, COLS):
+            col = first + tl.arange(0, COLS)
+            inside = row_inside[:, None] & (col < cols)[None, :]
+            part = tl.load(weight + rows[:, None] * cols + col[None, :], mask=inside, other=0.0)
+            values = tl.load(x + block * cols + col, mask=col < cols, other=0.0)
+            sums += part.to(tl.float32) * values[None, :]
+        tl.store(out + block * n + rows, tl.sum(sums, axis=1), mask=row_inside)
+    else:
+        token = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = token < tokens
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for first in range(0, cols, COLS):
+            col = first + tl.arange(0, COLS)
+            col_inside = (col < cols)[None, :]
+            part_at = weight + rows[:, None] * cols + col[None, :]
+            part = tl.load(part_at, mask=row_inside[:, None] & col_inside, other=0.0).to(tl.float32)
+            x_at = x + token[:, None] * cols + col[None, :]
+            x_tile = tl.load(x_at, mask=inside[:, None] & col_inside, other=0.0)
+            product = times_tile(x_tile, tl.trans(part), product, IN_PARTS)
+        at = out + token[:, None] * n + rows[None, :]
+        tl.store(at, product, mask=inside[:, None] & row_inside[None, :])
 
 
 @dataclass(frozen=True)
@@ -264,48 +287,61 @@ class Blocks:
 
     @classmethod
     def of(cls, tokens: int, dtype: torch.dtype) -> Blocks:
-        """For `tokens` activations of `dtype`: the fastest that were measured of those without spilling."""
+        """For `tokens` activations: the fastest that were measured, of those that spill nothing."""
         if tokens <= FEW_TOKENS:
-            return cls(1 << (tokens - 1).bit_length(), 4, 1024, 4)
-        if tokens <= 16:
-            return cls(16, 64, 64, 4)
-        return cls(32, 64, 64, 4) if tokens <= 32 or dtype == torch.float32 else cls(64, 128, 64, 8)
+            return cls(1, 4, 1024, 4)
+        if tokens <= 32:
+            return cls(16 if tokens <= 16 else 32, 64, 64, 4)
+        return cls(64, 64, 32 if dtype == torch.float32 else 64, 4)
 
 
-def is_in_parts(x: torch.Tensor, weight: PackedTensor) -> bool:
+def is_in_parts(x: torch.Tensor, weight: Weight) -> bool:
     """What kernels take as IN_PARTS; never in the interpreter, which cannot multiply bfloat16."""
-    assert weight.scales is not None
-    is_exact = isinstance(weight.format, (Mxfp4, Fp8)) and weight.scales.dtype == torch.uint8
-    return is_exact and x.dtype == torch.float32 and x.device.type != "cpu"
+    if x.dtype != torch.float32 or x.device.type == "cpu":
+        return False
+    if isinstance(weight, torch.Tensor):
+        return weight.dtype == torch.bfloat16
+    has_powers = weight.scales is not None and weight.scales.dtype == torch.uint8
+    return has_powers and isinstance(weight.format, (Mxfp4, Fp8))
 
 
 def four_bit_constants(x: torch.Tensor, weight: PackedTensor, blocks: Blocks) -> dict[str, int | bool]:
     """What kernels are compiled for, given the activations' dtype and the weight's format."""
     kind = four_bit_kind(weight)
     assert kind is not None
-    group = weight.format.tile_cols
     return {
         "KIND": kind,
-        "HALF": group // 2,
+        "PER_SCALE": weight.format.tile_cols // UNIT.value,
         "BLOCK_M": blocks.tokens,
         "BLOCK_N": blocks.rows,
-        "GROUPS": max(1, blocks.cols // group),
+        "UNITS": blocks.cols // UNIT.value,
         "IN_PARTS": is_in_parts(x, weight),
     }
 
 
-def linear_launch(x: torch.Tensor, weight: PackedTensor, out: torch.Tensor) -> Launch:
+def linear_launch(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> Launch:
     """The launch that computes `x` `[tokens, cols]` times `weight` into `out` `[tokens, rows]`.
 
     Raises FormatError for a format that has no kernel here.
     """
     tokens, (rows, cols) = x.shape[0], weight.shape
+    blocks = Blocks.of(tokens, x.dtype)
+    grid = (-(-rows // blocks.rows) * -(-tokens // blocks.tokens),)
+    constants: dict[str, int | bool]
+    arguments: tuple[torch.Tensor | int, ...]
+    if isinstance(weight, torch.Tensor):
+        constants = {
+            "BLOCK_M": blocks.tokens,
+            "BLOCK_N": blocks.rows,
+            "COLS": blocks.cols,
+            "IN_PARTS": is_in_parts(x, weight),
+        }
+        arguments = (x, weight, out, tokens, rows, cols)
+        return Launch(plain_linear, grid, arguments, constants, blocks.warps)
     check_reachable(weight)
     assert weight.scales is not None
-    blocks = Blocks.of(tokens, x.dtype)
-    arguments: tuple[torch.Tensor | int, ...]
     if isinstance(weight.format, Fp8):
-        constants: dict[str, int | bool] = {
+        constants = {
             "TILE_ROWS": weight.format.tile_rows,
             "TILE_COLS": weight.format.tile_cols,
             "POWERS": weight.scales.dtype == torch.uint8,
@@ -318,10 +354,9 @@ def linear_launch(x: torch.Tensor, weight: PackedTensor, out: torch.Tensor) -> L
         kernel = fp8_linear
     elif four_bit_kind(weight) is not None:
         constants = four_bit_constants(x, weight, blocks)
-        groups = cols // weight.format.tile_cols
-        arguments = (x, weight.codes, weight.scales, nf4_levels(x.device), out, tokens, rows, groups)
+        units = cols // UNIT.value
+        arguments = (x, weight.codes, weight.scales, nf4_levels(x.device), out, tokens, rows, units)
         kernel = four_bit_linear
     else:
         raise FormatError(f"{weight.format.name}: no Triton kernel multiplies with it")
-    grid = (-(-rows // blocks.rows), -(-tokens // blocks.tokens))
     return Launch(kernel, grid, arguments, constants, blocks.warps)

@@ -24,13 +24,14 @@ from quant.kernels.triton_decode import (
     INT4,
     INT4_OFFSET,
     NF4,
+    UNIT,
     WORD_BYTES,
     check_reachable,
     four_bit_kind,
     nf4_levels,
 )
 from quant.kernels.triton_launch import Launch
-from quant.kernels.triton_linear import Blocks, four_bit_constants, times_four_bit
+from quant.kernels.triton_linear import Blocks, four_bit_constants, times_matrix, times_vector
 
 ALIGNMENT = 16
 
@@ -69,13 +70,13 @@ def moe_gate_up(
     inner,
     top_k,
     width,
-    groups,
+    units,
     limit,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
     IN_PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -86,20 +87,32 @@ def moe_gate_up(
     w3_codes, w3_scales = weight_at(base, places, expert * 6 + 2, KIND, ALIGNED)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < width
-    place = start + tl.arange(0, BLOCK_M)
-    inside = place < stop
-    pair = tl.load(pairs + place, mask=inside, other=0)
-    gate = times_four_bit(
-        x, pair // top_k, inside, w1_codes, w1_scales, levels, rows, row_inside, groups,
-        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
-    )  # fmt: skip
-    up = times_four_bit(
-        x, pair // top_k, inside, w3_codes, w3_scales, levels, rows, row_inside, groups,
-        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
-    )  # fmt: skip
-    value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
-    at = inner + pair[:, None] * width + rows[None, :]
-    tl.store(at, value, mask=inside[:, None] & row_inside[None, :])
+    if BLOCK_M == 1:
+        pair = tl.load(pairs + start)
+        token = x + (pair // top_k) * units * UNIT
+        gate = times_vector(
+            token, w1_codes, w1_scales, levels, rows, row_inside, units, KIND, PER_SCALE, BLOCK_N, UNITS
+        )
+        up = times_vector(
+            token, w3_codes, w3_scales, levels, rows, row_inside, units, KIND, PER_SCALE, BLOCK_N, UNITS
+        )
+        value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
+        tl.store(inner + pair * width + rows, value, mask=row_inside)
+    else:
+        place = start + tl.arange(0, BLOCK_M)
+        inside = place < stop
+        pair = tl.load(pairs + place, mask=inside, other=0)
+        gate = times_matrix(
+            x, pair // top_k, inside, w1_codes, w1_scales, levels, rows, row_inside, units,
+            KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+        )  # fmt: skip
+        up = times_matrix(
+            x, pair // top_k, inside, w3_codes, w3_scales, levels, rows, row_inside, units,
+            KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+        )  # fmt: skip
+        value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
+        at = inner + pair[:, None] * width + rows[None, :]
+        tl.store(at, value, mask=inside[:, None] & row_inside[None, :])
 
 
 @triton.jit
@@ -113,12 +126,12 @@ def moe_down(
     expert_weights,
     out,
     hidden,
-    groups,
+    units,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
     IN_PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
@@ -128,16 +141,24 @@ def moe_down(
     codes, scales = weight_at(base, places, expert * 6 + 4, KIND, ALIGNED)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = rows < hidden
-    place = start + tl.arange(0, BLOCK_M)
-    inside = place < stop
-    pair = tl.load(pairs + place, mask=inside, other=0)
-    total = times_four_bit(
-        inner, pair, inside, codes, scales, levels, rows, row_inside, groups,
-        KIND, HALF, BLOCK_M, BLOCK_N, GROUPS, IN_PARTS,
-    )  # fmt: skip
-    total *= tl.load(expert_weights + pair, mask=inside, other=0.0)[:, None]
-    at = out + pair[:, None] * hidden + rows[None, :]
-    tl.store(at, total, mask=inside[:, None] & row_inside[None, :])
+    if BLOCK_M == 1:
+        pair = tl.load(pairs + start)
+        vector = inner + pair * units * UNIT
+        total = times_vector(
+            vector, codes, scales, levels, rows, row_inside, units, KIND, PER_SCALE, BLOCK_N, UNITS
+        )
+        tl.store(out + pair * hidden + rows, total * tl.load(expert_weights + pair), mask=row_inside)
+    else:
+        place = start + tl.arange(0, BLOCK_M)
+        inside = place < stop
+        pair = tl.load(pairs + place, mask=inside, other=0)
+        total = times_matrix(
+            inner, pair, inside, codes, scales, levels, rows, row_inside, units,
+            KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+        )  # fmt: skip
+        total *= tl.load(expert_weights + pair, mask=inside, other=0.0)[:, None]
+        at = out + pair[:, None] * hidden + rows[None, :]
+        tl.store(at, total, mask=inside[:, None] & row_inside[None, :])
 
 
 @dataclass(frozen=True)
@@ -196,18 +217,18 @@ def moe_launches(
     places, tiles, pairs = _together(x.device, distances, plan.tiles, plan.pairs)
     levels = nf4_levels(x.device)
     constants = four_bit_constants(x, first, plan.blocks) | {"ALIGNED": is_aligned}
-    group, rows = first.format.tile_cols, plan.blocks.rows
+    rows = plan.blocks.rows
     gate_up = Launch(
         moe_gate_up,
         (-(-width // rows), len(plan.tiles)),
-        (x, base, places, tiles, pairs, levels, inner, top_k, width, hidden // group, swiglu_limit),
+        (x, base, places, tiles, pairs, levels, inner, top_k, width, hidden // UNIT.value, swiglu_limit),
         constants,
         plan.blocks.warps,
     )
     down = Launch(
         moe_down,
         (-(-hidden // rows), len(plan.tiles)),
-        (inner, base, places, tiles, pairs, levels, expert_weights, out, hidden, width // group),
+        (inner, base, places, tiles, pairs, levels, expert_weights, out, hidden, width // UNIT.value),
         constants,
         plan.blocks.warps,
     )

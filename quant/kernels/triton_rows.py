@@ -11,7 +11,7 @@ import triton.language as tl
 
 from quant.errors import FormatError
 from quant.fp8 import Fp8
-from quant.kernels.triton_decode import CHUNK, four_bit_kind, load_four_bit, load_fp8, nf4_levels
+from quant.kernels.triton_decode import CHUNK, UNIT, four_bit_kind, load_four_bit, load_fp8, nf4_levels
 from quant.kernels.triton_launch import Launch
 from quant.packed import PackedTensor
 
@@ -52,21 +52,21 @@ def gather_four_bit(
     wanted,
     out,
     count,
-    groups,
+    units,
     KIND: tl.constexpr,
-    HALF: tl.constexpr,
+    PER_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    GROUPS: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
-    """As `gather_fp8`, for four-bit tables of `groups` scale blocks a row."""
+    """As `gather_fp8`, for four-bit tables of `units` times 32 columns."""
     place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = place < count
     rows = tl.load(wanted + place, mask=inside, other=0)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    values = load_four_bit(codes, scales, levels, rows, inside, group, groups, KIND, HALF)
-    col = group[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
-    at = out + place.to(tl.int64)[:, None, None] * (groups * 2 * HALF) + col[None, :, :]
-    tl.store(at, values, mask=inside[:, None, None] & (group < groups)[None, :, None])
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    values = load_four_bit(codes, scales, levels, rows, inside, unit, units, KIND, PER_SCALE)
+    col = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    at = out + place.to(tl.int64)[:, None, None] * (units * UNIT) + col[None, :, :]
+    tl.store(at, values, mask=inside[:, None, None] & (unit < units)[None, :, None])
 
 
 def gather_launch(table: PackedTensor, wanted: torch.Tensor, out: torch.Tensor) -> Launch:
@@ -81,9 +81,9 @@ def gather_launch(table: PackedTensor, wanted: torch.Tensor, out: torch.Tensor) 
     grid = (triton.cdiv(len(wanted), BLOCK_ROWS), triton.cdiv(cols, BLOCK_COLS))
     kind = four_bit_kind(table)
     if kind is not None:
-        constants |= {"KIND": kind, "HALF": tile // 2, "GROUPS": BLOCK_COLS // tile}
+        constants |= {"KIND": kind, "PER_SCALE": tile // UNIT.value, "UNITS": BLOCK_COLS // UNIT.value}
         levels = nf4_levels(out.device)
-        arguments = (table.codes, table.scales, levels, wanted, out, len(wanted), cols // tile)
+        arguments = (table.codes, table.scales, levels, wanted, out, len(wanted), cols // UNIT.value)
         return Launch(gather_four_bit, grid, arguments, constants, num_warps=4)
     if not isinstance(table.format, Fp8) or table.format.tile_rows != 1:
         raise FormatError(f"{table.format.name}: no Triton kernel gathers rows of it")

@@ -36,13 +36,27 @@ def on_card(packed: PackedTensor) -> PackedTensor:
 
 @formats
 @dtypes
-@pytest.mark.parametrize("tokens", [1, 7, 16, 30, 200])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 16, 30, 200])
 def test_linear_equals_the_reference(format_: Format, dtype: torch.dtype, tokens: int) -> None:
     w = weight(format_, 1000, 1280)
     x = torch.randn(tokens, 1280).to(dtype)
     found = TRITON.linear(x.to(CARD), on_card(w))
     assert found.dtype == dtype
     assert difference(found.cpu(), REFERENCE.linear(x.float(), w)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 200])
+def test_bfloat16_weights_are_multiplied_with_float32(tokens: int) -> None:
+    plain = torch.randn(1000, 1280).bfloat16()
+    x = torch.randn(tokens, 1280)
+    found = TRITON.linear(x.to(CARD), plain.to(CARD)).cpu()
+    assert difference(found, REFERENCE.linear(x, plain)) < TOLERANCE[torch.float32]
+
+
+def test_mixing_matrices_equal_the_reference() -> None:
+    logits = torch.randn(300, 4, 4) * 3
+    found = TRITON.sinkhorn(logits.to(CARD), 20, 1e-6).cpu()
+    assert (found - REFERENCE.sinkhorn(logits, 20, 1e-6)).abs().max() < 2e-6
 
 
 @four_bit

@@ -30,12 +30,13 @@ from quant.kernels.triton_launch import Launch, Launcher
 from quant.kernels.triton_linear import linear_launch
 from quant.kernels.triton_moe import moe_launches, schedule
 from quant.kernels.triton_rows import gather_launch
+from quant.kernels.triton_sinkhorn import sinkhorn_launch
 from quant.mxfp4 import MXFP4
 from quant.nf4 import NF4
 from quant.packed import PackedTensor
 
 TARGET = GPUTarget("cuda", 89, 32)
-HIDDEN, WIDTH, QUERIES, LATENT, ENGRAM_DIM = 5120, 2304, 32768, 1280, 256
+HIDDEN, WIDTH, QUERIES, LATENT, ENGRAM_DIM, VOCABULARY = 5120, 2304, 32768, 1280, 256, 129280
 TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -63,12 +64,19 @@ def launches() -> Iterator[Launch]:
         for dtype in (torch.float32, torch.bfloat16):
             yield linear(MXFP4, tokens, WIDTH, HIDDEN, dtype)
             yield linear(FP8_32, tokens, QUERIES, LATENT, dtype)
+        head = torch.empty(VOCABULARY, HIDDEN, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(tokens, HIDDEN, device="meta")
+        yield linear_launch(x, head, torch.empty(tokens, VOCABULARY, device="meta"))
     for format_ in (NF4, INT4_32, INT4_OFFSET_128):
-        yield linear(format_, 512, WIDTH, HIDDEN, torch.bfloat16)
+        for dtype in (torch.float32, torch.bfloat16):
+            yield linear(format_, 512, WIDTH, HIDDEN, dtype)
     yield linear(FP8_128, 512, QUERIES, LATENT, torch.float32)
     for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 1024), (torch.float32, 1024)):
         yield from moe(MXFP4, tokens, dtype)
     yield from moe(NF4, 1024, torch.bfloat16)
+    yield from moe(NF4, 1024, torch.float32)
+    matrices = torch.empty(512, 4, 4, device="meta")
+    yield sinkhorn_launch(matrices, torch.empty_like(matrices), 20, 1e-6)
     wanted = torch.empty(24, dtype=torch.int64, device="meta")
     for table in (FP8_ROW, MXFP4):
         out = torch.empty(24, ENGRAM_DIM, device="meta")

@@ -34,7 +34,7 @@ four_bit = pytest.mark.parametrize("format_", FOUR_BIT, ids=lambda f: f.name)
 
 
 @formats
-@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 5, 40])
 def test_linear_equals_the_reference(format_: Format, tokens: int) -> None:
     w = weight(format_, 21, 384)
     x = torch.randn(tokens, 384)
@@ -82,13 +82,35 @@ def test_leading_axes_are_kept_and_no_tokens_give_no_rows() -> None:
     assert TRITON.linear(torch.randn(0, 64), w).shape == (0, 32)
 
 
-def test_plain_weights_and_formats_without_kernel_go_through_torch() -> None:
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("cols", [64, 150, 2100])
+def test_bfloat16_weights_are_multiplied_with_float32(tokens: int, cols: int) -> None:
+    plain = torch.randn(21, cols).bfloat16()
+    x = torch.randn(tokens, cols)
+    found = TRITON.linear(x, plain)
+    assert found.dtype == torch.float32
+    assert difference(found, REFERENCE.linear(x, plain)) < TOLERANCE[torch.float32]
+
+
+def test_other_plain_weights_and_formats_without_kernel_go_through_torch() -> None:
     x = torch.randn(2, 64)
-    plain = torch.randn(8, 64, dtype=torch.bfloat16)
-    assert torch.equal(TRITON.linear(x, plain), REFERENCE.linear(x, plain))
+    for dtype in (torch.float32, torch.float16):
+        plain = torch.randn(8, 64).to(dtype)
+        assert torch.equal(TRITON.linear(x, plain), REFERENCE.linear(x, plain))
     blocks = torch.zeros(8, 68, dtype=torch.uint8)
     gguf = PackedTensor(Q8_0, (8, 64), blocks)
     assert torch.equal(TRITON.linear(x, gguf), torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("turns", [1, 20])
+def test_mixing_matrices_are_those_of_the_definition(n: int, turns: int) -> None:
+    logits = torch.randn(37, n, n, generator=torch.Generator().manual_seed(n)) * 3
+    expected = REFERENCE.sinkhorn(logits.double(), turns, 1e-6)
+    found = TRITON.sinkhorn(logits.transpose(1, 2), turns, 1e-6).double()
+    assert (TRITON.sinkhorn(logits, turns, 1e-6) - expected).abs().max() < 2e-6
+    assert (found - REFERENCE.sinkhorn(logits.transpose(1, 2).double(), turns, 1e-6)).abs().max() < 2e-6
+    assert TRITON.sinkhorn(logits[:0], turns, 1e-6).shape == (0, n, n)
 
 
 @four_bit
