@@ -260,17 +260,17 @@ class DeepseekV41(Model):
             self._select(number, attn, x, qr, step)
 
         source = config.kv_source_of(number)
-        out = torch.empty_like(q)
+        attended = []
         for i, (segment, (start, stop)) in enumerate(zip(step.batch.segments, step.bounds, strict=True)):
             window_kv = step.cache.extend_window(number, segment, kv[start:stop])
             compressed, selection = None, None
             if source is not None:
                 compressed = step.cache.sources[source].entries[segment.slot]
                 selection = step.selections[i].to(x.device)
-            out[start:stop] = attend(
-                q[start:stop], window_kv, attn.sink, config.sliding_window, compressed, selection
+            attended.append(
+                attend(q[start:stop], window_kv, attn.sink, config.sliding_window, compressed, selection)
             )
-        out = rotation.inverse().apply(out)
+        out = rotation.inverse.apply(attended[0] if len(attended) == 1 else torch.cat(attended))
         groups = out.reshape(tokens, config.o_groups, -1)
         low = [linear(groups[:, g], weight) for g, weight in enumerate(attn.wo_a)]
         return linear(torch.cat(low, dim=-1), attn.wo_b)

@@ -249,10 +249,11 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
 
     def connection(sub: str) -> HyperConnection:
         prefix = f"{layer}.hc_{sub}"
+        scales = zip(reader.small(f"{prefix}_scale"), (c.hc_mult, c.hc_mult, c.hc_mult**2), strict=True)
         return HyperConnection(
             fn=reader.small(f"{prefix}_fn"),
             base=reader.small(f"{prefix}_base"),
-            scale=reader.small(f"{prefix}_scale"),
+            scale=torch.cat([scale.expand(size) for scale, size in scales]),
             sinkhorn_iters=c.hc_sinkhorn_iters,
             hc_eps=c.hc_eps,
             norm_eps=c.rms_norm_eps,

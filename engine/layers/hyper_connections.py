@@ -30,7 +30,12 @@ class Mix:
 
 @dataclass(frozen=True)
 class HyperConnection:
-    """Weights of one sublayer: fn `[(2+hc)hc, hc*hidden]`, base `[(2+hc)hc]`, scale `[3]`, float32."""
+    """Weights of one sublayer, float32.
+
+    fn     `[(2+hc)hc, hc*hidden]`: what is read off the normalised streams for pre, post and combine
+    base   `[(2+hc)hc]`, added to it
+    scale  `[(2+hc)hc]`, by which it is multiplied before: one number for each of the three, spread out
+    """
 
     fn: torch.Tensor
     base: torch.Tensor
@@ -43,11 +48,11 @@ class HyperConnection:
         """Mixing weights from streams `[tokens, hc, hidden]`."""
         tokens, hc, _ = streams.shape
         flat = streams.flatten(1)
-        m = F.linear(flat, self.fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + self.norm_eps)
-        pre = torch.sigmoid(m[:, :hc] * self.scale[0] + self.base[:hc]) + self.hc_eps
-        post = 2 * torch.sigmoid(m[:, hc : 2 * hc] * self.scale[1] + self.base[hc : 2 * hc])
-        combine = (m[:, 2 * hc :] * self.scale[2] + self.base[2 * hc :]).view(tokens, hc, hc)
-        return Mix(pre, post, kernels.sinkhorn(combine, self.sinkhorn_iters, self.hc_eps))
+        m = F.linear(F.rms_norm(flat, (flat.shape[1],), eps=self.norm_eps), self.fn)
+        m = torch.addcmul(self.base, m, self.scale)
+        gates = torch.sigmoid(m[:, : 2 * hc])
+        combine = kernels.sinkhorn(m[:, 2 * hc :].view(tokens, hc, hc), self.sinkhorn_iters, self.hc_eps)
+        return Mix(gates[:, :hc] + self.hc_eps, 2 * gates[:, hc:], combine)
 
 
 def first_mix(tokens: int, hc: int) -> torch.Tensor:

@@ -121,32 +121,38 @@ def attend(
                may lie on another device, then the selected ones are fetched from there
     """
     before = window_kv.shape[0] - q.shape[0]
-    out = torch.empty_like(q)
+    blocks = []
     for start in range(0, q.shape[0], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q.shape[0])
         first = max(0, start + before - window + 1)
         keys = window_kv[first : stop + before]
-        chosen = None
+        chosen, hidden = None, None
         if compressed is not None and selection is not None:
             chosen = compressed, selection.entries[start:stop]
-        own = torch.arange(start, stop, device=q.device).unsqueeze(1) + before  # each query's own key
-        key_index = torch.arange(first, stop + before, device=q.device)
-        hidden = (key_index > own) | (key_index <= own - window)  # [block, keys]
-        out[start:stop] = _attend_block(q[start:stop], keys, hidden, sink, chosen)
-    return out
+        if stop - start > 1:  # a single query sees all of these keys
+            own = torch.arange(start, stop, device=q.device).unsqueeze(1) + before  # each query's own key
+            key_index = torch.arange(first, stop + before, device=q.device)
+            hidden = (key_index > own) | (key_index <= own - window)  # [block, keys]
+        blocks.append(_attend_block(q[start:stop], keys, hidden, sink, chosen))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 def _attend_block(
     q: torch.Tensor,
     keys: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | None,
     sink: torch.Tensor,
     chosen: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """One block of queries `[block, heads, head_dim]` over `[keys, head_dim]` and gathered entries."""
+    """One block of queries `[block, heads, head_dim]` over `[keys, head_dim]` and gathered entries.
+
+    hidden `[block, keys]`: what a query must not see; None where it is nothing.
+    """
     block, heads, head_dim = q.shape
     q = q * head_dim**-0.5
-    scores = (q @ keys.t()).masked_fill(hidden.unsqueeze(1), -torch.inf)  # [block, heads, keys]
+    scores = q @ keys.t()  # [block, heads, keys]
+    if hidden is not None:
+        scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
     parts = [sink.view(1, heads, 1).expand(block, heads, 1), scores]
     if chosen is not None:
         compressed, entries = chosen

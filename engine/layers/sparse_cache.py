@@ -148,9 +148,19 @@ def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> t
 
     Returns it behind the `before` tokens that precede it, `[before + L, ...]`.
     """
-    size = ring.shape[0]
-    at = torch.arange(start - before, start + new.shape[0], device=ring.device) % size
-    joined = torch.cat((ring[at[:before]], new))
-    kept = min(size, new.shape[0])
-    ring[at[len(at) - kept :]] = new[new.shape[0] - kept :]
+    size, length = ring.shape[0], new.shape[0]
+    joined = torch.cat((*_slices(ring, start - before, before), new))
+    kept = min(size, length)
+    at = length - kept
+    for part in _slices(ring, start + at, kept):
+        part.copy_(new[at : at + len(part)])
+        at += len(part)
     return joined
+
+
+def _slices(ring: torch.Tensor, start: int, length: int) -> list[torch.Tensor]:
+    """Rows of the `length` <= size tokens from `start` on, as views: two where they pass the ring's end."""
+    size = ring.shape[0]
+    first = start % size
+    parts = [ring[first : first + length], ring[: max(0, first + length - size)]]
+    return [part for part in parts if len(part)]
