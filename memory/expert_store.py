@@ -138,9 +138,10 @@ class ExpertStore:
     def acquire(self, layer: int, expert_ids: torch.Tensor) -> ExpertStep:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
         needed = sorted(set(expert_ids.flatten().tolist()))
-        self._policies[layer].used(needed, beside(self._used, layer))
-        self._used[layer] = needed
-        self._give_up_guesses(layer, needed)
+        if self.cards or not self.keeps_copies:  # else nothing ever moves
+            self._policies[layer].used(needed, beside(self._used, layer))
+            self._used[layer] = needed
+            self._give_up_guesses(layer, needed)
         return ExpertStep(self, layer, expert_ids, needed)
 
     def prefetch(self, layer: int, expert_ids: Iterable[int]) -> None:
