@@ -35,7 +35,7 @@ class Efficiency:
     gpu_flops_share     of its dense bf16 arithmetic, on prompts
     expert_share        of the DRAM read rate, in the CPU's expert kernels (unless the profile says)
     bus_share           of the DRAM read rate, when CPU and links read at once
-    card_layer_s        launching a layer's kernels on a card
+    card_layer_s        launching a layer's operations on a card, one by one from Python
     host_layer_s        the same on the CPU: calls, and threads that meet
     guessed_share       of a layer's missing experts that are asked for before its router says so
     rearranged_per_core bytes a second that a core brings from file order into the kernels' order
@@ -47,8 +47,8 @@ class Efficiency:
     gpu_flops_share: float = 0.5
     expert_share: float = 0.8
     bus_share: float = 0.82
-    card_layer_s: float = 100e-6
-    host_layer_s: float = 1.3e-3
+    card_layer_s: float = 2.2e-3
+    host_layer_s: float = 1.1e-3
     guessed_share: float = 0.9
     rearranged_per_core: float = 4e9
     round_trip_s: float = 100e-6

@@ -134,7 +134,7 @@ def test_cpu_and_link_share_what_lies_in_dram_so_that_both_finish_together() -> 
 
 def test_the_dram_bus_limits_what_cpu_and_link_do_together() -> None:
     machine = replace(MACHINE, dram_bytes=400 * GB)
-    cost = model(FLASH, machine).decode(1, 0)
+    cost = model(FLASH, machine, efficiency=replace(Efficiency(), card_layer_s=0.0)).decode(1, 0)
     assert cost.bound == DRAM
     assert cost.seconds[DRAM] == pytest.approx(cost.nbytes["dram"] / (80e9 * Efficiency().bus_share))
 

@@ -29,7 +29,8 @@ def test_the_resource_that_bounds_decoding_is_the_one_whose_doubling_helps() -> 
     workload, machine = Workload(8192, 4), load_profile("4090-128g")
     assert forecast(V41, machine, workload, UNIFORM).alone.bound == "disk"
     gains = {gain.resource: gain for gain in doublings(V41, machine, workload, UNIFORM)}
-    assert gains["disk speed"].alone > 1.5
+    assert max(gains.values(), key=lambda gain: gain.alone).resource in ("disk speed", "DRAM size")
+    assert gains["disk speed"].alone > 1.2
     assert gains["PCIe links"].alone == pytest.approx(1.0, abs=0.01)
 
 
