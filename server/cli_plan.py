@@ -242,6 +242,8 @@ def _held(shape: ModelShape, places: list[Place]) -> str:
 
 
 def _print_forecasts(forecasts: list[Forecast], workload: Workload) -> None:
+    from memory.cost_model import LATENCY
+
     print("\nExpected tokens per second, and what bounds them:")
     steps = ["decode, 1 sequence", f"decode, {workload.sequences} together", "prefill"]
     speeds = [[_speed(cost) for cost in (f.alone, f.together, f.prefill)] for f in forecasts]
@@ -255,6 +257,8 @@ def _print_forecasts(forecasts: list[Forecast], workload: Workload) -> None:
             print(f"  {f.routing.name}: {f.routing.source}")
     else:
         print_table(steps, speeds)
+    if any(LATENCY in cost.bound for f in forecasts for cost in (f.alone, f.together, f.prefill)):
+        print(f"  {LATENCY}: starting a layer's operations one by one, and waits between devices")
     last = forecasts[-1]
     read = ", ".join(
         f"{tier} {bytes_text(int(nbytes))}"

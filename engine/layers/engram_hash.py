@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from memory.user_files import user_cache, whole_file
 from quant.errors import ConfigError
 
 REPLACEMENT_CHARACTER = "\ufffd"
+FEW = 2  # tokens whose addresses are sooner computed number by number
 
 
 def build_token_map(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
@@ -160,8 +162,38 @@ class EngramHash:
     def rows(self, windows: np.ndarray) -> np.ndarray:
         """The rows of tokens, each behind those before it: `[N, history + 1]` to `[tables, N, columns]`."""
         tables = len(self.primes)
+        if len(windows) <= FEW:
+            few = np.array(self._rows_of_few(windows.tolist()), dtype=np.int64)
+            return few.reshape(tables, len(windows), self.columns)
         terms = windows[:, ::-1] * self.multipliers[:, None]  # [tables, N, history + 1], the newest first
         mixed = np.bitwise_xor.accumulate(terms, axis=2)[:, :, 1:, None]  # [tables, N, orders, 1]
         by_order = (tables, 1, self.history, self.heads)
         rows: np.ndarray = mixed % self.primes.reshape(by_order) + self.offsets.reshape(by_order)
         return rows.reshape(tables, len(windows), self.columns)
+
+    def _rows_of_few(self, windows: list[list[int]]) -> list[int]:
+        """As `rows`, flat: between two forwards, starting operations on arrays costs more than sums."""
+        rows: list[int] = []
+        for multipliers, orders in self._numbers:
+            for window in windows:
+                mixed = window[-1] * multipliers[0]
+                for back, columns in enumerate(orders, start=1):
+                    mixed ^= window[-1 - back] * multipliers[back]
+                    rows += [mixed % prime + offset for prime, offset in columns]
+        return rows
+
+    @cached_property
+    def _numbers(self) -> list[tuple[list[int], list[list[tuple[int, int]]]]]:
+        """Each table's multipliers, and by order the prime and the offset of each column."""
+        heads = self.heads
+        tables = zip(self.multipliers.tolist(), self.primes.tolist(), self.offsets.tolist(), strict=True)
+        return [
+            (
+                multipliers,
+                [
+                    list(zip(primes[at : at + heads], offsets[at : at + heads], strict=True))
+                    for at in range(0, self.columns, heads)
+                ],
+            )
+            for multipliers, primes, offsets in tables
+        ]

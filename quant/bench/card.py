@@ -138,14 +138,14 @@ def _decode(card: Card, turns: int) -> list[Figure]:
         packed = format_.encode(torch.randn(rows, HIDDEN) / HIDDEN**0.5)
         matrices = card.matrices(packed)
         cases.append(card.products(name, matrices, packed.nbytes, lambda m: card.kernels.linear(x, m)))
-    cases += [_bitsandbytes(card, x), _head(card, x)]
+    cases += [_bitsandbytes(card, x), _head(card, "torch_bf16_gemv", x.bfloat16()), _head(card, "bf16_gemv", x)]
     for tokens in (1, 4):
         cases.append(_experts(card, tokens))
     rates = take_turns(cases, turns, card.seconds)
     limit = max(("copy", "sum"), key=rates.median)
     figures = [Figure(f"card_{name}", rates.median(name) / 1e9, "GB/s") for name in ("copy", "sum")]
     for case in cases[2:]:
-        target = READ_TARGET if case.name.startswith(("fp4", "fp8")) else None
+        target = READ_TARGET if case.name.startswith(("fp4", "fp8", "bf16")) else None
         figures += [
             Figure(f"card_{case.name}_rate", rates.median(case.name) / 1e9, "GB/s"),
             Figure(f"card_{case.name}_read_ratio", rates.ratio(case.name, limit), "ratio", target),
@@ -165,13 +165,10 @@ def _reads(card: Card) -> list[Case]:
     ]
 
 
-def _head(card: Card, x: torch.Tensor) -> Case:
-    """Plain bfloat16 rows, by torch."""
+def _head(card: Card, name: str, x: torch.Tensor) -> Case:
+    """Plain bfloat16 rows: by torch, which rounds the activations, or by our own kernel, which does not."""
     head = torch.randn(HEAD_ROWS, HIDDEN).bfloat16()
-    half = x.bfloat16()
-    return card.products(
-        "torch_bf16_gemv", card.matrices(head), head.nbytes, lambda m: card.kernels.linear(half, m)
-    )
+    return card.products(name, card.matrices(head), head.nbytes, lambda m: card.kernels.linear(x, m))
 
 
 def _bitsandbytes(card: Card, x: torch.Tensor) -> Case:

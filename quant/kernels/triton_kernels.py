@@ -59,7 +59,8 @@ class TritonKernels:
         if isinstance(weight, torch.Tensor):
             if weight.dtype == x.dtype:
                 return F.linear(x, weight)
-            if (x.dtype, weight.dtype) != (torch.float32, torch.bfloat16):
+            has_kernel = (x.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+            if not has_kernel or weight.numel() >= 2**31 or not weight.is_contiguous():
                 return self._converted(x, weight)
         elif four_bit_kind(weight) is None and not isinstance(weight.format, Fp8):
             return self._reference.linear(x, weight)

@@ -74,6 +74,14 @@ def test_rows_are_what_the_definition_says_in_exact_arithmetic(keys: list[int]) 
         assert row == expected
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 128_000)] * 4), min_size=5, max_size=20))
+def test_a_token_alone_has_the_rows_it_has_among_others(windows: list[tuple[int, ...]]) -> None:
+    hashing = EngramHash.for_layers([1, 14], table_primes(2, 3, 4, 9000), 128_001, 4)
+    together = hashing.rows(np.array(windows))
+    for at, window in enumerate(windows):
+        assert np.array_equal(hashing.rows(np.array([window])), together[:, at : at + 1])
+
+
 def test_multipliers_are_odd_and_belong_to_their_layer() -> None:
     first, second = EngramHash.for_layers([1, 2], [[5, 7]] * 2, 1000, 3).multipliers
     alone = EngramHash.for_layers([2], [[5, 7]], 1000, 3).multipliers

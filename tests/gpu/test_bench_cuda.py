@@ -17,6 +17,7 @@ PROMISED = {
     "card_fp4_gemv_read_ratio",
     "card_fp4_moe_read_ratio",
     "card_fp8_gemv_read_ratio",
+    "card_bf16_gemv_read_ratio",
     "card_nf4_gemv_vs_bitsandbytes",
     "card_fp4_moe_call",
     "card_prefill_64_fp4_vs_torch",

@@ -40,6 +40,7 @@ def test_a_plan_a_person_would_buy_hardware_by() -> None:
     assert "decode, 8 together" in text
     assert "What twice as much would bring" in text
     assert "uniform: every expert equally likely: the worst case" in text
+    assert "latency: starting a layer's operations one by one, and waits between devices" in text
 
 
 @pytest.mark.parametrize("hardware", [name for name in shipped() if name != "cpu-24g"])
