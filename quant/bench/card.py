@@ -138,7 +138,11 @@ def _decode(card: Card, turns: int) -> list[Figure]:
         packed = format_.encode(torch.randn(rows, HIDDEN) / HIDDEN**0.5)
         matrices = card.matrices(packed)
         cases.append(card.products(name, matrices, packed.nbytes, lambda m: card.kernels.linear(x, m)))
-    cases += [_bitsandbytes(card, x), _head(card, "torch_bf16_gemv", x.bfloat16()), _head(card, "bf16_gemv", x)]
+    cases += [
+        _bitsandbytes(card, x),
+        _head(card, "torch_bf16_gemv", x.bfloat16()),
+        _head(card, "bf16_gemv", x),
+    ]
     for tokens in (1, 4):
         cases.append(_experts(card, tokens))
     rates = take_turns(cases, turns, card.seconds)

@@ -3,8 +3,8 @@
     python -m tests.bench.card_tiles [--formats mxfp4,fp8] [--tokens 1,8,32,512] [--json FILE]
 
 Products with matrices of V4.1's experts: one alone (2304 x 5120), and twelve in one, as a layer's experts
-are. Up to 32 tokens: GB/s of the weight; more: TFLOP/s. What `Blocks.of` chooses comes first, the fastest after
-it. Each result is compared with float64 before it is timed. Compiling takes most of the time: minutes.
+are. Up to 32 tokens: GB/s of the weight; more: TFLOP/s. What `Blocks.of` chooses comes first, the fastest
+after it. Each result is compared with float64 before it is timed. Compiling takes most of the time: minutes.
 """
 
 from __future__ import annotations
