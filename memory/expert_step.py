@@ -30,14 +30,14 @@ class _Taken:
 class _Part:
     """Experts of one tier, and the tokens that chose them.
 
-    rows    of the step's outputs that they give, `[n]`
+    rows    of the step's outputs that they give, `[n]`; None where it is all of them
     ids     the expert of each, `[n, 1]`
     inputs  the token of each, `[n, hidden]`, where the experts lie
     """
 
     tier: str
     weights: dict[int, ExpertWeights]
-    rows: torch.Tensor
+    rows: torch.Tensor | None
     ids: torch.Tensor
     inputs: torch.Tensor
 
@@ -52,6 +52,7 @@ class ExpertStep:
         self._store = store
         self._layer = layer
         self._ids = expert_ids
+        self._needed = len(needed)
         self._later = needed
         self._now: list[_Taken] = []
         for expert in needed:
@@ -161,7 +162,10 @@ class ExpertStep:
                 self._compute(part, swiglu_limit) for part in reversed(parts)
             ]  # the CPU's last: it waits
             for rows, y in found:
-                outputs[rows.to(outputs.device)] = y.to(outputs.device)
+                if rows is None:
+                    outputs.copy_(y)
+                else:
+                    outputs[rows.to(outputs.device)] = y.to(outputs.device)
 
     def _wait(self, taken: _Taken) -> _Taken:
         """Wait for an expert's bytes, and say where they are: elsewhere where they did not come.
@@ -198,14 +202,17 @@ class ExpertStep:
     def _part(self, shelf: Shelf, experts: list[_Taken], x: torch.Tensor) -> _Part:
         """What the experts of one tier are to compute, where they lie."""
         weights = {t.expert: shelf.weights(t.place) for t in experts}
-        flat = self._ids.flatten()
+        flat, top_k = self._ids.flatten(), self._ids.shape[1]
+        if len(weights) == self._needed:
+            inputs = x.repeat_interleave(top_k, dim=0).to(shelf.tier.device)
+            return _Part(shelf.tier.name, weights, None, flat.unsqueeze(1), inputs)
         rows = torch.isin(flat, torch.tensor(list(weights))).nonzero().squeeze(1)
-        inputs = x[(rows // self._ids.shape[1]).to(x.device)].to(shelf.tier.device)
+        inputs = x[(rows // top_k).to(x.device)].to(shelf.tier.device)
         return _Part(shelf.tier.name, weights, rows, flat[rows].unsqueeze(1), inputs)
 
-    def _compute(self, part: _Part, swiglu_limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, part: _Part, swiglu_limit: float) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Start the experts of a part: the rows of the step's outputs that they give, and these."""
-        ones = torch.ones(len(part.rows), 1, device=part.inputs.device)
+        ones = torch.ones(len(part.ids), 1, device=part.inputs.device)
         outputs = self._store.kernels.moe(part.inputs, part.ids, ones, part.weights, swiglu_limit)
         self._store.telemetry.add("computed", part.tier, len(part.weights))
         return part.rows, outputs

@@ -14,6 +14,7 @@ from engine.embedded import model_path
 from engine.engine import Engine
 from engine.loader import Loaded, load
 from engine.model import Model
+from engine.warm_up import warm_up
 from memory.budget import MemoryBudget
 from memory.hardware import available_memory_bytes
 from memory.plan import Workload
@@ -67,6 +68,9 @@ def bring_up(settings: Settings) -> Served:
     )
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
     loaded = load(path, budget, settings.max_model_len)
+    if any(not card.is_virtual for card in budget.cards):
+        log.info("compiling the cards' kernels, where that was not done before")
+        warm_up(loaded.model, min(settings.prefill_chunk, workload.context))
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.

@@ -141,7 +141,7 @@ def times_matrix(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def four_bit_linear(
     x,
     codes,
@@ -180,7 +180,7 @@ def four_bit_linear(
         tl.store(at, total.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def fp8_linear(
     x,
     codes,
@@ -233,7 +233,7 @@ def fp8_linear(
         tl.store(at, product.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def plain_linear(
     x,
     weight,

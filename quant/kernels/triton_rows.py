@@ -19,7 +19,7 @@ BLOCK_ROWS = 8
 BLOCK_COLS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gather_fp8(
     codes,
     scales,
@@ -44,7 +44,7 @@ def gather_fp8(
     tl.store(at, values * scale[:, :, None], mask=inside[:, None, None] & (col < cols)[None, :, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def gather_four_bit(
     codes,
     scales,

@@ -14,7 +14,7 @@ from quant.kernels.triton_launch import Launch
 BLOCK = 32  # matrices of one program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def sinkhorn(logits, out, count, turns, eps, N: tl.constexpr, BLOCK_M: tl.constexpr):
     """out `[count, N, N]` from logits of the same shape, as `quant.kernels.Kernels.sinkhorn` says."""
     matrix = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
