@@ -317,10 +317,11 @@ def test_the_strip_shows_every_tier(browser: Browser, start_server: StartServer)
     expect(page.locator(".speed dd")).to_have_text(re.compile(r"^\d+\.\d$"))
     nvme = str(page.locator(".nvme").get_attribute("title"))
     assert "of 40 experts are here" in nvme
-    assert re.search(r"[1-9]\d* % of expert uses were found here just now", nvme)
+    shown = re.search(r"([1-9]\d*) % of expert uses were found here just now", nvme)
+    assert shown is not None
     hits = sum(tiered.metric("loci_expert_hits_total", tier=tier) for tier in ("vram:0", "vram:1", "dram"))
     missed = tiered.metric("loci_expert_hits_total", tier="nvme")
-    assert f" {round(100 * missed / (hits + missed))} % of expert uses" in nvme
+    assert int(shown[1]) == pytest.approx(100 * missed / (hits + missed), abs=0.51)  # a half goes up there
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out on a phone
     page.close()
 
