@@ -296,8 +296,8 @@ class Engine:
         else:
             self._is_failing = True
             numbers = [sequence.sequence_id for sequence in sequences]
-            logger.error("failed: sequences %s", numbers, exc_info=error)
             known = isinstance(error, LociError)
+            logger.error("failed: sequences %s: %s", numbers, error, exc_info=None if known else error)
             reason, text = (
                 FinishReason.ERROR,
                 str(error) if known else f"{type(error).__name__} in the engine",

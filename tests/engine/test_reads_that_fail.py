@@ -49,7 +49,10 @@ def engine() -> Iterator[Engine]:
 
 
 def test_a_request_whose_experts_cannot_be_read_is_told_and_the_next_is_answered(
-    engine: Engine, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    expected: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     ids, greedy = expected["input_ids"].tolist(), expected["greedy_ids"].tolist()
 
@@ -63,6 +66,9 @@ def test_a_request_whose_experts_cannot_be_read_is_told_and_the_next_is_answered
         failed.wait()
     assert failed.finish_reason is FinishReason.ERROR
     assert failed.outputs[-1].error == "shard: cannot be read at byte 0 (Input/output error)"
+    (said,) = (record for record in caplog.records if record.name == "loci.engine")
+    assert "shard: cannot be read at byte 0" in said.getMessage()
+    assert said.exc_info is None  # the message says it all
     answer = Answer()
     engine.submit(ids, GREEDY, answer)
     assert answer.wait().token_ids == greedy
