@@ -22,7 +22,6 @@ from engine.families.deepseek_v41_weights import AttentionWeights, LayerWeights,
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.hyper_connections import Mix, first_mix, read_streams, write_streams
-from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, inverse_frequencies
 from engine.layers.sparse_attention import (
     CandidatePool,
@@ -168,7 +167,7 @@ class DeepseekV41(Model):
             mix = layer.hc_attn.mix(self.kernels, streams)
             if number > 0 and layer.device == HOST:  # on a card, attention leaves no time to use it
                 self._foresee(number, streams, mix.pre)
-            x = rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
+            x = self.kernels.rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
             y = self._attention(number, layer.attn, x, step)
             step.trace.add(f"attn_out.{number}", y)
             streams, pre = write_streams(streams, y, mix), mix.pre
@@ -181,7 +180,7 @@ class DeepseekV41(Model):
             cache.advance(segment)
         wanted = batch.logit_rows
         final = read_streams(streams[wanted], pre[wanted]).to(weights.norm.device)
-        final = rms_norm(final, weights.norm, config.rms_norm_eps)
+        final = self.kernels.rms_norm(final, weights.norm, config.rms_norm_eps)
         return self.kernels.linear(final, weights.head).float().cpu()
 
     def _begin(self, batch: Batch, cache: SparseCache, trace: Trace) -> _Step:
@@ -245,7 +244,7 @@ class DeepseekV41(Model):
 
     def _attention(self, number: int, attn: AttentionWeights, x: torch.Tensor, step: _Step) -> torch.Tensor:
         """Sections 4.1 to 4.7 for all tokens, `[tokens, hidden]` to the same."""
-        config, linear = self.config, self.kernels.linear
+        config, linear, rms_norm = self.config, self.kernels.linear, self.kernels.rms_norm
         eps = config.rms_norm_eps
         tokens = x.shape[0]
         ratio = config.compress_ratios[number]
@@ -293,11 +292,11 @@ class DeepseekV41(Model):
                 grouped = (count, ratio, config.head_dim)
                 weights = gates[: count * ratio].view(grouped).softmax(dim=1)
                 latent = (latent[: count * ratio].view(grouped) * weights).sum(1)
-            latent = rms_norm(latent, attn.compressor.norm, config.rms_norm_eps)
+            latent = self.kernels.rms_norm(latent, attn.compressor.norm, config.rms_norm_eps)
             positions = torch.arange(first, first + count) * ratio
             rotation = Rotation.at(positions, self.compressed_frequencies).to(x.device)
             index_key = self.kernels.linear(latent, attn.compressor.index_wk)
-            index_key = rms_norm(index_key, attn.compressor.index_norm, config.rms_norm_eps)
+            index_key = self.kernels.rms_norm(index_key, attn.compressor.index_norm, config.rms_norm_eps)
             state.entries[segment.slot, first : first + count] = rotation.apply(latent)
             state.index_keys[segment.slot, first : first + count] = rotation.apply(index_key)
 
@@ -346,7 +345,7 @@ class DeepseekV41(Model):
         They read the streams with `pre`; `mix` says how they will be written to them.
         """
         config, layer = self.config, self.weights.layers[number]
-        x = rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
+        x = self.kernels.rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
         chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
@@ -370,7 +369,7 @@ class DeepseekV41(Model):
         if store.wants_guesses(number):
             layer = self.weights.layers[number]
             x = read_streams(streams, pre).to(layer.device)
-            guess, _ = self._route(layer, rms_norm(x, layer.ffn_norm, self.config.rms_norm_eps))
+            guess, _ = self._route(layer, self.kernels.rms_norm(x, layer.ffn_norm, self.config.rms_norm_eps))
             store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's best choice first
 
     def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from engine.families.llama_config import LlamaConfig, expected_tensors, parse_config
-from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, inverse_frequencies
 from engine.model import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
 from memory.budget import MemoryBudget
@@ -116,7 +115,7 @@ class Llama(Model):
         assert isinstance(cache, LlamaCache)
         for segment in batch.segments:
             cache.admit(segment)
-        eps, linear = self.config.rms_norm_eps, self.kernels.linear
+        eps, linear, rms_norm = self.config.rms_norm_eps, self.kernels.linear, self.kernels.rms_norm
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(positions, self.frequencies)
         masks = [self._mask(segment) for segment in batch.segments]

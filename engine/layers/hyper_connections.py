@@ -48,7 +48,7 @@ class HyperConnection:
         """Mixing weights from streams `[tokens, hc, hidden]`."""
         tokens, hc, _ = streams.shape
         flat = streams.flatten(1)
-        m = F.linear(F.rms_norm(flat, (flat.shape[1],), eps=self.norm_eps), self.fn)
+        m = F.linear(kernels.rms_norm(flat, None, self.norm_eps), self.fn)
         m = torch.addcmul(self.base, m, self.scale)
         gates = torch.sigmoid(m[:, : 2 * hc])
         combine = kernels.sinkhorn(m[:, 2 * hc :].view(tokens, hc, hc), self.sinkhorn_iters, self.hc_eps)

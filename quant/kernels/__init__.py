@@ -69,6 +69,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """x * rsqrt(mean(x^2) + eps) * weight over the last dimension; `[..., dim]` to the same."""
+        ...
+
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         """Nearly doubly stochastic matrices from logits `[tokens, n, n]`, by alternate normalisation.
 

@@ -49,6 +49,9 @@ class DeviceKernels:
     ) -> torch.Tensor:
         return self.on(x.device).moe(x, expert_ids, expert_weights, experts, swiglu_limit)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return self.on(x.device).rms_norm(x, weight, eps)
+
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         return self.on(logits.device).sinkhorn(logits, iterations, eps)
 

@@ -198,6 +198,16 @@ class NativeKernels:
         )
         return out if flat is x else like(x, out)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        is_plain = x.dtype == torch.float32 and x.is_contiguous()
+        if not is_plain or not (weight is None or weight.dtype == torch.float32):
+            return self._fallback.rms_norm(x, weight, eps)
+        out, cols = torch.empty_like(x), x.shape[-1]
+        at = None if weight is None else weight.data_ptr()
+        rows = x.numel() // cols
+        self._library.loci_rms_norm(self._threads(), x.data_ptr(), at, rows, cols, eps, out.data_ptr())
+        return out
+
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         matrices = logits.to(torch.float32).clone(memory_format=torch.contiguous_format)
         count, n, _ = matrices.shape

@@ -70,6 +70,9 @@ class ReferenceKernels:
             out.index_add_(0, tokens, y * expert_weights[tokens, choice].unsqueeze(-1))
         return out
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
         c = logits.softmax(-1) + eps
         c = c / (c.sum(-2, keepdim=True) + eps)
