@@ -257,7 +257,7 @@ def _print_forecasts(forecasts: list[Forecast], workload: Workload) -> None:
             print(f"  {f.routing.name}: {f.routing.source}")
     else:
         print_table(steps, speeds)
-    if any(LATENCY in cost.bound for f in forecasts for cost in (f.alone, f.together, f.prefill)):
+    if any(cost.bound == LATENCY for f in forecasts for cost in (f.alone, f.together, f.prefill)):
         print(f"  {LATENCY}: starting a layer's operations one by one, and waits between devices")
     last = forecasts[-1]
     read = ", ".join(

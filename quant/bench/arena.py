@@ -13,6 +13,7 @@ import torch
 from quant.kernels import ExpertWeights, Weight, library
 from quant.kernels.layout import ExpertSlotLayout
 from quant.kernels.native import NativeKernels
+from quant.slots import FileSlotLayout
 
 STREAMS = 4  # of plain reads, in each thread
 
@@ -58,9 +59,14 @@ class Arena:
 
     def experts(self, layout: ExpertSlotLayout, most: int | None = None) -> list[ExpertWeights]:
         """As many copies of a random expert as fit, at most `most`."""
-        hidden, width = layout.hidden, layout.width
-        shapes = ((width, hidden), (width, hidden), (hidden, width))
-        slot = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        w1, w3, w2 = (layout.format.encode(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes)
-        layout.pack_into(slot, w1, w3, w2)
-        return [layout.views(copy) for copy in self.copies(slot)[:most]]
+        return [layout.views(copy) for copy in self.copies(random_slot(layout))[:most]]
+
+
+def random_slot(layout: ExpertSlotLayout | FileSlotLayout) -> torch.Tensor:
+    """A slot with a random expert, uint8 `[nbytes]`."""
+    hidden, width = layout.hidden, layout.width
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    slot = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    w1, w3, w2 = (layout.format.encode(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes)
+    layout.pack_into(slot, w1, w3, w2)
+    return slot

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from quant.bench.arena import random_slot
 from quant.bench.decode import HEAD_ROWS, HIDDEN, LIMIT, TOP_K, WIDTH, due
 from quant.bench.timing import Case, Figure, take_turns
 from quant.errors import ConfigError
@@ -193,11 +194,7 @@ def _bitsandbytes(card: Card, x: torch.Tensor) -> Case:
 def _slots(card: Card) -> tuple[CardSlotLayout, list[torch.Tensor]]:
     """Random experts in the arena: their layout, and their slots."""
     layout = CardSlotLayout(HIDDEN, WIDTH, MXFP4)
-    slot = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    shapes = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
-    w1, w3, w2 = (MXFP4.encode(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes)
-    layout.pack_into(slot, w1, w3, w2)
-    return layout, card.copies(slot)
+    return layout, card.copies(random_slot(layout))
 
 
 def _experts(card: Card, tokens: int) -> Case:
@@ -210,12 +207,10 @@ def _experts(card: Card, tokens: int) -> Case:
     factors = torch.full((tokens, TOP_K), 1 / TOP_K, device=card.device)
     out = torch.empty(tokens * TOP_K, HIDDEN, device=card.device)
     used = tokens * TOP_K
-    launches, kept = [], []
+    launches = []
     for first in range(0, len(experts) - used + 1, used):
         ids = torch.arange(first, first + used).view(tokens, TOP_K)
-        plan = schedule(ids, x.dtype)
-        kept.append(plan)
-        launches.append(moe_launches(x, plan, factors, experts, LIMIT, out))
+        launches.append(moe_launches(x, schedule(ids, x.dtype), factors, experts, LIMIT, out))
     torch.cuda.synchronize()
 
     def run() -> None:
@@ -260,7 +255,7 @@ def _prefill(card: Card, turns: int) -> list[Figure]:
     stored = MXFP4.encode(torch.randn(WIDTH, HIDDEN) / HIDDEN**0.5)
     fp4, fp8 = (card.kernels.prepare(w) for w in (stored, FP8_32.encode(torch.randn(WIDTH, HIDDEN))))
     assert isinstance(fp4, PackedTensor)
-    figures, ratios = [], []
+    figures = []
     for tokens in PREFILL_TOKENS:
         work = 2.0 * tokens * WIDTH * HIDDEN
         cases = []
@@ -286,10 +281,9 @@ def _prefill(card: Card, turns: int) -> list[Figure]:
             Figure(f"{prefix}_{name}", rates.median(name) / 1e12, "TFLOP/s") for name in rates.per_turn
         ]
         for suffix in DTYPES:
-            ratios.append(rates.ratio(f"fp4{suffix}", f"torch{suffix}"))
-            faster = rates.ratio(f"fp4{suffix}", f"dequantised{suffix}")
-            figures.append(Figure(f"{prefix}_fp4_vs_torch{suffix}", ratios[-1], "ratio", FLOPS_TARGET))
-            figures.append(Figure(f"{prefix}_fp4_vs_dequantised{suffix}", faster, "ratio", 1.0))
+            for other, target in (("torch", FLOPS_TARGET), ("dequantised", 1.0)):
+                ratio = rates.ratio(f"fp4{suffix}", f"{other}{suffix}")
+                figures.append(Figure(f"{prefix}_fp4_vs_{other}{suffix}", ratio, "ratio", target))
     return figures
 
 

@@ -149,6 +149,29 @@ def split_columns(values, UNITS: tl.constexpr):
 
 
 @triton.jit
+def load_units(
+    codes,
+    scales,
+    rows,
+    row_inside,
+    unit,
+    units,
+    KIND: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+):
+    """Words `[BLOCK_N, UNITS, WORDS]` of some units, and of each its scale and offset `[BLOCK_N, UNITS]`.
+
+    rows `[BLOCK_N]`, unit `[UNITS]` (numbers of units within a row), units: how many a row has.
+    PER_SCALE: how many of them share a scale.
+    """
+    inside = row_inside[:, None] & (unit < units)[None, :]
+    words = load_words(codes, rows[:, None] * units + unit[None, :], inside)
+    scale_at = rows[:, None] * (units // PER_SCALE) + (unit // PER_SCALE)[None, :]
+    scale, offset = load_scales(scales, scale_at, inside, KIND)
+    return words, scale, offset
+
+
+@triton.jit
 def load_four_bit(
     codes,
     scales,
@@ -160,15 +183,8 @@ def load_four_bit(
     KIND: tl.constexpr,
     PER_SCALE: tl.constexpr,
 ):
-    """Values float32 `[BLOCK_N, UNITS, 32]`, scaled.
-
-    rows `[BLOCK_N]`, unit `[UNITS]` (numbers of units within a row), units: how many a row has.
-    PER_SCALE: how many of them share a scale.
-    """
-    inside = row_inside[:, None] & (unit < units)[None, :]
-    words = load_words(codes, rows[:, None] * units + unit[None, :], inside)
-    scale_at = rows[:, None] * (units // PER_SCALE) + (unit // PER_SCALE)[None, :]
-    scale, offset = load_scales(scales, scale_at, inside, KIND)
+    """Values float32 `[BLOCK_N, UNITS, 32]`, scaled; arguments as of `load_units`."""
+    words, scale, offset = load_units(codes, scales, rows, row_inside, unit, units, KIND, PER_SCALE)
     a, b, c, d, e, f, g, h = eight_columns(words, levels, KIND)
     even = tl.join(tl.join(a, e), tl.join(c, g))
     odd = tl.join(tl.join(b, f), tl.join(d, h))

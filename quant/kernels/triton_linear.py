@@ -27,8 +27,7 @@ from quant.kernels.triton_decode import (
     four_bit_kind,
     load_four_bit,
     load_fp8,
-    load_scales,
-    load_words,
+    load_units,
     nf4_levels,
     split_columns,
     times_factor,
@@ -60,10 +59,7 @@ def times_vector(
     total = tl.zeros([BLOCK_N, UNITS], tl.float32)
     for first in range(0, units, UNITS):
         unit = first + tl.arange(0, UNITS)
-        inside = row_inside[:, None] & (unit < units)[None, :]
-        words = load_words(codes, rows[:, None] * units + unit[None, :], inside)
-        scale_at = rows[:, None] * (units // PER_SCALE) + (unit // PER_SCALE)[None, :]
-        scale, offset = load_scales(scales, scale_at, inside, KIND)
+        words, scale, offset = load_units(codes, scales, rows, row_inside, unit, units, KIND, PER_SCALE)
         col = first * UNIT + tl.arange(0, UNITS * UNIT)
         values = tl.load(x + col, mask=col < units * UNIT, other=0.0).to(tl.float32)
         xa, xb, xc, xd, xe, xf, xg, xh = split_columns(values, UNITS)
@@ -110,6 +106,20 @@ def times_tile(x, weight, total, IN_PARTS: tl.constexpr):
 
 
 @triton.jit
+def load_tile(x, x_rows, x_inside, col, cols):
+    """Columns col of rows x_rows of the matrix `[..., cols]` at x; zeros outside."""
+    x_at = x + x_rows[:, None] * cols + col[None, :]
+    return tl.load(x_at, mask=x_inside[:, None] & (col < cols)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(out, total, token, inside, rows, row_inside, n):
+    """total `[BLOCK_M, BLOCK_N]` to rows token and columns rows of the matrix `[..., n]` at out."""
+    at = out + token[:, None] * n + rows[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
 def times_matrix(
     x,
     x_rows,
@@ -135,9 +145,7 @@ def times_matrix(
         weight = load_four_bit(codes, scales, levels, rows, row_inside, unit, units, KIND, PER_SCALE)
         weight = tl.trans(tl.reshape(weight, (BLOCK_N, UNITS * UNIT)))
         col = first * UNIT + tl.arange(0, UNITS * UNIT)
-        x_at = x + x_rows[:, None] * cols + col[None, :]
-        x_tile = tl.load(x_at, mask=x_inside[:, None] & (col < cols)[None, :], other=0.0)
-        total = times_tile(x_tile, weight, total, IN_PARTS)
+        total = times_tile(load_tile(x, x_rows, x_inside, col, cols), weight, total, IN_PARTS)
     return total
 
 
@@ -176,8 +184,7 @@ def four_bit_linear(
             x, token, inside, codes, scales, levels, rows, row_inside, units,
             KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
         )  # fmt: skip
-        at = out + token[:, None] * n + rows[None, :]
-        tl.store(at, total.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
+        store_tile(out, total, token, inside, rows, row_inside, n)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -226,11 +233,9 @@ def fp8_linear(
             )
             weight = tl.reshape(weight * scale[:, :, None], (BLOCK_N, CHUNKS * CHUNK))
             col = first * CHUNK + tl.arange(0, CHUNKS * CHUNK)
-            x_at = x + token[:, None] * cols + col[None, :]
-            x_tile = tl.load(x_at, mask=inside[:, None] & (col < cols)[None, :], other=0.0)
+            x_tile = load_tile(x, token, inside, col, cols)
             product = times_tile(x_tile, tl.trans(weight), product, IN_PARTS)
-        at = out + token[:, None] * n + rows[None, :]
-        tl.store(at, product.to(out.dtype.element_ty), mask=inside[:, None] & row_inside[None, :])
+        store_tile(out, product, token, inside, rows, row_inside, n)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -255,8 +260,7 @@ def plain_linear(
         sums = tl.zeros([BLOCK_N, COLS], tl.float32)
         for first in range(0, cols, COLS):
             col = first + tl.arange(0, COLS)
-            inside = row_inside[:, None] & (col < cols)[None, :]
-            part = tl.load(weight + rows[:, None] * cols + col[None, :], mask=inside, other=0.0)
+            part = load_tile(weight, rows, row_inside, col, cols)
             values = tl.load(x + block * cols + col, mask=col < cols, other=0.0)
             sums += part.to(tl.float32) * values[None, :]
         tl.store(out + block * n + rows, tl.sum(sums, axis=1), mask=row_inside)
@@ -266,14 +270,10 @@ def plain_linear(
         product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for first in range(0, cols, COLS):
             col = first + tl.arange(0, COLS)
-            col_inside = (col < cols)[None, :]
-            part_at = weight + rows[:, None] * cols + col[None, :]
-            part = tl.load(part_at, mask=row_inside[:, None] & col_inside, other=0.0).to(tl.float32)
-            x_at = x + token[:, None] * cols + col[None, :]
-            x_tile = tl.load(x_at, mask=inside[:, None] & col_inside, other=0.0)
+            part = load_tile(weight, rows, row_inside, col, cols).to(tl.float32)
+            x_tile = load_tile(x, token, inside, col, cols)
             product = times_tile(x_tile, tl.trans(part), product, IN_PARTS)
-        at = out + token[:, None] * n + rows[None, :]
-        tl.store(at, product, mask=inside[:, None] & row_inside[None, :])
+        store_tile(out, product, token, inside, rows, row_inside, n)
 
 
 @dataclass(frozen=True)

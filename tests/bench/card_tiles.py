@@ -98,9 +98,12 @@ def main() -> None:
     print(card.kernels.describe())
     report = []
     with torch.inference_mode():
-        for name, count in product(options.formats.split(","), map(int, options.tokens.split(","))):
+        weights_of = {
+            name: [random_weight(card, FORMATS[name], rows) for rows in (WIDTH, TIMES * WIDTH)]
+            for name in options.formats.split(",")
+        }
+        for (name, weights), count in product(weights_of.items(), map(int, options.tokens.split(","))):
             x = card.randn(count, HIDDEN)
-            weights = [random_weight(card, FORMATS[name], rows) for rows in (WIDTH, TIMES * WIDTH)]
             chosen, found = Blocks.of(count, x.dtype), []
             for blocks in dict.fromkeys([chosen, *candidates(count)]):
                 try:
