@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
-SOURCES := pyproject.toml deploy/constraints.txt $(wildcard quant/kernels/native_src/*)
+SOURCES := pyproject.toml deploy/constraints.txt $(wildcard quant/kernels/cpu/native_src/*)
 
 .PHONY: serve test lint clean
 

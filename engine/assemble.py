@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from engine.model import Batch, Segment
+from engine.families.base import Batch, Segment
 from engine.scheduler import Chunk
 
 

@@ -18,18 +18,18 @@ from dataclasses import dataclass
 import torch
 
 from engine.assemble import assemble
-from engine.constraint import GrammarCompiler
-from engine.detokenizer import Detokenizer
-from engine.draw import draw_tokens
-from engine.generation import FinishReason, TokenLogprob
-from engine.model import KvCache, Model
-from engine.prefix_cache import PrefixCache, PrefixStats
-from engine.sampler import Sampler, token_logprobs
-from engine.sampling_params import SamplingParams
+from engine.cache.prefix import PrefixCache, PrefixStats
+from engine.families.base import KvCache, Model
+from engine.grammar.constraint import GrammarCompiler
+from engine.output import FinishReason, TokenLogprob
+from engine.sampling.draw import draw_tokens
+from engine.sampling.params import SamplingParams
+from engine.sampling.sampler import Sampler, token_logprobs
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import OnOutput, Sequence
-from engine.tokenizer import Tokenizer
-from memory.hardware import available_memory_bytes
+from engine.tokenizer.detokenizer import Detokenizer
+from engine.tokenizer.tokenizer import Tokenizer
+from memory.hardware.detect import available_memory_bytes
 from quant.errors import BudgetError, CapacityError, LociError, RequestError
 
 logger = logging.getLogger("loci.engine")

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.model import Batch, Model, Trace
-from memory.routing_trace import RoutingTrace
+from engine.families.base import Batch, Model, Trace
+from memory.experts.traces import RoutingTrace
 from quant.errors import ConfigError
 
 CHUNK = 256

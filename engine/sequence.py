@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from engine.detokenizer import Detokenizer
-from engine.generation import FinishReason, Output, TokenLogprob
-from engine.sampler import Sampler
-from engine.sampling_params import SamplingParams
+from engine.output import FinishReason, Output, TokenLogprob
+from engine.sampling.params import SamplingParams
+from engine.sampling.sampler import Sampler
+from engine.tokenizer.detokenizer import Detokenizer
 
 logger = logging.getLogger("loci.engine")
 

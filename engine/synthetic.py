@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.families.deepseek_v41_config import V41Config, parse_config
-from engine.families.deepseek_v41_tensors import expected_tensors
+from engine.families.deepseek_v41.config import V41Config, parse_config
+from engine.families.deepseek_v41.tensors import expected_tensors
 from engine.layers.engram_hash import build_token_map, table_primes
-from engine.synthetic_tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, synthetic_tokenizer
-from memory.checkpoint import Checkpoint, TensorSpec
-from memory.model_shapes import V41_FLASH
-from memory.random_files import (
+from engine.tokenizer.synthetic import BOS, EOS, PAD, SPECIAL_TOKENS, synthetic_tokenizer
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorSpec
+from memory.checkpoint.random_files import (
     Codes,
     Fill,
     Normal,
@@ -28,6 +28,7 @@ from memory.random_files import (
     e4m3_rms,
     scales_for,
 )
+from memory.planner.published import V41_FLASH
 from quant.errors import ConfigError
 
 MODEL_TYPE = "deepseek_v41"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.model import Batch, Model
+from engine.families.base import Batch, Model
 
 # Tokens that meet every size of tile that the kernels have.
 LENGTHS = (1, 16, 32, 64)

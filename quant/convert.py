@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.formats import Format
-from quant.four_bit import FourBit
-from quant.packed import PackedTensor
+from quant.formats.four_bit import FourBit
+from quant.packed import Format, PackedTensor
 from quant.scale_search import encode_searched
 
 

@@ -1,20 +1,22 @@
-"""PackedTensor: packed codes with their scales, and what is needed to turn them into numbers.
+"""PackedTensor: packed codes with their scales; Format: how they turn into numbers and back.
 
-It knows nothing of where its bytes lie: `codes` and `scales` may be views of a mapped file, of a
-slot in an arena or ordinary tensors, on any device.
+A packed tensor knows nothing of where its bytes lie: `codes` and `scales` may be views of a slot in an
+arena or ordinary tensors, on any device. A format is stateless: it encodes float matrices into packed
+tensors, checks, decodes and slices them. Bits are documented in the module of each format
+(`quant/formats/`), and side by side in docs/formats.md.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from quant.errors import FormatError
 
-if TYPE_CHECKING:
-    from quant.formats import Format
+# Largest block decoded by `validate`: 1 Mi float32 values are 4 MiB.
+VALIDATED_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,68 @@ class PackedTensor:
     def validate(self) -> None:
         """Read every byte; raise FormatError where a scale or a value is NaN or infinite."""
         self.format.validate(self)
+
+
+class Format(ABC):
+    """How a `[rows, cols]` float matrix is laid out in bits.
+
+    name:       as configs and reports call it
+    tile_rows:  rows that share a scale, so the smallest step a row slice may take
+    tile_cols:  columns that share a scale
+    """
+
+    name: str
+    tile_rows: int = 1
+    tile_cols: int = 32
+
+    @abstractmethod
+    def check(self, packed: PackedTensor) -> None:
+        """Raise FormatError where shapes or dtypes of `packed` contradict the format."""
+
+    @abstractmethod
+    def decode(self, packed: PackedTensor) -> torch.Tensor:
+        """All values, `[rows, cols]` float32."""
+
+    @abstractmethod
+    def slice_rows(self, packed: PackedTensor, start: int, stop: int) -> PackedTensor:
+        """A view of whole tiles of rows."""
+
+    @abstractmethod
+    def bytes_for(self, rows: int, cols: int) -> int:
+        """Bytes of codes and scales of a `[rows, cols]` matrix."""
+
+    def encode(self, values: torch.Tensor, scales: torch.Tensor | None = None) -> PackedTensor:
+        """`values` `[rows, cols]`, any float dtype, with each code the nearest to its value.
+
+        scales: what to use as `PackedTensor.scales`; None takes the smallest that clip nothing.
+        Raises FormatError for NaN or infinite values, for a shape that the format cannot hold, and
+        for a format that is only read.
+        """
+        raise FormatError(f"{self.name}: this format is read, not written; choose mxfp4, nf4, int4 or fp8")
+
+    def validate(self, packed: PackedTensor) -> None:
+        """Raise FormatError where a scale or a value is NaN or infinite. Reads every byte of `packed`."""
+        step = max(self.tile_rows, VALIDATED_VALUES // packed.shape[1] // self.tile_rows * self.tile_rows)
+        for start in range(0, packed.shape[0], step):
+            stop = min(start + step, packed.shape[0])
+            if not bool(self.slice_rows(packed, start, stop).decode().isfinite().all()):
+                raise FormatError(
+                    f"{self.name}: rows {start}..{stop} decode to NaN or infinite values; "
+                    "the file is damaged, download or convert it again"
+                )
+
+    def expect(self, what: str, found: object, expected: object) -> None:
+        """Raise FormatError where `found` differs from `expected`."""
+        if found != expected:
+            raise FormatError(f"{self.name}: {what} is {found}, expected {expected}")
+
+    def matrix(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` as a finite float32 matrix; raises FormatError where it isn't one."""
+        if values.ndim != 2 or 0 in values.shape:
+            raise FormatError(f"{self.name}: encodes matrices [rows, cols], found shape {list(values.shape)}")
+        if not values.is_floating_point():
+            raise FormatError(f"{self.name}: encodes floats, found {values.dtype}; decode the tensor first")
+        values = values.to(torch.float32)
+        if not bool(values.isfinite().all()):
+            raise FormatError(f"{self.name}: the matrix to encode has NaN or infinite values; mend it first")
+        return values

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from quant.errors import FormatError
-from quant.four_bit import FourBit
+from quant.formats.four_bit import FourBit
 from quant.packed import PackedTensor
 
 REFITS = 2

@@ -9,15 +9,19 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from quant.errors import LociError
-from server import chat_page, messages_api, native_api, openai_api, responses_api
-from server.auth import RequireHost, RequireKey
-from server.errors import ApiError, from_loci, from_validation
-from server.keys import KeyRing
-from server.middleware import BodyLimit, RequestLog
-from server.rate_limits import RATE_LIMIT_HEADERS
-from server.response_store import ResponseStore
-from server.running import RunningAnswers
-from server.service import Service
+from server import chat_page
+from server.anthropic import routes as messages_api
+from server.http.auth import RequireHost, RequireKey
+from server.http.errors import ApiError, from_loci, from_validation
+from server.http.keys import KeyRing
+from server.http.middleware import BodyLimit, RequestLog
+from server.http.rate_limits import RATE_LIMIT_HEADERS
+from server.native import routes as native_api
+from server.openai import routes as openai_api
+from server.responses import routes as responses_api
+from server.responses.store import ResponseStore
+from server.serving.running import RunningAnswers
+from server.serving.service import Service
 
 ROUTERS = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
 # What scripts of other origins may read beside the body.

@@ -11,9 +11,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.engine import EngineStats
-from engine.generation import Output
-from engine.model import Model
-from memory.hardware import resident_bytes
+from engine.families.base import Model
+from engine.output import Output
+from memory.hardware.detect import resident_bytes
 from memory.telemetry import Snapshot
 
 # Seconds. A local model may take minutes to read a long prompt and is never faster than a millisecond.

@@ -16,11 +16,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
-from server.errors import MESSAGES_PATH
-from server.messages_types import CountRequest, MessagesRequest
-from server.openai_messages import Body
-from server.openai_types import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from server.responses_types import ResponsesRequest
+from server.anthropic.requests import CountRequest, MessagesRequest
+from server.http.errors import MESSAGES_PATH
+from server.openai.messages import Body
+from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.responses.requests import ResponsesRequest
 
 REF = "#/components/schemas/{model}"
 STATUSES = {

@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from quant.errors import ConfigError
-from server.logs import LogFormat
+from server.http.logs import LogFormat
 
 SEVERAL = ("api_key", "allowed_hosts", "cors_origins")
 LogLevel = Literal["debug", "info", "warning", "error"]

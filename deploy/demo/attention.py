@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blocks import BlockAttention, IndexScores, Span, spans_of
-from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41.config import V41Config
 from engine.layers.rope import inverse_frequencies
 from layers import Linear, Precision, RmsNorm, fused, linear
 

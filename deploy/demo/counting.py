@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41.config import V41Config
 from kneser_ney import BITS, PAD, KneserNey, Order, suffix
 from rows import RowFinder
 

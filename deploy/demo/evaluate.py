@@ -27,7 +27,7 @@ import torch
 from corpus import chat
 from data import read_documents
 from engine.embedded import DEMO_NAME
-from engine.families.deepseek_v41_config import V41Config, parse_config
+from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.layers.engram_hash import build_token_map, table_primes
 from kneser_ney import KneserNey
 from measure import (

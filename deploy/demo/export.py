@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.embedded import DEMO_NAME
-from engine.families.deepseek_v41_config import parse_config
+from engine.families.deepseek_v41.config import parse_config
 from model import Model
 from paths import demo_directory
 from prompts import BOS, EOS, PAD

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention import Attention, Geometry, Published
-from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41.config import V41Config
 from experts import RoutedExperts
 from layers import Embedding, Linear, Precision, RmsNorm, fused
 from quantise import straight_through

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41.config import V41Config
 
 PADDING = -1
 

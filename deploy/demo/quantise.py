@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.mxfp4 import E2M1
+from quant.formats.mxfp4 import E2M1
 
 TILE = 32
 E4M3_LARGEST = 448.0

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from layers import Linear, RmsNorm
 from model import Gate, Model
-from quant.fp8 import FP8_32, FP8_ROW, Fp8
-from quant.mxfp4 import MXFP4
+from quant.formats.fp8 import FP8_32, FP8_ROW, Fp8
+from quant.formats.mxfp4 import MXFP4
 from quant.packed import PackedTensor
 from quantise import encode_fp4, encode_fp8_rows, encode_fp8_tiles
 

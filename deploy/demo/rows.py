@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.families.deepseek_v41 import hashing_of
-from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41.config import V41Config
+from engine.families.deepseek_v41.forward import hashing_of
 
 
 class RowFinder:

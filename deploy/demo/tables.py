@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from counting import code_size, count, next_token_codes
-from engine.families.deepseek_v41_config import V41Config
+from engine.families.deepseek_v41.config import V41Config
 from quantise import round_fp8_rows
 from rows import RowFinder
 

@@ -20,12 +20,12 @@ import torch
 
 from data import read_documents
 from engine.embedded import DEMO_NAME
-from engine.loader import load
-from engine.model import Batch, Model, Trace
+from engine.families.base import Batch, Model, Trace
+from engine.families.loader import load
 from engine.record_routing import chosen_experts
-from memory.engram_trace import FILE_NAME as ENGRAM_FILE
-from memory.engram_trace import save_rows
-from memory.routing_trace import FILE_NAME, RoutingTrace
+from memory.engram.traces import FILE_NAME as ENGRAM_FILE
+from memory.engram.traces import save_rows
+from memory.experts.traces import FILE_NAME, RoutingTrace
 from paths import demo_directory
 
 # Together below a megabyte: 2 bytes for each of 6 x 2 experts, 4 for each of 2 x 8 rows, of every token.

@@ -31,7 +31,7 @@ from torch import Tensor
 from advice import Advice, advisors_for, context_keys
 from batches import Corpus, Pass, Rows
 from data import read_documents
-from engine.families.deepseek_v41_config import parse_config
+from engine.families.deepseek_v41.config import parse_config
 from engine.layers.engram_hash import build_token_map
 from layers import Fusion, Precision
 from loss import HeadLoss

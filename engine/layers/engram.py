@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.kernels import Kernels, Weight
+from quant.kernels.interface import Kernels, Weight
 
 
 @dataclass(frozen=True)

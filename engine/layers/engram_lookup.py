@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from engine.layers.engram_hash import EngramHash
-from memory.engram_store import RowsTicket
+from memory.engram.store import RowsTicket
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from quant.kernels import Kernels
+from quant.kernels.interface import Kernels
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import torch
 
-from quant.kernels import ExpertWeights, Weight, library
-from quant.kernels.layout import ExpertSlotLayout
-from quant.kernels.native import NativeKernels
-from quant.slots import FileSlotLayout
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.file_slots import FileSlotLayout
+from quant.kernels.interface import ExpertWeights, Weight
 
 STREAMS = 4  # of plain reads, in each thread
 

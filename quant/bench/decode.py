@@ -11,15 +11,14 @@ import torch
 from quant.bench.arena import Arena
 from quant.bench.ggml import TYPES, GgmlMissingError, GgmlProducts
 from quant.bench.timing import Case, Figure, Rates, take_turns
-from quant.formats import Format
-from quant.fp8 import FP8_32
-from quant.int4 import INT4_32
-from quant.kernels import ExpertWeights, Weight
-from quant.kernels.layout import ExpertSlotLayout, tile
-from quant.kernels.native import NativeKernels
-from quant.mxfp4 import MXFP4
-from quant.nf4 import NF4
-from quant.packed import PackedTensor
+from quant.formats.fp8 import FP8_32
+from quant.formats.int4 import INT4_32
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.panels import ExpertSlotLayout, tile
+from quant.kernels.interface import ExpertWeights, Weight
+from quant.packed import Format, PackedTensor
 
 HIDDEN, WIDTH, TOP_K = 5120, 2304, 6  # of V4.1-Flash
 SMALL_HIDDEN, SMALL_WIDTH = 4096, 2048  # of V4-Flash

@@ -11,8 +11,8 @@ from quant.bench.prefill import measure_prefill
 from quant.bench.rows import measure_rows
 from quant.bench.timing import Figure, Neighbours
 from quant.errors import ConfigError
-from quant.kernels import choose
-from quant.kernels.native import NativeKernels
+from quant.kernels.choice import choose
+from quant.kernels.cpu.native import NativeKernels
 
 # Of plain read bandwidth, by instruction set; and of torch's own floating-point speed.
 READ_TARGETS = {"avx512": 0.90, "avx2": 0.75, "portable": None}

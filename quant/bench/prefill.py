@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from quant.bench.decode import HIDDEN, WIDTH, Both
 from quant.bench.timing import Case, Figure, take_turns
-from quant.fp8 import FP8_32
-from quant.kernels import Weight
-from quant.mxfp4 import MXFP4
+from quant.formats.fp8 import FP8_32
+from quant.formats.mxfp4 import MXFP4
+from quant.kernels.interface import Weight
 from quant.packed import PackedTensor
 
 TOKENS = (64, 512)

@@ -6,8 +6,8 @@ import torch
 
 from quant.bench.arena import Arena
 from quant.bench.timing import Case, Figure, take_turns
-from quant.fp8 import FP8_ROW
-from quant.kernels.native import NativeKernels
+from quant.formats.fp8 import FP8_ROW
+from quant.kernels.cpu.native import NativeKernels
 from quant.packed import PackedTensor
 
 COLUMNS = 256  # of a row of V4.1-Flash

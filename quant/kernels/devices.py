@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.formats import Format
-from quant.kernels import Experts, Kernels, SlotLayout, Weight
-from quant.packed import PackedTensor
+from quant.kernels.interface import Experts, Kernels, SlotLayout, Weight
+from quant.packed import Format, PackedTensor
 
 
 class DeviceKernels:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from quant.formats import Format
-from quant.kernels import Experts, Weight, swiglu
-from quant.packed import PackedTensor
-from quant.slots import FileSlotLayout
+from quant.kernels.file_slots import FileSlotLayout
+from quant.kernels.interface import Experts, Weight, swiglu
+from quant.packed import Format, PackedTensor
 
 # Largest decoded block, in values: 4 Mi float32 values are 16 MiB.
 DECODE_VALUES = 1 << 22

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
-from engine.families import family_of
-from engine.model import Batch
-from memory.budget import MemoryBudget
-from memory.safetensors_files import open_safetensors
-from quant.kernels.native import NativeKernels
+from engine.families.base import Batch
+from engine.families.registry import family_of
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
+from quant.kernels.cpu.native import NativeKernels
 from tests.conftest import golden_path
 
 

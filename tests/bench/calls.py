@@ -17,13 +17,13 @@ import torch
 from quant.bench.arena import Arena
 from quant.bench.decode import HIDDEN, TOP_K, WIDTH, due, read_case
 from quant.bench.timing import Case, take_turns
-from quant.formats import Format
-from quant.fp8 import FP8_32
-from quant.kernels import choose
-from quant.kernels.layout import ExpertSlotLayout, tile
-from quant.kernels.native import NativeKernels
-from quant.mxfp4 import MXFP4
-from quant.nf4 import NF4
+from quant.formats.fp8 import FP8_32
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
+from quant.kernels.choice import choose
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.panels import ExpertSlotLayout, tile
+from quant.packed import Format
 
 ARENA_BYTES = 1 << 30
 MATRIX_BYTES, EXPERTS_BYTES = 6 << 20, 113 << 20  # that one FP4 matrix and six experts take

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from memory.convert_files import convert_checkpoint
-from memory.convert_plan import Choices
-from quant.fp8 import FP8_32
-from quant.int4 import INT4_32
-from quant.mxfp4 import MXFP4
-from quant.nf4 import NF4
+from memory.convert.files import convert_checkpoint
+from memory.convert.plan import Choices
+from quant.formats.fp8 import FP8_32
+from quant.formats.int4 import INT4_32
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
 
 HIDDEN, WIDTH = 5120, 2304
 EXPERTS = 8

@@ -20,11 +20,11 @@ import llguidance
 from rich.console import Console
 from rich.table import Table
 
-from engine.constraint import vocabulary_of
-from engine.loader import default_model_path
-from engine.synthetic_tokenizer import EOS, synthetic_tokenizer
-from engine.tokenizer import Tokenizer
-from memory.gguf_files import open_gguf
+from engine.families.loader import default_model_path
+from engine.grammar.constraint import vocabulary_of
+from engine.tokenizer.synthetic import EOS, synthetic_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
+from memory.checkpoint.gguf_files import open_gguf
 
 ROOT = Path(__file__).parents[2]
 REPEATS = 3

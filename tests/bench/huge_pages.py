@@ -9,9 +9,9 @@ import torch
 from quant.bench.arena import Arena
 from quant.bench.decode import HIDDEN, TOP_K, WIDTH, moe_case, product_case, read_case
 from quant.bench.timing import Case, take_turns
-from quant.kernels.layout import ExpertSlotLayout
-from quant.kernels.native import NativeKernels
-from quant.mxfp4 import MXFP4
+from quant.formats.mxfp4 import MXFP4
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.panels import ExpertSlotLayout
 
 NBYTES, HUGE = 512 << 20, 2 << 20
 TURNS = 30

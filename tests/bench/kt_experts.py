@@ -24,9 +24,9 @@ import torch
 from quant.bench.arena import Arena
 from quant.bench.decode import HIDDEN, LIMIT, TOP_K, WIDTH, due, read_case
 from quant.bench.timing import Case, take_turns
-from quant.kernels.layout import ExpertSlotLayout
-from quant.kernels.native import NativeKernels
-from quant.mxfp4 import MXFP4
+from quant.formats.mxfp4 import MXFP4
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.panels import ExpertSlotLayout
 from quant.packed import PackedTensor
 
 EXPERTS = 18

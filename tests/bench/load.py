@@ -23,9 +23,9 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.bench_engine import Timeline, percentile
+from engine.bench.streams import Timeline, percentile
 from quant.errors import LociError
-from server.bench_client import Target, stream_completion
+from server.cli.bench.client import Target, stream_completion
 from tests.server.harness import TINY, LociServer
 
 ROUTE = "/v1/completions"

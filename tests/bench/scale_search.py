@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from quant.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_128
-from quant.mxfp4 import MXFP4
-from quant.nf4 import NF4
+from quant.formats.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_128
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
 from quant.scale_search import encode_searched
 
 FORMATS = (MXFP4, NF4, INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_128)

@@ -19,13 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engine.answer_grammar import content_grammar
 from engine.embedded import model_path
 from engine.engine import Engine
-from engine.generation import Output
-from engine.grammar import Grammar
-from engine.loader import load
-from engine.sampling_params import SamplingParams
+from engine.families.loader import load
+from engine.grammar.answer import content_grammar
+from engine.grammar.lark import Grammar
+from engine.output import Output
+from engine.sampling.params import SamplingParams
 
 TOKENS = 64
 REPEATS = 5

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from server.cli_serve import LAST_WORDS_S
+from server.cli.serve import LAST_WORDS_S
 from server.settings import Settings
 from tests.server.harness import ROOT, TINY, LociServer
 

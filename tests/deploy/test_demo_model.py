@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.families.deepseek_v41_config import V41Config, parse_config
+from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.layers.engram_hash import build_token_map
 from model import Model
 from packing import alignment, pack

@@ -13,8 +13,8 @@ from experts import RoutedExperts
 from kneser_ney import KneserNey
 from loss import HeadLoss
 from packing import lay_out
-from quant.fp8 import FP8_32, FP8_ROW
-from quant.mxfp4 import MXFP4
+from quant.formats.fp8 import FP8_32, FP8_ROW
+from quant.formats.mxfp4 import MXFP4
 from quant.packed import PackedTensor
 from quantise import (
     encode_fp4,

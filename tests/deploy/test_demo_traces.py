@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import traces
-from memory.engram_trace import FILE_NAME as ENGRAM_FILE
-from memory.engram_trace import load_rows
-from memory.routing_trace import FILE_NAME as ROUTING_FILE
-from memory.routing_trace import RoutingTrace
+from memory.engram.traces import FILE_NAME as ENGRAM_FILE
+from memory.engram.traces import load_rows
+from memory.experts.traces import FILE_NAME as ROUTING_FILE
+from memory.experts.traces import RoutingTrace
 
 MODEL = Path(__file__).resolve().parents[2] / "tests" / "golden" / "v41-a"
 

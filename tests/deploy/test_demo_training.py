@@ -15,13 +15,13 @@ import shape
 from batches import Corpus, Pass
 from corpus import composed
 from data import save_tokens, tokenise
-from engine.families import family_of
-from engine.families.deepseek_v41_config import parse_config
+from engine.families.base import Batch
+from engine.families.deepseek_v41.config import parse_config
+from engine.families.registry import family_of
 from engine.layers.engram_hash import build_token_map
-from engine.model import Batch
 from layers import Precision
-from memory.budget import MemoryBudget
-from memory.safetensors_files import open_safetensors
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
 from model import Model
 from optimisers import Muon, orthogonalise
 from prompts import train_tokenizer

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from engine.engine import Engine, Ticket
-from engine.generation import FinishReason, Output
-from engine.loader import Loaded, load
-from engine.model import Batch, KvCache
-from engine.sampling_params import SamplingParams
+from engine.families.base import Batch, KvCache
+from engine.families.loader import Loaded, load
+from engine.output import FinishReason, Output
+from engine.sampling.params import SamplingParams
 from quant.errors import BudgetError, CapacityError, RequestError
 from tests.conftest import golden_path
-from tests.engine.answers import Answer
+from tests.engine.chat.answers import Answer
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from engine.engine import Engine
-from engine.families import family_of
-from engine.generation import FinishReason
-from engine.loader import load
-from engine.model import Batch
-from engine.sampling_params import SamplingParams
-from memory.budget import MemoryBudget
-from memory.disk import DirectFiles
-from memory.file_reads import RowsOnDisk
-from memory.gguf_files import open_gguf
-from memory.safetensors_files import open_safetensors
+from engine.families.base import Batch
+from engine.families.loader import load
+from engine.families.registry import family_of
+from engine.output import FinishReason
+from engine.sampling.params import SamplingParams
+from memory.checkpoint.direct_reads import DirectFiles
+from memory.checkpoint.gguf_files import open_gguf
+from memory.checkpoint.reads import RowsOnDisk
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
 from quant.errors import CheckpointError
-from quant.kernels import choose
+from quant.kernels.choice import choose
 from tests.conftest import golden_path
-from tests.engine.answers import Answer
-from tests.engine.tiny_llama import tiny_values, write_gguf
+from tests.engine.chat.answers import Answer
+from tests.engine.families.tiny_llama import tiny_values, write_gguf
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.families.deepseek_v41_config import parse_config
-from engine.families.deepseek_v41_tensors import expected_tensors
-from engine.loader import load
-from engine.model import Batch
-from engine.model_shape import shape_of
+from engine.families.base import Batch
+from engine.families.deepseek_v41.config import parse_config
+from engine.families.deepseek_v41.tensors import expected_tensors
+from engine.families.loader import load
+from engine.families.shapes import shape_of
 from engine.synthetic import SHAPES, plan_slice, released_layers
-from engine.synthetic_tokenizer import SPECIAL_TOKENS, synthetic_tokenizer
-from engine.tokenizer import Tokenizer
-from memory.budget import MemoryBudget
-from memory.model_shapes import built_in
-from memory.random_files import write_checkpoint
-from memory.safetensors_files import open_safetensors
+from engine.tokenizer.synthetic import SPECIAL_TOKENS, synthetic_tokenizer
+from engine.tokenizer.tokenizer import Tokenizer
+from memory.checkpoint.random_files import write_checkpoint
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
+from memory.planner.published import built_in
 from quant.errors import BudgetError, ConfigError, LociError
 
 ROWS = 2000
@@ -129,7 +129,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("memory.random_files.shutil.disk_usage", lambda _: full)
+    monkeypatch.setattr("memory.checkpoint.random_files.shutil.disk_usage", lambda _: full)
     with pytest.raises(BudgetError, match="are needed"):
         write_checkpoint(plan_slice("v41-tiny", 3, ROWS), tmp_path / "out", ignore)
     assert list(tmp_path.iterdir()) == []

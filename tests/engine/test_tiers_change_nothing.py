@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.families import family_of
-from engine.families.deepseek_v41 import DeepseekV41
+from engine.families.base import Batch
+from engine.families.deepseek_v41.forward import DeepseekV41
+from engine.families.registry import family_of
 from engine.layers.engram import EngramMix
 from engine.layers.engram_lookup import StepRows
-from engine.model import Batch
-from memory.budget import MemoryBudget
-from memory.expert_store import ExpertStore
-from memory.safetensors_files import open_safetensors
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.experts.store import ExpertStore
+from memory.planner.budget import MemoryBudget
 from memory.tiers import Tier
 from quant.errors import BudgetError
-from quant.kernels import choose
+from quant.kernels.choice import choose
 from tests.conftest import golden_path
 
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ def test_a_read_that_fails_fails_its_step_and_can_be_tried_again(
             def failing(*_: object) -> None:
                 raise OSError("the drive is gone")
 
-            broken.setattr("memory.disk.DirectFiles.read", failing)
+            broken.setattr("memory.checkpoint.direct_reads.DirectFiles.read", failing)
             with pytest.raises(OSError, match="the drive is gone"):
                 answer(model, ids)
         assert torch.equal(answer(model, ids), everything_in_dram)

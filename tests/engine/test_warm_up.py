@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
-from engine.loader import load
-from engine.model import Batch, KvCache, Trace
+from engine.families.base import Batch, KvCache, Trace
+from engine.families.loader import load
 from engine.warm_up import LENGTHS, warm_up
-from memory.budget import MemoryBudget
-from quant.kernels.triton_linear import Blocks
+from memory.planner.budget import MemoryBudget
+from quant.kernels.cuda.linear import Blocks
 from tests.conftest import golden_path
 
 

@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
-from quant.bench.card import measure_card
+from quant.bench.gpu import measure_card
 
 pytestmark = pytest.mark.gpu
 PROMISED = {

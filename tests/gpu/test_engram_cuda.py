@@ -12,11 +12,11 @@ if not torch.cuda.is_available():
 
 from safetensors.torch import save_file
 
-from memory.engram_store import EngramStore, TableFiles
-from memory.safetensors_files import open_safetensors
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.engram.store import EngramStore, TableFiles
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
-from quant.fp8 import FP8_ROW
+from quant.formats.fp8 import FP8_ROW
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import PackedTensor
 

@@ -11,14 +11,21 @@ pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
 from bitsandbytes import functional as bnb
 
-from quant.formats import Format
-from quant.fp8 import FP8_ROW
-from quant.kernels import ExpertWeights
-from quant.kernels.triton_kernels import TritonKernels
-from quant.mxfp4 import MXFP4
-from quant.nf4 import NF4
-from quant.packed import PackedTensor
-from tests.quant.kernel_cases import FORMATS, FOUR_BIT, REFERENCE, TOLERANCE, difference, expert, weight
+from quant.formats.fp8 import FP8_ROW
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
+from quant.kernels.cuda.kernels import TritonKernels
+from quant.kernels.interface import ExpertWeights
+from quant.packed import Format, PackedTensor
+from tests.quant.kernels.kernel_cases import (
+    FORMATS,
+    FOUR_BIT,
+    REFERENCE,
+    TOLERANCE,
+    difference,
+    expert,
+    weight,
+)
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 
 from quant.errors import FormatError
-from quant.four_bit import FourBit
-from quant.int4 import INT4_32, INT4_128, INT4_OFFSET_32
-from quant.mxfp4 import MXFP4
-from quant.nf4 import NF4
+from quant.formats.four_bit import FourBit
+from quant.formats.int4 import INT4_32, INT4_128, INT4_OFFSET_32
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
 from quant.scale_search import encode_searched
 from tests.quant.strategies import matrices
 

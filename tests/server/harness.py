@@ -17,7 +17,7 @@ from unittest import mock
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.cli import main
+from server.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from engine.generation import FinishReason, Output
-from server.reply import Reply
+from engine.output import FinishReason, Output
+from server.serving.reply import Reply
 
 CALLS = (
     "Let me look.\n\n<｜DSML｜ calls>\n"

@@ -1,0 +1,1 @@
+"""Measurements of the engine, without a server; `loci bench` prints them."""

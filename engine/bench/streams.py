@@ -1,0 +1,99 @@
+"""Streams measured: when each piece of an answer arrived, and the bare engine as what to compare with."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.engine import Engine
+from engine.output import Output
+from engine.sampling.params import SamplingParams
+
+
+@dataclass
+class Timeline:
+    """One stream: when it was asked for, and when its pieces came, in seconds of one clock.
+
+    tokens is what the answer has in all; several may come in one piece.
+    """
+
+    sent_s: float = field(default_factory=time.perf_counter)
+    arrivals_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token."""
+        return self.arrivals_s[0] - self.sent_s
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Inter-token latencies: the gaps between pieces."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.arrivals_s)]
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token after the first."""
+        return (self.arrivals_s[-1] - self.arrivals_s[0]) / max(1, self.tokens - 1)
+
+    @property
+    def latency_s(self) -> float:
+        """From sending to the last piece."""
+        return self.arrivals_s[-1] - self.sent_s
+
+
+def throughput(timelines: Sequence[Timeline]) -> float:
+    """Output tokens per second of streams that ran together, from the first request to the last token."""
+    began = min(t.sent_s for t in timelines)
+    return sum(t.tokens for t in timelines) / (max(t.arrivals_s[-1] for t in timelines) - began)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The least value that `percent` of `values` do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What engine steps took besides the model's forward."""
+
+    overhead_s: float
+    steps: int
+
+    @property
+    def overhead_us(self) -> float:
+        """Microseconds a step."""
+        return 1e6 * self.overhead_s / max(1, self.steps)
+
+
+def run_engine(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> tuple[list[Timeline], StepCost]:
+    """Submit all prompts at once and wait for their answers."""
+    before = engine.stats()
+    done = threading.Semaphore(0)
+    timelines = [Timeline() for _ in prompts]
+    for prompt, timeline in zip(prompts, timelines, strict=True):
+        engine.submit(prompt, params, _note(timeline, done.release))
+    for _ in prompts:
+        done.acquire()
+    after = engine.stats()
+    overhead = (after.step_s - before.step_s) - (after.forward_s - before.forward_s)
+    return timelines, StepCost(overhead, after.steps - before.steps)
+
+
+def _note(timeline: Timeline, when_done: Callable[[], None]) -> Callable[[Output], None]:
+    def on_output(output: Output) -> None:
+        timeline.arrivals_s.append(time.perf_counter())
+        timeline.tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            timeline.finish_reason = output.finish_reason.value
+            when_done()
+
+    return on_output

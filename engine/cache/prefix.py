@@ -1,0 +1,277 @@
+"""Prefixes that were computed before: a radix tree of token ids, with the cache state behind them.
+
+What a cache appends (keys and values, compressed entries) hangs on the tree's edges, so prompts that
+begin alike share it. What later tokens overwrite (window rings, unfinished groups) is kept at chosen
+positions only: ends of prompts and of answers, every so often within a long prompt, and where two
+prompts were seen to part. Token ids themselves are compared, no hashes of them, and everything is
+copied in and out, so a sequence never holds on to the tree.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.families.base import KvCache
+
+Ids = NDArray[np.int32]
+Saved = tuple[torch.Tensor, ...]
+
+# A position where prompts part is worth a stop of the prefill if it spares at least so many tokens.
+LEAST_GAIN = 32
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What was put into a slot.
+
+    length  tokens that the slot now holds, 0 where nothing fitted
+    logits  `[vocab]` behind the last of them, where that is the whole prompt
+    parting where the prompt leaves all others, if the state there is worth saving; None if not
+    """
+
+    length: int
+    logits: torch.Tensor | None = None
+    parting: int | None = None
+
+
+@dataclass(frozen=True)
+class PrefixStats:
+    """A snapshot for metrics; all but nbytes and budget_bytes only grow."""
+
+    queries: int
+    hits: int
+    cached_tokens: int
+    evictions: int
+    nbytes: int
+    budget_bytes: int
+
+
+@dataclass(eq=False)
+class _Node:
+    """An edge of the tree and its end.
+
+    rows has what the cache appended for `tokens`, which begin at position `start`; recent what it
+    held at the end besides, None where only rows are known. That can be taken back to `shortest`.
+    """
+
+    start: int
+    tokens: Ids
+    rows: Saved
+    parent: _Node | None
+    recent: Saved | None = None
+    shortest: int = 0
+    logits: torch.Tensor | None = None
+    children: dict[int, _Node] = field(default_factory=dict)
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def end_bytes(self) -> int:
+        logits = () if self.logits is None else (self.logits,)
+        return sum(t.nbytes for t in (*(self.recent or ()), *logits))
+
+    @property
+    def edge_bytes(self) -> int:
+        return self.tokens.nbytes + sum(t.nbytes for t in self.rows)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A node on the way through the tree, and how many tokens of its edge were gone along."""
+
+    node: _Node
+    count: int
+
+    @property
+    def stop(self) -> int:
+        return self.node.start + self.count
+
+
+class PrefixCache:
+    """Saves and restores the state of a cache's slots, within `budget_bytes`; the least recently used
+    goes first. Used by one thread; `stats` may be read by others.
+
+    Prefixes saved under one `salt` are found under the same only.
+    """
+
+    def __init__(self, cache: KvCache, budget_bytes: int) -> None:
+        self._cache = cache
+        self._budget_bytes = budget_bytes
+        self._roots: dict[str, _Node] = {}
+        self._ends: OrderedDict[_Node, None] = OrderedDict()  # nodes one can go on from, oldest use first
+        self._nbytes = 0
+        self._queries = self._hits = self._cached_tokens = self._evictions = 0
+
+    @property
+    def stats(self) -> PrefixStats:
+        """Counters and gauges of this moment."""
+        return PrefixStats(
+            self._queries, self._hits, self._cached_tokens, self._evictions, self._nbytes, self._budget_bytes
+        )
+
+    def restore(self, slot: int, prompt: list[int], salt: str = "") -> Prefix:
+        """Put the longest known prefix of `prompt` into the empty `slot`.
+
+        At least one token is left to compute, unless the logits behind the whole prompt are known.
+        """
+        self._queries += 1
+        ids = np.asarray(prompt, dtype=np.int32)
+        path = self._walk(ids, salt)
+        last = len(ids) - 1
+        shared = path[-1].stop if path else 0
+        end, length = self._best_end(path, ids)
+        parting = min(shared, last)
+        is_worth_saving = parting - length >= LEAST_GAIN
+        if end is None:
+            return Prefix(0, None, parting if is_worth_saving else None)
+        self._hits += 1
+        self._cached_tokens += length
+        self._load(slot, path, end, length)
+        self._ends.move_to_end(end)
+        logits = end.logits if length > last else None
+        return Prefix(length, logits, parting if is_worth_saving else None)
+
+    def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
+        """Keep the state of `slot`, which holds just `tokens`; `logits` `[vocab]` are those behind them.
+
+        Does nothing where the budget could not hold it.
+        """
+        ids = np.asarray(tokens, dtype=np.int32)
+        recent = self._cache.recent(slot, len(ids))
+        at_end = sum(t.nbytes for t in recent) + (0 if logits is None else logits.nbytes)
+        if self._edge_bytes(slot, 0, len(ids)) + at_end > self._budget_bytes:
+            return
+        while True:
+            path = self._walk(ids, salt)
+            shared = path[-1].stop if path else 0
+            if shared == len(ids) and self._adds_nothing(path[-1], logits):
+                return
+            needed = self._edge_bytes(slot, shared, len(ids)) + at_end
+            if self._nbytes + needed <= self._budget_bytes:
+                break
+            self._evict()
+        if path:
+            node = self._split(path[-1].node, path[-1].count)
+        else:
+            node = self._roots.setdefault(salt, _Node(0, np.empty(0, np.int32), (), None))
+        if shared < len(ids):
+            node = self._grow(node, slot, ids[shared:].copy())
+        self._nbytes -= node.end_bytes
+        node.recent = tuple(t.to("cpu", copy=True) for t in recent)  # the budget is of DRAM
+        node.shortest = self._cache.shortest(slot)
+        node.logits = node.logits if logits is None else logits.clone()
+        self._nbytes += node.end_bytes
+        self._ends[node] = None
+        self._ends.move_to_end(node)
+
+    def _best_end(self, path: list[_Step], ids: Ids) -> tuple[_Node | None, int]:
+        """The end from which most of `ids` can be gone on from, and how much that is.
+
+        Where `ids` leave the tree, ends a little further on will do, if they can be taken back.
+        """
+        last, best, length = len(ids) - 1, None, 0
+        for node in [step.node for step in path if step.count == len(step.node.tokens)]:
+            if node.recent is not None:
+                usable = node.stop if node.stop <= last or node.logits is not None else last
+                if usable >= max(node.shortest, length + 1):
+                    best, length = node, usable
+        if not path:
+            return best, length
+        parting = min(path[-1].stop, last)
+        below = [path[-1].node]
+        while below and parting > length:
+            node = below.pop()
+            if node.recent is not None and node.shortest <= parting <= node.stop:
+                return node, parting
+            if node.stop - self._cache.margin <= parting:
+                below += node.children.values()
+        return best, length
+
+    def _walk(self, ids: Ids, salt: str) -> list[_Step]:
+        """The way of `ids` through the tree: of every node's edge all tokens agree, but for the last one."""
+        path: list[_Step] = []
+        node, at = self._roots.get(salt), 0
+        while node is not None and at < len(ids):
+            node = node.children.get(int(ids[at]))
+            if node is None:
+                break
+            most = min(len(node.tokens), len(ids) - at)
+            agree = node.tokens[:most] == ids[at : at + most]
+            count = most if agree.all() else int(agree.argmin())
+            path.append(_Step(node, count))
+            at += count
+            if count < len(node.tokens):
+                break
+        return path
+
+    def _adds_nothing(self, step: _Step, logits: torch.Tensor | None) -> bool:
+        """True where the state after `step` is known already, and its logits if there are any."""
+        node = step.node
+        if logits is None and node.recent is not None and node.shortest <= step.stop:
+            return True
+        return step.stop == node.stop and node.recent is not None and node.logits is not None
+
+    def _edge_bytes(self, slot: int, start: int, stop: int) -> int:
+        """Bytes of the edge with the tokens from `start` to `stop`."""
+        rows = sum(
+            (stop // ratio - start // ratio) * view[:1].nbytes for ratio, view in self._cache.appended(slot)
+        )
+        return rows + (stop - start) * np.dtype(np.int32).itemsize
+
+    def _load(self, slot: int, path: list[_Step], end: _Node, length: int) -> None:
+        """Fill a slot with the rows along `path` and what the cache held at `end`, taken back to `length`."""
+        for node in [step.node for step in path if step.node.start < length]:
+            for (ratio, view), saved in zip(self._cache.appended(slot), node.rows, strict=True):
+                first, stop = node.start // ratio, min(node.stop, length) // ratio
+                view[first:stop] = saved[: stop - first]
+        for view, saved in zip(self._cache.recent(slot, end.stop), end.recent or (), strict=True):
+            view.copy_(saved)
+        self._cache.resume(slot, length, end.shortest)
+
+    def _grow(self, parent: _Node, slot: int, tokens: Ids) -> _Node:
+        """A new node behind `parent`, its rows copied from the slot."""
+        start, stop = parent.stop, parent.stop + len(tokens)
+        rows = tuple(
+            view[start // ratio : stop // ratio].to("cpu", copy=True)
+            for ratio, view in self._cache.appended(slot)
+        )
+        node = parent.children[int(tokens[0])] = _Node(start, tokens, rows, parent)
+        self._nbytes += node.edge_bytes
+        return node
+
+    def _split(self, node: _Node, count: int) -> _Node:
+        """Cut an edge behind its first `count` tokens, if it goes on; returns the node that ends there."""
+        parent = node.parent
+        if count == len(node.tokens) or parent is None:
+            return node
+        upper_rows, lower_rows = [], []
+        for (ratio, _), rows in zip(self._cache.appended(0), node.rows, strict=True):
+            at = (node.start + count) // ratio - node.start // ratio
+            upper_rows.append(rows[:at].clone())
+            lower_rows.append(rows[at:].clone())  # views would keep all of it allocated
+        upper = _Node(node.start, node.tokens[:count].copy(), tuple(upper_rows), parent)
+        node.start += count
+        node.tokens, node.rows, node.parent = node.tokens[count:].copy(), tuple(lower_rows), upper
+        upper.children[int(node.tokens[0])] = node
+        parent.children[int(upper.tokens[0])] = upper
+        return upper
+
+    def _evict(self) -> None:
+        """Give up the end that was not used for longest, and the edges that lead to no other."""
+        node, _ = self._ends.popitem(last=False)
+        self._evictions += 1
+        self._nbytes -= node.end_bytes
+        node.recent = node.logits = None
+        while node.parent is not None and not node.children and node.recent is None:
+            self._nbytes -= node.edge_bytes
+            del node.parent.children[int(node.tokens[0])]
+            node = node.parent
+        if node.parent is None and not node.children:
+            self._roots = {salt: root for salt, root in self._roots.items() if root is not node}

@@ -1,0 +1,166 @@
+"""The state of window and compressed attention, for a fixed number of sequences of fixed capacity.
+
+Per slot: rings with the latents of every layer's last tokens; for every kv source layer the compressed
+entries, their index keys, and a ring with the projections of the last tokens, whose group may not be
+complete; and a ring with the token keys that n-gram hashing looks back on. Rings are a few tokens longer
+than their readers need, so that a slot can go back that far. The layers' tensors are allocated once;
+untouched pages of a long, unused slot cost no physical memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.families.base import KvCache, Segment
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What decides the size of a SparseCache.
+
+    sources maps a kv source layer to its compression ratio; history is how many earlier token keys
+    n-gram hashing needs, history_pad what stands before a sequence's start; margin is how many of
+    its last tokens a slot can give back; devices is where each layer's state lies.
+    """
+
+    layers: int
+    window: int
+    head_dim: int
+    index_dim: int
+    sources: dict[int, int]
+    history: int
+    history_pad: int
+    margin: int
+    devices: tuple[torch.device, ...]
+
+    def open_rows(self, ratio: int) -> int:
+        """Tokens whose projections are kept: of the unfinished group, and of those before it."""
+        return ratio - 1 + self.margin if ratio > 1 else 0
+
+    @property
+    def history_rows(self) -> int:
+        """Tokens whose keys are kept."""
+        return self.history + self.margin if self.history else 0
+
+    def nbytes(self, slots: int, capacity: int) -> int:
+        """Bytes of a cache of this shape."""
+        layers = sum(self.layer_bytes(layer, slots, capacity) for layer in range(self.layers))
+        return layers + slots * 8 * self.history_rows
+
+    def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
+        """Bytes of one layer's part."""
+        floats = (self.window + self.margin) * self.head_dim
+        if (ratio := self.sources.get(layer)) is not None:
+            floats += (capacity // ratio) * (self.head_dim + self.index_dim)
+            floats += 2 * self.open_rows(ratio) * self.head_dim
+        return 4 * slots * floats
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """One kv source layer's compressed state; the first dimension is the slot.
+
+    entries `[slots, capacity // ratio, head_dim]`   index_keys `[slots, capacity // ratio, index_dim]`
+    open_kv, open_gate `[slots, open_rows, head_dim]`: rings of the last tokens' projections
+    """
+
+    ratio: int
+    entries: torch.Tensor
+    index_keys: torch.Tensor
+    open_kv: torch.Tensor
+    open_gate: torch.Tensor
+
+
+class SparseCache(KvCache):
+    """KvCache for models with sliding windows and shared compressed entries."""
+
+    def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
+        super().__init__(slots, capacity, margin=shape.margin)
+        self.shape = shape
+        self.windows = [
+            torch.zeros(slots, shape.window + shape.margin, shape.head_dim, device=device)
+            for device in shape.devices
+        ]
+        self.sources = {
+            layer: SourceState(
+                ratio,
+                *(
+                    torch.zeros(slots, rows, dim, device=shape.devices[layer])
+                    for rows, dim in (
+                        (capacity // ratio, shape.head_dim),
+                        (capacity // ratio, shape.index_dim),
+                        (shape.open_rows(ratio), shape.head_dim),
+                        (shape.open_rows(ratio), shape.head_dim),
+                    )
+                ),
+            )
+            for layer, ratio in shape.sources.items()
+        }
+        self.history = torch.zeros(slots, shape.history_rows, dtype=torch.int64)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.nbytes(self.slots, self.capacity)
+
+    def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
+        return tuple(
+            (source.ratio, rows[slot])
+            for source in self.sources.values()
+            for rows in (source.entries, source.index_keys)
+        )
+
+    def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
+        rings = [window[slot] for window in self.windows]
+        rings += [ring[slot] for s in self.sources.values() for ring in (s.open_kv, s.open_gate)]
+        rings.append(self.history[slot])
+        return tuple(ring[: min(length, len(ring))] for ring in rings)
+
+    def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
+        """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
+        before = min(self.shape.window - 1, segment.start)
+        return _extend(self.windows[layer][segment.slot], segment.start, before, kv)
+
+    def extend_group(
+        self, layer: int, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a source layer's projections `[L, head_dim]`; return them behind those of the group that
+        was not complete."""
+        source, slot = self.sources[layer], segment.slot
+        if source.ratio == 1:
+            return kv, gate
+        held = segment.start % source.ratio
+        return (
+            _extend(source.open_kv[slot], segment.start, held, kv),
+            _extend(source.open_gate[slot], segment.start, held, gate),
+        )
+
+    def extend_history(self, segment: Segment, keys: torch.Tensor) -> torch.Tensor:
+        """Store the segment's token keys `[L]`; return them behind the `history` ones before them."""
+        before = min(self.shape.history, segment.start)
+        joined = _extend(self.history[segment.slot], segment.start, before, keys)
+        return torch.cat((keys.new_full((self.shape.history - before,), self.shape.history_pad), joined))
+
+
+def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> torch.Tensor:
+    """Write `new` `[L, ...]`, of tokens from `start` on, into a ring `[size, ...]` of the last tokens.
+
+    Returns it behind the `before` tokens that precede it, `[before + L, ...]`.
+    """
+    size, length = ring.shape[0], new.shape[0]
+    joined = torch.cat((*_slices(ring, start - before, before), new))
+    kept = min(size, length)
+    at = length - kept
+    for part in _slices(ring, start + at, kept):
+        part.copy_(new[at : at + len(part)])
+        at += len(part)
+    return joined
+
+
+def _slices(ring: torch.Tensor, start: int, length: int) -> list[torch.Tensor]:
+    """Rows of the `length` <= size tokens from `start` on, as views: two where they pass the ring's end."""
+    size = ring.shape[0]
+    first = start % size
+    parts = [ring[first : first + length], ring[: max(0, first + length - size)]]
+    return [part for part in parts if len(part)]

@@ -1,0 +1,1 @@
+"""Messages to token ids, and generated text back to messages: one format per prompt dialect."""

@@ -1,0 +1,315 @@
+"""Chats through the Jinja template that a checkpoint brings, with the conventions of `transformers`.
+
+**What a request says stays text.** Special tokens come from the template; a message that spells one
+must not make one. The template sees each string of a request with a mark (a private-use character
+that occurs nowhere else) put inside every place where a special token is spelled, or where a piece
+of one stands at the string's edge and could be completed by what the template writes next to it.
+In the rendered prompt a special token is one only where no mark breaks it; the marks are then taken
+out and everything else is encoded literally. Ordinary strings are handed over untouched, so that
+templates can inspect and trim them. Roles are part of the markup, so only known ones are let in.
+(A template that writes both `<` before and `>` after a string means to build markup from it, and may.)
+
+**Bounds.** Templates run in Jinja's immutable sandbox: no attributes of Python objects, no changes
+to what is passed in, ranges of at most 100,000. A prompt that grows beyond MAX_PROMPT_CHARS is cut
+off with an error while it is rendered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.chat.format import ChatFormat, ChatPrompt
+from engine.chat.output_parser import END_THINK, THINK, TOOL_CALL, OutputParser, PlainParser, TaggedParser
+from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
+from engine.grammar.tools import TaggedCalls
+from engine.tokenizer.tokenizer import Tokenizer
+from quant.errors import ConfigError, RequestError
+
+MAX_PROMPT_CHARS = 16 << 20
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+PRIVATE_USE = range(0xE000, 0xF900)
+
+
+class TemplateChat(ChatFormat):
+    """`ChatFormat` of a Jinja chat template.
+
+    Raises ConfigError where the template is not valid Jinja.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: str, now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._source = template
+        environment = _environment(now)
+        try:
+            self._template = environment.from_string(template)
+            self._variables = meta.find_undeclared_variables(environment.parse(template))
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
+        self._marks = _Marks(tokenizer.added_tokens)
+        eos = tokenizer.eos_token_id
+        self._stop_token_ids = () if eos is None else (eos,)
+
+    def render(self, request: Mapping[str, Any]) -> ChatPrompt:
+        tools = self._tools(request)
+        said = {
+            "messages": [self._message(message) for message in request["messages"]],
+            "tools": tools,
+            "documents": request.get("documents"),
+            **self._switches(request),
+        }
+        mark = _unused_character(json.dumps(said, ensure_ascii=False) + self._source)
+        variables = {name: self._marks.put(value, mark) for name, value in said.items()}
+        variables |= self._tokenizer.special_tokens
+        begun = _begun_answer(said["messages"])
+        variables["add_generation_prompt"] = begun is None
+        prompt, special_ranges = self._marks.take_out(self._run(variables), mark)
+        if begun is not None:
+            prompt = _up_to(prompt, begun)
+            special_ranges = [(start, end) for start, end in special_ranges if end <= len(prompt)]
+        reasoning = self._reasoning(prompt)
+        calls = tools is not None and self._can_call
+        style = AnswerStyle(reasoning, TaggedCalls() if calls else None)
+        return ChatPrompt(
+            self._tokenizer.encode_prompt(prompt, special_ranges),
+            lambda: _parser(reasoning, calls),
+            stop_token_ids=self._stop_token_ids,
+            grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
+        )
+
+    def _run(self, variables: Mapping[str, Any]) -> str:
+        pieces, size = [], 0
+        try:
+            for piece in self._template.generate(**variables):
+                size += len(piece)
+                if size > MAX_PROMPT_CHARS:
+                    break
+                pieces.append(piece)
+        except Exception as error:  # templates fail in any way that Python code can
+            raise RequestError(
+                f"the model's chat template does not take these messages: {error}", param="messages"
+            ) from None
+        if size > MAX_PROMPT_CHARS:
+            raise RequestError(
+                f"the rendered prompt has more than {MAX_PROMPT_CHARS} characters; send less",
+                param="messages",
+            )
+        return "".join(pieces)
+
+    @property
+    def _can_call(self) -> bool:
+        """Whether the template teaches the spelling of tool calls that we read."""
+        return TOOL_CALL in self._source
+
+    def _reasoning(self, prompt: str) -> Reasoning:
+        prompt = prompt.rstrip()
+        if END_THINK not in self._source or prompt.endswith(END_THINK):
+            return Reasoning.NONE
+        return Reasoning.OPEN if prompt.endswith(THINK) else Reasoning.POSSIBLE
+
+    def _tools(self, request: Mapping[str, Any]) -> Any:
+        choice = request.get("tool_choice")
+        tools = request.get("tools") or None
+        if choice == "none" or tools is None:
+            return None
+        if choice not in (None, "auto") and not self._can_call:
+            raise RequestError(
+                "tool_choice must be auto or none for this model: how it writes calls is not known",
+                param="tool_choice",
+            )
+        if "tools" not in self._variables:
+            raise RequestError("this model's chat template has no place for tools", param="tools")
+        return tools
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as templates expect it: content a string, arguments of tool calls an object."""
+        role = message.get("role")
+        if role not in ROLES:
+            raise RequestError(f"role must be one of {', '.join(ROLES)}, got {role!r}", param="messages")
+        if role == "developer" and "developer" not in self._source:
+            role = "system"
+        shaped = {**message, "role": role, "content": _content(message.get("content"))}
+        if message.get("tool_calls"):
+            shaped["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+        return shaped
+
+    def _switches(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Variables beside the messages: `chat_template_kwargs`, and reasoning switched on or off."""
+        switches = dict(request.get("chat_template_kwargs") or {})
+        reserved = switches.keys() & {"messages", "tools", "documents", "add_generation_prompt"}
+        if reserved:
+            raise RequestError(
+                f"chat_template_kwargs must not set {', '.join(sorted(reserved))}",
+                param="chat_template_kwargs",
+            )
+        effort = request.get("reasoning_effort")
+        if effort is not None:
+            switches.setdefault("reasoning_effort", effort)
+        thinking = (request.get("thinking") or {}).get("type")
+        if effort == "none" or thinking == "disabled":
+            switches = {"enable_thinking": False, "thinking": False} | switches
+        return switches
+
+
+def _parser(reasoning: Reasoning, calls: bool) -> OutputParser:
+    if reasoning is Reasoning.NONE and not calls:
+        return PlainParser()
+    return TaggedParser(
+        reasoning=reasoning is not Reasoning.NONE, in_reasoning=reasoning is Reasoning.OPEN, tools=calls
+    )
+
+
+class _Marks:
+    """Puts marks into what a request says, and takes them out of what the template made of it."""
+
+    def __init__(self, added_tokens: Iterable[str]) -> None:
+        # A token of one character cannot be broken by a mark inside, so it is never special here.
+        tokens = sorted((token for token in added_tokens if len(token) > 1), key=len, reverse=True)
+        pattern = "|".join(re.escape(token) for token in tokens) or r"(?!)"
+        self._token = re.compile(pattern)
+        self._token_start = re.compile(f"(?=({pattern}))(.)", re.DOTALL)
+        self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
+        self._endings = {token[-n:] for token in tokens for n in range(1, len(token))}
+        self._longest = max(map(len, tokens), default=0)
+
+    def put(self, value: Any, mark: str) -> Any:
+        """`value` with its strings marked; roles are left alone, they were checked."""
+        if isinstance(value, str):
+            return self._marked(value, mark)
+        if isinstance(value, Mapping):
+            return {
+                self._break(key, mark): item if key == "role" else self.put(item, mark)
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self.put(item, mark) for item in value]
+        return value
+
+    def take_out(self, rendered: str, mark: str) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt without marks, and the `[start, end)` ranges of its special tokens."""
+        parts: list[str] = []
+        ranges: list[tuple[int, int]] = []
+        done = size = 0
+        for match in self._token.finditer(rendered):
+            plain = rendered[done : match.start()].replace(mark, "")
+            parts += [plain, match.group()]
+            size += len(plain)
+            ranges.append((size, size + len(match.group())))
+            size, done = ranges[-1][1], match.end()
+        parts.append(rendered[done:].replace(mark, ""))
+        return "".join(parts), ranges
+
+    def _break(self, text: str, mark: str) -> str:
+        """A mark after the first character of every special token that is spelled in `text`."""
+        return self._token_start.sub(lambda match: match.group(2) + mark, text)
+
+    def _marked(self, text: str, mark: str) -> str:
+        text = self._break(text, mark)
+        # The template may trim, so the edges are those of the trimmed text.
+        head, tail = text.lstrip(), text.rstrip()
+        lengths = range(1, self._longest)
+        if any(tail[-n:] in self._beginnings for n in lengths):
+            text = tail + mark + text[len(tail) :]
+        if any(head[:n] in self._endings for n in lengths):
+            text = text[: len(text) - len(text.lstrip())] + mark + text.lstrip()
+        return text
+
+
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`, which marks assistant text for training: just its body."""
+
+    tags = {"generation"}  # noqa: RUF012  # as the base class has it
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models saw it in training: no HTML escapes, which Jinja's own filter makes."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _unused_character(text: str) -> str:
+    for code in PRIVATE_USE:
+        if chr(code) not in text:
+            return chr(code)
+    raise RequestError("the messages use every private-use character there is", param="messages")
+
+
+def _begun_answer(messages: list[dict[str, Any]]) -> str | None:
+    """Text of the answer that the last message has begun (`prefix`), which the model is to go on with."""
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or not last.get("prefix"):
+        return None
+    text: str = last["content"].strip()
+    if not text:
+        raise RequestError("a message with prefix needs content to be continued", param="messages")
+    return text
+
+
+def _up_to(prompt: str, text: str) -> str:
+    """The prompt without what the template writes behind the last `text`, such as an end of turn."""
+    found = prompt.rfind(text)
+    if found < 0:
+        raise RequestError(
+            "this model's chat template changes the last message, so it cannot be continued (prefix)",
+            param="messages",
+        )
+    return prompt[: found + len(text)]
+
+
+def _content(content: Any) -> str:
+    """Text of a message: a string, nothing, or a list of text parts (joined by a line break)."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [part.get("text") for part in content if part.get("type") in ("text", "input_text", "refusal")]
+    if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
+        raise RequestError("this model reads text only; send content parts of type text", param="messages")
+    return "\n".join(texts)
+
+
+def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = dict(call.get("function") or {})
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise RequestError(
+                f"the arguments of tool call {function.get('name')!r} are not valid JSON", param="messages"
+            ) from None
+    return {**call, "function": function}

@@ -1,0 +1,228 @@
+"""The family interface: what the engine asks of a model, whatever its architecture.
+
+A family is one file in `engine/families/` with one `Family` object, and one line in the registry.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.planner.budget import MemoryBudget
+from memory.telemetry import Telemetry
+from quant.errors import BudgetError
+from quant.kernels.interface import Kernels
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one sequence in a batch: cache slot, position of the first, how many."""
+
+    slot: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step computes: the tokens of several sequences, laid end to end.
+
+    token_ids  `[tokens]` int64, the segments' tokens in order
+    segments   one per sequence; together they cover token_ids
+    logit_rows `[rows]` int64, the tokens (indices into token_ids) whose logits are wanted
+    """
+
+    token_ids: torch.Tensor
+    segments: tuple[Segment, ...]
+    logit_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[int, int, Sequence[int]]], *, all_logits: bool = False) -> Batch:
+        """A batch from `(slot, start, ids)` parts; logits of each part's last token, or of all."""
+        segments = tuple(Segment(slot, start, len(ids)) for slot, start, ids in parts)
+        flat = torch.tensor([i for _, _, ids in parts for i in ids], dtype=torch.int64)
+        if all_logits:
+            rows = torch.arange(len(flat))
+        else:
+            rows = torch.tensor([s.length for s in segments], dtype=torch.int64).cumsum(0) - 1
+        return cls(flat, segments, rows)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What others must know of a loaded model."""
+
+    family: str
+    name: str
+    vocab_size: int
+    max_context: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a model for reports and plans: its bytes in the checkpoint's own format.
+
+    kind: `dense`, `embedding`, `head`, `shared_experts`, `routed_experts`, `engram` or `router`.
+    """
+
+    name: str
+    kind: str
+    format: str
+    nbytes: int
+    parameters: int
+
+
+class KvCache(ABC):
+    """State of up to `slots` sequences of up to `capacity` tokens; allocated once, of fixed size.
+
+    A slot is empty after `reset`; `forward` appends to it. Positions must follow each other: the
+    `start` of a segment is the number of tokens that its slot holds. Of its last tokens, a slot can
+    give back `margin`.
+    """
+
+    def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
+        self.slots = slots
+        self.capacity = capacity
+        self.margin = margin
+        self._lengths = [0] * slots
+        self._shortest = [0] * slots
+
+    def reset(self, slot: int) -> None:
+        """Forget the sequence in `slot`."""
+        self.resume(slot, 0, 0)
+
+    def length(self, slot: int) -> int:
+        """Tokens that `slot` holds."""
+        return self._lengths[slot]
+
+    def admit(self, segment: Segment) -> None:
+        """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
+        held = self._lengths[segment.slot]
+        if segment.start != held:
+            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
+        needed = segment.start + segment.length
+        if needed > self.capacity:
+            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
+
+    def advance(self, segment: Segment) -> None:
+        """Count the segment's tokens as held; called when every layer has stored them."""
+        self._lengths[segment.slot] += segment.length
+        shortest = self._lengths[segment.slot] - self.margin
+        self._shortest[segment.slot] = max(self._shortest[segment.slot], shortest)
+
+    def shortest(self, slot: int) -> int:
+        """The least length that the sequence in `slot` can be taken back to."""
+        return self._shortest[slot]
+
+    def resume(self, slot: int, length: int, shortest: int) -> None:
+        """Count the first `length` tokens as held, behind whatever `appended` and `recent` were filled
+        with; that can be taken back to `shortest`."""
+        self._lengths[slot], self._shortest[slot] = length, shortest
+
+    @abstractmethod
+    def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
+        """What stays as it is once it is written: (tokens to a row, view `[rows, ...]`) for each part.
+
+        A row is complete once the slot holds all its tokens.
+        """
+
+    @abstractmethod
+    def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
+        """Views of all else that a slot of `length` tokens holds; later tokens overwrite it."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+
+class Model(ABC):
+    """A loaded model: weights in place, ready to run batches."""
+
+    info: ModelInfo
+
+    def close(self) -> None:  # noqa: B027 - most models hold nothing that must be closed
+        """Give back threads and files; the model cannot run afterwards."""
+
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        """Bytes of weights allocated in each tier."""
+        return {}
+
+    def expert_tiers(self) -> list[list[str]]:
+        """The tier that holds each routed expert, by layer and expert; empty where experts have no tiers."""
+        return []
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        """What moved, hit and stalled; None where nothing moves."""
+        return None
+
+    @abstractmethod
+    def new_cache(self, slots: int, capacity: int) -> KvCache:
+        """A cache for `slots` sequences of `capacity` tokens."""
+
+    @abstractmethod
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        """Bytes that `new_cache` would allocate in host memory."""
+
+    def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - most need nothing ahead
+        """Told as soon as tokens are drawn, each with those before it, to ask for what they will need."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+        """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch.
+
+        The answer for a sequence does not depend on what else is in the batch, nor on how its
+        tokens were cut into chunks.
+        """
+
+
+class Family(ABC):
+    """An architecture: how to recognise, describe, check and load its checkpoints."""
+
+    name: str
+
+    @abstractmethod
+    def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
+        """What the model is and what its parts weigh, from config and headers alone.
+
+        Raises ConfigError where the config is not one this family can run.
+        """
+
+    @abstractmethod
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
+        """The model, its weights read within `budget`, still packed.
+
+        Raises CheckpointError listing everything that is wrong, before anything large is read, and
+        BudgetError where what every token needs does not fit.
+        """
+
+
+@dataclass
+class Trace:
+    """Collects intermediate values of a forward for tests and profiles, where one is passed in.
+
+    `values["router_ids.3"]` is a list with one tensor per forward, in order.
+    """
+
+    values: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, name: str, value: Any) -> None:
+        """Append `value` under `name`."""
+        self.values.setdefault(name, []).append(value)
+
+
+class _NoTrace(Trace):
+    def add(self, name: str, value: Any) -> None:
+        """Keep nothing: the values of all layers together are many times what a forward needs."""
+
+
+NO_TRACE = _NoTrace()

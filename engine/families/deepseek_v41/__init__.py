@@ -1,0 +1,1 @@
+"""DeepSeek-V4.1: configuration, tensors, weights, placement, forward."""

@@ -1,0 +1,95 @@
+"""On which card, or in DRAM, what every token reads lies: as the planner says, within the budgets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from engine.families.deepseek_v41.config import V41Config
+from engine.families.deepseek_v41.shape import checkpoint_shape
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.planner.budget import MemoryBudget
+from memory.planner.placement import Placement, embedding_fits, plan
+from quant.errors import BudgetError
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class DensePlaces:
+    """Where layers (with their shared experts and KV) and the head lie.
+
+    layers, head   the device of each
+    tiers          the tier of each layer
+    holds_embedding  False where the embedding stays on disk, for want of DRAM
+    nbytes         bytes of weights by tier: dense, shared experts, head, embedding
+    kv_room        bytes of KV that are kept free, by card
+    left           bytes by tier for routed experts (in DRAM, for Engram tables too)
+    experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
+    """
+
+    layers: tuple[torch.device, ...]
+    head: torch.device
+    tiers: tuple[str, ...]
+    holds_embedding: bool
+    nbytes: dict[str, int]
+    kv_room: dict[str, int]
+    left: dict[str, int]
+    experts_bytes: int
+    tables_bytes: int
+
+
+def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
+    """Places within `budget`. Raises BudgetError where what every token reads does not fit."""
+    shape = checkpoint_shape(config, checkpoint, checkpoint.path.name)
+    placement = plan(shape, budget.profile, budget.workload)
+    devices = {"dram": HOST, **{card.name: card.device for card in budget.cards}}
+    budgets = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
+    nbytes: dict[str, int] = defaultdict(int)
+    kv_room: dict[str, int] = defaultdict(int)
+    for place in placement.places:
+        if place.kind in ("dense", "shared_experts", "head"):
+            nbytes[place.tier] += place.nbytes
+        elif place.kind == "kv" and place.tier != "dram":
+            kv_room[place.tier] += place.nbytes
+    holds_embedding = embedding_fits(shape, budget.dram_bytes - nbytes["dram"])
+    if holds_embedding:
+        nbytes["dram"] += shape.embedding.nbytes
+    if nbytes["dram"] > budget.dram_bytes:
+        raise BudgetError(
+            f"{checkpoint.path}: the weights that every token uses need {nbytes['dram'] / 1e6:,.1f} MB, "
+            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, raise "
+            "--dram-budget, or take a smaller model"
+        )
+    _check_cards(placement, budget)
+    reserved: dict[str, int] = defaultdict(int)
+    for reserve in placement.reserves:
+        reserved[reserve.tier] += reserve.nbytes if reserve.tier.startswith("vram") else 0
+    tiers = tuple(placement.tier_of("dense", n) for n in range(len(shape.layers)))
+    return DensePlaces(
+        layers=tuple(devices[tier] for tier in tiers),
+        head=devices[placement.tier_of("head", None)],
+        tiers=tiers,
+        holds_embedding=holds_embedding,
+        nbytes=dict(nbytes),
+        kv_room=dict(kv_room),
+        left={
+            tier: max(0, allowed - nbytes[tier] - kv_room[tier] - reserved[tier])
+            for tier, allowed in budgets.items()
+        },
+        experts_bytes=sum(layer.experts * layer.expert.nbytes for layer in shape.layers),
+        tables_bytes=sum(layer.table.nbytes for layer in shape.layers if layer.table is not None),
+    )
+
+
+def _check_cards(placement: Placement, budget: MemoryBudget) -> None:
+    """A real card without room for its work space would fail while serving. Raises BudgetError."""
+    planned = {reserve.tier for reserve in placement.reserves}
+    for card in budget.cards:
+        if not card.is_virtual and card.name not in planned:
+            raise BudgetError(
+                f"{card.name}: {card.budget_bytes / 1e9:.1f} GB are too little for CUDA, activations and "
+                "experts on their way; give the card more, or leave it out"
+            )

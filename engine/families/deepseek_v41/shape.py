@@ -1,0 +1,64 @@
+"""A V4.1 checkpoint as the planner sees it: its own bytes, part by part."""
+
+from __future__ import annotations
+
+from engine.families.deepseek_v41.config import V41Config
+from engine.families.deepseek_v41.tensors import IGNORED_PREFIXES
+from engine.families.parts import Parts
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.planner.published import V41Dims, v41_kv
+from memory.planner.shape import LayerShape, ModelShape, Table, Weights
+
+
+def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelShape:
+    """The shape of a checkpoint called `name` with this config."""
+    dims = V41Dims(
+        hidden=c.hidden_size,
+        layers=c.num_hidden_layers,
+        heads=c.num_attention_heads,
+        head_dim=c.head_dim,
+        q_lora=c.q_lora_rank,
+        o_groups=c.o_groups,
+        o_lora=c.o_lora_rank,
+        experts=c.n_routed_experts,
+        width=c.moe_intermediate_size,
+        top_k=c.num_experts_per_tok,
+        index_heads=c.index_n_heads,
+        index_dim=c.index_head_dim,
+        index_topk=c.index_topk,
+        ratios=c.compress_ratios[: c.num_hidden_layers],
+        window=c.sliding_window,
+        streams=c.hc_mult,
+        vocab=c.vocab_size,
+        kv_sources=c.kv_source_layer_ids,
+        index_sources=c.index_source_layer_ids,
+    )
+    parts = Parts(checkpoint, IGNORED_PREFIXES)
+    rows = dict(zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True))
+    columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
+    layers = []
+    for n, kv in enumerate(v41_kv(dims)):
+        experts = parts.of("experts", n)
+        layers.append(
+            LayerShape(
+                dense=parts.of("dense", n),
+                kv=kv,
+                shared=parts.of("shared", n),
+                experts=c.n_routed_experts,
+                expert=Weights(
+                    experts.nbytes // c.n_routed_experts, experts.parameters // c.n_routed_experts
+                ),
+                table=Table(rows[n], parts.of("table", n).nbytes // rows[n], columns) if n in rows else None,
+            )
+        )
+    return ModelShape(
+        name=name,
+        vocab_size=c.vocab_size,
+        hidden=c.hidden_size,
+        max_context=c.max_position_embeddings,
+        top_k=c.num_experts_per_tok,
+        embedding=parts.of("embedding"),
+        head=parts.of("head"),
+        layers=tuple(layers),
+        activation_bytes=dims.activation_bytes,
+    )

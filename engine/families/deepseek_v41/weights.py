@@ -1,0 +1,313 @@
+"""The weights of a DeepSeek-V4.1 model: read from a verified checkpoint, within a memory budget.
+
+Nothing is expanded: matrices stay packed; only norms, mixes and biases (a few values per layer)
+become float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.families.deepseek_v41.config import V41Config
+from engine.families.deepseek_v41.places import HOST, DensePlaces, place_dense
+from engine.families.deepseek_v41.tensors import StoredFormats
+from engine.layers.engram import EngramMix
+from engine.layers.hyper_connections import HyperConnection
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorEntry
+from memory.checkpoint.reads import RowsOnDisk
+from memory.engram.store import EngramStore, TableFiles
+from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
+from memory.experts.traces import trace_beside
+from memory.planner.budget import MemoryBudget
+from memory.telemetry import Telemetry
+from memory.tiers import Tier
+from quant.formats.quantization_config import Role
+from quant.formats.stored import FLOAT_DTYPES, unpack, unpack_bytes
+from quant.kernels.interface import Kernels, Weight
+from quant.packed import Format, PackedTensor
+
+# Of the DRAM left beside dense weights, what hot rows of Engram tables get where not all fits.
+HOT_ROWS_SHARE = 0.05
+ROOM_FOR_ALIGNMENT = 1.01  # expert slots begin on cache lines
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert that every token uses; dense weights, so packed or plain."""
+
+    w1: Weight
+    w3: Weight
+    w2: Weight
+
+
+@dataclass(frozen=True)
+class CompressorWeights:
+    """What a kv source layer needs to make compressed entries; wgate only where its ratio is over 1."""
+
+    wkv: Weight
+    wgate: Weight | None
+    norm: torch.Tensor
+    index_wk: Weight
+    index_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer's attention; wo_a holds one `[o_lora_rank, heads * head_dim / groups]` weight per group."""
+
+    wq_a: Weight
+    q_norm: torch.Tensor
+    wq_b: Weight
+    wkv: Weight
+    kv_norm: torch.Tensor
+    sink: torch.Tensor
+    wo_a: tuple[Weight, ...]
+    wo_b: Weight
+    compressor: CompressorWeights | None
+    indexer_wq_b: Weight | None
+    indexer_weights: Weight | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer: attention, feed-forward, the connections around both, and Engram where it has it."""
+
+    attn_norm: torch.Tensor
+    ffn_norm: torch.Tensor
+    hc_attn: HyperConnection
+    hc_ffn: HyperConnection
+    attn: AttentionWeights
+    gate: Weight
+    gate_bias: torch.Tensor
+    shared_experts: SharedExpert
+    engram: EngramMix | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies, and where the layer is computed."""
+        return self.attn_norm.device
+
+
+@dataclass(frozen=True)
+class V41Weights:
+    """The whole model."""
+
+    embed: torch.Tensor | RowsOnDisk
+    norm: torch.Tensor
+    head: Weight
+    layers: tuple[LayerWeights, ...]
+    experts: ExpertStore
+    engram: EngramStore
+    places: DensePlaces
+
+
+class _Reader:
+    """A verified checkpoint's tensors on `device`."""
+
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device = HOST) -> None:
+        self.checkpoint = checkpoint
+        self.kernels = kernels.on(device)
+        self.device = device
+        self.formats = StoredFormats(checkpoint)
+
+    def plain(self, name: str) -> torch.Tensor:
+        """A float tensor as it is stored."""
+        entry = self.checkpoint.entries[name]
+        stored = self.checkpoint.read(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
+        return stored.to(self.device)
+
+    def on_disk(self, name: str) -> RowsOnDisk:
+        """A float matrix that stays in its file."""
+        entry = self.checkpoint.entries[name]
+        return RowsOnDisk(entry, FLOAT_DTYPES[entry.dtype])
+
+    def small(self, name: str) -> torch.Tensor:
+        """A norm, bias or mix as float32."""
+        return self.plain(name).float()
+
+    def dense(self, name: str, rows: int, cols: int) -> Weight:
+        """A dense `[rows, cols]` matrix as the kernels like it."""
+        return self.kernels.prepare(self.stored(name, rows, cols))
+
+    def dense_groups(self, name: str, groups: int, rows: int, cols: int) -> tuple[Weight, ...]:
+        """A dense matrix cut into `groups` of `rows` rows."""
+        stored = self.stored(name, groups * rows, cols)
+        starts = range(0, groups * rows, rows)
+        if isinstance(stored, torch.Tensor):
+            return tuple(self.kernels.prepare(stored[start : start + rows]) for start in starts)
+        return tuple(self.kernels.prepare(stored.rows(start, start + rows)) for start in starts)
+
+    def stored(self, name: str, rows: int, cols: int) -> Weight:
+        """A dense matrix as the file has it."""
+        format_ = self.formats.of(Role.DENSE, name)
+        if format_ is None:
+            return self.plain(f"{name}.weight")
+        codes, scales = self.checkpoint.read(f"{name}.weight"), self.checkpoint.read(f"{name}.scale")
+        return unpack(format_, (rows, cols), codes, scales, self.checkpoint.entries[f"{name}.scale"].dtype)
+
+
+@dataclass(frozen=True)
+class V41ExpertFiles:
+    """Where the routed experts of a checkpoint are, for the expert store."""
+
+    checkpoint: Checkpoint
+    layers: int
+    experts: int
+    hidden: int
+    width: int
+    format: Format
+
+    def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
+        """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""
+        name = self._name(layer, expert, number)
+        return [self.checkpoint.entries[f"{name}.{part}"] for part in ("weight", "scale")]
+
+    def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
+        """The matrix from the raw bytes of its tensors, by name."""
+        name = self._name(layer, expert, number)
+        is_down = number == 2
+        shape = (self.hidden, self.width) if is_down else (self.width, self.hidden)
+        return unpack_bytes(self.format, shape, raw[f"{name}.weight"], raw[f"{name}.scale"])
+
+    def _name(self, layer: int, expert: int, number: int) -> str:
+        return f"layers.{layer}.ffn.experts.{expert}.{('w1', 'w3', 'w2')[number]}"
+
+
+def read_weights(
+    config: V41Config, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget
+) -> V41Weights:
+    """All weights of a checkpoint that `Checkpoint.verify` has accepted.
+
+    Dense weights are copied to where the plan places them, as the kernels there like them. Routed experts get
+    what is left of each card; of DRAM they and the Engram tables do: where not everything fits, a small part
+    goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it needs
+    gigabytes). Raises BudgetError where not even the dense weights fit.
+    """
+    places = place_dense(config, checkpoint, budget)
+    left = places.left["dram"]
+    tables_bytes, experts_bytes = places.tables_bytes, places.experts_bytes
+    everything_fits = tables_bytes + experts_bytes * ROOM_FOR_ALIGNMENT <= left
+    hot_rows_bytes = tables_bytes if everything_fits else min(tables_bytes, int(left * HOT_ROWS_SHARE))
+    host = _Reader(checkpoint, kernels)
+    telemetry = Telemetry()
+    files = V41ExpertFiles(
+        checkpoint,
+        config.num_hidden_layers,
+        config.n_routed_experts,
+        config.hidden_size,
+        config.moe_intermediate_size,
+        host.formats.experts,
+    )
+    tables = {n: _table_files(config, host, n) for n in config.engram_layer_ids}
+    hotness = trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+    dram = Tier("dram", left - hot_rows_bytes, HOST)
+    cards = [replace(card, budget_bytes=places.left[card.name]) for card in budget.cards]
+    by_head = _Reader(checkpoint, kernels, places.head)
+    return V41Weights(
+        embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
+        norm=by_head.small("norm.weight"),
+        head=by_head.plain("head.weight"),
+        layers=tuple(
+            _read_layer(config, _Reader(checkpoint, kernels, device), n)
+            for n, device in enumerate(places.layers)
+        ),
+        experts=ExpertStore(
+            files,
+            kernels,
+            dram,
+            cards,
+            telemetry=telemetry,
+            hotness=hotness,
+            cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
+        ),
+        engram=EngramStore(
+            tables,
+            checkpoint,
+            kernels,
+            hot_rows_bytes,
+            telemetry,
+            cards={
+                layer: card for layer, tier in enumerate(places.tiers) for card in cards if card.name == tier
+            },
+        ),
+        places=places,
+    )
+
+
+def _table_files(c: V41Config, reader: _Reader, n: int) -> TableFiles:
+    name = f"layers.{n}.engram.embed"
+    entries = reader.checkpoint.entries
+    format_ = reader.formats.packed(Role.ENGRAM, name)
+    return TableFiles(entries[f"{name}.weight"], entries[f"{name}.scale"], format_, c.engram_head_dim)
+
+
+def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
+    layer = f"layers.{n}"
+
+    def connection(sub: str) -> HyperConnection:
+        prefix = f"{layer}.hc_{sub}"
+        scales = zip(reader.small(f"{prefix}_scale"), (c.hc_mult, c.hc_mult, c.hc_mult**2), strict=True)
+        return HyperConnection(
+            fn=reader.small(f"{prefix}_fn"),
+            base=reader.small(f"{prefix}_base"),
+            scale=torch.cat([scale.expand(size) for scale, size in scales]),
+            sinkhorn_iters=c.hc_sinkhorn_iters,
+            hc_eps=c.hc_eps,
+            norm_eps=c.rms_norm_eps,
+        )
+
+    engram = None
+    if n in c.engram_layer_ids:
+        qk = reader.small(f"{layer}.engram.q_weight") * reader.small(f"{layer}.engram.k_weight")
+        columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads * c.engram_head_dim
+        wkv = reader.dense(f"{layer}.engram.wkv", c.hidden_size * (c.hc_mult + 1), columns)
+        engram = EngramMix(wkv, qk, c.rms_norm_eps)
+    shared, width = f"{layer}.ffn.shared_experts", c.moe_intermediate_size * c.n_shared_experts
+    return LayerWeights(
+        attn_norm=reader.small(f"{layer}.attn_norm.weight"),
+        ffn_norm=reader.small(f"{layer}.ffn_norm.weight"),
+        hc_attn=connection("attn"),
+        hc_ffn=connection("ffn"),
+        attn=_read_attention(c, reader, n),
+        gate=reader.plain(f"{layer}.ffn.gate.weight"),
+        gate_bias=reader.small(f"{layer}.ffn.gate.bias"),
+        shared_experts=SharedExpert(
+            reader.dense(f"{shared}.w1", width, c.hidden_size),
+            reader.dense(f"{shared}.w3", width, c.hidden_size),
+            reader.dense(f"{shared}.w2", c.hidden_size, width),
+        ),
+        engram=engram,
+    )
+
+
+def _read_attention(c: V41Config, reader: _Reader, n: int) -> AttentionWeights:
+    attn = f"layers.{n}.attn"
+    compressor = None
+    if n in c.kv_source_layer_ids:
+        gated = c.compress_ratios[n] > 1
+        compressor = CompressorWeights(
+            wkv=reader.plain(f"{attn}.compressor.wkv.weight"),
+            wgate=reader.plain(f"{attn}.compressor.wgate.weight") if gated else None,
+            norm=reader.small(f"{attn}.compressor.norm.weight"),
+            index_wk=reader.plain(f"{attn}.indexer.wk.weight"),
+            index_norm=reader.small(f"{attn}.indexer.k_norm.weight"),
+        )
+    indexed = n in c.index_source_layer_ids
+    query_dim = c.num_attention_heads * c.head_dim
+    index_dim = c.index_n_heads * c.index_head_dim
+    return AttentionWeights(
+        wq_a=reader.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size),
+        q_norm=reader.small(f"{attn}.q_norm.weight"),
+        wq_b=reader.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank),
+        wkv=reader.dense(f"{attn}.wkv", c.head_dim, c.hidden_size),
+        kv_norm=reader.small(f"{attn}.kv_norm.weight"),
+        sink=reader.small(f"{attn}.attn_sink"),
+        wo_a=reader.dense_groups(f"{attn}.wo_a", c.o_groups, c.o_lora_rank, query_dim // c.o_groups),
+        wo_b=reader.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank),
+        compressor=compressor,
+        indexer_wq_b=reader.dense(f"{attn}.indexer.wq_b", index_dim, c.q_lora_rank) if indexed else None,
+        indexer_weights=reader.plain(f"{attn}.indexer.weights_proj.weight") if indexed else None,
+    )

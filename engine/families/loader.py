@@ -1,0 +1,74 @@
+"""From a path to something that can chat: checkpoint, family, model, tokenizer and chat format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.chat.format import ChatFormat
+from engine.chat.registry import chat_format_for
+from engine.embedded import embedded_sampling
+from engine.families.base import Component, Model, ModelInfo
+from engine.families.registry import family_of
+from engine.sampling.defaults import sampling_defaults
+from engine.tokenizer.tokenizer import Tokenizer
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.gguf_files import open_gguf
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
+from quant.errors import CheckpointError, ConfigError
+from quant.kernels.choice import choose
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with everything needed to serve it.
+
+    sampling holds the model's own sampling parameters, by name, for requests that do not say.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    components: list[Component]
+    sampling: Mapping[str, Any]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights."""
+    if path.is_dir():
+        return open_safetensors(path)
+    if path.suffix == ".gguf":
+        return open_gguf(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory; a model is a directory or a .gguf file")
+    raise CheckpointError(f"{path}: not a model directory and not a .gguf file")
+
+
+def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
+    """What the checkpoint at `path` is, from config and headers alone."""
+    checkpoint = open_checkpoint(path)
+    return family_of(checkpoint).describe(checkpoint)
+
+
+def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
+    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
+
+    A ConfigError says where the model was not made for `context` tokens.
+    """
+    checkpoint = open_checkpoint(path)
+    family = family_of(checkpoint)
+    info, components = family.describe(checkpoint)
+    if context is not None and context > info.max_context:
+        raise ConfigError(
+            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+        )
+    budget = budget or MemoryBudget.of_this_machine()
+    kernels = choose([card.device for card in budget.cards if not card.is_virtual])
+    tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
+    chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
+    sampling = sampling_defaults(path) or embedded_sampling(path)
+    model = family.load(checkpoint, kernels, budget)  # last: it is large, all else may still be refused
+    return Loaded(model, tokenizer, chat, components, sampling)

@@ -1,0 +1,49 @@
+"""A checkpoint's bytes and numbers, summed up by what they are part of."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorEntry
+from memory.planner.shape import Weights
+
+LAYER_PREFIXES = ("layers.", "model.layers.", "blk.")
+
+
+class Parts:
+    """`(part, layer)` -> Weights; tensors whose names begin with one of `ignored` are left out."""
+
+    def __init__(self, checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> None:
+        self.weights: dict[tuple[str, int], Weights] = defaultdict(Weights)
+        for name, entry in checkpoint.entries.items():
+            if not name.startswith(ignored):
+                self.weights[_part_of(name)] += _weights_of(name, entry)
+
+    def of(self, part: str, layer: int = -1) -> Weights:
+        """What a part weighs; nothing where the checkpoint has none."""
+        return self.weights.get((part, layer), Weights())
+
+
+def _part_of(name: str) -> tuple[str, int]:
+    prefix = next((p for p in LAYER_PREFIXES if name.startswith(p)), None)
+    if prefix is None:
+        is_embedding = name.startswith(("embed.", "model.embed_tokens.", "token_embd."))
+        return ("embedding" if is_embedding else "head"), -1
+    layer = int(name.removeprefix(prefix).partition(".")[0])
+    for mark, part in (
+        (".engram.embed.", "table"),
+        (".ffn.experts.", "experts"),
+        (".ffn.shared_experts.", "shared"),
+    ):
+        if mark in name:
+            return part, layer
+    return "dense", layer
+
+
+def _weights_of(name: str, entry: TensorEntry) -> Weights:
+    if name.endswith(".scale"):
+        return Weights(entry.nbytes, 0)
+    two_codes_a_byte = ".ffn.experts." in name and entry.dtype in ("I8", "U8")
+    return Weights(entry.nbytes, math.prod(entry.shape) * (2 if two_codes_a_byte else 1))

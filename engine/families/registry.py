@@ -1,0 +1,27 @@
+"""The registry: the model type a checkpoint states, and the family that runs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from engine.families.base import Family
+from memory.checkpoint.checkpoint import Checkpoint
+from quant.errors import ConfigError
+
+# model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
+FAMILIES = {
+    "deepseek_v41": "engine.families.deepseek_v41.forward",
+    "deepseek_v41_text": "engine.families.deepseek_v41.forward",
+    "llama": "engine.families.llama.forward",
+}
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family that runs `checkpoint`. Raises ConfigError for an unknown model type."""
+    model_type = checkpoint.model_type
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"{checkpoint.path}: model type {model_type!r} is not supported; known: {known}")
+    family = import_module(FAMILIES[model_type]).FAMILY
+    assert isinstance(family, Family)
+    return family

@@ -1,0 +1,100 @@
+"""Drawing tokens for several sequences at once: temperature, top_k, top_p, min_p, and the draw itself.
+
+Each row's token depends on that row, its parameters and its random number alone, never on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isnan
+
+import torch
+
+from engine.sampling.params import SamplingParams
+
+# How many of the best tokens are looked at first, and by what factor that grows until it is enough.
+# What top_k, top_p and min_p leave is a few tokens as a rule; sorting a vocabulary takes milliseconds.
+FIRST_LOOK = 64
+GROWTH = 16
+# Below this a temperature leaves only the best token, and would soon make logits infinite.
+LEAST_TEMPERATURE = 1e-5
+
+
+def draw_tokens(
+    logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]
+) -> list[int]:
+    """A token for each row of logits `[rows, vocab]` float32, on the CPU; -1 where they are not numbers.
+
+    numbers are random, at least 0 and below 1; the same number draws the same token.
+    """
+    tokens = [0] * len(params)
+    greedy, plain, cut = [], [], []
+    for row, wanted in enumerate(params):
+        if wanted.temperature < LEAST_TEMPERATURE:
+            greedy.append(row)
+        elif wanted.top_p == 1 and wanted.min_p == 0 and not 0 < wanted.top_k < logits.shape[1]:
+            plain.append(row)
+        else:
+            cut.append(row)
+    if greedy:
+        # NumPy's argmax is vectorised, torch's is not: 3 us against 43 us for 49152 tokens.
+        rows = _rows(logits, greedy).numpy()
+        best = rows.argmax(-1).tolist()  # where there are any that are no numbers, the first of them
+        _put(tokens, greedy, [-1 if isnan(row[i]) else i for row, i in zip(rows, best, strict=True)])
+    if plain:
+        probs = _probabilities(logits, params, plain)
+        _put(tokens, plain, _columns(probs, [numbers[row] for row in plain]))
+    if cut:
+        probs = _probabilities(logits, params, cut)
+        chosen = [params[row] for row in cut]
+        _put(tokens, cut, _among_the_best(probs, chosen, [numbers[row] for row in cut], FIRST_LOOK))
+    return tokens
+
+
+def _put(tokens: list[int], rows: list[int], found: list[int]) -> None:
+    for row, token in zip(rows, found, strict=True):
+        tokens[row] = token
+
+
+def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _probabilities(logits: torch.Tensor, params: Sequence[SamplingParams], rows: list[int]) -> torch.Tensor:
+    temperatures = torch.tensor([[params[row].temperature] for row in rows])
+    return (_rows(logits, rows) / temperatures).softmax(-1)
+
+
+def _columns(weights: torch.Tensor, numbers: Sequence[float]) -> list[int]:
+    """The column that each row's number falls on, columns being as wide as their weights `[rows, n]`."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    points = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * sums[:, -1:]
+    columns = torch.searchsorted(sums, points, right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
+    return columns.where(points.squeeze(1).isfinite(), -1).tolist()
+
+
+def _among_the_best(
+    probs: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float], look: int
+) -> list[int]:
+    """Draw among the tokens that top_k, top_p and min_p leave, of probs `[rows, vocab]`."""
+    vocab = probs.shape[1]
+    limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    width = min(vocab, max([look, *(limit for limit in limits if limit < vocab)]))
+    best, ids = probs.topk(width)  # [rows, width], likeliest first
+    sums = best.cumsum(-1, dtype=torch.float64)
+    top_k = torch.tensor(limits).unsqueeze(1)
+    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64)
+    min_p = torch.tensor([[p.min_p] for p in params])
+    # top_p is a share of what top_k leaves.
+    whole = torch.where(top_k < vocab, sums.gather(1, top_k.clamp(max=width) - 1), 1.0)
+    # A token stays while those before it hold less than top_p; the first always stays.
+    stays = (sums - best < top_p * whole) & (best >= min_p * best[:, :1]) & (torch.arange(width) < top_k)
+    columns = _columns(best * stays, numbers)
+    found = ids.gather(1, torch.tensor(columns).clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
+    tokens = [token if column >= 0 else -1 for token, column in zip(found, columns, strict=True)]
+    if width < vocab:
+        unsure = [row for row, more in enumerate(stays[:, -1].tolist()) if more and limits[row] > width]
+        if unsure:
+            picked = [params[row] for row in unsure], [numbers[row] for row in unsure]
+            _put(tokens, unsure, _among_the_best(_rows(probs, unsure), *picked, look * GROWTH))
+    return tokens

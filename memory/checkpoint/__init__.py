@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, tensors, reads. Nothing here unpickles anything."""

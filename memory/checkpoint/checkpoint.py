@@ -1,0 +1,82 @@
+"""Checkpoints on disk: what tensors there are and where, read without loading them.
+
+`Checkpoint` is what families see: a config and named ranges of files that can be read. Two
+kinds exist: safetensors directories (`memory/checkpoint/safetensors_files.py`) and GGUF files
+(`memory/checkpoint/gguf_files.py`). Nothing here unpickles anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memory.checkpoint.entries import TensorEntry, TensorSpec
+from memory.checkpoint.reads import read_tensor
+from quant.errors import CheckpointError
+
+
+class Checkpoint:
+    """A config and the ranges of files that hold its tensors.
+
+    path        directory or GGUF file
+    model_type  what picks the family
+    config      config.json as a dict, or the GGUF metadata
+    entries     name -> TensorEntry
+    problems    what reading index and headers already found to be wrong
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model_type: str,
+        config: Mapping[str, Any],
+        entries: Mapping[str, TensorEntry],
+        problems: list[str],
+    ) -> None:
+        self.path = path
+        self.model_type = model_type
+        self.config = config
+        self.entries = entries
+        self.problems = problems
+
+    def verify(self, specs: Mapping[str, TensorSpec], ignored_prefixes: tuple[str, ...] = ()) -> None:
+        """Compare what there is with what a family expects; nothing but headers is read.
+
+        Raises one CheckpointError that lists every problem: missing and unexpected tensors, wrong
+        shapes and dtypes, and what reading index and headers had found.
+        """
+        problems = list(self.problems)
+        for name, spec in specs.items():
+            entry = self.entries.get(name)
+            if entry is None:
+                problems.append(f"missing tensor {name} {list(spec.shape)}")
+                continue
+            if entry.shape != spec.shape:
+                problems.append(f"{name}: shape {list(entry.shape)}, expected {list(spec.shape)}")
+            if entry.dtype not in spec.dtypes:
+                problems.append(f"{name}: dtype {entry.dtype}, expected {' or '.join(spec.dtypes)}")
+        problems.extend(
+            f"unexpected tensor {name} {list(self.entries[name].shape)}"
+            for name in sorted(self.entries.keys() - specs.keys())
+            if not name.startswith(ignored_prefixes)
+        )
+        if problems:
+            raise CheckpointError(_list_problems(self.path, problems))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The raw bytes of a tensor, uint8 `[nbytes]`. Raises CheckpointError where they cannot be read."""
+        return read_tensor(self.entries[name])
+
+
+SHOWN_PROBLEMS = 40
+
+
+def _list_problems(path: Path, problems: list[str]) -> str:
+    shown = problems[:SHOWN_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    lines = "\n  ".join(shown)
+    return f"{path}: {len(problems)} problem(s) in the checkpoint; nothing was loaded:\n  {lines}"

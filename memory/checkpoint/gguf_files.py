@@ -1,0 +1,101 @@
+"""GGUF files as checkpoints: one file that holds metadata, tensor headers and tensors.
+
+The `gguf` package reads the layout. Only headers are touched; tensors are byte ranges of the file
+until a family reads them. A tensor's shape is given with the fastest dimension last, so that a
+matrix is `[rows, cols]` as everywhere in Loci (GGUF itself lists dimensions the other way round).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorEntry
+from quant.errors import CheckpointError
+
+MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """True where `path` is a file that begins like a GGUF file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """The checkpoint in the GGUF file at `path`; no tensor is read.
+
+    Its config is the file's metadata under its flat keys (`llama.block_count`), its model type
+    `general.architecture`, an entry's dtype the GGUF type's name (`Q4_1`). Raises CheckpointError
+    for a file that is missing, truncated, damaged or not GGUF.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    if not is_gguf(path):
+        raise CheckpointError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
+    try:
+        reader = _Reader(path)
+        metadata = {
+            name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+        }
+        entries = {tensor.name: _entry(tensor, path) for tensor in reader.tensors}
+    except _TruncatedError as error:
+        raise CheckpointError(
+            f"{path}: truncated: {path.stat().st_size} bytes, at least {error} expected; download it again"
+        ) from None
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged GGUF file ({error}); download it again") from None
+    if reader.byte_order != "I":
+        raise CheckpointError(f"{path}: written for the other byte order; convert it on such a machine")
+    if metadata.get("split.count", 1) != 1:
+        raise CheckpointError(f"{path}: one part of {metadata['split.count']}; merge the parts into one file")
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path}: the metadata names no general.architecture")
+    return Checkpoint(path, architecture, metadata, entries, [])
+
+
+class _TruncatedError(Exception):
+    """The file ends before the byte that is named."""
+
+
+class _Reader(gguf.GGUFReader):
+    """The package's reader with one method replaced: how it cuts a value out of the file.
+
+    The package's own costs six microseconds a cut, 1.5 seconds for a vocabulary with its merges; and it
+    takes a cut that is shorter than asked for as it is, so that a wrong length in a damaged file sends
+    it far beyond the end.
+    """
+
+    def _get(
+        self,
+        offset: int,
+        dtype: npt.DTypeLike,
+        count: int = 1,
+        override_order: Literal["I", "S", "<"] | None = None,
+    ) -> npt.NDArray[Any]:
+        dtype = np.dtype(dtype)
+        end = int(offset) + int(count) * dtype.itemsize
+        if end > self.data.size:
+            raise _TruncatedError(end)
+        order = override_order or self.byte_order
+        if order != "I":
+            dtype = dtype.newbyteorder(order)
+        return np.ndarray(int(count), dtype, buffer=self.data, offset=int(offset))
+
+
+def _entry(tensor: Any, path: Path) -> TensorEntry:
+    shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    nbytes = math.prod(shape) * block_bytes // block
+    if nbytes != tensor.n_bytes:
+        raise ValueError(f"{tensor.name}: {tensor.n_bytes} bytes for the shape {list(shape)}")
+    return TensorEntry(tensor.name, tensor.tensor_type.name, shape, path, tensor.data_offset, nbytes)

@@ -1,0 +1,201 @@
+"""Checkpoints of random weights, written as fast as the disk takes them.
+
+A plan is pure data: files, their tensors, and how each is filled. Every piece of a tensor has a random
+generator of its own, so a seed gives the same bytes whatever the number of threads. A checkpoint is
+written under a temporary name beside its place and renamed once all of it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memory.checkpoint.safetensors_files import INDEX_NAME
+from memory.checkpoint.safetensors_layout import PlacedTensor, place_tensors
+from quant.errors import BudgetError, CheckpointError, ConfigError
+from quant.formats.stored import FLOAT_DTYPES
+
+PIECE_BYTES = 8 << 20
+SPARE_BYTES = 64 << 20
+# The lowest mantissa bit stays clear in e4m3 codes: 0x7f and 0xff, its NaNs, cannot come up.
+E4M3_MASK = 0xFEFEFEFEFEFEFEFE
+# Called with the bytes that are written and those that there will be.
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Floats of this mean and standard deviation."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Random bytes: four-bit codes two by two, or e4m3 codes without NaN."""
+
+
+@dataclass(frozen=True)
+class PowerScales:
+    """ue8m0 scales: 2^exponent or twice that, at random."""
+
+    exponent: int
+
+
+Fill = Normal | Codes | PowerScales
+
+
+@dataclass(frozen=True)
+class RandomTensor:
+    """A tensor to be: dtype as safetensors spell it, shape, content."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fill: Fill
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint:
+    """A checkpoint to be: tensors by shard (at least one), config, and texts of further files by name."""
+
+    shards: tuple[Mapping[str, RandomTensor], ...]
+    config: Mapping[str, Any]
+    texts: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files, near enough."""
+        placed = sum(_place(shard)[2] for shard in self.shards)
+        return placed + sum(len(text.encode()) for text in self.texts.values())
+
+
+def write_checkpoint(
+    plan: RandomCheckpoint, out: Path, on_progress: OnProgress, *, seed: int = 0, workers: int | None = None
+) -> None:
+    """Write `plan` as the new directory `out`.
+
+    Raises ConfigError where `out` exists or has no parent directory, BudgetError where the disk has no
+    room, CheckpointError where it fails; in each case nothing is left behind.
+    """
+    if out.exists() or out.is_symlink():
+        raise ConfigError(f"{out}: exists; name a new directory, nothing is overwritten")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"{parent}: no such directory to write to")
+    needed, free = plan.nbytes + SPARE_BYTES, shutil.disk_usage(parent).free
+    if free < needed:
+        raise BudgetError(
+            f"{out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; free some space, "
+            "write fewer layers, experts or rows, or name a directory on another disk"
+        )
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=parent))
+    try:
+        _write_files(plan, part, on_progress, seed, workers or os.cpu_count() or 1)
+        part.chmod(0o755)
+        part.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror}); nothing was left") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_files(
+    plan: RandomCheckpoint, part: Path, on_progress: OnProgress, seed: int, workers: int
+) -> None:
+    total = sum(_place(shard)[2] for shard in plan.shards)
+    done = 0
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(plan.shards, start=1):
+        name = f"model-{number:05d}-of-{len(plan.shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, name)
+        for written in _write_shard(shard, part / name, seed, workers):
+            done += written
+            on_progress(done, total)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    texts = {**plan.texts, INDEX_NAME: _json(index), "config.json": _json(plan.config)}
+    for name, text in texts.items():
+        (part / name).write_text(text, encoding="utf-8")
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _place(shard: Mapping[str, RandomTensor]) -> tuple[bytes, dict[str, PlacedTensor], int]:
+    return place_tensors({name: (tensor.dtype, tensor.shape) for name, tensor in shard.items()})
+
+
+def _write_shard(shard: Mapping[str, RandomTensor], file: Path, seed: int, workers: int) -> Iterator[int]:
+    """Write one file; yields the bytes of each piece that is written."""
+    header, placed, _ = _place(shard)
+    # The threads end before the file is closed: none may still be writing to it then.
+    with file.open("wb") as stream, ThreadPoolExecutor(workers, "random") as pool:
+        stream.write(header)
+        stream.flush()
+        yield len(header)
+        output = stream.fileno()
+
+        def write(piece: tuple[PlacedTensor, Fill, int]) -> int:
+            tensor, fill, start = piece
+            nbytes = min(PIECE_BYTES, tensor.nbytes - start)
+            place = zlib.crc32(tensor.name.encode())
+            random = np.random.Generator(np.random.SFC64([seed, place, start // PIECE_BYTES]))
+            content = _piece(tensor.dtype, fill, nbytes, random).data
+            written = 0
+            while written < nbytes:
+                written += os.pwrite(output, content[written:nbytes], tensor.offset + start + written)
+            return nbytes
+
+        pieces = (
+            (tensor, shard[name].fill, start)
+            for name, tensor in sorted(placed.items(), key=lambda item: item[1].offset)
+            for start in range(0, tensor.nbytes, PIECE_BYTES)
+        )
+        yield from pool.map(write, pieces)
+        os.fsync(output)
+        # What is read next is to come from the disk, as it would with a checkpoint that was there before.
+        os.posix_fadvise(output, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _piece(dtype: str, fill: Fill, nbytes: int, random: np.random.Generator) -> np.ndarray:
+    """At least `nbytes` bytes of a tensor's content, uint8."""
+    if isinstance(fill, Normal):
+        kind = FLOAT_DTYPES[dtype]
+        values = random.standard_normal(-(-nbytes // kind.itemsize), dtype=np.float32)
+        values *= fill.std
+        values += fill.mean
+        return torch.from_numpy(values).to(kind).view(torch.uint8).numpy()
+    words = random.integers(0, 1 << 64, -(-nbytes // 8), dtype=np.uint64)
+    if isinstance(fill, Codes):
+        if dtype == "F8_E4M3":
+            words &= np.uint64(E4M3_MASK)
+        return words.view(np.uint8)
+    bits = words.view(np.uint8)
+    bits &= 1
+    bits += np.uint8(127 + fill.exponent)
+    return bits
+
+
+def e4m3_rms() -> float:
+    """Root mean square of the e4m3 codes that `Codes` draws."""
+    codes = (torch.arange(256) & E4M3_MASK & 0xFF).to(torch.uint8)
+    return float(codes.view(torch.float8_e4m3fn).float().square().mean().sqrt())
+
+
+def scales_for(std: float, codes_rms: float) -> PowerScales:
+    """Scales that bring codes of `codes_rms` to about `std`, a little less rather than more."""
+    mean_scale = math.sqrt((1 + 4) / 2)  # of 1 and 2
+    return PowerScales(math.floor(math.log2(std / (codes_rms * mean_scale))))

@@ -1,0 +1,1 @@
+"""Engram tables: rows looked up ahead of need, from DRAM and disk."""

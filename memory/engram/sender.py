@@ -1,0 +1,79 @@
+"""Sending looked-up rows to the card that computes with them, on a stream of their own.
+
+One thread a card waits for look-ups in the order they were asked for and copies each as soon as it is there,
+while the layers before compute; compute waits only where the layer needs the rows.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from memory.experts.copies import queue_of
+from memory.telemetry import Telemetry
+from memory.tiers import Tier
+
+
+class FoundRows(Protocol):
+    """A look-up in host memory."""
+
+    def arrive(self) -> torch.Tensor:
+        """The rows, `[n, dim]` float32, once they are there; raises what the look-up raised."""
+        ...
+
+
+class SentRows:
+    """Rows on their way to a card."""
+
+    def __init__(self, sent: Future[None], rows: torch.Tensor, link: str, telemetry: Telemetry) -> None:
+        self._sent = sent
+        self._rows = rows
+        self._link = link
+        self._telemetry = telemetry
+
+    @property
+    def is_done(self) -> bool:
+        return self._sent.done()
+
+    def wait(self) -> torch.Tensor:
+        """The rows on the card; waiting here counts as a stall. Raises what the look-up raised."""
+        if not self.is_done:
+            start = time.perf_counter()
+            try:
+                self._sent.result()
+            finally:
+                self._telemetry.add("stalled_s", f"{self._link} demand", time.perf_counter() - start)
+        self._sent.result()
+        return self._rows
+
+
+class RowSender:
+    """Brings rows to one card. Used by one thread, which also starts the card's kernels."""
+
+    def __init__(self, card: Tier, telemetry: Telemetry) -> None:
+        self._device = card.device
+        self._link = f"engram to {card.name}"
+        self._telemetry = telemetry
+        self._queue = queue_of(card.device)
+        self._thread = ThreadPoolExecutor(1, f"loci-engram-{card.name}")
+
+    def send(self, found: FoundRows, rows: int, dim: int) -> SentRows:
+        """Copy a look-up of so many rows to the card when it has ended."""
+        # This memory may have been given up by kernels that still run: the copy waits for the fence.
+        target = torch.empty(rows, dim, device=self._device)
+        fence = self._queue.fence()
+
+        def work() -> None:
+            source = found.arrive()
+            with torch.inference_mode(), self._queue.running(fence):
+                target.copy_(source, non_blocking=True)
+            self._telemetry.add("moved_bytes", self._link, target.nbytes)
+
+        return SentRows(self._thread.submit(work), target, self._link, self._telemetry)
+
+    def close(self) -> None:
+        """End the thread; what has not begun is not sent."""
+        self._thread.shutdown(cancel_futures=True)

@@ -1,0 +1,261 @@
+"""The Engram store: rows of n-gram tables, asked for before they are needed.
+
+A table that fits into its share of the budget is held in DRAM as a whole. Of a larger one only hot rows
+are, and the scales of all rows where they take no more than half of the share: a missing row then costs one
+read instead of two. Native threads look rows up: repeats once, many requests to the disk at a time, and
+into numbers, while the layers before compute.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.direct_reads import DirectFiles
+from memory.checkpoint.entries import TensorEntry
+from memory.checkpoint.reads import RowsOnDisk
+from memory.engram.rows import HotRows, RowCounts, RowJob, RowServer, RowTable
+from memory.engram.sender import RowSender
+from memory.telemetry import Telemetry
+from memory.tiers import Tier
+from quant.errors import CheckpointError
+from quant.formats.fp8 import FP8_ROW
+from quant.formats.stored import unpack
+from quant.kernels.cpu.library import LibraryMissingError
+from quant.kernels.interface import Kernels
+from quant.packed import Format, PackedTensor
+
+THREADS = 4  # look-ups at once; each keeps many requests to the disk under way
+LINK = "engram"  # the name of its bytes and stalls in Telemetry
+
+
+@dataclass(frozen=True)
+class TableFiles:
+    """Where a table `[rows, dim]` is: its codes and scales, and the format they are in, row by row."""
+
+    codes: TensorEntry
+    scales: TensorEntry
+    format: Format
+    dim: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return self.codes.shape[0]
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a row's codes."""
+        return self.codes.nbytes // self.rows
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a row's scales."""
+        return self.scales.nbytes // self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole table."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedTensor:
+        """Rows from the raw bytes of their codes `[n, code_bytes]` and scales `[n, scale_bytes]`."""
+        shape = (codes.shape[0], self.dim)
+        return unpack(self.format, shape, codes.flatten(), scales.flatten(), self.scales.dtype)
+
+
+class RowsTicket(Protocol):
+    """The promise of a look-up."""
+
+    @property
+    def is_done(self) -> bool:
+        """True once `wait` would not wait."""
+        ...
+
+    def wait(self) -> torch.Tensor:
+        """The rows, `[n, dim]` float32, where the layer is computed; raises what the look-up raised."""
+        ...
+
+
+class ReadyRows:
+    """The answer to a look-up that took no time."""
+
+    is_done = True
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+
+    def wait(self) -> torch.Tensor:
+        return self._rows
+
+    def arrive(self) -> torch.Tensor:
+        return self._rows
+
+
+class _ServedRows:
+    """A look-up on the store's threads. `counts` says what it took, once `arrive` or `wait` has returned."""
+
+    def __init__(self, job: RowJob, table: _Table, telemetry: Telemetry) -> None:
+        self._job = job
+        self._table = table
+        self._telemetry = telemetry
+        self.counts: RowCounts | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.counts is not None or self._job.is_done
+
+    def wait(self) -> torch.Tensor:
+        """As `arrive`; waiting here counts as the store's stall."""
+        if self.is_done:
+            return self.arrive()
+        start = time.perf_counter()
+        try:
+            return self.arrive()
+        finally:
+            self._telemetry.add("stalled_s", f"{LINK} demand", time.perf_counter() - start)
+
+    def arrive(self) -> torch.Tensor:
+        """The rows, `[n, dim]` float32. Raises CheckpointError where the disk does not give them."""
+        if self.counts is None:
+            try:
+                self.counts = self._job.wait()
+            except CheckpointError as error:
+                self._telemetry.add("failed", f"{LINK} demand")
+                raise CheckpointError(f"{self._table.files.codes.file}: {error}") from None
+            for label in ("asked", "unique", "cached", "read"):
+                self._telemetry.add("rows", label, getattr(self.counts, label))
+            self._telemetry.add("moved_bytes", LINK, self.counts.read_bytes)
+        return self._table.numbers(self._job.out)
+
+
+class _Table:
+    """What of a table is in DRAM within `budget_bytes`, for the threads that look it up."""
+
+    def __init__(self, files: TableFiles, direct: DirectFiles, kernels: Kernels, budget_bytes: int) -> None:
+        self.files = files
+        self._kernels = kernels
+        self._decodes = files.format is FP8_ROW
+        is_whole = budget_bytes >= files.nbytes
+        self._codes = direct.load(files.codes) if is_whole else None
+        holds_scales = is_whole or files.scales.nbytes * 2 <= budget_bytes
+        self._scales = direct.load(files.scales) if holds_scales else None
+        left = budget_bytes - (files.scales.nbytes if holds_scales else 0)
+        row_bytes = files.code_bytes + (0 if holds_scales else files.scale_bytes)
+        self._hot = HotRows.within(0 if is_whole else left, row_bytes)
+        self.native = RowTable(
+            codes=None if self._codes is None else self._codes.data_ptr(),
+            scales=None if self._scales is None else self._scales.data_ptr(),
+            rows=files.rows,
+            cols=files.dim,
+            code_bytes=files.code_bytes,
+            scale_bytes=files.scale_bytes,
+            decodes=self._decodes,
+            float_scales=files.scales.dtype == "F32",
+            codes_file=direct.descriptor(files.codes.file),
+            codes_at=files.codes.offset,
+            scales_file=direct.descriptor(files.scales.file),
+            scales_at=files.scales.offset,
+            sets=self._hot.sets,
+            tags=self._hot.tags.data_ptr(),
+            stamps=self._hot.stamps.data_ptr(),
+            hot=self._hot.rows.data_ptr(),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        held = [tensor.nbytes for tensor in (self._codes, self._scales) if tensor is not None]
+        return sum(held) + self._hot.nbytes
+
+    def room(self, n: int, *, pinned: bool) -> torch.Tensor:
+        """Where the answer to a look-up of n rows goes."""
+        if self._decodes:
+            return torch.empty(n, self.files.dim, pin_memory=pinned)
+        return torch.empty(n, self.files.code_bytes + self.files.scale_bytes, dtype=torch.uint8)
+
+    def numbers(self, answer: torch.Tensor) -> torch.Tensor:
+        """The rows of an answer, `[n, dim]` float32."""
+        if self._decodes:
+            return answer
+        codes, scales = answer.tensor_split([self.files.code_bytes], dim=1)
+        return self._kernels.gather_rows(self.files.unpack(codes, scales), torch.arange(len(answer)))
+
+
+class EngramStore:
+    """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
+
+    cards: where layers are computed that are not in host memory; their rows are sent there. Without the
+    compiled kernels tables stay on disk, and a look-up takes place when it is asked for.
+    """
+
+    def __init__(
+        self,
+        tables: Mapping[int, TableFiles],
+        checkpoint: Checkpoint,
+        kernels: Kernels,
+        budget_bytes: int,
+        telemetry: Telemetry,
+        *,
+        cards: Mapping[int, Tier] | None = None,
+    ) -> None:
+        self.files = tables
+        self._kernels = kernels
+        self._telemetry = telemetry
+        cards = {layer: card for layer, card in (cards or {}).items() if layer in tables}
+        senders = {card: RowSender(card, telemetry) for card in set(cards.values())}
+        self._senders = {layer: senders[card] for layer, card in cards.items()}
+        self._pinned = {layer for layer, card in cards.items() if card.device.type == "cuda"}
+        self._direct = DirectFiles()
+        self._server: RowServer | None = None
+        self._tables: dict[int, _Table] = {}
+        self._on_disk: dict[int, tuple[RowsOnDisk, RowsOnDisk]] = {}
+        if not tables:
+            return
+        try:
+            self._server = RowServer(THREADS)
+        except LibraryMissingError:
+            for layer, files in tables.items():
+                self._on_disk[layer] = RowsOnDisk(files.codes), RowsOnDisk(files.scales)
+            return
+        self._direct.open([entry.file for files in tables.values() for entry in (files.codes, files.scales)])
+        total = sum(files.nbytes for files in tables.values())
+        self._numbers: dict[int, int] = {}
+        for layer, files in tables.items():
+            share = budget_bytes * files.nbytes // max(total, 1)
+            self._tables[layer] = _Table(files, self._direct, kernels, share)
+            self._numbers[layer] = self._server.add(self._tables[layer].native)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of DRAM that tables and caches hold."""
+        return sum(table.nbytes for table in self._tables.values())
+
+    def lookup(self, layer: int, rows: torch.Tensor) -> RowsTicket:
+        """Ask for rows `[n]` int64 (repeats are fine) of a layer's table, to be where the layer is."""
+        found = self._found(layer, rows)
+        sender = self._senders.get(layer)
+        return found if sender is None else sender.send(found, len(rows), self.files[layer].dim)
+
+    def _found(self, layer: int, rows: torch.Tensor) -> ReadyRows | _ServedRows:
+        """A look-up in host memory."""
+        if self._server is None:
+            self._telemetry.add("rows", "asked", len(rows))
+            codes, scales = (part[rows] for part in self._on_disk[layer])
+            found = self.files[layer].unpack(codes, scales)
+            return ReadyRows(self._kernels.gather_rows(found, torch.arange(len(rows))))
+        table = self._tables[layer]
+        out = table.room(len(rows), pinned=layer in self._pinned)
+        return _ServedRows(self._server.ask(self._numbers[layer], rows, out), table, self._telemetry)
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        for sender in set(self._senders.values()):
+            sender.close()
+        if self._server is not None:
+            self._server.close()
+        self._direct.close()

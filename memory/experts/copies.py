@@ -1,0 +1,104 @@
+"""Carrying experts between DRAM and one card: copies on a stream of their own, rearranged on the card.
+
+A link's thread calls `bring` and `take_back`, which return when the bytes are there: any kernel started from
+then on sees them. The other way round, kernels that were started before may still read a slot that is to be
+overwritten; a fence, taken when the transfer is asked for, says which, and the copy waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+from memory.tiers import Tier
+from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.interface import SlotLayout
+
+Fence = object
+
+
+class CopyQueue(Protocol):
+    """In what order a device copies and computes."""
+
+    def fence(self) -> Fence:
+        """Everything that has been started on the device so far."""
+        ...
+
+    def running(self, after: Fence) -> AbstractContextManager[None]:
+        """What is started inside begins after the fence, and has ended when the block is left."""
+        ...
+
+
+class HostQueue:
+    """Host memory, virtual cards too: everything has happened when its call returns."""
+
+    def fence(self) -> Fence:
+        return None
+
+    @contextmanager
+    def running(self, after: Fence) -> Iterator[None]:
+        yield
+
+
+class CudaQueue:
+    """A CUDA card: a stream for copies beside the one that computes, and events between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def fence(self) -> Fence:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @contextmanager
+    def running(self, after: Fence) -> Iterator[None]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            assert isinstance(after, torch.cuda.Event)
+            self._stream.wait_event(after)
+            try:
+                yield
+            finally:  # also where it failed: nothing may still be under way to a slot that is given away
+                self._stream.synchronize()
+
+
+def queue_of(device: torch.device) -> CopyQueue:
+    """A new queue of copies to and from a device."""
+    return CudaQueue(device) if device.type == "cuda" else HostQueue()
+
+
+class Carrier:
+    """Between slots in DRAM and slots on one card."""
+
+    def __init__(self, tier: Tier, in_dram: SlotLayout, on_card: SlotLayout) -> None:
+        self._queue = queue_of(tier.device)
+        self._card_layout = on_card if isinstance(on_card, CardSlotLayout) else None
+        self._staging = None
+        if self._card_layout is not None:
+            self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)
+
+    def fence(self) -> Fence:
+        """To be taken by whoever starts kernels, when it asks for a transfer."""
+        return self._queue.fence()
+
+    def bring(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
+        """Fill a slot of the card from one in DRAM."""
+        with self._queue.running(after):
+            if self._card_layout is None or self._staging is None:
+                slot.copy_(source)
+            else:
+                self._staging.copy_(source, non_blocking=True)
+                self._card_layout.from_panels(slot, self._staging)
+
+    def take_back(self, target: torch.Tensor, slot: torch.Tensor, after: Fence) -> None:
+        """Fill a slot in DRAM from one of the card."""
+        with self._queue.running(after):
+            if self._card_layout is None or self._staging is None:
+                target.copy_(slot)
+            else:
+                self._card_layout.to_panels(slot, self._staging)
+                target.copy_(self._staging, non_blocking=True)

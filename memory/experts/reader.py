@@ -1,0 +1,94 @@
+"""Experts from disk: which bytes of which files, read by several threads at once, straight into slots."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from memory.checkpoint.direct_reads import DirectFiles, Range, coalesce
+from memory.checkpoint.entries import TensorEntry
+from memory.experts.slot_table import Key
+from memory.hardware.detect import usable_cores
+from memory.telemetry import Telemetry
+from memory.transfer import Link, Priority, Ticket
+from quant.kernels.interface import SlotLayout
+from quant.packed import Format, PackedTensor
+
+MATRICES = 3  # of an expert: w1, w3, w2
+MOST_READERS = 4
+
+
+def default_readers() -> int:
+    """Readers that keep the disk busy while others rearrange."""
+    return min(MOST_READERS, usable_cores() + 1)
+
+
+class ExpertFiles(Protocol):
+    """Where experts are on disk and how their bytes are to be read; given by the model's family."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def format(self) -> Format: ...
+
+    def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
+        """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""
+        ...
+
+    def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
+        """The matrix from the raw bytes of its tensors, by name."""
+        ...
+
+
+class ExpertReader:
+    """Reads experts on `readers` threads, past the page cache, and rearranges them for the kernels.
+
+    A matrix is one request: an expert's three are read and rearranged at once by as many threads, so that
+    one missing expert alone keeps the disk busy.
+    """
+
+    def __init__(self, files: ExpertFiles, layout: SlotLayout, telemetry: Telemetry, readers: int) -> None:
+        self._files = files
+        self._layout = layout
+        self._direct = DirectFiles()
+        self._direct.open(
+            sorted(
+                {
+                    entry.file
+                    for layer in range(files.layers)
+                    for expert in range(files.experts)
+                    for number in range(MATRICES)
+                    for entry in files.entries(layer, expert, number)
+                }
+            )
+        )
+        self.link = Link("nvme", telemetry, workers=readers)
+
+    def read(self, key: Key, slot: torch.Tensor, priority: Priority) -> Ticket:
+        """Begin reading an expert into `slot` (uint8 `[layout.nbytes]`)."""
+        stop = threading.Event()
+        parts = [self._part(key, number, slot, stop) for number in range(MATRICES)]
+        return self.link.submit(parts, self._layout.nbytes, priority, stop)
+
+    def _part(self, key: Key, number: int, slot: torch.Tensor, stop: threading.Event) -> Callable[[], None]:
+        ranges: list[Range] = coalesce(self._files.entries(*key, number))
+
+        def work() -> None:
+            raw = self._direct.read(ranges, stop)
+            self._layout.pack_matrix(slot, number, self._files.matrix(*key, number, raw))
+
+        return work
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self.link.close()
+        self._direct.close()

@@ -1,0 +1,1 @@
+"""Placement before loading: shapes, budgets, costs, forecasts. Pure data and arithmetic."""

@@ -1,0 +1,120 @@
+"""What a model may take of this machine: bytes of DRAM, and cards with their budgets."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from memory.hardware.detect import available_memory_bytes
+from memory.hardware.profiles import DeviceSpec, GpuSpec, HardwareProfile, parse_bytes, parse_devices
+from memory.hardware.this_machine import this_machine
+from memory.planner.placement import Workload
+from memory.tiers import Tier
+from quant.errors import BudgetError, ConfigError
+
+logger = logging.getLogger("loci.memory")
+
+# Share of the memory that is free at start that weights may take; the rest is for caches and work space.
+WEIGHTS_SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Budgets that loading must keep.
+
+    dram_bytes  for all weights in host memory
+    cards       with what may be allocated on each, for weights and KV
+    workload    for which cards must have KV and work space
+    cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
+    """
+
+    dram_bytes: int
+    cards: tuple[Tier, ...] = ()
+    workload: Workload = field(default_factory=lambda: Workload(context=8192))
+
+    cpu_bytes_per_s: float | None = None
+
+    @property
+    def profile(self) -> HardwareProfile:
+        """The cards as a machine to place a model on. Its rates only say that cards are faster."""
+        gpus = tuple(
+            GpuSpec(
+                name=card.name,
+                kind="virtual" if card.is_virtual else "cuda",
+                memory_bytes=card.budget_bytes,
+                memory_bytes_per_s=500e9,
+                matmul_flops=50e12,
+                link_bytes_per_s=card.link_bytes_per_s or 12e9,
+                link_together_bytes_per_s=card.link_bytes_per_s or 12e9,
+            )
+            for card in self.cards
+        )
+        return HardwareProfile(
+            name="budgets",
+            description="what loading may take",
+            cores=8,
+            cpu_level="avx2",
+            cpu_matmul_flops=500e9,
+            expert_bytes_per_s=None,
+            dram_bytes=1 << 60,  # what cards have no room for goes there; loading sees whether it fits
+            dram_bytes_per_s=50e9,
+            dram_rows_per_s=1e7,
+            disk_bytes=1 << 60,
+            disk_bytes_per_s=3e9,
+            disk_reads_per_s=1e5,
+            gpus=gpus,
+        )
+
+    @classmethod
+    def of_this_machine(
+        cls, dram: str | None = None, devices: str | None = None, workload: Workload | None = None
+    ) -> MemoryBudget:
+        """Budgets as a person writes them: `dram` like `16GiB`, `devices` like `virtual:24GiB@12.5GB/s`.
+
+        Without `dram` it is a share of the memory that is free now, less what virtual cards take of
+        it. Raises ConfigError for text that is not understood, BudgetError where there is not as much.
+        """
+        specs = parse_devices(devices) if devices else ()
+        machine = this_machine() if specs else None
+        cards = tuple(_tier(f"vram:{number}", device, machine) for number, device in enumerate(specs))
+        if sum(not card.is_virtual for card in cards) > 1:
+            logger.warning("two real cards together are unproven yet; `pytest tests/gpu` checks these")
+        on_cards = sum(card.budget_bytes for card in cards if card.is_virtual)
+        free = available_memory_bytes()
+        dram_bytes = int(free * WEIGHTS_SHARE) - on_cards if dram is None else parse_bytes(dram)
+        asked = max(dram_bytes, 0) + on_cards
+        if dram_bytes <= 0 or asked > free:
+            raise BudgetError(
+                f"the budgets for DRAM and virtual cards come to {asked / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB of memory are free; ask for less"
+            )
+        budget = cls(dram_bytes, cards, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
+        return replace(budget, workload=workload) if workload else budget
+
+
+def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tier:
+    if device.kind == "virtual":
+        return Tier(name, device.budget_bytes, torch.device("cpu"), device.link_bytes_per_s)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"devices: there is no CUDA card {device.index}: {_why_no_cuda()}")
+    if device.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"devices: there is no CUDA card {device.index}; this machine has {torch.cuda.device_count()}"
+        )
+    free = torch.cuda.mem_get_info(device.index)[0]
+    if device.budget_bytes > free:
+        raise BudgetError(
+            f"devices: card {device.index} has {free / 1e9:.1f} GB free, {device.budget_bytes / 1e9:.1f} GB "
+            "were asked for"
+        )
+    assert machine is not None
+    link = machine.gpus[device.index].link_together_bytes_per_s
+    return Tier(name, device.budget_bytes, torch.device("cuda", device.index), link)
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "the installed PyTorch is built for the CPU; install one for CUDA"
+    return "no driver or card answers (`nvidia-smi` shows them)"

@@ -1,0 +1,289 @@
+"""What a step costs: bytes per tier, how transfers and arithmetic overlap, what bounds it.
+
+The model is one page: docs/planner.md. A layer's dense part runs on the card (or CPU) that holds it;
+then its routed experts run where they lie, all at once: those in VRAM on the cards, those in DRAM split
+between the CPU and the links so that both finish together, those on NVMe after they were read. The step
+is the sum over layers, plus the head. Nothing here is measured at run time and nothing is fitted to a
+machine: `Efficiency` has the few constants, each with its source.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memory.hardware.profiles import HardwareProfile
+from memory.planner.placement import Placement
+from memory.planner.routing import Routing, any_used, distinct
+from memory.planner.shape import LayerShape, ModelShape
+
+# An expert from NVMe is written to DRAM by the disk, read and written when it is rearranged, and read again.
+CROSSINGS = 3
+
+VRAM, GPU, DRAM, CPU, LINK, DISK, LATENCY = (
+    "VRAM bandwidth", "GPU arithmetic", "DRAM bandwidth", "CPU arithmetic", "PCIe links", "disk", "latency",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What of a machine's rates programs reach; sources in docs/planner.md.
+
+    vram_share          of a card's data-sheet bandwidth, in matrix-vector products
+    gpu_flops_share     of its dense bf16 arithmetic, on prompts
+    expert_share        of the DRAM read rate, in the CPU's expert kernels (unless the profile says)
+    bus_share           of the DRAM read rate, when CPU and links read at once
+    card_layer_s        launching a layer's operations on a card, one by one from Python
+    host_layer_s        the same on the CPU: calls, and threads that meet
+    guessed_share       of a layer's missing experts that are asked for before its router says so
+    rearranged_per_core bytes a second that a core brings from file order into the kernels' order
+    round_trip_s        card to CPU and back, in a layer that needs experts outside VRAM
+    card_hop_s          card to card and back, in a layer whose experts lie on several
+    """
+
+    vram_share: float = 0.8
+    gpu_flops_share: float = 0.5
+    expert_share: float = 0.8
+    bus_share: float = 0.82
+    card_layer_s: float = 2.2e-3
+    host_layer_s: float = 1.1e-3
+    guessed_share: float = 0.9
+    rearranged_per_core: float = 4e9
+    round_trip_s: float = 100e-6
+    card_hop_s: float = 52e-6
+
+
+@dataclass
+class StepCost:
+    """A step's time and bytes.
+
+    tokens        tokens the step produces (decode) or takes in (prefill)
+    seconds       its duration, by the resource that was busy longest at each point
+    nbytes        bytes read from each tier, or moved over each link, by its name
+    hit_rates     share of the routed picks found in VRAM, DRAM and on NVMe
+    disk_idle_s   since the last router, in which the disk could read what the next layer is guessed to need
+    """
+
+    tokens: int
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    nbytes: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    hit_rates: dict[str, float] = field(default_factory=dict)
+
+    disk_idle_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Duration of the step."""
+        return sum(self.seconds.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second of a run of such steps."""
+        return self.tokens / self.total_s
+
+    @property
+    def bound(self) -> str:
+        """The resource that most of the time goes to."""
+        return max(self.seconds, key=lambda resource: self.seconds[resource])
+
+
+class CostModel:
+    """Predicts steps of a placed model on a machine under a routing."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hardware: HardwareProfile,
+        placement: Placement,
+        routing: Routing,
+        efficiency: Efficiency | None = None,
+    ) -> None:
+        self.shape = shape
+        self.hardware = hardware
+        self.placement = placement
+        self.routing = routing
+        self.efficiency = efficiency or Efficiency()
+        e = self.efficiency
+        bus = hardware.dram_bytes_per_s * e.bus_share
+        self._cpu_rate = min(
+            hardware.expert_bytes_per_s or hardware.dram_bytes_per_s * e.expert_share,
+            hardware.dram_bytes_per_s,
+        )
+        self._bus_rate = max(bus, self._cpu_rate)
+        self._experts = [placement.experts(n) for n in range(len(shape.layers))]
+        self._tiers = [placement.tier_of("dense", n) for n in range(len(shape.layers))]
+        self._table_tiers = [placement.tier_of("engram", n) for n in range(len(shape.layers))]
+        self._hot_rows_bytes = sum(r.nbytes for r in placement.reserves if r.name == "hot Engram rows")
+        self._cold_tables_bytes = sum(
+            p.nbytes for p in placement.places if p.kind == "engram" and p.tier == "nvme"
+        )
+
+    def decode(self, sequences: int, held: int) -> StepCost:
+        """One token for each of `sequences` sequences that hold `held` tokens."""
+        return self._step(sequences, sequences, held)
+
+    def prefill(self, chunk: int, held: int) -> StepCost:
+        """`chunk` prompt tokens of one sequence that holds `held` tokens before them."""
+        return self._step(chunk, 1, held + chunk // 2)
+
+    def _step(self, tokens: int, sequences: int, held: int) -> StepCost:
+        """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
+        cost = StepCost(tokens)
+        hits: dict[str, float] = defaultdict(float)
+        is_foreseen = True  # the first layer's experts are guessed from the embedding
+        for n, layer in enumerate(self.shape.layers):
+            if layer.table is not None:
+                self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)
+            self._dense(cost, n, layer, tokens, sequences, held)
+            if not is_foreseen:
+                cost.disk_idle_s = 0.0
+            is_foreseen = layer.experts > 0
+            if layer.experts:
+                self._routed(cost, hits, n, layer, tokens)
+        head_tier = self.placement.tier_of("head", None)
+        time, resource = self._on(
+            head_tier, self.shape.head.nbytes, 2 * self.shape.head.parameters * sequences
+        )
+        cost.seconds[resource] += time
+        cost.nbytes[head_tier] += self.shape.head.nbytes
+        picks = sum(hits.values())
+        cost.hit_rates = {tier: hits[tier] / picks if picks else 0.0 for tier in ("vram", "dram", "nvme")}
+        cost.seconds = {resource: time for resource, time in cost.seconds.items() if time > 0}
+        cost.nbytes = {tier: nbytes for tier, nbytes in cost.nbytes.items() if nbytes > 0}
+        return cost
+
+    def _on(self, tier: str, nbytes: float, flops: float) -> tuple[float, str]:
+        """Time to read bytes of a tier and compute with them beside it, and what it is bound by."""
+        e = self.efficiency
+        if tier.startswith("vram"):
+            gpu = self.hardware.gpus[int(tier.partition(":")[2])]
+            if gpu.kind == "cuda":
+                read = nbytes / (gpu.memory_bytes_per_s * e.vram_share)
+                compute = flops / (gpu.matmul_flops * e.gpu_flops_share)
+                return max(read, compute), VRAM if read >= compute else GPU
+        read, compute = nbytes / self._cpu_rate, flops / self.hardware.cpu_matmul_flops
+        return max(read, compute), DRAM if read >= compute else CPU
+
+    def _is_real_card(self, tier: str) -> bool:
+        return tier.startswith("vram") and self.hardware.gpus[int(tier.partition(":")[2])].kind == "cuda"
+
+    def _dense(
+        self, cost: StepCost, n: int, layer: LayerShape, tokens: int, sequences: int, held: int
+    ) -> None:
+        """Attention, router, shared experts, and fixed costs; the disk reads ahead meanwhile."""
+        before = cost.total_s
+        tier = self._tiers[n]
+        weights = layer.dense + layer.shared
+        nbytes = weights.nbytes + layer.kv.read_bytes(held) * sequences
+        flops = tokens * (2 * weights.parameters + layer.kv.flops(held))
+        time, resource = self._on(tier, nbytes, flops)
+        cost.seconds[resource] += time
+        cost.nbytes[tier] += nbytes
+        e = self.efficiency
+        cost.seconds[LATENCY] += e.card_layer_s if self._is_real_card(tier) else e.host_layer_s
+        cost.disk_idle_s += cost.total_s - before
+
+    def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
+        """Engram rows: fetched from the step's start on, so only what layers 0..n-1 do not hide counts."""
+        tier = self._table_tiers[n]
+        cost.nbytes[tier] += rows * row_bytes
+        cached = self._hot_rows_bytes / self._cold_tables_bytes if self._cold_tables_bytes else 1.0
+        missed = rows * (1.0 - cached) if tier == "nvme" else 0.0
+        from_disk = missed / self.hardware.disk_reads_per_s
+        from_dram = rows / self.hardware.dram_rows_per_s
+        exposed = max(0.0, max(from_disk, from_dram) - cost.total_s)
+        cost.seconds[DISK if from_disk > from_dram else DRAM] += exposed
+
+    def _routed(self, cost: StepCost, hits: dict[str, float], n: int, layer: LayerShape, tokens: int) -> None:
+        """The layer's routed experts, wherever they lie, at once."""
+        e, held = self.efficiency, self._experts[n]
+        chances = self.routing.picks(n, layer.experts, self.shape.top_k)
+        size, flops = layer.expert.nbytes, 2 * layer.expert.parameters
+        cards = {tier: count for tier, count in held.items() if tier.startswith("vram")}
+        in_vram = sum(cards.values())
+        in_dram = in_vram + held.get("dram", 0)
+        hot, warm, cold = chances[:in_vram], chances[in_vram:in_dram], chances[in_dram:]
+        for tier, part in (("vram", hot), ("dram", warm), ("nvme", cold)):
+            hits[tier] += tokens * float(part.sum())
+
+        cpu_s, card_s, card_bound = 0.0, 0.0, VRAM
+        for tier, count in cards.items():
+            share = count / in_vram
+            nbytes = size * distinct(hot, tokens) * share
+            time, resource = self._on(tier, nbytes, flops * tokens * float(hot.sum()) * share)
+            cost.nbytes[tier] += nbytes
+            if not self._is_real_card(tier):
+                cpu_s += time
+            elif time > card_s:
+                card_s, card_bound = time, resource
+        if np.any(chances[in_vram:] > 0):
+            read = size * distinct(cold, tokens)
+            moved = size * distinct(warm, tokens) + read
+            outside = tokens * float(chances[in_vram:].sum())
+            self._outside_vram(cost, moved, read, flops * outside, cpu_s, card_s, card_bound)
+            on_card = self._is_real_card(self._tiers[n])
+            cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * e.round_trip_s * on_card
+        else:
+            cost.seconds[card_bound if card_s >= cpu_s else DRAM] += max(card_s, cpu_s)
+            cost.disk_idle_s += max(card_s, cpu_s)
+        if sum(self._is_real_card(tier) for tier in cards) > 1:
+            cost.seconds[LATENCY] += e.card_hop_s
+
+    def _outside_vram(
+        self,
+        cost: StepCost,
+        moved: float,
+        read: float,
+        flops: float,
+        cpu_s: float,
+        card_s: float,
+        card_bound: str,
+    ) -> None:
+        """`moved` bytes of experts in DRAM, `read` of them from NVMe: to the CPU, or over links to cards.
+
+        The split x (share over the links) makes CPU, links and cards finish together; disk and the DRAM
+        bus, which everything crosses, work meanwhile.
+        """
+        e, hardware = self.efficiency, self.hardware
+        disk = read / hardware.disk_bytes_per_s
+        # Of what was read ahead, the guessed share was right.
+        disk -= e.guessed_share * min(disk, cost.disk_idle_s)
+        cpu_s += read / (e.rearranged_per_core * hardware.cores)
+        by_cpu, cpu_bound = self._on("dram", moved, flops)
+        real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda"]
+        links = sum(gpu.link_together_bytes_per_s for gpu in real)
+        x, by_link, on_card = 0.0, 0.0, 0.0
+        if links and moved:
+            by_link = moved / links
+            memory = sum(gpu.memory_bytes_per_s for gpu in real) * e.vram_share
+            on_card = max(moved / memory, flops / (sum(g.matmul_flops for g in real) * e.gpu_flops_share))
+            x = min(
+                (by_cpu + cpu_s) / (by_cpu + by_link),
+                (by_cpu + cpu_s - card_s) / (by_cpu + on_card),
+            )
+            x = min(1.0, max(0.0, x))
+        candidates = {
+            cpu_bound: (1 - x) * by_cpu + cpu_s,
+            LINK: x * by_link,
+            card_bound: card_s + x * on_card,
+            DISK: disk,
+        }
+        bus = (moved + CROSSINGS * read) / self._bus_rate
+        total = max(bus, *candidates.values())
+        cost.disk_idle_s = total - disk
+        if bus >= total:
+            cost.seconds[DRAM] += total
+        elif candidates[DISK] >= total:
+            cost.seconds[DISK] += total
+        elif candidates[card_bound] >= total > candidates[cpu_bound]:
+            cost.seconds[card_bound] += total
+        else:  # CPU and links finish together: by the bytes each took
+            cost.seconds[LINK] += x * total
+            cost.seconds[cpu_bound] += (1 - x) * total
+        cost.nbytes["dram"] += moved
+        cost.nbytes["nvme"] += read
+        for i, gpu in enumerate(hardware.gpus):
+            if gpu.kind == "cuda" and links:
+                cost.nbytes[f"link:{i}"] += x * moved * gpu.link_together_bytes_per_s / links

@@ -1,0 +1,344 @@
+"""The placement: which tier holds each part of a model, decided from shapes and a hardware profile.
+
+Pure data and printable; nothing is loaded. What every token reads goes to the cards first, then the
+hottest routed experts (of each layer the same number, spread over all cards), then DRAM, then NVMe.
+Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a cache of hot rows.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from memory.hardware.profiles import GpuSpec, HardwareProfile
+from memory.planner.shape import ModelShape
+
+NOWHERE = "nowhere"
+# A CUDA context with its libraries takes about half a gigabyte on each card.
+CARD_BASE_BYTES = 600_000_000
+# Python, torch and the server, before any weight.
+PROCESS_BYTES = 1_000_000_000
+# Steps pass activations from buffer to buffer.
+ACTIVATION_BUFFERS = 2
+# Layers whose experts can be in staging at once: one computed, the next on its way in.
+STAGED_LAYERS = 2
+# What calling a layer's operations costs more on the CPU than on a card; its threads must meet.
+CPU_CALLS_S = 1.2e-3
+# Of an Engram table on NVMe, the rows worth keeping in DRAM: at most this share of the table, and of DRAM.
+HOT_ROWS_OF_TABLE = 0.10
+HOT_ROWS_OF_DRAM = 0.05
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the machine: `sequences` of up to `context` tokens; prompts in chunks."""
+
+    context: int
+    sequences: int = 1
+    prefill_chunk: int = 512
+
+
+@dataclass(frozen=True)
+class Place:
+    """One component (or a number of a layer's experts) in one tier.
+
+    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `routed_experts`, `engram`
+    count  experts, or rows; 1 for the rest
+    """
+
+    component: str
+    kind: str
+    layer: int | None
+    tier: str
+    nbytes: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Bytes of a tier that hold nothing of their own: workspace, staging, copies of hot rows."""
+
+    name: str
+    tier: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything is. Every byte of the model and its KV is in exactly one of `places`."""
+
+    model: str
+    hardware: str
+    workload: Workload
+    budgets: dict[str, int]
+    places: tuple[Place, ...]
+    reserves: tuple[Reserve, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything has a place."""
+        return self.used(NOWHERE) == 0
+
+    def used(self, tier: str) -> int:
+        """Bytes planned into a tier."""
+        placed = sum(place.nbytes for place in self.places if place.tier == tier)
+        return placed + sum(reserve.nbytes for reserve in self.reserves if reserve.tier == tier)
+
+    def tier_of(self, kind: str, layer: int | None) -> str:
+        """The tier of a component that is not divided; NOWHERE where the model has none."""
+        for place in self.places:
+            if place.kind == kind and place.layer == layer:
+                return place.tier
+        return NOWHERE
+
+    def experts(self, layer: int) -> dict[str, int]:
+        """How many of a layer's routed experts each tier holds."""
+        return {p.tier: p.count for p in self.places if p.kind == "routed_experts" and p.layer == layer}
+
+
+@dataclass
+class _Room:
+    """What is left of each tier while placing."""
+
+    budgets: dict[str, int]
+    left: dict[str, int] = field(init=False)
+    places: list[Place] = field(default_factory=list)
+    reserves: list[Reserve] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.left = dict(self.budgets)
+
+    def reserve(self, name: str, tier: str, nbytes: int, reason: str) -> None:
+        """Take bytes of a tier; NOWHERE where it has not so many left."""
+        if not nbytes:
+            return
+        tier = self.first_with(nbytes, [tier])
+        if tier != NOWHERE:
+            self.left[tier] -= nbytes
+        self.reserves.append(Reserve(name, tier, nbytes, reason))
+
+    def put(
+        self,
+        component: str,
+        kind: str,
+        layer: int | None,
+        tier: str,
+        nbytes: int,
+        reason: str,
+        count: int = 1,
+    ) -> None:
+        """Place a component whose tier has been found."""
+        if not nbytes:
+            return
+        if tier != NOWHERE:
+            self.left[tier] -= nbytes
+        reason = "no tier has room for it" if tier == NOWHERE else reason
+        self.places.append(Place(component, kind, layer, tier, nbytes, count, reason))
+
+    def first_with(self, nbytes: int, tiers: list[str]) -> str:
+        """The first of these tiers that has so many bytes left."""
+        return next((tier for tier in tiers if self.left[tier] >= nbytes), NOWHERE)
+
+
+def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Placement:
+    """Place a model on a machine. What finds no room is in tier NOWHERE, and `fits` is False."""
+    cards = [f"vram:{i}" for i in range(len(hardware.gpus))]
+    budgets = {card: gpu.memory_bytes for card, gpu in zip(cards, hardware.gpus, strict=True)}
+    budgets |= {"dram": hardware.dram_bytes, "nvme": hardware.disk_bytes}
+    room = _Room(budgets)
+    room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
+    cards = _reserve_workspace(room, shape, hardware.gpus, workload)
+    room = _place_dense(room, shape, hardware, workload, cards)
+    _place_embedding(room, shape)
+    speeds = {card: hardware.gpus[int(card.partition(":")[2])].memory_bytes_per_s for card in cards}
+    _place_experts_and_tables(room, shape, speeds)
+    elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
+    room.reserve("checkpoint", "nvme", elsewhere, "the files of what is loaded into faster tiers")
+    return Placement(shape.name, hardware.name, workload, budgets, tuple(room.places), tuple(room.reserves))
+
+
+def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Activations and logits of the largest step."""
+    tokens = max(workload.prefill_chunk, workload.sequences)
+    return ACTIVATION_BUFFERS * tokens * shape.activation_bytes + 4 * shape.vocab_size * workload.sequences
+
+
+def _reserve_workspace(
+    room: _Room, shape: ModelShape, gpus: tuple[GpuSpec, ...], workload: Workload
+) -> list[str]:
+    """Set workspace aside; return the cards that have room for it, the others stay unused.
+
+    What a virtual card would need of it is host memory, like the card itself.
+    """
+    work = workspace_bytes(shape, workload)
+    staging = -(-STAGED_LAYERS * shape.top_k * shape.expert_nbytes // max(1, len(gpus)))
+    usable = []
+    for number, gpu in enumerate(gpus):
+        card = f"vram:{number}"
+        if gpu.kind == "virtual":
+            usable.append(card)
+            continue
+        needed = work + CARD_BASE_BYTES
+        if room.left[card] < needed + staging:
+            room.left[card] = 0
+            continue
+        usable.append(card)
+        room.reserve("workspace", card, needed, "activations of a prompt chunk, logits, CUDA")
+        room.reserve("expert staging", card, staging, f"experts of {STAGED_LAYERS} layers on their way in")
+    if not any(gpus[int(card.partition(":")[2])].kind == "cuda" for card in usable):
+        room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
+    return usable
+
+
+def _place_dense(
+    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, cards: list[str]
+) -> _Room:
+    """What every token reads: to the cards the head and what layers fit, or layers alone; the rest to DRAM.
+
+    Of the two the one that keeps more off the CPU is taken, so that a larger card never makes a worse plan.
+    """
+    trials: list[_Room] = []
+    for head_first in (True, False):
+        trial = deepcopy(room)
+        if head_first:
+            _put_head(trial, shape, cards)
+        _put_layers(trial, shape, workload, cards)
+        if not head_first:
+            _put_head(trial, shape, cards)
+        trials.append(trial)
+    return max(trials, key=lambda trial: _saved_s(trial, shape, hardware, workload, cards))
+
+
+def _saved_s(
+    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, cards: list[str]
+) -> float:
+    """Seconds of the CPU in a step of all sequences for what lies on cards instead."""
+    tokens = workload.sequences
+    saved = 0.0
+    for place in room.places:
+        if place.tier not in cards or place.kind not in ("head", "dense"):
+            continue
+        weights, kv_bytes, kv_flops = shape.head, 0.0, 0.0
+        if place.layer is not None:
+            layer = shape.layers[place.layer]
+            weights = layer.dense + layer.shared
+            kv_bytes, kv_flops = layer.kv.read_bytes(workload.context), layer.kv.flops(workload.context)
+            saved += CPU_CALLS_S
+        saved += max(
+            (weights.nbytes + kv_bytes * tokens) / hardware.dram_bytes_per_s,
+            tokens * (2 * weights.parameters + kv_flops) / hardware.cpu_matmul_flops,
+        )
+    return saved
+
+
+def _put_head(room: _Room, shape: ModelShape, cards: list[str]) -> None:
+    """To the last card, which has the last layers."""
+    tier = room.first_with(shape.head.nbytes, [*reversed(cards), "dram"])
+    room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
+
+
+def _put_layers(room: _Room, shape: ModelShape, workload: Workload, cards: list[str]) -> None:
+    """Consecutive layers to each card in proportion to its room, the rest to DRAM."""
+    sizes = [
+        layer.dense.nbytes + layer.shared.nbytes + workload.sequences * layer.kv.nbytes(workload.context)
+        for layer in shape.layers
+    ]
+    on_cards = sum(room.left[card] for card in cards)
+    share = min(1.0, sum(sizes) / on_cards) if on_cards else 1.0
+    kept_free = {card: room.left[card] * (1.0 - share) for card in cards}
+    ahead = list(cards)
+    for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
+        while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
+            ahead.pop(0)
+        tier = room.first_with(size, [*ahead, *cards, "dram"])
+        why = "every token reads it" + ("; the cards are full" if cards and tier == "dram" else "")
+        room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
+        room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
+        kv = size - layer.dense.nbytes - layer.shared.nbytes
+        room.put(f"KV, layer {n}", "kv", n, tier, kv, "beside its layer")
+
+
+def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:
+    """True where so many bytes of DRAM hold the embedding beside the experts that pass through from NVMe."""
+    return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.expert_nbytes
+
+
+def _place_embedding(room: _Room, shape: ModelShape) -> None:
+    """One row a token: on disk, where DRAM has no room for all of it."""
+    tier = "dram" if embedding_fits(shape, room.left["dram"]) else "nvme"
+    tier = room.first_with(shape.embedding.nbytes, [tier])
+    why = "a token reads one row of it" + (", from the file" if tier == "nvme" else "")
+    room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
+
+
+def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: dict[str, float]) -> None:
+    """Experts, hottest first, to cards, DRAM and NVMe; Engram tables where there is room beside them.
+
+    cards: those in use, with the bandwidth of their memory.
+    """
+    left = {n: layer.experts for n, layer in enumerate(shape.layers) if layer.experts}
+    tables = {n: layer.table for n, layer in enumerate(shape.layers) if layer.table}
+    table_bytes = sum(table.nbytes for table in tables.values())
+    size = max(1, shape.expert_nbytes)
+    room_for = {card: room.left[card] // size for card in cards}
+    for card, slots in _shares(room_for, sum(left.values()), cards).items():
+        _put_experts(room, shape, left, card, slots, "hottest: read from the card's own memory")
+    are_all_in_dram = sum(left.values()) * shape.expert_nbytes <= room.left["dram"]
+    if not are_all_in_dram:
+        staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
+        room.reserve("expert staging", "dram", staging, "experts read from NVMe")
+        hot = int(min(HOT_ROWS_OF_TABLE * table_bytes, HOT_ROWS_OF_DRAM * room.left["dram"]))
+        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+    _put_experts(
+        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU where they lie, or fetched"
+    )
+    _put_experts(
+        room, shape, left, "nvme", room.left["nvme"] // size, "coldest: read when a token chooses them"
+    )
+    for n, count in left.items():
+        nbytes = count * shape.layers[n].expert.nbytes
+        room.put(f"routed experts, layer {n}", "routed_experts", n, NOWHERE, nbytes, "", count)
+    on_disk = 0
+    for n, table in tables.items():
+        tier = room.first_with(table.nbytes, ["dram", "nvme"] if are_all_in_dram else ["nvme"])
+        on_disk += table.nbytes if tier == "nvme" else 0
+        why = "DRAM has room; rows go to the cards" if tier == "dram" else "a token reads a few rows of it"
+        room.put(f"Engram table, layer {n}", "engram", n, tier, table.nbytes, why, table.rows)
+    if are_all_in_dram and on_disk:
+        hot = int(min(HOT_ROWS_OF_TABLE * on_disk, room.left["dram"]))
+        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+
+
+def _shares(room_for: dict[str, int], wanted: int, speeds: dict[str, float]) -> dict[str, int]:
+    """How many experts each card takes: all it has room for, or by speed where there is room for all."""
+    shares: dict[str, int] = {}
+    waiting = dict(room_for)
+    while waiting:
+        speed = sum(speeds[card] for card in waiting)
+        fair = {card: -int(-wanted * speeds[card] // speed) for card in waiting}
+        full = [card for card in waiting if room_for[card] <= fair[card]] or list(waiting)
+        for card in full:
+            shares[card] = min(room_for[card], fair[card], wanted)
+            wanted -= shares[card]
+            del waiting[card]
+    return {card: shares[card] for card in room_for}
+
+
+def _put_experts(
+    room: _Room, shape: ModelShape, left: dict[int, int], tier: str, slots: int, reason: str
+) -> None:
+    """Put up to `slots` experts into a tier, of each layer as equally many as possible."""
+    taken = dict.fromkeys(left, 0)
+    while slots > 0 and any(left.values()):
+        waiting = sorted((n for n in left if left[n]), key=lambda n: -left[n])
+        each = max(1, slots // len(waiting))
+        for n in waiting:
+            count = min(each, left[n], slots)
+            taken[n] += count
+            left[n] -= count
+            slots -= count
+    for n, count in taken.items():
+        nbytes = count * shape.layers[n].expert.nbytes
+        room.put(f"routed experts, layer {n}", "routed_experts", n, tier, nbytes, reason, count)

@@ -1,0 +1,146 @@
+"""What a planner must know of a model: bytes and arithmetic of its parts, layer by layer.
+
+A `ModelShape` comes from a checkpoint's headers (`engine/families/shapes.py`) or, for well-known models
+that need not be on this machine, from their published dimensions (`memory/planner/published.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes in the checkpoint's own format, and the numbers in them (each costs a multiply and an add)."""
+
+    nbytes: int = 0
+    parameters: int = 0
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(self.nbytes + other.nbytes, self.parameters + other.parameters)
+
+    def times(self, count: int) -> Weights:
+        """`count` of these."""
+        return Weights(self.nbytes * count, self.parameters * count)
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What one layer keeps of a sequence, and what a token reads of it.
+
+    fixed_bytes      a sequence's state whatever its length: sliding window, unfinished groups
+    ratio            tokens per stored entry; 0 where this layer stores none
+    entry_bytes      bytes of a stored entry
+    seen_ratio       tokens per entry that this layer looks at (another layer's, where ratio is 0)
+    scan_bytes       bytes of each entry that are read to choose among them
+    scan_flops       arithmetic per entry for that
+    selected         most entries that attention then reads; None: all of them
+    selected_bytes   bytes of a selected entry
+    selected_flops   arithmetic per selected entry
+    """
+
+    fixed_bytes: int = 0
+    fixed_flops: int = 0
+    ratio: int = 0
+    entry_bytes: int = 0
+    seen_ratio: int = 0
+    scan_bytes: int = 0
+    scan_flops: int = 0
+    selected: int | None = None
+    selected_bytes: int = 0
+    selected_flops: int = 0
+
+    def nbytes(self, context: int) -> int:
+        """Bytes kept for one sequence that may grow to `context` tokens."""
+        return self.fixed_bytes + (context // self.ratio * self.entry_bytes if self.ratio else 0)
+
+    def read_bytes(self, held: int) -> int:
+        """Bytes that the next token of a sequence of `held` tokens reads."""
+        entries, chosen = self._entries(held)
+        return self.fixed_bytes + entries * self.scan_bytes + chosen * self.selected_bytes
+
+    def flops(self, held: int) -> int:
+        """Arithmetic of attention, beyond the weights, for the next token after `held`."""
+        entries, chosen = self._entries(held)
+        return self.fixed_flops + entries * self.scan_flops + chosen * self.selected_flops
+
+    def _entries(self, held: int) -> tuple[int, int]:
+        entries = held // self.seen_ratio if self.seen_ratio else 0
+        return entries, entries if self.selected is None else min(entries, self.selected)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An Engram table: rows addressed by hashes of recent tokens."""
+
+    rows: int
+    row_bytes: int
+    rows_per_token: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole table."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One layer.
+
+    dense    attention, norms, mixes, router, and a feed-forward part that is not made of experts
+    shared   experts that every token uses
+    experts  number of routed experts (0: none), of `expert` weights each
+    """
+
+    dense: Weights
+    kv: KvShape
+    shared: Weights = Weights()
+    experts: int = 0
+    expert: Weights = Weights()
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model for planning.
+
+    top_k             routed experts per token and layer
+    activation_bytes  what a token needs while a layer works on it (streams, queries, projections)
+    """
+
+    name: str
+    vocab_size: int
+    hidden: int
+    max_context: int
+    top_k: int
+    embedding: Weights
+    head: Weights
+    layers: tuple[LayerShape, ...]
+    activation_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that text generation uses, without KV."""
+        total = self.embedding.nbytes + self.head.nbytes
+        for layer in self.layers:
+            total += layer.dense.nbytes + layer.shared.nbytes + layer.experts * layer.expert.nbytes
+            total += layer.table.nbytes if layer.table else 0
+        return total
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of everything that text generation uses, Engram tables left out."""
+        total = self.embedding.parameters + self.head.parameters
+        for layer in self.layers:
+            total += layer.dense.parameters + layer.shared.parameters
+            total += layer.experts * layer.expert.parameters
+        return total
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Bytes of the largest routed expert; 0 where there are none."""
+        return max((layer.expert.nbytes for layer in self.layers if layer.experts), default=0)
+
+    def kv_bytes(self, context: int, sequences: int) -> int:
+        """Bytes of the cache of `sequences` sequences of up to `context` tokens."""
+        return sequences * sum(layer.kv.nbytes(context) for layer in self.layers)

@@ -1,0 +1,1 @@
+"""Packed formats, one codec a file, and how a checkpoint says which it uses."""

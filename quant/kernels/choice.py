@@ -1,0 +1,47 @@
+"""Which back end computes: the best that this machine can run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+from quant.errors import ConfigError
+from quant.kernels.interface import Kernels
+
+# Forces an instruction-set level of the native back end: portable, avx2 or avx512.
+LEVEL_VARIABLE = "LOCI_CPU_LEVEL"
+
+log = logging.getLogger(__name__)
+
+
+def choose(cards: Sequence[torch.device] = ()) -> Kernels:
+    """The best back end this machine can run, for host memory and `cards`.
+
+    Says in the log where the host has only the reference. Raises ConfigError where cards need Triton and it
+    is missing.
+    """
+    host = _host()
+    if not cards:
+        return host
+    from quant.kernels.devices import DeviceKernels
+
+    try:
+        from quant.kernels.cuda.kernels import TritonKernels
+    except ImportError as error:
+        raise ConfigError(f"cards need Triton ({error}); install it with `pip install 'loci[gpu]'`") from None
+    return DeviceKernels(host, {card: TritonKernels(card) for card in cards})
+
+
+def _host() -> Kernels:
+    from quant.kernels.cpu.library import LibraryMissingError
+    from quant.kernels.cpu.native import NativeKernels
+    from quant.kernels.reference import ReferenceKernels
+
+    try:
+        return NativeKernels(level=os.environ.get(LEVEL_VARIABLE))
+    except LibraryMissingError as error:
+        log.warning("computing with plain torch, which is slow: %s", error)
+        return ReferenceKernels(str(error))

@@ -1,0 +1,240 @@
+"""The CPU back end: C++ kernels that read packed weights at the speed of memory.
+
+Weights that `prepare` has rearranged into panels (quant/kernels/cpu/panels.py) are read strictly in sequence;
+others are rearranged on the way, a panel at a time, which is right but slower. Threads are those of
+torch's own pool. What a token gets never depends on the other tokens of a call or on the threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import torch
+
+from quant.errors import ConfigError
+from quant.formats.fp8 import FP8_ROW
+from quant.kernels.cpu import library
+from quant.kernels.cpu.panels import (
+    TILED,
+    ExpertSlotLayout,
+    NativeWeight,
+    Tiled,
+    native_weight,
+    tile,
+    tiled_format,
+    untile,
+)
+from quant.kernels.file_slots import FileSlotLayout
+from quant.kernels.interface import Experts, SlotLayout, Weight
+from quant.kernels.reference import ReferenceKernels
+from quant.packed import Format, PackedTensor
+
+DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class MoeCall(ctypes.Structure):
+    """`Moe` of native_src/operations.hpp."""
+
+    _fields_ = (
+        ("experts", ctypes.c_void_p),
+        ("ids", ctypes.c_void_p),
+        ("used", ctypes.c_int64),
+        ("choice", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("limit", ctypes.c_float),
+    )
+
+
+def as_floats(x: torch.Tensor, cols: int) -> torch.Tensor:
+    """x as contiguous float32 `[tokens, cols]`: itself where it is that, for calls of torch take time."""
+    if x.dtype == torch.float32 and x.dim() == 2 and x.shape[1] == cols and x.is_contiguous():
+        return x
+    return x.reshape(-1, cols).to(torch.float32).contiguous()
+
+
+def contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x contiguous and of that dtype: itself where it is that, as above."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out `[tokens, rows]` float32 with the leading dimensions and the dtype of x `[..., cols]`."""
+    return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
+
+
+class NativeKernels:
+    """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
+
+    activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits.
+    Raises library.LibraryMissingError where the compiled part is missing, ConfigError for a level that the
+    machine lacks.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        activations: Literal["exact", "int8"] = "exact",
+        level: str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        levels = library.available_levels()
+        if level is not None and level not in levels:
+            raise ConfigError(f"CPU level {level!r}: this machine has {', '.join(levels)}")
+        self.level = level or levels[-1]
+        self.activations = activations
+        self.threads = threads
+        self._library = library.load()
+        self._level = library.LEVELS.index(self.level)
+        self._fallback = ReferenceKernels()
+
+    def describe(self) -> str:
+        """Level, threads and activation mode, for people."""
+        return f"{self.level}, {self._threads()} threads, {self.activations} activations"
+
+    def on(self, device: torch.device) -> NativeKernels:
+        return self
+
+    def prepare(self, weight: Weight) -> Weight:
+        """The weight as this back end likes it: in panels where its format has them, copied into memory."""
+        if (
+            isinstance(weight, torch.Tensor)
+            or isinstance(weight.format, Tiled)
+            or tiled_format(weight) is None
+        ):
+            return weight
+        return tile(weight)
+
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
+        """Slots of panels, where the format has them."""
+        if format_.name in TILED:
+            return ExpertSlotLayout(hidden, width, format_)
+        return FileSlotLayout(hidden, width, format_)
+
+    def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+        # the usual first: to ask torch whether something is a tensor takes long where caches are swept
+        if isinstance(weight, NativeWeight):
+            native: NativeWeight | None = weight
+        elif isinstance(weight, torch.Tensor):
+            return self._dense_linear(x, weight)
+        else:
+            native = native_weight(weight)
+        if native is None:
+            return self._fallback.linear(x, weight)
+        rows, cols = native.shape
+        flat = as_floats(x, cols)
+        tokens = flat.shape[0]
+        out = flat.new_empty(tokens, rows)
+        self._library.loci_linear(
+            self._level,
+            self._threads(),
+            self.activations == "int8",
+            native.address,
+            flat.data_ptr(),
+            tokens,
+            out.data_ptr(),
+        )
+        return out if flat is x else like(x, out)
+
+    def _dense_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows, cols = weight.shape
+        weight = weight.contiguous()
+        flat = as_floats(x, cols)
+        tokens = flat.shape[0]
+        out = flat.new_empty(tokens, rows)
+        self._library.loci_dense_linear(
+            self._level,
+            self._threads(),
+            weight.data_ptr(),
+            DENSE_KINDS[weight.dtype],
+            rows,
+            cols,
+            flat.data_ptr(),
+            tokens,
+            out.data_ptr(),
+        )
+        return out if flat is x else like(x, out)
+
+    def moe(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        experts: Experts,
+        swiglu_limit: float,
+    ) -> torch.Tensor:
+        used = sorted({expert for chosen in expert_ids.tolist() for expert in chosen})
+        if not used:
+            return torch.zeros_like(x)
+        weights = [native_weight(w) for e in map(experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
+        addresses = [w.address for w in weights if w is not None]
+        if len(addresses) < len(weights):
+            return self._fallback.moe(x, expert_ids, expert_weights, experts, swiglu_limit)
+        matrices = (ctypes.c_void_p * len(addresses))(*addresses)
+        ids = (ctypes.c_int64 * len(used))(*used)
+        choice = contiguous(expert_ids, torch.int64)
+        factors = contiguous(expert_weights, torch.float32)
+        flat = as_floats(x, x.shape[1])
+        out = torch.empty_like(flat)
+        call = MoeCall(
+            ctypes.addressof(matrices),
+            ctypes.addressof(ids),
+            len(used),
+            choice.data_ptr(),
+            factors.data_ptr(),
+            *choice.shape,
+            swiglu_limit,
+        )
+        self._library.loci_moe(
+            self._level,
+            self._threads(),
+            self.activations == "int8",
+            ctypes.byref(call),
+            flat.data_ptr(),
+            out.data_ptr(),
+        )
+        return out if flat is x else like(x, out)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        is_plain = x.dtype == torch.float32 and x.is_contiguous()
+        if not is_plain or not (weight is None or weight.dtype == torch.float32):
+            return self._fallback.rms_norm(x, weight, eps)
+        out, cols = torch.empty_like(x), x.shape[-1]
+        at = None if weight is None else weight.data_ptr()
+        rows = x.numel() // cols
+        self._library.loci_rms_norm(self._threads(), x.data_ptr(), at, rows, cols, eps, out.data_ptr())
+        return out
+
+    def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+        matrices = logits.to(torch.float32).clone(memory_format=torch.contiguous_format)
+        count, n, _ = matrices.shape
+        self._library.loci_sinkhorn(matrices.data_ptr(), count, n, iterations, eps)
+        return matrices
+
+    def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
+        if isinstance(table.format, Tiled):
+            return untile(table, rows).decode()
+        if table.format.name != FP8_ROW.name:
+            return self._fallback.gather_rows(table, rows)
+        codes, scales, rows = table.codes.contiguous(), table.scales, rows.to(torch.int64).contiguous()
+        assert scales is not None
+        scales = scales.contiguous()
+        out = torch.empty((len(rows), table.shape[1]), dtype=torch.float32)
+        self._library.loci_gather_rows(
+            self._level,
+            self._threads(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            scales.dtype == torch.float32,
+            table.shape[1],
+            rows.data_ptr(),
+            len(rows),
+            out.data_ptr(),
+        )
+        return out
+
+    def _threads(self) -> int:
+        return self.threads or torch.get_num_threads()

@@ -1,0 +1,99 @@
+// The C functions that quant/kernels/cpu/native.py calls through ctypes, and the choice of a level.
+#include <atomic>
+
+#include "operations.hpp"
+#include "pool.hpp"
+#include "table_rows.hpp"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace loci;
+
+const Level* level_at(int index) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (index == 2) return avx512 ? &kAvx512 : nullptr;
+    if (index == 1) return avx2 ? &kAvx2 : nullptr;
+#endif
+    return index == 0 ? &kPortable : nullptr;
+}
+
+}  // namespace
+
+// Every function below takes a level (0 portable, 1 avx2, 2 avx512; one that loci_level_name knows), a
+// number of threads and whether activations may be int8.
+EXPORT const char* loci_level_name(int level) {
+    const Level* found = level_at(level);
+    return found ? found->name : nullptr;
+}
+
+// Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
+EXPORT int loci_interface() { return 5; }
+
+EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
+
+EXPORT void loci_tile(int threads, const Matrix* m, uint8_t* out) { tile({kPortable, threads, false}, *m, out); }
+
+EXPORT void loci_untile(int threads, const Matrix* m, const int64_t* rows, int64_t n, uint8_t* codes, uint8_t* scales) {
+    untile({kPortable, threads, false}, *m, rows, n, codes, scales);
+}
+
+EXPORT void loci_linear(int level, int threads, int int8, const Matrix* m, const float* x, int64_t tokens, float* out) {
+    linear({*level_at(level), threads, int8 != 0}, *m, x, tokens, out);
+}
+
+EXPORT void loci_dense_linear(int level, int threads, const void* weight, int kind, int64_t rows, int64_t cols,
+                              const float* x, int64_t tokens, float* out) {
+    dense_linear({*level_at(level), threads, false}, weight, kind, rows, cols, x, tokens, out);
+}
+
+EXPORT void loci_moe(int level, int threads, int int8, const Moe* call, const float* x, float* out) {
+    moe({*level_at(level), threads, int8 != 0}, *call, x, out);
+}
+
+EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const void* scales, int float_scales,
+                             int64_t cols, const int64_t* rows, int64_t n, float* out) {
+    gather_rows({*level_at(level), threads, false}, codes, scales, float_scales != 0, cols, rows, n, out);
+}
+
+// Reads n bytes with as many threads, each its own part, in one or four streams; what a kernel is measured by.
+EXPORT uint64_t loci_read(int level, int threads, const uint8_t* bytes, int64_t n, int64_t streams) {
+    const Level* found = level_at(level);
+    constexpr int64_t kTurn = 1 << 20;
+    std::atomic<uint64_t> sum{0};
+    parallel_for((n + kTurn - 1) / kTurn, threads, [&](int64_t turn) {
+        const int64_t first = turn * kTurn, size = n - first < kTurn ? n - first : kTurn;
+        sum += found->read(bytes + first, size, streams);
+    });
+    return sum;
+}
+
+// Reads n rows of a table in the order named: what gathering is measured by.
+EXPORT uint64_t loci_read_rows(int level, int threads, const uint8_t* bytes, int64_t row_bytes, const int64_t* rows,
+                               int64_t n) {
+    const Level* found = level_at(level);
+    constexpr int64_t kTurn = 256;
+    std::atomic<uint64_t> sum{0};
+    parallel_for((n + kTurn - 1) / kTurn, threads, [&](int64_t turn) {
+        const int64_t first = turn * kTurn, count = n - first < kTurn ? n - first : kTurn;
+        sum += found->read_rows(bytes, row_bytes, rows + first, count);
+    });
+    return sum;
+}
+
+// Look-ups of table rows (table_rows.hpp): a server with its threads and tables, and jobs.
+EXPORT RowServer* loci_rows_open(int level, int threads) { return new RowServer(*level_at(level), threads); }
+EXPORT int64_t loci_rows_add(RowServer* server, const RowTable* table) { return server->add(*table); }
+EXPORT RowJob* loci_rows_ask(RowServer* server, int64_t table, const int64_t* rows, int64_t n, void* out) {
+    return server->ask(table, rows, n, out);
+}
+EXPORT int loci_rows_done(const RowJob* job) { return job->done(); }
+EXPORT int loci_rows_wait(RowJob* job, RowCounts* counts) { return job->wait(counts); }
+EXPORT void loci_rows_forget(RowJob* job) { delete job; }
+EXPORT void loci_rows_close(RowServer* server) { delete server; }

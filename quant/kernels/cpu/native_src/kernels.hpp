@@ -1,0 +1,127 @@
+// What the parts of the native back end share: weight formats, the activation records, the kernel
+// table that each instruction-set level fills.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace loci {
+
+// Weight formats by number; quant/kernels/cpu/panels.py holds the same numbers.
+enum Format : int64_t { kMxfp4, kFp8, kQ4_0, kQ4_1, kQ8_0, kQ6_K, kNf4, kInt4, kInt4Offset, kFormats };
+
+// One weight matrix. In file layout `codes` and `scales` are as its Python format documents them. Tiled,
+// `codes` is a sequence of panels of 32 rows (tiles.cpp), which hold the scales too, except for FP8:
+// its scales are few (one per tile of tile_rows x tile_cols values) and stay where they were.
+struct Matrix {
+    const uint8_t* codes;
+    const void* scales;
+    int64_t format;
+    int64_t tiled;         // 0: file layout, 1: panels
+    int64_t rows, cols;
+    int64_t tile_rows, tile_cols;  // values that share a scale (FP8; INT4: columns)
+    int64_t float_scales;          // FP8: scales are float32, not ue8m0
+};
+
+constexpr int64_t kPanelRows = 32;   // rows interleaved in a panel
+constexpr int64_t kBlock = 32;       // columns that share an activation scale
+constexpr int64_t kMaxTokens = 8;    // tokens a panel kernel takes at most
+
+// Activations of one token and 32 columns as fixed-point digits: x = scale * sum_d digit_d * 128^(2-d)
+// (three digits of -64..64, 21 bits) or x = scale * digit (one digit of -127..127).
+// `correction` undoes the offset that makes weight codes unsigned: -offset * (sum of the digits), for
+// the first and second 16 columns, or for all 32 in the first entry (see digits.hpp).
+template <int D>
+struct alignas(16) Block;
+template <>
+struct alignas(128) Block<3> {
+    float scale;
+    float sum;  // of x, as the digits hold it
+    int32_t correction[2][3];
+    int8_t digits[3][kBlock];
+};
+template <>
+struct alignas(16) Block<1> {
+    float scale;
+    float sum;
+    int32_t correction[2][1];
+    int8_t digits[1][kBlock];
+};
+static_assert(sizeof(Block<3>) == 128 && sizeof(Block<1>) == 48);
+
+// The columns that share a scale, and where FP8 has a panel's scales: a row of them, one per tile_cols columns.
+struct PanelScales {
+    const void* row = nullptr;
+    int64_t tile_cols = 0;
+    bool is_float = false;
+};
+
+// Panels of one shape (perhaps of several matrices) to be multiplied by the same activations.
+constexpr int kMostPanels = 4;
+struct PanelSet {
+    int64_t cols;
+    int count = 0;
+    const uint8_t* panels[kMostPanels] = {};
+    PanelScales scales[kMostPanels] = {};
+};
+
+// Products of panels and tokens over all columns. x: one pointer per token (Block<D>* or float*);
+// out: [panels][tokens][32]. The result for a token never depends on what else is in the call.
+using PanelKernel = void (*)(const PanelSet& set, const void* const* x, float* out);
+
+// The kernels of one instruction-set level.
+struct Level {
+    const char* name;
+    // one panel and some tokens: [format][digits == 1][log2 tokens]; null where there is no such kernel
+    PanelKernel panel[kFormats][2][4];
+    // kMostPanels panels and one token: [format][digits == 1]
+    PanelKernel panels[kFormats][2];
+    void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
+    void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
+    // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
+    void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
+    // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
+    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens,
+                       float* out, int64_t out_stride);
+    void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
+    uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
+    uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
+};
+
+extern const Level kAvx512, kAvx2, kPortable;
+
+// Offset that a format's unsigned codes carry, and whether its corrections are per 16 columns.
+inline int offset_of(int64_t format) {
+    switch (format) {
+        case kMxfp4: return 12;  // codes are 2 * e2m1 + 12
+        case kNf4: return 64;    // the first digit is (level + 1) * 64
+        case kQ4_0:
+        case kInt4:
+        case kInt4Offset: return 8;
+        case kQ8_0: return 128;
+        case kQ6_K: return 32;
+        default: return 0;
+    }
+}
+
+// Where row r's two codes lie in the 64 bytes that a pair of columns takes in an FP8 panel: within each 16
+// bytes four rows of the upper half of the panel, then four of the lower, as byte interleaving wants them.
+constexpr int fp8_place(int r) { return r % 16 / 4 * 16 + r / 16 * 8 + r % 4 * 2; }
+
+// Asks for a row's bytes, into the second-level cache. g++ takes a function that does nothing but prefetch for one that
+// does nothing and drops its calls; the empty statement keeps them.
+inline void prefetch_row(const void* row, int64_t bytes) {
+    asm volatile("");
+    const uint8_t* p = static_cast<const uint8_t*>(row);
+    for (int64_t k = 0; k < bytes - 1; k += 64) __builtin_prefetch(p + k, 0, 2);
+    __builtin_prefetch(p + bytes - 1, 0, 2);  // its last line, wherever it begins
+}
+// How many rows ahead: a row that is read at random takes as long to come as some tens of others take to decode.
+constexpr int64_t kRowsAhead = 32;
+
+// tiles.cpp
+int64_t panel_bytes(const Matrix& m);
+void tile_panel(const Matrix& m, int64_t panel, uint8_t* out);
+void untile_row(const Matrix& tiled, int64_t row, uint8_t* codes, uint8_t* scales);
+void file_row_bytes(const Matrix& m, int64_t* codes, int64_t* scales);
+
+}  // namespace loci

@@ -1,0 +1,40 @@
+// The operations of the back end on one level: what quant/kernels/cpu/native.py calls.
+#pragma once
+#include "kernels.hpp"
+
+namespace loci {
+
+struct Team {
+    const Level& level;
+    int threads;
+    bool one_digit;  // int8 activations where the format has such kernels
+};
+
+// out [tokens][rows] = x [tokens][cols] * weight^T
+void linear(const Team& team, const Matrix& weight, const float* x, int64_t tokens, float* out);
+
+// The same for plain rows: kind 0 bf16, 1 fp16, 2 fp32.
+void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
+                  int64_t tokens, float* out);
+
+struct Moe {
+    const Matrix* const* experts;  // w1, w3, w2 of each expert in use
+    const int64_t* ids;     // [used] the experts in use, ascending
+    int64_t used;
+    const int64_t* choice;  // [tokens][top_k] expert ids
+    const float* weights;   // [tokens][top_k]
+    int64_t tokens, top_k;
+    float limit;
+};
+
+// out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id
+void moe(const Team& team, const Moe& call, const float* x, float* out);
+
+// Rows of an e4m3 table with a scale per 32 columns, as floats.
+void gather_rows(const Team& team, const uint8_t* codes, const void* scales, bool float_scales, int64_t cols,
+                 const int64_t* rows, int64_t n, float* out);
+
+void tile(const Team& team, const Matrix& weight, uint8_t* out);
+void untile(const Team& team, const Matrix& tiled, const int64_t* rows, int64_t n, uint8_t* codes, uint8_t* scales);
+
+}  // namespace loci

@@ -1,0 +1,244 @@
+"""Weights as the native kernels read them: panels of 32 rows, strictly in sequence.
+
+A tiled PackedTensor has the format `TILED[name]`. Its codes are one flat run of bytes, panel after panel,
+each with 32 rows' codes and scales (bit by bit in `native_src/formats.hpp`): as many bytes as before, but for
+rows that fill up the last panel. FP8 keeps its scales apart, as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from quant.errors import FormatError
+from quant.formats.four_bit import FourBit
+from quant.formats.fp8 import FP8_32, FP8_128, Fp8
+from quant.formats.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.formats.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
+from quant.kernels.cpu import library
+from quant.kernels.interface import ExpertWeights
+from quant.packed import Format, PackedTensor
+
+PANEL_ROWS = 32
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of native_src/kernels.hpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("format", ctypes.c_int64),
+        ("tiled", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("tile_rows", ctypes.c_int64),
+        ("tile_cols", ctypes.c_int64),
+        ("float_scales", ctypes.c_int64),
+    )
+
+
+class Tiled(Format):
+    """A format rearranged into panels; `base` is the format as files have it."""
+
+    def __init__(self, base: Format, number: int) -> None:
+        self.base = base
+        self.number = number  # `Format` of native_src/kernels.hpp
+        self.keeps_scales = isinstance(base, Fp8)
+        self.name = f"{base.name} in panels"
+        self.tile_rows = max(PANEL_ROWS, base.tile_rows)
+        self.tile_cols = base.tile_cols
+
+    def row_bytes(self, cols: int) -> int:
+        """Bytes of a row within its panel; 32 of them are a panel."""
+        return -(-cols // 2) * 2 if isinstance(self.base, Fp8) else self.base.bytes_for(1, cols)
+
+    def code_bytes(self, cols: int) -> int:
+        """Bytes of a row of codes in file layout."""
+        if isinstance(self.base, Fp8):
+            return cols
+        return cols // 2 if isinstance(self.base, FourBit) else self.base.bytes_for(1, cols)
+
+    def bytes_for(self, rows: int, cols: int) -> int:
+        """Bytes of the panels (of FP8, without its scales)."""
+        return -(-rows // PANEL_ROWS) * PANEL_ROWS * self.row_bytes(cols)
+
+    def check(self, packed: PackedTensor) -> None:
+        self.expect("codes shape", tuple(packed.codes.shape), (self.bytes_for(*packed.shape),))
+        self.expect("codes dtype", packed.codes.dtype, torch.uint8)
+        self.expect("codes in one run", packed.codes.is_contiguous(), True)
+        if not self.keeps_scales:
+            self.expect(f"columns modulo {self.tile_cols}", packed.shape[1] % self.tile_cols, 0)
+
+    def decode(self, packed: PackedTensor) -> torch.Tensor:
+        return untile(packed).decode()
+
+    def slice_rows(self, packed: PackedTensor, start: int, stop: int) -> PackedTensor:
+        cols = packed.shape[1]
+        first, last = self.bytes_for(start, cols), self.bytes_for(stop, cols)
+        scales = packed.scales
+        if scales is not None:
+            scales = scales[start // self.base.tile_rows : -(-stop // self.base.tile_rows)]
+        return NativeWeight(self, (stop - start, cols), packed.codes[first:last], scales)
+
+
+_NUMBERS: tuple[tuple[Format, ...], ...] = (
+    (MXFP4,),
+    (FP8_32, FP8_128),
+    (Q4_0,),
+    (Q4_1,),
+    (Q8_0,),
+    (Q6_K,),
+    (NF4,),
+    (INT4_32, INT4_64, INT4_128),
+    (INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128),
+)  # in the order of `Format` in native_src/kernels.hpp
+TILED: dict[str, Tiled] = {
+    base.name: Tiled(base, number) for number, bases in enumerate(_NUMBERS) for base in bases
+}
+
+
+def tiled_format(packed: PackedTensor) -> Tiled | None:
+    """The panel layout of a weight's format, whether it is tiled already or not; None where there is none."""
+    if isinstance(packed.format, Tiled):
+        return packed.format
+    return TILED.get(packed.format.name)
+
+
+@dataclass(frozen=True)
+class NativeWeight(PackedTensor):
+    """A weight that the library can read: its codes and its scales are each one run of bytes."""
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """What the library needs to know of it.
+
+        Kept: after each product that has swept the caches, making it again would take microseconds.
+        """
+        form = tiled_format(self)
+        assert form is not None
+        return Matrix(
+            self.codes.data_ptr(),
+            0 if self.scales is None else self.scales.data_ptr(),
+            form.number,
+            int(form is self.format),
+            *self.shape,
+            form.base.tile_rows,
+            form.base.tile_cols,
+            int(self.scales is not None and self.scales.dtype == torch.float32),
+        )
+
+    @cached_property
+    def address(self) -> int:
+        """Where `matrix` lies."""
+        return ctypes.addressof(self.matrix)
+
+
+def native_weight(packed: PackedTensor) -> NativeWeight | None:
+    """The weight for the library, copied where it lies in pieces; None where its format has no panels."""
+    if isinstance(packed, NativeWeight):
+        return packed
+    if tiled_format(packed) is None:
+        return None
+    scales = None if packed.scales is None else packed.scales.contiguous()
+    return NativeWeight(packed.format, packed.shape, packed.codes.contiguous(), scales)
+
+
+def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> NativeWeight:
+    """`packed` rearranged into panels, in `out` (uint8, of `TILED[...].bytes_for` bytes) where given.
+
+    Runs on `threads` threads (torch's number by default). Raises FormatError for a format without panels.
+    """
+    form = tiled_format(packed)
+    if form is None:
+        raise FormatError(f"{packed.format.name}: there is no panel layout of this format")
+    if packed.format is form:
+        raise FormatError(f"{packed.format.name}: already in panels")
+    source = native_weight(packed)
+    assert source is not None
+    if out is None:
+        out = torch.empty(form.bytes_for(*packed.shape), dtype=torch.uint8)
+    result = NativeWeight(form, packed.shape, out, source.scales if form.keeps_scales else None)
+    library.load().loci_tile(threads or torch.get_num_threads(), source.address, out.data_ptr())
+    return result
+
+
+def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTensor:
+    """A tiled weight in file layout again; with `rows` (`[n]` int64) only those, in that order."""
+    form, source = packed.format, native_weight(packed)
+    assert isinstance(form, Tiled)
+    assert source is not None
+    cols, base = packed.shape[1], form.base
+    scales: torch.Tensor | None = None
+    if isinstance(base, FourBit):
+        count = packed.shape[0] if rows is None else len(rows)
+        scales = torch.empty(base.scale_shape(count, cols), dtype=base.scale_dtype)
+    elif packed.scales is not None:
+        scales = packed.scales if rows is None else packed.scales[rows // base.tile_rows]
+    rows = torch.arange(packed.shape[0]) if rows is None else rows.contiguous()
+    codes = torch.empty((len(rows), form.code_bytes(cols)), dtype=torch.uint8)
+    library.load().loci_untile(
+        torch.get_num_threads(),
+        source.address,
+        rows.data_ptr(),
+        len(rows),
+        codes.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+    )
+    return PackedTensor(base, (len(rows), cols), codes, scales)
+
+
+@dataclass(frozen=True)
+class ExpertSlotLayout:
+    """Where an expert's weights lie in a slot: one run of bytes with the panels of w1, w3 and w2.
+
+    hidden, width  the expert's dimensions; `format` the experts' format in files
+    """
+
+    hidden: int
+    width: int
+    format: Format = MXFP4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a slot: those of codes and scales."""
+        return 2 * self._side_bytes + TILED[self.format.name].bytes_for(self.hidden, self.width)
+
+    @property
+    def _side_bytes(self) -> int:
+        return TILED[self.format.name].bytes_for(self.width, self.hidden)
+
+    def pack_into(
+        self,
+        slot: torch.Tensor,
+        w1: PackedTensor,
+        w3: PackedTensor,
+        w2: PackedTensor,
+        threads: int = 1,
+    ) -> ExpertWeights:
+        """Rearrange an expert's weights into `slot` (uint8 `[nbytes]`) and return them as they lie there."""
+        for number, weight in enumerate((w1, w3, w2)):
+            self.pack_matrix(slot, number, weight, threads)
+        return self.views(slot)
+
+    def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
+        """Rearrange one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
+        view = self.views(slot).matrices[number]
+        if weight.shape != view.shape:
+            raise FormatError(f"expert weight of shape {weight.shape}, expected {view.shape}")
+        tile(weight, view.codes, threads)
+
+    def views(self, slot: torch.Tensor) -> ExpertWeights:
+        """The weights of the expert that lies in `slot`."""
+        form, side = TILED[self.format.name], self._side_bytes
+        shape, down_shape = (self.width, self.hidden), (self.hidden, self.width)
+        return ExpertWeights(
+            NativeWeight(form, shape, slot[:side]),
+            NativeWeight(form, shape, slot[side : 2 * side]),
+            NativeWeight(form, down_shape, slot[2 * side :]),
+        )

@@ -1,0 +1,38 @@
+"""Triton: Sinkhorn's normalisation of many small matrices, all its turns in one launch.
+
+As operations of torch it is six in each turn, and a card has done them before its host has started them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.kernels.cuda.launch import Launch
+
+BLOCK = 32  # matrices of one program
+
+
+@triton.jit(do_not_specialize=["count"])
+def sinkhorn(logits, out, count, turns, eps, N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """out `[count, N, N]` from logits of the same shape, as `quant.kernels.Kernels.sinkhorn` says."""
+    matrix = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tl.arange(0, N)
+    at = matrix[:, None, None] * (N * N) + index[None, :, None] * N + index[None, None, :]
+    inside = (matrix < count)[:, None, None]
+    c = tl.load(logits + at, mask=inside, other=0.0)
+    c = tl.exp(c - tl.max(c, axis=2, keep_dims=True))
+    c = c / tl.sum(c, axis=2, keep_dims=True) + eps
+    c = c / (tl.sum(c, axis=1, keep_dims=True) + eps)
+    for _ in range(1, turns):
+        c = c / (tl.sum(c, axis=2, keep_dims=True) + eps)
+        c = c / (tl.sum(c, axis=1, keep_dims=True) + eps)
+    tl.store(out + at, c, mask=inside)
+
+
+def sinkhorn_launch(logits: torch.Tensor, out: torch.Tensor, turns: int, eps: float) -> Launch:
+    """The launch that normalises `logits` `[tokens, n, n]` float32 into `out`; n is a power of two."""
+    count, n, _ = logits.shape
+    grid = (-(-count // BLOCK),)
+    return Launch(sinkhorn, grid, (logits, out, count, turns, eps), {"N": n, "BLOCK_M": BLOCK}, num_warps=1)

@@ -1,0 +1,149 @@
+"""Experts on a card: in file layout there, in panels in DRAM, rearranged on the card when they move.
+
+The CPU's kernels want panels, the card's want rows as files have them. What is rearranged is done by the card
+after the bytes have come over its link: its memory is some forty times as fast as the link, so that costs
+little beside the transfer, where the CPU, which computes meanwhile, has no time to spare.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from quant.errors import FormatError
+from quant.formats.four_bit import FourBit
+from quant.kernels.cpu.panels import PANEL_ROWS, TILED, ExpertSlotLayout
+from quant.kernels.file_slots import FileSlotLayout
+
+BLOCK = 32  # columns
+STRIP_BLOCKS = 4
+SPAN = 4 * PANEL_ROWS  # bytes: four of each row
+
+
+@dataclass(frozen=True)
+class _Strips:
+    """Strips of `blocks` blocks of columns, side by side in a panel of a four-bit weight.
+
+    A strip is a header with the scales of its groups, row beside row, and 4 * blocks spans of codes.
+    """
+
+    count: int
+    blocks: int
+    group_blocks: int
+    scale_bytes: int
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row's codes and scales in all of them."""
+        return self.count * self.blocks * 16, self.count * self.header_bytes // PANEL_ROWS
+
+    @property
+    def header_bytes(self) -> int:
+        return PANEL_ROWS * (self.blocks // self.group_blocks) * self.scale_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.header_bytes + 4 * self.blocks * SPAN
+
+    def to_rows(self, panels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """panels `[n, count * nbytes]` -> scales and codes of each row, `[n * 32, bytes]` each."""
+        strips = panels.reshape(-1, self.count, self.nbytes)
+        header = strips[..., : self.header_bytes].reshape(
+            -1, self.count, self.blocks // self.group_blocks, PANEL_ROWS, self.scale_bytes
+        )
+        scales = header.permute(0, 3, 1, 2, 4).reshape(len(strips) * PANEL_ROWS, -1)
+        codes = strips[..., self.header_bytes :].reshape(-1, self.count, 4 * self.blocks, PANEL_ROWS, 4)
+        return scales, codes.permute(0, 3, 1, 2, 4).reshape(len(strips) * PANEL_ROWS, -1)
+
+    def to_panels(self, scales: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """The inverse of `to_rows`."""
+        groups = self.blocks // self.group_blocks
+        header = scales.reshape(-1, PANEL_ROWS, self.count, groups, self.scale_bytes).permute(0, 2, 3, 1, 4)
+        spans = codes.reshape(-1, PANEL_ROWS, self.count, 4 * self.blocks, 4).permute(0, 2, 3, 1, 4)
+        whole = torch.cat((header.flatten(2), spans.flatten(2)), dim=2)  # [n, count, nbytes]
+        return whole.flatten(1)
+
+
+@dataclass(frozen=True)
+class CardSlotLayout(FileSlotLayout):
+    """Slots on a card: file layout, and the way from and to slots of panels. Four-bit formats only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.format, FourBit) or self.format.scale_fields:
+            raise FormatError(
+                f"{self.format.name}: experts in this format cannot lie on a card yet; mxfp4, nf4 and int4 "
+                "can (`loci quantize` converts)"
+            )
+
+    def from_panels(self, slot: torch.Tensor, panels: torch.Tensor) -> None:
+        """Fill `slot` from a slot of panels, both on one device."""
+        for weight, source in zip(self.views(slot).matrices, self._panels(panels), strict=True):
+            rows, cols = weight.shape
+            assert weight.scales is not None
+            sizes = [strips.count * strips.nbytes for strips in self._strips(cols)]
+            parts = [
+                strips.to_rows(part)
+                for strips, part in zip(self._strips(cols), torch.split(source, sizes, dim=1), strict=True)
+            ]
+            words = torch.cat([codes for _, codes in parts], dim=1)[:rows].view(torch.int32)
+            weight.codes.copy_(self._to_file(words).view(torch.uint8))
+            scales = torch.cat([scales for scales, _ in parts], dim=1)[:rows]
+            weight.scales.copy_(scales.view(weight.scales.dtype))
+
+    def to_panels(self, slot: torch.Tensor, panels: torch.Tensor) -> None:
+        """Fill a slot of panels from `slot`, both on one device."""
+        for weight, target in zip(self.views(slot).matrices, self._panels(panels), strict=True):
+            rows, cols = weight.shape
+            assert weight.scales is not None
+            missing = (0, 0, 0, -rows % PANEL_ROWS)  # rows of zeros that fill up the last panel
+            codes = F.pad(self._to_panel(weight.codes.view(torch.int32)).view(torch.uint8), missing)
+            scales = F.pad(weight.scales.view(torch.uint8), missing)
+            parts = []
+            for strips in self._strips(cols):
+                code_bytes, scale_bytes = strips.row_bytes
+                parts.append(strips.to_panels(scales[:, :scale_bytes], codes[:, :code_bytes]))
+                codes, scales = codes[:, code_bytes:], scales[:, scale_bytes:]
+            target.copy_(torch.cat(parts, dim=1))
+
+    def _strips(self, cols: int) -> list[_Strips]:
+        """The whole strips of a panel, and the shorter one at its end, where there is one."""
+        assert isinstance(self.format, FourBit)
+        blocks, group = cols // BLOCK, self.format.tile_cols // BLOCK
+        size = self.format.scale_dtype.itemsize
+        whole, rest = divmod(blocks, STRIP_BLOCKS)
+        found = [_Strips(whole, STRIP_BLOCKS, group, size), _Strips(1, rest, group, size)]
+        return [strips for strips in found if strips.count and strips.blocks]
+
+    def _panels(self, slot: torch.Tensor) -> list[torch.Tensor]:
+        """The panels of each weight in a slot of panels, `[n, bytes of a panel]`."""
+        weights = ExpertSlotLayout(self.hidden, self.width, self.format).views(slot).matrices
+        tiled = TILED[self.format.name]
+        return [w.codes.view(-1, PANEL_ROWS * tiled.row_bytes(w.shape[1])) for w in weights]
+
+    def _to_panel(self, words: torch.Tensor) -> torch.Tensor:
+        """Eight columns are the nibbles of a word, from low to high: 0 1 2 3 4 5 6 7 to 0 4 1 5 2 6 3 7."""
+        words = words if self._even_is_low else _swap_nibbles(words)
+        return _swap(_swap(words, 8, 0x0000FF00), 4, 0x00F000F0)
+
+    def _to_file(self, words: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_to_panel`."""
+        words = _swap(_swap(words, 4, 0x00F000F0), 8, 0x0000FF00)
+        return words if self._even_is_low else _swap_nibbles(words)
+
+    @property
+    def _even_is_low(self) -> bool:
+        assert isinstance(self.format, FourBit)
+        return self.format.even_is_low
+
+
+def _swap(words: torch.Tensor, distance: int, mask: int) -> torch.Tensor:
+    """Exchange the bits under `mask` with those `distance` higher. Signs shift in above the mask only."""
+    moved = (words >> distance ^ words) & mask
+    return words ^ moved ^ moved << distance
+
+
+def _swap_nibbles(words: torch.Tensor) -> torch.Tensor:
+    return (words & 0x0F0F0F0F) << 4 | words >> 4 & 0x0F0F0F0F

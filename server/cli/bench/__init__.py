@@ -1,0 +1,1 @@
+"""`loci bench ...`: one file a benchmark."""

@@ -1,0 +1,50 @@
+"""`loci bench hardware`: measure what plans for this machine rest on, and keep it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.terminal import print_table
+
+DISK_BYTES = 1 << 30
+DISK_SHARE = 10  # of the free space, at most this part is written
+
+
+def hardware(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure the disk that this is on. Default: the current directory.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Measure DRAM, kernels, links and disk; keep the results for `loci plan --hardware this`.
+
+    Takes about half a minute, 1 GB of memory and 1 GB of disk space, for that time only.
+
+    Example: loci bench hardware --directory /models
+    """
+    from memory.hardware.detect import detect
+    from memory.hardware.measure import measure_cpu, measure_disk, measure_dram, measure_gpus, working_bytes
+    from memory.hardware.this_machine import cache_path, write_results
+
+    where = directory or Path.cwd()
+    machine = detect(where)
+    results = [
+        *measure_dram(working_bytes()),
+        *measure_cpu(working_bytes() // 2),
+        *measure_disk(where, min(DISK_BYTES, machine.disk_free_bytes // DISK_SHARE)),
+        *measure_gpus(),
+    ]
+    print_table(["what", "measured", ""], [(r.name, f"{r.value:.3g}", r.unit) for r in results], right=(1,))
+    if not any(r.name == "disk_read" for r in results):
+        print(f"{where}: this file system refuses direct reads; name another with --directory")
+    for path in (cache_path(), *([json_file] if json_file else [])):
+        write_results(path, machine, results)
+        print(f"written to {path}")

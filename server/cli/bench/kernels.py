@@ -1,0 +1,64 @@
+"""`loci bench kernels`: how close the kernels come to what this machine can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.terminal import print_table
+
+
+def kernels(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
+    ] = None,
+    card: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Measure the kernels of this CUDA card, not the processor's.", show_default=False
+        ),
+    ] = None,
+    is_quick: Annotated[
+        bool, typer.Option("--quick", help="A few turns only: to see that it runs, not for figures.")
+    ] = False,
+) -> None:
+    """Compare products with packed weights to plain reads, to torch's own and to llama.cpp's.
+
+    Takes a few minutes and 3 GB of memory at most. llama.cpp takes part where the extra `bench` is installed.
+    On a card: half a minute and 3 GB of its memory; bitsandbytes takes part.
+
+    Example: loci bench kernels --json kernels.json
+    """
+    from memory.hardware.detect import detect
+    from memory.hardware.measure import working_bytes
+    from memory.hardware.this_machine import Result, write_results
+    from quant.bench.gpu import measure_card
+    from quant.bench.kernels import LEAST_BYTES, Effort, measure_kernels
+    from quant.kernels.choice import choose
+
+    effort = Effort(LEAST_BYTES, 2, 1) if is_quick else Effort(working_bytes(), 40, 8)
+    if card is None:
+        print(choose().describe())
+    results = []
+    for topic, figures in measure_kernels(effort) if card is None else measure_card(card, effort.turns):
+        print()
+        print_table(
+            [topic, "measured", "", "target", "met"],
+            [
+                (
+                    f.name,
+                    f"{f.value:.3g}",
+                    f.unit,
+                    "" if f.target is None else f"{f.target:g}",
+                    {None: "", True: "yes", False: "no"}[f.met],
+                )
+                for f in figures
+            ],
+            right=(1, 3),
+        )
+        results += [Result(f.name, f.value, f.unit, f.target, f.met) for f in figures]
+    if json_file is not None:
+        write_results(json_file, detect(), results)
+        print(f"written to {json_file}")

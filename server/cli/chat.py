@@ -1,0 +1,154 @@
+"""`loci chat` and `loci run`: talk to a model in the terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quant.errors import LociError
+from server.cli.arguments import Model
+from server.cli.terminal import is_terminal, write
+
+if TYPE_CHECKING:
+    from engine.chat.output_parser import MessageDelta
+    from server.cli.talk import ChatMessage, Sampling, Talk
+
+_HELP = "/reset forgets the conversation, /quit ends."
+
+Temperature = Annotated[
+    float | None, typer.Option(help="0 always takes the likeliest token. Default: 1.", show_default=False)
+]
+MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.", show_default=False)]
+
+
+def chat(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
+            show_default=False,
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Talk to this server instead of loading a model.", show_default=False)
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LOCI_API_KEY", help="Key for --url.", show_default=False)
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message to begin with.", show_default=False)
+    ] = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+) -> None:
+    """Chat with a model; answers appear as they are generated.
+
+    /reset forgets the conversation, /quit ends. Through a pipe, every line is a message.
+
+    Example: loci chat --url http://127.0.0.1:8000
+    """
+    if model is not None and url is not None:
+        raise typer.BadParameter("give a model or --url, not both")
+    from server.cli.talk import RemoteTalk, Sampling
+
+    talk: Talk
+    if url is not None:
+        talk = RemoteTalk(url, api_key)
+    else:
+        from server.cli.local_talk import LocalTalk
+
+        talk = LocalTalk(model)
+    try:
+        _converse(talk, Sampling(temperature, max_tokens, seed), system)
+    finally:
+        talk.close()
+
+
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    seed: Seed = None,
+) -> None:
+    """Write one answer to stdout. A model without chat template continues the prompt.
+
+    Example: loci run ./model "Name three rivers." --temperature 0
+    """
+    from server.cli.local_talk import LocalTalk
+    from server.cli.talk import Sampling
+
+    talk = LocalTalk(model)
+    sampling = Sampling(temperature, max_tokens, seed)
+    try:
+        if talk.can_chat:
+            for delta in talk.reply([{"role": "user", "content": prompt}], sampling):
+                write(delta.content)
+        else:
+            for text in talk.continue_text(prompt, sampling):
+                write(text)
+        write("\n")
+    finally:
+        talk.close()
+
+
+def _converse(talk: Talk, sampling: Sampling, system: str | None) -> None:
+    is_interactive = sys.stdin.isatty()
+    beginning: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
+    history = list(beginning)
+    if is_interactive:
+        write(f"Talking to {talk.name}. {_HELP}\n")
+    for line in _lines(is_interactive):
+        if line == "/quit":
+            return
+        if line == "/reset":
+            history = list(beginning)
+        elif line.startswith("/"):
+            print(f"{line}: no such command. {_HELP}", file=sys.stderr)
+        elif line:
+            question: ChatMessage = {"role": "user", "content": line}
+            try:
+                answer = _show(talk.reply([*history, question], sampling))
+            except LociError as error:
+                if not is_interactive:
+                    raise
+                print(f"loci: {error}", file=sys.stderr)
+            else:
+                history += [question, {"role": "assistant", "content": answer}]
+
+
+def _show(deltas: Iterator[MessageDelta]) -> str:
+    """Write an answer as it comes and return its content; Ctrl-C ends the answer, not the chat."""
+    content = ""
+    try:
+        for delta in deltas:
+            if delta.reasoning and is_terminal():
+                write(delta.reasoning, dim=True)
+            if delta.content:
+                write(delta.content)
+                content += delta.content
+    except KeyboardInterrupt:
+        if not is_terminal():
+            raise
+    write("\n")
+    return content
+
+
+def _lines(is_interactive: bool) -> Iterator[str]:
+    if not is_interactive:
+        yield from (line.strip() for line in sys.stdin)
+        return
+    import readline  # noqa: F401  # gives input() editing and history
+
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            write("\n")
+            return

@@ -1,0 +1,145 @@
+"""`loci doctor`: what this machine has, what is missing for Loci, and what to do about it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import typer
+
+from engine.embedded import EMBEDDED, model_path
+from memory.hardware.detect import detect
+from quant.errors import LociError
+from server.cli.terminal import bytes_text, print_table
+
+MODEST_MEMORY_BYTES = 2_000_000_000
+MODEST_DISK_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `advice` is empty where all is well; `is_fatal` means Loci cannot run."""
+
+    topic: str
+    found: str
+    advice: str = ""
+    is_fatal: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """`ok`, `note` or `missing`."""
+        return "missing" if self.is_fatal else "note" if self.advice else "ok"
+
+
+def doctor() -> None:
+    """Check Python, packages, processor, graphics cards, memory and disk. Exit code 1 if Loci cannot run.
+
+    Example: loci doctor
+    """
+    findings = [*_python(), *_packages(), *_machine(), *_kernels(), *_embedded_models()]
+    print_table(["", "what", "found"], [(f.verdict, f.topic, f.found) for f in findings])
+    advice = [f"{f.topic}: {f.advice}" for f in findings if f.advice]
+    if advice:
+        print("\nWhat to do:\n" + "\n".join(f"  - {line}" for line in advice))
+    if any(f.is_fatal for f in findings):
+        raise typer.Exit(1)
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("Python", f"{platform.python_version()} at {sys.executable}")
+
+
+_REQUIRED = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "gguf",
+    "tokenizers",
+    "jinja2",
+    "deepseek-recipe",
+    "fastapi",
+    "uvicorn",
+    "prometheus-client",
+)
+
+
+def _packages() -> Iterator[Finding]:
+    versions = {package: _version(package) for package in _REQUIRED}
+    missing = [package for package, found in versions.items() if found is None]
+    if missing:
+        advice = f"install Loci with its dependencies, or: pip install {' '.join(missing)}"
+        yield Finding("packages", f"without {', '.join(missing)}", advice, is_fatal=True)
+    else:
+        yield Finding("packages", f"torch {versions['torch']}, and the {len(versions) - 1} others Loci needs")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> Iterator[Finding]:
+    machine = detect()
+    yield Finding("system", machine.system)
+    slow = not {"avx2", "asimd"} & set(machine.cpu_flags)
+    flags = " ".join(machine.cpu_flags) or "no vector extensions"
+    yield Finding(
+        "processor",
+        f"{machine.cpu}, {machine.cores} cores usable, {flags}",
+        "without AVX2 or NEON only the slow portable code runs; use a newer machine" if slow else "",
+    )
+    memory = f"{bytes_text(machine.memory_bytes)}, {bytes_text(machine.available_bytes)} available"
+    if machine.memory_limit_bytes is not None:
+        memory += f", this container may use {bytes_text(machine.memory_limit_bytes)}"
+    yield Finding("memory", memory, _room_advice("memory", machine.available_bytes, MODEST_MEMORY_BYTES))
+    if machine.numa_nodes > 1:
+        yield Finding("NUMA", f"{machine.numa_nodes} nodes; memory of other nodes is slower")
+    free = machine.disk_free_bytes
+    yield Finding(
+        "disk",
+        f"{bytes_text(free)} free in {Path.cwd()}",
+        _room_advice("disk space", free, MODEST_DISK_BYTES),
+    )
+    for disk in machine.disks:
+        found = f"{disk.name}, {bytes_text(disk.nbytes)} {disk.model}".rstrip()
+        advice = "it turns; experts and Engram rows want a solid state drive" if disk.is_rotational else ""
+        yield Finding("drive", found, advice)
+    for gpu in machine.gpus:
+        capability = ".".join(map(str, gpu.capability))
+        found = f"{gpu.name}, {bytes_text(gpu.free_bytes)} of {bytes_text(gpu.memory_bytes)} free"
+        found += f", sm {capability}"
+        if gpu.pcie is not None:
+            found += f", PCIe {gpu.pcie.generation}.0 x{gpu.pcie.lanes}"
+        if gpu.peers:
+            found += f", reads the memory of {', '.join(map(str, gpu.peers))}"
+        yield Finding(f"GPU {gpu.index}", found)
+    if not machine.gpus:
+        yield Finding("GPU", "none that torch can use; everything is computed on the processor")
+
+
+def _room_advice(what: str, available: int, modest: int) -> str:
+    return (
+        f"less than {bytes_text(modest)} of {what} left; free some for a model" if available < modest else ""
+    )
+
+
+def _kernels() -> Iterator[Finding]:
+    if _version("torch") is not None:
+        from quant.kernels.choice import choose
+
+        kernels = choose()
+        yield Finding("kernels", f"{kernels.name}: {kernels.describe()}")
+
+
+def _embedded_models() -> Iterator[Finding]:
+    for name in EMBEDDED:
+        try:
+            yield Finding(f"embedded model {name}", str(model_path(Path(name))))
+        except LociError as error:
+            yield Finding(f"embedded model {name}", "not installed", str(error))

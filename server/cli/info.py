@@ -1,0 +1,108 @@
+"""`loci info`: what a checkpoint is, what its parts weigh, where they could lie, what running takes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from server.cli.arguments import OptionalModel
+from server.cli.terminal import bytes_text, print_table
+
+if TYPE_CHECKING:
+    from engine.families.base import Component
+
+# Loading maps files and then touches every weight once; up to here that takes seconds.
+LOADED_UNASKED_BYTES = 1_000_000_000
+SAMPLE_TOKENS = 32
+
+# Where a kind of component can lie while the model runs. What every token reads must be fast; experts
+# are read a few at a time, and of Engram only some rows.
+_TIERS = {
+    "routed_experts": "vram, dram, nvme",
+    "engram": "dram, nvme",
+}
+_ELSE = "vram, dram"
+
+
+def info(
+    model: OptionalModel = None,
+    load: Annotated[
+        bool | None,
+        typer.Option(
+            "--load/--no-load",
+            help="Load the model, run a few tokens, print the peak memory. Default: up to 1 GB.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Say what a model is: its parts, their formats and bytes, the tiers that could hold them.
+
+    Example: loci info ./DeepSeek-V4.1-Flash
+    """
+    from engine.families.loader import describe
+
+    assert model is not None  # a default stands in
+    about, components = describe(model)
+    total = sum(component.nbytes for component in components)
+    parameters = sum(component.parameters for component in components)
+    print(f"{about.name}: family {about.family}, {_count(parameters)} parameters, {bytes_text(total)}")
+    print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens")
+    print()
+    _print_components(components)
+    if total <= LOADED_UNASKED_BYTES if load is None else load:
+        _print_memory(model)
+    else:
+        print("\nNot loaded; --load does that and prints KV cache and peak memory.")
+
+
+def _print_components(components: list[Component]) -> None:
+    groups: dict[tuple[str, str], list[Component]] = defaultdict(list)
+    for component in components:
+        groups[component.kind, component.format].append(component)
+    rows = [
+        (
+            kind,
+            form,
+            _count(sum(c.parameters for c in members)),
+            f"{sum(c.nbytes for c in members)}",
+            bytes_text(sum(c.nbytes for c in members)),
+            _TIERS.get(kind, _ELSE),
+        )
+        for (kind, form), members in groups.items()
+    ]
+    print_table(["part", "format", "parameters", "bytes", "", "can lie in"], rows, right=(2, 3, 4))
+
+
+def _print_memory(path: Path) -> None:
+    from engine.families.base import Batch
+    from engine.families.loader import load
+    from memory.hardware.detect import peak_resident_bytes
+    from server.serving.service import DEFAULT_CONTEXT
+
+    before = peak_resident_bytes()
+    loaded = load(path)
+    model = loaded.model
+    context = min(model.info.max_context, DEFAULT_CONTEXT)
+    print()
+    for tokens in sorted({context, model.info.max_context}):
+        print(f"KV cache of one sequence of {tokens} tokens: {bytes_text(model.cache_bytes(1, tokens))}")
+    ids = [i % model.info.vocab_size for i in range(min(SAMPLE_TOKENS, context))]
+    cache = model.new_cache(1, context)
+    model.forward(Batch.of([(0, 0, ids)]), cache)
+    peak = peak_resident_bytes()
+    print(
+        f"peak RSS after loading and {len(ids)} tokens: {bytes_text(peak)} "
+        f"({bytes_text(before)} of it before loading: Python, torch)"
+    )
+
+
+def _count(number: int) -> str:
+    value = float(number)
+    for unit in ("", " K", " M"):
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} B"

@@ -1,0 +1,216 @@
+"""`loci serve`: bind, load in the background, answer, drain on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import uvicorn
+
+from quant.errors import ConfigError
+from server.http.connection import allow_many_connections, protocol_with_deadlines
+from server.http.logs import configure_logging
+from server.settings import SEVERAL, Settings, resolve_settings
+
+if TYPE_CHECKING:
+    from server.serving.service import Service
+
+log = logging.getLogger("loci")
+
+# The engine's thread comes back from native code many times a step, and would wait each time until the event
+# loop pauses, at most 5 ms (Python's own setting).
+SWITCH_INTERVAL_S = 1e-4
+# Longer than clients and proxies keep an idle connection (Python's SDKs 5 s, nginx 60 s): they must be first
+# to hang up, or a request may meet a connection that is just being closed.
+KEEP_ALIVE_S = 75
+# After the deadline of a drain: time to read why an answer ended.
+LAST_WORDS_S = 5
+
+
+def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with one option per field of Settings, so that settings are described in one place."""
+    parameters = [_parameter("model", Path, typer.Argument(help=_help("model"), show_default=False))]
+    for name, field in Settings.model_fields.items():
+        if name != "model":
+            kind = list[str] if name in SEVERAL else field.annotation
+            option = typer.Option(help=_help(name), show_default=False)
+            parameters.append(_parameter(name, kind, option))
+    file = typer.Option(help="TOML file with settings.", envvar="LOCI_CONFIG", show_default=False)
+    parameters.append(_parameter("config", Path, file))
+
+    @functools.wraps(command)
+    def wrapper(**flags: Any) -> None:
+        command(**flags)
+
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _help(name: str) -> str:
+    field = Settings.model_fields[name]
+    default = "" if field.default in (None, ()) else f" Default: {field.default}."
+    return f"{field.description}{default}"
+
+
+@_with_settings_as_options
+def serve(config: Path | None, **flags: Any) -> None:
+    """Serve a model over HTTP, with OpenAI's interface.
+
+    Each setting can also come from a variable (LOCI_PORT for --port) or from a TOML file (port = 8000);
+    flags win over variables, variables over the file.
+
+    Example: loci serve ./DeepSeek-V4.1-Flash --port 8000
+    """
+    settings = resolve_settings(flags, config)
+    configure_logging(settings.log_level, settings.log_format)
+    listener = _bind(settings.host, settings.port)
+    allow_many_connections()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    if not settings.is_loopback and not settings.needs_key:
+        log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
+
+    # Imported late: torch takes seconds, wrong settings should not.
+    from server.app import create_app
+    from server.metrics import Metrics
+    from server.serving.service import Service
+
+    metrics = Metrics()
+    metrics.observe_process()
+    service = Service(settings, metrics)
+    server = _Server(create_app(service), service, _url(listener))
+    try:
+        server.run(sockets=[listener])
+    finally:
+        service.stop()
+    if service.failure is not None:
+        raise service.failure
+    if service.is_loading:  # a thread that is inside torch when the interpreter ends would abort the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with our start and end: loads once it listens; the first signal drains, the second ends.
+
+    While it drains it goes on listening, so that who comes now is told that the server stops.
+    """
+
+    def __init__(self, app: Any, service: Service, url: str) -> None:
+        self._service = service
+        self._url = url
+        self._drain_s = service.settings.drain_timeout_s
+        self._unfinished: set[asyncio.Task[None]] = set()  # requests that ran when draining began
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol_with_deadlines(
+                    service.settings.read_timeout_s, service.settings.write_timeout_s
+                ),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                # Our own deadline ends the sequences, so that clients read why; this one begins after it, and
+                # is for clients that do not read.
+                timeout_graceful_shutdown=LAST_WORDS_S,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        from server.serving.service import bring_up
+
+        _say(f"Loci listens on {self._url} and is loading the model")
+        settings = self._service.settings
+        self._service.load_in_background(partial(bring_up, settings), self._when_loaded)
+
+    def _when_loaded(self) -> None:
+        if self._service.failure is not None:
+            self.should_exit = True
+        if self.should_exit or self._service.is_draining:
+            return
+        served = self._service.served
+        _say(f"{served.name} is ready. Try:\n  {_curl(self._url, self._service)}")
+
+    async def on_tick(self, counter: int) -> bool:
+        is_over = await super().on_tick(counter)
+        return is_over or (self._service.is_draining and all(task.done() for task in self._unfinished))
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        yield
+
+    def _on_signal(self, number: int) -> None:
+        if self._service.is_draining:
+            os._exit(128 + number)
+        self._service.drain()
+        self._unfinished = set(self.server_state.tasks)
+        _say(f"Stopping; requests that run have {self._drain_s:g} s to finish. Once more to stop at once.")
+        asyncio.get_running_loop().call_later(self._drain_s, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+        threading.Thread(target=self._service.stop, daemon=True).start()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server((str(address[0]), port), family=family)
+    except OSError as error:
+        # create_server adds to the text of the error, getaddrinfo has numbers of its own.
+        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port") from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    # An address that means "all of them" is none that a client can use.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _curl(url: str, service: Service) -> str:
+    served = service.served
+    body: dict[str, object]
+    if served.loaded.chat is None:
+        path, body = "completions", {"model": served.name, "prompt": "Once upon a time"}
+    else:
+        message = {"role": "user", "content": "What is the capital of France?"}
+        path, body = "chat/completions", {"model": served.name, "messages": [message]}
+    key = ' -H "Authorization: Bearer $LOCI_API_KEY"' if service.settings.needs_key else ""
+    data = shlex.quote(json.dumps(body))
+    return f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d {data}"
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,1 @@
+"""What surrounds every request: connections, identity, limits, logs and errors."""

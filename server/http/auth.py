@@ -1,0 +1,96 @@
+"""Who may ask, and from where: API keys with their limits, and the names the server answers to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.chat_page import PAGE_PATHS
+from server.http.errors import ApiError
+from server.http.keys import KeyRing
+from server.http.rate_limits import Account
+from server.metrics import Metrics
+
+# Probes of container platforms and browsers that open a page cannot send keys; none of these says anything
+# that needs one.
+OPEN_PATHS = frozenset(("/health", "/ready", *PAGE_PATHS))
+
+
+class RequireKey:
+    """Answers 401 unless a request carries a key of `ring`, 429 where its limits are reached.
+
+    Runs before any of the body is read. Limits are about requests that compute, so POST ones.
+    """
+
+    def __init__(self, app: ASGIApp, ring: KeyRing, metrics: Metrics) -> None:
+        self._app = app
+        self._ring = ring
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        account = self._ring.account(_given_key(Headers(scope=scope)))
+        if account is None:
+            error = ApiError(
+                401,
+                "send one of the server's API keys: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response_to(scope)(scope, receive, send)
+            return
+        scope["state"]["account"] = account
+        await self._serve(account, scope, receive, send)
+
+    async def _serve(self, account: Account, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(dict(account.headers()))
+                self._metrics.key_requests.labels(account.name, str(message["status"])).inc()
+            await send(message)
+
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send_with_limits)
+            return
+        try:
+            with account.request():
+                await self._app(scope, receive, send_with_limits)
+        except ApiError as error:
+            await error.response_to(scope)(scope, receive, send_with_limits)
+
+
+def _given_key(headers: Headers) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    # Anthropic's clients have a header of their own.
+    return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+class RequireHost:
+    """Answers 403 to requests for a name that is not the server's.
+
+    A page of another site can make its own name point to this machine, and is then of the same origin
+    for the browser; the name it asks for still is the other site's.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = frozenset(name.lower() for name in allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = _host_name(Headers(scope=scope).get("host", "")) if scope["type"] == "http" else ""
+        if not host or host in self._allowed:
+            await self._app(scope, receive, send)
+            return
+        text = f"this server does not answer to the name {host!r}; --allowed-hosts says to which it does"
+        await ApiError(403, text, code="host_not_allowed").response_to(scope)(scope, receive, send)
+
+
+def _host_name(header: str) -> str:
+    """`name:port` or `[address]:port` without port and brackets."""
+    bracketed, closing, _ = header.rpartition("]")
+    name = bracketed.removeprefix("[") if closing else header.partition(":")[0]
+    return name.lower().rstrip(".")

@@ -1,0 +1,1 @@
+"""Loci's own routes: health, metrics, tokenizer."""

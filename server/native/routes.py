@@ -1,0 +1,118 @@
+"""The routes that are Loci's own: health, readiness, version, metrics, and the tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic_core import to_json
+
+from server.http.errors import RETRY_AFTER_S, ApiError
+from server.openai.requests import DetokenizeRequest, TokenizeRequest, check_ids
+from server.openapi import document
+from server.serving.handling import owner_of, read_body, running_of, service_of
+from server.serving.service import Served
+
+router = APIRouter()
+
+
+def loci_version() -> str:
+    """The installed version, or `source` where the package is run without being installed."""
+    try:
+        return version("loci")
+    except PackageNotFoundError:
+        return "source"
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 while the server does its work, 503 once the engine's thread has died.
+
+    A step that failed changes the status alone: to start again would not mend a file or a disk.
+    """
+    service = service_of(request)
+    if not service.is_alive:
+        return JSONResponse({"status": "engine_stopped"}, 503)
+    return JSONResponse({"status": "failing" if service.is_failing else "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 once the model is loaded."""
+    service = service_of(request)
+    if service.is_ready:
+        return JSONResponse({"status": "ready"})
+    status = "stopping" if service.is_draining else "loading" if service.is_alive else "engine_stopped"
+    return JSONResponse({"status": status}, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+
+@router.delete("/v1/requests/{request_id}")
+async def cancel_request(request: Request, request_id: str) -> dict[str, Any]:
+    """End what is being answered under this id: that of the request or that of the answer."""
+    if not running_of(request).cancel(owner_of(request), request_id):
+        text = f"nothing is being answered under {request_id!r}"
+        raise ApiError(404, text, code="request_not_found")
+    return {"id": request_id, "object": "request", "cancelled": True}
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """The server's version."""
+    return {"version": loci_version()}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Everything Prometheus wants to know."""
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/openapi.json")
+async def openapi(request: Request) -> dict[str, Any]:
+    """This description of the interface, for tools."""
+    service = service_of(request)
+    model = service.served.name if service.is_ready else None
+    return document(request.app.state.routes, loci_version(), model)
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> Response:
+    """Token ids of a text, or of a conversation as the model would see it."""
+    body = await read_body(request, TokenizeRequest)
+    served = service_of(request).served
+    return Response(await asyncio.to_thread(_tokenized, body, served), media_type="application/json")
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    body = await read_body(request, DetokenizeRequest)
+    served = service_of(request).served
+    return Response(await asyncio.to_thread(_detokenized, body, served), media_type="application/json")
+
+
+def _tokenized(body: TokenizeRequest, served: Served) -> bytes:
+    ids = _token_ids(body, served)
+    answer = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
+    if body.return_token_strs:
+        pieces = (served.loaded.tokenizer.token_bytes(i) for i in ids)
+        answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+    return to_json(answer)
+
+
+def _detokenized(body: DetokenizeRequest, served: Served) -> bytes:
+    check_ids(body.tokens, served.vocab_size, "tokens")
+    return to_json({"prompt": served.loaded.tokenizer.decode(body.tokens)})
+
+
+def _token_ids(body: TokenizeRequest, served: Served) -> list[int]:
+    if body.prompt is not None:
+        return served.loaded.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    if served.loaded.chat is None:
+        raise ApiError(400, f"{served.name} has no chat template; send prompt", param="messages")
+    conversation = body.model_dump(include={"messages", "tools"}, exclude_none=True)
+    return served.loaded.chat.render(conversation).token_ids

@@ -1,0 +1,111 @@
+"""/v1/chat/completions: a conversation in, one or more assistant messages out, whole or as a stream."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from engine.chat.format import ChatPrompt
+from engine.chat.output_parser import MessageDelta
+from engine.output import TokenLogprob
+from server.openai.logprobs import chat_logprobs
+from server.openai.requests import ChatRequest
+from server.serving.answer import Answer
+from server.serving.generation import Generation
+from server.serving.reply import ConversationReply, Counts
+from server.serving.service import Served
+
+
+class ChatReply(ConversationReply):
+    """Answers in the shape of Chat Completions."""
+
+    def __init__(self, request: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
+        super().__init__(request, prompt, served)
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The finished answer."""
+        await self.finish(generation)
+        return self._envelope("chat.completion") | {
+            "choices": [self._whole_choice(answer) for answer in self.answers],
+            "usage": usage(self.counts),
+        }
+
+    async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        """The answer as chunks."""
+        begun: set[int] = set()
+        async for answer, deltas in self.pieces(generation):
+            if answer.index not in begun:
+                begun.add(answer.index)
+                yield self._chunk(answer, {"role": "assistant", "content": ""}, [])
+            for delta in deltas:
+                yield self._chunk(answer, _delta_fields(delta), answer.new_logprobs())
+            if answer.finish_reason is not None:
+                yield self._chunk(answer, {}, answer.new_logprobs())
+        if self._request.wants_usage:
+            yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._served.name}
+
+    def _chunk(self, answer: Answer, delta: dict[str, Any], logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        # The last chunk of a choice has an empty delta, and only it has a reason.
+        fields = {
+            "index": answer.index,
+            "delta": delta,
+            "logprobs": self._logprobs(logprobs),
+            "finish_reason": None if delta else _finish_reason(answer),
+        }
+        no_usage = {"usage": None} if self._request.wants_usage else {}
+        return self._envelope("chat.completion.chunk") | {"choices": [fields]} | no_usage
+
+    def _whole_choice(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": answer.index,
+            "message": answer.message,
+            "logprobs": self._logprobs(answer.new_logprobs()),
+            "finish_reason": _finish_reason(answer),
+        }
+
+    def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._request.logprobs:
+            return None
+        return {"content": chat_logprobs(self._served.loaded.tokenizer, tokens), "refusal": None}
+
+
+def usage(counts: Counts) -> dict[str, Any]:
+    """OpenAI's token counts."""
+    return {
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.generated,
+        "total_tokens": counts.prompt + counts.generated,
+        "prompt_tokens_details": {"cached_tokens": counts.cached},
+        "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
+    }
+
+
+def _finish_reason(answer: Answer) -> str | None:
+    return "tool_calls" if answer.called_tools else answer.finish_reason and answer.finish_reason.value
+
+
+def _delta_fields(delta: MessageDelta) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if delta.reasoning:
+        fields["reasoning_content"] = delta.reasoning
+    if delta.content:
+        fields["content"] = delta.content
+    if delta.tool_calls:
+        fields["tool_calls"] = list(_call_fields(delta))
+    return fields
+
+
+def _call_fields(delta: MessageDelta) -> Iterator[dict[str, Any]]:
+    for call in delta.tool_calls:
+        if call.id is None:
+            yield {"index": call.index, "function": {"arguments": call.arguments}}
+        else:
+            function = {"name": call.name, "arguments": call.arguments}
+            yield {"index": call.index, "id": call.id, "type": "function", "function": function}

@@ -1,0 +1,188 @@
+"""/v1/completions: one or more prompts as text or token ids in, their continuations out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine.grammar.answer import content_grammar
+from engine.grammar.lark import Grammar
+from engine.output import FinishReason, Output, TokenLogprob
+from engine.sampling.params import SamplingParams
+from server.openai.chat import usage
+from server.openai.logprobs import CompletionLogprobs, empty_logprobs
+from server.openai.requests import CompletionRequest, check_ids
+from server.serving.generation import Generation
+from server.serving.reply import Counts, Reply
+from server.serving.service import Served
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as text and as the model sees it; `added` tokens at its start are ours, not the client's."""
+
+    text: str
+    token_ids: list[int]
+    added: int
+
+
+def tokenize_prompts(request: CompletionRequest, served: Served) -> list[TokenizedPrompt]:
+    """The request's prompts as token ids; texts begin with the tokens that the model's tokenizer adds, unless
+    `add_special_tokens` is false."""
+    tokenizer = served.loaded.tokenizer
+    adds_bos = tokenizer.add_bos and request.add_special_tokens is not False
+    result = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt, add_special_tokens=adds_bos)
+            added = int(adds_bos and ids[:1] == [tokenizer.bos_token_id])
+            result.append(TokenizedPrompt(prompt, ids, added))
+        else:
+            check_ids(prompt, served.vocab_size, "prompt")
+            text = tokenizer.decode(prompt) if request.echo else ""
+            result.append(TokenizedPrompt(text, prompt, 0))
+    return result
+
+
+class CompletionReply(Reply):
+    """Builds the answer to one request; choice `p * n + i` is the i-th answer to prompt p.
+
+    With `max_tokens: 0` prompts are only scored: one token is generated, because that is what makes
+    the engine compute the prompt, and not shown.
+    """
+
+    def __init__(self, request: CompletionRequest, prompts: list[TokenizedPrompt], served: Served) -> None:
+        self._request = request
+        self._prompts = prompts
+        self._served = served
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._scores_only = request.max_tokens == 0
+        tokenizer = served.loaded.tokenizer
+        self._grammar = content_grammar(request.as_format(), tokenizer.added_tokens)
+        self._choices = [
+            _Choice(p * request.choices + i, prompt, CompletionLogprobs(tokenizer))
+            for p, prompt in enumerate(prompts)
+            for i in range(request.choices)
+        ]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What each sequence must match."""
+        return self._grammar
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences the answer takes."""
+        return len(self._choices)
+
+    @property
+    def counts(self) -> Counts:
+        """Tokens of all prompts and all answers so far."""
+        cached = [choice.cached_tokens for choice in self._choices]
+        n = self._request.choices  # answers to one prompt, which is counted once
+        return Counts(
+            prompt=sum(len(prompt.token_ids) for prompt in self._prompts),
+            generated=sum(choice.tokens for choice in self._choices),
+            cached=sum(min(cached[i : i + n]) for i in range(0, len(cached), n)),
+        )
+
+    def submit_to(self, generation: Generation) -> None:
+        """Submit one sequence per choice. Raises what Generation.submit raises."""
+        for choice in self._choices:
+            salt = self._request.cache_salt or ""
+            generation.submit(choice.prompt.token_ids, self._sampling(choice.index), salt)
+
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The finished answer."""
+        texts: dict[int, list[str]] = {choice.index: [] for choice in self._choices}
+        logprobs = {choice.index: empty_logprobs() for choice in self._choices}
+        async for index, output in generation.outputs():
+            piece = self._take(self._choices[index], output)
+            texts[index].append(piece["text"])
+            for name, values in (piece["logprobs"] or {}).items():
+                logprobs[index][name] += values
+        choices = [
+            {
+                "index": choice.index,
+                "text": "".join(texts[choice.index]),
+                "logprobs": None if self._request.logprobs is None else logprobs[choice.index],
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in self._choices
+        ]
+        return self._envelope(choices) | {"usage": usage(self.counts)}
+
+    async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        """The answer as chunks."""
+        no_usage = {"usage": None} if self._request.wants_usage else {}
+        async for index, output in generation.outputs():
+            piece = self._take(self._choices[index], output)
+            if piece["text"] or piece["logprobs"] or piece["finish_reason"]:
+                yield self._envelope([piece]) | no_usage
+        if self._request.wants_usage:
+            yield self._envelope([]) | {"usage": usage(self.counts)}
+
+    def _sampling(self, index: int) -> SamplingParams:
+        request = self._request
+        max_tokens = 1 if self._scores_only else request.max_tokens
+        if max_tokens is None:
+            prompt = self._choices[index].prompt
+            max_tokens = self._served.default_max_tokens(DEFAULT_MAX_TOKENS, len(prompt.token_ids))
+        return request.sampling(
+            self._served.vocab_size,
+            index % request.choices,
+            self._served.loaded.sampling,
+            max_tokens=max_tokens,
+            grammar=self._grammar,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if request.echo else None,
+        )
+
+    def _take(self, choice: _Choice, output: Output) -> dict[str, Any]:
+        tokens: list[tuple[int, TokenLogprob | None]] = []
+        text = ""
+        if self._request.echo and not choice.has_begun:
+            text = choice.prompt.text
+            prompt_logprobs = output.prompt_logprobs or ()
+            tokens += list(zip(choice.prompt.token_ids, prompt_logprobs, strict=False))[choice.prompt.added :]
+        choice.has_begun = True
+        choice.cached_tokens += output.cached_tokens or 0
+        if not self._scores_only:
+            text += output.text
+            tokens += [(token.token_id, token) for token in output.logprobs]
+            choice.tokens += len(output.token_ids)
+        if output.finish_reason is not None:
+            reason = FinishReason.LENGTH if self._scores_only else output.finish_reason
+            choice.finish_reason = reason.value
+        return {
+            "index": choice.index,
+            "text": text,
+            "logprobs": choice.logprobs.render(tokens) if self._request.logprobs is not None else None,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._served.name,
+            "choices": choices,
+        }
+
+
+@dataclass
+class _Choice:
+    index: int
+    prompt: TokenizedPrompt
+    logprobs: CompletionLogprobs
+    tokens: int = 0
+    cached_tokens: int = 0
+    has_begun: bool = False
+    finish_reason: str | None = None

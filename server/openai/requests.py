@@ -1,0 +1,403 @@
+"""Request bodies of the OpenAI interface, strictly typed; fields that nobody declared are ignored.
+
+docs/api.md says of each field whether it is accepted, ignored or refused, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from engine.sampling.params import SamplingParams
+from quant.errors import RequestError
+from server.openai.messages import (
+    AllowedToolChoice,
+    Body,
+    Items,
+    Message,
+    NamedToolChoice,
+    Tool,
+    ToolChoice,
+    refuse_fields,
+)
+
+MAX_STOP = 16
+MAX_N = 128
+MAX_SALT = 256
+
+# One error per union instead of one per member: the discriminator looks at the value's type first.
+# Tags in angle brackets are left out of the paths that errors name.
+_Strings = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[str], Tag("<strings>")],
+    Discriminator(lambda value: "<strings>" if isinstance(value, list) else "<string>"),
+]
+
+
+def _prompt_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    if value and isinstance(value[0], list):
+        return "<prompts of ids>"
+    return "<ids>" if value and not isinstance(value[0], str) else "<strings>"
+
+
+_Prompt = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[Items[str], Tag("<strings>")]
+    | Annotated[list[int], Tag("<ids>")]
+    | Annotated[Items[list[int]], Tag("<prompts of ids>")],
+    Discriminator(_prompt_kind),
+]
+
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class StreamOptions(Body):
+    """What a stream contains beside the answer."""
+
+    include_usage: bool | None = None
+
+
+class SchemaFormat(Body):
+    """A schema that the answer must match; `strict: false` passes over what cannot be enforced."""
+
+    name: str = Field(min_length=1, max_length=64)
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """`text`, any JSON object, or JSON by a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise RequestError("response_format.json_schema is required", param="response_format.json_schema")
+        return self
+
+
+class StructuredOutputs(Body):
+    """What the answer must match, in one of five ways: vLLM's extension."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = Field(None, min_length=1)
+    choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
+    grammar: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            names = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
+            raise RequestError(f"structured_outputs takes exactly one of {names}", param="structured_outputs")
+        return self
+
+
+# Fields that would change what the answer means, and why they cannot be honoured.
+REFUSED = {
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+    "audio": "only text can be generated",
+    "web_search_options": "this server searches nothing",
+    "guided_json": "use structured_outputs.json",
+    "guided_regex": "use structured_outputs.regex",
+    "guided_choice": "use structured_outputs.choice",
+    "guided_grammar": "use structured_outputs.grammar",
+    "grammar": "use structured_outputs.grammar",
+    "ebnf": "use structured_outputs.grammar",
+    "regex": "use structured_outputs.regex",
+    "json_schema": "use response_format or structured_outputs.json",
+    "suffix": "filling in the middle is not supported",
+    "use_beam_search": "answers are sampled",
+    "prompt_logprobs": "use echo and logprobs of /v1/completions",
+    "allowed_token_ids": "use structured_outputs.choice or logit_bias",
+    "bad_words": "use logit_bias",
+    "logits_processors": "nothing of a request is executed",
+    "truncate_prompt_tokens": "shorten the prompt",
+    "chat_template": "the model's own is used; chat_template_kwargs are its variables",
+    "documents": "put them into messages",
+}
+
+
+def _ranging(low: float, high: float) -> Any:
+    """A field whose range stands in the OpenAPI document; SamplingParams checks it."""
+    return Field(None, json_schema_extra={"minimum": low, "maximum": high})
+
+
+class SamplingFields(Body):
+    """How tokens are chosen and when to stop: OpenAI's fields and the usual extensions."""
+
+    temperature: float | None = _ranging(0, 10)
+    top_p: float | None = _ranging(0, 1)
+    top_k: int | None = None
+    min_p: float | None = _ranging(0, 1)
+    seed: int | None = None
+    stop: _Strings | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    frequency_penalty: float | None = _ranging(-2, 2)
+    presence_penalty: float | None = _ranging(-2, 2)
+    repetition_penalty: float | None = _ranging(0.01, 10)
+    logit_bias: dict[str, float] | None = None
+
+
+class GenerationRequest(SamplingFields):
+    """What chat and plain completions have in common."""
+
+    model: str
+    max_tokens: int | None = None
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    modalities: list[str] | None = None
+    cache_salt: str | None = Field(None, max_length=MAX_SALT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        return refuse_fields(data, REFUSED)
+
+    @model_validator(mode="after")
+    def _check_common_fields(self) -> Self:
+        if self.structured_outputs and self.response_format and self.response_format.type != "text":
+            raise RequestError(
+                "send response_format or structured_outputs, not both", param="structured_outputs"
+            )
+        if self.modalities is not None and self.modalities != ["text"]:
+            raise RequestError(
+                "modalities other than ['text'] are not supported",
+                param="modalities",
+                code="unsupported_parameter",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", param="stream_options")
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOP:
+            raise RequestError(f"stop takes up to {MAX_STOP} strings, got {len(self.stop)}", param="stop")
+        return self
+
+    @property
+    def choices(self) -> int:
+        """How many answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def wants_usage(self) -> bool:
+        """True where a stream must end with the token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(
+        self,
+        vocab_size: int,
+        choice: int,
+        defaults: Mapping[str, Any],
+        stop_token_ids: Sequence[int] = (),
+        **extra: Any,
+    ) -> SamplingParams:
+        """Sampling settings of the given choice: choice i has seed + i.
+
+        `defaults` are the model's own, for what the request does not say.
+
+        `stop_token_ids` are the prompt dialect's own; like the model's they give way to ignore_eos.
+
+        Raises RequestError naming the field that is out of range.
+        """
+        seed = None if self.seed is None else self.seed + choice
+        implied = () if self.ignore_eos else tuple(stop_token_ids)
+        fields = {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k,  # off, as vLLM and SGLang write it
+            "min_p": self.min_p,
+            "seed": seed,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self._logit_bias(vocab_size),
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "stop_token_ids": tuple(self.stop_token_ids or ()) + implied,
+            "include_stop": self.include_stop_str_in_output,
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
+        } | extra
+        given = {name: value for name, value in fields.items() if value is not None}
+        return SamplingParams(**{**defaults, **given})
+
+    def _logit_bias(self, vocab_size: int) -> dict[int, float]:
+        bias = {}
+        for key, value in (self.logit_bias or {}).items():
+            if not key.isdecimal() or int(key) >= vocab_size:
+                raise RequestError(
+                    f"logit_bias: {key!r} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            bias[int(key)] = value
+        return bias
+
+
+class ChatRequest(GenerationRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: Items[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Items[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    thinking: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_chat_fields(self) -> Self:
+        self._check_ending()
+        for i, message in enumerate(self.messages):
+            message.check(f"messages[{i}]")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise RequestError("tool_choice needs tools", param="tool_choice")
+        known = [tool.function.name for tool in self.tools or []]
+        for wanted in self._chosen_tools:
+            if wanted not in known:
+                raise RequestError(
+                    f"tool_choice names {wanted!r}, which is not in tools", param="tool_choice"
+                )
+        return self
+
+    @property
+    def _chosen_tools(self) -> list[str]:
+        """Names of the tools that `tool_choice` names."""
+        if isinstance(self.tool_choice, NamedToolChoice):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return []
+
+    def _check_ending(self) -> None:
+        """vLLM's way to say whether the last message is complete; ours is its `prefix`."""
+        last = self.messages[-1]
+        if self.continue_final_message:
+            if last.role != "assistant" or self.add_generation_prompt:
+                raise RequestError(
+                    "continue_final_message needs a last message of the assistant, and no "
+                    "add_generation_prompt",
+                    param="continue_final_message",
+                )
+            last.prefix = True
+        elif self.add_generation_prompt is False and not last.prefix:
+            raise RequestError(
+                "add_generation_prompt: false is not supported: an answer begins a message, or goes on with "
+                "the last one (continue_final_message)",
+                param="add_generation_prompt",
+                code="unsupported_parameter",
+            )
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """Most tokens an answer may have; `max_tokens` is the old name of `max_completion_tokens`."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def as_prompt(self) -> dict[str, Any]:
+        """What a ChatFormat needs to render the conversation."""
+        names = {
+            "messages",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "response_format",
+            "structured_outputs",
+            "reasoning_effort",
+            "thinking",
+            "chat_template_kwargs",
+        }
+        body = self.model_dump(include=names, exclude_none=True, by_alias=True)
+        if not self.tools:
+            body.pop("tools", None)
+            body.pop("tool_choice", None)
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            body["tools"] = [tool for tool in body["tools"] if tool["function"]["name"] in self._chosen_tools]
+            body["tool_choice"] = self.tool_choice.allowed_tools.mode
+        return body
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of /v1/completions."""
+
+    prompt: _Prompt
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _check_completion_fields(self) -> Self:
+        if self.best_of not in (None, self.choices):
+            raise RequestError(
+                f"best_of must equal n ({self.choices}): answers are not ranked",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        if not self.prompts:
+            raise RequestError("prompt must not be empty", param="prompt")
+        return self
+
+    def as_format(self) -> dict[str, Any]:
+        """The fields that say what the answer must match."""
+        names = {"response_format", "structured_outputs"}
+        return self.model_dump(include=names, exclude_none=True, by_alias=True)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or more, each as text or as token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [i for i in self.prompt if isinstance(i, int)]
+        return [ids] if ids else [prompt for prompt in self.prompt if not isinstance(prompt, int)]
+
+
+class TokenizeRequest(Body):
+    """Body of /tokenize: a text, or a conversation as the model would see it."""
+
+    prompt: str | None = None
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", param="prompt")
+        for i, message in enumerate(self.messages or []):
+            message.check(f"messages[{i}]")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """Body of /detokenize."""
+
+    tokens: list[int]
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raise RequestError where one of `ids` is not in the vocabulary."""
+    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(
+            f"{param}: {wrong} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}", param=param
+        )

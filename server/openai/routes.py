@@ -1,0 +1,62 @@
+"""The routes under /v1 that OpenAI's clients know: models, chat completions, completions."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.openai.chat import ChatReply
+from server.openai.completions import CompletionReply, tokenize_prompts
+from server.openai.requests import ChatRequest, CompletionRequest
+from server.serving.handling import read_body, render, respond, service_of
+from server.serving.service import Served
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The one model this server has."""
+    card = _card(service_of(request).served)
+    pages = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}
+    return {"object": "list", "data": [card]} | pages
+
+
+@router.get("/models/{model:path}")
+async def get_model(request: Request, model: str) -> dict[str, Any]:
+    """The model, if that is its name."""
+    return _card(service_of(request).named(model))
+
+
+@router.post("/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    """One or more assistant messages that continue a conversation."""
+    body = await read_body(request, ChatRequest)
+    served = service_of(request).named(body.model)
+    return await respond(request, ChatReply(body, await render(body, served), served), body.stream)
+
+
+@router.post("/completions")
+async def completions(request: Request) -> Response:
+    """Continuations of one or more prompts."""
+    body = await read_body(request, CompletionRequest)
+    served = service_of(request).named(body.model)
+    prompts = await asyncio.to_thread(tokenize_prompts, body, served)
+    return await respond(request, CompletionReply(body, prompts, served), body.stream)
+
+
+def _card(served: Served) -> dict[str, Any]:
+    # OpenAI's and Anthropic's clients ask the same route and read different fields.
+    return {
+        "id": served.name,
+        "object": "model",
+        "type": "model",
+        "display_name": served.name,
+        "created": served.created,
+        "created_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
+        "owned_by": "loci",
+        "max_model_len": served.engine.max_context,
+    }

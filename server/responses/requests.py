@@ -1,0 +1,165 @@
+"""Body of /v1/responses, and its translation into the chat request that the engine's side knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from server.openai.messages import Body, FunctionDefinition, Items, Message, Tool, choice_kind, refuse_fields
+from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
+from server.responses.input import InputItem, messages_of
+
+LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
+
+RESPONSES_REFUSED = {
+    "background": "answers are computed while the client waits; use stream",
+    "conversation": "send the items of the conversation, or previous_response_id",
+    "prompt": "there are no stored prompts; send instructions and input",
+}
+
+
+_Input = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[Items[InputItem], Field(min_length=1), Tag("<items>")],
+    Discriminator(lambda value: "<items>" if isinstance(value, list) else "<string>"),
+]
+
+
+class _OfFunctionType(Body):
+    type: Literal["function"]
+
+
+class ResponsesTool(FunctionDefinition, _OfFunctionType):
+    """A function that the model may call; its type is looked at first."""
+
+
+class NamedFunction(_OfFunctionType):
+    """`{"type": "function", "name": ...}`."""
+
+    name: str
+
+
+class AllowedFunctions(Body):
+    """Which of the functions may be called, and whether one must be."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[NamedFunction] = Field(min_length=1)
+
+
+_Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+    | Annotated[NamedFunction, Tag("<named>")]
+    | Annotated[AllowedFunctions, Tag("<allowed>")],
+    Discriminator(choice_kind),
+]
+
+
+class TextFormat(Body):
+    """The form that the text of an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class Text(Body):
+    """Settings of the answer's text."""
+
+    format: TextFormat | None = None
+
+
+class Reasoning(Body):
+    """How much the model reasons."""
+
+    effort: ReasoningEffort | None = None
+
+
+class ResponsesRequest(SamplingFields):
+    """Body of /v1/responses."""
+
+    model: str
+    input: _Input
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    tools: Items[ResponsesTool] | None = None
+    tool_choice: _Choice | None = None
+    parallel_tool_calls: bool | None = None
+    text: Text | None = None
+    reasoning: Reasoning | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
+    truncation: Literal["disabled"] | None = None
+    metadata: dict[str, str] | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    cache_salt: str | None = Field(None, max_length=MAX_SALT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        return refuse_fields(data, RESPONSES_REFUSED)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """True where the answer's text comes with log probabilities."""
+        return self.top_logprobs is not None or LOGPROBS in (self.include or ())
+
+    @property
+    def messages(self) -> list[Message]:
+        """The input as messages. Raises RequestError naming an item that is not understood."""
+        if isinstance(self.input, str):
+            return [Message(role="user", content=self.input)]
+        return messages_of(self.input)
+
+    def as_chat(self, earlier: Sequence[Message] = ()) -> ChatRequest:
+        """The same request in the terms of Chat Completions; `earlier` turns go before its input.
+
+        Raises RequestError or ValidationError for what does not fit together.
+        """
+        messages = [*earlier, *self.messages]
+        if self.instructions is not None:
+            messages.insert(0, Message(role="system", content=self.instructions))
+        choice: Any = self.tool_choice
+        if isinstance(choice, NamedFunction):
+            choice = _named(choice)
+        elif isinstance(choice, AllowedFunctions):
+            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+            choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        fields = {
+            "model": self.model,
+            "messages": messages,
+            "max_completion_tokens": self.max_output_tokens,
+            "tools": [Tool(type="function", function=tool) for tool in self.tools or []] or None,
+            "tool_choice": choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "reasoning_effort": self.reasoning and self.reasoning.effort,
+            "response_format": _response_format(self.text.format if self.text else None),
+            "stream": self.stream,
+            "logprobs": self.wants_logprobs,
+            "top_logprobs": self.top_logprobs,
+            "cache_salt": self.cache_salt,
+        } | {name: getattr(self, name) for name in SamplingFields.model_fields}
+        return ChatRequest.model_validate(fields)
+
+
+def _named(function: NamedFunction) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": function.name}}
+
+
+def _response_format(wanted: TextFormat | None) -> dict[str, Any] | None:
+    if wanted is None:
+        return None
+    if wanted.type != "json_schema":
+        return {"type": wanted.type}
+    schema = {
+        "name": wanted.name,
+        "description": wanted.description,
+        "schema": wanted.json_schema,
+        "strict": wanted.strict,
+    }
+    return {"type": "json_schema", "json_schema": schema}

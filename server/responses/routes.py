@@ -1,0 +1,158 @@
+"""The routes under /v1/responses."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from quant.errors import RequestError
+from server.http.errors import ApiError
+from server.openai.messages import Message
+from server.responses.input import kept_items
+from server.responses.reply import ResponsesReply
+from server.responses.requests import ResponsesRequest
+from server.responses.store import ResponseStore, StoredResponse
+from server.serving.handling import owner_of, read_body, render, respond, running_of, service_of
+
+router = APIRouter(prefix="/v1/responses")
+
+MOST_ITEMS = 100  # of one page
+
+# What a field of the chat request is called here.
+_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+}
+
+
+@router.post("")
+async def create_response(request: Request) -> Response:
+    """An answer to a conversation given as items, as items."""
+    body = await read_body(request, ResponsesRequest)
+    served = service_of(request).named(body.model)
+    store, owner = store_of(request), owner_of(request)
+    with _own_names():
+        earlier = _earlier(body, store, owner)
+        chat = body.as_chat(earlier)
+
+        def keep(response: dict[str, Any], answer: Message) -> None:
+            if body.store is not False:
+                conversation = (*earlier, *body.messages, answer)
+                store.put(StoredResponse(owner, response, conversation, kept_items(body.input)))
+
+        reply = ResponsesReply(body, chat, await render(chat, served), served, keep)
+        return await respond(request, reply, body.stream)
+
+
+@router.post("/input_tokens")
+async def count_input_tokens(request: Request) -> dict[str, Any]:
+    """How many tokens the same body would make as a prompt."""
+    body = await read_body(request, ResponsesRequest)
+    served = service_of(request).named(body.model)
+    with _own_names():
+        prompt = await render(body.as_chat(_earlier(body, store_of(request), owner_of(request))), served)
+    return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
+
+
+@router.get("/{response_id}")
+async def get_response(request: Request, response_id: str) -> dict[str, Any]:
+    """A response that is still kept."""
+    if request.query_params.get("stream") == "true":
+        raise ApiError(400, "a finished response is not streamed again; leave stream out", param="stream")
+    return _stored(request, response_id).response
+
+
+@router.get("/{response_id}/input_items")
+async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
+    """What a kept response answers, page by page; `order` is `desc` (the newest first) or `asc`."""
+    items = list(_stored(request, response_id).input_items)
+    asked = request.query_params
+    if asked.get("order", "desc") not in ("asc", "desc"):
+        raise ApiError(400, "order must be asc or desc", param="order", code="invalid_value")
+    if asked.get("order", "desc") == "desc":
+        items.reverse()
+    limit = asked.get("limit", "20")
+    if not (limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= MOST_ITEMS):
+        text = f"limit must be a number from 1 to {MOST_ITEMS}"
+        raise ApiError(400, text, param="limit", code="invalid_value")
+    if after := asked.get("after"):
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            text = f"the response has no item {after!r}"
+            raise ApiError(400, text, param="after", code="invalid_value")
+        items = items[ids.index(after) + 1 :]
+    page = items[: int(limit)]
+    ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+    return {"object": "list", "data": page, "has_more": len(items) > len(page)} | ends
+
+
+@router.post("/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
+    """End a response that is being computed; its stream ends too."""
+    for reply in running_of(request).cancel(owner_of(request), response_id):
+        if isinstance(reply, ResponsesReply):
+            return reply.cancelled()
+    _stored(request, response_id)
+    raise ApiError(400, "the response has ended already", code="response_not_cancellable")
+
+
+@router.delete("/{response_id}")
+async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
+    """Forget a response, or end one that is being computed."""
+    owner = owner_of(request)
+    if not running_of(request).cancel(owner, response_id) and not store_of(request).remove(
+        response_id, owner
+    ):
+        raise _not_found(response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+def _stored(request: Request, response_id: str) -> StoredResponse:
+    """Raises ApiError 404 where it is not kept, or belongs to another key."""
+    stored = store_of(request).get(response_id, owner_of(request))
+    if stored is None:
+        raise _not_found(response_id)
+    return stored
+
+
+def store_of(request: Request) -> ResponseStore:
+    """The responses that the application keeps."""
+    store = request.app.state.responses
+    assert isinstance(store, ResponseStore)
+    return store
+
+
+def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) -> tuple[Message, ...]:
+    """The conversation that the request goes on with."""
+    if body.previous_response_id is None:
+        return ()
+    stored = store.get(body.previous_response_id, owner)
+    if stored is None:
+        raise ApiError(
+            400,
+            f"the response {body.previous_response_id!r} is not kept here; send its items as input",
+            param="previous_response_id",
+            code="previous_response_not_found",
+        )
+    return stored.conversation
+
+
+def _not_found(response_id: str) -> ApiError:
+    return ApiError(404, f"the response {response_id!r} is not kept here", code="response_not_found")
+
+
+@contextmanager
+def _own_names() -> Generator[None]:
+    """Errors about fields of the chat request name what the client has sent instead."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(
+            str(error), param=_NAMES.get(error.param or "", error.param), code=error.code
+        ) from None

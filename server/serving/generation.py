@@ -1,0 +1,142 @@
+"""From the engine's thread to the event loop: the sequences of one request, read as they grow.
+
+The engine calls back from its own thread; `Generation` collects what came, and between steps `Wakeups` wakes
+the event loop once for all requests that have news. Whoever leaves a Generation early aborts its sequences,
+so that their slots are free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from functools import partial
+
+from engine.engine import Engine, Ticket
+from engine.output import FinishReason, Output
+from engine.sampling.params import SamplingParams
+from server.http.errors import ApiError, unavailable
+from server.metrics import Metrics, SequenceTimer
+from server.serving.streaming import CLIENT_CLOSED_REQUEST
+
+
+class Wakeups:
+    """Sets events of the running event loop from the engine's thread, between steps and all together."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._due: deque[asyncio.Event] = deque()
+
+    def add(self, event: asyncio.Event) -> None:
+        """Have `event` set by the next `flush`."""
+        self._due.append(event)
+
+    def flush(self) -> None:
+        """Set what is due soon, waking the loop once."""
+        if self._due:
+            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        while self._due:
+            self._due.popleft().set()
+
+
+class Generation:
+    """Sequences that were submitted together. Create, submit and read on the event loop."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, wakeups: Wakeups, timeout_s: float | None) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._wakeups = wakeups
+        self._inbox: deque[tuple[int, Output]] = deque()
+        self._arrived = asyncio.Event()
+        self._running: dict[int, Ticket] = {}
+        self._submitted = 0
+        self._ended_by: ApiError | None = None
+        loop = asyncio.get_running_loop()
+        self._alarm = None if timeout_s is None else loop.call_later(timeout_s, self._expire, timeout_s)
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str = "") -> None:
+        """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
+        index = self._submitted
+        on_output = partial(self._on_output, index, SequenceTimer(self._metrics))
+        self._running[index] = self._engine.submit(prompt_ids, params, on_output, cache_salt=cache_salt)
+        self._submitted += 1
+
+    async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
+        """(sequence number, news) until all sequences have ended.
+
+        Several Outputs of a sequence that are ready together come as one. Raises ApiError where a
+        sequence fails, is ended from outside or takes longer than the time limit.
+        """
+        while self._running:
+            await self._arrived.wait()
+            self._arrived.clear()
+            for index, output in self._drain().items():
+                yield index, self._checked(index, output)
+            if self._running and self._ended_by is not None:
+                raise self._ended_by
+
+    def cancel(self) -> None:
+        """Abort whatever still runs, and tell who reads that somebody wanted it."""
+        # As if its client had left; clients repeat requests that end with 409 or 5xx.
+        text = "the request was cancelled"
+        self._ended_by = ApiError(CLIENT_CLOSED_REQUEST, text, code="request_cancelled")
+        self._abort()
+        self._arrived.set()
+
+    def close(self) -> None:
+        """Abort whatever still runs."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._abort()
+        self._running.clear()
+
+    def _abort(self) -> None:
+        for ticket in self._running.values():
+            self._engine.abort(ticket)
+
+    def _on_output(self, index: int, timer: SequenceTimer, output: Output) -> None:
+        # Runs in the engine's thread.
+        timer.observe(output)
+        self._inbox.append((index, output))
+        self._wakeups.add(self._arrived)
+
+    def _expire(self, timeout_s: float) -> None:
+        message = f"the request took longer than {timeout_s:g} s and was ended"
+        self._ended_by = ApiError(504, message, code="request_timeout")
+        self._arrived.set()
+
+    def _drain(self) -> dict[int, Output]:
+        merged: dict[int, Output] = {}
+        while self._inbox:
+            index, output = self._inbox.popleft()
+            merged[index] = _join(merged[index], output) if index in merged else output
+        return merged
+
+    def _checked(self, index: int, output: Output) -> Output:
+        if output.finish_reason is not None:
+            self._running.pop(index, None)
+        if output.finish_reason is FinishReason.ERROR:
+            raise ApiError(500, output.error or "the engine failed", code="engine_error")
+        if output.finish_reason is FinishReason.REFUSED:
+            raise ApiError(400, output.error or "the request cannot be answered", code="invalid_grammar")
+        if output.finish_reason is FinishReason.ABORT:
+            stopped = unavailable("the engine stopped before the answer was finished", "engine_stopped")
+            raise self._ended_by or stopped
+        return output
+
+
+def _join(first: Output, then: Output) -> Output:
+    return Output(
+        text=first.text + then.text,
+        token_ids=first.token_ids + then.token_ids,
+        logprobs=first.logprobs + then.logprobs,
+        prompt_logprobs=first.prompt_logprobs,
+        finish_reason=then.finish_reason,
+        error=then.error,
+        stop_match=then.stop_match,
+        cached_tokens=first.cached_tokens,
+    )

@@ -1,0 +1,124 @@
+"""What the handlers of all protocols share: the service, the body, and the answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from engine.chat.format import ChatPrompt
+from engine.grammar.constraint import GrammarCompiler
+from engine.grammar.lark import Grammar
+from quant.errors import RequestError
+from server.http.errors import ApiError
+from server.http.rate_limits import Account
+from server.openai.messages import Body
+from server.openai.requests import ChatRequest
+from server.serving.reply import Reply
+from server.serving.running import RunningAnswers
+from server.serving.service import Served, Service
+from server.serving.streaming import EventStream, answer
+
+COMPILE_TIMEOUT_S = 5
+B = TypeVar("B", bound=Body)
+
+
+def service_of(request: Request) -> Service:
+    """The service of the application that `request` came to."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+def account_of(request: Request) -> Account | None:
+    """Whose key the request came with; None where the server wants no keys."""
+    account = request.scope["state"].get("account")
+    assert account is None or isinstance(account, Account)
+    return account
+
+
+def owner_of(request: Request) -> str | None:
+    """Name of the key that the request came with."""
+    account = account_of(request)
+    return None if account is None else account.name
+
+
+def running_of(request: Request) -> RunningAnswers:
+    """The answers that the application generates at this moment."""
+    running = request.app.state.running
+    assert isinstance(running, RunningAnswers)
+    return running
+
+
+async def read_body(request: Request, kind: type[B]) -> B:
+    """The body as `kind`.
+
+    Raises pydantic's ValidationError and RequestError for what is wrong with it, ApiError 415 where
+    it is not declared as JSON: browsers send other types across sites without asking.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        found = media_type or "none"
+        raise ApiError(
+            415, f"send Content-Type: application/json, got {found}", code="unsupported_media_type"
+        )
+    return kind.model_validate_json(await request.body())
+
+
+async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
+    """The conversation as the model sees it. Raises RequestError for what its dialect cannot express."""
+    if served.loaded.chat is None:
+        text = f"{served.name} has no chat template; use /v1/completions"
+        raise ApiError(400, text, param="messages", code="no_chat_template")
+    return await asyncio.to_thread(served.loaded.chat.render, chat.as_prompt())
+
+
+async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Response:
+    """Submit the sequences of `reply` and send what they generate.
+
+    Raises ApiError where they are more than this server ever takes, CapacityError for a full queue,
+    RequestError for settings out of range and for grammars that are wrong or too large.
+    """
+    service = service_of(request)
+    limit = service.settings.max_num_seqs + service.settings.max_waiting
+    if reply.sequences > limit:
+        text = (
+            f"{reply.sequences} answers at once are more than this server takes ({limit}); send fewer prompts"
+        )
+        raise ApiError(400, text, param="n", code="too_many_sequences")
+    if reply.grammar is not None:
+        await _compile(reply.grammar, service.served.engine.grammars)
+    generation = service.new_generation()
+    try:
+        reply.submit_to(generation)
+    except BaseException:
+        generation.close()
+        raise
+    account = account_of(request)
+    running, owner = running_of(request), owner_of(request)
+    ids = (request.scope["state"]["request_id"], reply.id)
+    running.begin(owner, ids, generation, reply)
+
+    def close() -> None:
+        generation.close()
+        running.end(owner, ids, generation)
+        if account is not None:
+            account.spend(reply.counts.prompt, reply.counts.generated)
+
+    if is_stream:
+        return EventStream(reply.events(generation), reply.last, reply.failure, close)
+    result = await answer(request, reply.whole(generation), close)
+    return result if isinstance(result, Response) else JSONResponse(result)
+
+
+async def _compile(grammar: Grammar, grammars: GrammarCompiler) -> None:
+    """Compile without holding up the event loop, and for a limited time."""
+    compiling = grammars.compile(grammar)
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(compiling), COMPILE_TIMEOUT_S)
+    except TimeoutError:
+        field = grammar.parts[0][0] if grammar.parts else None
+        text = f"the answer's grammar took longer than {COMPILE_TIMEOUT_S} s to compile; make it simpler"
+        raise RequestError(text, param=field, code="invalid_grammar") from None

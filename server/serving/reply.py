@@ -1,0 +1,130 @@
+"""What answers a request, in whatever protocol: submit sequences, then tell what they generate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine.chat.format import ChatPrompt
+from engine.chat.output_parser import MessageDelta
+from engine.grammar.lark import Grammar
+from engine.sampling.params import SamplingParams
+from server.http.errors import ApiError
+from server.openai.requests import ChatRequest
+from server.serving.answer import Answer
+from server.serving.generation import Generation
+from server.serving.service import Served
+from server.serving.streaming import DONE
+
+END_OF_REASONING = "</think>"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of a request: of the prompt (`cached` ones were not computed again), and generated (of which
+    some are reasoning)."""
+
+    prompt: int
+    generated: int
+    reasoning: int = 0
+    cached: int = 0
+
+
+class Reply(ABC):
+    """The answer to one request. `last` is what a stream ends with once all events are told."""
+
+    last = DONE
+    id: str  # as clients read it
+
+    @property
+    @abstractmethod
+    def grammar(self) -> Grammar | None:
+        """What each sequence must match."""
+
+    @property
+    @abstractmethod
+    def sequences(self) -> int:
+        """How many sequences the answer takes."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Counts:
+        """Tokens so far."""
+
+    @abstractmethod
+    def submit_to(self, generation: Generation) -> None:
+        """Submit the sequences. Raises what Generation.submit raises."""
+
+    @abstractmethod
+    async def whole(self, generation: Generation) -> dict[str, Any]:
+        """The finished answer."""
+
+    @abstractmethod
+    def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        """The answer as events of a stream."""
+
+    def failure(self, error: ApiError) -> dict[str, Any]:
+        """The event that ends a stream which failed."""
+        return error.body
+
+
+class ConversationReply(Reply):
+    """One or more answers to a conversation. Protocols differ in how they tell them."""
+
+    def __init__(self, request: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
+        self._request = request
+        self._prompt = prompt
+        self._served = served
+        end = served.loaded.tokenizer.added_tokens.get(END_OF_REASONING)
+        parallel = request.parallel_tool_calls is not False
+        self.answers = [Answer(i, prompt.new_parser(), parallel, end) for i in range(request.choices)]
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return self._prompt.grammar
+
+    @property
+    def sequences(self) -> int:
+        return len(self.answers)
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(
+            prompt=len(self._prompt.token_ids),
+            generated=sum(answer.tokens for answer in self.answers),
+            reasoning=sum(answer.reasoning_tokens for answer in self.answers),
+            cached=min(answer.cached_tokens for answer in self.answers),
+        )
+
+    def submit_to(self, generation: Generation) -> None:
+        for answer in self.answers:
+            salt = self._request.cache_salt or ""
+            generation.submit(self._prompt.token_ids, self._sampling(answer.index), salt)
+
+    async def pieces(self, generation: Generation) -> AsyncIterator[tuple[Answer, list[MessageDelta]]]:
+        """Each answer that grew, with what was added to it."""
+        async for index, output in generation.outputs():
+            answer = self.answers[index]
+            yield answer, answer.take(output)
+
+    async def finish(self, generation: Generation) -> None:
+        """Return once all answers are complete."""
+        async for _ in self.pieces(generation):
+            pass
+
+    def _sampling(self, choice: int) -> SamplingParams:
+        max_tokens = self._request.answer_tokens
+        if max_tokens is None:
+            prompt = self._prompt
+            max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
+        return self._request.sampling(
+            self._served.vocab_size,
+            choice,
+            self._served.loaded.sampling,
+            self._prompt.stop_token_ids,
+            max_tokens=max_tokens,
+            grammar=self.grammar,
+            logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
+        )

@@ -1,0 +1,93 @@
+"""An answer cut into segments: a stretch of reasoning, a stretch of text, a tool call.
+
+Responses calls them items, Messages calls them content blocks; both tell them one after the other, each with
+a beginning and an end.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from engine.chat.output_parser import MessageDelta, ToolCallDelta
+
+Event = dict[str, Any]
+Kind = Literal["reasoning", "text", "call"]
+
+
+@dataclass
+class Segment:
+    """One segment. `pieces` add up to its text, or to the arguments of its call."""
+
+    kind: Kind
+    index: int
+    call: ToolCallDelta | None = None
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Text, or the arguments of a call."""
+        return "".join(self.pieces)
+
+
+class SegmentWriter(ABC):
+    """Turns the deltas of one answer into segments, and these into the events of a protocol."""
+
+    def __init__(self) -> None:
+        self._open: Segment | None = None
+        self._begun = 0
+
+    def add(self, delta: MessageDelta) -> Iterator[Event]:
+        """Events of what `delta` adds."""
+        if delta.reasoning:
+            yield from self._write("reasoning", delta.reasoning)
+        if delta.content:
+            yield from self._write("text", delta.content)
+        for call in delta.tool_calls:
+            if call.id is not None:
+                yield from self._begin("call", call)
+            yield from self._write("call", call.arguments)
+
+    def close(self, cut_off: bool = False) -> Iterator[Event]:
+        """Events that end the segment being written; `cut_off` where the answer ended before it did."""
+        segment, self._open = self._open, None
+        if segment is not None:
+            yield from self.ended(segment, cut_off)
+
+    @abstractmethod
+    def begun(self, segment: Segment) -> Iterator[Event]:
+        """Events that announce a segment."""
+
+    @abstractmethod
+    def grown(self, segment: Segment, text: str) -> Iterator[Event]:
+        """Events that tell `text`, already part of the segment."""
+
+    @abstractmethod
+    def ended(self, segment: Segment, cut_off: bool) -> Iterator[Event]:
+        """Events that end a segment."""
+
+    def _begin(self, kind: Kind, call: ToolCallDelta | None = None) -> Iterator[Event]:
+        yield from self.close()
+        self._open = Segment(kind, self._begun, call)
+        self._begun += 1
+        yield from self.begun(self._open)
+
+    def _write(self, kind: Kind, text: str) -> Iterator[Event]:
+        if self._open is None or self._open.kind != kind:
+            yield from self._begin(kind)
+        assert self._open is not None
+        if text:
+            self._open.pieces.append(text)
+            yield from self.grown(self._open, text)
+
+
+def parsed_arguments(segment: Segment) -> dict[str, Any]:
+    """Arguments of a call as an object; empty where they are none, as when the answer was cut off."""
+    try:
+        arguments = json.loads(segment.text)
+    except (ValueError, RecursionError):
+        return {}
+    return arguments if isinstance(arguments, dict) else {}

@@ -1,0 +1,201 @@
+"""The model being served: loaded in the background, ready later, stopped at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from engine.embedded import model_path
+from engine.engine import Engine
+from engine.families.base import Model
+from engine.families.loader import Loaded, load
+from engine.warm_up import warm_up
+from memory.hardware.detect import available_memory_bytes
+from memory.hardware.profiles import parse_bytes
+from memory.planner.budget import MemoryBudget
+from memory.planner.placement import Workload
+from server.http.errors import ApiError, unavailable
+from server.metrics import Metrics
+from server.serving.generation import Generation, Wakeups
+from server.settings import Settings
+
+log = logging.getLogger("loci")
+
+# Where nothing is said: this many tokens, or fewer where the KV cache would take more than this share
+# of the memory that is free.
+DEFAULT_CONTEXT = 8192
+LEAST_CONTEXT = 512
+KV_SHARE = 0.25
+# Share of the memory left by weights and KV cache that prefixes may take.
+PREFIX_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that answers: its public name, its parts, and since when (seconds since 1970)."""
+
+    name: str
+    loaded: Loaded
+    engine: Engine
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids lie below this."""
+        return self.loaded.model.info.vocab_size
+
+    def default_max_tokens(self, wanted: int | None, prompt_tokens: int) -> int | None:
+        """A default length of answers, cut down to what the context has left after the prompt."""
+        return None if wanted is None else max(1, min(wanted, self.engine.max_context - prompt_tokens))
+
+
+def bring_up(settings: Settings) -> Served:
+    """Load the model that `settings` name and start its engine.
+
+    Raises LociError where the checkpoint is wrong or does not fit into memory.
+    """
+    path = model_path(settings.model).resolve()
+    name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    prefix_bytes = _parsed_prefix_cache(settings)
+    free_bytes = available_memory_bytes()
+    workload = Workload(
+        settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
+    )
+    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
+    loaded = load(path, budget, settings.max_model_len)
+    if any(not card.is_virtual for card in budget.cards):
+        log.info("compiling the cards' kernels, where that was not done before")
+        warm_up(loaded.model, min(settings.prefill_chunk, workload.context))
+    context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
+    if prefix_bytes is None:
+        # Weights and KV cache may not have been touched yet, so the system does not count them all.
+        elsewhere = {card.name for card in budget.cards if not card.is_virtual}
+        weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
+        kv = loaded.model.cache_bytes(settings.max_num_seqs, context)
+        left = min(free_bytes - weights - kv, available_memory_bytes())
+        prefix_bytes = max(0, int(left * PREFIX_SHARE))
+    engine = Engine(
+        loaded.model,
+        loaded.tokenizer,
+        max_sequences=settings.max_num_seqs,
+        max_context=context,
+        prefill_chunk=settings.prefill_chunk,
+        prefill_step_s=settings.prefill_step_ms / 1000,
+        max_waiting=settings.max_waiting,
+        prefix_cache_bytes=prefix_bytes,
+    )
+    engine.start()
+    return Served(name, loaded, engine)
+
+
+def _modest_context(model: Model, sequences: int) -> int:
+    """A context length to begin with: DEFAULT_CONTEXT, halved until the KV cache leaves room for others."""
+    context = min(model.info.max_context, DEFAULT_CONTEXT)
+    room = available_memory_bytes() * KV_SHARE
+    while context > LEAST_CONTEXT and model.cache_bytes(sequences, context) > room:
+        context //= 2
+    return context
+
+
+def _parsed_prefix_cache(settings: Settings) -> int | None:
+    """Bytes that prefixes may take, None where nothing is said. Raises ConfigError."""
+    text = settings.prefix_cache
+    if text is None:
+        return None
+    return 0 if text.strip() == "0" else parse_bytes(text)
+
+
+class Service:
+    """Holds the model once it is there. Handlers ask it for a Generation."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.failure: Exception | None = None
+        self.is_draining = False
+        self._served: Served | None = None
+        self._loader: threading.Thread | None = None
+        self._wakeups: Wakeups | None = None  # made on the event loop
+
+    def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
+        """Start loading in a thread; `when_done` runs on this event loop, whether it worked or not."""
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            try:
+                served = bring_up()
+            except Exception as error:
+                self.failure = error
+            else:
+                self.metrics.observe_engine(served.engine.stats, served.loaded.model)
+                self._served = served
+            with suppress(RuntimeError):  # the loop has closed: the server was stopped meanwhile
+                loop.call_soon_threadsafe(when_done)
+
+        # A daemon, so that a signal during a long load ends the process.
+        self._loader = threading.Thread(target=work, name="loci-load", daemon=True)
+        self._loader.start()
+
+    @property
+    def is_loading(self) -> bool:
+        """True while the thread that loads runs."""
+        return self._loader is not None and self._loader.is_alive()
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine's thread has died."""
+        return self._served is None or self._served.engine.is_alive
+
+    @property
+    def is_failing(self) -> bool:
+        """True while the engine works, but its last step failed (a disk that cannot be read)."""
+        return self._served is not None and self._served.engine.stats().is_failing
+
+    @property
+    def is_ready(self) -> bool:
+        """True while requests can be answered."""
+        return self._served is not None and self._served.engine.is_alive and not self.is_draining
+
+    @property
+    def served(self) -> Served:
+        """The model. Raises ApiError 503 while it loads or the server stops, or when its engine has died."""
+        if self.is_draining:
+            raise unavailable("the server is stopping and takes no new requests", "server_stopping")
+        if self._served is None:
+            raise unavailable("the model is still loading; try again soon", "model_loading")
+        if not self._served.engine.is_alive:
+            raise unavailable("the engine has stopped; the server must be restarted", "engine_stopped")
+        return self._served
+
+    def named(self, model: str) -> Served:
+        """The model if that is its name. Raises ApiError 404 for any other name."""
+        served = self.served
+        if model != served.name:
+            raise ApiError(
+                404,
+                f"the model {model!r} does not exist; this server has {served.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+    def new_generation(self) -> Generation:
+        """An empty Generation on the engine, under this server's time limit."""
+        if self._wakeups is None:
+            self._wakeups = Wakeups()
+            self.served.engine.between_steps = self._wakeups.flush
+        return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those that run go on."""
+        self.is_draining = True
+
+    def stop(self) -> None:
+        """End the engine; what still runs is aborted."""
+        if self._served is not None:
+            self._served.engine.stop()

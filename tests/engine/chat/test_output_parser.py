@@ -1,0 +1,202 @@
+"""Reasoning, content and tool calls out of streamed text, without half a tag ever leaking."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.chat.output_parser import MessageDelta, OutputParser, PlainParser, TaggedParser, ToolCallDelta
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+def parser(*, reasoning: bool = True, in_reasoning: bool = False, tools: bool = True) -> TaggedParser:
+    return TaggedParser(reasoning=reasoning, in_reasoning=in_reasoning, tools=tools)
+
+
+def run(parser: OutputParser, *pieces: str) -> tuple[str, str, list[ToolCallDelta]]:
+    """(reasoning, content, tool calls) of a whole answer."""
+    deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
+    assert MessageDelta() not in deltas
+    return (
+        "".join(delta.reasoning for delta in deltas),
+        "".join(delta.content for delta in deltas),
+        [call for delta in deltas for call in delta.tool_calls],
+    )
+
+
+def test_plain_text_is_content() -> None:
+    assert run(PlainParser(), "a<think>", "", "b") == ("", "a<think>b", [])
+    assert run(parser(), "Hello ", "world\n") == ("", "Hello world\n", [])
+
+
+def test_reasoning_stands_between_its_tags() -> None:
+    assert run(parser(), "<think>\nHm.\n</think>\n\nYes.") == ("Hm.", "Yes.", [])
+
+
+def test_reasoning_that_the_prompt_opened_begins_at_once() -> None:
+    assert run(parser(in_reasoning=True), "Hm.</think>Yes.") == ("Hm.", "Yes.", [])
+
+
+def test_reasoning_cut_off_by_a_limit_is_still_reasoning() -> None:
+    assert run(parser(), "<think>Hm. So") == ("Hm. So", "", [])
+
+
+def test_a_think_tag_later_in_the_answer_is_text() -> None:
+    assert run(parser(), "The tag <think> opens.") == ("", "The tag <think> opens.", [])
+
+
+def test_without_reasoning_in_the_dialect_its_tags_are_text() -> None:
+    assert run(parser(reasoning=False), "<think>a</think>") == ("", "<think>a</think>", [])
+
+
+def test_a_tool_call_has_id_name_and_arguments() -> None:
+    subject = parser()
+
+    reasoning, content, calls = run(subject, "Let me see.\n\n", CALL)
+
+    assert (reasoning, content) == ("", "Let me see.")
+    assert [(call.index, call.name, json.loads(call.arguments)) for call in calls] == [
+        (0, "weather", {"city": "Zürich"})
+    ]
+    assert calls[0].id
+    assert calls[0].id.startswith("call_")
+    assert subject.has_tool_calls
+
+
+def test_several_tool_calls_are_counted_and_have_ids_of_their_own() -> None:
+    _, content, calls = run(parser(), f"{CALL}\n{CALL}\n")
+
+    assert content == ""
+    assert [call.index for call in calls] == [0, 1]
+    assert calls[0].id != calls[1].id
+
+
+def test_arguments_given_as_a_string_are_passed_on_as_they_are() -> None:
+    _, _, calls = run(parser(), '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>')
+
+    assert calls[0].arguments == '{"a": 1}'
+
+
+def test_a_last_tool_call_without_its_end_counts_when_it_is_whole() -> None:
+    _, content, calls = run(parser(), CALL.removesuffix("</tool_call>"))
+
+    assert content == ""
+    assert calls[0].name == "weather"
+
+
+@pytest.mark.parametrize(
+    "body", ["not json", '{"arguments": {}}', '["name"]', '{"name": 3}', '{"name": "f"', "[" * 100_000]
+)
+def test_a_broken_tool_call_stays_content(body: str) -> None:
+    subject = parser()
+    text = f"<tool_call>{body}</tool_call> after"
+
+    assert run(subject, text) == ("", text, [])
+    assert not subject.has_tool_calls
+
+
+def test_without_tools_in_the_request_tool_calls_are_text() -> None:
+    assert run(parser(tools=False), CALL) == ("", CALL, [])
+
+
+def test_content_flows_before_the_answer_ends() -> None:
+    subject = parser()
+
+    assert subject.push("Hello") == [MessageDelta(content="Hello")]
+    assert subject.push(" <b") == [MessageDelta(content=" <b")]
+    assert subject.push(" <tool") == [MessageDelta(content=" ")]
+    assert subject.push("ing>") == [MessageDelta(content="<tooling>")]
+
+
+def test_reasoning_flows_before_it_ends() -> None:
+    subject = parser()
+
+    assert subject.push("<thi") == []
+    assert subject.push("nk>Hm") == [MessageDelta(reasoning="Hm")]
+    assert subject.push("\n</thi") == []
+    assert subject.push("s>") == [MessageDelta(reasoning="\n</this>")]
+
+
+def test_arguments_flow_as_they_are_written() -> None:
+    subject = parser()
+
+    assert subject.push('<tool_call>\n{"name": "weather", "argum') == []
+    (first,) = subject.push('ents": {"ci')[0].tool_calls
+    assert (first.index, first.name, first.arguments) == (0, "weather", '{"ci')
+    assert subject.has_tool_calls
+    assert subject.push('ty": "}</tool_call>') == [
+        MessageDelta(tool_calls=(ToolCallDelta(0, 'ty": "}</tool_call>'),))
+    ]
+    assert subject.push('\\"') == [MessageDelta(tool_calls=(ToolCallDelta(0, '\\"'),))]
+    assert subject.push('"}}\n</tool_') == [MessageDelta(tool_calls=(ToolCallDelta(0, '"}'),))]
+    assert subject.push("call>Bye") == [MessageDelta(content="Bye")]
+    assert subject.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("end", "arguments"),
+    [
+        ("", '{"a": "x'),
+        ('"', '{"a": "x"'),
+        ('"}', '{"a": "x"}'),
+        ('"}}', '{"a": "x"}'),
+        ('"}}\n</tool', '{"a": "x"}'),
+    ],
+)
+def test_a_call_that_is_cut_off_has_been_sent_as_far_as_it_came(end: str, arguments: str) -> None:
+    _, content, calls = run(parser(), BEGUN, "x" + end)
+
+    assert content == ""
+    assert added_up(calls) == [("f", arguments)]
+
+
+@pytest.mark.parametrize("broken", ["\n", '", <'])
+def test_broken_arguments_do_not_swallow_what_follows_their_call(broken: str) -> None:
+    _, content, calls = run(parser(), f"{BEGUN}x{broken}}}</tool_call>", f"Then {CALL}")
+
+    assert content == "Then "
+    assert [name for name, _ in added_up(calls)] == ["f", "weather"]
+
+
+PIECES = ("\n", "Hi", " ", "<", "</t", "<tool_", "é", '{"name": "f"}', "think>")
+BEGUN = '<tool_call>{"name": "f", "arguments": {"a": "'
+PARTS = st.sampled_from([*TAGS, *PIECES, CALL, BEGUN, '"', "\\", "}", '{"name": "<', '", "arguments": {'])
+
+
+def added_up(calls: list[ToolCallDelta]) -> list[tuple[str | None, str]]:
+    """Name and arguments of each call."""
+    names = [call.name for call in calls if call.id is not None]
+    return [
+        (name, "".join(call.arguments for call in calls if call.index == index))
+        for index, name in enumerate(names)
+    ]
+
+
+@given(parts=st.lists(PARTS, max_size=8), data=st.data(), in_reasoning=st.booleans(), tools=st.booleans())
+def test_how_the_text_is_cut_into_pieces_changes_nothing(
+    parts: list[str], data: st.DataObject, in_reasoning: bool, tools: bool
+) -> None:
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+    whole = run(parser(in_reasoning=in_reasoning, tools=tools), text)
+    cut = run(parser(in_reasoning=in_reasoning, tools=tools), *pieces)
+
+    assert cut[:2] == whole[:2]
+    assert added_up(cut[2]) == added_up(whole[2])
+
+
+@given(cut=st.integers(0, 60))
+def test_no_piece_of_a_tag_is_ever_sent(cut: int) -> None:
+    text = f"<think>\nHm\n</think>\n\nA{CALL}"
+    subject = parser()
+
+    sent = [*subject.push(text[:cut]), *subject.push(text[cut:]), *subject.finish()]
+
+    assert all("<" not in delta.content + delta.reasoning for delta in sent)

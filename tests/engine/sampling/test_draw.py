@@ -1,0 +1,96 @@
+"""Drawing in batches gives what a plain computation over the whole, sorted vocabulary gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.sampling.draw import draw_tokens
+from engine.sampling.params import SamplingParams
+
+VOCAB = 3000
+
+
+def logits_of(seed: int, rows: int, spread: float) -> torch.Tensor:
+    return spread * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def plainly(logits: torch.Tensor, params: SamplingParams, number: float) -> set[int]:
+    """The definition: sort everything, cut, and walk to the number; next to a border, rounding decides."""
+    if params.temperature == 0:
+        return {int(logits.argmax())}
+    probs = (logits.double() / params.temperature).softmax(-1)
+    is_cut = 0 < params.top_k < VOCAB or params.top_p < 1 or params.min_p > 0
+    ids = probs.argsort(descending=True) if is_cut else torch.arange(VOCAB)
+    kept = probs[ids]
+    if 0 < params.top_k < VOCAB:
+        kept[params.top_k :] = 0
+        kept /= kept.sum()
+    kept[kept.cumsum(-1) - kept >= params.top_p] = 0
+    kept[kept < params.min_p * kept.max()] = 0
+    sums = kept.cumsum(-1) / kept.sum()
+    first, last = (int((sums <= number + d).sum()) for d in (-1e-5, 1e-5))
+    return {int(i) for i in ids[max(first - 1, 0) : last + 2]}
+
+
+a_request = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.2, 1.0, 3.0]),
+        "top_p": st.sampled_from([0.1, 0.5, 0.9, 0.999, 1.0]),
+        "top_k": st.sampled_from([0, 1, 5, 64, 65, 1000, 2999, 5000]),
+        "min_p": st.sampled_from([0.0, 0.0, 0.05, 0.5]),
+    }
+)
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 1000),
+    spread=st.sampled_from([0.05, 1.0, 6.0]),
+    requests=st.lists(a_request, min_size=1, max_size=6),
+    number=st.floats(0, 1, exclude_max=True),
+)
+def test_a_batch_draws_what_the_definition_says(
+    seed: int, spread: float, requests: list[dict[str, Any]], number: float
+) -> None:
+    logits = logits_of(seed, len(requests), spread)
+    params = [SamplingParams(**request) for request in requests]
+
+    tokens = draw_tokens(logits, params, [number] * len(params))
+
+    for row, (token, wanted) in enumerate(zip(tokens, params, strict=True)):
+        assert token in plainly(logits[row], wanted, number)
+
+
+@given(seed=st.integers(0, 1000), requests=st.lists(a_request, min_size=2, max_size=6))
+def test_a_row_does_not_depend_on_the_others(seed: int, requests: list[dict[str, Any]]) -> None:
+    logits = logits_of(seed, len(requests), 2.0)
+    params = [SamplingParams(**request) for request in requests]
+    numbers = torch.rand(len(params), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    together = draw_tokens(logits, params, numbers)
+
+    alone = [draw_tokens(logits[i : i + 1], [p], [numbers[i]])[0] for i, p in enumerate(params)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 5}])
+def test_tokens_that_cannot_be_are_never_drawn(params: dict[str, Any]) -> None:
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, 17] = -3.0
+
+    for number in (0.0, 0.5, 1 - 1e-16):
+        assert draw_tokens(logits, [SamplingParams(**params)], [number]) == [17]
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 5}])
+def test_a_row_without_numbers_is_told_and_spoils_no_other(params: dict[str, Any]) -> None:
+    logits = logits_of(1, 3, 2.0)
+    logits[1, 5] = torch.nan
+    expected = draw_tokens(logits_of(1, 3, 2.0), [SamplingParams(**params)] * 3, [0.5] * 3)
+
+    assert draw_tokens(logits, [SamplingParams(**params)] * 3, [0.5] * 3) == [expected[0], -1, expected[2]]

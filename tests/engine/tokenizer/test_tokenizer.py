@@ -1,0 +1,309 @@
+"""Tokenizers from directories and from GGUF metadata, and what never becomes a special token."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from engine.tokenizer.tokenizer import Tokenizer
+from memory.checkpoint.checkpoint import Checkpoint
+from quant.errors import CheckpointError, ConfigError, RequestError
+from tests.conftest import golden_path
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello")]
+VOCAB = [*ALPHABET, *("".join(pair) for pair in MERGES)]
+BOS, EOS, THINK = len(VOCAB), len(VOCAB) + 1, len(VOCAB) + 2
+
+
+def backend() -> tokenizers.Tokenizer:
+    """Bytes, five merges, two special tokens, and `<think>`, which is an added token but not special."""
+    made = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(VOCAB)}, merges=MERGES))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    made.add_tokens([AddedToken("<think>", normalized=False)])
+    return made
+
+
+def write(
+    path: Path, config: Mapping[str, Any] | None = None, made: tokenizers.Tokenizer | None = None
+) -> Path:
+    (path / "tokenizer.json").write_text((made or backend()).to_str(), encoding="utf-8")
+    if config is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer(backend(), bos_token_id=BOS, add_bos=True)
+
+
+def test_spelling_a_special_token_makes_it_only_when_parsed(tokenizer: Tokenizer) -> None:
+    text = "hello<s> hello<think>"
+
+    parsed, literal = tokenizer.encode(text), tokenizer.encode(text, parse_special=False)
+
+    assert {BOS, THINK} <= set(parsed)
+    assert not {BOS, EOS, THINK} & set(literal)
+    assert tokenizer.decode(parsed) == tokenizer.decode(literal) == text
+
+
+@given(text=st.text(), spelled=st.sampled_from(["<s>", "</s>", "<think>"]), tail=st.text())
+def test_no_text_taken_literally_holds_a_special_token(text: str, spelled: str, tail: str) -> None:
+    tokenizer = Tokenizer(backend(), bos_token_id=BOS, add_bos=True)
+
+    ids = tokenizer.encode(text + spelled + tail, parse_special=False)
+
+    assert max(ids) < BOS
+    assert tokenizer.decode(ids) == text + spelled + tail
+
+
+@given(text=st.text())
+def test_bytes_of_tokens_put_together_are_the_text(text: str) -> None:
+    tokenizer = Tokenizer(backend(), bos_token_id=BOS, add_bos=True)
+
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+
+def test_a_prompt_says_by_place_what_is_special(tokenizer: Tokenizer) -> None:
+    text = "<s>hello<s>"
+
+    assert tokenizer.encode_prompt(text, [(0, 3)]) == [
+        BOS,
+        *tokenizer.encode("hello<s>", parse_special=False),
+    ]
+    assert tokenizer.encode_prompt(text, [(0, 3), (8, 11)]) == [BOS, *tokenizer.encode("hello"), BOS]
+    assert tokenizer.encode_prompt(text, []) == tokenizer.encode(text, parse_special=False)
+
+
+def test_a_special_token_that_the_vocabulary_lacks_stays_text(tokenizer: Tokenizer) -> None:
+    text = "<s>hello<|user|>hello"
+
+    ids = tokenizer.encode_prompt(text, [(0, 3), (8, 16)])
+
+    assert ids == [BOS, *tokenizer.encode("hello<|user|>hello")]
+
+
+def test_the_beginning_token_is_added_only_on_request_and_where_the_model_wants_it(
+    tokenizer: Tokenizer,
+) -> None:
+    without = Tokenizer(backend(), bos_token_id=BOS, add_bos=False)
+
+    assert tokenizer.encode("hello") == without.encode("hello", add_special_tokens=True)
+    assert tokenizer.encode("hello", add_special_tokens=True) == [BOS, *tokenizer.encode("hello")]
+
+
+def test_decoding_can_leave_special_tokens_out(tokenizer: Tokenizer) -> None:
+    ids = [BOS, *tokenizer.encode("hello"), EOS]
+
+    assert tokenizer.decode(ids) == "<s>hello</s>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "hello"
+
+
+def test_text_that_is_not_unicode_is_a_bad_request(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="a lone surrogate stands at character 1"):
+        tokenizer.encode("a\ud800")
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    tokenizer = Tokenizer.from_directory(golden_path("v41-c"))
+    turns, is_over = [0], threading.Event()
+
+    def take_turns() -> None:
+        while not is_over.wait(0.001):
+            turns[0] += 1
+
+    other = threading.Thread(target=take_turns)
+    other.start()
+    try:
+        before = turns[0]
+        tokenizer.encode("words of a long text " * 60_000)
+        during = turns[0] - before
+    finally:
+        is_over.set()
+        other.join()
+
+    assert during > 10  # two or three where it must wait for the end
+
+
+def test_size_is_one_more_than_the_largest_id(tokenizer: Tokenizer) -> None:
+    assert tokenizer.size == THINK + 1
+    assert tokenizer.token_bytes(tokenizer.size) == b""
+
+
+def test_sentencepiece_style_tokens_have_their_bytes_too() -> None:
+    vocab = {"<unk>": 0, "▁hello": 1, "<0xC3>": 2, "<0xA9>": 3}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(made, bos_token_id=None, add_bos=False)
+
+    assert b"".join(map(tokenizer.token_bytes, [1, 2, 3])) == " helloé".encode()
+
+
+def test_the_golden_tokenizer_loads_without_a_tokenizer_config() -> None:
+    tokenizer = Tokenizer.from_directory(golden_path("v41-a"))
+
+    assert (tokenizer.size, tokenizer.bos_token_id, tokenizer.add_bos, tokenizer.chat_template) == (
+        1024, None, False, None,
+    )  # fmt: skip
+    assert tokenizer.encode("<｜User｜>") == [3]
+
+
+def test_a_directory_gives_template_and_named_tokens(tmp_path: Path) -> None:
+    config = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>"},
+        "pad_token": None,
+        "add_bos_token": True,
+        "chat_template": "{{ bos_token }}",
+    }
+
+    tokenizer = Tokenizer.from_directory(write(tmp_path, config))
+
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.add_bos) == (BOS, EOS, True)
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.chat_template == "{{ bos_token }}"
+
+
+def test_of_several_templates_the_default_one_counts(tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+
+    assert Tokenizer.from_directory(write(tmp_path, {"chat_template": templates})).chat_template == "d"
+
+
+def test_a_template_file_comes_before_the_config(tmp_path: Path) -> None:
+    write(tmp_path, {"chat_template": "config"})
+    (tmp_path / "chat_template.jinja").write_text("file")
+
+    assert Tokenizer.from_directory(tmp_path).chat_template == "file"
+
+
+@pytest.mark.parametrize(("config", "adds"), [({}, True), ({"add_bos_token": False}, False)])
+def test_without_a_word_in_the_config_the_post_processor_tells_whether_bos_is_added(
+    tmp_path: Path, config: dict[str, Any], adds: bool
+) -> None:
+    made = backend()
+    made.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", BOS)])
+
+    tokenizer = Tokenizer.from_directory(write(tmp_path, {"bos_token": "<s>", **config}, made))
+
+    assert tokenizer.add_bos is adds
+    assert tokenizer.encode("hello") == Tokenizer(backend(), bos_token_id=None, add_bos=False).encode("hello")
+
+
+def test_truncation_and_padding_in_the_file_are_not_applied(tmp_path: Path) -> None:
+    made = backend()
+    made.enable_truncation(2)
+    made.enable_padding(length=8)
+
+    assert len(Tokenizer.from_directory(write(tmp_path, None, made)).encode("a b c d")) == 7
+
+
+def test_a_directory_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no tokenizer\.json; copy it from"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_tokenizer_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not"):
+        Tokenizer.from_directory(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_a_damaged_tokenizer_config_is_a_checkpoint_error(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: (not|holds)"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_a_named_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'<eot>' is not in tokenizer\.json; the files do not belong"):
+        Tokenizer.from_directory(write(tmp_path, {"eos_token": "<eot>"}))
+
+
+def test_a_template_without_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the chat template has 2000000 characters, refused"):
+        Tokenizer.from_directory(write(tmp_path, {"chat_template": "x" * 2_000_000}))
+
+
+def gguf(**changes: Any) -> Checkpoint:
+    """A checkpoint with the metadata of a small `smollm` tokenizer; underscores stand for dots."""
+    metadata: dict[str, Any] = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": [*VOCAB, "<s>", "</s>", "<think>"],
+        "token_type": [1] * len(VOCAB) + [3, 3, 4],
+        "merges": [" ".join(pair) for pair in MERGES],
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "add_bos_token": True,
+        **changes,
+    }
+    config = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
+    config["tokenizer.chat_template"] = "{{ eos_token }}"
+    return Checkpoint(Path("m.gguf"), "llama", config, {}, [])
+
+
+def test_a_gguf_file_carries_the_same_tokenizer() -> None:
+    tokenizer = Tokenizer.from_gguf(gguf())
+    text = "hello hello<s>ll é 😀"
+
+    assert tokenizer.encode(text) == Tokenizer(backend(), bos_token_id=None, add_bos=False).encode(text)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.add_bos) == (BOS, EOS, True)
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+    assert tokenizer.chat_template == "{{ eos_token }}"
+    assert tokenizer.added_tokens == {"<s>": BOS, "</s>": EOS, "<think>": THINK}
+
+
+def test_smollm_takes_every_digit_alone() -> None:
+    tokens = [*VOCAB[:-1], "12", "<s>", "</s>", "<think>"]
+    tokenizer = Tokenizer.from_gguf(gguf(merges=["1 2"], tokens=tokens))
+
+    assert len(tokenizer.encode("1212")) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, r"tokenizer\.ggml\.model is 'llama'; supported: gpt2"),
+        ({"model": None}, r"tokenizer\.ggml\.model is None"),
+        ({"pre": "llama-bpe"}, r"tokenizer\.ggml\.pre is 'llama-bpe'; supported: smollm"),
+    ],
+)
+def test_other_kinds_of_gguf_tokenizer_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Tokenizer.from_gguf(gguf(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, "tokens is missing or not a list of strings"),
+        ({"tokens": [1, 2]}, "tokens is missing or not a list of strings"),
+        ({"merges": None}, "merges is missing"),
+        ({"merges": ["x yz"]}, "merges do not fit the tokens"),
+        ({"token_type": [1]}, "token_type does not have one entry per token"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokens lists 1 twice"),
+        ({"eos_token_id": 10_000}, "the eos token id is 10000, expected 0 to"),
+        ({"bos_token_id": "x"}, "the bos token id is 'x'"),
+    ],
+)
+def test_gguf_metadata_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Tokenizer.from_gguf(gguf(**changes))

@@ -1,0 +1,138 @@
+"""Placements keep every budget, lose nothing, and put first what is read most."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+
+from memory.hardware.profiles import HardwareProfile, load_profile, shipped
+from memory.planner.placement import NOWHERE, Placement, Workload, plan
+from memory.planner.published import built_in
+from memory.planner.shape import ModelShape
+from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes, workloads
+
+FLASH = built_in("deepseek-v4-flash")
+V41 = built_in("deepseek-v4.1-flash")
+
+
+@given(shapes(), machines(), workloads)
+def test_no_tier_is_over_its_budget(shape: ModelShape, machine: HardwareProfile, workload: Workload) -> None:
+    placement = plan(shape, machine, workload)
+    for tier, budget in placement.budgets.items():
+        assert placement.used(tier) <= budget
+
+
+@given(shapes(), machines(), workloads)
+def test_every_byte_is_in_exactly_one_place(
+    shape: ModelShape, machine: HardwareProfile, workload: Workload
+) -> None:
+    placement = plan(shape, machine, workload)
+    placed = sum(place.nbytes for place in placement.places)
+    assert placed == shape.nbytes + shape.kv_bytes(workload.context, workload.sequences)
+    for n, layer in enumerate(shape.layers):
+        assert sum(placement.experts(n).values()) == layer.experts
+
+
+@given(shapes(), machines(), workloads)
+def test_what_fits_still_fits_with_more_memory(
+    shape: ModelShape, machine: HardwareProfile, workload: Workload
+) -> None:
+    if plan(shape, machine, workload).fits:
+        assert plan(shape, replace(machine, dram_bytes=2 * machine.dram_bytes), workload).fits
+        cards = tuple(replace(card, memory_bytes=2 * card.memory_bytes) for card in machine.gpus)
+        assert plan(shape, replace(machine, gpus=cards), workload).fits
+
+
+@given(shapes(), machines(), workloads)
+def test_layers_get_equally_many_of_the_fast_slots(
+    shape: ModelShape, machine: HardwareProfile, workload: Workload
+) -> None:
+    placement = plan(shape, machine, workload)
+    for is_fast in (lambda tier: tier.startswith("vram"), lambda tier: tier not in ("nvme", NOWHERE)):
+        counts = [
+            sum(count for tier, count in placement.experts(n).items() if is_fast(tier))
+            for n in range(len(shape.layers))
+        ]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name != "cpu-24g"])
+def test_dense_weights_kv_and_head_of_v41_are_on_the_cards(name: str) -> None:
+    placement = plan(V41, load_profile(name), Workload(32768, 8))
+    assert placement.fits
+    for place in placement.places:
+        if place.kind in ("dense", "shared_experts", "kv", "head"):
+            assert place.tier.startswith("vram")
+
+
+def test_two_cards_share_the_layers_and_the_experts_of_each() -> None:
+    placement = plan(V41, load_profile("2x4090-256g"), Workload(8192, 1))
+    tiers = [placement.tier_of("dense", n) for n in range(40)]
+    assert tiers == sorted(tiers)
+    assert {"vram:0", "vram:1"} == set(tiers)
+    for n in range(40):
+        held = placement.experts(n)
+        assert abs(held["vram:0"] - held["vram:1"]) <= 3
+
+
+def test_tables_move_to_dram_once_all_experts_are_there() -> None:
+    small = plan(V41, load_profile("2x4090-256g"), Workload(8192, 1))
+    large = plan(V41, replace(load_profile("2x4090-256g"), dram_bytes=600 * GB), Workload(8192, 1))
+    assert [small.tier_of("engram", n) for n in (1, 14)] == ["nvme", "nvme"]
+    assert any(reserve.name == "hot Engram rows" for reserve in small.reserves)
+    assert [large.tier_of("engram", n) for n in (1, 14)] == ["dram", "dram"]
+    assert not any(reserve.name == "hot Engram rows" for reserve in large.reserves)
+
+
+def test_a_model_that_fits_on_the_cards_leaves_dram_alone() -> None:
+    cards = tuple(replace(MACHINE.gpus[0], memory_bytes=120 * GB) for _ in range(2))
+    placement = plan(FLASH, replace(MACHINE, gpus=cards), Workload(8192, 1))
+    assert {place.tier for place in placement.places if place.kind != "embedding"} == {"vram:0", "vram:1"}
+
+
+def test_unequal_cards_share_experts_by_speed_where_both_have_room() -> None:
+    slow, fast = (
+        replace(MACHINE.gpus[0], memory_bytes=400 * GB, memory_bytes_per_s=speed)
+        for speed in (0.5e12, 1.5e12)
+    )
+    held = plan(FLASH, replace(MACHINE, gpus=(slow, fast)), Workload(8192, 1)).experts(7)
+    assert held == {"vram:0": 64, "vram:1": 192}
+
+
+def test_a_card_too_small_for_its_workspace_is_left_out() -> None:
+    tiny = replace(MACHINE, gpus=(replace(MACHINE.gpus[0], memory_bytes=GB // 10),))
+    placement = plan(FLASH, tiny, Workload(8192, 1))
+    assert placement.used("vram:0") == 0
+    assert placement.fits
+
+
+def test_layers_that_no_card_has_room_for_are_computed_from_dram() -> None:
+    small = replace(MACHINE, gpus=(replace(MACHINE.gpus[0], memory_bytes=5 * GB),))
+    placement = plan(FLASH, small, Workload(8192, 1))
+    assert {placement.tier_of("dense", n) for n in range(43)} == {"vram:0", "dram"}
+    assert placement.fits
+
+
+def missing_kinds(placement: Placement) -> set[str]:
+    return {place.kind for place in placement.places if place.tier == NOWHERE}
+
+
+def test_a_disk_without_room_for_the_checkpoint_is_said() -> None:
+    placement = plan(FLASH, replace(MACHINE, disk_bytes=100 * GB), Workload(8192, 1))
+    assert not placement.fits
+    assert missing_kinds(placement) == set()
+    assert [reserve.name for reserve in placement.reserves if reserve.tier == NOWHERE] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("gigabytes", [9.5, 9.75, 10, 10.25, 10.5, 10.75])
+def test_an_embedding_makes_room_for_experts_on_their_way(gigabytes: float) -> None:
+    placement = plan(FLASH, replace(MACHINE, dram_bytes=int(gigabytes * GB), gpus=()), Workload(8192, 1))
+    assert placement.fits
+    assert placement.tier_of("embedding", None) == ("nvme" if gigabytes < 10.6 else "dram")
+
+
+def test_what_every_token_reads_must_not_lie_on_disk() -> None:
+    placement = plan(FLASH, replace(MACHINE, dram_bytes=6 * GB, gpus=()), Workload(8192, 1))
+    assert "dense" in missing_kinds(placement)

@@ -1,0 +1,146 @@
+"""The native back end on every level that this machine has: right, and the same bits in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.formats.fp8 import FP8_ROW
+from quant.formats.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.formats.mxfp4 import MXFP4
+from quant.formats.nf4 import NF4
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.reference import ReferenceKernels
+from quant.packed import Format, PackedTensor
+from tests.quant.kernels.kernel_cases import FORMATS, difference, expert, weight
+
+try:
+    LEVELS = library.available_levels()
+except library.LibraryMissingError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+REFERENCE = ReferenceKernels()
+GGUF: list[Format] = [Q4_0, Q4_1, Q8_0, Q6_K]
+DENSE = [torch.bfloat16, torch.float16, torch.float32]
+# Relative to the largest result. Exact mode keeps 21 bits of each block of activations, int8 mode eight.
+EXACT, INT8 = 5e-6, 1.5e-2
+
+pytestmark = pytest.mark.parametrize("level", LEVELS)
+
+
+def gguf_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
+    """Random codes under scales that are plain numbers, which lie first or last in a block."""
+    torch.manual_seed(rows + cols)
+    codes = torch.randint(0, 256, (rows, format_.bytes_for(1, cols)), dtype=torch.uint8)
+    blocks = codes.view(rows, cols // format_.tile_cols, -1)
+    scale = torch.tensor([0.02], dtype=torch.float16).view(torch.uint8)
+    places = {Q6_K.name: [208], Q4_1.name: [0, 2]}.get(format_.name, [0])
+    for place in places:
+        blocks[..., place : place + 2] = scale
+    return PackedTensor(format_, (rows, cols), codes)
+
+
+def any_weight(format_: Format | torch.dtype, rows: int, cols: int) -> Weight:
+    if isinstance(format_, torch.dtype):
+        torch.manual_seed(rows)
+        return torch.randn(rows, cols).to(format_)
+    return gguf_weight(format_, rows, cols) if format_ in GGUF else weight(format_, rows, cols)
+
+
+def name_of(value: object) -> str:
+    return value.name if isinstance(value, Format) else str(value)
+
+
+@pytest.mark.parametrize("format_", [*FORMATS, *GGUF, *DENSE], ids=name_of)
+@pytest.mark.parametrize(("rows", "cols"), [(70, 256), (256, 768)])
+def test_products_equal_the_reference(
+    level: str, format_: Format | torch.dtype, rows: int, cols: int
+) -> None:
+    kernels = NativeKernels(level=level)
+    w = any_weight(format_, rows, cols)
+    x = torch.randn(11, cols)
+    expected = REFERENCE.linear(x, w)
+    for lies in (w, kernels.prepare(w)):  # in file layout and in panels
+        assert difference(kernels.linear(x, lies), expected) < EXACT
+
+
+@pytest.mark.parametrize("format_", [*FORMATS, *GGUF], ids=name_of)
+def test_int8_activations_stay_close(level: str, format_: Format) -> None:
+    kernels = NativeKernels("int8", level)
+    w = any_weight(format_, 256, 768)
+    x = torch.randn(11, 768)
+    assert difference(kernels.linear(x, kernels.prepare(w)), REFERENCE.linear(x, w)) < INT8
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("format_", [*FORMATS, *GGUF, *DENSE], ids=name_of)
+def test_a_token_gets_the_same_bits_in_any_company(
+    level: str, format_: Format | torch.dtype, activations: str
+) -> None:
+    kernels = NativeKernels("int8" if activations == "int8" else "exact", level)
+    w = kernels.prepare(any_weight(format_, 150, 512))
+    x = torch.randn(19, 512)
+    together = kernels.linear(x, w)
+    alone = torch.cat([kernels.linear(x[i : i + 1], w) for i in range(len(x))])
+    assert torch.equal(together, alone)
+    single_thread = NativeKernels(kernels.activations, level, threads=1)
+    assert torch.equal(together, single_thread.linear(x, w))
+
+
+@pytest.mark.parametrize("cols", [2, 30, 33, 100])
+@pytest.mark.parametrize("dtype", DENSE, ids=str)
+def test_plain_rows_of_any_length(level: str, dtype: torch.dtype, cols: int) -> None:
+    w, x = any_weight(dtype, 13, cols), torch.randn(5, cols)
+    assert difference(NativeKernels(level=level).linear(x, w), REFERENCE.linear(x, w)) < EXACT
+
+
+def five_experts(
+    kernels: NativeKernels, format_: Format, hidden: int, width: int
+) -> tuple[list[ExpertWeights], list[ExpertWeights]]:
+    """Random experts as files have them, and the same in slots."""
+    layout = kernels.slot_layout(hidden, width, format_)
+    files = [expert(format_, hidden, width, seed) for seed in range(5)]
+    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in files]
+    return files, [layout.pack_into(slot, *e.matrices) for slot, e in zip(slots, files, strict=True)]
+
+
+@pytest.mark.parametrize("format_", [MXFP4, NF4], ids=name_of)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_equal_the_reference_and_need_no_company(level: str, format_: Format, tokens: int) -> None:
+    kernels = NativeKernels(level=level)
+    files, experts = five_experts(kernels, format_, 128, 96 if format_ is MXFP4 else 64)
+    x = torch.randn(tokens, 128)
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    factors = torch.rand(tokens, 2)
+    found = kernels.moe(x, ids, factors, experts, 7.0)
+    assert difference(found, REFERENCE.moe(x, ids, factors, files, 7.0)) < 3 * EXACT
+    for t in range(tokens):
+        alone = kernels.moe(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0)
+        assert torch.equal(found[t : t + 1], alone)
+
+
+def test_experts_of_thousands_of_tokens_are_summed_as_for_one(level: str) -> None:
+    kernels = NativeKernels(level=level)
+    _, experts = five_experts(kernels, MXFP4, 256, 32)
+    tokens = 2200  # so many that products are summed before all experts are done
+    x, factors = torch.randn(tokens, 256), torch.rand(tokens, 2)
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    found = kernels.moe(x, ids, factors, experts, 7.0)
+    for t in (0, 7, tokens - 1):
+        alone = kernels.moe(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0)
+        assert torch.equal(found[t : t + 1], alone)
+
+
+def test_rows_are_gathered_as_they_decode(level: str) -> None:
+    table = weight(FP8_ROW, 300, 256)
+    rows = torch.randint(0, 300, (700,))
+    assert torch.equal(NativeKernels(level=level).gather_rows(table, rows), table.decode()[rows])
+
+
+def test_infinite_activations_are_not_hidden(level: str) -> None:
+    kernels = NativeKernels(level=level)
+    x = torch.zeros(1, 256)
+    x[0, 40] = torch.inf
+    assert not kernels.linear(x, kernels.prepare(weight(MXFP4, 64, 256))).isfinite().any()

@@ -1,0 +1,78 @@
+"""The Triton back end without a card: right in Triton's interpreter, and fit for sm_89 when compiled.
+
+Both run in processes of their own, because triton decides at import whether it interprets. Needs the
+`gpu` extra (triton is a gigabyte when installed), else these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra `gpu`)"
+)
+
+HERE = Path(__file__).parent
+# Of an RTX 4090 (compute capability 8.9): what one block may have.
+LARGEST_SHARED_BYTES = 99 * 1024
+LARGEST_REGISTERS = 255
+
+
+def test_kernels_equal_the_reference_in_the_interpreter() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    assert " passed" in ran.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, object]]:
+    """What compiling every kernel for sm_89 with the shapes of V4.1 gives."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.quant.kernels.compile_triton"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    kernels = json.loads(ran.stdout)
+    assert isinstance(kernels, list)
+    return kernels
+
+
+def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> None:
+    assert {str(kernel["name"]) for kernel in compiled} == {
+        "four_bit_linear",
+        "fp8_linear",
+        "plain_linear",
+        "moe_gate_up",
+        "moe_down",
+        "gather_fp8",
+        "gather_four_bit",
+        "sinkhorn",
+    }
+    assert all(kernel["cubin_bytes"] for kernel in compiled)
+
+
+def test_compiled_kernels_fit_the_card_and_spill_next_to_nothing(compiled: list[dict[str, object]]) -> None:
+    for kernel in compiled:
+        assert isinstance(kernel["shared_bytes"], int)
+        assert isinstance(kernel["registers"], int)
+        assert kernel["shared_bytes"] <= LARGEST_SHARED_BYTES, kernel
+        assert kernel["registers"] <= LARGEST_REGISTERS, kernel
+        assert isinstance(kernel["spilled_bytes"], int)
+        assert kernel["spilled_bytes"] <= 64, kernel

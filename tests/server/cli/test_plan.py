@@ -1,0 +1,174 @@
+"""`loci plan` and `loci bench hardware`, as people and scripts use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memory.experts.traces import RoutingTrace
+from memory.hardware import measure
+from memory.hardware.profiles import shipped
+from memory.hardware.this_machine import cache_path
+from server.cli.bench import hardware as cli_bench_hardware
+from tests.conftest import golden_path
+from tests.server.harness import invoke
+
+FLASH = "deepseek-v4.1-flash"
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    result = invoke("plan", *arguments, "--json")
+    assert result.returncode in (0, 3), result.stderr
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+def test_a_plan_a_person_would_buy_hardware_by() -> None:
+    result = invoke("plan", FLASH, "--hardware", "2x4090-256g", "--context", "32768", "--batch", "8")
+    assert result.returncode == 0
+    text = result.stdout
+    assert f"{FLASH} on 2x4090-256g: fits" in text
+    for part in ("embedding", "dense", "shared experts", "kv", "head", "routed experts", "engram"):
+        assert f"\n{part} " in text
+    for tier in ("vram:0", "vram:1", "dram", "nvme"):
+        assert f"\n{tier} " in text
+    assert "decode, 1 sequence" in text
+    assert "decode, 8 together" in text
+    assert "What twice as much would bring" in text
+    assert "uniform: every expert equally likely: the worst case" in text
+    assert "latency: starting a layer's operations one by one, and waits between devices" in text
+
+
+@pytest.mark.parametrize("hardware", [name for name in shipped() if name != "cpu-24g"])
+@pytest.mark.parametrize("model", [FLASH, "deepseek-v4-flash", "deepseek-v3.2", "deepseek-v3"])
+def test_every_named_model_is_planned_on_every_shipped_profile(model: str, hardware: str) -> None:
+    report = planned(model, "--hardware", hardware)
+    assert report["fits"]
+    placed = sum(place["nbytes"] for place in report["places"] if place["kind"] != "kv")
+    assert placed == report["model_bytes"]
+    for tier in report["tiers"].values():
+        assert tier["used_bytes"] <= tier["budget_bytes"]
+    for forecast in report["forecasts"]:
+        for step in ("decode_alone", "decode_together", "prefill"):
+            assert forecast[step]["tokens_per_s"] > 0
+            assert forecast[step]["bound"] in forecast[step]["seconds"]
+
+
+def test_json_says_where_each_layers_experts_are() -> None:
+    report = planned(FLASH, "--hardware", "4090-128g")
+    experts = [place for place in report["places"] if place["kind"] == "routed_experts"]
+    for layer in range(40):
+        held = {place["tier"]: place["count"] for place in experts if place["layer"] == layer}
+        assert held.keys() == {"vram:0", "dram", "nvme"}
+        assert sum(held.values()) == 384
+    assert {gain["resource"] for gain in report["doubling"]} >= {"VRAM size", "DRAM bandwidth", "disk speed"}
+
+
+def test_every_layer_is_shown_when_asked_for() -> None:
+    result = invoke("plan", FLASH, "--hardware", "4090-128g", "--layers")
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("routed experts")]
+    assert [line[2] for line in lines if "nvme" in line] == [str(n) for n in range(40)]
+
+
+def test_what_does_not_fit_is_said_with_a_remedy_and_an_exit_code() -> None:
+    result = invoke("plan", "deepseek-v3.2", "--hardware", "cpu-24g")
+    assert result.returncode == 3
+    assert "deepseek-v3.2 on cpu-24g: does not fit" in result.stdout
+    assert "more free disk for the checkpoint" in result.stdout
+    assert "more DRAM" in result.stdout
+    report = planned("deepseek-v3.2", "--hardware", "cpu-24g")
+    assert not report["fits"]
+    assert report["remedy"]["required"]
+    assert "forecasts" not in report
+
+
+def test_a_checkpoint_is_planned_from_its_headers() -> None:
+    report = planned(str(golden_path("v41-c")), "--context", "512", "--batch", "2")
+    assert report["fits"]
+    assert report["workload"] == {"context": 512, "sequences": 2, "prefill_chunk": 512}
+    assert {place["tier"] for place in report["places"]} == {"dram"}
+
+
+def test_a_plan_for_an_unmeasured_machine_says_what_it_assumed() -> None:
+    cache_path().unlink(missing_ok=True)
+    result = invoke("plan", str(golden_path("v41-c")))
+    assert "Not measured but assumed:" in result.stdout
+    assert "loci bench hardware" in result.stdout
+
+
+def test_virtual_cards_take_part_in_a_plan() -> None:
+    devices = "virtual:100MB@1GB/s,virtual:100MB@1GB/s"
+    report = planned(str(golden_path("v41-c")), "--devices", devices, "--context", "512")
+    assert report["tiers"]["vram:1"]["budget_bytes"] == 100_000_000
+    assert {place["tier"] for place in report["places"] if place["kind"] == "dense"} == {"vram:0", "vram:1"}
+
+
+def test_a_plan_may_leave_out_cards_and_part_of_their_memory() -> None:
+    report = planned(FLASH, "--hardware", "2x4090-256g", "--devices", "cuda:16GiB")
+    assert report["tiers"].keys() == {"vram:0", "dram", "nvme"}
+    assert report["tiers"]["vram:0"]["budget_bytes"] == 16 << 30
+
+
+def test_a_recorded_trace_adds_its_own_forecast(tmp_path: Path) -> None:
+    file = tmp_path / "routing.safetensors"
+    RoutingTrace(torch.arange(6).expand(10, 43, 6)).save(file)
+    report = planned("deepseek-v4-flash", "--hardware", "4090-128g", "--trace", str(file))
+    uniform, skewed, traced = report["forecasts"]
+    assert traced["routing"] == "traced"
+    assert traced["decode_alone"]["hit_rates"]["vram"] == pytest.approx(1.0)
+    assert traced["decode_alone"]["tokens_per_s"] > skewed["decode_alone"]["tokens_per_s"]
+    assert skewed["decode_alone"]["tokens_per_s"] > uniform["decode_alone"]["tokens_per_s"]
+
+
+def test_dram_can_be_kept_from_a_model() -> None:
+    tiers = planned(FLASH, "--hardware", "2x4090-256g", "--dram", "64GiB")["tiers"]
+    assert 63 << 30 < tiers["dram"]["used_bytes"] <= tiers["dram"]["budget_bytes"] == 64 << 30
+
+
+def test_own_hardware_is_read_from_a_file(tmp_path: Path) -> None:
+    source = Path(measure.__file__).parent / "shipped" / "4090-128g.toml"
+    own = tmp_path / "mine.toml"
+    own.write_text(source.read_text().replace("4090-128g", "mine"))
+    assert planned(FLASH, "--hardware", str(own))["hardware"] == "mine"
+    own.write_text(own.read_text().replace("[disk]", "[disk]\nrpm = 7200"))
+    result = invoke("plan", FLASH, "--hardware", str(own))
+    assert result.returncode == 1
+    assert "disk.rpm: no such key" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("deepseek-v99",), "no such file or directory, and none of the names"),
+        ((FLASH, "--hardware", "abacus"), "no such hardware profile"),
+        ((FLASH, "--hardware", "4090-128g", "--context", "2000000"), "1048576 tokens"),
+        ((FLASH, "--hardware", "4090-128g", "--devices", "virtual"), "virtual:24GiB@12.5GB/s"),
+        ((FLASH, "--hardware", "4090-128g", "--devices", "cuda:30GiB"), "card 0 of 4090-128g has"),
+        ((FLASH, "--hardware", "4090-128g", "--dram", "much"), "24GiB or 12.5GB"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_one_line(arguments: tuple[str, ...], complaint: str) -> None:
+    result = invoke("plan", *arguments)
+    assert result.returncode == 1
+    assert complaint in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_measurements_are_kept_for_the_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "working_bytes", lambda: 16 << 20)
+    monkeypatch.setattr(measure, "EXPERT_HIDDEN", 256)
+    monkeypatch.setattr(measure, "EXPERT_WIDTH", 128)
+    monkeypatch.setattr(measure, "RANDOM_SECONDS", 0.02)
+    monkeypatch.setattr(cli_bench_hardware, "DISK_BYTES", 16 << 20)
+    out = tmp_path / "out.json"
+    result = invoke("bench", "hardware", "--json", out, "--directory", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(out.read_text()) == json.loads(cache_path().read_text())
+    assert "dram_read" in result.stdout
+    plan = planned(str(golden_path("v41-c")))
+    assert not any("DRAM" in line for line in plan["assumed"])
+    cache_path().unlink()

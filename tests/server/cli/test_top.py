@@ -1,0 +1,166 @@
+"""`loci top` shows what a running server's metrics say."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import termios
+import time
+import urllib.request
+
+from rich.console import Console
+
+from server.cli.top import Sample, view
+from tests.server.conftest import StartServer
+from tests.server.harness import DEADLINE_S, ROOT, TINY, LociServer, command, complaint, environment, invoke
+
+PAGE = """# TYPE loci_time_to_first_token_seconds histogram
+loci_time_to_first_token_seconds_bucket{le="0.1"} 2
+loci_time_to_first_token_seconds_bucket{le="0.5"} 10
+loci_time_to_first_token_seconds_bucket{le="+Inf"} 10
+"""
+LINKS = """# TYPE loci_link_bytes counter
+loci_link_bytes_total{{link="nvme"}} {moved}
+# TYPE loci_link_busy_seconds counter
+loci_link_busy_seconds_total{{link="nvme"}} {busy}
+# TYPE loci_stall_seconds counter
+loci_stall_seconds_total{{link="nvme",reason="demand"}} {demand}
+loci_stall_seconds_total{{link="nvme",reason="another"}} {another}
+# TYPE loci_prefix_cache_queries counter
+loci_prefix_cache_queries_total {queries}
+# TYPE loci_prefix_cache_hits counter
+loci_prefix_cache_hits_total {hits}
+# TYPE loci_prefix_cache_budget_bytes gauge
+loci_prefix_cache_budget_bytes 1000
+"""
+ENDED = "\x1b[?1049l"  # a terminal leaves the screen that a live view had for itself
+
+
+def ask(server: LociServer) -> None:
+    body = b'{"model": "%s", "prompt": "A test", "max_tokens": 4, "ignore_eos": true}' % TINY.name.encode()
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).read()
+
+
+def shown(now: Sample, before: Sample | None = None, earlier: Sample | None = None) -> str:
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(view(now, before, earlier))
+    return captured.get()
+
+
+class Terminal:
+    """`loci top` in a terminal of 24 lines, with what it has drawn so far."""
+
+    def __init__(self, server: LociServer) -> None:
+        self._controller, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            command("top", "--url", server.url, "--interval", "0.2"),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            cwd=ROOT,
+            env=environment(TERM="xterm"),
+            preexec_fn=lambda: os.login_tty(terminal),
+        )
+        os.close(terminal)
+        self._drawn = b""
+
+    def wait_for(self, pattern: str) -> str:
+        """All that was drawn since the last call, once it holds `pattern`."""
+        end = time.monotonic() + DEADLINE_S
+        while not re.search(pattern, self._drawn.decode(errors="replace")):
+            readable, _, _ = select.select([self._controller], [], [], max(0.0, end - time.monotonic()))
+            assert readable, f"not drawn: {pattern!r}; but {self._drawn!r}"
+            self._drawn += os.read(self._controller, 65536)
+        drawn, self._drawn = self._drawn.decode(errors="replace"), b""
+        return drawn
+
+    def press(self, keys: bytes) -> None:
+        os.write(self._controller, keys)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._controller)
+
+
+def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: StartServer) -> None:
+    server = start_server(TINY, "--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s").await_ready()
+    ask(server)
+    once = invoke("top", "--once", "--url", server.url)
+    assert once.returncode == 0
+    for words in (
+        ("running", "in the queue", "first token", "between tokens", "whole answer"),
+        ("KV", "prefixes", "prompts known"),
+        ("vram:0", "nvme (misses)", "busy", "waited: demand"),
+        ("router guesses", "Engram rows", "asked"),
+    ):
+        for word in words:
+            assert word in once.stdout
+    assert max(map(len, once.stdout.splitlines())) <= 80
+
+
+def test_the_live_view_follows_a_server_until_ctrl_c(start_server: StartServer) -> None:
+    server = start_server(TINY).await_ready()
+    terminal = Terminal(server)
+    try:
+        assert "latency" not in terminal.wait_for("answer tokens/s")
+        ask(server)
+        assert "in the queue" in terminal.wait_for("between tokens")
+        terminal.press(b"\x03")
+        terminal.wait_for(re.escape(ENDED))
+        assert terminal.process.wait(DEADLINE_S) == 0
+    finally:
+        terminal.close()
+
+
+def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: StartServer) -> None:
+    server = start_server(TINY).await_ready()
+    terminal = Terminal(server)
+    try:
+        terminal.wait_for("answer tokens/s")
+        server.kill()
+        terminal.wait_for(re.escape(ENDED) + r"\S*\s*loci: http://\S+: no server answers there \(.*\n")
+        assert terminal.process.wait(DEADLINE_S) == 1
+    finally:
+        terminal.close()
+
+
+def test_no_server_there_is_said_in_one_line() -> None:
+    once = invoke("top", "--once", "--url", "http://127.0.0.1:1", "--api-key", "schlüssel")
+    assert once.returncode == 1
+    assert "no server answers there" in complaint(once.stderr)
+
+
+def test_percentiles_lie_within_their_buckets() -> None:
+    sample = Sample(PAGE, 0.0)
+    name = "loci_time_to_first_token_seconds"
+    assert sample.quantile(name, 0.5, None) == 0.1 + 0.4 * 3 / 8
+    assert sample.quantile(name, 0.2, None) == 0.1
+    assert sample.quantile(name, 0.5, sample) is None
+
+
+def test_shares_are_those_of_the_time_between_two_looks() -> None:
+    before = Sample(LINKS.format(moved=0, busy=1.0, demand=1.0, another=0.0, queries=10, hits=0), 10.0)
+    now = Sample(LINKS.format(moved=4e6, busy=2.5, demand=1.5, another=0.2, queries=14, hits=3), 12.0)
+    text = shown(now, before, before)
+    for expected in ("2 MB", "75.0%", "25.0%", "waited: another", "10.0%"):
+        assert expected in text
+    assert "75%" in text  # prompts known: 3 of 4
+    assert "2.50 s" in shown(now)
+
+
+def test_what_a_server_does_not_have_is_left_out() -> None:
+    text = shown(Sample("loci_process_resident_memory_bytes 1e9\n", 0.0))
+    assert "requests" in text
+    for section in ("latency", "cache", "tier", "link", "since start"):
+        assert section not in text

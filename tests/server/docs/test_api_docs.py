@@ -1,0 +1,50 @@
+"""docs/api.md leaves nothing out: every route, field and setting stands there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fastapi.routing import APIRoute
+
+from server import settings_page
+from server.anthropic.requests import MESSAGES_REFUSED, MessagesRequest
+from server.app import ROUTERS
+from server.openai.requests import REFUSED, ChatRequest, CompletionRequest
+from server.responses.requests import RESPONSES_REFUSED, ResponsesRequest
+from tests.server.harness import ROOT
+
+PAGE = (ROOT / "docs" / "api.md").read_text()
+
+
+def test_every_route_is_documented() -> None:
+    routes = [route for router in ROUTERS for route in router.routes]
+
+    paths = {
+        re.sub(r"\{\w+(:path)?\}", "{id}", route.path) for route in routes if isinstance(route, APIRoute)
+    }
+    assert {path for path in paths if path not in PAGE} == set()
+    assert len(paths) == 19
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ChatRequest.model_fields,
+        CompletionRequest.model_fields,
+        ResponsesRequest.model_fields,
+        MessagesRequest.model_fields,
+        REFUSED,
+        RESPONSES_REFUSED,
+        MESSAGES_REFUSED,
+    ],
+    ids=["chat", "completions", "responses", "messages", "refused", "refused responses", "refused messages"],
+)
+def test_every_field_is_documented(names: dict[str, object]) -> None:
+    assert [name for name in names if f"`{name}`" not in PAGE] == []
+
+
+def test_the_table_of_settings_is_what_the_code_says() -> None:
+    page = settings_page.PAGE.read_text()
+
+    assert settings_page.updated(page) == page, "run: python -m server.settings_page"
