@@ -165,7 +165,7 @@ def test_every_tensor_begins_at_a_multiple_of_its_item_size(tmp_path: Path) -> N
 KILLED = """
 import os, sys
 from pathlib import Path
-from memory.checkpoint import Checkpoint
+from memory.checkpoint.checkpoint import Checkpoint
 from memory.convert_files import convert_checkpoint
 from memory.convert_plan import Choices
 from quant.nf4 import NF4
@@ -317,7 +317,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from memory.checkpoint import Checkpoint
+from memory.checkpoint.checkpoint import Checkpoint
 from memory.convert_files import convert_checkpoint
 from memory.convert_plan import Choices
 from quant.fp8 import FP8_32
