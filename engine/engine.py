@@ -61,7 +61,7 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
-class Ticket:
+class Submission:
     """A submitted sequence; `Engine.abort` takes it."""
 
     sequence_id: int
@@ -139,7 +139,7 @@ class Engine:
 
     def submit(
         self, prompt_ids: Ids[int], params: SamplingParams, on_output: OnOutput, *, cache_salt: str = ""
-    ) -> Ticket:
+    ) -> Submission:
         """Queue a sequence; `on_output` is called from the engine's thread with each Output.
 
         Cached prefixes are shared by sequences of the same `cache_salt` only.
@@ -176,9 +176,9 @@ class Engine:
             self._submitted.append(sequence)
             self._known[sequence.sequence_id] = sequence
             self._wake.notify()
-        return Ticket(sequence.sequence_id)
+        return Submission(sequence.sequence_id)
 
-    def abort(self, ticket: Ticket) -> None:
+    def abort(self, ticket: Submission) -> None:
         """End a sequence within one step; its last Output has FinishReason.ABORT. No-op if it ended."""
         with self._wake:
             if ticket.sequence_id in self._known:
@@ -226,7 +226,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while self._take_news():
+            while self._drain_inbox():
                 self._step()
                 self.between_steps()
         except BaseException:
@@ -239,7 +239,7 @@ class Engine:
                 self._end(sequence, FinishReason.ABORT)
             self.between_steps()
 
-    def _take_news(self) -> bool:
+    def _drain_inbox(self) -> bool:
         """Take in submissions and aborts, waiting for some when idle; False when it is time to stop."""
         with self._wake:
             while not (self._submitted or self._aborted or self._scheduler.has_work or self._stopping):

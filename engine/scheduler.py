@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.sequence import Sequence
 
 # A prompt goes on by at least so many tokens a step, or it would never end.
-LEAST_PREFILL = 16
+MIN_PREFILL = 16
 # Weight of the newest step in the running means of what steps take. Tokens cost the more the longer a prompt
 # grows; a mean that followed too slowly would let steps grow with it.
 NEWEST = 0.3
@@ -99,7 +99,7 @@ class Scheduler:
         tokens = sum(chunk.length for chunk in chunks) - decodes
         if not tokens:
             self._decode_s = _mean(self._decode_s, seconds)
-        elif tokens >= LEAST_PREFILL:
+        elif tokens >= MIN_PREFILL:
             alone = (self._decode_s or 0.0) if decodes else 0.0
             token_s = max(seconds - alone, 0.0) / tokens
             weight = RISING if token_s > (self._prefill_token_s or 0.0) else NEWEST
@@ -120,7 +120,7 @@ class Scheduler:
         if not decodes or not self._prefill_token_s or self._decode_s is None:
             return budget
         seconds = max(self.step_s - self._decode_s, self._decode_s)
-        return int(min(budget, max(seconds / self._prefill_token_s, LEAST_PREFILL)))
+        return int(min(budget, max(seconds / self._prefill_token_s, MIN_PREFILL)))
 
 
 def _wanted(sequence: Sequence) -> int:

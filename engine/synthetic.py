@@ -36,7 +36,7 @@ MODEL_TYPE = "deepseek_v41"
 # windows only (one reads Engram), a source and a layer that reuses it, then the decoder's source, one
 # that chooses anew among its candidates, one that reuses that, and the encoder's source with Engram.
 ORDER = (0, 1, 2, 3, 20, 24, 21, 14)
-LEAST_LAYERS = 3
+MIN_LAYERS = 3
 FP4_RMS = math.sqrt((0 + 0.25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8)
 FLOAT32_PARTS = (".hc_", "attn_sink", ".gate.bias", ".engram.q_weight", ".engram.k_weight")
 
@@ -116,8 +116,8 @@ def plan_slice(name: str, layers: int, engram_rows: int, experts: int | None = N
 
 def released_layers(count: int) -> list[int]:
     """Which of the released model's layers a slice of `count` has, ascending."""
-    if not LEAST_LAYERS <= count <= V41_FLASH.layers:
-        raise ConfigError(f"{count} layers: a slice has {LEAST_LAYERS} to {V41_FLASH.layers}")
+    if not MIN_LAYERS <= count <= V41_FLASH.layers:
+        raise ConfigError(f"{count} layers: a slice has {MIN_LAYERS} to {V41_FLASH.layers}")
     others = (n for n in range(V41_FLASH.layers) if n not in ORDER)
     return sorted([*ORDER, *others][:count])
 

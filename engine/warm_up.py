@@ -1,4 +1,4 @@
-"""What a card's kernels need before the first request: to be compiled."""
+"""What a GPU's kernels need before the first request: to be compiled."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Tiers, and the arenas that hold their slots.
 
-A tier is a place with a budget in bytes: a card's memory, host memory, or a virtual card (host memory
+A tier is a place with a budget in bytes: a GPU's memory, host memory, or a virtual GPU (host memory
 with the budget and link speed of a real one, so that the same code runs without a GPU). An arena is the
 one allocation of a tier for one purpose, cut into equal slots: nothing fragments, and nothing is
 allocated while serving.
@@ -27,8 +27,8 @@ class Tier:
 
     name          `vram:0`, `vram:1`, `dram`
     budget_bytes  what may be allocated there
-    device        where its tensors live; a virtual card's are in host memory
-    link_bytes_per_s  speed at which bytes arrive from DRAM, to which a virtual card's copies are held;
+    device        where its tensors live; a virtual GPU's are in host memory
+    link_bytes_per_s  speed at which bytes arrive from DRAM, to which a virtual GPU's copies are held;
                       None: as fast as the copy goes
     """
 
@@ -39,7 +39,7 @@ class Tier:
 
     @property
     def is_virtual(self) -> bool:
-        """True for a card that is simulated in host memory."""
+        """True for a GPU that is simulated in host memory."""
         return self.name.startswith("vram") and self.device.type == "cpu"
 
 
@@ -98,14 +98,14 @@ def _allocate(nbytes: int, tier: Tier) -> torch.Tensor:
 
 
 def page_lock(memory: torch.Tensor, tier: Tier) -> bool:
-    """Let cards copy from and to host memory by themselves; False, with a warning, where that is not allowed.
+    """Let GPUs copy from and to host memory by themselves; False, with a warning, where that is not allowed.
 
     PyTorch's own pinned allocations are rounded up to a power of two, which a budget of DRAM cannot bear.
     """
     problem = _register(memory)
     if problem:
         logger.warning(
-            "%s: %.1f GB cannot be page-locked (%s); transfers to cards will be slower. "
+            "%s: %.1f GB cannot be page-locked (%s); transfers to GPUs will be slower. "
             "Raise the limit with `ulimit -l unlimited`",
             tier.name, memory.nbytes / 1e9, problem,
         )  # fmt: skip

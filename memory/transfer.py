@@ -1,7 +1,7 @@
 """Links and tickets: bytes on their way, and the one place where compute may wait for them.
 
 A link is a worker thread with a priority queue: what is needed now overtakes what is only foreseen. A
-link to a virtual card paces its copies to the speed of a real one; a disk link reads and rearranges.
+link to a virtual GPU paces its copies to the speed of a real one; a disk link reads and rearranges.
 """
 
 from __future__ import annotations

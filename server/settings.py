@@ -68,8 +68,8 @@ class Settings(BaseSettings):
     )
     devices: str | None = Field(
         None,
-        description="Cards for weights and KV, like cuda:22GiB (two real ones together are unproven yet) or "
-        "virtual:24GiB@12.5GB/s: a virtual card is host memory with a card's size and link speed. "
+        description="GPUs for weights and KV, like cuda:22GiB (two real ones together are unproven yet) or "
+        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed. "
         "Default: none.",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(

@@ -1,6 +1,6 @@
-"""Cards that exist in name only: tensors with real numbers in host memory under the label `card:0`, `card:1`.
+"""GPUs that exist in name only: tensors with real numbers in host memory under the label `gpu:0`, `gpu:1`.
 
-As on real cards, an operation on tensors of two devices is an error, and so is one with host memory (except
+As on real GPUs, an operation on tensors of two devices is an error, and so is one with host memory (except
 indices of the host, which torch allows). So a forward that runs here hands tensors over where it must.
 """
 
@@ -16,21 +16,21 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
-NAME = "card"
+NAME = "GPU"
 _MAY_MIX = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default,
             aten._index_put_impl_.default}  # fmt: skip
 _registered: list[bool] = []
 
 
-class OnCard(torch.Tensor):
-    """A tensor that says it lies on a card; `held` are its numbers."""
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU; `held` are its numbers."""
 
     held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor, device: torch.device) -> OnCard:
+    def __new__(cls, held: torch.Tensor, device: torch.device) -> OnGpu:
         with torch.inference_mode(False):  # torch will not take views of tensors from inside and outside
-            made: OnCard = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
                 dtype=held.dtype, device=device,
             )  # fmt: skip
@@ -38,7 +38,7 @@ class OnCard(torch.Tensor):
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnCard({self.held!r}, device={self.device})"
+        return f"OnGpu({self.held!r}, device={self.device})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,30 +49,30 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func.overloadpacket is aten.to:  # in inference mode it arrives whole
         return _to(args, kwargs)
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
-    devices = {t.device for t in tensors if isinstance(t, OnCard)}
-    hosts = [t for t in tensors if not isinstance(t, OnCard) and t.dim() > 0]
+    devices = {t.device for t in tensors if isinstance(t, OnGpu)}
+    hosts = [t for t in tensors if not isinstance(t, OnGpu) and t.dim() > 0]
     if len(devices) > 1 and func not in (aten._to_copy.default, aten.copy_.default):
         raise RuntimeError(f"{func}: tensors on {sorted(map(str, devices))}")
     if devices and hosts and func not in _MAY_MIX:
         raise RuntimeError(f"{func}: tensors on {devices} and in host memory")
     target = kwargs.get("device")
     target = torch.device(target) if target is not None else None
-    if target is None and tensors and isinstance(tensors[0], OnCard):
+    if target is None and tensors and isinstance(tensors[0], OnGpu):
         target = tensors[0].device
     elif target is None and devices and func is not aten.copy_.default:  # that brings numbers back
         raise RuntimeError(f"{func}: a tensor in host memory with others on {devices}")
     if target is not None and target.type == NAME:
         kwargs = {**kwargs, **({"device": torch.device("cpu")} if "device" in kwargs else {})}
         kwargs.pop("pin_memory", None)
-    inner_args, inner_kwargs = tree_map(lambda t: t.held if isinstance(t, OnCard) else t, (args, kwargs))
+    inner_args, inner_kwargs = tree_map(lambda t: t.held if isinstance(t, OnGpu) else t, (args, kwargs))
     out = func(*inner_args, **inner_kwargs)
     if func is aten._to_copy.default and out is inner_args[0]:
         out = out.clone()
-    if args and isinstance(args[0], OnCard) and out is args[0].held:
+    if args and isinstance(args[0], OnGpu) and out is args[0].held:
         return args[0]  # in place
     if target is None or target.type != NAME:
         return out
-    return tree_map(lambda t: OnCard(t, target) if isinstance(t, torch.Tensor) else t, out)
+    return tree_map(lambda t: OnGpu(t, target) if isinstance(t, torch.Tensor) else t, out)
 
 
 def _to(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -83,13 +83,13 @@ def _to(args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     dtype = next((a for a in asked if isinstance(a, torch.dtype)), tensor.dtype)
     if (device, dtype) == (tensor.device, tensor.dtype):
         return tensor  # type: ignore[no-any-return]
-    held = tensor.held if isinstance(tensor, OnCard) else tensor
+    held = tensor.held if isinstance(tensor, OnGpu) else tensor
     held = held.to(dtype, copy=True)
-    return OnCard(held, device) if device.type == NAME else held
+    return OnGpu(held, device) if device.type == NAME else held
 
 
 class _Factories(TorchDispatchMode):
-    """Lets `torch.arange(..., device="card:0")` make tensors there."""
+    """Lets `torch.arange(..., device="gpu:0")` make tensors there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -101,8 +101,8 @@ class _Factories(TorchDispatchMode):
 
 
 @contextmanager
-def pretend_cards() -> Iterator[tuple[torch.device, torch.device]]:
-    """Two cards, inside the block."""
+def pretend_gpus() -> Iterator[tuple[torch.device, torch.device]]:
+    """Two GPUs, inside the block."""
     if not _registered:
         _setup_privateuseone_for_python_backend(NAME)
         _registered.append(True)

@@ -222,7 +222,7 @@ def run_engram(
     """Measure the checkpoint at `path`; its tables, and a tenth of them once more, must fit beside the model.
 
     Each prompt and each token is computed with every store in turn, so that what disturbs one disturbs all.
-    Rows are those of a trace `[tokens, tables, columns]`, or of random tokens; layers on cards (`devices`, as
+    Rows are those of a trace `[tokens, tables, columns]`, or of random tokens; layers on GPUs (`devices`, as
     `loci serve` takes them) have them sent there. Raises ConfigError for a model without tables or without
     room to hold them, a trace that is not of this model, and what loading raises.
     """
@@ -245,7 +245,7 @@ def run_engram(
         else:
             sources = [_Recorded(model, case, trace)]
         telemetry = Telemetry()
-        by_name = {card.name: card for card in budget.cards}
+        by_name = {gpu.name: gpu for gpu in budget.gpus}
         tiers = model.weights.places.tiers
         on_disk = EngramStore(
             whole.files,
@@ -253,7 +253,7 @@ def run_engram(
             model.kernels,
             table_bytes // HOT_SHARE,
             telemetry,
-            cards={layer: by_name[tier] for layer, tier in enumerate(tiers) if tier in by_name},
+            gpus={layer: by_name[tier] for layer, tier in enumerate(tiers) if tier in by_name},
         )
         try:
             bench = _Bench(model, case, whole, on_disk, {DRAM: model.telemetry, NVME: telemetry})

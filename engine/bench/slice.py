@@ -22,7 +22,7 @@ from memory.telemetry import Snapshot
 from quant.errors import ConfigError
 
 PROMPT_TOKENS = 32
-# Steps before the clock runs: threads start, the hot places of caches fill, and the kernels of cards are
+# Steps before the clock runs: threads start, the hot places of caches fill, and the kernels of GPUs are
 # compiled, which depends on the number of tokens: one, as in the steps that are measured.
 WARM_STEPS = 4
 PAUSES = 8  # in a run
@@ -44,9 +44,9 @@ KINDS = {
 class Clock(Trace):
     """A trace that keeps no values, but when they came: `seconds[kind][layer]`, -1 for what has no layer.
 
-    cards  real ones, whose kernels are waited for before the time is read: they are only queued when a part
+    gpus  real ones, whose kernels are waited for before the time is read: they are only queued when a part
            of a layer returns, and would be booked on whichever part waits. So parts become strictly serial:
-           the host does not prepare the next while cards compute, and the step takes longer than without a
+           the host does not prepare the next while GPUs compute, and the step takes longer than without a
            clock. Copies, which have streams of their own, go on.
     """
 
@@ -54,7 +54,7 @@ class Clock(Trace):
         default_factory=lambda: defaultdict(lambda: defaultdict(float))
     )
     last: float = 0.0
-    cards: tuple[torch.device, ...] = ()
+    gpus: tuple[torch.device, ...] = ()
 
     def add(self, name: str, value: Any) -> None:
         """The time since the value before belongs to what `name` ends."""
@@ -63,8 +63,8 @@ class Clock(Trace):
 
     def tick(self, kind: str, layer: int = -1) -> None:
         """The time since the last tick went to `kind`."""
-        for card in self.cards:
-            torch.cuda.current_stream(card).synchronize()
+        for gpu in self.gpus:
+            torch.cuda.current_stream(gpu).synchronize()
         now = time.perf_counter()
         self.seconds[kind][layer] += now - self.last
         self.last = now
@@ -75,13 +75,13 @@ class SliceRun:
     """What decoding `tokens` tokens, one a step, took and moved.
 
     total_s      of all steps
-    seconds      by kind and layer (-1: none), of all steps; with real cards of as many further steps, which
+    seconds      by kind and layer (-1: none), of all steps; with real GPUs of as many further steps, which
                  the clock makes longer (see `Clock`)
     layers       of the model; tables: layers with Engram
     dense_bytes  that every token reads: attention, shared experts, router, head
     head_bytes   of these, the head's: it gives the token, of which the first layer's experts are guessed
-    card_bytes   of dense_bytes, what lies on each real card; a virtual one is host memory, and not in here
-    head_card    the real card that the head lies on; None where that is host memory
+    gpu_bytes   of dense_bytes, what lies on each real GPU; a virtual one is host memory, and not in here
+    head_gpu    the real GPU that the head lies on; None where that is host memory
     expert_bytes of one routed expert in a slot
     counts       hits, computed, moved bytes ... of these steps alone
     tier_bytes   allocated for weights
@@ -99,8 +99,8 @@ class SliceRun:
     counts: Snapshot
     tier_bytes: dict[str, int]
     grown_bytes: int
-    card_bytes: dict[str, int] = field(default_factory=dict)
-    head_card: str | None = None
+    gpu_bytes: dict[str, int] = field(default_factory=dict)
+    head_gpu: str | None = None
 
     @property
     def disk_bytes_per_s(self) -> float:
@@ -118,16 +118,16 @@ class SliceRun:
         dram_bytes_per_s: float,
         disk_bytes_per_s: float,
         link_bytes_per_s: Mapping[str, float],
-        card_bytes_per_s: Mapping[str, float] | None = None,
+        gpu_bytes_per_s: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
         """Seconds that each resource needs for these steps' bytes at the given rates, were it always busy.
 
         Everything that crosses the DRAM bus counts: weights that the CPU multiplies with; experts from disk,
-        which are written, rearranged and written again; copies to and from cards, once for real ones and
+        which are written, rearranged and written again; copies to and from GPUs, once for real ones and
         twice for virtual ones, which are host memory themselves. Of the disk's bytes only those count that
         were needed, and its rate is that of this run where that was better than the measured one.
 
-        card_bytes_per_s: of each real card's own memory, from which it reads the weights it multiplies with;
+        gpu_bytes_per_s: of each real GPU's own memory, from which it reads the weights it multiplies with;
         what links bring comes far slower than it is written there, and does not count.
         """
         counts, moved = self.counts, self.counts.moved_bytes
@@ -135,10 +135,9 @@ class SliceRun:
         return {
             "dram": self._crossing_bytes / dram_bytes_per_s,
             "nvme": needed / max(disk_bytes_per_s, self.disk_bytes_per_s),
-            **{card: moved.get(card, 0) / rate for card, rate in link_bytes_per_s.items()},
+            **{gpu: moved.get(gpu, 0) / rate for gpu, rate in link_bytes_per_s.items()},
             **{
-                memory_of(card): self._read_by_card(card) / rate
-                for card, rate in (card_bytes_per_s or {}).items()
+                memory_of(gpu): self._read_by_gpu(gpu) / rate for gpu, rate in (gpu_bytes_per_s or {}).items()
             },
         }
 
@@ -149,28 +148,28 @@ class SliceRun:
         work.
         """
         resource, nbytes = "dram", self._crossing_bytes
-        if self.head_card is not None:
-            resource, nbytes = memory_of(self.head_card), self._read_by_card(self.head_card)
+        if self.head_gpu is not None:
+            resource, nbytes = memory_of(self.head_gpu), self._read_by_gpu(self.head_gpu)
         in_head = bounds[resource] * self.tokens * self.head_bytes / nbytes
         others = [seconds for name, seconds in bounds.items() if name != resource]
         return in_head + max(*others, bounds[resource] - in_head)
 
-    def _read_by_card(self, card: str) -> int:
-        """Bytes of weights that a real card multiplied with in all steps."""
-        experts = self.counts.computed.get(card, 0) * self.expert_bytes
-        return self.tokens * self.card_bytes[card] + experts
+    def _read_by_gpu(self, gpu: str) -> int:
+        """Bytes of weights that a real GPU multiplied with in all steps."""
+        experts = self.counts.computed.get(gpu, 0) * self.expert_bytes
+        return self.tokens * self.gpu_bytes[gpu] + experts
 
     @property
     def _crossing_bytes(self) -> int:
         """Bytes over the DRAM bus in all steps."""
         weights = self.tokens * self.dense_bytes + self.computed_bytes
-        on_cards = sum(self._read_by_card(card) for card in self.card_bytes)
+        on_gpus = sum(self._read_by_gpu(gpu) for gpu in self.gpu_bytes)
         copies = sum(
-            nbytes * (1 if link.partition(" ")[0] in self.card_bytes else 2)
+            nbytes * (1 if link.partition(" ")[0] in self.gpu_bytes else 2)
             for link, nbytes in self.counts.moved_bytes.items()
             if link.startswith("vram")
         )
-        return weights - on_cards + CROSSINGS * self.counts.moved_bytes.get("nvme", 0) + copies
+        return weights - on_gpus + CROSSINGS * self.counts.moved_bytes.get("nvme", 0) + copies
 
     def like(self, layers: int, tables: int) -> float:
         """Seconds a token would take with so many layers and tables that cost what this model's do.
@@ -185,19 +184,19 @@ class SliceRun:
         return in_layers * layers + engram * tables + by_kind["head"] + by_kind.get("addresses", 0.0)
 
 
-def memory_of(card: str) -> str:
-    """What `SliceRun.bound_s` calls a real card's own memory; its link goes by the card's name."""
-    return f"{card} memory"
+def memory_of(gpu: str) -> str:
+    """What `SliceRun.bound_s` calls a real GPU's own memory; its link goes by the GPU's name."""
+    return f"{gpu} memory"
 
 
-def steps(tokens: int, *, has_real_cards: bool) -> int:
-    """How many steps `run_slice` makes after those that warm up: with real cards others for the clock."""
-    return 2 * tokens if has_real_cards else tokens
+def steps(tokens: int, *, has_real_gpus: bool) -> int:
+    """How many steps `run_slice` makes after those that warm up: with real GPUs others for the clock."""
+    return 2 * tokens if has_real_gpus else tokens
 
 
-def workload(tokens: int, *, has_real_cards: bool = False) -> Workload:
+def workload(tokens: int, *, has_real_gpus: bool = False) -> Workload:
     """What `run_slice` asks of a model."""
-    length = PROMPT_TOKENS + WARM_STEPS + steps(tokens, has_real_cards=has_real_cards)
+    length = PROMPT_TOKENS + WARM_STEPS + steps(tokens, has_real_gpus=has_real_gpus)
     return Workload(length, 1, PROMPT_TOKENS)
 
 
@@ -211,7 +210,7 @@ def run_slice(
     """Load `path`, read a short prompt and decode `tokens` random tokens, one sequence alone.
 
     Random tokens stand for text that repeats nothing: caches see as many new rows and experts as can
-    be. Before some of the tokens the clock stands still and `in_pause` is called. With real cards as many
+    be. Before some of the tokens the clock stands still and `in_pause` is called. With real GPUs as many
     tokens follow, for the time of each layer alone. Raises ConfigError for a model without routed experts,
     and what loading raises.
     """
@@ -226,20 +225,20 @@ def run_slice(
             for part in loaded.components
             if part.kind not in ("embedding", "engram", "routed_experts")
         }
-        cards = {card.name: card.device for card in budget.cards if not card.is_virtual}
-        length = workload(tokens, has_real_cards=bool(cards)).context
+        gpus = {gpu.name: gpu.device for gpu in budget.gpus if not gpu.is_virtual}
+        length = workload(tokens, has_real_gpus=bool(gpus)).context
         ids = torch.randint(3, model.info.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
         cache = model.new_cache(1, length)
         model.forward(Batch.of([(0, 0, ids[:PROMPT_TOKENS].tolist())]), cache)
         start = PROMPT_TOKENS + WARM_STEPS
         for at in range(PROMPT_TOKENS, start):
             _step(model, cache, at, int(ids[at]), Clock())
-        counted, clock = model.telemetry.snapshot(), Clock(cards=tuple(cards.values()))
+        counted, clock = model.telemetry.snapshot(), Clock(gpus=tuple(gpus.values()))
         total_s = 0.0
         for at in range(start, start + tokens):
             if (at - start) % max(1, tokens // PAUSES) == 0:
                 in_pause()
-            total_s += _step(model, cache, at, int(ids[at]), None if cards else clock)
+            total_s += _step(model, cache, at, int(ids[at]), None if gpus else clock)
             on_progress(at + 1 - start)
         counts = _since(counted, model.telemetry.snapshot())
         for at in range(start + tokens, length):
@@ -258,8 +257,8 @@ def run_slice(
             counts=counts,
             tier_bytes=model.tier_bytes,
             grown_bytes=peak_resident_bytes() - before,
-            card_bytes={card: places.nbytes.get(card, 0) for card in cards},
-            head_card=next((card for card, device in cards.items() if device == places.head), None),
+            gpu_bytes={gpu: places.nbytes.get(gpu, 0) for gpu in gpus},
+            head_gpu=next((gpu for gpu, device in gpus.items() if device == places.head), None),
         )
     finally:
         model.close()

@@ -22,7 +22,7 @@ Ids = NDArray[np.int32]
 Saved = tuple[torch.Tensor, ...]
 
 # A position where prompts part is worth a stop of the prefill if it spares at least so many tokens.
-LEAST_GAIN = 32
+MIN_GAIN = 32
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class PrefixCache:
         shared = path[-1].stop if path else 0
         end, length = self._best_end(path, ids)
         parting = min(shared, last)
-        is_worth_saving = parting - length >= LEAST_GAIN
+        is_worth_saving = parting - length >= MIN_GAIN
         if end is None:
             return Prefix(0, None, parting if is_worth_saving else None)
         self._hits += 1

@@ -66,7 +66,7 @@ def load(path: Path, budget: MemoryBudget | None = None, context: int | None = N
             f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
         )
     budget = budget or MemoryBudget.of_this_machine()
-    kernels = choose([card.device for card in budget.cards if not card.is_virtual])
+    kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
     sampling = sampling_defaults(path) or embedded_sampling(path)

@@ -17,7 +17,7 @@ from engine.sampling.params import SamplingParams
 FIRST_LOOK = 64
 GROWTH = 16
 # Below this a temperature leaves only the best token, and would soon make logits infinite.
-LEAST_TEMPERATURE = 1e-5
+MIN_TEMPERATURE = 1e-5
 
 
 def draw_tokens(
@@ -30,7 +30,7 @@ def draw_tokens(
     tokens = [0] * len(params)
     greedy, plain, cut = [], [], []
     for row, wanted in enumerate(params):
-        if wanted.temperature < LEAST_TEMPERATURE:
+        if wanted.temperature < MIN_TEMPERATURE:
             greedy.append(row)
         elif wanted.top_p == 1 and wanted.min_p == 0 and not 0 < wanted.top_k < logits.shape[1]:
             plain.append(row)

@@ -23,7 +23,7 @@ from memory.transfer import CancelledError
 from quant.errors import CheckpointError
 
 BLOCK = 4096  # O_DIRECT wants offsets, lengths and addresses to be multiples of this
-MOST_GAP = 256 << 10  # ranges closer together than this are read at once
+MAX_GAP = 256 << 10  # ranges closer together than this are read at once
 PIECE = 2 << 20  # bytes between two looks at whether the rest is still wanted
 
 
@@ -44,7 +44,7 @@ def coalesce(entries: Sequence[TensorEntry]) -> list[Range]:
         start = entry.offset // BLOCK * BLOCK
         stop = -(-(entry.offset + entry.nbytes) // BLOCK) * BLOCK
         last = ranges[-1] if ranges else None
-        if last is not None and last.file == entry.file and start - last.stop <= MOST_GAP:
+        if last is not None and last.file == entry.file and start - last.stop <= MAX_GAP:
             joined = Range(last.file, last.start, max(last.stop, stop), (*last.entries, entry))
             ranges[-1] = joined
         else:

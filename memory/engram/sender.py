@@ -1,6 +1,6 @@
-"""Sending looked-up rows to the card that computes with them, on a stream of their own.
+"""Sending looked-up rows to the GPU that computes with them, on a stream of their own.
 
-One thread a card waits for look-ups in the order they were asked for and copies each as soon as it is there,
+One thread a GPU waits for look-ups in the order they were asked for and copies each as soon as it is there,
 while the layers before compute; compute waits only where the layer needs the rows.
 """
 
@@ -26,7 +26,7 @@ class FoundRows(Protocol):
 
 
 class SentRows:
-    """Rows on their way to a card."""
+    """Rows on their way to a GPU."""
 
     def __init__(self, sent: Future[None], rows: torch.Tensor, link: str, telemetry: Telemetry) -> None:
         self._sent = sent
@@ -39,7 +39,7 @@ class SentRows:
         return self._sent.done()
 
     def wait(self) -> torch.Tensor:
-        """The rows on the card; waiting here counts as a stall. Raises what the look-up raised."""
+        """The rows on the GPU; waiting here counts as a stall. Raises what the look-up raised."""
         if not self.is_done:
             start = time.perf_counter()
             try:
@@ -51,17 +51,17 @@ class SentRows:
 
 
 class RowSender:
-    """Brings rows to one card. Used by one thread, which also starts the card's kernels."""
+    """Brings rows to one GPU. Used by one thread, which also starts the GPU's kernels."""
 
-    def __init__(self, card: Tier, telemetry: Telemetry) -> None:
-        self._device = card.device
-        self._link = f"engram to {card.name}"
+    def __init__(self, gpu: Tier, telemetry: Telemetry) -> None:
+        self._device = gpu.device
+        self._link = f"engram to {gpu.name}"
         self._telemetry = telemetry
-        self._queue = queue_of(card.device)
-        self._thread = ThreadPoolExecutor(1, f"loci-engram-{card.name}")
+        self._queue = queue_of(gpu.device)
+        self._thread = ThreadPoolExecutor(1, f"loci-engram-{gpu.name}")
 
     def send(self, found: FoundRows, rows: int, dim: int) -> SentRows:
-        """Copy a look-up of so many rows to the card when it has ended."""
+        """Copy a look-up of so many rows to the GPU when it has ended."""
         # This memory may have been given up by kernels that still run: the copy waits for the fence.
         target = torch.empty(rows, dim, device=self._device)
         fence = self._queue.fence()

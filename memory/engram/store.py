@@ -189,7 +189,7 @@ class _Table:
 class EngramStore:
     """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
 
-    cards: where layers are computed that are not in host memory; their rows are sent there. Without the
+    gpus: where layers are computed that are not in host memory; their rows are sent there. Without the
     compiled kernels tables stay on disk, and a look-up takes place when it is asked for.
     """
 
@@ -201,15 +201,15 @@ class EngramStore:
         budget_bytes: int,
         telemetry: Telemetry,
         *,
-        cards: Mapping[int, Tier] | None = None,
+        gpus: Mapping[int, Tier] | None = None,
     ) -> None:
         self.files = tables
         self._kernels = kernels
         self._telemetry = telemetry
-        cards = {layer: card for layer, card in (cards or {}).items() if layer in tables}
-        senders = {card: RowSender(card, telemetry) for card in set(cards.values())}
-        self._senders = {layer: senders[card] for layer, card in cards.items()}
-        self._pinned = {layer for layer, card in cards.items() if card.device.type == "cuda"}
+        gpus = {layer: gpu for layer, gpu in (gpus or {}).items() if layer in tables}
+        senders = {gpu: RowSender(gpu, telemetry) for gpu in set(gpus.values())}
+        self._senders = {layer: senders[gpu] for layer, gpu in gpus.items()}
+        self._pinned = {layer for layer, gpu in gpus.items() if gpu.device.type == "cuda"}
         self._direct = DirectFiles()
         self._server: RowServer | None = None
         self._tables: dict[int, _Table] = {}

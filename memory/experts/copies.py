@@ -1,4 +1,4 @@
-"""Carrying experts between DRAM and one card: copies on a stream of their own, rearranged on the card.
+"""Carrying experts between DRAM and one GPU: copies on a stream of their own, rearranged on the GPU.
 
 A link's thread calls `bring` and `take_back`, which return when the bytes are there: any kernel started from
 then on sees them. The other way round, kernels that were started before may still read a slot that is to be
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from memory.tiers import Tier
-from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import SlotLayout
 
 Fence = object
@@ -33,7 +33,7 @@ class CopyQueue(Protocol):
 
 
 class HostQueue:
-    """Host memory, virtual cards too: everything has happened when its call returns."""
+    """Host memory, virtual GPUs too: everything has happened when its call returns."""
 
     def fence(self) -> Fence:
         return None
@@ -44,7 +44,7 @@ class HostQueue:
 
 
 class CudaQueue:
-    """A CUDA card: a stream for copies beside the one that computes, and events between them."""
+    """A CUDA GPU: a stream for copies beside the one that computes, and events between them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -72,13 +72,13 @@ def queue_of(device: torch.device) -> CopyQueue:
 
 
 class Carrier:
-    """Between slots in DRAM and slots on one card."""
+    """Between slots in DRAM and slots on one GPU."""
 
-    def __init__(self, tier: Tier, in_dram: SlotLayout, on_card: SlotLayout) -> None:
+    def __init__(self, tier: Tier, in_dram: SlotLayout, on_gpu: SlotLayout) -> None:
         self._queue = queue_of(tier.device)
-        self._card_layout = on_card if isinstance(on_card, CardSlotLayout) else None
+        self._gpu_layout = on_gpu if isinstance(on_gpu, GpuSlotLayout) else None
         self._staging = None
-        if self._card_layout is not None:
+        if self._gpu_layout is not None:
             self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)
 
     def fence(self) -> Fence:
@@ -86,19 +86,19 @@ class Carrier:
         return self._queue.fence()
 
     def bring(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
-        """Fill a slot of the card from one in DRAM."""
+        """Fill a slot of the GPU from one in DRAM."""
         with self._queue.running(after):
-            if self._card_layout is None or self._staging is None:
+            if self._gpu_layout is None or self._staging is None:
                 slot.copy_(source)
             else:
                 self._staging.copy_(source, non_blocking=True)
-                self._card_layout.from_panels(slot, self._staging)
+                self._gpu_layout.from_panels(slot, self._staging)
 
     def take_back(self, target: torch.Tensor, slot: torch.Tensor, after: Fence) -> None:
-        """Fill a slot in DRAM from one of the card."""
+        """Fill a slot in DRAM from one of the GPU."""
         with self._queue.running(after):
-            if self._card_layout is None or self._staging is None:
+            if self._gpu_layout is None or self._staging is None:
                 target.copy_(slot)
             else:
-                self._card_layout.to_panels(slot, self._staging)
+                self._gpu_layout.to_panels(slot, self._staging)
                 target.copy_(self._staging, non_blocking=True)

@@ -13,7 +13,7 @@ from itertools import repeat
 
 import numpy as np
 
-# Where cards and DRAM hold different experts, one that goes to a full card sends another back. It must be
+# Where GPUs and DRAM hold different experts, one that goes to a full GPU sends another back. It must be
 # worth so much more than that one; else two that are used alike change places again and again, for nothing.
 EXCHANGE_MARGIN = 1.5
 

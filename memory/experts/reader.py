@@ -18,12 +18,12 @@ from quant.kernels.interface import SlotLayout
 from quant.packed import Format, PackedTensor
 
 MATRICES = 3  # of an expert: w1, w3, w2
-MOST_READERS = 4
+MAX_READERS = 4
 
 
 def default_readers() -> int:
     """Readers that keep the disk busy while others rearrange."""
-    return min(MOST_READERS, usable_cores() + 1)
+    return min(MAX_READERS, usable_cores() + 1)
 
 
 class ExpertFiles(Protocol):

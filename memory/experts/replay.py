@@ -1,6 +1,6 @@
 """What each policy would have hit on a recorded trace, against the most that any could (Belady).
 
-And what exchanges between a card and DRAM bring, with the margin that they must pay and without.
+And what exchanges between a GPU and DRAM bring, with the margin that they must pay and without.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def compare_policies(trace: RoutingTrace, experts: int, shares: tuple[float, ...
 
 @dataclass(frozen=True)
 class ExchangeScore:
-    """What a full card with slots for a share of a layer's experts does; rates are of all uses."""
+    """What a full GPU with slots for a share of a layer's experts does; rates are of all uses."""
 
     routing: str
     slots_share: float

@@ -128,16 +128,16 @@ class ExpertStep:
         self._now.append(_Taken(expert, shelf, place, was_missing))
 
     def _fetch_some(self, in_dram: list[int]) -> None:
-        """Move the most valuable of the experts in DRAM to cards, as many as the cost model says."""
+        """Move the most valuable of the experts in DRAM to GPUs, as many as the cost model says."""
         store = self._store
-        if not store.cards or not in_dram:
+        if not store.gpus or not in_dram:
             return
         ranked = sorted(in_dram, key=lambda e: -store.worth(self._key(e)))
-        speed = sum(shelf.tier.link_bytes_per_s or float("inf") for shelf in store.cards)
+        speed = sum(shelf.tier.link_bytes_per_s or float("inf") for shelf in store.gpus)
         if not store.keeps_copies:
             speed /= 2  # another expert comes back
         for expert in ranked[: fetch_count(len(ranked), speed, store.cpu_bytes_per_s)]:
-            store.move_to_card(self._key(expert))
+            store.move_to_gpu(self._key(expert))
         for at, taken in enumerate(self._now):
             if taken.expert in in_dram and (found := store.find(self._key(taken.expert))) is not None:
                 self._now[at] = _Taken(taken.expert, *found)
@@ -152,10 +152,10 @@ class ExpertStep:
                 continue
             left = [taken for taken in left if not any(taken is other for other in here)]
             here = [self._wait(taken) for taken in here]  # raises where the bytes did not come
-            # The host's tokens are fetched first: behind what cards compute they would wait for it.
+            # The host's tokens are fetched first: behind what GPUs compute they would wait for it.
             parts = [
                 self._part(shelf, [taken for taken in here if taken.shelf is shelf], x)
-                for shelf in (self._store.dram, *self._store.cards)
+                for shelf in (self._store.dram, *self._store.gpus)
                 if any(taken.shelf is shelf for taken in here)
             ]
             found = [
@@ -170,7 +170,7 @@ class ExpertStep:
     def _wait(self, taken: _Taken) -> _Taken:
         """Wait for an expert's bytes, and say where they are: elsewhere where they did not come.
 
-        A read that an earlier step or a guess began may fail once, and so may the way to a card.
+        A read that an earlier step or a guess began may fail once, and so may the way to a GPU.
         """
         ticket = taken.place.ticket
         if ticket is None:
@@ -181,12 +181,12 @@ class ExpertStep:
             if taken.was_missing:
                 raise
             if taken.shelf is not self._store.dram:
-                return self._without_card(taken.expert)
+                return self._without_gpu(taken.expert)
             self._store.read_into(self._key(taken.expert), taken.place, Priority.DEMAND).wait()
         return taken
 
-    def _without_card(self, expert: int) -> _Taken:
-        """An expert that did not reach its card, in DRAM: where it still is, or read anew."""
+    def _without_gpu(self, expert: int) -> _Taken:
+        """An expert that did not reach its GPU, in DRAM: where it still is, or read anew."""
         store, key = self._store, self._key(expert)
         found = store.find(key)
         if found is None:
@@ -224,7 +224,7 @@ class ExpertStep:
 
 
 def fetch_count(missing: int, link_bytes_per_s: float, cpu_bytes_per_s: float) -> int:
-    """How many of `missing` experts in DRAM to move to cards so that links and CPU finish together."""
+    """How many of `missing` experts in DRAM to move to GPUs so that links and CPU finish together."""
     if link_bytes_per_s == float("inf"):
         return missing
     return round(missing * link_bytes_per_s / (link_bytes_per_s + cpu_bytes_per_s))

@@ -1,9 +1,9 @@
 """The expert store: where each routed expert is, how it gets where it is needed, and who computes it.
 
-Experts live in slots of arenas: one arena per card (real or virtual) and one in DRAM; the rest is on
+Experts live in slots of arenas: one arena per GPU (real or virtual) and one in DRAM; the rest is on
 disk. For a layer's step the store
-  - computes experts that a card holds on that card, and experts that DRAM holds on the CPU, or moves some
-    of these to a card first, so that link and CPU are busy for equally long;
+  - computes experts that a GPU holds on that GPU, and experts that DRAM holds on the CPU, or moves some
+    of these to a GPU first, so that link and CPU are busy for equally long;
   - reads missing ones from disk on reader threads, which also rearrange them for the kernels;
   - takes in a guess at the next layer's experts and reads those ahead, behind everything needed now.
 
@@ -29,7 +29,7 @@ from memory.transfer import Link, Priority, Ticket
 from quant.errors import BudgetError
 from quant.kernels.interface import Kernels
 
-LEAST_SLOTS = 2  # in DRAM: one expert at work, one that makes room
+MIN_SLOTS = 2  # in DRAM: one expert at work, one that makes room
 FILL_BATCH = 64  # experts on their way at once while filling
 
 # Bytes per second at which the CPU computes experts that lie in DRAM, until a measurement says otherwise.
@@ -39,7 +39,7 @@ ASSUMED_CPU_BYTES_PER_S = 40e9
 class ExpertStore:
     """Experts of all layers within fixed budgets. Used by one thread, the engine's.
 
-    cards     tiers of cards, none on a machine without
+    gpus      tiers of GPUs, none on a machine without
     dram      the tier of host memory; a BudgetError says how much it must have at least
     kernels   compute in all tiers, and say how an expert lies in a slot
     readers   threads that read experts from disk and rearrange them; by default as `default_readers` says
@@ -51,7 +51,7 @@ class ExpertStore:
         files: ExpertFiles,
         kernels: Kernels,
         dram: Tier,
-        cards: Sequence[Tier] = (),
+        gpus: Sequence[Tier] = (),
         *,
         telemetry: Telemetry | None = None,
         hotness: torch.Tensor | None = None,
@@ -65,19 +65,19 @@ class ExpertStore:
 
         def shelf(tier: Tier) -> Shelf:
             layout = kernels.on(tier.device).slot_layout(files.hidden, files.width, files.format)
-            is_pinned = tier is dram and any(card.device.type == "cuda" for card in cards)
+            is_pinned = tier is dram and any(gpu.device.type == "cuda" for gpu in gpus)
             return Shelf(Arena.filling(tier, layout.nbytes, total, pinned=is_pinned), files.layers, layout)
 
         self.dram = shelf(dram)
         self.layout = layout = self.dram.layout
-        if self.dram.arena.slots < min(LEAST_SLOTS, total):
+        if self.dram.arena.slots < min(MIN_SLOTS, total):
             raise BudgetError(
                 f"the DRAM budget of {dram.budget_bytes} bytes holds {self.dram.arena.slots} experts of "
-                f"{layout.nbytes} bytes; at least {LEAST_SLOTS} are needed"
+                f"{layout.nbytes} bytes; at least {MIN_SLOTS} are needed"
             )
-        self.cards = [shelf(tier) for tier in cards]
-        self._carriers = [Carrier(card.tier, layout, card.layout) for card in self.cards]
-        # Where DRAM holds everything, cards hold copies; else an expert is in one place at a time.
+        self.gpus = [shelf(tier) for tier in gpus]
+        self._carriers = [Carrier(gpu.tier, layout, gpu.layout) for gpu in self.gpus]
+        # Where DRAM holds everything, GPUs hold copies; else an expert is in one place at a time.
         self.keeps_copies = self.dram.arena.slots >= total
         self._policies = [
             Predictive(files.experts, prior=None if hotness is None else hotness[layer].numpy())
@@ -88,7 +88,7 @@ class ExpertStore:
         self.busy: set[Key] = set()  # of the step under way: these must not leave
         self._foreseen: set[Key] = set()  # guessed for a step to come: these had better not
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
-        self._ahead: list[Ticket | None] = [None] * len(cards)  # the last copy of a foreseen expert to each
+        self._ahead: list[Ticket | None] = [None] * len(gpus)  # the last copy of a foreseen expert to each
         self._reader = ExpertReader(files, layout, self.telemetry, readers or default_readers())
         self._links = [
             Link(
@@ -96,7 +96,7 @@ class ExpertStore:
                 self.telemetry,
                 bytes_per_s=shelf.tier.link_bytes_per_s if shelf.tier.is_virtual else None,
             )
-            for shelf in self.cards
+            for shelf in self.gpus
         ]
         self._fill()
 
@@ -110,7 +110,7 @@ class ExpertStore:
 
     @property
     def _shelves(self) -> tuple[Shelf, ...]:
-        return (*self.cards, self.dram)
+        return (*self.gpus, self.dram)
 
     @property
     def tier_bytes(self) -> dict[str, int]:
@@ -121,24 +121,24 @@ class ExpertStore:
         """Experts in each tier; those in none are on disk only."""
         return {shelf.tier.name: sum(len(layer) for layer in shelf.by_layer) for shelf in self._shelves}
 
-    def whereabouts(self) -> list[list[str]]:
+    def expert_locations(self) -> list[list[str]]:
         """The tier that holds each expert, by layer and expert; `nvme` where none does."""
         tiers = [["nvme"] * self.files.experts for _ in range(self.files.layers)]
-        for shelf in reversed(self._shelves):  # of copies, the card's counts
+        for shelf in reversed(self._shelves):  # of copies, the GPU's counts
             for layer, places in enumerate(shelf.by_layer):
                 for expert in list(places):  # a copy at once: another thread may look
                     tiers[layer][expert] = shelf.tier.name
         return tiers
 
     def wants_guesses(self, layer: int) -> bool:
-        """True where experts of `layer` could be brought nearer: from disk, or from DRAM to a card."""
-        shelves = self.cards if self.keeps_copies else self._shelves
+        """True where experts of `layer` could be brought nearer: from disk, or from DRAM to a GPU."""
+        shelves = self.gpus if self.keeps_copies else self._shelves
         return bool(shelves) and sum(len(shelf.by_layer[layer]) for shelf in shelves) < self.files.experts
 
     def acquire(self, layer: int, expert_ids: torch.Tensor) -> ExpertStep:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
         needed = sorted(set(expert_ids.flatten().tolist()))
-        if self.cards or not self.keeps_copies:  # else nothing ever moves
+        if self.gpus or not self.keeps_copies:  # else nothing ever moves
             self._policies[layer].used(needed, beside(self._used, layer))
             self._used[layer] = needed
             self._give_up_guesses(layer, needed)
@@ -158,7 +158,7 @@ class ExpertStore:
             found = self.find((layer, expert))
             if found is not None:
                 is_here = found[0] is self.dram and not found[1].is_moving
-                if self.keeps_copies and self.cards and is_here:
+                if self.keeps_copies and self.gpus and is_here:
                     self._copy_ahead((layer, expert))
                 continue
             if not self.make_room(layer, Priority.PREFETCH):
@@ -167,11 +167,11 @@ class ExpertStore:
         self.note_slots()
 
     def _copy_ahead(self, key: Key) -> None:
-        """Copy a foreseen expert to its card, unless another one is still under way to it."""
+        """Copy a foreseen expert to its GPU, unless another one is still under way to it."""
         at = self._home(key)
         last = self._ahead[at]
         if last is None or last.is_done:
-            self._ahead[at] = self.move_to_card(key, Priority.PREFETCH)
+            self._ahead[at] = self.move_to_gpu(key, Priority.PREFETCH)
 
     def note_slots(self) -> None:
         """Tell the telemetry how many slots hold nothing."""
@@ -188,7 +188,7 @@ class ExpertStore:
         self.telemetry.add("guesses", "made", len(guess))
         self.telemetry.add("guesses", "right", len(guess.intersection(needed)))
         self._cancel_reads(layer, needed)
-        for at, (shelf, link) in enumerate(zip(self.cards, self._links, strict=True)):
+        for at, (shelf, link) in enumerate(zip(self.gpus, self._links, strict=True)):
             for expert, place in list(shelf.by_layer[layer].items()):
                 if not place.foreseen or not place.is_moving:
                     continue
@@ -209,8 +209,8 @@ class ExpertStore:
 
     @property
     def _spare(self) -> int:
-        """DRAM slots kept free for what cards give back."""
-        return 1 if self.cards and not self.keeps_copies else 0
+        """DRAM slots kept free for what GPUs give back."""
+        return 1 if self.gpus and not self.keeps_copies else 0
 
     def find(self, key: Key) -> tuple[Shelf, Place] | None:
         """Where an expert is or will be; one whose bytes failed to come is nowhere."""
@@ -227,11 +227,11 @@ class ExpertStore:
         shelf.arena.give_back(shelf.remove(key).slot)
 
     def _home(self, key: Key) -> int:
-        """The card of an expert: neighbours lie on different cards, so that all links and memories work."""
-        return (key[0] + key[1]) % len(self.cards)
+        """The GPU of an expert: neighbours lie on different GPUs, so that all links and memories work."""
+        return (key[0] + key[1]) % len(self.gpus)
 
     def _fill(self) -> None:
-        """Fill cards and DRAM at start, every layer its share, and wait for the bytes."""
+        """Fill GPUs and DRAM at start, every layer its share, and wait for the bytes."""
         ranked = [policy.ranking() for policy in self._policies]
         keys = [(layer, expert) for place in zip(*ranked, strict=True) for layer, expert in enumerate(place)]
         at = 0
@@ -242,8 +242,8 @@ class ExpertStore:
             batch, at = keys[at : at + room], at + room
             for ticket in [self.read(key, Priority.DEMAND) for key in batch]:
                 ticket.wait()
-            to_cards = [key for key in batch if self.cards]
-            moves = [self.move_to_card(key) for key in to_cards if self.cards[self._home(key)].arena.free]
+            to_gpus = [key for key in batch if self.gpus]
+            moves = [self.move_to_gpu(key) for key in to_gpus if self.gpus[self._home(key)].arena.free]
             for move in filter(None, moves):
                 move.wait()
             self.settle()
@@ -267,14 +267,14 @@ class ExpertStore:
         if place.ticket is not None:
             self._reader.link.promote(place.ticket)
 
-    def move_to_card(self, key: Key, priority: Priority = Priority.DEMAND) -> Ticket | None:
-        """Move an expert that DRAM holds to its card, unless all there are worth about as much or in use.
+    def move_to_gpu(self, key: Key, priority: Priority = Priority.DEMAND) -> Ticket | None:
+        """Move an expert that DRAM holds to its GPU, unless all there are worth about as much or in use.
 
-        In exclusive mode the card's expert that leaves takes a spare DRAM slot, or is dropped (the disk
+        In exclusive mode the GPU's expert that leaves takes a spare DRAM slot, or is dropped (the disk
         has it) where none is free.
         """
         at = self._home(key)
-        shelf, link, carrier = self.cards[at], self._links[at], self._carriers[at]
+        shelf, link, carrier = self.gpus[at], self._links[at], self._carriers[at]
         source = self.dram.find(key)
         assert source is not None
         slot = shelf.arena.take()
@@ -296,13 +296,13 @@ class ExpertStore:
                 spare = self.dram.arena.take()
                 out = None if spare is None else self.dram.arena.slot(spare)
         inside, outside = shelf.arena.slot(slot), self.dram.arena.slot(source.slot)
-        telemetry, nbytes, card = self.telemetry, self.layout.nbytes, shelf.tier.name
+        telemetry, nbytes, gpu = self.telemetry, self.layout.nbytes, shelf.tier.name
         fence = carrier.fence()
 
         def work() -> None:
             if out is not None:
                 carrier.take_back(out, inside, fence)
-                telemetry.add("moved_bytes", f"{card} to dram", nbytes)
+                telemetry.add("moved_bytes", f"{gpu} to dram", nbytes)
             carrier.bring(inside, outside, fence)
 
         ticket = link.submit([work], nbytes, priority)
@@ -351,7 +351,7 @@ class ExpertStore:
     def make_room(self, layer: int, priority: Priority = Priority.DEMAND) -> bool:
         """See that a DRAM slot is free for an expert of `layer`; False where all are in use or on their way.
 
-        What is only foreseen displaces nothing that is foreseen, and leaves cards the slot they count on.
+        What is only foreseen displaces nothing that is foreseen, and leaves GPUs the slot they count on.
         """
         self.settle()
         is_demand = priority is Priority.DEMAND

@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory, graphics cards, disk. The only reader of /proc and /sys."""
+"""What this machine is: processor, memory, GPUs, disk. The only reader of /proc and /sys."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RELEVANT_CPU_FLAGS = (
 
 @dataclass(frozen=True)
 class Gpu:
-    """A graphics card that torch can use.
+    """A GPU that torch can use.
 
     free_bytes              memory that can be allocated now
     pcie                    its link as negotiated, None where the system does not tell
-    peers                   cards whose memory it can read without the host
+    peers                   GPUs whose memory it can read without the host
     memory_bytes_per_s      bandwidth by the data sheet (clock and bus width), None where unknown
     """
 
@@ -169,17 +169,17 @@ def _gpus() -> tuple[Gpu, ...]:
     found = []
     count = torch.cuda.device_count()
     for index in range(count):
-        card = torch.cuda.get_device_properties(index)
+        gpu = torch.cuda.get_device_properties(index)
         # Two transfers a clock (in kHz) over a bus of so many bits.
-        clock, bus = getattr(card, "memory_clock_rate", 0), getattr(card, "memory_bus_width", 0)
+        clock, bus = getattr(gpu, "memory_clock_rate", 0), getattr(gpu, "memory_bus_width", 0)
         found.append(
             Gpu(
                 index=index,
-                name=card.name,
-                memory_bytes=card.total_memory,
-                capability=(card.major, card.minor),
+                name=gpu.name,
+                memory_bytes=gpu.total_memory,
+                capability=(gpu.major, gpu.minor),
                 free_bytes=torch.cuda.mem_get_info(index)[0],
-                pcie=_pcie_link(_pci_address(card)),
+                pcie=_pcie_link(_pci_address(gpu)),
                 peers=tuple(
                     other
                     for other in range(count)
@@ -191,9 +191,9 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _pci_address(card: object) -> str:
-    """A card's address as /sys/bus/pci writes it; empty where torch does not tell."""
-    numbers = [getattr(card, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+def _pci_address(gpu: object) -> str:
+    """A GPU's address as /sys/bus/pci writes it; empty where torch does not tell."""
+    numbers = [getattr(gpu, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     domain, bus, device = (number if isinstance(number, int) else -1 for number in numbers)
     return "" if min(domain, bus, device) < 0 else f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
@@ -203,7 +203,7 @@ _PCIE_GENERATIONS = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0":
 
 
 def _pcie_link(address: str, root: Path = Path("/sys/bus/pci/devices")) -> PcieLink | None:
-    """The link at `address` at its best: idle cards fall back to slower generations."""
+    """The link at `address` at its best: idle GPUs fall back to slower generations."""
     if not address:
         return None
     speed = _read(root / address / "max_link_speed").partition(" ")[0]

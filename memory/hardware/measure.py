@@ -1,4 +1,4 @@
-"""Measurements that plans rest on: how fast bytes come from DRAM, from disk and over links to cards.
+"""Measurements that plans rest on: how fast bytes come from DRAM, from disk and over links to GPUs.
 
 Every figure is the median of several runs (for disks, whose caches would flatter a second one: of one
 long run). Names are those that `memory/hardware/this_machine.py` looks for.
@@ -213,19 +213,19 @@ def _test_file(directory: Path, nbytes: int) -> Iterator[Path]:
 
 
 def measure_gpus() -> list[Result]:
-    """Each card: copies from pinned host memory alone and with all cards at once, its memory, arithmetic."""
+    """Each GPU: copies from pinned host memory alone and with all GPUs at once, its memory, arithmetic."""
     if not torch.cuda.is_available():
         return []
-    cards = range(torch.cuda.device_count())
-    hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in cards]
-    targets = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=f"cuda:{i}") for i in cards]
+    gpus = range(torch.cuda.device_count())
+    hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in gpus]
+    targets = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=f"cuda:{i}") for i in gpus]
     results = []
-    for i in cards:
+    for i in gpus:
         (seconds,) = _copies_s([hosts[i]], [targets[i]])
         results.append(Result(f"link_{i}", LINK_BYTES / seconds / 1e9, "GB/s"))
-    for i, seconds in zip(cards, _copies_s(hosts, targets), strict=True):
+    for i, seconds in zip(gpus, _copies_s(hosts, targets), strict=True):
         results.append(Result(f"link_{i}_together", LINK_BYTES / seconds / 1e9, "GB/s"))
-    for i in cards:
+    for i in gpus:
         other = torch.empty_like(targets[i])
         (seconds,) = _copies_s([targets[i]], [other])
         results.append(Result(f"vram_{i}", 2 * LINK_BYTES / seconds / 1e9, "GB/s"))
@@ -240,7 +240,7 @@ def measure_gpus() -> list[Result]:
 
 
 def _copies_s(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> list[float]:
-    """Median seconds of each copy while all of them run at once, by the cards' own clocks."""
+    """Median seconds of each copy while all of them run at once, by the GPUs' own clocks."""
     times: list[list[float]] = [[] for _ in targets]
     for _ in range(RUNS + 1):
         events = []

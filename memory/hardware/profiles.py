@@ -1,7 +1,7 @@
 """Hardware profiles: what a machine has to offer, for planning before anything is loaded or bought.
 
 A profile is one of those shipped in `memory/hardware/shipped/`, a TOML file of the same form, or this machine
-(`memory/hardware/this_machine.py`). All rates are usable ones, as a program measures them, except a card's
+(`memory/hardware/this_machine.py`). All rates are usable ones, as a program measures them, except a GPU's
 memory bandwidth and arithmetic, which are the data sheet's.
 """
 
@@ -22,14 +22,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """A card.
+    """A GPU.
 
     kind                        `cuda`, or `virtual`: host memory that stands in, computed on by the CPU
     memory_bytes                what may be allocated
     memory_bytes_per_s          bandwidth of its memory
     matmul_flops                dense bf16 arithmetic per second
-    link_bytes_per_s            from host memory, when only this card's link is busy
-    link_together_bytes_per_s   the same while all cards' links are busy
+    link_bytes_per_s            from host memory, when only this GPU's link is busy
+    link_together_bytes_per_s   the same while all GPUs' links are busy
     """
 
     name: str
@@ -69,33 +69,33 @@ class HardwareProfile:
     assumed: tuple[str, ...] = ()
 
     def with_devices(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
-        """This machine with these cards alone, each as large as its budget.
+        """This machine with these GPUs alone, each as large as its budget.
 
         Real ones are the profile's, in its order. Virtual ones take their memory from DRAM, and the CPU
-        computes for them. Raises ConfigError where the profile has no such card, or a smaller one.
+        computes for them. Raises ConfigError where the profile has no such GPU, or a smaller one.
         """
         real = sum(device.kind == "cuda" for device in devices)
         gpus = tuple(
-            self._card(device, is_alone=real == 1) if device.kind == "cuda" else self._virtual_card(device)
+            self._gpu(device, is_alone=real == 1) if device.kind == "cuda" else self._virtual_gpu(device)
             for device in devices
         )
         taken = sum(gpu.memory_bytes for gpu in gpus if gpu.kind == "virtual")
         return replace(self, gpus=gpus, dram_bytes=max(0, self.dram_bytes - taken))
 
-    def _card(self, device: DeviceSpec, *, is_alone: bool) -> GpuSpec:
-        cards = [gpu for gpu in self.gpus if gpu.kind == "cuda"]
-        if device.index >= len(cards):
-            raise ConfigError(f"devices: there is no card {device.index} in {self.name}; it has {len(cards)}")
-        card = cards[device.index]
-        if device.budget_bytes > card.memory_bytes:
+    def _gpu(self, device: DeviceSpec, *, is_alone: bool) -> GpuSpec:
+        gpus = [gpu for gpu in self.gpus if gpu.kind == "cuda"]
+        if device.index >= len(gpus):
+            raise ConfigError(f"devices: there is no GPU {device.index} in {self.name}; it has {len(gpus)}")
+        gpu = gpus[device.index]
+        if device.budget_bytes > gpu.memory_bytes:
             raise ConfigError(
-                f"devices: card {device.index} of {self.name} has {card.memory_bytes / 1e9:.1f} GB for "
+                f"devices: GPU {device.index} of {self.name} has {gpu.memory_bytes / 1e9:.1f} GB for "
                 f"models, {device.budget_bytes / 1e9:.1f} GB were asked for"
             )
-        together = card.link_bytes_per_s if is_alone else card.link_together_bytes_per_s
-        return replace(card, memory_bytes=device.budget_bytes, link_together_bytes_per_s=together)
+        together = gpu.link_bytes_per_s if is_alone else gpu.link_together_bytes_per_s
+        return replace(gpu, memory_bytes=device.budget_bytes, link_together_bytes_per_s=together)
 
-    def _virtual_card(self, device: DeviceSpec) -> GpuSpec:
+    def _virtual_gpu(self, device: DeviceSpec) -> GpuSpec:
         link = device.link_bytes_per_s or self.dram_bytes_per_s
         return GpuSpec(
             name=f"virtual {device.index}",
@@ -138,7 +138,7 @@ def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
                 f"devices: {part.strip()!r} is not a device; expected something like virtual:24GiB@12.5GB/s"
             )
         if at and kind == "cuda":
-            raise ConfigError(f"devices: {part.strip()!r}: a real card's link is as fast as it is")
+            raise ConfigError(f"devices: {part.strip()!r}: a real GPU's link is as fast as it is")
         if at and not speed.endswith("/s"):
             raise ConfigError(f"devices: {speed!r} is not a speed; expected something like 12.5GB/s")
         index = sum(device.kind == kind for device in found)
@@ -148,7 +148,7 @@ def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
         except ConfigError as error:
             raise ConfigError(
                 f"devices: {part.strip()!r}: {error}; a device is kind and budget, like {kind}:20GiB; "
-                "cards are taken in their order"
+                "GPUs are taken in their order"
             ) from None
     return tuple(found)
 

@@ -1,7 +1,7 @@
 """This machine as a hardware profile: what was detected, what was measured, and what is only assumed.
 
 Measurements come from `loci bench hardware`, which leaves them in the user's cache. They are used as
-long as processor, memory and cards are the ones they were made on.
+long as processor, memory and GPUs are the ones they were made on.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
     for gpu in machine.gpus:
         i = gpu.index
         usual = gpu.pcie.usable_bytes_per_s if gpu.pcie else ASSUMED_LINK_BYTES_PER_S
-        alone = rate(f"link_{i}", usual, f"link of card {i}", "GB/s")
+        alone = rate(f"link_{i}", usual, f"link of GPU {i}", "GB/s")
         gpus.append(
             GpuSpec(
                 name=gpu.name,
                 kind="cuda",
                 memory_bytes=gpu.free_bytes,
                 memory_bytes_per_s=gpu.memory_bytes_per_s
-                or rate(f"vram_{i}", ASSUMED_VRAM_BYTES_PER_S, f"VRAM of card {i}", "GB/s"),
-                matmul_flops=rate(f"gpu_matmul_{i}", ASSUMED_GPU_FLOPS, f"card {i}", "TFLOP/s", 1e12),
+                or rate(f"vram_{i}", ASSUMED_VRAM_BYTES_PER_S, f"VRAM of GPU {i}", "GB/s"),
+                matmul_flops=rate(f"gpu_matmul_{i}", ASSUMED_GPU_FLOPS, f"GPU {i}", "TFLOP/s", 1e12),
                 link_bytes_per_s=alone,
                 link_together_bytes_per_s=min(alone, measured.get(f"link_{i}_together", alone / 1e9) * 1e9),
             )

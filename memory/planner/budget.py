@@ -1,4 +1,4 @@
-"""What a model may take of this machine: bytes of DRAM, and cards with their budgets."""
+"""What a model may take of this machine: bytes of DRAM, and GPUs with their budgets."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ class MemoryBudget:
     """Budgets that loading must keep.
 
     dram_bytes  for all weights in host memory
-    cards       with what may be allocated on each, for weights and KV
-    workload    for which cards must have KV and work space
+    gpus        with what may be allocated on each, for weights and KV
+    workload    for which GPUs must have KV and work space
     cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
     """
 
     dram_bytes: int
-    cards: tuple[Tier, ...] = ()
+    gpus: tuple[Tier, ...] = ()
     workload: Workload = field(default_factory=lambda: Workload(context=8192))
 
     cpu_bytes_per_s: float | None = None
 
     @property
     def profile(self) -> HardwareProfile:
-        """The cards as a machine to place a model on. Its rates only say that cards are faster."""
+        """The GPUs as a machine to place a model on. Its rates only say that GPUs are faster."""
         gpus = tuple(
             GpuSpec(
-                name=card.name,
-                kind="virtual" if card.is_virtual else "cuda",
-                memory_bytes=card.budget_bytes,
+                name=gpu.name,
+                kind="virtual" if gpu.is_virtual else "cuda",
+                memory_bytes=gpu.budget_bytes,
                 memory_bytes_per_s=500e9,
                 matmul_flops=50e12,
-                link_bytes_per_s=card.link_bytes_per_s or 12e9,
-                link_together_bytes_per_s=card.link_bytes_per_s or 12e9,
+                link_bytes_per_s=gpu.link_bytes_per_s or 12e9,
+                link_together_bytes_per_s=gpu.link_bytes_per_s or 12e9,
             )
-            for card in self.cards
+            for gpu in self.gpus
         )
         return HardwareProfile(
             name="budgets",
@@ -58,7 +58,7 @@ class MemoryBudget:
             cpu_level="avx2",
             cpu_matmul_flops=500e9,
             expert_bytes_per_s=None,
-            dram_bytes=1 << 60,  # what cards have no room for goes there; loading sees whether it fits
+            dram_bytes=1 << 60,  # what GPUs have no room for goes there; loading sees whether it fits
             dram_bytes_per_s=50e9,
             dram_rows_per_s=1e7,
             disk_bytes=1 << 60,
@@ -73,24 +73,24 @@ class MemoryBudget:
     ) -> MemoryBudget:
         """Budgets as a person writes them: `dram` like `16GiB`, `devices` like `virtual:24GiB@12.5GB/s`.
 
-        Without `dram` it is a share of the memory that is free now, less what virtual cards take of
+        Without `dram` it is a share of the memory that is free now, less what virtual GPUs take of
         it. Raises ConfigError for text that is not understood, BudgetError where there is not as much.
         """
         specs = parse_devices(devices) if devices else ()
         machine = this_machine() if specs else None
-        cards = tuple(_tier(f"vram:{number}", device, machine) for number, device in enumerate(specs))
-        if sum(not card.is_virtual for card in cards) > 1:
-            logger.warning("two real cards together are unproven yet; `pytest tests/gpu` checks these")
-        on_cards = sum(card.budget_bytes for card in cards if card.is_virtual)
+        gpus = tuple(_tier(f"vram:{number}", device, machine) for number, device in enumerate(specs))
+        if sum(not gpu.is_virtual for gpu in gpus) > 1:
+            logger.warning("two real GPUs together are unproven yet; `pytest tests/gpu` checks these")
+        on_gpus = sum(gpu.budget_bytes for gpu in gpus if gpu.is_virtual)
         free = available_memory_bytes()
-        dram_bytes = int(free * WEIGHTS_SHARE) - on_cards if dram is None else parse_bytes(dram)
-        asked = max(dram_bytes, 0) + on_cards
+        dram_bytes = int(free * WEIGHTS_SHARE) - on_gpus if dram is None else parse_bytes(dram)
+        asked = max(dram_bytes, 0) + on_gpus
         if dram_bytes <= 0 or asked > free:
             raise BudgetError(
-                f"the budgets for DRAM and virtual cards come to {asked / 1e9:.1f} GB, "
+                f"the budgets for DRAM and virtual GPUs come to {asked / 1e9:.1f} GB, "
                 f"{free / 1e9:.1f} GB of memory are free; ask for less"
             )
-        budget = cls(dram_bytes, cards, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
+        budget = cls(dram_bytes, gpus, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
         return replace(budget, workload=workload) if workload else budget
 
 
@@ -98,15 +98,15 @@ def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tie
     if device.kind == "virtual":
         return Tier(name, device.budget_bytes, torch.device("cpu"), device.link_bytes_per_s)
     if not torch.cuda.is_available():
-        raise ConfigError(f"devices: there is no CUDA card {device.index}: {_why_no_cuda()}")
+        raise ConfigError(f"devices: there is no CUDA GPU {device.index}: {_why_no_cuda()}")
     if device.index >= torch.cuda.device_count():
         raise ConfigError(
-            f"devices: there is no CUDA card {device.index}; this machine has {torch.cuda.device_count()}"
+            f"devices: there is no CUDA GPU {device.index}; this machine has {torch.cuda.device_count()}"
         )
     free = torch.cuda.mem_get_info(device.index)[0]
     if device.budget_bytes > free:
         raise BudgetError(
-            f"devices: card {device.index} has {free / 1e9:.1f} GB free, {device.budget_bytes / 1e9:.1f} GB "
+            f"devices: GPU {device.index} has {free / 1e9:.1f} GB free, {device.budget_bytes / 1e9:.1f} GB "
             "were asked for"
         )
     assert machine is not None
@@ -117,4 +117,4 @@ def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tie
 def _why_no_cuda() -> str:
     if torch.version.cuda is None:
         return "the installed PyTorch is built for the CPU; install one for CUDA"
-    return "no driver or card answers (`nvidia-smi` shows them)"
+    return "no driver or GPU answers (`nvidia-smi` shows them)"

@@ -1,7 +1,7 @@
 """What a step costs: bytes per tier, how transfers and arithmetic overlap, what bounds it.
 
-The model is one page: docs/planner.md. A layer's dense part runs on the card (or CPU) that holds it;
-then its routed experts run where they lie, all at once: those in VRAM on the cards, those in DRAM split
+The model is one page: docs/planner.md. A layer's dense part runs on the GPU (or CPU) that holds it;
+then its routed experts run where they lie, all at once: those in VRAM on the GPUs, those in DRAM split
 between the CPU and the links so that both finish together, those on NVMe after they were read. The step
 is the sum over layers, plus the head. Nothing here is measured at run time and nothing is fitted to a
 machine: `Efficiency` has the few constants, each with its source.
@@ -31,28 +31,28 @@ VRAM, GPU, DRAM, CPU, LINK, DISK, LATENCY = (
 class Efficiency:
     """What of a machine's rates programs reach; sources in docs/planner.md.
 
-    vram_share          of a card's data-sheet bandwidth, in matrix-vector products
+    vram_share          of a GPU's data-sheet bandwidth, in matrix-vector products
     gpu_flops_share     of its dense bf16 arithmetic, on prompts
     expert_share        of the DRAM read rate, in the CPU's expert kernels (unless the profile says)
     bus_share           of the DRAM read rate, when CPU and links read at once
-    card_layer_s        launching a layer's operations on a card, one by one from Python
+    gpu_layer_s        launching a layer's operations on a GPU, one by one from Python
     host_layer_s        the same on the CPU: calls, and threads that meet
     guessed_share       of a layer's missing experts that are asked for before its router says so
     rearranged_per_core bytes a second that a core brings from file order into the kernels' order
-    round_trip_s        card to CPU and back, in a layer that needs experts outside VRAM
-    card_hop_s          card to card and back, in a layer whose experts lie on several
+    round_trip_s        GPU to CPU and back, in a layer that needs experts outside VRAM
+    gpu_hop_s          GPU to GPU and back, in a layer whose experts lie on several
     """
 
     vram_share: float = 0.8
     gpu_flops_share: float = 0.5
     expert_share: float = 0.8
     bus_share: float = 0.82
-    card_layer_s: float = 2.2e-3
+    gpu_layer_s: float = 2.2e-3
     host_layer_s: float = 1.1e-3
     guessed_share: float = 0.9
     rearranged_per_core: float = 4e9
     round_trip_s: float = 100e-6
-    card_hop_s: float = 52e-6
+    gpu_hop_s: float = 52e-6
 
 
 @dataclass
@@ -166,7 +166,7 @@ class CostModel:
         read, compute = nbytes / self._cpu_rate, flops / self.hardware.cpu_matmul_flops
         return max(read, compute), DRAM if read >= compute else CPU
 
-    def _is_real_card(self, tier: str) -> bool:
+    def _is_real_gpu(self, tier: str) -> bool:
         return tier.startswith("vram") and self.hardware.gpus[int(tier.partition(":")[2])].kind == "cuda"
 
     def _dense(
@@ -182,7 +182,7 @@ class CostModel:
         cost.seconds[resource] += time
         cost.nbytes[tier] += nbytes
         e = self.efficiency
-        cost.seconds[LATENCY] += e.card_layer_s if self._is_real_card(tier) else e.host_layer_s
+        cost.seconds[LATENCY] += e.gpu_layer_s if self._is_real_gpu(tier) else e.host_layer_s
         cost.disk_idle_s += cost.total_s - before
 
     def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
@@ -201,35 +201,35 @@ class CostModel:
         e, held = self.efficiency, self._experts[n]
         chances = self.routing.picks(n, layer.experts, self.shape.top_k)
         size, flops = layer.expert.nbytes, 2 * layer.expert.parameters
-        cards = {tier: count for tier, count in held.items() if tier.startswith("vram")}
-        in_vram = sum(cards.values())
+        gpus = {tier: count for tier, count in held.items() if tier.startswith("vram")}
+        in_vram = sum(gpus.values())
         in_dram = in_vram + held.get("dram", 0)
         hot, warm, cold = chances[:in_vram], chances[in_vram:in_dram], chances[in_dram:]
         for tier, part in (("vram", hot), ("dram", warm), ("nvme", cold)):
             hits[tier] += tokens * float(part.sum())
 
-        cpu_s, card_s, card_bound = 0.0, 0.0, VRAM
-        for tier, count in cards.items():
+        cpu_s, gpu_s, gpu_bound = 0.0, 0.0, VRAM
+        for tier, count in gpus.items():
             share = count / in_vram
             nbytes = size * distinct(hot, tokens) * share
             time, resource = self._on(tier, nbytes, flops * tokens * float(hot.sum()) * share)
             cost.nbytes[tier] += nbytes
-            if not self._is_real_card(tier):
+            if not self._is_real_gpu(tier):
                 cpu_s += time
-            elif time > card_s:
-                card_s, card_bound = time, resource
+            elif time > gpu_s:
+                gpu_s, gpu_bound = time, resource
         if np.any(chances[in_vram:] > 0):
             read = size * distinct(cold, tokens)
             moved = size * distinct(warm, tokens) + read
             outside = tokens * float(chances[in_vram:].sum())
-            self._outside_vram(cost, moved, read, flops * outside, cpu_s, card_s, card_bound)
-            on_card = self._is_real_card(self._tiers[n])
-            cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * e.round_trip_s * on_card
+            self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound)
+            on_gpu = self._is_real_gpu(self._tiers[n])
+            cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * e.round_trip_s * on_gpu
         else:
-            cost.seconds[card_bound if card_s >= cpu_s else DRAM] += max(card_s, cpu_s)
-            cost.disk_idle_s += max(card_s, cpu_s)
-        if sum(self._is_real_card(tier) for tier in cards) > 1:
-            cost.seconds[LATENCY] += e.card_hop_s
+            cost.seconds[gpu_bound if gpu_s >= cpu_s else DRAM] += max(gpu_s, cpu_s)
+            cost.disk_idle_s += max(gpu_s, cpu_s)
+        if sum(self._is_real_gpu(tier) for tier in gpus) > 1:
+            cost.seconds[LATENCY] += e.gpu_hop_s
 
     def _outside_vram(
         self,
@@ -238,12 +238,12 @@ class CostModel:
         read: float,
         flops: float,
         cpu_s: float,
-        card_s: float,
-        card_bound: str,
+        gpu_s: float,
+        gpu_bound: str,
     ) -> None:
-        """`moved` bytes of experts in DRAM, `read` of them from NVMe: to the CPU, or over links to cards.
+        """`moved` bytes of experts in DRAM, `read` of them from NVMe: to the CPU, or over links to GPUs.
 
-        The split x (share over the links) makes CPU, links and cards finish together; disk and the DRAM
+        The split x (share over the links) makes CPU, links and GPUs finish together; disk and the DRAM
         bus, which everything crosses, work meanwhile.
         """
         e, hardware = self.efficiency, self.hardware
@@ -254,20 +254,20 @@ class CostModel:
         by_cpu, cpu_bound = self._on("dram", moved, flops)
         real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda"]
         links = sum(gpu.link_together_bytes_per_s for gpu in real)
-        x, by_link, on_card = 0.0, 0.0, 0.0
+        x, by_link, on_gpu = 0.0, 0.0, 0.0
         if links and moved:
             by_link = moved / links
             memory = sum(gpu.memory_bytes_per_s for gpu in real) * e.vram_share
-            on_card = max(moved / memory, flops / (sum(g.matmul_flops for g in real) * e.gpu_flops_share))
+            on_gpu = max(moved / memory, flops / (sum(g.matmul_flops for g in real) * e.gpu_flops_share))
             x = min(
                 (by_cpu + cpu_s) / (by_cpu + by_link),
-                (by_cpu + cpu_s - card_s) / (by_cpu + on_card),
+                (by_cpu + cpu_s - gpu_s) / (by_cpu + on_gpu),
             )
             x = min(1.0, max(0.0, x))
         candidates = {
             cpu_bound: (1 - x) * by_cpu + cpu_s,
             LINK: x * by_link,
-            card_bound: card_s + x * on_card,
+            gpu_bound: gpu_s + x * on_gpu,
             DISK: disk,
         }
         bus = (moved + CROSSINGS * read) / self._bus_rate
@@ -277,8 +277,8 @@ class CostModel:
             cost.seconds[DRAM] += total
         elif candidates[DISK] >= total:
             cost.seconds[DISK] += total
-        elif candidates[card_bound] >= total > candidates[cpu_bound]:
-            cost.seconds[card_bound] += total
+        elif candidates[gpu_bound] >= total > candidates[cpu_bound]:
+            cost.seconds[gpu_bound] += total
         else:  # CPU and links finish together: by the bytes each took
             cost.seconds[LINK] += x * total
             cost.seconds[cpu_bound] += (1 - x) * total

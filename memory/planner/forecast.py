@@ -11,7 +11,7 @@ from memory.planner.placement import Workload, plan
 from memory.planner.routing import Routing
 from memory.planner.shape import ModelShape
 
-MOST_BYTES = 1 << 50
+MAX_BYTES = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def doublings(
 
 
 def _doubled(h: HardwareProfile, workload: Workload) -> list[tuple[str, HardwareProfile, Workload]]:
-    def cards(change: Callable[[GpuSpec], GpuSpec]) -> HardwareProfile:
+    def gpus(change: Callable[[GpuSpec], GpuSpec]) -> HardwareProfile:
         return replace(h, gpus=tuple(change(gpu) for gpu in h.gpus))
 
     expert_rate = 2 * h.expert_bytes_per_s if h.expert_bytes_per_s else None
@@ -97,16 +97,16 @@ def _doubled(h: HardwareProfile, workload: Workload) -> list[tuple[str, Hardware
     ]
     if h.gpus:
         found += [
-            ("VRAM size", cards(lambda g: replace(g, memory_bytes=2 * g.memory_bytes)), workload),
+            ("VRAM size", gpus(lambda g: replace(g, memory_bytes=2 * g.memory_bytes)), workload),
             (
                 "VRAM bandwidth",
-                cards(lambda g: replace(g, memory_bytes_per_s=2 * g.memory_bytes_per_s)),
+                gpus(lambda g: replace(g, memory_bytes_per_s=2 * g.memory_bytes_per_s)),
                 workload,
             ),
-            ("GPU arithmetic", cards(lambda g: replace(g, matmul_flops=2 * g.matmul_flops)), workload),
+            ("GPU arithmetic", gpus(lambda g: replace(g, matmul_flops=2 * g.matmul_flops)), workload),
             (
                 "PCIe links",
-                cards(
+                gpus(
                     lambda g: replace(
                         g,
                         link_bytes_per_s=2 * g.link_bytes_per_s,
@@ -152,15 +152,15 @@ def remedy(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> 
     def with_dram(extra: int) -> bool:
         return plan(shape, replace(big, dram_bytes=big.dram_bytes + extra), workload).fits
 
-    options.append(f"{_gigabytes(_smallest(MOST_BYTES, with_dram))} more DRAM")
+    options.append(f"{_gigabytes(_smallest(MAX_BYTES, with_dram))} more DRAM")
     if any(gpu.kind == "cuda" for gpu in hardware.gpus):
 
         def with_vram(extra: int) -> bool:
-            cards = tuple(replace(gpu, memory_bytes=gpu.memory_bytes + extra) for gpu in big.gpus)
-            return plan(shape, replace(big, gpus=cards), workload).fits
+            gpus = tuple(replace(gpu, memory_bytes=gpu.memory_bytes + extra) for gpu in big.gpus)
+            return plan(shape, replace(big, gpus=gpus), workload).fits
 
-        if with_vram(MOST_BYTES):
-            options.append(f"{_gigabytes(_smallest(MOST_BYTES, with_vram))} more VRAM on each card")
+        if with_vram(MAX_BYTES):
+            options.append(f"{_gigabytes(_smallest(MAX_BYTES, with_vram))} more VRAM on each GPU")
     return Remedy(tuple(options), tuple(required))
 
 

@@ -1,7 +1,7 @@
 """The placement: which tier holds each part of a model, decided from shapes and a hardware profile.
 
-Pure data and printable; nothing is loaded. What every token reads goes to the cards first, then the
-hottest routed experts (of each layer the same number, spread over all cards), then DRAM, then NVMe.
+Pure data and printable; nothing is loaded. What every token reads goes to the GPUs first, then the
+hottest routed experts (of each layer the same number, spread over all GPUs), then DRAM, then NVMe.
 Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a cache of hot rows.
 """
 
@@ -14,15 +14,15 @@ from memory.hardware.profiles import GpuSpec, HardwareProfile
 from memory.planner.shape import ModelShape
 
 NOWHERE = "nowhere"
-# A CUDA context with its libraries takes about half a gigabyte on each card.
-CARD_BASE_BYTES = 600_000_000
+# A CUDA context with its libraries takes about half a gigabyte on each GPU.
+GPU_BASE_BYTES = 600_000_000
 # Python, torch and the server, before any weight.
 PROCESS_BYTES = 1_000_000_000
 # Steps pass activations from buffer to buffer.
 ACTIVATION_BUFFERS = 2
 # Layers whose experts can be in staging at once: one computed, the next on its way in.
 STAGED_LAYERS = 2
-# What calling a layer's operations costs more on the CPU than on a card; its threads must meet.
+# What calling a layer's operations costs more on the CPU than on a GPU; its threads must meet.
 CPU_CALLS_S = 1.2e-3
 # Of an Engram table on NVMe, the rows worth keeping in DRAM: at most this share of the table, and of DRAM.
 HOT_ROWS_OF_TABLE = 0.10
@@ -144,15 +144,15 @@ class _Room:
 
 def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Placement:
     """Place a model on a machine. What finds no room is in tier NOWHERE, and `fits` is False."""
-    cards = [f"vram:{i}" for i in range(len(hardware.gpus))]
-    budgets = {card: gpu.memory_bytes for card, gpu in zip(cards, hardware.gpus, strict=True)}
+    gpus = [f"vram:{i}" for i in range(len(hardware.gpus))]
+    budgets = {tier: gpu.memory_bytes for tier, gpu in zip(gpus, hardware.gpus, strict=True)}
     budgets |= {"dram": hardware.dram_bytes, "nvme": hardware.disk_bytes}
     room = _Room(budgets)
     room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
-    cards = _reserve_workspace(room, shape, hardware.gpus, workload)
-    room = _place_dense(room, shape, hardware, workload, cards)
+    gpus = _reserve_workspace(room, shape, hardware.gpus, workload)
+    room = _place_dense(room, shape, hardware, workload, gpus)
     _place_embedding(room, shape)
-    speeds = {card: hardware.gpus[int(card.partition(":")[2])].memory_bytes_per_s for card in cards}
+    speeds = {gpu: hardware.gpus[int(gpu.partition(":")[2])].memory_bytes_per_s for gpu in gpus}
     _place_experts_and_tables(room, shape, speeds)
     elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
     room.reserve("checkpoint", "nvme", elsewhere, "the files of what is loaded into faster tiers")
@@ -168,57 +168,57 @@ def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
 def _reserve_workspace(
     room: _Room, shape: ModelShape, gpus: tuple[GpuSpec, ...], workload: Workload
 ) -> list[str]:
-    """Set workspace aside; return the cards that have room for it, the others stay unused.
+    """Set workspace aside; return the GPUs that have room for it, the others stay unused.
 
-    What a virtual card would need of it is host memory, like the card itself.
+    What a virtual GPU would need of it is host memory, like the GPU itself.
     """
     work = workspace_bytes(shape, workload)
     staging = -(-STAGED_LAYERS * shape.top_k * shape.expert_nbytes // max(1, len(gpus)))
     usable = []
     for number, gpu in enumerate(gpus):
-        card = f"vram:{number}"
+        tier = f"vram:{number}"
         if gpu.kind == "virtual":
-            usable.append(card)
+            usable.append(tier)
             continue
-        needed = work + CARD_BASE_BYTES
-        if room.left[card] < needed + staging:
-            room.left[card] = 0
+        needed = work + GPU_BASE_BYTES
+        if room.left[tier] < needed + staging:
+            room.left[tier] = 0
             continue
-        usable.append(card)
-        room.reserve("workspace", card, needed, "activations of a prompt chunk, logits, CUDA")
-        room.reserve("expert staging", card, staging, f"experts of {STAGED_LAYERS} layers on their way in")
-    if not any(gpus[int(card.partition(":")[2])].kind == "cuda" for card in usable):
+        usable.append(tier)
+        room.reserve("workspace", tier, needed, "activations of a prompt chunk, logits, CUDA")
+        room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers on their way in")
+    if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
     return usable
 
 
 def _place_dense(
-    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, cards: list[str]
+    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, gpus: list[str]
 ) -> _Room:
-    """What every token reads: to the cards the head and what layers fit, or layers alone; the rest to DRAM.
+    """What every token reads: to the GPUs the head and what layers fit, or layers alone; the rest to DRAM.
 
-    Of the two the one that keeps more off the CPU is taken, so that a larger card never makes a worse plan.
+    Of the two the one that keeps more off the CPU is taken, so that a larger GPU never makes a worse plan.
     """
     trials: list[_Room] = []
     for head_first in (True, False):
         trial = deepcopy(room)
         if head_first:
-            _put_head(trial, shape, cards)
-        _put_layers(trial, shape, workload, cards)
+            _put_head(trial, shape, gpus)
+        _put_layers(trial, shape, workload, gpus)
         if not head_first:
-            _put_head(trial, shape, cards)
+            _put_head(trial, shape, gpus)
         trials.append(trial)
-    return max(trials, key=lambda trial: _saved_s(trial, shape, hardware, workload, cards))
+    return max(trials, key=lambda trial: _saved_s(trial, shape, hardware, workload, gpus))
 
 
 def _saved_s(
-    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, cards: list[str]
+    room: _Room, shape: ModelShape, hardware: HardwareProfile, workload: Workload, gpus: list[str]
 ) -> float:
-    """Seconds of the CPU in a step of all sequences for what lies on cards instead."""
+    """Seconds of the CPU in a step of all sequences for what lies on GPUs instead."""
     tokens = workload.sequences
     saved = 0.0
     for place in room.places:
-        if place.tier not in cards or place.kind not in ("head", "dense"):
+        if place.tier not in gpus or place.kind not in ("head", "dense"):
             continue
         weights, kv_bytes, kv_flops = shape.head, 0.0, 0.0
         if place.layer is not None:
@@ -233,27 +233,27 @@ def _saved_s(
     return saved
 
 
-def _put_head(room: _Room, shape: ModelShape, cards: list[str]) -> None:
-    """To the last card, which has the last layers."""
-    tier = room.first_with(shape.head.nbytes, [*reversed(cards), "dram"])
+def _put_head(room: _Room, shape: ModelShape, gpus: list[str]) -> None:
+    """To the last GPU, which has the last layers."""
+    tier = room.first_with(shape.head.nbytes, [*reversed(gpus), "dram"])
     room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
 
 
-def _put_layers(room: _Room, shape: ModelShape, workload: Workload, cards: list[str]) -> None:
-    """Consecutive layers to each card in proportion to its room, the rest to DRAM."""
+def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[str]) -> None:
+    """Consecutive layers to each GPU in proportion to its room, the rest to DRAM."""
     sizes = [
         layer.dense.nbytes + layer.shared.nbytes + workload.sequences * layer.kv.nbytes(workload.context)
         for layer in shape.layers
     ]
-    on_cards = sum(room.left[card] for card in cards)
-    share = min(1.0, sum(sizes) / on_cards) if on_cards else 1.0
-    kept_free = {card: room.left[card] * (1.0 - share) for card in cards}
-    ahead = list(cards)
+    on_gpus = sum(room.left[gpu] for gpu in gpus)
+    share = min(1.0, sum(sizes) / on_gpus) if on_gpus else 1.0
+    kept_free = {gpu: room.left[gpu] * (1.0 - share) for gpu in gpus}
+    ahead = list(gpus)
     for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
         while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
             ahead.pop(0)
-        tier = room.first_with(size, [*ahead, *cards, "dram"])
-        why = "every token reads it" + ("; the cards are full" if cards and tier == "dram" else "")
+        tier = room.first_with(size, [*ahead, *gpus, "dram"])
+        why = "every token reads it" + ("; the GPUs are full" if gpus and tier == "dram" else "")
         room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
         kv = size - layer.dense.nbytes - layer.shared.nbytes
@@ -273,18 +273,18 @@ def _place_embedding(room: _Room, shape: ModelShape) -> None:
     room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
 
 
-def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: dict[str, float]) -> None:
-    """Experts, hottest first, to cards, DRAM and NVMe; Engram tables where there is room beside them.
+def _place_experts_and_tables(room: _Room, shape: ModelShape, gpus: dict[str, float]) -> None:
+    """Experts, hottest first, to GPUs, DRAM and NVMe; Engram tables where there is room beside them.
 
-    cards: those in use, with the bandwidth of their memory.
+    gpus: those in use, with the bandwidth of their memory.
     """
     left = {n: layer.experts for n, layer in enumerate(shape.layers) if layer.experts}
     tables = {n: layer.table for n, layer in enumerate(shape.layers) if layer.table}
     table_bytes = sum(table.nbytes for table in tables.values())
     size = max(1, shape.expert_nbytes)
-    room_for = {card: room.left[card] // size for card in cards}
-    for card, slots in _shares(room_for, sum(left.values()), cards).items():
-        _put_experts(room, shape, left, card, slots, "hottest: read from the card's own memory")
+    room_for = {gpu: room.left[gpu] // size for gpu in gpus}
+    for gpu, slots in _shares(room_for, sum(left.values()), gpus).items():
+        _put_experts(room, shape, left, gpu, slots, "hottest: read from the GPU's own memory")
     are_all_in_dram = sum(left.values()) * shape.expert_nbytes <= room.left["dram"]
     if not are_all_in_dram:
         staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
@@ -304,7 +304,7 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: dict[str, f
     for n, table in tables.items():
         tier = room.first_with(table.nbytes, ["dram", "nvme"] if are_all_in_dram else ["nvme"])
         on_disk += table.nbytes if tier == "nvme" else 0
-        why = "DRAM has room; rows go to the cards" if tier == "dram" else "a token reads a few rows of it"
+        why = "DRAM has room; rows go to the GPUs" if tier == "dram" else "a token reads a few rows of it"
         room.put(f"Engram table, layer {n}", "engram", n, tier, table.nbytes, why, table.rows)
     if are_all_in_dram and on_disk:
         hot = int(min(HOT_ROWS_OF_TABLE * on_disk, room.left["dram"]))
@@ -312,18 +312,18 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, cards: dict[str, f
 
 
 def _shares(room_for: dict[str, int], wanted: int, speeds: dict[str, float]) -> dict[str, int]:
-    """How many experts each card takes: all it has room for, or by speed where there is room for all."""
+    """How many experts each GPU takes: all it has room for, or by speed where there is room for all."""
     shares: dict[str, int] = {}
     waiting = dict(room_for)
     while waiting:
-        speed = sum(speeds[card] for card in waiting)
-        fair = {card: -int(-wanted * speeds[card] // speed) for card in waiting}
-        full = [card for card in waiting if room_for[card] <= fair[card]] or list(waiting)
-        for card in full:
-            shares[card] = min(room_for[card], fair[card], wanted)
-            wanted -= shares[card]
-            del waiting[card]
-    return {card: shares[card] for card in room_for}
+        speed = sum(speeds[gpu] for gpu in waiting)
+        fair = {gpu: -int(-wanted * speeds[gpu] // speed) for gpu in waiting}
+        full = [gpu for gpu in waiting if room_for[gpu] <= fair[gpu]] or list(waiting)
+        for gpu in full:
+            shares[gpu] = min(room_for[gpu], fair[gpu], wanted)
+            wanted -= shares[gpu]
+            del waiting[gpu]
+    return {gpu: shares[gpu] for gpu in room_for}
 
 
 def _put_experts(

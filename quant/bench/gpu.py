@@ -1,7 +1,7 @@
-"""A CUDA card: its kernels against the card's own memory, and what starting them costs the host.
+"""A CUDA GPU: its kernels against the GPU's own memory, and what starting them costs the host.
 
 A product with one matrix takes a few microseconds there, less than the host needs to start it. So calls are
-recorded into a CUDA graph and played back, timed by the card's clock; what a call costs the host is measured
+recorded into a CUDA graph and played back, timed by the GPU's clock; what a call costs the host is measured
 beside it.
 """
 
@@ -25,11 +25,11 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.choice import choose
 from quant.kernels.cpu.panels import ExpertSlotLayout
-from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import Kernels, SlotLayout, Weight
 from quant.packed import Format, PackedTensor
 
-ARENA_BYTES = 2 << 30  # beyond the cache of any card
+ARENA_BYTES = 2 << 30  # beyond the cache of any GPU
 TURN_BYTES = 1 << 30  # that a case reads in one turn: a millisecond or less
 ROW_COLUMNS, ROWS = 256, 100_000
 PREFILL_TOKENS = (64, 512)
@@ -40,8 +40,8 @@ DTYPES = {"": torch.float32, "_bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card, its kernels, and memory there to measure with.
+class Gpu:
+    """A GPU, its kernels, and memory there to measure with.
 
     Every case uses the same memory and overwrites what others laid there: its bytes are read all the same.
     """
@@ -51,10 +51,10 @@ class Card:
     arena: torch.Tensor
 
     @classmethod
-    def numbered(cls, index: int) -> Card:
-        """Raises ConfigError where there is no such card, or no Triton."""
+    def numbered(cls, index: int) -> Gpu:
+        """Raises ConfigError where there is no such GPU, or no Triton."""
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"there is no CUDA card {index}; this machine has {torch.cuda.device_count()}")
+            raise ConfigError(f"there is no CUDA GPU {index}; this machine has {torch.cuda.device_count()}")
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         arena = torch.zeros(ARENA_BYTES, dtype=torch.uint8, device=device)
@@ -77,7 +77,7 @@ class Card:
         return [replace(moved, codes=codes) for codes in self.copies(weight.codes)]
 
     def randn(self, *shape: int) -> torch.Tensor:
-        """Random float32 numbers on the card."""
+        """Random float32 numbers on the GPU."""
         return torch.randn(*shape, device=self.device)
 
     def recorded(self, name: str, work: float, run: Callable[[], object]) -> Case:
@@ -104,7 +104,7 @@ class Card:
         return self.recorded(name, len(chosen) * nbytes, lambda: [product(matrix) for matrix in chosen])
 
     def seconds(self, run: Callable[[], object]) -> float:
-        """How long the card takes for what `run` starts, by its own clock."""
+        """How long the GPU takes for what `run` starts, by its own clock."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         run()
@@ -113,99 +113,99 @@ class Card:
         return float(start.elapsed_time(stop)) / 1e3
 
 
-def measure_card(index: int, turns: int) -> Iterator[tuple[str, list[Figure]]]:
-    """Figures by topic, as they are measured, of card number `index`.
+def measure_gpu(index: int, turns: int) -> Iterator[tuple[str, list[Figure]]]:
+    """Figures by topic, as they are measured, of GPU number `index`.
 
-    Takes ARENA_BYTES of the card's memory, and a gigabyte to copy. Raises ConfigError where there is none.
+    Takes ARENA_BYTES of the GPU's memory, and a gigabyte to copy. Raises ConfigError where there is none.
     """
-    card = Card.numbered(index)
+    gpu = Gpu.numbered(index)
     with torch.inference_mode():
-        yield f"one token, {card.kernels.describe()}", _decode(card, turns)
-        yield "what a call costs the host", _calls(card)
-        yield "many tokens", _prefill(card, max(1, turns // 5))
-        yield "experts that arrive", _arrivals(card, turns)
-        yield "Engram rows", _rows(card, turns)
+        yield f"one token, {gpu.kernels.describe()}", _decode(gpu, turns)
+        yield "what a call costs the host", _calls(gpu)
+        yield "many tokens", _prefill(gpu, max(1, turns // 5))
+        yield "experts that arrive", _arrivals(gpu, turns)
+        yield "Engram rows", _rows(gpu, turns)
 
 
-def _decode(card: Card, turns: int) -> list[Figure]:
-    """Products of one token against plain reads of the same card in the same turns."""
-    cases = _reads(card)
-    x = card.randn(1, HIDDEN)
+def _decode(gpu: Gpu, turns: int) -> list[Figure]:
+    """Products of one token against plain reads of the same GPU in the same turns."""
+    cases = _reads(gpu)
+    x = gpu.randn(1, HIDDEN)
     formats: list[tuple[str, Format, int]] = [
         ("fp4_gemv", MXFP4, WIDTH), ("nf4_gemv", NF4, WIDTH), ("int4_gemv", INT4_32, WIDTH),
         ("fp8_gemv", FP8_32, HIDDEN),
     ]  # fmt: skip
     for name, format_, rows in formats:
         packed = format_.encode(torch.randn(rows, HIDDEN) / HIDDEN**0.5)
-        matrices = card.matrices(packed)
-        cases.append(card.products(name, matrices, packed.nbytes, lambda m: card.kernels.linear(x, m)))
+        matrices = gpu.matrices(packed)
+        cases.append(gpu.products(name, matrices, packed.nbytes, lambda m: gpu.kernels.linear(x, m)))
     cases += [
-        _bitsandbytes(card, x),
-        _head(card, "torch_bf16_gemv", x.bfloat16()),
-        _head(card, "bf16_gemv", x),
+        _bitsandbytes(gpu, x),
+        _head(gpu, "torch_bf16_gemv", x.bfloat16()),
+        _head(gpu, "bf16_gemv", x),
     ]
     for tokens in (1, 4):
-        cases.append(_experts(card, tokens))
-    rates = take_turns(cases, turns, card.seconds)
+        cases.append(_experts(gpu, tokens))
+    rates = take_turns(cases, turns, gpu.seconds)
     limit = max(("copy", "sum"), key=rates.median)
-    figures = [Figure(f"card_{name}", rates.median(name) / 1e9, "GB/s") for name in ("copy", "sum")]
+    figures = [Figure(f"gpu_{name}", rates.median(name) / 1e9, "GB/s") for name in ("copy", "sum")]
     for case in cases[2:]:
         target = READ_TARGET if case.name.startswith(("fp4", "fp8", "bf16")) else None
         figures += [
-            Figure(f"card_{case.name}_rate", rates.median(case.name) / 1e9, "GB/s"),
-            Figure(f"card_{case.name}_read_ratio", rates.ratio(case.name, limit), "ratio", target),
+            Figure(f"gpu_{case.name}_rate", rates.median(case.name) / 1e9, "GB/s"),
+            Figure(f"gpu_{case.name}_read_ratio", rates.ratio(case.name, limit), "ratio", target),
         ]
     ratio = rates.ratio("nf4_gemv", "bitsandbytes_nf4_gemv")
-    return [*figures, Figure("card_nf4_gemv_vs_bitsandbytes", ratio, "ratio", 1.0)]
+    return [*figures, Figure("gpu_nf4_gemv_vs_bitsandbytes", ratio, "ratio", 1.0)]
 
 
-def _reads(card: Card) -> list[Case]:
+def _reads(gpu: Gpu) -> list[Case]:
     """Two ways to read: a copy, which writes as many bytes, and a sum, which writes none."""
-    half = len(card.arena) // 2
-    target, source = card.arena[:half], card.arena[half:]
+    half = len(gpu.arena) // 2
+    target, source = gpu.arena[:half], gpu.arena[half:]
     numbers = source.view(torch.float32)
     return [
-        card.recorded("copy", 2 * half, lambda: target.copy_(source)),
-        card.recorded("sum", half, lambda: numbers.sum()),
+        gpu.recorded("copy", 2 * half, lambda: target.copy_(source)),
+        gpu.recorded("sum", half, lambda: numbers.sum()),
     ]
 
 
-def _head(card: Card, name: str, x: torch.Tensor) -> Case:
+def _head(gpu: Gpu, name: str, x: torch.Tensor) -> Case:
     """Plain bfloat16 rows: by torch, which rounds the activations, or by our own kernel, which does not."""
     head = torch.randn(HEAD_ROWS, HIDDEN).bfloat16()
-    return card.products(name, card.matrices(head), head.nbytes, lambda m: card.kernels.linear(x, m))
+    return gpu.products(name, gpu.matrices(head), head.nbytes, lambda m: gpu.kernels.linear(x, m))
 
 
-def _bitsandbytes(card: Card, x: torch.Tensor) -> Case:
+def _bitsandbytes(gpu: Gpu, x: torch.Tensor) -> Case:
     """Their product with an NF4 matrix, in bfloat16."""
     from bitsandbytes import functional as bnb  # takes seconds to import
 
-    codes, state = bnb.quantize_nf4(card.randn(WIDTH, HIDDEN).bfloat16(), blocksize=NF4.tile_cols)
+    codes, state = bnb.quantize_nf4(gpu.randn(WIDTH, HIDDEN).bfloat16(), blocksize=NF4.tile_cols)
     half = x.bfloat16()
     nbytes = codes.nbytes + state.absmax.nbytes
-    return card.products(
+    return gpu.products(
         "bitsandbytes_nf4_gemv",
-        card.matrices(codes),
+        gpu.matrices(codes),
         nbytes,
         lambda m: bnb.gemv_4bit(half, m.t(), state=state),  # type: ignore[union-attr]
     )
 
 
-def _slots(card: Card) -> tuple[CardSlotLayout, list[torch.Tensor]]:
+def _slots(gpu: Gpu) -> tuple[GpuSlotLayout, list[torch.Tensor]]:
     """Random experts in the arena: their layout, and their slots."""
-    layout = CardSlotLayout(HIDDEN, WIDTH, MXFP4)
-    return layout, card.copies(random_slot(layout))
+    layout = GpuSlotLayout(HIDDEN, WIDTH, MXFP4)
+    return layout, gpu.copies(random_slot(layout))
 
 
-def _experts(card: Card, tokens: int) -> Case:
+def _experts(gpu: Gpu, tokens: int) -> Case:
     """A layer's routed experts; every token chooses others. As the store calls them, less the schedule."""
     from quant.kernels.cuda.moe import moe_launches, schedule
 
-    layout, slots = _slots(card)
+    layout, slots = _slots(gpu)
     experts = [layout.views(slot) for slot in slots]
-    x = card.randn(tokens, HIDDEN)
-    factors = torch.full((tokens, TOP_K), 1 / TOP_K, device=card.device)
-    out = torch.empty(tokens * TOP_K, HIDDEN, device=card.device)
+    x = gpu.randn(tokens, HIDDEN)
+    factors = torch.full((tokens, TOP_K), 1 / TOP_K, device=gpu.device)
+    out = torch.empty(tokens * TOP_K, HIDDEN, device=gpu.device)
     used = tokens * TOP_K
     launches = []
     for first in range(0, len(experts) - used + 1, used):
@@ -216,26 +216,26 @@ def _experts(card: Card, tokens: int) -> Case:
     def run() -> None:
         for pair in launches:
             for launch in pair:
-                card.kernels.launcher.start(launch)  # type: ignore[attr-defined]
+                gpu.kernels.launcher.start(launch)  # type: ignore[attr-defined]
             out.view(tokens, TOP_K, -1).sum(1)
 
     name = "fp4_moe" if tokens == 1 else f"moe_{tokens}_tokens"
-    return card.recorded(name, len(launches) * used * layout.nbytes, run)
+    return gpu.recorded(name, len(launches) * used * layout.nbytes, run)
 
 
-def _calls(card: Card) -> list[Figure]:
-    """Microseconds of the host for a call that the card finishes sooner."""
-    layout, slots = _slots(card)
+def _calls(gpu: Gpu) -> list[Figure]:
+    """Microseconds of the host for a call that the GPU finishes sooner."""
+    layout, slots = _slots(gpu)
     experts = [layout.views(slot) for slot in slots[:TOP_K]]
-    small = card.kernels.prepare(MXFP4.encode(torch.randn(64, 256)))
-    plain = card.randn(64, 256)
-    x, wide = card.randn(1, 256), card.randn(1, HIDDEN)
+    small = gpu.kernels.prepare(MXFP4.encode(torch.randn(64, 256)))
+    plain = gpu.randn(64, 256)
+    x, wide = gpu.randn(1, 256), gpu.randn(1, HIDDEN)
     ids = torch.arange(TOP_K).unsqueeze(0)
-    factors = torch.full((1, TOP_K), 1 / TOP_K, device=card.device)
+    factors = torch.full((1, TOP_K), 1 / TOP_K, device=gpu.device)
     calls: dict[str, Callable[[], object]] = {
-        "card_torch_linear_call": lambda: F.linear(x, plain),
-        "card_fp4_linear_call": lambda: card.kernels.linear(x, small),
-        "card_fp4_moe_call": lambda: card.kernels.moe(wide, ids, factors, experts, LIMIT),
+        "gpu_torch_linear_call": lambda: F.linear(x, plain),
+        "gpu_fp4_linear_call": lambda: gpu.kernels.linear(x, small),
+        "gpu_fp4_moe_call": lambda: gpu.kernels.moe(wide, ids, factors, experts, LIMIT),
     }
     figures = []
     for name, call in calls.items():
@@ -250,33 +250,33 @@ def _calls(card: Card) -> list[Figure]:
     return figures
 
 
-def _prefill(card: Card, turns: int) -> list[Figure]:
+def _prefill(gpu: Gpu, turns: int) -> list[Figure]:
     """TFLOP/s of an FP4 product and of torch's own, in float32 and bfloat16."""
     stored = MXFP4.encode(torch.randn(WIDTH, HIDDEN) / HIDDEN**0.5)
-    fp4, fp8 = (card.kernels.prepare(w) for w in (stored, FP8_32.encode(torch.randn(WIDTH, HIDDEN))))
+    fp4, fp8 = (gpu.kernels.prepare(w) for w in (stored, FP8_32.encode(torch.randn(WIDTH, HIDDEN))))
     assert isinstance(fp4, PackedTensor)
     figures = []
     for tokens in PREFILL_TOKENS:
         work = 2.0 * tokens * WIDTH * HIDDEN
         cases = []
         for suffix, dtype in DTYPES.items():
-            x = card.randn(tokens, HIDDEN).to(dtype)
+            x = gpu.randn(tokens, HIDDEN).to(dtype)
             plain = fp4.decode(dtype)
             runs: dict[str, Callable[[], object]] = {
-                f"fp4{suffix}": lambda x=x: card.kernels.linear(x, fp4),  # type: ignore[misc]
-                f"fp8{suffix}": lambda x=x: card.kernels.linear(x, fp8),  # type: ignore[misc]
+                f"fp4{suffix}": lambda x=x: gpu.kernels.linear(x, fp4),  # type: ignore[misc]
+                f"fp8{suffix}": lambda x=x: gpu.kernels.linear(x, fp8),  # type: ignore[misc]
                 f"torch{suffix}": lambda x=x, plain=plain: F.linear(x, plain),  # type: ignore[misc]
             }
             for name, run in runs.items():
                 calls = partial(_repeated, run)
-                cases.append(card.recorded(name, PREFILL_CALLS * work, calls))
+                cases.append(gpu.recorded(name, PREFILL_CALLS * work, calls))
 
             def dequantised(_turn: int, x: torch.Tensor = x, dtype: torch.dtype = dtype) -> torch.Tensor:
                 return F.linear(x, fp4.decode(dtype))
 
             cases.append(Case(f"dequantised{suffix}", work, dequantised))
-        rates = take_turns(cases, turns, card.seconds)
-        prefix = f"card_prefill_{tokens}"
+        rates = take_turns(cases, turns, gpu.seconds)
+        prefix = f"gpu_prefill_{tokens}"
         figures += [
             Figure(f"{prefix}_{name}", rates.median(name) / 1e12, "TFLOP/s") for name in rates.per_turn
         ]
@@ -292,38 +292,36 @@ def _repeated(run: Callable[[], object]) -> None:
         run()
 
 
-def _arrivals(card: Card, turns: int) -> list[Figure]:
-    """An expert over the link from pinned memory, and rearranged on the card."""
-    layout, slots = _slots(card)
+def _arrivals(gpu: Gpu, turns: int) -> list[Figure]:
+    """An expert over the link from pinned memory, and rearranged on the GPU."""
+    layout, slots = _slots(gpu)
     panels: SlotLayout = ExpertSlotLayout(HIDDEN, WIDTH, MXFP4)
     source = torch.zeros(panels.nbytes, dtype=torch.uint8).pin_memory()
-    staging = torch.zeros(panels.nbytes, dtype=torch.uint8, device=card.device)
+    staging = torch.zeros(panels.nbytes, dtype=torch.uint8, device=gpu.device)
     cases = [
         Case("link", panels.nbytes, lambda _turn: staging.copy_(source, non_blocking=True)),
         Case("rearranged", panels.nbytes, lambda _turn: layout.from_panels(slots[0], staging)),
     ]
-    rates = take_turns(cases, turns, card.seconds)
+    rates = take_turns(cases, turns, gpu.seconds)
     return [
-        Figure("card_link", rates.median("link") / 1e9, "GB/s"),
-        Figure("card_expert_arrives", 1e3 * panels.nbytes / rates.median("link"), "ms"),
-        Figure("card_expert_rearranged", 1e3 * panels.nbytes / rates.median("rearranged"), "ms"),
+        Figure("gpu_link", rates.median("link") / 1e9, "GB/s"),
+        Figure("gpu_expert_arrives", 1e3 * panels.nbytes / rates.median("link"), "ms"),
+        Figure("gpu_expert_rearranged", 1e3 * panels.nbytes / rates.median("rearranged"), "ms"),
     ]
 
 
-def _rows(card: Card, turns: int) -> list[Figure]:
-    """Rows per second, of a table on the card and of one in pinned host memory."""
+def _rows(gpu: Gpu, turns: int) -> list[Figure]:
+    """Rows per second, of a table on the GPU and of one in pinned host memory."""
     count = 4_000_000
     codes = torch.full((count, ROW_COLUMNS), 0x38, dtype=torch.uint8)  # 1.0
     scales = torch.full((count, ROW_COLUMNS // FP8_ROW.tile_cols), 127, dtype=torch.uint8)
     pinned = PackedTensor(FP8_ROW, (count, ROW_COLUMNS), codes.pin_memory(), scales.pin_memory())
-    on_card = card.kernels.prepare(pinned)
-    assert isinstance(on_card, PackedTensor)
-    wanted = torch.randint(0, count, (ROWS,), device=card.device)
+    on_gpu = gpu.kernels.prepare(pinned)
+    assert isinstance(on_gpu, PackedTensor)
+    wanted = torch.randint(0, count, (ROWS,), device=gpu.device)
     cases = [
-        Case("in_vram", ROWS, lambda _turn: card.kernels.gather_rows(on_card, wanted)),
-        Case("in_host_memory", ROWS, lambda _turn: card.kernels.gather_rows(pinned, wanted)),
+        Case("in_vram", ROWS, lambda _turn: gpu.kernels.gather_rows(on_gpu, wanted)),
+        Case("in_host_memory", ROWS, lambda _turn: gpu.kernels.gather_rows(pinned, wanted)),
     ]
-    rates = take_turns(cases, turns, card.seconds)
-    return [
-        Figure(f"card_engram_rows_{name}", rates.median(name) / 1e6, "Mrows/s") for name in rates.per_turn
-    ]
+    rates = take_turns(cases, turns, gpu.seconds)
+    return [Figure(f"gpu_engram_rows_{name}", rates.median(name) / 1e6, "Mrows/s") for name in rates.per_turn]

@@ -18,7 +18,7 @@ from quant.kernels.cpu.native import NativeKernels
 READ_TARGETS = {"avx512": 0.90, "avx2": 0.75, "portable": None}
 READ_TARGET_OTHERS = 0.80
 FLOPS_TARGET = 0.7
-LEAST_BYTES = 2 * TURN_BYTES
+MIN_BYTES = 2 * TURN_BYTES
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def measure_kernels(effort: Effort) -> Iterator[tuple[str, list[Figure]]]:
     kernels = choose()
     if not isinstance(kernels, NativeKernels):
         raise ConfigError(f"nothing to measure: {kernels.describe()}")
-    if effort.arena_bytes < LEAST_BYTES:
-        raise ConfigError(f"{LEAST_BYTES >> 20} MiB of memory at least are needed; free some")
+    if effort.arena_bytes < MIN_BYTES:
+        raise ConfigError(f"{MIN_BYTES >> 20} MiB of memory at least are needed; free some")
     both = Both({mode: NativeKernels(mode, kernels.level) for mode in ("exact", "int8")}, kernels.activations)
     neighbours = Neighbours()
     arena = Arena(effort.arena_bytes, kernels)

@@ -22,7 +22,7 @@ from quant.formats.ue8m0 import covering_scale, decode_ue8m0, inverse_ue8m0, ref
 from quant.packed import Format, PackedTensor
 
 E4M3_LARGEST = 448.0
-SMALLEST_FLOAT_SCALE = torch.finfo(torch.float32).tiny
+MIN_FLOAT_SCALE = torch.finfo(torch.float32).tiny
 
 
 class Fp8(Format):
@@ -70,7 +70,7 @@ class Fp8(Format):
 
     def float_scales(self, values: torch.Tensor) -> torch.Tensor:
         """float32 scales that map each tile's largest magnitude to 448; never subnormal."""
-        return (self._largest_per_tile(values) / E4M3_LARGEST).clamp(min=SMALLEST_FLOAT_SCALE)
+        return (self._largest_per_tile(values) / E4M3_LARGEST).clamp(min=MIN_FLOAT_SCALE)
 
     def validate(self, packed: PackedTensor) -> None:
         assert packed.scales is not None

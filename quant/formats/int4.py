@@ -24,9 +24,9 @@ from quant.formats.four_bit import TINY, FourBit
 from quant.packed import PackedTensor
 
 LEVELS = torch.arange(16, dtype=torch.float32) - 8
-SMALLEST_SCALE = torch.finfo(torch.bfloat16).tiny
-LARGEST_SCALE = 2.0**124  # -8 * scale stays within float32, beside any offset up to
-LARGEST_OFFSET = 2.0**127
+MIN_SCALE = torch.finfo(torch.bfloat16).tiny
+MAX_SCALE = 2.0**124  # -8 * scale stays within float32, beside any offset up to
+MAX_OFFSET = 2.0**127
 
 
 class Int4(FourBit):
@@ -44,7 +44,7 @@ class Int4(FourBit):
         return torch.where(mirrored, -magnitude, magnitude)
 
     def store(self, scales: torch.Tensor) -> torch.Tensor:
-        magnitude = scales.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE)
+        magnitude = scales.abs().clamp(MIN_SCALE, MAX_SCALE)
         return torch.copysign(magnitude, scales).to(torch.bfloat16)
 
     def scale_values(self, stored: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class Int4(FourBit):
         assert packed.scales is not None
         if not bool(packed.scales.isfinite().all()):
             raise FormatError(f"{self.name}: a scale is NaN or infinite; the file is damaged")
-        if bool((packed.scales.abs() > LARGEST_SCALE).any()):
+        if bool((packed.scales.abs() > MAX_SCALE).any()):
             super().validate(packed)
 
 
@@ -110,14 +110,14 @@ class Int4Offset(Int4):
 
 def _rounded_up(magnitudes: torch.Tensor) -> torch.Tensor:
     """To bfloat16, never down, so that nothing is clipped; within what decodes without overflow."""
-    magnitudes = magnitudes.clamp(SMALLEST_SCALE, LARGEST_SCALE)
+    magnitudes = magnitudes.clamp(MIN_SCALE, MAX_SCALE)
     nearest = magnitudes.to(torch.bfloat16)
     one_up = (nearest.float() < magnitudes).to(torch.int16)
     return (nearest.view(torch.int16) + one_up).view(torch.bfloat16)
 
 
 def _stored_offset(offsets: torch.Tensor) -> torch.Tensor:
-    return offsets.clamp(-LARGEST_OFFSET, LARGEST_OFFSET).to(torch.bfloat16)
+    return offsets.clamp(-MAX_OFFSET, MAX_OFFSET).to(torch.bfloat16)
 
 
 INT4_32, INT4_64, INT4_128 = Int4(32), Int4(64), Int4(128)

@@ -17,22 +17,22 @@ LEVEL_VARIABLE = "LOCI_CPU_LEVEL"
 log = logging.getLogger(__name__)
 
 
-def choose(cards: Sequence[torch.device] = ()) -> Kernels:
-    """The best back end this machine can run, for host memory and `cards`.
+def choose(gpus: Sequence[torch.device] = ()) -> Kernels:
+    """The best back end this machine can run, for host memory and `gpus`.
 
-    Says in the log where the host has only the reference. Raises ConfigError where cards need Triton and it
+    Says in the log where the host has only the reference. Raises ConfigError where GPUs need Triton and it
     is missing.
     """
     host = _host()
-    if not cards:
+    if not gpus:
         return host
     from quant.kernels.devices import DeviceKernels
 
     try:
         from quant.kernels.cuda.kernels import TritonKernels
     except ImportError as error:
-        raise ConfigError(f"cards need Triton ({error}); install it with `pip install 'loci[gpu]'`") from None
-    return DeviceKernels(host, {card: TritonKernels(card) for card in cards})
+        raise ConfigError(f"GPUs need Triton ({error}); install it with `pip install 'loci[gpu]'`") from None
+    return DeviceKernels(host, {gpu: TritonKernels(gpu) for gpu in gpus})
 
 
 def _host() -> Kernels:

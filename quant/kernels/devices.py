@@ -1,4 +1,4 @@
-"""One back end for a machine with cards: each weight meets the kernels of the device that it lies on."""
+"""One back end for a machine with GPUs: each weight meets the kernels of the device that it lies on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class DeviceKernels:
     """`Kernels` that computes where the weights lie; activations must lie there too.
 
     host   for weights in host memory, whose operations that take no weight run there, too
-    cards  one back end for each card
+    gpus  one back end for each GPU
     """
 
-    name = "cards"
+    name = "GPUs"
 
-    def __init__(self, host: Kernels, cards: Mapping[torch.device, Kernels]) -> None:
+    def __init__(self, host: Kernels, gpus: Mapping[torch.device, Kernels]) -> None:
         self._host = host
-        self._cards = dict(cards)
+        self._gpus = dict(gpus)
 
     def describe(self) -> str:
-        return "; ".join(kernels.describe() for kernels in (self._host, *self._cards.values()))
+        return "; ".join(kernels.describe() for kernels in (self._host, *self._gpus.values()))
 
     def on(self, device: torch.device) -> Kernels:
-        return self._cards.get(device, self._host)
+        return self._gpus.get(device, self._host)
 
     def prepare(self, weight: Weight) -> Weight:
         return self._host.prepare(weight)

@@ -13,7 +13,7 @@ from server.openai.requests import ChatRequest
 from server.serving.answer import Answer
 from server.serving.generation import Generation
 from server.serving.reply import ConversationReply
-from server.serving.segments import Event, Segment, SegmentWriter, parsed_arguments
+from server.serving.segments import AnswerSegment, Event, SegmentWriter, parsed_arguments
 from server.serving.service import Served
 
 
@@ -88,10 +88,10 @@ class ContentBlocks(SegmentWriter):
         super().__init__()
         self.done: list[dict[str, Any]] = []
 
-    def begun(self, segment: Segment) -> Iterator[Event]:
+    def begun(self, segment: AnswerSegment) -> Iterator[Event]:
         yield {"type": "content_block_start", "index": segment.index, "content_block": _block(segment, {})}
 
-    def grown(self, segment: Segment, text: str) -> Iterator[Event]:
+    def grown(self, segment: AnswerSegment, text: str) -> Iterator[Event]:
         kind, field = {
             "reasoning": ("thinking_delta", "thinking"),
             "text": ("text_delta", "text"),
@@ -99,14 +99,14 @@ class ContentBlocks(SegmentWriter):
         }[segment.kind]
         yield _delta(segment, kind, field, text)
 
-    def ended(self, segment: Segment, cut_off: bool) -> Iterator[Event]:
+    def ended(self, segment: AnswerSegment, cut_off: bool) -> Iterator[Event]:
         self.done.append(_block(segment, parsed_arguments(segment)))
         if segment.kind == "reasoning":
             yield _delta(segment, "signature_delta", "signature", "")
         yield {"type": "content_block_stop", "index": segment.index}
 
 
-def _block(segment: Segment, arguments: dict[str, Any]) -> dict[str, Any]:
+def _block(segment: AnswerSegment, arguments: dict[str, Any]) -> dict[str, Any]:
     if segment.call is not None:
         return {
             "type": "tool_use",
@@ -120,5 +120,5 @@ def _block(segment: Segment, arguments: dict[str, Any]) -> dict[str, Any]:
     return {"type": "text", "text": segment.text}
 
 
-def _delta(segment: Segment, kind: str, field: str, text: str) -> Event:
+def _delta(segment: AnswerSegment, kind: str, field: str, text: str) -> Event:
     return {"type": "content_block_delta", "index": segment.index, "delta": {"type": kind, field: text}}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import ChatMessage
 
-# Beside what every token reads, each card has room for about a tenth of the 144 experts of 54 kB and DRAM
+# Beside what every token reads, each GPU has room for about a tenth of the 144 experts of 54 kB and DRAM
 # for a third; of 22 MB of Engram rows DRAM has a hundred kilobytes. The rest is on disk until it is needed.
 # Links as fast as sixteen lanes of PCIe 4.0: by the time that slower ones had carried one of a token's two
 # experts in a layer, the CPU would have computed both.
@@ -34,7 +34,7 @@ QUESTIONS = (
     "What does a cow eat?",
     "Tell me a story about a fox.",
 )
-CARD_COLOURS = ("green", "cyan", "magenta", "blue")
+GPU_COLOURS = ("green", "cyan", "magenta", "blue")
 SQUARES = {"dram": ("▒", "yellow"), "nvme": ("·", "dim")}
 NAMES = {"dram": "DRAM", "nvme": "disk"}
 
@@ -46,7 +46,7 @@ def demo(
     ] = None,
     dram_budget: Annotated[str, typer.Option(help="Memory for all weights in host memory.")] = DRAM_BUDGET,
     devices: Annotated[
-        str, typer.Option(help="Cards with their budgets; virtual ones with a link speed too.")
+        str, typer.Option(help="GPUs with their budgets; virtual ones with a link speed too.")
     ] = DEVICES,
 ) -> None:
     """Chat with the demonstration model while its experts and Engram rows move between tiers.
@@ -122,7 +122,7 @@ class _Since:
 
     @property
     def engram_stalled_ms(self) -> float:
-        """Time that computation waited for Engram rows, in host memory or on their way to a card."""
+        """Time that computation waited for Engram rows, in host memory or on their way to a GPU."""
         links = {label.rpartition(" ")[0] for label in self.after.stalled_s}
         return sum(self.stalled_ms(link) for link in links if link.startswith("engram"))
 
@@ -130,11 +130,11 @@ class _Since:
 def _square(tier: str) -> tuple[str, str]:
     """What stands for an expert there, and its style."""
     kind, _, number = tier.partition(":")
-    return ("█", CARD_COLOURS[int(number) % len(CARD_COLOURS)]) if kind == "vram" else SQUARES[tier]
+    return ("█", GPU_COLOURS[int(number) % len(GPU_COLOURS)]) if kind == "vram" else SQUARES[tier]
 
 
 def _name(tier: str) -> str:
-    return tier.replace("vram:", "card ") if tier.startswith("vram:") else NAMES[tier]
+    return tier.replace("vram:", "GPU ") if tier.startswith("vram:") else NAMES[tier]
 
 
 class _Story:

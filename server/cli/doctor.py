@@ -36,7 +36,7 @@ class Finding:
 
 
 def doctor() -> None:
-    """Check Python, packages, processor, graphics cards, memory and disk. Exit code 1 if Loci cannot run.
+    """Check Python, packages, processor, GPUs, memory and disk. Exit code 1 if Loci cannot run.
 
     Example: loci doctor
     """

@@ -9,40 +9,18 @@ import sys
 import typer
 
 from quant.errors import LociError
-from server.cli import (
-    chat as cli_chat,
-)
-from server.cli import (
-    demo as cli_demo,
-)
-from server.cli import (
-    doctor as cli_doctor,
-)
-from server.cli import (
-    info as cli_info,
-)
-from server.cli import (
-    logits as cli_logits,
-)
-from server.cli import (
-    plan as cli_plan,
-)
-from server.cli import (
-    profile as cli_profile,
-)
-from server.cli import (
-    quantize as cli_quantize,
-)
-from server.cli import (
-    serve as cli_serve,
-)
-from server.cli import (
-    synth as cli_synth,
-)
-from server.cli import (
-    top as cli_top,
-)
-from server.cli.bench import group as cli_bench
+from server.cli.bench.group import bench
+from server.cli.chat import chat, run
+from server.cli.demo import demo
+from server.cli.doctor import doctor
+from server.cli.info import info
+from server.cli.logits import logits
+from server.cli.plan import plan
+from server.cli.profile import profile
+from server.cli.quantize import quantize
+from server.cli.serve import serve
+from server.cli.synth import synth
+from server.cli.top import top
 
 app = typer.Typer(
     name="loci",
@@ -51,19 +29,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(cli_serve.serve)
-app.command()(cli_chat.chat)
-app.command()(cli_chat.run)
-app.command()(cli_demo.demo)
-app.command()(cli_info.info)
-app.command()(cli_logits.logits)
-app.command()(cli_plan.plan)
-app.command()(cli_quantize.quantize)
-app.command()(cli_profile.profile)
-app.command()(cli_synth.synth)
-app.command()(cli_top.top)
-app.command()(cli_doctor.doctor)
-app.add_typer(cli_bench.bench)
+app.command()(serve)
+app.command()(chat)
+app.command()(run)
+app.command()(demo)
+app.command()(info)
+app.command()(logits)
+app.command()(plan)
+app.command()(quantize)
+app.command()(profile)
+app.command()(synth)
+app.command()(top)
+app.command()(doctor)
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def plan(
     devices: Annotated[
         str | None,
         typer.Option(
-            help="These cards alone, with budgets: cuda:22GiB,... or virtual:24GiB@12.5GB/s,...",
+            help="These GPUs alone, with budgets: cuda:22GiB,... or virtual:24GiB@12.5GB/s,...",
             show_default=False,
         ),
     ] = None,

@@ -20,7 +20,7 @@ Labels = tuple[tuple[str, str], ...]
 QUANTILES = (0.5, 0.9, 0.99)
 WINDOW_S = 60.0  # percentiles and shares of a live view are those of so long a time
 REASONS = {"demand": "demand", "prefetch": "foreseen late"}
-MOST_PAGE_BYTES = 16 << 20
+MAX_PAGE_BYTES = 16 << 20
 
 
 class Sample:
@@ -124,7 +124,7 @@ def _look(client: httpx.Client, url: str) -> Sample:
         raise LociError(f"{url}: no server answers there ({error}); start one with `loci serve`") from None
     if response.status_code in (401, 403):
         raise LociError(f"{url}: the server wants an API key; give --api-key or set LOCI_API_KEY")
-    if response.is_error or len(response.content) > MOST_PAGE_BYTES:
+    if response.is_error or len(response.content) > MAX_PAGE_BYTES:
         raise LociError(f"{address}: answered {response.status_code}, not with metrics")
     try:
         sample = Sample(response.text, time.monotonic())

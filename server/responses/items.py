@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from server.serving.segments import Event, Kind, Segment, SegmentWriter
+from server.serving.segments import AnswerSegment, Event, Kind, SegmentWriter
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -31,7 +31,7 @@ class OutputItems(SegmentWriter):
         self._told: list[dict[str, Any]] = []  # log probabilities of the text being written
         self._id = ""
 
-    def begun(self, segment: Segment) -> Iterator[Event]:
+    def begun(self, segment: AnswerSegment) -> Iterator[Event]:
         self._id = f"{_PREFIXES[segment.kind]}_{uuid.uuid4().hex}"
         self._told = []
         item = self._item(segment, "in_progress")
@@ -41,14 +41,14 @@ class OutputItems(SegmentWriter):
                 "response.content_part.added", segment, content_index=0, part=self._part(segment)
             )
 
-    def grown(self, segment: Segment, text: str) -> Iterator[Event]:
+    def grown(self, segment: AnswerSegment, text: str) -> Iterator[Event]:
         fields: dict[str, Any] = {} if segment.kind == "call" else {"content_index": 0}
         if segment.kind == "text":  # clients expect the field in events of the message's text, and only there
             fields["logprobs"], self.logprobs = self.logprobs, []
             self._told += fields["logprobs"]
         yield self._event(f"{_STREAMS[segment.kind]}.delta", segment, delta=text, **fields)
 
-    def ended(self, segment: Segment, cut_off: bool) -> Iterator[Event]:
+    def ended(self, segment: AnswerSegment, cut_off: bool) -> Iterator[Event]:
         item = self._item(segment, "incomplete" if cut_off else "completed")
         self.done.append(item)
         done = f"{_STREAMS[segment.kind]}.done"
@@ -61,7 +61,7 @@ class OutputItems(SegmentWriter):
             yield self._event("response.content_part.done", segment, content_index=0, part=part)
         yield {"type": "response.output_item.done", "output_index": segment.index, "item": item}
 
-    def _item(self, segment: Segment, status: Status) -> dict[str, Any]:
+    def _item(self, segment: AnswerSegment, status: Status) -> dict[str, Any]:
         """The segment as clients see it."""
         common = {"id": self._id, "status": status}
         if segment.call is not None:
@@ -72,10 +72,10 @@ class OutputItems(SegmentWriter):
             return common | {"type": "reasoning", "summary": [], "content": content}
         return common | {"type": "message", "role": "assistant", "content": content}
 
-    def _event(self, event_type: str, segment: Segment, **fields: Any) -> Event:
+    def _event(self, event_type: str, segment: AnswerSegment, **fields: Any) -> Event:
         return {"type": event_type, "item_id": self._id, "output_index": segment.index, **fields}
 
-    def _part(self, segment: Segment) -> dict[str, Any]:
+    def _part(self, segment: AnswerSegment) -> dict[str, Any]:
         """The text so far as the content part that such an item has."""
         if segment.kind == "reasoning":
             return {"type": "reasoning_text", "text": segment.text}

@@ -19,7 +19,7 @@ from server.serving.handling import owner_of, read_body, render, respond, runnin
 
 router = APIRouter(prefix="/v1/responses")
 
-MOST_ITEMS = 100  # of one page
+MAX_ITEMS = 100  # of one page
 
 # What a field of the chat request is called here.
 _NAMES = {
@@ -78,8 +78,8 @@ async def list_input_items(request: Request, response_id: str) -> dict[str, Any]
     if asked.get("order", "desc") == "desc":
         items.reverse()
     limit = asked.get("limit", "20")
-    if not (limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= MOST_ITEMS):
-        text = f"limit must be a number from 1 to {MOST_ITEMS}"
+    if not (limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= MAX_ITEMS):
+        text = f"limit must be a number from 1 to {MAX_ITEMS}"
         raise ApiError(400, text, param="limit", code="invalid_value")
     if after := asked.get("after"):
         ids = [item["id"] for item in items]

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from functools import partial
 
-from engine.engine import Engine, Ticket
+from engine.engine import Engine, Submission
 from engine.output import FinishReason, Output
 from engine.sampling.params import SamplingParams
 from server.http.errors import ApiError, unavailable
@@ -52,7 +52,7 @@ class Generation:
         self._wakeups = wakeups
         self._inbox: deque[tuple[int, Output]] = deque()
         self._arrived = asyncio.Event()
-        self._running: dict[int, Ticket] = {}
+        self._running: dict[int, Submission] = {}
         self._submitted = 0
         self._ended_by: ApiError | None = None
         loop = asyncio.get_running_loop()

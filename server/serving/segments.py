@@ -19,7 +19,7 @@ Kind = Literal["reasoning", "text", "call"]
 
 
 @dataclass
-class Segment:
+class AnswerSegment:
     """One segment. `pieces` add up to its text, or to the arguments of its call."""
 
     kind: Kind
@@ -37,7 +37,7 @@ class SegmentWriter(ABC):
     """Turns the deltas of one answer into segments, and these into the events of a protocol."""
 
     def __init__(self) -> None:
-        self._open: Segment | None = None
+        self._open: AnswerSegment | None = None
         self._begun = 0
 
     def add(self, delta: MessageDelta) -> Iterator[Event]:
@@ -58,20 +58,20 @@ class SegmentWriter(ABC):
             yield from self.ended(segment, cut_off)
 
     @abstractmethod
-    def begun(self, segment: Segment) -> Iterator[Event]:
+    def begun(self, segment: AnswerSegment) -> Iterator[Event]:
         """Events that announce a segment."""
 
     @abstractmethod
-    def grown(self, segment: Segment, text: str) -> Iterator[Event]:
+    def grown(self, segment: AnswerSegment, text: str) -> Iterator[Event]:
         """Events that tell `text`, already part of the segment."""
 
     @abstractmethod
-    def ended(self, segment: Segment, cut_off: bool) -> Iterator[Event]:
+    def ended(self, segment: AnswerSegment, cut_off: bool) -> Iterator[Event]:
         """Events that end a segment."""
 
     def _begin(self, kind: Kind, call: ToolCallDelta | None = None) -> Iterator[Event]:
         yield from self.close()
-        self._open = Segment(kind, self._begun, call)
+        self._open = AnswerSegment(kind, self._begun, call)
         self._begun += 1
         yield from self.begun(self._open)
 
@@ -84,7 +84,7 @@ class SegmentWriter(ABC):
             yield from self.grown(self._open, text)
 
 
-def parsed_arguments(segment: Segment) -> dict[str, Any]:
+def parsed_arguments(segment: AnswerSegment) -> dict[str, Any]:
     """Arguments of a call as an object; empty where they are none, as when the answer was cut off."""
     try:
         arguments = json.loads(segment.text)

@@ -29,7 +29,7 @@ log = logging.getLogger("loci")
 # Where nothing is said: this many tokens, or fewer where the KV cache would take more than this share
 # of the memory that is free.
 DEFAULT_CONTEXT = 8192
-LEAST_CONTEXT = 512
+MIN_CONTEXT = 512
 KV_SHARE = 0.25
 # Share of the memory left by weights and KV cache that prefixes may take.
 PREFIX_SHARE = 0.1
@@ -68,13 +68,13 @@ def bring_up(settings: Settings) -> Served:
     )
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
     loaded = load(path, budget, settings.max_model_len)
-    if any(not card.is_virtual for card in budget.cards):
-        log.info("compiling the cards' kernels, where that was not done before")
+    if any(not gpu.is_virtual for gpu in budget.gpus):
+        log.info("compiling the GPUs' kernels, where that was not done before")
         warm_up(loaded.model, min(settings.prefill_chunk, workload.context))
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.
-        elsewhere = {card.name for card in budget.cards if not card.is_virtual}
+        elsewhere = {gpu.name for gpu in budget.gpus if not gpu.is_virtual}
         weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
         kv = loaded.model.cache_bytes(settings.max_num_seqs, context)
         left = min(free_bytes - weights - kv, available_memory_bytes())
@@ -97,7 +97,7 @@ def _modest_context(model: Model, sequences: int) -> int:
     """A context length to begin with: DEFAULT_CONTEXT, halved until the KV cache leaves room for others."""
     context = min(model.info.max_context, DEFAULT_CONTEXT)
     room = available_memory_bytes() * KV_SHARE
-    while context > LEAST_CONTEXT and model.cache_bytes(sequences, context) > room:
+    while context > MIN_CONTEXT and model.cache_bytes(sequences, context) > room:
         context //= 2
     return context
 

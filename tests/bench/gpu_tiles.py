@@ -1,4 +1,4 @@
-"""Which tiles are fastest on this card: every choice of `Blocks` for a few formats and numbers of tokens.
+"""Which tiles are fastest on this GPU: every choice of `Blocks` for a few formats and numbers of tokens.
 
     python -m tests.bench.gpu_tiles [--formats mxfp4,fp8] [--tokens 1,8,32,512] [--json FILE]
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from quant.bench.decode import HIDDEN, WIDTH
-from quant.bench.gpu import Card
+from quant.bench.gpu import Gpu
 from quant.errors import ConfigError
 from quant.formats.fp8 import FP8_32
 from quant.formats.int4 import INT4_32
@@ -34,7 +34,7 @@ FORMATS: dict[str, Format] = {"mxfp4": MXFP4, "fp8": FP8_32, "nf4": NF4, "int4":
 TIMES = 12  # as many rows as six experts' gate and up
 READ_TOKENS = 32  # up to here the weight's bytes bound a product
 PLAYED = 5
-LARGEST_ERROR = 2e-6
+MAX_ERROR = 2e-6
 SHOWN = 3
 
 
@@ -50,9 +50,9 @@ def candidates(tokens: int) -> Iterator[Blocks]:
             yield Blocks(128, rows, cols, warps)
 
 
-def random_weight(card: Card, format_: Format, rows: int) -> PackedTensor:
-    """A packed weight on the card; twelve times the same one where there are more rows than an expert's."""
-    one = card.kernels.prepare(format_.encode(torch.randn(WIDTH, HIDDEN) / HIDDEN**0.5))
+def random_weight(gpu: Gpu, format_: Format, rows: int) -> PackedTensor:
+    """A packed weight on the GPU; twelve times the same one where there are more rows than an expert's."""
+    one = gpu.kernels.prepare(format_.encode(torch.randn(WIDTH, HIDDEN) / HIDDEN**0.5))
     assert isinstance(one, PackedTensor)
     assert one.scales is not None
     times = rows // WIDTH
@@ -60,23 +60,23 @@ def random_weight(card: Card, format_: Format, rows: int) -> PackedTensor:
     return PackedTensor(format_, (rows, HIDDEN), one.codes.repeat(times, 1), scales)
 
 
-def measure(card: Card, weight: PackedTensor, x: torch.Tensor, blocks: Blocks) -> float:
+def measure(gpu: Gpu, weight: PackedTensor, x: torch.Tensor, blocks: Blocks) -> float:
     """GB/s or TFLOP/s of one choice. Raises what compiling raises, and ValueError for a wrong result."""
     original = Blocks.of
     triton_linear.Blocks.of = classmethod(lambda cls, tokens, dtype: blocks)  # type: ignore[method-assign]
     try:
         exact = x.double() @ weight.decode().double().T
-        error = (card.kernels.linear(x, weight).double() - exact).norm() / exact.norm()
-        if not error < LARGEST_ERROR:
+        error = (gpu.kernels.linear(x, weight).double() - exact).norm() / exact.norm()
+        if not error < MAX_ERROR:
             raise ValueError(f"off by {error:.1e}")
         tokens = x.shape[0]
         if tokens <= READ_TOKENS:
-            matrices = [replace(weight, codes=codes) for codes in card.copies(weight.codes)]
-            case = card.products("tile", matrices, weight.nbytes, lambda m: card.kernels.linear(x, m))
+            matrices = [replace(weight, codes=codes) for codes in gpu.copies(weight.codes)]
+            case = gpu.products("tile", matrices, weight.nbytes, lambda m: gpu.kernels.linear(x, m))
         else:
             work = 2.0 * tokens * weight.shape[0] * weight.shape[1]
-            case = card.recorded("tile", work, lambda: card.kernels.linear(x, weight))
-        times = [card.seconds(lambda: case.run(0)) for _ in range(PLAYED + 1)]
+            case = gpu.recorded("tile", work, lambda: gpu.kernels.linear(x, weight))
+        times = [gpu.seconds(lambda: case.run(0)) for _ in range(PLAYED + 1)]
         return case.work / statistics.median(times[1:]) / (1e9 if tokens <= READ_TOKENS else 1e12)
     finally:
         triton_linear.Blocks.of = original  # type: ignore[method-assign]
@@ -91,23 +91,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     try:
-        card = Card.numbered(0)
+        gpu = Gpu.numbered(0)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    print(card.kernels.describe())
+    print(gpu.kernels.describe())
     report = []
     with torch.inference_mode():
         weights_of = {
-            name: [random_weight(card, FORMATS[name], rows) for rows in (WIDTH, TIMES * WIDTH)]
+            name: [random_weight(gpu, FORMATS[name], rows) for rows in (WIDTH, TIMES * WIDTH)]
             for name in options.formats.split(",")
         }
         for (name, weights), count in product(weights_of.items(), map(int, options.tokens.split(","))):
-            x = card.randn(count, HIDDEN)
+            x = gpu.randn(count, HIDDEN)
             chosen, found = Blocks.of(count, x.dtype), []
             for blocks in dict.fromkeys([chosen, *candidates(count)]):
                 try:
-                    found.append((blocks, [measure(card, weight, x, blocks) for weight in weights]))
-                except Exception as error:  # too large for the card, or wrong: said, and the next one
+                    found.append((blocks, [measure(gpu, weight, x, blocks) for weight in weights]))
+                except Exception as error:  # too large for the GPU, or wrong: said, and the next one
                     print(f"{name} {count} {blocks}: {error}")
             ranked = sorted(found[1:], key=lambda entry: -sum(entry[1]))
             for blocks, rates in [*found[:1], *ranked[:SHOWN]]:

@@ -58,8 +58,8 @@ def theirs(x: torch.Tensor, factors: torch.Tensor) -> tuple[Callable[[torch.Tens
     pool.subpool_count, pool.subpool_numa_map = 1, [0]
     pool.subpool_thread_count = [torch.get_num_threads()]
     infer = kt.CPUInfer(pool)
-    on_card = torch.zeros(EXPERTS, dtype=torch.bool)
-    config = kt.moe.MOEConfig(EXPERTS, TOP_K, HIDDEN, WIDTH, on_card.data_ptr())
+    on_gpu = torch.zeros(EXPERTS, dtype=torch.bool)
+    config = kt.moe.MOEConfig(EXPERTS, TOP_K, HIDDEN, WIDTH, on_gpu.data_ptr())
     config.layer_idx, config.pool, config.max_len = 0, infer.backend_, 16
     config.swiglu_limit = LIMIT
     config.quant_config.bits, config.quant_config.group_size = 4, MXFP4.tile_cols
@@ -75,7 +75,7 @@ def theirs(x: torch.Tensor, factors: torch.Tensor) -> tuple[Callable[[torch.Tens
     infer.sync()
     count, half = torch.tensor([1], dtype=torch.int32), x.bfloat16()
     out = torch.empty(1, HIDDEN, dtype=torch.bfloat16)
-    operands = (factors, half, out, on_card)  # that live as long as the call
+    operands = (factors, half, out, on_gpu)  # that live as long as the call
 
     def call(ids: torch.Tensor) -> torch.Tensor:
         addresses = [tensor.data_ptr() for tensor in operands[:3]]

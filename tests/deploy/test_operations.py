@@ -85,7 +85,7 @@ def test_panels_have_places_and_names_of_their_own() -> None:
 
 @pytest.fixture(scope="module")
 def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
-    """A model on two virtual cards, in DRAM and on disk, in budgets so small that everything moves."""
+    """A model on two virtual GPUs, in DRAM and on disk, in budgets so small that everything moves."""
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
     arguments = [TINY, "--dram-budget", "1.6MB", "--devices", devices, "--api-key", KEY]
     server = LociServer(tmp_path_factory.mktemp("busy"), arguments)

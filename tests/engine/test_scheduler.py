@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.sampling.params import SamplingParams
-from engine.scheduler import LEAST_PREFILL, Scheduler
+from engine.scheduler import MIN_PREFILL, Scheduler
 from engine.sequence import Sequence
 
 UNUSED: Any = None
@@ -136,7 +136,7 @@ def test_a_prompt_goes_on_however_slow_the_machine_is() -> None:
     running(scheduler, 1000)
     step(scheduler, 1.0, 0.01)
 
-    assert step(scheduler, 1.0, 0.01)[1000] == LEAST_PREFILL
+    assert step(scheduler, 1.0, 0.01)[1000] == MIN_PREFILL
 
 
 def test_without_answers_a_prompt_gets_the_whole_step() -> None:

@@ -40,20 +40,19 @@ def loaded(budget: MemoryBudget) -> Iterator[DeepseekV41]:
         model.close()
 
 
-def budget(dram_experts: float, *card_experts: float, bytes_per_s: float | None = 50e6) -> MemoryBudget:
-    """Room for so many experts in DRAM, beside dense weights, and for as many bytes on virtual cards."""
-    cards = tuple(
-        Tier(f"vram:{i}", int(n * SLOT), CPU, link_bytes_per_s=bytes_per_s)
-        for i, n in enumerate(card_experts)
+def budget(dram_experts: float, *gpu_experts: float, bytes_per_s: float | None = 50e6) -> MemoryBudget:
+    """Room for so many experts in DRAM, beside dense weights, and for as many bytes on virtual GPUs."""
+    gpus = tuple(
+        Tier(f"vram:{i}", int(n * SLOT), CPU, link_bytes_per_s=bytes_per_s) for i, n in enumerate(gpu_experts)
     )
-    with loaded(MemoryBudget(1 << 30, cards)) as model:
+    with loaded(MemoryBudget(1 << 30, gpus)) as model:
         dense = model.weights.places.nbytes["dram"]
         tables = model.weights.engram.nbytes
         if dram_experts < 2 * model.config.num_experts_per_tok:  # then the embedding stays on disk
             dense -= model.weights.embed.nbytes
     if dram_experts >= EXPERTS:  # then everything fits: with room for the tables too
-        return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), cards)
-    return MemoryBudget(dense + int(dram_experts * SLOT / 0.95) + 1, cards)
+        return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), gpus)
+    return MemoryBudget(dense + int(dram_experts * SLOT / 0.95) + 1, gpus)
 
 
 def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
@@ -79,7 +78,7 @@ def everything_in_dram(golden: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dram", "cards"),
+    ("dram", "GPUs"),
     [
         (2, ()),
         (3, ()),
@@ -94,17 +93,17 @@ def everything_in_dram(golden: dict[str, torch.Tensor]) -> torch.Tensor:
     ],
 )
 def test_logits_are_bit_identical_for_any_budgets(
-    dram: int, cards: tuple[int, ...], golden: dict[str, torch.Tensor], everything_in_dram: torch.Tensor
+    dram: int, gpus: tuple[int, ...], golden: dict[str, torch.Tensor], everything_in_dram: torch.Tensor
 ) -> None:
-    limits = budget(dram, *cards)
+    limits = budget(dram, *gpus)
     with loaded(limits) as model:
         logits = answer(model, golden["input_ids"].tolist())
         bytes_by_tier = model.tier_bytes
         kv_room = model.weights.places.kv_room
     assert torch.equal(logits, everything_in_dram)
     assert bytes_by_tier["dram"] <= limits.dram_bytes
-    for card in limits.cards:
-        assert bytes_by_tier[card.name] + kv_room.get(card.name, 0) <= card.budget_bytes
+    for gpu in limits.gpus:
+        assert bytes_by_tier[gpu.name] + kv_room.get(gpu.name, 0) <= gpu.budget_bytes
 
 
 def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Engram rows on a real card: sent on a stream of their own, beside kernels that compute."""
+"""Engram rows on a real GPU: sent on a stream of their own, beside kernels that compute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quant.packed import PackedTensor
 
 pytestmark = pytest.mark.gpu
 ROWS, DIM = 4000, 128
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 
 
 def test_rows_arrive_while_kernels_run_and_their_memory_is_not_overwritten_too_early(tmp_path: Path) -> None:
@@ -36,9 +36,9 @@ def test_rows_arrive_while_kernels_run_and_their_memory_is_not_overwritten_too_e
     files = {7: TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"], FP8_ROW, DIM)}
     table = PackedTensor(FP8_ROW, (ROWS, DIM), codes.view(torch.uint8), scales).decode()
     telemetry = Telemetry()
-    cards = {7: Tier("vram:0", 1 << 30, CARD)}
-    store = EngramStore(files, checkpoint, ReferenceKernels(), 20_000, telemetry, cards=cards)
-    busy = torch.randn(2048, 2048, device=CARD)
+    gpus = {7: Tier("vram:0", 1 << 30, GPU)}
+    store = EngramStore(files, checkpoint, ReferenceKernels(), 20_000, telemetry, gpus=gpus)
+    busy = torch.randn(2048, 2048, device=GPU)
     generator = torch.Generator().manual_seed(2)
     asked, sums = [], []
     for _ in range(40):
@@ -47,7 +47,7 @@ def test_rows_arrive_while_kernels_run_and_their_memory_is_not_overwritten_too_e
         for _ in range(4):
             busy = torch.nn.functional.normalize(busy @ busy)
         values = ticket.wait()
-        assert values.device == CARD
+        assert values.device == GPU
         sums.append(values.sum(0) + 0 * busy[0, :DIM])  # behind the products; then the memory is given up
         asked.append(rows)
         del values, ticket

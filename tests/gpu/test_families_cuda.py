@@ -1,4 +1,4 @@
-"""The whole model on real cards: golden logits, budgets, and what virtual cards say of the same budgets."""
+"""The whole model on real GPUs: golden logits, budgets, and what virtual GPUs say of the same budgets."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.loader import load
 from memory.experts.copies import Carrier
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import CARD_BASE_BYTES, Workload
+from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier, page_lock
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu.panels import ExpertSlotLayout
-from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.cuda.slots import GpuSlotLayout
 from tests.conftest import golden_path
 from tests.quant.kernels.kernel_cases import expert
 
 pytestmark = pytest.mark.gpu
-CARDS = torch.cuda.device_count()
+GPUS = torch.cuda.device_count()
 TOKENS = 130
-# The card adds up in another order than the host, in three TF32 passes where tensor cores work.
+# The GPU adds up in another order than the host, in three TF32 passes where tensor cores work.
 TOLERANCE = 1e-3
 
 
-def model_on(cards: int, dram_bytes: int, card_bytes: int, *, virtual: bool = False) -> DeepseekV41:
-    """v41-a with so much room on each card, beside what a card itself takes."""
+def model_on(gpus: int, dram_bytes: int, gpu_bytes: int, *, virtual: bool = False) -> DeepseekV41:
+    """v41-a with so much room on each GPU, beside what a GPU itself takes."""
     tiers = tuple(
         Tier(
             f"vram:{i}",
-            card_bytes + (0 if virtual else CARD_BASE_BYTES),
+            gpu_bytes + (0 if virtual else GPU_BASE_BYTES),
             torch.device("cpu") if virtual else torch.device("cuda", i),
         )
-        for i in range(cards)
+        for i in range(gpus)
     )
     workload = Workload(context=200, sequences=1, prefill_chunk=64)
     model = load(golden_path("v41-a"), MemoryBudget(dram_bytes, tiers, workload)).model
@@ -59,9 +59,9 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
 
 
 BUDGETS = pytest.mark.parametrize(
-    ("dram", "card"),
+    ("dram", "GPU"),
     [
-        pytest.param(1 << 30, 8 << 20, id="everything on the cards"),
+        pytest.param(1 << 30, 8 << 20, id="everything on the GPUs"),
         pytest.param(1 << 30, 3 << 20, id="experts everywhere"),
         pytest.param(1_300_000, 2_700_000, id="and on disk"),
     ],
@@ -69,39 +69,39 @@ BUDGETS = pytest.mark.parametrize(
 
 
 @BUDGETS
-@pytest.mark.parametrize("cards", [1, 2])
-def test_golden_logits_on_cards(cards: int, dram: int, card: int) -> None:
-    if cards > CARDS:
+@pytest.mark.parametrize("GPUs", [1, 2])
+def test_golden_logits_on_gpus(gpus: int, dram: int, gpu: int) -> None:
+    if gpus > GPUS:
         pytest.skip("needs two CUDA devices")
     golden = load_file(golden_path("v41-a") / "expected.safetensors")
-    model = model_on(cards, dram, card)
+    model = model_on(gpus, dram, gpu)
     logits = answer(model, golden["input_ids"].tolist())
     again = answer(model, golden["input_ids"].tolist())
     seen = model.telemetry.snapshot()
     model.close()
     assert (logits - golden["logits"][:TOKENS]).abs().max() < TOLERANCE
     assert (logits - again).abs().max() < TOLERANCE
-    assert all(seen.computed[f"vram:{i}"] > 0 for i in range(cards))
+    assert all(seen.computed[f"vram:{i}"] > 0 for i in range(gpus))
 
 
 @BUDGETS
-def test_a_card_allocates_no_more_than_its_budget(dram: int, card: int) -> None:
+def test_a_gpu_allocates_no_more_than_its_budget(dram: int, gpu: int) -> None:
     before = torch.cuda.memory_allocated(0)
     torch.cuda.reset_peak_memory_stats(0)
-    model = model_on(1, dram, card)
+    model = model_on(1, dram, gpu)
     ids = load_file(golden_path("v41-a") / "expected.safetensors")["input_ids"].tolist()
     answer(model, ids)
     grown = torch.cuda.max_memory_allocated(0) - before
     allocated = model.tier_bytes["vram:0"] + model.weights.places.kv_room.get("vram:0", 0)
     model.close()
-    assert allocated <= card + CARD_BASE_BYTES
-    assert grown <= card + CARD_BASE_BYTES
+    assert allocated <= gpu + GPU_BASE_BYTES
+    assert grown <= gpu + GPU_BASE_BYTES
 
 
 @BUDGETS
-def test_real_and_virtual_cards_place_and_answer_alike(dram: int, card: int) -> None:
+def test_real_and_virtual_gpus_place_and_answer_alike(dram: int, gpu: int) -> None:
     ids = load_file(golden_path("v41-a") / "expected.safetensors")["input_ids"].tolist()
-    real, virtual = model_on(1, dram, card), model_on(1, dram, card, virtual=True)
+    real, virtual = model_on(1, dram, gpu), model_on(1, dram, gpu, virtual=True)
     logits = [answer(model, ids) for model in (real, virtual)]
     hits = [sum(model.telemetry.snapshot().hits.values()) for model in (real, virtual)]
     for model in (real, virtual):
@@ -110,14 +110,14 @@ def test_real_and_virtual_cards_place_and_answer_alike(dram: int, card: int) -> 
     assert hits[0] == hits[1]
 
 
-def test_an_expert_goes_to_a_card_and_back_unchanged_while_kernels_read_the_slot() -> None:
+def test_an_expert_goes_to_a_gpu_and_back_unchanged_while_kernels_read_the_slot() -> None:
     device = torch.device("cuda", 0)
-    panels, on_card = ExpertSlotLayout(512, 256, MXFP4), CardSlotLayout(512, 256, MXFP4)
+    panels, on_gpu = ExpertSlotLayout(512, 256, MXFP4), GpuSlotLayout(512, 256, MXFP4)
     sources = torch.zeros(2, panels.nbytes, dtype=torch.uint8).pin_memory()
     for n, source in enumerate(sources):
         panels.pack_into(source, *expert(MXFP4, 512, 256, n).matrices)
-    carrier = Carrier(Tier("vram:0", 1 << 30, device), panels, on_card)
-    slot = torch.zeros(on_card.nbytes, dtype=torch.uint8, device=device)
+    carrier = Carrier(Tier("vram:0", 1 << 30, device), panels, on_gpu)
+    slot = torch.zeros(on_gpu.nbytes, dtype=torch.uint8, device=device)
     back = torch.zeros_like(sources[0])
     for turn in range(20):
         source = sources[turn % 2]

@@ -1,4 +1,4 @@
-"""Triton kernels and bitsandbytes on a real card, against plain torch on the CPU."""
+"""Triton kernels and bitsandbytes on a real GPU, against plain torch on the CPU."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.quant.kernels.kernel_cases import (
 )
 
 pytestmark = pytest.mark.gpu
-CARD = torch.device("cuda", 0)
-TRITON = TritonKernels(CARD)
+GPU = torch.device("cuda", 0)
+TRITON = TritonKernels(GPU)
 formats = pytest.mark.parametrize("format_", FORMATS, ids=lambda f: f.name)
 four_bit = pytest.mark.parametrize("format_", FOUR_BIT, ids=lambda f: f.name)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
-def on_card(packed: PackedTensor) -> PackedTensor:
+def on_gpu(packed: PackedTensor) -> PackedTensor:
     moved = TRITON.prepare(packed)
     assert isinstance(moved, PackedTensor)
     return moved
@@ -47,7 +47,7 @@ def on_card(packed: PackedTensor) -> PackedTensor:
 def test_linear_equals_the_reference(format_: Format, dtype: torch.dtype, tokens: int) -> None:
     w = weight(format_, 1000, 1280)
     x = torch.randn(tokens, 1280).to(dtype)
-    found = TRITON.linear(x.to(CARD), on_card(w))
+    found = TRITON.linear(x.to(GPU), on_gpu(w))
     assert found.dtype == dtype
     assert difference(found.cpu(), REFERENCE.linear(x.float(), w)) < TOLERANCE[dtype]
 
@@ -56,13 +56,13 @@ def test_linear_equals_the_reference(format_: Format, dtype: torch.dtype, tokens
 def test_bfloat16_weights_are_multiplied_with_float32(tokens: int) -> None:
     plain = torch.randn(1000, 1280).bfloat16()
     x = torch.randn(tokens, 1280)
-    found = TRITON.linear(x.to(CARD), plain.to(CARD)).cpu()
+    found = TRITON.linear(x.to(GPU), plain.to(GPU)).cpu()
     assert difference(found, REFERENCE.linear(x, plain)) < TOLERANCE[torch.float32]
 
 
 def test_mixing_matrices_equal_the_reference() -> None:
     logits = torch.randn(300, 4, 4) * 3
-    found = TRITON.sinkhorn(logits.to(CARD), 20, 1e-6).cpu()
+    found = TRITON.sinkhorn(logits.to(GPU), 20, 1e-6).cpu()
     assert (found - REFERENCE.sinkhorn(logits, 20, 1e-6)).abs().max() < 2e-6
 
 
@@ -71,12 +71,12 @@ def test_mixing_matrices_equal_the_reference() -> None:
 @pytest.mark.parametrize("tokens", [1, 9, 300])
 def test_experts_equal_the_reference(format_: Format, dtype: torch.dtype, tokens: int) -> None:
     experts = {e: expert(format_, 512, 384, e) for e in range(8)}
-    moved = {e: ExpertWeights(on_card(w.w1), on_card(w.w3), on_card(w.w2)) for e, w in experts.items()}
+    moved = {e: ExpertWeights(on_gpu(w.w1), on_gpu(w.w3), on_gpu(w.w2)) for e, w in experts.items()}
     torch.manual_seed(tokens)
     x = torch.randn(tokens, 512).to(dtype)
     ids = torch.stack([torch.randperm(8)[:6] for _ in range(tokens)])
     weights = torch.rand(tokens, 6)
-    found = TRITON.moe(x.to(CARD), ids.to(CARD), weights.to(CARD), moved, 1.0)
+    found = TRITON.moe(x.to(GPU), ids.to(GPU), weights.to(GPU), moved, 1.0)
     expected = REFERENCE.moe(x.float(), ids, weights, experts, 1.0)
     # Between the two matrices bfloat16 rounds once more.
     assert difference(found.cpu(), expected) < 2 * TOLERANCE[dtype]
@@ -84,8 +84,8 @@ def test_experts_equal_the_reference(format_: Format, dtype: torch.dtype, tokens
 
 def test_a_token_gets_the_same_answer_twice() -> None:
     moved = {e: expert(MXFP4, 256, 128, e, "cuda") for e in range(4)}
-    x, ids, weights = torch.randn(64, 256, device=CARD), torch.randint(0, 4, (64, 3)), torch.rand(64, 3)
-    first, second = (TRITON.moe(x, ids, weights.to(CARD), moved, 10.0) for _ in range(2))
+    x, ids, weights = torch.randn(64, 256, device=GPU), torch.randint(0, 4, (64, 3)), torch.rand(64, 3)
+    first, second = (TRITON.moe(x, ids, weights.to(GPU), moved, 10.0) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -98,10 +98,10 @@ def test_rows_are_gathered_from_pinned_host_memory(format_: Format) -> None:
     assert torch.equal(TRITON.gather_rows(pinned, rows).cpu(), REFERENCE.gather_rows(table, rows))
 
 
-def test_bitsandbytes_on_the_card_packs_as_we_do() -> None:
+def test_bitsandbytes_on_the_gpu_packs_as_we_do() -> None:
     torch.manual_seed(0)
     values = torch.randn(256, 512)
-    codes, state = bnb.quantize_nf4(values.to(CARD), blocksize=64)
+    codes, state = bnb.quantize_nf4(values.to(GPU), blocksize=64)
     packed = NF4.encode(values)
     assert torch.equal(packed.scales, state.absmax.cpu().view(256, 8))
     # A value halfway between two levels may go either way.
@@ -111,12 +111,12 @@ def test_bitsandbytes_on_the_card_packs_as_we_do() -> None:
 
 
 def test_bitsandbytes_multiplies_as_we_do() -> None:
-    w = on_card(weight(NF4, 768, 1024))
+    w = on_gpu(weight(NF4, 768, 1024))
     assert w.scales is not None
     state = bnb.QuantState(
-        absmax=w.scales.flatten(), shape=torch.Size(w.shape), code=NF4.levels.to(CARD),
+        absmax=w.scales.flatten(), shape=torch.Size(w.shape), code=NF4.levels.to(GPU),
         blocksize=64, quant_type="nf4", dtype=torch.bfloat16,
     )  # fmt: skip
-    x = torch.randn(1, 1024, device=CARD).bfloat16()
+    x = torch.randn(1, 1024, device=GPU).bfloat16()
     theirs = x @ bnb.dequantize_4bit(w.codes.view(-1, 1), state).T
     assert difference(TRITON.linear(x, w), theirs) < 2 * TOLERANCE[torch.bfloat16]

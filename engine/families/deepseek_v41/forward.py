@@ -116,14 +116,14 @@ class DeepseekV41(Model):
         }
 
     def expert_tiers(self) -> list[list[str]]:
-        return self.weights.experts.whereabouts()
+        return self.weights.experts.expert_locations()
 
     @property
     def telemetry(self) -> Telemetry:
         return self.weights.experts.telemetry
 
     def new_cache(self, slots: int, capacity: int) -> SparseCache:
-        """Raises BudgetError where a card's part is more than was kept free there when loading."""
+        """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
         needed: dict[str, int] = defaultdict(int)
         for layer, tier in enumerate(self.weights.places.tiers):
             needed[tier] += self.cache_shape.layer_bytes(layer, slots, capacity)
@@ -136,12 +136,12 @@ class DeepseekV41(Model):
         return SparseCache(self.cache_shape, slots, capacity)
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
-        on_cards = sum(
+        on_gpus = sum(
             self.cache_shape.layer_bytes(layer, slots, capacity)
             for layer, weights in enumerate(self.weights.layers)
             if weights.device != HOST
         )
-        return self.cache_shape.nbytes(slots, capacity) - on_cards
+        return self.cache_shape.nbytes(slots, capacity) - on_gpus
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
         if self.engram is None or not drawn:
@@ -157,7 +157,7 @@ class DeepseekV41(Model):
         embedded = weights.embed[batch.token_ids].float()  # [tokens, hidden]
         streams = embedded.unsqueeze(1).repeat(1, config.hc_mult, 1)  # [tokens, hc, hidden]
         pre = first_mix(len(batch.token_ids), config.hc_mult)
-        self._foresee(0, streams, pre)  # first: the disk has nothing to do until then
+        self._prefetch_experts(0, streams, pre)  # first: the disk has nothing to do until then
         step = self._begin(batch, cache, trace or NO_TRACE)
         for number, layer in enumerate(weights.layers):
             streams, pre = streams.to(layer.device), pre.to(layer.device)
@@ -165,8 +165,8 @@ class DeepseekV41(Model):
                 streams = self._read_engram(number, streams, step)
 
             mix = layer.hc_attn.mix(self.kernels, streams)
-            if number > 0 and layer.device == HOST:  # on a card, attention leaves no time to use it
-                self._foresee(number, streams, mix.pre)
+            if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
+                self._prefetch_experts(number, streams, mix.pre)
             x = self.kernels.rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
             y = self._attention(number, layer.attn, x, step)
             step.trace.add(f"attn_out.{number}", y)
@@ -356,10 +356,10 @@ class DeepseekV41(Model):
             if number + 1 < config.num_hidden_layers and self.weights.experts.wants_guesses(number + 1):
                 ahead = self._with_engram_ahead(number + 1, write_streams(streams, y, mix), step)
                 # The next layer's experts will read with its attention's mix, which is more like this one's.
-                self._foresee(number + 1, ahead, pre.to(ahead.device))
+                self._prefetch_experts(number + 1, ahead, pre.to(ahead.device))
             return experts.run(x, weights, config.swiglu_limit) + y
 
-    def _foresee(self, number: int, streams: torch.Tensor, pre: torch.Tensor) -> None:
+    def _prefetch_experts(self, number: int, streams: torch.Tensor, pre: torch.Tensor) -> None:
         """Begin to bring what layer `number` will probably choose nearer, from the streams as far as known.
 
         Routed experts of the layer before, and the layer's own attention, change them little: its router,

@@ -1,4 +1,4 @@
-"""On which card, or in DRAM, what every token reads lies: as the planner says, within the budgets."""
+"""On which GPU, or in DRAM, what every token reads lies: as the planner says, within the budgets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DensePlaces:
     tiers          the tier of each layer
     holds_embedding  False where the embedding stays on disk, for want of DRAM
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
-    kv_room        bytes of KV that are kept free, by card
+    kv_room        bytes of KV that are kept free, by GPU
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)
     experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
     """
@@ -45,8 +45,8 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
     """Places within `budget`. Raises BudgetError where what every token reads does not fit."""
     shape = checkpoint_shape(config, checkpoint, checkpoint.path.name)
     placement = plan(shape, budget.profile, budget.workload)
-    devices = {"dram": HOST, **{card.name: card.device for card in budget.cards}}
-    budgets = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
+    devices = {"dram": HOST, **{gpu.name: gpu.device for gpu in budget.gpus}}
+    budgets = {"dram": budget.dram_bytes, **{gpu.name: gpu.budget_bytes for gpu in budget.gpus}}
     nbytes: dict[str, int] = defaultdict(int)
     kv_room: dict[str, int] = defaultdict(int)
     for place in placement.places:
@@ -63,7 +63,7 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
             f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, raise "
             "--dram-budget, or take a smaller model"
         )
-    _check_cards(placement, budget)
+    _check_gpus(placement, budget)
     reserved: dict[str, int] = defaultdict(int)
     for reserve in placement.reserves:
         reserved[reserve.tier] += reserve.nbytes if reserve.tier.startswith("vram") else 0
@@ -84,12 +84,12 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
     )
 
 
-def _check_cards(placement: Placement, budget: MemoryBudget) -> None:
-    """A real card without room for its work space would fail while serving. Raises BudgetError."""
+def _check_gpus(placement: Placement, budget: MemoryBudget) -> None:
+    """A real GPU without room for its work space would fail while serving. Raises BudgetError."""
     planned = {reserve.tier for reserve in placement.reserves}
-    for card in budget.cards:
-        if not card.is_virtual and card.name not in planned:
+    for gpu in budget.gpus:
+        if not gpu.is_virtual and gpu.name not in planned:
             raise BudgetError(
-                f"{card.name}: {card.budget_bytes / 1e9:.1f} GB are too little for CUDA, activations and "
-                "experts on their way; give the card more, or leave it out"
+                f"{gpu.name}: {gpu.budget_bytes / 1e9:.1f} GB are too little for CUDA, activations and "
+                "experts on their way; give the GPU more, or leave it out"
             )

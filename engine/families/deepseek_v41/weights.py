@@ -182,7 +182,7 @@ def read_weights(
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
     Dense weights are copied to where the plan places them, as the kernels there like them. Routed experts get
-    what is left of each card; of DRAM they and the Engram tables do: where not everything fits, a small part
+    what is left of each GPU; of DRAM they and the Engram tables do: where not everything fits, a small part
     goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it needs
     gigabytes). Raises BudgetError where not even the dense weights fit.
     """
@@ -204,7 +204,7 @@ def read_weights(
     tables = {n: _table_files(config, host, n) for n in config.engram_layer_ids}
     hotness = trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
     dram = Tier("dram", left - hot_rows_bytes, HOST)
-    cards = [replace(card, budget_bytes=places.left[card.name]) for card in budget.cards]
+    gpus = [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus]
     by_head = _Reader(checkpoint, kernels, places.head)
     return V41Weights(
         embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
@@ -218,7 +218,7 @@ def read_weights(
             files,
             kernels,
             dram,
-            cards,
+            gpus,
             telemetry=telemetry,
             hotness=hotness,
             cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
@@ -229,9 +229,7 @@ def read_weights(
             kernels,
             hot_rows_bytes,
             telemetry,
-            cards={
-                layer: card for layer, tier in enumerate(places.tiers) for card in cards if card.name == tier
-            },
+            gpus={layer: gpu for layer, tier in enumerate(places.tiers) for gpu in gpus if gpu.name == tier},
         ),
         places=places,
     )

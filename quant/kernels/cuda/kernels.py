@@ -1,4 +1,4 @@
-"""The Triton back end: CUDA cards; and any machine in Triton's interpreter, for tests.
+"""The Triton back end: CUDA GPUs; and any machine in Triton's interpreter, for tests.
 
 What has no kernel here (GGUF formats) is decoded a block of rows at a time and multiplied by torch.
 """
@@ -15,7 +15,7 @@ from quant.kernels.cuda.linear import linear_launch
 from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
-from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import Experts, Weight
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.packed import Format, PackedTensor
@@ -50,9 +50,9 @@ class TritonKernels:
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> CardSlotLayout:
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
         """Slots in file layout, and the way there from the CPU's panels."""
-        return CardSlotLayout(hidden, width, format_)
+        return GpuSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):

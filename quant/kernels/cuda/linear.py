@@ -2,7 +2,7 @@
 
 A few tokens: every program multiplies four rows, a thousand columns at a time, with one x and adds up in
 registers; the time is that of reading the weight. More tokens: tiles go through the tensor cores. Programs
-that share rows of the weight are neighbours, so the card's memory is read once and its cache gives the rest.
+that share rows of the weight are neighbours, so the GPU's memory is read once and its cache gives the rest.
 Numbers are decoded to float32 and rounded to x's dtype for the tensor cores only: exact for MXFP4 and FP8,
 whose values bfloat16 holds.
 """

@@ -1,6 +1,6 @@
 """Triton: Sinkhorn's normalisation of many small matrices, all its turns in one launch.
 
-As operations of torch it is six in each turn, and a card has done them before its host has started them.
+As operations of torch it is six in each turn, and a GPU has done them before its host has started them.
 """
 
 from __future__ import annotations

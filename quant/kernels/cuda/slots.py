@@ -1,6 +1,6 @@
-"""Experts on a card: in file layout there, in panels in DRAM, rearranged on the card when they move.
+"""Experts on a GPU: in file layout there, in panels in DRAM, rearranged on the GPU when they move.
 
-The CPU's kernels want panels, the card's want rows as files have them. What is rearranged is done by the card
+The CPU's kernels want panels, the GPU's want rows as files have them. What is rearranged is done by the GPU
 after the bytes have come over its link: its memory is some forty times as fast as the link, so that costs
 little beside the transfer, where the CPU, which computes meanwhile, has no time to spare.
 """
@@ -67,14 +67,14 @@ class _Strips:
 
 
 @dataclass(frozen=True)
-class CardSlotLayout(FileSlotLayout):
-    """Slots on a card: file layout, and the way from and to slots of panels. Four-bit formats only."""
+class GpuSlotLayout(FileSlotLayout):
+    """Slots on a GPU: file layout, and the way from and to slots of panels. Four-bit formats only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.format, FourBit) or self.format.scale_fields:
             raise FormatError(
-                f"{self.format.name}: experts in this format cannot lie on a card yet; mxfp4, nf4 and int4 "
+                f"{self.format.name}: experts in this format cannot lie on a GPU yet; mxfp4, nf4 and int4 "
                 "can (`loci quantize` converts)"
             )
 

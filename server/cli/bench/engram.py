@@ -37,7 +37,7 @@ def engram(
     ] = None,
     devices: Annotated[
         str | None,
-        typer.Option(help="Cards that layers are computed on, like cuda:24GiB. Default: none."),
+        typer.Option(help="GPUs that layers are computed on, like cuda:24GiB. Default: none."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)

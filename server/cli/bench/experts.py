@@ -33,7 +33,7 @@ def experts(
 ) -> None:
     """Replay a routing trace through each eviction policy, and compare with the best possible (Belady).
 
-    Then what cards and DRAM exchange, with the margin that an exchange must pay and without.
+    Then what GPUs and DRAM exchange, with the margin that an exchange must pay and without.
 
     Example: loci bench experts --trace routing.safetensors --experts 384
     """
@@ -66,7 +66,7 @@ def experts(
         right=(1, 2, 3, 4),
     )
     margins = compare_margins(recorded, count, fractions)
-    print("\nA full card beside DRAM, predictive; an exchange moves one expert in and one back")
+    print("\nA full GPU beside DRAM, predictive; an exchange moves one expert in and one back")
     print_table(
         ["routing", "slots", "margin", "hits", "exchanges a use"],
         [
@@ -96,7 +96,7 @@ def experts(
         results.append(Result("expert_hits_vs_belady", planned, "ratio", TARGET, planned >= TARGET))
         for m in margins:
             name = f"{m.routing}_{m.slots_share:g}_margin_{m.margin:g}"
-            results.append(Result(f"card_hits_{name}", m.hit_rate, "ratio"))
-            results.append(Result(f"card_exchanges_{name}", m.exchange_rate, "per use"))
+            results.append(Result(f"gpu_hits_{name}", m.hit_rate, "ratio"))
+            results.append(Result(f"gpu_exchanges_{name}", m.exchange_rate, "per use"))
         write_results(json_file, detect(), results)
         print(f"written to {json_file}")

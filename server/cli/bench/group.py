@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import typer
 
-from server.cli.bench import (
-    engram as cli_bench_engram,
-)
-from server.cli.bench import (
-    experts as cli_bench_experts,
-)
-from server.cli.bench import (
-    hardware as cli_bench_hardware,
-)
-from server.cli.bench import (
-    kernels as cli_bench_kernels,
-)
-from server.cli.bench import (
-    serve as cli_bench_serve,
-)
-from server.cli.bench import (
-    slice as cli_bench_slice,
-)
+from server.cli.bench.engram import engram
+from server.cli.bench.experts import experts
+from server.cli.bench.hardware import hardware
+from server.cli.bench.kernels import kernels
+from server.cli.bench.serve import serve
+from server.cli.bench.slice import slice_
 
 bench = typer.Typer(name="bench", help="Measure this machine and Loci on it.", no_args_is_help=True)
-bench.command()(cli_bench_hardware.hardware)
-bench.command()(cli_bench_experts.experts)
-bench.command()(cli_bench_engram.engram)
-bench.command()(cli_bench_kernels.kernels)
-bench.command()(cli_bench_serve.serve)
-bench.command("slice")(cli_bench_slice.slice_)
+bench.command()(hardware)
+bench.command()(experts)
+bench.command()(engram)
+bench.command()(kernels)
+bench.command()(serve)
+bench.command("slice")(slice_)

@@ -14,10 +14,10 @@ def kernels(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
     ] = None,
-    card: Annotated[
+    gpu: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Measure the kernels of this CUDA card, not the processor's.", show_default=False
+            min=0, help="Measure the kernels of this CUDA GPU, not the processor's.", show_default=False
         ),
     ] = None,
     is_quick: Annotated[
@@ -27,22 +27,22 @@ def kernels(
     """Compare products with packed weights to plain reads, to torch's own and to llama.cpp's.
 
     Takes a few minutes and 3 GB of memory at most. llama.cpp takes part where the extra `bench` is installed.
-    On a card: half a minute and 3 GB of its memory; bitsandbytes takes part.
+    On a GPU: half a minute and 3 GB of its memory; bitsandbytes takes part.
 
     Example: loci bench kernels --json kernels.json
     """
     from memory.hardware.detect import detect
     from memory.hardware.measure import working_bytes
     from memory.hardware.this_machine import Result, write_results
-    from quant.bench.gpu import measure_card
-    from quant.bench.kernels import LEAST_BYTES, Effort, measure_kernels
+    from quant.bench.gpu import measure_gpu
+    from quant.bench.kernels import MIN_BYTES, Effort, measure_kernels
     from quant.kernels.choice import choose
 
-    effort = Effort(LEAST_BYTES, 2, 1) if is_quick else Effort(working_bytes(), 40, 8)
-    if card is None:
+    effort = Effort(MIN_BYTES, 2, 1) if is_quick else Effort(working_bytes(), 40, 8)
+    if gpu is None:
         print(choose().describe())
     results = []
-    for topic, figures in measure_kernels(effort) if card is None else measure_card(card, effort.turns):
+    for topic, figures in measure_kernels(effort) if gpu is None else measure_gpu(gpu, effort.turns):
         print()
         print_table(
             [topic, "measured", "", "target", "met"],

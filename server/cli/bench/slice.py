@@ -37,7 +37,7 @@ def slice_(
         ),
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="Cards, like cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
+        str | None, typer.Option(help="GPUs, like cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to decode.")] = 64,
     json_file: Annotated[
@@ -46,8 +46,8 @@ def slice_(
 ) -> None:
     """Decode within budgets and report time by layer, bytes by tier, hits, stalls, memory and the bound.
 
-    The disk is measured in pauses between tokens, and with DRAM and real cards afterwards, which takes half a
-    minute and 1 GB of disk. On real cards the time by layer is that of further tokens, which take longer.
+    The disk is measured in pauses between tokens, and with DRAM and real GPUs afterwards, which takes half a
+    minute and 1 GB of disk. On real GPUs the time by layer is that of further tokens, which take longer.
 
     Example: loci bench slice ./slice --dram-budget 4GiB --devices virtual:1GiB@12.5GB/s
     """
@@ -69,8 +69,8 @@ def slice_(
     from memory.planner.placement import PROCESS_BYTES
 
     specs = parse_devices(devices) if devices is not None else ()
-    has_real_cards = any(device.kind == "cuda" for device in specs)
-    asked_for = workload(tokens, has_real_cards=has_real_cards)
+    has_real_gpus = any(device.kind == "cuda" for device in specs)
+    asked_for = workload(tokens, has_real_gpus=has_real_gpus)
     machine = detect(model)  # as it is before the model takes memory
     budget = MemoryBudget.of_this_machine(dram_budget, devices, asked_for)
     disk_rates: list[list[float]] = []  # by pause and depth
@@ -81,7 +81,7 @@ def slice_(
         disk_rates.append(read_rates(largest, PAUSE_S))
 
     with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("tokens", total=steps(tokens, has_real_cards=has_real_cards))
+        task = bar.add_task("tokens", total=steps(tokens, has_real_gpus=has_real_gpus))
         run = run_slice(
             model, budget, tokens, lambda done: bar.update(task, completed=done), in_pause=measure_beside
         )
@@ -89,17 +89,17 @@ def slice_(
         *measure_dram(working_bytes() // 2),
         *measure_cpu(working_bytes() // 2),
         *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
-        *(measure_gpus() if has_real_cards else ()),
+        *(measure_gpus() if has_real_gpus else ()),
     ]
     if best := max(map(mean, zip(*disk_rates, strict=True)), default=0.0):
         measured.append(Result("checkpoint_read", best / 1e9, "GB/s"))
     rates = {result.name: result.value for result in measured}
     # What was just written may come from a cache below the disk.
     disk = rates.get("checkpoint_read", rates.get("disk_read", float("inf")))
-    real = {card.name: card.device.index for card in budget.cards if not card.is_virtual}
-    links = {card.name: card.link_bytes_per_s or float("inf") for card in budget.cards}
-    links |= {card: rates[f"link_{index}"] * 1e9 for card, index in real.items()}
-    memories = {card: rates[f"vram_{index}"] * 1e9 for card, index in real.items()}
+    real = {gpu.name: gpu.device.index for gpu in budget.gpus if not gpu.is_virtual}
+    links = {gpu.name: gpu.link_bytes_per_s or float("inf") for gpu in budget.gpus}
+    links |= {gpu: rates[f"link_{index}"] * 1e9 for gpu, index in real.items()}
+    memories = {gpu: rates[f"vram_{index}"] * 1e9 for gpu, index in real.items()}
     bounds = run.bound_s(rates["dram_read"] * 1e9, disk * 1e9, links, memories)
     ratio = max(bounds.values()) / run.total_s
     ordered = run.ordered_bound_s(bounds) / run.total_s
@@ -183,10 +183,10 @@ def _print_layers(run: SliceRun) -> None:
     for what, seconds in {**outside, "token": run.total_s}.items():
         rows += [(what, *empty, f"{1e3 * seconds / run.tokens:.2f}")]
     print_table(["ms a token", *kinds, "all"], rows, right=tuple(range(1, len(kinds) + 2)))
-    if run.card_bytes:
+    if run.gpu_bytes:
         clocked_s = sum(sum(by_layer.values()) for by_layer in run.seconds.values())
         print(
-            "layers and head: of further tokens, with cards waited for after each part; such a token took "
+            "layers and head: of further tokens, with GPUs waited for after each part; such a token took "
             f"{1e3 * clocked_s / run.tokens:.2f} ms"
         )
 
@@ -214,12 +214,12 @@ def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
 
 
 def _host_bytes(budget: MemoryBudget) -> int:
-    """What weights may take of host memory, in which virtual cards lie too."""
-    return budget.dram_bytes + sum(card.budget_bytes for card in budget.cards if card.is_virtual)
+    """What weights may take of host memory, in which virtual GPUs lie too."""
+    return budget.dram_bytes + sum(gpu.budget_bytes for gpu in budget.gpus if gpu.is_virtual)
 
 
 def _print_memory(run: SliceRun, budget: MemoryBudget) -> None:
-    allowed = {"dram": budget.dram_bytes, **{card.name: card.budget_bytes for card in budget.cards}}
+    allowed = {"dram": budget.dram_bytes, **{gpu.name: gpu.budget_bytes for gpu in budget.gpus}}
     print()
     print_table(
         ["tier", "allocated", "budget"],

@@ -1,6 +1,6 @@
-"""The slice benchmark on real cards: whose memory the bytes come from, and a clock that waits for kernels.
+"""The slice benchmark on real GPUs: whose memory the bytes come from, and a clock that waits for kernels.
 
-The arithmetic is checked on runs made by hand, the run on cards that exist in name only.
+The arithmetic is checked on runs made by hand, the run on GPUs that exist in name only.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from memory.checkpoint.random_files import write_checkpoint
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from memory.planner.cost_model import CROSSINGS
-from memory.planner.placement import CARD_BASE_BYTES
+from memory.planner.placement import GPU_BASE_BYTES
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from quant.kernels.choice import choose
 from quant.kernels.devices import DeviceKernels
-from tests.engine.families.test_virtual_gpus import OneCard
-from tests.pretend_gpus import pretend_cards
+from tests.engine.families.test_virtual_gpus import OneGpu
+from tests.pretend_gpus import pretend_gpus
 
 TOKENS, EXPERT, DENSE, HEAD = 10, 1000, 60_000, 20_000
 LINKS = {"vram:0": 50e9, "vram:1": 25e9}
@@ -36,8 +36,8 @@ MEMORIES = {"vram:0": 4e12, "vram:1": 1e12}
 def run_with(
     computed: dict[str, int],
     moved: dict[str, int],
-    card_bytes: dict[str, int],
-    head_card: str | None = None,
+    gpu_bytes: dict[str, int],
+    head_gpu: str | None = None,
 ) -> SliceRun:
     """Ten tokens whose layers and head took a second each."""
     telemetry = Telemetry()
@@ -56,12 +56,12 @@ def run_with(
         counts=telemetry.snapshot(),
         tier_bytes={},
         grown_bytes=0,
-        card_bytes=card_bytes,
-        head_card=head_card,
+        gpu_bytes=gpu_bytes,
+        head_gpu=head_gpu,
     )
 
 
-def test_what_a_card_computes_with_is_read_from_its_own_memory() -> None:
+def test_what_a_gpu_computes_with_is_read_from_its_own_memory() -> None:
     run = run_with({"vram:0": 300, "dram": 100}, {}, {"vram:0": DENSE}, "vram:0")
     bounds = run.bound_s(1e9, 1e9, {"vram:0": 50e9}, {"vram:0": 4e12})
     assert bounds[memory_of("vram:0")] == pytest.approx((TOKENS * DENSE + 300 * EXPERT) / 4e12)
@@ -69,12 +69,12 @@ def test_what_a_card_computes_with_is_read_from_its_own_memory() -> None:
     assert bounds["vram:0"] == 0.0
 
 
-def test_layers_without_room_on_a_card_are_read_from_dram() -> None:
+def test_layers_without_room_on_a_gpu_are_read_from_dram() -> None:
     run = run_with({"vram:0": 1}, {}, {"vram:0": 45_000})
     assert run.bound_s(1e9, 1e9, {}, {})["dram"] == pytest.approx(TOKENS * (DENSE - 45_000) / 1e9)
 
 
-def test_a_copy_to_or_from_a_real_card_crosses_dram_once() -> None:
+def test_a_copy_to_or_from_a_real_gpu_crosses_dram_once() -> None:
     moved = {"vram:0": 7000, "vram:0 to dram": 5000, "engram to vram:0": 999, "nvme": 400}
     run = run_with({"vram:0": 1}, moved, {"vram:0": DENSE}, "vram:0")
     bounds = run.bound_s(1e9, 1e9, {"vram:0": 50e9}, {"vram:0": 4e12})
@@ -82,7 +82,7 @@ def test_a_copy_to_or_from_a_real_card_crosses_dram_once() -> None:
     assert bounds["vram:0"] == pytest.approx(7000 / 50e9)
 
 
-def test_beside_a_virtual_card_each_counts_as_what_it_is() -> None:
+def test_beside_a_virtual_gpu_each_counts_as_what_it_is() -> None:
     moved = {"vram:0": 100, "vram:1": 1000}
     run = run_with({"vram:0": 10, "vram:1": 20, "dram": 30}, moved, {"vram:0": DENSE}, "vram:0")
     bounds = run.bound_s(1e9, 1e9, LINKS, {"vram:0": 4e12})
@@ -90,7 +90,7 @@ def test_beside_a_virtual_card_each_counts_as_what_it_is() -> None:
     assert memory_of("vram:1") not in bounds
 
 
-def test_two_cards_read_from_two_memories() -> None:
+def test_two_gpus_read_from_two_memories() -> None:
     run = run_with({"vram:0": 10, "vram:1": 20}, {}, {"vram:0": 40_000, "vram:1": 20_000}, "vram:1")
     bounds = run.bound_s(1e9, 1e9, LINKS, MEMORIES)
     assert bounds["dram"] == 0.0
@@ -98,12 +98,12 @@ def test_two_cards_read_from_two_memories() -> None:
     assert bounds[memory_of("vram:1")] == pytest.approx((TOKENS * 20_000 + 20 * EXPERT) / 1e12)
 
 
-@pytest.mark.parametrize("head_card", [None, "vram:0"])
-def test_while_the_head_is_read_the_other_memory_waits(head_card: str | None) -> None:
-    on_card = DENSE if head_card else DENSE - HEAD
-    run = run_with({"vram:0": 100, "dram": 900}, {}, {"vram:0": on_card}, head_card)
+@pytest.mark.parametrize("head_gpu", [None, "vram:0"])
+def test_while_the_head_is_read_the_other_memory_waits(head_gpu: str | None) -> None:
+    on_gpu = DENSE if head_gpu else DENSE - HEAD
+    run = run_with({"vram:0": 100, "dram": 900}, {}, {"vram:0": on_gpu}, head_gpu)
     bounds = run.bound_s(1e9, 1e9, LINKS, {"vram:0": 1e9})
-    in_head, beside = TOKENS * HEAD / 1e9, memory_of("vram:0") if head_card else "dram"
+    in_head, beside = TOKENS * HEAD / 1e9, memory_of("vram:0") if head_gpu else "dram"
     others = [seconds for name, seconds in bounds.items() if name != beside]
     assert run.ordered_bound_s(bounds) == pytest.approx(in_head + max(*others, bounds[beside] - in_head))
     assert run.ordered_bound_s(bounds) >= max(bounds.values())
@@ -122,20 +122,20 @@ def slice_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_with_real_cards_the_total_is_of_steps_that_no_clock_slows(
+def test_with_real_gpus_the_total_is_of_steps_that_no_clock_slows(
     slice_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, waits, done = 3, [], []
     stream = SimpleNamespace(synchronize=lambda: waits.append(len(done)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    with pretend_cards() as (card, _):
+    with pretend_gpus() as (gpu, _):
         budget = MemoryBudget(
             30_000_000,
-            (Tier("vram:0", CARD_BASE_BYTES + 2_000_000, card, 40e9),),
-            workload(tokens, has_real_cards=True),
+            (Tier("vram:0", GPU_BASE_BYTES + 2_000_000, gpu, 40e9),),
+            workload(tokens, has_real_gpus=True),
         )
         checkpoint = open_safetensors(slice_path)
-        family, kernels = family_of(checkpoint), DeviceKernels(choose(), {card: OneCard(card)})
+        family, kernels = family_of(checkpoint), DeviceKernels(choose(), {gpu: OneGpu(gpu)})
         loaded = SimpleNamespace(
             model=family.load(checkpoint, kernels, budget), components=family.describe(checkpoint)[1]
         )
@@ -144,15 +144,15 @@ def test_with_real_cards_the_total_is_of_steps_that_no_clock_slows(
     assert done == [1, 2, 3, 4, 5, 6]
     assert set(waits) == {3, 4, 5}  # no step of the first three waited
     assert sum(run.counts.hits.values()) == tokens * 4 * 4
-    assert run.head_card == "vram:0"
-    assert run.card_bytes["vram:0"] == run.dense_bytes
+    assert run.head_gpu == "vram:0"
+    assert run.gpu_bytes["vram:0"] == run.dense_bytes
     assert run.counts.computed["vram:0"] > 0
     bounds = run.bound_s(1e9, 1e9, {"vram:0": 1e9}, {"vram:0": 1e9})
     assert bounds[memory_of("vram:0")] > bounds["dram"]
 
 
 def test_the_workload_has_room_for_the_clocked_tokens() -> None:
-    longer = workload(64, has_real_cards=True)
+    longer = workload(64, has_real_gpus=True)
     assert longer.context == workload(64).context + 64
     assert replace(longer, context=0) == replace(workload(64), context=0)
     assert longer.prefill_chunk == PROMPT_TOKENS

@@ -1,8 +1,8 @@
-"""The whole model on two cards that exist in name only: every tensor must be where it is needed.
+"""The whole model on two GPUs that exist in name only: every tensor must be where it is needed.
 
-Operations that mix devices are errors there, as on real cards, while the numbers are real: so what is checked
-is that the forward, the caches, the expert store and the way of experts to cards and back are right on any
-devices. What is not checked are streams, events and the kernels of real cards; see tests/gpu.
+Operations that mix devices are errors there, as on real GPUs, while the numbers are real: so what is checked
+is that the forward, the caches, the expert store and the way of experts to GPUs and back are right on any
+devices. What is not checked are streams, events and the kernels of real GPUs; see tests/gpu.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.registry import family_of
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import CARD_BASE_BYTES, Workload
+from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.kernels.choice import choose
-from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.devices import DeviceKernels
 from quant.kernels.interface import Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 from tests.conftest import golden_path
-from tests.pretend_gpus import pretend_cards
+from tests.pretend_gpus import pretend_gpus
 
 TOKENS = 40
 WORKLOAD = Workload(context=200, sequences=2, prefill_chunk=64)
 
 
-class OneCard(ReferenceKernels):
+class OneGpu(ReferenceKernels):
     """Stands in for Triton: the same interface and the same slots, in plain torch."""
 
     def __init__(self, device: torch.device) -> None:
@@ -49,13 +49,13 @@ class OneCard(ReferenceKernels):
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> CardSlotLayout:  # type: ignore[override]
-        return CardSlotLayout(hidden, width, format_)
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:  # type: ignore[override]
+        return GpuSlotLayout(hidden, width, format_)
 
 
 @pytest.fixture
-def cards() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend_cards() as both:
+def gpus() -> Iterator[tuple[torch.device, torch.device]]:
+    with pretend_gpus() as both:
         yield both
 
 
@@ -64,12 +64,12 @@ def golden() -> dict[str, torch.Tensor]:
     return load_file(golden_path("v41-a") / "expected.safetensors")
 
 
-def load(cards: tuple[torch.device, ...], dram_bytes: int, card_bytes: int) -> DeepseekV41:
-    """v41-a with so much room on each card, beside what a card itself takes."""
+def load(gpus: tuple[torch.device, ...], dram_bytes: int, gpu_bytes: int) -> DeepseekV41:
+    """v41-a with so much room on each GPU, beside what a GPU itself takes."""
     tiers = tuple(
-        Tier(f"vram:{i}", CARD_BASE_BYTES + card_bytes, device, 40e9) for i, device in enumerate(cards)
+        Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
     )
-    kernels = DeviceKernels(choose(), {card: OneCard(card) for card in cards})
+    kernels = DeviceKernels(choose(), {gpu: OneGpu(gpu) for gpu in gpus})
     checkpoint = open_safetensors(golden_path("v41-a"))
     model = family_of(checkpoint).load(checkpoint, kernels, MemoryBudget(dram_bytes, tiers, WORKLOAD))
     assert isinstance(model, DeepseekV41)
@@ -86,40 +86,40 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "dram", "card"),
+    ("count", "dram", "GPU"),
     [
-        pytest.param(2, 1 << 30, 8 << 20, id="everything on the cards"),
+        pytest.param(2, 1 << 30, 8 << 20, id="everything on the GPUs"),
         pytest.param(2, 1 << 30, 3 << 20, id="layers on both, experts everywhere"),
         pytest.param(2, 1_200_000, 2_700_000, id="and on disk"),
-        pytest.param(1, 1 << 30, 2 << 20, id="one card, some layers on the CPU"),
+        pytest.param(1, 1 << 30, 2 << 20, id="one GPU, some layers on the CPU"),
     ],
 )
-def test_golden_logits_with_layers_and_experts_on_cards(
-    cards: tuple[torch.device, torch.device],
+def test_golden_logits_with_layers_and_experts_on_gpus(
+    gpus: tuple[torch.device, torch.device],
     golden: dict[str, torch.Tensor],
     count: int,
     dram: int,
-    card: int,
+    gpu: int,
 ) -> None:
-    model = load(cards[:count], dram, card)
+    model = load(gpus[:count], dram, gpu)
     logits = answer(model, golden["input_ids"][:TOKENS].tolist())
     seen, places, allocated = model.telemetry.snapshot(), model.weights.places, model.tier_bytes
     model.close()
     assert (logits - golden["logits"][:TOKENS]).abs().max() < 1e-4
-    assert {device.type for device in places.layers} >= {"card"}
+    assert {device.type for device in places.layers} >= {"GPU"}
     for tier in ("vram:0", "vram:1")[:count]:
         assert seen.computed[tier] > 0
-        assert allocated[tier] + places.kv_room.get(tier, 0) <= CARD_BASE_BYTES + card
+        assert allocated[tier] + places.kv_room.get(tier, 0) <= GPU_BASE_BYTES + gpu
     assert allocated["dram"] <= dram
     swapped = [link for link in seen.moved_bytes if link.endswith("to dram")]
     assert bool(swapped) == (dram < 1 << 30)  # where DRAM does not hold everything anyway
 
 
-def test_a_known_prefix_is_put_back_onto_the_cards(
-    cards: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
+def test_a_known_prefix_is_put_back_onto_the_gpus(
+    gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
 ) -> None:
     ids = golden["input_ids"][:24].tolist()
-    model = load(cards, 1 << 30, 3 << 20)
+    model = load(gpus, 1 << 30, 3 << 20)
     cache = model.new_cache(2, 64)
     model.forward(Batch.of([(0, 0, ids[:20])]), cache)
     prefixes = PrefixCache(cache, 1 << 24)
@@ -133,22 +133,22 @@ def test_a_known_prefix_is_put_back_onto_the_cards(
     assert torch.allclose(first, second, atol=1e-5)
 
 
-def test_a_card_without_room_for_the_cache_says_so(cards: tuple[torch.device, torch.device]) -> None:
-    model = load(cards, 1 << 30, 8 << 20)
+def test_a_gpu_without_room_for_the_cache_says_so(gpus: tuple[torch.device, torch.device]) -> None:
+    model = load(gpus, 1 << 30, 8 << 20)
     with pytest.raises(BudgetError, match=r"vram:\d: the KV cache of 2 sequences of 100000 tokens needs"):
         model.new_cache(2, 100_000)
     model.close()
 
 
-def test_a_card_too_small_to_work_on_is_refused(cards: tuple[torch.device, torch.device]) -> None:
+def test_a_gpu_too_small_to_work_on_is_refused(gpus: tuple[torch.device, torch.device]) -> None:
     with pytest.raises(BudgetError, match=r"vram:0: 0\.6 GB are too little for CUDA, activations"):
-        load(cards, 1 << 30, 1000)
+        load(gpus, 1 << 30, 1000)
 
 
-def test_what_cards_hold_of_the_cache_is_not_counted_as_host_memory(
-    cards: tuple[torch.device, torch.device],
+def test_what_gpus_hold_of_the_cache_is_not_counted_as_host_memory(
+    gpus: tuple[torch.device, torch.device],
 ) -> None:
-    model = load(cards, 1 << 30, 8 << 20)
+    model = load(gpus, 1 << 30, 8 << 20)
     cache = model.new_cache(2, 200)
     in_host_memory = cache.history.nbytes + sum(w.nbytes for w in cache.windows if w.device.type == "cpu")
     assert model.cache_bytes(2, 200) == in_host_memory < cache.nbytes

@@ -143,16 +143,16 @@ def test_rows_of_other_formats_are_the_tables_rows(tmp_path: Path) -> None:
         store.close()
 
 
-def on_a_card(checkpoint: Checkpoint, telemetry: Telemetry) -> EngramStore:
-    """A store whose layer is computed on a virtual card."""
-    cards = {7: Tier("vram:0", 1 << 20, torch.device("cpu"))}
+def on_a_gpu(checkpoint: Checkpoint, telemetry: Telemetry) -> EngramStore:
+    """A store whose layer is computed on a virtual GPU."""
+    gpus = {7: Tier("vram:0", 1 << 20, torch.device("cpu"))}
     files = {7: table_files(checkpoint)}
-    return EngramStore(files, checkpoint, ReferenceKernels(), 20_000, telemetry, cards=cards)
+    return EngramStore(files, checkpoint, ReferenceKernels(), 20_000, telemetry, gpus=gpus)
 
 
-def test_rows_of_a_layer_on_a_card_are_sent_there(checkpoint: Checkpoint, table: torch.Tensor) -> None:
+def test_rows_of_a_layer_on_a_gpu_are_sent_there(checkpoint: Checkpoint, table: torch.Tensor) -> None:
     telemetry = Telemetry()
-    store = on_a_card(checkpoint, telemetry)
+    store = on_a_gpu(checkpoint, telemetry)
     generator = torch.Generator().manual_seed(8)
     asked = [torch.randint(0, ROWS, (n,), generator=generator) for n in (1, 300, 24, 1, 24)]
     sent = [store.lookup(7, rows) for rows in asked]
@@ -161,14 +161,14 @@ def test_rows_of_a_layer_on_a_card_are_sent_there(checkpoint: Checkpoint, table:
     seen = telemetry.snapshot()
     assert seen.moved_bytes["engram to vram:0"] == 350 * DIM * 4
     assert seen.rows["asked"] == 350
-    assert "engram demand" not in seen.stalled_s  # compute waits for the card's link alone
+    assert "engram demand" not in seen.stalled_s  # compute waits for the GPU's link alone
     store.close()
 
 
-def test_a_look_up_that_fails_on_its_way_to_a_card_fails_alone(
+def test_a_look_up_that_fails_on_its_way_to_a_gpu_fails_alone(
     checkpoint: Checkpoint, table: torch.Tensor
 ) -> None:
-    store = on_a_card(checkpoint, Telemetry())
+    store = on_a_gpu(checkpoint, Telemetry())
     fails, follows = store.lookup(7, torch.tensor([ROWS])), store.lookup(7, torch.tensor([2]))
     with pytest.raises(IndexError):
         fails.wait()

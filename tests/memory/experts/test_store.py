@@ -47,20 +47,20 @@ def expected(files: ExpertsOnDisk) -> torch.Tensor:
 @settings(max_examples=40)
 @given(
     dram=st.floats(0, LAYERS * EXPERTS * 1.2),
-    cards=st.lists(st.floats(0, LAYERS * EXPERTS * 1.2), max_size=3),
+    gpus=st.lists(st.floats(0, LAYERS * EXPERTS * 1.2), max_size=3),
     paced=st.booleans(),
 )
 def test_any_budgets_give_the_same_outputs_or_are_refused(
-    files: ExpertsOnDisk, expected: torch.Tensor, dram: float, cards: list[float], paced: bool
+    files: ExpertsOnDisk, expected: torch.Tensor, dram: float, gpus: list[float], paced: bool
 ) -> None:
     try:
-        store = files.store(dram, *cards, bytes_per_s=1e8 if paced else None)
+        store = files.store(dram, *gpus, bytes_per_s=1e8 if paced else None)
     except BudgetError:
         assert dram < 2.1  # slots begin on cache lines
         return
     try:
         assert torch.equal(steps(files, store, 6), expected)
-        for tier, allowed in {"dram": dram, **{f"vram:{i}": n for i, n in enumerate(cards)}}.items():
+        for tier, allowed in {"dram": dram, **{f"vram:{i}": n for i, n in enumerate(gpus)}}.items():
             assert store.tier_bytes[tier] <= allowed * files.slot_bytes
     finally:
         store.close()
@@ -191,13 +191,13 @@ def test_wrong_guesses_are_taken_back_or_dropped_and_right_ones_used(files: Expe
     store.close()
 
 
-def test_an_expert_goes_to_a_full_card_only_if_it_is_worth_the_exchange(files: ExpertsOnDisk) -> None:
-    store = files.store(20.4, 3.1)  # an expert is in one place, and no card has room for another
-    card = store.cards[0]
-    assert card.arena.free == 0
+def test_an_expert_goes_to_a_full_gpu_only_if_it_is_worth_the_exchange(files: ExpertsOnDisk) -> None:
+    store = files.store(20.4, 3.1)  # an expert is in one place, and no GPU has room for another
+    gpu = store.gpus[0]
+    assert gpu.arena.free == 0
     x, ones = torch.ones(1, files.hidden), torch.ones(1, 1)
-    newcomer = next(expert for expert in range(EXPERTS) if card.find((0, expert)) is None)
-    held = list(card.by_layer[0])
+    newcomer = next(expert for expert in range(EXPERTS) if gpu.find((0, expert)) is None)
+    held = list(gpu.by_layer[0])
     assert held
     for expert in held * 8:
         store.acquire(0, torch.tensor([[expert]])).run(x, ones, LIMIT)
@@ -206,7 +206,7 @@ def test_an_expert_goes_to_a_full_card_only_if_it_is_worth_the_exchange(files: E
         worth.append(store.worth((0, newcomer)) / min(store.worth((0, expert)) for expert in held))
         used = newcomer if turn % 3 else held[turn % len(held)]
         store.acquire(0, torch.tensor([[used]])).run(x, ones, LIMIT)
-        if card.find((0, newcomer)) is not None:
+        if gpu.find((0, newcomer)) is not None:
             break
     store.settle(wait=True)
     assert max(worth) > 1.0  # worth more, but not enough
@@ -215,8 +215,8 @@ def test_an_expert_goes_to_a_full_card_only_if_it_is_worth_the_exchange(files: E
 
 
 def one_in_dram_only(store: ExpertStore) -> int:
-    """An expert of layer 0 that its card has no copy of."""
-    return next(e for e in range(EXPERTS) if all(card.find((0, e)) is None for card in store.cards))
+    """An expert of layer 0 that its GPU has no copy of."""
+    return next(e for e in range(EXPERTS) if all(gpu.find((0, e)) is None for gpu in store.gpus))
 
 
 def test_a_foreseen_expert_goes_up_an_idle_link_and_is_used_there(files: ExpertsOnDisk) -> None:
@@ -226,7 +226,7 @@ def test_a_foreseen_expert_goes_up_an_idle_link_and_is_used_there(files: Experts
     found = store.find((0, expert))
     assert found is not None
     shelf, place = found
-    assert shelf in store.cards
+    assert shelf in store.gpus
     assert place.ticket is not None
     place.ticket.wait()
     store.acquire(0, torch.tensor([[expert]])).run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
@@ -260,7 +260,7 @@ def test_a_foreseen_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_b
 
 
 @pytest.mark.parametrize("dram", [LAYERS * EXPERTS * 1.1, 8], ids=["copies", "exchanges"])
-def test_an_expert_whose_way_to_a_card_fails_is_computed_without_it(
+def test_an_expert_whose_way_to_a_gpu_fails_is_computed_without_it(
     files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, dram: float
 ) -> None:
     bring, calls = Carrier.bring, itertools.count()
@@ -268,7 +268,7 @@ def test_an_expert_whose_way_to_a_card_fails_is_computed_without_it(
     def sometimes(self: Carrier, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
         if next(calls) % 2:
             slot.zero_()  # half-way
-            raise RuntimeError("the card has fallen off the bus")
+            raise RuntimeError("the GPU has fallen off the bus")
         bring(self, slot, source, after)
 
     store = files.store(dram, 3.1, 3.1)
@@ -297,7 +297,7 @@ def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
     def fail(*_: object) -> None:
         begun.set()
         assert is_asked_for.wait(60)
-        raise RuntimeError("the card has fallen off the bus")
+        raise RuntimeError("the GPU has fallen off the bus")
 
     with monkeypatch.context() as broken:
         broken.setattr(Carrier, "bring", fail)
@@ -309,7 +309,7 @@ def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
     seen = store.telemetry.snapshot()
     assert seen.failed == {"vram:0 prefetch": 1}
     assert seen.computed == {"dram": 1}
-    assert store.cards[0].find((0, expert)) is None
+    assert store.gpus[0].find((0, expert)) is None
     store.close()
 
 

@@ -21,7 +21,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def test_a_cards_link_is_read_at_its_best_speed_and_present_width(tmp_path: Path) -> None:
+def test_a_gpus_link_is_read_at_its_best_speed_and_present_width(tmp_path: Path) -> None:
     write(tmp_path / "0000:01:00.0" / "max_link_speed", "16.0 GT/s PCIe\n")
     write(tmp_path / "0000:01:00.0" / "current_link_speed", "2.5 GT/s PCIe\n")
     write(tmp_path / "0000:01:00.0" / "current_link_width", "8\n")
@@ -35,9 +35,9 @@ def test_links_are_as_fast_as_their_lanes() -> None:
     assert PcieLink(4, 8).usable_bytes_per_s == PcieLink(3, 16).usable_bytes_per_s
 
 
-def test_a_cards_address_is_written_as_the_system_does() -> None:
-    card = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)
-    assert _pci_address(card) == "0000:c1:00.0"
+def test_a_gpus_address_is_written_as_the_system_does() -> None:
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)
+    assert _pci_address(gpu) == "0000:c1:00.0"
     assert _pci_address(SimpleNamespace(name="old torch")) == ""
 
 

@@ -121,6 +121,6 @@ def test_measuring_takes_little_of_the_memory_that_is_free() -> None:
     assert 0 < working_bytes() <= 1 << 30
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a card is here")
-def test_without_cards_nothing_is_measured_of_them() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_gpus_nothing_is_measured_of_them() -> None:
     assert measure_gpus() == []

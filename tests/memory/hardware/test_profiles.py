@@ -55,7 +55,7 @@ def test_a_shipped_profile_reads_and_is_called_what_its_file_is(name: str) -> No
     assert profile.assumed == ()
 
 
-def test_shipped_cards_and_memory_are_those_of_their_names() -> None:
+def test_shipped_gpus_and_memory_are_those_of_their_names() -> None:
     two, small = load_profile("2x4090-256g"), load_profile("cpu-24g")
     assert [gpu.name for gpu in two.gpus] == ["RTX 4090", "RTX 4090"]
     assert 240 << 30 < two.dram_bytes < 256 << 30
@@ -124,8 +124,8 @@ def test_devices_are_read_with_budget_and_link() -> None:
     )
 
 
-def test_a_card_named_by_number_is_told_how_cards_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"'cuda:0'.*like cuda:20GiB; cards are taken in their order"):
+def test_a_gpu_named_by_number_is_told_how_gpus_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"'cuda:0'.*like cuda:20GiB; GPUs are taken in their order"):
         parse_devices("cuda:0")
 
 
@@ -134,7 +134,7 @@ def test_a_card_named_by_number_is_told_how_cards_are_named() -> None:
              "cuda:4GB@5GB/s", "virtual:0", "virtual:-4GB", "virtual:nanGB", "virtual:4GB,,virtual:4GB"],
 )  # fmt: skip
 def test_wrong_devices_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected|real card|could have"):
+    with pytest.raises(ConfigError, match=r"expected|real GPU|could have"):
         parse_devices(text)
 
 
@@ -145,25 +145,24 @@ def test_sizes_are_read_in_binary_and_decimal_units(text: str, nbytes: int) -> N
     assert parse_bytes(text) == nbytes
 
 
-def test_virtual_cards_take_their_memory_from_dram() -> None:
+def test_virtual_gpus_take_their_memory_from_dram() -> None:
     machine = MACHINE.with_devices(parse_devices("virtual:2GB@5GB/s,virtual:3GB"))
     assert machine.dram_bytes == MACHINE.dram_bytes - 5 * GB
     assert [gpu.kind for gpu in machine.gpus] == ["virtual", "virtual"]
     assert [gpu.link_bytes_per_s for gpu in machine.gpus] == [5e9, MACHINE.dram_bytes_per_s]
 
 
-def test_real_cards_are_the_profiles_as_large_as_their_budgets() -> None:
+def test_real_gpus_are_the_profiles_as_large_as_their_budgets() -> None:
     machine = load_profile("2x4090-256g")
     both = machine.with_devices(parse_devices("cuda:20GiB,cuda:22GiB"))
     assert [gpu.memory_bytes >> 30 for gpu in both.gpus] == [20, 22]
     assert both.gpus == tuple(
-        replace(card, memory_bytes=gpu.memory_bytes)
-        for card, gpu in zip(machine.gpus, both.gpus, strict=True)
+        replace(of, memory_bytes=gpu.memory_bytes) for of, gpu in zip(machine.gpus, both.gpus, strict=True)
     )
     assert both.dram_bytes == machine.dram_bytes
 
 
-def test_a_card_by_itself_has_its_link_for_itself() -> None:
+def test_a_gpu_by_itself_has_its_link_for_itself() -> None:
     machine = load_profile("2x4090-256g")
     shared = replace(machine.gpus[0], link_together_bytes_per_s=machine.gpus[0].link_bytes_per_s / 2)
     machine = replace(machine, gpus=(shared, shared))
@@ -173,7 +172,7 @@ def test_a_card_by_itself_has_its_link_for_itself() -> None:
     assert two[0].link_together_bytes_per_s == shared.link_together_bytes_per_s
 
 
-def test_real_and_virtual_cards_stand_in_the_order_asked_for() -> None:
+def test_real_and_virtual_gpus_stand_in_the_order_asked_for() -> None:
     machine = load_profile("2x4090-256g").with_devices(parse_devices("virtual:2GB,cuda:20GiB"))
     assert [gpu.kind for gpu in machine.gpus] == ["virtual", "cuda"]
     assert machine.dram_bytes == load_profile("2x4090-256g").dram_bytes - 2 * GB
@@ -182,10 +181,10 @@ def test_real_and_virtual_cards_stand_in_the_order_asked_for() -> None:
 @pytest.mark.parametrize(
     ("devices", "complaint"),
     [
-        ("cuda:20GiB,cuda:20GiB,cuda:20GiB", r"no card 2 in 2x4090-256g; it has 2"),
-        ("cuda:30GiB", r"card 0 of 2x4090-256g has 2\d\.\d GB for models, 32\.2 GB were asked for"),
+        ("cuda:20GiB,cuda:20GiB,cuda:20GiB", r"no GPU 2 in 2x4090-256g; it has 2"),
+        ("cuda:30GiB", r"GPU 0 of 2x4090-256g has 2\d\.\d GB for models, 32\.2 GB were asked for"),
     ],
 )
-def test_cards_that_a_machine_does_not_have_are_refused(devices: str, complaint: str) -> None:
+def test_gpus_that_a_machine_does_not_have_are_refused(devices: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_profile("2x4090-256g").with_devices(parse_devices(devices))

@@ -15,7 +15,7 @@ from quant.errors import ConfigError
 MACHINE = Machine(
     system="Linux", cpu="A Processor", cores=8, cpu_flags=("avx2", "fma"), memory_bytes=64 << 30,
     memory_limit_bytes=None, available_bytes=60 << 30, disk_free_bytes=10**12,
-    gpus=(Gpu(0, "A Card", 24 << 30, (8, 9), free_bytes=23 << 30),),
+    gpus=(Gpu(0, "A GPU", 24 << 30, (8, 9), free_bytes=23 << 30),),
 )  # fmt: skip
 RESULTS = (
     Result("dram_read", 41.5, "GB/s"), Result("cpu_experts", 33.0, "GB/s"),
@@ -75,20 +75,20 @@ def test_a_measured_machine_assumes_nothing() -> None:
 
 def test_what_was_not_measured_is_said_with_the_value_taken() -> None:
     profile = this_machine(MACHINE, {})
-    for topic in ("DRAM read bandwidth: 30 GB/s", "CPU arithmetic", "disk reads", "link of card 0", "VRAM"):
+    for topic in ("DRAM read bandwidth: 30 GB/s", "CPU arithmetic", "disk reads", "link of GPU 0", "VRAM"):
         assert any(topic in line for line in profile.assumed), topic
 
 
 def test_an_unmeasured_link_is_taken_to_be_as_fast_as_its_lanes() -> None:
-    card = replace(MACHINE.gpus[0], pcie=PcieLink(5, 8))
-    profile = this_machine(replace(MACHINE, gpus=(card,)), {})
+    gpu = replace(MACHINE.gpus[0], pcie=PcieLink(5, 8))
+    profile = this_machine(replace(MACHINE, gpus=(gpu,)), {})
     assert profile.gpus[0].link_bytes_per_s == PcieLink(5, 8).usable_bytes_per_s
-    assert any("link of card 0: 25.2 GB/s" in line for line in profile.assumed)
+    assert any("link of GPU 0: 25.2 GB/s" in line for line in profile.assumed)
 
 
-def test_a_cards_bandwidth_by_the_data_sheet_needs_no_measuring() -> None:
-    card = replace(MACHINE.gpus[0], memory_bytes_per_s=1008e9)
-    assert this_machine(replace(MACHINE, gpus=(card,)), {}).gpus[0].memory_bytes_per_s == 1008e9
+def test_a_gpus_bandwidth_by_the_data_sheet_needs_no_measuring() -> None:
+    gpu = replace(MACHINE.gpus[0], memory_bytes_per_s=1008e9)
+    assert this_machine(replace(MACHINE, gpus=(gpu,)), {}).gpus[0].memory_bytes_per_s == 1008e9
 
 
 @pytest.mark.parametrize(

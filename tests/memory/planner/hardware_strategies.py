@@ -1,4 +1,4 @@
-"""Machines for property tests: cards that are alike and, as in reality, faster than DRAM."""
+"""Machines for property tests: GPUs that are alike and, as in reality, faster than DRAM."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from memory.planner.shape import KvShape, LayerShape, ModelShape, Table, Weights
 
 GB = 1_000_000_000
 
-CARD = GpuSpec("card", "cuda", 24 * GB, 1e12, 150e12, 25e9, 20e9)
+GPU = GpuSpec("GPU", "cuda", 24 * GB, 1e12, 150e12, 25e9, 20e9)
 MACHINE = HardwareProfile(
     name="machine", description="", cores=16, cpu_level="avx512", cpu_matmul_flops=1e12,
     expert_bytes_per_s=None, dram_bytes=128 * GB, dram_bytes_per_s=80e9, dram_rows_per_s=8e6,
-    disk_bytes=2000 * GB, disk_bytes_per_s=7e9, disk_reads_per_s=8e5, gpus=(CARD,),
+    disk_bytes=2000 * GB, disk_bytes_per_s=7e9, disk_reads_per_s=8e5, gpus=(GPU,),
 )  # fmt: skip
 
 
 @st.composite
 def machines(draw: st.DrawFn) -> HardwareProfile:
-    """From a small box without a card to three big cards; disks that hold any of `shapes`."""
+    """From a small box without a GPU to three big GPUs; disks that hold any of `shapes`."""
     link = draw(st.floats(3e9, 60e9))
-    card = replace(
-        CARD,
+    gpu = replace(
+        GPU,
         memory_bytes=draw(st.integers(GB, 100 * GB)),
         memory_bytes_per_s=draw(st.floats(700e9, 3e12)),
         matmul_flops=draw(st.floats(50e12, 400e12)),
@@ -38,7 +38,7 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         dram_bytes=draw(st.integers(4 * GB, 400 * GB)),
         dram_bytes_per_s=draw(st.floats(20e9, 140e9)),
         disk_bytes_per_s=draw(st.floats(1e9, 14e9)),
-        gpus=(card,) * draw(st.integers(0, 3)),
+        gpus=(gpu,) * draw(st.integers(0, 3)),
     )
 
 

@@ -22,14 +22,14 @@ def test_without_a_word_weights_get_a_share_of_what_is_free() -> None:
     assert MemoryBudget.of_this_machine() == MemoryBudget(7_500_000_000)
 
 
-def test_virtual_cards_take_their_memory_from_the_host() -> None:
+def test_virtual_gpus_take_their_memory_from_the_host() -> None:
     budget = MemoryBudget.of_this_machine(devices="virtual:1GB@12.5GB/s,virtual:2GB")
     assert budget.dram_bytes == 4_500_000_000
-    assert [(t.name, t.budget_bytes, t.link_bytes_per_s) for t in budget.cards] == [
+    assert [(t.name, t.budget_bytes, t.link_bytes_per_s) for t in budget.gpus] == [
         ("vram:0", 10**9, 12.5e9),
         ("vram:1", 2 * 10**9, None),
     ]
-    assert all(card.is_virtual for card in budget.cards)
+    assert all(gpu.is_virtual for gpu in budget.gpus)
 
 
 def test_a_dram_budget_is_taken_as_given() -> None:
@@ -42,9 +42,9 @@ def test_more_than_there_is_is_refused(dram: str | None, devices: str | None) ->
         MemoryBudget.of_this_machine(dram, devices)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards")
-def test_cards_that_are_not_there_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no CUDA card 0: the installed PyTorch is built for the CPU"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_gpus_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no CUDA GPU 0: the installed PyTorch is built for the CPU"):
         MemoryBudget.of_this_machine(devices="cuda:20GiB")
 
 
@@ -55,8 +55,8 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
 
 
 @pytest.fixture
-def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two real cards, each with 20 GB free and, measured, 11 GB/s beside the other."""
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two real GPUs, each with 20 GB free and, measured, 11 GB/s beside the other."""
     machine = load_profile("2x4090-256g")
     gpus = tuple(replace(gpu, link_together_bytes_per_s=11e9) for gpu in machine.gpus)
     machine = replace(machine, gpus=gpus, expert_bytes_per_s=77e9)
@@ -66,31 +66,31 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (20 * 10**9, 24 * 10**9))
 
 
-@pytest.mark.usefixtures("two_cards")
-def test_a_real_card_takes_nothing_of_the_host_and_is_as_fast_as_measured() -> None:
+@pytest.mark.usefixtures("two_gpus")
+def test_a_real_gpu_takes_nothing_of_the_host_and_is_as_fast_as_measured() -> None:
     budget = MemoryBudget.of_this_machine(devices="cuda:16GiB")
     assert budget.dram_bytes == 7_500_000_000
-    (card,) = budget.cards
-    assert (card.device, card.budget_bytes) == (torch.device("cuda", 0), 16 << 30)
-    assert not card.is_virtual
-    assert card.link_bytes_per_s == 11e9
+    (gpu,) = budget.gpus
+    assert (gpu.device, gpu.budget_bytes) == (torch.device("cuda", 0), 16 << 30)
+    assert not gpu.is_virtual
+    assert gpu.link_bytes_per_s == 11e9
     assert budget.cpu_bytes_per_s == 77e9
 
 
-@pytest.mark.usefixtures("two_cards")
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("devices", "warnings"), [("cuda:1GB,virtual:1GB", 0), ("cuda:1GB,cuda:1GB", 1)])
-def test_only_several_real_cards_are_said_to_be_unproven(
+def test_only_several_real_gpus_are_said_to_be_unproven(
     devices: str, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "loci.memory"):
         MemoryBudget.of_this_machine(devices=devices)
     assert len(caplog.messages) == warnings
-    assert all("two real cards together are unproven" in message for message in caplog.messages)
+    assert all("two real GPUs together are unproven" in message for message in caplog.messages)
 
 
-@pytest.mark.usefixtures("two_cards")
-def test_more_than_is_free_on_a_card_is_refused() -> None:
-    with pytest.raises(BudgetError, match=r"card 0 has 20\.0 GB free, 23\.6 GB were asked for"):
+@pytest.mark.usefixtures("two_gpus")
+def test_more_than_is_free_on_a_gpu_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"GPU 0 has 20\.0 GB free, 23\.6 GB were asked for"):
         MemoryBudget.of_this_machine(devices="cuda:22GiB")
-    with pytest.raises(ConfigError, match="no CUDA card 2; this machine has 2"):
+    with pytest.raises(ConfigError, match="no CUDA GPU 2; this machine has 2"):
         MemoryBudget.of_this_machine(devices="cuda:1GB,cuda:1GB,cuda:1GB")

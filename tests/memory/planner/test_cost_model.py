@@ -45,9 +45,9 @@ def test_no_step_is_faster_than_any_tier_can_deliver(
         tables = [layer.table for layer in shape.layers if layer.table]
         rows = sum(table.rows_per_token * table.row_bytes * cost.tokens for table in tables)
         assert cost.total_s >= (cost.nbytes.get("nvme", 0) - rows) / machine.disk_bytes_per_s * (1 - 1e-9)
-        for i, card in enumerate(machine.gpus):
-            assert cost.total_s >= cost.nbytes.get(f"vram:{i}", 0) / card.memory_bytes_per_s * (1 - 1e-9)
-            assert cost.total_s >= cost.nbytes.get(f"link:{i}", 0) / card.link_bytes_per_s * (1 - 1e-9)
+        for i, gpu in enumerate(machine.gpus):
+            assert cost.total_s >= cost.nbytes.get(f"vram:{i}", 0) / gpu.memory_bytes_per_s * (1 - 1e-9)
+            assert cost.total_s >= cost.nbytes.get(f"link:{i}", 0) / gpu.link_bytes_per_s * (1 - 1e-9)
 
 
 @given(shapes(), machines(), workloads, st.sampled_from([UNIFORM, SKEWED]))
@@ -99,12 +99,12 @@ def test_more_vram_makes_nothing_slower_than_the_cpus_lost_help(
     assume(machine.gpus)
     before = model(shape, machine, workload, routing)
     assume(before.placement.fits)
-    cards = tuple(replace(card, memory_bytes=2 * card.memory_bytes) for card in machine.gpus)
-    after = model(shape, replace(machine, gpus=cards), workload, routing)
+    gpus = tuple(replace(gpu, memory_bytes=2 * gpu.memory_bytes) for gpu in machine.gpus)
+    after = model(shape, replace(machine, gpus=gpus), workload, routing)
     e = Efficiency()
-    help_of_cpu = machine.dram_bytes_per_s * e.bus_share / (cards[0].memory_bytes_per_s * e.vram_share)
+    help_of_cpu = machine.dram_bytes_per_s * e.bus_share / (gpus[0].memory_bytes_per_s * e.vram_share)
     times = [m.decode(workload.sequences, workload.context).total_s for m in (before, after)]
-    assert times[1] <= times[0] * (1 + help_of_cpu) + len(shape.layers) * e.card_hop_s
+    assert times[1] <= times[0] * (1 + help_of_cpu) + len(shape.layers) * e.gpu_hop_s
 
 
 def steps(workload: Workload) -> list[Callable[[CostModel], StepCost]]:
@@ -134,7 +134,7 @@ def test_cpu_and_link_share_what_lies_in_dram_so_that_both_finish_together() -> 
 
 def test_the_dram_bus_limits_what_cpu_and_link_do_together() -> None:
     machine = replace(MACHINE, dram_bytes=400 * GB)
-    cost = model(FLASH, machine, efficiency=replace(Efficiency(), card_layer_s=0.0)).decode(1, 0)
+    cost = model(FLASH, machine, efficiency=replace(Efficiency(), gpu_layer_s=0.0)).decode(1, 0)
     assert cost.bound == DRAM
     assert cost.seconds[DRAM] == pytest.approx(cost.nbytes["dram"] / (80e9 * Efficiency().bus_share))
 
@@ -193,7 +193,7 @@ def test_engram_rows_from_disk_are_hidden_behind_the_layers_before() -> None:
     assert 0 < waiting < rows_of_two_tables
 
 
-def test_a_virtual_card_costs_the_cpu_what_it_computes() -> None:
+def test_a_virtual_gpu_costs_the_cpu_what_it_computes() -> None:
     plain = replace(MACHINE, gpus=(), dram_bytes=200 * GB)
     virtual = plain.with_devices(parse_devices("virtual:24GB@12.5GB/s,virtual:24GB@12.5GB/s"))
     a, b = (model(FLASH, machine).decode(1, 0) for machine in (plain, virtual))

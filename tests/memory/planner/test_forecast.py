@@ -34,7 +34,7 @@ def test_the_resource_that_bounds_decoding_is_the_one_whose_doubling_helps() -> 
     assert gains["PCIe links"].alone == pytest.approx(1.0, abs=0.01)
 
 
-def test_machines_without_cards_are_not_offered_faster_cards() -> None:
+def test_machines_without_gpus_are_not_offered_faster_gpus() -> None:
     resources = {
         gain.resource for gain in doublings(V41, replace(MACHINE, gpus=()), Workload(8192, 1), SKEWED)
     }

@@ -41,8 +41,8 @@ def test_what_fits_still_fits_with_more_memory(
 ) -> None:
     if plan(shape, machine, workload).fits:
         assert plan(shape, replace(machine, dram_bytes=2 * machine.dram_bytes), workload).fits
-        cards = tuple(replace(card, memory_bytes=2 * card.memory_bytes) for card in machine.gpus)
-        assert plan(shape, replace(machine, gpus=cards), workload).fits
+        gpus = tuple(replace(gpu, memory_bytes=2 * gpu.memory_bytes) for gpu in machine.gpus)
+        assert plan(shape, replace(machine, gpus=gpus), workload).fits
 
 
 @given(shapes(), machines(), workloads)
@@ -59,7 +59,7 @@ def test_layers_get_equally_many_of_the_fast_slots(
 
 
 @pytest.mark.parametrize("name", [name for name in shipped() if name != "cpu-24g"])
-def test_dense_weights_kv_and_head_of_v41_are_on_the_cards(name: str) -> None:
+def test_dense_weights_kv_and_head_of_v41_are_on_the_gpus(name: str) -> None:
     placement = plan(V41, load_profile(name), Workload(32768, 8))
     assert placement.fits
     for place in placement.places:
@@ -67,7 +67,7 @@ def test_dense_weights_kv_and_head_of_v41_are_on_the_cards(name: str) -> None:
             assert place.tier.startswith("vram")
 
 
-def test_two_cards_share_the_layers_and_the_experts_of_each() -> None:
+def test_two_gpus_share_the_layers_and_the_experts_of_each() -> None:
     placement = plan(V41, load_profile("2x4090-256g"), Workload(8192, 1))
     tiers = [placement.tier_of("dense", n) for n in range(40)]
     assert tiers == sorted(tiers)
@@ -86,13 +86,13 @@ def test_tables_move_to_dram_once_all_experts_are_there() -> None:
     assert not any(reserve.name == "hot Engram rows" for reserve in large.reserves)
 
 
-def test_a_model_that_fits_on_the_cards_leaves_dram_alone() -> None:
-    cards = tuple(replace(MACHINE.gpus[0], memory_bytes=120 * GB) for _ in range(2))
-    placement = plan(FLASH, replace(MACHINE, gpus=cards), Workload(8192, 1))
+def test_a_model_that_fits_on_the_gpus_leaves_dram_alone() -> None:
+    gpus = tuple(replace(MACHINE.gpus[0], memory_bytes=120 * GB) for _ in range(2))
+    placement = plan(FLASH, replace(MACHINE, gpus=gpus), Workload(8192, 1))
     assert {place.tier for place in placement.places if place.kind != "embedding"} == {"vram:0", "vram:1"}
 
 
-def test_unequal_cards_share_experts_by_speed_where_both_have_room() -> None:
+def test_unequal_gpus_share_experts_by_speed_where_both_have_room() -> None:
     slow, fast = (
         replace(MACHINE.gpus[0], memory_bytes=400 * GB, memory_bytes_per_s=speed)
         for speed in (0.5e12, 1.5e12)
@@ -101,14 +101,14 @@ def test_unequal_cards_share_experts_by_speed_where_both_have_room() -> None:
     assert held == {"vram:0": 64, "vram:1": 192}
 
 
-def test_a_card_too_small_for_its_workspace_is_left_out() -> None:
+def test_a_gpu_too_small_for_its_workspace_is_left_out() -> None:
     tiny = replace(MACHINE, gpus=(replace(MACHINE.gpus[0], memory_bytes=GB // 10),))
     placement = plan(FLASH, tiny, Workload(8192, 1))
     assert placement.used("vram:0") == 0
     assert placement.fits
 
 
-def test_layers_that_no_card_has_room_for_are_computed_from_dram() -> None:
+def test_layers_that_no_gpu_has_room_for_are_computed_from_dram() -> None:
     small = replace(MACHINE, gpus=(replace(MACHINE.gpus[0], memory_bytes=5 * GB),))
     placement = plan(FLASH, small, Workload(8192, 1))
     assert {placement.tier_of("dense", n) for n in range(43)} == {"vram:0", "dram"}

@@ -1,4 +1,4 @@
-"""Weights, experts and tolerances that the tests of Triton kernels share, interpreted or on a card."""
+"""Weights, experts and tolerances that the tests of Triton kernels share, interpreted or on a GPU."""
 
 from __future__ import annotations
 

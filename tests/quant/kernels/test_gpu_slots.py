@@ -1,4 +1,4 @@
-"""Experts on their way to a card and back: the very bytes, whatever the dimensions."""
+"""Experts on their way to a GPU and back: the very bytes, whatever the dimensions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quant.formats.int4 import INT4_32, INT4_64, INT4_OFFSET_32
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu.panels import ExpertSlotLayout
-from quant.kernels.cuda.slots import CardSlotLayout
+from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.file_slots import FileSlotLayout
 from quant.packed import Format
 from tests.quant.kernels.kernel_cases import expert
@@ -20,36 +20,36 @@ from tests.quant.kernels.kernel_cases import expert
 
 @pytest.mark.parametrize("format_", [MXFP4, NF4, INT4_32, INT4_64], ids=lambda f: f.name)
 @given(hidden=st.integers(1, 6), width=st.integers(1, 6))
-def test_a_slot_on_a_card_holds_what_the_file_has_and_gives_the_panels_back(
+def test_a_slot_on_a_gpu_holds_what_the_file_has_and_gives_the_panels_back(
     format_: Format, hidden: int, width: int
 ) -> None:
     hidden, width = 64 * hidden, 64 * width
     weights = expert(format_, hidden, width, seed=hidden + width)
-    panels, card = ExpertSlotLayout(hidden, width, format_), CardSlotLayout(hidden, width, format_)
+    panels, gpu = ExpertSlotLayout(hidden, width, format_), GpuSlotLayout(hidden, width, format_)
     source, back = torch.zeros(2, panels.nbytes, dtype=torch.uint8)
-    slot = torch.zeros(card.nbytes, dtype=torch.uint8)
+    slot = torch.zeros(gpu.nbytes, dtype=torch.uint8)
     panels.pack_into(source, *weights.matrices)
-    card.from_panels(slot, source)
-    expected = torch.zeros(card.nbytes, dtype=torch.uint8)
+    gpu.from_panels(slot, source)
+    expected = torch.zeros(gpu.nbytes, dtype=torch.uint8)
     FileSlotLayout(hidden, width, format_).pack_into(expected, *weights.matrices)
     assert torch.equal(slot, expected)
-    card.to_panels(slot, back)
+    gpu.to_panels(slot, back)
     assert torch.equal(back, source)
 
 
 def test_rows_that_do_not_fill_their_last_panel() -> None:
     weights = expert(MXFP4, 96, 32, seed=1)
-    panels, card = ExpertSlotLayout(96, 32), CardSlotLayout(96, 32)
-    source, slot = torch.zeros(panels.nbytes, dtype=torch.uint8), torch.zeros(card.nbytes, dtype=torch.uint8)
+    panels, gpu = ExpertSlotLayout(96, 32), GpuSlotLayout(96, 32)
+    source, slot = torch.zeros(panels.nbytes, dtype=torch.uint8), torch.zeros(gpu.nbytes, dtype=torch.uint8)
     panels.pack_into(source, *weights.matrices)
-    card.from_panels(slot, source)
-    for found, wanted in zip(card.views(slot).matrices, weights.matrices, strict=True):
+    gpu.from_panels(slot, source)
+    for found, wanted in zip(gpu.views(slot).matrices, weights.matrices, strict=True):
         assert torch.equal(found.codes, wanted.codes)
         assert found.scales is not None
         assert wanted.scales is not None
         assert torch.equal(found.scales, wanted.scales)
 
 
-def test_formats_that_cannot_lie_on_a_card_are_refused() -> None:
-    with pytest.raises(FormatError, match="cannot lie on a card yet"):
-        CardSlotLayout(64, 64, INT4_OFFSET_32)
+def test_formats_that_cannot_lie_on_a_gpu_are_refused() -> None:
+    with pytest.raises(FormatError, match="cannot lie on a GPU yet"):
+        GpuSlotLayout(64, 64, INT4_OFFSET_32)

@@ -1,4 +1,4 @@
-"""The Triton back end without a card: right in Triton's interpreter, and fit for sm_89 when compiled.
+"""The Triton back end without a GPU: right in Triton's interpreter, and fit for sm_89 when compiled.
 
 Both run in processes of their own, because triton decides at import whether it interprets. Needs the
 `gpu` extra (triton is a gigabyte when installed), else these tests are skipped.
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 HERE = Path(__file__).parent
 # Of an RTX 4090 (compute capability 8.9): what one block may have.
-LARGEST_SHARED_BYTES = 99 * 1024
-LARGEST_REGISTERS = 255
+MAX_SHARED_BYTES = 99 * 1024
+MAX_REGISTERS = 255
 
 
 def test_kernels_equal_the_reference_in_the_interpreter() -> None:
@@ -68,11 +68,11 @@ def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> N
     assert all(kernel["cubin_bytes"] for kernel in compiled)
 
 
-def test_compiled_kernels_fit_the_card_and_spill_next_to_nothing(compiled: list[dict[str, object]]) -> None:
+def test_compiled_kernels_fit_the_gpu_and_spill_next_to_nothing(compiled: list[dict[str, object]]) -> None:
     for kernel in compiled:
         assert isinstance(kernel["shared_bytes"], int)
         assert isinstance(kernel["registers"], int)
-        assert kernel["shared_bytes"] <= LARGEST_SHARED_BYTES, kernel
-        assert kernel["registers"] <= LARGEST_REGISTERS, kernel
+        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, kernel
+        assert kernel["registers"] <= MAX_REGISTERS, kernel
         assert isinstance(kernel["spilled_bytes"], int)
         assert kernel["spilled_bytes"] <= 64, kernel

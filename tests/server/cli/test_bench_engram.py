@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("devices", [(), ("--devices", "virtual:500kB")], ids=["no card", "a virtual card"])
+@pytest.mark.parametrize("devices", [(), ("--devices", "virtual:500kB")], ids=["no GPU", "a virtual GPU"])
 def test_every_case_is_measured_and_judged(model: Path, tmp_path: Path, devices: tuple[str, ...]) -> None:
     file = tmp_path / "engram.json"
 

@@ -43,8 +43,8 @@ def test_every_promised_figure_is_measured_and_written(tmp_path: Path) -> None:
     assert "fp4_moe_read_ratio" in result.stdout
 
 
-def test_a_card_that_is_not_there_is_said_so() -> None:
-    result = harness.run("bench", "kernels", "--card", "63")
+def test_a_gpu_that_is_not_there_is_said_so() -> None:
+    result = harness.run("bench", "kernels", "--GPU", "63")
     assert result.returncode != 0
-    assert "there is no CUDA card 63" in result.stderr
+    assert "there is no CUDA GPU 63" in result.stderr
     assert "Traceback" not in result.stderr

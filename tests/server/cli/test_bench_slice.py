@@ -1,4 +1,4 @@
-"""`loci bench slice`, on a virtual card and on one in name only; the rates of the machine are made up."""
+"""`loci bench slice`, on a virtual GPU and on one in name only; the rates of the machine are made up."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from memory.checkpoint.safetensors_files import open_safetensors
 from memory.hardware.detect import Gpu, detect
 from memory.hardware.this_machine import Result
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import CARD_BASE_BYTES, Workload
+from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
 from quant.kernels.choice import choose
 from quant.kernels.devices import DeviceKernels
-from tests.engine.families.test_virtual_gpus import OneCard
-from tests.pretend_gpus import pretend_cards
+from tests.engine.families.test_virtual_gpus import OneGpu
+from tests.pretend_gpus import pretend_gpus
 from tests.server.harness import invoke
 
-CARD_BYTES = CARD_BASE_BYTES + 2_000_000
+GPU_BYTES = GPU_BASE_BYTES + 2_000_000
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +63,20 @@ def _rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _one_card(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `--devices cuda:...` would find on a machine with a card."""
-    machine = replace(detect(), gpus=(Gpu(0, "A Card", 24 << 30, (9, 0), free_bytes=23 << 30),))
+def _one_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--devices cuda:...` would find on a machine with a GPU."""
+    machine = replace(detect(), gpus=(Gpu(0, "A GPU", 24 << 30, (9, 0), free_bytes=23 << 30),))
     monkeypatch.setattr("memory.hardware.detect.detect", lambda directory=None: machine)
     stream = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
     def budget(dram: str | None, devices: str | None, workload: Workload) -> MemoryBudget:
-        return MemoryBudget(
-            30_000_000, (Tier("vram:0", CARD_BYTES, torch.device("card", 0), 12e9),), workload
-        )
+        return MemoryBudget(30_000_000, (Tier("vram:0", GPU_BYTES, torch.device("GPU", 0), 12e9),), workload)
 
     def load(path: Path, budget: MemoryBudget) -> SimpleNamespace:
         checkpoint = open_safetensors(path)
         family = family_of(checkpoint)
-        kernels = DeviceKernels(choose(), {card.device: OneCard(card.device) for card in budget.cards})
+        kernels = DeviceKernels(choose(), {gpu.device: OneGpu(gpu.device) for gpu in budget.gpus})
         return SimpleNamespace(
             model=family.load(checkpoint, kernels, budget), components=family.describe(checkpoint)[1]
         )
@@ -97,7 +95,7 @@ def measured(model: Path, file: Path, devices: str) -> tuple[str, dict[str, floa
     return result.stdout, {r["name"]: r["value"] for r in json.loads(file.read_text())["results"]}
 
 
-def test_a_virtual_cards_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Path) -> None:
+def test_a_virtual_gpus_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Path) -> None:
     text, found = measured(model, tmp_path / "r.json", "virtual:300kB@50MB/s")
     assert found["slice_decode"] > 0
     assert found["plan_error_slice"] >= 0
@@ -106,13 +104,13 @@ def test_a_virtual_cards_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Pa
     assert "link_0" not in found
 
 
-@pytest.mark.usefixtures("_one_card")
-def test_a_real_card_is_measured_and_planned_with(model: Path, tmp_path: Path) -> None:
-    with pretend_cards():
-        text, found = measured(model, tmp_path / "r.json", f"cuda:{CARD_BYTES}")
+@pytest.mark.usefixtures("_one_gpu")
+def test_a_real_gpu_is_measured_and_planned_with(model: Path, tmp_path: Path) -> None:
+    with pretend_gpus():
+        text, found = measured(model, tmp_path / "r.json", f"cuda:{GPU_BYTES}")
     assert "\nvram:0 memory " in text
-    assert "of further tokens, with cards waited for after each part" in text
+    assert "of further tokens, with GPUs waited for after each part" in text
     assert found["link_0"] == 50.0
     assert found["slice_hits_vram:0"] > 0
     assert 0 < found["slice_decode_bound_ratio"] <= found["slice_decode_ordered_ratio"]
-    assert found["plan_error_slice"] > 0  # the plan knows a card that is not there
+    assert found["plan_error_slice"] > 0  # the plan knows a GPU that is not there

@@ -15,14 +15,14 @@ def test_the_demo_shows_what_served_an_answer() -> None:
     rows = {
         tier: (int(experts), int(share), rest.split())
         for tier, experts, share, rest in re.findall(
-            r"^(card \d|DRAM|disk) +(\d+) +(\d+)% (.*)$", result.stdout, re.MULTILINE
+            r"^(GPU \d|DRAM|disk) +(\d+) +(\d+)% (.*)$", result.stdout, re.MULTILINE
         )
     }
-    assert rows.keys() == {"card 0", "card 1", "DRAM", "disk"}
+    assert rows.keys() == {"GPU 0", "GPU 1", "DRAM", "disk"}
     assert sum(experts for experts, _, _ in rows.values()) == 144
     assert all(share > 0 for _, share, _ in rows.values())
-    for card in ("card 0", "card 1"):  # experts came to it, and others went
-        left, moved, *_ = rows[card][2]
+    for gpu in ("GPU 0", "GPU 1"):  # experts came to it, and others went
+        left, moved, *_ = rows[gpu][2]
         assert int(left) > 0
         assert float(moved) > 0
     assert float(rows["disk"][2][0]) > 0

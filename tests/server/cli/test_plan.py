@@ -100,14 +100,14 @@ def test_a_plan_for_an_unmeasured_machine_says_what_it_assumed() -> None:
     assert "loci bench hardware" in result.stdout
 
 
-def test_virtual_cards_take_part_in_a_plan() -> None:
+def test_virtual_gpus_take_part_in_a_plan() -> None:
     devices = "virtual:100MB@1GB/s,virtual:100MB@1GB/s"
     report = planned(str(golden_path("v41-c")), "--devices", devices, "--context", "512")
     assert report["tiers"]["vram:1"]["budget_bytes"] == 100_000_000
     assert {place["tier"] for place in report["places"] if place["kind"] == "dense"} == {"vram:0", "vram:1"}
 
 
-def test_a_plan_may_leave_out_cards_and_part_of_their_memory() -> None:
+def test_a_plan_may_leave_out_gpus_and_part_of_their_memory() -> None:
     report = planned(FLASH, "--hardware", "2x4090-256g", "--devices", "cuda:16GiB")
     assert report["tiers"].keys() == {"vram:0", "dram", "nvme"}
     assert report["tiers"]["vram:0"]["budget_bytes"] == 16 << 30
@@ -147,7 +147,7 @@ def test_own_hardware_is_read_from_a_file(tmp_path: Path) -> None:
         ((FLASH, "--hardware", "abacus"), "no such hardware profile"),
         ((FLASH, "--hardware", "4090-128g", "--context", "2000000"), "1048576 tokens"),
         ((FLASH, "--hardware", "4090-128g", "--devices", "virtual"), "virtual:24GiB@12.5GB/s"),
-        ((FLASH, "--hardware", "4090-128g", "--devices", "cuda:30GiB"), "card 0 of 4090-128g has"),
+        ((FLASH, "--hardware", "4090-128g", "--devices", "cuda:30GiB"), "GPU 0 of 4090-128g has"),
         ((FLASH, "--hardware", "4090-128g", "--dram", "much"), "24GiB or 12.5GB"),
     ],
 )

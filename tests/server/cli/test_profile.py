@@ -28,7 +28,7 @@ def test_a_profile_beside_the_model_brings_its_hot_experts_in_first(tmp_path: Pa
     loaded = load(model, MemoryBudget(1_600_000)).model
     store = loaded.weights.experts  # type: ignore[attr-defined]
     held = store.residency()["dram"] // 5
-    tiers = store.whereabouts()
+    tiers = store.expert_locations()
     assert 1 <= held < 8
     for layer in range(5):
         hottest = shares[layer].topk(held).indices.tolist()

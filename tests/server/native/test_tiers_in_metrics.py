@@ -20,7 +20,7 @@ def greedy(url: str) -> str:
     return answer.choices[0].text
 
 
-def test_experts_on_virtual_cards_in_dram_and_on_disk_answer_alike_and_are_counted(
+def test_experts_on_virtual_gpus_in_dram_and_on_disk_answer_alike_and_are_counted(
     start_server: StartServer,
 ) -> None:
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
@@ -49,7 +49,7 @@ def test_a_budget_that_cannot_hold_the_dense_weights_ends_with_one_line(start_se
     assert "the weights that every token uses need" in complaint(server.err.read_text())
 
 
-def test_cards_that_are_not_there_are_refused(start_server: StartServer) -> None:
+def test_gpus_that_are_not_there_are_refused(start_server: StartServer) -> None:
     server = start_server(TINY, "--devices", "cuda:20GiB")
     assert server.exit_code() == 1
-    assert "there is no CUDA card 0" in complaint(server.err.read_text())
+    assert "there is no CUDA GPU 0" in complaint(server.err.read_text())
