@@ -26,7 +26,7 @@ from quant.errors import BudgetError
 from quant.kernels.choice import choose
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.devices import DeviceKernels
-from quant.kernels.interface import Weight
+from quant.kernels.interface import Kernels, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 from tests.conftest import golden_path
@@ -64,12 +64,14 @@ def golden() -> dict[str, torch.Tensor]:
     return load_file(golden_path("v41-a") / "expected.safetensors")
 
 
-def load(gpus: tuple[torch.device, ...], dram_bytes: int, gpu_bytes: int) -> DeepseekV41:
+def load(
+    gpus: tuple[torch.device, ...], dram_bytes: int, gpu_bytes: int, host: Kernels | None = None
+) -> DeepseekV41:
     """v41-a with so much room on each GPU, beside what a GPU itself takes."""
     tiers = tuple(
         Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
     )
-    kernels = DeviceKernels(choose(), {gpu: OneGpu(gpu) for gpu in gpus})
+    kernels = DeviceKernels(host or choose(), {gpu: OneGpu(gpu) for gpu in gpus})
     checkpoint = open_safetensors(golden_path("v41-a"))
     model = family_of(checkpoint).load(checkpoint, kernels, MemoryBudget(dram_bytes, tiers, WORKLOAD))
     assert isinstance(model, DeepseekV41)
@@ -113,6 +115,18 @@ def test_golden_logits_with_layers_and_experts_on_gpus(
     assert allocated["dram"] <= dram
     swapped = [link for link in seen.moved_bytes if link.endswith("to dram")]
     assert bool(swapped) == (dram < 1 << 30)  # where DRAM does not hold everything anyway
+
+
+def test_a_machine_without_compiled_kernels_moves_experts_to_gpus_as_they_are(
+    gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
+) -> None:
+    model = load(gpus, 1_500_000, 2_700_000, ReferenceKernels())
+    logits = answer(model, golden["input_ids"][:TOKENS].tolist())
+    moved = model.telemetry.snapshot().moved_bytes
+    model.close()
+    assert (logits - golden["logits"][:TOKENS]).abs().max() < 1e-4
+    assert moved["vram:0"] > 0
+    assert moved["vram:0 to dram"] > 0
 
 
 def test_a_known_prefix_is_put_back_onto_the_gpus(
