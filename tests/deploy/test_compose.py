@@ -63,7 +63,7 @@ def container_ports(service: str) -> list[str]:
     reason="no docker-compose is installed (Debian: apt-get install docker-compose)",
 )
 def test_the_file_is_valid() -> None:
-    command = ["docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet"]
+    command: list[str | Path] = ["docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -49,6 +49,7 @@ def budget(dram_experts: float, *gpu_experts: float, bytes_per_s: float | None =
         dense = model.weights.places.nbytes["dram"]
         tables = model.weights.engram.nbytes
         if dram_experts < 2 * model.config.num_experts_per_tok:  # then the embedding stays on disk
+            assert isinstance(model.weights.embed, torch.Tensor)
             dense -= model.weights.embed.nbytes
     if dram_experts >= EXPERTS:  # then everything fits: with room for the tables too
         return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), gpus)

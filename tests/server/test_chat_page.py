@@ -247,7 +247,7 @@ def test_settings_reach_the_server(page: Page) -> None:
     with page.expect_request("**/v1/chat/completions") as asked:
         say(page, "Hello")
 
-    body = asked.value.post_data_json
+    body = asked.value.post_data_json or {}
     assert body["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
@@ -333,7 +333,7 @@ def test_a_refusal_is_shown_where_the_answer_would_be(page: Page) -> None:
     expect(page.get_by_role("alert")).to_contain_text("context")
     with page.expect_request("**/v1/chat/completions") as asked:
         say(page, "Hello")
-    assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["Hello"]
+    assert [message["content"] for message in (asked.value.post_data_json or {})["messages"]] == ["Hello"]
     expect(page.locator(".figures")).to_contain_text("12 tokens")
     expect(page.get_by_role("alert")).to_have_count(0)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,13 +66,15 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def logits_in_chunks(golden: Golden, sizes: list[int]) -> torch.Tensor:
     """Logits of the golden prompt, computed in chunks of `sizes`, repeated until the prompt ends."""
     cache = golden.model.new_cache(1, len(golden.ids))
-    out, start = [], 0
+    out: list[torch.Tensor] = []
+    start = 0
     for size in itertools.cycle(sizes):
         part = golden.ids[start : start + size]
         if not part:
-            return torch.cat(out)
+            break
         out.append(golden.model.forward(Batch.of([(0, start, part)], all_logits=True), cache))
         start += len(part)
+    return torch.cat(out)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -248,7 +251,7 @@ def test_the_other_dialect_of_the_config_loads_to_the_same_model(checkpoint_copy
     released = json.loads((checkpoint_copy / "config.json").read_text())
     text = dict(released["text_config"])
     yarn = text.pop("rope_scaling")
-    other = {SPELLINGS.get(key, key): value for key, value in text.items()}
+    other: dict[str, Any] = {SPELLINGS.get(key) or key: value for key, value in text.items()}
     other |= {
         "rope_factor": yarn["factor"],
         "original_seq_len": yarn["original_max_position_embeddings"],

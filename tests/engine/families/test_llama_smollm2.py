@@ -117,7 +117,8 @@ def test_greedy_text_is_that_of_llama_cpp() -> None:
 def test_decoding_token_by_token_writes_the_recorded_text(model: Llama, tokenizer: Tokenizer) -> None:
     recorded = EXPECTED["prompts"]["turns"]
     cache = model.new_cache(1, 64)
-    step, written = recorded["ids"], []
+    step: list[int] = recorded["ids"]
+    written: list[int] = []
 
     while not written or written[-1] not in model.info.eos_token_ids:
         logits = model.forward(Batch.of([(0, cache.length(0), step)]), cache)

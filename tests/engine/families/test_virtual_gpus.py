@@ -49,7 +49,7 @@ class OneGpu(ReferenceKernels):
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:  # type: ignore[override]
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
         return GpuSlotLayout(hidden, width, format_)
 
 

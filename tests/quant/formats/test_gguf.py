@@ -109,6 +109,7 @@ def test_plain_tensors_are_views_of_their_bytes(name: str, dtype: torch.dtype) -
 
     weight = weight_from_bytes(name, (3, 4), data)
 
+    assert isinstance(weight, torch.Tensor)
     assert torch.equal(weight, values)
     assert weight.data_ptr() == data.data_ptr()
 
@@ -117,4 +118,7 @@ def test_plain_tensors_at_an_odd_offset_are_copied() -> None:
     values = torch.arange(6, dtype=torch.float32)
     shifted = torch.cat((torch.zeros(1, dtype=torch.uint8), values.view(torch.uint8)))[1:]
 
-    assert torch.equal(weight_from_bytes("F32", (6,), shifted), values)
+    weight = weight_from_bytes("F32", (6,), shifted)
+
+    assert isinstance(weight, torch.Tensor)
+    assert torch.equal(weight, values)

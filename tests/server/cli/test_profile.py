@@ -41,7 +41,7 @@ def test_policies_are_printed_beside_belady(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     file, report = tmp_path / "trace.safetensors", tmp_path / "report.json"
     RoutingTrace(torch.randint(0, 16, (50, 3, 2), generator=generator)).save(file)
-    result = run("bench", "experts", "--trace", file, "--experts", 16, "--json", report)
+    result = run("bench", "experts", "--trace", file, "--experts", "16", "--json", report)
     assert result.returncode == 0, result.stderr
     assert "predictive" in result.stdout
     names = {entry["name"] for entry in json.loads(report.read_text())["results"]}
@@ -49,7 +49,7 @@ def test_policies_are_printed_beside_belady(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_trace_is_named(tmp_path: Path) -> None:
-    result = run("bench", "experts", "--trace", GOLDEN / "v41-a" / "config.json", "--experts", 16)
+    result = run("bench", "experts", "--trace", GOLDEN / "v41-a" / "config.json", "--experts", "16")
     assert result.returncode == 1
     assert "not a routing trace" in complaint(result.stderr)
 

@@ -161,12 +161,12 @@ def test_hostile_bodies_are_answered(fuzzed: LociServer, path: str, spoilt: byte
     ],
 )
 def test_odd_headers_are_answered(fuzzed: LociServer, headers: dict[str, str]) -> None:
-    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
 
     answer = httpx.post(
         f"{fuzzed.url}/v1/completions",
         content=json.dumps(BODIES["/v1/completions"]).encode(),
-        headers={"Content-Type": b"application/json"} | encoded,
+        headers={b"Content-Type": b"application/json"} | encoded,
     )
 
     assert answer.status_code in (200, 403, 415)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -214,7 +215,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory, key_file: Path) -> Iterator[LociServer]:
     """A server whose keys are in a file, and which logs JSON."""
-    flags = ["--api-key-file", key_file, "--log-format", "json"]
+    flags: list[str | Path] = ["--api-key-file", key_file, "--log-format", "json"]
     started = LociServer(tmp_path_factory.mktemp("guarded"), [TINY, *flags])
     try:
         yield started.await_ready()
@@ -226,7 +227,7 @@ def sdk(server: LociServer, key: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
-SHORT = {"model": "v41-c", "prompt": "Once", "max_tokens": 3}
+SHORT: dict[str, Any] = {"model": "v41-c", "prompt": "Once", "max_tokens": 3}
 LONG = SHORT | {"max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 
 

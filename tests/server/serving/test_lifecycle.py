@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -16,7 +17,12 @@ from tests.server import harness
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, eventually
 
-LONG = {"model": "v41-c", "prompt": "Once", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {
+    "model": "v41-c",
+    "prompt": "Once",
+    "max_tokens": 2000,
+    "extra_body": {"ignore_eos": True},
+}
 
 
 def test_it_prints_where_it_is_and_a_curl_that_works(start_server: StartServer) -> None:
