@@ -13,7 +13,8 @@ import typer
 from server.cli.main import app
 from tests.server.harness import ROOT
 
-PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.name: path.read_text() for path in FILES if path.name != "CHANGELOG.md"}
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 ROOT_COMMAND = typer.main.get_command(app)
 OTHERS = {"--clients", "--endpoint-type", "--ulimit"}  # of load.py, aiperf, docker
@@ -79,7 +80,7 @@ def test_scripts_exist() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for name, page in PAGES.items():
-        folder = ROOT if name == "README.md" else ROOT / "docs"
+        folder = ROOT if (ROOT / name).is_file() else ROOT / "docs"
         for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page):
             path, _, anchor = target.partition("#")
             linked = folder / path if path else folder / name
