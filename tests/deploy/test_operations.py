@@ -125,6 +125,7 @@ def saw_all_work(client: httpx.Client, server: LociServer) -> bool:
     return bool(seen) and float(seen[0]["value"][1]) == server.metric("loci_generated_tokens_total")
 
 
+@pytest.mark.slow
 @needs("prometheus", "prometheus")
 @pytest.mark.parametrize(("panel", "expression"), EXPRESSIONS)
 def test_every_panel_has_data(prometheus: httpx.Client, panel: str, expression: str) -> None:
@@ -134,6 +135,7 @@ def test_every_panel_has_data(prometheus: httpx.Client, panel: str, expression: 
     assert any(math.isfinite(float(series["value"][1])) for series in result), f"{panel}: {filled}"
 
 
+@pytest.mark.slow
 @needs("prometheus", "prometheus")
 def test_every_rule_can_be_evaluated(prometheus: httpx.Client) -> None:
     def rules() -> list[dict[str, Any]]:
@@ -146,6 +148,7 @@ def test_every_rule_can_be_evaluated(prometheus: httpx.Client) -> None:
         eventually(partial(_has_data, prometheus, name), f"{name} has data")
 
 
+@pytest.mark.slow
 def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) -> None:
     page = httpx.get(f"{busy_server.url}/metrics", headers=busy_server.headers).text
     known = set()
@@ -157,6 +160,7 @@ def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) 
     assert named - known == set()
 
 
+@pytest.mark.slow
 def test_documentation_tells_of_each_metric_and_of_none_that_is_not(busy_server: LociServer) -> None:
     page = httpx.get(f"{busy_server.url}/metrics", headers=busy_server.headers).text
     exported = set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))

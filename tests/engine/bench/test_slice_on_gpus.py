@@ -122,6 +122,7 @@ def slice_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_with_real_gpus_the_total_is_of_steps_that_no_clock_slows(
     slice_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "dram", "gpu"),
     [
@@ -115,6 +116,7 @@ def test_golden_logits_with_layers_and_experts_on_gpus(
     assert bool(swapped) == (dram < 1 << 30)  # where DRAM does not hold everything anyway
 
 
+@pytest.mark.slow
 def test_a_known_prefix_is_put_back_onto_the_gpus(
     gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_known_prefix_is_put_back_onto_the_gpus(
     assert torch.allclose(first, second, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gpu_without_room_for_the_cache_says_so(gpus: tuple[torch.device, torch.device]) -> None:
     model = load(gpus, 1 << 30, 8 << 20)
     with pytest.raises(BudgetError, match=r"vram:\d: the KV cache of 2 sequences of 100000 tokens needs"):
@@ -145,6 +148,7 @@ def test_a_gpu_too_small_to_work_on_is_refused(gpus: tuple[torch.device, torch.d
         load(gpus, 1 << 30, 1000)
 
 
+@pytest.mark.slow
 def test_what_gpus_hold_of_the_cache_is_not_counted_as_host_memory(
     gpus: tuple[torch.device, torch.device],
 ) -> None:

@@ -24,6 +24,7 @@ def packed_of(name: str, codes: np.ndarray) -> PackedTensor:
     return PackedTensor(FORMATS[name], (len(codes), cols), torch.from_numpy(codes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 @given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 3))
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

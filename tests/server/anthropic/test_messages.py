@@ -139,6 +139,7 @@ def test_a_turn_without_blocks_is_an_empty_one(claude: anthropic.Anthropic) -> N
     assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
 def test_a_tool_can_be_forced(claude: anthropic.Anthropic) -> None:
     tool = {"name": "weather", "input_schema": SCHEMA}
 
@@ -236,6 +237,7 @@ def test_errors_have_the_shape_that_the_sdk_reads(claude: anthropic.Anthropic, h
     assert {answer.json()["type"] for answer in answers} == {"error"}
 
 
+@pytest.mark.slow
 def test_keys_come_in_the_sdks_own_header(start_server: StartServer) -> None:
     server = start_server(TINY, "--api-key", "first").await_ready()
 

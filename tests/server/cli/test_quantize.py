@@ -65,6 +65,7 @@ def test_what_cannot_be_done_is_said_in_one_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_both_checkpoints_are_compared_on_a_text(tmp_path: Path) -> None:
     text, report = tmp_path / "text.txt", tmp_path / "report.json"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 8)

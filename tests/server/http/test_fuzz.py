@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from tests.server.harness import TINY, LociServer, eventually
 
+pytestmark = pytest.mark.slow
+
 # Short answers, few at a time: what matters is how requests are read.
 FLAGS = ("--max-model-len", "64", "--max-num-seqs", "8", "--max-waiting", "16")
 CHECKS = (

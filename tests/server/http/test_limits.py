@@ -13,6 +13,8 @@ import pytest
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer, eventually
 
+pytestmark = pytest.mark.slow
+
 LONG = {"model": "v41-c", "prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
 SHORT: dict[str, Any] = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
 

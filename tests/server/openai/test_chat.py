@@ -209,6 +209,7 @@ def test_max_completion_tokens_is_the_current_name_of_max_tokens(client: openai.
     assert answer.usage.completion_tokens == 3
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_context_is_the_limit(client: openai.OpenAI) -> None:
     long_question = [{"role": "user", "content": "word " * 640}]
     answer = ask(client, messages=long_question, max_tokens=openai.omit, extra_body={"ignore_eos": True})

@@ -54,6 +54,7 @@ class Car(BaseModel):
     electric: bool | None
 
 
+@pytest.mark.slow
 def test_the_sdk_parses_answers_into_models(client: openai.OpenAI) -> None:
     for seed in range(2):
         answer = client.chat.completions.parse(**PLAIN, seed=seed, response_format=Car)
@@ -71,6 +72,7 @@ def test_streams_are_bound_too(client: openai.OpenAI) -> None:
     assert isinstance(final.choices[0].message.parsed, Car)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=SCHEMAS, seed=st.integers(0, 100))
 def test_any_schema_gives_valid_json(http: httpx.Client, schema: dict[str, Any], seed: int) -> None:
@@ -171,6 +173,7 @@ def test_forced_tools_are_called_with_valid_arguments(client: openai.OpenAI, cho
     assert jsonschema_rs.is_valid(TOOL["function"]["parameters"], json.loads(call.function.arguments))
 
 
+@pytest.mark.slow
 def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
     other: Any = {
         "type": "function",
@@ -248,6 +251,7 @@ def test_a_grammar_that_cannot_go_on_ends_the_stream_with_an_error(http: httpx.C
     assert answer.json()["error"]["param"] == "structured_outputs.json"
 
 
+@pytest.mark.slow
 def test_hostile_schemas_do_not_stop_other_requests(server: LociServer) -> None:
     wide = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(5000)}}
     hostile = {"model": "v41-c", "prompt": "x", "max_tokens": 1, "structured_outputs": {"json": wide}}

@@ -143,6 +143,7 @@ class Weather(BaseModel):
     rains: bool
 
 
+@pytest.mark.slow
 def test_the_sdk_parses_answers_into_models(client: openai.OpenAI) -> None:
     response = client.responses.parse(
         model=MODEL, input="Answer in json.", text_format=Weather, **PLAIN | {"max_output_tokens": 60}

@@ -14,6 +14,8 @@ from engine.embedded import model_path
 from quant.errors import ConfigError
 from tests.server.harness import LociServer
 
+pytestmark = pytest.mark.slow
+
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
