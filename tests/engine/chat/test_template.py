@@ -140,6 +140,7 @@ def test_no_combination_of_strings_makes_a_special_token(name: str, content: str
     assert special_tokens_in(prompt.token_ids) == ["<|im_start|>"] * 2
 
 
+@pytest.mark.slow
 @given(content=st.text())
 def test_what_is_said_arrives_unchanged(content: str) -> None:
     text = render(CHATML, user(content))

@@ -49,7 +49,7 @@ class OneGpu(ReferenceKernels):
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:  # type: ignore[override]
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
         return GpuSlotLayout(hidden, width, format_)
 
 
@@ -87,6 +87,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "dram", "gpu"),
     [
@@ -129,6 +130,7 @@ def test_a_machine_without_compiled_kernels_moves_experts_to_gpus_as_they_are(
     assert moved["vram:0 to dram"] > 0
 
 
+@pytest.mark.slow
 def test_a_known_prefix_is_put_back_onto_the_gpus(
     gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_known_prefix_is_put_back_onto_the_gpus(
     assert torch.allclose(first, second, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gpu_without_room_for_the_cache_says_so(gpus: tuple[torch.device, torch.device]) -> None:
     model = load(gpus, 1 << 30, 8 << 20)
     with pytest.raises(BudgetError, match=r"vram:\d: the KV cache of 2 sequences of 100000 tokens needs"):
@@ -159,6 +162,7 @@ def test_a_gpu_too_small_to_work_on_is_refused(gpus: tuple[torch.device, torch.d
         load(gpus, 1 << 30, 1000)
 
 
+@pytest.mark.slow
 def test_what_gpus_hold_of_the_cache_is_not_counted_as_host_memory(
     gpus: tuple[torch.device, torch.device],
 ) -> None:

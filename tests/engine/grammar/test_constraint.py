@@ -50,6 +50,7 @@ def by_schema(schema: dict[str, Any], **more: Any) -> Grammar:
     return grammar
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=SCHEMAS, seed=st.integers(0, 1000))
 def test_random_tokens_make_json_by_any_schema(
@@ -197,6 +198,7 @@ def test_a_schema_that_is_not_strict_is_enforced_as_far_as_it_goes(
     assert set(json.loads(random_answer(compiler, tokenizer, grammar, 3))) <= {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schema",
     [

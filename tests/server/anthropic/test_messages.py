@@ -29,6 +29,11 @@ TOOLS: list[Any] = [
 ]
 
 
+def body_of(error: anthropic.APIStatusError) -> dict[str, Any]:
+    assert isinstance(error.body, dict)
+    return error.body
+
+
 @pytest.fixture(scope="module")
 def claude(server: LociServer) -> Iterator[anthropic.Anthropic]:
     """The real SDK, talking to the shared server."""
@@ -37,9 +42,8 @@ def claude(server: LociServer) -> Iterator[anthropic.Anthropic]:
 
 
 def ask(claude: anthropic.Anthropic, messages: list[Any] = HELLO, **fields: Any) -> Any:
-    return claude.messages.create(
-        **({"model": MODEL, "messages": messages, "max_tokens": 8, "extra_body": {"temperature": 0}} | fields)
-    )
+    plain: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "extra_body": {"temperature": 0}}
+    return claude.messages.create(**({"messages": messages} | plain | fields))
 
 
 def test_a_message_is_answered_as_in_a_chat(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
@@ -58,6 +62,7 @@ def test_a_message_is_answered_as_in_a_chat(claude: anthropic.Anthropic, client:
     assert message.stop_reason == "max_tokens"
     assert message.usage.output_tokens == 8
     read = message.usage.input_tokens + message.usage.cache_read_input_tokens
+    assert chat.usage
     assert read == chat.usage.prompt_tokens
     assert message._request_id
 
@@ -79,7 +84,9 @@ def test_a_stream_adds_up_to_the_whole_message(claude: anthropic.Anthropic) -> N
         message = stream.get_final_message()
 
     assert text == expected.content[0].text
-    assert message.content[0].text == text
+    (block,) = message.content
+    assert block.type == "text"
+    assert block.text == text
     assert message.stop_reason == "max_tokens"
     assert message.usage.output_tokens == 8
 
@@ -101,7 +108,9 @@ def test_a_stop_sequence_is_named(claude: anthropic.Anthropic) -> None:
 
     message = ask(claude, max_tokens=20, stop_sequences=[text[5:8]])
 
-    assert message.content[0].text == text[: text.index(text[5:8])]
+    (block,) = message.content
+    assert block.type == "text"
+    assert block.text == text[: text.index(text[5:8])]
     assert message.stop_reason == "stop_sequence"
     assert message.stop_sequence == text[5:8]
 
@@ -123,12 +132,14 @@ SCHEMA = {
 
 
 def test_a_turn_without_blocks_is_an_empty_one(claude: anthropic.Anthropic) -> None:
-    turns = [[{"role": "user", "content": content}] for content in ([], "")]
+    contents: list[Any] = [[], ""]
+    turns: list[list[Any]] = [[{"role": "user", "content": content}] for content in contents]
     counted = [claude.messages.count_tokens(model=MODEL, messages=turn).input_tokens for turn in turns]
 
     assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
 def test_a_tool_can_be_forced(claude: anthropic.Anthropic) -> None:
     tool = {"name": "weather", "input_schema": SCHEMA}
 
@@ -214,7 +225,7 @@ def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], mess
 def test_errors_have_the_shape_that_the_sdk_reads(claude: anthropic.Anthropic, http: httpx.Client) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         ask(claude, model="claude-9")
-    assert caught.value.body["error"]["type"] == "not_found_error"
+    assert body_of(caught.value)["error"]["type"] == "not_found_error"
 
     answers = [
         http.get("/v1/messages"),
@@ -226,6 +237,7 @@ def test_errors_have_the_shape_that_the_sdk_reads(claude: anthropic.Anthropic, h
     assert {answer.json()["type"] for answer in answers} == {"error"}
 
 
+@pytest.mark.slow
 def test_keys_come_in_the_sdks_own_header(start_server: StartServer) -> None:
     server = start_server(TINY, "--api-key", "first").await_ready()
 
@@ -236,7 +248,7 @@ def test_keys_come_in_the_sdks_own_header(start_server: StartServer) -> None:
         pytest.raises(anthropic.AuthenticationError) as caught,
     ):
         unknown.messages.count_tokens(model=MODEL, messages=HELLO)
-    assert caught.value.body["error"]["type"] == "authentication_error"
+    assert body_of(caught.value)["error"]["type"] == "authentication_error"
 
 
 @pytest.fixture(scope="module")

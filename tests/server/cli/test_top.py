@@ -13,6 +13,7 @@ import termios
 import time
 import urllib.request
 
+import pytest
 from rich.console import Console
 
 from server.cli.top import Sample, view
@@ -93,6 +94,7 @@ class Terminal:
         os.close(self._controller)
 
 
+@pytest.mark.slow
 def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: StartServer) -> None:
     server = start_server(TINY, "--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s").await_ready()
     ask(server)
@@ -109,6 +111,7 @@ def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: Start
     assert max(map(len, once.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_live_view_follows_a_server_until_ctrl_c(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     terminal = Terminal(server)
@@ -123,6 +126,7 @@ def test_the_live_view_follows_a_server_until_ctrl_c(start_server: StartServer) 
         terminal.close()
 
 
+@pytest.mark.slow
 def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     terminal = Terminal(server)

@@ -16,15 +16,15 @@ struct Matrix {
     const uint8_t* codes;
     const void* scales;
     int64_t format;
-    int64_t tiled;         // 0: file layout, 1: panels
+    int64_t tiled;  // 0: file layout, 1: panels
     int64_t rows, cols;
     int64_t tile_rows, tile_cols;  // values that share a scale (FP8; INT4: columns)
     int64_t float_scales;          // FP8: scales are float32, not ue8m0
 };
 
-constexpr int64_t kPanelRows = 32;   // rows interleaved in a panel
-constexpr int64_t kBlock = 32;       // columns that share an activation scale
-constexpr int64_t kMaxTokens = 8;    // tokens a panel kernel takes at most
+constexpr int64_t kPanelRows = 32;  // rows interleaved in a panel
+constexpr int64_t kBlock = 32;      // columns that share an activation scale
+constexpr int64_t kMaxTokens = 8;   // tokens a panel kernel takes at most
 
 // Activations of one token and 32 columns as fixed-point digits: x = scale * sum_d digit_d * 128^(2-d)
 // (three digits of -64..64, 21 bits) or x = scale * digit (one digit of -127..127).
@@ -80,8 +80,8 @@ struct Level {
     // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
     // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
-    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens,
-                       float* out, int64_t out_stride);
+    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
+                       int64_t out_stride);
     void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
     uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
     uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
