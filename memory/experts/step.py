@@ -81,7 +81,7 @@ class ExpertStep:
                 self._begin()
         finally:
             self._release()
-        return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(1)
+        return self._store.kernels.weighted_sum(outputs.view(tokens, top_k, -1), weights)
 
     def _key(self, expert: int) -> Key:
         return self._layer, expert

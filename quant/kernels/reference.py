@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 from quant.kernels.file_slots import FileSlotLayout
 from quant.kernels.interface import Experts, Weight, swiglu
+from quant.kernels.layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
 # Largest decoded block, in values: 4 Mi float32 values are 16 MiB.
 DECODE_VALUES = 1 << 22
 
 
-class ReferenceKernels:
+class ReferenceKernels(TorchLayers):
     """`Kernels` in plain torch operations, float32 throughout."""
 
     name = "reference"

@@ -15,6 +15,7 @@ import torch
 from quant.errors import ConfigError
 from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
+from quant.kernels.cpu.native_layers import NativeLayers
 from quant.kernels.cpu.panels import (
     TILED,
     ExpertSlotLayout,
@@ -65,7 +66,7 @@ def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
 
 
-class NativeKernels:
+class NativeKernels(NativeLayers):
     """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
 
     activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits.
