@@ -1,7 +1,8 @@
 """What layers compute besides products with weights: the operations, and plain torch for each of them.
 
-Torch sums in an order that depends on how many rows there are, so what this gives for a token may differ in its last
-bits between batches. The native back end (quant/kernels/cpu/native_layers.py) gives the same bits in every batch.
+Torch sums in an order that depends on how many rows there are, so what this gives for a token may differ in
+its last bits between batches. The native back end (quant/kernels/cpu/native_layers.py) gives the same bits in
+every batch.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ class LayerOperations(Protocol):
         ...
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Pairs of channels of x `[tokens, ..., dim]` as complex numbers times turns `[tokens, pairs]` complex64.
+        """The last channels of x `[tokens, ..., dim]`, in pairs, times turns `[tokens, pairs]` complex64.
 
-        They are the last ones; the channels before them stay as they are.
+        A pair is a complex number; the channels before stay as they are.
         """
         ...
 
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that a router's logits `[tokens, experts]` choose, and their weights, `[tokens, top_k]`.
+        """The experts that logits `[tokens, experts]` choose, and their weights, both `[tokens, top_k]`.
 
         Those with the largest sqrt(softplus(logit)) + bias, best first; weights without the bias, divided by
         their sum, times factor.
@@ -80,8 +81,8 @@ class LayerOperations(Protocol):
     ) -> torch.Tensor:
         """sum_h w[t,h] * relu(q[t,h] . k[g]), `[L, G]`; -inf where a token does not see an entry.
 
-        queries `[L, index_heads, index_dim]`, weights `[L, index_heads]`, keys `[G, index_dim]`; visible `[L]`:
-        how many of the keys, from the first. With entries `[L, n]`, -1 for none, only these: `[L, n]`.
+        queries `[L, index_heads, index_dim]`, weights `[L, index_heads]`, keys `[G, index_dim]`; visible
+        `[L]`: how many of the keys, from the first. With entries `[L, n]`, -1 for none, only these: `[L, n]`.
         """
         ...
 
