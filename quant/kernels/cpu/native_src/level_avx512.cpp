@@ -20,6 +20,8 @@ namespace loci {
 #include "formats.hpp"
 #include "panels.hpp"
 #include "digits.hpp"
+#include "attention.hpp"
+#include "rows.hpp"
 #include "level.hpp"
 
 extern const Level kAvx512 = make_level("avx512");
