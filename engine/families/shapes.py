@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.families.deepseek_v41.config import parse_config as parse_v41
 from engine.families.deepseek_v41.shape import checkpoint_shape
 from engine.families.llama.config import parse_config as parse_llama
+from engine.families.llama.tensors import IGNORED
 from engine.families.loader import open_checkpoint
 from engine.families.parts import Parts
 from engine.families.registry import family_of
@@ -33,7 +34,7 @@ def shape_of(path: Path) -> ModelShape:
 
 def _llama(checkpoint: Checkpoint, name: str) -> ModelShape:
     c = parse_llama(checkpoint)
-    parts = Parts(checkpoint)
+    parts = Parts(checkpoint, IGNORED)
     entry_bytes = 2 * KV_VALUE_BYTES * c.kv_heads * c.head_dim
     kv = KvShape(
         ratio=1,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +18,7 @@ from engine.cache.sparse import CacheShape, SparseCache
 from engine.families.base import NO_TRACE, Batch, Component, Family, KvCache, Model, ModelInfo, Trace
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.places import HOST
-from engine.families.deepseek_v41.tensors import IGNORED_PREFIXES, components, expected_tensors
+from engine.families.deepseek_v41.tensors import IGNORED, components, expected_tensors
 from engine.families.deepseek_v41.weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from engine.layers.engram_lookup import EngramLookup, StepRows
@@ -401,26 +400,31 @@ class DeepseekV41Family(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint.config)
-        return self._info(config, checkpoint.path), components(config, checkpoint)
+        return self._info(config, checkpoint), components(config, checkpoint)
 
-    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
+    def check(self, checkpoint: Checkpoint) -> None:
         config = parse_config(checkpoint.config)
-        checkpoint.verify(expected_tensors(config, checkpoint), IGNORED_PREFIXES)
-        token_map = torch.zeros(0, dtype=torch.int64)
+        checkpoint.verify(expected_tensors(config, checkpoint), IGNORED)
         if config.engram_layer_ids:
             self._check_tables(config)
+
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
+        self.check(checkpoint)
+        config = parse_config(checkpoint.config)
+        token_map = torch.zeros(0, dtype=torch.int64)
+        if config.engram_layer_ids:
             token_map = torch.from_numpy(
                 load_token_map(
                     checkpoint.path / "tokenizer.json", config.vocab_size, config.engram_compressed_vocab_size
                 )
             )
         weights = read_weights(config, checkpoint, kernels, budget)
-        return DeepseekV41(config, self._info(config, checkpoint.path), weights, token_map, kernels)
+        return DeepseekV41(config, self._info(config, checkpoint), weights, token_map, kernels)
 
-    def _info(self, config: V41Config, path: Path) -> ModelInfo:
+    def _info(self, config: V41Config, checkpoint: Checkpoint) -> ModelInfo:
         return ModelInfo(
             family=self.name,
-            name=path.resolve().name,
+            name=checkpoint.name,
             vocab_size=config.vocab_size,
             max_context=config.max_position_embeddings,
             bos_token_id=config.bos_token_id,
