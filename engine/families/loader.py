@@ -1,4 +1,7 @@
-"""From a path to something that can chat: checkpoint, family, model, tokenizer and chat format."""
+"""From a path to something that can chat: checkpoint, family, model, tokenizer and chat format.
+
+`inspect` does all of that but the weights, so that what loading would refuse is known without loading.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 from engine.chat.format import ChatFormat
 from engine.chat.registry import chat_format_for
 from engine.embedded import embedded_sampling
-from engine.families.base import Component, Model, ModelInfo
+from engine.families.base import Component, Family, Model, ModelInfo
 from engine.families.registry import family_of
 from engine.sampling.defaults import sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
@@ -18,7 +21,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.gguf_files import open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
-from quant.errors import CheckpointError, ConfigError
+from quant.errors import CheckpointError, ConfigError, Findings
 from quant.kernels.choice import choose
 
 
@@ -36,6 +39,19 @@ class Loaded:
     sampling: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Inspected:
+    """A checkpoint in which nothing is wrong, and all that belongs to it but its weights."""
+
+    checkpoint: Checkpoint
+    family: Family
+    info: ModelInfo
+    components: list[Component]
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    sampling: Mapping[str, Any]
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights."""
     if path.is_dir():
@@ -47,10 +63,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: not a model directory and not a .gguf file")
 
 
-def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
-    """What the checkpoint at `path` is, from config and headers alone."""
+def inspect(path: Path) -> Inspected:
+    """What lies at `path`, from config, headers and tokenizer; no weights are read.
+
+    Raises LociError with everything for which loading would refuse it, but the room that it needs.
+    """
     checkpoint = open_checkpoint(path)
-    return family_of(checkpoint).describe(checkpoint)
+    family = family_of(checkpoint)
+    info, components = family.describe(checkpoint)
+    findings = Findings()
+    with findings.checking():
+        family.check(checkpoint)
+    with findings.checking():
+        tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
+        chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
+    with findings.checking():
+        sampling = sampling_defaults(path) or embedded_sampling(path)
+    findings.raise_any()
+    return Inspected(checkpoint, family, info, components, tokenizer, chat, sampling)
 
 
 def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
@@ -58,17 +88,12 @@ def load(path: Path, budget: MemoryBudget | None = None, context: int | None = N
 
     A ConfigError says where the model was not made for `context` tokens.
     """
-    checkpoint = open_checkpoint(path)
-    family = family_of(checkpoint)
-    info, components = family.describe(checkpoint)
-    if context is not None and context > info.max_context:
+    found = inspect(path)
+    if context is not None and context > found.info.max_context:
         raise ConfigError(
-            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+            f"max_model_len is {context}, but {found.info.name} was made for {found.info.max_context} tokens"
         )
     budget = budget or MemoryBudget.of_this_machine()
     kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
-    tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
-    chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
-    sampling = sampling_defaults(path) or embedded_sampling(path)
-    model = family.load(checkpoint, kernels, budget)  # last: it is large, all else may still be refused
-    return Loaded(model, tokenizer, chat, components, sampling)
+    model = found.family.load(found.checkpoint, kernels, budget)
+    return Loaded(model, found.tokenizer, found.chat, found.components, found.sampling)
