@@ -18,7 +18,7 @@ from engine.families.registry import family_of
 from engine.sampling.defaults import sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.checkpoint.gguf_files import open_gguf
+from memory.checkpoint.gguf_files import is_gguf, open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import CheckpointError, ConfigError, Findings
@@ -53,10 +53,15 @@ class Inspected:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights."""
+    """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights.
+
+    What a file is called does not matter, nor whether links lead to it.
+    """
     if path.is_dir():
         return open_safetensors(path)
-    if path.suffix == ".gguf":
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; download it again")
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
         return open_gguf(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory; a model is a directory or a .gguf file")

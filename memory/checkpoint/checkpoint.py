@@ -46,8 +46,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the directory or file is called; of a link, the link's own name."""
-        return Path(os.path.abspath(self.path)).name
+        """What the directory or file is called."""
+        return name_of(self.path)
 
     def used(self, ignored: re.Pattern[str] | None) -> dict[str, TensorEntry]:
         """The entries, without those whose whole names match `ignored`."""
@@ -83,6 +83,15 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The raw bytes of a tensor, uint8 `[nbytes]`. Raises CheckpointError where they cannot be read."""
         return read_tensor(self.entries[name])
+
+
+def name_of(path: Path) -> str:
+    """What a model's directory or file is called, without `.gguf`; of a link, the link's own name.
+
+    In a cache of the Hugging Face Hub what a link leads to is called by its hash.
+    """
+    named = Path(os.path.abspath(path))
+    return named.stem if named.suffix.lower() == ".gguf" else named.name
 
 
 SHOWN_PROBLEMS = 40
