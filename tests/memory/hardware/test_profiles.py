@@ -113,7 +113,7 @@ def test_the_documented_profile_reads() -> None:
 
 
 def test_profiles_are_part_of_the_package() -> None:
-    assert all(entry.name.endswith(".toml") for entry in (files("memory") / "profiles").iterdir())
+    assert all(entry.name.endswith(".toml") for entry in (files("memory") / "hardware" / "shipped").iterdir())
 
 
 def test_devices_are_read_with_budget_and_link() -> None:
