@@ -1,6 +1,6 @@
 """From a path to something that can chat: checkpoint, family, model, tokenizer and chat format.
 
-`inspect` does all of that but the weights, so that what loading would refuse is known without loading.
+`open_model` does all of that but the weights, so that what loading would refuse is known without loading.
 """
 
 from __future__ import annotations
@@ -39,19 +39,6 @@ class Loaded:
     sampling: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Inspected:
-    """A checkpoint in which nothing is wrong, and all that belongs to it but its weights."""
-
-    checkpoint: Checkpoint
-    family: Family
-    info: ModelInfo
-    components: list[Component]
-    tokenizer: Tokenizer
-    chat: ChatFormat | None
-    sampling: Mapping[str, Any]
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights.
 
@@ -68,14 +55,46 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: not a model directory and not a .gguf file")
 
 
-def inspect(path: Path) -> Inspected:
-    """What lies at `path`, from config, headers and tokenizer; no weights are read.
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that is in order as far as headers and small files tell; no weights were read yet."""
 
-    Raises LociError with everything for which loading would refuse it, but the room that it needs.
+    checkpoint: Checkpoint
+    family: Family
+    info: ModelInfo
+    components: list[Component]
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    sampling: Mapping[str, Any]
+
+    def load(self, budget: MemoryBudget) -> Loaded:
+        """Read its weights, within `budget`."""
+        kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
+        model = self.family.load(self.checkpoint, kernels, budget)
+        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling)
+
+
+def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
+    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
+
+    A ConfigError says where the model was not made for `context` tokens.
+    """
+    return open_model(path, context).load(budget or MemoryBudget.of_this_machine())
+
+
+def open_model(path: Path, context: int | None = None) -> OpenedModel:
+    """The checkpoint directory or GGUF file at `path`, with all that belongs to it but its weights.
+
+    Raises LociError with everything for which loading would refuse it, but the room that it needs. A
+    ConfigError says where the model was not made for `context` tokens.
     """
     checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
     info, components = family.describe(checkpoint)
+    if context is not None and context > info.max_context:
+        raise ConfigError(
+            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+        )
     findings = Findings()
     with findings.checking():
         family.check(checkpoint)
@@ -85,20 +104,4 @@ def inspect(path: Path) -> Inspected:
     with findings.checking():
         sampling = sampling_defaults(path) or embedded_sampling(path)
     findings.raise_any()
-    return Inspected(checkpoint, family, info, components, tokenizer, chat, sampling)
-
-
-def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
-    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
-
-    A ConfigError says where the model was not made for `context` tokens.
-    """
-    found = inspect(path)
-    if context is not None and context > found.info.max_context:
-        raise ConfigError(
-            f"max_model_len is {context}, but {found.info.name} was made for {found.info.max_context} tokens"
-        )
-    budget = budget or MemoryBudget.of_this_machine()
-    kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
-    model = found.family.load(found.checkpoint, kernels, budget)
-    return Loaded(model, found.tokenizer, found.chat, found.components, found.sampling)
+    return OpenedModel(checkpoint, family, info, components, tokenizer, chat, sampling)

@@ -44,14 +44,16 @@ def profile(
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{text}: cannot be read as text ({error})") from None
 
-    from engine.families.loader import inspect, load
+    from engine.families.loader import open_model
     from engine.record_routing import record_routing
+    from memory.planner.budget import MemoryBudget
     from memory.user_files import check_writable
 
     target = out or _beside(model)
     check_writable(target)
     recorded = _tokens_recorded(target)
-    ids = inspect(model).tokenizer.encode(content, parse_special=False)[:tokens]
+    opened = open_model(model)
+    ids = opened.tokenizer.encode(content, parse_special=False)[:tokens]
     if not ids:
         raise ConfigError(f"{text}: holds no text")
     if len(ids) < recorded:
@@ -59,11 +61,11 @@ def profile(
             f"{target}: holds a record of {recorded} tokens, better than one of {len(ids)} would be; "
             "give more text, name another file with --out, or remove it"
         )
-    loaded = load(model)
+    loaded = opened.load(MemoryBudget.of_this_machine()).model
     with Progress(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("tokens", total=len(ids))
-        trace = record_routing(loaded.model, ids, lambda done: bar.advance(task, done))
-    loaded.model.close()
+        trace = record_routing(loaded, ids, lambda done: bar.advance(task, done))
+    loaded.close()
     trace.save(target)
     replaced = f", in place of one of {recorded}" if recorded else ""
     print(f"{target}: routing of {len(ids)} tokens through {trace.layers} layers{replaced}")

@@ -154,9 +154,10 @@ class Llama(Model):
         """Causal attention of every segment over its own slot, `[tokens, hidden]` to the same."""
         c, linear = self.config, self.kernels.linear
         tokens = x.shape[0]
-        scale = c.rope.attention_factor**2 / math.sqrt(c.head_dim)  # all channels of a head are rotated
         q = rotation.apply(self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))
         k = rotation.apply(self._paired(linear(x, layer.k).view(tokens, c.kv_heads, c.head_dim)))
+        if c.rope.attention_factor != 1:
+            q = q * c.rope.attention_factor**2  # the keys' share too: only products of the two are used
         v = linear(x, layer.v).view(tokens, c.kv_heads, c.head_dim)
         out = torch.empty_like(q)
         stop = 0
@@ -167,7 +168,7 @@ class Llama(Model):
             queries = q[start:stop].view(segment.length, c.kv_heads, -1, c.head_dim)
             rows = queries.permute(1, 2, 0, 3).reshape(c.kv_heads, -1, c.head_dim)
             attended = F.scaled_dot_product_attention(
-                rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask, scale=scale
+                rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
             )  # [1, kv_heads, heads / kv_heads * length, head_dim]
             attended = attended.view(c.kv_heads, -1, segment.length, c.head_dim)
             out[start:stop] = attended.permute(2, 0, 1, 3).reshape(segment.length, c.heads, c.head_dim)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.families.loader import inspect
+from engine.families.loader import open_model
 from quant.errors import CheckpointError
 from server.cli.local_talk import LocalTalk
 from server.cli.talk import Sampling
@@ -87,7 +87,7 @@ def test_a_directory_of_links_answers_as_the_files_do(tmp_path: Path) -> None:
 
     assert served(snapshot) == ("0123abc", answer)
     assert served(tmp_path / "my-model") == ("my-model", answer)
-    assert inspect(tmp_path / "my-model").info.name == "my-model"
+    assert open_model(tmp_path / "my-model").info.name == "my-model"
 
 
 def test_a_model_in_the_working_directory_has_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +106,6 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path, gguf_file: Path) -> N
     with pytest.raises(
         CheckpointError, match=r"tiny-f32\.gguf: a link to \.\./\.\./blobs/\w+, which is not there"
     ):
-        inspect(linked)
+        open_model(linked)
     with pytest.raises(CheckpointError, match=f"missing shard {shard.name}, a link to ../../blobs"):
-        inspect(snapshot)
+        open_model(snapshot)
