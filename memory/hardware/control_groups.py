@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # The text of a file; empty where it cannot be read.
 Read = Callable[[Path], str]
@@ -49,18 +49,26 @@ def _directories(controller: str, read: Read) -> list[Path]:
     """Directories of this process's groups and of those above them, in each hierarchy with `controller`."""
     found: dict[Path, None] = {}
     for line in read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, name = line.split(":", 2)
+        number, controllers, name = [*line.split(":", 2), "", ""][:3]
+        if not number or not name:
+            continue
         if controllers and controller not in controllers.split(","):
             continue
         mounts = [*_mounts(controller if controllers else "", read), (USUAL_PLACE / controllers, "/")]
         for mount, root in mounts:
-            # Inside a container the name may be the host's; then only what is mounted there exists.
-            inside = (
-                name.removeprefix(root).strip("/") if f"{name}/".startswith(f"{root.rstrip('/')}/") else ""
-            )
-            own = mount if ".." in inside.split("/") else mount / inside
+            own = _below(mount, root, PurePosixPath(name))
             found |= dict.fromkeys(d for d in (own, *own.parents) if d == mount or mount in d.parents)
     return list(found)
+
+
+def _below(mount: Path, root: str, name: PurePosixPath) -> Path:
+    """Where the group `name` lies where `root` is mounted on `mount`.
+
+    Inside a container the name may be one outside of what is mounted; then that is all there is to see.
+    """
+    if ".." in name.parts or not name.is_relative_to(root):
+        return mount
+    return mount / name.relative_to(root)
 
 
 def _mounts(controller: str, read: Read) -> Iterator[tuple[Path, str]]:
@@ -70,12 +78,8 @@ def _mounts(controller: str, read: Read) -> Iterator[tuple[Path, str]]:
         fields, kinds = before.split(), after.split()
         if len(fields) < 5 or len(kinds) < 3:
             continue
-        is_wanted = (
-            kinds[0] == "cgroup" and controller in kinds[2].split(",")
-            if controller
-            else kinds[0] == "cgroup2"
-        )
-        if is_wanted:
+        is_version_1 = kinds[0] == "cgroup" and controller in kinds[2].split(",")
+        if is_version_1 if controller else kinds[0] == "cgroup2":
             yield Path(fields[4]), fields[3]
 
 

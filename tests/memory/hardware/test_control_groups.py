@@ -152,6 +152,15 @@ def test_a_machine_without_control_groups_limits_nothing() -> None:
     assert (memory_groups(read), cpu_quota(read)) == ([], None)
 
 
+@given(st.lists(st.text(":/. -,0123abcegmoruxy\n"), min_size=3, max_size=3))
+def test_files_that_are_written_otherwise_limit_nothing(texts: list[str]) -> None:
+    groups, mounts, content = texts
+
+    found = memory_groups(lambda path: {"cgroup": groups, "mountinfo": mounts}.get(path.name, content))
+
+    assert all(group.room_bytes >= 0 for group in found)
+
+
 @given(st.floats(0.01, 1000))
 def test_threads_use_all_of_a_quota_and_less_than_one_more(quota: float) -> None:
     assert 1 <= whole_cores(quota) < quota + 1
