@@ -73,4 +73,9 @@ def model_path(model: Path | None) -> Path:
 
 def embedded_sampling(path: Path) -> Mapping[str, Any]:
     """The sampling parameters of the embedded model at `path`; empty for any other model."""
-    return next((m.sampling for m in EMBEDDED.values() if m.find() == path.resolve()), {})
+    return EMBEDDED[name].sampling if (name := embedded_name(path)) else {}
+
+
+def embedded_name(path: Path) -> str | None:
+    """The name of the embedded model at `path`; None for any other model."""
+    return next((name for name, model in EMBEDDED.items() if model.find() == path.resolve()), None)

@@ -199,11 +199,18 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Compare the checkpoint with what this family reads, from config and headers alone.
+
+        Raises CheckpointError listing everything that is wrong.
+        """
+
+    @abstractmethod
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
         """The model, its weights read within `budget`, still packed.
 
-        Raises CheckpointError listing everything that is wrong, before anything large is read, and
-        BudgetError where what every token needs does not fit.
+        Raises what `check` does, before anything large is read, and BudgetError where what every token
+        needs does not fit.
         """
 
 

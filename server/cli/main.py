@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from memory.hardware.detect import allowed_cores, usable_cores
 from quant.errors import LociError
 from server.cli.bench.group import bench
 from server.cli.chat import chat, run
@@ -55,6 +56,10 @@ def main() -> None:
     # torch then asks for huge pages where it allocates megabytes: processors foresee no addresses beyond a
     # page, and have to look up where each page lies (figures in docs/kernels.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # torch, whose number all kernels go by, counts the cores that it may run on, not how much of their time a
+    # container gets: threads above that would be stopped in turn, those that the others wait for among them.
+    if usable_cores() < allowed_cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     # As after Ctrl-C, what is half written is removed. `loci serve` drains instead.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

@@ -110,9 +110,10 @@ def _shape(model: str) -> ModelShape:
     from memory.planner.published import NAMES, built_in
 
     if Path(model).exists():
+        from engine.families.loader import open_model
         from engine.families.shapes import shape_of
 
-        return shape_of(Path(model))
+        return shape_of(open_model(Path(model)).checkpoint)
     if model in NAMES:
         return built_in(model)
     raise ConfigError(f"{model}: no such file or directory, and none of the names {', '.join(NAMES)}")

@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.families.base import Model
 from engine.families.loader import Loaded, load
 from engine.warm_up import warm_up
+from memory.checkpoint.checkpoint import name_of
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
 from memory.planner.budget import MemoryBudget
@@ -59,8 +60,8 @@ def bring_up(settings: Settings) -> Served:
 
     Raises LociError where the checkpoint is wrong or does not fit into memory.
     """
-    path = model_path(settings.model).resolve()
-    name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    path = model_path(settings.model)
+    name = settings.served_model_name or name_of(path)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
     workload = Workload(
