@@ -57,7 +57,7 @@ class TemplateChat(ChatFormat):
             self._variables = meta.find_undeclared_variables(environment.parse(template))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
-        self._marks = _Marks(tokenizer.added_tokens)
+        self._marks = _Marks(tokenizer.control_tokens(template))
         eos = tokenizer.eos_token_id
         self._stop_token_ids = () if eos is None else (eos,)
 
@@ -82,7 +82,7 @@ class TemplateChat(ChatFormat):
         calls = tools is not None and self._can_call
         style = AnswerStyle(reasoning, TaggedCalls() if calls else None)
         return ChatPrompt(
-            self._tokenizer.encode_prompt(prompt, special_ranges),
+            self._tokenizer.encode_prompt(prompt, special_ranges, self._source),
             lambda: _parser(reasoning, calls),
             stop_token_ids=self._stop_token_ids,
             grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
