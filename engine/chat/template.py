@@ -171,11 +171,14 @@ def _parser(reasoning: Reasoning, calls: bool) -> OutputParser:
 
 
 class _Marks:
-    """Puts marks into what a request says, and takes them out of what the template made of it."""
+    """Puts marks into what a request says, and takes them out of what the template made of it.
 
-    def __init__(self, added_tokens: Iterable[str]) -> None:
-        # A token of one character cannot be broken by a mark inside, so it is never special here.
-        tokens = sorted((token for token in added_tokens if len(token) > 1), key=len, reverse=True)
+    A control token of one character cannot be broken by a mark inside: it gets two in front.
+    """
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        tokens = sorted(control_tokens, key=len, reverse=True)
+        self._single = {token for token in tokens if len(token) == 1}
         pattern = "|".join(re.escape(token) for token in tokens) or r"(?!)"
         self._token = re.compile(pattern)
         self._token_start = re.compile(f"(?=({pattern}))(.)", re.DOTALL)
@@ -202,6 +205,8 @@ class _Marks:
         ranges: list[tuple[int, int]] = []
         done = size = 0
         for match in self._token.finditer(rendered):
+            if match.group() in self._single and rendered.endswith(mark * 2, 0, match.start()):
+                continue
             plain = rendered[done : match.start()].replace(mark, "")
             parts += [plain, match.group()]
             size += len(plain)
@@ -212,7 +217,12 @@ class _Marks:
 
     def _break(self, text: str, mark: str) -> str:
         """A mark after the first character of every special token that is spelled in `text`."""
-        return self._token_start.sub(lambda match: match.group(2) + mark, text)
+
+        def broken(match: re.Match[str]) -> str:
+            front = mark * 2 if match.group(2) in self._single else ""
+            return front + match.group(2) + (mark if len(match.group(1)) > 1 else "")
+
+        return self._token_start.sub(broken, text)
 
     def _marked(self, text: str, mark: str) -> str:
         text = self._break(text, mark)

@@ -29,14 +29,15 @@ from engine.tokenizer.prompt import BYTE_TOKEN, PromptEncoder, encode_text, with
 from memory.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError, ConfigError
 
-MARKUP = re.compile(r"[^\w\s\u2581]")
+MARKUP = re.compile(r"(?s)(?=.*[^\w\s\u2581]).{3,}")  # not a word, not a run of spaces, not a comma
 
 
 class Tokenizer:
     """A tokenizer and what the engine needs of it.
 
     backend         the library's own object
-    bos_token_id    beginning of sequence; `add_bos` says whether plain prompts (completions) start with it
+    bos_token_id    beginning of sequence; `add_bos` says whether plain prompts (completions) start with it;
+                    chat templates write it themselves
     eos_token_id    the tokenizer's own end of sequence; a checkpoint's config may name more
     chat_template   Jinja source, where the checkpoint brings one
     size            ids that exist lie below this; a model's vocabulary may be padded beyond it
@@ -128,7 +129,7 @@ class Tokenizer:
         return {
             token: i
             for token, i in self.added_tokens.items()
-            if token in special or (MARKUP.search(token) and (template is None or token in template))
+            if token in special or (MARKUP.fullmatch(token) and (template is None or token in template))
         }
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
