@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from engine.chat.registry import chat_format_for
 from engine.embedded import embedded_sampling
 from engine.families.base import Component, Model, ModelInfo
 from engine.families.registry import family_of
-from engine.sampling.defaults import sampling_defaults
+from engine.sampling.defaults import end_token_ids, sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.gguf_files import open_gguf
@@ -70,5 +70,21 @@ def load(path: Path, budget: MemoryBudget | None = None, context: int | None = N
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
     sampling = sampling_defaults(path) or embedded_sampling(path)
+    ends = _end_token_ids(path, info, tokenizer)
     model = family.load(checkpoint, kernels, budget)  # last: it is large, all else may still be refused
+    model.info = replace(model.info, eos_token_ids=ends)
     return Loaded(model, tokenizer, chat, components, sampling)
+
+
+def _end_token_ids(path: Path, info: ModelInfo, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the model's config and of `generation_config.json` together;
+    the tokenizer's own where neither names one."""
+    wrong = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
+    if wrong:
+        raise ConfigError(
+            f"{path}: end-of-sequence ids {wrong} are not in the vocabulary, 0 to {info.vocab_size - 1}"
+        )
+    named = (*info.eos_token_ids, *end_token_ids(path, info.vocab_size))
+    if not named and tokenizer.eos_token_id is not None:
+        named = (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys(named))

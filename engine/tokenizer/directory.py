@@ -1,4 +1,4 @@
-"""What a checkpoint directory says of its tokenizer in up to four files, read as `transformers` reads them."""
+"""What a checkpoint directory says of its tokenizer in up to four files, read as `transformers` does."""
 
 from __future__ import annotations
 

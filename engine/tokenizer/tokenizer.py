@@ -68,8 +68,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Read a checkpoint directory's `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and
-        `chat_template.jinja`.
+        """Read a checkpoint directory's `tokenizer.json`, `tokenizer_config.json`,
+        `special_tokens_map.json` and `chat_template.jinja`.
 
         Only the first must be there. Raises CheckpointError for a file that is missing or
         damaged, ConfigError for a setting that contradicts the vocabulary.
