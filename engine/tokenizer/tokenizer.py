@@ -176,6 +176,15 @@ class Tokenizer:
             known = self._bytes[token_id] = self._spelled(token_id)
         return known
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one token; where its bytes are a part of a character, they are listed instead:
+        `bytes:\\xe2\\x82`, as OpenAI writes them."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
     def _spelled(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id)
         if token is None:
@@ -183,7 +192,8 @@ class Tokenizer:
         if token in self.added_tokens:
             return token.encode()
         if self._is_byte_level:
-            return bytes(BYTE_OF_CHARACTER[c] for c in token if c in BYTE_OF_CHARACTER)
+            known = all(c in BYTE_OF_CHARACTER for c in token)
+            return bytes(BYTE_OF_CHARACTER[c] for c in token) if known else token.encode()
         if match := BYTE_TOKEN.fullmatch(token):
             return bytes([int(match.group(1), 16)])
         return token.replace("\u2581", " ").encode()
