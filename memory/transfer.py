@@ -1,6 +1,6 @@
 """Links and tickets: bytes on their way, and the one place where compute may wait for them.
 
-A link is a worker thread with a priority queue: what is needed now overtakes what is only foreseen. A
+A link is a worker thread with a priority queue: what is needed now overtakes what is only guessed. A
 link to a virtual GPU paces its copies to the speed of a real one; a disk link reads and rearranges.
 """
 
@@ -140,7 +140,7 @@ class Link:
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
-        """Let a queued transfer that was only foreseen go first: it is needed now."""
+        """Let a queued transfer that was only guessed go first: it is needed now."""
         with self._changed:
             found = [job for job in self._queue if job.ticket is ticket]
             for job in found:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
-NAME = "GPU"
+NAME = "gpu"
 _MAY_MIX = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default,
             aten._index_put_impl_.default}  # fmt: skip
 _registered: list[bool] = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.kernels.interface import Experts, Kernels, SlotLayout, Weight
+from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
 from quant.packed import Format, PackedTensor
 
 
@@ -17,7 +17,7 @@ class DeviceKernels:
     gpus  one back end for each GPU
     """
 
-    name = "GPUs"
+    name = "gpus"
 
     def __init__(self, host: Kernels, gpus: Mapping[torch.device, Kernels]) -> None:
         self._host = host
@@ -38,15 +38,8 @@ class DeviceKernels:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         return self.on(_device_of(weight)).linear(x, weight)
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        return self.on(x.device).moe(x, expert_ids, expert_weights, experts, swiglu_limit)
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        return self.on(call.x.device).moe(call)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self.on(x.device).rms_norm(x, weight, eps)

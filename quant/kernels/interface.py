@@ -43,20 +43,8 @@ class Kernels(Protocol):
         """`x @ weight^T`: `[..., cols]` -> `[..., rows]`."""
         ...
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`.
-
-        x `[tokens, hidden]`; expert_ids `[tokens, top_k]` int64, in host memory or beside x; expert_weights
-        `[tokens, top_k]` float32.
-        expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) ).
-        """
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -103,6 +91,24 @@ class ExpertWeights:
             for weight in self.matrices
             for part in (weight.codes, weight.scales)
         )
+
+
+@dataclass(frozen=True)
+class MoeCall:
+    """Routed experts at work on some tokens: each token's choice of experts, and with which weights.
+
+    x               `[tokens, hidden]`
+    expert_ids      `[tokens, top_k]` int64, in host memory or beside x
+    expert_weights  `[tokens, top_k]` float32
+    experts         where the chosen ones are
+    swiglu_limit    expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) )
+    """
+
+    x: torch.Tensor
+    expert_ids: torch.Tensor
+    expert_weights: torch.Tensor
+    experts: Experts
+    swiglu_limit: float
 
 
 class SlotLayout(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import Experts, Weight, swiglu
+from quant.kernels.interface import MoeCall, Weight, swiglu
 from quant.packed import Format, PackedTensor
 
 # Largest decoded block, in values: 4 Mi float32 values are 16 MiB.
@@ -52,21 +52,14 @@ class ReferenceKernels:
             out[..., start:stop] = F.linear(x, weight.rows(start, stop).decode(x.dtype))
         return out
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        for expert_id in sorted(set(expert_ids.flatten().tolist())):
-            places = (expert_ids == expert_id).nonzero(as_tuple=True)
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        x, out = call.x, torch.zeros_like(call.x)
+        for expert_id in sorted(set(call.expert_ids.flatten().tolist())):
+            places = (call.expert_ids == expert_id).nonzero(as_tuple=True)
             tokens, choice = (place.to(x.device) for place in places)
-            expert = experts[expert_id]
-            y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
-            out.index_add_(0, tokens, y * expert_weights[tokens, choice].unsqueeze(-1))
+            expert = call.experts[expert_id]
+            y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, call.swiglu_limit)
+            out.index_add_(0, tokens, y * call.expert_weights[tokens, choice].unsqueeze(-1))
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

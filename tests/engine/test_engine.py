@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.engine import Engine, Ticket
+from engine.engine import Engine, Submission
 from engine.families.base import Batch, KvCache
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason, Output
@@ -37,7 +37,7 @@ def engine(loaded: Loaded) -> Iterator[Engine]:
     engine.stop()
 
 
-def submit(engine: Engine, ids: list[int], **params: Any) -> tuple[Answer, Ticket]:
+def submit(engine: Engine, ids: list[int], **params: Any) -> tuple[Answer, Submission]:
     answer = Answer()
     return answer, engine.submit(ids, SamplingParams(**{"temperature": 0.0, **params}), answer)
 

@@ -78,7 +78,7 @@ def everything_in_dram(golden: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dram", "GPUs"),
+    ("dram", "gpus"),
     [
         (2, ()),
         (3, ()),

@@ -37,7 +37,7 @@ class Gate:
         self._open.set()
 
 
-def test_what_is_needed_overtakes_what_is_foreseen(link: Link) -> None:
+def test_what_is_needed_overtakes_what_is_guessed(link: Link) -> None:
     order: list[str] = []
     gate = Gate(link)
     names = [
@@ -53,7 +53,7 @@ def test_what_is_needed_overtakes_what_is_foreseen(link: Link) -> None:
     assert order == ["d1", "d2", "p1", "p2"]
 
 
-def test_a_foreseen_transfer_that_becomes_needed_goes_first(link: Link) -> None:
+def test_a_guessed_transfer_that_becomes_needed_goes_first(link: Link) -> None:
     order: list[str] = []
     gate = Gate(link)
     tickets = [

@@ -86,7 +86,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("count", "dram", "GPU"),
+    ("count", "dram", "gpu"),
     [
         pytest.param(2, 1 << 30, 8 << 20, id="everything on the GPUs"),
         pytest.param(2, 1 << 30, 3 << 20, id="layers on both, experts everywhere"),
@@ -106,7 +106,7 @@ def test_golden_logits_with_layers_and_experts_on_gpus(
     seen, places, allocated = model.telemetry.snapshot(), model.weights.places, model.tier_bytes
     model.close()
     assert (logits - golden["logits"][:TOKENS]).abs().max() < 1e-4
-    assert {device.type for device in places.layers} >= {"GPU"}
+    assert {device.type for device in places.layers} >= {"gpu"}
     for tier in ("vram:0", "vram:1")[:count]:
         assert seen.computed[tier] > 0
         assert allocated[tier] + places.kv_room.get(tier, 0) <= GPU_BASE_BYTES + gpu

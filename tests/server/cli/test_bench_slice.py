@@ -71,7 +71,7 @@ def _one_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
     def budget(dram: str | None, devices: str | None, workload: Workload) -> MemoryBudget:
-        return MemoryBudget(30_000_000, (Tier("vram:0", GPU_BYTES, torch.device("GPU", 0), 12e9),), workload)
+        return MemoryBudget(30_000_000, (Tier("vram:0", GPU_BYTES, torch.device("gpu", 0), 12e9),), workload)
 
     def load(path: Path, budget: MemoryBudget) -> SimpleNamespace:
         checkpoint = open_safetensors(path)
