@@ -123,7 +123,10 @@ def test_logprobs_tell_tokens_bytes_and_alternatives(client: openai.OpenAI) -> N
     assert len(tokens) == 5
     for token in tokens:
         spelled = bytes(token.bytes)
-        assert token.token in (spelled.decode(errors="replace"), "bytes:" + "".join(f"\\x{b:02x}" for b in spelled))
+        assert token.token in (
+            spelled.decode(errors="replace"),
+            "bytes:" + "".join(f"\\x{b:02x}" for b in spelled),
+        )
         assert len(token.top_logprobs) == 3
         assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)  # temperature 0
         assert [t.logprob for t in token.top_logprobs] == sorted(
