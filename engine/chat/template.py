@@ -32,12 +32,12 @@ from engine.chat.format import ChatFormat, ChatPrompt
 from engine.chat.output_parser import END_THINK, THINK, TOOL_CALL, OutputParser, PlainParser, TaggedParser
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
 from engine.grammar.tools import TaggedCalls
+from engine.tokenizer.prompt import pattern_of, unused_character
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import ConfigError, RequestError
 
 MAX_PROMPT_CHARS = 16 << 20
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class TemplateChat(ChatFormat):
@@ -69,7 +69,7 @@ class TemplateChat(ChatFormat):
             "documents": request.get("documents"),
             **self._switches(request),
         }
-        mark = _unused_character(json.dumps(said, ensure_ascii=False) + self._source)
+        mark = unused_character(json.dumps(said, ensure_ascii=False) + self._source)
         variables = {name: self._marks.put(value, mark) for name, value in said.items()}
         variables |= self._tokenizer.special_tokens
         begun = _begun_answer(said["messages"])
@@ -177,9 +177,9 @@ class _Marks:
     """
 
     def __init__(self, control_tokens: Iterable[str]) -> None:
-        tokens = sorted(control_tokens, key=len, reverse=True)
+        tokens = list(control_tokens)
         self._single = {token for token in tokens if len(token) == 1}
-        pattern = "|".join(re.escape(token) for token in tokens) or r"(?!)"
+        pattern = pattern_of(tokens)
         self._token = re.compile(pattern)
         self._token_start = re.compile(f"(?=({pattern}))(.)", re.DOTALL)
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
@@ -271,13 +271,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _unused_character(text: str) -> str:
-    for code in PRIVATE_USE:
-        if chr(code) not in text:
-            return chr(code)
-    raise RequestError("the messages use every private-use character there is", param="messages")
 
 
 def _begun_answer(messages: list[dict[str, Any]]) -> str | None:

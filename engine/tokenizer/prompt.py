@@ -12,7 +12,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import tokenizers
@@ -21,7 +20,9 @@ from tokenizers import AddedToken
 from quant.errors import RequestError
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
+END = ""  # in a tree of characters: a token ends here
+NOTHING = "(?!)"
+PRIVATE_USE = range(0xE000, 0xF900)
 
 
 def without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -63,6 +64,27 @@ def unknown_token_id(backend: tokenizers.Tokenizer) -> int | None:
     return unknown if isinstance(unknown, int) else None
 
 
+def pattern_of(tokens: Iterable[str]) -> str:
+    """A regular expression for the longest of `tokens` at a place; however many they are, it looks once."""
+    tree: dict[str, Any] = {}
+    for token in tokens:
+        node = tree
+        for character in token:
+            node = node.setdefault(character, {})
+        node[END] = {}
+    return _pattern(tree) if tree else NOTHING
+
+
+def _pattern(node: Mapping[str, Any]) -> str:
+    common = ""
+    while len(node) == 1 and END not in node:
+        ((character, node),) = node.items()
+        common += re.escape(character)
+    branches = [re.escape(character) + _pattern(below) for character, below in node.items() if character]
+    rest = f"(?:{'|'.join(branches)})" if branches else ""
+    return common + (f"{rest}?" if END in node and rest else rest)
+
+
 class PromptEncoder:
     """Encodes prompts of which it is known where `control` tokens (spelling -> id) stand.
 
@@ -72,14 +94,13 @@ class PromptEncoder:
     def __init__(self, backend: tokenizers.Tokenizer, control: Mapping[str, int]) -> None:
         self._backend = backend
         self._control = control
-        spelled = sorted(control, key=len, reverse=True)
-        self._spelling = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
+        self._spelling = re.compile(pattern_of(control))
         # A model may make these of ordinary text; those for what it cannot spell otherwise are no harm.
         unknown = unknown_token_id(backend)
         self._ids = {
             i: token for token, i in control.items() if i != unknown and not BYTE_TOKEN.fullmatch(token)
         }
-        self._by_place = _ByPlace(backend, control, chr(PRIVATE_USE[0][0]))
+        self._by_place = _ByPlace(backend, control, chr(PRIVATE_USE[0]))
 
     def encode(self, text: str, special_ranges: Iterable[tuple[int, int]]) -> list[int]:
         """Token ids of `text`; what lies in `special_ranges` becomes the token that it spells.
@@ -99,7 +120,7 @@ class PromptEncoder:
     def _encode_by_place(self, text: str, ranges: list[tuple[int, int]]) -> list[int]:
         named = self._by_place
         if named.mark in text:
-            self._by_place = named = _ByPlace(self._backend, self._control, _unused_character(text))
+            self._by_place = named = _ByPlace(self._backend, self._control, unused_character(text))
         parts, done = [], 0
         for start, end in ranges:
             parts += [text[done:start], named.name(text[start:end])]
@@ -149,9 +170,9 @@ class _ByPlace:
         )
 
 
-def _unused_character(text: str) -> str:
-    used = set(text)
-    for code in chain(*PRIVATE_USE):
-        if chr(code) not in used:
+def unused_character(text: str) -> str:
+    """A private-use character that `text` has not. Raises RequestError where it has all of them."""
+    for code in PRIVATE_USE:
+        if chr(code) not in text:
             return chr(code)
     raise RequestError("the messages use every private-use character there is", param="messages")

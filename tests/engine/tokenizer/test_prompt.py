@@ -6,6 +6,7 @@ values under RECORDED are those of `transformers` 5.24 itself.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from engine.chat.template import TemplateChat
+from engine.tokenizer.prompt import pattern_of
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import RequestError
 
@@ -205,7 +207,7 @@ def test_a_control_token_may_be_one_character() -> None:
     assert spelled(given_, ids) == ["§", "a", "<0xC2>", "<0xA7>", "<0xE2>", "<0x80>", "<0xA6>", "…", "§"]
 
 
-@given(mark=st.sampled_from(["\ue000", "\ue001", "\U000f0000"]), text=TEXTS)
+@given(mark=st.sampled_from(["\ue000", "\ue001", "\uf8ff"]), text=TEXTS)
 def test_private_use_characters_spell_no_control_token(mark: str, text: str) -> None:
     made = tokenizer("metaspace first False")
     control = set(made.control_tokens().values())
@@ -227,3 +229,10 @@ def test_a_text_that_the_library_fails_on_is_a_bad_request() -> None:
 
 def spelled(made: Tokenizer, ids: list[int]) -> list[str]:
     return [made.backend.id_to_token(i) for i in ids]
+
+
+@given(tokens=st.sets(st.text("ab.(", min_size=1, max_size=4), max_size=8), text=st.text("ab.(", max_size=12))
+def test_the_longest_token_at_each_place_is_found(tokens: set[str], text: str) -> None:
+    longest_first = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
+
+    assert re.findall(pattern_of(tokens), text) == re.findall(longest_first, text)
