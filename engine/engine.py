@@ -170,7 +170,7 @@ class Engine:
         )
         with self._wake:
             if self._stopping or not self.is_alive:
-                raise CapacityError("the engine is not running; look at the server's log for the reason")
+                raise CapacityError("the engine is not running; the server must be restarted by who runs it")
             if len(self._submitted) + len(self._scheduler.waiting) >= self._max_waiting:
                 raise CapacityError(f"{self._max_waiting} requests are waiting already; try again later")
             self._submitted.append(sequence)

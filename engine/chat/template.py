@@ -32,12 +32,12 @@ from engine.chat.format import ChatFormat, ChatPrompt
 from engine.chat.output_parser import END_THINK, THINK, TOOL_CALL, OutputParser, PlainParser, TaggedParser
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
 from engine.grammar.tools import TaggedCalls
+from engine.tokenizer.prompt import pattern_of, unused_character
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import ConfigError, RequestError
 
 MAX_PROMPT_CHARS = 16 << 20
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class TemplateChat(ChatFormat):
@@ -57,7 +57,7 @@ class TemplateChat(ChatFormat):
             self._variables = meta.find_undeclared_variables(environment.parse(template))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
-        self._marks = _Marks(tokenizer.added_tokens)
+        self._marks = _Marks(tokenizer.control_tokens(template))
         eos = tokenizer.eos_token_id
         self._stop_token_ids = () if eos is None else (eos,)
 
@@ -69,7 +69,7 @@ class TemplateChat(ChatFormat):
             "documents": request.get("documents"),
             **self._switches(request),
         }
-        mark = _unused_character(json.dumps(said, ensure_ascii=False) + self._source)
+        mark = unused_character(json.dumps(said, ensure_ascii=False) + self._source)
         variables = {name: self._marks.put(value, mark) for name, value in said.items()}
         variables |= self._tokenizer.special_tokens
         begun = _begun_answer(said["messages"])
@@ -82,7 +82,7 @@ class TemplateChat(ChatFormat):
         calls = tools is not None and self._can_call
         style = AnswerStyle(reasoning, TaggedCalls() if calls else None)
         return ChatPrompt(
-            self._tokenizer.encode_prompt(prompt, special_ranges),
+            self._tokenizer.encode_prompt(prompt, special_ranges, self._source),
             lambda: _parser(reasoning, calls),
             stop_token_ids=self._stop_token_ids,
             grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
@@ -171,12 +171,15 @@ def _parser(reasoning: Reasoning, calls: bool) -> OutputParser:
 
 
 class _Marks:
-    """Puts marks into what a request says, and takes them out of what the template made of it."""
+    """Puts marks into what a request says, and takes them out of what the template made of it.
 
-    def __init__(self, added_tokens: Iterable[str]) -> None:
-        # A token of one character cannot be broken by a mark inside, so it is never special here.
-        tokens = sorted((token for token in added_tokens if len(token) > 1), key=len, reverse=True)
-        pattern = "|".join(re.escape(token) for token in tokens) or r"(?!)"
+    A control token of one character cannot be broken by a mark inside: it gets two in front.
+    """
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        tokens = list(control_tokens)
+        self._single = {token for token in tokens if len(token) == 1}
+        pattern = pattern_of(tokens)
         self._token = re.compile(pattern)
         self._token_start = re.compile(f"(?=({pattern}))(.)", re.DOTALL)
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
@@ -202,6 +205,8 @@ class _Marks:
         ranges: list[tuple[int, int]] = []
         done = size = 0
         for match in self._token.finditer(rendered):
+            if match.group() in self._single and rendered.endswith(mark * 2, 0, match.start()):
+                continue
             plain = rendered[done : match.start()].replace(mark, "")
             parts += [plain, match.group()]
             size += len(plain)
@@ -212,7 +217,12 @@ class _Marks:
 
     def _break(self, text: str, mark: str) -> str:
         """A mark after the first character of every special token that is spelled in `text`."""
-        return self._token_start.sub(lambda match: match.group(2) + mark, text)
+
+        def broken(match: re.Match[str]) -> str:
+            front = mark * 2 if match.group(2) in self._single else ""
+            return front + match.group(2) + (mark if len(match.group(1)) > 1 else "")
+
+        return self._token_start.sub(broken, text)
 
     def _marked(self, text: str, mark: str) -> str:
         text = self._break(text, mark)
@@ -261,13 +271,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _unused_character(text: str) -> str:
-    for code in PRIVATE_USE:
-        if chr(code) not in text:
-            return chr(code)
-    raise RequestError("the messages use every private-use character there is", param="messages")
 
 
 def _begun_answer(messages: list[dict[str, Any]]) -> str | None:

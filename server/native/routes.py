@@ -99,8 +99,7 @@ def _tokenized(body: TokenizeRequest, served: Served) -> bytes:
     ids = _token_ids(body, served)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
     if body.return_token_strs:
-        pieces = (served.loaded.tokenizer.token_bytes(i) for i in ids)
-        answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+        answer["token_strs"] = [served.loaded.tokenizer.token_text(i) for i in ids]
     return to_json(answer)
 
 

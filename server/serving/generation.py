@@ -105,7 +105,7 @@ class Generation:
         self._wakeups.add(self._arrived)
 
     def _expire(self, timeout_s: float) -> None:
-        message = f"the request took longer than {timeout_s:g} s and was ended"
+        message = f"the request took longer than {timeout_s:g} s and was ended; ask for fewer tokens"
         self._ended_by = ApiError(504, message, code="request_timeout")
         self._arrived.set()
 

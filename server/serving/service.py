@@ -170,7 +170,9 @@ class Service:
         if self._served is None:
             raise unavailable("the model is still loading; try again soon", "model_loading")
         if not self._served.engine.is_alive:
-            raise unavailable("the engine has stopped; the server must be restarted", "engine_stopped")
+            raise unavailable(
+                "the engine has stopped; the server must be restarted by who runs it", "engine_stopped"
+            )
         return self._served
 
     def named(self, model: str) -> Served:

@@ -32,7 +32,7 @@ def _tokenizer() -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    backend.add_special_tokens([AddedToken(token) for token in SPECIAL])
     return Tokenizer(
         backend, bos_token_id=260, add_bos=False, eos_token_id=257, special_tokens={"bos_token": "<s>"}
     )

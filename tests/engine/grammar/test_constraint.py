@@ -234,6 +234,23 @@ def test_a_grammar_for_which_there_is_no_token_ends_with_an_error() -> None:
         compiler.start(outputs(regex="b"))
 
 
+@pytest.mark.parametrize(
+    ("schema", "advice"),
+    [
+        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "may match several alternatives; write anyOf"),
+        (
+            {"$ref": "http://example.com/schema"},
+            r"does not fetch resources; put it into the schema, under \$defs",
+        ),
+    ],
+)
+def test_advice_is_what_a_client_can_follow(
+    compiler: GrammarCompiler, schema: dict[str, Any], advice: str
+) -> None:
+    with pytest.raises(RequestError, match=f"{advice}$"):
+        compiler.start(by_schema(schema))
+
+
 def test_a_model_without_end_token_cannot_be_bound(tokenizer: Tokenizer) -> None:
     with pytest.raises(RequestError, match="no end-of-sequence token"):
         GrammarCompiler(tokenizer, (), tokenizer.size).start(outputs(regex="a"))

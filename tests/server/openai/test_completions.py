@@ -132,3 +132,14 @@ def test_texts_begin_as_the_tokenizer_says_unless_they_are_not_to() -> None:
         return tokenize_prompts(request, served)[0].token_ids
 
     assert ids() == [tokenizer.bos_token_id, *ids(add_special_tokens=False)]
+
+
+def test_a_prompt_that_spells_its_beginning_gets_no_second_one_and_is_echoed_whole() -> None:
+    tokenizer = Tokenizer.from_directory(ROOT / "deploy" / "demo" / "loci-demo")
+    served = SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
+    spelled = tokenizer.special_tokens["bos_token"] + PROMPT
+
+    plain, spelling = tokenize_prompts(CompletionRequest(model=MODEL, prompt=[PROMPT, spelled]), served)
+
+    assert plain.token_ids == spelling.token_ids
+    assert (plain.added, spelling.added) == (1, 0)
