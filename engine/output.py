@@ -30,6 +30,7 @@ class Output:
     """News of one sequence.
 
     text        text that is now certain: complete UTF-8, and no part of a possible stop string
+    special_ranges   `[start, end)` offsets into `text` of what added tokens wrote; None where not known
     token_ids   tokens generated since the last Output (their text may come later)
     logprobs    one per token id, where asked for
     prompt_logprobs  in the first Output, where asked for; one per prompt token, the first one None
@@ -49,3 +50,4 @@ class Output:
     stop_match: str | int | None = None
     queue_s: float | None = None
     cached_tokens: int | None = None
+    special_ranges: tuple[tuple[int, int], ...] | None = None

@@ -28,8 +28,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.chat.call_block import TOOL_CALL
 from engine.chat.format import ChatFormat, ChatPrompt
-from engine.chat.output_parser import END_THINK, THINK, TOOL_CALL, OutputParser, PlainParser, TaggedParser
+from engine.chat.output_parser import END_THINK, THINK, OutputParser, PlainParser, TaggedParser
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
 from engine.grammar.tools import TaggedCalls
 from engine.tokenizer.tokenizer import Tokenizer

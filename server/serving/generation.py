@@ -130,6 +130,11 @@ class Generation:
 
 
 def _join(first: Output, then: Output) -> Output:
+    special = None
+    if first.special_ranges is not None and then.special_ranges is not None:
+        shift = len(first.text)
+        shifted = ((start + shift, end + shift) for start, end in then.special_ranges)
+        special = (*first.special_ranges, *shifted)
     return Output(
         text=first.text + then.text,
         token_ids=first.token_ids + then.token_ids,
@@ -139,4 +144,5 @@ def _join(first: Output, then: Output) -> Output:
         error=then.error,
         stop_match=then.stop_match,
         cached_tokens=first.cached_tokens,
+        special_ranges=special,
     )

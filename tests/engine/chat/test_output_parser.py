@@ -129,11 +129,9 @@ def test_arguments_flow_as_they_are_written() -> None:
     (first,) = subject.push('ents": {"ci')[0].tool_calls
     assert (first.index, first.name, first.arguments) == (0, "weather", '{"ci')
     assert subject.has_tool_calls
-    assert subject.push('ty": "}</tool_call>') == [
-        MessageDelta(tool_calls=(ToolCallDelta(0, 'ty": "}</tool_call>'),))
-    ]
-    assert subject.push('\\"') == [MessageDelta(tool_calls=(ToolCallDelta(0, '\\"'),))]
-    assert subject.push('"}}\n</tool_') == [MessageDelta(tool_calls=(ToolCallDelta(0, '"}'),))]
+    assert subject.push('ty": "}</tool_call>') == [MessageDelta(tool_calls=(ToolCallDelta(0, 'ty": "}'),))]
+    assert subject.push('\\"') == []
+    assert subject.push('"}}\n</tool_') == [MessageDelta(tool_calls=(ToolCallDelta(0, '</tool_call>\\""}'),))]
     assert subject.push("call>Bye") == [MessageDelta(content="Bye")]
     assert subject.finish() == []
 
