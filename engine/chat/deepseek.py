@@ -85,7 +85,7 @@ class DeepseekChat(ChatFormat):
         options = converted.parsing_options
         options.stop_sequences = []
         style = AnswerStyle(
-            Reasoning.OPEN if prompt.prompt.endswith(THINK) else Reasoning.NONE,
+            Reasoning.OPEN if _opens_reasoning(prompt) else Reasoning.NONE,
             self._calls,
             in_calls=options.starts_in_tool_calls,
             gap="\n\n",
@@ -165,6 +165,12 @@ class DeepseekParser(OutputParser):
         deltas = [_delta(choice["delta"], self._spelled) for choice in choices]
         self._has_tool_calls |= any(delta.tool_calls for delta in deltas)
         return [delta for delta in deltas if delta != MessageDelta()]
+
+
+def _opens_reasoning(prompt: recipe.RenderedPrompt) -> bool:
+    """Whether the prompt ends with the tag itself, not with a message that spells it."""
+    start, end = prompt.special_ranges[-1] if prompt.special_ranges else (0, 0)
+    return end == len(prompt.prompt) and prompt.prompt[start:end] == THINK
 
 
 def _delta(delta: Mapping[str, Any], spelled: Mapping[int, str]) -> MessageDelta:
