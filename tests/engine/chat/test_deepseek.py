@@ -213,6 +213,33 @@ def test_a_tool_call_is_found_however_it_is_cut(chat: ChatFormat, cuts: list[int
     assert json.loads("".join(call.arguments for call in calls)) == {"city": 'Zü"rich', "days": 3}
 
 
+@pytest.mark.parametrize("arguments", ["{", '{"a": "x', "[1]", "3", "null", "", "oops", '{"a": "\\ud800"}'])
+def test_arguments_of_the_history_that_are_no_object_are_kept(
+    chat: ChatFormat, tokenizer: Tokenizer, arguments: str
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [*user()["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "c", "content": "wrong"})
+
+    prompt = prompt_of(chat, tokenizer, {"messages": messages, "tools": TOOLS})
+
+    assert f'parameter name="arguments" string="true">{arguments}</｜DSML｜' in prompt
+
+
+@pytest.mark.parametrize(
+    "text", ["It is ", "", " ", "\n\n", "<", "｜", "<｜end▁of▁sentence｜>", "</think>", "<think>"]
+)
+def test_an_answer_that_was_begun_is_continued_where_it_ends(
+    chat: ChatFormat, tokenizer: Tokenizer, text: str
+) -> None:
+    messages = [*user()["messages"], {"role": "assistant", "content": text, "prefix": True}]
+
+    prompt = chat.render({"messages": messages, "reasoning_effort": "none"})
+
+    assert tokenizer.decode(prompt.token_ids).endswith(f"<｜User｜>Hi<｜Assistant｜></think>{text}")
+    assert prompt.token_ids.count(tokenizer.added_tokens["</think>"]) == 1
+
+
 def test_each_choice_gets_a_parser_of_its_own(chat: ChatFormat) -> None:
     prompt = chat.render(user())
     first, second = prompt.new_parser(), prompt.new_parser()
