@@ -60,12 +60,15 @@ class CallReader:
     def take(self, text: str) -> int:
         """How many characters of `text` belong to the object."""
         start = at = len(self.text)
-        self.text += text
+        grown, self.text = self.text, ""  # held by one name alone a string grows in place
+        grown += text
+        self.text = grown
         while at < len(self.text) and not (self.has_ended or self.was_overrun):
             at = self._through_string(at) if self.in_string else self._outside(at)
         if self.was_overrun:
             return len(text)
-        self.text = self.text[:at]
+        if at < len(self.text):
+            self.text = self.text[:at]
         return at - start
 
     def take_doubtful(self, tag: str) -> None:
