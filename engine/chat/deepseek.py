@@ -11,6 +11,7 @@ so those fields of a request are not passed on.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,8 @@ class DeepseekParser(OutputParser):
         self._processor = recipe.StreamProcessor(generator, options)
         self._processor.push(recipe.InferenceChunk.ready())
         self._has_tool_calls = False
+        self._written: list[str] = []  # what the library read
+        self._told: list[str] = []  # what it made reasoning and content
 
     def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
         return self._read(self._finder.push(text, special_ranges))
@@ -147,7 +150,22 @@ class DeepseekParser(OutputParser):
     def finish(self) -> list[MessageDelta]:
         held = self._read(self._finder.finish())
         chunks = self._processor.push(recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop))
-        return held + self._deltas([*chunks, *self._processor.finish()])
+        deltas = held + self._deltas([*chunks, *self._processor.finish()])
+        dropped = self._dropped().translate(self._spelled)
+        return [*deltas, MessageDelta(content=dropped)] if dropped else deltas
+
+    def _dropped(self) -> str:
+        """What the library passed over: a block in which it found no call, or text between elements."""
+        dsml = self._stand_ins.get(DSML, DSML)
+        told = "".join(self._told).count(f"<{dsml}")
+        parts = "".join(self._written).split(f"<{dsml}", told + 1)
+        if len(parts) < told + 2:
+            return ""
+        block = f"<{dsml}{parts[-1]}"
+        if not self._has_tool_calls:
+            return block
+        parameter = rf'<{dsml} ?parameter name="[^"]*" string="(true|false)">.*?(</{dsml} ?parameter>|\Z)'
+        return re.sub(rf"{parameter}|</?{dsml}[^>]*(>|\Z)|</?[{DSML}]*\Z", "", block, flags=re.DOTALL).strip()
 
     @property
     def has_tool_calls(self) -> bool:
@@ -158,11 +176,13 @@ class DeepseekParser(OutputParser):
             self._stand_ins[item.spelling] if isinstance(item, Tag) else item.translate(self._no_text)
             for item in items
         )
+        self._written.append(text)
         return self._deltas(self._processor.push(recipe.InferenceChunk.text(text, 0))) if text else []
 
     def _deltas(self, chunks: list[Any]) -> list[MessageDelta]:
-        choices = (choice for chunk in chunks for choice in json.loads(chunk.to_json())["choices"])
-        deltas = [_delta(choice["delta"], self._spelled) for choice in choices]
+        made = [choice["delta"] for chunk in chunks for choice in json.loads(chunk.to_json())["choices"]]
+        self._told += [delta.get(kind) or "" for delta in made for kind in ("reasoning_content", "content")]
+        deltas = [_delta(delta, self._spelled) for delta in made]
         self._has_tool_calls |= any(delta.tool_calls for delta in deltas)
         return [delta for delta in deltas if delta != MessageDelta()]
 

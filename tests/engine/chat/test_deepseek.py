@@ -213,6 +213,41 @@ def test_a_tool_call_is_found_however_it_is_cut(chat: ChatFormat, cuts: list[int
     assert json.loads("".join(call.arguments for call in calls)) == {"city": 'Zü"rich', "days": 3}
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["c <｜DSML｜ nix> foo", "<｜DSML｜ calls>\nWhich one?\n</｜DSML｜ calls> None.", "c <｜DSML｜"],
+)
+def test_a_block_without_calls_is_content(chat: ChatFormat, text: str) -> None:
+    assert answer(chat, user(reasoning_effort="none", tools=TOOLS), text) == ("", text, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (CALL + "\nThat was it.", "That was it."),
+        (CALL.replace("</｜DSML｜ invoke>", "And so on.</｜DSML｜ invoke>"), "And so on."),
+        (
+            '<｜DSML｜ calls>\n<｜DSML｜ invoke name="weather">\n{"city": "Rome"}</｜DSML｜ invoke>',
+            '{"city": "Rome"}',
+        ),
+    ],
+)
+def test_what_stands_between_the_elements_of_calls_is_content(
+    chat: ChatFormat, text: str, content: str
+) -> None:
+    _, told, calls = answer(chat, user(reasoning_effort="none", tools=TOOLS), text)
+
+    assert told.strip() == content
+    assert [call.name for call in calls if call.name] == ["weather"]
+
+
+@pytest.mark.parametrize("length", range(2, len(CALL), 3))
+def test_a_call_that_is_cut_off_is_told_once(chat: ChatFormat, length: int) -> None:
+    _, content, calls = answer(chat, user(reasoning_effort="none", tools=TOOLS), CALL[:length])
+
+    assert content.strip() == ("" if calls else CALL[:length].strip())
+
+
 @pytest.mark.parametrize("arguments", ["{", '{"a": "x', "[1]", "3", "null", "", "oops", '{"a": "\\ud800"}'])
 def test_arguments_of_the_history_that_are_no_object_are_kept(
     chat: ChatFormat, tokenizer: Tokenizer, arguments: str
