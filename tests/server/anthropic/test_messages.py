@@ -12,11 +12,13 @@ import httpx
 import openai
 import pytest
 
+from engine.chat.output_parser import TaggedParser
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason
 from server.anthropic.reply import MessagesReply
 from server.anthropic.requests import MessagesRequest
 from server.http.errors import ApiError
+from server.serving.answer import Answer
 from server.serving.service import Served
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer
@@ -324,6 +326,45 @@ def test_a_call_that_was_cut_off_has_no_input(reply: NewReply) -> None:
 
     assert message["stop_reason"] == "max_tokens"
     assert message["content"][-1]["input"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"code": "def f():\n\treturn \\"1\\""}', {"code": 'def f():\n\treturn "1"'}),
+        ('{"code": "def', {"code": "def}"}),
+        ('{"a": 1, "b": [1, {"c": "d"}', {"a": 1, "b": [1, {"c": "d"}]}),
+        ('{"a": oops, "b": 1}', {"arguments": '{"a": oops, "b": 1}'}),
+        ('{"a": NaN}', {"arguments": '{"a": NaN}'}),
+        ('{"a": 1e999}', {"arguments": '{"a": 1e999}'}),
+        ('{"a": "\\ud800"}', {"arguments": '{"a": "\\ud800"}'}),
+        ("[1]", {"arguments": "[1]"}),
+        ('"Paris"', {"arguments": "Paris"}),
+        ("null", {}),
+    ],
+)
+def test_what_the_model_wrote_into_a_call_is_in_its_input(
+    reply: NewReply, arguments: str, expected: dict[str, Any]
+) -> None:
+    script = Script(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
+
+    (block,) = whole(tagged(reply()), script)["content"]
+
+    assert block["input"] == expected
+    written = "".join(
+        event["delta"]["partial_json"]
+        for event in events(tagged(reply()), script)
+        if event["type"] == "content_block_delta"
+    )
+    if "\n" in arguments:
+        assert json.loads(written) == expected
+
+
+def tagged(subject: MessagesReply) -> MessagesReply:
+    """The reply of a model that writes its calls as JSON between tags."""
+    parser = TaggedParser(reasoning=False, in_reasoning=False, tools=True)
+    subject.answers = [Answer(0, parser, parallel_calls=True, end_of_reasoning=None)]
+    return subject
 
 
 def test_a_failure_ends_the_stream_with_an_error_event(reply: NewReply) -> None:
