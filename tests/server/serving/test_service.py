@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.engine import EngineStats, OnOutput, Ticket
+from engine.engine import EngineStats, OnOutput, Submission
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason, Output
 from server.app import create_app
@@ -31,16 +31,16 @@ class PlayedEngine:
     def __init__(self, play: Callable[[OnOutput], None] = lambda on_output: None) -> None:
         self._play = play
         self.between_steps: Callable[[], None]
-        self.aborted: list[Ticket] = []
+        self.aborted: list[Submission] = []
 
     def submit(
         self, prompt_ids: list[int], params: object, on_output: OnOutput, *, cache_salt: str
-    ) -> Ticket:
+    ) -> Submission:
         self._play(on_output)
         self.between_steps()
-        return Ticket(1)
+        return Submission(1)
 
-    def abort(self, ticket: Ticket) -> None:
+    def abort(self, ticket: Submission) -> None:
         self.aborted.append(ticket)
 
     def stats(self) -> EngineStats:
