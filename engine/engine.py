@@ -72,9 +72,9 @@ class Engine:
 
     max_sequences run together, each of at most `max_context` tokens (prompt and answer); the cache
     for them is allocated here. A step computes at most `prefill_chunk` tokens, and of prompts only what
-    takes about `prefill_step_s` while answers run. Beside those
-    that may run, `max_waiting` further sequences are taken, others refused. States of prompts and answers are kept for later
-    prompts that begin alike, in up to `prefix_cache_bytes`; 0 keeps none. After each step, whose
+    takes about `prefill_step_s` while answers run. `max_waiting` sequences more than can run are taken,
+    others refused. States of prompts and answers are kept for later prompts that begin alike, in up to
+    `prefix_cache_bytes`; 0 keeps none. After each step, whose
     outputs were reported one by one, the engine's thread calls `between_steps`.
     """
 
@@ -172,10 +172,9 @@ class Engine:
             if self._stopping or not self.is_alive:
                 raise CapacityError("the engine is not running; look at the server's log for the reason")
             if self._unfinished() >= self._max_sequences + self._max_waiting:
-                raise CapacityError(
-                    f"{self._max_sequences} requests are running and {self._max_waiting} are waiting already; "
-                    "try again later"
-                )
+                running, waiting = self._max_sequences, self._max_waiting
+                text = f"{running} requests are running and {waiting} are waiting already; try again later"
+                raise CapacityError(text)
             self._submitted.append(sequence)
             self._known[sequence.sequence_id] = sequence
             self._wake.notify()
