@@ -164,7 +164,12 @@ class Engine:
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset(stop_ids),
             sampler=Sampler(params, ids, vocab_size, constraint, stop_ids),
-            detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop),
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                params.stop,
+                include_stop=params.include_stop,
+                skip_special=params.skip_special,
+            ),
             on_output=on_output,
             cache_salt=cache_salt,
         )

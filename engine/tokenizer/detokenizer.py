@@ -20,21 +20,30 @@ class Detokenizer:
     """Streams the text of one sequence.
 
     Bytes that do not yet complete a character are held back, and so is text that may turn out to
-    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text.
+    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text, with
+    `skip_special` special tokens are not.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = stop
         self._include_stop = include_stop
+        added = tokenizer.backend.get_added_tokens_decoder().items() if skip_special else ()
+        self._skipped = {i for i, token in added if token.special}
         self._held = ""
 
     def push(self, token_id: int, *, may_stop: bool = True) -> Piece:
         """The text that `token_id` makes certain; with `may_stop` False it is no part of a stop string."""
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        spelled = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
+        text = self._decoder.decode(spelled)
         return self._release(text) if may_stop else Piece(text)
 
     def finish(self) -> Piece:
