@@ -44,6 +44,7 @@ class Sequence:
     cached_tokens: int = 0
     parting: int | None = None
     saved: int = 0  # tokens of the newest state that the prefix cache was given
+    is_aborted: bool = False  # nobody reads on; it ends before the next step
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _reported: bool = False

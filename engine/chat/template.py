@@ -212,6 +212,8 @@ class TemplateChat(ChatFormat):
         thinking = (request.get("thinking") or {}).get("type")
         if effort == "none" or thinking == "disabled":
             switches = {"enable_thinking": False, "thinking": False} | switches
+        elif thinking == "enabled":
+            switches = {"enable_thinking": True, "thinking": True} | switches
         return switches
 
 

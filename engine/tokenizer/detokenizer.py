@@ -29,25 +29,33 @@ class Detokenizer:
     """Streams the text of one sequence.
 
     Bytes that do not yet complete a character are held back, and so is text that may turn out to
-    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text.
+    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text, with
+    `skip_special` special tokens are not.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = stop
         self._include_stop = include_stop
+        added = tokenizer.backend.get_added_tokens_decoder().items() if skip_special else ()
+        self._skipped = {i for i, token in added if token.special}
         self._held = ""
         self._added_ids = frozenset(tokenizer.added_tokens.values())
         self._special: list[tuple[int, int]] = []  # ranges of the text that is held
 
     def push(self, token_id: int, *, may_stop: bool = True) -> Piece:
         """The text that `token_id` makes certain; with `may_stop` False it is no part of a stop string."""
-        written = self._tokenizer.token_bytes(token_id)
+        written = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
         self._held += self._decoder.decode(written)
-        if token_id in self._added_ids:
+        if written and token_id in self._added_ids:
             end = len(self._held)
             self._special.append((end - len(written.decode()), end))
         return self._release() if may_stop else self._piece(len(self._held))

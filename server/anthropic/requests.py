@@ -20,15 +20,10 @@ from server.openai.messages import (
     Tool,
     ToolCall,
     check_parts,
-    refuse_fields,
     required,
 )
+from server.openai.refused import MESSAGES_REFUSED, refuse_fields
 from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
-
-MESSAGES_REFUSED = {
-    "mcp_servers": "this server calls no others",
-    "container": "this server runs no tools of its own",
-}
 
 
 class Block(Body):
@@ -64,6 +59,7 @@ class MessagesTool(Body):
     name: str = Field(min_length=1, max_length=64)
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 class MessagesToolChoice(Body):
@@ -78,6 +74,7 @@ class Thinking(Body):
     """Whether the model reasons first. Without this field it does not."""
 
     type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized"] | None = None
 
 
 class OutputFormat(Body):
@@ -228,7 +225,7 @@ def _text_part(block: Block, path: str) -> TextPart:
 
 def _tool(tool: MessagesTool) -> Tool:
     definition = FunctionDefinition(
-        name=tool.name, description=tool.description, parameters=tool.input_schema
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
     )
     return Tool(type="function", function=definition)
 

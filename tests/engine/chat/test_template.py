@@ -298,6 +298,7 @@ def test_extra_variables_cannot_replace_the_messages() -> None:
         ({"reasoning_effort": "low"}, "default low"),
         ({"reasoning_effort": "none"}, "off none"),
         ({"thinking": {"type": "disabled"}}, "off"),
+        ({"thinking": {"type": "enabled"}}, "on"),
         ({"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}, "on none"),
     ],
 )

@@ -7,10 +7,18 @@ import re
 import pytest
 from fastapi.routing import APIRoute
 
-from server.anthropic.requests import MESSAGES_REFUSED, MessagesRequest
+from server.anthropic.requests import MessagesRequest
 from server.app import ROUTERS
-from server.openai.requests import REFUSED, ChatRequest, CompletionRequest
-from server.responses.requests import RESPONSES_REFUSED, ResponsesRequest
+from server.openai.refused import (
+    CHAT_REFUSED,
+    COMPLETIONS_REFUSED,
+    MESSAGES_REFUSED,
+    REFUSED,
+    RESPONSES_REFUSED,
+    TOKENIZE_REFUSED,
+)
+from server.openai.requests import ChatRequest, CompletionRequest
+from server.responses.requests import ResponsesRequest
 from tests.server.harness import ROOT
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
@@ -33,7 +41,7 @@ def test_every_route_is_documented() -> None:
         CompletionRequest.model_fields,
         ResponsesRequest.model_fields,
         MessagesRequest.model_fields,
-        REFUSED,
+        REFUSED | CHAT_REFUSED | COMPLETIONS_REFUSED | TOKENIZE_REFUSED,
         RESPONSES_REFUSED,
         MESSAGES_REFUSED,
     ],

@@ -65,6 +65,14 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(narrow: LociServer) -
     eventually(lambda: narrow.metric("loci_sequences_running") == 0, "the slot is free")
 
 
+@pytest.mark.parametrize(("waiting", "n"), [("0", 4), ("1", 3), ("1", 5)])
+def test_an_idle_server_takes_what_fits(start_server: StartServer, waiting: str, n: int) -> None:
+    server = start_server(TINY, "--max-num-seqs", "4", "--max-waiting", waiting).await_ready()
+
+    for fields in ({"n": n}, {"prompt": ["Once"] * n}, {}, {"n": n, "stream": True}):
+        assert httpx.post(f"{server.url}/v1/completions", json=SHORT | fields).status_code == 200
+
+
 def test_more_answers_than_ever_fit_are_refused_for_good(narrow: LociServer) -> None:
     answer = httpx.post(f"{narrow.url}/v1/completions", json=SHORT | {"prompt": ["a", "b", "c"]})
 

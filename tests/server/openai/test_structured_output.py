@@ -240,6 +240,72 @@ def test_the_other_protocols_bind_answers_as_well(http: httpx.Client) -> None:
     assert all(json.loads(text)["a"] in (1, 2) for text in texts)
 
 
+def _bound(path: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """A request on `path` whose answer `schema` binds."""
+    form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    match path:
+        case "/v1/responses":
+            response = {"model": "v41-c", "input": "x", "reasoning": {"effort": "none"}}
+            return response | {"text": {"format": form}, "max_output_tokens": 60}
+        case "/v1/messages":
+            body: dict[str, Any] = {"model": "v41-c", "messages": ASK, "max_tokens": 60}
+            return body | {"output_config": {"format": form}}
+    chat = PLAIN | {"prompt": "x", "max_tokens": 60}
+    return chat | {"response_format": {"type": "json_schema", "json_schema": form}}
+
+
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
+NODE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"next": {"$ref": "#/$defs/node"}},
+    "required": ["next"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_no_answer_can_match_is_refused_in_all_protocols(http: httpx.Client, path: str) -> None:
+    beyond = {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 1}
+
+    for schema in (NODE | {"$defs": {"node": NODE}}, beyond, {"const": 2**53 + 1}):
+        answer = http.post(path, json=_bound(path, schema))
+
+        assert answer.status_code == 400
+        if path != "/v1/messages":
+            assert answer.json()["error"]["code"] == "invalid_grammar"
+    leaf = {"anyOf": [NODE, {"type": "null"}]}
+    assert http.post(path, json=_bound(path, NODE | {"$defs": {"node": leaf}})).status_code == 200
+
+
+def test_tools_whose_arguments_never_end_are_refused(http: httpx.Client) -> None:
+    parameters = NODE | {"$defs": {"node": NODE}}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+    tool = {"type": "function", "function": function}
+
+    chat = http.post("/v1/chat/completions", json=PLAIN | {"tools": [tool]})
+    response = http.post(
+        "/v1/responses",
+        json={"model": "v41-c", "input": "x", "tools": [tool["function"] | {"type": "function"}]},
+    )
+    message = {"model": "v41-c", "messages": ASK, "max_tokens": 9, "tool_choice": {"type": "any"}}
+    forced = http.post("/v1/messages", json=message | {"tools": [{"name": "f", "input_schema": parameters}]})
+
+    assert [answer.status_code for answer in (chat, response, forced)] == [400] * 3
+    assert chat.json()["error"]["code"] == response.json()["error"]["code"] == "invalid_grammar"
+    assert chat.json()["error"]["param"] == "tools[0].function.parameters"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_large_bounds_hold_to_the_last_digit(http: httpx.Client, path: str) -> None:
+    schema = {"type": "integer", "minimum": 2**53 + 1, "exclusiveMaximum": 2**53 + 4}
+
+    answer = http.post(path, json=_bound(path, schema))
+
+    assert answer.status_code == 200
+    said = json.dumps(answer.json().get("output", answer.json()))
+    assert re.findall(r"\b90071992547409\d\d\b", said) == [str(2**53 + 2)]
+
+
 def test_a_grammar_that_cannot_go_on_ends_the_stream_with_an_error(http: httpx.Client) -> None:
     # The vocabulary has the bytes of every character, so only a form without any text gets stuck.
     body = {"model": "v41-c", "prompt": "x", "structured_outputs": {"json": {"$ref": "#"}}, "stream": True}
