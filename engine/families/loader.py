@@ -10,7 +10,7 @@ from typing import Any
 from engine.chat.format import ChatFormat
 from engine.chat.registry import chat_format_for
 from engine.embedded import embedded_sampling
-from engine.families.base import Component, Model, ModelInfo
+from engine.families.base import Component, Family, Model, ModelInfo
 from engine.families.registry import family_of
 from engine.sampling.defaults import sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
@@ -53,8 +53,34 @@ def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
     return family_of(checkpoint).describe(checkpoint)
 
 
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that is in order as far as headers and small files tell; no weights were read yet."""
+
+    checkpoint: Checkpoint
+    family: Family
+    components: list[Component]
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    sampling: Mapping[str, Any]
+
+    def load(self, budget: MemoryBudget) -> Loaded:
+        """Read its weights, within `budget`."""
+        kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
+        model = self.family.load(self.checkpoint, kernels, budget)
+        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling)
+
+
 def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
     """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
+
+    A ConfigError says where the model was not made for `context` tokens.
+    """
+    return open_model(path, context).load(budget or MemoryBudget.of_this_machine())
+
+
+def open_model(path: Path, context: int | None = None) -> OpenedModel:
+    """The checkpoint directory or GGUF file at `path`, with all that can be wrong with it but its weights.
 
     A ConfigError says where the model was not made for `context` tokens.
     """
@@ -65,10 +91,7 @@ def load(path: Path, budget: MemoryBudget | None = None, context: int | None = N
         raise ConfigError(
             f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
         )
-    budget = budget or MemoryBudget.of_this_machine()
-    kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
     tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
     chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
     sampling = sampling_defaults(path) or embedded_sampling(path)
-    model = family.load(checkpoint, kernels, budget)  # last: it is large, all else may still be refused
-    return Loaded(model, tokenizer, chat, components, sampling)
+    return OpenedModel(checkpoint, family, components, tokenizer, chat, sampling)

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quant.errors import LociError
+from quant.errors import ConfigError, LociError
 from server.cli.arguments import Model
+from server.cli.keyboard import messages
 from server.cli.terminal import is_terminal, write
 
 if TYPE_CHECKING:
     from engine.chat.output_parser import MessageDelta
     from server.cli.talk import ChatMessage, Sampling, Talk
 
-_HELP = "/reset forgets the conversation, /quit ends."
+RESET, QUIT = "/reset", "/quit"
+_HELP = f"{RESET} forgets the conversation, {QUIT} ends."
 
 Temperature = Annotated[
     float | None, typer.Option(help="0 always takes the likeliest token. Default: 1.", show_default=False)
@@ -72,15 +74,21 @@ def chat(
 
 def run(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to say to it. Default, or with -: what stdin holds.", show_default=False),
+    ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
 ) -> None:
-    """Write one answer to stdout. A model without chat template continues the prompt.
+    """Write one answer to stdout. A model without a chat template continues the prompt.
 
     Example: loci run ./model "Name three rivers." --temperature 0
+
+    or: loci run ./model < question.txt
     """
+    prompt = _prompt(prompt)
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
@@ -98,6 +106,20 @@ def run(
         talk.close()
 
 
+def _prompt(given: str | None) -> str:
+    """What to ask: as given, or what comes through a pipe."""
+    if given is None and sys.stdin.isatty():
+        raise typer.BadParameter('give a prompt, as in: loci run MODEL "Hello", or pipe one in')
+    try:
+        prompt = sys.stdin.read() if given in (None, "-") else str(given)
+        prompt.encode()  # fails for bytes that were no text
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8 text") from None
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    return prompt
+
+
 def _converse(talk: Talk, sampling: Sampling, system: str | None) -> None:
     is_interactive = sys.stdin.isatty()
     beginning: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
@@ -105,11 +127,11 @@ def _converse(talk: Talk, sampling: Sampling, system: str | None) -> None:
     if is_interactive:
         write(f"Talking to {talk.name}. {_HELP}\n")
     for line in _lines(is_interactive):
-        if line == "/quit":
+        if line == QUIT:
             return
-        if line == "/reset":
+        if line == RESET:
             history = list(beginning)
-        elif line.startswith("/"):
+        elif line.startswith("/") and "\n" not in line:
             print(f"{line}: no such command. {_HELP}", file=sys.stderr)
         elif line:
             question: ChatMessage = {"role": "user", "content": line}
@@ -141,14 +163,7 @@ def _show(deltas: Iterator[MessageDelta]) -> str:
 
 
 def _lines(is_interactive: bool) -> Iterator[str]:
-    if not is_interactive:
+    if is_interactive:
+        yield from messages((RESET, QUIT))
+    else:
         yield from (line.strip() for line in sys.stdin)
-        return
-    import readline  # noqa: F401  # gives input() editing and history
-
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            write("\n")
-            return

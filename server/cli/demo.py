@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import LociError
-from server.cli.terminal import bytes_text, is_terminal, print_table, write
+from server.cli.keyboard import messages
+from server.cli.terminal import bytes_text, can_draw, print_table, write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,7 +64,7 @@ def demo(
 
     talk = LocalTalk(Path("demo"), dram_budget=dram_budget, devices=devices, max_model_len=CONTEXT)
     try:
-        show = _LiveShow(talk.model) if is_terminal() else _PlainShow(talk.model)
+        show = _LiveShow(talk.model) if can_draw() else _PlainShow(talk.model)
         show.begin()
         history: list[ChatMessage] = []
         for line in question or _questions():
@@ -85,16 +87,7 @@ def _questions() -> Iterator[str]:
         return
     yield from QUESTIONS
     write("\nYour turn; an empty line ends.\n")
-    import readline  # noqa: F401  # gives input() editing and history
-
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+    yield from itertools.takewhile(bool, messages())
 
 
 def _pieces(talk: LocalTalk, history: list[ChatMessage]) -> Iterator[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli.terminal import bytes_text, is_terminal, print_table
+from server.cli.arguments import Model
+from server.cli.terminal import bytes_text, can_draw, print_table
 
 if TYPE_CHECKING:
     from engine.bench.evaluate import Evaluation
@@ -53,7 +54,7 @@ class Group(StrEnum):
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    source: Model,
     destination: Annotated[Path, typer.Argument(help="New directory to write.", show_default=False)],
     experts: Annotated[Experts, typer.Option(help="Format of the routed experts.")] = Experts.KEEP,
     dense: Annotated[Dense, typer.Option(help="Format of dense matrices.")] = Dense.KEEP,
@@ -143,7 +144,7 @@ class _Progress:
             TransferSpeedColumn,
         )
 
-        self._watched = is_terminal()
+        self._watched = can_draw()
         speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Progress(TextColumn("converting"), BarColumn(), *speed, disable=not self._watched)
         self._task = self._bar.add_task("converting", total=None)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.terminal import bytes_text, is_terminal
+from server.cli.terminal import bytes_text, can_draw
 
 LINE_STEP = 10  # without a terminal: a line whenever another so many hundredths are done
 
@@ -45,7 +45,7 @@ def synth(
     from memory.checkpoint.random_files import write_checkpoint
 
     plan = plan_slice(shape, layers, engram_rows, experts)
-    watched = is_terminal()
+    watched = can_draw()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     next_line = LINE_STEP
     start = time.perf_counter()

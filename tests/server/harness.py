@@ -152,6 +152,6 @@ class LociServer:
             file.close()
 
     def _found_url(self) -> bool:
-        found = re.search(r"listens on (http://\S+)", self.out.read_text())
+        found = re.search(r"listens on .*?(http://[^\s)]+)", self.out.read_text())
         self._url = found.group(1) if found else ""
         return bool(found)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -48,25 +48,24 @@ def engram(
     The whole model must fit into memory. A few minutes with the slice of the example.
 
     Example: loci synth deepseek-v4.1-flash --layers 3 --experts 16 --engram-rows 20000000 --out ./slice
+
     and then: loci bench engram ./slice
+
     Rows of real text: loci bench engram deploy/demo/loci-demo --trace deploy/demo/traces/engram.safetensors
     """
-    from rich.progress import Progress
-
     from engine.bench.engram import KINDS, EngramCase, run_engram
     from engine.bench.streams import percentile
     from memory.engram.traces import load_rows
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import Result, write_results
 
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("rounds")
+    with progress("rounds") as on_progress:
         run = run_engram(
             model,
             EngramCase(rounds, tokens, prompt, warm),
             trace=None if trace is None else load_rows(trace),
             devices=devices,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            on_progress=on_progress,
         )
     _print(run)
     if json_file is not None:

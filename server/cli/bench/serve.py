@@ -97,13 +97,13 @@ def _set_up(
     from server.cli.bench.client import Target
     from server.cli.child import serving
     from server.cli.talk import RemoteTalk
-    from server.serving.service import bring_up
+    from server.serving.service import bring_up, prepare
     from server.settings import resolve_settings
 
     engine = None
     flags = {"max_num_seqs": most, "max_model_len": longest}
     if url is None or model is not None:
-        engine = bring_up(resolve_settings({"model": model, **flags})).engine
+        engine = bring_up(prepare(resolve_settings({"model": model, **flags}))).engine
         stack.callback(engine.stop)
     if url is None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]

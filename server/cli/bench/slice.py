@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -51,8 +51,6 @@ def slice_(
 
     Example: loci bench slice ./slice --dram-budget 4GiB --devices virtual:1GiB@12.5GB/s
     """
-    from rich.progress import Progress
-
     from engine.bench.slice import run_slice, steps, workload
     from memory.hardware.detect import detect
     from memory.hardware.measure import (
@@ -80,11 +78,9 @@ def slice_(
         largest = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
         disk_rates.append(read_rates(largest, PAUSE_S))
 
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("tokens", total=steps(tokens, has_real_gpus=has_real_gpus))
-        run = run_slice(
-            model, budget, tokens, lambda done: bar.update(task, completed=done), in_pause=measure_beside
-        )
+    total = steps(tokens, has_real_gpus=has_real_gpus)
+    with progress("tokens") as on_progress:
+        run = run_slice(model, budget, tokens, lambda done: on_progress(done, total), in_pause=measure_beside)
     measured = [
         *measure_dram(working_bytes() // 2),
         *measure_cpu(working_bytes() // 2),
