@@ -27,6 +27,17 @@ Temperature = Annotated[
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.", show_default=False)]
 
+Devices = Annotated[
+    str | None, typer.Option(help="GPUs for the weights, like cuda:22GiB. Default: none.", show_default=False)
+]
+DramBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that weights may take, like 16GiB. Default: three quarters of what is free.",
+        show_default=False,
+    ),
+]
+
 
 def chat(
     model: Annotated[
@@ -48,6 +59,8 @@ def chat(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    devices: Devices = None,
+    dram_budget: DramBudget = None,
 ) -> None:
     """Chat with a model; answers appear as they are generated.
 
@@ -55,8 +68,8 @@ def chat(
 
     Example: loci chat --url http://127.0.0.1:8000
     """
-    if model is not None and url is not None:
-        raise typer.BadParameter("give a model or --url, not both")
+    if url is not None and (model, devices, dram_budget) != (None, None, None):
+        raise typer.BadParameter("give --url, or a model and where it may lie, not both")
     from server.cli.talk import RemoteTalk, Sampling
 
     talk: Talk
@@ -65,7 +78,7 @@ def chat(
     else:
         from server.cli.local_talk import LocalTalk
 
-        talk = LocalTalk(model)
+        talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -81,6 +94,8 @@ def run(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    devices: Devices = None,
+    dram_budget: DramBudget = None,
 ) -> None:
     """Write one answer to stdout. A model without a chat template continues the prompt.
 
@@ -92,7 +107,7 @@ def run(
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
-    talk = LocalTalk(model)
+    talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
     sampling = Sampling(temperature, max_tokens, seed)
     try:
         if talk.can_chat:

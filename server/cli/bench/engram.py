@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile, Model
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
@@ -19,10 +21,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def engram(
-    model: Annotated[
-        Path,
-        typer.Argument(help="Checkpoint with Engram tables, as `loci synth` writes it.", show_default=False),
-    ],
+    model: Model,
     rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds; each tries all cases in turn.")] = 9,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens decoded in each.")] = 12,
     prompt: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of the prompt in each.")] = 128,
@@ -39,9 +38,7 @@ def engram(
         str | None,
         typer.Option(help="GPUs that layers are computed on, like cuda:24GiB. Default: none."),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Decode and prefill with the tables absent, in DRAM, and on disk with a tenth of their bytes in DRAM.
 
@@ -58,7 +55,10 @@ def engram(
     from memory.engram.traces import load_rows
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import Result, write_results
+    from memory.planner.budget import unused_gpus_notice
 
+    if notice := unused_gpus_notice(devices):
+        print(f"loci: {notice}", file=sys.stderr)
     with progress("rounds") as on_progress:
         run = run_engram(
             model,

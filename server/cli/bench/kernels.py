@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile
 from server.cli.terminal import print_table
 
 
 def kernels(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
     gpu: Annotated[
         int | None,
         typer.Option(

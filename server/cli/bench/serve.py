@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
+from server.cli.arguments import JsonFile
+from server.cli.progress import progress
 from server.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -47,9 +50,7 @@ def serve(
     long_prompt: Annotated[
         int, typer.Option(min=0, help="Tokens of a prompt that comes while 4 streams run; 0 for none.")
     ] = 1500,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure a server as its clients see it, and compare with the bare engine in the same run.
 
@@ -67,10 +68,16 @@ def serve(
         going_on = max(tokens, long_prompt // 8 + 64)
         longest = max(long_prompt, prompt_tokens + tokens, BEFORE_TOKENS + going_on) + 1
         target, engine = _set_up(stack, model, url, api_key, max(*counts, RUNNING + 1), longest)
-        compared = {count: compare(target, engine, count, load) for count in counts}
-        interference = None
-        if long_prompt:
-            interference = interfere(target, RUNNING, long_prompt, going_on)
+        with progress("rounds") as on_progress:
+            done, total = itertools.count(1), len(counts) * load.all_rounds + bool(long_prompt)
+            compared = {
+                count: compare(target, engine, count, load, lambda: on_progress(next(done), total))
+                for count in counts
+            }
+            interference = None
+            if long_prompt:
+                interference = interfere(target, RUNNING, long_prompt, going_on)
+                on_progress(next(done), total)
     _print(compared, interference)
     if json_file is not None:
         from memory.hardware.detect import detect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile, Model
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
@@ -27,9 +29,7 @@ FULL_LAYERS, FULL_TABLES = 40, 2
 
 
 def slice_(
-    model: Annotated[
-        Path, typer.Argument(help="Checkpoint directory, as `loci synth` writes it.", show_default=False)
-    ],
+    model: Model,
     dram_budget: Annotated[
         str | None,
         typer.Option(
@@ -40,9 +40,7 @@ def slice_(
         str | None, typer.Option(help="GPUs, like cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to decode.")] = 64,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Decode within budgets and report time by layer, bytes by tier, hits, stalls, memory and the bound.
 
@@ -63,9 +61,11 @@ def slice_(
     )
     from memory.hardware.profiles import parse_devices
     from memory.hardware.this_machine import Result, this_machine, write_results
-    from memory.planner.budget import MemoryBudget
+    from memory.planner.budget import MemoryBudget, unused_gpus_notice
     from memory.planner.placement import PROCESS_BYTES
 
+    if notice := unused_gpus_notice(devices):
+        print(f"loci: {notice}", file=sys.stderr)
     specs = parse_devices(devices) if devices is not None else ()
     has_real_gpus = any(device.kind == "cuda" for device in specs)
     asked_for = workload(tokens, has_real_gpus=has_real_gpus)
