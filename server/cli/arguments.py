@@ -26,8 +26,8 @@ def can_be_written(path: Path | None) -> Path | None:
     if path is None:
         return None
     above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if path.is_dir():
-        raise ConfigError(f"{path}: is a directory; name a file to write")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: is not a file that can be replaced; name another")
     if above != path.absolute() and not above.is_dir():
         raise ConfigError(f"{path}: {above} is no directory")
     if not os.access(above, os.W_OK):

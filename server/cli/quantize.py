@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli.arguments import Model
+from server.cli.arguments import Model, can_be_written
 from server.cli.terminal import bytes_text, can_draw, print_table
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ def quantize(
         bool, typer.Option("--int4-offset", help="INT4 groups with an offset beside the scale.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Write each matrix's error to this JSON file.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Write each matrix's error to this JSON file.", callback=can_be_written, show_default=False
+        ),
     ] = None,
     eval_text: Annotated[
         Path | None,

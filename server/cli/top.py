@@ -135,7 +135,7 @@ def _look(client: httpx.Client, url: str) -> Sample:
     address = url.rstrip("/").removesuffix("/v1") + "/metrics"
     try:
         response = client.get(address)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise LociError(f"{url}: no server answers there ({error}); start one with `loci serve`") from None
     if response.status_code in (401, 403):
         raise LociError(f"{url}: the server wants an API key; give --api-key or set LOCI_API_KEY")

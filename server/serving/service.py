@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.embedded import model_path
 from engine.engine import Engine
@@ -71,7 +73,7 @@ def prepare(settings: Settings) -> Prepared:
 
     Raises LociError.
     """
-    path = model_path(settings.model).resolve()
+    path = Path(os.path.realpath(model_path(settings.model)))  # unlike resolve, no error for a loop of links
     name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()

@@ -30,7 +30,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"
 
 def command(*arguments: str | Path) -> list[str]:
     """The command line of `loci` with these arguments."""
-    return [sys.executable, "-m", "server", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "server", *map(str, arguments)]
 
 
 def environment(**variables: str) -> dict[str, str]:
