@@ -162,10 +162,10 @@ def test_an_open_address_without_a_key_is_warned_about(start_server: StartServer
     assert "every IPv4 address of this machine (here: " in server.out.read_text()
 
 
-def test_a_server_whose_output_nobody_reads_goes_on(tmp_path: Path) -> None:
+def test_a_server_whose_output_nobody_reads_goes_on() -> None:
     process = subprocess.Popen(
-        harness.command("serve", TINY, "--port", "0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=harness.environment(),
+        harness.command("serve", TINY, "--port", "0"), env=harness.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
