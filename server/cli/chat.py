@@ -22,9 +22,11 @@ RESET, QUIT = "/reset", "/quit"
 _HELP = f"{RESET} forgets the conversation, {QUIT} ends."
 
 Temperature = Annotated[
-    float | None, typer.Option(help="0 always takes the likeliest token. Default: 1.", show_default=False)
+    float | None, typer.Option(help="0 always takes the most likely token. Default: 1.", show_default=False)
 ]
-MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="The longest an answer may be, in tokens.", show_default=False)
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.", show_default=False)]
 
 Devices = Annotated[
@@ -54,7 +56,7 @@ def chat(
         str | None, typer.Option(envvar="LOCI_API_KEY", help="Key for --url.", show_default=False)
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="A system message to begin with.", show_default=False)
+        str | None, typer.Option(help="System message to start with.", show_default=False)
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
@@ -64,7 +66,7 @@ def chat(
 ) -> None:
     """Chat with a model; answers appear as they are generated.
 
-    /reset forgets the conversation, /quit ends. Through a pipe, every line is a message.
+    /reset forgets the conversation, /quit ends. What is pasted is one message; through a pipe, every line is.
 
     Example: loci chat --url http://127.0.0.1:8000
     """
@@ -89,7 +91,7 @@ def run(
     model: Model,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What to say to it. Default, or with -: what stdin holds.", show_default=False),
+        typer.Argument(help="What to ask. Without it, or with -: read from stdin.", show_default=False),
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,

@@ -44,17 +44,17 @@ NAMES = {"dram": "DRAM", "nvme": "disk"}
 def demo(
     question: Annotated[
         list[str] | None,
-        typer.Argument(help="Ask this, one after the other, instead of what you type.", show_default=False),
+        typer.Argument(help="Questions to ask, instead of typing them.", show_default=False),
     ] = None,
-    dram_budget: Annotated[str, typer.Option(help="Memory for all weights in host memory.")] = DRAM_BUDGET,
+    dram_budget: Annotated[str, typer.Option(help="Host memory that weights may take.")] = DRAM_BUDGET,
     devices: Annotated[
         str, typer.Option(help="GPUs with their budgets; virtual ones with a link speed too.")
     ] = DEVICES,
 ) -> None:
     """Chat with the demonstration model while its experts and Engram rows move between tiers.
 
-    The model fits into any computer, so it gets budgets as small beside it as a workstation's are beside a
-    frontier model. The picture shows where each expert is; the table, what that cost.
+    The model would fit on any computer, so it gets budgets as tight for it as a workstation's are for a
+    frontier model. The picture shows where each expert is, the table what that cost.
 
     Example: loci demo "Hello! How are you?"
     """

@@ -26,7 +26,7 @@ def logits(
         Path, typer.Option(help="safetensors file to write.", callback=can_be_written, show_default=False)
     ],
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 512,
-    greedy: Annotated[int, typer.Option(min=0, help="Tokens to continue with, always the likeliest.")] = 0,
+    greedy: Annotated[int, typer.Option(min=0, help="Tokens to continue with, always the most likely.")] = 0,
 ) -> None:
     """Write the logits of every position, and a greedy continuation, to a safetensors file.
 

@@ -58,12 +58,12 @@ def plan(
         Path | None,
         typer.Option(help="Routing trace, as `loci profile` records it, for hit rates.", show_default=False),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show each layer on a line of its own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what goes where, how fast that is, what bounds it and what would help. Loads nothing.
 
-    Exit code 3 where the model does not fit.
+    The exit code is 3 if the model does not fit.
 
     Example: loci plan deepseek-v4.1-flash --hardware 2x4090-256g --context 32768
     """

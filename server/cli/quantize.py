@@ -77,7 +77,7 @@ def quantize(
         int | None, typer.Option(min=1, help="Threads. Default: all cores.", show_default=False)
     ] = None,
 ) -> None:
-    """Write a checkpoint in other formats; the same command again goes on where it was cut short.
+    """Write a checkpoint in other formats. If it is interrupted, the same command again resumes it.
 
     Example: loci quantize ./DeepSeek-V4.1-Flash ./flash-nf4 --experts nf4
     """

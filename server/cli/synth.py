@@ -17,14 +17,14 @@ def synth(
     shape: Annotated[
         str, typer.Argument(help="deepseek-v4.1-flash, or v41-tiny for tests.", show_default=False)
     ],
-    layers: Annotated[int, typer.Option(help="Layers, 3 to 40.", show_default=False)],
-    engram_rows: Annotated[int, typer.Option(help="Rows of each Engram table, about.", show_default=False)],
+    layers: Annotated[int, typer.Option(help="Number of layers, 3 to 40.", show_default=False)],
+    engram_rows: Annotated[int, typer.Option(help="Rows of each Engram table, roughly.", show_default=False)],
     out: Annotated[Path, typer.Option(help="New directory to write.", show_default=False)],
     experts: Annotated[
         int | None,
         typer.Option(min=1, help="Routed experts in a layer. Default: the model's own.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a checkpoint with a large model's true widths and formats, some of its layers, random weights.
 

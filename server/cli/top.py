@@ -70,20 +70,20 @@ class Sample:
 
 
 def top(
-    url: Annotated[str, typer.Option(help="The server to look at.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="The server to watch.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="LOCI_API_KEY", help="Its API key, if it wants one.", show_default=False),
+        typer.Option(envvar="LOCI_API_KEY", help="Its API key, if it needs one.", show_default=False),
     ] = None,
-    interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between looks.")] = 1.0,
+    interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between updates.")] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print the totals since the server started, and end.")
+        bool, typer.Option("--once", help="Print the totals since the server started, and exit.")
     ] = False,
 ) -> None:
     """Watch a running server: requests, latencies, caches, memory by tier, hits, links, stalls, Engram rows.
 
-    Rates are those since the last look, percentiles and shares those of the last minute. What a server
-    does not have is left out. q or Ctrl-C ends it.
+    Rates are those since the last update, percentiles and shares those of the last minute. What a server
+    does not have is left out. Press q or Ctrl-C to quit.
 
     Example: loci top --url http://127.0.0.1:8000
     """

@@ -32,7 +32,7 @@ def experts(
 ) -> None:
     """Replay a routing trace through each eviction policy, and compare with the best possible (Belady).
 
-    Then what GPUs and DRAM exchange, with the margin that an exchange must pay and without.
+    Then shows what GPUs and DRAM exchange, with and without the margin by which an exchange must pay.
 
     Example: loci bench experts --trace routing.safetensors --experts 384
     """

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.arguments import JsonFile
+from server.cli.arguments import JsonFile, can_be_written
 from server.cli.progress import progress
 from server.cli.terminal import print_table
 
@@ -34,6 +34,7 @@ def hardware(
     from memory.hardware.measure import measure_cpu, measure_disk, measure_dram, measure_gpus, working_bytes
     from memory.hardware.this_machine import cache_path, write_results
 
+    can_be_written(cache_path())
     where = directory or Path.cwd()
     machine = detect(where)
     stages = (

@@ -19,7 +19,7 @@ def kernels(
         ),
     ] = None,
     is_quick: Annotated[
-        bool, typer.Option("--quick", help="A few turns only: to see that it runs, not for figures.")
+        bool, typer.Option("--quick", help="A few turns only, to see that it runs; the figures mean little.")
     ] = False,
 ) -> None:
     """Compare products with packed weights to plain reads, to torch's own and to llama.cpp's.

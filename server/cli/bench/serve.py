@@ -31,7 +31,7 @@ RUNNING = 4  # streams that a long prompt interferes with
 def serve(
     model: Annotated[
         Path | None,
-        typer.Argument(help="What to serve: as for `loci serve`. Default: the same.", show_default=False),
+        typer.Argument(help="Model to serve, as for `loci serve`. Default: demo.", show_default=False),
     ] = None,
     url: Annotated[
         str | None,
@@ -46,7 +46,9 @@ def serve(
     streams: Annotated[str, typer.Option(help="Streams to run together, separated by commas.")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Times to run everything; medians count.")] = 9,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often to run everything; medians are reported.")
+    ] = 9,
     long_prompt: Annotated[
         int, typer.Option(min=0, help="Tokens of a prompt that comes while 4 streams run; 0 for none.")
     ] = 1500,
@@ -54,8 +56,8 @@ def serve(
 ) -> None:
     """Measure a server as its clients see it, and compare with the bare engine in the same run.
 
-    Server and bare engine hold the model twice; each works while the other waits. Settings of the
-    server come from LOCI_* variables.
+    The server and the bare engine take turns; as each holds the model, it is in memory twice. Settings of
+    the server come from LOCI_* variables.
 
     Example: loci bench serve --streams 1,16 --json serve.json
     """
