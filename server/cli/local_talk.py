@@ -13,7 +13,7 @@ from engine.output import FinishReason, Output
 from engine.sampling.params import SamplingParams
 from quant.errors import LociError, RequestError
 from server.cli.talk import ChatMessage, Sampling
-from server.serving.service import bring_up
+from server.serving.service import bring_up, prepare
 from server.settings import resolve_settings
 
 
@@ -22,7 +22,7 @@ class LocalTalk:
 
     def __init__(self, path: Path | None, **settings: object) -> None:
         """Load it; `settings` are those of a server, by name."""
-        self._served = bring_up(resolve_settings({"model": path, "max_num_seqs": 1, **settings}))
+        self._served = bring_up(prepare(resolve_settings({"model": path, "max_num_seqs": 1, **settings})))
         self.name = self._served.name
         self.model = self._served.loaded.model
 

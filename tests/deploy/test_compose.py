@@ -58,12 +58,31 @@ def container_ports(service: str) -> list[str]:
     return [port.rpartition(":")[2] for port in SERVICES[service]["ports"]]
 
 
+def with_gpus() -> str:
+    """The file as its comment says to change it where there are GPUs."""
+    text = (DEPLOY / "compose.yaml").read_text()
+    (section,) = re.findall(r"^    # deploy:\n(?:    # .*\n)*?    # .*capabilities.*\n", text, re.MULTILINE)
+    return text.replace(section, section.replace("    # ", "    "))
+
+
+def test_gpus_are_given_to_loci_where_its_section_is_taken_in() -> None:
+    assert "deploy" not in LOCI
+    changed = yaml.safe_load(with_gpus())["services"]
+    (device,) = changed["loci"].pop("deploy")["resources"]["reservations"]["devices"]
+
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert changed == SERVICES
+    assert LOCI["environment"]["LOCI_DEVICES"] == "${LOCI_DEVICES:-}"
+
+
 @pytest.mark.skipif(
     shutil.which("docker-compose") is None,
     reason="no docker-compose is installed (Debian: apt-get install docker-compose)",
 )
-def test_the_file_is_valid() -> None:
-    command: list[str | Path] = ["docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet"]
+@pytest.mark.parametrize("text", [(DEPLOY / "compose.yaml").read_text(), with_gpus()], ids=["cpu", "gpus"])
+def test_the_file_is_valid(tmp_path: Path, text: str) -> None:
+    (tmp_path / "compose.yaml").write_text(text)
+    command = ["docker-compose", "--file", tmp_path / "compose.yaml", "config", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 0, done.stdout + done.stderr

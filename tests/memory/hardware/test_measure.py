@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from memory.hardware.measure import (
     working_bytes,
 )
 from memory.hardware.this_machine import Result
-from quant.errors import ConfigError
+from quant.errors import ConfigError, LociError
 from quant.kernels.cpu import library
 
 MB = 1 << 20
@@ -34,6 +35,24 @@ def test_reads_from_dram_and_rows_are_measured() -> None:
     assert found.keys() == {"dram_read_1_thread", "dram_read", "dram_random_rows"}
     assert 0.1 < found["dram_read"] < 10_000
     assert found["dram_random_rows"] > 1000
+
+
+def rates(*values: float) -> Callable[[], float]:
+    return iter(values).__next__
+
+
+def test_all_cores_that_seem_slower_than_one_are_measured_again() -> None:
+    assert measure.rates_of_one_and_all(rates(10.0), rates(40.0)) == (10.0, 40.0)
+    assert measure.rates_of_one_and_all(rates(10.0, 11.0), rates(4.0, 30.0)) == (11.0, 30.0)
+
+
+def test_all_cores_are_as_fast_as_one_at_least() -> None:
+    assert measure.rates_of_one_and_all(rates(*[10.0] * 4), rates(*[9.5] * 4)) == (10.0, 10.0)
+
+
+def test_a_machine_too_busy_to_be_measured_is_refused() -> None:
+    with pytest.raises(LociError, match=r"4 GB/s, one alone at 10 GB/s: .* measure again when it is idle"):
+        measure.rates_of_one_and_all(rates(*[10.0] * 4), rates(*[4.0] * 4))
 
 
 def int_xor(words: np.ndarray) -> int:

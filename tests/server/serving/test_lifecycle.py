@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
@@ -95,6 +96,7 @@ def test_after_the_drain_deadline_streams_end_with_an_error(start_server: StartS
         stream = client.completions.create(**LONG, stream=True)
         next(stream)
         server.signal(signal.SIGINT)
+        eventually(lambda: "press Ctrl-C again to stop now" in server.out.read_text(), "a person is told")
         with pytest.raises(openai.APIError, match="stopped before the answer was finished"):
             list(stream)
 
@@ -133,6 +135,7 @@ def test_a_broken_checkpoint_ends_the_server_with_a_clear_message(
     assert error.startswith(f"loci: {broken}: ")
     assert "model-00002-of-00002.safetensors" in error
     assert "Traceback" not in error
+    assert server.out.read_text() == ""  # nobody was told to connect
 
 
 @pytest.mark.slow
@@ -153,6 +156,7 @@ def test_what_cannot_be_served_is_one_line(arguments: list[str | Path], message:
     (line,) = harness.complaint(result.stderr).splitlines()
     assert result.returncode == 1
     assert message in line
+    assert result.stdout == ""
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -170,6 +174,27 @@ def test_an_open_address_without_a_key_is_warned_about(start_server: StartServer
 
     assert "listening on 0.0.0.0 without an API key" in server.err.read_text()
     assert server.url.startswith("http://127.0.0.1:")
+    assert "every IPv4 address of this machine (here: " in server.out.read_text()
+
+
+def test_a_server_whose_output_nobody_reads_goes_on() -> None:
+    process = subprocess.Popen(
+        harness.command("serve", TINY, "--port", "0"), env=harness.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        assert found is not None
+        process.stdout.close()
+        eventually(lambda: httpx.get(f"{found[0]}/ready").status_code == 200, "the model is loaded")
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(harness.DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_wrong_usage_exits_with_2() -> None:
