@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(if $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/nvidia-smi),,$(TORCH_CPU_INDEX))
 PREFIX ?= $(HOME)/.local
-APPLICATION := $(PREFIX)/share/loci-server
+APPLICATION ?= $(PREFIX)/share/loci-server
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -71,7 +71,7 @@ $(TESTING): $(SERVING)
 	@$(PIP) --quiet --editable '.[dev,gpu]'
 	@touch $@
 
-# An application in an environment of its own: this folder is not needed any more.
+# An application in an environment of its own; it does not need this folder any more.
 install:
 	$(MAKE) --always-make VENV=$(APPLICATION) LOCI=. $(APPLICATION)/.serving
 	mkdir -p $(PREFIX)/bin

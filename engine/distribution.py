@@ -28,7 +28,7 @@ def required_packages() -> tuple[str, ...]:
 
 
 def installed_file(name: str) -> Path | None:
-    """The file whose path ends with `name` as the installer recorded it, wherever that put it; None without."""
+    """The file whose path ends with `name`, where the installer says it put it; None where it put none."""
     try:
         files = distribution(DISTRIBUTION).files or []
     except PackageNotFoundError:

@@ -60,7 +60,8 @@ def _packages() -> Iterator[Finding]:
         advice = f"install Loci with its dependencies, or: pip install {' '.join(missing)}"
         yield Finding("packages", f"without {', '.join(missing)}", advice, is_fatal=True)
     elif required:
-        yield Finding("packages", f"torch {version_of('torch')}, and the {len(required) - 1} others Loci needs")
+        found = f"torch {version_of('torch')}, and the {len(required) - 1} others Loci needs"
+        yield Finding("packages", found)
     else:
         advice = "in its folder, `make serve` or `pip install .` installs what it needs"
         yield Finding("packages", "Loci runs from its source and is not installed", advice)
