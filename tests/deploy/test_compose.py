@@ -107,6 +107,13 @@ def test_its_variables_are_settings_of_loci() -> None:
     assert set(LOCI["environment"]) <= fields
 
 
+def test_which_pytorch_an_image_gets_can_be_said_when_it_is_built() -> None:
+    arguments = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+
+    assert set(LOCI["build"]["args"]) == arguments == {"TORCH_INDEX"}
+    assert (DEPLOY / LOCI["build"]["context"] / "Dockerfile").is_file()
+
+
 def test_the_port_is_the_servers_own() -> None:
     port = str(Settings.model_fields["port"].default)
 
