@@ -101,12 +101,14 @@ class TemplateChat(ChatFormat):
         raise errors[0]
 
     def _rendered(self, said: Mapping[str, Any], begun: str | None) -> tuple[str, list[tuple[int, int]]]:
-        mark, edge = _unused_characters(json.dumps(said, ensure_ascii=False) + self._source)
+        text = json.dumps(said, ensure_ascii=False) + self._source
+        mark = _unused_character(text)
         variables = {name: self._marks.put(value, mark) for name, value in said.items()}
         variables |= self._tokenizer.special_tokens
         variables["add_generation_prompt"] = begun is None
         if begun is None:
             return self._marks.take_out(self._run(variables), mark)
+        edge = _unused_character(text + mark)
         # Between two edges nothing is trimmed; the first one is left out where templates look at beginnings.
         begun = variables["messages"][-1]["content"]
         between = f"{edge if begun[:1].isspace() else ''}{begun}{edge}"
@@ -311,12 +313,11 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _unused_characters(text: str) -> tuple[str, str]:
-    used = set(text)
-    unused = [chr(code) for code in PRIVATE_USE if chr(code) not in used]
-    if len(unused) < 2:
-        raise RequestError("the messages use every private-use character there is", param="messages")
-    return unused[0], unused[1]
+def _unused_character(text: str) -> str:
+    for code in PRIVATE_USE:
+        if chr(code) not in text:
+            return chr(code)
+    raise RequestError("the messages use every private-use character there is", param="messages")
 
 
 def _begun_answer(messages: list[Mapping[str, Any]]) -> str | None:
