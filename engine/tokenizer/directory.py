@@ -21,7 +21,8 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The library's tokenizer from `tokenizer.json`, without truncation and padding.
 
-    Where `config` names Llama's class, that class says how spaces are marked. Raises CheckpointError where the file is missing or damaged.
+    Where `config` names Llama's class, that class says how spaces are marked. Raises CheckpointError
+    where the file is missing or damaged.
     """
     file = path / "tokenizer.json"
     if not file.is_file():
@@ -104,14 +105,12 @@ def _as_llama(text: str, config: Mapping[str, Any]) -> str:
     A byte-level vocabulary is left as it is: many such checkpoints name this class by mistake.
     """
     content = json.loads(text)
-    model = content["model"]
-    if model.get("type") != "BPE" or '"ByteLevel"' in json.dumps(
-        [content["pre_tokenizer"], content["decoder"]]
-    ):
+    model, cuts = content["model"], json.dumps([content["pre_tokenizer"], content["decoder"]])
+    if model.get("type") != "BPE" or '"ByteLevel"' in cuts:
         return text
-    scheme = (
-        "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
-    )
+    scheme = "always" if config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
     content["normalizer"] = None
     content["pre_tokenizer"] = {
         "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False,
