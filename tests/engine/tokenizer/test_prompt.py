@@ -240,6 +240,14 @@ def test_a_control_token_may_be_one_character() -> None:
     assert spelled(given_, ids) == ["§", "a", "<0xC2>", "<0xA7>", "<0xE2>", "<0x80>", "<0xA6>", "…", "§"]
 
 
+def test_a_vocabulary_with_gaps_keeps_text_and_control_tokens_apart() -> None:
+    made = tokenizers.Tokenizer(models.BPE({"a": 0, "<s>": 1, "b": 3, "<": 2, "s": 4, ">": 6}, []))
+    made.add_special_tokens(["<s>"])
+    given_ = Tokenizer(made, bos_token_id=None, add_bos=False)
+
+    assert given_.encode_prompt("<s>ab<s>", [(0, 3)]) == [1, 0, 3, 2, 4, 6]
+
+
 @given(mark=st.sampled_from(["\ue000", "\ue001", "\uf8ff"]), text=TEXTS)
 def test_private_use_characters_spell_no_control_token(mark: str, text: str) -> None:
     made = tokenizer("metaspace first False")
