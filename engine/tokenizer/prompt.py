@@ -120,7 +120,7 @@ class PromptEncoder:
     def _encode_by_place(self, text: str, ranges: list[tuple[int, int]]) -> list[int]:
         named = self._by_place
         if named.mark in text:
-            self._by_place = named = _ByPlace(self._backend, self._control, unused_character(text))
+            self._by_place = named = _ByPlace(self._backend, self._control, unused_characters(text)[0])
         parts, done = [], 0
         for start, end in ranges:
             parts += [text[done:start], named.name(text[start:end])]
@@ -174,9 +174,10 @@ class _ByPlace:
         )
 
 
-def unused_character(text: str) -> str:
-    """A private-use character that `text` has not. Raises RequestError where it has all of them."""
-    for code in PRIVATE_USE:
-        if chr(code) not in text:
-            return chr(code)
-    raise RequestError("the messages use every private-use character there is", param="messages")
+def unused_characters(text: str, count: int = 1) -> list[str]:
+    """Private-use characters that `text` has not. Raises RequestError where it leaves fewer than `count`."""
+    used = set(text)
+    unused = [chr(code) for code in PRIVATE_USE if chr(code) not in used]
+    if len(unused) < count:
+        raise RequestError("the messages use every private-use character there is", param="messages")
+    return unused[:count]

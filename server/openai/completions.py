@@ -14,7 +14,7 @@ from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from server.openai.chat import usage
 from server.openai.logprobs import CompletionLogprobs, empty_logprobs
-from server.openai.requests import CompletionRequest, check_ids
+from server.openai.requests import UNLIMITED, CompletionRequest, check_ids
 from server.serving.generation import Generation
 from server.serving.reply import Counts, Reply
 from server.serving.service import Served
@@ -137,8 +137,9 @@ class CompletionReply(Reply):
             self._served.vocab_size,
             index % request.choices,
             self._served.loaded.sampling,
-            max_tokens=max_tokens,
+            max_tokens=None if max_tokens == UNLIMITED else max_tokens,
             grammar=self._grammar,
+            skip_special=request.skip_special_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )

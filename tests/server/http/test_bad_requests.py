@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-CHAT = {"model": "v41-c", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+CHAT: dict[str, Any] = {"model": "v41-c", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 PLAIN = {"model": "v41-c", "prompt": "Hello", "max_tokens": 4}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
