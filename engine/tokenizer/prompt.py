@@ -156,6 +156,10 @@ class _ByPlace:
         self.encoder = without_added_tokens(backend)
         added = backend.get_added_tokens_decoder()
         control = set(control)
+        # The library counts new ids from the vocabulary's size; where ids are left out, that is one in use.
+        ids = backend.get_vocab(with_added_tokens=False).values()
+        gaps = max(ids, default=-1) + 1 - len(ids)
+        self.encoder.add_tokens([AddedToken(mark * (3 + n), normalized=False) for n in range(gaps)])
         named = {i: self._renamed(t) if t.content in control else t for i, t in added.items()}
         self.encoder.add_tokens(list(named.values()))
         self.meant = {self.encoder.token_to_id(token.content): i for i, token in named.items()}
