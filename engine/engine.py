@@ -175,7 +175,7 @@ class Engine:
         )
         with self._wake:
             if self._stopping or not self.is_alive:
-                raise CapacityError("the engine is not running; look at the server's log for the reason")
+                raise CapacityError("the engine is not running; the server must be restarted by who runs it")
             if self._unfinished() >= self._max_sequences + self._max_waiting:
                 running, waiting = self._max_sequences, self._max_waiting
                 text = f"{running} requests are running and {waiting} are waiting already; try again later"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
+from server.anthropic.call_input import written_input
 from server.openai.messages import (
     Body,
     Content,
@@ -34,7 +34,7 @@ class Block(Body):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: Any = None
     tool_use_id: str | None = None
     content: Content | None = None
 
@@ -200,7 +200,7 @@ def _assistant_message(content: str | list[Block], path: str) -> Message:
             case "redacted_thinking":
                 pass  # nobody here can read it
             case "tool_use":
-                arguments = json.dumps(required(block.input, f"{path}[{i}].input"), ensure_ascii=False)
+                arguments = written_input(required(block.input, f"{path}[{i}].input"))
                 function = FunctionCall(name=required(block.name, f"{path}[{i}].name"), arguments=arguments)
                 calls.append(ToolCall(id=required(block.id, f"{path}[{i}].id"), function=function))
             case _:

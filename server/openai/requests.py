@@ -250,11 +250,16 @@ class GenerationRequest(SamplingFields):
         return SamplingParams(**{**defaults, **given})
 
     def _logit_bias(self, vocab_size: int) -> dict[int, float]:
-        bias = {}
+        bias: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
             if not key.isdecimal() or int(key) >= vocab_size:
                 raise RequestError(
                     f"logit_bias: {key!r} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            if int(key) in bias:
+                raise RequestError(
+                    f"logit_bias: {key!r} names token {int(key)} a second time; name each once",
                     param="logit_bias",
                 )
             bias[int(key)] = value

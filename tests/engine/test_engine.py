@@ -209,9 +209,9 @@ def test_what_fails_for_one_sequence_fails_no_other(
     if part != "reader":
         (sequence,) = [s for s in engine._known.values() if s.on_output is bad]
         if part == "sampler":
-            sequence.sampler.adjusted = broken  # type: ignore[method-assign]
+            sequence.sampler.adjusted = broken  # type: ignore[method-assign,assignment]
         else:
-            sequence.detokenizer.push = broken  # type: ignore[method-assign]
+            sequence.detokenizer.push = broken  # type: ignore[method-assign,assignment]
     bad.wait()
 
     assert bad.outputs[-1].finish_reason is FinishReason.ERROR

@@ -7,7 +7,6 @@ import re
 import pytest
 from fastapi.routing import APIRoute
 
-from server import settings_page
 from server.anthropic.requests import MessagesRequest
 from server.app import ROUTERS
 from server.openai.refused import (
@@ -50,9 +49,3 @@ def test_every_route_is_documented() -> None:
 )
 def test_every_field_is_documented(names: dict[str, object]) -> None:
     assert [name for name in names if f"`{name}`" not in PAGE] == []
-
-
-def test_the_table_of_settings_is_what_the_code_says() -> None:
-    page = settings_page.PAGE.read_text()
-
-    assert settings_page.updated(page) == page, "run: python -m server.settings_page"

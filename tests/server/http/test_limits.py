@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -12,8 +13,10 @@ import pytest
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer, eventually
 
+pytestmark = pytest.mark.slow
+
 LONG = {"model": "v41-c", "prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
-SHORT = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
+SHORT: dict[str, Any] = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
