@@ -166,9 +166,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.convert_files import convert_checkpoint
-from memory.convert_plan import Choices
-from quant.nf4 import NF4
+from memory.convert.files import convert_checkpoint
+from memory.convert.plan import Choices
+from quant.formats.nf4 import NF4
 
 source, destination = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -318,10 +318,10 @@ import resource, sys
 from pathlib import Path
 import torch
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.convert_files import convert_checkpoint
-from memory.convert_plan import Choices
-from quant.fp8 import FP8_32
-from quant.mxfp4 import MXFP4
+from memory.convert.files import convert_checkpoint
+from memory.convert.plan import Choices
+from quant.formats.fp8 import FP8_32
+from quant.formats.mxfp4 import MXFP4
 
 def convert(name):
     quiet = lambda done, total: None
