@@ -1,6 +1,7 @@
 """The family interface: what the engine asks of a model, whatever its architecture.
 
-A family is one file in `engine/families/` with one `Family` object, and one line in the registry.
+A family is a folder in `engine/families/` with one `Family` object, and a line in the registry for each of
+its model types.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.chat.registry import chat_format_for
 from engine.embedded import embedded_sampling
 from engine.families.base import Component, Family, Model, ModelInfo
 from engine.families.registry import family_of
-from engine.sampling.defaults import sampling_defaults
+from engine.sampling.defaults import end_token_ids, sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.gguf_files import is_gguf, open_gguf
@@ -71,6 +71,7 @@ class OpenedModel:
         """Read its weights, within `budget`."""
         kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
         model = self.family.load(self.checkpoint, kernels, budget)
+        model.info = replace(model.info, eos_token_ids=self.info.eos_token_ids)
         return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling)
 
 
@@ -101,7 +102,22 @@ def open_model(path: Path, context: int | None = None) -> OpenedModel:
     with findings.checking():
         tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
         chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
+        info = replace(info, eos_token_ids=_end_token_ids(path, info, tokenizer))
     with findings.checking():
         sampling = sampling_defaults(path) or embedded_sampling(path)
     findings.raise_any()
     return OpenedModel(checkpoint, family, info, components, tokenizer, chat, sampling)
+
+
+def _end_token_ids(path: Path, info: ModelInfo, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the model's config and of `generation_config.json` together;
+    the tokenizer's own where neither names one."""
+    wrong = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
+    if wrong:
+        raise ConfigError(
+            f"{path}: end-of-sequence ids {wrong} are not in the vocabulary, 0 to {info.vocab_size - 1}"
+        )
+    named = (*info.eos_token_ids, *end_token_ids(path, info.vocab_size))
+    if not named and tokenizer.eos_token_id is not None:
+        named = (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys(named))

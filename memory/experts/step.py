@@ -68,7 +68,7 @@ class ExpertStep:
                     self._claimed, self._waiting = self._slots.claim(self._layer, self._waiting)
         finally:
             self._release()
-        return (outputs.view(tokens, top_k, -1) * weights.unsqueeze(-1)).sum(1)
+        return self._kernels.weighted_sum(outputs.view(tokens, top_k, -1), weights)
 
     def _compute_wave(self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float) -> None:
         """Compute what is here, again and again, until everything has arrived."""

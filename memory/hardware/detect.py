@@ -138,6 +138,11 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is loaded (or, in a virtual machine under Windows, the host's is handed in)."""
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi"))
+
+
 def usable_cores() -> int:
     """Cores that this process may keep busy: those it may run on, or fewer where its time is limited."""
     allowed = allowed_cores()

@@ -50,6 +50,63 @@ class DeviceKernels:
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         return self.on(_device_of(table)).gather_rows(table, rows)
 
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return self.on(gate.device).gated(gate, up, limit)
+
+    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
+        return self.on(x.device).sigmoid(x)
+
+    def weighted_sum(self, parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.on(parts.device).weighted_sum(parts, weights)
+
+    def mix_streams(
+        self, streams: torch.Tensor, y: torch.Tensor, post: torch.Tensor, combine: torch.Tensor
+    ) -> torch.Tensor:
+        return self.on(streams.device).mix_streams(streams, y, post, combine)
+
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        return self.on(x.device).rotate(x, turns)
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.on(logits.device).route(logits, bias, top_k, factor)
+
+    def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return self.on(rows.device).pool_groups(rows, gates)
+
+    def engram_gates(
+        self, streams: torch.Tensor, qk: torch.Tensor, keys: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self.on(streams.device).engram_gates(streams, qk, keys, eps)
+
+    def index_scores(
+        self,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        visible: torch.Tensor,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.on(queries.device).index_scores(queries, weights, keys, visible, entries)
+
+    def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
+        return self.on(scores.device).best_columns(scores, top_k)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return self.on(q.device).attend(q, keys, values)
+
+    def attend_sparse(
+        self,
+        q: torch.Tensor,
+        window_kv: torch.Tensor,
+        sink: torch.Tensor,
+        window: int,
+        compressed: torch.Tensor | None = None,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.on(q.device).attend_sparse(q, window_kv, sink, window, compressed, entries)
+
 
 def _device_of(weight: Weight) -> torch.device:
     return weight.device if isinstance(weight, torch.Tensor) else weight.codes.device

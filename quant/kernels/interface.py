@@ -11,14 +11,14 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
+from quant.kernels.layers import LayerOperations
 from quant.packed import Format, PackedTensor
 
 Weight = torch.Tensor | PackedTensor
 
 
-class Kernels(Protocol):
+class Kernels(LayerOperations, Protocol):
     """What a back end offers. Activations and results are float32 (or bfloat16 on CUDA)."""
 
     name: str
@@ -138,6 +138,4 @@ def swiglu(
     kernels: Kernels, x: torch.Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float
 ) -> torch.Tensor:
     """One gated feed-forward of x `[tokens, hidden]`: w2( silu(min(w1 x, limit)) * clamp(w3 x, +-limit) )."""
-    gate = kernels.linear(x, w1).clamp(max=limit)
-    up = kernels.linear(x, w3).clamp(-limit, limit)
-    return kernels.linear(F.silu(gate) * up, w2)
+    return kernels.linear(kernels.gated(kernels.linear(x, w1), kernels.linear(x, w3), limit), w2)

@@ -10,7 +10,6 @@ import mmap
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from engine.families.base import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
 from engine.families.llama.config import LlamaConfig, parse_config
@@ -20,7 +19,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from quant.errors import BudgetError, CheckpointError
 from quant.formats.gguf import weight_from_bytes
-from quant.kernels.interface import Kernels, Weight
+from quant.kernels.interface import Kernels, Weight, swiglu
 
 
 @dataclass(frozen=True)
@@ -120,15 +119,12 @@ class Llama(Model):
         eps, linear, rms_norm = self.config.rms_norm_eps, self.kernels.linear, self.kernels.rms_norm
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(positions, self.frequencies)
-        masks = [self._mask(segment) for segment in batch.segments]
 
         x = self._embedded(batch.token_ids)  # [tokens, hidden]
         for number, layer in enumerate(self.layers):
-            x = x + self._attention(
-                number, layer, rms_norm(x, layer.attn_norm, eps), batch, cache, rotation, masks
-            )
+            x = x + self._attention(number, layer, rms_norm(x, layer.attn_norm, eps), batch, cache, rotation)
             y = rms_norm(x, layer.ffn_norm, eps)
-            x = x + linear(F.silu(linear(y, layer.gate)) * linear(y, layer.up), layer.down)
+            x = x + swiglu(self.kernels, y, layer.gate, layer.up, layer.down, math.inf)
             if trace is not None:
                 trace.add(f"hidden.{number}", x)
         for segment in batch.segments:
@@ -149,38 +145,22 @@ class Llama(Model):
         batch: Batch,
         cache: LlamaCache,
         rotation: Rotation,
-        masks: list[torch.Tensor | None],
     ) -> torch.Tensor:
         """Causal attention of every segment over its own slot, `[tokens, hidden]` to the same."""
-        c, linear = self.config, self.kernels.linear
+        c, kernels, linear = self.config, self.kernels, self.kernels.linear
         tokens = x.shape[0]
-        q = rotation.apply(self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))
-        k = rotation.apply(self._paired(linear(x, layer.k).view(tokens, c.kv_heads, c.head_dim)))
+        q = rotation.apply(kernels, self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))
+        k = rotation.apply(kernels, self._paired(linear(x, layer.k).view(tokens, c.kv_heads, c.head_dim)))
         if c.rope.attention_factor != 1:
             q = q * c.rope.attention_factor**2  # the keys' share too: only products of the two are used
         v = linear(x, layer.v).view(tokens, c.kv_heads, c.head_dim)
         out = torch.empty_like(q)
         stop = 0
-        for segment, mask in zip(batch.segments, masks, strict=True):
+        for segment in batch.segments:
             start, stop = stop, stop + segment.length
             keys, values = cache.extend(number, segment, k[start:stop], v[start:stop])
-            # The query heads that share a key-value head stand as further rows of one query.
-            queries = q[start:stop].view(segment.length, c.kv_heads, -1, c.head_dim)
-            rows = queries.permute(1, 2, 0, 3).reshape(c.kv_heads, -1, c.head_dim)
-            attended = F.scaled_dot_product_attention(
-                rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
-            )  # [1, kv_heads, heads / kv_heads * length, head_dim]
-            attended = attended.view(c.kv_heads, -1, segment.length, c.head_dim)
-            out[start:stop] = attended.permute(2, 0, 1, 3).reshape(segment.length, c.heads, c.head_dim)
+            out[start:stop] = kernels.attend(q[start:stop], keys, values)
         return linear(out.view(tokens, -1), layer.o)
-
-    def _mask(self, segment: Segment) -> torch.Tensor | None:
-        """Which positions each query row may see; None where a single token sees everything."""
-        if segment.length == 1:
-            return None
-        end = segment.start + segment.length
-        visible = torch.arange(end) <= torch.arange(segment.start, end).unsqueeze(-1)  # [length, end]
-        return visible.repeat(self.config.heads // self.config.kv_heads, 1)
 
     def _paired(self, x: torch.Tensor) -> torch.Tensor:
         """x `[..., head_dim]` with the channels of each rotary pair side by side.

@@ -15,6 +15,7 @@ import torch
 from quant.errors import ConfigError
 from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
+from quant.kernels.cpu.native_layers import NativeLayers
 from quant.kernels.cpu.panels import (
     TILED,
     ExpertSlotLayout,
@@ -65,7 +66,7 @@ def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
 
 
-class NativeKernels:
+class NativeKernels(NativeLayers):
     """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
 
     activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits.
@@ -89,7 +90,7 @@ class NativeKernels:
         self.threads = threads
         self._library = library.load()
         self._level = library.LEVELS.index(self.level)
-        self._fallback = ReferenceKernels()
+        self._fallback = _Decoded(self)
 
     def describe(self) -> str:
         """Level, threads and activation mode, for people."""
@@ -193,9 +194,9 @@ class NativeKernels:
         return out if flat is x else like(x, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-        is_plain = x.dtype == torch.float32 and x.is_contiguous()
-        if not is_plain or not (weight is None or weight.dtype == torch.float32):
+        if x.dtype != torch.float32 or not (weight is None or weight.dtype == torch.float32):
             return self._fallback.rms_norm(x, weight, eps)
+        x = x.contiguous()
         out, cols = torch.empty_like(x), x.shape[-1]
         at = None if weight is None else weight.data_ptr()
         rows = x.numel() // cols
@@ -232,3 +233,17 @@ class NativeKernels:
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
+
+
+class _Decoded(ReferenceKernels):
+    """For formats that have no panels: decoded by torch, multiplied as any other plain weight."""
+
+    def __init__(self, native: NativeKernels) -> None:
+        super().__init__()
+        self._native = native
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._native.linear(x, weight)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return self._native.gated(gate, up, limit)

@@ -17,11 +17,12 @@ from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import MoeCall, Weight
+from quant.kernels.layers import TorchLayers
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.packed import Format, PackedTensor
 
 
-class TritonKernels:
+class TritonKernels(TorchLayers):
     """`Kernels` on one device; activations are float32 or bfloat16, results are of the same dtype.
 
     device    where weights are brought to by `prepare`

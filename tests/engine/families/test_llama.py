@@ -54,7 +54,8 @@ def whole(model: Llama, ids: list[int]) -> torch.Tensor:
 
 def in_chunks(model: Llama, ids: list[int], sizes: list[int]) -> torch.Tensor:
     cache = model.new_cache(1, CONTEXT)
-    parts, start = [], 0
+    parts: list[torch.Tensor] = []
+    start = 0
     while start < len(ids):
         size = sizes[len(parts) % len(sizes)]
         chunk = ids[start : start + size]

@@ -25,7 +25,7 @@ def refusal(path: Path) -> str:
 
 def shard_of(path: Path, tensor: str) -> Path:
     index = json.loads((path / "model.safetensors.index.json").read_text())
-    return path / index["weight_map"][tensor]
+    return path / str(index["weight_map"][tensor])
 
 
 def rewrite(shard: Path, change: dict[str, torch.Tensor | None]) -> None:

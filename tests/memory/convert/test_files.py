@@ -180,6 +180,7 @@ convert_checkpoint(source, destination, Choices(experts=NF4), die_in_the_second_
 """
 
 
+@pytest.mark.slow
 def test_killed_conversion_is_resumed_and_ends_the_same(tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     died = subprocess.run([sys.executable, "-c", KILLED, str(GOLDEN), str(out)], check=False)
@@ -340,6 +341,7 @@ def one_table(path: Path, rows: int) -> None:
     (path / "config.json").write_text('{"model_type": "deepseek_v41"}')
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """A table of 8 MB first, then one of 64 MB."""
     one_table(tmp_path / "small", 1 << 14)

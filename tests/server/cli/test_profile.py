@@ -17,6 +17,7 @@ from memory.planner.budget import MemoryBudget
 from tests.server.harness import GOLDEN, TINY, complaint, invoke, run
 
 
+@pytest.mark.slow
 def test_a_profile_beside_the_model_brings_its_hot_experts_in_first(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
@@ -108,23 +109,26 @@ def test_models_that_come_with_loci_are_left_as_they_are(tmp_path: Path) -> None
     assert not (model_path(Path("demo")) / FILE_NAME).exists()
 
 
+@pytest.mark.slow
 def test_policies_are_printed_beside_belady(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     file, report = tmp_path / "trace.safetensors", tmp_path / "report.json"
     RoutingTrace(torch.randint(0, 16, (50, 3, 2), generator=generator)).save(file)
-    result = run("bench", "experts", "--trace", file, "--experts", 16, "--json", report)
+    result = run("bench", "experts", "--trace", file, "--experts", "16", "--json", report)
     assert result.returncode == 0, result.stderr
     assert "predictive" in result.stdout
     names = {entry["name"] for entry in json.loads(report.read_text())["results"]}
     assert "expert_hits_of_belady_lru_0.5" in names
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_trace_is_named(tmp_path: Path) -> None:
-    result = run("bench", "experts", "--trace", GOLDEN / "v41-a" / "config.json", "--experts", 16)
+    result = run("bench", "experts", "--trace", GOLDEN / "v41-a" / "config.json", "--experts", "16")
     assert result.returncode == 1
     assert "not a routing trace" in complaint(result.stderr)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_none_is_named(tmp_path: Path) -> None:
     result = run("profile", TINY, tmp_path / "missing.txt", "--out", tmp_path / "o")
     assert result.returncode == 1
