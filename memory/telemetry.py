@@ -13,7 +13,7 @@ class Snapshot:
     """Counters of a moment, by label: tiers, links or stores. Bytes and seconds, never rates.
 
     Labels of two words are a link and why bytes were asked of it: `demand` (a step needs them) or
-    `prefetch` (it was foreseen to need them).
+    `prefetch` (it was expected to need them).
 
     hits            expert uses served from a tier, by tier (`nvme`: had to be read from disk first)
     computed        expert uses computed on a device, by tier
@@ -22,7 +22,7 @@ class Snapshot:
     busy_s          time in which a link had at least one transfer under way, by link
     moves           transfers, by link and reason
     failed          transfers that failed, by link and reason
-    stalled_s       time that compute waited for bytes, by link and reason (`prefetch`: foreseen too late)
+    stalled_s       time that compute waited for bytes, by link and reason (`prefetch`: asked for too late)
     guesses         experts that a router was guessed to choose: `made`, and of these `right`
     prefetches      outcome of prefetched experts: `used`; `dropped`, read but never used; `cancelled`, given
                     up before they were read

@@ -1,6 +1,6 @@
 """Links and tickets: bytes on their way, and the one place where compute may wait for them.
 
-A link is a worker thread with a priority queue: what is needed now overtakes what is only foreseen. A
+A link is a worker thread with a priority queue: what is needed now overtakes what is only guessed. A
 link to a virtual GPU paces its copies to the speed of a real one; a disk link reads and rearranges.
 """
 
@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+
+import torch
 
 from memory.telemetry import Telemetry
 
@@ -140,7 +142,7 @@ class Link:
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
-        """Let a queued transfer that was only foreseen go first: it is needed now."""
+        """Let a queued transfer that was only guessed go first: it is needed now."""
         with self._changed:
             found = [job for job in self._queue if job.ticket is ticket]
             for job in found:
@@ -192,6 +194,7 @@ class Link:
             self._under_way += 1
             return heapq.heappop(self._queue)
 
+    @torch.inference_mode()  # a model may be loaded, and its slots written, by who is in that mode
     def _work(self) -> None:
         while (job := self._next()) is not None:
             error: BaseException | None = None

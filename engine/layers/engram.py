@@ -25,16 +25,13 @@ class EngramMix:
         """What rows `[tokens, columns * dim]` say whatever the streams are: `[tokens, (hc + 1) * hidden]`."""
         return kernels.linear(rows, self.wkv)
 
-    def gates_and_value(self, streams: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gates_and_value(
+        self, kernels: Kernels, streams: torch.Tensor, kv: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gate per stream `[tokens, hc]` and value `[tokens, hidden]`.
 
-        streams `[tokens, hc, hidden]`, kv of `keys_and_value`. The streams are normalised by their RMS
-        alone, and the square root keeps the sign of the dot product.
+        streams `[tokens, hc, hidden]`, kv of `keys_and_value`.
         """
         tokens, hc, hidden = streams.shape
         key, value = kv[:, : hc * hidden].view(tokens, hc, hidden), kv[:, hc * hidden :]
-        dot = (streams * self.qk * key).sum(-1)
-        dot = dot * torch.rsqrt(streams.square().mean(-1) + self.norm_eps)
-        dot = dot * torch.rsqrt(key.square().mean(-1) + self.norm_eps) * hidden**-0.5
-        gates = torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
-        return gates, value
+        return kernels.engram_gates(streams, self.qk, key, self.norm_eps), value

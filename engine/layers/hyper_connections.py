@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from quant.kernels.interface import Kernels
 
@@ -48,9 +47,9 @@ class HyperConnection:
         """Mixing weights from streams `[tokens, hc, hidden]`."""
         tokens, hc, _ = streams.shape
         flat = streams.flatten(1)
-        m = F.linear(kernels.rms_norm(flat, None, self.norm_eps), self.fn)
-        m = torch.addcmul(self.base, m, self.scale)
-        gates = torch.sigmoid(m[:, : 2 * hc])
+        m = kernels.linear(kernels.rms_norm(flat, None, self.norm_eps), self.fn)
+        m = m * self.scale + self.base
+        gates = kernels.sigmoid(m[:, : 2 * hc])
         combine = kernels.sinkhorn(m[:, 2 * hc :].view(tokens, hc, hc), self.sinkhorn_iters, self.hc_eps)
         return Mix(gates[:, :hc] + self.hc_eps, 2 * gates[:, hc:], combine)
 
@@ -62,12 +61,11 @@ def first_mix(tokens: int, hc: int) -> torch.Tensor:
     return pre
 
 
-def read_streams(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+def read_streams(kernels: Kernels, streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     """sum_i pre_i * stream_i: `[tokens, hc, hidden]` and `[tokens, hc]` -> `[tokens, hidden]`."""
-    return torch.bmm(pre.unsqueeze(1), streams).squeeze(1)
+    return kernels.weighted_sum(streams, pre)
 
 
-def write_streams(streams: torch.Tensor, y: torch.Tensor, mix: Mix) -> torch.Tensor:
+def write_streams(kernels: Kernels, streams: torch.Tensor, y: torch.Tensor, mix: Mix) -> torch.Tensor:
     """post_j * y + sum_i combine[i, j] * stream_i, `[tokens, hc, hidden]`."""
-    carried = torch.bmm(mix.combine.transpose(1, 2), streams)
-    return torch.addcmul(carried, mix.post.unsqueeze(-1), y.unsqueeze(1))
+    return kernels.mix_streams(streams, y, mix.post, mix.combine)

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import torch
 
+from quant.kernels.interface import Kernels
+
 
 @dataclass(frozen=True)
 class YarnScaling:
@@ -61,13 +63,6 @@ class Rotation:
         """The rotation that undoes this one."""
         return Rotation(torch.conj_physical(self.turns))
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotate the last `dim` channels of x `[tokens, ..., channels]`; the others pass through.
-
-        A pair of channels is a complex number, so this is a copy and one multiplication.
-        """
-        tokens, pairs = self.turns.shape
-        turned = x.clone(memory_format=torch.contiguous_format)
-        numbers = torch.view_as_complex(turned[..., -2 * pairs :].view(*x.shape[:-1], pairs, 2))
-        numbers.mul_(self.turns.view(tokens, *(1,) * (x.dim() - 2), pairs))
-        return turned
+    def apply(self, kernels: Kernels, x: torch.Tensor) -> torch.Tensor:
+        """Rotate the last `dim` channels of x `[tokens, ..., channels]`; the others pass through."""
+        return kernels.rotate(x, self.turns)

@@ -79,7 +79,33 @@ def _among_the_best(
     """Draw among the tokens that top_k, top_p and min_p leave, of probs `[rows, vocab]`."""
     vocab = probs.shape[1]
     limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
-    width = min(vocab, max([look, *(limit for limit in limits if limit < vocab)]))
+    widths = [min(vocab, max(look, limit) if limit < vocab else look) for limit in limits]
+    tokens = [0] * len(params)
+    # Which of equally likely tokens come first depends on the width: it must not be that of another row.
+    for width in sorted(set(widths)):
+        rows = [row for row, own in enumerate(widths) if own == width]
+        found = _among(
+            _rows(probs, rows),
+            [params[row] for row in rows],
+            [limits[row] for row in rows],
+            [numbers[row] for row in rows],
+            width,
+            look,
+        )
+        _put(tokens, rows, found)
+    return tokens
+
+
+def _among(
+    probs: torch.Tensor,
+    params: list[SamplingParams],
+    limits: list[int],
+    numbers: list[float],
+    width: int,
+    look: int,
+) -> list[int]:
+    """The same for rows that look at their best `width` tokens, of which top_k leaves `limits`."""
+    vocab = probs.shape[1]
     best, ids = probs.topk(width)  # [rows, width], likeliest first
     sums = best.cumsum(-1, dtype=torch.float64)
     top_k = torch.tensor(limits).unsqueeze(1)

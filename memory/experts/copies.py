@@ -1,6 +1,6 @@
-"""Carrying experts between DRAM and one GPU: copies on a stream of their own, rearranged on the GPU.
+"""Experts copied between DRAM and one GPU, on a stream of their own, and rearranged on the GPU.
 
-A link's thread calls `bring` and `take_back`, which return when the bytes are there: any kernel started from
+A link's thread calls `upload` and `download`, which return when the bytes are there: any kernel started from
 then on sees them. The other way round, kernels that were started before may still read a slot that is to be
 overwritten; a fence, taken when the transfer is asked for, says which, and the copy waits for them.
 """
@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from memory.tiers import Tier
+from quant.kernels.cpu.panels import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import SlotLayout
 
@@ -71,12 +72,13 @@ def queue_of(device: torch.device) -> CopyQueue:
     return CudaQueue(device) if device.type == "cuda" else HostQueue()
 
 
-class Carrier:
-    """Between slots in DRAM and slots on one GPU."""
+class SlotCopier:
+    """Copies experts between slots in DRAM and slots on one GPU."""
 
     def __init__(self, tier: Tier, in_dram: SlotLayout, on_gpu: SlotLayout) -> None:
         self._queue = queue_of(tier.device)
-        self._gpu_layout = on_gpu if isinstance(on_gpu, GpuSlotLayout) else None
+        in_panels = isinstance(in_dram, ExpertSlotLayout)  # not where the host's kernels are plain torch
+        self._gpu_layout = on_gpu if in_panels and isinstance(on_gpu, GpuSlotLayout) else None
         self._staging = None
         if self._gpu_layout is not None:
             self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)
@@ -85,7 +87,7 @@ class Carrier:
         """To be taken by whoever starts kernels, when it asks for a transfer."""
         return self._queue.fence()
 
-    def bring(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
+    def upload(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
         """Fill a slot of the GPU from one in DRAM."""
         with self._queue.running(after):
             if self._gpu_layout is None or self._staging is None:
@@ -94,7 +96,7 @@ class Carrier:
                 self._staging.copy_(source, non_blocking=True)
                 self._gpu_layout.from_panels(slot, self._staging)
 
-    def take_back(self, target: torch.Tensor, slot: torch.Tensor, after: Fence) -> None:
+    def download(self, target: torch.Tensor, slot: torch.Tensor, after: Fence) -> None:
         """Fill a slot in DRAM from one of the GPU."""
         with self._queue.running(after):
             if self._gpu_layout is None or self._staging is None:

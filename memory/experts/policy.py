@@ -132,7 +132,7 @@ class Predictive(ExpertPolicy):
         self._follows = np.zeros((3 * experts, experts), np.float32)
         self._steps = 0
         self._expected: list[int] = []
-        self._worth: np.ndarray | None = None  # until something is used
+        self._unguessed: np.ndarray | None = None  # scores without the guess, until something is used
         self._scores: np.ndarray | None = None  # until something is used or expected
 
     def expected(self, expert_ids: Collection[int]) -> None:
@@ -157,28 +157,28 @@ class Predictive(ExpertPolicy):
             self._uses *= 0.5
             self._follows *= 0.5
         self._expected = []
-        self._worth = self._scores = None
+        self._unguessed = self._scores = None
 
     def scores(self) -> np.ndarray:
-        if self._worth is None:
-            self._worth = self._compute_worth()
+        if self._unguessed is None:
+            self._unguessed = self._own_scores()
         if self._scores is None:
-            self._scores = self._worth.copy()
+            self._scores = self._unguessed.copy()
             self._scores[self._expected] += 1e6
         return self._scores
 
-    def _compute_worth(self) -> np.ndarray:
+    def _own_scores(self) -> np.ndarray:
         usual = self._uses / self._uses.sum()  # shares of a step's uses, like all below
-        worth: np.ndarray = usual + self.OF_LATE * (self._late - usual)
+        scores: np.ndarray = usual + self.OF_LATE * (self._late - usual)
         if len(self._speaking):
             rows = self._follows[self._speaking]
             weights = self._traces[self._speaking]
             doubt = self.DOUBT * self.experts
             weights /= weights.sum() * (rows.sum(axis=1) + doubt)
             follows = weights @ rows + doubt * weights.sum() * usual
-            worth += self.FOLLOWS * (follows - usual)
-        np.maximum(worth, self.AT_LEAST * usual, out=worth)
-        return worth
+            scores += self.FOLLOWS * (follows - usual)
+        np.maximum(scores, self.AT_LEAST * usual, out=scores)
+        return scores
 
 
 POLICIES: dict[str, Callable[[int], ExpertPolicy]] = {"lru": Lru, "lfu": AgedLfu, "predictive": Predictive}

@@ -27,7 +27,7 @@ from quant.formats.fp8 import FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.choice import choose
 from quant.kernels.cpu import library
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import ExpertWeights, MoeCall, Weight
 from quant.packed import PackedTensor
 
 RUNS = 5
@@ -111,7 +111,7 @@ def measure_cpu(nbytes: int) -> list[Result]:
     def one_token() -> None:
         first = next(turn) * EXPERT_TOP_K
         ids = torch.arange(first, first + EXPERT_TOP_K).remainder(len(experts)).unsqueeze(0)
-        kernels.moe(x, ids, weights, experts, 10.0)
+        kernels.moe(MoeCall(x, ids, weights, experts, 10.0))
 
     layout = kernels.slot_layout(hidden, width, MXFP4)
     stored = as_stored(width, hidden), as_stored(width, hidden), as_stored(hidden, width)

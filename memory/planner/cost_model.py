@@ -132,14 +132,14 @@ class CostModel:
         """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
         cost = StepCost(tokens)
         hits: dict[str, float] = defaultdict(float)
-        is_foreseen = True  # the first layer's experts are guessed from the embedding
+        is_prefetched = True  # the first layer's experts are guessed from the embedding
         for n, layer in enumerate(self.shape.layers):
             if layer.table is not None:
                 self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)
             self._dense(cost, n, layer, tokens, sequences, held)
-            if not is_foreseen:
+            if not is_prefetched:
                 cost.disk_idle_s = 0.0
-            is_foreseen = layer.experts > 0
+            is_prefetched = layer.experts > 0
             if layer.experts:
                 self._routed(cost, hits, n, layer, tokens)
         head_tier = self.placement.tier_of("head", None)

@@ -17,7 +17,7 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panels import ExpertSlotLayout, tile
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import ExpertWeights, MoeCall, Weight
 from quant.packed import Format, PackedTensor
 
 HIDDEN, WIDTH, TOP_K = 5120, 2304, 6  # of V4.1-Flash
@@ -91,7 +91,7 @@ def moe_case(
 
     def run(turn: int) -> None:
         for chosen in due(ids, calls, turn):
-            kernels.moe(x, chosen, factors, experts, LIMIT)
+            kernels.moe(MoeCall(x, chosen, factors, experts, LIMIT))
 
     return Case(name, calls * nbytes, run)
 

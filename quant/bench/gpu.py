@@ -26,7 +26,7 @@ from quant.formats.nf4 import NF4
 from quant.kernels.choice import choose
 from quant.kernels.cpu.panels import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
-from quant.kernels.interface import Kernels, SlotLayout, Weight
+from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
 from quant.packed import Format, PackedTensor
 
 ARENA_BYTES = 2 << 30  # beyond the cache of any GPU
@@ -210,7 +210,8 @@ def _experts(gpu: Gpu, tokens: int) -> Case:
     launches = []
     for first in range(0, len(experts) - used + 1, used):
         ids = torch.arange(first, first + used).view(tokens, TOP_K)
-        launches.append(moe_launches(x, schedule(ids, x.dtype), factors, experts, LIMIT, out))
+        call = MoeCall(x, ids, factors, experts, LIMIT)
+        launches.append(moe_launches(call, schedule(ids, x.dtype), out))
     torch.cuda.synchronize()
 
     def run() -> None:
@@ -235,7 +236,7 @@ def _calls(gpu: Gpu) -> list[Figure]:
     calls: dict[str, Callable[[], object]] = {
         "gpu_torch_linear_call": lambda: F.linear(x, plain),
         "gpu_fp4_linear_call": lambda: gpu.kernels.linear(x, small),
-        "gpu_fp4_moe_call": lambda: gpu.kernels.moe(wide, ids, factors, experts, LIMIT),
+        "gpu_fp4_moe_call": lambda: gpu.kernels.moe(MoeCall(wide, ids, factors, experts, LIMIT)),
     }
     figures = []
     for name, call in calls.items():

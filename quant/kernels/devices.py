@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.kernels.interface import Experts, Kernels, SlotLayout, Weight
+from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
 from quant.packed import Format, PackedTensor
 
 
@@ -17,7 +17,7 @@ class DeviceKernels:
     gpus  one back end for each GPU
     """
 
-    name = "GPUs"
+    name = "gpus"
 
     def __init__(self, host: Kernels, gpus: Mapping[torch.device, Kernels]) -> None:
         self._host = host
@@ -38,15 +38,8 @@ class DeviceKernels:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         return self.on(_device_of(weight)).linear(x, weight)
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        return self.on(x.device).moe(x, expert_ids, expert_weights, experts, swiglu_limit)
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        return self.on(call.x.device).moe(call)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self.on(x.device).rms_norm(x, weight, eps)
@@ -56,6 +49,63 @@ class DeviceKernels:
 
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         return self.on(_device_of(table)).gather_rows(table, rows)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return self.on(gate.device).gated(gate, up, limit)
+
+    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
+        return self.on(x.device).sigmoid(x)
+
+    def weighted_sum(self, parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.on(parts.device).weighted_sum(parts, weights)
+
+    def mix_streams(
+        self, streams: torch.Tensor, y: torch.Tensor, post: torch.Tensor, combine: torch.Tensor
+    ) -> torch.Tensor:
+        return self.on(streams.device).mix_streams(streams, y, post, combine)
+
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        return self.on(x.device).rotate(x, turns)
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.on(logits.device).route(logits, bias, top_k, factor)
+
+    def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return self.on(rows.device).pool_groups(rows, gates)
+
+    def engram_gates(
+        self, streams: torch.Tensor, qk: torch.Tensor, keys: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return self.on(streams.device).engram_gates(streams, qk, keys, eps)
+
+    def index_scores(
+        self,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        visible: torch.Tensor,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.on(queries.device).index_scores(queries, weights, keys, visible, entries)
+
+    def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
+        return self.on(scores.device).best_columns(scores, top_k)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return self.on(q.device).attend(q, keys, values)
+
+    def attend_sparse(
+        self,
+        q: torch.Tensor,
+        window_kv: torch.Tensor,
+        sink: torch.Tensor,
+        window: int,
+        compressed: torch.Tensor | None = None,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.on(q.device).attend_sparse(q, window_kv, sink, window, compressed, entries)
 
 
 def _device_of(weight: Weight) -> torch.device:

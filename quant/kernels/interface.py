@@ -11,14 +11,14 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
+from quant.kernels.layers import LayerOperations
 from quant.packed import Format, PackedTensor
 
 Weight = torch.Tensor | PackedTensor
 
 
-class Kernels(Protocol):
+class Kernels(LayerOperations, Protocol):
     """What a back end offers. Activations and results are float32 (or bfloat16 on CUDA)."""
 
     name: str
@@ -43,20 +43,8 @@ class Kernels(Protocol):
         """`x @ weight^T`: `[..., cols]` -> `[..., rows]`."""
         ...
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`.
-
-        x `[tokens, hidden]`; expert_ids `[tokens, top_k]` int64, in host memory or beside x; expert_weights
-        `[tokens, top_k]` float32.
-        expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) ).
-        """
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -105,6 +93,24 @@ class ExpertWeights:
         )
 
 
+@dataclass(frozen=True)
+class MoeCall:
+    """Routed experts at work on some tokens: each token's choice of experts, and with which weights.
+
+    x               `[tokens, hidden]`
+    expert_ids      `[tokens, top_k]` int64, in host memory or beside x
+    expert_weights  `[tokens, top_k]` float32
+    experts         where the chosen ones are
+    swiglu_limit    expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) )
+    """
+
+    x: torch.Tensor
+    expert_ids: torch.Tensor
+    expert_weights: torch.Tensor
+    experts: Experts
+    swiglu_limit: float
+
+
 class SlotLayout(Protocol):
     """How an expert's bytes lie in a slot of fixed size."""
 
@@ -132,6 +138,4 @@ def swiglu(
     kernels: Kernels, x: torch.Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float
 ) -> torch.Tensor:
     """One gated feed-forward of x `[tokens, hidden]`: w2( silu(min(w1 x, limit)) * clamp(w3 x, +-limit) )."""
-    gate = kernels.linear(x, w1).clamp(max=limit)
-    up = kernels.linear(x, w3).clamp(-limit, limit)
-    return kernels.linear(F.silu(gate) * up, w2)
+    return kernels.linear(kernels.gated(kernels.linear(x, w1), kernels.linear(x, w3), limit), w2)

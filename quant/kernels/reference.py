@@ -10,14 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import Experts, Weight, swiglu
+from quant.kernels.interface import MoeCall, Weight, swiglu
+from quant.kernels.layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
 # Largest decoded block, in values: 4 Mi float32 values are 16 MiB.
 DECODE_VALUES = 1 << 22
 
 
-class ReferenceKernels:
+class ReferenceKernels(TorchLayers):
     """`Kernels` in plain torch operations, float32 throughout."""
 
     name = "reference"
@@ -38,35 +39,32 @@ class ReferenceKernels:
         """Slots in file layout."""
         return FileSlotLayout(hidden, width, format_)
 
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x @ weight^T` of plain numbers."""
+        return F.linear(x, weight)
+
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
-            return F.linear(x, weight.to(x.dtype))
+            return self.product(x, weight.to(x.dtype))
         rows, cols = weight.shape
         tile = weight.format.tile_rows
         step = max(tile, DECODE_VALUES // cols // tile * tile)
         if step >= rows:
-            return F.linear(x, weight.decode(x.dtype))
+            return self.product(x, weight.decode(x.dtype))
         out = x.new_empty(*x.shape[:-1], rows)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            out[..., start:stop] = F.linear(x, weight.rows(start, stop).decode(x.dtype))
+            out[..., start:stop] = self.product(x, weight.rows(start, stop).decode(x.dtype))
         return out
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        for expert_id in sorted(set(expert_ids.flatten().tolist())):
-            places = (expert_ids == expert_id).nonzero(as_tuple=True)
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        x, out = call.x, torch.zeros_like(call.x)
+        for expert_id in sorted(set(call.expert_ids.flatten().tolist())):
+            places = (call.expert_ids == expert_id).nonzero(as_tuple=True)
             tokens, choice = (place.to(x.device) for place in places)
-            expert = experts[expert_id]
-            y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, swiglu_limit)
-            out.index_add_(0, tokens, y * expert_weights[tokens, choice].unsqueeze(-1))
+            expert = call.experts[expert_id]
+            y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, call.swiglu_limit)
+            out.index_add_(0, tokens, y * call.expert_weights[tokens, choice].unsqueeze(-1))
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -53,7 +53,7 @@ class LocalTalk:
             max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
             sampling = replace(sampling, max_tokens=max_tokens)
         for output in self._outputs(prompt.token_ids, sampling, prompt.stop_token_ids):
-            yield from parser.push(output.text)
+            yield from parser.push(output.text, output.special_ranges)
         yield from parser.finish()
 
     def _outputs(

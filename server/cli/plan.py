@@ -113,9 +113,10 @@ def _shape(model: str) -> ModelShape:
 
     path = _on_disk(model)
     if path is not None:
+        from engine.families.loader import open_model
         from engine.families.shapes import shape_of
 
-        return shape_of(path)
+        return shape_of(open_model(path).checkpoint)
     if model in NAMES:
         return built_in(model)
     names = ", ".join((*EMBEDDED, *NAMES))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Labels = tuple[tuple[str, str], ...]
 QUANTILES = (0.5, 0.9, 0.99)
 WINDOW_S = 60.0  # percentiles and shares of a live view are those of so long a time
-REASONS = {"demand": "demand", "prefetch": "foreseen late"}
+REASONS = {"demand": "demand", "prefetch": "prefetched late"}
 MAX_PAGE_BYTES = 16 << 20
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.base import Model
 from engine.families.loader import Loaded, OpenedModel, open_model
 from engine.warm_up import warm_up
+from memory.checkpoint.checkpoint import name_of
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
 from memory.planner.budget import MemoryBudget, unused_gpus_notice
@@ -73,8 +72,8 @@ def prepare(settings: Settings) -> Prepared:
 
     Raises LociError.
     """
-    path = Path(os.path.realpath(model_path(settings.model)))  # unlike resolve, no error for a loop of links
-    name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    path = model_path(settings.model)
+    name = settings.served_model_name or name_of(path)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
     workload = Workload(
@@ -192,7 +191,9 @@ class Service:
         if self._served is None:
             raise unavailable("the model is still loading; try again soon", "model_loading")
         if not self._served.engine.is_alive:
-            raise unavailable("the engine has stopped; the server must be restarted", "engine_stopped")
+            raise unavailable(
+                "the engine has stopped; the server must be restarted by who runs it", "engine_stopped"
+            )
         return self._served
 
     def named(self, model: str) -> Served:

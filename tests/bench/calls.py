@@ -23,6 +23,7 @@ from quant.formats.nf4 import NF4
 from quant.kernels.choice import choose
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panels import ExpertSlotLayout, tile
+from quant.kernels.interface import MoeCall
 from quant.packed import Format
 
 ARENA_BYTES = 1 << 30
@@ -49,7 +50,7 @@ def print_calls(arena: Arena, kernels: NativeKernels) -> None:
     ids, factors = torch.arange(TOP_K).unsqueeze(0), torch.full((1, TOP_K), 1 / TOP_K)
     calls: dict[str, Callable[[], object]] = {
         "a product of 32x128": lambda: kernels.linear(x, matrix),
-        "six experts of 32x128": lambda: kernels.moe(x, ids, factors, experts, 10.0),
+        "six experts of 32x128": lambda: kernels.moe(MoeCall(x, ids, factors, experts, 10.0)),
     }
     for name, call in calls.items():
         figures = [f"{call_us(arena, nbytes, call):.0f}" for nbytes in (0, MATRIX_BYTES, EXPERTS_BYTES)]

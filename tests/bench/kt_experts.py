@@ -27,6 +27,7 @@ from quant.bench.timing import Case, take_turns
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.interface import MoeCall
 from quant.packed import PackedTensor
 
 EXPERTS = 18
@@ -46,8 +47,8 @@ def ours(x: torch.Tensor, factors: torch.Tensor) -> tuple[Callable[[torch.Tensor
     kernels = NativeKernels()
     layout = ExpertSlotLayout(HIDDEN, WIDTH)
     arena = torch.empty(EXPERTS * layout.nbytes, dtype=torch.uint8).view(EXPERTS, -1)
-    experts = [layout.pack_into(slot, *e) for e, slot in zip(stored(), arena, strict=True)]
-    return lambda ids: kernels.moe(x, ids, factors, experts, LIMIT), TOP_K * layout.nbytes
+    experts = [layout.pack_into(slot, w1, w3, w2) for (w1, w3, w2), slot in zip(stored(), arena, strict=True)]
+    return lambda ids: kernels.moe(MoeCall(x, ids, factors, experts, LIMIT)), TOP_K * layout.nbytes
 
 
 def theirs(x: torch.Tensor, factors: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:

@@ -107,6 +107,13 @@ def test_its_variables_are_settings_of_loci() -> None:
     assert set(LOCI["environment"]) <= fields
 
 
+def test_which_pytorch_an_image_gets_can_be_said_when_it_is_built() -> None:
+    arguments = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+
+    assert set(LOCI["build"]["args"]) == arguments == {"TORCH_INDEX"}
+    assert (DEPLOY / LOCI["build"]["context"] / "Dockerfile").is_file()
+
+
 def test_the_port_is_the_servers_own() -> None:
     port = str(Settings.model_fields["port"].default)
 
@@ -157,6 +164,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
         started.kill()
 
 
+@pytest.mark.slow
 def test_its_health_check_tells_a_server_from_none(served: LociServer) -> None:
     _, command = instruction("HEALTHCHECK").split("CMD ")
     program, flag, text = json.loads(command)
@@ -169,6 +177,7 @@ def test_its_health_check_tells_a_server_from_none(served: LociServer) -> None:
     assert failed.returncode != 0
 
 
+@pytest.mark.slow
 def test_prometheus_is_let_in_by_the_name_it_asks_for_and_other_names_are_not(served: LociServer) -> None:
     config = yaml.safe_load(in_repository("prometheus", "/etc/prometheus/prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]

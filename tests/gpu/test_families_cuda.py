@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from engine.families.base import Batch
 from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.loader import load
-from memory.experts.copies import Carrier
+from memory.experts.copies import SlotCopier
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier, page_lock
@@ -59,7 +59,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
 
 
 BUDGETS = pytest.mark.parametrize(
-    ("dram", "GPU"),
+    ("dram", "gpu"),
     [
         pytest.param(1 << 30, 8 << 20, id="everything on the GPUs"),
         pytest.param(1 << 30, 3 << 20, id="experts everywhere"),
@@ -69,7 +69,7 @@ BUDGETS = pytest.mark.parametrize(
 
 
 @BUDGETS
-@pytest.mark.parametrize("GPUs", [1, 2])
+@pytest.mark.parametrize("gpus", [1, 2])
 def test_golden_logits_on_gpus(gpus: int, dram: int, gpu: int) -> None:
     if gpus > GPUS:
         pytest.skip("needs two CUDA devices")
@@ -116,15 +116,15 @@ def test_an_expert_goes_to_a_gpu_and_back_unchanged_while_kernels_read_the_slot(
     sources = torch.zeros(2, panels.nbytes, dtype=torch.uint8).pin_memory()
     for n, source in enumerate(sources):
         panels.pack_into(source, *expert(MXFP4, 512, 256, n).matrices)
-    carrier = Carrier(Tier("vram:0", 1 << 30, device), panels, on_gpu)
+    copier = SlotCopier(Tier("vram:0", 1 << 30, device), panels, on_gpu)
     slot = torch.zeros(on_gpu.nbytes, dtype=torch.uint8, device=device)
     back = torch.zeros_like(sources[0])
     for turn in range(20):
         source = sources[turn % 2]
-        carrier.bring(slot, source, carrier.fence())
+        copier.upload(slot, source, copier.fence())
         copies = [slot.clone() for _ in range(8)]  # still to run when the slot is asked to be overwritten
-        carrier.take_back(back, slot, carrier.fence())
-        carrier.bring(slot, sources[(turn + 1) % 2], carrier.fence())
+        copier.download(back, slot, copier.fence())
+        copier.upload(slot, sources[(turn + 1) % 2], copier.fence())
         assert torch.equal(back, source)
         assert all(torch.equal(copies[0], copy) for copy in copies)
         assert not torch.equal(copies[0], slot)

@@ -15,7 +15,7 @@ from quant.formats.fp8 import FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cuda.kernels import TritonKernels
-from quant.kernels.interface import ExpertWeights
+from quant.kernels.interface import ExpertWeights, MoeCall
 from quant.packed import Format, PackedTensor
 from tests.quant.kernels.kernel_cases import (
     FORMATS,
@@ -76,8 +76,8 @@ def test_experts_equal_the_reference(format_: Format, dtype: torch.dtype, tokens
     x = torch.randn(tokens, 512).to(dtype)
     ids = torch.stack([torch.randperm(8)[:6] for _ in range(tokens)])
     weights = torch.rand(tokens, 6)
-    found = TRITON.moe(x.to(GPU), ids.to(GPU), weights.to(GPU), moved, 1.0)
-    expected = REFERENCE.moe(x.float(), ids, weights, experts, 1.0)
+    found = TRITON.moe(MoeCall(x.to(GPU), ids.to(GPU), weights.to(GPU), moved, 1.0))
+    expected = REFERENCE.moe(MoeCall(x.float(), ids, weights, experts, 1.0))
     # Between the two matrices bfloat16 rounds once more.
     assert difference(found.cpu(), expected) < 2 * TOLERANCE[dtype]
 
@@ -85,7 +85,7 @@ def test_experts_equal_the_reference(format_: Format, dtype: torch.dtype, tokens
 def test_a_token_gets_the_same_answer_twice() -> None:
     moved = {e: expert(MXFP4, 256, 128, e, "cuda") for e in range(4)}
     x, ids, weights = torch.randn(64, 256, device=GPU), torch.randint(0, 4, (64, 3)), torch.rand(64, 3)
-    first, second = (TRITON.moe(x, ids, weights.to(GPU), moved, 10.0) for _ in range(2))
+    first, second = (TRITON.moe(MoeCall(x, ids, weights.to(GPU), moved, 10.0)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -103,6 +103,7 @@ def test_bitsandbytes_on_the_gpu_packs_as_we_do() -> None:
     values = torch.randn(256, 512)
     codes, state = bnb.quantize_nf4(values.to(GPU), blocksize=64)
     packed = NF4.encode(values)
+    assert packed.scales is not None
     assert torch.equal(packed.scales, state.absmax.cpu().view(256, 8))
     # A value halfway between two levels may go either way.
     theirs = PackedTensor(NF4, (256, 512), codes.cpu().view(256, 256), packed.scales)

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from engine.cache.sparse import CacheShape, SparseCache
 from engine.families.base import NO_TRACE, Batch, Component, Family, KvCache, Model, ModelInfo, Trace
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.places import HOST
-from engine.families.deepseek_v41.tensors import IGNORED_PREFIXES, components, expected_tensors
+from engine.families.deepseek_v41.tensors import IGNORED, components, expected_tensors
 from engine.families.deepseek_v41.weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from engine.layers.engram_lookup import EngramLookup, StepRows
@@ -28,15 +26,15 @@ from engine.layers.rope import Rotation, inverse_frequencies
 from engine.layers.sparse_attention import (
     CandidatePool,
     Selection,
-    attend,
     candidate_blocks,
     select_entries,
 )
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.experts.traces import trace_beside
 from memory.planner.budget import MemoryBudget
 from memory.planner.published import KV_MARGIN
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError, ConfigError
+from quant.errors import BudgetError, ConfigError, Findings
 from quant.kernels.interface import Kernels, swiglu
 
 
@@ -167,19 +165,20 @@ class DeepseekV41(Model):
             mix = layer.hc_attn.mix(self.kernels, streams)
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
                 self._prefetch_experts(number, streams, mix.pre)
-            x = self.kernels.rms_norm(read_streams(streams, pre), layer.attn_norm, config.rms_norm_eps)
+            x = read_streams(self.kernels, streams, pre)
+            x = self.kernels.rms_norm(x, layer.attn_norm, config.rms_norm_eps)
             y = self._attention(number, layer.attn, x, step)
             step.trace.add(f"attn_out.{number}", y)
-            streams, pre = write_streams(streams, y, mix), mix.pre
+            streams, pre = write_streams(self.kernels, streams, y, mix), mix.pre
 
             mix = layer.hc_ffn.mix(self.kernels, streams)
             y = self._experts(number, streams, pre, mix, step)
-            streams, pre = write_streams(streams, y, mix), mix.pre
+            streams, pre = write_streams(self.kernels, streams, y, mix), mix.pre
             step.trace.add(f"streams.{number}", streams)
         for segment in batch.segments:
             cache.advance(segment)
         wanted = batch.logit_rows
-        final = read_streams(streams[wanted], pre[wanted]).to(weights.norm.device)
+        final = read_streams(self.kernels, streams[wanted], pre[wanted]).to(weights.norm.device)
         final = self.kernels.rms_norm(final, weights.norm, config.rms_norm_eps)
         return self.kernels.linear(final, weights.head).float().cpu()
 
@@ -215,7 +214,7 @@ class DeepseekV41(Model):
         layer = self.weights.layers[number]
         assert layer.engram is not None
         kv = step.engram_kv.pop(number) if number in step.engram_kv else self._engram_kv(number, step)
-        gates, value = layer.engram.gates_and_value(streams, kv)
+        gates, value = layer.engram.gates_and_value(self.kernels, streams, kv)
         step.trace.add(f"engram_gate.{number}", gates)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
 
@@ -235,7 +234,7 @@ class DeepseekV41(Model):
         streams = streams.to(layer.device)
         step.engram_kv[number] = self._engram_kv(number, step)
         step.trace.add(f"engram_kv.{number}", step.engram_kv[number])
-        gates, value = layer.engram.gates_and_value(streams, step.engram_kv[number])
+        gates, value = layer.engram.gates_and_value(self.kernels, streams, step.engram_kv[number])
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
 
     def _table(self, number: int) -> int:
@@ -251,8 +250,9 @@ class DeepseekV41(Model):
         rotation = step.rotation(x.device, compressed=ratio > 0)
         qr = rms_norm(linear(x, attn.wq_a), attn.q_norm, eps)
         q = linear(qr, attn.wq_b).view(tokens, config.num_attention_heads, config.head_dim)
-        q = rotation.apply(q)
-        kv = rotation.apply(rms_norm(linear(x, attn.wkv), attn.kv_norm, eps))  # [tokens, head_dim]
+        q = rotation.apply(self.kernels, q)
+        kv = rms_norm(linear(x, attn.wkv), attn.kv_norm, eps)
+        kv = rotation.apply(self.kernels, kv)  # [tokens, head_dim]
         if attn.compressor is not None:
             self._compress(number, attn, x, step)
         if attn.indexer_wq_b is not None:
@@ -262,14 +262,17 @@ class DeepseekV41(Model):
         attended = []
         for i, (segment, (start, stop)) in enumerate(zip(step.batch.segments, step.bounds, strict=True)):
             window_kv = step.cache.extend_window(number, segment, kv[start:stop])
-            compressed, selection = None, None
+            compressed, entries = None, None
             if source is not None:
                 compressed = step.cache.sources[source].entries[segment.slot]
-                selection = step.selections[i].to(x.device)
+                entries = step.selections[i].to(x.device).entries
             attended.append(
-                attend(q[start:stop], window_kv, attn.sink, config.sliding_window, compressed, selection)
+                self.kernels.attend_sparse(
+                    q[start:stop], window_kv, attn.sink, config.sliding_window, compressed, entries
+                )
             )
-        out = rotation.inverse.apply(attended[0] if len(attended) == 1 else torch.cat(attended))
+        out = attended[0] if len(attended) == 1 else torch.cat(attended)
+        out = rotation.inverse.apply(self.kernels, out)
         groups = out.reshape(tokens, config.o_groups, -1)
         low = [linear(groups[:, g], weight) for g, weight in enumerate(attn.wo_a)]
         return linear(torch.cat(low, dim=-1), attn.wo_b)
@@ -290,15 +293,15 @@ class DeepseekV41(Model):
                 continue
             if ratio > 1:
                 grouped = (count, ratio, config.head_dim)
-                weights = gates[: count * ratio].view(grouped).softmax(dim=1)
-                latent = (latent[: count * ratio].view(grouped) * weights).sum(1)
+                latent, gates = latent[: count * ratio], gates[: count * ratio]
+                latent = self.kernels.pool_groups(latent.view(grouped), gates.view(grouped))
             latent = self.kernels.rms_norm(latent, attn.compressor.norm, config.rms_norm_eps)
             positions = torch.arange(first, first + count) * ratio
             rotation = Rotation.at(positions, self.compressed_frequencies).to(x.device)
             index_key = self.kernels.linear(latent, attn.compressor.index_wk)
             index_key = self.kernels.rms_norm(index_key, attn.compressor.index_norm, config.rms_norm_eps)
-            state.entries[segment.slot, first : first + count] = rotation.apply(latent)
-            state.index_keys[segment.slot, first : first + count] = rotation.apply(index_key)
+            state.entries[segment.slot, first : first + count] = rotation.apply(self.kernels, latent)
+            state.index_keys[segment.slot, first : first + count] = rotation.apply(self.kernels, index_key)
 
     def _select(
         self, number: int, attn: AttentionWeights, x: torch.Tensor, qr: torch.Tensor, step: _Step
@@ -312,7 +315,7 @@ class DeepseekV41(Model):
         state = step.cache.sources[source]
         queries = self.kernels.linear(qr, attn.indexer_wq_b)
         queries = queries.view(-1, config.index_n_heads, config.index_head_dim)
-        queries = step.rotation(x.device, compressed=True).apply(queries)
+        queries = step.rotation(x.device, compressed=True).apply(self.kernels, queries)
         weights = self.kernels.linear(x, attn.indexer_weights)
         weights = weights * (config.index_head_dim * config.index_n_heads) ** -0.5
         device = state.index_keys.device  # queries go where the keys are, which are many more
@@ -326,13 +329,15 @@ class DeepseekV41(Model):
             keys = state.index_keys[segment.slot, : (segment.start + segment.length) // state.ratio]
             pool = step.pools[i].to(device) if step.pools is not None else None
             selection, scores = select_entries(
-                queries[start:stop], weights[start:stop], keys, seen, config.index_topk, pool
+                self.kernels, queries[start:stop], weights[start:stop], keys, seen, config.index_topk, pool
             )
             step.selections.append(selection)
             step.trace.add(f"index_selected.{number}", selection.entries)
             if makes_pool:
                 pools.append(
-                    candidate_blocks(scores, seen, config.candidate_block_size, config.candidate_topk_blocks)
+                    candidate_blocks(
+                        self.kernels, scores, seen, config.candidate_block_size, config.candidate_topk_blocks
+                    )
                 )
         if makes_pool:
             step.pools = pools
@@ -345,7 +350,8 @@ class DeepseekV41(Model):
         They read the streams with `pre`; `mix` says how they will be written to them.
         """
         config, layer = self.config, self.weights.layers[number]
-        x = self.kernels.rms_norm(read_streams(streams, pre), layer.ffn_norm, config.rms_norm_eps)
+        x = read_streams(self.kernels, streams, pre)
+        x = self.kernels.rms_norm(x, layer.ffn_norm, config.rms_norm_eps)
         chosen, weights = self._route(layer, x)
         step.trace.add(f"router_ids.{number}", chosen)
         step.trace.add(f"router_weights.{number}", weights)
@@ -354,7 +360,9 @@ class DeepseekV41(Model):
             y = swiglu(self.kernels, x, shared.w1, shared.w3, shared.w2, config.swiglu_limit)
             step.trace.add(f"shared_out.{number}", y)
             if number + 1 < config.num_hidden_layers and self.weights.experts.wants_guesses(number + 1):
-                ahead = self._with_engram_ahead(number + 1, write_streams(streams, y, mix), step)
+                ahead = self._with_engram_ahead(
+                    number + 1, write_streams(self.kernels, streams, y, mix), step
+                )
                 # The next layer's experts will read with its attention's mix, which is more like this one's.
                 self._prefetch_experts(number + 1, ahead, pre.to(ahead.device))
             return experts.run(x, weights, config.swiglu_limit) + y
@@ -368,18 +376,17 @@ class DeepseekV41(Model):
         store = self.weights.experts
         if store.wants_guesses(number):
             layer = self.weights.layers[number]
-            x = read_streams(streams, pre).to(layer.device)
+            x = read_streams(self.kernels, streams, pre).to(layer.device)
             guess, _ = self._route(layer, self.kernels.rms_norm(x, layer.ffn_norm, self.config.rms_norm_eps))
             store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's best choice first
 
     def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`."""
         config = self.config
-        scores = F.softplus(self.kernels.linear(x, layer.gate)).sqrt()
-        chosen = (scores + layer.gate_bias).topk(config.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
-        return chosen, weights
+        logits = self.kernels.linear(x, layer.gate)
+        return self.kernels.route(
+            logits, layer.gate_bias, config.num_experts_per_tok, config.routed_scaling_factor
+        )
 
 
 def _table_primes(config: V41Config) -> list[list[int]]:
@@ -401,31 +408,43 @@ class DeepseekV41Family(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint.config)
-        return self._info(config, checkpoint.path), components(config, checkpoint)
+        return self._info(config, checkpoint), components(config, checkpoint)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        config = parse_config(checkpoint.config)
+        findings = Findings()
+        with findings.checking():
+            checkpoint.verify(expected_tensors(config, checkpoint), IGNORED)
+        with findings.checking():
+            self._token_map(config, checkpoint)
+        with findings.checking():
+            trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+        findings.raise_any()
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
+        self.check(checkpoint)
         config = parse_config(checkpoint.config)
-        checkpoint.verify(expected_tensors(config, checkpoint), IGNORED_PREFIXES)
-        token_map = torch.zeros(0, dtype=torch.int64)
-        if config.engram_layer_ids:
-            self._check_tables(config)
-            token_map = torch.from_numpy(
-                load_token_map(
-                    checkpoint.path / "tokenizer.json", config.vocab_size, config.engram_compressed_vocab_size
-                )
-            )
+        token_map = self._token_map(config, checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
-        return DeepseekV41(config, self._info(config, checkpoint.path), weights, token_map, kernels)
+        return DeepseekV41(config, self._info(config, checkpoint), weights, token_map, kernels)
 
-    def _info(self, config: V41Config, path: Path) -> ModelInfo:
+    def _info(self, config: V41Config, checkpoint: Checkpoint) -> ModelInfo:
         return ModelInfo(
             family=self.name,
-            name=path.resolve().name,
+            name=checkpoint.name,
             vocab_size=config.vocab_size,
             max_context=config.max_position_embeddings,
             bos_token_id=config.bos_token_id,
             eos_token_ids=config.eos_token_ids,
         )
+
+    def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
+        """What Engram look-ups fold token ids to; empty where there are none."""
+        if not config.engram_layer_ids:
+            return torch.zeros(0, dtype=torch.int64)
+        self._check_tables(config)
+        file = checkpoint.path / "tokenizer.json"
+        return torch.from_numpy(load_token_map(file, config.vocab_size, config.engram_compressed_vocab_size))
 
     def _check_tables(self, config: V41Config) -> None:
         """The config's table sizes must be the sums of the primes that the hash will use."""

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 5  # of native_src/api.cpp; another number means a library of other sources
+INTERFACE = 6  # of native_src/api.cpp; another number means a library of other sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -30,6 +30,20 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
     "loci_rms_norm": (None, [Int, Pointer, Pointer, Int64, Int64, ctypes.c_float, Pointer]),
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
+    "loci_attend": (None, [Int, Int, Pointer, Pointer]),
+    "loci_index_scores": (None, [Int, Int, Pointer, Pointer]),
+    "loci_best_columns": (None, [Int, Pointer, Int64, Int64, Int64, Pointer]),
+    "loci_route": (None, [Int, Pointer, Pointer, Int64, Int64, Int64, ctypes.c_float, Pointer, Pointer]),
+    "loci_weighted_sum": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
+    "loci_mix_streams": (None, [Int, Int, Pointer, Pointer, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
+    "loci_sigmoid": (None, [Int, Int, Pointer, Int64, Pointer]),
+    "loci_gated": (None, [Int, Int, Pointer, Pointer, ctypes.c_float, Int64, Pointer]),
+    "loci_rotate": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Int64, Pointer]),
+    "loci_pool_groups": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
+    "loci_engram_gates": (
+        None,
+        [Int, Int, Pointer, Pointer, Pointer, Int64, Int64, Int64, Int64, ctypes.c_float, Pointer],
+    ),
     "loci_rows_open": (Pointer, [Int, Int]),
     "loci_rows_add": (Int64, [Pointer, Pointer]),
     "loci_rows_ask": (Pointer, [Pointer, Int64, Pointer, Int64, Pointer]),

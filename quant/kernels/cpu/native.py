@@ -1,8 +1,8 @@
 """The CPU back end: C++ kernels that read packed weights at the speed of memory.
 
 Weights that `prepare` has rearranged into panels (quant/kernels/cpu/panels.py) are read strictly in sequence;
-others are rearranged on the way, a panel at a time, which is right but slower. Threads are those of
-torch's own pool. What a token gets never depends on the other tokens of a call or on the threads.
+others are rearranged on the way, a panel at a time, which is right but slower. Threads are the kernels' own,
+as many as torch is set to use. What a token gets depends neither on other tokens of a call nor on threads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from quant.errors import ConfigError
 from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
+from quant.kernels.cpu.native_layers import NativeLayers
 from quant.kernels.cpu.panels import (
     TILED,
     ExpertSlotLayout,
@@ -26,14 +27,14 @@ from quant.kernels.cpu.panels import (
     untile,
 )
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import Experts, SlotLayout, Weight
+from quant.kernels.interface import MoeCall, SlotLayout, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-class MoeCall(ctypes.Structure):
+class _Moe(ctypes.Structure):
     """`Moe` of native_src/operations.hpp."""
 
     _fields_ = (
@@ -65,7 +66,7 @@ def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out.view(*x.shape[:-1], out.shape[1]).to(x.dtype)
 
 
-class NativeKernels:
+class NativeKernels(NativeLayers):
     """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
 
     activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits.
@@ -89,7 +90,7 @@ class NativeKernels:
         self.threads = threads
         self._library = library.load()
         self._level = library.LEVELS.index(self.level)
-        self._fallback = ReferenceKernels()
+        self._fallback = _Decoded(self)
 
     def describe(self) -> str:
         """Level, threads and activation mode, for people."""
@@ -158,50 +159,44 @@ class NativeKernels:
         )
         return out if flat is x else like(x, out)
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        used = sorted({expert for chosen in expert_ids.tolist() for expert in chosen})
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        x = call.x
+        used = sorted({expert for chosen in call.expert_ids.tolist() for expert in chosen})
         if not used:
             return torch.zeros_like(x)
-        weights = [native_weight(w) for e in map(experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
+        weights = [native_weight(w) for e in map(call.experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
         addresses = [w.address for w in weights if w is not None]
         if len(addresses) < len(weights):
-            return self._fallback.moe(x, expert_ids, expert_weights, experts, swiglu_limit)
+            return self._fallback.moe(call)
         matrices = (ctypes.c_void_p * len(addresses))(*addresses)
         ids = (ctypes.c_int64 * len(used))(*used)
-        choice = contiguous(expert_ids, torch.int64)
-        factors = contiguous(expert_weights, torch.float32)
+        choice = contiguous(call.expert_ids, torch.int64)
+        factors = contiguous(call.expert_weights, torch.float32)
         flat = as_floats(x, x.shape[1])
         out = torch.empty_like(flat)
-        call = MoeCall(
+        native = _Moe(
             ctypes.addressof(matrices),
             ctypes.addressof(ids),
             len(used),
             choice.data_ptr(),
             factors.data_ptr(),
             *choice.shape,
-            swiglu_limit,
+            call.swiglu_limit,
         )
         self._library.loci_moe(
             self._level,
             self._threads(),
             self.activations == "int8",
-            ctypes.byref(call),
+            ctypes.byref(native),
             flat.data_ptr(),
             out.data_ptr(),
         )
         return out if flat is x else like(x, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-        is_plain = x.dtype == torch.float32 and x.is_contiguous()
-        if not is_plain or not (weight is None or weight.dtype == torch.float32):
+        if x.dtype != torch.float32 or not (weight is None or weight.dtype == torch.float32):
             return self._fallback.rms_norm(x, weight, eps)
+        x = x.contiguous()
         out, cols = torch.empty_like(x), x.shape[-1]
         at = None if weight is None else weight.data_ptr()
         rows = x.numel() // cols
@@ -238,3 +233,17 @@ class NativeKernels:
 
     def _threads(self) -> int:
         return self.threads or torch.get_num_threads()
+
+
+class _Decoded(ReferenceKernels):
+    """For formats that have no panels: decoded by torch, multiplied as any other plain weight."""
+
+    def __init__(self, native: NativeKernels) -> None:
+        super().__init__()
+        self._native = native
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._native.linear(x, weight)
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return self._native.gated(gate, up, limit)

@@ -16,12 +16,13 @@ from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
-from quant.kernels.interface import Experts, Weight
+from quant.kernels.interface import MoeCall, Weight
+from quant.kernels.layers import TorchLayers
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.packed import Format, PackedTensor
 
 
-class TritonKernels:
+class TritonKernels(TorchLayers):
     """`Kernels` on one device; activations are float32 or bfloat16, results are of the same dtype.
 
     device    where weights are brought to by `prepare`
@@ -74,21 +75,13 @@ class TritonKernels:
         step = max(1, DECODE_VALUES // weight.shape[1])
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in torch.split(weight, step)], dim=-1)
 
-    def moe(
-        self,
-        x: torch.Tensor,
-        expert_ids: torch.Tensor,
-        expert_weights: torch.Tensor,
-        experts: Experts,
-        swiglu_limit: float,
-    ) -> torch.Tensor:
-        tokens, top_k = expert_ids.shape
+    def moe(self, call: MoeCall) -> torch.Tensor:
+        x, (tokens, top_k) = call.x, call.expert_ids.shape
         if tokens == 0:
             return torch.zeros_like(x)
         out = x.new_empty(tokens * top_k, x.shape[1], dtype=torch.float32)
-        weights = expert_weights.float().contiguous()
-        plan = schedule(expert_ids, x.dtype)
-        for launch in moe_launches(x.contiguous(), plan, weights, experts, swiglu_limit, out):
+        plan = schedule(call.expert_ids, x.dtype)
+        for launch in moe_launches(call, plan, out):
             self.launcher.start(launch)
         return out.view(tokens, top_k, -1).sum(1).to(x.dtype)
 

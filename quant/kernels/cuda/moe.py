@@ -31,7 +31,7 @@ from quant.kernels.cuda.decode import (
 )
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.linear import Blocks, four_bit_constants, times_matrix, times_vector
-from quant.kernels.interface import Experts, ExpertWeights
+from quant.kernels.interface import ExpertWeights, MoeCall
 
 ALIGNMENT = 16
 
@@ -196,19 +196,13 @@ def schedule(expert_ids: torch.Tensor, dtype: torch.dtype) -> Schedule:
     return Schedule(by_expert[starts].tolist(), pairs, np.array(tiles), blocks)
 
 
-def moe_launches(
-    x: torch.Tensor,
-    plan: Schedule,
-    expert_weights: torch.Tensor,
-    experts: Experts,
-    swiglu_limit: float,
-    out: torch.Tensor,
-) -> tuple[Launch, Launch]:
+def moe_launches(call: MoeCall, plan: Schedule, out: torch.Tensor) -> tuple[Launch, Launch]:
     """Launches that fill `out` `[tokens * top_k, hidden]` float32 with each pair's weighted output.
 
     Raises FormatError where experts are in a format without a kernel, or in different ones.
     """
-    chosen = [experts[expert] for expert in plan.experts]
+    x, expert_weights = call.x.contiguous(), call.expert_weights.float().contiguous()
+    chosen = [call.experts[expert] for expert in plan.experts]
     first = chosen[0].w1
     base, distances, is_aligned = _places(chosen)
     width, hidden = first.shape
@@ -221,7 +215,7 @@ def moe_launches(
     gate_up = Launch(
         moe_gate_up,
         (-(-width // rows), len(plan.tiles)),
-        (x, base, places, tiles, pairs, levels, inner, top_k, width, hidden // UNIT.value, swiglu_limit),
+        (x, base, places, tiles, pairs, levels, inner, top_k, width, hidden // UNIT.value, call.swiglu_limit),
         constants,
         plan.blocks.warps,
     )

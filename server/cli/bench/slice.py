@@ -154,12 +154,13 @@ def _planned_tokens_per_s(
     model: Path, machine: HardwareProfile, budget: MemoryBudget, asked_for: Workload
 ) -> float:
     """What `loci plan` expects of one sequence within the budget, every expert equally likely."""
+    from engine.families.loader import open_checkpoint
     from engine.families.shapes import shape_of
     from memory.planner.forecast import forecast
     from memory.planner.placement import PROCESS_BYTES
     from memory.planner.routing import UNIFORM
 
-    shape = shape_of(model)
+    shape = shape_of(open_checkpoint(model))
     machine = replace(
         machine,
         dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone

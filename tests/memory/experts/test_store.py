@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import memory.checkpoint.direct_reads
 from memory.checkpoint.direct_reads import DirectFiles
 from memory.checkpoint.reads import read_into
-from memory.experts.copies import Carrier, Fence
+from memory.experts.copies import Fence, SlotCopier
 from memory.experts.reader import ExpertReader
 from memory.experts.store import ExpertStore
 from memory.hardware.detect import resident_bytes
@@ -193,7 +193,7 @@ def test_wrong_guesses_are_taken_back_or_dropped_and_right_ones_used(files: Expe
 
 def test_an_expert_goes_to_a_full_gpu_only_if_it_is_worth_the_exchange(files: ExpertsOnDisk) -> None:
     store = files.store(20.4, 3.1)  # an expert is in one place, and no GPU has room for another
-    gpu = store.gpus[0]
+    gpu = store.slots.gpus[0]
     assert gpu.arena.free == 0
     x, ones = torch.ones(1, files.hidden), torch.ones(1, 1)
     newcomer = next(expert for expert in range(EXPERTS) if gpu.find((0, expert)) is None)
@@ -201,43 +201,45 @@ def test_an_expert_goes_to_a_full_gpu_only_if_it_is_worth_the_exchange(files: Ex
     assert held
     for expert in held * 8:
         store.acquire(0, torch.tensor([[expert]])).run(x, ones, LIMIT)
-    worth = []
+    scores = []
     for turn in range(1000):
-        worth.append(store.worth((0, newcomer)) / min(store.worth((0, expert)) for expert in held))
+        scores.append(
+            store.slots.score((0, newcomer)) / min(store.slots.score((0, expert)) for expert in held)
+        )
         used = newcomer if turn % 3 else held[turn % len(held)]
         store.acquire(0, torch.tensor([[used]])).run(x, ones, LIMIT)
         if gpu.find((0, newcomer)) is not None:
             break
-    store.settle(wait=True)
-    assert max(worth) > 1.0  # worth more, but not enough
+    store.slots.settle(wait=True)
+    assert max(scores) > 1.0  # worth more, but not enough
     assert store.telemetry.snapshot().evictions["vram:0"] == 1
     store.close()
 
 
 def one_in_dram_only(store: ExpertStore) -> int:
     """An expert of layer 0 that its GPU has no copy of."""
-    return next(e for e in range(EXPERTS) if all(gpu.find((0, e)) is None for gpu in store.gpus))
+    return next(e for e in range(EXPERTS) if all(gpu.find((0, e)) is None for gpu in store.slots.gpus))
 
 
-def test_a_foreseen_expert_goes_up_an_idle_link_and_is_used_there(files: ExpertsOnDisk) -> None:
+def test_a_guessed_expert_goes_up_an_idle_link_and_is_used_there(files: ExpertsOnDisk) -> None:
     store = files.store(LAYERS * EXPERTS * 1.1, 6.1, 6.1)
     expert = one_in_dram_only(store)
     store.prefetch(0, [expert])
-    found = store.find((0, expert))
+    found = store.slots.find((0, expert))
     assert found is not None
-    shelf, place = found
-    assert shelf in store.gpus
-    assert place.ticket is not None
-    place.ticket.wait()
+    table, entry = found
+    assert table in store.slots.gpus
+    assert entry.ticket is not None
+    entry.ticket.wait()
     store.acquire(0, torch.tensor([[expert]])).run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
     seen = store.telemetry.snapshot()
-    assert seen.hits == {shelf.tier.name: 1}
+    assert seen.hits == {table.tier.name: 1}
     assert seen.prefetches == {"used": 1}
-    assert seen.moves[f"{shelf.tier.name} prefetch"] == 1
+    assert seen.moves[f"{table.tier.name} prefetch"] == 1
     store.close()
 
 
-def test_a_foreseen_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_back(
+def test_a_guessed_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_back(
     files: ExpertsOnDisk, expected: torch.Tensor
 ) -> None:
     store = files.store(LAYERS * EXPERTS * 1.1, 6.1)
@@ -247,7 +249,7 @@ def test_a_foreseen_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_b
     def occupy() -> None:
         assert is_free.wait(60)
 
-    ahead = store._links[0].submit([occupy], 1, Priority.DEMAND)
+    ahead = store.slots._links[0].submit([occupy], 1, Priority.DEMAND)
     store.prefetch(0, [expert])
     step = store.acquire(0, torch.tensor([[expert]]))
     assert store.telemetry.snapshot().hits == {"dram": 1}
@@ -263,27 +265,29 @@ def test_a_foreseen_copy_that_has_not_begun_when_its_layer_is_reached_is_taken_b
 def test_an_expert_whose_way_to_a_gpu_fails_is_computed_without_it(
     files: ExpertsOnDisk, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch, dram: float
 ) -> None:
-    bring, calls = Carrier.bring, itertools.count()
+    upload, calls = SlotCopier.upload, itertools.count()
 
-    def sometimes(self: Carrier, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
+    def sometimes(self: SlotCopier, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
         if next(calls) % 2:
             slot.zero_()  # half-way
             raise RuntimeError("the GPU has fallen off the bus")
-        bring(self, slot, source, after)
+        upload(self, slot, source, after)
 
     store = files.store(dram, 3.1, 3.1)
-    monkeypatch.setattr(Carrier, "bring", sometimes)
+    monkeypatch.setattr(SlotCopier, "upload", sometimes)
     assert torch.equal(steps(files, store, 6), expected)
     seen = store.telemetry.snapshot()
     assert sum(n for label, n in seen.failed.items() if label.startswith("vram")) > 0
     monkeypatch.undo()
     assert torch.equal(steps(files, store, 6), expected)
-    store.settle(wait=True)
-    assert store.residency()["dram"] + store.dram.arena.free == store.dram.arena.slots  # none was lost
+    store.slots.settle(wait=True)
+    assert (
+        store.residency()["dram"] + store.slots.dram.arena.free == store.slots.dram.arena.slots
+    )  # none was lost
     store.close()
 
 
-def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
+def test_a_guessed_copy_that_fails_once_begun_is_not_missed(
     files: ExpertsOnDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = files.store(LAYERS * EXPERTS * 1.1, 6.1)
@@ -300,7 +304,7 @@ def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
         raise RuntimeError("the GPU has fallen off the bus")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Carrier, "bring", fail)
+        broken.setattr(SlotCopier, "upload", fail)
         store.prefetch(0, [expert])
         assert begun.wait(60)
         step = store.acquire(0, chosen)
@@ -309,7 +313,7 @@ def test_a_foreseen_copy_that_fails_once_begun_is_not_missed(
     seen = store.telemetry.snapshot()
     assert seen.failed == {"vram:0 prefetch": 1}
     assert seen.computed == {"dram": 1}
-    assert store.gpus[0].find((0, expert)) is None
+    assert store.slots.gpus[0].find((0, expert)) is None
     store.close()
 
 
@@ -317,7 +321,7 @@ def test_what_a_failed_step_would_have_used_may_leave_again(files: ExpertsOnDisk
     store = files.store(4)
     with pytest.raises(RuntimeError, match="before its experts"), store.acquire(0, torch.tensor([[0, 1]])):
         raise RuntimeError("the step failed before its experts were computed")
-    assert not store.busy
+    assert not store.slots.claims
     store.close()
 
 
@@ -332,8 +336,8 @@ def test_a_wrong_guess_that_is_half_read_is_read_no_further(
         read_into(*args)  # type: ignore[arg-type]
 
     store = files.store(8, readers=1)
-    on_disk = next(e for e in range(EXPERTS) if store.find((0, e)) is None)
-    here = next(e for e in range(EXPERTS) if store.find((0, e)) is not None)
+    on_disk = next(e for e in range(EXPERTS) if store.slots.find((0, e)) is None)
+    here = next(e for e in range(EXPERTS) if store.slots.find((0, e)) is not None)
     before = store.telemetry.snapshot().moved_bytes["nvme"]
     with monkeypatch.context() as slow:
         slow.setattr(memory.checkpoint.direct_reads, "read_into", held)
@@ -342,9 +346,9 @@ def test_a_wrong_guess_that_is_half_read_is_read_no_further(
         step = store.acquire(0, torch.tensor([[here]]))
         may_end.set()
         step.run(torch.ones(1, files.hidden), torch.ones(1, 1), LIMIT)
-        store.settle(wait=True)
+        store.slots.settle(wait=True)
     seen = store.telemetry.snapshot()
     assert seen.prefetches == {"cancelled": 1}
-    assert 0 < seen.moved_bytes["nvme"] - before < store.layout.nbytes
+    assert 0 < seen.moved_bytes["nvme"] - before < store.slots.dram.layout.nbytes
     assert torch.equal(steps(files, store, 6), expected)
     store.close()

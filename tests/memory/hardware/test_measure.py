@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,7 @@ def test_a_machine_too_busy_to_be_measured_is_refused() -> None:
 
 
 def int_xor(words: np.ndarray) -> int:
-    return functools.reduce(lambda a, b: a ^ b, words.tolist())
+    return int(np.bitwise_xor.reduce(words))
 
 
 def test_without_compiled_kernels_the_reads_are_measured_all_the_same(
@@ -66,7 +65,7 @@ def test_without_compiled_kernels_the_reads_are_measured_all_the_same(
     def missing() -> None:
         raise library.LibraryMissingError("not built")
 
-    monkeypatch.setattr(measure.library, "load", missing)
+    monkeypatch.setattr(library, "load", missing)
     data = torch.randint(0, 256, (MB,), dtype=torch.uint8)
     parts = measure._reader(data, 2)()
     words = data.numpy().view("int64")
@@ -106,7 +105,7 @@ def test_a_file_system_without_direct_reads_gives_no_figures(
             raise OSError(22, "Invalid argument")
         return real_open(path, flags, *rest)
 
-    monkeypatch.setattr(measure.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert measure_disk(tmp_path, 8 * MB) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -126,7 +125,7 @@ def test_a_file_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error")
 
     file.write_bytes(bytes(measure.READ_BYTES))
-    monkeypatch.setattr(measure.os, "preadv", gone)
+    monkeypatch.setattr(os, "preadv", gone)
     with pytest.raises(ConfigError, match="shard: cannot be read"):
         read_rates(file, 0.02)
 

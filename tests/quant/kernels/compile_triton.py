@@ -31,7 +31,7 @@ from quant.kernels.cuda.linear import linear_launch
 from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
-from quant.kernels.interface import ExpertWeights
+from quant.kernels.interface import ExpertWeights, MoeCall
 from quant.packed import Format, PackedTensor
 
 TARGET = GPUTarget("cuda", 89, 32)
@@ -95,7 +95,8 @@ def moe(format_: Format, tokens: int, dtype: torch.dtype) -> tuple[Launch, Launc
     ids = torch.arange(6).repeat(tokens, 1)
     out = torch.empty(6 * tokens, HIDDEN, device="meta")
     weights = torch.empty(tokens, 6, device="meta")
-    return moe_launches(x, schedule(ids, dtype), weights, dict.fromkeys(range(6), expert), 10.0, out)
+    call = MoeCall(x, ids, weights, dict.fromkeys(range(6), expert), 10.0)
+    return moe_launches(call, schedule(ids, dtype), out)
 
 
 class Compiler(Launcher):

@@ -11,7 +11,7 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import ExpertWeights, MoeCall, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 from tests.quant.kernels.kernel_cases import FORMATS, difference, expert, weight
@@ -114,10 +114,10 @@ def test_experts_equal_the_reference_and_need_no_company(level: str, format_: Fo
     x = torch.randn(tokens, 128)
     ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
     factors = torch.rand(tokens, 2)
-    found = kernels.moe(x, ids, factors, experts, 7.0)
-    assert difference(found, REFERENCE.moe(x, ids, factors, files, 7.0)) < 3 * EXACT
+    found = kernels.moe(MoeCall(x, ids, factors, experts, 7.0))
+    assert difference(found, REFERENCE.moe(MoeCall(x, ids, factors, files, 7.0))) < 3 * EXACT
     for t in range(tokens):
-        alone = kernels.moe(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0)
+        alone = kernels.moe(MoeCall(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0))
         assert torch.equal(found[t : t + 1], alone)
 
 
@@ -127,9 +127,9 @@ def test_experts_of_thousands_of_tokens_are_summed_as_for_one(level: str) -> Non
     tokens = 2200  # so many that products are summed before all experts are done
     x, factors = torch.randn(tokens, 256), torch.rand(tokens, 2)
     ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
-    found = kernels.moe(x, ids, factors, experts, 7.0)
+    found = kernels.moe(MoeCall(x, ids, factors, experts, 7.0))
     for t in (0, 7, tokens - 1):
-        alone = kernels.moe(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0)
+        alone = kernels.moe(MoeCall(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0))
         assert torch.equal(found[t : t + 1], alone)
 
 

@@ -11,6 +11,7 @@ from engine.bench.streams import Timeline, percentile, throughput
 from tests.server.harness import TINY, LociServer, invoke, run
 
 
+@pytest.mark.slow
 def test_a_server_is_compared_with_the_bare_engine(tmp_path: Path) -> None:
     file = tmp_path / "serve.json"
 

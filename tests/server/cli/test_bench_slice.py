@@ -71,7 +71,7 @@ def _one_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
 
     def budget(dram: str | None, devices: str | None, workload: Workload) -> MemoryBudget:
-        return MemoryBudget(30_000_000, (Tier("vram:0", GPU_BYTES, torch.device("GPU", 0), 12e9),), workload)
+        return MemoryBudget(30_000_000, (Tier("vram:0", GPU_BYTES, torch.device("gpu", 0), 12e9),), workload)
 
     def load(path: Path, budget: MemoryBudget) -> SimpleNamespace:
         checkpoint = open_safetensors(path)
@@ -104,6 +104,7 @@ def test_a_virtual_gpus_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Pat
     assert "link_0" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_gpu")
 def test_a_real_gpu_is_measured_and_planned_with(model: Path, tmp_path: Path) -> None:
     with pretend_gpus():

@@ -70,6 +70,7 @@ def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: Start
     assert max(map(len, once.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_live_view_follows_a_server_until_ctrl_c(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with watching(server, **LIVELY) as terminal:
@@ -104,6 +105,7 @@ def test_a_plain_terminal_gets_one_view_below_the_other(
         assert ESCAPE not in drawn
 
 
+@pytest.mark.slow
 def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with watching(server, **LIVELY) as terminal:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -17,9 +18,15 @@ from tests.server import harness
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, eventually
 
-LONG = {"model": "v41-c", "prompt": "Once", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {
+    "model": "v41-c",
+    "prompt": "Once",
+    "max_tokens": 2000,
+    "extra_body": {"ignore_eos": True},
+}
 
 
+@pytest.mark.slow
 def test_it_prints_where_it_is_and_a_curl_that_works(start_server: StartServer) -> None:
     server = start_server(TINY, "--served-model-name", "it's tiny").await_ready()
     eventually(lambda: "curl" in server.out.read_text(), "the curl line is printed")
@@ -34,6 +41,7 @@ def test_it_prints_where_it_is_and_a_curl_that_works(start_server: StartServer) 
     assert "\x1b" not in printed
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_stream_finish_and_exits_with_0(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
@@ -47,6 +55,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_with_0(start_server: StartServer
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with (
@@ -71,6 +80,7 @@ def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_sigterm_while_loading_exits_with_0(start_server: StartServer) -> None:
     server = start_server(TINY)
     assert server.url
@@ -79,6 +89,7 @@ def test_sigterm_while_loading_exits_with_0(start_server: StartServer) -> None:
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_after_the_drain_deadline_streams_end_with_an_error(start_server: StartServer) -> None:
     server = start_server(TINY, "--drain-timeout-s", "0.3").await_ready()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
@@ -92,6 +103,7 @@ def test_after_the_drain_deadline_streams_end_with_an_error(start_server: StartS
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with httpx.stream(
@@ -108,6 +120,7 @@ def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
         assert server.exit_code() == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_ends_the_server_with_a_clear_message(
     start_server: StartServer, tmp_path: Path
 ) -> None:
@@ -125,6 +138,7 @@ def test_a_broken_checkpoint_ends_the_server_with_a_clear_message(
     assert server.out.read_text() == ""  # nobody was told to connect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,6 +168,7 @@ def test_a_port_in_use_is_named() -> None:
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_open_address_without_a_key_is_warned_about(start_server: StartServer) -> None:
     server = start_server(TINY, "--host", "0.0.0.0").await_ready()
 

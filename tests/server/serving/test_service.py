@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.engine import EngineStats, OnOutput, Ticket
+from engine.engine import EngineStats, Submission
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason, Output
+from engine.sequence import OnOutput
 from server.app import create_app
 from server.metrics import Metrics
 from server.serving.service import Served, Service
@@ -31,20 +32,20 @@ class PlayedEngine:
     def __init__(self, play: Callable[[OnOutput], None] = lambda on_output: None) -> None:
         self._play = play
         self.between_steps: Callable[[], None]
-        self.aborted: list[Ticket] = []
+        self.aborted: list[Submission] = []
 
     def submit(
         self, prompt_ids: list[int], params: object, on_output: OnOutput, *, cache_salt: str
-    ) -> Ticket:
+    ) -> Submission:
         self._play(on_output)
         self.between_steps()
-        return Ticket(1)
+        return Submission(1)
 
-    def abort(self, ticket: Ticket) -> None:
-        self.aborted.append(ticket)
+    def abort(self, submission: Submission) -> None:
+        self.aborted.append(submission)
 
     def stats(self) -> EngineStats:
-        return EngineStats(*[0] * 10)
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 // The C functions that quant/kernels/cpu/native.py calls through ctypes, and the choice of a level.
 #include <atomic>
 
-#include "operations.hpp"
+#include "layers.hpp"
 #include "pool.hpp"
 #include "table_rows.hpp"
 
@@ -34,7 +34,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 5; }
+EXPORT int loci_interface() { return 6; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -60,6 +60,56 @@ EXPORT void loci_moe(int level, int threads, int int8, const Moe* call, const fl
 EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const void* scales, int float_scales,
                              int64_t cols, const int64_t* rows, int64_t n, float* out) {
     gather_rows({*level_at(level), threads, false}, codes, scales, float_scales != 0, cols, rows, n, out);
+}
+
+EXPORT void loci_attend(int level, int threads, const Attend* call, float* out) {
+    attend({*level_at(level), threads, false}, *call, out);
+}
+
+EXPORT void loci_index_scores(int level, int threads, const Index* call, float* out) {
+    index_scores({*level_at(level), threads, false}, *call, out);
+}
+
+EXPORT void loci_best_columns(int threads, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out) {
+    best_columns({kPortable, threads, false}, scores, rows, columns, k, out);
+}
+
+EXPORT void loci_route(int threads, const float* logits, const float* bias, int64_t tokens, int64_t experts,
+                       int64_t top_k, float factor, int64_t* chosen, float* weights) {
+    route({kPortable, threads, false}, logits, bias, tokens, experts, top_k, factor, chosen, weights);
+}
+
+EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows,
+                              int64_t n, int64_t dim, float* out) {
+    weighted_sum({*level_at(level), threads, false}, parts, weights, rows, n, dim, out);
+}
+
+EXPORT void loci_mix_streams(int level, int threads, const float* streams, const float* y, const float* post,
+                             const float* combine, int64_t tokens, int64_t n, int64_t dim, float* out) {
+    mix_streams({*level_at(level), threads, false}, streams, y, post, combine, tokens, n, dim, out);
+}
+
+EXPORT void loci_sigmoid(int level, int threads, const float* x, int64_t n, float* out) {
+    sigmoid({*level_at(level), threads, false}, x, n, out);
+}
+
+EXPORT void loci_gated(int level, int threads, const float* gate, const float* up, float limit, int64_t n, float* out) {
+    gated({*level_at(level), threads, false}, gate, up, limit, n, out);
+}
+
+EXPORT void loci_rotate(int level, int threads, const float* x, const float* turns, int64_t tokens, int64_t heads,
+                        int64_t dim, int64_t pairs, float* out) {
+    rotate({*level_at(level), threads, false}, x, turns, tokens, heads, dim, pairs, out);
+}
+
+EXPORT void loci_pool_groups(int level, int threads, const float* rows, const float* gates, int64_t groups, int64_t n,
+                             int64_t dim, float* out) {
+    pool_groups({*level_at(level), threads, false}, rows, gates, groups, n, dim, out);
+}
+
+EXPORT void loci_engram_gates(int level, int threads, const float* streams, const float* qk, const float* keys,
+                              int64_t key_stride, int64_t tokens, int64_t n, int64_t dim, float eps, float* gates) {
+    engram_gates({*level_at(level), threads, false}, streams, qk, keys, key_stride, tokens, n, dim, eps, gates);
 }
 
 // Reads n bytes with as many threads, each its own part, in one or four streams; what a kernel is measured by.

@@ -51,6 +51,13 @@ constexpr Level make_level(const char* name) {
     level.swiglu = swiglu;
     level.dense_rows = dense_rows;
     level.fp8_row = fp8_row;
+    level.attend_block = attend_block;
+    level.index_block = index_block;
+    level.sum_parts = sum_parts;
+    level.sigmoid = sigmoid;
+    level.rotate = rotate;
+    level.pool_group = pool_group;
+    level.gate_sums = gate_sums;
     level.read = read_bytes;
     level.read_rows = read_rows;
     return level;

@@ -18,6 +18,8 @@ namespace loci {
 #include "formats.hpp"
 #include "panels.hpp"
 #include "digits.hpp"
+#include "attention.hpp"
+#include "rows.hpp"
 #include "level.hpp"
 
 extern const Level kAvx2 = make_level("avx2");

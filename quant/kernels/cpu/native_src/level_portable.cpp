@@ -10,6 +10,8 @@ namespace loci {
 #include "formats.hpp"
 #include "panels.hpp"
 #include "digits.hpp"
+#include "attention.hpp"
+#include "rows.hpp"
 #include "level.hpp"
 
 extern const Level kPortable = make_level("portable");

@@ -62,7 +62,8 @@ ALWAYS_INLINE Digits four_digits(const int8_t* p) {
     return {both(p[0], p[2]), both(p[1], p[3])};
 }
 
-// Sums of code x digit over the groups of four columns of a block, from a start value. Two products fit 16 bits (255 * 64 * 2).
+// Sums of code x digit over the groups of four columns of a block, from a start value. Two products fit 16 bits
+// (255 * 64 * 2).
 template <int LargestCode, int LargestDigit>
 struct Dot {
     static_assert(2 * LargestCode * LargestDigit <= 32767);
@@ -115,7 +116,19 @@ ALWAYS_INLINE F32 splat(float a) {
 }
 ALWAYS_INLINE F32 mul(F32 a, F32 b) { return a * b; }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return a + b; }
-ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) {
+#if defined(__aarch64__)  // elsewhere the instruction may be missing
+    float32x4_t parts[3][4];
+    __builtin_memcpy(parts[0], &a, 64);
+    __builtin_memcpy(parts[1], &b, 64);
+    __builtin_memcpy(parts[2], &c, 64);
+    for (int i = 0; i < 4; ++i) parts[2][i] = vfmaq_f32(parts[2][i], parts[0][i], parts[1][i]);
+    __builtin_memcpy(&c, parts[2], 64);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
 ALWAYS_INLINE F32 load_float(const float* p) { return load_as<F32>(reinterpret_cast<const uint8_t*>(p)); }
 ALWAYS_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, 64); }
 ALWAYS_INLINE float reduce(F32 a) {

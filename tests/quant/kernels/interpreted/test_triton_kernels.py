@@ -25,6 +25,7 @@ from quant.formats.nf4 import NF4
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.moe import schedule
 from quant.kernels.file_slots import FileSlotLayout
+from quant.kernels.interface import MoeCall
 from quant.packed import Format, PackedTensor
 from tests.quant.kernels.kernel_cases import (
     FORMATS,
@@ -129,8 +130,8 @@ def test_experts_equal_the_reference(format_: Format, tokens: int) -> None:
     x = torch.randn(tokens, 128) * 3
     ids = torch.stack([torch.randperm(5)[:3] for _ in range(tokens)])
     weights = torch.rand(tokens, 3)
-    found = TRITON.moe(x, ids, weights, experts, 1.5)
-    assert difference(found, REFERENCE.moe(x, ids, weights, experts, 1.5)) < TOLERANCE[torch.float32]
+    found = TRITON.moe(MoeCall(x, ids, weights, experts, 1.5))
+    assert difference(found, REFERENCE.moe(MoeCall(x, ids, weights, experts, 1.5))) < TOLERANCE[torch.float32]
 
 
 def test_experts_are_run_from_slots_of_an_arena() -> None:
@@ -144,8 +145,10 @@ def test_experts_are_run_from_slots_of_an_arena() -> None:
     x = torch.randn(4, 128)
     ids = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1]])
     weights = torch.rand(4, 2)
-    expected = REFERENCE.moe(x, ids, weights, experts, 10.0)
-    assert difference(TRITON.moe(x, ids, weights, experts, 10.0), expected) < TOLERANCE[torch.float32]
+    expected = REFERENCE.moe(MoeCall(x, ids, weights, experts, 10.0))
+    assert (
+        difference(TRITON.moe(MoeCall(x, ids, weights, experts, 10.0)), expected) < TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("offset", [4, 1])
@@ -159,21 +162,23 @@ def test_slots_begin_at_a_word_or_are_refused(offset: int) -> None:
     x, ids, weights = torch.randn(1, 64), torch.tensor([[1, 0]]), torch.rand(1, 2)
     if offset == 1:
         with pytest.raises(FormatError, match="must begin at a multiple of 4 bytes"):
-            TRITON.moe(x, ids, weights, experts, 10.0)
+            TRITON.moe(MoeCall(x, ids, weights, experts, 10.0))
         return
-    expected = REFERENCE.moe(x, ids, weights, experts, 10.0)
-    assert difference(TRITON.moe(x, ids, weights, experts, 10.0), expected) < TOLERANCE[torch.float32]
+    expected = REFERENCE.moe(MoeCall(x, ids, weights, experts, 10.0))
+    assert (
+        difference(TRITON.moe(MoeCall(x, ids, weights, experts, 10.0)), expected) < TOLERANCE[torch.float32]
+    )
 
 
 def test_experts_of_different_formats_in_one_layer_are_refused() -> None:
     experts = {0: expert(MXFP4, 64, 64, 0), 1: expert(NF4, 64, 64, 1)}
     with pytest.raises(FormatError, match="experts in mxfp4 and nf4 in one layer"):
-        TRITON.moe(torch.randn(1, 64), torch.tensor([[0, 1]]), torch.rand(1, 2), experts, 10.0)
+        TRITON.moe(MoeCall(torch.randn(1, 64), torch.tensor([[0, 1]]), torch.rand(1, 2), experts, 10.0))
 
 
 def test_experts_of_no_tokens_give_no_rows() -> None:
     empty = torch.zeros(0, 2, dtype=torch.int64)
-    assert TRITON.moe(torch.zeros(0, 64), empty, empty.float(), {}, 10.0).shape == (0, 64)
+    assert TRITON.moe(MoeCall(torch.zeros(0, 64), empty, empty.float(), {}, 10.0)).shape == (0, 64)
 
 
 def test_schedule_gives_every_pair_to_one_tile_of_its_expert() -> None:

@@ -1,0 +1,84 @@
+"""Numbers in JSON schemas that `llguidance`, which computes with doubles, would round.
+
+Bounds from 2^53 on are narrowed to the next double inside them that fits 64 bits, so that no answer lies
+outside. Larger numbers in `enum` and `const` cannot be written exactly, so they are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from engine.grammar.schema import with_each
+from quant.errors import RequestError
+
+EXACT = 2**53  # up to here every integer is a double
+FAREST = 2**63 - 1024  # the largest double below 2^63; the library fails for integers beyond
+
+
+def with_safe_numbers(schema: Any, field: str, *, lenient: bool = False) -> Any:
+    """`schema` with bounds that survive rounding. `lenient` drops keywords that cannot be enforced.
+
+    Raises RequestError naming `field` for values and bounds that cannot be enforced.
+    """
+    if not isinstance(schema, Mapping):
+        return schema
+    safe = with_each(schema, lambda each: with_safe_numbers(each, field, lenient=lenient))
+    for keyword in ("enum", "const"):
+        if not _is_exact(safe.get(keyword)):
+            if not lenient:
+                text = f"{field}: {keyword} has a number beyond 2^53, which cannot be enforced; use a string"
+                raise RequestError(text, param=field, code="invalid_grammar")
+            del safe[keyword]
+    _narrow(safe, "maximum", "exclusiveMaximum", 1, field, lenient)
+    _narrow(safe, "minimum", "exclusiveMinimum", -1, field, lenient)
+    return safe
+
+
+def _narrow(
+    schema: dict[str, Any], inclusive: str, exclusive: str, sign: int, field: str, lenient: bool
+) -> None:
+    """Put a safe inclusive bound in the place of bounds that are not; `sign` is -1 for lower ones."""
+    if schema.get(exclusive) is True and _is_number(schema.get(inclusive)):  # as draft 4 writes it
+        schema[exclusive] = schema.pop(inclusive)
+    for name in (inclusive, exclusive):
+        bound = schema.get(name)
+        if not _is_number(bound) or abs(bound) < EXACT:
+            continue
+        del schema[name]
+        highest = _highest(sign * bound, is_exclusive=name == exclusive)
+        if highest is not None:
+            other = schema.get(inclusive)
+            schema[inclusive] = sign * (min(highest, sign * other) if _is_number(other) else highest)
+        elif not lenient:
+            text = f"{field}: {name} leaves only numbers beyond 2^63, which cannot be enforced"
+            raise RequestError(text, param=field, code="invalid_grammar")
+
+
+def _highest(bound: float, *, is_exclusive: bool) -> int | None:
+    """The highest safe integer within a large upper bound; None where there is none.
+
+    A bound that was written with a point or an exponent may have been rounded up when it was read.
+    """
+    if bound > FAREST:
+        return FAREST
+    if bound < -FAREST:
+        return None
+    rounded = float(bound)
+    if rounded > bound or (rounded == bound and (is_exclusive or isinstance(bound, float))):
+        rounded = math.nextafter(rounded, -math.inf)
+    return int(rounded)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_exact(value: object) -> bool:
+    """Whether all numbers in a JSON value are small enough to be written as they are."""
+    if isinstance(value, list):
+        return all(map(_is_exact, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_exact, value.values()))
+    return not _is_number(value) or abs(value) <= EXACT

@@ -1,0 +1,397 @@
+"""The expert slots of all tiers: which expert lies where, how it gets there, and what leaves for it.
+
+GPUs and DRAM each have a slot table; the rest is on disk. Where DRAM holds every expert, GPUs hold copies;
+else an expert is in one place at a time, and one that leaves a GPU takes the DRAM slot of the one that comes.
+Used by one thread, the engine's; bytes move on the threads of links and readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+
+from memory.experts.copies import SlotCopier
+from memory.experts.policy import EXCHANGE_MARGIN, ExpertPolicy
+from memory.experts.reader import ExpertFiles, ExpertReader
+from memory.experts.slot_table import Key, SlotEntry, SlotTable
+from memory.telemetry import Telemetry
+from memory.tiers import Arena, Tier
+from memory.transfer import Link, Priority, Ticket
+from quant.errors import BudgetError
+from quant.kernels.interface import Kernels
+
+MIN_SLOTS = 2  # in DRAM: one expert at work, one that makes room
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """An expert that must not leave until it is released: where it is or will be, whether it was missing."""
+
+    expert: int
+    table: SlotTable
+    entry: SlotEntry
+    was_missing: bool = False
+
+
+class ExpertSlots:
+    """Experts of all layers in the slots of GPUs and DRAM.
+
+    policies          one a layer: what each expert is worth keeping, and which leaves a full tier
+    cpu_bytes_per_s   how fast the CPU computes what DRAM holds; decides how much is moved to GPUs instead
+
+    Raises BudgetError where DRAM has room for fewer than `MIN_SLOTS` experts.
+    """
+
+    def __init__(
+        self,
+        files: ExpertFiles,
+        kernels: Kernels,
+        dram: Tier,
+        gpus: Sequence[Tier],
+        policies: Sequence[ExpertPolicy],
+        telemetry: Telemetry,
+        *,
+        readers: int,
+        cpu_bytes_per_s: float,
+    ) -> None:
+        self.telemetry = telemetry
+        self._layers = files.layers
+        self._policies = policies
+        self._cpu_bytes_per_s = cpu_bytes_per_s
+        total = files.layers * files.experts
+
+        def table(tier: Tier) -> SlotTable:
+            layout = kernels.on(tier.device).slot_layout(files.hidden, files.width, files.format)
+            is_pinned = tier is dram and any(gpu.device.type == "cuda" for gpu in gpus)
+            arena = Arena.filling(tier, layout.nbytes, total, pinned=is_pinned)
+            return SlotTable(arena, files.layers, layout)
+
+        self.dram = table(dram)
+        layout = self.dram.layout
+        if self.dram.arena.slots < min(MIN_SLOTS, total):
+            raise BudgetError(
+                f"the DRAM budget of {dram.budget_bytes} bytes holds {self.dram.arena.slots} experts of "
+                f"{layout.nbytes} bytes; at least {MIN_SLOTS} are needed"
+            )
+        self.gpus = [table(tier) for tier in gpus]
+        self.keeps_copies = self.dram.arena.slots >= total
+        self._copiers = [SlotCopier(gpu.tier, layout, gpu.layout) for gpu in self.gpus]
+        self._links = [
+            Link(tier.name, telemetry, bytes_per_s=tier.link_bytes_per_s if tier.is_virtual else None)
+            for tier in gpus
+        ]
+        self._reader = ExpertReader(files, layout, telemetry, readers)
+        self._claimed: set[Key] = set()  # by the step under way: these must not leave
+        self._predicted: Set[Key] = frozenset()  # for a step to come: these had better not
+        self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
+
+    def close(self) -> None:
+        """End the links and close the files."""
+        self._reader.close()
+        for link in self._links:
+            link.close()
+        for table in self.tables:
+            table.arena.close()
+
+    # ------------------------------------------------------------------------------------------ where
+
+    @property
+    def tables(self) -> tuple[SlotTable, ...]:
+        """Those of the GPUs, then DRAM's."""
+        return (*self.gpus, self.dram)
+
+    def find(self, key: Key) -> tuple[SlotTable, SlotEntry] | None:
+        """Where an expert is or will be; one whose bytes failed to come is nowhere."""
+        for table in self.tables:
+            entry = table.find(key)
+            if entry is None:
+                continue
+            if entry.ticket is None or not entry.ticket.has_failed:
+                return table, entry
+            table.drop(key)
+        return None
+
+    def home(self, key: Key) -> int:
+        """The GPU of an expert: neighbours lie on different ones, so that all links and memories work."""
+        return (key[0] + key[1]) % len(self.gpus)
+
+    def score(self, key: Key) -> float:
+        """How much an expert is worth keeping, among those of its layer."""
+        return float(self._policies[key[0]].scores()[key[1]])
+
+    @property
+    def reserved(self) -> int:
+        """DRAM slots kept free for what GPUs give back."""
+        return 1 if self.gpus and not self.keeps_copies else 0
+
+    def report_free(self) -> None:
+        """Tell the telemetry how many slots hold nothing."""
+        for table in self.tables:
+            self.telemetry.set("slots", table.tier.name, table.arena.free)
+
+    # ----------------------------------------------------------------------------------------- a step
+
+    def claim(self, layer: int, experts: Sequence[int]) -> tuple[list[Claimed], list[int]]:
+        """Hold as many of `experts` as there are slots for, and start what must move.
+
+        Returns those that are held, at least one, and those that must wait for a release. Raises BudgetError
+        where no slot can be freed for any.
+        """
+        self.settle()
+        claimed: list[Claimed] = []
+        missing: list[int] = []
+        waiting: list[int] = []
+        for expert in experts:  # what is here already must not make room for what is not
+            found = self.find((layer, expert))
+            if found is None:
+                missing.append(expert)
+            else:
+                claimed.append(self._claim_found(layer, expert, *found))
+        for expert in missing:
+            if self.make_room(layer):
+                self.read((layer, expert), Priority.DEMAND)
+                entry = self.dram.by_layer[layer][expert]
+                self._claimed.add((layer, expert))
+                claimed.append(Claimed(expert, self.dram, entry, was_missing=True))
+            else:
+                waiting.append(expert)
+        if waiting and not claimed:
+            self._wait_for_room(layer)
+            return self.claim(layer, experts)
+        self._move_some_to_gpus(layer, claimed)
+        self.report_free()
+        return claimed, waiting
+
+    def release(self, layer: int, claimed: Iterable[Claimed]) -> None:
+        """These experts may leave again."""
+        self._claimed.difference_update((layer, held.expert) for held in claimed)
+
+    def arrive(self, layer: int, claimed: Claimed) -> Claimed:
+        """Wait for a claimed expert's bytes, and say where they are: elsewhere where they did not come.
+
+        A read that an earlier step or a guess began may fail once, and so may the way to a GPU. Raises what
+        a read raised that was begun for this claim.
+        """
+        ticket = claimed.entry.ticket
+        if ticket is None:
+            return claimed
+        try:
+            ticket.wait()
+        except Exception:
+            if claimed.was_missing:
+                raise
+            if claimed.table is not self.dram:
+                return self._without_gpu(layer, claimed.expert)
+            self._read_into((layer, claimed.expert), claimed.entry, Priority.DEMAND).wait()
+        return claimed
+
+    @property
+    def claims(self) -> Set[Key]:
+        """Experts that must not leave now."""
+        return self._claimed
+
+    def _claim_found(self, layer: int, expert: int, table: SlotTable, entry: SlotEntry) -> Claimed:
+        self._claimed.add((layer, expert))
+        if entry.is_unused_prefetch:
+            entry.is_unused_prefetch = False
+            self.telemetry.add("prefetches", "used")
+        if entry.is_moving and entry.ticket is not None:
+            self._reader.link.promote(entry.ticket)
+        return Claimed(expert, table, entry)
+
+    def _move_some_to_gpus(self, layer: int, claimed: list[Claimed]) -> None:
+        """Move the most valuable of those that lie in DRAM to GPUs, as many as pays; `claimed` follows."""
+        in_dram = {
+            held.expert: at
+            for at, held in enumerate(claimed)
+            if held.table is self.dram and not held.was_missing and not held.entry.is_moving
+        }
+        if not self.gpus or not in_dram:
+            return
+        speed = sum(table.tier.link_bytes_per_s or float("inf") for table in self.gpus)
+        if not self.keeps_copies:
+            speed /= 2  # another expert comes back
+        ranked = sorted(in_dram, key=lambda expert: -self.score((layer, expert)))
+        for expert in ranked[: fetch_count(len(ranked), speed, self._cpu_bytes_per_s)]:
+            self.move_to_gpu((layer, expert))
+        for expert, at in in_dram.items():
+            found = self.find((layer, expert))
+            if found is not None:
+                claimed[at] = Claimed(expert, *found)
+
+    def _without_gpu(self, layer: int, expert: int) -> Claimed:
+        """An expert that did not reach its GPU, in DRAM: where it still is, or read anew."""
+        key = layer, expert
+        found = self.find(key)
+        if found is None:
+            if not self.make_room(layer):
+                self._wait_for_room(layer)
+            self.read(key, Priority.DEMAND)
+            found = self.dram, self.dram.by_layer[layer][expert]
+        table, entry = found
+        if entry.ticket is not None:
+            entry.ticket.wait()
+        return Claimed(expert, table, entry, was_missing=True)
+
+    # ------------------------------------------------------------------------------------- transfers
+
+    def read(self, key: Key, priority: Priority) -> Ticket:
+        """Read an expert from disk into a free DRAM slot; the caller has made sure there is one."""
+        slot = self.dram.arena.take()
+        assert slot is not None
+        entry = SlotEntry(slot, is_unused_prefetch=priority is Priority.PREFETCH)
+        self.dram.put(key, entry)
+        return self._read_into(key, entry, priority)
+
+    def _read_into(self, key: Key, entry: SlotEntry, priority: Priority) -> Ticket:
+        entry.ticket = self._reader.read(key, self.dram.arena.slot(entry.slot), priority)
+        return entry.ticket
+
+    def move_to_gpu(self, key: Key, priority: Priority = Priority.DEMAND) -> Ticket | None:
+        """Move an expert that DRAM holds to its GPU, unless all there are worth about as much or in use.
+
+        In exclusive mode the GPU's expert that leaves takes a spare DRAM slot, or is dropped (the disk
+        has it) where none is free.
+        """
+        at = self.home(key)
+        table, source = self.gpus[at], self.dram.find(key)
+        assert source is not None
+        slot = table.arena.take()
+        spare: int | None = None
+        leaving: Key | None = None
+        if slot is None:
+            stay = self._claimed if priority is Priority.DEMAND else self._claimed | self._predicted
+            leaving = self._victim(table, key[0], stay)
+            # A copy costs one transfer, which this step's use pays; an exchange costs two: later ones pay.
+            margin = 1.0 if self.keeps_copies else EXCHANGE_MARGIN
+            if leaving is None or self.score(leaving) * margin >= self.score(key):
+                return None
+            slot = self._evict(table, leaving)
+            spare = None if self.keeps_copies else self.dram.arena.take()
+        ticket = self._links[at].submit(
+            [self._exchange(at, slot, source.slot, spare)], self.dram.layout.nbytes, priority
+        )
+        table.put(key, SlotEntry(slot, ticket, is_unused_prefetch=priority is Priority.PREFETCH))
+        if leaving is not None and spare is not None:
+            self.dram.put(leaving, SlotEntry(spare, ticket))
+        if not self.keeps_copies:
+            self._leaving.append((ticket, self.dram.remove(key).slot))
+        return ticket
+
+    def _exchange(self, at: int, slot: int, source: int, spare: int | None) -> Callable[[], None]:
+        """A link's work: what lies in the GPU's `slot` to DRAM's `spare`, then `source` into the slot."""
+        copier, telemetry, nbytes = self._copiers[at], self.telemetry, self.dram.layout.nbytes
+        name, inside = self.gpus[at].tier.name, self.gpus[at].arena.slot(slot)
+        outside = self.dram.arena.slot(source)
+        kept = None if spare is None else self.dram.arena.slot(spare)
+        fence = copier.fence()
+
+        def work() -> None:
+            if kept is not None:
+                copier.download(kept, inside, fence)
+                telemetry.add("moved_bytes", f"{name} to dram", nbytes)
+            copier.upload(inside, outside, fence)
+
+        return work
+
+    def cancel_reads(self, layer: int, still_wanted: Iterable[int]) -> None:
+        """Read no more of what was guessed for `layer` and is not wanted any more, not even to its end."""
+        for expert in self.dram.by_layer[layer].keys() - set(still_wanted):
+            entry = self.dram.by_layer[layer][expert]
+            if not entry.is_unused_prefetch or entry.ticket is None:
+                continue
+            if self._reader.link.cancel(entry.ticket):
+                self.dram.remove((layer, expert))
+                self._leaving.append((entry.ticket, entry.slot))  # parts may be on their way to it
+                self.telemetry.add("prefetches", "cancelled")
+        self.settle()
+
+    def cancel_uploads(self, layer: int) -> None:
+        """Take guessed copies of `layer` off the links where they have not begun: DRAM has what is needed."""
+        for table, link in zip(self.gpus, self._links, strict=True):
+            for expert, entry in list(table.by_layer[layer].items()):
+                if not entry.is_unused_prefetch or not entry.is_moving:
+                    continue
+                if entry.ticket is not None and link.cancel(entry.ticket):
+                    table.drop((layer, expert))
+                    self.telemetry.add("prefetches", "cancelled")
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Free the slots that nothing moves from or to any more."""
+        still = []
+        for ticket, slot in self._leaving:
+            if wait:
+                with suppress(Exception):  # whoever needs the bytes will find that they are not there
+                    ticket.wait()
+            if ticket.is_done:
+                self.dram.arena.give_back(slot)
+            else:
+                still.append((ticket, slot))
+        self._leaving = still
+
+    # ------------------------------------------------------------------------------------------ room
+
+    def protect(self, predicted: Set[Key]) -> None:
+        """What a step to come is expected to need: evicted only where nothing else can be."""
+        self._predicted = predicted
+
+    def make_room(self, layer: int, priority: Priority = Priority.DEMAND) -> bool:
+        """See that a DRAM slot is free for an expert of `layer`; False where all are in use or on their way.
+
+        What is only guessed displaces nothing that is guessed, and leaves GPUs the slot they count on.
+        """
+        self.settle()
+        is_demand = priority is Priority.DEMAND
+        if self.dram.arena.free > (0 if is_demand else self.reserved):
+            return True
+        leaving = self._victim(self.dram, layer, self._claimed | self._predicted)
+        if leaving is None and is_demand:
+            leaving = self._victim(self.dram, layer, self._claimed)
+        if leaving is None:
+            return False
+        self.dram.arena.give_back(self._evict(self.dram, leaving))
+        return True
+
+    def _wait_for_room(self, layer: int) -> None:
+        """As `make_room`, after everything that is on its way has arrived. Raises BudgetError."""
+        self.settle(wait=True)
+        for entries in self.dram.by_layer:
+            for entry in entries.values():
+                if entry.ticket is not None:
+                    with suppress(Exception):  # whoever needs the expert will find that it is not there
+                        entry.ticket.wait()
+        if not self.make_room(layer):
+            raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
+
+    def _evict(self, table: SlotTable, key: Key) -> int:
+        """Take an expert out of a table; its slot is the caller's."""
+        entry = table.remove(key)
+        if entry.is_unused_prefetch:
+            self.telemetry.add("prefetches", "dropped")
+        self.telemetry.add("evictions", table.tier.name)
+        return entry.slot
+
+    def _victim(self, table: SlotTable, layer: int, stay: Set[Key]) -> Key | None:
+        """What leaves `table` for an expert of `layer`: of its own layer, or of the most overfull one."""
+
+        def candidates(of: int) -> list[int]:
+            entries = table.by_layer[of].items()
+            return [expert for expert, entry in entries if not entry.is_moving and (of, expert) not in stay]
+
+        if table.count(layer) >= table.quota:
+            own = candidates(layer)
+            if own:
+                return layer, self._policies[layer].victim(own)
+        for of in sorted(range(self._layers), key=lambda n: -table.count(n)):
+            others = candidates(of)
+            if others:
+                return of, self._policies[of].victim(others)
+        return None
+
+
+def fetch_count(missing: int, link_bytes_per_s: float, cpu_bytes_per_s: float) -> int:
+    """How many of `missing` experts in DRAM to move to GPUs so that links and CPU finish together."""
+    if link_bytes_per_s == float("inf"):
+        return missing
+    return round(missing * link_bytes_per_s / (link_bytes_per_s + cpu_bytes_per_s))

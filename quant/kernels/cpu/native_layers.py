@@ -1,0 +1,287 @@
+"""What layers compute besides products with weights, in C++: the same bits in every batch.
+
+A value is computed in one order of operations that depends on its own row alone: not on how many rows there
+are, where in memory they lie, or how many threads share them. Of equal scores the first column wins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+
+class AttendCall(ctypes.Structure):
+    """`Attend` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("q", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("before", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("more", ctypes.c_void_p),
+        ("chosen", ctypes.c_void_p),
+        ("choices", ctypes.c_int64),
+        ("sink", ctypes.c_void_p),
+    )
+
+
+class IndexCall(ctypes.Structure):
+    """`Index` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("queries", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("visible", ctypes.c_void_p),
+        ("entries", ctypes.c_void_p),
+        ("columns", ctypes.c_int64),
+    )
+
+
+def floats(x: torch.Tensor) -> torch.Tensor:
+    """x as contiguous float32: itself where it is that, for calls of torch take time."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+class NativeLayers:
+    """`LayerOperations` in C++; what implements it knows the library, a level and a number of threads."""
+
+    _library: ctypes.CDLL
+    _level: int
+
+    def _threads(self) -> int:
+        raise NotImplementedError
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        gate, up = floats(gate), floats(up)
+        out = torch.empty_like(gate)
+        self._library.loci_gated(
+            self._level,
+            self._threads(),
+            gate.data_ptr(),
+            up.data_ptr(),
+            limit,
+            gate.numel(),
+            out.data_ptr(),
+        )
+        return out
+
+    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
+        x = floats(x)
+        out = torch.empty_like(x)
+        self._library.loci_sigmoid(self._level, self._threads(), x.data_ptr(), x.numel(), out.data_ptr())
+        return out
+
+    def weighted_sum(self, parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        parts, weights = floats(parts), floats(weights)
+        tokens, n, dim = parts.shape
+        out = parts.new_empty(tokens, dim)
+        self._library.loci_weighted_sum(
+            self._level,
+            self._threads(),
+            parts.data_ptr(),
+            weights.data_ptr(),
+            tokens,
+            n,
+            dim,
+            out.data_ptr(),
+        )
+        return out
+
+    def mix_streams(
+        self, streams: torch.Tensor, y: torch.Tensor, post: torch.Tensor, combine: torch.Tensor
+    ) -> torch.Tensor:
+        streams, y, post, combine = floats(streams), floats(y), floats(post), floats(combine)
+        out = torch.empty_like(streams)
+        self._library.loci_mix_streams(
+            self._level,
+            self._threads(),
+            streams.data_ptr(),
+            y.data_ptr(),
+            post.data_ptr(),
+            combine.data_ptr(),
+            *streams.shape,
+            out.data_ptr(),
+        )
+        return out
+
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        x, turns = floats(x), turns.contiguous()
+        tokens, pairs = turns.shape
+        dim = x.shape[-1]
+        out = torch.empty_like(x)
+        self._library.loci_rotate(
+            self._level,
+            self._threads(),
+            x.data_ptr(),
+            turns.data_ptr(),
+            tokens,
+            x.numel() // (tokens * dim) if tokens else 0,
+            dim,
+            pairs,
+            out.data_ptr(),
+        )
+        return out
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, bias = floats(logits), floats(bias)
+        tokens, experts = logits.shape
+        chosen = torch.empty((tokens, top_k), dtype=torch.int64)
+        weights = logits.new_empty(tokens, top_k)
+        self._library.loci_route(
+            self._threads(),
+            logits.data_ptr(),
+            bias.data_ptr(),
+            tokens,
+            experts,
+            top_k,
+            factor,
+            chosen.data_ptr(),
+            weights.data_ptr(),
+        )
+        return chosen, weights
+
+    def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        rows, gates = floats(rows), floats(gates)
+        groups, n, dim = rows.shape
+        out = rows.new_empty(groups, dim)
+        self._library.loci_pool_groups(
+            self._level,
+            self._threads(),
+            rows.data_ptr(),
+            gates.data_ptr(),
+            groups,
+            n,
+            dim,
+            out.data_ptr(),
+        )
+        return out
+
+    def engram_gates(
+        self, streams: torch.Tensor, qk: torch.Tensor, keys: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        streams, qk = floats(streams), floats(qk)
+        tokens, n, dim = streams.shape
+        if keys.dtype != torch.float32 or keys.stride()[1:] != (
+            dim,
+            1,
+        ):  # a part of longer rows is taken as it is
+            keys = floats(keys)
+        gates = streams.new_empty(tokens, n)
+        self._library.loci_engram_gates(
+            self._level,
+            self._threads(),
+            streams.data_ptr(),
+            qk.data_ptr(),
+            keys.data_ptr(),
+            keys.stride(0),
+            tokens,
+            n,
+            dim,
+            eps,
+            gates.data_ptr(),
+        )
+        return gates
+
+    def index_scores(
+        self,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        visible: torch.Tensor,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        queries, weights, keys, visible = floats(queries), floats(weights), floats(keys), visible.contiguous()
+        if entries is not None:
+            entries = entries.contiguous()
+        columns = keys.shape[0] if entries is None else entries.shape[1]
+        scores = queries.new_empty(queries.shape[0], columns)
+        call = IndexCall(
+            queries.data_ptr(),
+            weights.data_ptr(),
+            keys.data_ptr(),
+            *queries.shape,
+            visible.data_ptr(),
+            0 if entries is None else entries.data_ptr(),
+            columns,
+        )
+        self._library.loci_index_scores(self._level, self._threads(), ctypes.byref(call), scores.data_ptr())
+        return scores
+
+    def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
+        scores = floats(scores)
+        rows, columns = scores.shape
+        best = torch.empty((rows, min(top_k, columns)), dtype=torch.int64)
+        self._library.loci_best_columns(
+            self._threads(), scores.data_ptr(), rows, columns, best.shape[1], best.data_ptr()
+        )
+        return best
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        end = keys.shape[1]
+        return self._attend(q, keys, values, end, None, None, None)
+
+    def attend_sparse(
+        self,
+        q: torch.Tensor,
+        window_kv: torch.Tensor,
+        sink: torch.Tensor,
+        window: int,
+        compressed: torch.Tensor | None = None,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        kv = floats(window_kv).unsqueeze(0)
+        return self._attend(q, kv, kv, window, floats(sink), compressed, entries)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int,
+        sink: torch.Tensor | None,
+        compressed: torch.Tensor | None,
+        entries: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Of the last tokens, q `[tokens, heads, dim]`; keys, values `[kv_heads, before + tokens, dim]`."""
+        q = floats(q)
+        tokens, heads, dim = q.shape
+        kv_heads, end, _ = keys.shape
+        if keys.stride()[1:] != (dim, 1) or values.stride() != keys.stride():
+            keys, values = floats(keys), floats(values)
+        if compressed is None or entries is None:
+            more, chosen, choices = 0, 0, 0
+        else:
+            compressed, entries = floats(compressed), entries.contiguous()
+            more, chosen, choices = compressed.data_ptr(), entries.data_ptr(), entries.shape[1]
+        out = torch.empty_like(q)
+        call = AttendCall(
+            q.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            tokens,
+            heads,
+            kv_heads,
+            dim,
+            keys.stride(0),
+            end - tokens,
+            window,
+            more,
+            chosen,
+            choices,
+            0 if sink is None else sink.data_ptr(),
+        )
+        self._library.loci_attend(self._level, self._threads(), ctypes.byref(call), out.data_ptr())
+        return out

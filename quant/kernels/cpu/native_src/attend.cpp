@@ -1,0 +1,242 @@
+// Attention and index scores: which rows and keys are computed together, and the sums of blocks of keys.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "layers.hpp"
+#include "pool.hpp"
+
+namespace loci {
+namespace {
+
+constexpr float kNone = -__builtin_inff();
+
+// Rows of floats as the kernels want them: with a multiple of 16 columns, copied where they have others.
+class Padded {
+  public:
+    explicit Padded(int64_t dim) : dim_(dim), columns_((dim + 15) / 16 * 16) {}
+    int64_t columns() const { return columns_; }
+    void of(const float** rows, int64_t n, std::vector<float>& copies) const {
+        if (columns_ == dim_) return;
+        copies.assign(static_cast<size_t>(n * columns_), 0.0f);
+        for (int64_t i = 0; i < n; ++i) {
+            float* copy = copies.data() + i * columns_;
+            std::memcpy(copy, rows[i], static_cast<size_t>(dim_) * sizeof(float));
+            rows[i] = copy;
+        }
+    }
+
+  private:
+    int64_t dim_, columns_;
+};
+
+// What some rows of queries have seen so far.
+struct Sums {
+    float* most;  // [rows]
+    float* sum;   // [rows]
+    float* out;   // [rows][columns]
+};
+
+// Adds what a row makes of a further block of keys. Blocks come in one order, whoever computes them.
+void add_block(float& most, float& sum, float* out, float block_most, float block_sum, const float* block,
+               int64_t columns) {
+    if (most == kNone) {
+        most = block_most;
+        sum = block_sum;
+        std::memcpy(out, block, static_cast<size_t>(columns) * sizeof(float));
+        return;
+    }
+    const float larger = block_most > most ? block_most : most;
+    const float old = std::exp(most - larger), fresh = std::exp(block_most - larger);
+    most = larger;
+    sum = sum * old + block_sum * fresh;
+    for (int64_t d = 0; d < columns; ++d) out[d] = out[d] * old + block[d] * fresh;
+}
+
+// The rows of queries that pass over keys together: of one key-value head; of one token where tokens see other keys.
+class Tiles {
+  public:
+    explicit Tiles(const Attend& call)
+        : c_(call), group_(call.heads / call.kv_heads), shares_(call.more == nullptr && call.window >= call.before + call.tokens),
+          most_rows_(call.dim > 128 ? kMostRows / 2 : kMostRows), padded_(call.dim) {
+        const int64_t rows = shares_ ? call.tokens * group_ : group_;
+        per_list_ = (rows + most_rows_ - 1) / most_rows_;
+        rows_ = rows;
+    }
+    int64_t count() const { return per_list_ * (shares_ ? 1 : c_.tokens) * c_.kv_heads; }
+    int64_t columns() const { return padded_.columns(); }
+    int64_t most_rows() const { return most_rows_; }
+    // blocks of keys that a tile has at most
+    int64_t blocks() const {
+        const int64_t keys = std::min(c_.window, c_.before + c_.tokens) + (c_.more ? c_.choices : 0);
+        return (keys + kKeyBlock - 1) / kKeyBlock;
+    }
+
+    // One tile: its rows, and the keys of one token or of all.
+    class Tile {
+      public:
+        Tile(const Tiles& tiles, int64_t number) : t_(tiles), c_(tiles.c_) {
+            const int64_t lists = t_.shares_ ? 1 : c_.tokens;
+            first_ = number % t_.per_list_ * t_.most_rows_;
+            token_ = number / t_.per_list_ % lists;
+            head_ = number / t_.per_list_ / lists;
+            rows_ = static_cast<int>(std::min(t_.most_rows_, t_.rows_ - first_));
+            for (int r = 0; r < rows_; ++r) q_[r] = c_.q + at(r);
+            t_.padded_.of(q_, rows_, q_copies_);
+            const int64_t last = token(rows_ - 1);
+            begin_ = std::max<int64_t>(0, c_.before + last + 1 - c_.window);
+            near_ = c_.before + last + 1 - begin_;
+            for (int64_t i = 0; c_.more != nullptr && i < c_.choices; ++i)
+                if (const int64_t entry = c_.chosen[last * c_.choices + i]; entry >= 0) more_.push_back(entry);
+        }
+        int rows() const { return rows_; }
+        int64_t keys() const { return near_ + static_cast<int64_t>(more_.size()); }
+        // Offset of a row in q and in the result.
+        int64_t at(int r) const { return (token(r) * c_.heads + head(r)) * c_.dim; }
+        int64_t head(int r) const { return head_ * t_.group_ + (first_ + r) % t_.group_; }
+        // What the rows make of a block of keys.
+        void compute(const Level& level, int64_t block, const Sums& to) {
+            const float *keys[kKeyBlock], *values[kKeyBlock];
+            const int64_t first = block * kKeyBlock, n = std::min(kKeyBlock, this->keys() - first);
+            for (int64_t k = 0; k < n; ++k) {
+                const bool is_near = first + k < near_;
+                const int64_t row = is_near ? begin_ + first + k : more_[static_cast<size_t>(first + k - near_)];
+                keys[k] = is_near ? c_.keys + head_ * c_.head_stride + row * c_.dim : c_.more + row * c_.dim;
+                values[k] = is_near ? c_.values + head_ * c_.head_stride + row * c_.dim : keys[k];
+            }
+            t_.padded_.of(keys, n, key_copies_);
+            t_.padded_.of(values, n, value_copies_);
+            int64_t seen[kMostRows];
+            float* out[kMostRows];
+            for (int r = 0; r < rows_; ++r) {
+                const int64_t all = t_.shares_ ? c_.before + token(r) + 1 : this->keys();
+                seen[r] = std::clamp<int64_t>(all - first, 0, n);
+                out[r] = to.out + r * t_.columns();
+            }
+            const float scale = 1.0f / std::sqrt(static_cast<float>(c_.dim));
+            level.attend_block({rows_, n, t_.columns(), scale, q_, seen, keys, values, to.most, to.sum, out});
+        }
+
+      private:
+        int64_t token(int r) const { return t_.shares_ ? (first_ + r) / t_.group_ : token_; }
+
+        const Tiles& t_;
+        const Attend& c_;
+        int64_t first_, token_, head_, begin_, near_;
+        int rows_;
+        const float* q_[kMostRows];
+        std::vector<int64_t> more_;
+        std::vector<float> q_copies_, key_copies_, value_copies_;
+    };
+
+  private:
+    const Attend& c_;
+    int64_t group_;
+    bool shares_;
+    int64_t most_rows_, per_list_, rows_;
+    Padded padded_;
+};
+
+// A place for what a tile's rows make of a block of keys.
+class Places {
+  public:
+    Places(int64_t count, int64_t rows, int64_t columns)
+        : rows_(rows), columns_(columns), numbers_(static_cast<size_t>(2 * count * rows)),
+          out_(static_cast<size_t>(count * rows * columns)) {}
+    Sums at(int64_t place) {
+        float* numbers = numbers_.data() + 2 * place * rows_;
+        return {numbers, numbers + rows_, out_.data() + place * rows_ * columns_};
+    }
+
+  private:
+    int64_t rows_, columns_;
+    std::vector<float> numbers_, out_;
+};
+
+// Adds up blocks of keys for a tile, of which `block` gives what number b makes, and writes the rows' results.
+template <class F>
+void finish(const Attend& c, const Tiles& tiles, const Tiles::Tile& tile, const F& block, float* out) {
+    const int64_t columns = tiles.columns(), blocks = (tile.keys() + kKeyBlock - 1) / kKeyBlock;
+    Places place(1, tiles.most_rows(), columns);
+    const Sums sums = place.at(0);
+    for (int r = 0; r < tile.rows(); ++r) {
+        sums.most[r] = c.sink != nullptr ? c.sink[tile.head(r)] : kNone;
+        sums.sum[r] = c.sink != nullptr ? 1.0f : 0.0f;
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+        const Sums& fresh = block(b);
+        for (int r = 0; r < tile.rows(); ++r)
+            if (fresh.most[r] != kNone || fresh.sum[r] != 0)
+                add_block(sums.most[r], sums.sum[r], sums.out + r * columns, fresh.most[r], fresh.sum[r],
+                          fresh.out + r * columns, columns);
+    }
+    for (int r = 0; r < tile.rows(); ++r) {
+        float* to = out + tile.at(r);
+        const float* from = sums.out + r * columns;
+        for (int64_t d = 0; d < c.dim; ++d) to[d] = from[d] / sums.sum[r];
+    }
+}
+
+}  // namespace
+
+void attend(const Team& team, const Attend& call, float* out) {
+    const Tiles tiles(call);
+    const int64_t count = tiles.count(), blocks = tiles.blocks();
+    if (count >= 2 * team.threads || blocks == 1) {
+        parallel_for(count, team.threads, [&](int64_t number) {
+            Tiles::Tile tile(tiles, number);
+            Places place(1, tiles.most_rows(), tiles.columns());
+            const auto compute = [&](int64_t b) {
+                tile.compute(team.level, b, place.at(0));
+                return place.at(0);
+            };
+            finish(call, tiles, tile, compute, out);
+        });
+        return;
+    }
+    Places places(count * blocks, tiles.most_rows(), tiles.columns());  // few rows, many keys: blocks are shared out
+    parallel_for(count * blocks, team.threads, [&](int64_t item) {
+        Tiles::Tile tile(tiles, item / blocks);
+        if (item % blocks * kKeyBlock < tile.keys()) tile.compute(team.level, item % blocks, places.at(item));
+    });
+    parallel_for(count, team.threads, [&](int64_t number) {
+        const Tiles::Tile tile(tiles, number);
+        finish(call, tiles, tile, [&](int64_t b) { return places.at(number * blocks + b); }, out);
+    });
+}
+
+void index_scores(const Team& team, const Index& c, float* out) {
+    const Padded padded(c.dim);
+    const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock;
+    parallel_for(c.tokens * blocks, team.threads, [&](int64_t item) {
+        const int64_t token = item / blocks, first = item % blocks * kKeyBlock;
+        const int64_t n = std::min(kKeyBlock, c.columns - first);
+        float* to = out + token * c.columns + first;
+        std::fill_n(to, n, kNone);
+        const float* keys[kKeyBlock];
+        int64_t places[kKeyBlock], seen = 0;
+        for (int64_t k = 0; k < n; ++k) {
+            const int64_t entry = c.entries ? c.entries[token * c.columns + first + k] : first + k;
+            if (entry < 0 || (c.entries == nullptr && entry >= c.visible[token])) continue;
+            keys[seen] = c.keys + entry * c.dim;
+            places[seen++] = k;
+        }
+        if (seen == 0) return;
+        std::vector<float> key_copies, query_copies;
+        padded.of(keys, seen, key_copies);
+        const float* queries = c.queries + token * c.heads * c.dim;
+        if (padded.columns() != c.dim) {
+            std::vector<const float*> rows(static_cast<size_t>(c.heads));
+            for (int64_t h = 0; h < c.heads; ++h) rows[static_cast<size_t>(h)] = queries + h * c.dim;
+            padded.of(rows.data(), c.heads, query_copies);
+            queries = query_copies.data();
+        }
+        float scores[kKeyBlock];
+        team.level.index_block(queries, static_cast<int>(c.heads), c.weights + token * c.heads, keys, seen,
+                               padded.columns(), scores);
+        for (int64_t k = 0; k < seen; ++k) to[places[k]] = scores[k];
+    });
+}
+
+}  // namespace loci

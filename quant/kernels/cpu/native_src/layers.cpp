@@ -1,0 +1,149 @@
+// Choices among scores, and what layers do to rows: who computes what.
+#include "layers.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "pool.hpp"
+
+namespace loci {
+namespace {
+
+// Below this many floats, waking the other threads costs more than it saves.
+constexpr int64_t kWorthSharing = 16 * 1024;
+
+int threads_for(const Team& team, int64_t floats) { return floats < kWorthSharing ? 1 : team.threads; }
+
+// Floats in the order of their values, NaN above all.
+uint32_t in_order(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// A score and, below it, its column: the larger number is the larger score or, of equal ones, the earlier column.
+uint64_t ranked(float score, int64_t column) {
+    return static_cast<uint64_t>(in_order(score)) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(column));
+}
+int64_t column_of(uint64_t rank) { return static_cast<int64_t>(~static_cast<uint32_t>(rank)); }
+
+}  // namespace
+
+void best_columns(const Team& team, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out) {
+    parallel_for(rows, threads_for(team, rows * columns), [&](int64_t row) {
+        thread_local std::vector<uint64_t> ranks;
+        ranks.clear();
+        for (int64_t c = 0; c < columns; ++c)
+            if (const float score = scores[row * columns + c]; score != -__builtin_inff()) ranks.push_back(ranked(score, c));
+        const auto wanted = std::min(static_cast<int64_t>(ranks.size()), k);
+        if (wanted < static_cast<int64_t>(ranks.size()))
+            std::nth_element(ranks.begin(), ranks.begin() + wanted, ranks.end(), std::greater<>());
+        int64_t* to = out + row * k;
+        for (int64_t i = 0; i < wanted; ++i) to[i] = column_of(ranks[static_cast<size_t>(i)]);
+        std::sort(to, to + wanted);
+        std::fill(to + wanted, to + k, -1);
+    });
+}
+
+void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
+           float factor, int64_t* chosen, float* weights) {
+    parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
+        thread_local std::vector<float> scores;
+        thread_local std::vector<uint64_t> ranks;
+        scores.resize(static_cast<size_t>(experts));
+        ranks.resize(static_cast<size_t>(experts));
+        for (int64_t e = 0; e < experts; ++e) {
+            const float x = logits[token * experts + e];
+            const float score = std::sqrt((x < 0 ? 0 : x) + std::log1p(std::exp(-std::fabs(x))));
+            scores[static_cast<size_t>(e)] = score;
+            ranks[static_cast<size_t>(e)] = ranked(score + bias[e], e);
+        }
+        std::partial_sort(ranks.begin(), ranks.begin() + top_k, ranks.end(), std::greater<>());
+        float sum = 0;
+        for (int64_t i = 0; i < top_k; ++i) {
+            const int64_t expert = column_of(ranks[static_cast<size_t>(i)]);
+            chosen[token * top_k + i] = expert;
+            sum += weights[token * top_k + i] = scores[static_cast<size_t>(expert)];
+        }
+        for (int64_t i = 0; i < top_k; ++i) {
+            float& weight = weights[token * top_k + i];
+            weight = weight / (sum + 1e-20f) * factor;
+        }
+    });
+}
+
+void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
+                  float* out) {
+    parallel_for(rows, threads_for(team, rows * n * dim), [&](int64_t row) {
+        team.level.sum_parts(parts + row * n * dim, dim, weights + row * n, 1, n, dim, nullptr, 0, out + row * dim);
+    });
+}
+
+void mix_streams(const Team& team, const float* streams, const float* y, const float* post, const float* combine,
+                 int64_t tokens, int64_t n, int64_t dim, float* out) {
+    parallel_for(tokens, threads_for(team, tokens * n * n * dim), [&](int64_t t) {
+        for (int64_t j = 0; j < n; ++j)
+            team.level.sum_parts(streams + t * n * dim, dim, combine + t * n * n + j, n, n, dim, y + t * dim,
+                                 post[t * n + j], out + (t * n + j) * dim);
+    });
+}
+
+namespace {
+
+// Calls fn(first, count) for spans of n floats that threads share.
+template <class F>
+void spans(const Team& team, int64_t n, const F& fn) {
+    constexpr int64_t kSpan = 8 * 1024;
+    parallel_for((n + kSpan - 1) / kSpan, threads_for(team, n),
+                 [&](int64_t span) { fn(span * kSpan, std::min(kSpan, n - span * kSpan)); });
+}
+
+}  // namespace
+
+void sigmoid(const Team& team, const float* x, int64_t n, float* out) {
+    spans(team, n, [&](int64_t first, int64_t count) { team.level.sigmoid(x + first, count, out + first); });
+}
+
+void gated(const Team& team, const float* gate, const float* up, float limit, int64_t n, float* out) {
+    spans(team, n, [&](int64_t first, int64_t count) {
+        team.level.swiglu(gate + first, up + first, limit, count, out + first);
+    });
+}
+
+void rotate(const Team& team, const float* x, const float* turns, int64_t tokens, int64_t heads, int64_t dim,
+            int64_t pairs, float* out) {
+    const int64_t kept = dim - 2 * pairs;
+    parallel_for(tokens, threads_for(team, tokens * heads * dim), [&](int64_t t) {
+        for (int64_t h = 0; h < heads; ++h) {
+            const int64_t at = (t * heads + h) * dim;
+            std::memcpy(out + at, x + at, static_cast<size_t>(kept) * sizeof(float));
+            team.level.rotate(x + at + kept, turns + 2 * t * pairs, pairs, out + at + kept);
+        }
+    });
+}
+
+void pool_groups(const Team& team, const float* rows, const float* gates, int64_t groups, int64_t n, int64_t dim,
+                 float* out) {
+    parallel_for(groups, threads_for(team, groups * n * dim), [&](int64_t g) {
+        team.level.pool_group(rows + g * n * dim, gates + g * n * dim, n, dim, out + g * dim);
+    });
+}
+
+void engram_gates(const Team& team, const float* streams, const float* qk, const float* keys, int64_t key_stride,
+                  int64_t tokens, int64_t n, int64_t dim, float eps, float* gates) {
+    parallel_for(tokens, threads_for(team, tokens * n * dim), [&](int64_t t) {
+        for (int64_t j = 0; j < n; ++j) {
+            double sums[3];
+            team.level.gate_sums(streams + (t * n + j) * dim, qk + j * dim, keys + t * key_stride + j * dim, dim, sums);
+            const double width = static_cast<double>(dim);
+            const double dot = sums[0] / std::sqrt((sums[1] / width + eps) * (sums[2] / width + eps) * width);
+            const double root = std::sqrt(std::fabs(dot) < 1e-6 ? 1e-6 : std::fabs(dot));
+            gates[t * n + j] = static_cast<float>(1 / (1 + std::exp(dot == 0 ? 0 : -std::copysign(root, dot))));
+        }
+    });
+}
+
+}  // namespace loci

@@ -1,0 +1,69 @@
+// What layers do besides products with weights: what quant/kernels/cpu/native_layers.py calls.
+#pragma once
+#include "operations.hpp"
+
+namespace loci {
+
+// Causal attention of the last `tokens` of `before + tokens` rows of keys and values; each token also sees the rows of
+// `more` (keys and values at once) that it has chosen.
+struct Attend {
+    const float* q;                    // [tokens][heads][dim]
+    const float *keys, *values;        // row r of key-value head g at g * head_stride + r * dim
+    int64_t tokens, heads, kv_heads, dim, head_stride;
+    int64_t before;
+    int64_t window;                    // rows that a token sees, the last of them its own
+    const float* more;                 // [.][dim], or null
+    const int64_t* chosen;             // [tokens][choices], -1 for none
+    int64_t choices;
+    const float* sink;                 // [heads], or null: the denominator gains e^sink
+};
+
+// out [tokens][heads][dim]
+void attend(const Team& team, const Attend& call, float* out);
+
+// How well entries match each token: queries [tokens][heads][dim], weights [tokens][heads], keys [.][dim].
+struct Index {
+    const float *queries, *weights, *keys;
+    int64_t tokens, heads, dim;
+    const int64_t* visible;  // [tokens] of the first entries; null where entries are named
+    const int64_t* entries;  // [tokens][columns], -1 for none; or null: the first `columns`
+    int64_t columns;
+};
+
+// out [tokens][columns], -inf where there is no entry or a token does not see it
+void index_scores(const Team& team, const Index& call, float* out);
+
+// The columns of the k largest scores of each row, ascending; the first of equal ones; -1 behind where -inf is all
+// that is left. scores [rows][columns], out [rows][k].
+void best_columns(const Team& team, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out);
+
+// sqrt(softplus(logits)) of the top_k experts with the largest score + bias, best first, divided by their sum.
+void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
+           float factor, int64_t* chosen, float* weights);
+
+// out [rows][dim] = sum over i of weights [rows][n] * parts [rows][n][dim]
+void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
+                  float* out);
+
+// out [tokens][n][dim]: new_j = post_j * y + sum over i of combine[i][j] * stream_i
+void mix_streams(const Team& team, const float* streams, const float* y, const float* post, const float* combine,
+                 int64_t tokens, int64_t n, int64_t dim, float* out);
+
+void sigmoid(const Team& team, const float* x, int64_t n, float* out);
+
+// silu(min(gate, limit)) * clamp(up, -limit, limit)
+void gated(const Team& team, const float* gate, const float* up, float limit, int64_t n, float* out);
+
+// The last 2 * pairs of dim channels of x [tokens][heads][dim] turned by turns [tokens][pairs], cosine and sine.
+void rotate(const Team& team, const float* x, const float* turns, int64_t tokens, int64_t heads, int64_t dim,
+            int64_t pairs, float* out);
+
+// out [groups][dim] of rows and gates [groups][n][dim]
+void pool_groups(const Team& team, const float* rows, const float* gates, int64_t groups, int64_t n, int64_t dim,
+                 float* out);
+
+// Gates [tokens][n] of streams [tokens][n][dim], qk [n][dim] and keys, those of a token key_stride behind the last's.
+void engram_gates(const Team& team, const float* streams, const float* qk, const float* keys, int64_t key_stride,
+                  int64_t tokens, int64_t n, int64_t dim, float eps, float* gates);
+
+}  // namespace loci

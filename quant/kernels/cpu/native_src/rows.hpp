@@ -1,0 +1,85 @@
+// What a layer does to each of its rows besides products with weights: plain loops, which the compiler turns into
+// vectors. Products and sums are not contracted (-ffp-contract=off), so that a value has the same bits wherever in a
+// vector, or behind the last whole one, it is computed.
+namespace {
+
+constexpr int64_t kSpanFloats = 512;  // columns that stay in the first-level cache between passes
+
+// out [dim] = sum over n parts [dim], `apart` from one another, of weights[i * weight_step] * part, in that order;
+// begun with first_weight * first where there is one.
+void sum_parts(const float* parts, int64_t apart, const float* weights, int64_t weight_step, int64_t n, int64_t dim,
+               const float* first, float first_weight, float* out) {
+    for (int64_t begin = 0; begin < dim; begin += kSpanFloats) {
+        const int64_t size = dim - begin < kSpanFloats ? dim - begin : kSpanFloats;
+        float* to = out + begin;
+        if (first != nullptr)
+            for (int64_t d = 0; d < size; ++d) to[d] = first_weight * first[begin + d];
+        else
+            for (int64_t d = 0; d < size; ++d) to[d] = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            const float* part = parts + i * apart + begin;
+            const float weight = weights[i * weight_step];
+            for (int64_t d = 0; d < size; ++d) to[d] += weight * part[d];
+        }
+    }
+}
+
+void sigmoid(const float* x, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = 1.0f / (1.0f + exp_negative(x[i]));
+}
+
+// Pairs of channels times cosine and sine, side by side in turns.
+void rotate(const float* x, const float* turns, int64_t pairs, float* out) {
+    for (int64_t p = 0; p < pairs; ++p) {
+        const float a = x[2 * p], b = x[2 * p + 1], c = turns[2 * p], s = turns[2 * p + 1];
+        out[2 * p] = a * c - b * s;
+        out[2 * p + 1] = a * s + b * c;
+    }
+}
+
+// The mean of n rows [dim], weighted for each column by the softmax of gates [n][dim].
+void pool_group(const float* rows, const float* gates, int64_t n, int64_t dim, float* out) {
+    constexpr int kSide = 64;
+    for (int64_t d = 0; d < dim; d += kSide) {
+        const int size = static_cast<int>(dim - d < kSide ? dim - d : kSide);
+        float most[kSide], sum[kSide] = {}, total[kSide] = {};
+        for (int i = 0; i < size; ++i) most[i] = gates[d + i];
+        for (int64_t r = 1; r < n; ++r)
+            for (int i = 0; i < size; ++i) most[i] = gates[r * dim + d + i] > most[i] ? gates[r * dim + d + i] : most[i];
+        for (int64_t r = 0; r < n; ++r)
+            for (int i = 0; i < size; ++i) {
+                const float weight = exp_negative(most[i] - gates[r * dim + d + i]);
+                sum[i] += weight;
+                total[i] += weight * rows[r * dim + d + i];
+            }
+        for (int i = 0; i < size; ++i) out[d + i] = total[i] / sum[i];
+    }
+}
+
+// Sums over n columns of a * b * c, a * a and c * c.
+void gate_sums(const float* a, const float* b, const float* c, int64_t n, double* sums) {
+    constexpr int kSide = 16;
+    float lanes[3][kSide] = {};
+    const auto fold = [&] {
+        for (int s = 0; s < 3; ++s)
+            for (int i = 0; i < kSide; ++i) sums[s] += static_cast<double>(lanes[s][i]), lanes[s][i] = 0;
+    };
+    for (int s = 0; s < 3; ++s) sums[s] = 0;
+    int64_t k = 0;
+    for (; k + kSide <= n; k += kSide) {
+        for (int i = 0; i < kSide; ++i) {
+            lanes[0][i] += a[k + i] * b[k + i] * c[k + i];
+            lanes[1][i] += a[k + i] * a[k + i];
+            lanes[2][i] += c[k + i] * c[k + i];
+        }
+        if (k % kSpanFloats == kSpanFloats - kSide) fold();
+    }
+    for (int i = 0; k < n; ++k, ++i) {
+        lanes[0][i] += a[k] * b[k] * c[k];
+        lanes[1][i] += a[k] * a[k];
+        lanes[2][i] += c[k] * c[k];
+    }
+    fold();
+}
+
+}  // namespace

@@ -1,0 +1,251 @@
+"""What layers compute besides products with weights: the operations, and plain torch for each of them.
+
+Torch sums in an order that depends on how many rows there are, so what this gives for a token may differ in
+its last bits between batches. The native back end (quant/kernels/cpu/native_layers.py) gives the same bits in
+every batch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+# Query tokens handled together: bounds the score matrices to [block, heads, window + block + selected].
+QUERY_BLOCK = 64
+
+
+class LayerOperations(Protocol):
+    """Operations on activations, float32; results lie where the first argument does."""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        """silu(min(gate, limit)) * clamp(up, -limit, limit), of equal shapes."""
+        ...
+
+    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
+        """1 / (1 + e^-x)."""
+        ...
+
+    def weighted_sum(self, parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """sum_i weights_i * part_i: `[tokens, n, dim]` and `[tokens, n]` -> `[tokens, dim]`."""
+        ...
+
+    def mix_streams(
+        self, streams: torch.Tensor, y: torch.Tensor, post: torch.Tensor, combine: torch.Tensor
+    ) -> torch.Tensor:
+        """post_j * y + sum_i combine[i, j] * stream_i, `[tokens, n, dim]`.
+
+        streams `[tokens, n, dim]`, y `[tokens, dim]`, post `[tokens, n]`, combine `[tokens, n, n]`.
+        """
+        ...
+
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """The last channels of x `[tokens, ..., dim]`, in pairs, times turns `[tokens, pairs]` complex64.
+
+        A pair is a complex number; the channels before stay as they are.
+        """
+        ...
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that logits `[tokens, experts]` choose, and their weights, both `[tokens, top_k]`.
+
+        Those with the largest sqrt(softplus(logit)) + bias, best first; weights without the bias, divided by
+        their sum, times factor.
+        """
+        ...
+
+    def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Rows `[groups, n, dim]` summed over n, weighted by the softmax of gates over n: `[groups, dim]`."""
+        ...
+
+    def engram_gates(
+        self, streams: torch.Tensor, qk: torch.Tensor, keys: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """How far streams agree with the keys of table rows, `[tokens, n]`, from 0 to 1.
+
+        streams and keys `[tokens, n, dim]`, each normalised by its RMS alone; qk `[n, dim]` weighs their
+        channels. The square root keeps the sign of the dot product.
+        """
+        ...
+
+    def index_scores(
+        self,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        visible: torch.Tensor,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """sum_h w[t,h] * relu(q[t,h] . k[g]), `[L, G]`; -inf where a token does not see an entry.
+
+        queries `[L, index_heads, index_dim]`, weights `[L, index_heads]`, keys `[G, index_dim]`; visible
+        `[L]`: how many of the keys, from the first. With entries `[L, n]`, -1 for none, only these: `[L, n]`.
+        """
+        ...
+
+    def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
+        """Columns of the top_k best scores of each row, `[L, min(top_k, G)]`; -1 where the score is -inf."""
+        ...
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Causal attention of the last tokens of a sequence, `[L, heads, head_dim]` to the same.
+
+        keys, values `[kv_heads, n + L, head_dim]`: of the n tokens before, then of these.
+        """
+        ...
+
+    def attend_sparse(
+        self,
+        q: torch.Tensor,
+        window_kv: torch.Tensor,
+        sink: torch.Tensor,
+        window: int,
+        compressed: torch.Tensor | None = None,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of `L` new tokens, `[L, heads, head_dim]`, over one latent per token for all heads.
+
+        q          `[L, heads, head_dim]`
+        window_kv  `[n + L, head_dim]`: latents of the n <= window - 1 tokens before, then of the new ones
+        sink       `[heads]`: the denominator of head h gains exp(sink_h)
+        compressed `[G, head_dim]` and entries `[L, k]`: compressed entries and which of them a token sees, -1
+                   for none; they may lie on another device, then the selected ones are fetched from there
+        """
+        ...
+
+
+class TorchLayers:
+    """`LayerOperations` in plain torch, on any device."""
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+    def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x)
+
+    def weighted_sum(self, parts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(weights.unsqueeze(1), parts).squeeze(1)
+
+    def mix_streams(
+        self, streams: torch.Tensor, y: torch.Tensor, post: torch.Tensor, combine: torch.Tensor
+    ) -> torch.Tensor:
+        carried = torch.bmm(combine.transpose(1, 2), streams)
+        return torch.addcmul(carried, post.unsqueeze(-1), y.unsqueeze(1))
+
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        tokens, pairs = turns.shape
+        turned = x.clone(memory_format=torch.contiguous_format)
+        numbers = torch.view_as_complex(turned[..., -2 * pairs :].view(*x.shape[:-1], pairs, 2))
+        numbers.mul_(turns.view(tokens, *(1,) * (x.dim() - 2), pairs))
+        return turned
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = F.softplus(logits).sqrt()
+        chosen = (scores + bias).topk(top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * factor
+
+    def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return (rows * gates.softmax(dim=1)).sum(1)
+
+    def engram_gates(
+        self, streams: torch.Tensor, qk: torch.Tensor, keys: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        dot = (streams * qk * keys).sum(-1)
+        dot = dot * torch.rsqrt(streams.square().mean(-1) + eps)
+        dot = dot * torch.rsqrt(keys.square().mean(-1) + eps) * streams.shape[-1] ** -0.5
+        return torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
+
+    def index_scores(
+        self,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        visible: torch.Tensor,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if entries is None:
+            hidden = torch.arange(keys.shape[0], device=keys.device) >= visible.unsqueeze(1)
+        else:
+            hidden, keys = entries < 0, keys[entries.clamp(min=0)]  # [L, n, index_dim]
+        dots = queries @ keys.transpose(-2, -1)  # [L, index_heads, G]
+        return torch.einsum("lh,lhg->lg", weights, dots.relu()).masked_fill(hidden, -torch.inf)
+
+    def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
+        values, columns = scores.topk(min(top_k, scores.shape[1]), dim=-1)
+        return columns.masked_fill(values == -torch.inf, -1)
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        length, heads, head_dim = q.shape
+        kv_heads, end, _ = keys.shape
+        # The query heads that share a key-value head stand as further rows of one query.
+        rows = q.view(length, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        mask = None
+        if length > 1:  # a single token sees everything
+            visible = torch.arange(end) <= torch.arange(end - length, end).unsqueeze(-1)  # [length, end]
+            mask = visible.repeat(heads // kv_heads, 1).to(q.device)
+        attended = F.scaled_dot_product_attention(
+            rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
+        )  # [1, kv_heads, heads / kv_heads * length, head_dim]
+        attended = attended.view(kv_heads, -1, length, head_dim)
+        return attended.permute(2, 0, 1, 3).reshape(length, heads, head_dim)
+
+    def attend_sparse(
+        self,
+        q: torch.Tensor,
+        window_kv: torch.Tensor,
+        sink: torch.Tensor,
+        window: int,
+        compressed: torch.Tensor | None = None,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        before = window_kv.shape[0] - q.shape[0]
+        blocks = []
+        for start in range(0, q.shape[0], QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, q.shape[0])
+            first = max(0, start + before - window + 1)
+            keys = window_kv[first : stop + before]
+            chosen, hidden = None, None
+            if compressed is not None and entries is not None:
+                chosen = compressed, entries[start:stop]
+            if stop - start > 1:  # a single query sees all of these keys
+                own = torch.arange(start, stop, device=q.device).unsqueeze(1) + before  # each query's own key
+                key_index = torch.arange(first, stop + before, device=q.device)
+                hidden = (key_index > own) | (key_index <= own - window)  # [block, keys]
+            blocks.append(_attend_block(q[start:stop], keys, hidden, sink, chosen))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _attend_block(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    hidden: torch.Tensor | None,
+    sink: torch.Tensor,
+    chosen: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """One block of queries `[block, heads, head_dim]` over `[keys, head_dim]` and gathered entries.
+
+    hidden `[block, keys]`: what a query must not see; None where it is nothing.
+    """
+    block, heads, head_dim = q.shape
+    q = q * head_dim**-0.5
+    scores = q @ keys.t()  # [block, heads, keys]
+    if hidden is not None:
+        scores = scores.masked_fill(hidden.unsqueeze(1), -torch.inf)
+    parts = [sink.view(1, heads, 1).expand(block, heads, 1), scores]
+    if chosen is not None:
+        compressed, entries = chosen
+        latents = compressed[entries.clamp(min=0).to(compressed.device)].to(q.device)  # [block, k, head_dim]
+        selected = (q @ latents.transpose(1, 2)).masked_fill((entries < 0).unsqueeze(1), -torch.inf)
+        parts.append(selected)
+    weights = torch.cat(parts, dim=-1).softmax(-1)
+    seen = 1 + keys.shape[0]
+    out = weights[..., 1:seen] @ keys
+    if chosen is not None:
+        out = out + weights[..., seen:] @ latents
+    return out

@@ -1,0 +1,191 @@
+"""What layers compute, natively: what torch finds in float64, each row with the same bits in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.formats.fp8 import FP8_ROW
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.layers import LayerOperations, TorchLayers
+from tests.quant.kernels.kernel_cases import weight
+
+pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
+
+TORCH = TorchLayers()
+LEVELS = library.available_levels() if library.library_path() is not None else ()
+# An operation on rows from `first` to `stop` of fixed random inputs.
+Operation = Callable[[LayerOperations, int, int, torch.dtype], torch.Tensor]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def rows_of(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+ROWS, DIM = 37, 72  # neither fills vectors
+
+
+def gated(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    return k.gated(4 * rows_of(1, ROWS, DIM, dtype=dtype)[a:b], rows_of(2, ROWS, DIM, dtype=dtype)[a:b], 2.5)
+
+
+def sigmoid(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    return k.sigmoid(9 * rows_of(1, ROWS, 5, dtype=dtype)[a:b])
+
+
+def weighted_sum(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    return k.weighted_sum(rows_of(1, ROWS, 6, 700, dtype=dtype)[a:b], rows_of(2, ROWS, 6, dtype=dtype)[a:b])
+
+
+def mix_streams(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    parts = [(ROWS, 4, DIM), (ROWS, DIM), (ROWS, 4), (ROWS, 4, 4)]
+    return k.mix_streams(*(rows_of(seed, *shape, dtype=dtype)[a:b] for seed, shape in enumerate(parts)))
+
+
+def rotate(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    angles = rows_of(2, ROWS, 11, dtype=dtype)[a:b]
+    return k.rotate(rows_of(1, ROWS, 3, DIM, dtype=dtype)[a:b], torch.polar(torch.ones_like(angles), angles))
+
+
+def route(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    logits, bias = 3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], rows_of(2, 20, dtype=dtype)
+    return torch.cat([part.to(dtype) for part in k.route(logits, bias, 6, 1.5)], dim=1)
+
+
+def pool_groups(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    return k.pool_groups(
+        rows_of(1, ROWS, 4, DIM, dtype=dtype)[a:b], rows_of(2, ROWS, 4, DIM, dtype=dtype)[a:b]
+    )
+
+
+def engram_gates(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    keys = rows_of(3, ROWS, 5 * DIM, dtype=dtype)[a:b, : 4 * DIM].view(b - a, 4, DIM)
+    return k.engram_gates(
+        rows_of(1, ROWS, 4, DIM, dtype=dtype)[a:b], rows_of(2, 4, DIM, dtype=dtype), keys, 1e-6
+    )
+
+
+def index_scores(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    visible = torch.arange(1, ROWS + 1)[a:b] * 5
+    return k.index_scores(
+        rows_of(1, ROWS, 5, 24, dtype=dtype)[a:b],
+        rows_of(2, ROWS, 5, dtype=dtype)[a:b],
+        rows_of(3, 5 * ROWS, 24, dtype=dtype),
+        visible,
+    )
+
+
+def named_scores(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    entries = torch.randint(-1, 90, (ROWS, 140), generator=torch.Generator().manual_seed(4))
+    return k.index_scores(
+        rows_of(1, ROWS, 5, 24, dtype=dtype)[a:b],
+        rows_of(2, ROWS, 5, dtype=dtype)[a:b],
+        rows_of(3, 90, 24, dtype=dtype),
+        torch.full((b - a,), 90),
+        entries[a:b],
+    )
+
+
+def attend(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    before = 300  # tokens: three blocks of keys
+    keys, values = (rows_of(seed, 2, before + ROWS, 20, dtype=dtype)[:, : before + b] for seed in (2, 3))
+    return k.attend(2 * rows_of(1, ROWS, 6, 20, dtype=dtype)[a:b], keys, values)
+
+
+def attend_sparse(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    window = 9
+    entries = torch.randint(-1, 50, (ROWS, 150), generator=torch.Generator().manual_seed(5))
+    return k.attend_sparse(
+        2 * rows_of(1, ROWS, 5, 40, dtype=dtype)[a:b],
+        rows_of(2, ROWS, 40, dtype=dtype)[max(0, a - window + 1) : b],
+        rows_of(3, 5, dtype=dtype),
+        window,
+        rows_of(4, 50, 40, dtype=dtype),
+        entries[a:b],
+    )
+
+
+OPERATIONS = (
+    gated,
+    sigmoid,
+    weighted_sum,
+    mix_streams,
+    rotate,
+    route,
+    pool_groups,
+    engram_gates,
+    index_scores,
+    named_scores,
+    attend,
+    attend_sparse,
+)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_what_comes_out_is_right(level: str, operation: Operation) -> None:
+    exact = operation(TORCH, 0, ROWS, torch.float64)
+
+    found = operation(NativeKernels(level=level), 0, ROWS, torch.float32)
+
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(
+    cuts=st.sets(st.integers(1, ROWS - 1)), threads=st.integers(1, 5), level=st.sampled_from(LEVELS or ("",))
+)
+@settings(max_examples=20)
+def test_a_row_has_the_same_bits_in_any_company(
+    operation: Operation, cuts: set[int], threads: int, level: str
+) -> None:
+    together = operation(NativeKernels(level=level, threads=1), 0, ROWS, torch.float32)
+    kernels = NativeKernels(level=level, threads=threads)
+    ends = [*sorted(cuts), ROWS]
+
+    for first, stop in zip([0, *ends], ends, strict=False):
+        part = operation(kernels, first, stop, torch.float32)
+        columns = part.shape[-1]  # later rows may see more entries
+        assert torch.equal(part, together[first:stop, ..., :columns])
+
+
+def test_of_equal_scores_the_first_columns_win() -> None:
+    scores = torch.tensor([[1.0, 3, 2, 2, -torch.inf, 2], [-torch.inf, 0, -torch.inf, 0, -1, -torch.inf]])
+
+    best = NativeKernels().best_columns(scores, 4)
+
+    assert best.tolist() == [[1, 2, 3, 5], [1, 3, 4, -1]]
+
+
+def test_of_equal_experts_the_first_are_chosen() -> None:
+    chosen, weights = NativeKernels().route(torch.zeros(2, 9), torch.zeros(9), 3, 1.0)
+
+    assert chosen.tolist() == [[0, 1, 2]] * 2
+    assert torch.allclose(weights, torch.full((2, 3), 1 / 3))
+
+
+def test_what_is_no_number_stays_none() -> None:
+    broken = torch.full((1, 1, 16), torch.nan)
+    kernels = NativeKernels()
+
+    assert kernels.attend(
+        broken, torch.zeros(1, 1, 16), torch.zeros(1, 1, 16)
+    ).isfinite().all() == torch.tensor(False)
+    assert kernels.route(broken[0, :, :9], torch.zeros(9), 3, 1.0)[1].isnan().all()
+    assert kernels.engram_gates(broken, torch.ones(1, 16), torch.ones(1, 1, 16), 1e-6).isnan().all()
+
+
+def test_weights_without_panels_need_no_company_either() -> None:
+    kernels, table, x = NativeKernels(), weight(FP8_ROW, 40, 64), rows_of(1, 9, 64)
+    together = kernels.linear(x, table)
+
+    assert torch.equal(together, torch.cat([kernels.linear(x[i : i + 1], table) for i in range(9)]))
