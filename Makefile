@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
-NATIVE := $(wildcard quant/kernels/cpu/native_src/*)
-SOURCES := pyproject.toml deploy/constraints.txt $(NATIVE)
+SOURCES := pyproject.toml deploy/constraints.txt $(wildcard quant/kernels/cpu/native_src/*)
 
-.PHONY: serve test quick durations lint format docs hooks help clean
+.PHONY: serve test lint clean
+.PHONY: quick durations format docs hooks help
+NATIVE := $(wildcard quant/kernels/cpu/native_src/*)
 
 serve: $(SERVING) ## serve a model on this machine: make serve ARGS="MODEL --port 8001"
 	$(BIN)/loci serve $(ARGS)
