@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Any, TypeGuard
 
 from engine.grammar.schema import with_each
@@ -34,6 +34,8 @@ def with_safe_numbers(schema: Any, field: str, *, lenient: bool = False) -> Any:
                 text = f"{field}: {keyword} has a number beyond 2^53, which cannot be enforced; use a string"
                 raise RequestError(text, param=field, code="invalid_grammar")
             del safe[keyword]
+        elif keyword in safe:
+            safe[keyword] = _readable(safe[keyword])
     _narrow(safe, "maximum", "exclusiveMaximum", 1, field, lenient)
     _narrow(safe, "minimum", "exclusiveMinimum", -1, field, lenient)
     return safe
@@ -77,7 +79,10 @@ def _narrow(
         schema[exclusive] = schema.pop(inclusive)
     for name in (inclusive, exclusive):
         bound = schema.get(name)
-        if not _is_number(bound) or abs(bound) < EXACT:
+        if not _is_number(bound):
+            continue
+        if abs(bound) < EXACT:
+            schema[name] = _readable(bound, ROUND_FLOOR if sign > 0 else ROUND_CEILING)
             continue
         del schema[name]
         highest = _highest(sign * bound, is_exclusive=name == exclusive)
@@ -104,8 +109,24 @@ def _highest(bound: float, *, is_exclusive: bool) -> int | None:
     return int(rounded)
 
 
+def _readable(value: Any, rounding: str | None = None) -> Any:
+    """A JSON value as the library reads it right: what has a point and more than 15 digits, it may not.
+
+    Such numbers become integers where they are some, else shorter ones with `rounding`.
+    """
+    if isinstance(value, list):
+        return [_readable(each) for each in value]
+    if isinstance(value, Mapping):
+        return {name: _readable(each) for name, each in value.items()}
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, float) and rounding is not None:
+        return float(Context(prec=15, rounding=rounding).create_decimal(repr(value)))
+    return value
+
+
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _is_exact(value: object) -> bool:

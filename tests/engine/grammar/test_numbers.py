@@ -25,6 +25,7 @@ BOUNDS = st.one_of(
     st.builds(lambda edge, step: float(edge + step), st.sampled_from(EDGES), st.integers(-5, 5)),
     st.integers(-(2**70), 2**70),
     st.integers(-10, 10),
+    st.floats(-(2.0**53), 2.0**53),
     st.sampled_from([1e300, -1e300, 10**400]),
 )
 KEYWORDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -81,6 +82,9 @@ def test_an_answer_lies_within_its_bounds_or_is_refused(
     ("bounds", "safe"),
     [
         ({"minimum": 2**53 - 1, "exclusiveMaximum": 9}, {"minimum": 2**53 - 1, "exclusiveMaximum": 9}),
+        ({"minimum": 9007199254740991.0}, {"minimum": 2**53 - 1}),
+        ({"maximum": 0.30000000000000004, "minimum": 0.1}, {"maximum": 0.3, "minimum": 0.1}),
+        ({"const": [9007199254740991.0]}, {"const": [2**53 - 1]}),
         ({"minimum": 2**53 + 2}, {"minimum": 2**53 + 2}),
         ({"minimum": 2**53 + 1}, {"minimum": 2**53 + 2}),
         ({"maximum": 2**53 + 3}, {"maximum": 2**53 + 2}),

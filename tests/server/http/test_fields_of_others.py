@@ -275,9 +275,7 @@ def test_strict_tools_of_anthropics_protocol_are_bound() -> None:
     tool = {"name": "f", "input_schema": {"type": "object"}, "strict": True}
     request = MessagesRequest.model_validate(BODIES[MESSAGES] | {"tools": [tool]})
 
-    tools = request.as_chat().tools
-    assert tools is not None
-    assert [translated.function.strict for translated in tools] == [True]
+    assert [tool.function.strict for tool in request.as_chat().tools or ()] == [True]
 
 
 def test_reasoning_in_a_message_may_have_its_newer_name() -> None:

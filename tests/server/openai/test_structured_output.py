@@ -281,11 +281,12 @@ def test_tools_whose_arguments_never_end_are_refused(http: httpx.Client) -> None
     parameters = NODE | {"$defs": {"node": NODE}}
     function: dict[str, Any] = {"name": "f", "parameters": parameters, "strict": True}
     tool = {"type": "function", "function": function}
+    flat = {"type": "function", **function}
 
     chat = http.post("/v1/chat/completions", json=PLAIN | {"tools": [tool]})
     response = http.post(
         "/v1/responses",
-        json={"model": "v41-c", "input": "x", "tools": [function | {"type": "function"}]},
+        json={"model": "v41-c", "input": "x", "tools": [flat]},
     )
     message = {"model": "v41-c", "messages": ASK, "max_tokens": 9, "tool_choice": {"type": "any"}}
     forced = http.post("/v1/messages", json=message | {"tools": [{"name": "f", "input_schema": parameters}]})
