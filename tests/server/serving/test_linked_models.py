@@ -21,7 +21,7 @@ VOCABULARY: dict[str, object] = {
     "tokenizer.ggml.pre": "smollm",
     "tokenizer.ggml.tokens": TOKENS,
     "tokenizer.ggml.token_type": [1] * VOCAB,
-    "tokenizer.ggml.merges": [f"{a} {b}" for a, b in TOKENS[26:]],
+    "tokenizer.ggml.merges": [" ".join(pair) for pair in TOKENS[26:]],
 }
 
 
