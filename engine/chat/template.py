@@ -34,7 +34,7 @@ from engine.chat.format import ChatFormat, ChatPrompt
 from engine.chat.output_parser import END_THINK, THINK, OutputParser, PlainParser, TaggedParser
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
 from engine.grammar.tools import TaggedCalls
-from engine.tokenizer.prompt import pattern_of, unused_characters
+from engine.tokenizer.prompt import pattern_of, unused_character
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import ConfigError, RequestError
 
@@ -101,12 +101,14 @@ class TemplateChat(ChatFormat):
         raise errors[0]
 
     def _rendered(self, said: Mapping[str, Any], begun: str | None) -> tuple[str, list[tuple[int, int]]]:
-        mark, edge = unused_characters(json.dumps(said, ensure_ascii=False) + self._source, 2)
+        text = json.dumps(said, ensure_ascii=False) + self._source
+        mark = unused_character(text)
         variables = {name: self._marks.put(value, mark) for name, value in said.items()}
         variables |= self._tokenizer.special_tokens
         variables["add_generation_prompt"] = begun is None
         if begun is None:
             return self._marks.take_out(self._run(variables), mark)
+        edge = unused_character(text + mark)
         # Between two edges nothing is trimmed; the first one is left out where templates look at beginnings.
         begun = variables["messages"][-1]["content"]
         between = f"{edge if begun[:1].isspace() else ''}{begun}{edge}"

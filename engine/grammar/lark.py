@@ -16,7 +16,7 @@ from typing import Any
 import llguidance
 
 from engine.grammar.finite import without_endless
-from engine.grammar.numbers import with_safe_numbers
+from engine.grammar.numbers import check_multiples, with_safe_numbers
 
 MAX_BYTES = 256 << 10
 
@@ -109,6 +109,7 @@ class GrammarWriter:
         text = json.dumps(schema)
         if len(text) <= MAX_BYTES:  # others are refused when they are compiled
             schema = with_safe_numbers(schema, field, lenient=lenient)
+            check_multiples(schema, field, merges='"$ref"' in text or '"allOf"' in text)
             schema = without_endless(schema, field) if '"$ref"' in text else schema
         guidance = {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}
         return self._part({"json_schema": {**schema, "x-guidance": guidance}}, field)

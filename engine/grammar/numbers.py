@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, TypeGuard
 
 from engine.grammar.schema import with_each
@@ -15,6 +16,8 @@ from quant.errors import RequestError
 
 EXACT = 2**53  # up to here every integer is a double
 FAREST = 2**63 - 1024  # the largest double below 2^63; the library fails for integers beyond
+# An automaton for multiples has as many states, powers of two and five aside; more take minutes to compile.
+MAX_MULTIPLE = 50_000
 
 
 def with_safe_numbers(schema: Any, field: str, *, lenient: bool = False) -> Any:
@@ -34,6 +37,36 @@ def with_safe_numbers(schema: Any, field: str, *, lenient: bool = False) -> Any:
     _narrow(safe, "maximum", "exclusiveMaximum", 1, field, lenient)
     _narrow(safe, "minimum", "exclusiveMinimum", -1, field, lenient)
     return safe
+
+
+def check_multiples(schema: Mapping[str, Any], field: str, *, merges: bool) -> None:
+    """Raise RequestError naming `field` where `multipleOf` is too large to be enforced.
+
+    merges    whether parts of the schema may bind one number together
+    """
+    multiples: list[int] = []
+
+    def collect(each: Any) -> Any:
+        if isinstance(each, Mapping):
+            value = each.get("multipleOf")
+            if _is_number(value) and value and (isinstance(value, int) or math.isfinite(value)):
+                multiples.append(_without_tens(value))
+            with_each(each, collect)
+        return each
+
+    collect(schema)
+    if (math.lcm(*multiples) if merges else max(multiples, default=1)) > MAX_MULTIPLE:
+        text = f"{field}: multipleOf is beyond {MAX_MULTIPLE} (or all together are), which cannot be enforced"
+        raise RequestError(text, param=field, code="invalid_grammar")
+
+
+def _without_tens(value: float) -> int:
+    """The digits of a number without the factors two and five."""
+    digits = int("".join(map(str, Decimal(repr(value)).as_tuple().digits)))
+    for factor in (2, 5):
+        while digits % factor == 0:
+            digits //= factor
+    return digits
 
 
 def _narrow(

@@ -14,13 +14,15 @@ from quant.errors import CheckpointError
 
 MAX_FILE_BYTES = 256 << 20
 MAX_TEMPLATE_CHARS = 1 << 20
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def read_backend(path: Path) -> tokenizers.Tokenizer:
+def read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The library's tokenizer from `tokenizer.json`, without truncation and padding.
 
-    Raises CheckpointError where the file is missing or damaged.
+    Where `config` names Llama's class, that class says how spaces are marked. Raises CheckpointError
+    where the file is missing or damaged.
     """
     file = path / "tokenizer.json"
     if not file.is_file():
@@ -28,10 +30,11 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
             f"{path}: there is no tokenizer.json; copy it from where the model comes from "
             "(a SentencePiece tokenizer.model alone is not read)"
         )
+    text = _read_text(file)
     try:
-        backend = tokenizers.Tokenizer.from_str(_read_text(file))
-    except CheckpointError:
-        raise
+        if config.get("tokenizer_class") in LLAMA_CLASSES:
+            text = _as_llama(text, config)
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises nothing more precise
         raise CheckpointError(f"{file}: not a tokenizer ({error}); download it again") from None
     backend.no_truncation()
@@ -94,6 +97,26 @@ def bounded(template: str, source: Path) -> str:
     if len(template) > MAX_TEMPLATE_CHARS:
         raise CheckpointError(f"{source}: the chat template has {len(template)} characters, refused")
     return template
+
+
+def _as_llama(text: str, config: Mapping[str, Any]) -> str:
+    """`tokenizer.json` with the rules of `transformers`' LlamaTokenizer, which looks at the vocabulary alone.
+
+    A byte-level vocabulary is left as it is: many such checkpoints name this class by mistake.
+    """
+    content = json.loads(text)
+    model, cuts = content["model"], json.dumps([content["pre_tokenizer"], content["decoder"]])
+    if model.get("type") != "BPE" or '"ByteLevel"' in cuts:
+        return text
+    scheme = "always" if config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False,
+    }  # fmt: skip
+    model |= {"fuse_unk": True, "byte_fallback": True, "ignore_merges": False}
+    return json.dumps(content)
 
 
 def _as_id(file: Path) -> Any:

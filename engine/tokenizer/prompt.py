@@ -120,7 +120,7 @@ class PromptEncoder:
     def _encode_by_place(self, text: str, ranges: list[tuple[int, int]]) -> list[int]:
         named = self._by_place
         if named.mark in text:
-            self._by_place = named = _ByPlace(self._backend, self._control, unused_characters(text)[0])
+            self._by_place = named = _ByPlace(self._backend, self._control, unused_character(text))
         parts, done = [], 0
         for start, end in ranges:
             parts += [text[done:start], named.name(text[start:end])]
@@ -156,6 +156,10 @@ class _ByPlace:
         self.encoder = without_added_tokens(backend)
         added = backend.get_added_tokens_decoder()
         control = set(control)
+        # The library counts new ids from the vocabulary's size; where ids are left out, that is one in use.
+        ids = backend.get_vocab(with_added_tokens=False).values()
+        gaps = max(ids, default=-1) + 1 - len(ids)
+        self.encoder.add_tokens([AddedToken(mark * (3 + n), normalized=False) for n in range(gaps)])
         named = {i: self._renamed(t) if t.content in control else t for i, t in added.items()}
         self.encoder.add_tokens(list(named.values()))
         self.meant = {self.encoder.token_to_id(token.content): i for i, token in named.items()}
@@ -170,10 +174,9 @@ class _ByPlace:
         )
 
 
-def unused_characters(text: str, count: int = 1) -> list[str]:
-    """Private-use characters that `text` has not. Raises RequestError where it leaves fewer than `count`."""
-    used = set(text)
-    unused = [chr(code) for code in PRIVATE_USE if chr(code) not in used]
-    if len(unused) < count:
-        raise RequestError("the messages use every private-use character there is", param="messages")
-    return unused[:count]
+def unused_character(text: str) -> str:
+    """A private-use character that `text` has not. Raises RequestError where it has all of them."""
+    for code in PRIVATE_USE:
+        if chr(code) not in text:
+            return chr(code)
+    raise RequestError("the messages use every private-use character there is", param="messages")

@@ -74,7 +74,8 @@ class Tokenizer:
         Only the first must be there. Raises CheckpointError for a file that is missing or
         damaged, ConfigError for a setting that contradicts the vocabulary.
         """
-        backend, config = read_backend(path), read_config(path)
+        config = read_config(path)
+        backend = read_backend(path, config)
         config_file = path / "tokenizer_config.json"
         add_tokens_of(config, backend, config_file)
         special_tokens = named_tokens(config)

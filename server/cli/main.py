@@ -36,7 +36,7 @@ def main() -> None:
         # Imported here: what the commands need takes half a second, in which a person may press Ctrl-C.
         from memory.hardware.detect import allowed_cores, usable_cores
 
-        # torch, whose number all kernels go by, counts the cores that it may run on, not how much of their time
+        # torch, whose number all kernels go by, counts the cores that it may run on, not their time
         # a container gets: threads above that would be stopped in turn, and the others wait for them.
         if usable_cores() < allowed_cores():
             os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))

@@ -11,7 +11,8 @@ import tokenizers
 from tokenizers import models
 
 from engine.engine import Engine
-from engine.families.loader import describe, load
+from engine.families.loader import load, open_checkpoint
+from engine.families.registry import family_of
 from engine.output import FinishReason
 from engine.sampling.params import SamplingParams
 from quant.errors import ConfigError
@@ -88,4 +89,6 @@ def test_an_end_of_the_config_outside_the_vocabulary_is_refused(tmp_path: Path) 
 def test_gguf_names_ends_of_sequence_turn_and_message(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf", tiny_values(), metadata={"tokenizer.ggml.eom_token_id": 3})
 
-    assert describe(file)[0].eos_token_ids == (1, 2, 3)
+    checkpoint = open_checkpoint(file)
+
+    assert family_of(checkpoint).describe(checkpoint)[0].eos_token_ids == (1, 2, 3)

@@ -206,7 +206,7 @@ def test_a_schema_that_is_not_strict_is_enforced_as_far_as_it_goes(
         {"type": "array", "minItems": 10**6, "maxItems": 10**9, "items": {"type": "string"}},
         {"type": "string", "pattern": "((a{1,100}){1,100}){1,100}"},
         {"type": "string", "pattern": ".*a.{2000}b.{2000}"},
-        {"type": "integer", "multipleOf": 1234567, "minimum": 3},
+        {"type": "integer", "multipleOf": 49_999, "minimum": 3},
         {"enum": [f"value {i}" for i in range(9000)]},
         json.loads('{"items":' * 100 + "{}" + "}" * 100),
     ],

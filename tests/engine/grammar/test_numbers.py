@@ -115,6 +115,29 @@ def test_numbers_that_cannot_be_enforced_are_refused_or_passed_over(
     assert with_safe_numbers(schema, "field", lenient=True) in ({}, {"properties": {"a": {}}})
 
 
+@pytest.mark.parametrize(
+    ("schema", "is_taken"),
+    [
+        ({"multipleOf": 997}, True),
+        ({"multipleOf": 2**32}, True),
+        ({"multipleOf": 0.001}, True),
+        ({"multipleOf": 1234567}, False),
+        ({"multipleOf": 10**400 + 1}, False),
+        ({"items": {"multipleOf": 12.34567}}, False),
+        ({"properties": {"a": {"multipleOf": 10007}, "b": {"multipleOf": 10009}}}, True),
+        ({"allOf": [{"multipleOf": 10007}, {"multipleOf": 10009}]}, False),
+        ({"allOf": [{"multipleOf": 700}, {"multipleOf": 0.9}]}, True),
+    ],
+)
+def test_multiples_that_would_take_minutes_are_refused(schema: dict[str, Any], is_taken: bool) -> None:
+    if is_taken:
+        GrammarWriter({}).json(schema, "field")
+    else:
+        with pytest.raises(RequestError, match="multipleOf is beyond") as caught:
+            GrammarWriter({}).json(schema, "field")
+        assert caught.value.code == "invalid_grammar"
+
+
 def test_data_and_names_are_no_keywords() -> None:
     schema = {
         "properties": {"const": {"type": "integer"}, "minimum": {"type": "string"}},

@@ -6,14 +6,16 @@ values under RECORDED are those of `transformers` 5.24 itself.
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.chat.template import TemplateChat
 from engine.tokenizer.prompt import pattern_of
@@ -101,6 +103,7 @@ MORE = {
 @cache
 def tokenizer(kind: str, more: str = "plain", strips: bool = False, normalized: bool = False) -> Tokenizer:
     made = KINDS[kind]()
+    made.decoder = decoders.ByteLevel() if kind.startswith("bytes") else decoders.Replace("▁", " ")
     made.add_special_tokens([AddedToken(t, rstrip=strips, normalized=normalized) for t in SPECIAL])
     made.add_tokens(MORE[more])
     bos = made.token_to_id("<s>")
@@ -146,6 +149,36 @@ def test_a_chat_has_the_tokens_that_were_recorded(kind: str, more: str) -> None:
     tokens = [token.replace("\n", r"\n").replace("  ", "__") for token in spelled(made, chat(made, SAID))]
 
     assert tokens == ["<s>", "<|user|>", *RECORDED[kind, more].split(), "<|user|>"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, "<s> <|user|> hello ▁a <|end|> \\n ▁ <|user|>"),
+        ({"legacy": True}, "<s> <|user|> ▁hello ▁a <|end|> ▁ \\n ▁ <|user|>"),
+        ({"add_prefix_space": False}, "<s> <|user|> hello ▁a <|end|> \\n ▁ <|user|>"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["prepending normalizer", "metaspace never True"])
+def test_llamas_class_says_how_spaces_are_marked(
+    tmp_path: Path, kind: str, fields: dict[str, bool], tokens: str
+) -> None:
+    tokenizer(kind).backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", **fields}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    made = Tokenizer.from_directory(tmp_path)
+
+    assert [token.replace("\n", r"\n") for token in spelled(made, chat(made, "hello a"))] == tokens.split()
+
+
+def test_a_byte_level_vocabulary_under_llamas_class_stays_what_it_is(tmp_path: Path) -> None:
+    bytes_ = tokenizer("bytes")
+    bytes_.backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>"}'
+    )
+
+    assert chat(Tokenizer.from_directory(tmp_path), SAID) == chat(bytes_, SAID)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,6 +238,14 @@ def test_a_control_token_may_be_one_character() -> None:
     ids = TemplateChat(given_, template).render({"messages": [{"role": "user", "content": "a§…"}]}).token_ids
 
     assert spelled(given_, ids) == ["§", "a", "<0xC2>", "<0xA7>", "<0xE2>", "<0x80>", "<0xA6>", "…", "§"]
+
+
+def test_a_vocabulary_with_gaps_keeps_text_and_control_tokens_apart() -> None:
+    made = tokenizers.Tokenizer(models.BPE({"a": 0, "<s>": 1, "b": 3, "<": 2, "s": 4, ">": 6}, []))
+    made.add_special_tokens(["<s>"])
+    given_ = Tokenizer(made, bos_token_id=None, add_bos=False)
+
+    assert given_.encode_prompt("<s>ab<s>", [(0, 3)]) == [1, 0, 3, 2, 4, 6]
 
 
 @given(mark=st.sampled_from(["\ue000", "\ue001", "\uf8ff"]), text=TEXTS)
