@@ -90,5 +90,4 @@ def test_gguf_names_ends_of_sequence_turn_and_message(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf", tiny_values(), metadata={"tokenizer.ggml.eom_token_id": 3})
 
     checkpoint = open_checkpoint(file)
-
     assert family_of(checkpoint).describe(checkpoint)[0].eos_token_ids == (1, 2, 3)

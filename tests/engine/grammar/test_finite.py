@@ -152,7 +152,7 @@ def matches(root: dict[str, Any], schema: Any, value: Any, patience: int = 9) ->
         for step in schema["$ref"].split("/")[1:]:
             target = target[step]
         return matches(root, target, value, patience - 1)
-    kind = {dict: "object", list: "array"}.get(type(value), "null")
+    kind = "object" if isinstance(value, dict) else "array" if isinstance(value, list) else "null"
     if kind not in schema.get("type", [kind]) or schema.get("const", value) != value:
         return False
     if not all(matches(root, each, value, patience) for each in schema.get("allOf", [])):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.distribution import required_packages
+from engine.distribution import required_packages, version_of
 from memory.hardware.detect import Gpu, detect
 from server.cli import doctor
 from server.cli.doctor import Finding
@@ -18,7 +18,7 @@ def findings_on(
     monkeypatch: pytest.MonkeyPatch, *gpus: Gpu, has_driver: bool, **versions: str | None
 ) -> list[Finding]:
     """What doctor finds about GPUs' software on a machine that this one is not."""
-    known = doctor.version_of
+    known = version_of
     monkeypatch.setattr(
         doctor, "version_of", lambda name: versions[name] if name in versions else known(name)
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from server.cli.main import app
+from server.cli.commands import app
 from tests.server.harness import ROOT
 
 FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

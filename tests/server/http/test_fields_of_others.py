@@ -265,7 +265,7 @@ def test_special_tokens_are_no_text_where_they_are_to_be_skipped(http: httpx.Cli
     body = BODIES[COMPLETIONS] | {"ignore_eos": True, "logit_bias": {"1": 100}}
 
     def text(**fields: Any) -> str:
-        return http.post(COMPLETIONS, json=body | fields).json()["choices"][0]["text"]
+        return str(http.post(COMPLETIONS, json=body | fields).json()["choices"][0]["text"])
 
     assert text(skip_special_tokens=True) == ""
     assert text() == text(skip_special_tokens=False) != ""
@@ -275,8 +275,9 @@ def test_strict_tools_of_anthropics_protocol_are_bound() -> None:
     tool = {"name": "f", "input_schema": {"type": "object"}, "strict": True}
     request = MessagesRequest.model_validate(BODIES[MESSAGES] | {"tools": [tool]})
 
-    (translated,) = request.as_chat().tools or ()
-    assert translated.function.strict
+    tools = request.as_chat().tools
+    assert tools is not None
+    assert [translated.function.strict for translated in tools] == [True]
 
 
 def test_reasoning_in_a_message_may_have_its_newer_name() -> None:

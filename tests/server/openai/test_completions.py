@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -136,7 +136,9 @@ def test_texts_begin_as_the_tokenizer_says_unless_they_are_not_to() -> None:
 
 def test_a_prompt_that_spells_its_beginning_gets_no_second_one_and_is_echoed_whole() -> None:
     tokenizer = Tokenizer.from_directory(ROOT / "deploy" / "demo" / "loci-demo")
-    served = SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
+    served = cast(
+        Any, SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
+    )
     spelled = tokenizer.special_tokens["bos_token"] + PROMPT
 
     plain, spelling = tokenize_prompts(CompletionRequest(model=MODEL, prompt=[PROMPT, spelled]), served)

@@ -279,13 +279,13 @@ def test_what_no_answer_can_match_is_refused_in_all_protocols(http: httpx.Client
 
 def test_tools_whose_arguments_never_end_are_refused(http: httpx.Client) -> None:
     parameters = NODE | {"$defs": {"node": NODE}}
-    function = {"name": "f", "parameters": parameters, "strict": True}
+    function: dict[str, Any] = {"name": "f", "parameters": parameters, "strict": True}
     tool = {"type": "function", "function": function}
 
     chat = http.post("/v1/chat/completions", json=PLAIN | {"tools": [tool]})
     response = http.post(
         "/v1/responses",
-        json={"model": "v41-c", "input": "x", "tools": [tool["function"] | {"type": "function"}]},
+        json={"model": "v41-c", "input": "x", "tools": [function | {"type": "function"}]},
     )
     message = {"model": "v41-c", "messages": ASK, "max_tokens": 9, "tool_choice": {"type": "any"}}
     forced = http.post("/v1/messages", json=message | {"tools": [{"name": "f", "input_schema": parameters}]})

@@ -21,7 +21,7 @@ VOCABULARY: dict[str, object] = {
     "tokenizer.ggml.pre": "smollm",
     "tokenizer.ggml.tokens": TOKENS,
     "tokenizer.ggml.token_type": [1] * VOCAB,
-    "tokenizer.ggml.merges": [" ".join(pair) for pair in TOKENS[26:]],
+    "tokenizer.ggml.merges": [f"{pair[0]} {pair[1]}" for pair in TOKENS[26:]],
 }
 
 

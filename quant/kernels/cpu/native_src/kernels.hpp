@@ -70,15 +70,15 @@ constexpr int kMostRows = 16;       // rows of queries that share a pass over ke
 
 // One block of keys for some rows of queries: what they make of it before other blocks are added.
 struct AttendBlock {
-    int rows;                    // at most kMostRows
-    int64_t n, dim;              // keys, at most kKeyBlock; columns, a multiple of 16
+    int rows;        // at most kMostRows
+    int64_t n, dim;  // keys, at most kKeyBlock; columns, a multiple of 16
     float scale;
-    const float* const* q;       // [rows]
-    const int64_t* seen;         // [rows] how many of the keys, from the first on
+    const float* const* q;                     // [rows]
+    const int64_t* seen;                       // [rows] how many of the keys, from the first on
     const float *const *keys, *const *values;  // [n]
-    float* most;                 // [rows] the largest score
-    float* sum;                  // [rows] of e^(score - largest)
-    float* const* out;           // [rows] values weighted with that
+    float* most;                               // [rows] the largest score
+    float* sum;                                // [rows] of e^(score - largest)
+    float* const* out;                         // [rows] values weighted with that
 };
 
 // Products of panels and tokens over all columns. x: one pointer per token (Block<D>* or float*);
