@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from server.cli import main
+from memory.hardware import detect
 from tests.server.harness import invoke
 
 
@@ -17,8 +17,8 @@ def test_threads_are_as_many_as_the_processor_time_of_a_container_is_for(
     monkeypatch.setenv("OMP_NUM_THREADS", asked_for or "")
     if asked_for is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(main, "allowed_cores", lambda: 8)
-    monkeypatch.setattr(main, "usable_cores", lambda: usable)
+    monkeypatch.setattr(detect, "allowed_cores", lambda: 8)
+    monkeypatch.setattr(detect, "usable_cores", lambda: usable)
 
     assert invoke("--help").returncode == 0
 
