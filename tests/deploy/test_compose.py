@@ -82,7 +82,7 @@ def test_gpus_are_given_to_loci_where_its_section_is_taken_in() -> None:
 @pytest.mark.parametrize("text", [(DEPLOY / "compose.yaml").read_text(), with_gpus()], ids=["cpu", "gpus"])
 def test_the_file_is_valid(tmp_path: Path, text: str) -> None:
     (tmp_path / "compose.yaml").write_text(text)
-    command = ["docker-compose", "--file", tmp_path / "compose.yaml", "config", "--quiet"]
+    command: list[str | Path] = ["docker-compose", "--file", tmp_path / "compose.yaml", "config", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 0, done.stdout + done.stderr
