@@ -83,9 +83,11 @@ def test_closed_outputs_are_no_reason_to_fail(tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_is_closed_early_ends_without_a_word() -> None:
-    info: list[str | Path] = ["info", TINY, "--no-load"]
-    run: list[str | Path] = ["run", TINY, "Hello", "--max-tokens", "500"]
-    for arguments in (info, run):
+    commands: list[list[str | Path]] = [
+        ["info", TINY, "--no-load"],
+        ["run", TINY, "Hello", "--max-tokens", "500"],
+    ]
+    for arguments in commands:
         with subprocess.Popen(
             harness.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
             env=harness.environment(),
