@@ -54,7 +54,7 @@ def floats(x: torch.Tensor) -> torch.Tensor:
 
 
 def fetched(compressed: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries chosen from another device, `[chosen, dim]`, brought to that of `entries`, and where each is now.
+    """Entries chosen from another device, `[chosen, dim]`, brought to that of `entries`, and where each is.
 
     entries `[L, k]`, -1 for none, which they stay.
     """
