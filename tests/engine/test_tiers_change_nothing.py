@@ -21,6 +21,7 @@ from memory.planner.budget import MemoryBudget
 from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.kernels.choice import choose
+from quant.kernels.interface import Kernels
 from tests.conftest import golden_path
 
 CPU = torch.device("cpu")
@@ -197,7 +198,9 @@ def test_a_guess_before_a_layer_with_a_table_takes_its_rows_into_account(
         guesses.append((layer, expert_ids))
         prefetch(self, layer, expert_ids)
 
-    def no_gate(self: EngramMix, streams: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def no_gate(
+        self: EngramMix, _: Kernels, streams: torch.Tensor, kv: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return torch.zeros(streams.shape[:2]), torch.zeros(streams.shape[0], streams.shape[2])
 
     monkeypatch.setattr(ExpertStore, "prefetch", noted)

@@ -53,6 +53,18 @@ def floats(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
+def fetched(compressed: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries chosen from another device, `[chosen, dim]`, brought to that of `entries`, and where each is.
+
+    entries `[L, k]`, -1 for none, which they stay.
+    """
+    is_chosen = entries >= 0
+    latents = compressed[entries[is_chosen].to(compressed.device)].to(entries.device)
+    places = torch.full_like(entries, -1)
+    places[is_chosen] = torch.arange(len(latents), device=entries.device)
+    return latents, places
+
+
 class NativeLayers:
     """`LayerOperations` in C++; what implements it knows the library, a level and a number of threads."""
 
@@ -242,6 +254,8 @@ class NativeLayers:
         compressed: torch.Tensor | None = None,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if compressed is not None and entries is not None and compressed.device != q.device:
+            compressed, entries = fetched(compressed, entries)
         kv = floats(window_kv).unsqueeze(0)
         return self._attend(q, kv, kv, window, floats(sink), compressed, entries)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.native_layers import fetched
 from quant.kernels.layers import LayerOperations, TorchLayers
 from tests.quant.kernels.kernel_cases import weight
 
@@ -156,6 +157,23 @@ def test_a_row_has_the_same_bits_in_any_company(
         part = operation(kernels, first, stop, torch.float32)
         columns = part.shape[-1]  # later rows may see more entries
         assert torch.equal(part, together[first:stop, ..., :columns])
+
+
+def test_entries_that_were_fetched_from_elsewhere_give_the_same_bits() -> None:
+    entries = torch.randint(-1, 50, (9, 20), generator=torch.Generator().manual_seed(5))
+    q, window_kv, sink, compressed = (
+        rows_of(1, 9, 5, 40),
+        rows_of(2, 9, 40),
+        rows_of(3, 5),
+        rows_of(4, 50, 40),
+    )
+    kernels = NativeKernels()
+
+    here = kernels.attend_sparse(q, window_kv, sink, 4, compressed, entries)
+
+    there = fetched(compressed, entries)
+    assert len(there[0]) < entries.numel()
+    assert torch.equal(kernels.attend_sparse(q, window_kv, sink, 4, *there), here)
 
 
 def test_of_equal_scores_the_first_columns_win() -> None:
