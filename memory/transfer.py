@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import torch
+
 from memory.telemetry import Telemetry
 
 
@@ -192,6 +194,7 @@ class Link:
             self._under_way += 1
             return heapq.heappop(self._queue)
 
+    @torch.inference_mode()  # a model may be loaded, and its slots written, by who is in that mode
     def _work(self) -> None:
         while (job := self._next()) is not None:
             error: BaseException | None = None

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from quant.errors import ConfigError
 
 
 def user_cache() -> Path:
@@ -14,12 +20,35 @@ def user_cache() -> Path:
     return Path(base) / "loci"
 
 
+def check_writable(target: Path) -> None:
+    """Raise ConfigError where no file can be written as `target`: said before long work, not after it."""
+    if target.is_dir():
+        raise ConfigError(f"{target}: a directory; name a file to write")
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target.parent}: no such directory to write to; name another file")
+    try:
+        with tempfile.TemporaryFile(
+            dir=target.parent
+        ):  # rights and read-only file systems: only trying tells
+            pass
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}); name another file") from None
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target` to write to; it becomes `target` unless the writing fails."""
+    """A temporary name beside `target` to write to; it becomes `target` unless the writing fails.
+
+    Raises ConfigError for a directory or a device, which are not replaced, and OSError where writing fails.
+    """
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"{target}: is not a file that can be replaced; name another")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(target)
+    except SafetensorError as error:  # its library's word for an OSError
+        raise OSError(errno.EIO, f"cannot be written ({error})", str(target)) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

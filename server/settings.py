@@ -32,7 +32,9 @@ class Settings(BaseSettings):
         None,
         description="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
     )
-    host: str = Field("127.0.0.1", description="Address to listen on. 0.0.0.0 opens it to the network.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. 0.0.0.0 opens it to the network, :: with IPv6 too."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     served_model_name: str | None = Field(
         None, min_length=1, description="Name that requests use. Default: that of the directory or file."

@@ -30,7 +30,7 @@ class OnGpu(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor, device: torch.device) -> OnGpu:
         with torch.inference_mode(False):  # torch will not take views of tensors from inside and outside
-            made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            made: OnGpu = torch.Tensor._make_wrapper_subclass(
                 cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(),
                 dtype=held.dtype, device=device,
             )  # fmt: skip
@@ -41,7 +41,9 @@ class OnGpu(torch.Tensor):
         return f"OnGpu({self.held!r}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 

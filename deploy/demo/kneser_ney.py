@@ -89,4 +89,5 @@ class KneserNey:
             share = _look_up(table.grams, table.shares, keys, 0.0)
             rest = _look_up(table.contexts, table.rest, keys >> BITS, 1.0)
             probability = share + rest * probability
-        return np.log(probability)
+        logarithms: np.ndarray = np.log(probability)
+        return logarithms

@@ -8,6 +8,7 @@ touches few of their rows, so the caller gathers those and updates them itself (
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -91,6 +92,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(
             torch.randn(config.n_routed_experts, config.hidden_size) * config.hidden_size**-0.5
         )
+        self.bias: Tensor
         self.register_buffer("bias", torch.zeros(config.n_routed_experts))
         self.rounding = False
 
@@ -127,7 +129,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `[N, hidden]` -> output, chosen ids and their weights."""
         ids, weights = self.gate(x)
-        w13, w2 = self.experts_w13, self.experts_w2
+        w13: Tensor = self.experts_w13
+        w2: Tensor = self.experts_w2
         if self.rounding:
             w13, w2 = straight_through(w13, "fp4"), straight_through(w2, "fp4")
         limit = self.config.swiglu_limit
@@ -211,17 +214,23 @@ class Model(nn.Module):
     def _calm_outputs(self) -> None:
         """Sublayer outputs start small, so that depth does not inflate the streams."""
         factor = (2 * self.config.num_hidden_layers) ** -0.5
-        for layer in self.layers:
+        for layer in self.each_layer():
             layer.attn.wo_b.weight.mul_(factor)
             layer.ffn.experts_w2.mul_(factor)
-            layer.ffn.shared_experts["w2"].weight.mul_(factor)
+            last = layer.ffn.shared_experts["w2"]
+            assert isinstance(last, Linear)
+            last.weight.mul_(factor)
         self.head.weight.mul_(0.5)
+
+    def each_layer(self) -> Iterator[Layer]:
+        """The layers in order; `layers` itself only promises modules."""
+        return (layer for layer in self.layers if isinstance(layer, Layer))
 
     def set_rounding(self, on: bool) -> None:
         """Train on the numbers that the files will hold (fake quantisation), or on exact ones."""
         for module in self.modules():
             if hasattr(module, "rounding"):
-                module.rounding = on
+                module.rounding = on  # type: ignore[assignment]  # its own; torch knows of tensors and modules
 
     def forward(
         self,
@@ -244,7 +253,7 @@ class Model(nn.Module):
         pre = torch.zeros(c.hc_mult, len(embedded))
         pre[0] = 1.0
         hidden = Hidden(embedded)
-        for n, layer in enumerate(self.layers):
+        for n, layer in enumerate(self.each_layer()):
             if n in c.engram_layer_ids:
                 rows = engram_rows[c.engram_layer_ids.index(n)]
                 streams, gates = layer.engram(streams, rows)

@@ -154,7 +154,7 @@ class Trainer:
     def _balance(self, load: Tensor) -> None:
         """Move the bias of experts with far too little or too much work; the others keep their character."""
         relative = load / load.mean(1, keepdim=True)
-        for layer, shares in zip(self.model.layers, relative, strict=True):
+        for layer, shares in zip(self.model.each_layer(), relative, strict=True):
             layer.ffn.gate.bias += BIAS_STEP * ((shares < IDLE).float() - (shares > OVERWORKED).float())
 
     # -- held-out text ------------------------------------------------------------------------

@@ -11,18 +11,25 @@ so those fields of a request are not passed on.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import deepseek_recipe as recipe
 
 from engine.chat.format import ChatFormat, ChatPrompt
-from engine.chat.output_parser import THINK, MessageDelta, OutputParser, ToolCallDelta
+from engine.chat.output_parser import END_THINK, THINK, MessageDelta, OutputParser, ToolCallDelta
+from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar, must_call
-from engine.grammar.tools import DsmlCalls
+from engine.grammar.tools import DSML, DsmlCalls
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import RequestError
+
+# The tags that answers are taken apart by, each with a noncharacter (no text has one) that stands for it
+# in what the library reads, so that a tag which is spelled in ordinary tokens stays text.
+STAND_INS = {"thinking_start": "\ufdd0", "thinking_end": "\ufdd1", "dsml": "\ufdd2"}
+SPELLED = {"thinking_start": THINK, "thinking_end": END_THINK, "dsml": DSML}
 
 MODEL = "served"  # the library knows models by name; ours is an alias for the version
 
@@ -79,14 +86,14 @@ class DeepseekChat(ChatFormat):
         options = converted.parsing_options
         options.stop_sequences = []
         style = AnswerStyle(
-            Reasoning.OPEN if prompt.prompt.endswith(THINK) else Reasoning.NONE,
+            Reasoning.OPEN if _opens_reasoning(prompt) else Reasoning.NONE,
             self._calls,
             in_calls=options.starts_in_tool_calls,
             gap="\n\n",
         )
         return ChatPrompt(
             token_ids,
-            lambda: DeepseekParser(converted, options),
+            lambda: DeepseekParser(converted, options, self._tokenizer.added_tokens),
             max_tokens=converted.resolve_max_tokens(len(token_ids), UNBOUNDED),
             stop_token_ids=self._stop_token_ids,
             grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
@@ -116,47 +123,90 @@ class DeepseekChat(ChatFormat):
 
 
 class DeepseekParser(OutputParser):
-    """The library's stream processor behind our interface."""
+    """The library's stream processor behind our interface.
 
-    def __init__(self, converted: recipe.ConversationRequest, options: recipe.ParsingOptions) -> None:
+    tokens    spellings of the vocabulary's added tokens: a tag among them is that token
+    """
+
+    def __init__(
+        self, converted: recipe.ConversationRequest, options: recipe.ParsingOptions, tokens: Collection[str]
+    ) -> None:
+        names = {name: tag for name, tag in SPELLED.items() if tag in tokens}
+        self._finder = TagFinder(names.values(), tokens)
+        self._stand_ins = {tag: STAND_INS[name] for name, tag in names.items()}
+        self._spelled = str.maketrans({STAND_INS[name]: tag for name, tag in names.items()})
+        self._no_text = str.maketrans(dict.fromkeys(STAND_INS.values(), "\ufffd"))
+        options.special_tokens = recipe.SpecialTokens(**{name: STAND_INS[name] for name in names})
         generator = recipe.ChatCompletionRequest.chunk_generator(converted, id="", model=MODEL)
         self._processor = recipe.StreamProcessor(generator, options)
         self._processor.push(recipe.InferenceChunk.ready())
         self._has_tool_calls = False
+        self._written: list[str] = []  # what the library read
+        self._told: list[str] = []  # what it made reasoning and content
 
-    def push(self, text: str) -> list[MessageDelta]:
-        return self._deltas(self._processor.push(recipe.InferenceChunk.text(text, 0))) if text else []
+    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
+        return self._read(self._finder.push(text, special_ranges))
 
     def finish(self) -> list[MessageDelta]:
+        held = self._read(self._finder.finish())
         chunks = self._processor.push(recipe.InferenceChunk.finish(recipe.InferenceFinishReason.Stop))
-        return self._deltas([*chunks, *self._processor.finish()])
+        deltas = held + self._deltas([*chunks, *self._processor.finish()])
+        dropped = self._dropped().translate(self._spelled)
+        return [*deltas, MessageDelta(content=dropped)] if dropped else deltas
+
+    def _dropped(self) -> str:
+        """What the library passed over: a block in which it found no call, or text between elements."""
+        dsml = self._stand_ins.get(DSML, DSML)
+        told = "".join(self._told).count(f"<{dsml}")
+        parts = "".join(self._written).split(f"<{dsml}", told + 1)
+        if len(parts) < told + 2:
+            return ""
+        block = f"<{dsml}{parts[-1]}"
+        if not self._has_tool_calls:
+            return block
+        parameter = rf'<{dsml} ?parameter name="[^"]*" string="(true|false)">.*?(</{dsml} ?parameter>|\Z)'
+        return re.sub(rf"{parameter}|</?{dsml}[^>]*(>|\Z)|</?[{DSML}]*\Z", "", block, flags=re.DOTALL).strip()
 
     @property
     def has_tool_calls(self) -> bool:
         return self._has_tool_calls
 
+    def _read(self, items: Iterable[Item]) -> list[MessageDelta]:
+        text = "".join(
+            self._stand_ins[item.spelling] if isinstance(item, Tag) else item.translate(self._no_text)
+            for item in items
+        )
+        self._written.append(text)
+        return self._deltas(self._processor.push(recipe.InferenceChunk.text(text, 0))) if text else []
+
     def _deltas(self, chunks: list[Any]) -> list[MessageDelta]:
-        deltas = [
-            _delta(choice["delta"]) for chunk in chunks for choice in json.loads(chunk.to_json())["choices"]
-        ]
+        made = [choice["delta"] for chunk in chunks for choice in json.loads(chunk.to_json())["choices"]]
+        self._told += [delta.get(kind) or "" for delta in made for kind in ("reasoning_content", "content")]
+        deltas = [_delta(delta, self._spelled) for delta in made]
         self._has_tool_calls |= any(delta.tool_calls for delta in deltas)
         return [delta for delta in deltas if delta != MessageDelta()]
 
 
-def _delta(delta: Mapping[str, Any]) -> MessageDelta:
-    """One `delta` object of the library's Chat Completions chunks."""
+def _opens_reasoning(prompt: recipe.RenderedPrompt) -> bool:
+    """Whether the prompt ends with the tag itself, not with a message that spells it."""
+    start, end = prompt.special_ranges[-1] if prompt.special_ranges else (0, 0)
+    return end == len(prompt.prompt) and prompt.prompt[start:end] == THINK
+
+
+def _delta(delta: Mapping[str, Any], spelled: Mapping[int, str]) -> MessageDelta:
+    """One `delta` object of the library's Chat Completions chunks; `spelled` puts tags for what stands in."""
     calls = tuple(
         ToolCallDelta(
             index=call["index"],
-            arguments=call["function"].get("arguments") or "",
+            arguments=(call["function"].get("arguments") or "").translate(spelled),
             id=call.get("id"),
             name=call["function"].get("name"),
         )
         for call in delta.get("tool_calls") or ()
     )
     return MessageDelta(
-        content=delta.get("content") or "",
-        reasoning=delta.get("reasoning_content") or "",
+        content=(delta.get("content") or "").translate(spelled),
+        reasoning=(delta.get("reasoning_content") or "").translate(spelled),
         tool_calls=calls,
     )
 

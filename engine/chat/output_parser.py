@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from engine.chat.call_reader import ObjectReader, read_head
+from engine.chat.call_block import END_TOOL_CALL, TOOL_CALL, CallBlock, CallPiece
+from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class OutputParser(ABC):
     """Turns the text of one answer into message deltas, piece by piece."""
 
     @abstractmethod
-    def push(self, text: str) -> list[MessageDelta]:
-        """Deltas that are certain after `text`."""
+    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
+        """Deltas that are certain after `text`, in which added tokens wrote the `special_ranges`.
+
+        None where that is not known; tags are then told by their spelling alone.
+        """
 
     @abstractmethod
     def finish(self) -> list[MessageDelta]:
@@ -49,7 +54,7 @@ class OutputParser(ABC):
 class PlainParser(OutputParser):
     """Everything is content."""
 
-    def push(self, text: str) -> list[MessageDelta]:
+    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
         return [MessageDelta(content=text)] if text else []
 
     def finish(self) -> list[MessageDelta]:
@@ -61,7 +66,6 @@ class PlainParser(OutputParser):
 
 
 THINK, END_THINK = "<think>", "</think>"
-TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 
 
 class TaggedParser(OutputParser):
@@ -70,72 +74,81 @@ class TaggedParser(OutputParser):
     reasoning     an answer may begin with `<think>`
     in_reasoning  the prompt has opened it already
     tools         tool calls are looked for
+    tokens        spellings of the vocabulary's added tokens: a tag among them is that token
 
-    Nothing that may become a tag is let through, and line breaks next to a tag belong to it. Arguments are
-    passed on as they are written, once the name is known; a call that does not begin with its name is read
-    when it is complete, and what is none stays content.
+    Nothing that may become a tag is let through, and line breaks next to a tag belong to it.
     """
 
-    def __init__(self, *, reasoning: bool, in_reasoning: bool, tools: bool) -> None:
+    def __init__(
+        self, *, reasoning: bool, in_reasoning: bool, tools: bool, tokens: Collection[str] = ()
+    ) -> None:
+        tags = [*((THINK, END_THINK) if reasoning else ()), *((TOOL_CALL, END_TOOL_CALL) if tools else ())]
+        self._finder = TagFinder(tags, tokens)
         self._tools = tools
         self._state = "reasoning" if in_reasoning else "start" if reasoning else "content"
         self._after_tag = in_reasoning
-        self._pending = ""
+        self._held = ""  # white space that a tag may follow
+        self._block = CallBlock()
         self._calls = 0
-        self._arguments = ObjectReader()
 
     @property
     def has_tool_calls(self) -> bool:
         return self._calls > 0
 
-    def push(self, text: str) -> list[MessageDelta]:
-        self._pending += text
-        if self._state == "start" and not self._has_begun():
-            return []
-        deltas: list[MessageDelta] = []
-        while True:
-            if self._state == "tool_call":
-                deltas += self._begun_call()
-            elif self._state == "arguments":
-                deltas += self._more_arguments()
-            tag = self._tag()
-            if not tag or tag not in self._pending:
-                break
-            before, _, self._pending = self._pending.partition(tag)
-            if self._state == "tool_call":
-                deltas += self._call(before, tag)
-            elif self._state != "call_end":
-                deltas += self._text(before.rstrip("\n"))
-            self._state = "tool_call" if tag == TOOL_CALL else "content"
-            self._after_tag = True
-        if self._state in ("content", "reasoning"):
-            certain = _before_possible_tag(self._pending, tag)
-            self._pending = self._pending[len(certain) :]
-            deltas += self._text(certain)
-        return deltas
+    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
+        return self._read(self._finder.push(text, special_ranges))
 
     def finish(self) -> list[MessageDelta]:
-        rest, self._pending = self._pending, ""
-        if self._state in ("arguments", "call_end"):
-            return []
-        return self._call(rest, "") if self._state == "tool_call" else self._text(rest)
+        deltas = self._read(self._finder.finish())
+        while self._state == "call":
+            deltas += self._told(*self._block.finish())
+        held, self._held = self._held, ""
+        return deltas + self._text(held)
 
-    def _has_begun(self) -> bool:
-        """Whether it is decided how the answer begins: with `<think>`, or not."""
-        begin = self._pending.lstrip()
-        if begin.startswith(THINK):
-            self._state, self._after_tag, self._pending = "reasoning", True, begin.removeprefix(THINK)
-        elif not THINK.startswith(begin):
+    def _read(self, items: Iterable[Item]) -> list[MessageDelta]:
+        queue = deque(items)
+        deltas: list[MessageDelta] = []
+        while queue:
+            item = queue.popleft()
+            if self._state == "call":
+                pieces, rest = self._block.read(item)
+                deltas += self._pieces(pieces)
+                queue.extendleft(reversed(rest))
+            else:
+                deltas += self._pass(item.spelling) if isinstance(item, Tag) else self._say(item)
+        return deltas
+
+    def _told(self, pieces: Iterable[CallPiece | str], rest: Iterable[Item]) -> list[MessageDelta]:
+        return self._pieces(pieces) + self._read(rest)
+
+    def _pass(self, tag: str) -> list[MessageDelta]:
+        """Go over a tag into another state; one that means nothing here is text."""
+        if self._state == "start" and tag == THINK:
+            self._state = "reasoning"
+        elif self._state == "reasoning" and tag == END_THINK:
             self._state = "content"
-        return self._state != "start"
+        elif self._state != "reasoning" and tag == TOOL_CALL:
+            self._state = "content"
+            deltas = self._say("")
+            self._state, self._block = "call", CallBlock()
+            return deltas  # line breaks wait: they are text before what turns out to be no call
+        else:
+            return self._say(tag)
+        self._held, self._after_tag = "", True
+        return []
 
-    def _tag(self) -> str:
-        """The tag that ends the current state; empty for none."""
-        if self._state == "content":
-            return TOOL_CALL if self._tools else ""
-        if self._state == "arguments":
-            return ""
-        return END_THINK if self._state == "reasoning" else END_TOOL_CALL
+    def _say(self, text: str) -> list[MessageDelta]:
+        """Tell `text`, but for white space at its end that a tag may follow."""
+        text, self._held = self._held + text, ""
+        if self._state == "start":
+            if not text.strip():
+                self._held = text
+                return []
+            self._state = "content"
+        if self._tools or self._state == "reasoning":
+            certain = text.rstrip("\n")
+            text, self._held = certain, text[len(certain) :]
+        return self._text(text)
 
     def _text(self, text: str) -> list[MessageDelta]:
         if self._after_tag:
@@ -145,56 +158,23 @@ class TaggedParser(OutputParser):
         self._after_tag = False
         return [MessageDelta(reasoning=text) if self._state == "reasoning" else MessageDelta(content=text)]
 
-    def _begun_call(self) -> list[MessageDelta]:
-        """The call that is pending, once it is known which it is, with what there is of its arguments."""
-        head = read_head(self._pending)
-        if head is None:
-            return []
-        self._pending = self._pending[head.stop :]
-        self._state, self._arguments = "arguments", ObjectReader()
-        return [self._new_call(head.name, self._taken_arguments())]
-
-    def _more_arguments(self) -> list[MessageDelta]:
-        arguments = self._taken_arguments()
-        return [MessageDelta(tool_calls=(ToolCallDelta(self._calls - 1, arguments),))] if arguments else []
-
-    def _taken_arguments(self) -> str:
-        """What is pending of the arguments; behind them only the closing tag is looked for."""
-        count = self._arguments.take(self._pending)
-        arguments, self._pending = self._pending[:count], self._pending[count:]
-        if self._arguments.has_ended:
-            self._state = "call_end"
-        return arguments
-
-    def _new_call(self, name: str, arguments: str) -> MessageDelta:
-        delta = ToolCallDelta(self._calls, arguments, id=f"call_{uuid.uuid4().hex}", name=name)
-        self._calls += 1
-        return MessageDelta(tool_calls=(delta,))
-
-    def _call(self, body: str, closing: str) -> list[MessageDelta]:
-        call = _parse_call(body)
-        if call is None:
-            return [MessageDelta(content=TOOL_CALL + body + closing)]
-        return [self._new_call(*call)]
+    def _pieces(self, pieces: Iterable[CallPiece | str]) -> list[MessageDelta]:
+        """What a block of calls told; the state behind it, where it has ended."""
+        deltas = []
+        for piece in pieces:
+            if isinstance(piece, str):
+                deltas.append(MessageDelta(content=self._held + piece))
+            elif piece.name is None:
+                deltas.append(_call(ToolCallDelta(self._calls - 1, piece.arguments)))
+            else:
+                call_id = f"call_{uuid.uuid4().hex}"
+                deltas.append(_call(ToolCallDelta(self._calls, piece.arguments, call_id, piece.name)))
+                self._calls += 1
+            self._held = ""
+        if self._block.has_ended:
+            self._state, self._after_tag = "content", self._block.has_calls
+        return deltas
 
 
-def _before_possible_tag(text: str, tag: str) -> str:
-    """`text` without an end that `tag` may grow from, nor the line breaks before that end."""
-    if not tag:
-        return text
-    part = next((n for n in range(len(tag) - 1, 0, -1) if text.endswith(tag[:n])), 0)
-    return text[: len(text) - part].rstrip("\n")
-
-
-def _parse_call(body: str) -> tuple[str, str] | None:
-    """Name and arguments (JSON text) of a tool call; None where `body` is not one."""
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return call["name"], arguments
+def _call(delta: ToolCallDelta) -> MessageDelta:
+    return MessageDelta(tool_calls=(delta,))

@@ -28,16 +28,22 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.chat.call_block import TOOL_CALL
+from engine.chat.call_history import ArgumentsForm, WrittenArguments, tool_call
 from engine.chat.format import ChatFormat, ChatPrompt
-from engine.chat.output_parser import END_THINK, THINK, TOOL_CALL, OutputParser, PlainParser, TaggedParser
+from engine.chat.output_parser import END_THINK, THINK, OutputParser, PlainParser, TaggedParser
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
 from engine.grammar.tools import TaggedCalls
+from engine.tokenizer.prompt import pattern_of, unused_character
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import ConfigError, RequestError
 
 MAX_PROMPT_CHARS = 16 << 20
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-PRIVATE_USE = range(0xE000, 0xF900)
+
+
+class _TemplateError(RequestError):
+    """The template fails on the messages."""
 
 
 class TemplateChat(ChatFormat):
@@ -57,36 +63,64 @@ class TemplateChat(ChatFormat):
             self._variables = meta.find_undeclared_variables(environment.parse(template))
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
-        self._marks = _Marks(tokenizer.added_tokens)
+        self._marks = _Marks(tokenizer.control_tokens(template))
         eos = tokenizer.eos_token_id
         self._stop_token_ids = () if eos is None else (eos,)
 
     def render(self, request: Mapping[str, Any]) -> ChatPrompt:
         tools = self._tools(request)
         said = {
-            "messages": [self._message(message) for message in request["messages"]],
             "tools": tools,
             "documents": request.get("documents"),
             **self._switches(request),
         }
-        mark = _unused_character(json.dumps(said, ensure_ascii=False) + self._source)
-        variables = {name: self._marks.put(value, mark) for name, value in said.items()}
-        variables |= self._tokenizer.special_tokens
-        begun = _begun_answer(said["messages"])
-        variables["add_generation_prompt"] = begun is None
-        prompt, special_ranges = self._marks.take_out(self._run(variables), mark)
-        if begun is not None:
-            prompt = _up_to(prompt, begun)
-            special_ranges = [(start, end) for start, end in special_ranges if end <= len(prompt)]
-        reasoning = self._reasoning(prompt)
+        begun = _begun_answer(request["messages"])
+        prompt, special_ranges = self._written(said, request["messages"], begun)
+        reasoning = self._reasoning(prompt, special_ranges, begun)
         calls = tools is not None and self._can_call
         style = AnswerStyle(reasoning, TaggedCalls() if calls else None)
         return ChatPrompt(
-            self._tokenizer.encode_prompt(prompt, special_ranges),
-            lambda: _parser(reasoning, calls),
+            self._tokenizer.encode_prompt(prompt, special_ranges, self._source),
+            lambda: self._parser(reasoning, calls),
             stop_token_ids=self._stop_token_ids,
             grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
         )
+
+    def _written(
+        self, said: Mapping[str, Any], messages: list[Mapping[str, Any]], begun: str | None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The prompt and where its special tokens lie. Templates differ in how they read calls' arguments."""
+        has_calls = any(message.get("tool_calls") for message in messages)
+        errors: list[_TemplateError] = []
+        for form in ArgumentsForm if has_calls else [ArgumentsForm.AS_WRITTEN]:
+            told = {"messages": [self._message(message, form) for message in messages], **said}
+            try:
+                return self._rendered(told, begun)
+            except _TemplateError as error:
+                errors.append(error)
+        raise errors[0]
+
+    def _rendered(self, said: Mapping[str, Any], begun: str | None) -> tuple[str, list[tuple[int, int]]]:
+        text = json.dumps(said, ensure_ascii=False) + self._source
+        mark = unused_character(text)
+        variables = {name: self._marks.put(value, mark) for name, value in said.items()}
+        variables |= self._tokenizer.special_tokens
+        variables["add_generation_prompt"] = begun is None
+        if begun is None:
+            return self._marks.take_out(self._run(variables), mark)
+        edge = unused_character(text + mark)
+        # Between two edges nothing is trimmed; the first one is left out where templates look at beginnings.
+        begun = variables["messages"][-1]["content"]
+        between = f"{edge if begun[:1].isspace() else ''}{begun}{edge}"
+        variables["messages"][-1]["content"] = between
+        rendered = self._run(variables)
+        end = rendered.rfind(between)
+        if end < 0 or edge in rendered[end + len(between) :]:
+            raise RequestError(
+                "this model's chat template changes the last message, so it cannot be continued (prefix)",
+                param="messages",
+            )
+        return self._marks.take_out(rendered[: end + len(between)].replace(edge, ""), mark)
 
     def _run(self, variables: Mapping[str, Any]) -> str:
         pieces, size = [], 0
@@ -97,7 +131,7 @@ class TemplateChat(ChatFormat):
                     break
                 pieces.append(piece)
         except Exception as error:  # templates fail in any way that Python code can
-            raise RequestError(
+            raise _TemplateError(
                 f"the model's chat template does not take these messages: {error}", param="messages"
             ) from None
         if size > MAX_PROMPT_CHARS:
@@ -112,11 +146,32 @@ class TemplateChat(ChatFormat):
         """Whether the template teaches the spelling of tool calls that we read."""
         return TOOL_CALL in self._source
 
-    def _reasoning(self, prompt: str) -> Reasoning:
-        prompt = prompt.rstrip()
-        if END_THINK not in self._source or prompt.endswith(END_THINK):
+    def _reasoning(self, prompt: str, special_ranges: list[tuple[int, int]], begun: str | None) -> Reasoning:
+        """How the answer goes on behind the prompt, which ends with what was `begun` of it."""
+        if END_THINK not in self._source:
             return Reasoning.NONE
-        return Reasoning.OPEN if prompt.endswith(THINK) else Reasoning.POSSIBLE
+        begun = begun or ""
+        head = prompt[: len(prompt) - len(begun)].rstrip()
+        last = next((prompt[a:b] for a, b in reversed(special_ranges) if b == len(head)), None)
+        tokens = self._tokenizer.added_tokens
+
+        def opens(tag: str) -> bool:
+            return last == tag if tag in tokens else head.endswith(tag)
+
+        is_open = opens(THINK) or begun.lstrip().startswith(THINK)
+        if is_open and END_THINK not in begun:
+            return Reasoning.OPEN
+        return Reasoning.NONE if is_open or opens(END_THINK) or begun.strip() else Reasoning.POSSIBLE
+
+    def _parser(self, reasoning: Reasoning, calls: bool) -> OutputParser:
+        if reasoning is Reasoning.NONE and not calls:
+            return PlainParser()
+        return TaggedParser(
+            reasoning=reasoning is not Reasoning.NONE,
+            in_reasoning=reasoning is Reasoning.OPEN,
+            tools=calls,
+            tokens=self._tokenizer.added_tokens,
+        )
 
     def _tools(self, request: Mapping[str, Any]) -> Any:
         choice = request.get("tool_choice")
@@ -132,8 +187,8 @@ class TemplateChat(ChatFormat):
             raise RequestError("this model's chat template has no place for tools", param="tools")
         return tools
 
-    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """A message as templates expect it: content a string, arguments of tool calls an object."""
+    def _message(self, message: Mapping[str, Any], form: ArgumentsForm) -> dict[str, Any]:
+        """A message as templates expect it: content a string, calls' arguments in one of their forms."""
         role = message.get("role")
         if role not in ROLES:
             raise RequestError(f"role must be one of {', '.join(ROLES)}, got {role!r}", param="messages")
@@ -141,7 +196,7 @@ class TemplateChat(ChatFormat):
             role = "system"
         shaped = {**message, "role": role, "content": _content(message.get("content"))}
         if message.get("tool_calls"):
-            shaped["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+            shaped["tool_calls"] = [tool_call(call, form) for call in message["tool_calls"]]
         return shaped
 
     def _switches(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,24 +214,21 @@ class TemplateChat(ChatFormat):
         thinking = (request.get("thinking") or {}).get("type")
         if effort == "none" or thinking == "disabled":
             switches = {"enable_thinking": False, "thinking": False} | switches
+        elif thinking == "enabled":
+            switches = {"enable_thinking": True, "thinking": True} | switches
         return switches
 
 
-def _parser(reasoning: Reasoning, calls: bool) -> OutputParser:
-    if reasoning is Reasoning.NONE and not calls:
-        return PlainParser()
-    return TaggedParser(
-        reasoning=reasoning is not Reasoning.NONE, in_reasoning=reasoning is Reasoning.OPEN, tools=calls
-    )
-
-
 class _Marks:
-    """Puts marks into what a request says, and takes them out of what the template made of it."""
+    """Puts marks into what a request says, and takes them out of what the template made of it.
 
-    def __init__(self, added_tokens: Iterable[str]) -> None:
-        # A token of one character cannot be broken by a mark inside, so it is never special here.
-        tokens = sorted((token for token in added_tokens if len(token) > 1), key=len, reverse=True)
-        pattern = "|".join(re.escape(token) for token in tokens) or r"(?!)"
+    A control token of one character cannot be broken by a mark inside: it gets two in front.
+    """
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        tokens = list(control_tokens)
+        self._single = {token for token in tokens if len(token) == 1}
+        pattern = pattern_of(tokens)
         self._token = re.compile(pattern)
         self._token_start = re.compile(f"(?=({pattern}))(.)", re.DOTALL)
         self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
@@ -186,7 +238,8 @@ class _Marks:
     def put(self, value: Any, mark: str) -> Any:
         """`value` with its strings marked; roles are left alone, they were checked."""
         if isinstance(value, str):
-            return self._marked(value, mark)
+            marked = self._marked(value, mark)
+            return WrittenArguments(marked) if isinstance(value, WrittenArguments) else marked
         if isinstance(value, Mapping):
             return {
                 self._break(key, mark): item if key == "role" else self.put(item, mark)
@@ -202,6 +255,8 @@ class _Marks:
         ranges: list[tuple[int, int]] = []
         done = size = 0
         for match in self._token.finditer(rendered):
+            if match.group() in self._single and rendered.endswith(mark * 2, 0, match.start()):
+                continue
             plain = rendered[done : match.start()].replace(mark, "")
             parts += [plain, match.group()]
             size += len(plain)
@@ -212,7 +267,12 @@ class _Marks:
 
     def _break(self, text: str, mark: str) -> str:
         """A mark after the first character of every special token that is spelled in `text`."""
-        return self._token_start.sub(lambda match: match.group(2) + mark, text)
+
+        def broken(match: re.Match[str]) -> str:
+            front = mark * 2 if match.group(2) in self._single else ""
+            return front + match.group(2) + (mark if len(match.group(1)) > 1 else "")
+
+        return self._token_start.sub(broken, text)
 
     def _marked(self, text: str, mark: str) -> str:
         text = self._break(text, mark)
@@ -254,6 +314,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as models saw it in training: no HTML escapes, which Jinja's own filter makes."""
+    if isinstance(value, WrittenArguments):
+        return str(value)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -263,33 +325,14 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _unused_character(text: str) -> str:
-    for code in PRIVATE_USE:
-        if chr(code) not in text:
-            return chr(code)
-    raise RequestError("the messages use every private-use character there is", param="messages")
-
-
-def _begun_answer(messages: list[dict[str, Any]]) -> str | None:
+def _begun_answer(messages: list[Mapping[str, Any]]) -> str | None:
     """Text of the answer that the last message has begun (`prefix`), which the model is to go on with."""
     last = messages[-1] if messages else {}
     if last.get("role") != "assistant" or not last.get("prefix"):
         return None
-    text: str = last["content"].strip()
-    if not text:
-        raise RequestError("a message with prefix needs content to be continued", param="messages")
-    return text
-
-
-def _up_to(prompt: str, text: str) -> str:
-    """The prompt without what the template writes behind the last `text`, such as an end of turn."""
-    found = prompt.rfind(text)
-    if found < 0:
-        raise RequestError(
-            "this model's chat template changes the last message, so it cannot be continued (prefix)",
-            param="messages",
-        )
-    return prompt[: found + len(text)]
+    if last.get("tool_calls"):
+        raise RequestError("a message with tool_calls is complete and cannot be continued", param="messages")
+    return _content(last.get("content"))
 
 
 def _content(content: Any) -> str:
@@ -300,16 +343,3 @@ def _content(content: Any) -> str:
     if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
         raise RequestError("this model reads text only; send content parts of type text", param="messages")
     return "\n".join(texts)
-
-
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(call.get("function") or {})
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise RequestError(
-                f"the arguments of tool call {function.get('name')!r} are not valid JSON", param="messages"
-            ) from None
-    return {**call, "function": function}

@@ -1,1 +1,1 @@
-"""Model families: one interface, a registry, and a folder or file for each architecture."""
+"""Model families: one interface, a registry, and a folder for each architecture."""

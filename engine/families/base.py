@@ -1,6 +1,7 @@
 """The family interface: what the engine asks of a model, whatever its architecture.
 
-A family is one file in `engine/families/` with one `Family` object, and one line in the registry.
+A family is a folder in `engine/families/` with one `Family` object, and a line in the registry for each of
+its model types.
 """
 
 from __future__ import annotations
@@ -198,11 +199,18 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Compare the checkpoint with what this family reads, from config and headers alone.
+
+        Raises CheckpointError listing everything that is wrong.
+        """
+
+    @abstractmethod
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
         """The model, its weights read within `budget`, still packed.
 
-        Raises CheckpointError listing everything that is wrong, before anything large is read, and
-        BudgetError where what every token needs does not fit.
+        Raises what `check` does, before anything large is read, and BudgetError where what every token
+        needs does not fit.
         """
 
 

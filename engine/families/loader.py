@@ -1,24 +1,27 @@
-"""From a path to something that can chat: checkpoint, family, model, tokenizer and chat format."""
+"""From a path to something that can chat: checkpoint, family, model, tokenizer and chat format.
+
+`open_model` does all of that but the weights, so that what loading would refuse is known without loading.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.chat.format import ChatFormat
 from engine.chat.registry import chat_format_for
 from engine.embedded import embedded_sampling
-from engine.families.base import Component, Model, ModelInfo
+from engine.families.base import Component, Family, Model, ModelInfo
 from engine.families.registry import family_of
-from engine.sampling.defaults import sampling_defaults
+from engine.sampling.defaults import end_token_ids, sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.checkpoint.gguf_files import open_gguf
+from memory.checkpoint.gguf_files import is_gguf, open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
-from quant.errors import CheckpointError, ConfigError
+from quant.errors import CheckpointError, ConfigError, Findings
 from quant.kernels.choice import choose
 
 
@@ -37,26 +40,54 @@ class Loaded:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights."""
+    """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights.
+
+    What a file is called does not matter, nor whether links lead to it.
+    """
     if path.is_dir():
         return open_safetensors(path)
-    if path.suffix == ".gguf":
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; download it again")
+    if path.suffix.lower() == ".gguf" or is_gguf(path):
         return open_gguf(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory; a model is a directory or a .gguf file")
     raise CheckpointError(f"{path}: not a model directory and not a .gguf file")
 
 
-def describe(path: Path) -> tuple[ModelInfo, list[Component]]:
-    """What the checkpoint at `path` is, from config and headers alone."""
-    checkpoint = open_checkpoint(path)
-    return family_of(checkpoint).describe(checkpoint)
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that is in order as far as headers and small files tell; no weights were read yet."""
+
+    checkpoint: Checkpoint
+    family: Family
+    info: ModelInfo
+    components: list[Component]
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    sampling: Mapping[str, Any]
+
+    def load(self, budget: MemoryBudget) -> Loaded:
+        """Read its weights, within `budget`."""
+        kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
+        model = self.family.load(self.checkpoint, kernels, budget)
+        model.info = replace(model.info, eos_token_ids=self.info.eos_token_ids)
+        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling)
 
 
 def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
     """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
 
     A ConfigError says where the model was not made for `context` tokens.
+    """
+    return open_model(path, context).load(budget or MemoryBudget.of_this_machine())
+
+
+def open_model(path: Path, context: int | None = None) -> OpenedModel:
+    """The checkpoint directory or GGUF file at `path`, with all that belongs to it but its weights.
+
+    Raises LociError with everything for which loading would refuse it, but the room that it needs. A
+    ConfigError says where the model was not made for `context` tokens.
     """
     checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
@@ -65,10 +96,28 @@ def load(path: Path, budget: MemoryBudget | None = None, context: int | None = N
         raise ConfigError(
             f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
         )
-    budget = budget or MemoryBudget.of_this_machine()
-    kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
-    tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
-    chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
-    sampling = sampling_defaults(path) or embedded_sampling(path)
-    model = family.load(checkpoint, kernels, budget)  # last: it is large, all else may still be refused
-    return Loaded(model, tokenizer, chat, components, sampling)
+    findings = Findings()
+    with findings.checking():
+        family.check(checkpoint)
+    with findings.checking():
+        tokenizer = Tokenizer.from_directory(path) if path.is_dir() else Tokenizer.from_gguf(checkpoint)
+        chat = chat_format_for(checkpoint.model_type, checkpoint.config, tokenizer)
+        info = replace(info, eos_token_ids=_end_token_ids(path, info, tokenizer))
+    with findings.checking():
+        sampling = sampling_defaults(path) or embedded_sampling(path)
+    findings.raise_any()
+    return OpenedModel(checkpoint, family, info, components, tokenizer, chat, sampling)
+
+
+def _end_token_ids(path: Path, info: ModelInfo, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the model's config and of `generation_config.json` together;
+    the tokenizer's own where neither names one."""
+    wrong = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
+    if wrong:
+        raise ConfigError(
+            f"{path}: end-of-sequence ids {wrong} are not in the vocabulary, 0 to {info.vocab_size - 1}"
+        )
+    named = (*info.eos_token_ids, *end_token_ids(path, info.vocab_size))
+    if not named and tokenizer.eos_token_id is not None:
+        named = (tokenizer.eos_token_id,)
+    return tuple(dict.fromkeys(named))

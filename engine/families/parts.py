@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 
 from memory.checkpoint.checkpoint import Checkpoint
@@ -13,13 +14,12 @@ LAYER_PREFIXES = ("layers.", "model.layers.", "blk.")
 
 
 class Parts:
-    """`(part, layer)` -> Weights; tensors whose names begin with one of `ignored` are left out."""
+    """`(part, layer)` -> Weights; tensors whose names match `ignored` are left out."""
 
-    def __init__(self, checkpoint: Checkpoint, ignored: tuple[str, ...] = ()) -> None:
+    def __init__(self, checkpoint: Checkpoint, ignored: re.Pattern[str] | None = None) -> None:
         self.weights: dict[tuple[str, int], Weights] = defaultdict(Weights)
-        for name, entry in checkpoint.entries.items():
-            if not name.startswith(ignored):
-                self.weights[_part_of(name)] += _weights_of(name, entry)
+        for name, entry in checkpoint.used(ignored).items():
+            self.weights[_part_of(name)] += _weights_of(name, entry)
 
     def of(self, part: str, layer: int = -1) -> Weights:
         """What a part weighs; nothing where the checkpoint has none."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engine.families.deepseek_v41.config import parse_config as parse_v41
 from engine.families.deepseek_v41.shape import checkpoint_shape
 from engine.families.llama.config import parse_config as parse_llama
-from engine.families.loader import open_checkpoint
+from engine.families.llama.tensors import IGNORED
 from engine.families.parts import Parts
 from engine.families.registry import family_of
 from memory.checkpoint.checkpoint import Checkpoint
@@ -16,24 +14,25 @@ from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import ConfigError
 
 
-def shape_of(path: Path) -> ModelShape:
-    """The shape of the checkpoint at `path`; headers are read, no weights.
+def shape_of(checkpoint: Checkpoint) -> ModelShape:
+    """The shape of a checkpoint, from its config and headers.
 
-    Raises ConfigError for a family that cannot be planned yet, and what opening a checkpoint raises.
+    Raises ConfigError for a family that cannot be planned yet, and for a config that it cannot run.
     """
-    checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
     info, _ = family.describe(checkpoint)
     if family.name == "deepseek_v41":
         return checkpoint_shape(parse_v41(checkpoint.config), checkpoint, info.name)
     if family.name == "llama":
         return _llama(checkpoint, info.name)
-    raise ConfigError(f"{path}: models of family {family.name} cannot be planned from a checkpoint yet")
+    raise ConfigError(
+        f"{checkpoint.path}: models of family {family.name} cannot be planned from a checkpoint yet"
+    )
 
 
 def _llama(checkpoint: Checkpoint, name: str) -> ModelShape:
     c = parse_llama(checkpoint)
-    parts = Parts(checkpoint)
+    parts = Parts(checkpoint, IGNORED)
     entry_bytes = 2 * KV_VALUE_BYTES * c.kv_heads * c.head_dim
     kv = KvShape(
         ratio=1,

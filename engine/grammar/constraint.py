@@ -30,6 +30,19 @@ LIMITS = llguidance.LLParserLimits(
     max_grammar_size=100_000, max_lexer_states=20_000, step_max_items=20_000, verbose_errors=False
 )
 
+# What the library tells programs that call it, and what a client can do.
+ADVICE = {
+    ". Enable 'coerce_one_of' option to approximate oneOf with anyOf": (
+        " where a value may match several alternatives; write anyOf"
+    ),
+    "either increase limits.initial_lexer_fuel or disable limits.precompute_large_lexemes": (
+        "make the grammar simpler"
+    ),
+    "Default retriever does not fetch resources": (
+        "the server does not fetch resources; put it into the schema, under $defs"
+    ),
+}
+
 
 class GrammarCompiler:
     """Compiles grammars for one vocabulary and hands out constraints. Thread-safe.
@@ -192,4 +205,7 @@ def _reason(matcher: llguidance.LLMatcher) -> str:
     if not error or error.startswith("NoExtension"):
         return "there is no token for what must come next"
     lines = [line.strip() for line in error.splitlines()]
-    return "; ".join(line for line in lines if line and "|" not in line and line[0] not in "^<")[:500]
+    reason = "; ".join(line for line in lines if line and "|" not in line and line[0] not in "^<")
+    for advice, ours in ADVICE.items():
+        reason = reason.replace(advice, ours)
+    return reason[:500]

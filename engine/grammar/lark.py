@@ -15,6 +15,9 @@ from typing import Any
 
 import llguidance
 
+from engine.grammar.finite import without_endless
+from engine.grammar.numbers import check_multiples, with_safe_numbers
+
 MAX_BYTES = 256 << 10
 
 # Text, unlike the complement of a pattern, holds no broken characters and no added tokens.
@@ -98,7 +101,16 @@ class GrammarWriter:
         return self.terminal(f"{ANY_TEXT} & {_without(tag if match is None else match.group())}")
 
     def json(self, schema: Mapping[str, Any], field: str, *, lenient: bool = False) -> str:
-        """JSON by a schema. `lenient` passes over keywords that cannot be enforced."""
+        """JSON by a schema. `lenient` passes over keywords that cannot be enforced.
+
+        Raises RequestError naming `field` for a schema without a finite document, and for numbers that
+        cannot be enforced.
+        """
+        text = json.dumps(schema)
+        if len(text) <= MAX_BYTES:  # others are refused when they are compiled
+            schema = with_safe_numbers(schema, field, lenient=lenient)
+            check_multiples(schema, field, merges='"$ref"' in text or '"allOf"' in text)
+            schema = without_endless(schema, field) if '"$ref"' in text else schema
         guidance = {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}
         return self._part({"json_schema": {**schema, "x-guidance": guidance}}, field)
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.chat.output_parser import END_TOOL_CALL, TOOL_CALL
+from engine.chat.call_block import END_TOOL_CALL, TOOL_CALL
 from engine.grammar.lark import GrammarWriter, escaped
 from quant.errors import RequestError
 

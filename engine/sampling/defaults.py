@@ -1,4 +1,4 @@
-"""How a model wants to be sampled where a request does not say: `generation_config.json` beside it."""
+"""How a model wants to be sampled, and what ends its answers: `generation_config.json` beside it."""
 
 from __future__ import annotations
 
@@ -26,16 +26,7 @@ def sampling_defaults(checkpoint: Path) -> Mapping[str, Any]:
     `do_sample: false` means greedy. Raises ConfigError for a file that is damaged.
     """
     file = checkpoint / FILE_NAME
-    if not file.is_file():
-        return {}
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; that is no generation config")
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid JSON ({error}); mend or remove it") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file}: a JSON object was expected")
+    config = _read(file)
     defaults: dict[str, Any] = {}
     for name, kind in FIELDS.items():
         value = config.get(name)
@@ -47,3 +38,32 @@ def sampling_defaults(checkpoint: Path) -> Mapping[str, Any]:
     if config.get("do_sample") is False:
         defaults["temperature"] = 0.0
     return defaults
+
+
+def end_token_ids(checkpoint: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end an answer by this file, beside those that the model's own config names.
+
+    Raises ConfigError for a file that is damaged, or an id that is none of the vocabulary's.
+    """
+    file = checkpoint / FILE_NAME
+    value = _read(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
+        raise ConfigError(
+            f"{file}: eos_token_id is {value!r}, expected token ids from 0 to {vocab_size - 1}; mend it"
+        )
+    return tuple(dict.fromkeys(ids))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; that is no generation config")
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not valid JSON ({error}); mend or remove it") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: a JSON object was expected")
+    return config

@@ -18,6 +18,7 @@ class SamplingParams:
     how many alternatives to report beside the chosen token (0 to 20); `prompt_logprobs` the same for the
     prompt's own tokens. `grammar` is what the answer must match. `seed` None draws one. `max_tokens` None
     means as many as the context holds. `min_tokens` come before any token or string that ends the answer.
+    With `skip_special` special tokens make no text.
     Raises RequestError naming the field.
     """
 
@@ -35,6 +36,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False
+    skip_special: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -10,55 +10,87 @@ from engine.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is now certain, and the stop string that ended it, if one did."""
+    """Text that is now certain, and the stop string that ended it, if one did.
+
+    special_ranges  `[start, end)` offsets of what added tokens wrote in it, whole ones only
+    """
 
     text: str
     stop: str | None = None
+    special_ranges: tuple[tuple[int, int], ...] = ()
+
+    def joined(self, then: Piece) -> Piece:
+        """This piece and the next one."""
+        shifted = ((len(self.text) + start, len(self.text) + end) for start, end in then.special_ranges)
+        return Piece(self.text + then.text, then.stop, (*self.special_ranges, *shifted))
 
 
 class Detokenizer:
     """Streams the text of one sequence.
 
     Bytes that do not yet complete a character are held back, and so is text that may turn out to
-    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text.
+    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text, with
+    `skip_special` special tokens are not.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, include_stop: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        skip_special: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = stop
         self._include_stop = include_stop
+        added = tokenizer.backend.get_added_tokens_decoder().items() if skip_special else ()
+        self._skipped = {i for i, token in added if token.special}
         self._held = ""
+        self._added_ids = frozenset(tokenizer.added_tokens.values())
+        self._special: list[tuple[int, int]] = []  # ranges of the text that is held
 
     def push(self, token_id: int, *, may_stop: bool = True) -> Piece:
         """The text that `token_id` makes certain; with `may_stop` False it is no part of a stop string."""
-        text = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-        return self._release(text) if may_stop else Piece(text)
+        written = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
+        self._held += self._decoder.decode(written)
+        if written and token_id in self._added_ids:
+            end = len(self._held)
+            self._special.append((end - len(written.decode()), end))
+        return self._release() if may_stop else self._piece(len(self._held))
 
     def finish(self) -> Piece:
         """Everything still held back; a character that never completed becomes U+FFFD."""
-        piece = self._release(self._decoder.decode(b"", final=True))
-        if piece.stop is not None:
-            return piece
-        rest, self._held = self._held, ""
-        return Piece(piece.text + rest)
+        self._held += self._decoder.decode(b"", final=True)
+        stopped = self._stopped()
+        return self._piece(len(self._held)) if stopped is None else stopped
 
-    def _release(self, text: str) -> Piece:
-        if not self._stop:
-            return Piece(text)
-        self._held += text
+    def _release(self) -> Piece:
+        stopped = self._stopped()
+        if stopped is not None:
+            return stopped
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        return self._piece(len(self._held) - keep)
+
+    def _stopped(self) -> Piece | None:
+        """The last piece, where a stop string is in what is held."""
         matches = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if matches:
-            at, stop = min(matches, key=lambda match: (match[0], -len(match[1])))
-            text = self._held[: at + len(stop) if self._include_stop else at]
-            self._held = ""
-            return Piece(text, stop)
-        keep = max(_overlap(self._held, stop) for stop in self._stop)
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(certain) :]
-        return Piece(certain)
+        if not matches:
+            return None
+        at, stop = min(matches, key=lambda match: (match[0], -len(match[1])))
+        text = self._held[: at + len(stop) if self._include_stop else at]
+        special = tuple((start, end) for start, end in self._special if end <= len(text))
+        self._held, self._special = "", []
+        return Piece(text, stop, special)
+
+    def _piece(self, length: int) -> Piece:
+        """So many held characters, fewer where they would end inside a token that stands outside text."""
+        length = min([length, *(start for start, end in self._special if end > length)])
+        text, self._held = self._held[:length], self._held[length:]
+        special = tuple(spot for spot in self._special if spot[1] <= length)
+        self._special = [(start - length, end - length) for start, end in self._special if end > length]
+        return Piece(text, special_ranges=special)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,8 +1,8 @@
 """Text to token ids and back, over the `tokenizers` library.
 
-Two encoders share one vocabulary: one knows the added tokens (`<|im_start|>`, `<think>` ...), the
-other takes every text literally. What users write goes through the second, so that spelling a
-special token never becomes that token; prompts say by place which tokens are special.
+What users write in a chat never becomes a control token (`<|im_start|>`, `<think>` ...) by spelling it:
+prompts say by place where these stand. All else is encoded as `transformers` does, added tokens that are
+plain text (runs of spaces, words) among it.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from typing import Any
 
 import tokenizers
 
+from engine.tokenizer.directory import (
+    add_tokens_of,
+    bounded,
+    named_tokens,
+    read_backend,
+    read_config,
+    template_of,
+)
 from engine.tokenizer.gguf import backend_from_gguf
+from engine.tokenizer.prompt import BYTE_TOKEN, PromptEncoder, encode_text, without_added_tokens
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.errors import CheckpointError, ConfigError, RequestError
+from quant.errors import CheckpointError, ConfigError
 
-MAX_FILE_BYTES = 256 << 20
-MAX_TEMPLATE_CHARS = 1 << 20
-
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+MARKUP = re.compile(r"(?s)(?=.*[^\w\s\u2581]).{3,}")  # not a word, not a run of spaces, not a comma
 
 
 class Tokenizer:
     """A tokenizer and what the engine needs of it.
 
     backend         the library's own object
-    bos_token_id    beginning of sequence; `add_bos` says whether plain prompts (completions) start with it
+    bos_token_id    beginning of sequence; `add_bos` says whether plain prompts (completions) start with it;
+                    chat templates write it themselves
     eos_token_id    the tokenizer's own end of sequence; a checkpoint's config may name more
     chat_template   Jinja source, where the checkpoint brings one
     size            ids that exist lie below this; a model's vocabulary may be padded beyond it
@@ -54,40 +61,30 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.size = max(backend.get_vocab().values(), default=-1) + 1
-        self._literal = _without_added_tokens(backend)
+        self._prefix = _prefix(backend, bos_token_id, add_bos)
+        self._literal = without_added_tokens(backend)
+        self._prompts: dict[str | None, PromptEncoder] = {}  # by template
         self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
 
     @classmethod
     def from_directory(cls, path: Path) -> Tokenizer:
-        """Read `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` of a checkpoint directory.
+        """Read a checkpoint directory's `tokenizer.json`, `tokenizer_config.json`,
+        `special_tokens_map.json` and `chat_template.jinja`.
 
-        Only `tokenizer.json` must be there. Raises CheckpointError for a file that is missing or
+        Only the first must be there. Raises CheckpointError for a file that is missing or
         damaged, ConfigError for a setting that contradicts the vocabulary.
         """
-        file = path / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(
-                f"{path}: there is no tokenizer.json; copy it from where the model comes from "
-                "(a SentencePiece tokenizer.model alone is not read)"
-            )
-        text = _read_text(file)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more precise
-            raise CheckpointError(f"{file}: not a tokenizer ({error}); download it again") from None
-        backend.no_truncation()
-        backend.no_padding()
-
+        config = read_config(path)
+        backend = read_backend(path, config)
         config_file = path / "tokenizer_config.json"
-        config = _read_object(config_file) if config_file.is_file() else {}
-        special = {name: _spelling(config[name]) for name in config if name.endswith("_token")}
-        special_tokens = {name: text for name, text in special.items() if text is not None}
+        add_tokens_of(config, backend, config_file)
+        special_tokens = named_tokens(config)
         bos_token_id = _id_of(backend, special_tokens.get("bos_token"), config_file)
         return cls(
             backend,
             bos_token_id=bos_token_id,
             add_bos=_adds_bos(backend, config, bos_token_id),
-            chat_template=_template_of(path, config),
+            chat_template=template_of(path, config),
             eos_token_id=_id_of(backend, special_tokens.get("eos_token"), config_file),
             special_tokens=special_tokens,
         )
@@ -108,7 +105,7 @@ class Tokenizer:
             backend,
             bos_token_id=bos,
             add_bos=metadata.get("tokenizer.ggml.add_bos_token") is True,
-            chat_template=_bounded(template, checkpoint.path) if isinstance(template, str) else None,
+            chat_template=bounded(template, checkpoint.path) if isinstance(template, str) else None,
             eos_token_id=eos,
             special_tokens={
                 name: backend.decode([i], skip_special_tokens=False)
@@ -122,34 +119,52 @@ class Tokenizer:
         """Spelling -> id of the tokens that stand outside ordinary text: special ones and other markers."""
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
-        """Token ids of `text`; with `parse_special` the spelling of a special token becomes that token.
+    def control_tokens(self, template: str | None = None) -> dict[str, int]:
+        """Spelling -> id of the added tokens that users must not be able to write.
 
-        `add_special_tokens` puts the beginning-of-sequence token in front where `add_bos` says so.
-        Raises RequestError for text that is not valid Unicode.
+        These are the special ones, and of the others those that look like markup, where `template` writes
+        them or there is none. The rest (runs of spaces, words) are text.
         """
-        ids = _encode(self.backend if parse_special else self._literal, text)
-        if add_special_tokens and self.add_bos and self.bos_token_id is not None:
-            return [self.bos_token_id, *ids]
-        return ids
+        special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        special |= set(self.special_tokens.values())
+        return {
+            token: i
+            for token, i in self.added_tokens.items()
+            if token in special or (MARKUP.fullmatch(token) and (template is None or token in template))
+        }
 
-    def encode_prompt(self, text: str, special_ranges: Iterable[tuple[int, int]]) -> list[int]:
-        """Token ids of a rendered prompt whose special tokens are known by their place.
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`; with `parse_special` the spelling of an added token becomes that token.
+
+        `add_special_tokens` puts in front what the model's texts begin with, where `add_bos` says so and
+        the text does not begin with it. Raises RequestError for text that is not valid Unicode.
+        """
+        if not parse_special:
+            spell = self._prompt_encoder(None).spelled_out
+            return [small for i in encode_text(self._literal, text) for small in spell(i)]
+        ids = encode_text(self.backend, text)
+        return self.front_of(ids) + ids if add_special_tokens else ids
+
+    def front_of(self, ids: list[int]) -> list[int]:
+        """What is to be put in front of a text's `ids`: nothing where it spells its beginning itself."""
+        return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+
+    def encode_prompt(
+        self, text: str, special_ranges: Iterable[tuple[int, int]], template: str | None = None
+    ) -> list[int]:
+        """Token ids of a rendered prompt whose control tokens (those of `template`) are known by their place.
 
         `special_ranges` are ascending, disjoint `[start, end)` offsets into `text`. What lies there
         becomes the token of that spelling (or stays text where the vocabulary has no such token);
-        everything else is taken literally.
+        elsewhere spelling one makes none.
         """
-        ids: list[int] = []
-        done = 0
-        for start, end in special_ranges:
-            token_id = self.added_tokens.get(text[start:end])
-            if token_id is None:
-                continue
-            ids += _encode(self._literal, text[done:start])
-            ids.append(token_id)
-            done = end
-        return ids + _encode(self._literal, text[done:])
+        return self._prompt_encoder(template).encode(text, special_ranges)
+
+    def _prompt_encoder(self, template: str | None) -> PromptEncoder:
+        encoder = self._prompts.get(template)
+        if encoder is None:
+            encoder = self._prompts[template] = PromptEncoder(self.backend, self.control_tokens(template))
+        return encoder
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of `ids`; bytes that do not complete a character become U+FFFD, unknown ids nothing."""
@@ -162,6 +177,15 @@ class Tokenizer:
             known = self._bytes[token_id] = self._spelled(token_id)
         return known
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one token; where its bytes are a part of a character, they are listed instead:
+        `bytes:\\xe2\\x82`, as OpenAI writes them."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
     def _spelled(self, token_id: int) -> bytes:
         token = self.backend.id_to_token(token_id)
         if token is None:
@@ -169,7 +193,8 @@ class Tokenizer:
         if token in self.added_tokens:
             return token.encode()
         if self._is_byte_level:
-            return bytes(BYTE_OF_CHARACTER[c] for c in token if c in BYTE_OF_CHARACTER)
+            known = all(c in BYTE_OF_CHARACTER for c in token)
+            return bytes(BYTE_OF_CHARACTER[c] for c in token) if known else token.encode()
         if match := BYTE_TOKEN.fullmatch(token):
             return bytes([int(match.group(1), 16)])
         return token.replace("\u2581", " ").encode()
@@ -191,54 +216,6 @@ def _byte_of_character() -> dict[str, int]:
 
 
 BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """An encoder over the same vocabulary (shared, not copied) that knows no added tokens."""
-    literal = tokenizers.Tokenizer(backend.model)
-    if backend.normalizer is not None:
-        literal.normalizer = backend.normalizer
-    if backend.pre_tokenizer is not None:
-        literal.pre_tokenizer = backend.pre_tokenizer
-    return literal
-
-
-def _encode(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text is not valid Unicode: a lone surrogate stands at character {error.start}"
-        ) from None
-    # Of the library's calls those for batches alone release the interpreter lock; a megabyte takes a second.
-    ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    return ids
-
-
-def _read_text(file: Path) -> str:
-    size = file.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{file}: {size} bytes, more than the {MAX_FILE_BYTES} such a file may have")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{file}: not UTF-8 text ({error}); download it again") from None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
-def _spelling(value: Any) -> str | None:
-    """A token in tokenizer_config.json is a string, or an object with its `content`."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
 
 
 def _id_of(backend: tokenizers.Tokenizer, spelling: str | None, file: Path) -> int | None:
@@ -269,19 +246,11 @@ def _adds_bos(backend: tokenizers.Tokenizer, config: Mapping[str, Any], bos_toke
     return bos_token_id is not None and bos_token_id in backend.encode("", add_special_tokens=True).ids
 
 
-def _template_of(path: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja`, or the config's `chat_template`: a string, or a list with a `default`."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return _bounded(_read_text(file), file)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return _bounded(template, path / "tokenizer_config.json") if isinstance(template, str) else None
-
-
-def _bounded(template: str, source: Path) -> str:
-    if len(template) > MAX_TEMPLATE_CHARS:
-        raise CheckpointError(f"{source}: the chat template has {len(template)} characters, refused")
-    return template
+def _prefix(backend: tokenizers.Tokenizer, bos_token_id: int | None, add_bos: bool) -> list[int]:
+    """What the tokenizer's own post-processor puts in front of a text, with BOS only if `add_bos`."""
+    encoded = backend.encode("a", add_special_tokens=True)
+    is_text = [sequence is not None for sequence in encoded.sequence_ids]
+    front: list[int] = encoded.ids[: is_text.index(True)] if True in is_text else []
+    if not add_bos or bos_token_id is None:
+        return [i for i in front if i != bos_token_id]
+    return front if bos_token_id in front else [bos_token_id, *front]

@@ -7,6 +7,8 @@ kinds exist: safetensors directories (`memory/checkpoint/safetensors_files.py`) 
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,20 @@ class Checkpoint:
         self.entries = entries
         self.problems = problems
 
-    def verify(self, specs: Mapping[str, TensorSpec], ignored_prefixes: tuple[str, ...] = ()) -> None:
+    @property
+    def name(self) -> str:
+        """What the directory or file is called."""
+        return name_of(self.path)
+
+    def used(self, ignored: re.Pattern[str] | None) -> dict[str, TensorEntry]:
+        """The entries, without those whose whole names match `ignored`."""
+        return {
+            name: entry
+            for name, entry in self.entries.items()
+            if ignored is None or not ignored.fullmatch(name)
+        }
+
+    def verify(self, specs: Mapping[str, TensorSpec], ignored: re.Pattern[str] | None = None) -> None:
         """Compare what there is with what a family expects; nothing but headers is read.
 
         Raises one CheckpointError that lists every problem: missing and unexpected tensors, wrong
@@ -60,8 +75,7 @@ class Checkpoint:
                 problems.append(f"{name}: dtype {entry.dtype}, expected {' or '.join(spec.dtypes)}")
         problems.extend(
             f"unexpected tensor {name} {list(self.entries[name].shape)}"
-            for name in sorted(self.entries.keys() - specs.keys())
-            if not name.startswith(ignored_prefixes)
+            for name in sorted(self.used(ignored).keys() - specs.keys())
         )
         if problems:
             raise CheckpointError(_list_problems(self.path, problems))
@@ -69,6 +83,15 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The raw bytes of a tensor, uint8 `[nbytes]`. Raises CheckpointError where they cannot be read."""
         return read_tensor(self.entries[name])
+
+
+def name_of(path: Path) -> str:
+    """What a model's directory or file is called, without `.gguf`; of a link, the link's own name.
+
+    In a cache of the Hugging Face Hub what a link leads to is called by its hash.
+    """
+    named = Path(os.path.abspath(path))
+    return named.stem if named.suffix.lower() == ".gguf" else named.name
 
 
 SHOWN_PROBLEMS = 40

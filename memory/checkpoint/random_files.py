@@ -24,6 +24,7 @@ import torch
 
 from memory.checkpoint.safetensors_files import INDEX_NAME
 from memory.checkpoint.safetensors_layout import PlacedTensor, place_tensors
+from memory.hardware.detect import usable_cores
 from quant.errors import BudgetError, CheckpointError, ConfigError
 from quant.formats.stored import FLOAT_DTYPES
 
@@ -103,7 +104,7 @@ def write_checkpoint(
         )
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=parent))
     try:
-        _write_files(plan, part, on_progress, seed, workers or os.cpu_count() or 1)
+        _write_files(plan, part, on_progress, seed, workers or usable_cores())
         part.chmod(0o755)
         part.rename(out)
     except OSError as error:

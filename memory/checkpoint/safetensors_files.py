@@ -2,12 +2,18 @@
 
 Layout of a file: 8 bytes little-endian header length, a JSON header naming dtype, shape and byte
 range (relative to the end of the header) of each tensor, then the bytes.
+
+Which files are the model's: those that the index names; else model.safetensors; else the one set of files
+that are numbered like model-00001-of-00002.safetensors; else the one file that is left beside those known
+to be something else.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,11 @@ from quant.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+NUMBERED = re.compile(r"(?P<stem>.*)-\d{1,5}-of-(?P<count>\d{1,5})\.safetensors")
+# Safetensors files that lie beside models and hold none: Loci's records, adapters.
+OTHERS = re.compile(r"(routing|engram|adapter.*)\.safetensors")
+# The same weights once more, under names of their maker's.
+COPIES = re.compile(r"consolidated.*\.safetensors")
 MAX_HEADER_BYTES = 100 << 20
 MAX_JSON_BYTES = 256 << 20
 DTYPE_BITS = {
@@ -67,19 +78,35 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
 def _shard_names(path: Path, index: dict[str, str]) -> list[str]:
     if index:
         return sorted(set(index.values()))
-    names = sorted(file.name for file in path.glob("*.safetensors"))
+    names = sorted(file.name for file in path.glob("[!.]*.safetensors") if not OTHERS.fullmatch(file.name))
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
+    names = [name for name in names if not COPIES.fullmatch(name)] or names
+    sets = {(found["stem"], found["count"]) for name in names if (found := NUMBERED.fullmatch(name))}
+    if len(sets) == 1:
+        stem, count = sets.pop()
+        return [
+            f"{stem}-{number:0{len(count)}}-of-{count}.safetensors" for number in range(1, int(count) + 1)
+        ]
     if not names:
-        raise CheckpointError(f"{path}: neither {INDEX_NAME} nor any .safetensors file is here")
+        raise CheckpointError(f"{path}: neither {INDEX_NAME} nor any .safetensors file of a model is here")
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{path}: there is no {INDEX_NAME}, and any of {', '.join(names)} could be the model; name the "
+            f"model's file {SINGLE_NAME}, or move the others away"
+        )
     return names
 
 
 def _read_header(file: Path, problems: list[str]) -> list[TensorEntry]:
     if not file.exists():
-        problems.append(f"missing shard {file.name}")
+        leads = f", a link to {file.readlink()}, which is not there" if file.is_symlink() else ""
+        problems.append(f"missing shard {file.name}{leads}")
         return []
     size = file.stat().st_size
+    if not file.is_file() or not os.access(file, os.R_OK):
+        problems.append(f"{file.name}: cannot be read; it must be a file that this user may read")
+        return []
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

@@ -25,6 +25,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.safetensors_files import INDEX_NAME, open_safetensors
 from memory.convert.plan import Choices, Convert, Plan, ShardPlan, job_bytes, make_plan
 from memory.convert.units import Done, is_intact, run_unit, units_of
+from memory.hardware.detect import usable_cores
 from quant.convert import Error
 from quant.errors import BudgetError, CheckpointError, ConfigError
 from quant.packed import Format
@@ -66,7 +67,7 @@ def convert_checkpoint(
         _check_disk(destination, missing)
         done_bytes = plan.source_bytes - sum(job_bytes(job) for shard in missing for job in shard.jobs)
         on_progress(done_bytes, plan.source_bytes)
-        with _worker_pool(workers or os.cpu_count() or 1) as pool:
+        with _worker_pool(workers or usable_cores()) as pool:
             for shard in missing:
                 for read in _write_shard(shard, destination, work, pool):
                     done_bytes += read
@@ -168,7 +169,7 @@ def _in_parallel(pool: ThreadPoolExecutor, shard: ShardPlan, output: int) -> Ite
     """Run a shard's units, a bounded number at a time."""
     units = units_of(shard)
     running: set[Future[Done]] = set()
-    window = 4 * (os.cpu_count() or 1)
+    window = 4 * usable_cores()
     try:
         while True:
             for unit in units:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from memory.tiers import Tier
+from quant.kernels.cpu.panels import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import SlotLayout
 
@@ -76,7 +77,8 @@ class SlotCopier:
 
     def __init__(self, tier: Tier, in_dram: SlotLayout, on_gpu: SlotLayout) -> None:
         self._queue = queue_of(tier.device)
-        self._gpu_layout = on_gpu if isinstance(on_gpu, GpuSlotLayout) else None
+        in_panels = isinstance(in_dram, ExpertSlotLayout)  # not where the host's kernels are plain torch
+        self._gpu_layout = on_gpu if in_panels and isinstance(on_gpu, GpuSlotLayout) else None
         self._staging = None
         if self._gpu_layout is not None:
             self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from memory.experts.policy import Beside, beside
 from memory.user_files import whole_file
-from quant.errors import CheckpointError
+from quant.errors import CheckpointError, ConfigError
 
 FILE_NAME = "routing.safetensors"
 
@@ -46,9 +46,17 @@ class RoutingTrace:
         return cls(ids.to(torch.int64))
 
     def save(self, file: Path) -> None:
-        """Write the trace, whole or not at all."""
-        with whole_file(file) as temporary:
-            save_file({"router_ids": self.router_ids.to(torch.int16).contiguous()}, temporary)
+        """Write the trace, whole or not at all. Raises ConfigError where it cannot be written."""
+        try:
+            with whole_file(file) as temporary:
+                save_file({"router_ids": self.router_ids.to(torch.int16).contiguous()}, temporary)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file}: cannot be written ({error}); name another with --out") from None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose routing it holds."""
+        return self.router_ids.shape[0]
 
     @property
     def layers(self) -> int:
@@ -93,6 +101,6 @@ def trace_beside(checkpoint: Path, layers: int, experts: int) -> torch.Tensor | 
     trace = RoutingTrace.load(file)
     if trace.layers != layers:
         raise CheckpointError(
-            f"{file}: traces {trace.layers} layers, the model has {layers}; record it again"
+            f"{file}: traces {trace.layers} layers, the model has {layers}; remove it and record it again"
         )
     return trace.shares(experts)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from memory.hardware.control_groups import cpu_quota, memory_groups, whole_cores
+
 # Instruction sets that kernels care about, by the names Linux (and Apple's sysctl) give them.
 RELEVANT_CPU_FLAGS = (
     "avx2",
@@ -77,7 +79,7 @@ class Disk:
 class Machine:
     """Facts about the machine; sizes in bytes.
 
-    cores               processors this process may use
+    cores               processors this process may keep busy
     memory_limit_bytes  what the container allows, None where nothing does
     available_bytes     memory that can still be taken, the container's limit considered
     disk_free_bytes     on the file system of the directory asked for
@@ -99,14 +101,14 @@ class Machine:
 
 def detect(directory: Path | None = None) -> Machine:
     """The machine this runs on; `directory` (default: the current one) says which disk is meant."""
-    group = _tightest_group()
+    limits = [group.limit_bytes for group in memory_groups(_read)]
     return Machine(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         cpu=_cpu_field("model name") or platform.processor() or platform.machine(),
         cores=usable_cores(),
         cpu_flags=_cpu_flags(),
         memory_bytes=psutil.virtual_memory().total,
-        memory_limit_bytes=None if group is None else group.limit_bytes,
+        memory_limit_bytes=min(limits, default=None),
         available_bytes=available_memory_bytes(),
         disk_free_bytes=shutil.disk_usage(directory or Path.cwd()).free,
         gpus=_gpus(),
@@ -116,12 +118,9 @@ def detect(directory: Path | None = None) -> Machine:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can still be taken without swapping, a container's limit considered."""
-    available = psutil.virtual_memory().available
-    group = _tightest_group()
-    if group is None:
-        return available
-    return max(0, min(available, group.limit_bytes - group.used_bytes + group.reclaimable_bytes))
+    """Memory that can still be taken without swapping, the limits of all control groups considered."""
+    rooms = [group.room_bytes for group in memory_groups(_read)]
+    return min([psutil.virtual_memory().available, *rooms])
 
 
 def resident_bytes() -> int:
@@ -139,8 +138,20 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is loaded (or, in a virtual machine under Windows, the host's is handed in)."""
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi"))
+
+
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may keep busy: those it may run on, or fewer where its time is limited."""
+    allowed = allowed_cores()
+    quota = cpu_quota(_read)
+    return allowed if quota is None else min(allowed, whole_cores(quota))
+
+
+def allowed_cores() -> int:
+    """Cores that this process may run on, however much of their time it gets."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -226,49 +237,6 @@ def _disks(root: Path = Path("/sys/block")) -> tuple[Disk, ...]:
         rotational = not is_virtual and _read(folder / "queue" / "rotational").strip() == "1"
         found.append(Disk(folder.name, model, nbytes, rotational))
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class _MemoryGroup:
-    """A control group that limits this process's memory."""
-
-    limit_bytes: int
-    used_bytes: int
-    reclaimable_bytes: int
-
-
-def _tightest_group() -> _MemoryGroup | None:
-    """The group with the lowest limit among this process's own and those above it; None without limits."""
-    groups = [group for directory in _group_directories() if (group := _read_group(directory))]
-    return min(groups, key=lambda group: group.limit_bytes, default=None)
-
-
-def _group_directories() -> list[Path]:
-    found = []
-    for line in _read("/proc/self/cgroup").splitlines():
-        _, controllers, name = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root = Path("/sys/fs/cgroup") / controllers
-        own = root / name.lstrip("/")
-        # Inside a container the name may be the host's; then only the root exists.
-        found += [d for d in (own, *own.parents) if d == root or root in d.parents]
-    return found
-
-
-def _read_group(directory: Path) -> _MemoryGroup | None:
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        limit, used = _read(directory / limit_name).strip(), _read(directory / used_name).strip()
-        # Version 2 writes "max" for unlimited, version 1 a number near 2^63.
-        if limit.isdecimal() and used.isdecimal() and int(limit) < 2**60:
-            # Pages of mapped files count as used, yet are given back on demand.
-            stat = dict(line.split() for line in _read(directory / "memory.stat").splitlines())
-            reclaimable = stat.get("total_inactive_file", stat.get("inactive_file", "0"))
-            return _MemoryGroup(int(limit), int(used), int(reclaimable))
-    return None
 
 
 def _read(path: str | Path) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.this_machine import Result
-from quant.errors import ConfigError
+from quant.errors import ConfigError, LociError
 from quant.formats.fp8 import FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.choice import choose
@@ -31,6 +31,8 @@ from quant.kernels.interface import ExpertWeights, MoeCall, Weight
 from quant.packed import PackedTensor
 
 RUNS = 5
+ATTEMPTS = 4
+DOUBT = 0.9  # all cores at less than this part of one core's rate are no noise but another program's work
 BLOCK = 4096  # direct reads want offsets, lengths and addresses to be multiples of this
 READ_DEPTHS = (1, 4, 16)
 READ_BYTES = 8 << 20
@@ -46,10 +48,13 @@ LINK_BYTES = 256 << 20
 def measure_dram(nbytes: int) -> list[Result]:
     """Plain reads of `nbytes` with one thread and with all, and random Engram rows gathered from them."""
     data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
-    results = []
-    for name, threads in (("dram_read_1_thread", 1), ("dram_read", torch.get_num_threads())):
+
+    def rate(threads: int) -> Callable[[], float]:
         read = _reader(data, threads)
-        results.append(Result(name, nbytes / _median_s(read) / 1e9, "GB/s"))
+        return lambda: nbytes / _median_s(read) / 1e9
+
+    alone, together = rates_of_one_and_all(rate(1), rate(torch.get_num_threads()))
+    results = [Result("dram_read_1_thread", alone, "GB/s"), Result("dram_read", together, "GB/s")]
     rows = nbytes // (ROW_COLUMNS + ROW_COLUMNS // 32)
     codes = data[: rows * ROW_COLUMNS].view(rows, ROW_COLUMNS)
     scales = data[rows * ROW_COLUMNS :][: rows * ROW_COLUMNS // 32].view(rows, -1)
@@ -59,6 +64,25 @@ def measure_dram(nbytes: int) -> list[Result]:
     seconds = _median_s(lambda: kernels.gather_rows(table, chosen))
     results.append(Result("dram_random_rows", len(chosen) / seconds, "rows/s"))
     return results
+
+
+def rates_of_one_and_all(one: Callable[[], float], every: Callable[[], float]) -> tuple[float, float]:
+    """What one core reaches and what all do, measured again while all seem slower than one.
+
+    What else runs on the machine only slows them down, so the best counts. Raises LociError where all stay
+    slower: such a figure would mislead every plan.
+    """
+    alone = together = 0.0
+    for _ in range(ATTEMPTS):
+        alone, together = max(alone, one()), max(together, every())
+        if together >= alone:
+            return alone, together
+    if together < DOUBT * alone:
+        raise LociError(
+            f"all cores read memory at {together:.3g} GB/s, one alone at {alone:.3g} GB/s: something else "
+            "keeps this machine busy; measure again when it is idle"
+        )
+    return alone, alone  # all reach what one of them does
 
 
 def measure_cpu(nbytes: int) -> list[Result]:

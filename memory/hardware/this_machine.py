@@ -88,6 +88,8 @@ def read_measured(machine: Machine, path: Path | None = None) -> dict[str, float
         values = {str(item["name"]): float(item["value"]) for item in report["results"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # measuring again mends it
+    if values.get("dram_read", 0.0) < values.get("dram_read_1_thread", 0.0):
+        values.pop("dram_read", None)  # measured while something else kept the cores busy
     return {name: value for name, value in values.items() if math.isfinite(value) and value > 0}
 
 

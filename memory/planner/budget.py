@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +19,8 @@ logger = logging.getLogger("loci.memory")
 
 # Share of the memory that is free at start that weights may take; the rest is for caches and work space.
 WEIGHTS_SHARE = 0.75
+# Share of a GPU's memory that can be asked for; the rest is the driver's and the kernels'.
+GPU_SHARE = 0.93
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,25 @@ class MemoryBudget:
             )
         budget = cls(dram_bytes, gpus, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
         return replace(budget, workload=workload) if workload else budget
+
+
+def unused_gpus_notice(devices: str | None) -> str | None:
+    """What a person should know who asked for no devices on a machine with GPUs; None where all is well."""
+    if devices is not None or not torch.cuda.is_available():
+        return None
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return gpus_advice([(gpu.name, gpu.total_memory) for gpu in gpus])
+
+
+def gpus_advice(gpus: Sequence[tuple[str, int]]) -> str:
+    """How to use GPUs of these names and bytes of memory."""
+    names = ", ".join(name for name, _ in gpus)
+    devices = ",".join(f"cuda:{max(1, int(GPU_SHARE * nbytes / 2**30))}GiB" for _, nbytes in gpus)
+    which, them = ("a GPU", "it") if len(gpus) == 1 else (f"{len(gpus)} GPUs", "them")
+    return (
+        f"this machine has {which} ({names}), and Loci does not use {them}: "
+        f"to do so, pass --devices {devices} or set LOCI_DEVICES={devices}"
+    )
 
 
 def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tier:

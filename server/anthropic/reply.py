@@ -8,12 +8,13 @@ from typing import Any
 
 from engine.chat.format import ChatPrompt
 from engine.output import FinishReason
+from server.anthropic.call_input import ControlCharacters, call_input
 from server.http.errors import ApiError
 from server.openai.requests import ChatRequest
 from server.serving.answer import Answer
 from server.serving.generation import Generation
 from server.serving.reply import ConversationReply
-from server.serving.segments import AnswerSegment, Event, SegmentWriter, parsed_arguments
+from server.serving.segments import AnswerSegment, Event, SegmentWriter
 from server.serving.service import Served
 
 
@@ -87,8 +88,10 @@ class ContentBlocks(SegmentWriter):
     def __init__(self) -> None:
         super().__init__()
         self.done: list[dict[str, Any]] = []
+        self._raw = ControlCharacters()
 
     def begun(self, segment: AnswerSegment) -> Iterator[Event]:
+        self._raw = ControlCharacters()
         yield {"type": "content_block_start", "index": segment.index, "content_block": _block(segment, {})}
 
     def grown(self, segment: AnswerSegment, text: str) -> Iterator[Event]:
@@ -97,10 +100,10 @@ class ContentBlocks(SegmentWriter):
             "text": ("text_delta", "text"),
             "call": ("input_json_delta", "partial_json"),
         }[segment.kind]
-        yield _delta(segment, kind, field, text)
+        yield _delta(segment, kind, field, self._raw.escaped(text) if segment.kind == "call" else text)
 
     def ended(self, segment: AnswerSegment, cut_off: bool) -> Iterator[Event]:
-        self.done.append(_block(segment, parsed_arguments(segment)))
+        self.done.append(_block(segment, call_input(segment.text) if segment.kind == "call" else {}))
         if segment.kind == "reasoning":
             yield _delta(segment, "signature_delta", "signature", "")
         yield {"type": "content_block_stop", "index": segment.index}

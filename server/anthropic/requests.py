@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
+from server.anthropic.call_input import written_input
 from server.openai.messages import (
     Body,
     Content,
@@ -20,15 +20,10 @@ from server.openai.messages import (
     Tool,
     ToolCall,
     check_parts,
-    refuse_fields,
     required,
 )
+from server.openai.refused import MESSAGES_REFUSED, refuse_fields
 from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
-
-MESSAGES_REFUSED = {
-    "mcp_servers": "this server calls no others",
-    "container": "this server runs no tools of its own",
-}
 
 
 class Block(Body):
@@ -39,7 +34,7 @@ class Block(Body):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: Any = None
     tool_use_id: str | None = None
     content: Content | None = None
 
@@ -64,6 +59,7 @@ class MessagesTool(Body):
     name: str = Field(min_length=1, max_length=64)
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 class MessagesToolChoice(Body):
@@ -78,6 +74,7 @@ class Thinking(Body):
     """Whether the model reasons first. Without this field it does not."""
 
     type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized"] | None = None
 
 
 class OutputFormat(Body):
@@ -203,7 +200,7 @@ def _assistant_message(content: str | list[Block], path: str) -> Message:
             case "redacted_thinking":
                 pass  # nobody here can read it
             case "tool_use":
-                arguments = json.dumps(required(block.input, f"{path}[{i}].input"), ensure_ascii=False)
+                arguments = written_input(required(block.input, f"{path}[{i}].input"))
                 function = FunctionCall(name=required(block.name, f"{path}[{i}].name"), arguments=arguments)
                 calls.append(ToolCall(id=required(block.id, f"{path}[{i}].id"), function=function))
             case _:
@@ -228,7 +225,7 @@ def _text_part(block: Block, path: str) -> TextPart:
 
 def _tool(tool: MessagesTool) -> Tool:
     definition = FunctionDefinition(
-        name=tool.name, description=tool.description, parameters=tool.input_schema
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
     )
     return Tool(type="function", function=definition)
 

@@ -9,21 +9,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quant.errors import LociError
+from quant.errors import ConfigError, LociError
 from server.cli.arguments import Model
+from server.cli.keyboard import messages
 from server.cli.terminal import is_terminal, write
 
 if TYPE_CHECKING:
     from engine.chat.output_parser import MessageDelta
     from server.cli.talk import ChatMessage, Sampling, Talk
 
-_HELP = "/reset forgets the conversation, /quit ends."
+RESET, QUIT = "/reset", "/quit"
+_HELP = f"{RESET} forgets the conversation, {QUIT} ends."
 
 Temperature = Annotated[
-    float | None, typer.Option(help="0 always takes the likeliest token. Default: 1.", show_default=False)
+    float | None, typer.Option(help="0 always takes the most likely token. Default: 1.", show_default=False)
 ]
-MaxTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default=False)]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="The longest an answer may be, in tokens.", show_default=False)
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.", show_default=False)]
+
+Devices = Annotated[
+    str | None, typer.Option(help="GPUs for the weights, like cuda:22GiB. Default: none.", show_default=False)
+]
+DramBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that weights may take, like 16GiB. Default: three quarters of what is free.",
+        show_default=False,
+    ),
+]
 
 
 def chat(
@@ -41,20 +56,22 @@ def chat(
         str | None, typer.Option(envvar="LOCI_API_KEY", help="Key for --url.", show_default=False)
     ] = None,
     system: Annotated[
-        str | None, typer.Option(help="A system message to begin with.", show_default=False)
+        str | None, typer.Option(help="System message to start with.", show_default=False)
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    devices: Devices = None,
+    dram_budget: DramBudget = None,
 ) -> None:
     """Chat with a model; answers appear as they are generated.
 
-    /reset forgets the conversation, /quit ends. Through a pipe, every line is a message.
+    /reset forgets the conversation, /quit ends. What is pasted is one message; through a pipe, every line is.
 
     Example: loci chat --url http://127.0.0.1:8000
     """
-    if model is not None and url is not None:
-        raise typer.BadParameter("give a model or --url, not both")
+    if url is not None and (model, devices, dram_budget) != (None, None, None):
+        raise typer.BadParameter("give --url, or a model and where it may lie, not both")
     from server.cli.talk import RemoteTalk, Sampling
 
     talk: Talk
@@ -63,7 +80,7 @@ def chat(
     else:
         from server.cli.local_talk import LocalTalk
 
-        talk = LocalTalk(model)
+        talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -72,19 +89,27 @@ def chat(
 
 def run(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="What to say to it.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to ask. Without it, or with -: read from stdin.", show_default=False),
+    ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    devices: Devices = None,
+    dram_budget: DramBudget = None,
 ) -> None:
-    """Write one answer to stdout. A model without chat template continues the prompt.
+    """Write one answer to stdout. A model without a chat template continues the prompt.
 
     Example: loci run ./model "Name three rivers." --temperature 0
+
+    or: loci run ./model < question.txt
     """
+    prompt = _prompt(prompt)
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
-    talk = LocalTalk(model)
+    talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
     sampling = Sampling(temperature, max_tokens, seed)
     try:
         if talk.can_chat:
@@ -98,6 +123,20 @@ def run(
         talk.close()
 
 
+def _prompt(given: str | None) -> str:
+    """What to ask: as given, or what comes through a pipe."""
+    if given is None and sys.stdin.isatty():
+        raise typer.BadParameter('give a prompt, as in: loci run MODEL "Hello", or pipe one in')
+    try:
+        prompt = sys.stdin.read() if given in (None, "-") else str(given)
+        prompt.encode()  # fails for bytes that were no text
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8 text") from None
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    return prompt
+
+
 def _converse(talk: Talk, sampling: Sampling, system: str | None) -> None:
     is_interactive = sys.stdin.isatty()
     beginning: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
@@ -105,11 +144,11 @@ def _converse(talk: Talk, sampling: Sampling, system: str | None) -> None:
     if is_interactive:
         write(f"Talking to {talk.name}. {_HELP}\n")
     for line in _lines(is_interactive):
-        if line == "/quit":
+        if line == QUIT:
             return
-        if line == "/reset":
+        if line == RESET:
             history = list(beginning)
-        elif line.startswith("/"):
+        elif line.startswith("/") and "\n" not in line:
             print(f"{line}: no such command. {_HELP}", file=sys.stderr)
         elif line:
             question: ChatMessage = {"role": "user", "content": line}
@@ -141,14 +180,7 @@ def _show(deltas: Iterator[MessageDelta]) -> str:
 
 
 def _lines(is_interactive: bool) -> Iterator[str]:
-    if not is_interactive:
+    if is_interactive:
+        yield from messages((RESET, QUIT))
+    else:
         yield from (line.strip() for line in sys.stdin)
-        return
-    import readline  # noqa: F401  # gives input() editing and history
-
-    while True:
-        try:
-            yield input("> ").strip()
-        except EOFError:
-            write("\n")
-            return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,15 +26,15 @@ def serving(*arguments: str) -> Iterator[str]:
     with TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         err = Path(folder) / "err"
-        # The child's sys.path does not begin with the caller's directory, ours may.
-        path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+        # Not the caller's directory, which may hold a server.py: hence -P. An empty entry means it too.
+        path = [str(Path(__file__).resolve().parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "server", "serve", *arguments, "--port", "0"],
+                [sys.executable, "-P", "-m", "server", "serve", *arguments, "--port", "0"],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
             )
         try:
             yield _when_ready(process, out, err)
@@ -51,10 +52,9 @@ def _when_ready(process: subprocess.Popen[bytes], out: Path, err: Path) -> str:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise LociError(f"the server ended: {err.read_text().strip()}")
-        _, found, rest = out.read_text().partition("listens on ")
-        url = rest.split(" ")[0]
-        if found and rest != url and _is_ready(url):
-            return url
+        found = re.search(r"listens on .*?(http://[^\s)]+)[\s)]", out.read_text())
+        if found and _is_ready(found.group(1)):
+            return found.group(1)
         time.sleep(0.05)
     raise LociError(f"the server was not ready within {READY_TIMEOUT_S} s: {err.read_text().strip()}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import LociError
-from server.cli.terminal import bytes_text, is_terminal, print_table, write
+from server.cli.keyboard import messages
+from server.cli.terminal import bytes_text, can_draw, print_table, write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,17 +44,17 @@ NAMES = {"dram": "DRAM", "nvme": "disk"}
 def demo(
     question: Annotated[
         list[str] | None,
-        typer.Argument(help="Ask this, one after the other, instead of what you type.", show_default=False),
+        typer.Argument(help="Questions to ask, instead of typing them.", show_default=False),
     ] = None,
-    dram_budget: Annotated[str, typer.Option(help="Memory for all weights in host memory.")] = DRAM_BUDGET,
+    dram_budget: Annotated[str, typer.Option(help="Host memory that weights may take.")] = DRAM_BUDGET,
     devices: Annotated[
         str, typer.Option(help="GPUs with their budgets; virtual ones with a link speed too.")
     ] = DEVICES,
 ) -> None:
     """Chat with the demonstration model while its experts and Engram rows move between tiers.
 
-    The model fits into any computer, so it gets budgets as small beside it as a workstation's are beside a
-    frontier model. The picture shows where each expert is; the table, what that cost.
+    The model would fit on any computer, so it gets budgets as tight for it as a workstation's are for a
+    frontier model. The picture shows where each expert is, the table what that cost.
 
     Example: loci demo "Hello! How are you?"
     """
@@ -62,7 +64,7 @@ def demo(
 
     talk = LocalTalk(Path("demo"), dram_budget=dram_budget, devices=devices, max_model_len=CONTEXT)
     try:
-        show = _LiveShow(talk.model) if is_terminal() else _PlainShow(talk.model)
+        show = _LiveShow(talk.model) if can_draw() else _PlainShow(talk.model)
         show.begin()
         history: list[ChatMessage] = []
         for line in question or _questions():
@@ -85,16 +87,7 @@ def _questions() -> Iterator[str]:
         return
     yield from QUESTIONS
     write("\nYour turn; an empty line ends.\n")
-    import readline  # noqa: F401  # gives input() editing and history
-
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+    yield from itertools.takewhile(bool, messages())
 
 
 def _pieces(talk: LocalTalk, history: list[ChatMessage]) -> Iterator[str]:

@@ -6,13 +6,13 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import typer
 
+from engine.distribution import required_packages, version_of
 from engine.embedded import EMBEDDED, model_path
-from memory.hardware.detect import detect
+from memory.hardware.detect import Machine, detect, has_nvidia_driver
 from quant.errors import LociError
 from server.cli.terminal import bytes_text, print_table
 
@@ -53,35 +53,18 @@ def _python() -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()} at {sys.executable}")
 
 
-_REQUIRED = (
-    "torch",
-    "numpy",
-    "safetensors",
-    "gguf",
-    "tokenizers",
-    "jinja2",
-    "deepseek-recipe",
-    "fastapi",
-    "uvicorn",
-    "prometheus-client",
-)
-
-
 def _packages() -> Iterator[Finding]:
-    versions = {package: _version(package) for package in _REQUIRED}
-    missing = [package for package, found in versions.items() if found is None]
+    required = required_packages()
+    missing = [package for package in required if version_of(package) is None]
     if missing:
         advice = f"install Loci with its dependencies, or: pip install {' '.join(missing)}"
         yield Finding("packages", f"without {', '.join(missing)}", advice, is_fatal=True)
+    elif required:
+        found = f"torch {version_of('torch')}, and the {len(required) - 1} others Loci needs"
+        yield Finding("packages", found)
     else:
-        yield Finding("packages", f"torch {versions['torch']}, and the {len(versions) - 1} others Loci needs")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        advice = "in its folder, `make serve` or `pip install .` installs what it needs"
+        yield Finding("packages", "Loci runs from its source and is not installed", advice)
 
 
 def _machine() -> Iterator[Finding]:
@@ -119,8 +102,27 @@ def _machine() -> Iterator[Finding]:
         if gpu.peers:
             found += f", reads the memory of {', '.join(map(str, gpu.peers))}"
         yield Finding(f"GPU {gpu.index}", found)
+    yield from _gpu_software(machine)
+
+
+def _gpu_software(machine: Machine) -> Iterator[Finding]:
+    """What GPUs need beside themselves, where it is missing."""
     if not machine.gpus:
-        yield Finding("GPU", "none that torch can use; everything is computed on the processor")
+        found = "none that torch can use; everything is computed on the processor"
+        yield Finding("GPU", found, _unused_gpu_advice() if has_nvidia_driver() else "")
+    elif version_of("triton") is None:
+        advice = "pip install 'triton>=3.3' beside torch; without it --devices cuda is refused"
+        yield Finding("Triton", "not installed", advice)
+
+
+def _unused_gpu_advice() -> str:
+    torch_version = version_of("torch") or ""
+    if torch_version.endswith("+cpu"):
+        return (
+            f"this machine has NVIDIA's driver, and torch {torch_version} computes on processors alone; "
+            "for PyTorch with CUDA, in Loci's folder: make clean, then make serve TORCH_INDEX="
+        )
+    return "this machine has NVIDIA's driver, and torch finds no GPU; see what nvidia-smi says"
 
 
 def _room_advice(what: str, available: int, modest: int) -> str:
@@ -130,11 +132,21 @@ def _room_advice(what: str, available: int, modest: int) -> str:
 
 
 def _kernels() -> Iterator[Finding]:
-    if _version("torch") is not None:
-        from quant.kernels.choice import choose
+    if version_of("torch") is None:
+        return
+    from quant.kernels.choice import choose
+    from quant.kernels.reference import ReferenceKernels
 
-        kernels = choose()
-        yield Finding("kernels", f"{kernels.name}: {kernels.describe()}")
+    kernels = choose()
+    found = f"{kernels.name}: {kernels.describe()}"
+    if isinstance(kernels, ReferenceKernels):
+        advice = (
+            "answers come many times slower than they could; install a C++ compiler (Debian: apt-get install "
+            "g++), then Loci again (in its folder: make serve, which compiles now)"
+        )
+        yield Finding("kernels", f"SLOW, {found}", advice)
+    else:
+        yield Finding("kernels", found)
 
 
 def _embedded_models() -> Iterator[Finding]:

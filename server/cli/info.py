@@ -42,10 +42,11 @@ def info(
 
     Example: loci info ./DeepSeek-V4.1-Flash
     """
-    from engine.families.loader import describe
+    from engine.families.loader import open_model
 
     assert model is not None  # a default stands in
-    about, components = describe(model)
+    found = open_model(model)
+    about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
     print(f"{about.name}: family {about.family}, {_count(parameters)} parameters, {bytes_text(total)}")

@@ -13,7 +13,7 @@ from engine.output import FinishReason, Output
 from engine.sampling.params import SamplingParams
 from quant.errors import LociError, RequestError
 from server.cli.talk import ChatMessage, Sampling
-from server.serving.service import bring_up
+from server.serving.service import bring_up, prepare
 from server.settings import resolve_settings
 
 
@@ -22,7 +22,7 @@ class LocalTalk:
 
     def __init__(self, path: Path | None, **settings: object) -> None:
         """Load it; `settings` are those of a server, by name."""
-        self._served = bring_up(resolve_settings({"model": path, "max_num_seqs": 1, **settings}))
+        self._served = bring_up(prepare(resolve_settings({"model": path, "max_num_seqs": 1, **settings})))
         self.name = self._served.name
         self.model = self._served.loaded.model
 
@@ -53,7 +53,7 @@ class LocalTalk:
             max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
             sampling = replace(sampling, max_tokens=max_tokens)
         for output in self._outputs(prompt.token_ids, sampling, prompt.stop_token_ids):
-            yield from parser.push(output.text)
+            yield from parser.push(output.text, output.special_ranges)
         yield from parser.finish()
 
     def _outputs(

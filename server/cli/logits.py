@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import BudgetError, ConfigError, RequestError
-from server.cli.arguments import Model
+from server.cli.arguments import Model, can_be_written
 
 if TYPE_CHECKING:
     import torch
@@ -22,9 +22,11 @@ MAX_IDS_FILE_BYTES = 64 * 2**20
 def logits(
     model: Model,
     ids_file: Annotated[Path, typer.Option(help="JSON list of token ids.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="safetensors file to write.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="safetensors file to write.", callback=can_be_written, show_default=False)
+    ],
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 512,
-    greedy: Annotated[int, typer.Option(min=0, help="Tokens to continue with, always the likeliest.")] = 0,
+    greedy: Annotated[int, typer.Option(min=0, help="Tokens to continue with, always the most likely.")] = 0,
 ) -> None:
     """Write the logits of every position, and a greedy continuation, to a safetensors file.
 

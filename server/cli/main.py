@@ -1,47 +1,19 @@
-"""The console script `loci`: assembles the commands and turns errors into one line and an exit code."""
+"""The console script `loci`: errors and signals become a line and an exit code, from the first instant on."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 
-import typer
-
-from quant.errors import LociError
-from server.cli.bench.group import bench
-from server.cli.chat import chat, run
-from server.cli.demo import demo
-from server.cli.doctor import doctor
-from server.cli.info import info
-from server.cli.logits import logits
-from server.cli.plan import plan
-from server.cli.profile import profile
-from server.cli.quantize import quantize
-from server.cli.serve import serve
-from server.cli.synth import synth
-from server.cli.top import top
-
-app = typer.Typer(
-    name="loci",
-    help="A local inference server for frontier mixture-of-experts models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+from server.cli.process import (
+    INTERRUPTED,
+    TERMINATED,
+    end_now,
+    flush_stdout,
+    handle_signals,
+    open_standard_streams,
+    was_interrupted,
 )
-app.command()(serve)
-app.command()(chat)
-app.command()(run)
-app.command()(demo)
-app.command()(info)
-app.command()(logits)
-app.command()(plan)
-app.command()(quantize)
-app.command()(profile)
-app.command()(synth)
-app.command()(top)
-app.command()(doctor)
-app.add_typer(bench)
 
 
 def main() -> None:
@@ -49,23 +21,58 @@ def main() -> None:
 
     LOCI_DEBUG=1 shows tracebacks.
     """
+    handle_signals()
+    open_standard_streams()
     # OpenMP's threads wait for each other by spinning unless told otherwise before torch is loaded.
     # Where another program keeps a core busy, that made steps of a small model 60 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch then asks for huge pages where it allocates megabytes: processors foresee no addresses beyond a
     # page, and have to look up where each page lies (figures in docs/kernels.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # As after Ctrl-C, what is half written is removed. `loci serve` drains instead.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if os.environ.get("NO_COLOR"):
+        # For libraries that draw: without colour they would still write bold letters and move the cursor.
+        os.environ["TERM"] = "dumb"
     try:
+        # Imported here: what the commands need takes half a second, in which a person may press Ctrl-C.
+        from memory.hardware.detect import allowed_cores, usable_cores
+
+        # torch, whose number all kernels go by, counts the cores that it may run on, not their time
+        # a container gets: threads above that would be stopped in turn, and the others wait for them.
+        if usable_cores() < allowed_cores():
+            os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
+        from server.cli.commands import app
+
         app()
     except KeyboardInterrupt:
-        sys.exit(130)
+        end_now(INTERRUPTED)
+    except SystemExit as end:
+        if end.code in (INTERRUPTED, TERMINATED):
+            end_now(end.code)
+        _flush()
+        raise
     except Exception as error:
-        if os.environ.get("LOCI_DEBUG"):
-            raise
-        unexpected = "" if isinstance(error, LociError) else f"unexpected {type(error).__name__}: "
-        sys.exit(f"loci: {unexpected}{error}")
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    from quant.errors import LociError
+
+    if was_interrupted(error):
+        end_now(INTERRUPTED)
+    _flush()
+    if os.environ.get("LOCI_DEBUG"):
+        raise error
+    if isinstance(error, LociError):
+        sys.exit(f"loci: {error}")
+    if isinstance(error, OSError) and error.strerror:
+        sys.exit(f"loci: {error.filename}: {error.strerror}" if error.filename else f"loci: {error.strerror}")
+    sys.exit(f"loci: unexpected {type(error).__name__}: {error}")
+
+
+def _flush() -> None:
+    problem = flush_stdout()
+    if problem is not None:
+        sys.exit(f"loci: cannot write to stdout: {problem}" if problem else 1)
 
 
 if __name__ == "__main__":

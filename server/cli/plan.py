@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.embedded import EMBEDDED, model_path
 from quant.errors import ConfigError
 from server.cli.terminal import bytes_text, print_table
 
@@ -29,7 +30,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint directory, GGUF file, or a name such as deepseek-v4.1-flash.", show_default=False
+            help="Checkpoint directory, GGUF file, demo, smollm2, or a name such as deepseek-v4.1-flash.",
+            show_default=False,
         ),
     ],
     hardware: Annotated[
@@ -56,12 +58,12 @@ def plan(
         Path | None,
         typer.Option(help="Routing trace, as `loci profile` records it, for hit rates.", show_default=False),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show each layer on a line of its own.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what goes where, how fast that is, what bounds it and what would help. Loads nothing.
 
-    Exit code 3 where the model does not fit.
+    The exit code is 3 if the model does not fit.
 
     Example: loci plan deepseek-v4.1-flash --hardware 2x4090-256g --context 32768
     """
@@ -72,7 +74,7 @@ def plan(
     from memory.planner.routing import SKEWED, UNIFORM, of_trace
 
     shape = _shape(model)
-    machine = _hardware(hardware, devices, dram, shape if Path(model).exists() else None)
+    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} has been made for {shape.max_context} tokens")
     workload = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
@@ -109,13 +111,23 @@ def plan(
 def _shape(model: str) -> ModelShape:
     from memory.planner.published import NAMES, built_in
 
-    if Path(model).exists():
+    path = _on_disk(model)
+    if path is not None:
+        from engine.families.loader import open_model
         from engine.families.shapes import shape_of
 
-        return shape_of(Path(model))
+        return shape_of(open_model(path).checkpoint)
     if model in NAMES:
         return built_in(model)
-    raise ConfigError(f"{model}: no such file or directory, and none of the names {', '.join(NAMES)}")
+    names = ", ".join((*EMBEDDED, *NAMES))
+    raise ConfigError(f"{model}: no such file or directory, and none of the names {names}")
+
+
+def _on_disk(model: str) -> Path | None:
+    """Where the model lies on this machine's disk; None for one that is known by its name alone."""
+    if model in EMBEDDED or Path(model).exists():
+        return model_path(Path(model))
+    return None
 
 
 def _hardware(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from quant.errors import ConfigError
+from quant.errors import CheckpointError, ConfigError
 from server.cli.arguments import Model
 
 MAX_TEXT_BYTES = 64 * 2**20
@@ -23,14 +23,17 @@ def profile(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write. Default: routing.safetensors beside the model.", show_default=False
+            help="File to write. Default: routing.safetensors beside the model; a model that comes with Loci "
+            "needs a file named here.",
+            show_default=False,
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Read at most this many tokens of the text.")] = 20_000,
 ) -> None:
     """Record which experts the model's routers choose on a text.
 
-    With the record beside it, the model's hot experts are placed first when it is loaded again.
+    With the record beside it, the model's hot experts are placed first when it is loaded again. A record of
+    more tokens is not overwritten.
 
     Example: loci profile ./DeepSeek-V4.1-Flash my-notes.txt
     """
@@ -41,20 +44,55 @@ def profile(
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{text}: cannot be read as text ({error})") from None
 
-    from engine.families.loader import load
+    from engine.families.loader import open_model
     from engine.record_routing import record_routing
-    from memory.experts.traces import FILE_NAME
+    from memory.planner.budget import MemoryBudget
+    from memory.user_files import check_writable
 
-    target = out or model / FILE_NAME
-    if not target.parent.is_dir():
-        raise ConfigError(f"{target.parent}: no such directory to write to; name another with --out")
-    loaded = load(model)
-    ids = loaded.tokenizer.encode(content, parse_special=False)[:tokens]
+    target = out or _beside(model)
+    check_writable(target)
+    recorded = _tokens_recorded(target)
+    opened = open_model(model)
+    ids = opened.tokenizer.encode(content, parse_special=False)[:tokens]
     if not ids:
         raise ConfigError(f"{text}: holds no text")
+    if len(ids) < recorded:
+        raise ConfigError(
+            f"{target}: holds a record of {recorded} tokens, better than one of {len(ids)} would be; "
+            "give more text, name another file with --out, or remove it"
+        )
+    loaded = opened.load(MemoryBudget.of_this_machine()).model
     with Progress(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("tokens", total=len(ids))
-        trace = record_routing(loaded.model, ids, lambda done: bar.advance(task, done))
-    loaded.model.close()
+        trace = record_routing(loaded, ids, lambda done: bar.advance(task, done))
+    loaded.close()
     trace.save(target)
-    print(f"{target}: routing of {len(ids)} tokens through {trace.layers} layers")
+    replaced = f", in place of one of {recorded}" if recorded else ""
+    print(f"{target}: routing of {len(ids)} tokens through {trace.layers} layers{replaced}")
+
+
+def _beside(model: Path) -> Path:
+    """The file beside a model that it is loaded with."""
+    from engine.embedded import embedded_name
+    from memory.experts.traces import FILE_NAME
+
+    if embedded_name(model) is not None:
+        raise ConfigError(f"{model}: comes with Loci and is left as it is; name a file to write with --out")
+    if not model.is_dir():
+        raise ConfigError(f"{model}: not a model directory to write to; name a file with --out")
+    return model / FILE_NAME
+
+
+def _tokens_recorded(target: Path) -> int:
+    """How many tokens the record that lies at `target` holds; 0 where nothing does.
+
+    Raises ConfigError where something else does.
+    """
+    from memory.experts.traces import RoutingTrace
+
+    if not target.exists():
+        return 0
+    try:
+        return RoutingTrace.load(target).tokens
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; it is not overwritten: name another file with --out") from None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli.terminal import bytes_text, is_terminal, print_table
+from server.cli.arguments import Model, can_be_written
+from server.cli.terminal import bytes_text, can_draw, print_table
 
 if TYPE_CHECKING:
     from engine.bench.evaluate import Evaluation
@@ -53,7 +54,7 @@ class Group(StrEnum):
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)],
+    source: Model,
     destination: Annotated[Path, typer.Argument(help="New directory to write.", show_default=False)],
     experts: Annotated[Experts, typer.Option(help="Format of the routed experts.")] = Experts.KEEP,
     dense: Annotated[Dense, typer.Option(help="Format of dense matrices.")] = Dense.KEEP,
@@ -63,7 +64,10 @@ def quantize(
         bool, typer.Option("--int4-offset", help="INT4 groups with an offset beside the scale.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Write each matrix's error to this JSON file.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Write each matrix's error to this JSON file.", callback=can_be_written, show_default=False
+        ),
     ] = None,
     eval_text: Annotated[
         Path | None,
@@ -73,7 +77,7 @@ def quantize(
         int | None, typer.Option(min=1, help="Threads. Default: all cores.", show_default=False)
     ] = None,
 ) -> None:
-    """Write a checkpoint in other formats; the same command again goes on where it was cut short.
+    """Write a checkpoint in other formats. If it is interrupted, the same command again resumes it.
 
     Example: loci quantize ./DeepSeek-V4.1-Flash ./flash-nf4 --experts nf4
     """
@@ -143,7 +147,7 @@ class _Progress:
             TransferSpeedColumn,
         )
 
-        self._watched = is_terminal()
+        self._watched = can_draw()
         speed = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Progress(TextColumn("converting"), BarColumn(), *speed, disable=not self._watched)
         self._task = self._bar.add_task("converting", total=None)

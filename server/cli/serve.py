@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import uvicorn
 
-from quant.errors import ConfigError
+from server.cli.address import Address, bind
+from server.cli.process import flush_stdout
 from server.http.connection import allow_many_connections, protocol_with_deadlines
 from server.http.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
 
 if TYPE_CHECKING:
-    from server.serving.service import Service
+    from server.serving.service import Prepared, Service
 
 log = logging.getLogger("loci")
 
@@ -84,7 +85,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     """
     settings = resolve_settings(flags, config)
     configure_logging(settings.log_level, settings.log_format)
-    listener = _bind(settings.host, settings.port)
+    address = bind(settings.host, settings.port)
     allow_many_connections()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     if not settings.is_loopback and not settings.needs_key:
@@ -93,14 +94,16 @@ def serve(config: Path | None, **flags: Any) -> None:
     # Imported late: torch takes seconds, wrong settings should not.
     from server.app import create_app
     from server.metrics import Metrics
-    from server.serving.service import Service
+    from server.serving.service import Service, prepare
 
+    prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()
     service = Service(settings, metrics)
-    server = _Server(create_app(service), service, _url(listener))
+    server = _Server(create_app(service), service, prepared, address)
+    address.listen()
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=[address.socket])
     finally:
         service.stop()
     if service.failure is not None:
@@ -117,9 +120,10 @@ class _Server(uvicorn.Server):
     While it drains it goes on listening, so that who comes now is told that the server stops.
     """
 
-    def __init__(self, app: Any, service: Service, url: str) -> None:
+    def __init__(self, app: Any, service: Service, prepared: Prepared, address: Address) -> None:
         self._service = service
-        self._url = url
+        self._prepared = prepared
+        self._address = address
         self._drain_s = service.settings.drain_timeout_s
         self._unfinished: set[asyncio.Task[None]] = set()  # requests that ran when draining began
         super().__init__(
@@ -144,9 +148,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         from server.serving.service import bring_up
 
-        _say(f"Loci listens on {self._url} and is loading the model")
-        settings = self._service.settings
-        self._service.load_in_background(partial(bring_up, settings), self._when_loaded)
+        _say(f"Loci listens on {self._address} and is loading the model")
+        self._service.load_in_background(partial(bring_up, self._prepared), self._when_loaded)
 
     def _when_loaded(self) -> None:
         if self._service.failure is not None:
@@ -154,7 +157,7 @@ class _Server(uvicorn.Server):
         if self.should_exit or self._service.is_draining:
             return
         served = self._service.served
-        _say(f"{served.name} is ready. Try:\n  {_curl(self._url, self._service)}")
+        _say(f"{served.name} is ready. Try:\n  {_curl(self._address.url, self._service)}")
 
     async def on_tick(self, counter: int) -> bool:
         is_over = await super().on_tick(counter)
@@ -172,31 +175,13 @@ class _Server(uvicorn.Server):
             os._exit(128 + number)
         self._service.drain()
         self._unfinished = set(self.server_state.tasks)
-        _say(f"Stopping; requests that run have {self._drain_s:g} s to finish. Once more to stop at once.")
+        again = "press Ctrl-C again" if number == signal.SIGINT else "send SIGTERM again"
+        _say(f"Stopping: running requests have {self._drain_s:g} s to finish; {again} to stop now")
         asyncio.get_running_loop().call_later(self._drain_s, self._end)
 
     def _end(self) -> None:
         self.should_exit = True
         threading.Thread(target=self._service.stop, daemon=True).start()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server((str(address[0]), port), family=family)
-    except OSError as error:
-        # create_server adds to the text of the error, getaddrinfo has numbers of its own.
-        why = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}; choose another --host or --port") from None
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    # An address that means "all of them" is none that a client can use.
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _curl(url: str, service: Service) -> str:
@@ -213,4 +198,6 @@ def _curl(url: str, service: Service) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    with suppress(OSError):  # a server goes on where nobody reads it any more
+        print(text)
+    flush_stdout()

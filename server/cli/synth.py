@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from server.cli.terminal import bytes_text, is_terminal
+from server.cli.terminal import bytes_text, can_draw
 
 LINE_STEP = 10  # without a terminal: a line whenever another so many hundredths are done
 
@@ -17,14 +17,14 @@ def synth(
     shape: Annotated[
         str, typer.Argument(help="deepseek-v4.1-flash, or v41-tiny for tests.", show_default=False)
     ],
-    layers: Annotated[int, typer.Option(help="Layers, 3 to 40.", show_default=False)],
-    engram_rows: Annotated[int, typer.Option(help="Rows of each Engram table, about.", show_default=False)],
+    layers: Annotated[int, typer.Option(help="Number of layers, 3 to 40.", show_default=False)],
+    engram_rows: Annotated[int, typer.Option(help="Rows of each Engram table, roughly.", show_default=False)],
     out: Annotated[Path, typer.Option(help="New directory to write.", show_default=False)],
     experts: Annotated[
         int | None,
         typer.Option(min=1, help="Routed experts in a layer. Default: the model's own.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
 ) -> None:
     """Write a checkpoint with a large model's true widths and formats, some of its layers, random weights.
 
@@ -45,7 +45,7 @@ def synth(
     from memory.checkpoint.random_files import write_checkpoint
 
     plan = plan_slice(shape, layers, engram_rows, experts)
-    watched = is_terminal()
+    watched = can_draw()
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     next_line = LINE_STEP
     start = time.perf_counter()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 
 def is_terminal() -> bool:
@@ -11,9 +13,15 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def can_draw(stream: TextIO | None = None) -> bool:
+    """True where `stream` (stdout) is a terminal that may get colours and a moving cursor."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
+    return (stream or sys.stdout).isatty() and not is_plain
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A table on stdout; the columns in `right` are aligned to the right."""
-    if is_terminal():
+    if can_draw():
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -48,7 +56,7 @@ def write(text: str, *, dim: bool = False) -> None:
     """`text` at once; through a pipe as it is, on a terminal without control characters, dimmed if asked."""
     if is_terminal():
         text = printable(text)
-        if dim:
+        if dim and can_draw():
             text = f"\x1b[2m{text}\x1b[0m"
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import httpx
 import typer
 
 from quant.errors import LociError
-from server.cli.terminal import bytes_text, is_terminal
+from server.cli.keyboard import keys
+from server.cli.terminal import bytes_text, can_draw, is_terminal
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -67,20 +70,20 @@ class Sample:
 
 
 def top(
-    url: Annotated[str, typer.Option(help="The server to look at.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="The server to watch.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="LOCI_API_KEY", help="Its API key, if it wants one.", show_default=False),
+        typer.Option(envvar="LOCI_API_KEY", help="Its API key, if it needs one.", show_default=False),
     ] = None,
-    interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between looks.")] = 1.0,
+    interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between updates.")] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print the totals since the server started, and end.")
+        bool, typer.Option("--once", help="Print the totals since the server started, and exit.")
     ] = False,
 ) -> None:
     """Watch a running server: requests, latencies, caches, memory by tier, hits, links, stalls, Engram rows.
 
-    Rates are those since the last look, percentiles and shares those of the last minute. What a server
-    does not have is left out. Ctrl-C ends it.
+    Rates are those since the last update, percentiles and shares those of the last minute. What a server
+    does not have is left out. Press q or Ctrl-C to quit.
 
     Example: loci top --url http://127.0.0.1:8000
     """
@@ -98,29 +101,41 @@ def top(
 
 
 def _watch(client: httpx.Client, url: str, interval_s: float) -> None:
-    """Look again and again. Raises LociError when the server does not answer any more."""
-    from rich.live import Live
-
+    """Look again and again until a person presses q. Raises LociError when the server does not answer."""
     seen = deque([_look(client, url)])
-    with Live(view(seen[0]), screen=True, auto_refresh=False) as live:
-        while True:
-            time.sleep(interval_s)
+    with keys() as keyboard, _screen() as show:
+        show(view(seen[0]))
+        while not keyboard.is_pressed(b"qQ", interval_s):
             before, now = seen[-1], _look(client, url)
             if now.total("loci_engine_steps_total") < before.total("loci_engine_steps_total"):
                 seen = deque([now])  # another server, which counts from zero
-                live.update(view(now), refresh=True)
+                show(view(now))
                 continue
             seen.append(now)
             while seen[0].at < now.at - WINDOW_S and len(seen) > 2:
                 seen.popleft()
-            live.update(view(now, before, seen[0]), refresh=True)
+            show(view(now, before, seen[0]))
+
+
+@contextmanager
+def _screen() -> Iterator[Callable[[Group], None]]:
+    """A function that shows a view in place of the last one; as plain text, below it."""
+    from rich.console import Console
+    from rich.live import Live
+
+    if not can_draw():
+        yield lambda shown: Console().print(shown, "")
+        return
+
+    with Live(screen=True, auto_refresh=False) as live:
+        yield lambda shown: live.update(shown, refresh=True)
 
 
 def _look(client: httpx.Client, url: str) -> Sample:
     address = url.rstrip("/").removesuffix("/v1") + "/metrics"
     try:
         response = client.get(address)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise LociError(f"{url}: no server answers there ({error}); start one with `loci serve`") from None
     if response.status_code in (401, 403):
         raise LociError(f"{url}: the server wants an API key; give --api-key or set LOCI_API_KEY")

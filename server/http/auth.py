@@ -85,7 +85,10 @@ class RequireHost:
         if not host or host in self._allowed:
             await self._app(scope, receive, send)
             return
-        text = f"this server does not answer to the name {host!r}; --allowed-hosts says to which it does"
+        text = (
+            f"this server does not answer to the name {host!r}; use another of its names, or ask "
+            "who runs it to add this one to --allowed-hosts"
+        )
         await ApiError(403, text, code="host_not_allowed").response_to(scope)(scope, receive, send)
 
 

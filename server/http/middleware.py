@@ -144,6 +144,6 @@ class BodyLimit:
             is_complete = not message.get("more_body", False)
             too_large = len(body) > self._limit_bytes
         if too_large:
-            text = f"the body is larger than this server's limit of {self._limit_bytes} bytes"
+            text = f"the body is larger than this server's limit of {self._limit_bytes} bytes; send less"
             raise ApiError(413, text, code="body_too_large", headers=CLOSING)
         return bytes(body)

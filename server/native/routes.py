@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,6 +10,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic_core import to_json
 
+from engine.distribution import DISTRIBUTION, version_of
 from server.http.errors import RETRY_AFTER_S, ApiError
 from server.openai.requests import DetokenizeRequest, TokenizeRequest, check_ids
 from server.openapi import document
@@ -22,10 +22,7 @@ router = APIRouter()
 
 def loci_version() -> str:
     """The installed version, or `source` where the package is run without being installed."""
-    try:
-        return version("loci")
-    except PackageNotFoundError:
-        return "source"
+    return version_of(DISTRIBUTION) or "source"
 
 
 @router.get("/health")
@@ -99,8 +96,7 @@ def _tokenized(body: TokenizeRequest, served: Served) -> bytes:
     ids = _token_ids(body, served)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
     if body.return_token_strs:
-        pieces = (served.loaded.tokenizer.token_bytes(i) for i in ids)
-        answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+        answer["token_strs"] = [served.loaded.tokenizer.token_text(i) for i in ids]
     return to_json(answer)
 
 

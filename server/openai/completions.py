@@ -14,7 +14,7 @@ from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from server.openai.chat import usage
 from server.openai.logprobs import CompletionLogprobs, empty_logprobs
-from server.openai.requests import CompletionRequest, check_ids
+from server.openai.requests import UNLIMITED, CompletionRequest, check_ids
 from server.serving.generation import Generation
 from server.serving.reply import Counts, Reply
 from server.serving.service import Served
@@ -35,13 +35,12 @@ def tokenize_prompts(request: CompletionRequest, served: Served) -> list[Tokeniz
     """The request's prompts as token ids; texts begin with the tokens that the model's tokenizer adds, unless
     `add_special_tokens` is false."""
     tokenizer = served.loaded.tokenizer
-    adds_bos = tokenizer.add_bos and request.add_special_tokens is not False
     result = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt, add_special_tokens=adds_bos)
-            added = int(adds_bos and ids[:1] == [tokenizer.bos_token_id])
-            result.append(TokenizedPrompt(prompt, ids, added))
+            ids = tokenizer.encode(prompt)
+            front = [] if request.add_special_tokens is False else tokenizer.front_of(ids)
+            result.append(TokenizedPrompt(prompt, front + ids, len(front)))
         else:
             check_ids(prompt, served.vocab_size, "prompt")
             text = tokenizer.decode(prompt) if request.echo else ""
@@ -138,8 +137,9 @@ class CompletionReply(Reply):
             self._served.vocab_size,
             index % request.choices,
             self._served.loaded.sampling,
-            max_tokens=max_tokens,
+            max_tokens=None if max_tokens == UNLIMITED else max_tokens,
             grammar=self._grammar,
+            skip_special=request.skip_special_tokens,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.echo else None,
         )

@@ -17,8 +17,11 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> list[
     """One object per token: text, logprob, bytes, and the same for its alternatives."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        raw = tokenizer.token_bytes(token_id)
-        return {"token": _text(raw), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {
+            "token": tokenizer.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
 
     return [
         entry(token.token_id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]}
@@ -41,10 +44,9 @@ class CompletionLogprobs:
         """
         result: dict[str, list[Any]] = empty_logprobs()
         for token_id, logprob in tokens:
-            raw = self._tokenizer.token_bytes(token_id)
-            result["tokens"].append(_text(raw))
+            result["tokens"].append(self._tokenizer.token_text(token_id))
             result["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(raw))
+            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
             if logprob is None:
                 result["token_logprobs"].append(None)
                 result["top_logprobs"].append(None)
@@ -54,8 +56,16 @@ class CompletionLogprobs:
         return result
 
     def _alternatives(self, token: TokenLogprob) -> dict[str, float]:
-        top = {_text(self._tokenizer.token_bytes(i)): _finite(logprob) for i, logprob in token.top}
-        return top | {_text(self._tokenizer.token_bytes(token.token_id)): _finite(token.logprob)}
+        """Log probabilities by text; of tokens that read alike the chosen one, or else the likeliest, has the
+        text, the others are called `token_id:N`."""
+        chosen = self._tokenizer.token_text(token.token_id)
+        found: dict[str, float] = {}
+        for token_id, logprob in token.top:
+            text = self._tokenizer.token_text(token_id)
+            if token_id != token.token_id and (text == chosen or text in found):
+                text = f"token_id:{token_id}"
+            found[text] = _finite(logprob)
+        return found | {chosen: _finite(token.logprob)}
 
 
 def empty_logprobs() -> dict[str, list[Any]]:
@@ -65,7 +75,3 @@ def empty_logprobs() -> dict[str, list[Any]]:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _IMPOSSIBLE)
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8", "replace")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
+from server.openai.refused import MESSAGE_REFUSED, refuse_fields
 
 T = TypeVar("T")
 
@@ -20,17 +20,6 @@ class Body(BaseModel):
     """Base of everything that arrives as JSON."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-
-def refuse_fields(data: Any, refused: Mapping[str, str]) -> Any:
-    """`data` as it came. Raises RequestError where it has a field that `refused` gives a reason against;
-    null, false, an empty text and an empty list ask for nothing.
-    """
-    for name, why in refused.items() if isinstance(data, dict) else ():
-        value = data.get(name)
-        if not (value is None or value is False or value == "" or value == []):
-            raise RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
-    return data
 
 
 # What the protocols call a piece of text.
@@ -108,6 +97,15 @@ class Message(Body):
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
+    reasoning: str | None = Field(default=None, exclude=True)  # what some call `reasoning_content`
+    function_call: Any = Field(default=None, exclude=True)
+    audio: Any = Field(default=None, exclude=True)
+    images: Any = Field(default=None, exclude=True)
+
+    @model_validator(mode="after")
+    def _call_it_reasoning_content(self) -> Self:
+        self.reasoning_content = self.reasoning_content or self.reasoning
+        return self
 
     @model_validator(mode="after")
     def _let_the_assistant_say_nothing(self) -> Self:
@@ -118,6 +116,8 @@ class Message(Body):
 
     def check(self, path: str) -> None:
         """Raise RequestError where role and fields do not fit together."""
+        given = {name: getattr(self, name) for name in MESSAGE_REFUSED}
+        refuse_fields(given, MESSAGE_REFUSED, f"{path}.")
         check_parts(self.content, f"{path}.content")
         if self.content is None and self.role != "assistant":
             raise missing(f"{path}.content")

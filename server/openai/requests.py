@@ -6,7 +6,7 @@ docs/api.md says of each field whether it is accepted, ignored or refused, and w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -20,12 +20,23 @@ from server.openai.messages import (
     NamedToolChoice,
     Tool,
     ToolChoice,
+)
+from server.openai.refused import (
+    CHAT_REFUSED,
+    COMPLETIONS_REFUSED,
+    REFUSED,
+    TOKENIZE_REFUSED,
+    Refused,
+    only,
     refuse_fields,
+    refuse_windows,
+    unless,
 )
 
 MAX_STOP = 16
 MAX_N = 128
 MAX_SALT = 256
+UNLIMITED = -1  # as `max_tokens`: as many as the context holds
 
 # One error per union instead of one per member: the discriminator looks at the value's type first.
 # Tags in angle brackets are left out of the paths that errors name.
@@ -60,6 +71,12 @@ class StreamOptions(Body):
 
     include_usage: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_would_be_missed(cls, data: Any) -> Any:
+        refused = {"continuous_usage_stats": unless("use include_usage, which tells the counts at the end")}
+        return refuse_fields(data, refused, "stream_options.")
+
 
 class SchemaFormat(Body):
     """A schema that the answer must match; `strict: false` passes over what cannot be enforced."""
@@ -75,9 +92,17 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: SchemaFormat | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema", exclude=True)
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
+        if self.schema_ is not None and self.json_schema is None and self.type != "text":
+            # As llama.cpp and others write it, with either type.
+            self.type = "json_schema"
+            self.json_schema = SchemaFormat(name="answer", schema=self.schema_)
+        if self.type != "json_schema" and (self.json_schema or self.schema_) is not None:
+            text = f"response_format has a schema, which type {self.type!r} does not take; use json_schema"
+            raise RequestError(text, param="response_format.type")
         if self.type == "json_schema" and self.json_schema is None:
             raise RequestError("response_format.json_schema is required", param="response_format.json_schema")
         return self
@@ -92,38 +117,20 @@ class StructuredOutputs(Body):
     choice: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1)
     grammar: str | None = Field(None, min_length=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        names = ("structural_tag", "whitespace_pattern", "disable_any_whitespace")
+        refused = {name: unless("white space and tags are fixed") for name in names}
+        more = {"disable_additional_properties": unless("say additionalProperties: false in the schema")}
+        return refuse_fields(data, refused | more, "structured_outputs.")
+
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if len(self.model_dump(exclude_none=True)) != 1:
             names = ", ".join(field.alias or name for name, field in type(self).model_fields.items())
             raise RequestError(f"structured_outputs takes exactly one of {names}", param="structured_outputs")
         return self
-
-
-# Fields that would change what the answer means, and why they cannot be honoured.
-REFUSED = {
-    "functions": "use tools",
-    "function_call": "use tool_choice",
-    "audio": "only text can be generated",
-    "web_search_options": "this server searches nothing",
-    "guided_json": "use structured_outputs.json",
-    "guided_regex": "use structured_outputs.regex",
-    "guided_choice": "use structured_outputs.choice",
-    "guided_grammar": "use structured_outputs.grammar",
-    "grammar": "use structured_outputs.grammar",
-    "ebnf": "use structured_outputs.grammar",
-    "regex": "use structured_outputs.regex",
-    "json_schema": "use response_format or structured_outputs.json",
-    "suffix": "filling in the middle is not supported",
-    "use_beam_search": "answers are sampled",
-    "prompt_logprobs": "use echo and logprobs of /v1/completions",
-    "allowed_token_ids": "use structured_outputs.choice or logit_bias",
-    "bad_words": "use logit_bias",
-    "logits_processors": "nothing of a request is executed",
-    "truncate_prompt_tokens": "shorten the prompt",
-    "chat_template": "the model's own is used; chat_template_kwargs are its variables",
-    "documents": "put them into messages",
-}
 
 
 def _ranging(low: float, high: float) -> Any:
@@ -149,9 +156,16 @@ class SamplingFields(Body):
     repetition_penalty: float | None = _ranging(0.01, 10)
     logit_bias: dict[str, float] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_penalties_cannot_do(cls, data: Any) -> Any:
+        return refuse_windows(data)
+
 
 class GenerationRequest(SamplingFields):
-    """What chat and plain completions have in common."""
+    """What chat and plain completions have in common; `refused` are fields that it cannot honour."""
+
+    refused: ClassVar[Mapping[str, Refused]]
 
     model: str
     max_tokens: int | None = None
@@ -166,7 +180,7 @@ class GenerationRequest(SamplingFields):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
-        return refuse_fields(data, REFUSED)
+        return refuse_fields(data, cls.refused)
 
     @model_validator(mode="after")
     def _check_common_fields(self) -> Self:
@@ -212,7 +226,8 @@ class GenerationRequest(SamplingFields):
 
         Raises RequestError naming the field that is out of range.
         """
-        seed = None if self.seed is None else self.seed + choice
+        # Other servers draw a new seed for -1.
+        seed = None if self.seed in (None, -1) else self.seed + choice
         implied = () if self.ignore_eos else tuple(stop_token_ids)
         fields = {
             "max_tokens": self.max_tokens,
@@ -235,11 +250,16 @@ class GenerationRequest(SamplingFields):
         return SamplingParams(**{**defaults, **given})
 
     def _logit_bias(self, vocab_size: int) -> dict[int, float]:
-        bias = {}
+        bias: dict[int, float] = {}
         for key, value in (self.logit_bias or {}).items():
             if not key.isdecimal() or int(key) >= vocab_size:
                 raise RequestError(
                     f"logit_bias: {key!r} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}",
+                    param="logit_bias",
+                )
+            if int(key) in bias:
+                raise RequestError(
+                    f"logit_bias: {key!r} names token {int(key)} a second time; name each once",
                     param="logit_bias",
                 )
             bias[int(key)] = value
@@ -248,6 +268,8 @@ class GenerationRequest(SamplingFields):
 
 class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
+
+    refused = REFUSED | CHAT_REFUSED
 
     messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
@@ -265,6 +287,8 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:
         self._check_ending()
+        budget = {"budget_tokens": only("how long the model reasons is not limited apart from the answer")}
+        refuse_fields(self.thinking, budget, "thinking.")
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.top_logprobs is not None and not self.logprobs:
@@ -309,7 +333,8 @@ class ChatRequest(GenerationRequest):
 
     @property
     def answer_tokens(self) -> int | None:
-        """Most tokens an answer may have; `max_tokens` is the old name of `max_completion_tokens`."""
+        """Most tokens an answer may have, UNLIMITED for what the context holds; `max_tokens` is the old name
+        of `max_completion_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def as_prompt(self) -> dict[str, Any]:
@@ -338,8 +363,11 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
+    refused = REFUSED | COMPLETIONS_REFUSED
+
     prompt: _Prompt
     add_special_tokens: bool | None = None
+    skip_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = None
@@ -378,6 +406,11 @@ class TokenizeRequest(Body):
     tools: Items[Tool] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        return refuse_fields(data, TOKENIZE_REFUSED)
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

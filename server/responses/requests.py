@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from server.openai.messages import Body, FunctionDefinition, Items, Message, Tool, choice_kind, refuse_fields
+from quant.errors import RequestError
+from server.openai.messages import Body, FunctionDefinition, Items, Message, Tool, choice_kind
+from server.openai.refused import RESPONSES_REFUSED, only, refuse_fields, unless
 from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 from server.responses.input import InputItem, messages_of
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
-
-RESPONSES_REFUSED = {
-    "background": "answers are computed while the client waits; use stream",
-    "conversation": "send the items of the conversation, or previous_response_id",
-    "prompt": "there are no stored prompts; send instructions and input",
-}
-
 
 _Input = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[Items[InputItem], Field(min_length=1), Tag("<items>")],
@@ -65,6 +60,13 @@ class TextFormat(Body):
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if self.type != "json_schema" and self.json_schema is not None:
+            text = f"text.format has a schema, which type {self.type!r} does not take; use json_schema"
+            raise RequestError(text, param="text.format.type")
+        return self
+
 
 class Text(Body):
     """Settings of the answer's text."""
@@ -76,6 +78,16 @@ class Reasoning(Body):
     """How much the model reasons."""
 
     effort: ReasoningEffort | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        refused = {
+            "max_tokens": only("how long the model reasons is not limited apart from the answer"),
+            "enabled": only("use effort", True),
+            "exclude": unless("leave the reasoning out when you read the answer"),
+        }
+        return refuse_fields(data, refused, "reasoning.")
 
 
 class ResponsesRequest(SamplingFields):

@@ -95,7 +95,7 @@ class Answer:
         self._count(output.token_ids)
         self.cached_tokens += output.cached_tokens or 0
         self._logprobs += output.logprobs
-        deltas = list(self._parser.push(output.text))
+        deltas = list(self._parser.push(output.text, output.special_ranges))
         if output.finish_reason is not None:
             deltas += self._parser.finish()
             self.finish_reason = output.finish_reason

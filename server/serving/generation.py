@@ -105,7 +105,7 @@ class Generation:
         self._wakeups.add(self._arrived)
 
     def _expire(self, timeout_s: float) -> None:
-        message = f"the request took longer than {timeout_s:g} s and was ended"
+        message = f"the request took longer than {timeout_s:g} s and was ended; ask for fewer tokens"
         self._ended_by = ApiError(504, message, code="request_timeout")
         self._arrived.set()
 
@@ -113,7 +113,7 @@ class Generation:
         merged: dict[int, Output] = {}
         while self._inbox:
             index, output = self._inbox.popleft()
-            merged[index] = _join(merged[index], output) if index in merged else output
+            merged[index] = merged[index].joined(output) if index in merged else output
         return merged
 
     def _checked(self, index: int, output: Output) -> Output:
@@ -127,16 +127,3 @@ class Generation:
             stopped = unavailable("the engine stopped before the answer was finished", "engine_stopped")
             raise self._ended_by or stopped
         return output
-
-
-def _join(first: Output, then: Output) -> Output:
-    return Output(
-        text=first.text + then.text,
-        token_ids=first.token_ids + then.token_ids,
-        logprobs=first.logprobs + then.logprobs,
-        prompt_logprobs=first.prompt_logprobs,
-        finish_reason=then.finish_reason,
-        error=then.error,
-        stop_match=then.stop_match,
-        cached_tokens=first.cached_tokens,
-    )

@@ -12,7 +12,7 @@ from engine.chat.output_parser import MessageDelta
 from engine.grammar.lark import Grammar
 from engine.sampling.params import SamplingParams
 from server.http.errors import ApiError
-from server.openai.requests import ChatRequest
+from server.openai.requests import UNLIMITED, ChatRequest
 from server.serving.answer import Answer
 from server.serving.generation import Generation
 from server.serving.service import Served
@@ -124,7 +124,7 @@ class ConversationReply(Reply):
             choice,
             self._served.loaded.sampling,
             self._prompt.stop_token_ids,
-            max_tokens=max_tokens,
+            max_tokens=None if max_tokens == UNLIMITED else max_tokens,
             grammar=self.grammar,
             logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
         )

@@ -6,7 +6,6 @@ a beginning and an end.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -82,12 +81,3 @@ class SegmentWriter(ABC):
         if text:
             self._open.pieces.append(text)
             yield from self.grown(self._open, text)
-
-
-def parsed_arguments(segment: AnswerSegment) -> dict[str, Any]:
-    """Arguments of a call as an object; empty where they are none, as when the answer was cut off."""
-    try:
-        arguments = json.loads(segment.text)
-    except (ValueError, RecursionError):
-        return {}
-    return arguments if isinstance(arguments, dict) else {}

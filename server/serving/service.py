@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.base import Model
-from engine.families.loader import Loaded, load
+from engine.families.loader import Loaded, OpenedModel, open_model
 from engine.warm_up import warm_up
+from memory.checkpoint.checkpoint import name_of
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
-from memory.planner.budget import MemoryBudget
+from memory.planner.budget import MemoryBudget, unused_gpus_notice
 from memory.planner.placement import Workload
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
@@ -54,30 +55,51 @@ class Served:
         return None if wanted is None else max(1, min(wanted, self.engine.max_context - prompt_tokens))
 
 
-def bring_up(settings: Settings) -> Served:
-    """Load the model that `settings` name and start its engine.
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is about to be loaded: settings, headers and small files are in order."""
 
-    Raises LociError where the checkpoint is wrong or does not fit into memory.
+    settings: Settings
+    name: str
+    opened: OpenedModel
+    budget: MemoryBudget
+    prefix_bytes: int | None
+    free_bytes: int
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Find out what can be wrong with the model that `settings` name before its weights are read.
+
+    Raises LociError.
     """
-    path = model_path(settings.model).resolve()
-    name = settings.served_model_name or (path.stem if path.suffix == ".gguf" else path.name)
+    path = model_path(settings.model)
+    name = settings.served_model_name or name_of(path)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
     workload = Workload(
         settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
     )
+    if notice := unused_gpus_notice(settings.devices):
+        log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
-    loaded = load(path, budget, settings.max_model_len)
+    opened = open_model(path, settings.max_model_len)
+    return Prepared(settings, name, opened, budget, prefix_bytes, free_bytes)
+
+
+def bring_up(prepared: Prepared) -> Served:
+    """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
+    settings, budget, prefix_bytes = prepared.settings, prepared.budget, prepared.prefix_bytes
+    loaded = prepared.opened.load(budget)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling the GPUs' kernels, where that was not done before")
-        warm_up(loaded.model, min(settings.prefill_chunk, workload.context))
+        warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.
         elsewhere = {gpu.name for gpu in budget.gpus if not gpu.is_virtual}
         weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
         kv = loaded.model.cache_bytes(settings.max_num_seqs, context)
-        left = min(free_bytes - weights - kv, available_memory_bytes())
+        left = min(prepared.free_bytes - weights - kv, available_memory_bytes())
         prefix_bytes = max(0, int(left * PREFIX_SHARE))
     engine = Engine(
         loaded.model,
@@ -90,7 +112,7 @@ def bring_up(settings: Settings) -> Served:
         prefix_cache_bytes=prefix_bytes,
     )
     engine.start()
-    return Served(name, loaded, engine)
+    return Served(prepared.name, loaded, engine)
 
 
 def _modest_context(model: Model, sequences: int) -> int:
@@ -169,7 +191,9 @@ class Service:
         if self._served is None:
             raise unavailable("the model is still loading; try again soon", "model_loading")
         if not self._served.engine.is_alive:
-            raise unavailable("the engine has stopped; the server must be restarted", "engine_stopped")
+            raise unavailable(
+                "the engine has stopped; the server must be restarted by who runs it", "engine_stopped"
+            )
         return self._served
 
     def named(self, model: str) -> Served:

@@ -162,7 +162,7 @@ def _formatter(unit: str) -> Callable[[float, object], str]:
     return format_value
 
 
-def _stat(axes: Axes, panel: dict[str, Any], series: Series, _: float) -> None:
+def _stat(axes: Axes, panel: dict[str, Any], series: Series, start: float) -> None:
     """The last value, large, over its course."""
     (_, times, values), *_ = series
     finite = np.nan_to_num(values)

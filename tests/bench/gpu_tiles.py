@@ -63,7 +63,7 @@ def random_weight(gpu: Gpu, format_: Format, rows: int) -> PackedTensor:
 def measure(gpu: Gpu, weight: PackedTensor, x: torch.Tensor, blocks: Blocks) -> float:
     """GB/s or TFLOP/s of one choice. Raises what compiling raises, and ValueError for a wrong result."""
     original = Blocks.of
-    triton_linear.Blocks.of = classmethod(lambda cls, tokens, dtype: blocks)  # type: ignore[method-assign]
+    triton_linear.Blocks.of = classmethod(lambda cls, tokens, dtype: blocks)  # type: ignore[method-assign,assignment]
     try:
         exact = x.double() @ weight.decode().double().T
         error = (gpu.kernels.linear(x, weight).double() - exact).norm() / exact.norm()

@@ -20,7 +20,7 @@ import llguidance
 from rich.console import Console
 from rich.table import Table
 
-from engine.families.loader import default_model_path
+from engine.embedded import model_path
 from engine.grammar.constraint import vocabulary_of
 from engine.tokenizer.synthetic import EOS, synthetic_tokenizer
 from engine.tokenizer.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 def vocabularies() -> dict[str, tuple[Tokenizer, int]]:
     """Tokenizers by name, each with its end-of-sequence token."""
     tiny = Tokenizer.from_directory(ROOT / "tests" / "golden" / "v41-c")
-    smollm = Tokenizer.from_gguf(open_gguf(default_model_path()))
+    smollm = Tokenizer.from_gguf(open_gguf(model_path(Path("smollm2"))))
     assert smollm.eos_token_id is not None
     large = Tokenizer(synthetic_tokenizer(129280), bos_token_id=0, add_bos=True)
     return {

@@ -47,7 +47,7 @@ def ours(x: torch.Tensor, factors: torch.Tensor) -> tuple[Callable[[torch.Tensor
     kernels = NativeKernels()
     layout = ExpertSlotLayout(HIDDEN, WIDTH)
     arena = torch.empty(EXPERTS * layout.nbytes, dtype=torch.uint8).view(EXPERTS, -1)
-    experts = [layout.pack_into(slot, *e) for e, slot in zip(stored(), arena, strict=True)]
+    experts = [layout.pack_into(slot, w1, w3, w2) for (w1, w3, w2), slot in zip(stored(), arena, strict=True)]
     return lambda ids: kernels.moe(MoeCall(x, ids, factors, experts, LIMIT)), TOP_K * layout.nbytes
 
 

@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,7 +66,7 @@ class Book:
         self.files = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
         page = httpx.get(f"{server.url}/metrics").text
         samples = [s for family in text_string_to_metric_families(page) for s in family.samples]
-        self.values = Counter[str]()
+        self.values: dict[str, float] = defaultdict(float)
         self.statuses = Counter[str]()
         for sample in samples:
             if sample.name == "loci_http_requests_total":

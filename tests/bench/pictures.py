@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, ViewportSize, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -26,7 +26,8 @@ DEMO_QUESTIONS = (
     "What is an expert?",
 )  # what that model knows about
 SETTINGS = "localStorage.setItem('loci.settings', JSON.stringify({max_tokens: '160', temperature: '0'}))"
-DESKTOP, PHONE = {"width": 1180, "height": 800}, {"width": 390, "height": 780}
+DESKTOP: ViewportSize = {"width": 1180, "height": 800}
+PHONE: ViewportSize = {"width": 390, "height": 780}
 
 
 def main(arguments: list[str]) -> None:

@@ -58,12 +58,31 @@ def container_ports(service: str) -> list[str]:
     return [port.rpartition(":")[2] for port in SERVICES[service]["ports"]]
 
 
+def with_gpus() -> str:
+    """The file as its comment says to change it where there are GPUs."""
+    text = (DEPLOY / "compose.yaml").read_text()
+    (section,) = re.findall(r"^    # deploy:\n(?:    # .*\n)*?    # .*capabilities.*\n", text, re.MULTILINE)
+    return text.replace(section, section.replace("    # ", "    "))
+
+
+def test_gpus_are_given_to_loci_where_its_section_is_taken_in() -> None:
+    assert "deploy" not in LOCI
+    changed = yaml.safe_load(with_gpus())["services"]
+    (device,) = changed["loci"].pop("deploy")["resources"]["reservations"]["devices"]
+
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert changed == SERVICES
+    assert LOCI["environment"]["LOCI_DEVICES"] == "${LOCI_DEVICES:-}"
+
+
 @pytest.mark.skipif(
     shutil.which("docker-compose") is None,
     reason="no docker-compose is installed (Debian: apt-get install docker-compose)",
 )
-def test_the_file_is_valid() -> None:
-    command = ["docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--quiet"]
+@pytest.mark.parametrize("text", [(DEPLOY / "compose.yaml").read_text(), with_gpus()], ids=["cpu", "gpus"])
+def test_the_file_is_valid(tmp_path: Path, text: str) -> None:
+    (tmp_path / "compose.yaml").write_text(text)
+    command: list[str | Path] = ["docker-compose", "--file", tmp_path / "compose.yaml", "config", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,6 +105,13 @@ def test_its_variables_are_settings_of_loci() -> None:
     fields = {f"LOCI_{name.upper()}" for name in Settings.model_fields}
 
     assert set(LOCI["environment"]) <= fields
+
+
+def test_which_pytorch_an_image_gets_can_be_said_when_it_is_built() -> None:
+    arguments = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+
+    assert set(LOCI["build"]["args"]) == arguments == {"TORCH_INDEX"}
+    assert (DEPLOY / LOCI["build"]["context"] / "Dockerfile").is_file()
 
 
 def test_the_port_is_the_servers_own() -> None:
@@ -138,6 +164,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
         started.kill()
 
 
+@pytest.mark.slow
 def test_its_health_check_tells_a_server_from_none(served: LociServer) -> None:
     _, command = instruction("HEALTHCHECK").split("CMD ")
     program, flag, text = json.loads(command)
@@ -150,6 +177,7 @@ def test_its_health_check_tells_a_server_from_none(served: LociServer) -> None:
     assert failed.returncode != 0
 
 
+@pytest.mark.slow
 def test_prometheus_is_let_in_by_the_name_it_asks_for_and_other_names_are_not(served: LociServer) -> None:
     config = yaml.safe_load(in_repository("prometheus", "/etc/prometheus/prometheus.yml").read_text())
     (target,) = config["scrape_configs"][0]["static_configs"][0]["targets"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -83,9 +83,7 @@ def test_every_intermediate_value_is_the_reference_one(name: str) -> None:
         elif key.startswith("router_weights"):
             torch.testing.assert_close(got[at].sort(-1).values, want.sort(-1).values, rtol=0, atol=1e-4)
         else:
-            torch.testing.assert_close(
-                got[at], want, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}"
-            )
+            torch.testing.assert_close(got[at], want, rtol=1e-4, atol=1e-4, msg=partial("{}: {}".format, key))
         checked += 1
     assert checked > 20
 

@@ -63,6 +63,7 @@ def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.state._tensors().items()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(directory: Path) -> None:
     whole = Trainer(directory, SCHEDULE)
     whole.run(SCHEDULE.total)
@@ -102,6 +103,7 @@ def test_no_text_comes_again_while_another_waits(directory: Path, monkeypatch: p
         assert set(beginnings[i * third : (i + 1) * third]) == set(range(third))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     stage = SCHEDULE.stages[0]
@@ -110,6 +112,7 @@ def test_training_lowers_the_loss(directory: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_no_text_reads_tables_that_it_was_counted_in(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     documents = trainer.corpus.documents
@@ -127,6 +130,7 @@ def test_no_text_reads_tables_that_it_was_counted_in(directory: Path) -> None:
             assert torch.equal(values[token], layer[sets[token], places[token]].flatten())
 
 
+@pytest.mark.slow
 def test_tables_are_counted_once_for_the_same_texts(directory: Path) -> None:
     first = Trainer(directory, SCHEDULE).tables.complete
     written = (directory / "tables.safetensors").stat().st_mtime_ns
@@ -160,6 +164,7 @@ def test_matrices_that_stand_above_each_other_are_orthogonalised_apart() -> None
     torch.testing.assert_close(gate_and_up[:, 4:], alone)
 
 
+@pytest.mark.slow
 def test_a_stop_signal_ends_training_after_the_step_at_hand(directory: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     trainer.stop(15, None)
@@ -168,6 +173,7 @@ def test_a_stop_signal_ends_training_after_the_step_at_hand(directory: Path) -> 
     assert (directory / "state.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_serving_family_computes_what_was_trained(directory: Path, tmp_path: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     trainer.run(1000)
@@ -195,6 +201,7 @@ def test_the_serving_family_computes_what_was_trained(directory: Path, tmp_path:
     torch.testing.assert_close(logits, trained, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_exported_checkpoint(directory: Path, tmp_path: Path) -> None:
     first = Trainer(directory, SCHEDULE)
     first.run(256)
@@ -218,6 +225,7 @@ def test_training_goes_on_from_an_exported_checkpoint(directory: Path, tmp_path:
         second.begin_with(out)
 
 
+@pytest.mark.slow
 def test_export_refuses_files_that_differ_from_the_model(directory: Path, tmp_path: Path) -> None:
     trainer = Trainer(directory, SCHEDULE)
     tables = trainer.tables.complete

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,15 @@ def test_panels_have_places_and_names_of_their_own() -> None:
         assert len(refs) == len(set(refs)), panel["title"]
 
 
+def _has_data(prometheus: httpx.Client, name: str) -> bool:
+    return bool(ask(prometheus, name))
+
+
 @pytest.fixture(scope="module")
 def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
     """A model on two virtual GPUs, in DRAM and on disk, in budgets so small that everything moves."""
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
-    arguments = [TINY, "--dram-budget", "1.6MB", "--devices", devices, "--api-key", KEY]
+    arguments: list[str | Path] = [TINY, "--dram-budget", "1.6MB", "--devices", devices, "--api-key", KEY]
     server = LociServer(tmp_path_factory.mktemp("busy"), arguments)
     server.headers = {"Authorization": f"Bearer {KEY}"}
     try:
@@ -120,6 +125,7 @@ def saw_all_work(client: httpx.Client, server: LociServer) -> bool:
     return bool(seen) and float(seen[0]["value"][1]) == server.metric("loci_generated_tokens_total")
 
 
+@pytest.mark.slow
 @needs("prometheus", "prometheus")
 @pytest.mark.parametrize(("panel", "expression"), EXPRESSIONS)
 def test_every_panel_has_data(prometheus: httpx.Client, panel: str, expression: str) -> None:
@@ -129,6 +135,7 @@ def test_every_panel_has_data(prometheus: httpx.Client, panel: str, expression: 
     assert any(math.isfinite(float(series["value"][1])) for series in result), f"{panel}: {filled}"
 
 
+@pytest.mark.slow
 @needs("prometheus", "prometheus")
 def test_every_rule_can_be_evaluated(prometheus: httpx.Client) -> None:
     def rules() -> list[dict[str, Any]]:
@@ -138,9 +145,10 @@ def test_every_rule_can_be_evaluated(prometheus: httpx.Client) -> None:
     eventually(lambda: all(rule["health"] == "ok" for rule in rules()), "every rule was evaluated")
     recorded = [rule["name"] for rule in rules() if rule["type"] == "recording"]
     for name in recorded:
-        eventually(lambda name=name: bool(ask(prometheus, name)), f"{name} has data")
+        eventually(partial(_has_data, prometheus, name), f"{name} has data")
 
 
+@pytest.mark.slow
 def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) -> None:
     page = httpx.get(f"{busy_server.url}/metrics", headers=busy_server.headers).text
     known = set()
@@ -152,6 +160,7 @@ def test_rules_and_panels_name_only_metrics_that_exist(busy_server: LociServer) 
     assert named - known == set()
 
 
+@pytest.mark.slow
 def test_documentation_tells_of_each_metric_and_of_none_that_is_not(busy_server: LociServer) -> None:
     page = httpx.get(f"{busy_server.url}/metrics", headers=busy_server.headers).text
     exported = set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))

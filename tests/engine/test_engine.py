@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -208,9 +209,9 @@ def test_what_fails_for_one_sequence_fails_no_other(
     if part != "reader":
         (sequence,) = [s for s in engine._known.values() if s.on_output is bad]
         if part == "sampler":
-            sequence.sampler.adjusted = broken  # type: ignore[method-assign]
+            sequence.sampler.adjusted = broken  # type: ignore[method-assign,assignment]
         else:
-            sequence.detokenizer.push = broken  # type: ignore[method-assign]
+            sequence.detokenizer.push = broken  # type: ignore[method-assign,assignment]
     bad.wait()
 
     assert bad.outputs[-1].finish_reason is FinishReason.ERROR
@@ -262,11 +263,74 @@ def test_a_full_queue_refuses(loaded: Loaded) -> None:
     engine = Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=2000, max_waiting=1)
     engine.start()
     try:
-        running = submit(engine, [5, 6], ignore_eos=True)[0]
-        running.wait_for_tokens(1)
-        submit(engine, [5, 6], ignore_eos=True)
-        with pytest.raises(CapacityError, match="1 requests are waiting already"):
+        for _ in range(2):
             submit(engine, [5, 6], ignore_eos=True)
+        with pytest.raises(CapacityError, match="1 requests are running and 1 are waiting already"):
+            submit(engine, [5, 6], ignore_eos=True)
+    finally:
+        engine.stop()
+
+
+@pytest.fixture
+def unqueued(loaded: Loaded) -> Iterator[Engine]:
+    """An engine with two slots and no queue."""
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=2, max_context=2000, max_waiting=0)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def test_without_a_queue_free_slots_are_given_away(unqueued: Engine) -> None:
+    for _ in range(20):
+        for answer, _ in [submit(unqueued, [5, 6], max_tokens=2) for _ in range(2)]:
+            answer.wait()
+
+
+def test_an_aborted_sequence_takes_no_place_from_the_next(unqueued: Engine) -> None:
+    running = [submit(unqueued, [5, 6], ignore_eos=True) for _ in range(2)]
+    for _ in range(20):
+        with pytest.raises(CapacityError, match="0 are waiting already"):
+            submit(unqueued, [5, 6])
+        unqueued.abort(running.pop(0)[1])
+        running.append(submit(unqueued, [5, 6], ignore_eos=True))
+
+    running[-1][0].wait_for_tokens(1)
+
+
+def test_whoever_has_an_answer_may_ask_at_once(unqueued: Engine) -> None:
+    last = Answer()
+
+    def ask(left: int) -> None:
+        def read(output: Output) -> None:
+            if output.finish_reason is None:
+                return
+            if left:
+                ask(left - 1)
+            else:
+                last(output)
+
+        unqueued.submit([5, 6], SamplingParams(max_tokens=1), read)
+
+    for _ in range(2):
+        ask(10)
+    assert last.wait().finish_reason is FinishReason.LENGTH
+
+
+def test_as_many_clients_as_places_are_never_refused(loaded: Loaded) -> None:
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=2, max_context=200, max_waiting=3)
+    engine.start()
+
+    def client(seed: int) -> int:
+        for i in range(15):
+            answer, submission = submit(engine, [5, 6, seed], max_tokens=1 + (seed + i) % 3, ignore_eos=True)
+            if (seed + i) % 4 == 0:
+                engine.abort(submission)
+            answer.wait()
+        return seed
+
+    try:
+        with ThreadPoolExecutor(5) as clients:
+            assert list(clients.map(client, range(5))) == list(range(5))
     finally:
         engine.stop()
 

@@ -81,6 +81,7 @@ def test_the_oldest_prompt_always_goes_on() -> None:
                 scheduler.release(sequence)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 3000), min_size=1, max_size=12, unique=True),
     budget=st.integers(1, 700),

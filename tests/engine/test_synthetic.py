@@ -11,7 +11,7 @@ import torch
 from engine.families.base import Batch
 from engine.families.deepseek_v41.config import parse_config
 from engine.families.deepseek_v41.tensors import expected_tensors
-from engine.families.loader import load
+from engine.families.loader import load, open_checkpoint
 from engine.families.shapes import shape_of
 from engine.synthetic import SHAPES, plan_slice, released_layers
 from engine.tokenizer.synthetic import SPECIAL_TOKENS, synthetic_tokenizer
@@ -122,7 +122,7 @@ def test_progress_ends_with_everything_written(tmp_path: Path) -> None:
 
 def test_an_experts_shape_in_a_slice_is_seen_by_the_planner(tmp_path: Path) -> None:
     write_checkpoint(plan_slice("v41-tiny", 3, ROWS, experts=5), tmp_path / "out", ignore)
-    assert [layer.experts for layer in shape_of(tmp_path / "out").layers] == [5, 5, 5]
+    assert [layer.experts for layer in shape_of(open_checkpoint(tmp_path / "out")).layers] == [5, 5, 5]
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(

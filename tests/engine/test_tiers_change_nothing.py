@@ -50,6 +50,7 @@ def budget(dram_experts: float, *gpu_experts: float, bytes_per_s: float | None =
         dense = model.weights.places.nbytes["dram"]
         tables = model.weights.engram.nbytes
         if dram_experts < 2 * model.config.num_experts_per_tok:  # then the embedding stays on disk
+            assert isinstance(model.weights.embed, torch.Tensor)
             dense -= model.weights.embed.nbytes
     if dram_experts >= EXPERTS:  # then everything fits: with room for the tables too
         return MemoryBudget(dense + tables + int(dram_experts * SLOT * 1.02), gpus)
@@ -78,6 +79,7 @@ def everything_in_dram(golden: dict[str, torch.Tensor]) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dram", "gpus"),
     [
@@ -107,6 +109,7 @@ def test_logits_are_bit_identical_for_any_budgets(
         assert bytes_by_tier[gpu.name] + kv_room.get(gpu.name, 0) <= gpu.budget_bytes
 
 
+@pytest.mark.slow
 def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:
     with loaded(budget(20, 90, 90)) as model:
         answer(model, golden["input_ids"].tolist())
@@ -168,6 +171,7 @@ def test_a_dram_budget_too_small_for_two_experts_is_refused() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_read_that_fails_fails_its_step_and_can_be_tried_again(
     golden: dict[str, torch.Tensor], everything_in_dram: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_bitsandbytes_on_the_gpu_packs_as_we_do() -> None:
     values = torch.randn(256, 512)
     codes, state = bnb.quantize_nf4(values.to(GPU), blocksize=64)
     packed = NF4.encode(values)
+    assert packed.scales is not None
     assert torch.equal(packed.scales, state.absmax.cpu().view(256, 8))
     # A value halfway between two levels may go either way.
     theirs = PackedTensor(NF4, (256, 512), codes.cpu().view(256, 256), packed.scales)

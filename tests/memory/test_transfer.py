@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_what_is_needed_overtakes_what_is_guessed(link: Link) -> None:
         ("p2", Priority.PREFETCH),
         ("d2", Priority.DEMAND),
     ]
-    tickets = [link.submit([lambda n=name: order.append(n)], 1, priority) for name, priority in names]
+    tickets = [link.submit([partial(order.append, name)], 1, priority) for name, priority in names]
     gate.open()
     for ticket in tickets:
         ticket.wait()
@@ -56,9 +57,7 @@ def test_what_is_needed_overtakes_what_is_guessed(link: Link) -> None:
 def test_a_guessed_transfer_that_becomes_needed_goes_first(link: Link) -> None:
     order: list[str] = []
     gate = Gate(link)
-    tickets = [
-        link.submit([lambda n=name: order.append(n)], 1, Priority.PREFETCH) for name in ("a", "b", "c")
-    ]
+    tickets = [link.submit([partial(order.append, name)], 1, Priority.PREFETCH) for name in ("a", "b", "c")]
     link.promote(tickets[2])
     gate.open()
     for ticket in tickets:

@@ -30,7 +30,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"
 
 def command(*arguments: str | Path) -> list[str]:
     """The command line of `loci` with these arguments."""
-    return [sys.executable, "-m", "server", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "server", *map(str, arguments)]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -152,6 +152,6 @@ class LociServer:
             file.close()
 
     def _found_url(self) -> bool:
-        found = re.search(r"listens on (http://\S+)", self.out.read_text())
+        found = re.search(r"listens on .*?(http://[^\s)]+)", self.out.read_text())
         self._url = found.group(1) if found else ""
         return bool(found)

@@ -26,6 +26,11 @@ SPELLINGS = {
     "candidate_source_layer_id": "candidate_source_layer",
     "engram_pad_token_id": "engram_pad_id",
 }
+# What `rope_scaling` may hold. The part of a head that is rotated follows from qk_rope_head_dim.
+YARN_KEYS = {
+    "type", "rope_type", "rope_theta", "compress_rope_theta", "partial_rotary_factor",
+    "factor", "rope_factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "original_seq_len",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -284,10 +289,19 @@ class _Reader:
             beta_fast=reader.number("beta_fast", 32),
             beta_slow=reader.number("beta_slow", 1),
         )
+        if not reader.problems:
+            reader.problems += [
+                f"{name} is {value}, must be positive" for name, value in vars(scaling).items() if value <= 0
+            ]
         if reader is not self:
             kind = nested.get("type", nested.get("rope_type", "yarn")) if nested is not None else "yarn"
             if kind != "yarn":
                 reader.problems.append(f"type is {kind!r}; only 'yarn' is implemented")
+            reader.problems += [
+                f"{key} is {value!r}; it is not implemented"
+                for key, value in reader.text.items()
+                if key not in YARN_KEYS and value is not None and (key, value) != ("attention_factor", 1)
+            ]
             self.problems += [f"rope_scaling: {problem}" for problem in reader.problems]
         return scaling
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -18,7 +17,7 @@ from engine.cache.sparse import CacheShape, SparseCache
 from engine.families.base import NO_TRACE, Batch, Component, Family, KvCache, Model, ModelInfo, Trace
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.places import HOST
-from engine.families.deepseek_v41.tensors import IGNORED_PREFIXES, components, expected_tensors
+from engine.families.deepseek_v41.tensors import IGNORED, components, expected_tensors
 from engine.families.deepseek_v41.weights import AttentionWeights, LayerWeights, V41Weights, read_weights
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from engine.layers.engram_lookup import EngramLookup, StepRows
@@ -31,10 +30,11 @@ from engine.layers.sparse_attention import (
     select_entries,
 )
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.experts.traces import trace_beside
 from memory.planner.budget import MemoryBudget
 from memory.planner.published import KV_MARGIN
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError, ConfigError
+from quant.errors import BudgetError, ConfigError, Findings
 from quant.kernels.interface import Kernels, swiglu
 
 
@@ -408,31 +408,43 @@ class DeepseekV41Family(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint.config)
-        return self._info(config, checkpoint.path), components(config, checkpoint)
+        return self._info(config, checkpoint), components(config, checkpoint)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        config = parse_config(checkpoint.config)
+        findings = Findings()
+        with findings.checking():
+            checkpoint.verify(expected_tensors(config, checkpoint), IGNORED)
+        with findings.checking():
+            self._token_map(config, checkpoint)
+        with findings.checking():
+            trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+        findings.raise_any()
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
+        self.check(checkpoint)
         config = parse_config(checkpoint.config)
-        checkpoint.verify(expected_tensors(config, checkpoint), IGNORED_PREFIXES)
-        token_map = torch.zeros(0, dtype=torch.int64)
-        if config.engram_layer_ids:
-            self._check_tables(config)
-            token_map = torch.from_numpy(
-                load_token_map(
-                    checkpoint.path / "tokenizer.json", config.vocab_size, config.engram_compressed_vocab_size
-                )
-            )
+        token_map = self._token_map(config, checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
-        return DeepseekV41(config, self._info(config, checkpoint.path), weights, token_map, kernels)
+        return DeepseekV41(config, self._info(config, checkpoint), weights, token_map, kernels)
 
-    def _info(self, config: V41Config, path: Path) -> ModelInfo:
+    def _info(self, config: V41Config, checkpoint: Checkpoint) -> ModelInfo:
         return ModelInfo(
             family=self.name,
-            name=path.resolve().name,
+            name=checkpoint.name,
             vocab_size=config.vocab_size,
             max_context=config.max_position_embeddings,
             bos_token_id=config.bos_token_id,
             eos_token_ids=config.eos_token_ids,
         )
+
+    def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
+        """What Engram look-ups fold token ids to; empty where there are none."""
+        if not config.engram_layer_ids:
+            return torch.zeros(0, dtype=torch.int64)
+        self._check_tables(config)
+        file = checkpoint.path / "tokenizer.json"
+        return torch.from_numpy(load_token_map(file, config.vocab_size, config.engram_compressed_vocab_size))
 
     def _check_tables(self, config: V41Config) -> None:
         """The config's table sizes must be the sums of the primes that the hash will use."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.families.deepseek_v41.config import V41Config
-from engine.families.deepseek_v41.tensors import IGNORED_PREFIXES
+from engine.families.deepseek_v41.tensors import IGNORED
 from engine.families.parts import Parts
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import V41Dims, v41_kv
@@ -33,7 +33,7 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelSh
         kv_sources=c.kv_source_layer_ids,
         index_sources=c.index_source_layer_ids,
     )
-    parts = Parts(checkpoint, IGNORED_PREFIXES)
+    parts = Parts(checkpoint, IGNORED)
     rows = dict(zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True))
     columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
     layers = []

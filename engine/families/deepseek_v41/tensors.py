@@ -6,6 +6,7 @@ Names and shapes are the released ones (`docs/deepseek-v41.md`, section 2).
 from __future__ import annotations
 
 import math
+import re
 
 from engine.families.base import Component
 from engine.families.deepseek_v41.config import V41Config
@@ -19,7 +20,7 @@ from quant.formats.stored import FLOAT_DTYPES, format_of, stored_as
 from quant.packed import Format
 
 # Draft stages and the image encoder: in released checkpoints, not used by text generation.
-IGNORED_PREFIXES = ("mtp.", "vision.", "aligner.", "image_")
+IGNORED = re.compile(r"(mtp|vision|aligner)\..*|image_.*")
 
 FLOATS = tuple(FLOAT_DTYPES)
 
@@ -158,9 +159,7 @@ def components(config: V41Config, checkpoint: Checkpoint) -> list[Component]:
     """The model's parts with their bytes and parameters, from headers alone."""
     totals: dict[tuple[str, str], list[int]] = {}
     formats: dict[tuple[str, str], set[str]] = {}
-    for name, entry in checkpoint.entries.items():
-        if name.startswith(IGNORED_PREFIXES):
-            continue
+    for name, entry in checkpoint.used(IGNORED).items():
         key = _component_of(name)
         total = totals.setdefault(key, [0, 0])
         total[0] += entry.nbytes

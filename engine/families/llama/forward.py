@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from engine.families.base import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
-from engine.families.llama.config import LlamaConfig, expected_tensors, parse_config
-from engine.layers.rope import Rotation, inverse_frequencies
+from engine.families.llama.config import LlamaConfig, parse_config
+from engine.families.llama.tensors import IGNORED, components, expected_tensors
+from engine.layers.rope import Rotation
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
-from quant.errors import BudgetError
+from quant.errors import BudgetError, CheckpointError
 from quant.formats.gguf import weight_from_bytes
 from quant.kernels.interface import Kernels, Weight, swiglu
 
@@ -81,6 +82,7 @@ class Llama(Model):
         layers: tuple[LayerWeights, ...],
         norm: torch.Tensor,
         head: Weight,
+        frequencies: torch.Tensor,
     ) -> None:
         self.config = config
         self.info = info
@@ -89,7 +91,7 @@ class Llama(Model):
         self.layers = layers
         self.norm = norm
         self.head = head
-        self.frequencies = inverse_frequencies(config.head_dim, config.rope_theta)
+        self.frequencies = frequencies
 
     @property
     def tier_bytes(self) -> dict[str, int]:
@@ -149,6 +151,8 @@ class Llama(Model):
         tokens = x.shape[0]
         q = rotation.apply(kernels, self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))
         k = rotation.apply(kernels, self._paired(linear(x, layer.k).view(tokens, c.kv_heads, c.head_dim)))
+        if c.rope.attention_factor != 1:
+            q = q * c.rope.attention_factor**2  # the keys' share too: only products of the two are used
         v = linear(x, layer.v).view(tokens, c.kv_heads, c.head_dim)
         out = torch.empty_like(q)
         stop = 0
@@ -175,13 +179,16 @@ class LlamaFamily(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint)
-        return self._info(config, checkpoint), _components(config, checkpoint)
+        return self._info(config, checkpoint), components(config, checkpoint)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        checkpoint.verify(expected_tensors(parse_config(checkpoint)), IGNORED)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Llama:
+        self.check(checkpoint)
         config = parse_config(checkpoint)
-        checkpoint.verify(expected_tensors(config))
 
-        nbytes = sum(entry.nbytes for entry in checkpoint.entries.values())
+        nbytes = sum(entry.nbytes for entry in checkpoint.used(IGNORED).values())
         if nbytes > budget.dram_bytes:
             raise BudgetError(
                 f"{checkpoint.path}: the weights, all used for every token, need {nbytes:,} bytes; the "
@@ -198,6 +205,17 @@ class LlamaFamily(Family):
             assert isinstance(weight, torch.Tensor)
             return weight.float()
 
+        frequencies = config.rope.frequencies(config.head_dim)
+        if config.has_rope_factors:
+            factors = read("rope_factors")
+            assert isinstance(factors, torch.Tensor)
+            if not bool(((factors > 0) & factors.isfinite()).all()):
+                raise CheckpointError(
+                    f"{checkpoint.path}: {config.names['rope_factors']} holds numbers that no frequency can "
+                    "be divided by; download it again"
+                )
+            frequencies = frequencies / factors.double()
+
         layers = tuple(
             LayerWeights(
                 attn_norm=norm("attn_norm", n),
@@ -211,37 +229,19 @@ class LlamaFamily(Family):
         )
         embed = kernels.prepare(read("embed")) if config.is_tied else read("embed")
         head = embed if config.is_tied else kernels.prepare(read("head"))
-        return Llama(config, self._info(config, checkpoint), kernels, embed, layers, norm("norm"), head)
+        info = self._info(config, checkpoint)
+        return Llama(config, info, kernels, embed, layers, norm("norm"), head, frequencies)
 
     def _info(self, config: LlamaConfig, checkpoint: Checkpoint) -> ModelInfo:
         name = checkpoint.config.get("general.name")
         return ModelInfo(
             family=self.name,
-            name=name if isinstance(name, str) else checkpoint.path.resolve().name,
+            name=name if isinstance(name, str) else checkpoint.name,
             vocab_size=config.vocab_size,
             max_context=config.max_context,
             bos_token_id=config.bos_token_id,
             eos_token_ids=config.eos_token_ids,
         )
-
-
-def _components(config: LlamaConfig, checkpoint: Checkpoint) -> list[Component]:
-    """Embedding, layers and head (absent where it is the embedding) with their bytes, from headers alone."""
-    names = config.names
-    parts = {names["embed"]: ("embedding", "embedding"), names["head"]: ("head", "head")}
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for name in checkpoint.entries:
-        grouped.setdefault(parts.get(name, ("attention and feed-forward", "dense")), []).append(name)
-    return [
-        Component(
-            name=name,
-            kind=kind,
-            format="+".join(sorted({checkpoint.entries[tensor].dtype.lower() for tensor in tensors})),
-            nbytes=sum(checkpoint.entries[tensor].nbytes for tensor in tensors),
-            parameters=sum(math.prod(checkpoint.entries[tensor].shape) for tensor in tensors),
-        )
-        for (name, kind), tensors in grouped.items()
-    ]
 
 
 FAMILY = LlamaFamily()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -27,6 +27,11 @@ class Load:
     prompt_tokens: int
     tokens: int
     rounds: int
+
+    @property
+    def all_rounds(self) -> int:
+        """Those that count, and one to warm up."""
+        return self.rounds + 1
 
     def prompts(self, count: int) -> list[list[int]]:
         """Prompts of random tokens, none of which any cache has seen."""
@@ -59,7 +64,13 @@ class Comparison:
         return median(cost.overhead_us for cost in self.costs)
 
 
-def compare(target: Target, engine: Engine | None, streams: int, load: Load) -> Comparison:
+def compare(
+    target: Target,
+    engine: Engine | None,
+    streams: int,
+    load: Load,
+    on_round: Callable[[], None] = lambda: None,
+) -> Comparison:
     """Run `streams` streams together `load.rounds` times, over HTTP and on the engine.
 
     Who begins changes from round to round, so that what disturbs the machine for a while disturbs both.
@@ -76,9 +87,10 @@ def compare(target: Target, engine: Engine | None, streams: int, load: Load) -> 
             found.bare.append(bare)
             found.costs.append(cost)
 
-    for number in range(load.rounds + 1):
+    for number in range(load.all_rounds):
         for run in (over_http, on_the_engine)[:: 1 if number % 2 else -1]:
             run()
+        on_round()
     # The first round warms up.
     return Comparison(found.http[1:], found.bare[1:], found.costs[1:])
 

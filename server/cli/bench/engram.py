@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile, Model
+from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -19,10 +21,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def engram(
-    model: Annotated[
-        Path,
-        typer.Argument(help="Checkpoint with Engram tables, as `loci synth` writes it.", show_default=False),
-    ],
+    model: Model,
     rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds; each tries all cases in turn.")] = 9,
     tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens decoded in each.")] = 12,
     prompt: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of the prompt in each.")] = 128,
@@ -39,34 +38,34 @@ def engram(
         str | None,
         typer.Option(help="GPUs that layers are computed on, like cuda:24GiB. Default: none."),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Decode and prefill with the tables absent, in DRAM, and on disk with a tenth of their bytes in DRAM.
 
     The whole model must fit into memory. A few minutes with the slice of the example.
 
     Example: loci synth deepseek-v4.1-flash --layers 3 --experts 16 --engram-rows 20000000 --out ./slice
+
     and then: loci bench engram ./slice
+
     Rows of real text: loci bench engram deploy/demo/loci-demo --trace deploy/demo/traces/engram.safetensors
     """
-    from rich.progress import Progress
-
     from engine.bench.engram import KINDS, EngramCase, run_engram
     from engine.bench.streams import percentile
     from memory.engram.traces import load_rows
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import Result, write_results
+    from memory.planner.budget import unused_gpus_notice
 
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("rounds")
+    if notice := unused_gpus_notice(devices):
+        print(f"loci: {notice}", file=sys.stderr)
+    with progress("rounds") as on_progress:
         run = run_engram(
             model,
             EngramCase(rounds, tokens, prompt, warm),
             trace=None if trace is None else load_rows(trace),
             devices=devices,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            on_progress=on_progress,
         )
     _print(run)
     if json_file is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quant.errors import ConfigError
+from server.cli.arguments import JsonFile
 from server.cli.terminal import print_table
 
 # Of Belady's hits, what the default policy should reach.
@@ -27,13 +28,11 @@ def experts(
     shares: Annotated[
         str, typer.Option(help="Slots as shares of a layer's experts, separated by commas.")
     ] = "0.25,0.5,0.75",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Replay a routing trace through each eviction policy, and compare with the best possible (Belady).
 
-    Then what GPUs and DRAM exchange, with the margin that an exchange must pay and without.
+    Then shows what GPUs and DRAM exchange, with and without the margin by which an exchange must pay.
 
     Example: loci bench experts --trace routing.safetensors --experts 384
     """

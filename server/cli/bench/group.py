@@ -11,7 +11,12 @@ from server.cli.bench.kernels import kernels
 from server.cli.bench.serve import serve
 from server.cli.bench.slice import slice_
 
-bench = typer.Typer(name="bench", help="Measure this machine and Loci on it.", no_args_is_help=True)
+bench = typer.Typer(
+    name="bench",
+    help="Measure this machine and Loci on it.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 bench.command()(hardware)
 bench.command()(experts)
 bench.command()(engram)

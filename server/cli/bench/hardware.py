@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile, can_be_written
+from server.cli.progress import progress
 from server.cli.terminal import print_table
 
 DISK_BYTES = 1 << 30
@@ -14,9 +16,7 @@ DISK_SHARE = 10  # of the free space, at most this part is written
 
 
 def hardware(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -34,14 +34,21 @@ def hardware(
     from memory.hardware.measure import measure_cpu, measure_disk, measure_dram, measure_gpus, working_bytes
     from memory.hardware.this_machine import cache_path, write_results
 
+    can_be_written(cache_path())
     where = directory or Path.cwd()
     machine = detect(where)
-    results = [
-        *measure_dram(working_bytes()),
-        *measure_cpu(working_bytes() // 2),
-        *measure_disk(where, min(DISK_BYTES, machine.disk_free_bytes // DISK_SHARE)),
-        *measure_gpus(),
-    ]
+    stages = (
+        lambda: measure_disk(where, min(DISK_BYTES, machine.disk_free_bytes // DISK_SHARE)),
+        lambda: measure_dram(working_bytes()),
+        lambda: measure_cpu(working_bytes() // 2),
+        measure_gpus,
+    )
+    results = []
+    with progress("measuring") as on_progress:
+        for number, measure in enumerate(stages):
+            on_progress(number, len(stages))
+            results += measure()
+        on_progress(len(stages), len(stages))
     print_table(["what", "measured", ""], [(r.name, f"{r.value:.3g}", r.unit) for r in results], right=(1,))
     if not any(r.name == "disk_read" for r in results):
         print(f"{where}: this file system refuses direct reads; name another with --directory")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile
 from server.cli.terminal import print_table
 
 
 def kernels(
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
     gpu: Annotated[
         int | None,
         typer.Option(
@@ -21,7 +19,7 @@ def kernels(
         ),
     ] = None,
     is_quick: Annotated[
-        bool, typer.Option("--quick", help="A few turns only: to see that it runs, not for figures.")
+        bool, typer.Option("--quick", help="A few turns only, to see that it runs; the figures mean little.")
     ] = False,
 ) -> None:
     """Compare products with packed weights to plain reads, to torch's own and to llama.cpp's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
+from server.cli.arguments import JsonFile
+from server.cli.progress import progress
 from server.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -28,7 +31,7 @@ RUNNING = 4  # streams that a long prompt interferes with
 def serve(
     model: Annotated[
         Path | None,
-        typer.Argument(help="What to serve: as for `loci serve`. Default: the same.", show_default=False),
+        typer.Argument(help="Model to serve, as for `loci serve`. Default: demo.", show_default=False),
     ] = None,
     url: Annotated[
         str | None,
@@ -43,18 +46,18 @@ def serve(
     streams: Annotated[str, typer.Option(help="Streams to run together, separated by commas.")] = "1,16",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Times to run everything; medians count.")] = 9,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often to run everything; medians are reported.")
+    ] = 9,
     long_prompt: Annotated[
         int, typer.Option(min=0, help="Tokens of a prompt that comes while 4 streams run; 0 for none.")
     ] = 1500,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure a server as its clients see it, and compare with the bare engine in the same run.
 
-    Server and bare engine hold the model twice; each works while the other waits. Settings of the
-    server come from LOCI_* variables.
+    The server and the bare engine take turns; as each holds the model, it is in memory twice. Settings of
+    the server come from LOCI_* variables.
 
     Example: loci bench serve --streams 1,16 --json serve.json
     """
@@ -67,10 +70,16 @@ def serve(
         going_on = max(tokens, long_prompt // 8 + 64)
         longest = max(long_prompt, prompt_tokens + tokens, BEFORE_TOKENS + going_on) + 1
         target, engine = _set_up(stack, model, url, api_key, max(*counts, RUNNING + 1), longest)
-        compared = {count: compare(target, engine, count, load) for count in counts}
-        interference = None
-        if long_prompt:
-            interference = interfere(target, RUNNING, long_prompt, going_on)
+        with progress("rounds") as on_progress:
+            done, total = itertools.count(1), len(counts) * load.all_rounds + bool(long_prompt)
+            compared = {
+                count: compare(target, engine, count, load, lambda: on_progress(next(done), total))
+                for count in counts
+            }
+            interference = None
+            if long_prompt:
+                interference = interfere(target, RUNNING, long_prompt, going_on)
+                on_progress(next(done), total)
     _print(compared, interference)
     if json_file is not None:
         from memory.hardware.detect import detect
@@ -97,13 +106,13 @@ def _set_up(
     from server.cli.bench.client import Target
     from server.cli.child import serving
     from server.cli.talk import RemoteTalk
-    from server.serving.service import bring_up
+    from server.serving.service import bring_up, prepare
     from server.settings import resolve_settings
 
     engine = None
     flags = {"max_num_seqs": most, "max_model_len": longest}
     if url is None or model is not None:
-        engine = bring_up(resolve_settings({"model": model, **flags})).engine
+        engine = bring_up(prepare(resolve_settings({"model": model, **flags}))).engine
         stack.callback(engine.stop)
     if url is None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.cli.arguments import JsonFile, Model
+from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -27,9 +29,7 @@ FULL_LAYERS, FULL_TABLES = 40, 2
 
 
 def slice_(
-    model: Annotated[
-        Path, typer.Argument(help="Checkpoint directory, as `loci synth` writes it.", show_default=False)
-    ],
+    model: Model,
     dram_budget: Annotated[
         str | None,
         typer.Option(
@@ -40,9 +40,7 @@ def slice_(
         str | None, typer.Option(help="GPUs, like cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to decode.")] = 64,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the results here as well.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Decode within budgets and report time by layer, bytes by tier, hits, stalls, memory and the bound.
 
@@ -51,8 +49,6 @@ def slice_(
 
     Example: loci bench slice ./slice --dram-budget 4GiB --devices virtual:1GiB@12.5GB/s
     """
-    from rich.progress import Progress
-
     from engine.bench.slice import run_slice, steps, workload
     from memory.hardware.detect import detect
     from memory.hardware.measure import (
@@ -65,9 +61,11 @@ def slice_(
     )
     from memory.hardware.profiles import parse_devices
     from memory.hardware.this_machine import Result, this_machine, write_results
-    from memory.planner.budget import MemoryBudget
+    from memory.planner.budget import MemoryBudget, unused_gpus_notice
     from memory.planner.placement import PROCESS_BYTES
 
+    if notice := unused_gpus_notice(devices):
+        print(f"loci: {notice}", file=sys.stderr)
     specs = parse_devices(devices) if devices is not None else ()
     has_real_gpus = any(device.kind == "cuda" for device in specs)
     asked_for = workload(tokens, has_real_gpus=has_real_gpus)
@@ -80,11 +78,9 @@ def slice_(
         largest = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
         disk_rates.append(read_rates(largest, PAUSE_S))
 
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("tokens", total=steps(tokens, has_real_gpus=has_real_gpus))
-        run = run_slice(
-            model, budget, tokens, lambda done: bar.update(task, completed=done), in_pause=measure_beside
-        )
+    total = steps(tokens, has_real_gpus=has_real_gpus)
+    with progress("tokens") as on_progress:
+        run = run_slice(model, budget, tokens, lambda done: on_progress(done, total), in_pause=measure_beside)
     measured = [
         *measure_dram(working_bytes() // 2),
         *measure_cpu(working_bytes() // 2),
@@ -158,12 +154,13 @@ def _planned_tokens_per_s(
     model: Path, machine: HardwareProfile, budget: MemoryBudget, asked_for: Workload
 ) -> float:
     """What `loci plan` expects of one sequence within the budget, every expert equally likely."""
+    from engine.families.loader import open_checkpoint
     from engine.families.shapes import shape_of
     from memory.planner.forecast import forecast
     from memory.planner.placement import PROCESS_BYTES
     from memory.planner.routing import UNIFORM
 
-    shape = shape_of(model)
+    shape = shape_of(open_checkpoint(model))
     machine = replace(
         machine,
         dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone

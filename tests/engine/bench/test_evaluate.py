@@ -33,6 +33,7 @@ def test_a_checkpoint_equals_itself(text: Path) -> None:
     assert found.perplexity_before == found.perplexity_after
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_the_next_tokens(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "WINDOW_TOKENS", 40)
     monkeypatch.setattr(evaluate, "CHUNK_TOKENS", 16)

@@ -122,10 +122,13 @@ def slice_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_with_real_gpus_the_total_is_of_steps_that_no_clock_slows(
     slice_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, waits, done = 3, [], []
+    tokens = 3
+    waits: list[int] = []
+    done: list[int] = []
     stream = SimpleNamespace(synchronize=lambda: waits.append(len(done)))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     with pretend_gpus() as (gpu, _):

@@ -64,6 +64,7 @@ def spoil(model: Model, cache: KvCache, slot: int) -> None:
     cache.reset(slot)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15)
 @given(data=st.data())
@@ -93,6 +94,7 @@ def test_going_on_from_a_restored_prefix_gives_the_very_same_bits(
     assert torch.equal(torch.cat(cached), torch.cat(uncached)[cut:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_position_can_be_gone_on_from(models: Callable[[str], Model], name: str) -> None:
     """Behind and before the ends of windows and groups: the next token's logits are the very same."""
@@ -109,6 +111,7 @@ def test_every_position_can_be_gone_on_from(models: Callable[[str], Model], name
         assert torch.equal(compute(model, cache, 1, at, [token]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=8)
 @given(data=st.data())
@@ -144,6 +147,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
         assert prefixes.stats.nbytes == held_bytes(prefixes) <= budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v41-a", "v41-c"])
 @pytest.mark.parametrize("taken_back", [1, 2, 3, 4, 7, 8, 15, 16])
 def test_a_state_can_be_taken_back_by_a_few_tokens(

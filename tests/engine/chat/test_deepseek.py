@@ -213,6 +213,68 @@ def test_a_tool_call_is_found_however_it_is_cut(chat: ChatFormat, cuts: list[int
     assert json.loads("".join(call.arguments for call in calls)) == {"city": 'Zü"rich', "days": 3}
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["c <｜DSML｜ nix> foo", "<｜DSML｜ calls>\nWhich one?\n</｜DSML｜ calls> None.", "c <｜DSML｜"],
+)
+def test_a_block_without_calls_is_content(chat: ChatFormat, text: str) -> None:
+    assert answer(chat, user(reasoning_effort="none", tools=TOOLS), text) == ("", text, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (CALL + "\nThat was it.", "That was it."),
+        (CALL.replace("</｜DSML｜ invoke>", "And so on.</｜DSML｜ invoke>"), "And so on."),
+        (
+            '<｜DSML｜ calls>\n<｜DSML｜ invoke name="weather">\n{"city": "Rome"}</｜DSML｜ invoke>',
+            '{"city": "Rome"}',
+        ),
+    ],
+)
+def test_what_stands_between_the_elements_of_calls_is_content(
+    chat: ChatFormat, text: str, content: str
+) -> None:
+    _, told, calls = answer(chat, user(reasoning_effort="none", tools=TOOLS), text)
+
+    assert told.strip() == content
+    assert [call.name for call in calls if call.name] == ["weather"]
+
+
+@pytest.mark.parametrize("length", range(2, len(CALL), 3))
+def test_a_call_that_is_cut_off_is_told_once(chat: ChatFormat, length: int) -> None:
+    _, content, calls = answer(chat, user(reasoning_effort="none", tools=TOOLS), CALL[:length])
+
+    assert content.strip() == ("" if calls else CALL[:length].strip())
+
+
+@pytest.mark.parametrize("arguments", ["{", '{"a": "x', "[1]", "3", "null", "", "oops", '{"a": "\\ud800"}'])
+def test_arguments_of_the_history_that_are_no_object_are_kept(
+    chat: ChatFormat, tokenizer: Tokenizer, arguments: str
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [*user()["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "c", "content": "wrong"})
+
+    prompt = prompt_of(chat, tokenizer, {"messages": messages, "tools": TOOLS})
+
+    assert f'parameter name="arguments" string="true">{arguments}</｜DSML｜' in prompt
+
+
+@pytest.mark.parametrize(
+    "text", ["It is ", "", " ", "\n\n", "<", "｜", "<｜end▁of▁sentence｜>", "</think>", "<think>"]
+)
+def test_an_answer_that_was_begun_is_continued_where_it_ends(
+    chat: ChatFormat, tokenizer: Tokenizer, text: str
+) -> None:
+    messages = [*user()["messages"], {"role": "assistant", "content": text, "prefix": True}]
+
+    prompt = chat.render({"messages": messages, "reasoning_effort": "none"})
+
+    assert tokenizer.decode(prompt.token_ids).endswith(f"<｜User｜>Hi<｜Assistant｜></think>{text}")
+    assert prompt.token_ids.count(tokenizer.added_tokens["</think>"]) == 1
+
+
 def test_each_choice_gets_a_parser_of_its_own(chat: ChatFormat) -> None:
     prompt = chat.render(user())
     first, second = prompt.new_parser(), prompt.new_parser()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -129,11 +130,9 @@ def test_arguments_flow_as_they_are_written() -> None:
     (first,) = subject.push('ents": {"ci')[0].tool_calls
     assert (first.index, first.name, first.arguments) == (0, "weather", '{"ci')
     assert subject.has_tool_calls
-    assert subject.push('ty": "}</tool_call>') == [
-        MessageDelta(tool_calls=(ToolCallDelta(0, 'ty": "}</tool_call>'),))
-    ]
-    assert subject.push('\\"') == [MessageDelta(tool_calls=(ToolCallDelta(0, '\\"'),))]
-    assert subject.push('"}}\n</tool_') == [MessageDelta(tool_calls=(ToolCallDelta(0, '"}'),))]
+    assert subject.push('ty": "}</tool_call>') == [MessageDelta(tool_calls=(ToolCallDelta(0, 'ty": "}'),))]
+    assert subject.push('\\"') == []
+    assert subject.push('"}}\n</tool_') == [MessageDelta(tool_calls=(ToolCallDelta(0, '</tool_call>\\""}'),))]
     assert subject.push("call>Bye") == [MessageDelta(content="Bye")]
     assert subject.finish() == []
 
@@ -155,7 +154,7 @@ def test_a_call_that_is_cut_off_has_been_sent_as_far_as_it_came(end: str, argume
     assert added_up(calls) == [("f", arguments)]
 
 
-@pytest.mark.parametrize("broken", ["\n", '", <'])
+@pytest.mark.parametrize("broken", ["\n", '", <', "}", "\\", '", "b": [', "\t{"])
 def test_broken_arguments_do_not_swallow_what_follows_their_call(broken: str) -> None:
     _, content, calls = run(parser(), f"{BEGUN}x{broken}}}</tool_call>", f"Then {CALL}")
 
@@ -163,9 +162,191 @@ def test_broken_arguments_do_not_swallow_what_follows_their_call(broken: str) ->
     assert [name for name, _ in added_up(calls)] == ["f", "weather"]
 
 
+ARGUMENTS = '{"code": "def f():\n\tif \\"}\\" in x:\r\n    return {1.0}", "again": {"é": [1e3, null]}}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f'{{"name": "f", "arguments": {ARGUMENTS}}}',
+        f'\n{{"arguments": {ARGUMENTS}, "name": "f"}}\n',
+        f'{{"name": "f", "parameters": {ARGUMENTS}}}',
+        f'{{"parameters":{ARGUMENTS},"name":"f"}}',
+        f'{{"name": "f", "arguments": {{}}, "parameters": {ARGUMENTS}}}',
+        f'{{"name": "f", "parameters": null, "arguments": {ARGUMENTS}}}',
+        f'{{"id": 1, "type": "function", "function": {{"name": "f", "arguments": {ARGUMENTS}}}}}',
+        f'{{"function": {{"parameters": {ARGUMENTS}, "name": "f"}}, "type": "function"}}',
+        f'{{"type": "function", "name": "f", "arguments": {ARGUMENTS}, "id": "1"}}',
+        f'{{"name": "f", "arguments": {json.dumps(ARGUMENTS)}}}',
+        f'{{"parameters": {json.dumps(ARGUMENTS)}, "name": "f"}}',
+        f'{{"type": "function", "function": {{"name": "f", "arguments": {json.dumps(ARGUMENTS)}}}}}',
+        f'[{{"name": "f", "arguments": {ARGUMENTS}}}]',
+        f'{{"name": "f", "arguments": {ARGUMENTS}}}}}',
+        f'{{"name": "f", "arguments": {ARGUMENTS}',
+    ],
+)
+@pytest.mark.parametrize("closing", ["</tool_call>", "\n</tool_call>\n", "", "\n"])
+def test_arguments_are_passed_on_as_the_model_wrote_them(body: str, closing: str) -> None:
+    _, content, calls = run(parser(), f"<tool_call>{body}{closing}")
+
+    assert content == ""
+    assert added_up(calls) == [("f", ARGUMENTS)]
+
+
+@pytest.mark.parametrize(
+    ("body", "arguments"),
+    [
+        ('"arguments": {"a": True, \'b\': None}', "{\"a\": True, 'b': None}"),
+        ('"arguments": {"a": "x", <}', '{"a": "x", <}'),
+        ('"arguments": {"a": "x}', '{"a": "x}}'),
+        ('"arguments": {"path": "C:\\dir"}', '{"path": "C:\\dir"}'),
+        ('"arguments": "Paris"', "Paris"),
+        ('"arguments": [1, 2.0]', "[1, 2.0]"),
+        ('"arguments": {}', "{}"),
+        ('"arguments": null', "{}"),
+        ('"arguments": ""', "{}"),
+        ('"type": "function"', "{}"),
+    ],
+)
+def test_arguments_that_are_no_object_are_passed_on_too(body: str, arguments: str) -> None:
+    _, content, calls = run(parser(), f'<tool_call>{{"name": "f", {body}}}</tool_call> after')
+
+    assert content == " after"
+    assert added_up(calls) == [("f", arguments)]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{'name': 'f', 'arguments': {'a': 1}}",
+        '{"name": "f", "city": "Paris"}',
+        '{"name": "f", "arguments": {}, "city": "Paris"}',
+        '{"function": "f", "arguments": {"a": 1}}',
+        '{"name": "", "arguments": {"a": 1}}',
+        '{"name": "f", "name": "g", "arguments": {"a": 1}}',
+        '{"name": "f", "function": {"arguments": {"a": 1}}}',
+        '{"function": {"name": "f", "arguments": "1"}, "arguments": "2"}',
+        '{"name": "f", "arguments": "1", "parameters": "2"}',
+        'Call this: {"name": "f", "arguments": {"a": 1}}',
+        '{"name": "f" "arguments": {"a": 1}}',
+        "",
+        "\n",
+    ],
+)
+def test_what_cannot_be_made_a_call_is_content_in_full(body: str) -> None:
+    text = f"Look:\n\n<tool_call>{body}</tool_call>\nDone."
+
+    assert run(parser(), text) == ("", text, [])
+
+
+@pytest.mark.parametrize(
+    ("rest", "content"),
+    [
+        (" Then I look.", "Then I look."),
+        (', "note": "x"', ', "note": "x"'),
+        (', "parameters": {"b": 2}}', '{"parameters": {"b": 2}}'),
+        (', "id": 3, "note": "x", "why": [1]}', '{"note": "x", "why": [1]}'),
+        ("}\nThat was it.\n", "That was it."),
+        ('} {"city": "Paris"}', '{"city": "Paris"}'),
+        ("}, ]", ""),
+    ],
+)
+def test_what_a_call_has_no_place_for_is_content(rest: str, content: str) -> None:
+    _, told, calls = run(parser(), f'<tool_call>{{"name": "f", "arguments": {{"a": 1}}{rest}</tool_call>')
+
+    assert told == content
+    assert added_up(calls) == [("f", '{"a": 1}')]
+
+
+FIRST, SECOND = '{"name": "f", "arguments": {"a": "{"}}', '{"parameters": {"b": "]"}, "name": "g"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<tool_call>{FIRST}{SECOND}</tool_call>",
+        f"<tool_call>\n{FIRST}\n{SECOND}\n</tool_call>",
+        f"<tool_call>[{FIRST}, {SECOND}]</tool_call>",
+        f"<tool_call>{FIRST}\n<tool_call>{SECOND}</tool_call>",
+        f"<tool_call>{FIRST}\n<tool_call>{SECOND}",
+        f"<tool_call>{FIRST}</tool_call>\n<tool_call>{SECOND}</tool_call>\n",
+    ],
+)
+def test_several_calls_may_share_their_tags_or_lack_some(text: str) -> None:
+    _, content, calls = run(parser(), text)
+
+    assert content == ""
+    assert added_up(calls) == [("f", '{"a": "{"}'), ("g", '{"b": "]"}')]
+
+
+@pytest.mark.parametrize("tag", ["</tool_call>", "<tool_call>", "</tool_call><tool_call>"])
+def test_tags_inside_a_string_are_text(tag: str) -> None:
+    arguments = f'{{"a": "x{tag}\\"}}y", "{tag}": "{tag}"}}'
+
+    _, content, calls = run(parser(), f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>Bye')
+
+    assert content == "Bye"
+    assert added_up(calls) == [("f", arguments)]
+
+
+@pytest.mark.parametrize("after", ["", " Then.", ' He said: "yes", then', f"\n{CALL}"])
+def test_a_string_that_is_never_closed_ends_with_its_call(after: str) -> None:
+    _, content, calls = run(parser(), f"{BEGUN}x}}}}</tool_call>{after}")
+
+    assert content == ("" if after == f"\n{CALL}" else after)
+    assert added_up(calls)[0] == ("f", '{"a": "x}}')
+    assert [name for name, _ in added_up(calls)[1:]] == (["weather"] if after == f"\n{CALL}" else [])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(
+    arguments=st.dictionaries(st.text(), VALUES, min_size=1, max_size=4),
+    key=st.sampled_from(["arguments", "parameters"]),
+    name_is_first=st.booleans(),
+    indent=st.sampled_from([None, 1]),
+    in_ascii=st.booleans(),
+    in_function=st.booleans(),
+)
+def test_any_arguments_arrive_as_they_were_written(
+    arguments: dict[str, Any],
+    key: str,
+    name_is_first: bool,
+    indent: int | None,
+    in_ascii: bool,
+    in_function: bool,
+) -> None:
+    members = [("name", "f"), (key, arguments)][:: 1 if name_is_first else -1]
+    call: dict[str, Any] = dict(members)
+    written = json.dumps(arguments, ensure_ascii=in_ascii, indent=indent)
+    body = json.dumps(
+        {"type": "function", "function": call} if in_function else call, ensure_ascii=in_ascii, indent=indent
+    )
+
+    _, content, calls = run(parser(), f"<tool_call>{body}</tool_call>")
+
+    assert content == ""
+    ((name, told),) = added_up(calls)
+    assert name == "f"
+    assert json.loads(told) == arguments
+    assert "".join(told.split()) == "".join(written.split())
+
+
 PIECES = ("\n", "Hi", " ", "<", "</t", "<tool_", "é", '{"name": "f"}', "think>")
 BEGUN = '<tool_call>{"name": "f", "arguments": {"a": "'
-PARTS = st.sampled_from([*TAGS, *PIECES, CALL, BEGUN, '"', "\\", "}", '{"name": "<', '", "arguments": {'])
+WITHIN = ('"', "\\", "}", "{", "[", ",", ":", "'", "\t", '{"name": "<', '", "arguments": {', '"parameters": ')
+WHOLE = (
+    '{"name": "g"}',
+    '{"b": 1}',
+    '"name": "h"',
+    '{"parameters": {"c": "x\ny"}, "name": "i"}',
+    '"{\\"d\\": 2}"',
+)
+PARTS = st.sampled_from([*TAGS, *PIECES, CALL, BEGUN, *WITHIN, *WHOLE])
 
 
 def added_up(calls: list[ToolCallDelta]) -> list[tuple[str | None, str]]:
@@ -177,7 +358,7 @@ def added_up(calls: list[ToolCallDelta]) -> list[tuple[str | None, str]]:
     ]
 
 
-@given(parts=st.lists(PARTS, max_size=8), data=st.data(), in_reasoning=st.booleans(), tools=st.booleans())
+@given(parts=st.lists(PARTS, max_size=14), data=st.data(), in_reasoning=st.booleans(), tools=st.booleans())
 def test_how_the_text_is_cut_into_pieces_changes_nothing(
     parts: list[str], data: st.DataObject, in_reasoning: bool, tools: bool
 ) -> None:

@@ -32,7 +32,7 @@ def _tokenizer() -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    backend.add_special_tokens([AddedToken(token) for token in SPECIAL])
     return Tokenizer(
         backend, bos_token_id=260, add_bos=False, eos_token_id=257, special_tokens={"bos_token": "<s>"}
     )
@@ -64,26 +64,105 @@ def test_a_conversation_is_rendered_with_its_special_tokens() -> None:
     assert prompt.max_tokens is None
 
 
-def test_an_answer_that_was_begun_is_continued() -> None:
-    begun = {"role": "assistant", "content": "It is ", "prefix": True}
+TRIMMING = CHATML.replace("message['content']", "(message['content'] | trim)")
+# As Qwen3's, in short: reasoning is taken out of the text, and every last answer gets some.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% set text = m.content %}"
+    "{% if '</think>' in text %}{% set text = text.split('</think>')[-1] %}{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ text.lstrip('\n') }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 
-    prompt = render(CHATML, {"messages": [*user("Hi")["messages"], begun]})
 
-    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nIt is"
+def begun(text: Any, **more: Any) -> dict[str, Any]:
+    """A conversation whose last message is to be continued."""
+    return {
+        "messages": [
+            *user("Hi |> end")["messages"],
+            {"role": "assistant", "content": text, "prefix": True, **more},
+        ]
+    }
 
 
 @pytest.mark.parametrize(
-    ("template", "content", "message"),
+    ("template", "head"), [(CHATML, ""), (TRIMMING, ""), (THINKING, "<think>\n\n</think>\n\n")]
+)
+@pytest.mark.parametrize(
+    "text",
     [
-        (CHATML, " ", "needs content to be continued"),
-        ("{{ messages[-1]['content'] | upper }}", "begun", "changes the last message"),
+        "It is ",
+        "|",
+        "<",
+        ">",
+        "end",
+        "",
+        " ",
+        "\n\n",
+        " It is\n",
+        "assistant\n",
+        "Hi |> end",
+        "<|im_end|>",
+        "a<|im_end|>\n",
+        "<|im_end",
+        "user",
+        "\ue000",
+        "</think>",
     ],
 )
-def test_an_answer_that_cannot_be_continued_is_refused(template: str, content: str, message: str) -> None:
-    begun = {"role": "assistant", "content": content, "prefix": True}
+def test_an_answer_that_was_begun_is_continued_where_it_ends(template: str, head: str, text: str) -> None:
+    prompt = TemplateChat(TOKENIZER, template).render(begun(text))
 
-    with pytest.raises(RequestError, match=message):
-        render(template, {"messages": [begun]})
+    expected = f"<|im_start|>user\nHi |> end<|im_end|>\n<|im_start|>assistant\n{head}{text}"
+    assert TOKENIZER.decode(prompt.token_ids) == expected
+    tags = ["<think>", "</think>"] if head else []
+    assert special_tokens_in(prompt.token_ids) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", *tags]
+
+
+@given(text=st.text() | st.text("<|im_end>\n assistant"))
+def test_whatever_was_begun_stands_at_the_end_of_the_prompt(text: str) -> None:
+    assert render(TRIMMING, begun(text)).endswith(f"<|im_end|>\n<|im_start|>assistant\n{text}")
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "message"),
+    [
+        ("{{ messages[-1]['content'] | upper }}", {}, "changes the last message"),
+        ("{{ messages[-1]['content'][1:] }}", {}, "changes the last message"),
+        ("{{ messages[0]['content'] }}", {}, "changes the last message"),
+        (CHATML, {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, "is complete"),
+    ],
+)
+def test_an_answer_that_cannot_be_continued_is_refused(
+    template: str, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        render(template, begun("begun", **more))
+
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        (THINKING, "It", MessageDelta(content="a</think>b")),
+        (CHATML + "{# </think> #}", "<think>It", MessageDelta(reasoning="a")),
+        (CHATML + "{# </think> #}", "The tag <think>", MessageDelta(content="a</think>b")),
+    ],
+)
+def test_what_was_begun_tells_whether_the_model_still_thinks(
+    template: str, text: str, expected: MessageDelta
+) -> None:
+    parser = TemplateChat(TOKENIZER, template).render(begun(text)).new_parser()
+
+    assert (parser.push("a</think>b") + parser.finish())[0] == expected
+
+
+def test_a_tag_that_a_message_ends_with_opens_no_reasoning() -> None:
+    template = "{{ messages[0].content }}{# <think> </think> #}"
+    parser = TemplateChat(TOKENIZER, template).render(user("<think>")).new_parser()
+
+    assert "".join(delta.content for delta in parser.push("a</think>b")) == "a</think>b"
 
 
 def test_a_message_cannot_end_its_turn() -> None:
@@ -140,6 +219,7 @@ def test_no_combination_of_strings_makes_a_special_token(name: str, content: str
     assert special_tokens_in(prompt.token_ids) == ["<|im_start|>"] * 2
 
 
+@pytest.mark.slow
 @given(content=st.text())
 def test_what_is_said_arrives_unchanged(content: str) -> None:
     text = render(CHATML, user(content))
@@ -218,6 +298,7 @@ def test_extra_variables_cannot_replace_the_messages() -> None:
         ({"reasoning_effort": "low"}, "default low"),
         ({"reasoning_effort": "none"}, "off none"),
         ({"thinking": {"type": "disabled"}}, "off"),
+        ({"thinking": {"type": "enabled"}}, "on"),
         ({"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"}, "on none"),
     ],
 )
@@ -243,11 +324,42 @@ def test_arguments_of_past_tool_calls_are_objects() -> None:
     assert text == '{"b": "<|im_end|>"}'
 
 
-def test_arguments_that_are_not_json_are_refused() -> None:
-    call = {"function": {"name": "f", "arguments": "{"}}
+# How templates write calls; those that take the arguments apart fail where they are no object.
+AS_JSON = "{{ c.arguments | tojson }}"
+AS_GIVEN = "{{ c.arguments if c.arguments is string else c.arguments | tojson }}"
+AS_ITEMS = "{% for key, value in c.arguments | items %}<{{ key }}>{{ value }}</{{ key }}>{% endfor %}"
+AS_TEXT = "{{ '```' + c.arguments + '```' }}"
 
-    with pytest.raises(RequestError, match="arguments of tool call 'f' are not valid JSON"):
-        render(CHATML, {"messages": [{"role": "assistant", "tool_calls": [call]}]})
+
+def call_in_history(template: str, arguments: str) -> str:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    written = f"{{% set c = messages[0].tool_calls[0].function %}}{template}"
+    return render(written, {"messages": [{"role": "assistant", "tool_calls": [call]}]})
+
+
+@pytest.mark.parametrize("template", [AS_JSON, AS_GIVEN, AS_TEXT])
+@pytest.mark.parametrize(
+    "arguments", ["{", '{"a": "x', "[1]", "3", '"text"', "oops <|im_end|>", '{"a": "\\ud800"}']
+)
+def test_arguments_that_are_no_object_are_written_as_the_model_wrote_them(
+    template: str, arguments: str
+) -> None:
+    assert call_in_history(template, arguments).strip("`") == arguments
+
+
+@pytest.mark.parametrize("arguments", ["{", '{"a": "x', "[1]", "oops", '{"a": "\\ud800"}', "[" * 100_000])
+def test_a_template_that_takes_arguments_apart_gets_an_object(arguments: str) -> None:
+    assert call_in_history(AS_ITEMS, arguments) == f"<arguments>{arguments}</arguments>"
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null", "{}"])
+def test_arguments_that_say_nothing_are_an_empty_object(arguments: str) -> None:
+    assert call_in_history(AS_JSON, arguments) == "{}"
+    assert call_in_history(AS_ITEMS, arguments) == ""
+
+
+def test_arguments_with_raw_line_breaks_are_an_object() -> None:
+    assert call_in_history(AS_ITEMS, '{"code": "a\n\tb"}') == "<code>a\n\tb</code>"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,13 +66,15 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def logits_in_chunks(golden: Golden, sizes: list[int]) -> torch.Tensor:
     """Logits of the golden prompt, computed in chunks of `sizes`, repeated until the prompt ends."""
     cache = golden.model.new_cache(1, len(golden.ids))
-    out, start = [], 0
+    out: list[torch.Tensor] = []
+    start = 0
     for size in itertools.cycle(sizes):
         part = golden.ids[start : start + size]
         if not part:
-            return torch.cat(out)
+            break
         out.append(golden.model.forward(Batch.of([(0, start, part)], all_logits=True), cache))
         start += len(part)
+    return torch.cat(out)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -83,22 +86,26 @@ def test_logits_of_the_whole_prompt_match_at_every_position(golden: Golden) -> N
     assert_close(logits_in_chunks(golden, [len(golden.ids)]), golden.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[7], [64], [1, 64, 7, 3, 2, 33]], ids=["7", "64", "mixed"])
 def test_logits_do_not_depend_on_how_the_prompt_is_cut(golden: Golden, sizes: list[int]) -> None:
     assert_close(logits_in_chunks(golden, sizes), golden.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v41-a", "v41-c"])
 def test_logits_match_token_by_token(name: str) -> None:
     golden = load_golden(name)
     assert_close(logits_in_chunks(golden, [1]), golden.logits)
 
 
+@pytest.mark.slow
 def test_token_by_token_after_a_prefill_matches(golden: Golden) -> None:
     prefilled = len(golden.ids) - 40
     assert_close(logits_in_chunks(golden, [prefilled, *[1] * 40]), golden.logits)
 
 
+@pytest.mark.slow
 def test_greedy_continuation_matches(golden: Golden) -> None:
     expected = golden.expected["greedy_ids"].tolist()
     cache = golden.model.new_cache(1, len(golden.ids) + len(expected))
@@ -149,6 +156,7 @@ def test_engram_rows_match_exactly(golden: Golden) -> None:
     assert torch.equal(trace.values["engram_rows"][0], golden.expected["engram_rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v41-a", "v41-c"])
 def test_sequences_of_different_lengths_share_a_batch_without_noticing(name: str) -> None:
     golden = load_golden(name)
@@ -183,6 +191,7 @@ def test_a_reused_slot_remembers_nothing() -> None:
     assert_close(logits, golden.logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_chosen_kernels_match_as_the_plain_ones_do(name: str) -> None:
     golden = load_golden(name)
@@ -248,7 +257,7 @@ def test_the_other_dialect_of_the_config_loads_to_the_same_model(checkpoint_copy
     released = json.loads((checkpoint_copy / "config.json").read_text())
     text = dict(released["text_config"])
     yarn = text.pop("rope_scaling")
-    other = {SPELLINGS.get(key, key): value for key, value in text.items()}
+    other: dict[str, Any] = {SPELLINGS.get(key) or key: value for key, value in text.items()}
     other |= {
         "rope_factor": yarn["factor"],
         "original_seq_len": yarn["original_max_position_embeddings"],

@@ -11,11 +11,20 @@ from engine.families.deepseek_v41.config import parse_config
 from quant.errors import ConfigError
 from tests.conftest import golden_path
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
 
 @pytest.fixture
 def text() -> dict[str, Any]:
     config: dict[str, Any] = json.loads((golden_path("v41-a") / "config.json").read_text())["text_config"]
     return config
+
+
+def test_settings_that_change_nothing_are_taken(text: dict[str, Any]) -> None:
+    plain = parse_config(text | {"rope_scaling": YARN})
+    text["rope_scaling"] = YARN | {"attention_factor": 1.0, "mscale": None, "beta_fast": 32}
+
+    assert parse_config(text) == plain
 
 
 def refusal(text: dict[str, Any]) -> str:
@@ -52,6 +61,10 @@ def test_all_missing_keys_are_named_at_once(text: dict[str, Any]) -> None:
         ("num_experts_per_tok", 99, "top 99 of 16 experts"),
         ("engram_num_embeddings", [1], "differ in length"),
         ("rope_scaling", {"type": "linear", "factor": 2}, "only 'yarn' is implemented"),
+        ("rope_scaling", YARN | {"mscale": 0.7}, "rope_scaling: mscale is 0.7; it is not implemented"),
+        ("rope_scaling", YARN | {"attention_factor": 1.2}, "attention_factor is 1.2; it is not implemented"),
+        ("rope_scaling", YARN | {"factor": 0}, "rope_scaling: factor is 0.0, must be positive"),
+        ("rope_scaling", YARN | {"beta_slow": -1}, "rope_scaling: beta_slow is -1.0, must be positive"),
     ],
 )
 def test_a_wrong_value_is_named(text: dict[str, Any], key: str, value: object, message: str) -> None:

@@ -69,6 +69,7 @@ def logits(model: Llama) -> Iterator[dict[str, torch.Tensor]]:
     found.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_logits_are_those_of_the_float32_model(name: str, logits: dict[str, torch.Tensor]) -> None:
     recorded = EXPECTED["prompts"][name]
@@ -80,6 +81,7 @@ def test_logits_are_those_of_the_float32_model(name: str, logits: dict[str, torc
     assert torch.equal(logits[name].argmax(-1), top_ids[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_top_token_is_that_of_llama_cpp_wherever_it_is_sure(
     name: str, logits: dict[str, torch.Tensor]
@@ -94,6 +96,7 @@ def test_top_token_is_that_of_llama_cpp_wherever_it_is_sure(
     assert same.float().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_greedy_answer_is_that_of_the_float32_model(
     name: str, model: Llama, tokenizer: Tokenizer, logits: dict[str, torch.Tensor]
@@ -114,10 +117,12 @@ def test_greedy_text_is_that_of_llama_cpp() -> None:
     assert same == ["capital", "days", "turns", "code", "mixed"]
 
 
+@pytest.mark.slow
 def test_decoding_token_by_token_writes_the_recorded_text(model: Llama, tokenizer: Tokenizer) -> None:
     recorded = EXPECTED["prompts"]["turns"]
     cache = model.new_cache(1, 64)
-    step, written = recorded["ids"], []
+    step: list[int] = recorded["ids"]
+    written: list[int] = []
 
     while not written or written[-1] not in model.info.eos_token_ids:
         logits = model.forward(Batch.of([(0, cache.length(0), step)]), cache)
@@ -127,6 +132,7 @@ def test_decoding_token_by_token_writes_the_recorded_text(model: Llama, tokenize
     assert tokenizer.decode(written) == "The capital of Italy is Rome.<|im_end|>"
 
 
+@pytest.mark.slow
 def test_plain_torch_kernels_give_the_same_logits(
     checkpoint: Checkpoint, logits: dict[str, torch.Tensor]
 ) -> None:
@@ -141,6 +147,7 @@ def test_plain_torch_kernels_give_the_same_logits(
     torch.testing.assert_close(ours, logits["capital"], atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_tokenization_is_that_of_llama_cpp(tokenizer: Tokenizer) -> None:
     wrong = []
     for row in TOKENIZATION:
@@ -153,10 +160,12 @@ def test_tokenization_is_that_of_llama_cpp(tokenizer: Tokenizer) -> None:
     assert len(TOKENIZATION) > 250
 
 
+@pytest.mark.slow
 def test_what_was_encoded_decodes_to_the_same_text(tokenizer: Tokenizer) -> None:
     assert all(tokenizer.decode(tokenizer.encode(row["text"])) == row["text"] for row in TOKENIZATION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXPECTED["chats"]))
 def test_chats_render_as_in_transformers(name: str, tokenizer: Tokenizer) -> None:
     chat: dict[str, Any] = EXPECTED["chats"][name]
@@ -170,6 +179,7 @@ def test_chats_render_as_in_transformers(name: str, tokenizer: Tokenizer) -> Non
     assert prompt.stop_token_ids == (2,)
 
 
+@pytest.mark.slow
 def test_the_file_describes_itself(checkpoint: Checkpoint) -> None:
     info, components = FAMILY.describe(checkpoint)
 

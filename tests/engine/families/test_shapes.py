@@ -37,7 +37,7 @@ def dimensions(path: Path) -> V41Dims:
 @pytest.mark.parametrize("name", ["v41-a", "v41-c"])
 def test_headers_weigh_what_the_dimensions_say(name: str) -> None:
     path = golden_path(name)
-    read, computed = shape_of(path), v41_shape(name, dimensions(path))
+    read, computed = shape_of(open_checkpoint(path)), v41_shape(name, dimensions(path))
     assert read == computed
 
 
@@ -45,7 +45,7 @@ def test_headers_weigh_what_the_dimensions_say(name: str) -> None:
 def test_every_byte_that_text_needs_is_in_the_shape(name: str) -> None:
     path = golden_path(name)
     _, components = family_of(open_checkpoint(path)).describe(open_checkpoint(path))
-    assert shape_of(path).nbytes == sum(component.nbytes for component in components)
+    assert shape_of(open_checkpoint(path)).nbytes == sum(component.nbytes for component in components)
 
 
 def test_planned_kv_is_what_the_engine_allocates() -> None:
@@ -63,13 +63,13 @@ def test_planned_kv_is_what_the_engine_allocates() -> None:
         margin=KV_MARGIN,
         devices=(torch.device("cpu"),) * c.num_hidden_layers,
     )
-    assert shape_of(path).kv_bytes(300, 2) == cache.nbytes(slots=2, capacity=300)
+    assert shape_of(open_checkpoint(path)).kv_bytes(300, 2) == cache.nbytes(slots=2, capacity=300)
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_llama_file_is_planned_with_all_its_bytes(tmp_path: Path, is_tied: bool) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_values(is_tied=is_tied))
-    shape = shape_of(path)
+    shape = shape_of(open_checkpoint(path))
     assert shape.nbytes == sum(entry.nbytes for entry in open_checkpoint(path).entries.values())
     assert (shape.embedding.nbytes == 0) == is_tied
     assert shape.kv_bytes(CONTEXT, 1) == 2 * LAYERS * 4 * KV_HEADS * HEAD_DIM * CONTEXT

@@ -26,7 +26,7 @@ from quant.errors import BudgetError
 from quant.kernels.choice import choose
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.devices import DeviceKernels
-from quant.kernels.interface import Weight
+from quant.kernels.interface import Kernels, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 from tests.conftest import golden_path
@@ -49,7 +49,7 @@ class OneGpu(ReferenceKernels):
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:  # type: ignore[override]
+    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
         return GpuSlotLayout(hidden, width, format_)
 
 
@@ -64,12 +64,14 @@ def golden() -> dict[str, torch.Tensor]:
     return load_file(golden_path("v41-a") / "expected.safetensors")
 
 
-def load(gpus: tuple[torch.device, ...], dram_bytes: int, gpu_bytes: int) -> DeepseekV41:
+def load(
+    gpus: tuple[torch.device, ...], dram_bytes: int, gpu_bytes: int, host: Kernels | None = None
+) -> DeepseekV41:
     """v41-a with so much room on each GPU, beside what a GPU itself takes."""
     tiers = tuple(
         Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
     )
-    kernels = DeviceKernels(choose(), {gpu: OneGpu(gpu) for gpu in gpus})
+    kernels = DeviceKernels(host or choose(), {gpu: OneGpu(gpu) for gpu in gpus})
     checkpoint = open_safetensors(golden_path("v41-a"))
     model = family_of(checkpoint).load(checkpoint, kernels, MemoryBudget(dram_bytes, tiers, WORKLOAD))
     assert isinstance(model, DeepseekV41)
@@ -85,6 +87,7 @@ def answer(model: DeepseekV41, ids: list[int]) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "dram", "gpu"),
     [
@@ -115,6 +118,19 @@ def test_golden_logits_with_layers_and_experts_on_gpus(
     assert bool(swapped) == (dram < 1 << 30)  # where DRAM does not hold everything anyway
 
 
+def test_a_machine_without_compiled_kernels_moves_experts_to_gpus_as_they_are(
+    gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
+) -> None:
+    model = load(gpus, 1_500_000, 2_700_000, ReferenceKernels())
+    logits = answer(model, golden["input_ids"][:TOKENS].tolist())
+    moved = model.telemetry.snapshot().moved_bytes
+    model.close()
+    assert (logits - golden["logits"][:TOKENS]).abs().max() < 1e-4
+    assert moved["vram:0"] > 0
+    assert moved["vram:0 to dram"] > 0
+
+
+@pytest.mark.slow
 def test_a_known_prefix_is_put_back_onto_the_gpus(
     gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
 ) -> None:
@@ -133,6 +149,7 @@ def test_a_known_prefix_is_put_back_onto_the_gpus(
     assert torch.allclose(first, second, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gpu_without_room_for_the_cache_says_so(gpus: tuple[torch.device, torch.device]) -> None:
     model = load(gpus, 1 << 30, 8 << 20)
     with pytest.raises(BudgetError, match=r"vram:\d: the KV cache of 2 sequences of 100000 tokens needs"):
@@ -145,6 +162,7 @@ def test_a_gpu_too_small_to_work_on_is_refused(gpus: tuple[torch.device, torch.d
         load(gpus, 1 << 30, 1000)
 
 
+@pytest.mark.slow
 def test_what_gpus_hold_of_the_cache_is_not_counted_as_host_memory(
     gpus: tuple[torch.device, torch.device],
 ) -> None:

@@ -71,7 +71,9 @@ def write_gguf(
     }
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in keys.items():
-        if isinstance(value, str):
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
             writer.add_string(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)

@@ -24,7 +24,7 @@ from tests.engine.grammar.random_answers import random_answer
 
 END = 1
 FORCED = {"tool_choice": "required"}
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "object",
     "properties": {
         "city": {"type": "string", "description": "Where?"},

@@ -124,6 +124,6 @@ def test_logprobs_are_the_models_own() -> None:
         ("logit_bias", {1: 101.0}, "logit_bias values must be between -100 and 100"),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(field: str, value: object, message: str) -> None:
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**{field: value})

@@ -55,6 +55,15 @@ def test_text_that_may_not_stop_is_no_part_of_a_stop_string() -> None:
     assert [(piece.text, piece.stop) for piece in pieces[:3]] == [("a", None), ("", None), ("", "ab")]
 
 
+def test_special_tokens_make_text_unless_they_are_skipped() -> None:
+    special = tokenizer().added_tokens
+    ids = [*ids_of_bytes(b"a"), *special.values(), *ids_of_bytes(b"b")]
+    skipping = Detokenizer(tokenizer(), skip_special=True)
+
+    assert "".join(skipping.push(i).text for i in ids) == "ab"
+    assert "".join(stream(ids)[0]) == f"a{''.join(special)}b"
+
+
 @given(st.binary(max_size=40))
 def test_streamed_text_is_the_text_of_all_bytes(data: bytes) -> None:
     assert "".join(stream(ids_of_bytes(data))[0]) == data.decode(errors="replace")

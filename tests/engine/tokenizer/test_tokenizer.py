@@ -104,6 +104,27 @@ def test_the_beginning_token_is_added_only_on_request_and_where_the_model_wants_
     assert tokenizer.encode("hello", add_special_tokens=True) == [BOS, *tokenizer.encode("hello")]
 
 
+def test_a_text_that_spells_its_beginning_gets_no_second_one(tokenizer: Tokenizer) -> None:
+    hello = tokenizer.encode("hello")
+
+    assert tokenizer.encode("<s>hello", add_special_tokens=True) == [BOS, *hello]
+    assert tokenizer.encode("hello<s>", add_special_tokens=True) == [BOS, *hello, BOS]
+    assert tokenizer.front_of(hello) == [BOS]
+    assert tokenizer.front_of([BOS, *hello]) == []
+
+
+def test_a_text_begins_with_all_that_the_post_processor_puts_there() -> None:
+    made = backend()
+    made.post_processor = processors.TemplateProcessing(
+        "<think> <s> $A </s>", None, [("<s>", BOS), ("</s>", EOS), ("<think>", THINK)]
+    )
+    tokenizer = Tokenizer(made, bos_token_id=BOS, add_bos=True)
+    hello = tokenizer.encode("hello")
+
+    assert tokenizer.encode("hello", add_special_tokens=True) == [THINK, BOS, *hello]
+    assert tokenizer.encode("<think><s>hello", add_special_tokens=True) == [THINK, BOS, *hello]
+
+
 def test_decoding_can_leave_special_tokens_out(tokenizer: Tokenizer) -> None:
     ids = [BOS, *tokenizer.encode("hello"), EOS]
 
@@ -213,6 +234,54 @@ def test_truncation_and_padding_in_the_file_are_not_applied(tmp_path: Path) -> N
 def test_a_directory_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no tokenizer\.json; copy it from"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_tokens_that_only_the_config_names_are_special_too(tmp_path: Path) -> None:
+    config = {"eos_token": "hello", "additional_special_tokens": ["hell", {"content": "ll"}, "absent"]}
+
+    tokenizer = Tokenizer.from_directory(write(tmp_path, config))
+
+    assert {"hello", "hell", "ll"} <= tokenizer.control_tokens().keys()
+    assert "absent" not in tokenizer.added_tokens
+
+
+def test_tokens_that_the_config_declares_are_added_as_it_says(tmp_path: Path) -> None:
+    declared = {
+        str(BOS): {"content": "<s>", "rstrip": True, "special": True},
+        str(THINK + 1): {"content": "<more>", "normalized": False, "lstrip": True, "special": False},
+    }
+
+    tokenizer = Tokenizer.from_directory(write(tmp_path, {"added_tokens_decoder": declared}))
+
+    assert tokenizer.encode("<s>  hello") == [BOS, *tokenizer.encode("hello")]
+    assert tokenizer.encode("hello  <more>") == [*tokenizer.encode("hello"), THINK + 1]
+
+
+def test_an_old_directory_names_its_tokens_in_a_file_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, {"bos_token": "</s>"})
+    (tmp_path / "special_tokens_map.json").write_text(
+        '{"bos_token": {"content": "<s>"}, "eos_token": "</s>"}'
+    )
+
+    tokenizer = Tokenizer.from_directory(tmp_path)
+
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, EOS)
+
+
+@pytest.mark.parametrize(
+    "declared", [[1], {"x": {"content": "<a>"}}, {"1": "<a>"}, {"1": {"content": "<a>", "lstrip": 1}}]
+)
+def test_tokens_that_are_declared_wrongly_are_refused(tmp_path: Path, declared: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: added_tokens_decoder"):
+        Tokenizer.from_directory(write(tmp_path, {"added_tokens_decoder": declared}))
+
+
+def test_a_byte_level_token_that_is_no_bytes_is_its_own_spelling() -> None:
+    vocab = {c: i for i, c in enumerate([*ALPHABET, "<｜x｜>"])}
+    made = tokenizers.Tokenizer(models.BPE(vocab, []))
+    made.decoder = decoders.ByteLevel()
+
+    assert Tokenizer(made, bos_token_id=None, add_bos=False).token_bytes(len(ALPHABET)) == "<｜x｜>".encode()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])

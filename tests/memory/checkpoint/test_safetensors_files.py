@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.families.loader import load, open_checkpoint
 from memory.checkpoint.safetensors_files import open_safetensors
+from memory.engram.traces import FILE_NAME as ENGRAM_NAME
+from memory.experts.traces import FILE_NAME as ROUTING_NAME
 from quant.errors import CheckpointError, ConfigError, LociError
 
 
@@ -23,7 +25,7 @@ def refusal(path: Path) -> str:
 
 def shard_of(path: Path, tensor: str) -> Path:
     index = json.loads((path / "model.safetensors.index.json").read_text())
-    return path / index["weight_map"][tensor]
+    return path / str(index["weight_map"][tensor])
 
 
 def rewrite(shard: Path, change: dict[str, torch.Tensor | None]) -> None:
@@ -130,6 +132,75 @@ def test_tensors_of_parts_that_are_not_used_are_ignored(checkpoint_copy: Path) -
     index["weight_map"] |= dict.fromkeys(extra, "extra.safetensors")
     file.write_text(json.dumps(index))
     assert load(checkpoint_copy).model.info.family == "deepseek_v41"
+
+
+def renamed(path: Path, *names: str) -> Path:
+    """The checkpoint at `path` without its index, its two shards (or, for one name, its whole) so called."""
+    shards = sorted(path.glob("model-*.safetensors"))
+    tensors = [load_file(shard) for shard in shards]
+    for file in (*path.glob("*.safetensors"), path / "model.safetensors.index.json"):
+        file.unlink()
+    parts = tensors if len(names) > 1 else [tensors[0] | tensors[1]]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, path / name)
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.safetensors",),
+        ("weights.safetensors",),
+        ("consolidated.safetensors",),
+        ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        ("v4-1-of-2.safetensors", "v4-2-of-2.safetensors"),
+    ],
+)
+def test_files_beside_the_models_own_do_not_matter(checkpoint_copy: Path, names: tuple[str, ...]) -> None:
+    expected = open_safetensors(checkpoint_copy).entries.keys()
+    path = renamed(checkpoint_copy, *names)
+    others = ["adapter_model.safetensors", ROUTING_NAME, ENGRAM_NAME, ".x.safetensors", "y.safetensors.bak"]
+    if "consolidated.safetensors" not in names:
+        others.append("consolidated.safetensors")
+    if names != ("weights.safetensors",) and "consolidated.safetensors" not in names:
+        others.append("best.safetensors")
+    for name in others:
+        save_file({"other": torch.ones(1)}, path / name)
+
+    checkpoint = open_safetensors(path)
+
+    assert checkpoint.entries.keys() == expected
+    assert checkpoint.problems == []
+
+
+def test_several_files_that_could_be_the_model_are_named(checkpoint_copy: Path) -> None:
+    path = renamed(checkpoint_copy, "weights.safetensors")
+    save_file({"other": torch.ones(1)}, path / "weights-old.safetensors")
+
+    assert (
+        "any of weights-old.safetensors, weights.safetensors could be the model; name the model's file "
+        "model.safetensors, or move the others away"
+    ) in refusal(path)
+
+
+def test_a_number_that_is_missing_among_shards_without_index_is_named(checkpoint_copy: Path) -> None:
+    path = renamed(checkpoint_copy, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
+
+    assert "missing shard model-00002-of-00003.safetensors" in refusal(path)
+
+
+def test_records_alone_are_no_model(checkpoint_copy: Path) -> None:
+    renamed(checkpoint_copy, ROUTING_NAME)
+
+    assert "nor any .safetensors file of a model is here" in refusal(checkpoint_copy)
+
+
+def test_a_shard_that_is_a_directory_is_named(checkpoint_copy: Path) -> None:
+    shard = shard_of(checkpoint_copy, "norm.weight")
+    shard.unlink()
+    shard.mkdir()
+
+    assert f"{shard.name}: cannot be read" in refusal(checkpoint_copy)
 
 
 def test_a_directory_without_a_model_says_what_is_missing(tmp_path: Path) -> None:

@@ -166,9 +166,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.convert_files import convert_checkpoint
-from memory.convert_plan import Choices
-from quant.nf4 import NF4
+from memory.convert.files import convert_checkpoint
+from memory.convert.plan import Choices
+from quant.formats.nf4 import NF4
 
 source, destination = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -180,6 +180,7 @@ convert_checkpoint(source, destination, Choices(experts=NF4), die_in_the_second_
 """
 
 
+@pytest.mark.slow
 def test_killed_conversion_is_resumed_and_ends_the_same(tmp_path: Path) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     died = subprocess.run([sys.executable, "-c", KILLED, str(GOLDEN), str(out)], check=False)
@@ -318,10 +319,10 @@ import resource, sys
 from pathlib import Path
 import torch
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.convert_files import convert_checkpoint
-from memory.convert_plan import Choices
-from quant.fp8 import FP8_32
-from quant.mxfp4 import MXFP4
+from memory.convert.files import convert_checkpoint
+from memory.convert.plan import Choices
+from quant.formats.fp8 import FP8_32
+from quant.formats.mxfp4 import MXFP4
 
 def convert(name):
     quiet = lambda done, total: None
@@ -340,6 +341,7 @@ def one_table(path: Path, rows: int) -> None:
     (path / "config.json").write_text('{"model_type": "deepseek_v41"}')
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """A table of 8 MB first, then one of 64 MB."""
     one_table(tmp_path / "small", 1 << 14)

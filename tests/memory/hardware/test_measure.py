@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from memory.hardware.measure import (
     working_bytes,
 )
 from memory.hardware.this_machine import Result
-from quant.errors import ConfigError
+from quant.errors import ConfigError, LociError
 from quant.kernels.cpu import library
 
 MB = 1 << 20
@@ -37,8 +37,26 @@ def test_reads_from_dram_and_rows_are_measured() -> None:
     assert found["dram_random_rows"] > 1000
 
 
+def rates(*values: float) -> Callable[[], float]:
+    return iter(values).__next__
+
+
+def test_all_cores_that_seem_slower_than_one_are_measured_again() -> None:
+    assert measure.rates_of_one_and_all(rates(10.0), rates(40.0)) == (10.0, 40.0)
+    assert measure.rates_of_one_and_all(rates(10.0, 11.0), rates(4.0, 30.0)) == (11.0, 30.0)
+
+
+def test_all_cores_are_as_fast_as_one_at_least() -> None:
+    assert measure.rates_of_one_and_all(rates(*[10.0] * 4), rates(*[9.5] * 4)) == (10.0, 10.0)
+
+
+def test_a_machine_too_busy_to_be_measured_is_refused() -> None:
+    with pytest.raises(LociError, match=r"4 GB/s, one alone at 10 GB/s: .* measure again when it is idle"):
+        measure.rates_of_one_and_all(rates(*[10.0] * 4), rates(*[4.0] * 4))
+
+
 def int_xor(words: np.ndarray) -> int:
-    return functools.reduce(lambda a, b: a ^ b, words.tolist())
+    return int(np.bitwise_xor.reduce(words))
 
 
 def test_without_compiled_kernels_the_reads_are_measured_all_the_same(
@@ -47,7 +65,7 @@ def test_without_compiled_kernels_the_reads_are_measured_all_the_same(
     def missing() -> None:
         raise library.LibraryMissingError("not built")
 
-    monkeypatch.setattr(measure.library, "load", missing)
+    monkeypatch.setattr(library, "load", missing)
     data = torch.randint(0, 256, (MB,), dtype=torch.uint8)
     parts = measure._reader(data, 2)()
     words = data.numpy().view("int64")
@@ -87,7 +105,7 @@ def test_a_file_system_without_direct_reads_gives_no_figures(
             raise OSError(22, "Invalid argument")
         return real_open(path, flags, *rest)
 
-    monkeypatch.setattr(measure.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert measure_disk(tmp_path, 8 * MB) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -107,7 +125,7 @@ def test_a_file_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(5, "Input/output error")
 
     file.write_bytes(bytes(measure.READ_BYTES))
-    monkeypatch.setattr(measure.os, "preadv", gone)
+    monkeypatch.setattr(os, "preadv", gone)
     with pytest.raises(ConfigError, match="shard: cannot be read"):
         read_rates(file, 0.02)
 

@@ -113,7 +113,8 @@ def test_the_documented_profile_reads() -> None:
 
 
 def test_profiles_are_part_of_the_package() -> None:
-    assert all(entry.name.endswith(".toml") for entry in (files("memory") / "profiles").iterdir())
+    folder = files("memory") / "hardware" / "shipped"
+    assert all(entry.name.endswith(".toml") for entry in folder.iterdir())
 
 
 def test_devices_are_read_with_budget_and_link() -> None:

@@ -112,3 +112,12 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         write_results(tmp_path / "file" / "r.json", MACHINE, RESULTS)
+
+
+def test_a_rate_of_all_cores_below_that_of_one_is_not_believed(tmp_path: Path) -> None:
+    file = tmp_path / "hardware.json"
+    write_results(
+        file, MACHINE, [Result("dram_read_1_thread", 12.0, "GB/s"), Result("dram_read", 5.0, "GB/s")]
+    )
+
+    assert read_measured(MACHINE, file) == {"dram_read_1_thread": 12.0}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from memory.hardware.profiles import load_profile
-from memory.planner.budget import MemoryBudget
+from memory.hardware.profiles import load_profile, parse_devices
+from memory.planner.budget import MemoryBudget, gpus_advice, unused_gpus_notice
 from quant.errors import BudgetError, ConfigError
 
 
@@ -94,3 +95,30 @@ def test_more_than_is_free_on_a_gpu_is_refused() -> None:
         MemoryBudget.of_this_machine(devices="cuda:22GiB")
     with pytest.raises(ConfigError, match="no CUDA GPU 2; this machine has 2"):
         MemoryBudget.of_this_machine(devices="cuda:1GB,cuda:1GB,cuda:1GB")
+
+
+def test_who_has_gpus_and_uses_none_is_told_what_to_pass() -> None:
+    (one, nbytes) = gpu = ("NVIDIA GeForce RTX 4090", 25_757_220_864)
+
+    assert gpus_advice([gpu]) == (
+        f"this machine has a GPU ({one}), and Loci does not use it: "
+        "to do so, pass --devices cuda:22GiB or set LOCI_DEVICES=cuda:22GiB"
+    )
+    two = gpus_advice([gpu, ("Another", nbytes // 3)])
+    assert "2 GPUs (NVIDIA GeForce RTX 4090, Another), and Loci does not use them" in two
+    (devices,) = re.findall(r"--devices (\S+)", two)
+    assert [device.budget_bytes >> 30 for device in parse_devices(devices)] == [22, 7]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are GPUs")
+def test_without_gpus_there_is_nothing_to_tell() -> None:
+    assert unused_gpus_notice(None) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_real_gpus_are_told_of_unless_devices_were_asked_for() -> None:
+    notice = unused_gpus_notice(None)
+    assert notice is not None
+    assert torch.cuda.get_device_name(0) in notice
+    assert unused_gpus_notice("virtual:1GB") is None

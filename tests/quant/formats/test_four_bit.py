@@ -43,6 +43,7 @@ def test_what_a_format_can_represent_survives_encoding(format_: FourBit, seed: i
     assert torch.equal(format_.encode(values).decode(), values)
 
 
+@pytest.mark.slow
 @formats
 @given(values=matrices(rows=(1, 4), blocks=(1, 3)))
 def test_error_is_at_most_half_a_step(format_: FourBit, values: torch.Tensor) -> None:
@@ -59,6 +60,7 @@ def test_error_is_at_most_half_a_step(format_: FourBit, values: torch.Tensor) ->
     assert (error <= bound).all()
 
 
+@pytest.mark.slow
 @formats
 @given(values=matrices(rows=(1, 2), blocks=(1, 1), largest=torch.finfo(torch.float32).max))
 def test_any_finite_matrix_encodes_to_finite_values(format_: FourBit, values: torch.Tensor) -> None:

@@ -56,6 +56,7 @@ def check_error(format_: Fp8, values: torch.Tensor, packed: PackedTensor) -> Non
     assert ((packed.decode() - values).abs() <= bound).all()
 
 
+@pytest.mark.slow
 @formats
 @given(values=matrices(rows=(1, 40), blocks=(1, 2), block=50))
 def test_error_is_at_most_half_a_step(format_: Fp8, values: torch.Tensor) -> None:

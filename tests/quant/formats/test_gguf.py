@@ -24,6 +24,7 @@ def packed_of(name: str, codes: np.ndarray) -> PackedTensor:
     return PackedTensor(FORMATS[name], (len(codes), cols), torch.from_numpy(codes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TYPES)
 @given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 3))
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -109,6 +110,7 @@ def test_plain_tensors_are_views_of_their_bytes(name: str, dtype: torch.dtype) -
 
     weight = weight_from_bytes(name, (3, 4), data)
 
+    assert isinstance(weight, torch.Tensor)
     assert torch.equal(weight, values)
     assert weight.data_ptr() == data.data_ptr()
 
@@ -117,4 +119,7 @@ def test_plain_tensors_at_an_odd_offset_are_copied() -> None:
     values = torch.arange(6, dtype=torch.float32)
     shifted = torch.cat((torch.zeros(1, dtype=torch.uint8), values.view(torch.uint8)))[1:]
 
-    assert torch.equal(weight_from_bytes("F32", (6,), shifted), values)
+    weight = weight_from_bytes("F32", (6,), shifted)
+
+    assert isinstance(weight, torch.Tensor)
+    assert torch.equal(weight, values)

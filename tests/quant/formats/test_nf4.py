@@ -28,6 +28,7 @@ def test_codes_and_scales_are_those_of_bitsandbytes(scale: float) -> None:
     codes, state = bnb.quantize_nf4(values, blocksize=64)
     packed = NF4.encode(values)
     assert torch.equal(packed.codes, codes.view(48, 128))
+    assert packed.scales is not None
     assert torch.equal(packed.scales.flatten(), state.absmax)
 
 

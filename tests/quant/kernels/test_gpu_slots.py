@@ -18,6 +18,7 @@ from quant.packed import Format
 from tests.quant.kernels.kernel_cases import expert
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_", [MXFP4, NF4, INT4_32, INT4_64], ids=lambda f: f.name)
 @given(hidden=st.integers(1, 6), width=st.integers(1, 6))
 def test_a_slot_on_a_gpu_holds_what_the_file_has_and_gives_the_panels_back(

@@ -25,6 +25,7 @@ MAX_SHARED_BYTES = 99 * 1024
 MAX_REGISTERS = 255
 
 
+@pytest.mark.slow
 def test_kernels_equal_the_reference_in_the_interpreter() -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted")],
@@ -54,6 +55,7 @@ def compiled() -> list[dict[str, object]]:
     return kernels
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> None:
     assert {str(kernel["name"]) for kernel in compiled} == {
         "four_bit_linear",
@@ -68,6 +70,7 @@ def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> N
     assert all(kernel["cubin_bytes"] for kernel in compiled)
 
 
+@pytest.mark.slow
 def test_compiled_kernels_fit_the_gpu_and_spill_next_to_nothing(compiled: list[dict[str, object]]) -> None:
     for kernel in compiled:
         assert isinstance(kernel["shared_bytes"], int)

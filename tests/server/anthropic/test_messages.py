@@ -12,11 +12,13 @@ import httpx
 import openai
 import pytest
 
+from engine.chat.output_parser import TaggedParser
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason
 from server.anthropic.reply import MessagesReply
 from server.anthropic.requests import MessagesRequest
 from server.http.errors import ApiError
+from server.serving.answer import Answer
 from server.serving.service import Served
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer
@@ -29,6 +31,11 @@ TOOLS: list[Any] = [
 ]
 
 
+def body_of(error: anthropic.APIStatusError) -> dict[str, Any]:
+    assert isinstance(error.body, dict)
+    return error.body
+
+
 @pytest.fixture(scope="module")
 def claude(server: LociServer) -> Iterator[anthropic.Anthropic]:
     """The real SDK, talking to the shared server."""
@@ -37,9 +44,8 @@ def claude(server: LociServer) -> Iterator[anthropic.Anthropic]:
 
 
 def ask(claude: anthropic.Anthropic, messages: list[Any] = HELLO, **fields: Any) -> Any:
-    return claude.messages.create(
-        **({"model": MODEL, "messages": messages, "max_tokens": 8, "extra_body": {"temperature": 0}} | fields)
-    )
+    plain: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "extra_body": {"temperature": 0}}
+    return claude.messages.create(**({"messages": messages} | plain | fields))
 
 
 def test_a_message_is_answered_as_in_a_chat(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
@@ -58,6 +64,7 @@ def test_a_message_is_answered_as_in_a_chat(claude: anthropic.Anthropic, client:
     assert message.stop_reason == "max_tokens"
     assert message.usage.output_tokens == 8
     read = message.usage.input_tokens + message.usage.cache_read_input_tokens
+    assert chat.usage
     assert read == chat.usage.prompt_tokens
     assert message._request_id
 
@@ -79,7 +86,9 @@ def test_a_stream_adds_up_to_the_whole_message(claude: anthropic.Anthropic) -> N
         message = stream.get_final_message()
 
     assert text == expected.content[0].text
-    assert message.content[0].text == text
+    (block,) = message.content
+    assert block.type == "text"
+    assert block.text == text
     assert message.stop_reason == "max_tokens"
     assert message.usage.output_tokens == 8
 
@@ -101,7 +110,9 @@ def test_a_stop_sequence_is_named(claude: anthropic.Anthropic) -> None:
 
     message = ask(claude, max_tokens=20, stop_sequences=[text[5:8]])
 
-    assert message.content[0].text == text[: text.index(text[5:8])]
+    (block,) = message.content
+    assert block.type == "text"
+    assert block.text == text[: text.index(text[5:8])]
     assert message.stop_reason == "stop_sequence"
     assert message.stop_sequence == text[5:8]
 
@@ -123,12 +134,14 @@ SCHEMA = {
 
 
 def test_a_turn_without_blocks_is_an_empty_one(claude: anthropic.Anthropic) -> None:
-    turns = [[{"role": "user", "content": content}] for content in ([], "")]
+    contents: list[Any] = [[], ""]
+    turns: list[list[Any]] = [[{"role": "user", "content": content}] for content in contents]
     counted = [claude.messages.count_tokens(model=MODEL, messages=turn).input_tokens for turn in turns]
 
     assert counted[0] == counted[1]
 
 
+@pytest.mark.slow
 def test_a_tool_can_be_forced(claude: anthropic.Anthropic) -> None:
     tool = {"name": "weather", "input_schema": SCHEMA}
 
@@ -214,7 +227,7 @@ def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], mess
 def test_errors_have_the_shape_that_the_sdk_reads(claude: anthropic.Anthropic, http: httpx.Client) -> None:
     with pytest.raises(anthropic.NotFoundError) as caught:
         ask(claude, model="claude-9")
-    assert caught.value.body["error"]["type"] == "not_found_error"
+    assert body_of(caught.value)["error"]["type"] == "not_found_error"
 
     answers = [
         http.get("/v1/messages"),
@@ -226,6 +239,7 @@ def test_errors_have_the_shape_that_the_sdk_reads(claude: anthropic.Anthropic, h
     assert {answer.json()["type"] for answer in answers} == {"error"}
 
 
+@pytest.mark.slow
 def test_keys_come_in_the_sdks_own_header(start_server: StartServer) -> None:
     server = start_server(TINY, "--api-key", "first").await_ready()
 
@@ -236,7 +250,7 @@ def test_keys_come_in_the_sdks_own_header(start_server: StartServer) -> None:
         pytest.raises(anthropic.AuthenticationError) as caught,
     ):
         unknown.messages.count_tokens(model=MODEL, messages=HELLO)
-    assert caught.value.body["error"]["type"] == "authentication_error"
+    assert body_of(caught.value)["error"]["type"] == "authentication_error"
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +326,45 @@ def test_a_call_that_was_cut_off_has_no_input(reply: NewReply) -> None:
 
     assert message["stop_reason"] == "max_tokens"
     assert message["content"][-1]["input"] == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"code": "def f():\n\treturn \\"1\\""}', {"code": 'def f():\n\treturn "1"'}),
+        ('{"code": "def', {"code": "def}"}),
+        ('{"a": 1, "b": [1, {"c": "d"}', {"a": 1, "b": [1, {"c": "d"}]}),
+        ('{"a": oops, "b": 1}', {"arguments": '{"a": oops, "b": 1}'}),
+        ('{"a": NaN}', {"arguments": '{"a": NaN}'}),
+        ('{"a": 1e999}', {"arguments": '{"a": 1e999}'}),
+        ('{"a": "\\ud800"}', {"arguments": '{"a": "\\ud800"}'}),
+        ("[1]", {"arguments": "[1]"}),
+        ('"Paris"', {"arguments": "Paris"}),
+        ("null", {}),
+    ],
+)
+def test_what_the_model_wrote_into_a_call_is_in_its_input(
+    reply: NewReply, arguments: str, expected: dict[str, Any]
+) -> None:
+    script = Script(f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>')
+
+    (block,) = whole(tagged(reply()), script)["content"]
+
+    assert block["input"] == expected
+    written = "".join(
+        event["delta"]["partial_json"]
+        for event in events(tagged(reply()), script)
+        if event["type"] == "content_block_delta"
+    )
+    if "\n" in arguments:
+        assert json.loads(written) == expected
+
+
+def tagged(subject: MessagesReply) -> MessagesReply:
+    """The reply of a model that writes its calls as JSON between tags."""
+    parser = TaggedParser(reasoning=False, in_reasoning=False, tools=True)
+    subject.answers = [Answer(0, parser, parallel_calls=True, end_of_reasoning=None)]
+    return subject
 
 
 def test_a_failure_ends_the_stream_with_an_error_event(reply: NewReply) -> None:

@@ -40,6 +40,7 @@ def test_every_case_is_measured_and_judged(model: Path, tmp_path: Path, devices:
     assert 0 < found["engram_dram_zipf_lookup_p50"]["value"] <= found["engram_dram_zipf_lookup_p99"]["value"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_trace_are_looked_up_where_it_is_this_models(tmp_path: Path) -> None:
     file, trace = tmp_path / "engram.json", DEMO / "traces" / "engram.safetensors"
     small = ("--rounds", "2", "--tokens", "3", "--prompt", "16")
@@ -58,6 +59,7 @@ def test_rows_of_a_trace_are_looked_up_where_it_is_this_models(tmp_path: Path) -
     assert "ask for fewer" in complaint(long.stderr)
 
 
+@pytest.mark.slow
 def test_a_model_without_tables_is_refused() -> None:
     tables_off = run("bench", "engram", GOLDEN / "nothing")
     assert tables_off.returncode == 1

@@ -29,6 +29,7 @@ PROMISED = {
 }
 
 
+@pytest.mark.slow
 def test_every_promised_figure_is_measured_and_written(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     result = harness.run("bench", "kernels", "--quick", "--json", str(out))
@@ -43,6 +44,7 @@ def test_every_promised_figure_is_measured_and_written(tmp_path: Path) -> None:
     assert "fp4_moe_read_ratio" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_there_is_said_so() -> None:
     result = harness.run("bench", "kernels", "--gpu", "63")
     assert result.returncode != 0

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from engine.bench.streams import Timeline, percentile, throughput
-from tests.server.harness import TINY, LociServer, invoke
+from tests.server.harness import TINY, LociServer, invoke, run
 
 
+@pytest.mark.slow
 def test_a_server_is_compared_with_the_bare_engine(tmp_path: Path) -> None:
     file = tmp_path / "serve.json"
 
@@ -61,6 +62,17 @@ def test_what_cannot_be_measured_is_said_in_a_line(arguments: list[str], message
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_files_of_the_folder_a_person_stands_in_are_not_run(tmp_path: Path) -> None:
+    for name in ("server", "engine", "memory", "quant", "logging", "torch", "typer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('this is mine')")
+    flags = ("--streams", "1", "--tokens", "2", "--rounds", "1", "--long-prompt", "0")
+
+    result = run("bench", "serve", TINY, *flags, cwd=tmp_path)
+
+    assert (result.returncode, "tokens/s" in result.stdout) == (0, True), result.stderr
+    assert result.stderr.splitlines()[-1] == "rounds: 100 %"
 
 
 def test_an_error_of_the_server_is_passed_on(server: LociServer) -> None:

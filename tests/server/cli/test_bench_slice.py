@@ -104,6 +104,7 @@ def test_a_virtual_gpus_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Pat
     assert "link_0" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_one_gpu")
 def test_a_real_gpu_is_measured_and_planned_with(model: Path, tmp_path: Path) -> None:
     with pretend_gpus():

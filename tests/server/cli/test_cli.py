@@ -31,6 +31,7 @@ def test_run_writes_one_answer_to_stdout() -> None:
     assert first.stdout.endswith("\n")
 
 
+@pytest.mark.slow
 def test_chat_through_a_pipe_answers_line_by_line(server: LociServer) -> None:
     lines = "Hello\n/reset\nHello\nand now?\n/help\n/quit\nnever read\n"
 
@@ -42,6 +43,7 @@ def test_chat_through_a_pipe_answers_line_by_line(server: LociServer) -> None:
     assert server.metric("loci_http_requests_total", route="/v1/chat/completions", status="200") >= 3
 
 
+@pytest.mark.slow
 def test_chat_in_a_terminal_prompts_and_goes_on_after_an_error(server: LociServer) -> None:
     controller, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -67,6 +69,7 @@ def test_chat_in_a_terminal_prompts_and_goes_on_after_an_error(server: LociServe
         os.close(terminal)
 
 
+@pytest.mark.slow
 def test_chat_with_a_model_of_its_own(tmp_path: Path) -> None:
     result = harness.run("chat", TINY, "--max-tokens", "6", stdin="Hello\n")
 
@@ -74,6 +77,7 @@ def test_chat_with_a_model_of_its_own(tmp_path: Path) -> None:
     assert result.stdout.endswith("\n")
 
 
+@pytest.mark.slow
 def test_chat_says_when_no_server_is_there() -> None:
     result = harness.run("chat", "--url", "http://127.0.0.1:9", stdin="Hello\n")
 
@@ -82,6 +86,7 @@ def test_chat_says_when_no_server_is_there() -> None:
     assert result.stderr.endswith("is a server running there?\n")
 
 
+@pytest.mark.slow
 def test_chat_takes_a_model_or_a_url() -> None:
     result = harness.run("chat", TINY, "--url", "http://127.0.0.1:9")
 
@@ -128,6 +133,7 @@ def test_wrong_ids_are_one_line_and_no_file(tmp_path: Path, ids: str, message: s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_info_tells_parts_tiers_and_peak_memory() -> None:
     result = harness.run("info", TINY)
 
@@ -139,6 +145,7 @@ def test_info_tells_parts_tiers_and_peak_memory() -> None:
     assert _megabytes_for_the_model(result.stdout) < 60
 
 
+@pytest.mark.slow
 def test_smollm2_stays_packed_in_memory() -> None:
     try:
         path = model_path(Path("smollm2"))
@@ -177,6 +184,7 @@ def _megabytes_for_the_model(text: str) -> int:
     return int(found.group(1)) - int(found.group(2))
 
 
+@pytest.mark.slow
 def test_doctor_reports_the_machine() -> None:
     result = harness.run("doctor")
 
@@ -194,6 +202,7 @@ def test_doctor_reports_the_machine() -> None:
         assert re.search(rf"^(ok|note) +{topic} ", result.stdout, re.MULTILINE), topic
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_and_tracebacks_only_on_request() -> None:
     plain = invoke("info", "/nowhere")
     debug = harness.run("info", "/nowhere", LOCI_DEBUG="1")
@@ -211,6 +220,7 @@ def test_each_command_explains_itself_with_an_example(command: str) -> None:
     assert f"Example: loci {command}" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_slice_that_is_given_up_half_written_leaves_nothing(
     tmp_path: Path, how: signal.Signals, code: int

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from tests.server import harness
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_demo_shows_what_served_an_answer() -> None:

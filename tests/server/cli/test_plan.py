@@ -43,6 +43,7 @@ def test_a_plan_a_person_would_buy_hardware_by() -> None:
     assert "latency: starting a layer's operations one by one, and waits between devices" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hardware", [name for name in shipped() if name != "cpu-24g"])
 @pytest.mark.parametrize("model", [FLASH, "deepseek-v4-flash", "deepseek-v3.2", "deepseek-v3"])
 def test_every_named_model_is_planned_on_every_shipped_profile(model: str, hardware: str) -> None:
@@ -158,6 +159,7 @@ def test_wrong_arguments_are_refused_in_one_line(arguments: tuple[str, ...], com
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_measurements_are_kept_for_the_planner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "working_bytes", lambda: 16 << 20)
     monkeypatch.setattr(measure, "EXPERT_HIDDEN", 256)

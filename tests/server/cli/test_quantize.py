@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from memory.checkpoint.safetensors_files import open_safetensors
 from quant.errors import ConfigError
@@ -66,6 +65,7 @@ def test_what_cannot_be_done_is_said_in_one_error(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_both_checkpoints_are_compared_on_a_text(tmp_path: Path) -> None:
     text, report = tmp_path / "text.txt", tmp_path / "report.json"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 8)

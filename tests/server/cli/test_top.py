@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
-import select
-import struct
-import subprocess
-import termios
-import time
 import urllib.request
 
+import pytest
 from rich.console import Console
 
 from server.cli.top import Sample, view
+from tests.server.cli.terminals import ESCAPE, LIVELY, Terminal
 from tests.server.conftest import StartServer
-from tests.server.harness import DEADLINE_S, ROOT, TINY, LociServer, command, complaint, environment, invoke
+from tests.server.harness import TINY, LociServer, complaint, invoke
 
 PAGE = """# TYPE loci_time_to_first_token_seconds histogram
 loci_time_to_first_token_seconds_bucket{le="0.1"} 2
@@ -49,48 +43,15 @@ def ask(server: LociServer) -> None:
     urllib.request.urlopen(request).read()
 
 
+def watching(server: LociServer, **variables: str) -> Terminal:
+    return Terminal("top", "--url", server.url, "--interval", "0.2", **variables)
+
+
 def shown(now: Sample, before: Sample | None = None, earlier: Sample | None = None) -> str:
     console = Console(width=80)
     with console.capture() as captured:
         console.print(view(now, before, earlier))
     return captured.get()
-
-
-class Terminal:
-    """`loci top` in a terminal of 24 lines, with what it has drawn so far."""
-
-    def __init__(self, server: LociServer) -> None:
-        self._controller, terminal = pty.openpty()
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.process = subprocess.Popen(
-            command("top", "--url", server.url, "--interval", "0.2"),
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            cwd=ROOT,
-            env=environment(TERM="xterm"),
-            preexec_fn=lambda: os.login_tty(terminal),
-        )
-        os.close(terminal)
-        self._drawn = b""
-
-    def wait_for(self, pattern: str) -> str:
-        """All that was drawn since the last call, once it holds `pattern`."""
-        end = time.monotonic() + DEADLINE_S
-        while not re.search(pattern, self._drawn.decode(errors="replace")):
-            readable, _, _ = select.select([self._controller], [], [], max(0.0, end - time.monotonic()))
-            assert readable, f"not drawn: {pattern!r}; but {self._drawn!r}"
-            self._drawn += os.read(self._controller, 65536)
-        drawn, self._drawn = self._drawn.decode(errors="replace"), b""
-        return drawn
-
-    def press(self, keys: bytes) -> None:
-        os.write(self._controller, keys)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._controller)
 
 
 def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: StartServer) -> None:
@@ -109,30 +70,49 @@ def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: Start
     assert max(map(len, once.stdout.splitlines())) <= 80
 
 
+@pytest.mark.slow
 def test_the_live_view_follows_a_server_until_ctrl_c(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
-    terminal = Terminal(server)
-    try:
+    with watching(server, **LIVELY) as terminal:
         assert "latency" not in terminal.wait_for("answer tokens/s")
         ask(server)
         assert "in the queue" in terminal.wait_for("between tokens")
         terminal.press(b"\x03")
         terminal.wait_for(re.escape(ENDED))
-        assert terminal.process.wait(DEADLINE_S) == 0
-    finally:
-        terminal.close()
+        assert terminal.exit_code() == 0
 
 
+def test_q_ends_the_live_view_and_other_keys_do_not(server: LociServer) -> None:
+    with watching(server, **LIVELY) as terminal:
+        terminal.wait_for("answer tokens/s")
+        terminal.press(b"x?")
+        terminal.wait_for("answer tokens/s")
+        terminal.press(b"q")
+        terminal.wait_for(re.escape(ENDED))
+        assert terminal.exit_code() == 0
+
+
+@pytest.mark.parametrize("variables", [{"TERM": "dumb", "NO_COLOR": ""}, {"TERM": "xterm", "NO_COLOR": "1"}])
+def test_a_plain_terminal_gets_one_view_below_the_other(
+    server: LociServer, variables: dict[str, str]
+) -> None:
+    with watching(server, **variables) as terminal:
+        drawn = terminal.wait_for("answer tokens .*\n(.*\n)*.*answer tokens/s")
+        assert "memory" in drawn
+        terminal.press(b"q")
+        drawn += terminal.rest()
+        assert terminal.exit_code() == 0
+        assert ESCAPE not in drawn
+
+
+@pytest.mark.slow
 def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
-    terminal = Terminal(server)
-    try:
+    with watching(server, **LIVELY) as terminal:
         terminal.wait_for("answer tokens/s")
         server.kill()
         terminal.wait_for(re.escape(ENDED) + r"\S*\s*loci: http://\S+: no server answers there \(.*\n")
-        assert terminal.process.wait(DEADLINE_S) == 1
-    finally:
-        terminal.close()
+        assert terminal.exit_code() == 1
 
 
 def test_no_server_there_is_said_in_one_line() -> None:

@@ -46,6 +46,7 @@ def paste(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", examples("bash"))
 def test_a_command_is_answered(server: LociServer, text: str) -> None:
     result = paste(["bash", "-ec"], text.replace("curl", CURL), server)
@@ -54,6 +55,7 @@ def test_a_command_is_answered(server: LociServer, text: str) -> None:
     assert result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", examples("python"))
 def test_a_program_runs(server: LociServer, text: str) -> None:
     result = paste([sys.executable, "-c"], text, server)
@@ -68,6 +70,7 @@ def test_there_is_an_example_for_each_interface() -> None:
     assert [call for call in calls if call not in shown] == []
 
 
+@pytest.mark.slow
 def test_the_llm_command_works_as_described(server: LociServer, tmp_path: Path) -> None:
     (text,) = examples("yaml")
     config = text.replace("http://127.0.0.1:8000", server.url)

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-CHAT = {"model": "v41-c", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+CHAT: dict[str, Any] = {"model": "v41-c", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
 PLAIN = {"model": "v41-c", "prompt": "Hello", "max_tokens": 4}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
@@ -56,6 +56,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"stop_token_ids": [99999]}, "stop_token_ids", "outside the vocabulary"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "ids 0 to 1023"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is not a token id"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "'05' names token 5 a second time"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from tests.server.harness import TINY, LociServer, eventually
 
+pytestmark = pytest.mark.slow
+
 # Short answers, few at a time: what matters is how requests are read.
 FLAGS = ("--max-model-len", "64", "--max-num-seqs", "8", "--max-waiting", "16")
 CHECKS = (
@@ -161,12 +163,12 @@ def test_hostile_bodies_are_answered(fuzzed: LociServer, path: str, spoilt: byte
     ],
 )
 def test_odd_headers_are_answered(fuzzed: LociServer, headers: dict[str, str]) -> None:
-    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items()}
 
     answer = httpx.post(
         f"{fuzzed.url}/v1/completions",
         content=json.dumps(BODIES["/v1/completions"]).encode(),
-        headers={"Content-Type": b"application/json"} | encoded,
+        headers={b"Content-Type": b"application/json"} | encoded,
     )
 
     assert answer.status_code in (200, 403, 415)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -214,7 +215,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory, key_file: Path) -> Iterator[LociServer]:
     """A server whose keys are in a file, and which logs JSON."""
-    flags = ["--api-key-file", key_file, "--log-format", "json"]
+    flags: list[str | Path] = ["--api-key-file", key_file, "--log-format", "json"]
     started = LociServer(tmp_path_factory.mktemp("guarded"), [TINY, *flags])
     try:
         yield started.await_ready()
@@ -226,10 +227,11 @@ def sdk(server: LociServer, key: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
 
 
-SHORT = {"model": "v41-c", "prompt": "Once", "max_tokens": 3}
+SHORT: dict[str, Any] = {"model": "v41-c", "prompt": "Once", "max_tokens": 3}
 LONG = SHORT | {"max_tokens": 2000, "extra_body": {"ignore_eos": True}}
 
 
+@pytest.mark.slow
 def test_a_limit_is_a_429_that_the_sdk_understands(guarded: LociServer) -> None:
     with sdk(guarded, "sk-bob") as bob:
         first = bob.completions.with_raw_response.create(**SHORT)
@@ -250,6 +252,7 @@ def test_a_limit_is_a_429_that_the_sdk_understands(guarded: LociServer) -> None:
     assert "sk-" not in page
 
 
+@pytest.mark.slow
 def test_tokens_of_streams_are_counted_too(guarded: LociServer) -> None:
     with sdk(guarded, "sk-joe") as joe:
         list(joe.completions.create(**SHORT | {"max_tokens": 8}, stream=True))
@@ -257,6 +260,7 @@ def test_tokens_of_streams_are_counted_too(guarded: LociServer) -> None:
             joe.completions.create(**SHORT)
 
 
+@pytest.mark.slow
 def test_a_stream_counts_as_running_until_its_client_leaves(guarded: LociServer) -> None:
     with sdk(guarded, "sk-eve") as eve:
         with eve.completions.create(**LONG, stream=True) as stream:
@@ -273,6 +277,7 @@ def test_a_stream_counts_as_running_until_its_client_leaves(guarded: LociServer)
         eventually(is_free, "the request has ended")
 
 
+@pytest.mark.slow
 def test_a_response_belongs_to_the_key_that_made_it(guarded: LociServer) -> None:
     with sdk(guarded, "sk-ada") as ada, sdk(guarded, "sk-bob") as bob:
         response = ada.responses.create(model="v41-c", input="Hello", max_output_tokens=2)
@@ -284,6 +289,7 @@ def test_a_response_belongs_to_the_key_that_made_it(guarded: LociServer) -> None
             bob.responses.delete(response.id)
 
 
+@pytest.mark.slow
 def test_a_new_key_works_without_a_restart(guarded: LociServer, key_file: Path) -> None:
     new = key_file.with_suffix(".new")
     new.write_text(key_file.read_text() + '[zoe]\nkey = "sk-zoe"\n')
@@ -297,6 +303,7 @@ def test_a_new_key_works_without_a_restart(guarded: LociServer, key_file: Path) 
     eventually(is_known, "the file is read again")
 
 
+@pytest.mark.slow
 def test_a_wrong_file_of_keys_ends_the_start(tmp_path: Path) -> None:
     from tests.server import harness
 

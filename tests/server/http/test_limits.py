@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -12,8 +13,10 @@ import pytest
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer, eventually
 
+pytestmark = pytest.mark.slow
+
 LONG = {"model": "v41-c", "prompt": "Once", "max_tokens": 2000, "ignore_eos": True}
-SHORT = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
+SHORT: dict[str, Any] = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,14 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(narrow: LociServer) -
         assert "waiting already; try again later" in caught.value.message
         eventually(lambda: narrow.metric("loci_sequences_waiting") == 0, "the other one was taken back")
     eventually(lambda: narrow.metric("loci_sequences_running") == 0, "the slot is free")
+
+
+@pytest.mark.parametrize(("waiting", "n"), [("0", 4), ("1", 3), ("1", 5)])
+def test_an_idle_server_takes_what_fits(start_server: StartServer, waiting: str, n: int) -> None:
+    server = start_server(TINY, "--max-num-seqs", "4", "--max-waiting", waiting).await_ready()
+
+    for fields in ({"n": n}, {"prompt": ["Once"] * n}, {}, {"n": n, "stream": True}):
+        assert httpx.post(f"{server.url}/v1/completions", json=SHORT | fields).status_code == 200
 
 
 def test_more_answers_than_ever_fit_are_refused_for_good(narrow: LociServer) -> None:

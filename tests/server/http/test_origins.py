@@ -63,6 +63,7 @@ def test_without_the_setting_no_page_may_read_answers(http: httpx.Client) -> Non
     assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.slow
 def test_an_allowed_page_may_ask_and_read_errors_too(open_to_page: LociServer) -> None:
     preflight = httpx.options(
         f"{open_to_page.url}/v1/chat/completions",
@@ -83,6 +84,7 @@ def test_an_allowed_page_may_ask_and_read_errors_too(open_to_page: LociServer) -
     assert refused.headers["access-control-allow-origin"] == PAGE
 
 
+@pytest.mark.slow
 def test_another_page_may_not(open_to_page: LociServer) -> None:
     headers = KEY | {"Origin": "https://evil.example.org"}
 
@@ -91,6 +93,7 @@ def test_another_page_may_not(open_to_page: LociServer) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.slow
 def test_the_log_is_json_and_names_the_key_without_showing_it(open_to_page: LociServer) -> None:
     body = {"model": "v41-c", "prompt": "my own wish", "max_tokens": 2}
     headers = KEY | {"X-Request-Id": "log-json-1"}

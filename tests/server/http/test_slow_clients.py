@@ -14,6 +14,8 @@ import pytest
 
 from tests.server.harness import TINY, LociServer, eventually
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"model": "v41-c", "prompt": "Once", "max_tokens": 2}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

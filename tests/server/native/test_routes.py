@@ -44,6 +44,14 @@ def test_tokens_are_spelled_where_asked_for(http: httpx.Client) -> None:
     assert len(answer["token_strs"]) == answer["count"]
 
 
+def test_a_token_that_is_part_of_a_character_is_spelled_by_its_bytes(http: httpx.Client) -> None:
+    answer = http.post(
+        "/tokenize", json={"prompt": "🦊", "add_special_tokens": False, "return_token_strs": True}
+    ).json()
+
+    assert "".join(answer["token_strs"]).replace("bytes:", "") == r"\xf0\x9f\xa6\x8a"
+
+
 def test_a_conversation_is_tokenized_as_the_model_sees_it(http: httpx.Client) -> None:
     ids = http.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
     answer = http.post(

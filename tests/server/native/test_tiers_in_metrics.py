@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import openai
+import pytest
 
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, complaint
+
+pytestmark = pytest.mark.slow
 
 
 def greedy(url: str) -> str:

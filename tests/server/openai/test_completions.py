@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import openai
@@ -17,14 +18,14 @@ MODEL = "v41-c"
 PROMPT = "The river is"
 
 
-def complete(client: openai.OpenAI, **fields: object) -> object:
-    return client.completions.create(
-        **({"model": MODEL, "prompt": PROMPT, "max_tokens": 6, "temperature": 0} | fields)
-    )
+def complete(client: openai.OpenAI, **fields: Any) -> Any:
+    plain: dict[str, Any] = {"model": MODEL, "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    return client.completions.create(**(plain | fields))
 
 
 def ids_of(http: httpx.Client, text: str) -> list[int]:
-    return http.post("/tokenize", json={"prompt": text}).json()["tokens"]
+    ids: list[int] = http.post("/tokenize", json={"prompt": text}).json()["tokens"]
+    return ids
 
 
 def test_text_and_its_token_ids_are_continued_alike(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -124,10 +125,23 @@ def test_prompts_seen_before_are_reported_as_cached(client: openai.OpenAI) -> No
 
 def test_texts_begin_as_the_tokenizer_says_unless_they_are_not_to() -> None:
     tokenizer = Tokenizer.from_directory(ROOT / "deploy" / "demo" / "loci-demo")  # one that adds a token
-    served = SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
+    served: Any = SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
 
-    def ids(**fields: bool) -> list[int]:
+    def ids(**fields: Any) -> list[int]:
         request = CompletionRequest(model=MODEL, prompt=PROMPT, **fields)
         return tokenize_prompts(request, served)[0].token_ids
 
     assert ids() == [tokenizer.bos_token_id, *ids(add_special_tokens=False)]
+
+
+def test_a_prompt_that_spells_its_beginning_gets_no_second_one_and_is_echoed_whole() -> None:
+    tokenizer = Tokenizer.from_directory(ROOT / "deploy" / "demo" / "loci-demo")
+    served = cast(
+        Any, SimpleNamespace(loaded=SimpleNamespace(tokenizer=tokenizer), vocab_size=tokenizer.size)
+    )
+    spelled = tokenizer.special_tokens["bos_token"] + PROMPT
+
+    plain, spelling = tokenize_prompts(CompletionRequest(model=MODEL, prompt=[PROMPT, spelled]), served)
+
+    assert plain.token_ids == spelling.token_ids
+    assert (plain.added, spelling.added) == (1, 0)

@@ -40,6 +40,7 @@ def reply(loaded: Loaded, **fields: Any) -> ChatReply:
 
 
 def whole(loaded: Loaded, script: Script, **fields: Any) -> dict[str, Any]:
+    choice: dict[str, Any]
     (choice,) = scripted.whole(reply(loaded, **fields), script)["choices"]
     return choice
 

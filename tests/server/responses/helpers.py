@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import openai
+from openai.types.chat import ChatCompletion
 
 MODEL = "v41-c"
 PLAIN: dict[str, Any] = {"reasoning": {"effort": "none"}, "max_output_tokens": 8, "temperature": 0}
@@ -19,7 +20,7 @@ def ask(client: openai.OpenAI, content: Any = "Hello", **fields: Any) -> Any:
 
 
 def chat_text(client: openai.OpenAI, messages: list[Any], **fields: Any) -> str | None:
-    answer = client.chat.completions.create(
+    answer: ChatCompletion = client.chat.completions.create(
         model=MODEL, messages=messages, max_tokens=8, temperature=0, reasoning_effort="none", **fields
     )
     return answer.choices[0].message.content

@@ -95,6 +95,7 @@ def test_a_response_under_way_is_cancelled_or_deleted(
         client.responses.retrieve(begun.response.id)
 
 
+@pytest.mark.slow
 def test_nobody_ends_what_another_key_asked_for(start_server: StartServer) -> None:
     server = start_server(TINY, "--api-key", "ada,bob").await_ready()
     server.headers = {"Authorization": "Bearer ada"}

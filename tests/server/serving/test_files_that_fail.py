@@ -12,6 +12,8 @@ import pytest
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer
 
+pytestmark = pytest.mark.slow
+
 
 def complete(server: LociServer, prompt: str, **more: object) -> httpx.Response:
     body = {"model": "m", "prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}

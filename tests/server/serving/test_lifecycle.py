@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -16,9 +18,15 @@ from tests.server import harness
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, eventually
 
-LONG = {"model": "v41-c", "prompt": "Once", "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {
+    "model": "v41-c",
+    "prompt": "Once",
+    "max_tokens": 2000,
+    "extra_body": {"ignore_eos": True},
+}
 
 
+@pytest.mark.slow
 def test_it_prints_where_it_is_and_a_curl_that_works(start_server: StartServer) -> None:
     server = start_server(TINY, "--served-model-name", "it's tiny").await_ready()
     eventually(lambda: "curl" in server.out.read_text(), "the curl line is printed")
@@ -33,6 +41,7 @@ def test_it_prints_where_it_is_and_a_curl_that_works(start_server: StartServer) 
     assert "\x1b" not in printed
 
 
+@pytest.mark.slow
 def test_sigterm_lets_a_stream_finish_and_exits_with_0(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
@@ -46,6 +55,7 @@ def test_sigterm_lets_a_stream_finish_and_exits_with_0(start_server: StartServer
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with (
@@ -70,6 +80,7 @@ def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_sigterm_while_loading_exits_with_0(start_server: StartServer) -> None:
     server = start_server(TINY)
     assert server.url
@@ -78,18 +89,21 @@ def test_sigterm_while_loading_exits_with_0(start_server: StartServer) -> None:
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_after_the_drain_deadline_streams_end_with_an_error(start_server: StartServer) -> None:
     server = start_server(TINY, "--drain-timeout-s", "0.3").await_ready()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
         stream = client.completions.create(**LONG, stream=True)
         next(stream)
         server.signal(signal.SIGINT)
+        eventually(lambda: "press Ctrl-C again to stop now" in server.out.read_text(), "a person is told")
         with pytest.raises(openai.APIError, match="stopped before the answer was finished"):
             list(stream)
 
     assert server.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
     server = start_server(TINY).await_ready()
     with httpx.stream(
@@ -106,6 +120,7 @@ def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
         assert server.exit_code() == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_ends_the_server_with_a_clear_message(
     start_server: StartServer, tmp_path: Path
 ) -> None:
@@ -120,8 +135,10 @@ def test_a_broken_checkpoint_ends_the_server_with_a_clear_message(
     assert error.startswith(f"loci: {broken}: ")
     assert "model-00002-of-00002.safetensors" in error
     assert "Traceback" not in error
+    assert server.out.read_text() == ""  # nobody was told to connect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -139,6 +156,7 @@ def test_what_cannot_be_served_is_one_line(arguments: list[str | Path], message:
     (line,) = harness.complaint(result.stderr).splitlines()
     assert result.returncode == 1
     assert message in line
+    assert result.stdout == ""
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -150,11 +168,33 @@ def test_a_port_in_use_is_named() -> None:
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_open_address_without_a_key_is_warned_about(start_server: StartServer) -> None:
     server = start_server(TINY, "--host", "0.0.0.0").await_ready()
 
     assert "listening on 0.0.0.0 without an API key" in server.err.read_text()
     assert server.url.startswith("http://127.0.0.1:")
+    assert "every IPv4 address of this machine (here: " in server.out.read_text()
+
+
+def test_a_server_whose_output_nobody_reads_goes_on() -> None:
+    process = subprocess.Popen(
+        harness.command("serve", TINY, "--port", "0"), env=harness.environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        assert found is not None
+        process.stdout.close()
+        eventually(lambda: httpx.get(f"{found[0]}/ready").status_code == 200, "the model is loaded")
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(harness.DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_wrong_usage_exits_with_2() -> None:

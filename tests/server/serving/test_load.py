@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from tests.bench.load import run_load
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_crowd_with_random_disconnects_leaves_nothing_behind(start_server: StartServer) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.engine import EngineStats, OnOutput, Submission
+from engine.engine import EngineStats, Submission
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason, Output
+from engine.sequence import OnOutput
 from server.app import create_app
 from server.metrics import Metrics
 from server.serving.service import Served, Service
@@ -40,11 +41,11 @@ class PlayedEngine:
         self.between_steps()
         return Submission(1)
 
-    def abort(self, ticket: Submission) -> None:
-        self.aborted.append(ticket)
+    def abort(self, submission: Submission) -> None:
+        self.aborted.append(submission)
 
     def stats(self) -> EngineStats:
-        return EngineStats(*[0] * 10)
+        return EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0)
 
 
 @pytest.fixture(scope="module")

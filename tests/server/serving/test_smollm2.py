@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 import pytest
@@ -14,7 +14,9 @@ from engine.embedded import model_path
 from quant.errors import ConfigError
 from tests.server.harness import LociServer
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+pytestmark = pytest.mark.slow
+
+QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_characters_of_several_tokens_arrive_whole(client: openai.OpenAI) -> Non
 
 def test_tools_are_refused_where_the_template_has_no_place_for_them(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    tool = {"type": "function", "function": {"name": "f"}}
+    tool: Any = {"type": "function", "function": {"name": "f"}}
 
     with pytest.raises(openai.BadRequestError, match="no place for tools") as caught:
         client.chat.completions.create(model=model.id, messages=QUESTION, tools=[tool])

@@ -70,7 +70,8 @@ EXPORT void loci_index_scores(int level, int threads, const Index* call, float* 
     index_scores({*level_at(level), threads, false}, *call, out);
 }
 
-EXPORT void loci_best_columns(int threads, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out) {
+EXPORT void loci_best_columns(int threads, const float* scores, int64_t rows, int64_t columns, int64_t k,
+                              int64_t* out) {
     best_columns({kPortable, threads, false}, scores, rows, columns, k, out);
 }
 
@@ -79,8 +80,8 @@ EXPORT void loci_route(int threads, const float* logits, const float* bias, int6
     route({kPortable, threads, false}, logits, bias, tokens, experts, top_k, factor, chosen, weights);
 }
 
-EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows,
-                              int64_t n, int64_t dim, float* out) {
+EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows, int64_t n,
+                              int64_t dim, float* out) {
     weighted_sum({*level_at(level), threads, false}, parts, weights, rows, n, dim, out);
 }
 

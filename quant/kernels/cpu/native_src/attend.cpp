@@ -58,7 +58,8 @@ void add_block(float& most, float& sum, float* out, float block_most, float bloc
 class Tiles {
   public:
     explicit Tiles(const Attend& call)
-        : c_(call), group_(call.heads / call.kv_heads), shares_(call.more == nullptr && call.window >= call.before + call.tokens),
+        : c_(call), group_(call.heads / call.kv_heads),
+          shares_(call.more == nullptr && call.window >= call.before + call.tokens),
           most_rows_(call.dim > 128 ? kMostRows / 2 : kMostRows), padded_(call.dim) {
         const int64_t rows = shares_ ? call.tokens * group_ : group_;
         per_list_ = (rows + most_rows_ - 1) / most_rows_;

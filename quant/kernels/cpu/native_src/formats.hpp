@@ -48,15 +48,18 @@ struct Nf4Digits {
     alignas(16) uint8_t digit[3][16];
 };
 constexpr Nf4Digits nf4_digits() {
+    // clang-format off: four to a line
     constexpr double kLevels[16] = {
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0};
+    // clang-format on
     Nf4Digits digits{};
     for (int i = 0; i < 16; ++i) {
         const int fixed = static_cast<int>((kLevels[i] + 1) * (1 << 20) + 0.5);
-        for (int d = 0; d < 3; ++d) digits.digit[d][i] = static_cast<uint8_t>(d ? fixed >> (14 - 7 * d) & 127 : fixed >> 14);
+        for (int d = 0; d < 3; ++d)
+            digits.digit[d][i] = static_cast<uint8_t>(d ? fixed >> (14 - 7 * d) & 127 : fixed >> 14);
     }
     return digits;
 }

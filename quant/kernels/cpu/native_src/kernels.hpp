@@ -17,15 +17,15 @@ struct Matrix {
     const uint8_t* codes;
     const void* scales;
     int64_t format;
-    int64_t tiled;         // 0: file layout, 1: panels
+    int64_t tiled;  // 0: file layout, 1: panels
     int64_t rows, cols;
     int64_t tile_rows, tile_cols;  // values that share a scale (FP8; INT4: columns)
     int64_t float_scales;          // FP8: scales are float32, not ue8m0
 };
 
-constexpr int64_t kPanelRows = 32;   // rows interleaved in a panel
-constexpr int64_t kBlock = 32;       // columns that share an activation scale
-constexpr int64_t kMaxTokens = 8;    // tokens a panel kernel takes at most
+constexpr int64_t kPanelRows = 32;  // rows interleaved in a panel
+constexpr int64_t kBlock = 32;      // columns that share an activation scale
+constexpr int64_t kMaxTokens = 8;   // tokens a panel kernel takes at most
 
 // Activations of one token and 32 columns as fixed-point digits: x = scale * sum_d digit_d * 128^(2-d)
 // (three digits of -64..64, 21 bits) or x = scale * digit (one digit of -127..127).
@@ -70,15 +70,15 @@ constexpr int kMostRows = 16;       // rows of queries that share a pass over ke
 
 // One block of keys for some rows of queries: what they make of it before other blocks are added.
 struct AttendBlock {
-    int rows;                    // at most kMostRows
-    int64_t n, dim;              // keys, at most kKeyBlock; columns, a multiple of 16
+    int rows;        // at most kMostRows
+    int64_t n, dim;  // keys, at most kKeyBlock; columns, a multiple of 16
     float scale;
-    const float* const* q;       // [rows]
-    const int64_t* seen;         // [rows] how many of the keys, from the first on
+    const float* const* q;                     // [rows]
+    const int64_t* seen;                       // [rows] how many of the keys, from the first on
     const float *const *keys, *const *values;  // [n]
-    float* most;                 // [rows] the largest score
-    float* sum;                  // [rows] of e^(score - largest)
-    float* const* out;           // [rows] values weighted with that
+    float* most;                               // [rows] the largest score
+    float* sum;                                // [rows] of e^(score - largest)
+    float* const* out;                         // [rows] values weighted with that
 };
 
 // Products of panels and tokens over all columns. x: one pointer per token (Block<D>* or float*);
@@ -97,8 +97,8 @@ struct Level {
     // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
     void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
     // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
-    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens,
-                       float* out, int64_t out_stride);
+    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
+                       int64_t out_stride);
     void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
     // attention.hpp and rows.hpp
     void (*attend_block)(const AttendBlock& block);

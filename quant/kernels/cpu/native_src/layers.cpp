@@ -37,7 +37,8 @@ void best_columns(const Team& team, const float* scores, int64_t rows, int64_t c
         thread_local std::vector<uint64_t> ranks;
         ranks.clear();
         for (int64_t c = 0; c < columns; ++c)
-            if (const float score = scores[row * columns + c]; score != -__builtin_inff()) ranks.push_back(ranked(score, c));
+            if (const float score = scores[row * columns + c]; score != -__builtin_inff())
+                ranks.push_back(ranked(score, c));
         const auto wanted = std::min(static_cast<int64_t>(ranks.size()), k);
         if (wanted < static_cast<int64_t>(ranks.size()))
             std::nth_element(ranks.begin(), ranks.begin() + wanted, ranks.end(), std::greater<>());

@@ -7,15 +7,15 @@ namespace loci {
 // Causal attention of the last `tokens` of `before + tokens` rows of keys and values; each token also sees the rows of
 // `more` (keys and values at once) that it has chosen.
 struct Attend {
-    const float* q;                    // [tokens][heads][dim]
-    const float *keys, *values;        // row r of key-value head g at g * head_stride + r * dim
+    const float* q;              // [tokens][heads][dim]
+    const float *keys, *values;  // row r of key-value head g at g * head_stride + r * dim
     int64_t tokens, heads, kv_heads, dim, head_stride;
     int64_t before;
-    int64_t window;                    // rows that a token sees, the last of them its own
-    const float* more;                 // [.][dim], or null
-    const int64_t* chosen;             // [tokens][choices], -1 for none
+    int64_t window;         // rows that a token sees, the last of them its own
+    const float* more;      // [.][dim], or null
+    const int64_t* chosen;  // [tokens][choices], -1 for none
     int64_t choices;
-    const float* sink;                 // [heads], or null: the denominator gains e^sink
+    const float* sink;  // [heads], or null: the denominator gains e^sink
 };
 
 // out [tokens][heads][dim]

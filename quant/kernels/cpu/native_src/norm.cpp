@@ -48,8 +48,8 @@ void normalise(const float* x, const float* weight, int64_t cols, float eps, flo
 
 // x, out: [rows, cols]; weight: [cols], or null for none.
 extern "C" __attribute__((visibility("default"))) void loci_rms_norm(int threads, const float* x, const float* weight,
-                                                                      int64_t rows, int64_t cols, float eps,
-                                                                      float* out) {
+                                                                     int64_t rows, int64_t cols, float eps,
+                                                                     float* out) {
     const bool shared = rows > 1 && rows * cols >= kLeastShared;
     loci::parallel_for(rows, shared ? threads : 1,
                        [&](int64_t row) { normalise(x + row * cols, weight, cols, eps, out + row * cols); });

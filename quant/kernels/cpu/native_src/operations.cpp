@@ -38,14 +38,12 @@ class Scratch {
 // Activations as a format's panel kernels take them.
 struct Activations {
     uint8_t* base;
-    int64_t stride;  // bytes from token to token
+    int64_t stride;          // bytes from token to token
     int64_t element_stride;  // bytes of 32 columns
     const void* token(int64_t t) const { return base + t * stride; }
 };
 
-bool one_digit(const Team& team, int64_t format) {
-    return team.one_digit && team.level.panel[format][1][0] != nullptr;
-}
+bool one_digit(const Team& team, int64_t format) { return team.one_digit && team.level.panel[format][1][0] != nullptr; }
 
 Activations layout_for(const Team& team, int64_t format, int64_t cols) {
     if (format == kFp8) return {nullptr, cols * static_cast<int64_t>(sizeof(float)), kBlock * sizeof(float)};
@@ -76,8 +74,8 @@ Activations prepare(const Team& team, int64_t format, const float* x, int64_t to
     return a;
 }
 
-thread_local Scratch worker_panels;                      // of each thread: panels tiled on the way
-thread_local Scratch caller_x, caller_h, caller_y;       // of the thread that calls
+thread_local Scratch worker_panels;                 // of each thread: panels tiled on the way
+thread_local Scratch caller_x, caller_h, caller_y;  // of the thread that calls
 
 // The panels of a matrix, tiled on the way where it lies in file layout.
 class Panels {
@@ -315,9 +313,8 @@ void tile(const Team& team, const Matrix& m, uint8_t* out) {
 void untile(const Team& team, const Matrix& tiled, const int64_t* rows, int64_t n, uint8_t* codes, uint8_t* scales) {
     int64_t code_bytes, scale_bytes;
     file_row_bytes(tiled, &code_bytes, &scale_bytes);
-    parallel_for(n, team.threads, [&](int64_t i) {
-        untile_row(tiled, rows[i], codes + i * code_bytes, scales + i * scale_bytes);
-    });
+    parallel_for(n, team.threads,
+                 [&](int64_t i) { untile_row(tiled, rows[i], codes + i * code_bytes, scales + i * scale_bytes); });
 }
 
 }  // namespace loci

@@ -19,7 +19,7 @@ void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, 
 
 struct Moe {
     const Matrix* const* experts;  // w1, w3, w2 of each expert in use
-    const int64_t* ids;     // [used] the experts in use, ascending
+    const int64_t* ids;            // [used] the experts in use, ascending
     int64_t used;
     const int64_t* choice;  // [tokens][top_k] expert ids
     const float* weights;   // [tokens][top_k]

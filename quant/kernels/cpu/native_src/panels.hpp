@@ -66,12 +66,13 @@ void integer_panels(const PanelSet& set, const void* const* x, float* out) {
                             UNROLL for (int j = 0; j < W; ++j) {
                                 Bytes w[R];
                                 for (int r = 0; r < R; ++r) w[r] = format.group(codes + 4 * (v + r) * kLanes, g, j);
-                                for (int t = 0; t < T; ++t)
+                                for (int t = 0; t < T; ++t) {
                                     UNROLL for (int d = 0; d < D; ++d) {
                                         if (j + d >= S) continue;
                                         const auto digits = four_digits(xs[t]->digits[d] + 4 * g);
                                         for (int r = 0; r < R; ++r) dots[t][j + d][r].add(w[r], digits);
                                     }
+                                }
                             }
                             for (int t = 0; t < T; ++t)
                                 for (int s = 0; s < S; ++s)
@@ -82,7 +83,9 @@ void integer_panels(const PanelSet& set, const void* const* x, float* out) {
                             const F32 scale = format.scale(header, b, part, row);
                             for (int t = 0; t < T; ++t) {
                                 I32 sums[S];
-                                UNROLL for (int s = 0; s < S; ++s) sums[s] = dots[t][s][r].end(s == 0 && S > 1 ? 128 : 1);
+                                UNROLL for (int s = 0; s < S; ++s) {
+                                    sums[s] = dots[t][s][r].end(s == 0 && S > 1 ? 128 : 1);
+                                }
                                 F32& sum = y[q][t][v + r];
                                 sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
                                 if (part + 1 == Format::kParts)

@@ -102,7 +102,9 @@ class Pool {
         std::atomic<int> places;  // for workers
     };
 
-    Pool() { pthread_atfork(nullptr, nullptr, [] { shared().forked_ = true; }); }  // a child has no workers
+    Pool() {
+        pthread_atfork(nullptr, nullptr, [] { shared().forked_ = true; });  // a child has no workers
+    }
 
     // Sees to it that there are so many workers, on other cores than this one.
     void gather(int count) {

@@ -45,7 +45,8 @@ void pool_group(const float* rows, const float* gates, int64_t n, int64_t dim, f
         float most[kSide], sum[kSide] = {}, total[kSide] = {};
         for (int i = 0; i < size; ++i) most[i] = gates[d + i];
         for (int64_t r = 1; r < n; ++r)
-            for (int i = 0; i < size; ++i) most[i] = gates[r * dim + d + i] > most[i] ? gates[r * dim + d + i] : most[i];
+            for (int i = 0; i < size; ++i)
+                most[i] = gates[r * dim + d + i] > most[i] ? gates[r * dim + d + i] : most[i];
         for (int64_t r = 0; r < n; ++r)
             for (int i = 0; i < size; ++i) {
                 const float weight = exp_negative(most[i] - gates[r * dim + d + i]);

@@ -93,7 +93,9 @@ ALWAYS_INLINE void store_bytes(int8_t* p, I32 a) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 ALWAYS_INLINE I32 round_to_int(F32 a) { return _mm256_cvtps_epi32(a); }
-ALWAYS_INLINE I32 magnitude_bits(F32 a) { return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff)); }
+ALWAYS_INLINE I32 magnitude_bits(F32 a) {
+    return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
+}
 ALWAYS_INLINE F32 to_float(I32 a) { return _mm256_cvtepi32_ps(a); }
 ALWAYS_INLINE F32 zero() { return _mm256_setzero_ps(); }
 ALWAYS_INLINE F32 splat(float a) { return _mm256_set1_ps(a); }
@@ -122,7 +124,8 @@ ALWAYS_INLINE void load_bf16_pairs(const uint8_t* p, F32 (&w)[2]) {
 }
 ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
     const F32 a = load_float(p), b = load_float(p + 8);
-    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)), odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88)),
+                  odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
     x[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
     x[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
 }
@@ -147,8 +150,9 @@ struct E4m3 {
     ALWAYS_INLINE void decode(const uint8_t* codes, int v, F32 (*w)[R]) const {
         static_assert(R == 1 || R == 2);
         // by way of fp16, as above; the second column is the upper byte of each word
-        const __m256i words = R == 2 ? load_bytes(codes + 16 * v)
-                                     : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * v)));
+        const __m256i words =
+            R == 2 ? load_bytes(codes + 16 * v)
+                   : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * v)));
         const __m256i columns[2] = {_mm256_slli_epi16(words, 8), words};
         for (int k = 0; k < 2; ++k) {
             const __m256i half =

@@ -58,9 +58,13 @@ ALWAYS_INLINE I32 shift_left_7(I32 a) { return _mm512_slli_epi32(a, 7); }
 ALWAYS_INLINE I32 shift_right_7(I32 a) { return _mm512_srai_epi32(a, 7); }
 ALWAYS_INLINE int32_t reduce(I32 a) { return _mm512_reduce_add_epi32(a); }
 ALWAYS_INLINE int32_t largest(I32 a) { return _mm512_reduce_max_epi32(a); }
-ALWAYS_INLINE void store_bytes(int8_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+ALWAYS_INLINE void store_bytes(int8_t* p, I32 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
 ALWAYS_INLINE I32 round_to_int(F32 a) { return _mm512_cvtps_epi32(a); }
-ALWAYS_INLINE I32 magnitude_bits(F32 a) { return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)); }
+ALWAYS_INLINE I32 magnitude_bits(F32 a) {
+    return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+}
 ALWAYS_INLINE F32 to_float(I32 a) { return _mm512_cvtepi32_ps(a); }
 ALWAYS_INLINE F32 zero() { return _mm512_setzero_ps(); }
 ALWAYS_INLINE F32 splat(float a) { return _mm512_set1_ps(a); }

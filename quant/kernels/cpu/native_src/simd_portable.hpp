@@ -62,7 +62,8 @@ ALWAYS_INLINE Digits four_digits(const int8_t* p) {
     return {both(p[0], p[2]), both(p[1], p[3])};
 }
 
-// Sums of code x digit over the groups of four columns of a block, from a start value. Two products fit 16 bits (255 * 64 * 2).
+// Sums of code x digit over the groups of four columns of a block, from a start value. Two products fit 16 bits
+// (255 * 64 * 2).
 template <int LargestCode, int LargestDigit>
 struct Dot {
     static_assert(2 * LargestCode * LargestDigit <= 32767);

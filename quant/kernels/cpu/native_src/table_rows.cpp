@@ -147,7 +147,8 @@ class RowServer::Reader {
             for (size_t i = begin; i < end; ++i) add(t.codes_file, t.codes_at, t.code_bytes, rows[which[i]]);
             if (!t.scales) {
                 const size_t codes = runs_.size();
-                for (size_t i = begin; i < end; ++i) add(t.scales_file, t.scales_at, t.scale_bytes, rows[which[i]], codes);
+                for (size_t i = begin; i < end; ++i)
+                    add(t.scales_file, t.scales_at, t.scale_bytes, rows[which[i]], codes);
             }
             if (const int error = read_runs(read_bytes)) return error;
             for (size_t i = begin; i < end; ++i) {
@@ -238,7 +239,8 @@ class RowServer::Reader {
     // What of a run has not come yet.
     static int finish(const Run& run, int64_t came) {
         while (came < run.least) {
-            const ssize_t more = pread(run.file, run.to + came, run.count * kSector - came, run.sector * kSector + came);
+            const ssize_t more =
+                pread(run.file, run.to + came, run.count * kSector - came, run.sector * kSector + came);
             if (more < 0 && errno == EINTR) continue;
             if (more < 0 && came == 0) return errno;
             if (more <= 0) return kFileEnds;  // behind the end, direct reads are refused as unaligned
@@ -313,9 +315,7 @@ void RowServer::work() {
         int error;
         try {
             error = look_up(*job, reader);
-        } catch (const std::bad_alloc&) {
-            error = ENOMEM;
-        }
+        } catch (const std::bad_alloc&) { error = ENOMEM; }
         {
             std::lock_guard<std::mutex> lock(shared_->mutex);
             job->counts_.nanoseconds += nanoseconds();

@@ -10,12 +10,12 @@ namespace {
 constexpr int64_t kSpan = 4 * kPanelRows;  // four bytes of each row
 
 struct Shape {
-    int bits;           // of a code
-    int strip_blocks;   // blocks of 32 columns in a strip
-    int group_blocks;   // blocks that share a scale
-    int fields;         // scale, and offset where there is one
+    int bits;          // of a code
+    int strip_blocks;  // blocks of 32 columns in a strip
+    int group_blocks;  // blocks that share a scale
+    int fields;        // scale, and offset where there is one
     int field_bytes;
-    int file_block;     // bytes of a GGUF block, which begins with its fields; 0: scales lie apart
+    int file_block;  // bytes of a GGUF block, which begins with its fields; 0: scales lie apart
 };
 
 Shape shape_of(const Matrix& m) {
@@ -61,7 +61,9 @@ FileRow file_row(const Matrix& m, int64_t row) {
 // a row has in span k. Even and odd columns beside each other in a byte: eight columns 0..7 are the nibbles
 // of a word, and the panel wants them as 0 4 1 5 2 6 3 7; both steps swap, so both undo themselves.
 template <class Word>
-Word swap_nibbles(Word v) { return (v & 0x0f0f0f0fu) << 4 | (v >> 4 & 0x0f0f0f0fu); }
+Word swap_nibbles(Word v) {
+    return (v & 0x0f0f0f0fu) << 4 | (v >> 4 & 0x0f0f0f0fu);
+}
 
 template <class Word>
 Word pairs_to_panel(Word v) {
@@ -174,7 +176,8 @@ void each_scale(const Matrix& m, FileRow row, int64_t block, int blocks, int r, 
         for (int f = 0; f < s.fields; ++f) {
             uint8_t* file = s.file_block ? row.codes + (block + g) * s.file_block + f * s.field_bytes
                                          : row.scales + ((block / s.group_blocks + g) * s.fields + f) * s.field_bytes;
-            copy(file, header + ((f * groups + g) * kPanelRows + r) * s.field_bytes, static_cast<size_t>(s.field_bytes));
+            copy(file, header + ((f * groups + g) * kPanelRows + r) * s.field_bytes,
+                 static_cast<size_t>(s.field_bytes));
         }
 }
 
@@ -196,15 +199,18 @@ template <class Field>
 void copy_scales(const uint8_t* file, int64_t apart, int groups, uint8_t* header) {
     for (int f = 0; f < groups; ++f)
         for (int r = 0; r < kPanelRows; ++r)
-            std::memcpy(header + (f * kPanelRows + r) * sizeof(Field), file + r * apart + f * sizeof(Field), sizeof(Field));
+            std::memcpy(header + (f * kPanelRows + r) * sizeof(Field), file + r * apart + f * sizeof(Field),
+                        sizeof(Field));
 }
 
 typedef uint32_t Words __attribute__((vector_size(16)));  // four of a row's
 
 // Rows of four words to columns.
 void transpose(Words w[4]) {
-    const Words a = __builtin_shufflevector(w[0], w[1], 0, 4, 1, 5), b = __builtin_shufflevector(w[0], w[1], 2, 6, 3, 7);
-    const Words c = __builtin_shufflevector(w[2], w[3], 0, 4, 1, 5), d = __builtin_shufflevector(w[2], w[3], 2, 6, 3, 7);
+    const Words a = __builtin_shufflevector(w[0], w[1], 0, 4, 1, 5),
+                b = __builtin_shufflevector(w[0], w[1], 2, 6, 3, 7);
+    const Words c = __builtin_shufflevector(w[2], w[3], 0, 4, 1, 5),
+                d = __builtin_shufflevector(w[2], w[3], 2, 6, 3, 7);
     w[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
     w[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
     w[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
@@ -231,7 +237,8 @@ void copy_strip(const uint8_t* codes, int64_t apart, uint8_t* to) {
 // As the general way below, for what experts are mostly made of: a full panel, one scale a group, whole strips.
 bool tile_plain_four_bit(const Matrix& m, int64_t first, uint8_t* out) {
     const Shape s = shape_of(m);
-    if (!scales_apart(m) || s.fields != 1 || m.rows - first < kPanelRows || m.cols % (s.strip_blocks * kBlock)) return false;
+    if (!scales_apart(m) || s.fields != 1 || m.rows - first < kPanelRows || m.cols % (s.strip_blocks * kBlock))
+        return false;
     const FileRow row = file_row(m, first);
     const int64_t scales_apart_by = scale_bytes(m), codes_apart_by = m.cols / 2;
     const int groups = s.strip_blocks / s.group_blocks;

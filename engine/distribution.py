@@ -1,0 +1,37 @@
+"""What was installed under which name: Loci's own distribution, its files, and the packages it needs."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+DISTRIBUTION = "loci-server"  # `loci` on the public index is somebody else's package
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of `package`, or None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def required_packages() -> tuple[str, ...]:
+    """Names of the packages that Loci needs, without extras; none where Loci itself is not installed."""
+    try:
+        requirements = distribution(DISTRIBUTION).requires or []
+    except PackageNotFoundError:
+        return ()
+    names = (re.match(r"[\w.-]+", line) for line in requirements if "extra ==" not in line)
+    return tuple(name.group() for name in names if name)
+
+
+def installed_file(name: str) -> Path | None:
+    """The file whose path ends with `name`, where the installer says it put it; None where it put none."""
+    try:
+        files = distribution(DISTRIBUTION).files or []
+    except PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())).resolve() for file in files if file.match(name))
+    return next((path for path in found if path.is_file()), None)

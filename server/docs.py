@@ -1,0 +1,83 @@
+"""Writes the tables in docs/ whose contents the code knows: `python -m server.docs`, or `make docs`.
+
+A part of a page between `<!-- NAME begin -->` and `<!-- NAME end -->` is written by the function that PARTS
+has under that name; a test says when a page is stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from memory.hardware.profiles import GIB, load_profile, shipped
+from server.settings import SEVERAL, Settings
+
+DOCS = Path(__file__).parents[1] / "docs"
+_KINDS = {str: "text", int: "whole number", float: "number", Path: "path"}
+
+
+def settings() -> str:
+    """Every setting, as it is written in a file, on the command line and in the environment."""
+    rows = (_setting(name, field) for name, field in Settings.model_fields.items())
+    return _table(["in the file", "flag", "variable", "value", "default", ""], rows)
+
+
+def _setting(name: str, field: FieldInfo) -> list[str]:
+    flag = "`MODEL`" if name == "model" else f"`--{name.replace('_', '-')}`"
+    default = "" if field.default in (None, ()) else f"`{field.default}`"
+    kind = _kind(name, field.annotation)
+    return [f"`{name}`", flag, f"`LOCI_{name.upper()}`", kind, default, field.description or ""]
+
+
+def _kind(name: str, annotation: Any) -> str:
+    if name in SEVERAL:
+        return "one or more texts"
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{kind}`" for kind in kinds)
+    return _KINDS[kinds[0]]
+
+
+def profiles() -> str:
+    """The hardware profiles that come with Loci: what models may use of them, and how fast that is."""
+    head = ["profile", "machine", "VRAM, GiB", "link, GB/s", "DRAM, GiB", "DRAM, GB/s", "disk, GB/s"]
+    return _table(head, map(_profile, shipped()))
+
+
+def _profile(name: str) -> list[str]:
+    p = load_profile(name)
+    vram = " + ".join(f"{gpu.memory_bytes / GIB:g}" for gpu in p.gpus) or "none"
+    link = " + ".join(f"{gpu.link_bytes_per_s / 1e9:g}" for gpu in p.gpus)
+    others = (p.dram_bytes / GIB, p.dram_bytes_per_s / 1e9, p.disk_bytes_per_s / 1e9)
+    return [f"`{name}`", p.description, vram, link, *(f"{figure:g}" for figure in others)]
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(head))
+    return "\n".join(lines)
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "settings": ("configuration.md", settings),
+    "profiles": ("planner.md", profiles),
+}
+
+
+def updated(page: str, part: str) -> str:
+    """`page` with `part`, between its two marks, written anew."""
+    begin, end = f"<!-- {part} begin -->", f"<!-- {part} end -->"
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"the page lacks {begin} ... {end}")
+    return f"{before}{begin}\n{PARTS[part][1]()}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    for part, (name, _) in PARTS.items():
+        path = DOCS / name
+        path.write_text(updated(path.read_text(), part))

@@ -1,0 +1,280 @@
+"""Fields, most of them of other servers, that would change an answer and that nothing here can honour.
+
+Ignoring them would give an answer that the client did not ask for; so they are refused by name, unless their
+value asks for nothing or for what happens anyway. docs/api.md lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from quant.errors import RequestError
+
+NOTHING: tuple[Any, ...] = (None, False, "", [])
+
+
+class Refused(NamedTuple):
+    """Why a field is refused, and the values with which it is not."""
+
+    why: str
+    harmless: tuple[Any, ...]
+
+    def lets_through(self, value: object) -> bool:
+        """Whether the field may be ignored with this value; 0 is not false, nor 1 true."""
+        return any(
+            value == each and isinstance(value, bool) == isinstance(each, bool) for each in self.harmless
+        )
+
+
+def unless(why: str, *harmless: Any) -> Refused:
+    """A field that is refused unless its value is nothing or one of `harmless`."""
+    return Refused(why, (*NOTHING, *harmless))
+
+
+def only(why: str, *harmless: Any) -> Refused:
+    """A field whose false means something: refused unless its value is null or one of `harmless`."""
+    return Refused(why, (None, *harmless))
+
+
+def refuse_fields(data: Any, refused: Mapping[str, Refused], path: str = "") -> Any:
+    """`data` as it came. Raises RequestError where it has a field that is `refused` with its value."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            rule = refused.get(name)
+            if rule is not None and not rule.lets_through(value):
+                raise RequestError(
+                    f"{path}{name} is not supported: {rule.why}",
+                    param=f"{path}{name}",
+                    code="unsupported_parameter",
+                )
+    return data
+
+
+# How many of the newest tokens penalties count, in other servers.
+WINDOWS = ("repeat_last_n", "repetition_penalty_range")
+PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
+
+
+def refuse_windows(data: Any) -> Any:
+    """`data` as it came. Raises RequestError where penalties are to count a part of the answer only."""
+    if isinstance(data, dict) and any(data.get(name) not in (None, off) for name, off in PENALTIES.items()):
+        refuse_fields(data, dict.fromkeys(WINDOWS, only("penalties count the whole answer", -1)))
+    return data
+
+
+_NO_SAMPLER = "this server does not have that sampler"
+_NO_BEAMS = "answers are sampled"
+_NO_IMAGES = "only text is understood"
+_OWN_TEMPLATE = "the model's own is used; chat_template_kwargs are its variables"
+_NOT_PART = "it is no part of answers here"
+_SWITCH = "say whether the model reasons with {}"
+
+SAMPLERS = {
+    "typical_p": unless(_NO_SAMPLER, 1),
+    "typical": unless(_NO_SAMPLER, 1),
+    "tfs": unless(_NO_SAMPLER, 1),
+    "tfs_z": unless(_NO_SAMPLER, 1),
+    "top_a": unless(_NO_SAMPLER, 0),
+    "top_n_sigma": unless(_NO_SAMPLER, 0, -1),
+    "mirostat": unless(_NO_SAMPLER, 0),
+    "mirostat_mode": unless(_NO_SAMPLER, 0),
+    "dynatemp_range": unless(_NO_SAMPLER, 0),
+    "dynamic_temperature": unless(_NO_SAMPLER),
+    "smoothing_factor": unless(_NO_SAMPLER, 0),
+    "xtc_probability": unless(_NO_SAMPLER, 0),
+    "dry_multiplier": unless(_NO_SAMPLER, 0),
+    "epsilon_cutoff": unless(_NO_SAMPLER, 0),
+    "eta_cutoff": unless(_NO_SAMPLER, 0),
+    "penalty_alpha": unless(_NO_SAMPLER, 0),
+    "no_repeat_ngram_size": unless(_NO_SAMPLER, 0),
+    "encoder_repetition_penalty": unless(_NO_SAMPLER, 1),
+    "repeat_penalty": unless("use repetition_penalty, which counts the whole prompt and answer", 1),
+    "min_keep": unless(_NO_SAMPLER, 0, 1),
+    "samplers": unless("the order of samplers is fixed"),
+    "sampler_order": unless("the order of samplers is fixed"),
+    "sampler_priority": unless("the order of samplers is fixed"),
+    "temperature_last": unless("the order of samplers is fixed"),
+    "do_sample": only("use temperature: 0", True),
+    "guidance_scale": unless(_NO_SAMPLER, 1),
+    "watermark": unless(_NO_SAMPLER),
+    "use_beam_search": unless(_NO_BEAMS),
+    "num_beams": unless(_NO_BEAMS, 1),
+    "beam_width": unless(_NO_BEAMS, 1),
+    "logits_processors": unless("nothing of a request is executed"),
+    "custom_logit_processor": unless("nothing of a request is executed"),
+    "random_seed": unless("use seed"),
+    "allowed_token_ids": unless("use structured_outputs.choice or logit_bias"),
+    "bad_words": unless("use logit_bias"),
+    "bad_words_ids": unless("use logit_bias"),
+    "suppress_tokens": unless("use logit_bias"),
+    "stop_words": unless("use stop"),
+    "stop_regex": unless("use stop"),
+    "no_stop_trim": unless("use include_stop_str_in_output"),
+    "min_new_tokens": unless("use min_tokens", 0),
+    "min_length": unless("use min_tokens", 0),
+    "t_max_predict_ms": unless("leave, or cancel the request, when it takes too long", 0, -1),
+    "n_indent": unless(_NO_SAMPLER, 0),
+}
+# What all protocols refuse.
+COMMON = SAMPLERS | {
+    "num_ctx": only("the context is what the server was started with (--max-model-len)"),
+    "n_ctx": only("the context is what the server was started with (--max-model-len)"),
+    "options": unless("send the fields in it by themselves, under the names of this interface", {}),
+    "truncate_prompt_tokens": only("shorten the prompt"),
+    "prompt_truncate_len": only("shorten the prompt"),
+    "context_length_exceeded_behavior": unless("shorten the prompt", "error"),
+    "transforms": unless("shorten the prompt"),
+    "template": unless(_OWN_TEMPLATE),
+    "chat_template": unless(_OWN_TEMPLATE),
+    "documents": unless("put them into messages"),
+    "images": unless(_NO_IMAGES),
+    "image_data": unless(_NO_IMAGES),
+    "prompt_embeds": unless("send text or token ids"),
+    "input_embeds": unless("send text or token ids"),
+    "lora": unless("the model is served as it was loaded"),
+    "lora_path": unless("the model is served as it was loaded"),
+    "safe_prompt": unless("say it in a message"),
+    "web_search_options": unless("this server searches nothing"),
+    "search_parameters": unless("this server searches nothing"),
+    "enable_search": unless("this server searches nothing"),
+    "plugins": unless("this server calls no others"),
+    "post_sampling_probs": unless("log probabilities are the model's own"),
+    "return_token_ids": unless(_NOT_PART),
+    "return_tokens": unless(_NOT_PART),
+    "return_tokens_as_token_ids": unless(_NOT_PART),
+    "return_hidden_states": unless(_NOT_PART),
+    "return_full_text": unless("use echo of /v1/completions"),
+    "structural_tag": unless("use tools, or structured_outputs.grammar"),
+    "include_reasoning": only("leave reasoning_content out when you read the answer", True),
+    "separate_reasoning": only("reasoning is always apart from content", True),
+    "reasoning_in_content": unless("reasoning is always apart from content"),
+    "reasoning_format": unless("reasoning is always apart from content", "auto", "deepseek"),
+    "thinking_budget": only("how long the model reasons is not limited apart from the answer"),
+    "thinking_budget_tokens": only("how long the model reasons is not limited apart from the answer"),
+    "thinking_token_budget": only("how long the model reasons is not limited apart from the answer"),
+    "reasoning_budget": only("how long the model reasons is not limited apart from the answer", -1),
+    "reasoning_budget_tokens": only("how long the model reasons is not limited apart from the answer", -1),
+}
+_FORMS = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "grammar": "grammar",
+    "ebnf": "grammar",
+    "regex": "regex",
+}
+_LENGTHS = ("n_predict", "num_predict", "max_new_tokens", "max_length", "max_output_tokens")
+# Of /v1/chat/completions and /v1/completions.
+REFUSED = (
+    COMMON
+    | {name: unless(f"use structured_outputs.{form}") for name, form in _FORMS.items()}
+    | {name: only("use max_tokens") for name in _LENGTHS}
+    | {
+        "json_schema": unless("use response_format or structured_outputs.json"),
+        "format": unless("use response_format"),
+        "guided_whitespace_pattern": unless("white space is fixed"),
+        "functions": unless("use tools"),
+        "function_call": unless("use tool_choice"),
+        "audio": unless("only text can be generated"),
+        "system": unless("send a message of role system"),
+        "stop_sequences": unless("use stop"),
+        "suffix": unless("filling in the middle is not supported"),
+        "input_prefix": unless("filling in the middle is not supported"),
+        "input_suffix": unless("filling in the middle is not supported"),
+        "context": unless("send the conversation as messages"),
+        "prompt_logprobs": unless("use echo and logprobs of /v1/completions"),
+        "n_probs": unless("use logprobs", 0),
+        "return_logprob": unless("use logprobs"),
+        "think": only(_SWITCH.format("reasoning_effort or thinking")),
+        "enable_thinking": only(_SWITCH.format("reasoning_effort or thinking")),
+        "reasoning": only(_SWITCH.format("reasoning_effort or thinking"), {}),
+        "prompt_mode": unless(_SWITCH.format("reasoning_effort or thinking")),
+    }
+)
+# Of /v1/chat/completions alone.
+CHAT_REFUSED = {
+    "echo": unless("use continue_final_message"),
+    "add_special_tokens": unless("the chat template writes what belongs there"),
+    "best_of": unless("answers are not ranked", 1),
+}
+# Of /v1/completions alone, which know neither conversations nor tools.
+COMPLETIONS_REFUSED = {
+    "tools": unless("use /v1/chat/completions"),
+    "tool_choice": unless("use /v1/chat/completions", "none", "auto"),
+    "reasoning_effort": unless("use /v1/chat/completions", "none"),
+    "thinking": unless("use /v1/chat/completions", {}, {"type": "disabled"}),
+    "chat_template_kwargs": unless("use /v1/chat/completions", {}),
+    "continue_final_message": unless("use /v1/chat/completions"),
+    "max_completion_tokens": only("use max_tokens"),
+    "top_logprobs": only("use logprobs with a number"),
+}
+# Names of OpenAI's older interface, on routes that have others for it.
+_ELSEWHERE = {
+    "n": only("one answer is given", 1),
+    "best_of": only("answers are not ranked", 1),
+    "chat_template_kwargs": unless("use /v1/chat/completions", {}),
+    "continue_final_message": unless("use /v1/chat/completions"),
+    "structured_outputs": unless("use a JSON schema, or /v1/chat/completions", {}),
+    "think": only("use reasoning"),
+    "enable_thinking": only("use reasoning"),
+} | {name: unless("use a JSON schema, or /v1/chat/completions") for name in _FORMS}
+RESPONSES_REFUSED = (
+    COMMON
+    | _ELSEWHERE
+    | {name: only("use max_output_tokens") for name in (*_LENGTHS, "max_tokens", "max_completion_tokens")}
+    | {
+        "background": unless("answers are computed while the client waits; use stream"),
+        "conversation": unless("send the items of the conversation, or previous_response_id"),
+        "prompt": unless("there are no stored prompts; send instructions and input"),
+        "messages": unless("use input"),
+        "system": unless("use instructions"),
+        "stop_sequences": unless("use stop"),
+        "response_format": unless("use text.format", {"type": "text"}),
+        "format": unless("use text.format"),
+        "reasoning_effort": unless("use reasoning.effort"),
+        "thinking": only("use reasoning.effort"),
+        "logprobs": unless("use include or top_logprobs"),
+        "functions": unless("use tools"),
+        "function_call": unless("use tool_choice"),
+        "modalities": unless("only text can be generated", ["text"]),
+        "audio": unless("only text can be generated"),
+    }
+)
+del RESPONSES_REFUSED["max_output_tokens"]
+MESSAGES_REFUSED = (
+    COMMON
+    | _ELSEWHERE
+    | {name: only("use max_tokens") for name in (*_LENGTHS, "max_completion_tokens")}
+    | {
+        "mcp_servers": unless("this server calls no others"),
+        "container": unless("this server runs no tools of its own"),
+        "output_format": unless("use output_config.format"),
+        "response_format": unless("use output_config.format", {"type": "text"}),
+        "format": unless("use output_config.format"),
+        "reasoning_effort": unless("use thinking and output_config.effort"),
+        "reasoning": only("use thinking and output_config.effort", {}),
+        "parallel_tool_calls": only("use tool_choice.disable_parallel_tool_use", True),
+        "logprobs": unless("use /v1/chat/completions"),
+        "top_logprobs": only("use /v1/chat/completions"),
+        "prompt": unless("use messages"),
+    }
+)
+# Of a message of a conversation.
+MESSAGE_REFUSED = {
+    "function_call": unless("use tool_calls"),
+    "audio": unless(_NO_IMAGES),
+    "images": unless(_NO_IMAGES),
+}
+TOKENIZE_REFUSED = {
+    "add_generation_prompt": only("the prompt is told as an answer to it would begin", True),
+    "continue_final_message": unless("use prefix in the last message"),
+    "chat_template": unless(_OWN_TEMPLATE),
+    "chat_template_kwargs": unless("the model's defaults are used", {}),
+    "content": unless("use prompt or messages"),
+    "add_special": only("use add_special_tokens"),
+    "parse_special": only("special tokens may always be spelled in a prompt", True),
+    "with_pieces": unless("use return_token_strs"),
+}
