@@ -134,6 +134,15 @@ def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Llama) 
     assert torch.equal(first, kept)
 
 
+def test_a_programs_buffers_are_counted_with_the_cache(model: Llama) -> None:
+    cache = model.new_cache(3, 17)
+
+    assert isinstance(cache, LlamaCache)
+    assert cache.program is not None
+    assert cache.program.nbytes > 4 * MAX_ROWS * VOCAB
+    assert model.cache_bytes(3, 17) == cache.nbytes
+
+
 def test_plain_torch_records_nothing(tmp_path: Path) -> None:
     checkpoint = open_gguf(write_gguf(tmp_path / "tiny.gguf", tiny_values(), "Q8_0"))
     model = FAMILY.load(checkpoint, ReferenceKernels(), MemoryBudget(1 << 30))
