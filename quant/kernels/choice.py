@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from quant.errors import ConfigError
+from quant.kernels.cpu.program import Recorder
 from quant.kernels.interface import Kernels
 
 # Forces an instruction-set level of the native back end: portable, avx2 or avx512.
@@ -33,6 +34,14 @@ def choose(gpus: Sequence[torch.device] = ()) -> Kernels:
     except ImportError as error:
         raise ConfigError(f"GPUs need Triton ({error}); `pip install 'triton>=3.3'` beside torch") from None
     return DeviceKernels(host, {gpu: TritonKernels(gpu) for gpu in gpus})
+
+
+def recorder_of(kernels: Kernels, max_rows: int) -> Recorder | None:
+    """Notes steps of up to `max_rows` rows in host memory; None where plain torch computes there."""
+    from quant.kernels.cpu.native import NativeKernels
+
+    host = kernels.on(torch.device("cpu"))
+    return Recorder(host, max_rows) if isinstance(host, NativeKernels) else None
 
 
 def _host() -> Kernels:

@@ -8,18 +8,34 @@ from __future__ import annotations
 import math
 import mmap
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from engine.families.base import Batch, Component, Family, KvCache, Model, ModelInfo, Segment, Trace
+from engine.families.base import (
+    NO_TRACE,
+    Batch,
+    Component,
+    Family,
+    KvCache,
+    Model,
+    ModelInfo,
+    Segment,
+    Trace,
+)
 from engine.families.llama.config import LlamaConfig, parse_config
 from engine.families.llama.tensors import IGNORED, components, expected_tensors
+from engine.layers.operations import Eager, Operations, Recorded, Value
 from engine.layers.rope import Rotation
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from quant.errors import BudgetError, CheckpointError
 from quant.formats.gguf import weight_from_bytes
-from quant.kernels.interface import Kernels, Weight, swiglu
+from quant.kernels.choice import recorder_of
+from quant.kernels.cpu.program import KvPlace, Program, Recorder
+from quant.kernels.interface import Kernels, Weight
+
+MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,15 @@ class LlamaCache(KvCache):
         nbytes = math.prod(shape) * torch.float32.itemsize
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._held = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
+        # Decodes with this cache, by the rotations of all its positions; None where nothing is recorded.
+        self.program: Program | None = None
+        self.turns: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self._held.nbytes
+        program = 0 if self.program is None else self.program.nbytes
+        turns = 0 if self.turns is None else self.turns.nbytes
+        return self._held.nbytes + program + turns
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return ((1, self._held[:, :, slot].permute(3, 0, 1, 2, 4)),)
@@ -68,6 +89,10 @@ class LlamaCache(KvCache):
         keys[:, segment.start : end] = k.transpose(0, 1)
         values[:, segment.start : end] = v.transpose(0, 1)
         return keys[:, :end], values[:, :end]
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, `[slots, kv_heads, capacity, head_dim]` each."""
+        return self._held[0, number], self._held[1, number]
 
 
 class Llama(Model):
@@ -105,31 +130,82 @@ class Llama(Model):
         return {"dram": sum(weight.nbytes for weight in weights)}
 
     def new_cache(self, slots: int, capacity: int) -> LlamaCache:
-        return LlamaCache(self.config, slots, capacity)
+        cache = LlamaCache(self.config, slots, capacity)
+        recorder = recorder_of(self.kernels, MAX_ROWS)
+        if recorder is not None:
+            cache.turns = Rotation.at(torch.arange(capacity), self.frequencies).turns
+            cache.program = self._record(recorder, cache, cache.turns)
+        return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
         c = self.config
-        return 2 * c.layers * slots * c.kv_heads * capacity * c.head_dim * torch.float32.itemsize
+        kv = 2 * c.layers * slots * c.kv_heads * capacity * c.head_dim * torch.float32.itemsize
+        recorder = recorder_of(self.kernels, MAX_ROWS)
+        if recorder is None:
+            return kv
+        return kv + capacity * c.head_dim // 2 * torch.complex64.itemsize + self._arena_bytes
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, LlamaCache)
         for segment in batch.segments:
             cache.admit(segment)
-        eps, linear, rms_norm = self.config.rms_norm_eps, self.kernels.linear, self.kernels.rms_norm
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        rotation = Rotation.at(positions, self.frequencies)
-
-        x = self._embedded(batch.token_ids)  # [tokens, hidden]
-        for number, layer in enumerate(self.layers):
-            x = x + self._attention(number, layer, rms_norm(x, layer.attn_norm, eps), batch, cache, rotation)
-            y = rms_norm(x, layer.ffn_norm, eps)
-            x = x + swiglu(self.kernels, y, layer.gate, layer.up, layer.down, math.inf)
-            if trace is not None:
-                trace.add(f"hidden.{number}", x)
+        if trace is None and cache.program is not None and _is_decode(batch, cache.program.max_rows):
+            logits = self._replay(cache.program, batch)
+        else:
+            logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
             cache.advance(segment)
-        return linear(rms_norm(x[batch.logit_rows], self.norm, eps), self.head)
+        return logits
+
+    def _compute(self, batch: Batch, cache: LlamaCache, trace: Trace) -> torch.Tensor:
+        """The logits of any batch, operation by operation."""
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        rotation = Rotation.at(positions, self.frequencies)
+        ops = Eager(self.kernels, batch.segments, rotation, self.config.head_dim, cache.extend)
+        x = self._layers(ops, self._embedded(batch.token_ids), trace)
+        return self._logits(ops, x[batch.logit_rows])
+
+    def _replay(self, program: Program, batch: Batch) -> torch.Tensor:
+        """The logits of a batch of new tokens, by a recorded program: the same bits."""
+        rows = len(batch.token_ids)
+        program.source[:rows] = self._embedded(batch.token_ids)
+        program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
+        return program.result[batch.logit_rows]
+
+    def _record(self, recorder: Recorder, cache: LlamaCache, turns: torch.Tensor) -> Program:
+        """A program that decodes with `cache`; turns `[positions, head_dim / 2]` complex64."""
+        places = [KvPlace(*cache.layer(number)) for number in range(self.config.layers)]
+        ops = Recorded(recorder, turns, places)
+        source = recorder.input(self.config.hidden)
+        return recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
+
+    @cached_property
+    def _arena_bytes(self) -> int:
+        """Bytes of a program's buffers, whatever the cache."""
+        program = self.new_cache(slots=1, capacity=1).program
+        return 0 if program is None else program.nbytes
+
+    def _layers(self, ops: Operations[Value], x: Value, trace: Trace) -> Value:
+        """All layers: x `[tokens, hidden]` to the same."""
+        c, eps = self.config, self.config.rms_norm_eps
+        for number, layer in enumerate(self.layers):
+            q, k, v = ops.linears(ops.norm(x, layer.attn_norm, eps), layer.q, layer.k, layer.v)
+            q, k = ops.rotate(q, c.heads), ops.rotate(k, c.kv_heads)
+            if c.rope.attention_factor != 1:
+                # The keys' share too: only products of the two are used.
+                q = ops.scale(q, c.rope.attention_factor**2)
+            (attended,) = ops.linears(ops.attend(number, q, k, v), layer.o)
+            x = ops.add(x, attended)
+            gate, up = ops.linears(ops.norm(x, layer.ffn_norm, eps), layer.gate, layer.up)
+            (y,) = ops.linears(ops.gated(gate, up), layer.down)
+            x = ops.add(x, y)
+            trace.add(f"hidden.{number}", x)
+        return x
+
+    def _logits(self, ops: Operations[Value], x: Value) -> Value:
+        (logits,) = ops.linears(ops.norm(x, self.norm, self.config.rms_norm_eps), self.head)
+        return logits
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding as float32; no others are decoded."""
@@ -137,39 +213,10 @@ class Llama(Model):
             return self.embed[token_ids].float()
         return self.kernels.gather_rows(self.embed, token_ids)
 
-    def _attention(
-        self,
-        number: int,
-        layer: LayerWeights,
-        x: torch.Tensor,
-        batch: Batch,
-        cache: LlamaCache,
-        rotation: Rotation,
-    ) -> torch.Tensor:
-        """Causal attention of every segment over its own slot, `[tokens, hidden]` to the same."""
-        c, kernels, linear = self.config, self.kernels, self.kernels.linear
-        tokens = x.shape[0]
-        q = rotation.apply(kernels, self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))
-        k = rotation.apply(kernels, self._paired(linear(x, layer.k).view(tokens, c.kv_heads, c.head_dim)))
-        if c.rope.attention_factor != 1:
-            q = q * c.rope.attention_factor**2  # the keys' share too: only products of the two are used
-        v = linear(x, layer.v).view(tokens, c.kv_heads, c.head_dim)
-        out = torch.empty_like(q)
-        stop = 0
-        for segment in batch.segments:
-            start, stop = stop, stop + segment.length
-            keys, values = cache.extend(number, segment, k[start:stop], v[start:stop])
-            out[start:stop] = kernels.attend(q[start:stop], keys, values)
-        return linear(out.view(tokens, -1), layer.o)
 
-    def _paired(self, x: torch.Tensor) -> torch.Tensor:
-        """x `[..., head_dim]` with the channels of each rotary pair side by side.
-
-        Queries and keys are reordered alike, so their products stay what they are.
-        """
-        if self.config.has_pairs_side_by_side:
-            return x
-        return x.view(*x.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)
+def _is_decode(batch: Batch, max_rows: int) -> bool:
+    """Whether a batch is up to so many sequences with one new token each."""
+    return len(batch.token_ids) == len(batch.segments) <= max_rows
 
 
 class LlamaFamily(Family):
@@ -216,14 +263,24 @@ class LlamaFamily(Family):
                 )
             frequencies = frequencies / factors.double()
 
+        def paired(role: str, layer: int, heads: int) -> Weight:
+            """Query or key rows with the channels of each rotary pair side by side.
+
+            Queries and keys are reordered alike, so their products stay what they are.
+            """
+            weight = read(role, layer)
+            if config.has_pairs_side_by_side:
+                return weight
+            assert isinstance(weight, torch.Tensor)
+            return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
         layers = tuple(
             LayerWeights(
                 attn_norm=norm("attn_norm", n),
                 ffn_norm=norm("ffn_norm", n),
-                **{
-                    role: kernels.prepare(read(role, n))
-                    for role in ("q", "k", "v", "o", "gate", "up", "down")
-                },
+                **{role: kernels.prepare(read(role, n)) for role in ("v", "o", "gate", "up", "down")},
+                q=kernels.prepare(paired("q", n, config.heads)),
+                k=kernels.prepare(paired("k", n, config.kv_heads)),
             )
             for n in range(config.layers)
         )

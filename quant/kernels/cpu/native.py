@@ -8,7 +8,7 @@ as many as torch is set to use. What a token gets depends neither on other token
 from __future__ import annotations
 
 import ctypes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,12 +26,11 @@ from quant.kernels.cpu.panels import (
     tiled_format,
     untile,
 )
+from quant.kernels.cpu.program import DENSE_KINDS
 from quant.kernels.file_slots import FileSlotLayout
 from quant.kernels.interface import MoeCall, SlotLayout, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
-
-DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class _Moe(ctypes.Structure):
@@ -108,6 +107,17 @@ class NativeKernels(NativeLayers):
         ):
             return weight
         return tile(weight)
+
+    def run(self, operations: ctypes.Array[Any], step: ctypes.Structure) -> None:
+        """Run a program's operations for a step."""
+        self._library.loci_run_program(
+            self._level,
+            self._threads(),
+            self.activations == "int8",
+            operations,
+            len(operations),
+            ctypes.byref(step),
+        )
 
     def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
         """Slots of panels, where the format has them."""

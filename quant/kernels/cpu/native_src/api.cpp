@@ -3,6 +3,7 @@
 
 #include "layers.hpp"
 #include "pool.hpp"
+#include "program.hpp"
 #include "table_rows.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -34,7 +35,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 6; }
+EXPORT int loci_interface() { return 7; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -60,6 +61,16 @@ EXPORT void loci_moe(int level, int threads, int int8, const Moe* call, const fl
 EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const void* scales, int float_scales,
                              int64_t cols, const int64_t* rows, int64_t n, float* out) {
     gather_rows({*level_at(level), threads, false}, codes, scales, float_scales != 0, cols, rows, n, out);
+}
+
+EXPORT void loci_rms_norm(int threads, const float* x, const float* weight, int64_t rows, int64_t cols, float eps,
+                          float* out) {
+    rms_norm({kPortable, threads, false}, x, weight, rows, cols, eps, out);
+}
+
+EXPORT void loci_run_program(int level, int threads, int int8, const Operation* operations, int64_t count,
+                             const StepInput* step) {
+    run_program({*level_at(level), threads, int8 != 0}, operations, count, *step);
 }
 
 EXPORT void loci_attend(int level, int threads, const Attend* call, float* out) {

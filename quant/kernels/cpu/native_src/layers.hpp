@@ -49,6 +49,9 @@ void weighted_sum(const Team& team, const float* parts, const float* weights, in
 void mix_streams(const Team& team, const float* streams, const float* y, const float* post, const float* combine,
                  int64_t tokens, int64_t n, int64_t dim, float* out);
 
+// out [rows][cols] = x by its root mean square, times weight [cols], or null for none.
+void rms_norm(const Team& team, const float* x, const float* weight, int64_t rows, int64_t cols, float eps, float* out);
+
 void sigmoid(const Team& team, const float* x, int64_t n, float* out);
 
 // silu(min(gate, limit)) * clamp(up, -limit, limit)

@@ -4,11 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "layers.hpp"
 #include "pool.hpp"
 
 namespace {
 
-constexpr int64_t kLanes = 16, kBlock = 512;
+constexpr int64_t kLanes = 16, kSpan = 512;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 // Values from which on threads share the rows: some microseconds of work.
 constexpr int64_t kLeastShared = 1 << 16;
@@ -24,7 +25,7 @@ double sum_of_squares(const float* x, int64_t n) {
     double total = 0;
     int64_t i = 0;
     while (i + kLanes <= n) {
-        const int64_t end = i + kBlock < n ? i + kBlock : n;
+        const int64_t end = i + kSpan < n ? i + kSpan : n;
         Lanes sums = {};
         for (; i + kLanes <= end; i += kLanes) sums += load(x + i) * load(x + i);
         for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[lane];
@@ -46,11 +47,9 @@ void normalise(const float* x, const float* weight, int64_t cols, float eps, flo
 
 }  // namespace
 
-// x, out: [rows, cols]; weight: [cols], or null for none.
-extern "C" __attribute__((visibility("default"))) void loci_rms_norm(int threads, const float* x, const float* weight,
-                                                                     int64_t rows, int64_t cols, float eps,
-                                                                     float* out) {
+void loci::rms_norm(const Team& team, const float* x, const float* weight, int64_t rows, int64_t cols, float eps,
+                    float* out) {
     const bool shared = rows > 1 && rows * cols >= kLeastShared;
-    loci::parallel_for(rows, shared ? threads : 1,
-                       [&](int64_t row) { normalise(x + row * cols, weight, cols, eps, out + row * cols); });
+    parallel_for(rows, shared ? team.threads : 1,
+                 [&](int64_t row) { normalise(x + row * cols, weight, cols, eps, out + row * cols); });
 }

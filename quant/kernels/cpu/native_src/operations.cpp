@@ -146,27 +146,45 @@ struct Turns {
 
 }  // namespace
 
-void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, float* out) {
-    const Panels panels(m);
-    const Activations a = prepare(team, m.format, x, tokens, m.cols, caller_x);
-    const int threads = panels.count() * panels.bytes() * tokens < kWorthSharing ? 1 : team.threads;
-    const Turns turns(panels.count(), panels_per_turn(panels.count(), threads));
-    parallel_for(turns.count, threads, [&](int64_t turn) {
+void linear_group(const Team& team, const Matrix* const* matrices, float* const* outs, int64_t count, const float* x,
+                  int64_t tokens) {
+    const Matrix& first = *matrices[0];
+    const Activations a = prepare(team, first.format, x, tokens, first.cols, caller_x);
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < count; ++i) bytes += Panels(*matrices[i]).count() * Panels(*matrices[i]).bytes();
+    const int threads = bytes * tokens < kWorthSharing ? 1 : team.threads;
+    const auto turns_of = [&](int64_t i) {
+        const int64_t panels = Panels(*matrices[i]).count();
+        return Turns(panels, panels_per_turn(panels, threads));
+    };
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; ++i) all += turns_of(i).count;
+    parallel_for(all, threads, [&](int64_t item) {
+        int64_t i = 0, turn = item;
+        for (; turn >= turns_of(i).count; ++i) turn -= turns_of(i).count;
+        const Matrix& m = *matrices[i];
+        const Panels panels(m);
+        const Turns turns = turns_of(i);
         PanelSet set{m.cols};
         turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
         for (int64_t t = 0; t < tokens; t += kMaxTokens) {
             const int64_t n = std::min(kMaxTokens, tokens - t);
             const void* xs[kMaxTokens];
             float y[kMostPanels * kMaxTokens][kPanelRows];
-            for (int64_t i = 0; i < n; ++i) xs[i] = a.token(t + i);
+            for (int64_t k = 0; k < n; ++k) xs[k] = a.token(t + k);
             multiply(team, m.format, set, xs, n, y[0]);
             turns.each_panel(turn, [&](int q, int64_t p) {
-                for (int64_t i = 0; i < n; ++i)
-                    std::memcpy(out + (t + i) * m.rows + p * kPanelRows, y[q * n + i],
+                for (int64_t k = 0; k < n; ++k)
+                    std::memcpy(outs[i] + (t + k) * m.rows + p * kPanelRows, y[q * n + k],
                                 static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
             });
         }
     });
+}
+
+void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, float* out) {
+    const Matrix* matrices[] = {&m};
+    linear_group(team, matrices, &out, 1, x, tokens);
 }
 
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,

@@ -13,6 +13,10 @@ struct Team {
 // out [tokens][rows] = x [tokens][cols] * weight^T
 void linear(const Team& team, const Matrix& weight, const float* x, int64_t tokens, float* out);
 
+// Several matrices of one format and as many columns, times the same x: outs[i] [tokens][rows of matrix i].
+void linear_group(const Team& team, const Matrix* const* weights, float* const* outs, int64_t count, const float* x,
+                  int64_t tokens);
+
 // The same for plain rows: kind 0 bf16, 1 fp16, 2 fp32.
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
                   int64_t tokens, float* out);

@@ -1,0 +1,138 @@
+"""A recorded step computes what its operations compute one by one, with buffers that share places."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quant.errors import FormatError
+from quant.formats.fp8 import FP8_32, FP8_ROW
+from quant.formats.mxfp4 import MXFP4
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.panels import native_weight
+from quant.kernels.cpu.program import Buffer, KvPlace, Recorder
+from quant.kernels.interface import Weight
+
+pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
+
+WIDTH, ROWS = 64, 5
+KERNELS = NativeKernels(threads=2) if library.library_path() is not None else None
+
+
+def kernels() -> NativeKernels:
+    assert KERNELS is not None
+    return KERNELS
+
+
+def values(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights() -> list[Weight]:
+    packed = [
+        kernels().prepare(form.encode(values(n, 96, WIDTH))) for n, form in enumerate((MXFP4, FP8_32, MXFP4))
+    ]
+    return [*packed, values(7, 32, WIDTH), values(8, 32, WIDTH).bfloat16()]
+
+
+def test_products_are_those_of_single_calls_whatever_is_multiplied_together() -> None:
+    recorder, matrices, x = Recorder(kernels(), ROWS), weights(), values(1, ROWS, WIDTH)
+    source = recorder.input(WIDTH)
+    outs = recorder.linears(source, matrices)
+    joined = outs[0]
+    for out in outs[1:3]:
+        joined = recorder.add(joined, out)
+    dense = recorder.add(outs[3], outs[4])
+    (last,) = recorder.linears(recorder.norm(joined, torch.ones(96), 1e-6), [values(9, 8, 96)])
+    result = recorder.add(last, recorder.scale(last, 0.5))
+    del dense
+
+    program = recorder.finish(source, result)
+    program.source[:] = x
+    program.run(range(ROWS), range(ROWS))
+
+    ys = [kernels().linear(x, matrix) for matrix in matrices[:3]]
+    y = kernels().linear(kernels().rms_norm(ys[0] + ys[1] + ys[2], torch.ones(96), 1e-6), values(9, 8, 96))
+    assert torch.equal(program.result, y + y * 0.5)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_buffers_hold_their_values_until_they_were_read_for_the_last_time(data: st.DataObject) -> None:
+    recorder, x = Recorder(kernels(), ROWS), values(2, ROWS, WIDTH)
+    source = recorder.input(WIDTH)
+    known: list[tuple[Buffer, torch.Tensor]] = [(source, x)]
+    for _ in range(data.draw(st.integers(1, 25))):
+        (a, of_a), (b, of_b) = data.draw(st.sampled_from(known)), data.draw(st.sampled_from(known))
+        kind = data.draw(st.sampled_from(("add", "scale", "gated")))
+        if kind == "add":
+            known.append((recorder.add(a, b), of_a + of_b))
+        elif kind == "scale":
+            known.append((recorder.scale(a, 0.5), of_a * 0.5))
+        else:
+            known.append((recorder.gated(a, b, 3.0), kernels().gated(of_a, of_b, 3.0)))
+    result, expected = known[-1]
+
+    program = recorder.finish(source, result)
+    program.source[:] = x
+    program.run([0] * ROWS, [0] * ROWS)
+
+    assert torch.equal(program.result, expected)
+    assert program.nbytes <= (len(known) + 1) * ROWS * WIDTH * 4 + 64
+
+
+def test_a_long_chain_of_operations_takes_no_more_than_what_lives_at_once() -> None:
+    recorder = Recorder(kernels(), ROWS)
+    source = x = recorder.input(WIDTH)
+    for _ in range(100):
+        x = recorder.add(x, x)
+
+    assert recorder.finish(source, x).nbytes <= 4 * ROWS * WIDTH * 4
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_rows_are_appended_and_attended_to_at_their_slots_and_positions(data: st.DataObject) -> None:
+    heads, kv_heads, dim, slots, capacity = 4, 2, 16, 3, 20
+    rows = data.draw(st.integers(1, slots))
+    places = data.draw(st.permutations(range(slots)))[:rows]
+    positions = data.draw(st.lists(st.integers(0, capacity - 1), min_size=rows, max_size=rows))
+    held = values(3, 2, slots, kv_heads, capacity, dim)
+    expected_held = held.clone()
+    place = KvPlace(held[0], held[1])
+    turns = torch.polar(torch.ones(capacity, dim // 2), values(4, capacity, dim // 2))
+
+    recorder = Recorder(kernels(), slots)
+    source = recorder.input(heads * dim)
+    k, v = recorder.linears(
+        source, [values(5, kv_heads * dim, heads * dim), values(6, kv_heads * dim, heads * dim)]
+    )
+    recorder.append(recorder.rotate(k, turns, kv_heads), v, place)
+    result = recorder.attend(source, place)
+    program = recorder.finish(source, result)
+    x = values(data.draw(st.integers(0, 99)), rows, heads * dim)
+    program.source[:rows] = x
+    program.run(places, positions)
+
+    keys = kernels().linear(x, values(5, kv_heads * dim, heads * dim)).view(rows, kv_heads, dim)
+    keys = kernels().rotate(keys, turns[positions])
+    new_values = kernels().linear(x, values(6, kv_heads * dim, heads * dim)).view(rows, kv_heads, dim)
+    for row, (slot, position) in enumerate(zip(places, positions, strict=True)):
+        expected_held[0, slot, :, position] = keys[row]
+        expected_held[1, slot, :, position] = new_values[row]
+        seen = expected_held[:, slot, :, : position + 1]
+        q = x[row].view(1, heads, dim)
+        assert torch.equal(program.result[row], kernels().attend(q, seen[0], seen[1]).flatten())
+    assert torch.equal(held, expected_held)
+
+
+def test_a_format_that_the_kernels_do_not_read_is_refused() -> None:
+    recorder = Recorder(kernels(), ROWS)
+    rows = FP8_ROW.encode(values(1, 32, WIDTH))
+    assert native_weight(rows) is None
+
+    with pytest.raises(FormatError, match="fp8_row32: no kernel multiplies with it"):
+        recorder.linears(recorder.input(WIDTH), [rows])
