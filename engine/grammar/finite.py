@@ -57,6 +57,7 @@ class _Documents:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._known: dict[int, Mapping[str, Any]] = {}
         self._joint: dict[frozenset[int], Mapping[str, Any]] = {}
+        self._constants: dict[int, Mapping[str, Any]] = {}
         self._work = 0
         self._references = _References(root)
 
@@ -114,9 +115,9 @@ class _Documents:
 
     def _ways(self, case: frozenset[int]) -> Iterable[list[Schema]]:
         """Lists of schemas; where all of one have a finite document, so has the case."""
-        members = [self._known[i] for i in case]
+        members = [part for i in case for part in self._spelled_out(self._known[i])]
         types = set.intersection(TYPES, *map(_types, members))
-        if types & SCALARS or (types and any("enum" in m or "const" in m for m in members)):
+        if types & SCALARS or (types and any("enum" in m for m in members)):
             yield []
             return
         if "object" in types:
@@ -125,6 +126,14 @@ class _Documents:
             fewest = max((_count_of(m, "minItems") for m in members), default=0)
             listed = max((len(_prefix(m)) for m in members), default=0)
             yield [self._joined(_item(m, i) for m in members) for i in range(min(fewest, listed + 1))]
+
+    def _spelled_out(self, schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A schema, and beside it what its constant says, as a schema of objects or arrays."""
+        if not isinstance(value := schema.get("const"), Mapping | list):
+            return [schema]
+        if id(schema) not in self._constants:
+            self._constants[id(schema)] = _of_constant(value)
+        return [schema, self._constants[id(schema)]]
 
     def _object_ways(self, members: list[Mapping[str, Any]]) -> Iterable[list[Schema]]:
         required = {name for m in members for name in _list(m, "required") if isinstance(name, str)}
@@ -209,6 +218,14 @@ def _types(schema: Mapping[str, Any]) -> set[str]:
     if isinstance(values := schema.get("enum"), list):
         return types & set(map(_type_of, values))
     return types
+
+
+def _of_constant(value: Mapping[str, Any] | list[Any]) -> Mapping[str, Any]:
+    """A schema that only `value` matches, as far as its types go."""
+    if isinstance(value, list):
+        return {"prefixItems": [{"const": each} for each in value], "items": False, "minItems": len(value)}
+    named = {name: {"const": each} for name, each in value.items()}
+    return {"properties": named, "required": [*named], "additionalProperties": False}
 
 
 def _type_of(value: object) -> str:
