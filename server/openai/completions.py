@@ -13,8 +13,9 @@ from engine.grammar.lark import Grammar
 from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from server.openai.chat import usage
+from server.openai.completion_requests import CompletionRequest, check_ids
 from server.openai.logprobs import CompletionLogprobs, echoed_logprobs, empty_logprobs
-from server.openai.requests import UNLIMITED, CompletionRequest, check_ids
+from server.openai.requests import UNLIMITED
 from server.serving.generation import Generation
 from server.serving.reply import Counts, Reply
 from server.serving.service import Served

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
 from server.openai.refused import MESSAGE_REFUSED, refuse_fields
@@ -72,11 +73,19 @@ def check_parts(content: str | list[TextPart] | None, path: str) -> None:
             raise missing(f"{path}[{i}].text")
 
 
+def _as_text(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+# Of a call in the history: JSON as text, or the object itself, as clients of other servers send it.
+Arguments = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | dict[str, Any])]
+
+
 class FunctionCall(Body):
-    """Name and arguments (JSON as text) of a call the model made."""
+    """Name and arguments of a call the model made."""
 
     name: str
-    arguments: str
+    arguments: Arguments
 
 
 class ToolCall(Body):

@@ -10,9 +10,11 @@ from pydantic import ValidationError
 
 from quant.errors import RequestError
 from server.anthropic.requests import CountRequest, MessagesRequest
+from server.native.requests import TokenizeRequest
+from server.openai.completion_requests import CompletionRequest
 from server.openai.messages import Body
 from server.openai.refused import MESSAGES_REFUSED, RESPONSES_REFUSED, TOKENIZE_REFUSED, Refused
-from server.openai.requests import ChatRequest, CompletionRequest, TokenizeRequest
+from server.openai.requests import ChatRequest
 from server.responses.requests import ResponsesRequest
 
 SAY = [{"role": "user", "content": "Answer in json."}]
