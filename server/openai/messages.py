@@ -106,21 +106,23 @@ class Message(Body):
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
+    refusal: str | None = Field(default=None, exclude=True)  # what the assistant said instead of `content`
     reasoning: str | None = Field(default=None, exclude=True)  # what some call `reasoning_content`
+    thinking: str | None = Field(default=None, exclude=True)  # what others call it
     function_call: Any = Field(default=None, exclude=True)
     audio: Any = Field(default=None, exclude=True)
     images: Any = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _call_it_reasoning_content(self) -> Self:
-        self.reasoning_content = self.reasoning_content or self.reasoning
+        self.reasoning_content = self.reasoning_content or self.reasoning or self.thinking
         return self
 
     @model_validator(mode="after")
     def _let_the_assistant_say_nothing(self) -> Self:
         # An answer that was cut off while the model reasoned has no text; clients send it back as it was.
         if self.role == "assistant" and self.content is None and not self.tool_calls:
-            self.content = ""
+            self.content = self.refusal or ""
         return self
 
     def check(self, path: str) -> None:

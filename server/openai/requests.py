@@ -24,8 +24,8 @@ from server.openai.messages import (
 from server.openai.refused import (
     CHAT_REFUSED,
     REFUSED,
+    THINKING_REFUSED,
     Refused,
-    only,
     refuse_fields,
     refuse_windows,
     unless,
@@ -268,8 +268,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:
         self._check_ending()
-        budget = {"budget_tokens": only("how long the model reasons is not limited apart from the answer")}
-        refuse_fields(self.thinking, budget, "thinking.")
+        refuse_fields(self.thinking, THINKING_REFUSED, "thinking.")
+        if self.thinking is not None and self.thinking.get("type") not in ("enabled", "disabled"):
+            raise RequestError("thinking.type must be enabled or disabled", param="thinking.type")
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.top_logprobs is not None and not self.logprobs:
