@@ -18,8 +18,10 @@ from starlette.routing import BaseRoute
 
 from server.anthropic.requests import CountRequest, MessagesRequest
 from server.http.errors import MESSAGES_PATH
+from server.native.requests import DetokenizeRequest, TokenizeRequest
+from server.openai.completion_requests import CompletionRequest
 from server.openai.messages import Body
-from server.openai.requests import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from server.openai.requests import ChatRequest
 from server.responses.requests import ResponsesRequest
 
 REF = "#/components/schemas/{model}"

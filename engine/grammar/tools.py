@@ -7,9 +7,11 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from engine.chat.call_block import END_TOOL_CALL, TOOL_CALL
 from engine.grammar.lark import GrammarWriter, escaped
+from engine.grammar.schema import with_each
 from quant.errors import RequestError
 
 # Keywords that say nothing about which texts are valid.
@@ -24,6 +26,7 @@ ANNOTATIONS = {
     "$comment",
 }
 DEFINITIONS = ("$defs", "definitions")
+WHOLE = "#/$defs/arguments"  # where the schema of all arguments stands beside one of a part of it
 DSML = "｜DSML｜"
 AS_TEXT, AS_JSON = '" string="true">', '" string="false">'
 OBJECT_KEYWORDS = {"type", "properties", "required", "additionalProperties"}
@@ -82,30 +85,21 @@ class DsmlCalls(CallSpelling):
         """A call of one tool: its parameters in the schema's order, then others where it lets them in."""
         field, schema, strict = _field(index), arguments_schema(tool), is_strict(tool)
         properties, required = _properties(schema, field, strict)
-        shared = {name: schema[name] for name in DEFINITIONS if name in schema}
 
-        def parameter(name: str, value: Any) -> str:
-            return writer.rule(self._parameter(writer, name, value, shared, field, strict))
+        def parameter(name: str, *place: str) -> str:
+            return writer.rule(self._parameter(writer, name, within(schema, *place), field, strict))
 
         parts = [writer.literal(self._tag("invoke", _attribute(tool["function"]["name"], field)) + "\n")]
-        for name, value in properties.items():
-            element = parameter(writer.plain(_attribute(name, field)), value)
+        for name in properties:
+            element = parameter(writer.plain(_attribute(name, field)), "properties", name)
             parts.append(element if name in required else f"{element}?")
-        others = schema.get("additionalProperties", True)
-        if others is not False:
+        if schema.setdefault("additionalProperties", True) is not False:
             known = "".join(f" & ~/{escaped(name)}/" for name in properties)
-            parts.append(parameter(writer.terminal(f"/[A-Za-z0-9_.-]{{1,64}}/{known}"), others) + "*")
+            other = writer.terminal(f"/[A-Za-z0-9_.-]{{1,64}}/{known}")
+            parts.append(parameter(other, "additionalProperties") + "*")
         return writer.rule(" ".join([*parts, writer.literal(self._end_tag("invoke") + "\n")]))
 
-    def _parameter(
-        self,
-        writer: GrammarWriter,
-        name: str,
-        schema: Any,
-        shared: Mapping[str, Any],
-        field: str,
-        strict: bool,
-    ) -> str:
+    def _parameter(self, writer: GrammarWriter, name: str, schema: Any, field: str, strict: bool) -> str:
         """A parameter: as plain text where the schema takes strings, as JSON where it takes more."""
         end_tag = self._end_tag("parameter") + "\n"
         end = writer.literal(end_tag)
@@ -115,7 +109,7 @@ class DsmlCalls(CallSpelling):
             listed = " | ".join(f"{writer.plain(each)} {end}" for each in strings)
             kinds.append(f"{writer.plain(AS_TEXT)} ({listed or writer.text_before(end_tag)})")
         if takes_more:
-            value = {**schema, **shared} if isinstance(schema, Mapping) else {}
+            value = schema if isinstance(schema, Mapping) else {}
             kinds.append(f"{writer.plain(AS_JSON)} {writer.json(value, field, lenient=not strict)} {end}")
         begin = writer.literal(f'<{DSML}{self._gap}parameter name="')
         return f"{begin} {name} ({' | '.join(kinds)})"
@@ -136,6 +130,27 @@ def arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a tool's arguments. One that lists properties lets in no others unless it says so."""
     schema = tool["function"].get("parameters") or NO_ARGUMENTS
     return {"additionalProperties": False, **schema} if "properties" in schema else dict(schema)
+
+
+def within(schema: Mapping[str, Any], *place: str) -> Any:
+    """The schema at a place in `schema`, to be read by itself: what it refers to comes with it."""
+    part: Any = schema
+    for step in place:
+        part = part[step]
+    if not isinstance(part, Mapping) or '"$ref"' not in json.dumps(part):
+        return part
+    steps = "".join(f"/{quote(step.replace('~', '~0').replace('/', '~1'))}" for step in place)
+    return {"$ref": f"{WHOLE}{steps}", "$defs": {WHOLE.rpartition("/")[2]: _moved(schema)}}
+
+
+def _moved(schema: Any) -> Any:
+    """`schema` with references to places in it as they are where it stands at WHOLE."""
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = with_each(schema, _moved)
+    if isinstance(target := moved.get("$ref"), str) and re.match(r"#(/|\Z)", target):
+        moved["$ref"] = WHOLE + target[1:]
+    return moved
 
 
 def string_part(schema: Any) -> tuple[list[str] | None, bool]:

@@ -45,8 +45,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stop = stop
         self._include_stop = include_stop
-        added = tokenizer.backend.get_added_tokens_decoder().items() if skip_special else ()
-        self._skipped = {i for i, token in added if token.special}
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._held = ""
         self._added_ids = frozenset(tokenizer.added_tokens.values())
         self._special: list[tuple[int, int]] = []  # ranges of the text that is held

@@ -119,6 +119,11 @@ class Tokenizer:
         """Spelling -> id of the tokens that stand outside ordinary text: special ones and other markers."""
         return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items()}
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The added tokens that are flagged as special: no part of a text told without them."""
+        return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
+
     def control_tokens(self, template: str | None = None) -> dict[str, int]:
         """Spelling -> id of the added tokens that users must not be able to write.
 

@@ -22,7 +22,7 @@ from server.openai.messages import (
     check_parts,
     required,
 )
-from server.openai.refused import MESSAGES_REFUSED, refuse_fields
+from server.openai.refused import MESSAGES_REFUSED, OUTPUT_REFUSED, TOOL_REFUSED, refuse_fields
 from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 
 
@@ -61,6 +61,11 @@ class MessagesTool(Body):
     input_schema: dict[str, Any]
     strict: bool | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_callers(cls, data: Any) -> Any:
+        return refuse_fields(data, TOOL_REFUSED, "tools.")
+
 
 class MessagesToolChoice(Body):
     """Whether the model calls tools, and which."""
@@ -89,6 +94,11 @@ class OutputConfig(Body):
 
     effort: ReasoningEffort | None = None
     format: OutputFormat | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        return refuse_fields(data, OUTPUT_REFUSED, "output_config.")
 
 
 class CountRequest(Body):

@@ -113,7 +113,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _path(error: ErrorDetails) -> str:
-    # Tags of unions stand in angle brackets (as in server/openai/requests.py); they are no part of the body.
+    # Tags of unions stand in angle brackets (as in server/openai/messages.py); they are no part of the body.
     path = ""
     for part in error["loc"]:
         if isinstance(part, int):

@@ -12,7 +12,8 @@ from pydantic_core import to_json
 
 from engine.distribution import DISTRIBUTION, version_of
 from server.http.errors import RETRY_AFTER_S, ApiError
-from server.openai.requests import DetokenizeRequest, TokenizeRequest, check_ids
+from server.native.requests import DetokenizeRequest, TokenizeRequest
+from server.openai.completion_requests import check_ids
 from server.openapi import document
 from server.serving.handling import owner_of, read_body, running_of, service_of
 from server.serving.service import Served

@@ -13,8 +13,9 @@ from engine.grammar.lark import Grammar
 from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from server.openai.chat import usage
-from server.openai.logprobs import CompletionLogprobs, empty_logprobs
-from server.openai.requests import UNLIMITED, CompletionRequest, check_ids
+from server.openai.completion_requests import CompletionRequest, check_ids
+from server.openai.logprobs import CompletionLogprobs, echoed_logprobs, empty_logprobs
+from server.openai.requests import UNLIMITED
 from server.serving.generation import Generation
 from server.serving.reply import Counts, Reply
 from server.serving.service import Served
@@ -65,7 +66,7 @@ class CompletionReply(Reply):
         tokenizer = served.loaded.tokenizer
         self._grammar = content_grammar(request.as_format(), tokenizer.added_tokens)
         self._choices = [
-            _Choice(p * request.choices + i, prompt, CompletionLogprobs(tokenizer))
+            _Choice(p * request.choices + i, prompt, self._new_logprobs(prompt))
             for p, prompt in enumerate(prompts)
             for i in range(request.choices)
         ]
@@ -144,13 +145,21 @@ class CompletionReply(Reply):
             prompt_logprobs=request.logprobs if request.echo else None,
         )
 
+    def _new_logprobs(self, prompt: TokenizedPrompt) -> CompletionLogprobs:
+        """Those of an answer to `prompt`."""
+        return CompletionLogprobs(
+            self._served.loaded.tokenizer,
+            start=len(prompt.text) if self._request.echo else 0,
+            skip_special=bool(self._request.skip_special_tokens),
+        )
+
     def _take(self, choice: _Choice, output: Output) -> dict[str, Any]:
         tokens: list[tuple[int, TokenLogprob | None]] = []
-        text = ""
+        text, lists = "", empty_logprobs()
         if self._request.echo and not choice.has_begun:
             text = choice.prompt.text
-            prompt_logprobs = output.prompt_logprobs or ()
-            tokens += list(zip(choice.prompt.token_ids, prompt_logprobs, strict=False))[choice.prompt.added :]
+            told = zip(choice.prompt.token_ids, output.prompt_logprobs or (), strict=False)
+            lists = echoed_logprobs(self._served.loaded.tokenizer, text, list(told)[choice.prompt.added :])
         choice.has_begun = True
         choice.cached_tokens += output.cached_tokens or 0
         if not self._scores_only:
@@ -160,10 +169,12 @@ class CompletionReply(Reply):
         if output.finish_reason is not None:
             reason = FinishReason.LENGTH if self._scores_only else output.finish_reason
             choice.finish_reason = reason.value
+        for name, values in choice.logprobs.render(tokens).items():
+            lists[name] += values
         return {
             "index": choice.index,
             "text": text,
-            "logprobs": choice.logprobs.render(tokens) if self._request.logprobs is not None else None,
+            "logprobs": None if self._request.logprobs is None else lists,
             "finish_reason": choice.finish_reason,
         }
 

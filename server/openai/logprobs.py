@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.output import TokenLogprob
@@ -30,12 +30,18 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[TokenLogprob]) -> list[
 
 
 class CompletionLogprobs:
-    """Builds the lists of one completion; offsets go on from one piece to the next."""
+    """Builds the lists of one completion; offsets go on from one piece to the next.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    start           where the first token's text stands; what lies before 0 is not told (the space that some
+                    tokenizers put in front of a text)
+    skip_special    special tokens are not told either
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, start: int = 0, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset = start
 
     def render(self, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, list[Any]]:
         """`tokens`, `token_logprobs`, `top_logprobs` and `text_offset` of the next tokens.
@@ -45,8 +51,9 @@ class CompletionLogprobs:
         result: dict[str, list[Any]] = empty_logprobs()
         for token_id, logprob in tokens:
             result["tokens"].append(self._tokenizer.token_text(token_id))
-            result["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+            result["text_offset"].append(max(0, self._offset))
+            told = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
+            self._offset += len(self._decoder.decode(told))
             if logprob is None:
                 result["token_logprobs"].append(None)
                 result["top_logprobs"].append(None)
@@ -66,6 +73,15 @@ class CompletionLogprobs:
                 text = f"token_id:{token_id}"
             found[text] = _finite(logprob)
         return found | {chosen: _finite(token.logprob)}
+
+
+def echoed_logprobs(
+    tokenizer: Tokenizer, text: str, tokens: Sequence[tuple[int, TokenLogprob | None]]
+) -> dict[str, list[Any]]:
+    """The lists of a prompt's tokens, which end where its `text` ends."""
+    spelled = b"".join(tokenizer.token_bytes(token_id) for token_id, _ in tokens)
+    start = min(0, len(text) - len(spelled.decode(errors="replace")))
+    return CompletionLogprobs(tokenizer, start=start).render(tokens)
 
 
 def empty_logprobs() -> dict[str, list[Any]]:

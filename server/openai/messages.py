@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
 from server.openai.refused import MESSAGE_REFUSED, refuse_fields
@@ -72,11 +73,19 @@ def check_parts(content: str | list[TextPart] | None, path: str) -> None:
             raise missing(f"{path}[{i}].text")
 
 
+def _as_text(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
+
+
+# Of a call in the history: JSON as text, or the object itself, as clients of other servers send it.
+Arguments = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | dict[str, Any])]
+
+
 class FunctionCall(Body):
-    """Name and arguments (JSON as text) of a call the model made."""
+    """Name and arguments of a call the model made."""
 
     name: str
-    arguments: str
+    arguments: Arguments
 
 
 class ToolCall(Body):
@@ -97,21 +106,23 @@ class Message(Body):
     tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None
+    refusal: str | None = Field(default=None, exclude=True)  # what the assistant said instead of `content`
     reasoning: str | None = Field(default=None, exclude=True)  # what some call `reasoning_content`
+    thinking: str | None = Field(default=None, exclude=True)  # what others call it
     function_call: Any = Field(default=None, exclude=True)
     audio: Any = Field(default=None, exclude=True)
     images: Any = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _call_it_reasoning_content(self) -> Self:
-        self.reasoning_content = self.reasoning_content or self.reasoning
+        self.reasoning_content = self.reasoning_content or self.reasoning or self.thinking
         return self
 
     @model_validator(mode="after")
     def _let_the_assistant_say_nothing(self) -> Self:
         # An answer that was cut off while the model reasoned has no text; clients send it back as it was.
         if self.role == "assistant" and self.content is None and not self.tool_calls:
-            self.content = ""
+            self.content = self.refusal or ""
         return self
 
     def check(self, path: str) -> None:

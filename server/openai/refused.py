@@ -52,43 +52,40 @@ def refuse_fields(data: Any, refused: Mapping[str, Refused], path: str = "") -> 
 
 
 # How many of the newest tokens penalties count, in other servers.
-WINDOWS = ("repeat_last_n", "repetition_penalty_range")
+WINDOWS = ("repeat_last_n", "penalty_last_n", "repetition_penalty_range", "rep_pen_range")
 PENALTIES = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1}
 
 
 def refuse_windows(data: Any) -> Any:
     """`data` as it came. Raises RequestError where penalties are to count a part of the answer only."""
     if isinstance(data, dict) and any(data.get(name) not in (None, off) for name, off in PENALTIES.items()):
-        refuse_fields(data, dict.fromkeys(WINDOWS, only("penalties count the whole answer", -1)))
+        windows = dict.fromkeys(WINDOWS, only("penalties count the whole answer", -1))
+        refuse_fields(data, windows | {"penalize_nl": only("penalties count line breaks too", True)})
     return data
 
 
+_BY_THEMSELVES = "send the fields in it by themselves, under the names of this interface"
 _NO_SAMPLER = "this server does not have that sampler"
+_NO_BUDGET = "how long the model reasons is not limited apart from the answer"
 _NO_BEAMS = "answers are sampled"
 _NO_IMAGES = "only text is understood"
 _OWN_TEMPLATE = "the model's own is used; chat_template_kwargs are its variables"
 _NOT_PART = "it is no part of answers here"
 _SWITCH = "say whether the model reasons with {}"
 
+# Samplers that are off at 0, and those that are off at 1.
+_OFF_AT_0 = (
+    "top_a", "mirostat", "mirostat_mode", "dynatemp_range", "smoothing_factor", "xtc_probability",
+    "dry_multiplier", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "no_repeat_ngram_size", "n_indent",
+)  # fmt: skip
+_OFF_AT_1 = (
+    "typical_p", "typical", "tfs", "tfs_z", "encoder_repetition_penalty", "guidance_scale",
+)  # fmt: skip
 SAMPLERS = {
-    "typical_p": unless(_NO_SAMPLER, 1),
-    "typical": unless(_NO_SAMPLER, 1),
-    "tfs": unless(_NO_SAMPLER, 1),
-    "tfs_z": unless(_NO_SAMPLER, 1),
-    "top_a": unless(_NO_SAMPLER, 0),
+    **dict.fromkeys(_OFF_AT_0, unless(_NO_SAMPLER, 0)),
+    **dict.fromkeys(_OFF_AT_1, unless(_NO_SAMPLER, 1)),
     "top_n_sigma": unless(_NO_SAMPLER, 0, -1),
-    "mirostat": unless(_NO_SAMPLER, 0),
-    "mirostat_mode": unless(_NO_SAMPLER, 0),
-    "dynatemp_range": unless(_NO_SAMPLER, 0),
     "dynamic_temperature": unless(_NO_SAMPLER),
-    "smoothing_factor": unless(_NO_SAMPLER, 0),
-    "xtc_probability": unless(_NO_SAMPLER, 0),
-    "dry_multiplier": unless(_NO_SAMPLER, 0),
-    "epsilon_cutoff": unless(_NO_SAMPLER, 0),
-    "eta_cutoff": unless(_NO_SAMPLER, 0),
-    "penalty_alpha": unless(_NO_SAMPLER, 0),
-    "no_repeat_ngram_size": unless(_NO_SAMPLER, 0),
-    "encoder_repetition_penalty": unless(_NO_SAMPLER, 1),
     "repeat_penalty": unless("use repetition_penalty, which counts the whole prompt and answer", 1),
     "min_keep": unless(_NO_SAMPLER, 0, 1),
     "samplers": unless("the order of samplers is fixed"),
@@ -96,7 +93,6 @@ SAMPLERS = {
     "sampler_priority": unless("the order of samplers is fixed"),
     "temperature_last": unless("the order of samplers is fixed"),
     "do_sample": only("use temperature: 0", True),
-    "guidance_scale": unless(_NO_SAMPLER, 1),
     "watermark": unless(_NO_SAMPLER),
     "use_beam_search": unless(_NO_BEAMS),
     "num_beams": unless(_NO_BEAMS, 1),
@@ -114,17 +110,40 @@ SAMPLERS = {
     "min_new_tokens": unless("use min_tokens", 0),
     "min_length": unless("use min_tokens", 0),
     "t_max_predict_ms": unless("leave, or cancel the request, when it takes too long", 0, -1),
-    "n_indent": unless(_NO_SAMPLER, 0),
+    "adaptive_target": unless(_NO_SAMPLER, -1),
+    "penalty_prompt": unless("repetition_penalty counts the whole prompt and answer"),
+    "rep_pen": unless("use repetition_penalty, which counts the whole prompt and answer", 1),
+    "repetition_detection": unless("leave, or cancel the request, when it repeats itself", {}),
+    "sampling_params": unless(_BY_THEMSELVES, {}),
+    "parameters": unless(_BY_THEMSELVES, {}),
+    "extra_body": unless(_BY_THEMSELVES, {}),
+    "vllm_xargs": unless("nothing here reads them", {}),
+    "custom_params": unless("nothing here reads them", {}),
+    "sampling_seed": unless("use seed"),
+    "sampler_seed": unless("use seed", -1),
+    "stop_strings": unless("use stop"),
+    "stop_sequence": unless("use stop"),
+    "ban_eos_token": unless("use ignore_eos"),
+    "eos_token_id": only("use stop_token_ids"),
+    "banned_tokens": unless("use logit_bias"),
+    "banned_strings": unless("use logit_bias"),
+    "custom_token_bans": unless("use logit_bias"),
+    "token_healing": unless(_NO_SAMPLER),
+    "negative_prompt": unless(_NO_SAMPLER),
+    "preset": unless(_BY_THEMSELVES),
 }
 # What all protocols refuse.
 COMMON = SAMPLERS | {
     "num_ctx": only("the context is what the server was started with (--max-model-len)"),
     "n_ctx": only("the context is what the server was started with (--max-model-len)"),
-    "options": unless("send the fields in it by themselves, under the names of this interface", {}),
+    "context_length": only("the context is what the server was started with (--max-model-len)"),
+    "options": unless(_BY_THEMSELVES, {}),
     "truncate_prompt_tokens": only("shorten the prompt"),
     "prompt_truncate_len": only("shorten the prompt"),
     "context_length_exceeded_behavior": unless("shorten the prompt", "error"),
     "transforms": unless("shorten the prompt"),
+    "truncate": unless("shorten the prompt"),
+    "shift": unless("an answer ends where the context does"),
     "template": unless(_OWN_TEMPLATE),
     "chat_template": unless(_OWN_TEMPLATE),
     "documents": unless("put them into messages"),
@@ -132,6 +151,9 @@ COMMON = SAMPLERS | {
     "image_data": unless(_NO_IMAGES),
     "prompt_embeds": unless("send text or token ids"),
     "input_embeds": unless("send text or token ids"),
+    "multimodal_data": unless(_NO_IMAGES),
+    "session_params": unless("send the whole conversation", {}),
+    "integrations": unless("this server calls no others"),
     "lora": unless("the model is served as it was loaded"),
     "lora_path": unless("the model is served as it was loaded"),
     "safe_prompt": unless("say it in a message"),
@@ -144,19 +166,27 @@ COMMON = SAMPLERS | {
     "return_tokens": unless(_NOT_PART),
     "return_tokens_as_token_ids": unless(_NOT_PART),
     "return_hidden_states": unless(_NOT_PART),
+    "return_routed_experts": unless(_NOT_PART),
+    "return_prompt_token_ids": unless(_NOT_PART),
+    "return_meta_info": unless(_NOT_PART),
     "return_full_text": unless("use echo of /v1/completions"),
     "structural_tag": unless("use tools, or structured_outputs.grammar"),
     "include_reasoning": only("leave reasoning_content out when you read the answer", True),
     "separate_reasoning": only("reasoning is always apart from content", True),
     "reasoning_in_content": unless("reasoning is always apart from content"),
+    "stream_reasoning": only("reasoning is part of the stream", True),
+    "parse_tool_calls": only("calls are always told apart from content", True),
+    "thinking_forced_open": unless(_SWITCH.format("the protocol's field for it")),
+    "generation_prompt": unless(_OWN_TEMPLATE),
     "reasoning_format": unless("reasoning is always apart from content", "auto", "deepseek"),
-    "thinking_budget": only("how long the model reasons is not limited apart from the answer"),
-    "thinking_budget_tokens": only("how long the model reasons is not limited apart from the answer"),
-    "thinking_token_budget": only("how long the model reasons is not limited apart from the answer"),
-    "reasoning_budget": only("how long the model reasons is not limited apart from the answer", -1),
-    "reasoning_budget_tokens": only("how long the model reasons is not limited apart from the answer", -1),
+    "thinking_budget": only(_NO_BUDGET),
+    "thinking_budget_tokens": only(_NO_BUDGET),
+    "thinking_token_budget": only(_NO_BUDGET),
+    "reasoning_budget": only(_NO_BUDGET, -1),
+    "reasoning_budget_tokens": only(_NO_BUDGET, -1),
 }
 _FORMS = {
+    "grammar_string": "grammar",
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
@@ -180,17 +210,33 @@ REFUSED = (
         "function_call": unless("use tool_choice"),
         "audio": unless("only text can be generated"),
         "system": unless("send a message of role system"),
+        "system_prompt": unless("send a message of role system"),
+        "instructions": unless("send a message of role system"),
         "stop_sequences": unless("use stop"),
+        "n_cmpl": only("use n", 1),
+        "num_return_sequences": only("use n", 1),
+        "background": unless("answers are computed while the client waits; use stream"),
+        "previous_response_id": unless("send the whole conversation, or use /v1/responses"),
+        "conversation": unless("send the whole conversation"),
         "suffix": unless("filling in the middle is not supported"),
         "input_prefix": unless("filling in the middle is not supported"),
         "input_suffix": unless("filling in the middle is not supported"),
+        "input_extra": unless("filling in the middle is not supported"),
         "context": unless("send the conversation as messages"),
         "prompt_logprobs": unless("use echo and logprobs of /v1/completions"),
         "n_probs": unless("use logprobs", 0),
+        "top_logprobs_num": unless("use logprobs", 0),
+        "top_n_tokens": unless("use logprobs", 0),
+        "token_ids_logprob": unless("use logprobs"),
+        "logprob_token_ids": unless("use logprobs"),
+        "logprob_start_len": only("use echo and logprobs of /v1/completions", -1),
         "return_logprob": unless("use logprobs"),
         "think": only(_SWITCH.format("reasoning_effort or thinking")),
         "enable_thinking": only(_SWITCH.format("reasoning_effort or thinking")),
         "reasoning": only(_SWITCH.format("reasoning_effort or thinking"), {}),
+        "output_config": unless("use reasoning_effort and response_format", {}),
+        "output_format": unless("use response_format"),
+        "text": unless("use response_format", {}, {"format": {"type": "text"}}),
         "prompt_mode": unless(_SWITCH.format("reasoning_effort or thinking")),
     }
 )
@@ -199,9 +245,18 @@ CHAT_REFUSED = {
     "echo": unless("use continue_final_message"),
     "add_special_tokens": unless("the chat template writes what belongs there"),
     "best_of": unless("answers are not ranked", 1),
+    "raw": unless("use /v1/completions"),
+    "input": unless("use messages"),
+    "input_ids": unless("use /v1/completions with token ids as prompt"),
+    "prompt": unless("use messages"),
+    "tool_prompt": unless(_OWN_TEMPLATE),
 }
 # Of /v1/completions alone, which know neither conversations nor tools.
 COMPLETIONS_REFUSED = {
+    "messages": unless("use /v1/chat/completions"),
+    "input": unless("use prompt"),
+    "input_ids": unless("use prompt"),
+    "add_bos_token": only("use add_special_tokens"),
     "tools": unless("use /v1/chat/completions"),
     "tool_choice": unless("use /v1/chat/completions", "none", "auto"),
     "reasoning_effort": unless("use /v1/chat/completions", "none"),
@@ -214,6 +269,9 @@ COMPLETIONS_REFUSED = {
 # Names of OpenAI's older interface, on routes that have others for it.
 _ELSEWHERE = {
     "n": only("one answer is given", 1),
+    "n_cmpl": only("one answer is given", 1),
+    "num_return_sequences": only("one answer is given", 1),
+    "system_prompt": unless("use the field that this interface has for it"),
     "best_of": only("answers are not ranked", 1),
     "chat_template_kwargs": unless("use /v1/chat/completions", {}),
     "continue_final_message": unless("use /v1/chat/completions"),
@@ -233,6 +291,7 @@ RESPONSES_REFUSED = (
         "system": unless("use instructions"),
         "stop_sequences": unless("use stop"),
         "response_format": unless("use text.format", {"type": "text"}),
+        "output_config": unless("use reasoning.effort and text.format", {}),
         "format": unless("use text.format"),
         "reasoning_effort": unless("use reasoning.effort"),
         "thinking": only("use reasoning.effort"),
@@ -257,6 +316,8 @@ MESSAGES_REFUSED = (
         "reasoning_effort": unless("use thinking and output_config.effort"),
         "reasoning": only("use thinking and output_config.effort", {}),
         "parallel_tool_calls": only("use tool_choice.disable_parallel_tool_use", True),
+        "instructions": unless("use system"),
+        "input": unless("use messages"),
         "logprobs": unless("use /v1/chat/completions"),
         "top_logprobs": only("use /v1/chat/completions"),
         "prompt": unless("use messages"),
@@ -268,6 +329,14 @@ MESSAGE_REFUSED = {
     "audio": unless(_NO_IMAGES),
     "images": unless(_NO_IMAGES),
 }
+# Of `thinking` of /v1/chat/completions.
+THINKING_REFUSED = {
+    "budget_tokens": only(_NO_BUDGET),
+    "clear_thinking": only("use chat_template_kwargs, where the model's template knows it"),
+}
+# Of `output_config` of /v1/messages, and of its tools.
+OUTPUT_REFUSED = {"task_budget": only(_NO_BUDGET)}
+TOOL_REFUSED = {"allowed_callers": unless("tools are called by the model alone", ["direct"])}
 TOKENIZE_REFUSED = {
     "add_generation_prompt": only("the prompt is told as an answer to it would begin", True),
     "continue_final_message": unless("use prefix in the last message"),

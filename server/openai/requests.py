@@ -23,11 +23,9 @@ from server.openai.messages import (
 )
 from server.openai.refused import (
     CHAT_REFUSED,
-    COMPLETIONS_REFUSED,
     REFUSED,
-    TOKENIZE_REFUSED,
+    THINKING_REFUSED,
     Refused,
-    only,
     refuse_fields,
     refuse_windows,
     unless,
@@ -43,23 +41,6 @@ UNLIMITED = -1  # as `max_tokens`: as many as the context holds
 _Strings = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[str], Tag("<strings>")],
     Discriminator(lambda value: "<strings>" if isinstance(value, list) else "<string>"),
-]
-
-
-def _prompt_kind(value: object) -> str:
-    if not isinstance(value, list):
-        return "<string>"
-    if value and isinstance(value[0], list):
-        return "<prompts of ids>"
-    return "<ids>" if value and not isinstance(value[0], str) else "<strings>"
-
-
-_Prompt = Annotated[
-    Annotated[str, Tag("<string>")]
-    | Annotated[Items[str], Tag("<strings>")]
-    | Annotated[list[int], Tag("<ids>")]
-    | Annotated[Items[list[int]], Tag("<prompts of ids>")],
-    Discriminator(_prompt_kind),
 ]
 
 
@@ -287,8 +268,9 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:
         self._check_ending()
-        budget = {"budget_tokens": only("how long the model reasons is not limited apart from the answer")}
-        refuse_fields(self.thinking, budget, "thinking.")
+        refuse_fields(self.thinking, THINKING_REFUSED, "thinking.")
+        if self.thinking is not None and self.thinking.get("type") not in ("enabled", "disabled"):
+            raise RequestError("thinking.type must be enabled or disabled", param="thinking.type")
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.top_logprobs is not None and not self.logprobs:
@@ -358,79 +340,3 @@ class ChatRequest(GenerationRequest):
             body["tools"] = [tool for tool in body["tools"] if tool["function"]["name"] in self._chosen_tools]
             body["tool_choice"] = self.tool_choice.allowed_tools.mode
         return body
-
-
-class CompletionRequest(GenerationRequest):
-    """Body of /v1/completions."""
-
-    refused = REFUSED | COMPLETIONS_REFUSED
-
-    prompt: _Prompt
-    add_special_tokens: bool | None = None
-    skip_special_tokens: bool | None = None
-    echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = None
-
-    @model_validator(mode="after")
-    def _check_completion_fields(self) -> Self:
-        if self.best_of not in (None, self.choices):
-            raise RequestError(
-                f"best_of must equal n ({self.choices}): answers are not ranked",
-                param="best_of",
-                code="unsupported_parameter",
-            )
-        if not self.prompts:
-            raise RequestError("prompt must not be empty", param="prompt")
-        return self
-
-    def as_format(self) -> dict[str, Any]:
-        """The fields that say what the answer must match."""
-        names = {"response_format", "structured_outputs"}
-        return self.model_dump(include=names, exclude_none=True, by_alias=True)
-
-    @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or more, each as text or as token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        ids = [i for i in self.prompt if isinstance(i, int)]
-        return [ids] if ids else [prompt for prompt in self.prompt if not isinstance(prompt, int)]
-
-
-class TokenizeRequest(Body):
-    """Body of /tokenize: a text, or a conversation as the model would see it."""
-
-    prompt: str | None = None
-    messages: Items[Message] | None = None
-    tools: Items[Tool] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
-        return refuse_fields(data, TOKENIZE_REFUSED)
-
-    @model_validator(mode="after")
-    def _check_source(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise RequestError("send either prompt or messages", param="prompt")
-        for i, message in enumerate(self.messages or []):
-            message.check(f"messages[{i}]")
-        return self
-
-
-class DetokenizeRequest(Body):
-    """Body of /detokenize."""
-
-    tokens: list[int]
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raise RequestError where one of `ids` is not in the vocabulary."""
-    wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if wrong is not None:
-        raise RequestError(
-            f"{param}: {wrong} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}", param=param
-        )

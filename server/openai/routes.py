@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from server.openai.chat import ChatReply
+from server.openai.completion_requests import CompletionRequest
 from server.openai.completions import CompletionReply, tokenize_prompts
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.requests import ChatRequest
 from server.serving.handling import read_body, render, respond, service_of
 from server.serving.service import Served
 

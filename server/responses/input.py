@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from quant.errors import RequestError
 from server.openai.messages import (
+    Arguments,
     Body,
     Content,
     FunctionCall,
@@ -31,7 +32,7 @@ class InputItem(Body):
     content: Content | None = None
     call_id: str | None = None
     name: str | None = None
-    arguments: str | None = None
+    arguments: Arguments | None = None
     output: Content | None = None
     summary: Items[TextPart] | None = None
 

@@ -37,8 +37,22 @@ WEATHER: dict[str, Any] = {
     "required": ["city", "code"],
     "$defs": {"flag": {"type": "boolean"}},
 }
+TREE: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "size/kind": {"enum": ["big", 7]},
+        "same~": {"$ref": "#/properties/size~1kind"},
+        "more": {"type": "array", "items": {"$ref": "#"}, "maxItems": 1},
+        "é": {"$ref": "#/definitions/%C3%A9"},
+        "mark": {"$ref": "#/properties/own/$defs/mark"},
+        "own": {"$ref": "#mark", "$defs": {"mark": {"$anchor": "mark", "type": "integer", "maximum": 9}}},
+    },
+    "required": ["same~", "mark", "own"],
+    "definitions": {"é": {"type": "boolean"}},
+}
 SCHEMAS: dict[str, dict[str, Any] | None] = {
     "weather": WEATHER,
+    "tree": TREE,
     "now": None,
     "anything": {"type": "object", "additionalProperties": {"type": ["boolean", "string"]}},
 }

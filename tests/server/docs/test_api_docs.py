@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 
 from server.anthropic.requests import MessagesRequest
 from server.app import ROUTERS
+from server.openai.completion_requests import CompletionRequest
 from server.openai.refused import (
     CHAT_REFUSED,
     COMPLETIONS_REFUSED,
@@ -17,7 +18,7 @@ from server.openai.refused import (
     RESPONSES_REFUSED,
     TOKENIZE_REFUSED,
 )
-from server.openai.requests import ChatRequest, CompletionRequest
+from server.openai.requests import ChatRequest
 from server.responses.requests import ResponsesRequest
 from tests.server.harness import ROOT
 

@@ -10,9 +10,11 @@ from pydantic import ValidationError
 
 from quant.errors import RequestError
 from server.anthropic.requests import CountRequest, MessagesRequest
+from server.native.requests import TokenizeRequest
+from server.openai.completion_requests import CompletionRequest
 from server.openai.messages import Body
 from server.openai.refused import MESSAGES_REFUSED, RESPONSES_REFUSED, TOKENIZE_REFUSED, Refused
-from server.openai.requests import ChatRequest, CompletionRequest, TokenizeRequest
+from server.openai.requests import ChatRequest
 from server.responses.requests import ResponsesRequest
 
 SAY = [{"role": "user", "content": "Answer in json."}]
@@ -74,6 +76,11 @@ THINKS = {"type": "enabled", "budget_tokens": 1024}
         ),
         (CHAT, {"repeat_last_n": 64} | PENALTY, "repeat_last_n"),
         (CHAT, {"repeat_last_n": -1} | PENALTY, None),
+        (CHAT, {"penalize_nl": False} | PENALTY, "penalize_nl"),
+        (CHAT, {"penalize_nl": True, "penalty_last_n": 64}, None),
+        (CHAT, {"n_cmpl": 2}, "n_cmpl"),
+        (CHAT, {"parse_tool_calls": False}, "parse_tool_calls"),
+        (CHAT, {"adaptive_target": -1.0, "adaptive_decay": 0.9, "n_cmpl": 1}, None),
         (CHAT, {"xtc_probability": 0.0, "dry_multiplier": 0.0, "dynatemp_range": 0.0, "min_keep": 0}, None),
         (CHAT, {"xtc_probability": 0.5, "xtc_threshold": 0.1}, "xtc_probability"),
         (CHAT, {"mirostat": 2, "mirostat_tau": 5.0}, "mirostat"),
@@ -126,7 +133,16 @@ THINKS = {"type": "enabled", "budget_tokens": 1024}
             "stream_options.continuous_usage_stats",
         ),
         (CHAT, {"lora_path": "a"}, "lora_path"),
+        (CHAT, {"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection"),
+        (CHAT, {"sampling_params": {"temperature": 0}}, "sampling_params"),
+        (CHAT, {"stream_reasoning": False}, "stream_reasoning"),
+        (CHAT, {"stream_reasoning": True, "vllm_xargs": {}, "rid": "a", "cache_report": True}, None),
+        (CHAT, {"input_ids": [5]}, "input_ids"),
         # Ollama
+        (CHAT, {"truncate": False, "shift": False, "raw": False}, None),
+        (CHAT, {"truncate": True}, "truncate"),
+        (CHAT, {"raw": True}, "raw"),
+        (COMPLETIONS, {"raw": True}, None),
         (CHAT, {"options": {"num_ctx": 4096}}, "options"),
         (CHAT, {"options": {}, "keep_alive": "5m", "format": ""}, None),
         (CHAT, {"num_ctx": 4096}, "num_ctx"),
@@ -181,6 +197,12 @@ THINKS = {"type": "enabled", "budget_tokens": 1024}
             "messages[0].function_call",
         ),
         (CHAT, {"thinking": THINKS}, "thinking.budget_tokens"),
+        (CHAT, {"thinking": {"type": "on"}}, "thinking.type"),
+        (CHAT, {"thinking": {}}, "thinking.type"),
+        (CHAT, {"instructions": "Be brief."}, "instructions"),
+        (CHAT, {"text": {"format": {"type": "json_object"}}}, "text"),
+        (CHAT, {"text": {"format": {"type": "text"}}}, None),
+        (CHAT, {"previous_response_id": "resp_1"}, "previous_response_id"),
         (CHAT, {"web_search_options": {}}, "web_search_options"),
         (CHAT, {"user": "u", "metadata": {}, "store": True, "service_tier": "auto", "prediction": {}}, None),
         (CHAT, {"modalities": ["text"], "audio": None, "parallel_tool_calls": True}, None),
@@ -226,6 +248,11 @@ def test_what_other_clients_send(
         ({"max_completion_tokens": 3}, "max_completion_tokens"),
         ({"repeat_last_n": 64} | PENALTY, "repeat_last_n"),
         ({"mirostat": 1}, "mirostat"),
+        ({"output_config": {"task_budget": {"type": "tokens", "total": 9}}}, "output_config.task_budget"),
+        (
+            {"tools": [{"name": "f", "input_schema": {}, "allowed_callers": ["code_execution"]}]},
+            "tools.allowed_callers",
+        ),
     ],
 )
 def test_what_other_clients_send_in_anthropics_protocol(
@@ -278,8 +305,9 @@ def test_strict_tools_of_anthropics_protocol_are_bound() -> None:
     assert [tool.function.strict for tool in request.as_chat().tools or ()] == [True]
 
 
-def test_reasoning_in_a_message_may_have_its_newer_name() -> None:
-    said = {"role": "assistant", "content": "a", "reasoning": "b"}
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_reasoning_in_a_message_may_have_its_other_names(name: str) -> None:
+    said = {"role": "assistant", "content": "a", name: "b"}
     request = ChatRequest.model_validate(BODIES[CHAT] | {"messages": [*SAY, said]})
 
     assert request.as_prompt()["messages"][1] == {
@@ -287,3 +315,10 @@ def test_reasoning_in_a_message_may_have_its_newer_name() -> None:
         "content": "a",
         "reasoning_content": "b",
     }
+
+
+def test_a_refusal_in_the_history_is_what_the_assistant_said() -> None:
+    said = {"role": "assistant", "content": None, "refusal": "I will not."}
+    request = ChatRequest.model_validate(BODIES[CHAT] | {"messages": [*SAY, said]})
+
+    assert request.as_prompt()["messages"][1] == {"role": "assistant", "content": "I will not."}

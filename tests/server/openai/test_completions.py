@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from engine.tokenizer.tokenizer import Tokenizer
+from server.openai.completion_requests import CompletionRequest
 from server.openai.completions import tokenize_prompts
-from server.openai.requests import CompletionRequest
 from tests.server.harness import ROOT
 
 MODEL = "v41-c"

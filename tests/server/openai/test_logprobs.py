@@ -9,7 +9,7 @@ from tokenizers import decoders, models
 
 from engine.output import TokenLogprob
 from engine.tokenizer.tokenizer import Tokenizer
-from server.openai.logprobs import CompletionLogprobs, chat_logprobs
+from server.openai.logprobs import CompletionLogprobs, chat_logprobs, echoed_logprobs
 
 WORDS = ["<unk>", "▁a", "a", "<0x61>", "<0xE2>", "<0x82>", "<0xAC>", "<0xF0>"]
 SPACE_A, A, BYTE_A, E2, X82, XAC, XF0 = range(1, 8)
@@ -81,3 +81,21 @@ def test_a_chat_lists_the_bytes_of_each_token() -> None:
         (r"bytes:\xf0", [0xF0]),
     ]
     assert (second["token"], second["bytes"]) == (" a", [0x20, 0x61])
+
+
+def test_offsets_pass_over_special_tokens_that_the_text_is_told_without() -> None:
+    made = tokenizer()
+    made.backend.add_special_tokens(["<end>"])
+    special = Tokenizer(made.backend, bos_token_id=None, add_bos=False)
+    tokens = [(i, TokenLogprob(i, -1.0)) for i in (A, special.added_tokens["<end>"], A, A)]
+
+    told = CompletionLogprobs(special).render(tokens)["text_offset"]
+    untold = CompletionLogprobs(special, start=3, skip_special=True).render(tokens)["text_offset"]
+
+    assert (told, untold) == ([0, 1, 6, 7], [3, 4, 4, 5])
+
+
+def test_offsets_of_a_prompt_do_not_count_the_space_that_its_tokenizer_puts_in_front() -> None:
+    tokens = [(SPACE_A, None), (A, TokenLogprob(A, -1.0)), (SPACE_A, TokenLogprob(SPACE_A, -1.0))]
+
+    assert echoed_logprobs(tokenizer(), "aa a", tokens)["text_offset"] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def chats() -> dict[str, ChatFormat]:
     return {"deepseek": LOADED.chat, "template": TemplateChat(LOADED.tokenizer, TEMPLATE)}
 
 
-def in_chat_completions(arguments: str) -> ChatRequest:
+def in_chat_completions(arguments: Any) -> ChatRequest:
     call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
     messages = [
         {"role": "user", "content": "Hi"},
@@ -39,7 +40,7 @@ def in_chat_completions(arguments: str) -> ChatRequest:
     return ChatRequest.model_validate({"model": "m", "messages": messages})
 
 
-def in_responses(arguments: str) -> ChatRequest:
+def in_responses(arguments: Any) -> ChatRequest:
     items = [
         {"role": "user", "content": "Hi"},
         {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments},
@@ -68,6 +69,15 @@ def prompt(chat: ChatFormat, tokenizer: Tokenizer, request: ChatRequest) -> str:
 @pytest.mark.parametrize("arguments", BROKEN)
 def test_a_history_with_broken_arguments_is_answered(protocol: Any, dialect: str, arguments: str) -> None:
     assert arguments in prompt(chats()[dialect], LOADED.tokenizer, protocol(arguments))
+
+
+@pytest.mark.parametrize("protocol", [in_chat_completions, in_responses, in_messages])
+def test_arguments_may_be_the_object_that_their_text_stands_for(protocol: Any) -> None:
+    given = {"city": "Köln", "days": [1, 2.5, None], "more": {"deep": True}}
+
+    for chat in chats().values():
+        as_object, as_text = protocol(given), protocol(json.dumps(given))
+        assert chat.render(as_object.as_prompt()).token_ids == chat.render(as_text.as_prompt()).token_ids
 
 
 @pytest.mark.parametrize("value", [[1], 3, "oops", False])

@@ -1,0 +1,40 @@
+"""Bodies of /tokenize and /detokenize, strictly typed; fields that nobody declared are ignored."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from quant.errors import RequestError
+from server.openai.messages import Body, Items, Message, Tool
+from server.openai.refused import TOKENIZE_REFUSED, refuse_fields
+
+
+class TokenizeRequest(Body):
+    """Body of /tokenize: a text, or a conversation as the model would see it."""
+
+    prompt: str | None = None
+    messages: Items[Message] | None = None
+    tools: Items[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        return refuse_fields(data, TOKENIZE_REFUSED)
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either prompt or messages", param="prompt")
+        for i, message in enumerate(self.messages or []):
+            message.check(f"messages[{i}]")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """Body of /detokenize."""
+
+    tokens: list[int]
