@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 from server.cli.process import (
     INTERRUPTED,
@@ -62,11 +63,22 @@ def _fail(error: Exception) -> None:
     _flush()
     if os.environ.get("LOCI_DEBUG"):
         raise error
+    if isinstance(error, ImportError):
+        _lacks(error)
     if isinstance(error, LociError):
         sys.exit(f"loci: {error}")
     if isinstance(error, OSError) and error.strerror:
         sys.exit(f"loci: {error.filename}: {error.strerror}" if error.filename else f"loci: {error.strerror}")
     sys.exit(f"loci: unexpected {type(error).__name__}: {error}")
+
+
+def _lacks(error: ImportError) -> NoReturn:
+    if sys.argv[1:] == ["doctor"]:
+        from server.cli.doctor import report
+
+        os.environ["NO_COLOR"] = "1"  # what draws may be what is missing
+        report(str(error))
+    sys.exit(f"loci: {error}; `loci doctor` says what is missing and what to do about it")
 
 
 def _flush() -> None:
