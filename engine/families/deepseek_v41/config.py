@@ -32,6 +32,12 @@ YARN_KEYS = {
     "factor", "rope_factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "original_seq_len",
 }  # fmt: skip
 
+# What is counted or computed one by one; a config that says more is damaged.
+MOST = {
+    "vocab_size": 100_000_000, "n_routed_experts": 100_000, "engram_max_ngram_size": 100,
+    "engram_n_heads": 1_000, "hc_sinkhorn_iters": 10_000,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class V41Config:
@@ -105,6 +111,11 @@ class V41Config:
             f"{name} is {getattr(self, name)}, must be positive"
             for name in positive
             if getattr(self, name) < 1
+        ]
+        found += [
+            f"{name} is {getattr(self, name)}; no model has more than {most}"
+            for name, most in MOST.items()
+            if getattr(self, name) > most
         ]
         if found:
             return found

@@ -49,6 +49,7 @@ HF_NAMES = {
 }
 # GGUF's names for tokens that end an answer: of a sequence, of a turn, of a message.
 GGUF_ENDS = ("eos", "eot", "eom")
+MOST_LAYERS = 10_000  # every layer's tensors are counted: a config that says more is damaged
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class LlamaConfig:
     names: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        if self.layers > MOST_LAYERS:
+            raise ConfigError(f"the config says {self.layers} layers; no model has more than {MOST_LAYERS}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} query heads do not divide among {self.kv_heads} key-value heads")
         if self.head_dim % 2:
