@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from typing import NoReturn
@@ -12,6 +13,7 @@ from server.cli.process import (
     end_now,
     flush_stdout,
     handle_signals,
+    ignore_signals,
     open_standard_streams,
     was_interrupted,
 )
@@ -82,6 +84,8 @@ def _lacks(error: ImportError) -> NoReturn:
 
 
 def _flush() -> None:
+    # While Python takes torch apart, it has no handlers any more: a signal would kill what is already done.
+    atexit.register(ignore_signals)
     problem = flush_stdout()
     if problem is not None:
         sys.exit(f"loci: cannot write to stdout: {problem}" if problem else 1)
