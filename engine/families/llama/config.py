@@ -7,7 +7,7 @@ them) half a head apart.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ HF_NAMES = {
 }
 # GGUF's names for tokens that end an answer: of a sequence, of a turn, of a message.
 GGUF_ENDS = ("eos", "eot", "eom")
+LARGEST = sys.float_info.max
 MOST_LAYERS = 10_000  # every layer's tensors are counted: a config that says more is damaged
 
 
@@ -304,7 +305,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.config.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
             raise ConfigError(f"{self.path}: {self.prefix}{key} is {value!r}, expected a positive number")
         return float(value)
 
