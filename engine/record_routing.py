@@ -16,7 +16,7 @@ CHUNK = 256
 def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int], None]) -> RoutingTrace:
     """The experts chosen for each of `ids`, read as one text (in pieces of the model's context).
 
-    Raises ConfigError for a model without routed experts.
+    `on_progress` is told how many were read. Raises ConfigError for a model without routed experts.
     """
     context = min(model.info.max_context, 4096)
     cache = model.new_cache(1, context)
@@ -33,7 +33,7 @@ def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int]
                     f"{model.info.name}: this model has no routed experts; there is nothing to record"
                 )
             chosen.append(chosen_experts(trace))
-            on_progress(len(part))
+            on_progress(begin + start + len(part))
     return RoutingTrace(torch.cat(chosen))
 
 

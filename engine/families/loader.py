@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.chat.format import ChatFormat
 from engine.chat.registry import chat_format_for
-from engine.embedded import embedded_sampling
+from engine.embedded import EMBEDDED, embedded_sampling
 from engine.families.base import Component, Family, Model, ModelInfo
 from engine.families.registry import family_of
 from engine.sampling.defaults import end_token_ids, sampling_defaults
@@ -45,14 +45,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     What a file is called does not matter, nor whether links lead to it.
     """
     if path.is_dir():
+        if not (path / "config.json").exists() and (meant := _model_inside(path)):
+            raise CheckpointError(
+                f"{path}: no model directory, config.json is missing; did you mean {meant}?"
+            )
         return open_safetensors(path)
     if path.is_symlink() and not path.exists():
         raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; download it again")
     if path.suffix.lower() == ".gguf" or is_gguf(path):
         return open_gguf(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory; a model is a directory or a .gguf file")
+        raise CheckpointError(
+            f"{path}: no such file or directory; a model is a directory or a .gguf file that is here already "
+            f"(Loci downloads none), or one that comes with Loci: {', '.join(EMBEDDED)}"
+        )
+    if (path.parent / "config.json").exists():
+        raise CheckpointError(f"{path}: a part of a model; name its directory, {path.parent}")
     raise CheckpointError(f"{path}: not a model directory and not a .gguf file")
+
+
+def _model_inside(path: Path) -> Path | None:
+    """A model in a directory that is none: a GGUF file, or further down, as in Hugging Face's cache."""
+    for pattern in ("*.gguf", "*/config.json", "snapshots/*/config.json", "snapshots/*/*.gguf"):
+        for found in sorted(path.glob(pattern)):
+            return found.parent if found.name == "config.json" else found
+    return None
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def _cpu_flags() -> tuple[str, ...]:
 def _gpus() -> tuple[Gpu, ...]:
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # missing, or broken
         return ()
     if not torch.cuda.is_available():
         return ()

@@ -22,7 +22,10 @@ RESET, QUIT = "/reset", "/quit"
 _HELP = f"{RESET} forgets the conversation, {QUIT} ends."
 
 Temperature = Annotated[
-    float | None, typer.Option(help="0 always takes the most likely token. Default: 1.", show_default=False)
+    float | None,
+    typer.Option(
+        help="0 always takes the most likely token. Default: the model's own, else 1.", show_default=False
+    ),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(help="The longest an answer may be, in tokens.", show_default=False)

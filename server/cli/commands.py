@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
 
+from engine.distribution import DISTRIBUTION, version_of
 from server.cli.bench.group import bench
 from server.cli.chat import chat, run
 from server.cli.demo import demo
@@ -45,10 +45,8 @@ app.add_typer(bench)
 def _print_version(is_asked: bool) -> None:
     if not is_asked:
         return
-    try:
-        print(f"loci {version('loci')}")
-    except PackageNotFoundError:
-        print("loci, run from its source without being installed")
+    version = version_of(DISTRIBUTION)
+    print(f"loci {version}" if version else "loci, run from its source without being installed")
     raise typer.Exit
 
 

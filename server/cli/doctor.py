@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import typer
+from typing import TYPE_CHECKING
 
 from engine.distribution import required_packages, version_of
 from engine.embedded import EMBEDDED, model_path
-from memory.hardware.detect import Machine, detect, has_nvidia_driver
 from quant.errors import LociError
 from server.cli.terminal import bytes_text, print_table
 
+if TYPE_CHECKING:
+    from memory.hardware.detect import Machine
+
 MODEST_MEMORY_BYTES = 2_000_000_000
 MODEST_DISK_BYTES = 1_000_000_000
+_INSTALL = "install Loci with its dependencies (in its folder: make clean, then make serve)"
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,33 @@ def doctor() -> None:
 
     Example: loci doctor
     """
-    findings = [*_python(), *_packages(), *_machine(), *_kernels(), *_embedded_models()]
+    report()
+
+
+def report(obstacle: str | None = None) -> None:
+    """What `loci doctor` prints; `obstacle` is why no other command can start.
+
+    Needs nothing but Python itself, so that it can say which package is missing.
+    """
+    findings = [*_python(), *_packages()]
+    if obstacle is not None:
+        findings.append(Finding("start", obstacle, _INSTALL, is_fatal=True))
+    for topic, look in ("machine", _machine), ("kernels", _kernels), ("models", _embedded_models):
+        findings += _looked_at(topic, look)
     print_table(["", "what", "found"], [(f.verdict, f.topic, f.found) for f in findings])
     advice = [f"{f.topic}: {f.advice}" for f in findings if f.advice]
     if advice:
         print("\nWhat to do:\n" + "\n".join(f"  - {line}" for line in advice))
     if any(f.is_fatal for f in findings):
-        raise typer.Exit(1)
+        sys.exit(1)
+
+
+def _looked_at(topic: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What `look` finds, until a package that it needs is missing or broken."""
+    try:
+        yield from look()
+    except (ImportError, OSError) as error:
+        yield Finding(topic, f"cannot be looked at: {error}", _INSTALL, is_fatal=True)
 
 
 def _python() -> Iterator[Finding]:
@@ -68,6 +90,8 @@ def _packages() -> Iterator[Finding]:
 
 
 def _machine() -> Iterator[Finding]:
+    from memory.hardware.detect import detect
+
     machine = detect()
     yield Finding("system", machine.system)
     slow = not {"avx2", "asimd"} & set(machine.cpu_flags)
@@ -107,6 +131,8 @@ def _machine() -> Iterator[Finding]:
 
 def _gpu_software(machine: Machine) -> Iterator[Finding]:
     """What GPUs need beside themselves, where it is missing."""
+    from memory.hardware.detect import has_nvidia_driver
+
     if not machine.gpus:
         found = "none that torch can use; everything is computed on the processor"
         yield Finding("GPU", found, _unused_gpu_advice() if has_nvidia_driver() else "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+from typing import NoReturn
 
 from server.cli.process import (
     INTERRUPTED,
@@ -11,6 +13,7 @@ from server.cli.process import (
     end_now,
     flush_stdout,
     handle_signals,
+    ignore_signals,
     open_standard_streams,
     was_interrupted,
 )
@@ -62,6 +65,8 @@ def _fail(error: Exception) -> None:
     _flush()
     if os.environ.get("LOCI_DEBUG"):
         raise error
+    if isinstance(error, ImportError):
+        _lacks(error)
     if isinstance(error, LociError):
         sys.exit(f"loci: {error}")
     if isinstance(error, OSError) and error.strerror:
@@ -69,7 +74,18 @@ def _fail(error: Exception) -> None:
     sys.exit(f"loci: unexpected {type(error).__name__}: {error}")
 
 
+def _lacks(error: ImportError) -> NoReturn:
+    if sys.argv[1:] == ["doctor"]:
+        from server.cli.doctor import report
+
+        os.environ["NO_COLOR"] = "1"  # what draws may be what is missing
+        report(str(error))
+    sys.exit(f"loci: {error}; `loci doctor` says what is missing and what to do about it")
+
+
 def _flush() -> None:
+    # While Python takes torch apart, it has no handlers any more: a signal would kill what is already done.
+    atexit.register(ignore_signals)
     problem = flush_stdout()
     if problem is not None:
         sys.exit(f"loci: cannot write to stdout: {problem}" if problem else 1)

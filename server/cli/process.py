@@ -33,10 +33,15 @@ def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def end_now(code: int) -> NoReturn:
-    """End without waiting for threads: one that is inside native code would abort the interpreter."""
+def ignore_signals() -> None:
+    """From now on the process ends in the way that it is ending already."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_now(code: int) -> NoReturn:
+    """End without waiting for threads: one that is inside native code would abort the interpreter."""
+    ignore_signals()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

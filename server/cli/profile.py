@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from quant.errors import CheckpointError, ConfigError
 from server.cli.arguments import Model
+from server.cli.progress import progress
 
 MAX_TEXT_BYTES = 64 * 2**20
 
@@ -62,9 +61,8 @@ def profile(
             "give more text, name another file with --out, or remove it"
         )
     loaded = opened.load(MemoryBudget.of_this_machine()).model
-    with Progress(disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("tokens", total=len(ids))
-        trace = record_routing(loaded, ids, lambda done: bar.advance(task, done))
+    with progress("tokens") as on_progress:
+        trace = record_routing(loaded, ids, lambda done: on_progress(done, len(ids)))
     loaded.close()
     trace.save(target)
     replaced = f", in place of one of {recorded}" if recorded else ""

@@ -76,7 +76,7 @@ def _help(name: str) -> str:
 
 @_with_settings_as_options
 def serve(config: Path | None, **flags: Any) -> None:
-    """Serve a model over HTTP, with OpenAI's interface.
+    """Serve a model over HTTP, with OpenAI's and Anthropic's interfaces.
 
     Each setting can also come from a variable (LOCI_PORT for --port) or from a TOML file (port = 8000);
     flags win over variables, variables over the file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,13 @@ SPELLINGS = {
 YARN_KEYS = {
     "type", "rope_type", "rope_theta", "compress_rope_theta", "partial_rotary_factor",
     "factor", "rope_factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "original_seq_len",
+}  # fmt: skip
+
+LARGEST = sys.float_info.max
+# What is counted or computed one by one; a config that says more is damaged.
+MOST = {
+    "vocab_size": 100_000_000, "n_routed_experts": 100_000, "engram_max_ngram_size": 100,
+    "engram_n_heads": 1_000, "hc_sinkhorn_iters": 10_000,
 }  # fmt: skip
 
 
@@ -99,13 +107,26 @@ class V41Config:
         positive = (
             "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
             "head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "n_routed_experts", "num_experts_per_tok",
-            "sliding_window", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings",
+            "sliding_window", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings", "qk_rope_head_dim",
+            *(("index_head_dim", "index_topk") if self.index_source_layer_ids else ()),
+            "rms_norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit",
+            "hc_eps",
         )  # fmt: skip
         found += [
             f"{name} is {getattr(self, name)}, must be positive"
             for name in positive
-            if getattr(self, name) < 1
+            if getattr(self, name) <= 0
         ]
+        found += [
+            f"{name} is {getattr(self, name)}; no model has more than {most}"
+            for name, most in MOST.items()
+            if getattr(self, name) > most
+        ]
+        least = min([self.head_dim, *([self.index_head_dim] if self.index_source_layer_ids else [])])
+        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > least:
+            found.append(
+                f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected an even number up to {least}"
+            )
         if found:
             return found
         if len(self.compress_ratios) < layers:
@@ -247,7 +268,7 @@ class _Reader:
         value = self.raw(name)
         if value is _MISSING and default is not None:
             return default
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST:
             return float(value)
         self._complain(name, value, "a number")
         return 0.0
@@ -271,6 +292,10 @@ class _Reader:
 
     def yarn(self) -> YarnScaling | None:
         """YaRN settings from `rope_scaling`, `rope_parameters` or flat keys; None where there are none."""
+        for key in ("rope_scaling", "rope_parameters"):
+            value = self.raw(key)
+            if value is not _MISSING and not isinstance(value, Mapping):
+                self._complain(key, value, "an object")
         nested = next(
             (v for k in ("rope_scaling", "rope_parameters") if isinstance(v := self.raw(k), Mapping)), None
         )

@@ -7,7 +7,7 @@ them) half a head apart.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,8 @@ HF_NAMES = {
 }
 # GGUF's names for tokens that end an answer: of a sequence, of a turn, of a message.
 GGUF_ENDS = ("eos", "eot", "eom")
+LARGEST = sys.float_info.max
+MOST_LAYERS = 10_000  # every layer's tensors are counted: a config that says more is damaged
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class LlamaConfig:
     names: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        if self.layers > MOST_LAYERS:
+            raise ConfigError(f"the config says {self.layers} layers; no model has more than {MOST_LAYERS}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"{self.heads} query heads do not divide among {self.kv_heads} key-value heads")
         if self.head_dim % 2:
@@ -301,7 +305,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.config.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
             raise ConfigError(f"{self.path}: {self.prefix}{key} is {value!r}, expected a positive number")
         return float(value)
 

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quant.errors import LociError
 from server.cli.arguments import JsonFile, Model
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
     from engine.bench.slice import SliceRun
+    from memory.hardware.detect import Machine
     from memory.hardware.profiles import HardwareProfile
+    from memory.hardware.this_machine import Result
     from memory.planner.budget import MemoryBudget
     from memory.planner.placement import Workload
 
@@ -60,9 +63,8 @@ def slice_(
         working_bytes,
     )
     from memory.hardware.profiles import parse_devices
-    from memory.hardware.this_machine import Result, this_machine, write_results
+    from memory.hardware.this_machine import Result, this_machine
     from memory.planner.budget import MemoryBudget, unused_gpus_notice
-    from memory.planner.placement import PROCESS_BYTES
 
     if notice := unused_gpus_notice(devices):
         print(f"loci: {notice}", file=sys.stderr)
@@ -81,12 +83,23 @@ def slice_(
     total = steps(tokens, has_real_gpus=has_real_gpus)
     with progress("tokens") as on_progress:
         run = run_slice(model, budget, tokens, lambda done: on_progress(done, total), in_pause=measure_beside)
-    measured = [
-        *measure_dram(working_bytes() // 2),
-        *measure_cpu(working_bytes() // 2),
-        *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
-        *(measure_gpus() if has_real_gpus else ()),
-    ]
+    _print_layers(run)
+    try:
+        measured = [
+            *measure_dram(working_bytes() // 2),
+            *measure_cpu(working_bytes() // 2),
+            *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
+            *(measure_gpus() if has_real_gpus else ()),
+        ]
+    except (LociError, OSError) as error:  # what was decoded stays true
+        _print_bytes(run, {})
+        _print_memory(run, budget)
+        speed = run.tokens / run.total_s
+        print(
+            f"\n{speed:.3g} tokens/s decoded; without the machine's own rates there is no bound and no plan"
+        )
+        _write(json_file, machine, _counted(run, budget))
+        raise LociError(f"the machine could not be measured afterwards: {error}") from None
     if best := max(map(mean, zip(*disk_rates, strict=True)), default=0.0):
         measured.append(Result("checkpoint_read", best / 1e9, "GB/s"))
     rates = {result.name: result.value for result in measured}
@@ -106,7 +119,6 @@ def slice_(
     speed = run.tokens / run.total_s
     error = abs(expected - speed) / speed
 
-    _print_layers(run)
     _print_bytes(run, bounds)
     _print_memory(run, budget)
     print(
@@ -115,37 +127,58 @@ def slice_(
         f"({ordered:.2f}); the plan, with the disk at {seen.get('disk_read', 0):.3g} GB/s, said "
         f"{expected:.3g} (off by {error:.0%})"
     )
-    guesses = run.counts.guesses
-    guessed = guesses.get("right", 0) / max(1, guesses.get("made", 0))
     prefetched = ", ".join(f"{n} {outcome}" for outcome, n in run.counts.prefetches.items()) or "none"
-    print(f"a layer ahead, routers were guessed right in {guessed:.0%}; experts read ahead: {prefetched}")
+    print(
+        f"a layer ahead, routers were guessed right in {_guessed(run):.0%}; experts read ahead: {prefetched}"
+    )
     whole = 1 / run.like(FULL_LAYERS, FULL_TABLES)
     print(
         f"Extrapolated, not measured: {whole:.3g} tokens/s with {FULL_LAYERS} layers and {FULL_TABLES} "
         "tables, were every layer like these on average"
     )
+    judged = [
+        Result("slice_decode_bound_ratio", ratio, "ratio", BOUND_TARGET, ratio >= BOUND_TARGET),
+        Result("slice_decode_ordered_ratio", ordered, "ratio"),
+        Result("plan_error_slice", error, "fraction", PLAN_TARGET, error <= PLAN_TARGET),
+        Result(f"slice_decode_extrapolated_to_{FULL_LAYERS}_layers", whole, "tokens/s"),
+    ]
+    _write(json_file, machine, [*_counted(run, budget), *judged, *measured])
+
+
+def _guessed(run: SliceRun) -> float:
+    """Of the routers' choices guessed a layer ahead, the share that was right."""
+    guesses = run.counts.guesses
+    return guesses.get("right", 0) / max(1, guesses.get("made", 0))
+
+
+def _counted(run: SliceRun, budget: MemoryBudget) -> list[Result]:
+    """What decoding itself tells, whatever the machine could do."""
+    from memory.hardware.this_machine import Result
+    from memory.planner.placement import PROCESS_BYTES
+
+    # Budgets are for weights; tokenizer, buffers and activations are what plans reserve for the process.
+    allowed = _host_bytes(budget) + PROCESS_BYTES
+    counts, grown = run.counts, run.grown_bytes
+    asked = sum(counts.hits.values())
+    return [
+        Result("slice_decode", run.tokens / run.total_s, "tokens/s"),
+        Result("slice_memory_growth", grown / 1e9, "GB", allowed / 1e9, grown <= allowed),
+        Result("slice_disk_read", run.disk_bytes_per_s / 1e9, "GB/s"),
+        Result("slice_guessed_right", _guessed(run), "ratio"),
+        *(Result(f"slice_hits_{tier}", n / asked, "ratio") for tier, n in counts.hits.items()),
+        *(Result(f"slice_bytes_{link}", n / run.tokens / 1e6, "MB/token")
+          for link, n in counts.moved_bytes.items()),
+        *(Result(f"slice_stall_{link}", 1e3 * s / run.tokens, "ms/token")
+          for link, s in counts.stalled_s.items()),
+        *(Result(f"slice_time_{kind}", 1e3 * sum(by_layer.values()) / run.tokens, "ms/token")
+          for kind, by_layer in run.seconds.items()),
+    ]  # fmt: skip
+
+
+def _write(json_file: Path | None, machine: Machine, results: list[Result]) -> None:
+    from memory.hardware.this_machine import write_results
+
     if json_file is not None:
-        # Budgets are for weights; tokenizer, buffers and activations are what plans reserve for the process.
-        allowed = _host_bytes(budget) + PROCESS_BYTES
-        asked, grown = sum(run.counts.hits.values()), run.grown_bytes
-        results = [
-            Result("slice_decode", speed, "tokens/s"),
-            Result("slice_decode_bound_ratio", ratio, "ratio", BOUND_TARGET, ratio >= BOUND_TARGET),
-            Result("slice_decode_ordered_ratio", ordered, "ratio"),
-            Result("plan_error_slice", error, "fraction", PLAN_TARGET, error <= PLAN_TARGET),
-            Result(f"slice_decode_extrapolated_to_{FULL_LAYERS}_layers", whole, "tokens/s"),
-            Result("slice_memory_growth", grown / 1e9, "GB", allowed / 1e9, grown <= allowed),
-            Result("slice_disk_read", run.disk_bytes_per_s / 1e9, "GB/s"),
-            Result("slice_guessed_right", guessed, "ratio"),
-            *(Result(f"slice_hits_{tier}", n / asked, "ratio") for tier, n in run.counts.hits.items()),
-            *(Result(f"slice_bytes_{link}", n / run.tokens / 1e6, "MB/token")
-              for link, n in run.counts.moved_bytes.items()),
-            *(Result(f"slice_stall_{link}", 1e3 * s / run.tokens, "ms/token")
-              for link, s in run.counts.stalled_s.items()),
-            *(Result(f"slice_time_{kind}", 1e3 * sum(by_layer.values()) / run.tokens, "ms/token")
-              for kind, by_layer in run.seconds.items()),
-            *measured,
-        ]  # fmt: skip
         write_results(json_file, machine, results)
         print(f"written to {json_file}")
 

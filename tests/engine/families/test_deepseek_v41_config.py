@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def test_all_missing_keys_are_named_at_once(text: dict[str, Any]) -> None:
         ("compress_ratios", 7, "compress_ratios has 1 entries for 8 layers"),
         ("compress_ratios", [0, 2, "x"], "expected a list of integers"),
         ("hidden_size", 0, "hidden_size is 0, must be positive"),
+        ("rope_theta", -1, "rope_theta is -1.0, must be positive"),
+        ("rms_norm_eps", math.nan, "rms_norm_eps is nan, expected a number"),
+        ("swiglu_limit", math.inf, "swiglu_limit is inf, expected a number"),
+        ("rope_theta", 10**400, ", expected a number"),
+        ("index_topk", 0, "index_topk is 0, must be positive"),
+        ("qk_rope_head_dim", 2**40, "qk_rope_head_dim is 1099511627776, expected an even number up to"),
+        ("rope_scaling", "yarn", "rope_scaling is 'yarn', expected an object"),
+        ("n_routed_experts", 2**40, "no model has more than"),
+        ("engram_n_heads", 2**40, "no model has more than"),
+        ("vocab_size", 2**40, "no model has more than"),
         ("scoring_func", "sigmoid", "only 'sqrtsoftplus' is implemented"),
         ("tie_word_embeddings", True, "only False is implemented"),
         ("kv_source_layer_ids", [1, 9], "kv_source_layer_ids names layers [9] of a model with 8"),

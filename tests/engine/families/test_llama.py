@@ -302,6 +302,8 @@ def test_a_gguf_config_it_cannot_run_is_refused(
     [
         ({"attention_bias": True}, "attention_bias is True; the llama family computes False only"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_theta": 10**400}, "expected a positive number"),
+        ({"num_hidden_layers": 2**40}, "no model has more than"),
         ({"vocab_size": None}, "vocab_size is None, expected a positive number"),
         ({"head_dim": 15}, "a head of 15 channels has no rotary pairs"),
         ({"eos_token_id": ["end"]}, "eos_token_id is"),

@@ -20,6 +20,7 @@ from memory.hardware.this_machine import Result
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
+from quant.errors import LociError
 from quant.kernels.choice import choose
 from quant.kernels.devices import DeviceKernels
 from tests.engine.families.test_virtual_gpus import OneGpu
@@ -102,6 +103,25 @@ def test_a_virtual_gpus_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Pat
     assert "vram:0 memory" not in text
     assert "of further tokens" not in text
     assert "link_0" not in found
+
+
+def test_what_was_decoded_is_kept_where_the_machine_is_too_busy_to_be_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(nbytes: int) -> list[Result]:
+        raise LociError("something else keeps this machine busy")
+
+    monkeypatch.setattr("memory.hardware.measure.measure_dram", refused)
+    file = tmp_path / "r.json"
+
+    result = invoke("bench", "slice", model, "--dram-budget", "1900kB", "--tokens", "3", "--json", file)
+
+    assert result.returncode == 1
+    assert "keeps this machine busy" in result.stderr
+    assert "tokens/s decoded" in result.stdout
+    found = {r["name"]: r["value"] for r in json.loads(file.read_text())["results"]}
+    assert found["slice_decode"] > 0
+    assert "slice_decode_bound_ratio" not in found
 
 
 @pytest.mark.slow

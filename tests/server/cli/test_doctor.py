@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from engine.distribution import required_packages, version_of
+from engine.distribution import DISTRIBUTION, required_packages, version_of
 from memory.hardware.detect import Gpu, detect
 from server.cli import doctor
 from server.cli.doctor import Finding
+from tests.server.harness import ROOT, TINY, invoke, run
 
 GPU = Gpu(0, "a GPU", 24 << 30, (8, 9))
 
@@ -22,7 +24,7 @@ def findings_on(
     monkeypatch.setattr(
         doctor, "version_of", lambda name: versions[name] if name in versions else known(name)
     )
-    monkeypatch.setattr(doctor, "has_nvidia_driver", lambda: has_driver)
+    monkeypatch.setattr("memory.hardware.detect.has_nvidia_driver", lambda: has_driver)
     return list(doctor._gpu_software(replace(detect(), gpus=gpus)))
 
 
@@ -62,3 +64,25 @@ def test_any_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, p
     assert package in required_packages()
     assert found.verdict == "missing"
     assert f"pip install {package}" in found.advice
+
+
+@pytest.mark.parametrize("module", ["torch", "typer", "psutil", "pydantic"])
+def test_doctor_speaks_where_a_package_cannot_be_imported(tmp_path: Path, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError({module!r} + ' is not there')")
+    path = f"{tmp_path}:{ROOT}"
+
+    result = run("doctor", PYTHONPATH=path)
+    other = run("info", TINY, PYTHONPATH=path)
+
+    assert (result.returncode, other.returncode) == (1, 1)
+    assert f"{module} is not there" in result.stdout
+    assert "make serve" in result.stdout
+    assert other.stderr == (
+        f"loci: {module} is not there; `loci doctor` says what is missing and what to do about it\n"
+    )
+
+
+def test_the_version_is_that_of_locis_own_package() -> None:
+    found = invoke("--version")
+
+    assert found.stdout == f"loci {version_of(DISTRIBUTION)}\n"

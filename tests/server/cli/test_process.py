@@ -38,6 +38,22 @@ def test_a_signal_while_modules_are_imported_is_never_swallowed(
     assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_after_the_work_is_done_changes_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "jinja2.py").write_text(
+        "import os, signal, sys\n"
+        "class Late:\n"
+        f"    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{name}): kill(own, number)\n"
+        "sys.late = Late()\n"
+        "raise ImportError('for this test')\n"
+    )
+
+    result = harness.run("run", TINY, "Hello", PYTHONPATH=f"{tmp_path}:{ROOT}")
+
+    assert result.returncode == 1
+    assert result.stderr.startswith("loci: for this test")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_a_model_answers_ends_without_a_word(number: signal.Signals, code: int) -> None:
     arguments = ("run", TINY, "Hello", "--max-tokens", "1900", "--temperature", "0")

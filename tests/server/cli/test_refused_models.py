@@ -91,3 +91,23 @@ def test_files_that_are_not_the_models_are_nobodys_business(
     name, *flags = command
 
     assert invoke(name, checkpoint_copy, *flags).returncode == 0
+
+
+def test_what_lies_beside_or_above_a_model_says_where_the_model_is(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--x--y" / "snapshots" / "rev"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"")
+    gguf = tmp_path / "files" / "m.gguf"
+    gguf.parent.mkdir()
+    gguf.write_bytes(b"GGUF")
+
+    for wrong, right in (
+        (tmp_path / "models--x--y", snapshot),
+        (snapshot / "model.safetensors", snapshot),
+        (gguf.parent, gguf),
+    ):
+        refused = invoke("info", wrong)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith(f"loci: {wrong}: ")
+        assert f"{right}" in refused.stderr.removeprefix(f"loci: {wrong}: ")
