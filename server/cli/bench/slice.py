@@ -117,7 +117,7 @@ def slice_(
     profile = this_machine(machine, seen).with_devices(specs)
     expected = _planned_tokens_per_s(model, profile, budget, asked_for)
     speed = run.tokens / run.total_s
-    error = abs(expected - speed) / speed
+    plan_error = abs(expected - speed) / speed
 
     _print_bytes(run, bounds)
     _print_memory(run, budget)
@@ -125,7 +125,7 @@ def slice_(
         f"\n{speed:.3g} tokens/s decoded; the slowest resource alone allows {speed / ratio:.3g} "
         f"(ratio {ratio:.2f}), in the order that experts become known {speed / ordered:.3g} "
         f"({ordered:.2f}); the plan, with the disk at {seen.get('disk_read', 0):.3g} GB/s, said "
-        f"{expected:.3g} (off by {error:.0%})"
+        f"{expected:.3g} (off by {plan_error:.0%})"
     )
     prefetched = ", ".join(f"{n} {outcome}" for outcome, n in run.counts.prefetches.items()) or "none"
     print(
@@ -139,7 +139,7 @@ def slice_(
     judged = [
         Result("slice_decode_bound_ratio", ratio, "ratio", BOUND_TARGET, ratio >= BOUND_TARGET),
         Result("slice_decode_ordered_ratio", ordered, "ratio"),
-        Result("plan_error_slice", error, "fraction", PLAN_TARGET, error <= PLAN_TARGET),
+        Result("plan_error_slice", plan_error, "fraction", PLAN_TARGET, plan_error <= PLAN_TARGET),
         Result(f"slice_decode_extrapolated_to_{FULL_LAYERS}_layers", whole, "tokens/s"),
     ]
     _write(json_file, machine, [*_counted(run, budget), *judged, *measured])
