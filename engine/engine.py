@@ -156,7 +156,7 @@ class Engine:
         if not params.ignore_eos:
             stop_ids.update(self.model.info.eos_token_ids)
         if params.min_tokens and len(stop_ids) >= vocab_size:
-            raise RequestError("min_tokens leaves no token: all of them end the answer", param="min_tokens")
+            raise RequestError("min_tokens cannot be met: every token is a stop token", param="min_tokens")
         sequence = Sequence(
             sequence_id=next(self._ids),
             token_ids=ids,
@@ -175,10 +175,10 @@ class Engine:
         )
         with self._wake:
             if self._stopping or not self.is_alive:
-                raise CapacityError("the engine is not running; the server must be restarted by who runs it")
+                raise CapacityError("the engine is not running; ask the server's operator to restart it")
             if self._unfinished() >= self._max_sequences + self._max_waiting:
                 running, waiting = self._max_sequences, self._max_waiting
-                text = f"{running} requests are running and {waiting} are waiting already; try again later"
+                text = f"{running} requests are running and {waiting} are already waiting; try again later"
                 raise CapacityError(text)
             self._submitted.append(sequence)
             self._known[sequence.sequence_id] = sequence
@@ -310,7 +310,7 @@ class Engine:
             self._is_failing = True
             numbers = [sequence.sequence_id for sequence in sequences]
             known = isinstance(error, LociError)
-            logger.error("failed: sequences %s: %s", numbers, error, exc_info=None if known else error)
+            logger.error("sequences %s failed: %s", numbers, error, exc_info=None if known else error)
             reason, text = (
                 FinishReason.ERROR,
                 str(error) if known else f"{type(error).__name__} in the engine",
@@ -384,7 +384,7 @@ class Engine:
         """Report a token that was drawn from a row of logits `[rows, vocab]`."""
         params = sequence.params
         if token < 0:
-            raise LociError("the model computed what is not a number; the log of the server may say why")
+            raise LociError("the model produced NaN; the server's log may say why")
         sequence.sampler.remember(token)
         self._generated_tokens += 1
         logprobs: list[TokenLogprob] = []
@@ -444,8 +444,8 @@ def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) 
     needed, available = model.cache_bytes(slots, capacity), available_memory_bytes()
     if needed + prefix_bytes > available:
         raise BudgetError(
-            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB, that of "
-            f"prefixes {prefix_bytes / 1e9:.1f} GB; {available / 1e9:.1f} GB of memory are free; "
-            "lower --max-model-len, --max-num-seqs or --prefix-cache"
+            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB and the "
+            f"prefix cache {prefix_bytes / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory is "
+            "free; lower --max-model-len, --max-num-seqs or --prefix-cache"
         )
     return model.new_cache(slots, capacity)

@@ -30,7 +30,7 @@ def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int]
             model.forward(Batch.of([(0, start, part)]), cache, trace)
             if not any(map(_is_choice, trace.values)):
                 raise ConfigError(
-                    f"{model.info.name}: this model has no routed experts; there is nothing to record"
+                    f"{model.info.name}: this model has no routed experts, so there is nothing to record"
                 )
             chosen.append(chosen_experts(trace))
             on_progress(len(part))

@@ -127,4 +127,4 @@ class Sequence:
         try:
             self.on_output(output)
         except Exception:  # a reader's fault must not fail the others in the step
-            logger.exception("the reader of sequence %d failed", self.sequence_id)
+            logger.exception("the output handler of sequence %d failed", self.sequence_id)

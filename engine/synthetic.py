@@ -95,7 +95,7 @@ def plan_slice(name: str, layers: int, engram_rows: int, experts: int | None = N
     `experts` routed experts in a layer instead of the shape's own. Raises ConfigError for what cannot be.
     """
     if name not in SHAPES:
-        raise ConfigError(f"{name}: no shape is known by this name; known: {', '.join(SHAPES)}")
+        raise ConfigError(f"{name}: unknown shape; known: {', '.join(SHAPES)}")
     widths = SHAPES[name]
     tokenizer = synthetic_tokenizer(widths.vocab_size)
     keys = int(build_token_map(tokenizer, widths.vocab_size).max()) + 1
@@ -117,7 +117,7 @@ def plan_slice(name: str, layers: int, engram_rows: int, experts: int | None = N
 def released_layers(count: int) -> list[int]:
     """Which of the released model's layers a slice of `count` has, ascending."""
     if not MIN_LAYERS <= count <= V41_FLASH.layers:
-        raise ConfigError(f"{count} layers: a slice has {MIN_LAYERS} to {V41_FLASH.layers}")
+        raise ConfigError(f"{count} layers: expected {MIN_LAYERS} to {V41_FLASH.layers}")
     others = (n for n in range(V41_FLASH.layers) if n not in ORDER)
     return sorted([*ORDER, *others][:count])
 
@@ -131,7 +131,7 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
 
     columns = 3 * widths.engram_n_heads
     if engram_rows < 4 * columns:
-        raise ConfigError(f"{engram_rows} Engram rows: {columns} columns need {4 * columns} at least")
+        raise ConfigError(f"{engram_rows} Engram rows: {columns} columns need at least {4 * columns}")
     engram_layers = among(tuple(layer for layer, _ in V41_FLASH.engram_rows))
     engram_vocab = engram_rows // columns
     primes = table_primes(len(engram_layers), 3, widths.engram_n_heads, engram_vocab)

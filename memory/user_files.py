@@ -23,7 +23,7 @@ def user_cache() -> Path:
 def check_writable(target: Path) -> None:
     """Raise ConfigError where no file can be written as `target`: said before long work, not after it."""
     if target.is_dir():
-        raise ConfigError(f"{target}: a directory; name a file to write")
+        raise ConfigError(f"{target}: is a directory; name a file to write")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent}: no such directory to write to; name another file")
     try:
@@ -42,7 +42,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     Raises ConfigError for a directory or a device, which are not replaced, and OSError where writing fails.
     """
     if target.exists() and not target.is_file():
-        raise ConfigError(f"{target}: is not a file that can be replaced; name another")
+        raise ConfigError(f"{target}: not a regular file; name another file")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary

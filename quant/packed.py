@@ -47,7 +47,7 @@ class PackedTensor:
         """A view of rows `start..stop`; both must lie on the format's tile borders."""
         if start % self.format.tile_rows or (stop % self.format.tile_rows and stop != self.shape[0]):
             raise FormatError(
-                f"{self.format.name}: rows {start}..{stop} cut a tile of {self.format.tile_rows} rows"
+                f"{self.format.name}: rows {start}..{stop} cut through a tile of {self.format.tile_rows} rows"
             )
         return self.format.slice_rows(self, start, stop)
 
@@ -95,7 +95,9 @@ class Format(ABC):
         Raises FormatError for NaN or infinite values, for a shape that the format cannot hold, and
         for a format that is only read.
         """
-        raise FormatError(f"{self.name}: this format is read, not written; choose mxfp4, nf4, int4 or fp8")
+        raise FormatError(
+            f"{self.name}: this format can be read but not written; choose mxfp4, nf4, int4 or fp8"
+        )
 
     def validate(self, packed: PackedTensor) -> None:
         """Raise FormatError where a scale or a value is NaN or infinite. Reads every byte of `packed`."""
@@ -121,5 +123,5 @@ class Format(ABC):
             raise FormatError(f"{self.name}: encodes floats, found {values.dtype}; decode the tensor first")
         values = values.to(torch.float32)
         if not bool(values.isfinite().all()):
-            raise FormatError(f"{self.name}: the matrix to encode has NaN or infinite values; mend it first")
+            raise FormatError(f"{self.name}: the matrix to encode has NaN or infinite values; fix it first")
         return values

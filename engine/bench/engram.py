@@ -187,9 +187,9 @@ class _Recorded:
         like = (len(sizes), _engram_of(model).columns)
         if tuple(trace.shape[1:]) != like or (trace.amax((0, 2)) >= torch.tensor(sizes)).any():
             raise ConfigError(
-                f"the trace is another model's: {trace.shape[2]} rows a token of {trace.shape[1]} tables, "
-                f"up to row {int(trace.max())}; {model.info.name} reads {like[1]} of tables of "
-                f"{', '.join(map(str, sizes))} rows"
+                f"the trace was recorded with another model: {trace.shape[2]} rows per token from "
+                f"{trace.shape[1]} tables, up to row {int(trace.max())}; {model.info.name} reads {like[1]} "
+                f"from tables of {', '.join(map(str, sizes))} rows"
             )
         needed = case.rounds * case.tokens + SINGLE_LOOKUPS
         if len(trace) < needed:
@@ -236,8 +236,8 @@ def run_engram(
         table_bytes = sum(files.nbytes for files in whole.files.values())
         if whole.nbytes < table_bytes:
             raise ConfigError(
-                f"{path}: tables of {table_bytes / 1e9:.1f} GB do not fit into memory beside the model; "
-                "take a slice with fewer rows"
+                f"{path}: tables of {table_bytes / 1e9:.1f} GB do not fit in memory next to the model; use "
+                "a slice with fewer rows"
             )
         sources: list[_Source]
         if trace is None:

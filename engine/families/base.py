@@ -107,10 +107,12 @@ class KvCache(ABC):
         """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
         held = self._lengths[segment.slot]
         if segment.start != held:
-            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
+            raise ValueError(
+                f"slot {segment.slot} holds {held} tokens, but the segment starts at {segment.start}"
+            )
         needed = segment.start + segment.length
         if needed > self.capacity:
-            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
+            raise BudgetError(f"{needed} tokens do not fit in a cache of {self.capacity} tokens per sequence")
 
     def advance(self, segment: Segment) -> None:
         """Count the segment's tokens as held; called when every layer has stored them."""

@@ -47,7 +47,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return open_safetensors(path)
     if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; download it again")
+        raise CheckpointError(f"{path}: a broken link to {path.readlink()}; download the model again")
     if path.suffix.lower() == ".gguf" or is_gguf(path):
         return open_gguf(path)
     if not path.exists():
@@ -94,7 +94,7 @@ def open_model(path: Path, context: int | None = None) -> OpenedModel:
     info, components = family.describe(checkpoint)
     if context is not None and context > info.max_context:
         raise ConfigError(
-            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+            f"max_model_len is {context}, but {info.name} supports at most {info.max_context} tokens"
         )
     findings = Findings()
     with findings.checking():

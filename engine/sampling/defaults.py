@@ -50,7 +50,7 @@ def end_token_ids(checkpoint: Path, vocab_size: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
         raise ConfigError(
-            f"{file}: eos_token_id is {value!r}, expected token ids from 0 to {vocab_size - 1}; mend it"
+            f"{file}: eos_token_id is {value!r}, expected token ids from 0 to {vocab_size - 1}; fix it"
         )
     return tuple(dict.fromkeys(ids))
 
@@ -60,10 +60,10 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; that is no generation config")
+            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes, too large for a generation config")
         config = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid JSON ({error}); mend or remove it") from None
+        raise ConfigError(f"{file}: not valid JSON ({error}); fix or remove it") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{file}: a JSON object was expected")
+        raise ConfigError(f"{file}: expected a JSON object")
     return config

@@ -58,15 +58,15 @@ class SamplingParams:
         if self.min_tokens < 0:
             raise RequestError("min_tokens must be 0 (off) or greater", param="min_tokens")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            text = f"min_tokens is {self.min_tokens}, more than the {self.max_tokens} an answer may have"
+            text = f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})"
             raise RequestError(text, param="min_tokens")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError("top_logprobs must be between 0 and 20", param="top_logprobs")
         if self.grammar is not None and self.ignore_eos:
-            text = "an answer that is bound to a grammar ends with it; leave out ignore_eos"
+            text = "a constrained answer ends with its grammar; leave out ignore_eos"
             raise RequestError(text, param="ignore_eos")
         if self.grammar is not None and self.min_tokens:
-            text = "an answer that is bound to a grammar ends with it; leave out min_tokens"
+            text = "a constrained answer ends with its grammar; leave out min_tokens"
             raise RequestError(text, param="min_tokens")
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", param="stop")

@@ -27,8 +27,8 @@ def read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{path}: there is no tokenizer.json; copy it from where the model comes from "
-            "(a SentencePiece tokenizer.model alone is not read)"
+            f"{path}: tokenizer.json is missing; copy it from the model's source (a SentencePiece "
+            "tokenizer.model alone is not supported)"
         )
     text = _read_text(file)
     try:
@@ -95,7 +95,10 @@ def template_of(path: Path, config: Mapping[str, Any]) -> str | None:
 def bounded(template: str, source: Path) -> str:
     """`template`, or a CheckpointError where it is too long to be one."""
     if len(template) > MAX_TEMPLATE_CHARS:
-        raise CheckpointError(f"{source}: the chat template has {len(template)} characters, refused")
+        raise CheckpointError(
+            f"{source}: the chat template has {len(template)} characters, more than the limit of "
+            f"{MAX_TEMPLATE_CHARS}"
+        )
     return template
 
 
@@ -139,7 +142,7 @@ def _declared_token(id_: str, value: Any, file: Path) -> AddedToken:
 def _read_text(file: Path) -> str:
     size = file.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{file}: {size} bytes, more than the {MAX_FILE_BYTES} such a file may have")
+        raise CheckpointError(f"{file}: {size} bytes, more than the limit of {MAX_FILE_BYTES}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -154,7 +157,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

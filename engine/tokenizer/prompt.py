@@ -41,7 +41,7 @@ def encode_text(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text is not valid Unicode: a lone surrogate stands at character {error.start}"
+            f"the text is not valid Unicode: lone surrogate at character {error.start}"
         ) from None
     # Of the library's calls those for batches alone release the interpreter lock; a megabyte takes a second.
     try:
@@ -49,9 +49,7 @@ def encode_text(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
     except BaseException as error:  # a panic of the library is not an Exception
         if type(error).__name__ != "PanicException":
             raise
-        raise RequestError(
-            f"the model's tokenizer fails on this text ({error}); write it otherwise"
-        ) from None
+        raise RequestError(f"the model's tokenizer fails on this text ({error}); rephrase it") from None
     return ids
 
 
@@ -179,4 +177,4 @@ def unused_character(text: str) -> str:
     for code in PRIVATE_USE:
         if chr(code) not in text:
             return chr(code)
-    raise RequestError("the messages use every private-use character there is", param="messages")
+    raise RequestError("the messages use every private-use character; remove some", param="messages")

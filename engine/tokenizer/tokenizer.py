@@ -223,7 +223,7 @@ def _id_of(backend: tokenizers.Tokenizer, spelling: str | None, file: Path) -> i
         return None
     token_id = backend.token_to_id(spelling)
     if token_id is None:
-        raise ConfigError(f"{file}: {spelling!r} is not in tokenizer.json; the files do not belong together")
+        raise ConfigError(f"{file}: {spelling!r} is not in tokenizer.json; the files do not match")
     return token_id
 
 

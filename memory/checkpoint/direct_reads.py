@@ -101,7 +101,7 @@ class DirectFiles:
         piece = needed if stop is None else PIECE
         for at in range(0, needed, piece):
             if stop is not None and stop.is_set():
-                raise CancelledError(f"{part.file}: not wanted any more", moved_bytes=at)
+                raise CancelledError(f"{part.file}: no longer needed", moved_bytes=at)
             of = view[at : at + piece] if at + piece < needed else view[at:]
             read_into(self._descriptors[part.file], of, part.start + at, min(piece, needed - at), part.file)
 

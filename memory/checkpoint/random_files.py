@@ -92,14 +92,14 @@ def write_checkpoint(
     room, CheckpointError where it fails; in each case nothing is left behind.
     """
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: exists; name a new directory, nothing is overwritten")
+        raise ConfigError(f"{out}: already exists; name a new directory (nothing is overwritten)")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"{parent}: no such directory to write to")
     needed, free = plan.nbytes + SPARE_BYTES, shutil.disk_usage(parent).free
     if free < needed:
         raise BudgetError(
-            f"{out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; free some space, "
+            f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free; free some space, "
             "write fewer layers, experts or rows, or name a directory on another disk"
         )
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=parent))
@@ -108,7 +108,9 @@ def write_checkpoint(
         part.chmod(0o755)
         part.rename(out)
     except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror}); nothing was left") from None
+        raise CheckpointError(
+            f"{out}: cannot be written ({error.strerror}); the partial output was removed"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

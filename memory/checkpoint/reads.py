@@ -36,7 +36,8 @@ def read_into(descriptor: int, view: memoryview, at: int, needed: int, file: Pat
             count = os.preadv(descriptor, [view[done:]], at + done)
         except OSError as error:
             raise CheckpointError(
-                f"{file}: cannot be read at byte {at + done} ({error.strerror}); is the drive still there?"
+                f"{file}: cannot be read at byte {at + done} ({error.strerror}); is the drive still "
+                "connected?"
             ) from None
         if count == 0:
             raise CheckpointError(f"{file}: ends at byte {at + done}; download it again")

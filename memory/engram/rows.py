@@ -99,13 +99,15 @@ class RowJob:
         counts = RowCounts()
         error = self._library.loci_rows_wait(self._pointer, ctypes.byref(counts))
         if error == _NO_SUCH_ROW:
-            raise IndexError("a row that the table does not have was asked for")
+            raise IndexError("the table does not have a requested row")
         if error == _CLOSED:
-            raise RuntimeError("the store of Engram rows was closed")
+            raise RuntimeError("the Engram row store was closed")
         if error == _FILE_ENDS:
-            raise CheckpointError("the file has become shorter; download it again")
+            raise CheckpointError("the file has been truncated; download it again")
         if error:
-            raise CheckpointError(f"rows cannot be read ({os.strerror(error)}); is the drive still there?")
+            raise CheckpointError(
+                f"rows cannot be read ({os.strerror(error)}); is the drive still connected?"
+            )
         return counts
 
 
@@ -126,7 +128,7 @@ class RowServer:
         if rows.dtype != torch.int64 or not rows.is_contiguous():
             rows = rows.to(torch.int64).contiguous()
         if self._pointer is None:
-            raise RuntimeError("the store of Engram rows is closed")
+            raise RuntimeError("the Engram row store is closed")
         args = (table, rows.data_ptr(), len(rows), out.data_ptr())
         return RowJob(self._library.loci_rows_ask(self._pointer, *args), out)
 

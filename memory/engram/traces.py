@@ -22,7 +22,7 @@ def load_rows(file: Path) -> torch.Tensor:
     try:
         rows = load_file(file)["engram_rows"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{file}: not a trace of Engram rows ({error})") from None
+        raise CheckpointError(f"{file}: not an Engram row trace ({error})") from None
     if rows.dim() != 3 or rows.dtype != torch.int32 or not rows.numel() or int(rows.min()) < 0:
         raise CheckpointError(f"{file}: engram_rows must be [tokens, tables, columns] of row numbers")
     return rows.to(torch.int64)

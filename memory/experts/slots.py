@@ -72,7 +72,7 @@ class ExpertSlots:
         if self.dram.arena.slots < min(MIN_SLOTS, total):
             raise BudgetError(
                 f"the DRAM budget of {dram.budget_bytes} bytes holds {self.dram.arena.slots} experts of "
-                f"{layout.nbytes} bytes; at least {MIN_SLOTS} are needed"
+                f"{layout.nbytes} bytes, but at least {MIN_SLOTS} are needed; raise --dram-budget"
             )
         self.gpus = [table(tier) for tier in gpus]
         self.keeps_copies = self.dram.arena.slots >= total

@@ -42,7 +42,7 @@ class RoutingTrace:
             or not ids.numel()
             or int(ids.min()) < 0
         ):
-            raise CheckpointError(f"{file}: router_ids must be [tokens, layers, top_k] of expert numbers")
+            raise CheckpointError(f"{file}: router_ids must be [tokens, layers, top_k] of expert indices")
         return cls(ids.to(torch.int64))
 
     def save(self, file: Path) -> None:
@@ -86,7 +86,10 @@ class RoutingTrace:
         Raises CheckpointError where the trace names experts that the model lacks.
         """
         if int(self.router_ids.max()) >= experts:
-            raise CheckpointError(f"the routing trace names expert {int(self.router_ids.max())} of {experts}")
+            raise CheckpointError(
+                f"the routing trace refers to expert {int(self.router_ids.max())}, but there are only "
+                f"{experts}"
+            )
         counts = torch.stack(
             [torch.bincount(self.router_ids[:, n].flatten(), minlength=experts) for n in range(self.layers)]
         ).double()
@@ -101,6 +104,7 @@ def trace_beside(checkpoint: Path, layers: int, experts: int) -> torch.Tensor | 
     trace = RoutingTrace.load(file)
     if trace.layers != layers:
         raise CheckpointError(
-            f"{file}: traces {trace.layers} layers, the model has {layers}; remove it and record it again"
+            f"{file}: covers {trace.layers} layers, but the model has {layers}; delete it and record a new "
+            "one"
         )
     return trace.shares(experts)

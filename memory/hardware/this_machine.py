@@ -69,7 +69,7 @@ def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> No
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(report, indent=1))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error}); name another place") from None
+        raise ConfigError(f"{path}: cannot be written ({error}); choose another path") from None
 
 
 def read_measured(machine: Machine, path: Path | None = None) -> dict[str, float]:

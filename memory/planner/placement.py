@@ -134,7 +134,7 @@ class _Room:
             return
         if tier != NOWHERE:
             self.left[tier] -= nbytes
-        reason = "no tier has room for it" if tier == NOWHERE else reason
+        reason = "it fits in no tier" if tier == NOWHERE else reason
         self.places.append(Place(component, kind, layer, tier, nbytes, count, reason))
 
     def first_with(self, nbytes: int, tiers: list[str]) -> str:

@@ -40,7 +40,7 @@ def measure_kernels(effort: Effort) -> Iterator[tuple[str, list[Figure]]]:
     if not isinstance(kernels, NativeKernels):
         raise ConfigError(f"nothing to measure: {kernels.describe()}")
     if effort.arena_bytes < MIN_BYTES:
-        raise ConfigError(f"{MIN_BYTES >> 20} MiB of memory at least are needed; free some")
+        raise ConfigError(f"at least {MIN_BYTES >> 20} MiB of memory is needed; free some")
     both = Both({mode: NativeKernels(mode, kernels.level) for mode in ("exact", "int8")}, kernels.activations)
     neighbours = Neighbours()
     arena = Arena(effort.arena_bytes, kernels)

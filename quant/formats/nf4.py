@@ -119,10 +119,10 @@ def read_bitsandbytes(tensors: Mapping[str, torch.Tensor], name: str) -> PackedT
         raise FormatError(f"nf4: {name} has shape {shape}, expected [rows, cols]")
     if block != BLOCK or shape[1] % BLOCK:
         raise FormatError(
-            f"nf4: {name} is {shape} in blocks of {block}; only rows of whole blocks of {BLOCK} are read"
+            f"nf4: {name} is {shape} in blocks of {block}; only rows of whole blocks of {BLOCK} are supported"
         )
     if not torch.allclose(part(".quant_map").float(), NF4_LEVELS, atol=1e-6):
-        raise FormatError(f"nf4: {name}.quant_map does not hold the levels of NF4")
+        raise FormatError(f"nf4: {name}.quant_map does not contain the NF4 levels")
     absmax = part(".absmax")
     if f"{name}.nested_absmax" in tensors:
         nested = (part(".nested_absmax"), part(".nested_quant_map"))

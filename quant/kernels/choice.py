@@ -43,5 +43,5 @@ def _host() -> Kernels:
     try:
         return NativeKernels(level=os.environ.get(LEVEL_VARIABLE))
     except LibraryMissingError as error:
-        log.warning("computing with plain torch, which is slow: %s", error)
+        log.warning("computing with plain PyTorch, which is slow: %s", error)
         return ReferenceKernels(str(error))

@@ -27,7 +27,7 @@ class ReferenceKernels(TorchLayers):
         self.reason = reason  # why nothing faster was chosen
 
     def describe(self) -> str:
-        return f"plain torch{self.reason and ': '}{self.reason}"
+        return f"plain PyTorch{self.reason and ': '}{self.reason}"
 
     def on(self, device: torch.device) -> ReferenceKernels:
         return self

@@ -86,8 +86,8 @@ class RequireHost:
             await self._app(scope, receive, send)
             return
         text = (
-            f"this server does not answer to the name {host!r}; use another of its names, or ask "
-            "who runs it to add this one to --allowed-hosts"
+            f"this server does not accept the host name {host!r}; use another of its names, or ask its "
+            "operator to add this one to --allowed-hosts"
         )
         await ApiError(403, text, code="host_not_allowed").response_to(scope)(scope, receive, send)
 

@@ -83,7 +83,7 @@ def unavailable(message: str, code: str) -> ApiError:
 def internal(request_id: str) -> ApiError:
     """500 for a fault of ours; the traceback is in the log under `request_id`."""
     return ApiError(
-        500, f"internal error; the server's log says more under {request_id}", code="internal_error"
+        500, f"internal error; the server's log has details under {request_id}", code="internal_error"
     )
 
 

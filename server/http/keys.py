@@ -91,9 +91,9 @@ class KeyRing:
         try:
             self._use(self._fixed | self._read())
         except ConfigError as error:
-            log.error("%s; the keys read before stay valid", error)
+            log.error("%s; the previous keys stay valid", error)
         else:
-            log.info("%s was read again: %d keys", self._file, len(self._digests))
+            log.info("%s was reloaded: %d keys", self._file, len(self._digests))
 
     def _read(self) -> dict[str, Entry]:
         if self._file is None:
@@ -101,7 +101,7 @@ class KeyRing:
         entries = read_key_file(self._file)
         taken = entries.keys() & self._fixed.keys()
         if taken:
-            raise ConfigError(f"{self._file}: the name {min(taken)} is that of a key given as a setting")
+            raise ConfigError(f"{self._file}: the name {min(taken)} is already used by a key in the settings")
         return entries
 
     def _use(self, entries: Mapping[str, Entry]) -> None:
@@ -129,24 +129,24 @@ def read_key_file(path: Path) -> dict[str, Entry]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; --api-key-file takes a TOML file") from None
     except ValueError:  # its text could show a part of a key
-        raise ConfigError(f'{path}: this is not TOML; a key is a line like name = "key"') from None
+        raise ConfigError(f'{path}: not valid TOML; a key is a line like name = "key"') from None
     if len(text) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: a file of keys has at most {MAX_FILE_BYTES} bytes")
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes, too large for a key file")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        log.warning("%s can be read by others than its owner; chmod 600 %s", path, path)
+        log.warning("%s can be read by other users; run chmod 600 %s", path, path)
     entries = {name: _entry(path, name, value) for name, value in content.items()}
     if not entries:
-        raise ConfigError(f'{path}: there are no keys in it; a key is a line like name = "key"')
+        raise ConfigError(f'{path}: contains no keys; a key is a line like name = "key"')
     secrets = [entry.key.get_secret_value() for entry in entries.values()]
     twice = next((name for name, key in zip(entries, secrets, strict=True) if secrets.count(key) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{path}: the key of {twice} stands there twice")
+        raise ConfigError(f"{path}: the key of {twice} is listed twice")
     return entries
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{path}: {name!r} is no name for a key; use up to 64 letters, digits and . _ -")
+        raise ConfigError(f"{path}: {name!r} is not a valid key name; use up to 64 letters, digits and . _ -")
     try:
         return Entry.model_validate({"key": value} if isinstance(value, str) else value)
     except ValidationError as error:

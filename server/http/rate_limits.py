@@ -107,7 +107,7 @@ class Account:
     def _check(self) -> None:
         most = self.limits.concurrent_requests
         if most is not None and self._running >= most:
-            raise self._refusal("concurrent_requests", f"{most} requests at once", 1.0)
+            raise self._refusal("concurrent_requests", f"{most} concurrent requests", 1.0)
         for name, bucket, unit in (
             ("requests_per_minute", self._requests, "requests"),
             ("tokens_per_minute", self._tokens, "tokens"),
@@ -121,7 +121,7 @@ class Account:
         after = max(1, math.ceil(wait_s))
         return ApiError(
             429,
-            f"the key {self.name!r} is allowed {allowed}; try again in {after} s",
+            f"the key {self.name!r} is limited to {allowed}; try again in {after} s",
             code="rate_limit_exceeded",
             headers={"Retry-After": str(after), **dict(self.headers())},
         )

@@ -51,7 +51,7 @@ async def ready(request: Request) -> Response:
 async def cancel_request(request: Request, request_id: str) -> dict[str, Any]:
     """End what is being answered under this id: that of the request or that of the answer."""
     if not running_of(request).cancel(owner_of(request), request_id):
-        text = f"nothing is being answered under {request_id!r}"
+        text = f"no request with the id {request_id!r} is running"
         raise ApiError(404, text, code="request_not_found")
     return {"id": request_id, "object": "request", "cancelled": True}
 

@@ -65,10 +65,10 @@ def refuse_windows(data: Any) -> Any:
 
 _NO_SAMPLER = "this server does not have that sampler"
 _NO_BEAMS = "answers are sampled"
-_NO_IMAGES = "only text is understood"
-_OWN_TEMPLATE = "the model's own is used; chat_template_kwargs are its variables"
-_NOT_PART = "it is no part of answers here"
-_SWITCH = "say whether the model reasons with {}"
+_NO_IMAGES = "only text input is supported"
+_OWN_TEMPLATE = "the model's own template is used; chat_template_kwargs sets its variables"
+_NOT_PART = "answers do not include it"
+_SWITCH = "turn reasoning on or off with {}"
 
 SAMPLERS = {
     "typical_p": unless(_NO_SAMPLER, 1),
@@ -101,8 +101,8 @@ SAMPLERS = {
     "use_beam_search": unless(_NO_BEAMS),
     "num_beams": unless(_NO_BEAMS, 1),
     "beam_width": unless(_NO_BEAMS, 1),
-    "logits_processors": unless("nothing of a request is executed"),
-    "custom_logit_processor": unless("nothing of a request is executed"),
+    "logits_processors": unless("code in requests is not executed"),
+    "custom_logit_processor": unless("code in requests is not executed"),
     "random_seed": unless("use seed"),
     "allowed_token_ids": unless("use structured_outputs.choice or logit_bias"),
     "bad_words": unless("use logit_bias"),
@@ -113,32 +113,32 @@ SAMPLERS = {
     "no_stop_trim": unless("use include_stop_str_in_output"),
     "min_new_tokens": unless("use min_tokens", 0),
     "min_length": unless("use min_tokens", 0),
-    "t_max_predict_ms": unless("leave, or cancel the request, when it takes too long", 0, -1),
+    "t_max_predict_ms": unless("disconnect or cancel the request when it takes too long", 0, -1),
     "n_indent": unless(_NO_SAMPLER, 0),
 }
 # What all protocols refuse.
 COMMON = SAMPLERS | {
-    "num_ctx": only("the context is what the server was started with (--max-model-len)"),
-    "n_ctx": only("the context is what the server was started with (--max-model-len)"),
-    "options": unless("send the fields in it by themselves, under the names of this interface", {}),
+    "num_ctx": only("the context length is set when the server starts (--max-model-len)"),
+    "n_ctx": only("the context length is set when the server starts (--max-model-len)"),
+    "options": unless("send its fields at the top level, under this API's names", {}),
     "truncate_prompt_tokens": only("shorten the prompt"),
     "prompt_truncate_len": only("shorten the prompt"),
     "context_length_exceeded_behavior": unless("shorten the prompt", "error"),
     "transforms": unless("shorten the prompt"),
     "template": unless(_OWN_TEMPLATE),
     "chat_template": unless(_OWN_TEMPLATE),
-    "documents": unless("put them into messages"),
+    "documents": unless("put them in messages"),
     "images": unless(_NO_IMAGES),
     "image_data": unless(_NO_IMAGES),
     "prompt_embeds": unless("send text or token ids"),
     "input_embeds": unless("send text or token ids"),
     "lora": unless("the model is served as it was loaded"),
     "lora_path": unless("the model is served as it was loaded"),
-    "safe_prompt": unless("say it in a message"),
-    "web_search_options": unless("this server searches nothing"),
-    "search_parameters": unless("this server searches nothing"),
-    "enable_search": unless("this server searches nothing"),
-    "plugins": unless("this server calls no others"),
+    "safe_prompt": unless("put it in a message"),
+    "web_search_options": unless("this server does not search"),
+    "search_parameters": unless("this server does not search"),
+    "enable_search": unless("this server does not search"),
+    "plugins": unless("this server does not call other servers"),
     "post_sampling_probs": unless("log probabilities are the model's own"),
     "return_token_ids": unless(_NOT_PART),
     "return_tokens": unless(_NOT_PART),
@@ -146,15 +146,15 @@ COMMON = SAMPLERS | {
     "return_hidden_states": unless(_NOT_PART),
     "return_full_text": unless("use echo of /v1/completions"),
     "structural_tag": unless("use tools, or structured_outputs.grammar"),
-    "include_reasoning": only("leave reasoning_content out when you read the answer", True),
-    "separate_reasoning": only("reasoning is always apart from content", True),
-    "reasoning_in_content": unless("reasoning is always apart from content"),
-    "reasoning_format": unless("reasoning is always apart from content", "auto", "deepseek"),
-    "thinking_budget": only("how long the model reasons is not limited apart from the answer"),
-    "thinking_budget_tokens": only("how long the model reasons is not limited apart from the answer"),
-    "thinking_token_budget": only("how long the model reasons is not limited apart from the answer"),
-    "reasoning_budget": only("how long the model reasons is not limited apart from the answer", -1),
-    "reasoning_budget_tokens": only("how long the model reasons is not limited apart from the answer", -1),
+    "include_reasoning": only("ignore reasoning_content in the answer", True),
+    "separate_reasoning": only("reasoning is always separate from content", True),
+    "reasoning_in_content": unless("reasoning is always separate from content"),
+    "reasoning_format": unless("reasoning is always separate from content", "auto", "deepseek"),
+    "thinking_budget": only("reasoning is not limited separately from the answer"),
+    "thinking_budget_tokens": only("reasoning is not limited separately from the answer"),
+    "thinking_token_budget": only("reasoning is not limited separately from the answer"),
+    "reasoning_budget": only("reasoning is not limited separately from the answer", -1),
+    "reasoning_budget_tokens": only("reasoning is not limited separately from the answer", -1),
 }
 _FORMS = {
     "guided_json": "json",
@@ -197,7 +197,7 @@ REFUSED = (
 # Of /v1/chat/completions alone.
 CHAT_REFUSED = {
     "echo": unless("use continue_final_message"),
-    "add_special_tokens": unless("the chat template writes what belongs there"),
+    "add_special_tokens": unless("the chat template adds the special tokens"),
     "best_of": unless("answers are not ranked", 1),
 }
 # Of /v1/completions alone, which know neither conversations nor tools.
@@ -249,7 +249,7 @@ MESSAGES_REFUSED = (
     | _ELSEWHERE
     | {name: only("use max_tokens") for name in (*_LENGTHS, "max_completion_tokens")}
     | {
-        "mcp_servers": unless("this server calls no others"),
+        "mcp_servers": unless("this server does not call other servers"),
         "container": unless("this server runs no tools of its own"),
         "output_format": unless("use output_config.format"),
         "response_format": unless("use output_config.format", {"type": "text"}),
@@ -269,12 +269,12 @@ MESSAGE_REFUSED = {
     "images": unless(_NO_IMAGES),
 }
 TOKENIZE_REFUSED = {
-    "add_generation_prompt": only("the prompt is told as an answer to it would begin", True),
+    "add_generation_prompt": only("the prompt is always rendered ready for an answer", True),
     "continue_final_message": unless("use prefix in the last message"),
     "chat_template": unless(_OWN_TEMPLATE),
     "chat_template_kwargs": unless("the model's defaults are used", {}),
     "content": unless("use prompt or messages"),
     "add_special": only("use add_special_tokens"),
-    "parse_special": only("special tokens may always be spelled in a prompt", True),
+    "parse_special": only("special tokens in a prompt are always parsed", True),
     "with_pieces": unless("use return_token_strs"),
 }

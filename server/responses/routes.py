@@ -64,7 +64,7 @@ async def count_input_tokens(request: Request) -> dict[str, Any]:
 async def get_response(request: Request, response_id: str) -> dict[str, Any]:
     """A response that is still kept."""
     if request.query_params.get("stream") == "true":
-        raise ApiError(400, "a finished response is not streamed again; leave stream out", param="stream")
+        raise ApiError(400, "a finished response cannot be streamed; leave stream out", param="stream")
     return _stored(request, response_id).response
 
 
@@ -99,7 +99,7 @@ async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
         if isinstance(reply, ResponsesReply):
             return reply.cancelled()
     _stored(request, response_id)
-    raise ApiError(400, "the response has ended already", code="response_not_cancellable")
+    raise ApiError(400, "the response has already ended", code="response_not_cancellable")
 
 
 @router.delete("/{response_id}")
@@ -136,7 +136,8 @@ def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) ->
     if stored is None:
         raise ApiError(
             400,
-            f"the response {body.previous_response_id!r} is not kept here; send its items as input",
+            f"the response {body.previous_response_id!r} is not stored on this server; send its items as "
+            "input",
             param="previous_response_id",
             code="previous_response_not_found",
         )
@@ -144,7 +145,9 @@ def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) ->
 
 
 def _not_found(response_id: str) -> ApiError:
-    return ApiError(404, f"the response {response_id!r} is not kept here", code="response_not_found")
+    return ApiError(
+        404, f"the response {response_id!r} is not stored on this server", code="response_not_found"
+    )
 
 
 @contextmanager

@@ -85,8 +85,8 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
     limit = service.settings.max_num_seqs + service.settings.max_waiting
     if reply.sequences > limit:
         text = (
-            f"{reply.sequences} answers at once are more than this server takes ({limit}); "
-            "send fewer prompts, or a smaller n"
+            f"{reply.sequences} answers at once exceed this server's limit of {limit}; send fewer prompts, "
+            "or a smaller n"
         )
         raise ApiError(400, text, param="n", code="too_many_sequences")
     if reply.grammar is not None:

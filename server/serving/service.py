@@ -91,7 +91,7 @@ def bring_up(prepared: Prepared) -> Served:
     settings, budget, prefix_bytes = prepared.settings, prepared.budget, prepared.prefix_bytes
     loaded = prepared.opened.load(budget)
     if any(not gpu.is_virtual for gpu in budget.gpus):
-        log.info("compiling the GPUs' kernels, where that was not done before")
+        log.info("compiling GPU kernels that are not cached yet")
         warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if prefix_bytes is None:
@@ -187,12 +187,12 @@ class Service:
     def served(self) -> Served:
         """The model. Raises ApiError 503 while it loads or the server stops, or when its engine has died."""
         if self.is_draining:
-            raise unavailable("the server is stopping and takes no new requests", "server_stopping")
+            raise unavailable("the server is shutting down and accepts no new requests", "server_stopping")
         if self._served is None:
             raise unavailable("the model is still loading; try again soon", "model_loading")
         if not self._served.engine.is_alive:
             raise unavailable(
-                "the engine has stopped; the server must be restarted by who runs it", "engine_stopped"
+                "the engine has stopped; ask the server's operator to restart it", "engine_stopped"
             )
         return self._served
 
@@ -202,7 +202,7 @@ class Service:
         if model != served.name:
             raise ApiError(
                 404,
-                f"the model {model!r} does not exist; this server has {served.name!r}",
+                f"the model {model!r} does not exist; this server serves {served.name!r}",
                 param="model",
                 code="model_not_found",
             )

@@ -85,7 +85,7 @@ class V41Config:
         """Raise ConfigError listing everything in which the fields contradict each other."""
         problems = self._contradictions()
         if problems:
-            raise ConfigError("config.json contradicts itself:\n  " + "\n  ".join(problems))
+            raise ConfigError("config.json is inconsistent:\n  " + "\n  ".join(problems))
 
     def kv_source_of(self, layer: int) -> int | None:
         """The layer whose compressed entries `layer` sees; None for window-only layers."""
@@ -125,9 +125,9 @@ class V41Config:
                 continue
             sources = [s for s in self.kv_source_layer_ids if s <= layer]
             if not sources:
-                found.append(f"layer {layer} sees compressed entries, but no kv source comes before it")
+                found.append(f"layer {layer} reads compressed entries, but no kv source precedes it")
             elif self.compress_ratios[max(sources)] != ratio:
-                found.append(f"layer {layer} has ratio {ratio}, its source {max(sources)} another")
+                found.append(f"layer {layer} has ratio {ratio}, but its source {max(sources)} has another")
             elif not any(max(sources) <= i <= layer for i in self.index_source_layer_ids):
                 found.append(f"layer {layer} has no index source at or after its kv source {max(sources)}")
         candidate = self.candidate_source_layer_id
@@ -135,7 +135,7 @@ class V41Config:
             if candidate not in self.index_source_layer_ids:
                 found.append(f"candidate_source_layer_id {candidate} is not an index source")
             if any(source > candidate for source in self.kv_source_layer_ids):
-                found.append(f"a kv source comes after the candidate source {candidate}")
+                found.append(f"a kv source follows the candidate source {candidate}")
             if self.candidate_topk_blocks < 1 or self.candidate_block_size < 1:
                 found.append("candidate_topk_blocks and candidate_block_size must be positive")
         if self.num_attention_heads * self.head_dim % self.o_groups:
@@ -209,7 +209,9 @@ def parse_config(raw: Mapping[str, Any]) -> V41Config:
     reader.require("hidden_act", "silu")
     reader.require("tie_word_embeddings", False)
     if reader.problems:
-        raise ConfigError("config.json is not one this family can run:\n  " + "\n  ".join(reader.problems))
+        raise ConfigError(
+            "config.json is not supported by this model family:\n  " + "\n  ".join(reader.problems)
+        )
     config.check()
     return config
 

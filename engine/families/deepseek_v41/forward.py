@@ -129,7 +129,7 @@ class DeepseekV41(Model):
             if needed[tier] > room:
                 raise BudgetError(
                     f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
-                    f"{needed[tier] / 1e6:,.1f} MB there, {room / 1e6:,.1f} MB were kept free when loading"
+                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
                 )
         return SparseCache(self.cache_shape, slots, capacity)
 
@@ -452,7 +452,7 @@ class DeepseekV41Family(Family):
         if config.engram_num_embeddings != expected:
             raise ConfigError(
                 f"engram_num_embeddings is {list(config.engram_num_embeddings)}, but the hash of this "
-                f"config addresses {list(expected)} rows; config and tables do not belong together"
+                f"config addresses {list(expected)} rows; the config and the tables do not match"
             )
 
 

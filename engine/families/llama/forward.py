@@ -191,9 +191,9 @@ class LlamaFamily(Family):
         nbytes = sum(entry.nbytes for entry in checkpoint.used(IGNORED).values())
         if nbytes > budget.dram_bytes:
             raise BudgetError(
-                f"{checkpoint.path}: the weights, all used for every token, need {nbytes:,} bytes; the "
-                f"budget is {budget.dram_bytes:,} bytes of memory; free some, raise "
-                "--dram-budget, or take a smaller model"
+                f"{checkpoint.path}: the weights are all used for every token and need {nbytes:,} bytes, "
+                f"but the memory budget is {budget.dram_bytes:,} bytes; free some memory, raise "
+                "--dram-budget or use a smaller model"
             )
 
         def read(role: str, *layer: int) -> Weight:
@@ -211,8 +211,8 @@ class LlamaFamily(Family):
             assert isinstance(factors, torch.Tensor)
             if not bool(((factors > 0) & factors.isfinite()).all()):
                 raise CheckpointError(
-                    f"{checkpoint.path}: {config.names['rope_factors']} holds numbers that no frequency can "
-                    "be divided by; download it again"
+                    f"{checkpoint.path}: {config.names['rope_factors']} has values that are not positive "
+                    "and finite; download it again"
                 )
             frequencies = frequencies / factors.double()
 

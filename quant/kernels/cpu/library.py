@@ -83,10 +83,10 @@ def load() -> ctypes.CDLL:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         if library.loci_interface() != INTERFACE:
-            raise OSError("built from other sources")
+            raise OSError("built from different sources")
     except (OSError, AttributeError) as error:
         raise LibraryMissingError(
-            f"the compiled kernels do not load ({error}); install the package again"
+            f"the compiled kernels cannot be loaded ({error}); reinstall the package"
         ) from error
     return library
 

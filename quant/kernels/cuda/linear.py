@@ -358,5 +358,5 @@ def linear_launch(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> Launch:
         arguments = (x, weight.codes, weight.scales, nf4_levels(x.device), out, tokens, rows, units)
         kernel = four_bit_linear
     else:
-        raise FormatError(f"{weight.format.name}: no Triton kernel multiplies with it")
+        raise FormatError(f"{weight.format.name}: no Triton kernel supports it")
     return Launch(kernel, grid, arguments, constants, blocks.warps)

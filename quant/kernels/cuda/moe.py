@@ -234,7 +234,7 @@ def _places(chosen: list[ExpertWeights]) -> tuple[torch.Tensor, npt.NDArray[np.i
     first = chosen[0].w1
     format_ = first.format
     if four_bit_kind(first) is None:
-        raise FormatError(f"{format_.name}: no Triton kernel runs experts in it")
+        raise FormatError(f"{format_.name}: no Triton kernel runs experts in this format")
     check_reachable(first)
     for expert in chosen:
         for weight in expert.matrices:

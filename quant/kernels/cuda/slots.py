@@ -74,8 +74,8 @@ class GpuSlotLayout(FileSlotLayout):
         super().__post_init__()
         if not isinstance(self.format, FourBit) or self.format.scale_fields:
             raise FormatError(
-                f"{self.format.name}: experts in this format cannot lie on a GPU yet; mxfp4, nf4 and int4 "
-                "can (`loci quantize` converts)"
+                f"{self.format.name}: experts in this format cannot be placed on a GPU yet; mxfp4, nf4 and "
+                "int4 can (`loci quantize` converts)"
             )
 
     def from_panels(self, slot: torch.Tensor, panels: torch.Tensor) -> None:

@@ -404,7 +404,7 @@ def test_a_prompt_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> Non
     loop = "{% for i in range(100000) %}"
     template = f"{loop}{loop}{{{{ messages[0].content }}}}{{% endfor %}}{{% endfor %}}"
 
-    with pytest.raises(RequestError, match="more than 1000 characters; send less"):
+    with pytest.raises(RequestError, match="more than 1000 characters; shorten the messages"):
         render(template, user("hello"))
 
 

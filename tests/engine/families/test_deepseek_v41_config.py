@@ -57,7 +57,7 @@ def test_all_missing_keys_are_named_at_once(text: dict[str, Any]) -> None:
         ("kv_source_layer_ids", [1], "layer 4 has ratio 1, its source 1 another"),
         ("index_source_layer_ids", [5], "has no index source at or after its kv source"),
         ("candidate_source_layer_id", 6, "candidate_source_layer_id 6 is not an index source"),
-        ("candidate_source_layer_id", 1, "a kv source comes after the candidate source"),
+        ("candidate_source_layer_id", 1, "a kv source follows the candidate source"),
         ("num_experts_per_tok", 99, "top 99 of 16 experts"),
         ("engram_num_embeddings", [1], "differ in length"),
         ("rope_scaling", {"type": "linear", "factor": 2}, "only 'yarn' is implemented"),

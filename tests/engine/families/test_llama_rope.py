@@ -212,7 +212,7 @@ def test_a_gguf_file_stretched_otherwise_is_refused(
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "say different things"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "has full_attention, which"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the llama family computes 1 only"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the llama family supports only 1"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"rotary_dim": 8}, "rotary_dim is 8"),

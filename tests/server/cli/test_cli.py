@@ -119,7 +119,7 @@ def test_logits_are_those_of_the_reference(tmp_path: Path, name: str) -> None:
         ('["a"]', "expected a JSON list of token ids"),
         ("[]", "expected a JSON list of token ids"),
         ("[1, 5000]", "5000 is not a token id; the vocabulary has ids 0 to 1023"),
-        (json.dumps([1] * 3000), "3000 tokens are more than the model's context of 2048"),
+        (json.dumps([1] * 3000), "3000 tokens exceed the model's context of 2048"),
     ],
 )
 def test_wrong_ids_are_one_line_and_no_file(tmp_path: Path, ids: str, message: str) -> None:

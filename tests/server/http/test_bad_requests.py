@@ -39,7 +39,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -2}, "top_k", "0 (off) or greater"),
         ({"min_tokens": -1}, "min_tokens", "0 (off) or greater"),
-        ({"min_tokens": 5}, "min_tokens", "min_tokens is 5, more than the 4 an answer may have"),
+        ({"min_tokens": 5}, "min_tokens", "min_tokens is 5, more than max_tokens (4)"),
         ({"min_p": 2}, "min_p", "between 0 and 1"),
         ({"frequency_penalty": 3}, "frequency_penalty", "between -2 and 2"),
         ({"presence_penalty": 3}, "presence_penalty", "between -2 and 2"),
@@ -56,7 +56,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"stop_token_ids": [99999]}, "stop_token_ids", "outside the vocabulary"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "ids 0 to 1023"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is not a token id"),
-        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "'05' names token 5 a second time"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "'05' repeats token 5"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
@@ -276,7 +276,7 @@ def test_an_unknown_model_raises_the_sdks_not_found(client: openai.OpenAI) -> No
 
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
-    assert "'gpt-9' does not exist; this server has 'v41-c'" in caught.value.message
+    assert "'gpt-9' does not exist; this server serves 'v41-c'" in caught.value.message
 
 
 def test_an_unknown_route_is_a_404_in_the_same_shape(http: httpx.Client) -> None:
