@@ -18,7 +18,7 @@ from quant.errors import BudgetError
 
 logger = logging.getLogger("loci.memory")
 
-ALIGNMENT = 64  # slots begin on cache lines
+ALIGNMENT = 64  # slots are aligned to cache lines
 
 
 @dataclass(frozen=True)

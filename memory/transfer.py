@@ -53,7 +53,7 @@ class Ticket:
 
     @property
     def is_done(self) -> bool:
-        """True once `wait` would not wait."""
+        """True once `wait` would not block."""
         return self._done.is_set()
 
     @property

@@ -19,7 +19,7 @@ from memory.user_files import user_cache, whole_file
 from quant.errors import ConfigError
 
 REPLACEMENT_CHARACTER = "\ufffd"
-FEW = 2  # tokens whose addresses are sooner computed number by number
+FEW = 2  # up to this many tokens, plain Python is faster
 
 
 def build_token_map(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
@@ -156,7 +156,7 @@ class EngramHash:
 
     @property
     def columns(self) -> int:
-        """Rows that a token asks of each table."""
+        """Rows per token and table."""
         return int(self.primes.shape[1])
 
     def rows(self, windows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Asking for a step's Engram rows before its forward, and for a decoded token's as soon as it is known."""
+"""Requests a step's Engram rows before its forward, and a decoded token's as soon as it is sampled."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class _Picked:
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of a step's tokens, on their way: parts in the order of the tokens."""
+    """Pending rows of a step's tokens: parts in token order."""
 
     parts: list[_Picked]
 
     def is_there(self, table: int) -> bool:
-        """True where `wait` would not wait."""
+        """True if `wait` would not block."""
         return all(picked.part.tickets[table].is_done for picked in self.parts)
 
     def wait(self, table: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ class EngramLookup:
 
     @property
     def columns(self) -> int:
-        """Rows that a token asks of each table."""
+        """Rows per token and table."""
         return self.hashing.columns
 
     def expect(self, windows: np.ndarray) -> None:

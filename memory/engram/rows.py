@@ -91,7 +91,7 @@ class RowJob:
 
     @property
     def is_done(self) -> bool:
-        """True once `wait` would not wait."""
+        """True once `wait` would not block."""
         return bool(self._library.loci_rows_done(self._pointer))
 
     def wait(self) -> RowCounts:

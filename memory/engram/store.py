@@ -74,7 +74,7 @@ class RowsTicket(Protocol):
 
     @property
     def is_done(self) -> bool:
-        """True once `wait` would not wait."""
+        """True once `wait` would not block."""
         ...
 
     def wait(self) -> torch.Tensor:

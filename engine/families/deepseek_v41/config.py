@@ -82,7 +82,7 @@ class V41Config:
     eos_token_ids: tuple[int, ...]
 
     def check(self) -> None:
-        """Raise ConfigError listing everything in which the fields contradict each other."""
+        """Raise ConfigError listing all inconsistencies between fields."""
         problems = self._contradictions()
         if problems:
             raise ConfigError("config.json is inconsistent:\n  " + "\n  ".join(problems))
@@ -220,7 +220,7 @@ _MISSING = object()
 
 
 class _Reader:
-    """Takes values out of a config in either dialect and collects everything that is wrong."""
+    """Reads values from a config in either dialect and collects all errors."""
 
     def __init__(self, text: Mapping[str, Any], outer: Mapping[str, Any]) -> None:
         self.text = text
@@ -266,7 +266,7 @@ class _Reader:
         return ()
 
     def require(self, name: str, only: object) -> None:
-        """A setting that may be absent, but of which one value alone is implemented."""
+        """An optional setting of which only one value is implemented."""
         value = self.raw(name)
         if value is not _MISSING and value != only:
             self.problems.append(f"{name} is {value!r}; only {only!r} is implemented")

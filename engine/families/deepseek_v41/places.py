@@ -1,4 +1,4 @@
-"""On which GPU, or in DRAM, what every token reads lies: as the planner says, within the budgets."""
+"""Placement of the weights that every token reads, on GPUs or in DRAM: as planned, within the budgets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class DensePlaces:
-    """Where layers (with their shared experts and KV) and the head lie.
+    """Where layers (with their shared experts and KV) and the head are placed.
 
     layers, head   the device of each
     tiers          the tier of each layer
-    holds_embedding  False where the embedding stays on disk, for want of DRAM
+    holds_embedding  False if the embedding stays on disk for lack of DRAM
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
     kv_room        bytes of KV that are kept free, by GPU
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)

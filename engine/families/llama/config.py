@@ -1,7 +1,7 @@
-"""What a Llama checkpoint says of itself, in GGUF's words or in those of safetensors directories.
+"""The configuration of a Llama checkpoint, from GGUF metadata or a safetensors directory.
 
-The two spell config keys and tensor names differently and order the channels that rotary embeddings
-turn differently: GGUF keeps the two of a pair side by side, safetensors (as `transformers` writes
+The two differ in config keys, in tensor names and in the channel order of rotary embeddings: GGUF keeps the
+two of a pair side by side, safetensors (as `transformers` writes
 them) half a head apart.
 """
 
@@ -53,7 +53,7 @@ GGUF_ENDS = ("eos", "eot", "eom")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What the forward needs to know, and how this checkpoint spells its tensors.
+    """What the forward needs, and this checkpoint's tensor names.
 
     has_pairs_side_by_side: whether the channels of a rotary pair are neighbours (GGUF) or half a
     head apart (safetensors). has_rope_factors: whether a tensor says what each
@@ -288,7 +288,7 @@ def _hf_yarn(read: _Keys, theta: float, factor: float, original: int) -> Rope:
 
 
 class _Keys:
-    """Typed look-ups in a checkpoint's config; every ConfigError names file, key and value.
+    """Typed lookups in a checkpoint's config; every ConfigError names the file, key and value.
 
     prefix: where in the config `config` lies, for the messages.
     """

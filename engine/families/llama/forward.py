@@ -1,6 +1,6 @@
 """Llama and SmolLM2: a dense decoder with grouped-query attention, from GGUF or safetensors.
 
-Weights stay as they are stored, everything else is float32.
+Weights stay in their stored format; everything else is float32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class LlamaCache(KvCache):
     def __init__(self, config: LlamaConfig, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=capacity)
         shape = (2, config.layers, slots, config.kv_heads, capacity, config.head_dim)
-        # Pages that were not touched cost no memory. Torch would ask for huge ones, of which a short sequence
-        # needs one for each layer and head, as much as a long one.
+        # Untouched pages cost no memory. Torch would use huge pages, of which even a short sequence needs one
+        # per layer and head.
         nbytes = math.prod(shape) * torch.float32.itemsize
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._held = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
@@ -146,7 +146,7 @@ class Llama(Model):
         cache: LlamaCache,
         rotation: Rotation,
     ) -> torch.Tensor:
-        """Causal attention of every segment over its own slot, `[tokens, hidden]` to the same."""
+        """Causal attention of every segment over its own slot, `[tokens, hidden]` to the same shape."""
         c, kernels, linear = self.config, self.kernels, self.kernels.linear
         tokens = x.shape[0]
         q = rotation.apply(kernels, self._paired(linear(x, layer.q).view(tokens, c.heads, c.head_dim)))

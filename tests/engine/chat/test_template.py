@@ -365,7 +365,7 @@ def test_arguments_with_raw_line_breaks_are_an_object() -> None:
 @pytest.mark.parametrize(
     ("more", "param", "message"),
     [
-        ({"tools": TOOLS}, "tools", "no place for tools"),
+        ({"tools": TOOLS}, "tools", "does not support tools"),
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "must be auto or none"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "must be auto or none"),
     ],
@@ -385,7 +385,7 @@ def test_tools_that_must_not_be_called_are_not_shown() -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "does not take these messages"),
+        ("{{ messages[0].content + 1 }}", "rejects these messages"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),

@@ -103,4 +103,4 @@ def test_resumed_conversion_says_what_was_finished_before(
     with monkeypatch.context() as patched:
         patched.setattr(files, "_finish", lambda *arguments: (_ for _ in ()).throw(ConfigError("cut short")))
         assert str(run(GOLDEN, out, "--experts", "nf4").exception) == "cut short"
-    assert "were finished before" in run(GOLDEN, out, "--experts", "nf4").output
+    assert "already done" in run(GOLDEN, out, "--experts", "nf4").output

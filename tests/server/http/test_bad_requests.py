@@ -292,4 +292,4 @@ def test_a_wrong_method_is_a_405_that_says_which_is_right(http: httpx.Client) ->
 
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
-    assert "does not take GET" in answer.json()["error"]["message"]
+    assert "does not support GET" in answer.json()["error"]["message"]
