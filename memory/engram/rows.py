@@ -1,4 +1,4 @@
-"""Rows looked up by native threads, which hold no interpreter lock; nor does who waits for them."""
+"""Row lookups on native threads; neither they nor their waiters hold the GIL."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from quant.errors import CheckpointError
 from quant.kernels.cpu import library
 
-WAYS = 8  # rows that share a place in the cache of hot rows
-TAG_BYTES = 12  # beside each hot row: which it is, and when it was used
+WAYS = 8  # ways per set of the hot-row cache
+TAG_BYTES = 12  # per hot row: its tag and the time of its last use
 _NO_SUCH_ROW, _FILE_ENDS, _CLOSED = -1, -2, -3
 
 
@@ -54,7 +54,7 @@ class RowCounts(ctypes.Structure):
 
 @dataclass(frozen=True)
 class HotRows:
-    """Memory of a set-associative cache of packed rows; the least recently used leaves its set."""
+    """Memory of a set-associative cache of packed rows with LRU eviction within each set."""
 
     sets: int
     tags: torch.Tensor
@@ -79,7 +79,7 @@ class HotRows:
 
 
 class RowJob:
-    """A look-up under way; `out` is filled once `wait` has returned."""
+    """A pending lookup; `out` is filled once `wait` has returned."""
 
     def __init__(self, pointer: int, out: torch.Tensor) -> None:
         self._library = library.load()
@@ -87,7 +87,7 @@ class RowJob:
         self.out = out
 
     def __del__(self) -> None:
-        self._library.loci_rows_forget(self._pointer)  # waits: `out` must stay while it is written
+        self._library.loci_rows_forget(self._pointer)  # blocks: `out` must stay alive while it is written
 
     @property
     def is_done(self) -> bool:
@@ -120,7 +120,7 @@ class RowServer:
         self._pointer: int | None = self._library.loci_rows_open(level, threads)
 
     def add(self, table: RowTable) -> int:
-        """The number of a table from now on; what it points to must stay until `close`."""
+        """Register a table and return its number; its memory must stay valid until `close`."""
         return int(self._library.loci_rows_add(self._pointer, ctypes.byref(table)))
 
     def ask(self, table: int, rows: torch.Tensor, out: torch.Tensor) -> RowJob:
@@ -133,7 +133,7 @@ class RowServer:
         return RowJob(self._library.loci_rows_ask(self._pointer, *args), out)
 
     def close(self) -> None:
-        """End the threads; look-ups that have not begun fail."""
+        """Stop the threads; queued lookups fail."""
         if self._pointer is not None:
             self._library.loci_rows_close(self._pointer)
             self._pointer = None

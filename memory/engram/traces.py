@@ -1,4 +1,4 @@
-"""Traces of Engram look-ups: which rows of every table a text asked for, token by token.
+"""Traces of Engram lookups: the rows of every table that a text needed, token by token.
 
 File: `engram_rows` `[tokens, tables, columns]` int32.
 """
@@ -29,6 +29,6 @@ def load_rows(file: Path) -> torch.Tensor:
 
 
 def save_rows(rows: torch.Tensor, file: Path) -> None:
-    """Write rows `[tokens, tables, columns]`, whole or not at all."""
+    """Write rows `[tokens, tables, columns]` atomically."""
     with whole_file(file) as temporary:
         save_file({"engram_rows": rows.to(torch.int32).contiguous()}, temporary)

@@ -1,4 +1,4 @@
-"""What a model may take of this machine: bytes of DRAM, and GPUs with their budgets."""
+"""What a model may use of this machine: bytes of DRAM, and GPUs with their budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step costs: bytes per tier, how transfers and arithmetic overlap, what bounds it.
+"""The cost of a step: bytes per tier, overlap of transfers and arithmetic, and the bottleneck.
 
 The model is one page: docs/planner.md. A layer's dense part runs on the GPU (or CPU) that holds it;
 then its routed experts run where they lie, all at once: those in VRAM on the GPUs, those in DRAM split
@@ -85,7 +85,7 @@ class StepCost:
 
     @property
     def bound(self) -> str:
-        """The resource that most of the time goes to."""
+        """The resource that takes most of the time."""
         return max(self.seconds, key=lambda resource: self.seconds[resource])
 
 

@@ -1,6 +1,6 @@
-"""The placement: which tier holds each part of a model, decided from shapes and a hardware profile.
+"""The placement: which tier holds each part of a model, from its shape and a hardware profile.
 
-Pure data and printable; nothing is loaded. What every token reads goes to the GPUs first, then the
+Pure data; nothing is loaded. Weights that every token reads go to the GPUs first, then the
 hottest routed experts (of each layer the same number, spread over all GPUs), then DRAM, then NVMe.
 Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a cache of hot rows.
 """
@@ -31,7 +31,7 @@ HOT_ROWS_OF_DRAM = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the machine: `sequences` of up to `context` tokens; prompts in chunks."""
+    """The workload: `sequences` of up to `context` tokens; prompts in chunks."""
 
     context: int
     sequences: int = 1
@@ -67,7 +67,7 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything is. Every byte of the model and its KV is in exactly one of `places`."""
+    """The whole placement. Every byte of the model and its KV is in exactly one of `places`."""
 
     model: str
     hardware: str
@@ -78,7 +78,7 @@ class Placement:
 
     @property
     def fits(self) -> bool:
-        """Whether everything has a place."""
+        """True if everything has a place."""
         return self.used(NOWHERE) == 0
 
     def used(self, tier: str) -> int:
@@ -100,7 +100,7 @@ class Placement:
 
 @dataclass
 class _Room:
-    """What is left of each tier while placing."""
+    """The remaining bytes of each tier during placement."""
 
     budgets: dict[str, int]
     left: dict[str, int] = field(init=False)
@@ -111,7 +111,7 @@ class _Room:
         self.left = dict(self.budgets)
 
     def reserve(self, name: str, tier: str, nbytes: int, reason: str) -> None:
-        """Take bytes of a tier; NOWHERE where it has not so many left."""
+        """Take bytes from a tier; NOWHERE if it does not have enough left."""
         if not nbytes:
             return
         tier = self.first_with(nbytes, [tier])

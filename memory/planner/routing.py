@@ -1,4 +1,4 @@
-"""How unevenly routers use experts: what decides how often a tier of limited size is hit.
+"""How unevenly routers use experts, which determines the hit rate of a tier of limited size.
 
 One number describes it: `skew` k, where the hottest expert of a layer is e^k times as popular as the
 coldest and popularity falls evenly (exponentially) in between. k = 0 is uniform routing, the worst case

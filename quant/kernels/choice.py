@@ -1,4 +1,4 @@
-"""Which back end computes: the best that this machine can run."""
+"""Selects the best back end that this machine can run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 def choose(gpus: Sequence[torch.device] = ()) -> Kernels:
     """The best back end this machine can run, for host memory and `gpus`.
 
-    Says in the log where the host has only the reference. Raises ConfigError where GPUs need Triton and it
-    is missing.
+    Logs a warning if the host has only the reference. Raises ConfigError if GPUs need Triton and it is
+    missing.
     """
     host = _host()
     if not gpus:

@@ -1,6 +1,6 @@
 """Triton: rows of a packed table, gathered and decoded in one pass; made for Engram tables.
 
-A table may lie in pinned host memory: the kernel then reads just the rows it needs over the bus.
+A table may be in pinned host memory: the kernel then reads only the rows it needs over the bus.
 """
 
 from __future__ import annotations

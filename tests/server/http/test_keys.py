@@ -157,7 +157,7 @@ def test_requests_are_counted_by_the_minute(clock: Clock) -> None:
     ask(ada)
     ask(ada)
 
-    with pytest.raises(ApiError, match="allowed 2 requests per minute; try again in 30 s") as caught:
+    with pytest.raises(ApiError, match="limited to 2 requests per minute; try again in 30 s") as caught:
         ask(ada)
     assert caught.value.status == 429
     assert caught.value.headers["Retry-After"] == "30"
@@ -172,7 +172,7 @@ def test_tokens_may_be_overdrawn_once_and_must_then_be_paid_back(clock: Clock) -
     ask(ada)
     ada.spend(prompt=50, generated=40)
 
-    with pytest.raises(ApiError, match="allowed 60 tokens per minute; try again in 31 s"):
+    with pytest.raises(ApiError, match="limited to 60 tokens per minute; try again in 31 s"):
         ask(ada)
     clock.now += 31
     ask(ada)

@@ -60,7 +60,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(narrow: LociServer) -
 
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
-        assert "waiting already; try again later" in caught.value.message
+        assert "already waiting; try again later" in caught.value.message
         eventually(lambda: narrow.metric("loci_sequences_waiting") == 0, "the other one was taken back")
     eventually(lambda: narrow.metric("loci_sequences_running") == 0, "the slot is free")
 
