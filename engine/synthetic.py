@@ -1,7 +1,7 @@
-"""Slices of DeepSeek V4.1 with random weights: true widths, names and formats, fewer layers and rows.
+"""Slices of DeepSeek V4.1 with random weights: real dimensions, names and formats, fewer layers and rows.
 
-What such a slice costs to place, move and compute is what the model itself costs, layer by layer; only
-what it says means nothing.
+Placing, moving and computing such a slice costs what the model itself costs, layer by layer; only its output
+is meaningless.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FLOAT32_PARTS = (".hc_", "attn_sink", ".gate.bias", ".engram.q_weight", ".engram
 
 @dataclass(frozen=True)
 class Widths:
-    """What differs between shapes besides layers, experts and rows; fields as in config.json."""
+    """The differences between shapes besides layers, experts and rows; fields as in config.json."""
 
     hidden_size: int
     moe_intermediate_size: int
@@ -194,7 +194,7 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
 
 
 def _shards(specs: dict[str, TensorSpec], config: V41Config) -> tuple[dict[str, RandomTensor], ...]:
-    """Tensors by file: what belongs to no layer, each layer, each Engram table."""
+    """Tensors by file: those outside layers, each layer, each Engram table."""
     shards: dict[tuple[int, int], dict[str, RandomTensor]] = defaultdict(dict)
     for name, spec in specs.items():
         is_table = ".engram.embed." in name

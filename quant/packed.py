@@ -1,6 +1,6 @@
-"""PackedTensor: packed codes with their scales; Format: how they turn into numbers and back.
+"""PackedTensor: packed codes with their scales; Format: how they are decoded and encoded.
 
-A packed tensor knows nothing of where its bytes lie: `codes` and `scales` may be views of a slot in an
+A packed tensor does not know where its bytes are: `codes` and `scales` may be views of a slot in an
 arena or ordinary tensors, on any device. A format is stateless: it encodes float matrices into packed
 tensors, checks, decodes and slices them. Bits are documented in the module of each format
 (`quant/formats/`), and side by side in docs/formats.md.
@@ -26,7 +26,7 @@ class PackedTensor:
     `codes` holds the packed values and `scales` what the format needs beside them (None where the
     scales are interleaved with the codes, as in GGUF blocks). Their exact shapes and bit order are
     documented with each format. Raises FormatError where shapes or dtypes contradict the format;
-    what the bytes say is looked at by `validate` alone.
+    only `validate` looks at the bytes.
     """
 
     format: Format
@@ -52,7 +52,7 @@ class PackedTensor:
         return self.format.slice_rows(self, start, stop)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The whole matrix as numbers, `[rows, cols]` of `dtype`."""
+        """The whole matrix decoded, `[rows, cols]` of `dtype`."""
         return self.format.decode(self).to(dtype)
 
     def validate(self) -> None:
@@ -63,7 +63,7 @@ class PackedTensor:
 class Format(ABC):
     """How a `[rows, cols]` float matrix is laid out in bits.
 
-    name:       as configs and reports call it
+    name:       as in configs and reports
     tile_rows:  rows that share a scale, so the smallest step a row slice may take
     tile_cols:  columns that share a scale
     """

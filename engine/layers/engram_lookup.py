@@ -46,7 +46,7 @@ class StepRows:
         return all(picked.part.tickets[table].is_done for picked in self.parts)
 
     def wait(self, table: int) -> torch.Tensor:
-        """Values of all tokens, `[tokens, columns * dim]`; raises what the look-up raised."""
+        """Values of all tokens, `[tokens, columns * dim]`; raises what the lookup raised."""
         values = [picked.wait(table) for picked in self.parts]
         return values[0] if len(values) == 1 else torch.cat(values)
 
@@ -66,7 +66,7 @@ class Store(Protocol):
 
 
 class EngramLookup:
-    """Look-ups in the tables of `layers`, whose addresses `hashing` gives.
+    """Lookups in the tables of `layers`, whose addresses `hashing` gives.
 
     What a token needs follows from its own key and the few before it alone, so rows asked for ahead are
     known again by these keys, whatever has become of the sequence that they were asked for.

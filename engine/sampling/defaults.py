@@ -1,4 +1,4 @@
-"""How a model wants to be sampled, and what ends its answers: `generation_config.json` beside it."""
+"""A model's default sampling parameters and end-of-answer tokens, from its `generation_config.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS: dict[str, type] = {
 
 
 def sampling_defaults(checkpoint: Path) -> Mapping[str, Any]:
-    """Sampling parameters by name; empty where the checkpoint has no such file.
+    """Sampling parameters by name; empty if the checkpoint has no such file.
 
     `do_sample: false` means greedy. Raises ConfigError for a file that is damaged.
     """
@@ -41,7 +41,7 @@ def sampling_defaults(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def end_token_ids(checkpoint: Path, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end an answer by this file, beside those that the model's own config names.
+    """The tokens that end an answer according to this file, besides those in the model's config.
 
     Raises ConfigError for a file that is damaged, or an id that is none of the vocabulary's.
     """

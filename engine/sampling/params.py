@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen."""
+"""The sampling parameters of a request."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class SamplingParams:
     """Sampling settings of one sequence, checked on creation.
 
     temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. `logprobs` is None for none, else
-    how many alternatives to report beside the chosen token (0 to 20); `prompt_logprobs` the same for the
-    prompt's own tokens. `grammar` is what the answer must match. `seed` None draws one. `max_tokens` None
+    how many alternatives to report with the chosen token (0 to 20); `prompt_logprobs` the same for the
+    prompt's own tokens. `grammar` constrains the answer. `seed` None picks a random one. `max_tokens` None
     means as many as the context holds. `min_tokens` come before any token or string that ends the answer.
-    With `skip_special` special tokens make no text.
+    With `skip_special`, special tokens produce no text.
     Raises RequestError naming the field.
     """
 

@@ -1,4 +1,4 @@
-"""What a checkpoint directory says of its tokenizer in up to four files, read as `transformers` does."""
+"""The tokenizer of a checkpoint directory, from up to four files, read as `transformers` does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The library's tokenizer from `tokenizer.json`, without truncation and padding.
 
-    Where `config` names Llama's class, that class says how spaces are marked. Raises CheckpointError
+    If `config` names Llama's class, that class determines how spaces are marked. Raises CheckpointError
     where the file is missing or damaged.
     """
     file = path / "tokenizer.json"
@@ -35,7 +35,7 @@ def read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
         if config.get("tokenizer_class") in LLAMA_CLASSES:
             text = _as_llama(text, config)
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises nothing more specific
         raise CheckpointError(f"{file}: not a tokenizer ({error}); download it again") from None
     backend.no_truncation()
     backend.no_padding()
@@ -60,7 +60,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def add_tokens_of(config: Mapping[str, Any], backend: tokenizers.Tokenizer, file: Path) -> None:
-    """Add the tokens that `config` declares or names and `tokenizer.json` has not, or has otherwise.
+    """Add the tokens that `config` declares or names and that `tokenizer.json` lacks or defines differently.
 
     A named token that the vocabulary lacks is left out: the model has no row for it. Raises
     CheckpointError for a declaration that is damaged; `file` is for the message.

@@ -48,7 +48,7 @@ class Nf4(FourBit):
         super().__init__("nf4", BLOCK, NF4_LEVELS, torch.float32, even_is_low=False)
         borders = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2  # [15]
         # [-1, 1] is cut into bins that hold one border at most. What lies in a bin is below or above
-        # that border, so one look-up and one comparison find the nearest of 16 levels.
+        # that border, so one lookup and one comparison find the nearest of 16 levels.
         bins = torch.arange(BINS, dtype=torch.int32)
         bin_of_border = _bin(borders)
         below = torch.searchsorted(bin_of_border, bins)  # borders in earlier bins

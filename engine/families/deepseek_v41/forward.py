@@ -439,7 +439,7 @@ class DeepseekV41Family(Family):
         )
 
     def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
-        """What Engram look-ups fold token ids to; empty where there are none."""
+        """What Engram lookups fold token ids to; empty where there are none."""
         if not config.engram_layer_ids:
             return torch.zeros(0, dtype=torch.int64)
         self._check_tables(config)

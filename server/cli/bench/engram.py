@@ -106,7 +106,7 @@ def _print(run: EngramRun) -> None:
         latencies = [f"{1e6 * percentile(run.lookups[where, skew], percent):.0f}" for percent in PERCENTILES]
         rows.append((where, skew, *seconds, *penalties, f"{run.hits[where, skew]:.1%}", *latencies))
     headers = ["table", "rows", "decode ms", "prefill ms", "decode", "prefill", "in DRAM"]
-    print_table([*headers, *(f"look-up p{p} us" for p in PERCENTILES)], rows, right=tuple(range(2, 10)))
+    print_table([*headers, *(f"lookup p{p} us" for p in PERCENTILES)], rows, right=tuple(range(2, 10)))
     for where, target in TARGETS.items():
         worst = run.worst_penalty(where)
         verdict = "met" if worst <= target else "missed"
