@@ -194,7 +194,7 @@ class Link:
             self._under_way += 1
             return heapq.heappop(self._queue)
 
-    @torch.inference_mode()  # a model may be loaded, and its slots written, by who is in that mode
+    @torch.inference_mode()  # the loading thread, which also writes slots, may be in that mode
     def _work(self) -> None:
         while (job := self._next()) is not None:
             error: BaseException | None = None
@@ -206,7 +206,7 @@ class Link:
             except CancelledError as stopped:
                 self.telemetry.add("moved_bytes", self.name, stopped.moved_bytes)
                 error = stopped
-            except BaseException as raised:  # handed to whoever waits
+            except BaseException as raised:  # passed on to the waiter
                 error = raised
             with self._changed:
                 self._under_way -= 1

@@ -22,7 +22,7 @@ class CacheShape:
 
     sources maps a kv source layer to its compression ratio; history is how many earlier token keys
     n-gram hashing needs, history_pad what stands before a sequence's start; margin is how many of
-    its last tokens a slot can give back; devices is where each layer's state lies.
+    its last tokens a slot can roll back; devices has the device of each layer's state.
     """
 
     layers: int

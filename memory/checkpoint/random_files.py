@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, written as fast as the disk takes them.
+"""Checkpoints of random weights, written at disk speed.
 
 A plan is pure data: files, their tensors, and how each is filled. Every piece of a tensor has a random
 generator of its own, so a seed gives the same bytes whatever the number of threads. A checkpoint is
@@ -61,7 +61,7 @@ Fill = Normal | Codes | PowerScales
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """A tensor to be: dtype as safetensors spell it, shape, content."""
+    """A planned tensor: dtype as safetensors names it, shape, content."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class RandomTensor:
 
 @dataclass(frozen=True)
 class RandomCheckpoint:
-    """A checkpoint to be: tensors by shard (at least one), config, and texts of further files by name."""
+    """A planned checkpoint: tensors by shard (at least one), config, and texts of other files by name."""
 
     shards: tuple[Mapping[str, RandomTensor], ...]
     config: Mapping[str, Any]
@@ -89,7 +89,7 @@ def write_checkpoint(
     """Write `plan` as the new directory `out`.
 
     Raises ConfigError where `out` exists or has no parent directory, BudgetError where the disk has no
-    room, CheckpointError where it fails; in each case nothing is left behind.
+    room, CheckpointError if writing fails; in each case nothing is left behind.
     """
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out}: already exists; name a new directory (nothing is overwritten)")

@@ -1,6 +1,6 @@
-"""Reading files so that one that becomes shorter, or a drive that fails, is an error and nothing worse.
+"""Reads files so that a truncated file or a failing drive is an error and nothing worse.
 
-Weights are never mapped: a page of a mapped file that is not there any more ends the process that touches it.
+Weights are never memory-mapped: touching a page of a mapped file that was truncated kills the process.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from quant.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 NUMBERED = re.compile(r"(?P<stem>.*)-\d{1,5}-of-(?P<count>\d{1,5})\.safetensors")
-# Safetensors files that lie beside models and hold none: Loci's records, adapters.
+# Safetensors files found next to models that are not models: Loci's traces, adapters.
 OTHERS = re.compile(r"(routing|engram|adapter.*)\.safetensors")
-# The same weights once more, under names of their maker's.
+# The same weights again, under the vendor's own names.
 COPIES = re.compile(r"consolidated.*\.safetensors")
 MAX_HEADER_BYTES = 100 << 20
 MAX_JSON_BYTES = 256 << 20

@@ -253,7 +253,7 @@ class EngramStore:
         return _ServedRows(self._server.ask(self._numbers[layer], rows, out), table, self._telemetry)
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """Stop the threads and close the files."""
         for sender in set(self._senders.values()):
             sender.close()
         if self._server is not None:

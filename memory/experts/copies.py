@@ -84,7 +84,7 @@ class SlotCopier:
             self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)
 
     def fence(self) -> Fence:
-        """To be taken by whoever starts kernels, when it asks for a transfer."""
+        """Must be taken by the thread that launches kernels, when it requests a transfer."""
         return self._queue.fence()
 
     def upload(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:

@@ -114,7 +114,8 @@ class Predictive(ExpertPolicy):
     FOLLOWS = 1.5  # above 1, since the mean over experts hides what they agree on
     OF_LATE = 0.25
     AT_LEAST = 0.1  # of what is usual
-    # Uses for each expert of the layer, so that one use among many experts does not count as news:
+    # Pseudo-counts per expert of the layer, so that a single use among many experts does not count as
+    # evidence:
     HALF_LIFE = 1.33  # after which those of late count half
     DOUBT = 2.0  # after an expert, which outweigh what is usual
     PRIOR = 4.0  # that a profile, or the lack of one, counts like
@@ -200,9 +201,9 @@ def replay(
 ) -> Replay:
     """Simulate one layer with `slots` slots under `policy`.
 
-    trace: the experts of each step; neighbours: those of the layers beside it. All experts of a step are
-    brought in, as far as each is worth `margin` times as much as what leaves for it; one that was just
-    brought in or is used in this step does not leave for another of the same step, while there is a choice.
+    trace: the experts of each step; neighbours: those of the adjacent layers. All experts of a step are
+    loaded if each is worth `margin` times as much as the one evicted for it; one that was just loaded or is
+    used in this step is not evicted for another of the same step unless there is no choice.
     """
     resident: set[int] = set()
     hits = exchanges = 0

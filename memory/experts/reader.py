@@ -89,6 +89,6 @@ class ExpertReader:
         return work
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """Stop the threads and close the files."""
         self.link.close()
         self._direct.close()

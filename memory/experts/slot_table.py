@@ -34,7 +34,7 @@ class SlotTable:
         self.tier = arena.tier
         self.by_layer: list[dict[int, SlotEntry]] = [{} for _ in range(layers)]
         self.quota = arena.slots / layers  # a layer's fair share
-        self._views: dict[int, ExpertWeights] = {}  # by slot: bytes change, where they lie does not
+        self._views: dict[int, ExpertWeights] = {}  # by slot: bytes change, their addresses do not
 
     def weights(self, entry: SlotEntry) -> ExpertWeights:
         """The contents of the entry's slot."""

@@ -17,7 +17,7 @@ class _Part:
 
     rows    of the step's outputs that they give, `[n]`; None where it is all of them
     ids     the expert of each, `[n, 1]`
-    inputs  the token of each, `[n, hidden]`, where the experts lie
+    inputs  the token of each, `[n, hidden]`, on the experts' device
     """
 
     tier: str

@@ -1,4 +1,4 @@
-"""Measurements that plans rest on: how fast bytes come from DRAM, from disk and over links to GPUs.
+"""Measurements for the planner: bandwidth of DRAM, disk and links to GPUs.
 
 Every figure is the median of several runs (for disks, whose caches would flatter a second one: of one
 long run). Names are those that `memory/hardware/this_machine.py` looks for.

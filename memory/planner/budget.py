@@ -98,7 +98,7 @@ class MemoryBudget:
 
 
 def unused_gpus_notice(devices: str | None) -> str | None:
-    """What a person should know who asked for no devices on a machine with GPUs; None where all is well."""
+    """The notice for a user who requested no devices on a machine with GPUs; None if all is well."""
     if devices is not None or not torch.cuda.is_available():
         return None
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]

@@ -2,7 +2,7 @@
 
 Pure data; nothing is loaded. Weights that every token reads go to the GPUs first, then the
 hottest routed experts (of each layer the same number, spread over all GPUs), then DRAM, then NVMe.
-Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a cache of hot rows.
+Engram tables go to DRAM if they fit next to the experts, otherwise to NVMe with a cache of hot rows.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def _reserve_workspace(
             continue
         usable.append(tier)
         room.reserve("workspace", tier, needed, "activations of a prompt chunk, logits, CUDA")
-        room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers on their way in")
+        room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
     if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
     return usable
@@ -257,11 +257,11 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[s
         room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
         kv = size - layer.dense.nbytes - layer.shared.nbytes
-        room.put(f"KV, layer {n}", "kv", n, tier, kv, "beside its layer")
+        room.put(f"KV, layer {n}", "kv", n, tier, kv, "on its layer's device")
 
 
 def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:
-    """True where so many bytes of DRAM hold the embedding beside the experts that pass through from NVMe."""
+    """True if this many bytes of DRAM hold the embedding and the experts that pass through from NVMe."""
     return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.expert_nbytes
 
 
@@ -290,9 +290,9 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, gpus: dict[str, fl
         staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
         room.reserve("expert staging", "dram", staging, "experts read from NVMe")
         hot = int(min(HOT_ROWS_OF_TABLE * table_bytes, HOT_ROWS_OF_DRAM * room.left["dram"]))
-        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+        room.reserve("hot Engram rows", "dram", hot, "cached copies; the tables are on NVMe")
     _put_experts(
-        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU where they lie, or fetched"
+        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU in place, or fetched"
     )
     _put_experts(
         room, shape, left, "nvme", room.left["nvme"] // size, "coldest: read when a token chooses them"
@@ -308,7 +308,7 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, gpus: dict[str, fl
         room.put(f"Engram table, layer {n}", "engram", n, tier, table.nbytes, why, table.rows)
     if are_all_in_dram and on_disk:
         hot = int(min(HOT_ROWS_OF_TABLE * on_disk, room.left["dram"]))
-        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+        room.reserve("hot Engram rows", "dram", hot, "cached copies; the tables are on NVMe")
 
 
 def _shares(room_for: dict[str, int], wanted: int, speeds: dict[str, float]) -> dict[str, int]:

@@ -46,7 +46,7 @@ def measure_kernels(effort: Effort) -> Iterator[tuple[str, list[Figure]]]:
     arena = Arena(effort.arena_bytes, kernels)
     target = READ_TARGETS[kernels.level]
     yield "one token", measure_decode(arena, both, effort.turns, target, READ_TARGET_OTHERS)
-    yield "one token, beside others", measure_others(arena, both, effort.turns)
+    yield "one token, alongside others", measure_others(arena, both, effort.turns)
     yield "many tokens", measure_prefill(both, effort.prefill_turns, FLOPS_TARGET)
     yield "Engram rows", measure_rows(arena, kernels, effort.turns)
     yield "meanwhile", [Figure("cores_busy_elsewhere", neighbours.cores(), "cores")]

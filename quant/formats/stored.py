@@ -59,7 +59,7 @@ class Stored:
 
 
 def stored_as(format_: Format, rows: int, cols: int) -> tuple[Stored, Stored]:
-    """How a `[rows, cols]` matrix lies in files: `NAME.weight` and `NAME.scale`."""
+    """How a `[rows, cols]` matrix is stored in files: `NAME.weight` and `NAME.scale`."""
     if isinstance(format_, Fp8):
         scale = Stored(("F8_E8M0", "F32"), format_.scale_shape(rows, cols))
         return Stored(("F8_E4M3",), (rows, cols)), scale

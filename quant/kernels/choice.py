@@ -31,7 +31,7 @@ def choose(gpus: Sequence[torch.device] = ()) -> Kernels:
     try:
         from quant.kernels.cuda.kernels import TritonKernels
     except ImportError as error:
-        raise ConfigError(f"GPUs need Triton ({error}); `pip install 'triton>=3.3'` beside torch") from None
+        raise ConfigError(f"GPUs need Triton ({error}); run `pip install 'triton>=3.3'`") from None
     return DeviceKernels(host, {gpu: TritonKernels(gpu) for gpu in gpus})
 
 

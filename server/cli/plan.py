@@ -109,7 +109,7 @@ def plan(
     _print_forecasts(forecasts, workload)
     _print_doublings(gains, workload)
     if machine.assumed:
-        print("\nNot measured but assumed:\n" + "\n".join(f"  - {line}" for line in machine.assumed))
+        print("\nAssumed, not measured:\n" + "\n".join(f"  - {line}" for line in machine.assumed))
 
 
 def _shape(model: str) -> ModelShape:

@@ -58,7 +58,7 @@ class _Step:
     _rotations: dict[tuple[bool, torch.device], Rotation] = field(default_factory=dict)
 
     def rotation(self, device: torch.device, *, compressed: bool) -> Rotation:
-        """The rotation of the batch's positions on `device`, brought there once."""
+        """The rotation of the batch's positions on `device`, copied there once."""
         key = compressed, device
         if key not in self._rotations:
             rotation = self.compressed_rotation if compressed else self.plain_rotation

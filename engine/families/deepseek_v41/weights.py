@@ -29,7 +29,7 @@ from quant.formats.stored import FLOAT_DTYPES, unpack, unpack_bytes
 from quant.kernels.interface import Kernels, Weight
 from quant.packed import Format, PackedTensor
 
-# Of the DRAM left beside dense weights, what hot rows of Engram tables get where not all fits.
+# The share of DRAM left after dense weights that goes to hot rows of Engram tables if not everything fits.
 HOT_ROWS_SHARE = 0.05
 ROOM_FOR_ALIGNMENT = 1.01  # expert slots are aligned to cache lines
 

@@ -290,7 +290,7 @@ def _hf_yarn(read: _Keys, theta: float, factor: float, original: int) -> Rope:
 class _Keys:
     """Typed lookups in a checkpoint's config; every ConfigError names the file, key and value.
 
-    prefix: where in the config `config` lies, for the messages.
+    prefix: the path of `config` within the whole config, for messages.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], prefix: str = "") -> None:

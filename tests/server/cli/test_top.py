@@ -111,14 +111,14 @@ def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: S
     with watching(server, **LIVELY) as terminal:
         terminal.wait_for("answer tokens/s")
         server.kill()
-        terminal.wait_for(re.escape(ENDED) + r"\S*\s*loci: http://\S+: no server answers there \(.*\n")
+        terminal.wait_for(re.escape(ENDED) + r"\S*\s*loci: http://\S+: no server is answering \(.*\n")
         assert terminal.exit_code() == 1
 
 
 def test_no_server_there_is_said_in_one_line() -> None:
     once = invoke("top", "--once", "--url", "http://127.0.0.1:1", "--api-key", "schlüssel")
     assert once.returncode == 1
-    assert "no server answers there" in complaint(once.stderr)
+    assert "no server is answering" in complaint(once.stderr)
 
 
 def test_percentiles_lie_within_their_buckets() -> None:

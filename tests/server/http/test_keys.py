@@ -193,7 +193,7 @@ def test_requests_at_once_are_counted_until_they_end(clock: Clock) -> None:
 
 def test_a_request_that_was_refused_counts_for_nothing(clock: Clock) -> None:
     ada = account(clock, requests_per_minute=2, concurrent_requests=1)
-    with ada.request(), pytest.raises(ApiError, match="at once"):
+    with ada.request(), pytest.raises(ApiError, match="concurrent requests"):
         ask(ada)
 
     ask(ada)

@@ -90,7 +90,7 @@ def test_a_page_that_cannot_be_is_refused(
 
 
 def test_a_response_that_has_ended_cannot_be_cancelled(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="has ended"):
+    with pytest.raises(openai.BadRequestError, match="has already ended"):
         client.responses.cancel(ask(client).id)
     with pytest.raises(openai.NotFoundError):
         client.responses.cancel("resp_0")
