@@ -43,7 +43,9 @@ def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tok
         raise CheckpointError(f"{path}: tokenizer.ggml.token_type does not have one entry per token")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise CheckpointError(f"{path}: tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicates")
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicate token(s)"
+        )
     merges = []
     for merge in _strings(metadata, "tokenizer.ggml.merges", path):
         left, _, right = merge.partition(" ")

@@ -71,7 +71,7 @@ def chat(
     Example: loci chat --url http://127.0.0.1:8000
     """
     if url is not None and (model, devices, dram_budget) != (None, None, None):
-        raise typer.BadParameter("give either --url, or a model and its memory options, not both")
+        raise typer.BadParameter("give --url or a model, not both")
     from server.cli.talk import RemoteTalk, Sampling
 
     talk: Talk

@@ -291,7 +291,7 @@ def _ahead(now: Sample) -> Table:
     table = _table("since start", "", "", "", "")
     for what, name, label in (
         ("routing predictions", "loci_expert_guesses_total", "guesses"),
-        ("read ahead", "loci_prefetched_experts_total", "outcome"),
+        ("prefetched", "loci_prefetched_experts_total", "outcome"),
         ("Engram rows", "loci_engram_rows_total", "rows"),
     ):
         cells = [f"{dict(at)[label]} {value:,.0f}" for at, value in now.values[name].items()]

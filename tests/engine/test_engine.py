@@ -235,7 +235,7 @@ def test_logits_that_are_no_numbers_fail_their_sequence(
         for temperature in (0.0, 1.0):
             answer = submit(engine, [5, 6, 7], temperature=temperature)[0].wait()
             assert answer.finish_reason is FinishReason.ERROR
-            assert "what is not a number" in (answer.outputs[-1].error or "")
+            assert "the model produced NaN" in (answer.outputs[-1].error or "")
 
 
 def test_a_step_loop_that_dies_ends_everything_and_says_so(

@@ -368,7 +368,7 @@ def test_other_kinds_of_gguf_tokenizer_are_named(changes: dict[str, Any], messag
         ({"merges": None}, "merges is missing"),
         ({"merges": ["x yz"]}, "merges do not fit the tokens"),
         ({"token_type": [1]}, "token_type does not have one entry per token"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokens lists 1 twice"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, r"tokens has 1 duplicate token\(s\)"),
         ({"eos_token_id": 10_000}, "the eos token id is 10000, expected 0 to"),
         ({"bos_token_id": "x"}, "the bos token id is 'x'"),
     ],
