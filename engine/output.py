@@ -1,4 +1,4 @@
-"""What the engine hands out while it generates: pieces of text with their tokens, then a reason to stop."""
+"""The engine's output while it generates: pieces of text with their tokens, then a finish reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended. ERROR is a fault of ours, REFUSED one of the request that showed late."""
+    """Why a sequence ended. ERROR is an internal fault, REFUSED an error of the request that was detected
+    late."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -27,18 +28,18 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """News of one sequence.
+    """New output of one sequence.
 
-    text        text that is now certain: complete UTF-8, and no part of a possible stop string
-    special_ranges   `[start, end)` offsets into `text` of what added tokens wrote; None where not known
+    text        text that is final: complete UTF-8, and not part of a possible stop string
+    special_ranges   `[start, end)` offsets into `text` of added tokens; None if unknown
     token_ids   tokens generated since the last Output (their text may come later)
-    logprobs    one per token id, where asked for
-    prompt_logprobs  in the first Output, where asked for; one per prompt token, the first one None
+    logprobs    one per token id, if requested
+    prompt_logprobs  in the first Output, if requested; one per prompt token, the first one None
     finish_reason    set in the last Output
-    error       what went wrong, where finish_reason is ERROR or REFUSED
+    error       the error message, if finish_reason is ERROR or REFUSED
     stop_match  the stop string or stop token id that ended it
     queue_s     in the first Output: seconds from submission until the prompt was first computed
-    cached_tokens    in the first Output: tokens of the prompt that did not have to be computed
+    cached_tokens    in the first Output: prompt tokens from the prefix cache
     """
 
     text: str = ""
@@ -53,7 +54,7 @@ class Output:
     special_ranges: tuple[tuple[int, int], ...] | None = None
 
     def joined(self, then: Output) -> Output:
-        """This news and the next of the same sequence as one."""
+        """This output and the next one of the same sequence, merged."""
         special = None
         if self.special_ranges is not None and then.special_ranges is not None:
             shift = len(self.text)

@@ -1,4 +1,4 @@
-"""Running a model over text and keeping what its routers chose."""
+"""Runs a model over text and records its routers' choices."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int]
             model.forward(Batch.of([(0, start, part)]), cache, trace)
             if not any(map(_is_choice, trace.values)):
                 raise ConfigError(
-                    f"{model.info.name}: this model has no routed experts; there is nothing to record"
+                    f"{model.info.name}: this model has no routed experts, so there is nothing to record"
                 )
             chosen.append(chosen_experts(trace))
             on_progress(begin + start + len(part))
@@ -38,7 +38,7 @@ def record_routing(model: Model, ids: Sequence[int], on_progress: Callable[[int]
 
 
 def chosen_experts(trace: Trace) -> torch.Tensor:
-    """What the routers of every layer chose in the one forward of `trace`, `[tokens, layers, top_k]`."""
+    """The routers' choices of every layer in the one forward of `trace`, `[tokens, layers, top_k]`."""
     names = sorted(filter(_is_choice, trace.values), key=lambda name: int(name.rpartition(".")[2]))
     return torch.stack([trace.values[name][0] for name in names], dim=1)
 

@@ -1,4 +1,4 @@
-"""Which tokens the next step computes: every running decode, then as much of prompts as they can bear."""
+"""Chooses the tokens of the next step: every running decode, then prompts as far as latency allows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from engine.sequence import Sequence
 
-# A prompt goes on by at least so many tokens a step, or it would never end.
+# A prefill makes at least this much progress per step, or it would never finish.
 MIN_PREFILL = 16
-# Weight of the newest step in the running means of what steps take. Tokens cost the more the longer a prompt
-# grows; a mean that followed too slowly would let steps grow with it.
+# Weight of the newest step in the running means of step times. Tokens cost more as a prompt grows; a mean
+# that lagged would let steps grow with it.
 NEWEST = 0.3
 RISING = 0.6
 
@@ -26,14 +26,14 @@ class Chunk:
 
 
 class Scheduler:
-    """Sequences in order: waiting ones get a free slot as it appears, first come first served.
+    """First come, first served: waiting sequences get slots as they become free.
 
-    slots         sequences that run together, one cache slot each
-    token_budget  most tokens of one step; decodes come first, prompts fill up what is left
-    step_s        seconds that a step may take for the sake of prompts while answers run (or twice what
-                  it takes without them, if that is longer); infinite where they may wait
-    shares_prompts  a prompt that is being computed is not begun a second time: whoever has the same one
-                  waits until it is known
+    slots         maximum running sequences, one cache slot each
+    token_budget  maximum tokens per step; decodes come first, prompts fill the rest
+    step_s        target duration of a step with prompts while answers run (or twice that of a step without
+                  prompts, if longer); infinite if answers may wait
+    shares_prompts  a prompt that is being computed is not started twice: a sequence with the same prompt
+                  waits until it is cached
     """
 
     def __init__(self, slots: int, token_budget: int, step_s: float, *, shares_prompts: bool = False) -> None:
@@ -43,12 +43,12 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._free = list(range(slots - 1, -1, -1))
-        self._decode_s: float | None = None  # of a step without prompts
-        self._prefill_token_s: float | None = None  # what a token of a prompt adds to a step
+        self._decode_s: float | None = None  # duration of a step without prompts
+        self._prefill_token_s: float | None = None  # time that a prompt token adds to a step
 
     @property
     def has_work(self) -> bool:
-        """True while a sequence runs or waits: when all that ran end together, others may still wait."""
+        """True while any sequence runs or waits."""
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
@@ -56,7 +56,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def admit(self) -> list[Sequence]:
-        """Give free slots to waiting sequences; returns those that now run."""
+        """Give free slots to waiting sequences; returns the newly admitted ones."""
         admitted: list[Sequence] = []
         held_back: list[Sequence] = []
         computed_now = {s.prompt_hash for s in self.running if s.is_prefilling}
@@ -77,8 +77,8 @@ class Scheduler:
     def next_chunks(self) -> list[Chunk]:
         """Chunks of the next step; none when idle.
 
-        The oldest prompt gets at least half of what there is for prompts, so that none waits for ever;
-        the rest goes to the shortest ones, so that none waits for a long one to end.
+        The oldest prompt gets at least half of the prefill budget, so that none starves; the rest goes to the
+        shortest ones first, so that none waits for a long one to finish.
         """
         decodes = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
         prompts = [s for s in self.running if s.is_prefilling]
@@ -94,7 +94,7 @@ class Scheduler:
         return decodes + [Chunk(s, lengths[s]) for s in prompts if lengths[s]]
 
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
-        """Learn from what a step took."""
+        """Update the running means with a step's duration."""
         decodes = sum(not chunk.sequence.is_prefilling for chunk in chunks)
         tokens = sum(chunk.length for chunk in chunks) - decodes
         if not tokens:
@@ -106,7 +106,7 @@ class Scheduler:
             self._prefill_token_s = _mean(self._prefill_token_s, token_s, weight)
 
     def release(self, sequence: Sequence) -> None:
-        """Take a finished sequence out, wherever it is; its slot is free from now on."""
+        """Remove a finished sequence from the queue or the running set and free its slot."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
             return
@@ -115,7 +115,7 @@ class Scheduler:
         sequence.slot = None
 
     def _prefill_budget(self, decodes: int) -> int:
-        """Tokens of prompts that the next step may compute beside so many decodes."""
+        """Prompt tokens that the next step may compute alongside this many decodes."""
         budget = max(self.token_budget - decodes, 1)
         if not decodes or not self._prefill_token_s or self._decode_s is None:
             return budget
@@ -124,7 +124,7 @@ class Scheduler:
 
 
 def _wanted(sequence: Sequence) -> int:
-    """Tokens that a prompt could go on by."""
+    """Prompt tokens still to be computed, up to the next stop of the prefill."""
     if sequence.parting is not None and sequence.parting > sequence.computed:
         return sequence.parting - sequence.computed
     return sequence.pending

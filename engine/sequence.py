@@ -1,4 +1,4 @@
-"""One request's tokens on their way through the engine."""
+"""One sequence on its way through the engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OnOutput = Callable[[Output], None]
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and the answer that grows behind it.
+    """A prompt and the answer generated so far.
 
     computed counts the tokens that the cache holds; slot is the cache slot, None while waiting.
     `max_tokens` is what the parameters and the context leave room for. Of the prompt, `cached_tokens`
@@ -43,8 +43,8 @@ class Sequence:
     computed: int = 0
     cached_tokens: int = 0
     parting: int | None = None
-    saved: int = 0  # tokens of the newest state that the prefix cache was given
-    is_aborted: bool = False  # nobody reads on; it ends before the next step
+    saved: int = 0  # length of the last state saved to the prefix cache
+    is_aborted: bool = False  # no reader any more; it ends before the next step
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     _reported: bool = False
@@ -57,7 +57,7 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """How many tokens the cache does not hold yet: the rest of the prompt, or the newest token."""
+        """Tokens not in the cache yet: the rest of the prompt, or the newest token."""
         return len(self.token_ids) - self.computed
 
     @property
@@ -67,11 +67,11 @@ class Sequence:
 
     @property
     def generated(self) -> int:
-        """Tokens of the answer so far."""
+        """Number of answer tokens so far."""
         return len(self.token_ids) - self.prompt_length
 
     def append(self, token_id: int, logprobs: tuple[TokenLogprob, ...]) -> None:
-        """Take a new token, report what it makes certain, and finish where it ends the answer."""
+        """Append a token, report the text it completes, and finish if it ends the answer."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish(FinishReason.STOP, (token_id,), logprobs, stop_match=token_id)
@@ -94,7 +94,7 @@ class Sequence:
         stop_match: str | int | None = None,
         error: str | None = None,
     ) -> None:
-        """Report the last Output, with all text that was held back (unless there was an error)."""
+        """Report the last Output, with all remaining text (unless there was an error)."""
         piece = piece or Piece("")
         if error is None and not isinstance(stop_match, str):
             piece = piece.joined(self.detokenizer.finish())
@@ -126,5 +126,5 @@ class Sequence:
             )
         try:
             self.on_output(output)
-        except Exception:  # a reader's fault must not fail the others in the step
-            logger.exception("the reader of sequence %d failed", self.sequence_id)
+        except Exception:  # a failing handler must not fail the other sequences of the step
+            logger.exception("the output handler of sequence %d failed", self.sequence_id)

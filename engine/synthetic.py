@@ -1,7 +1,7 @@
-"""Slices of DeepSeek V4.1 with random weights: true widths, names and formats, fewer layers and rows.
+"""Slices of DeepSeek V4.1 with random weights: real dimensions, names and formats, fewer layers and rows.
 
-What such a slice costs to place, move and compute is what the model itself costs, layer by layer; only
-what it says means nothing.
+Placing, moving and computing such a slice costs what the model itself costs, layer by layer; only its output
+is meaningless.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FLOAT32_PARTS = (".hc_", "attn_sink", ".gate.bias", ".engram.q_weight", ".engram
 
 @dataclass(frozen=True)
 class Widths:
-    """What differs between shapes besides layers, experts and rows; fields as in config.json."""
+    """The differences between shapes besides layers, experts and rows; fields as in config.json."""
 
     hidden_size: int
     moe_intermediate_size: int
@@ -95,7 +95,7 @@ def plan_slice(name: str, layers: int, engram_rows: int, experts: int | None = N
     `experts` routed experts in a layer instead of the shape's own. Raises ConfigError for what cannot be.
     """
     if name not in SHAPES:
-        raise ConfigError(f"{name}: no shape is known by this name; known: {', '.join(SHAPES)}")
+        raise ConfigError(f"{name}: unknown shape; known: {', '.join(SHAPES)}")
     widths = SHAPES[name]
     tokenizer = synthetic_tokenizer(widths.vocab_size)
     keys = int(build_token_map(tokenizer, widths.vocab_size).max()) + 1
@@ -117,7 +117,7 @@ def plan_slice(name: str, layers: int, engram_rows: int, experts: int | None = N
 def released_layers(count: int) -> list[int]:
     """Which of the released model's layers a slice of `count` has, ascending."""
     if not MIN_LAYERS <= count <= V41_FLASH.layers:
-        raise ConfigError(f"{count} layers: a slice has {MIN_LAYERS} to {V41_FLASH.layers}")
+        raise ConfigError(f"{count} layers: expected {MIN_LAYERS} to {V41_FLASH.layers}")
     others = (n for n in range(V41_FLASH.layers) if n not in ORDER)
     return sorted([*ORDER, *others][:count])
 
@@ -131,7 +131,7 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
 
     columns = 3 * widths.engram_n_heads
     if engram_rows < 4 * columns:
-        raise ConfigError(f"{engram_rows} Engram rows: {columns} columns need {4 * columns} at least")
+        raise ConfigError(f"{engram_rows} Engram rows: {columns} columns need at least {4 * columns}")
     engram_layers = among(tuple(layer for layer, _ in V41_FLASH.engram_rows))
     engram_vocab = engram_rows // columns
     primes = table_primes(len(engram_layers), 3, widths.engram_n_heads, engram_vocab)
@@ -194,7 +194,7 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
 
 
 def _shards(specs: dict[str, TensorSpec], config: V41Config) -> tuple[dict[str, RandomTensor], ...]:
-    """Tensors by file: what belongs to no layer, each layer, each Engram table."""
+    """Tensors by file: those outside layers, each layer, each Engram table."""
     shards: dict[tuple[int, int], dict[str, RandomTensor]] = defaultdict(dict)
     for name, spec in specs.items():
         is_table = ".engram.embed." in name

@@ -1,4 +1,4 @@
-"""What a GPU's kernels need before the first request: to be compiled."""
+"""Compiles a GPU's kernels before the first request."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from engine.families.base import Batch, Model
 
-# Tokens that meet every size of tile that the kernels have.
+# Batch sizes that exercise every tile size of the kernels.
 LENGTHS = (1, 16, 32, 64)
 
 
 def warm_up(model: Model, most_tokens: int, lengths: Sequence[int] = LENGTHS) -> None:
-    """Compute tokens that nobody asked for, so many at once, `most_tokens` at most; nothing of them is kept.
+    """Compute dummy tokens in batches of these sizes, at most `most_tokens`; the results are discarded.
 
     Triton compiles a kernel when it is first used, which takes seconds for each size of tile. Equal tokens
     choose equal experts, so these meet every size, too.

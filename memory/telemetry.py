@@ -1,4 +1,4 @@
-"""What moved, hit and stalled: counters that stores and links add to, read by metrics and reports."""
+"""Counters of hits, transfers and stalls, updated by stores and links, read by metrics and reports."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Counters of a moment, by label: tiers, links or stores. Bytes and seconds, never rates.
+    """A snapshot of counters, by label: tiers, links or stores. Bytes and seconds, never rates.
 
-    Labels of two words are a link and why bytes were asked of it: `demand` (a step needs them) or
-    `prefetch` (it was expected to need them).
+    Labels of two words are a link and the reason of the transfer: `demand` (a step needs the bytes) or
+    `prefetch` (a step is expected to need them).
 
     hits            expert uses served from a tier, by tier (`nvme`: had to be read from disk first)
     computed        expert uses computed on a device, by tier
-    evictions       experts that had to leave a tier, by tier
+    evictions       experts evicted from a tier, by tier
     moved_bytes     by link
-    busy_s          time in which a link had at least one transfer under way, by link
+    busy_s          time in which a link had at least one transfer in flight, by link
     moves           transfers, by link and reason
     failed          transfers that failed, by link and reason
-    stalled_s       time that compute waited for bytes, by link and reason (`prefetch`: asked for too late)
-    guesses         experts that a router was guessed to choose: `made`, and of these `right`
+    stalled_s       time that compute waited for bytes, by link and reason (`prefetch`: prefetched too late)
+    guesses         predicted experts: `made`, and of these `right`
     prefetches      outcome of prefetched experts: `used`; `dropped`, read but never used; `cancelled`, given
                     up before they were read
     rows            Engram rows by where they were found: `asked`, `unique`, `cached`, `read`
-    slots           now, not counted: expert slots that hold nothing, by tier
+    slots           a gauge: free expert slots, by tier
     """
 
     hits: dict[str, int]
@@ -44,7 +44,7 @@ class Snapshot:
     slots: dict[str, int]
 
     def stalled_on(self, link: str) -> float:
-        """Seconds that compute waited for `link`, whatever the reason."""
+        """Seconds that compute waited for `link`, for any reason."""
         return sum(s for label, s in self.stalled_s.items() if label.rpartition(" ")[0] == link)
 
 
@@ -53,7 +53,7 @@ _SECONDS = ("busy_s", "stalled_s")
 
 @dataclass
 class Telemetry:
-    """Thread-safe counters. One object per engine, handed down to its stores."""
+    """Thread-safe counters. One object per engine, passed to its stores."""
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _counts: dict[str, dict[str, float]] = field(
@@ -66,7 +66,7 @@ class Telemetry:
             self._counts[counter][label] += amount
 
     def set(self, level: str, label: str, value: float) -> None:
-        """Replace a value of Snapshot that says what is now."""
+        """Set a gauge of Snapshot."""
         with self._lock:
             self._counts[level][label] = value
 

@@ -1,6 +1,6 @@
 """Tiers, and the arenas that hold their slots.
 
-A tier is a place with a budget in bytes: a GPU's memory, host memory, or a virtual GPU (host memory
+A tier is memory with a budget in bytes: a GPU's memory, host memory, or a virtual GPU (host memory
 with the budget and link speed of a real one, so that the same code runs without a GPU). An arena is the
 one allocation of a tier for one purpose, cut into equal slots: nothing fragments, and nothing is
 allocated while serving.
@@ -18,18 +18,18 @@ from quant.errors import BudgetError
 
 logger = logging.getLogger("loci.memory")
 
-ALIGNMENT = 64  # slots begin on cache lines
+ALIGNMENT = 64  # slots are aligned to cache lines
 
 
 @dataclass(frozen=True)
 class Tier:
-    """A place for weights.
+    """A memory tier for weights.
 
     name          `vram:0`, `vram:1`, `dram`
     budget_bytes  what may be allocated there
     device        where its tensors live; a virtual GPU's are in host memory
     link_bytes_per_s  speed at which bytes arrive from DRAM, to which a virtual GPU's copies are held;
-                      None: as fast as the copy goes
+                      None: unlimited
     """
 
     name: str
@@ -44,7 +44,7 @@ class Tier:
 
 
 class Arena:
-    """`slots` equal pieces of one allocation in a tier; free ones are handed out, used ones given back."""
+    """One allocation in a tier, cut into `slots` equal slots that are taken and given back."""
 
     def __init__(self, tier: Tier, slots: int, slot_bytes: int, *, pinned: bool = False) -> None:
         stride = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
@@ -62,28 +62,28 @@ class Arena:
         self._free = list(range(slots - 1, -1, -1))
 
     def close(self) -> None:
-        """Undo the page lock; slots must not be used afterwards."""
+        """Unlock the pages; slots must not be used afterwards."""
         if self._is_locked:
             torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())  # type: ignore[no-untyped-call]
             self._is_locked = False
 
     @classmethod
     def filling(cls, tier: Tier, slot_bytes: int, most: int, *, pinned: bool = False) -> Arena:
-        """As many slots as the tier's budget holds, `most` at most."""
+        """As many slots as fit in the tier's budget, at most `most`."""
         stride = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
         return cls(tier, min(most, tier.budget_bytes // stride), slot_bytes, pinned=pinned)
 
     @property
     def free(self) -> int:
-        """Slots that hold nothing."""
+        """Number of free slots."""
         return len(self._free)
 
     def take(self) -> int | None:
-        """The number of a free slot, which is now used; None where all are used."""
+        """Take a free slot and return its number; None if all are used."""
         return self._free.pop() if self._free else None
 
     def give_back(self, slot: int) -> None:
-        """Mark a used slot free."""
+        """Free a used slot."""
         self._free.append(slot)
 
     def slot(self, number: int) -> torch.Tensor:
@@ -98,9 +98,9 @@ def _allocate(nbytes: int, tier: Tier) -> torch.Tensor:
 
 
 def page_lock(memory: torch.Tensor, tier: Tier) -> bool:
-    """Let GPUs copy from and to host memory by themselves; False, with a warning, where that is not allowed.
+    """Page-lock host memory for direct copies by GPUs; False, with a warning, if that is not permitted.
 
-    PyTorch's own pinned allocations are rounded up to a power of two, which a budget of DRAM cannot bear.
+    PyTorch's own pinned allocations are rounded up to a power of two, which would exceed the DRAM budget.
     """
     problem = _register(memory)
     if problem:
@@ -113,12 +113,12 @@ def page_lock(memory: torch.Tensor, tier: Tier) -> bool:
 
 
 def _register(memory: torch.Tensor) -> str:
-    """Page-lock; returns what CUDA says against it, or nothing."""
+    """Page-lock; returns CUDA's error message, or nothing."""
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(error) == 0:
         return ""
-    # CUDA keeps the error, and torch would raise it at its next kernel, whichever it is: let it be this one.
+    # CUDA keeps the error and torch would raise it at its next kernel launch: raise it here instead.
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")
     return str(runtime.cudaGetErrorString(error))

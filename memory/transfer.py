@@ -1,7 +1,7 @@
-"""Links and tickets: bytes on their way, and the one place where compute may wait for them.
+"""Links and transfer tickets: bytes in flight, and the one place where compute may wait for them.
 
-A link is a worker thread with a priority queue: what is needed now overtakes what is only guessed. A
-link to a virtual GPU paces its copies to the speed of a real one; a disk link reads and rearranges.
+A link is a worker thread with a priority queue: demand transfers overtake prefetches. A
+link to a virtual GPU paces its copies to the speed of a real one; a disk link reads and repacks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Priority(IntEnum):
 
 
 class CancelledError(Exception):
-    """What waiting for a cancelled transfer raises; a part that stops half-way says what it moved."""
+    """Raised by waiting for a cancelled transfer; a part that stops halfway reports how much it moved."""
 
     def __init__(self, message: str, moved_bytes: int = 0) -> None:
         super().__init__(message)
@@ -35,9 +35,9 @@ class CancelledError(Exception):
 
 
 class Ticket:
-    """The promise of a transfer. `wait` returns when the bytes are there, or raises what went wrong.
+    """A pending transfer. `wait` returns when the bytes have arrived, or raises the transfer's error.
 
-    stop is what parts under way look at to end early; None where they cannot.
+    stop is an event that running parts check to end early; None if they cannot.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Ticket:
 
     @property
     def is_done(self) -> bool:
-        """True once `wait` would not wait."""
+        """True once `wait` would not block."""
         return self._done.is_set()
 
     @property
     def has_failed(self) -> bool:
-        """True once the transfer has ended without the bytes."""
+        """True once the transfer has failed or was cancelled."""
         return self._done.is_set() and self.error is not None
 
     def wait(self) -> None:
@@ -71,9 +71,9 @@ class Ticket:
             raise self.error
 
     def end_part(self, error: BaseException | None) -> bool:
-        """Called by the link, which holds its lock, when a part has ended; True where it was the last.
+        """Called by the link, under its lock, when a part has ended; True if it was the last.
 
-        A failed part does not end the transfer: others may still be writing to the same place.
+        A failed part does not end the transfer: others may still be writing to the same destination.
         """
         self.error = self.error or error
         self.parts_left -= 1
@@ -94,10 +94,10 @@ class _Job:
 
 
 class Link:
-    """A transfer path with `workers` threads working off one queue.
+    """A transfer path with one queue and `workers` threads.
 
-    bytes_per_s paces the link to a speed (all workers together): after a transfer it stays busy for
-    as long as the bytes would have taken. None: no pacing.
+    bytes_per_s limits the link's speed (all workers together): after a transfer it stays busy for as long as
+    the bytes would have taken. None: unlimited.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Link:
         priority: Priority,
         stop: threading.Event | None = None,
     ) -> Ticket:
-        """Queue a transfer of `nbytes` in all, done in `parts` of about equal size, on the link's threads.
+        """Queue a transfer of `nbytes` in total, done in `parts` of about equal size on the link's threads.
 
-        stop: parts under way that look at it end early with CancelledError once it is set, by `cancel`.
+        stop: `cancel` sets it; running parts that check it then end early with CancelledError.
         """
         ticket = Ticket(self, nbytes, priority, len(parts), stop)
         with self._changed:
@@ -142,7 +142,7 @@ class Link:
         return ticket
 
     def promote(self, ticket: Ticket) -> None:
-        """Let a queued transfer that was only guessed go first: it is needed now."""
+        """Promote a queued prefetch to a demand transfer."""
         with self._changed:
             found = [job for job in self._queue if job.ticket is ticket]
             for job in found:
@@ -151,10 +151,10 @@ class Link:
                 heapq.heapify(self._queue)
 
     def cancel(self, ticket: Ticket) -> bool:
-        """Take off the queue what has not begun of a transfer, and stop what can be stopped.
+        """Cancel a transfer: remove its queued parts and stop running ones that can be stopped.
 
-        False where there is neither. The transfer ends, with CancelledError, when what had begun has ended:
-        at once where nothing had.
+        False if there are neither. The transfer ends with CancelledError once its running parts have ended,
+        or at once if there are none.
         """
         with self._changed:
             kept = [job for job in self._queue if job.ticket is not ticket]
@@ -173,7 +173,7 @@ class Link:
             return True
 
     def close(self) -> None:
-        """End the threads; what is still queued fails."""
+        """Stop the threads; queued transfers fail."""
         with self._changed:
             self._closed = True
             dropped, self._queue = self._queue, []
@@ -194,7 +194,7 @@ class Link:
             self._under_way += 1
             return heapq.heappop(self._queue)
 
-    @torch.inference_mode()  # a model may be loaded, and its slots written, by who is in that mode
+    @torch.inference_mode()  # the loading thread, which also writes slots, may be in that mode
     def _work(self) -> None:
         while (job := self._next()) is not None:
             error: BaseException | None = None
@@ -206,7 +206,7 @@ class Link:
             except CancelledError as stopped:
                 self.telemetry.add("moved_bytes", self.name, stopped.moved_bytes)
                 error = stopped
-            except BaseException as raised:  # handed to whoever waits
+            except BaseException as raised:  # passed on to the waiter
                 error = raised
             with self._changed:
                 self._under_way -= 1

@@ -1,4 +1,4 @@
-"""Files that Loci writes for its user: where its cache is, and how a file is written whole or not at all."""
+"""Files that Loci writes for its user: the cache directory, and atomic writes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def user_cache() -> Path:
 
 
 def check_writable(target: Path) -> None:
-    """Raise ConfigError where no file can be written as `target`: said before long work, not after it."""
+    """Raise ConfigError if `target` cannot be written: checked before long work, not after it."""
     if target.is_dir():
-        raise ConfigError(f"{target}: a directory; name a file to write")
+        raise ConfigError(f"{target}: is a directory; name a file to write")
     if not target.parent.is_dir():
         raise ConfigError(f"{target.parent}: no such directory to write to; name another file")
     try:
         with tempfile.TemporaryFile(
             dir=target.parent
-        ):  # rights and read-only file systems: only trying tells
+        ):  # permissions and read-only file systems: only trying tells
             pass
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written ({error.strerror}); name another file") from None
@@ -37,17 +37,17 @@ def check_writable(target: Path) -> None:
 
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target` to write to; it becomes `target` unless the writing fails.
+    """A temporary file next to `target` to write to, renamed to `target` unless writing fails.
 
     Raises ConfigError for a directory or a device, which are not replaced, and OSError where writing fails.
     """
     if target.exists() and not target.is_file():
-        raise ConfigError(f"{target}: is not a file that can be replaced; name another")
+        raise ConfigError(f"{target}: not a regular file; name another file")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(target)
-    except SafetensorError as error:  # its library's word for an OSError
+    except SafetensorError as error:  # safetensors' form of an OSError
         raise OSError(errno.EIO, f"cannot be written ({error})", str(target)) from None
     finally:
         with suppress(OSError):

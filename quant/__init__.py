@@ -1,1 +1,1 @@
-"""Bits to numbers: packed formats, codecs, kernels and conversion. Knows nothing of where bytes live."""
+"""Bits to numbers: packed formats, codecs, kernels and conversion. Knows nothing of tiers."""

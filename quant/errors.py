@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class LociError(Exception):
-    """Base of every error that is meant for a person; the CLI prints it as one line."""
+    """Base of every error meant for users; the CLI prints it as one line."""
 
 
 class FormatError(LociError):
@@ -23,11 +23,11 @@ class CheckpointError(LociError):
 
 
 class BudgetError(LociError):
-    """Something that does not fit into the memory it was given."""
+    """Something that does not fit in its memory budget."""
 
 
 class RequestError(LociError):
-    """A request that cannot be served as asked; `param` names the offending field where there is one."""
+    """A request that cannot be served; `param` names the offending field, if any."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -36,25 +36,25 @@ class RequestError(LociError):
 
 
 class CapacityError(LociError):
-    """The server cannot take the request now; trying again later may work."""
+    """The server cannot accept the request now; retrying later may work."""
 
 
 class Findings:
-    """What several checks of one thing find wrong, to be raised together once all were made."""
+    """Collects the errors of several checks, to be raised together."""
 
     def __init__(self) -> None:
         self._found: list[LociError] = []
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Keep the LociError that is raised inside for later."""
+        """Collect a LociError raised in the block."""
         try:
             yield
         except LociError as error:
             self._found.append(error)
 
     def raise_any(self) -> None:
-        """Raise what was found: the error itself where it is one, else a CheckpointError with them all."""
+        """Raise the collected error, or a CheckpointError with all of them if there are several."""
         if len(self._found) == 1:
             raise self._found[0]
         if self._found:

@@ -1,6 +1,6 @@
-"""PackedTensor: packed codes with their scales; Format: how they turn into numbers and back.
+"""PackedTensor: packed codes with their scales; Format: how they are decoded and encoded.
 
-A packed tensor knows nothing of where its bytes lie: `codes` and `scales` may be views of a slot in an
+A packed tensor does not know where its bytes are: `codes` and `scales` may be views of a slot in an
 arena or ordinary tensors, on any device. A format is stateless: it encodes float matrices into packed
 tensors, checks, decodes and slices them. Bits are documented in the module of each format
 (`quant/formats/`), and side by side in docs/formats.md.
@@ -26,7 +26,7 @@ class PackedTensor:
     `codes` holds the packed values and `scales` what the format needs beside them (None where the
     scales are interleaved with the codes, as in GGUF blocks). Their exact shapes and bit order are
     documented with each format. Raises FormatError where shapes or dtypes contradict the format;
-    what the bytes say is looked at by `validate` alone.
+    only `validate` looks at the bytes.
     """
 
     format: Format
@@ -47,12 +47,12 @@ class PackedTensor:
         """A view of rows `start..stop`; both must lie on the format's tile borders."""
         if start % self.format.tile_rows or (stop % self.format.tile_rows and stop != self.shape[0]):
             raise FormatError(
-                f"{self.format.name}: rows {start}..{stop} cut a tile of {self.format.tile_rows} rows"
+                f"{self.format.name}: rows {start}..{stop} cut through a tile of {self.format.tile_rows} rows"
             )
         return self.format.slice_rows(self, start, stop)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The whole matrix as numbers, `[rows, cols]` of `dtype`."""
+        """The whole matrix decoded, `[rows, cols]` of `dtype`."""
         return self.format.decode(self).to(dtype)
 
     def validate(self) -> None:
@@ -63,7 +63,7 @@ class PackedTensor:
 class Format(ABC):
     """How a `[rows, cols]` float matrix is laid out in bits.
 
-    name:       as configs and reports call it
+    name:       as in configs and reports
     tile_rows:  rows that share a scale, so the smallest step a row slice may take
     tile_cols:  columns that share a scale
     """
@@ -95,7 +95,9 @@ class Format(ABC):
         Raises FormatError for NaN or infinite values, for a shape that the format cannot hold, and
         for a format that is only read.
         """
-        raise FormatError(f"{self.name}: this format is read, not written; choose mxfp4, nf4, int4 or fp8")
+        raise FormatError(
+            f"{self.name}: this format can be read but not written; choose mxfp4, nf4, int4 or fp8"
+        )
 
     def validate(self, packed: PackedTensor) -> None:
         """Raise FormatError where a scale or a value is NaN or infinite. Reads every byte of `packed`."""
@@ -121,5 +123,5 @@ class Format(ABC):
             raise FormatError(f"{self.name}: encodes floats, found {values.dtype}; decode the tensor first")
         values = values.to(torch.float32)
         if not bool(values.isfinite().all()):
-            raise FormatError(f"{self.name}: the matrix to encode has NaN or infinite values; mend it first")
+            raise FormatError(f"{self.name}: the matrix to encode has NaN or infinite values; fix it first")
         return values

@@ -94,8 +94,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     text = {
-        404: f"there is no {path}; docs/api.md lists what there is",
-        405: f"{path} does not take {method}",
+        404: f"there is no {path}; docs/api.md lists the routes",
+        405: f"{path} does not support {method}",
     }.get(error.status_code, str(error.detail))
     code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code)
     return ApiError(error.status_code, text, code=code, headers=error.headers).response_to(request.scope)

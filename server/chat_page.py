@@ -37,7 +37,7 @@ async def show_page() -> FileResponse:
 
 @router.get("/web/{name}")
 async def show_file(name: str) -> FileResponse:
-    """A script, style sheet or picture of the page."""
+    """A script, style sheet or image of the page."""
     return _file(name)
 
 

@@ -44,25 +44,25 @@ class Metrics:
         )
         self.key_refusals = Counter(
             "loci_key_refusals",
-            "Requests refused because of a key's limit.",
+            "Requests refused because a key reached its limit.",
             ["key", "limit"],
             registry=self.registry,
         )
         self.queue_time = histogram(
             "loci_queue_time_seconds",
-            "From submission until a sequence is first computed.",
+            "Time from submission until a sequence is first scheduled.",
             _LATENCY,
         )
         self.first_token = histogram(
-            "loci_time_to_first_token_seconds", "From submission to a sequence's first token.", _LATENCY
+            "loci_time_to_first_token_seconds", "Time from submission to a sequence's first token.", _LATENCY
         )
         self.token_gap = histogram(
             "loci_inter_token_latency_seconds",
-            "Between tokens of a sequence after its first.",
+            "Time between tokens of a sequence after its first.",
             _TOKEN_LATENCY,
         )
         self.end_to_end = histogram(
-            "loci_end_to_end_seconds", "From submission to a sequence's last token.", _LATENCY
+            "loci_end_to_end_seconds", "Time from submission to a sequence's last token.", _LATENCY
         )
 
     def observe_engine(self, stats: Callable[[], EngineStats], model: Model) -> None:
@@ -114,33 +114,45 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("loci_generated_tokens", "Tokens generated.", now.generated_tokens)
         yield CounterMetricFamily("loci_engine_steps", "Steps of the engine's loop.", now.steps)
         yield CounterMetricFamily("loci_engine_step_seconds", "Time spent in steps.", now.step_s)
-        yield CounterMetricFamily("loci_engine_forward_seconds", "Of it, the model's part.", now.forward_s)
-        yield GaugeMetricFamily("loci_kv_tokens_used", "Tokens that the KV cache holds.", now.kv_tokens_used)
+        yield CounterMetricFamily(
+            "loci_engine_forward_seconds",
+            "Time spent in the model's forward pass, part of the step time.",
+            now.forward_s,
+        )
+        yield GaugeMetricFamily("loci_kv_tokens_used", "Tokens in the KV cache.", now.kv_tokens_used)
         yield GaugeMetricFamily(
-            "loci_kv_tokens_capacity", "Tokens that the KV cache has room for.", now.kv_tokens_capacity
+            "loci_kv_tokens_capacity", "Capacity of the KV cache in tokens.", now.kv_tokens_capacity
         )
         prefixes = now.prefixes
         if prefixes is not None:
             for name, text, count in (
-                ("queries", "Prompts looked up among known prefixes.", prefixes.queries),
-                ("hits", "Prompts of which some was known.", prefixes.hits),
-                ("tokens", "Prompt tokens that did not have to be computed.", prefixes.cached_tokens),
-                ("evictions", "States given up for newer ones.", prefixes.evictions),
+                ("queries", "Prompts looked up in the prefix cache.", prefixes.queries),
+                ("hits", "Prompts that hit the prefix cache.", prefixes.hits),
+                ("tokens", "Prompt tokens served from the prefix cache.", prefixes.cached_tokens),
+                ("evictions", "States evicted from the prefix cache.", prefixes.evictions),
             ):
                 yield CounterMetricFamily(f"loci_prefix_cache_{name}", text, count)
-            yield GaugeMetricFamily("loci_prefix_cache_bytes", "Bytes of prefixes.", prefixes.nbytes)
             yield GaugeMetricFamily(
-                "loci_prefix_cache_budget_bytes", "Bytes that prefixes may take.", prefixes.budget_bytes
+                "loci_prefix_cache_bytes", "Size of the prefix cache in bytes.", prefixes.nbytes
+            )
+            yield GaugeMetricFamily(
+                "loci_prefix_cache_budget_bytes",
+                "Budget of the prefix cache in bytes.",
+                prefixes.budget_bytes,
             )
         tiers = GaugeMetricFamily(
-            "loci_tier_memory_bytes", "Bytes in a memory tier, by what they hold.", labels=["tier", "content"]
+            "loci_tier_memory_bytes",
+            "Bytes allocated in a memory tier, by content.",
+            labels=["tier", "content"],
         )
         for tier, nbytes in self._model.tier_bytes.items():
             tiers.add_metric([tier, "weights"], nbytes)
         tiers.add_metric(["dram", "kv"], now.kv_bytes + (prefixes.nbytes if prefixes is not None else 0))
         yield tiers
         experts = GaugeMetricFamily(
-            "loci_experts", "Routed experts, by the tier that holds them (nvme: none does).", labels=["tier"]
+            "loci_experts",
+            "Routed experts, by the tier that holds them (nvme: on disk only).",
+            labels=["tier"],
         )
         held = collections.Counter(tier for layer in self._model.expert_tiers() for tier in layer)
         for tier, count in held.items():
@@ -168,23 +180,25 @@ def _movements(seen: Snapshot) -> Iterator[Metric]:
 
     yield counter("loci_expert_hits", "Expert uses by the tier that held the expert.", "tier", seen.hits)
     yield counter("loci_experts_computed", "Experts computed, by tier.", "tier", seen.computed)
-    yield counter("loci_expert_evictions", "Experts that had to leave a tier.", "tier", seen.evictions)
-    yield counter("loci_expert_guesses", "Experts guessed a layer ahead.", "guesses", seen.guesses)
-    yield counter("loci_prefetched_experts", "Experts read ahead, by outcome.", "outcome", seen.prefetches)
-    slots = GaugeMetricFamily("loci_expert_slots_free", "Expert slots that hold nothing.", labels=["tier"])
+    yield counter("loci_expert_evictions", "Experts evicted from a tier.", "tier", seen.evictions)
+    yield counter("loci_expert_guesses", "Experts predicted a layer ahead.", "guesses", seen.guesses)
+    yield counter("loci_prefetched_experts", "Prefetched experts, by outcome.", "outcome", seen.prefetches)
+    slots = GaugeMetricFamily("loci_expert_slots_free", "Empty expert slots.", labels=["tier"])
     for tier, free in seen.slots.items():
         slots.add_metric([tier], free)
     yield slots
-    yield counter("loci_link_bytes", "Bytes moved, by link.", "link", seen.moved_bytes)
-    yield counter("loci_link_busy_seconds", "Time in which a link moved bytes.", "link", seen.busy_s)
+    yield counter("loci_link_bytes", "Bytes transferred, by link.", "link", seen.moved_bytes)
+    yield counter("loci_link_busy_seconds", "Time a link spent transferring.", "link", seen.busy_s)
     yield by_reason("loci_link_transfers", "Transfers, by link and reason.", seen.moves)
-    yield by_reason("loci_link_failures", "Transfers that failed, by link and reason.", seen.failed)
-    yield by_reason("loci_stall_seconds", "Time that computation waited for bytes.", seen.stalled_s)
+    yield by_reason("loci_link_failures", "Failed transfers, by link and reason.", seen.failed)
+    yield by_reason(
+        "loci_stall_seconds", "Time computation stalled on transfers, by link and reason.", seen.stalled_s
+    )
     yield counter("loci_engram_rows", "Engram rows, by where they were found.", "rows", seen.rows)
 
 
 class _ProcessCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            "loci_process_resident_memory_bytes", "Memory of the process that is in RAM.", resident_bytes()
+            "loci_process_resident_memory_bytes", "Resident memory of the process.", resident_bytes()
         )

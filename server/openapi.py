@@ -26,10 +26,10 @@ from server.responses.requests import ResponsesRequest
 
 REF = "#/components/schemas/{model}"
 STATUSES = {
-    400: "Wrong, refused, or more than the context holds.",
+    400: "Invalid, unsupported, or longer than the context.",
     401: "No key, or a wrong one.",
-    403: "A host name that the server does not answer to.",
-    404: "No such model, response, or request under way.",
+    403: "A host name that the server does not accept.",
+    404: "No such model, response or running request.",
     408: "A body that did not arrive in time.",
     413: "A body above the limit.",
     415: "Not application/json.",

@@ -33,91 +33,96 @@ class Settings(BaseSettings):
         description="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
     )
     host: str = Field(
-        "127.0.0.1", description="Address to listen on. 0.0.0.0 opens it to the network, :: with IPv6 too."
+        "127.0.0.1",
+        description="Address to listen on; 0.0.0.0 accepts connections from the network, :: also over IPv6.",
     )
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     served_model_name: str | None = Field(
-        None, min_length=1, description="Name that requests use. Default: that of the directory or file."
+        None,
+        min_length=1,
+        description="Model name that clients use. Default: the name of the directory or file.",
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="Tokens a sequence may have, prompt and answer together. Memory for them is taken at "
-        "start. Default: what the model was made for, at most 8192, less where memory is short.",
+        description="Maximum tokens of a sequence, prompt and answer together. Memory for them is allocated "
+        "at startup. Default: the model's context length, at most 8192, less if memory is short.",
     )
     max_num_seqs: int = Field(
-        8, ge=1, le=1024, description="Sequences computed together; further ones wait in a queue."
+        8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
     )
     max_waiting: int = Field(
-        256, ge=0, description="Sequences that may wait; beyond that requests are answered with 429."
+        256, ge=0, description="Maximum sequences in the queue; further requests get 429."
     )
-    prefill_chunk: int = Field(512, ge=1, description="Most prompt tokens computed per step.")
+    prefill_chunk: int = Field(512, ge=1, description="Maximum prompt tokens computed per step.")
     prefill_step_ms: float = Field(
         250.0,
         gt=0,
-        description="While answers run, prompts are computed in pieces so small that a step takes about so "
-        "long (or twice as long as without prompts, if that is more). Larger values serve prompts faster.",
+        description="Target duration of a step while answers are being generated: prompts are computed in "
+        "chunks small enough for it (or for twice the time of a step without prompts, if that is longer). "
+        "Larger values process prompts faster.",
     )
     prefix_cache: str | None = Field(
         None,
-        description="Memory for the state of earlier prompts and answers, like 2GiB, so that prompts which "
-        "begin like them skip that part; 0 turns it off. Default: a tenth of what is left.",
+        description="Memory for the prefix cache, e.g. 2GiB: prompts that begin like an earlier prompt or "
+        "answer skip that part. 0 turns it off. Default: a tenth of the remaining memory.",
     )
     dram_budget: str | None = Field(
         None,
-        description="Memory that weights may take, like 16GiB; what does not fit is read from disk when it "
-        "is needed. Default: three quarters of what is free.",
+        description="Memory for weights, e.g. 16GiB; what does not fit is read from disk when needed. "
+        "Default: three quarters of free memory.",
     )
     devices: str | None = Field(
         None,
-        description="GPUs for weights and KV, like cuda:22GiB (two real ones together are unproven yet) or "
-        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed. "
-        "Default: none.",
+        description="GPUs for weights and KV cache, e.g. cuda:22GiB (using two real ones is untested) or "
+        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed. Default: "
+        "none.",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
-        description="Key that clients must send as bearer token. Repeat the flag, or separate by commas, "
-        "for several.",
+        description="API key that clients must send as a bearer token. For several, repeat the flag or "
+        "separate them with commas.",
     )
     api_key_file: Path | None = Field(
         None,
-        description="TOML file of keys by name, with their limits; read again when it changes.",
+        description="TOML file of named API keys with their limits; reloaded when it changes.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Name that requests may ask for in their Host header; * is any. Repeat the flag, or "
-        "separate by commas, for several. Default: localhost, 127.0.0.1 and ::1 where only this machine can "
-        "reach the server, else any.",
+        description="Host name that clients may use (the Host header); * allows any. For several, repeat "
+        "the flag or separate them with commas. Default: localhost, 127.0.0.1 and ::1 if only this machine "
+        "can reach the server, otherwise any.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Origin whose web pages may use the server, like https://chat.example.org; * is any. "
-        "Repeat the flag, or separate by commas, for several. Default: none.",
+        description="Origin of web pages that may call the server, e.g. https://chat.example.org; * allows "
+        "any. For several, repeat the flag or separate them with commas. Default: none.",
     )
-    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body, in bytes.")
+    max_body_bytes: int = Field(8 * 2**20, ge=1024, description="Maximum size of a request body, in bytes.")
     read_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds that a client may take to send the head of a request, and again for its body.",
+        description="Seconds a client may take to send a request's headers, and again to send its body.",
     )
     write_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds that an answer waits for a client that does not take it; then it is hung up on.",
+        description="Seconds to wait for a client that does not read its answer before its connection is "
+        "closed.",
     )
     response_store_bytes: int = Field(
         64 * 2**20,
         ge=0,
-        description="Memory for answers of /v1/responses that clients may come back to; 0 keeps none.",
+        description="Memory for stored responses (/v1/responses), in bytes; 0 stores none.",
     )
     request_timeout_s: float | None = Field(
-        None, gt=0, description="Seconds after which a request is ended. Default: none."
+        None, gt=0, description="Seconds after which a request is cancelled. Default: none."
     )
     drain_timeout_s: float = Field(
-        30.0, ge=0, description="Seconds that running requests may take to finish after SIGTERM or Ctrl-C."
+        30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM or Ctrl-C."
     )
-    log_level: LogLevel = Field("info", description="Least severe message to log.")
-    log_format: LogFormat = Field("text", description="Lines of the log as text, or as json objects.")
+    log_level: LogLevel = Field("info", description="Lowest severity to log.")
+    log_format: LogFormat = Field("text", description="Format of log lines: text or JSON objects.")
 
     @field_validator(*SEVERAL, mode="before")
     @classmethod

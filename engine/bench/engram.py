@@ -1,6 +1,6 @@
 """What Engram tables cost a step: the same decodes and prompts without, from DRAM, and from disk.
 
-The forward is a real one; only the store behind its look-ups changes. Without means zeros that are there
+The forward is a real one; only the store behind its lookups changes. Without means zeros that are there
 at once. Rows follow from token ids, so their skew is that of the tokens: uniform ones repeat nothing, those
 of a Zipf law repeat as words do. Or they are those that a text has asked for, from a trace.
 """
@@ -35,7 +35,7 @@ UNIFORM, ZIPF, RECORDED = "uniform", "zipf", "recorded"
 HOT_SHARE = 10  # on disk, the hot cache holds one part in so many of the table
 FIRST_TOKEN = 3
 SINGLE_LOOKUPS = 300
-WARM_CHUNK = 2048  # tokens of a look-up while the hot cache fills
+WARM_CHUNK = 2048  # tokens of a lookup while the hot cache fills
 
 
 class _NoTable:
@@ -109,7 +109,7 @@ def _engram_of(model: DeepseekV41) -> EngramLookup:
 
 
 class _Source(Protocol):
-    """What the rounds, and look-ups before and after them, ask for; the same for every store."""
+    """What the rounds, and lookups before and after them, ask for; the same for every store."""
 
     skew: str
 
@@ -177,7 +177,7 @@ class _RecordedLookup(EngramLookup):
 
 
 class _Recorded:
-    """A trace's rows: its last tokens for rounds and single look-ups, those before them to warm up."""
+    """A trace's rows: its last tokens for rounds and single lookups, those before them to warm up."""
 
     skew = RECORDED
 
@@ -187,9 +187,9 @@ class _Recorded:
         like = (len(sizes), _engram_of(model).columns)
         if tuple(trace.shape[1:]) != like or (trace.amax((0, 2)) >= torch.tensor(sizes)).any():
             raise ConfigError(
-                f"the trace is another model's: {trace.shape[2]} rows a token of {trace.shape[1]} tables, "
-                f"up to row {int(trace.max())}; {model.info.name} reads {like[1]} of tables of "
-                f"{', '.join(map(str, sizes))} rows"
+                f"the trace was recorded with another model: {trace.shape[2]} rows per token from "
+                f"{trace.shape[1]} tables, up to row {int(trace.max())}; {model.info.name} reads {like[1]} "
+                f"from tables of {', '.join(map(str, sizes))} rows"
             )
         needed = case.rounds * case.tokens + SINGLE_LOOKUPS
         if len(trace) < needed:
@@ -236,8 +236,8 @@ def run_engram(
         table_bytes = sum(files.nbytes for files in whole.files.values())
         if whole.nbytes < table_bytes:
             raise ConfigError(
-                f"{path}: tables of {table_bytes / 1e9:.1f} GB do not fit into memory beside the model; "
-                "take a slice with fewer rows"
+                f"{path}: tables of {table_bytes / 1e9:.1f} GB do not fit in memory next to the model; use "
+                "a slice with fewer rows"
             )
         sources: list[_Source]
         if trace is None:
@@ -326,7 +326,7 @@ class _Bench:
         before: list[int],
         ids: list[int],
     ) -> None:
-        """Compute tokens of a slot behind those `before`, with its look-up, and note how long that takes."""
+        """Compute tokens of a slot behind those `before`, with its lookup, and note how long that takes."""
         model, cache = self._model, self._cache
         model.engram = lookup
         begun = time.perf_counter()
@@ -336,7 +336,7 @@ class _Bench:
         into.setdefault((PLACES[slot], source.skew), []).append(time.perf_counter() - begun)
 
     def _single_lookups(self, where: str, rows: torch.Tensor) -> list[float]:
-        """Seconds of look-ups, each of one token's rows of all tables; rows `[tables, tokens, columns]`."""
+        """Seconds of lookups, each of one token's rows of all tables; rows `[tables, tokens, columns]`."""
         seconds = []
         for at in range(rows.shape[1]):
             begun = time.perf_counter()

@@ -219,7 +219,7 @@ def run_slice(
     model = loaded.model
     try:
         if not isinstance(model, DeepseekV41):
-            raise ConfigError(f"{path}: this model has no routed experts; there is nothing that would move")
+            raise ConfigError(f"{path}: this model has no routed experts, so nothing would move")
         dense = {
             part.kind: part.nbytes
             for part in loaded.components

@@ -61,7 +61,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What engine steps took besides the model's forward."""
+    """What engine steps took on top of the model's forward pass."""
 
     overhead_s: float
     steps: int

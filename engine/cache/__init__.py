@@ -1,1 +1,1 @@
-"""State that sequences keep between steps: kinds of KV cache, and the prefix cache over them."""
+"""The state of sequences between steps: KV caches, and the prefix cache on top of them."""

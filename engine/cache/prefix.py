@@ -1,10 +1,10 @@
-"""Prefixes that were computed before: a radix tree of token ids, with the cache state behind them.
+"""The prefix cache: a radix tree of token ids with the KV cache state of each prefix.
 
-What a cache appends (keys and values, compressed entries) hangs on the tree's edges, so prompts that
-begin alike share it. What later tokens overwrite (window rings, unfinished groups) is kept at chosen
-positions only: ends of prompts and of answers, every so often within a long prompt, and where two
-prompts were seen to part. Token ids themselves are compared, no hashes of them, and everything is
-copied in and out, so a sequence never holds on to the tree.
+Append-only state (keys and values, compressed entries) is stored on the tree's edges, so prompts with a
+common prefix share it. State that later tokens overwrite (window rings, unfinished groups) is stored at
+chosen positions only: the ends of prompts and answers, at intervals within a long prompt, and where two
+prompts were seen to diverge. Token ids are compared directly, not by hash, and everything is copied in and
+out, so a sequence never references the tree.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from engine.families.base import KvCache
 Ids = NDArray[np.int32]
 Saved = tuple[torch.Tensor, ...]
 
-# A position where prompts part is worth a stop of the prefill if it spares at least so many tokens.
+# The prefill stops where prompts diverge, to save the state there, if that spares at least this many tokens.
 MIN_GAIN = 32
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """What was put into a slot.
+    """What was restored into a slot.
 
     length  tokens that the slot now holds, 0 where nothing fitted
-    logits  `[vocab]` behind the last of them, where that is the whole prompt
-    parting where the prompt leaves all others, if the state there is worth saving; None if not
+    logits  `[vocab]` after the last of them, if that is the whole prompt
+    parting where the prompt diverges from all cached ones, if the state there is worth saving; None if not
     """
 
     length: int
@@ -53,7 +53,7 @@ class PrefixStats:
 
 @dataclass(eq=False)
 class _Node:
-    """An edge of the tree and its end.
+    """An edge of the tree and the node at its end.
 
     rows has what the cache appended for `tokens`, which begin at position `start`; recent what it
     held at the end besides, None where only rows are known. That can be taken back to `shortest`.
@@ -84,7 +84,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Step:
-    """A node on the way through the tree, and how many tokens of its edge were gone along."""
+    """A node on a path through the tree, and how many tokens of its edge match."""
 
     node: _Node
     count: int
@@ -105,19 +105,19 @@ class PrefixCache:
         self._cache = cache
         self._budget_bytes = budget_bytes
         self._roots: dict[str, _Node] = {}
-        self._ends: OrderedDict[_Node, None] = OrderedDict()  # nodes one can go on from, oldest use first
+        self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
         self._nbytes = 0
         self._queries = self._hits = self._cached_tokens = self._evictions = 0
 
     @property
     def stats(self) -> PrefixStats:
-        """Counters and gauges of this moment."""
+        """Current counters and gauges."""
         return PrefixStats(
             self._queries, self._hits, self._cached_tokens, self._evictions, self._nbytes, self._budget_bytes
         )
 
     def restore(self, slot: int, prompt: list[int], salt: str = "") -> Prefix:
-        """Put the longest known prefix of `prompt` into the empty `slot`.
+        """Restore the longest cached prefix of `prompt` into the empty `slot`.
 
         At least one token is left to compute, unless the logits behind the whole prompt are known.
         """
@@ -139,7 +139,7 @@ class PrefixCache:
         return Prefix(length, logits, parting if is_worth_saving else None)
 
     def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
-        """Keep the state of `slot`, which holds just `tokens`; `logits` `[vocab]` are those behind them.
+        """Save the state of `slot`, which holds exactly `tokens`; `logits` `[vocab]` are those after them.
 
         Does nothing where the budget could not hold it.
         """
@@ -172,7 +172,7 @@ class PrefixCache:
         self._ends.move_to_end(node)
 
     def _best_end(self, path: list[_Step], ids: Ids) -> tuple[_Node | None, int]:
-        """The end from which most of `ids` can be gone on from, and how much that is.
+        """The node that restores the longest prefix of `ids`, and the prefix length.
 
         Where `ids` leave the tree, ends a little further on will do, if they can be taken back.
         """
@@ -195,7 +195,7 @@ class PrefixCache:
         return best, length
 
     def _walk(self, ids: Ids, salt: str) -> list[_Step]:
-        """The way of `ids` through the tree: of every node's edge all tokens agree, but for the last one."""
+        """The path of `ids` through the tree: all edges match completely, except perhaps the last."""
         path: list[_Step] = []
         node, at = self._roots.get(salt), 0
         while node is not None and at < len(ids):
@@ -236,7 +236,7 @@ class PrefixCache:
         self._cache.resume(slot, length, end.shortest)
 
     def _grow(self, parent: _Node, slot: int, tokens: Ids) -> _Node:
-        """A new node behind `parent`, its rows copied from the slot."""
+        """A new node below `parent`, its rows copied from the slot."""
         start, stop = parent.stop, parent.stop + len(tokens)
         rows = tuple(
             view[start // ratio : stop // ratio].to("cpu", copy=True)
@@ -247,7 +247,7 @@ class PrefixCache:
         return node
 
     def _split(self, node: _Node, count: int) -> _Node:
-        """Cut an edge behind its first `count` tokens, if it goes on; returns the node that ends there."""
+        """Split an edge after its first `count` tokens, if it is longer; returns the node that ends there."""
         parent = node.parent
         if count == len(node.tokens) or parent is None:
             return node
@@ -264,7 +264,7 @@ class PrefixCache:
         return upper
 
     def _evict(self) -> None:
-        """Give up the end that was not used for longest, and the edges that lead to no other."""
+        """Evict the least recently used state, and edges that no longer lead to any."""
         node, _ = self._ends.popitem(last=False)
         self._evictions += 1
         self._nbytes -= node.end_bytes

@@ -18,11 +18,11 @@ from engine.families.base import KvCache, Segment
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What decides the size of a SparseCache.
+    """The parameters that determine the size of a SparseCache.
 
     sources maps a kv source layer to its compression ratio; history is how many earlier token keys
     n-gram hashing needs, history_pad what stands before a sequence's start; margin is how many of
-    its last tokens a slot can give back; devices is where each layer's state lies.
+    its last tokens a slot can roll back; devices has the device of each layer's state.
     """
 
     layers: int

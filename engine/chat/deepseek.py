@@ -233,7 +233,7 @@ def _prompt_fields(request: Mapping[str, Any]) -> dict[str, Any]:
             body.setdefault("thinking", {"type": "enabled" if wanted else "disabled"})
     if switches:
         raise RequestError(
-            f"chat_template_kwargs: this model knows thinking and enable_thinking, not {sorted(switches)}",
+            f"chat_template_kwargs: this model accepts thinking and enable_thinking, not {sorted(switches)}",
             param="chat_template_kwargs",
         )
     return body

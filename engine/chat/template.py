@@ -132,11 +132,11 @@ class TemplateChat(ChatFormat):
                 pieces.append(piece)
         except Exception as error:  # templates fail in any way that Python code can
             raise _TemplateError(
-                f"the model's chat template does not take these messages: {error}", param="messages"
+                f"the model's chat template rejects these messages: {error}", param="messages"
             ) from None
         if size > MAX_PROMPT_CHARS:
             raise RequestError(
-                f"the rendered prompt has more than {MAX_PROMPT_CHARS} characters; send less",
+                f"the rendered prompt has more than {MAX_PROMPT_CHARS} characters; shorten the messages",
                 param="messages",
             )
         return "".join(pieces)
@@ -180,11 +180,11 @@ class TemplateChat(ChatFormat):
             return None
         if choice not in (None, "auto") and not self._can_call:
             raise RequestError(
-                "tool_choice must be auto or none for this model: how it writes calls is not known",
+                "tool_choice must be auto or none for this model: its tool call format is unknown",
                 param="tool_choice",
             )
         if "tools" not in self._variables:
-            raise RequestError("this model's chat template has no place for tools", param="tools")
+            raise RequestError("this model's chat template does not support tools", param="tools")
         return tools
 
     def _message(self, message: Mapping[str, Any], form: ArgumentsForm) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The family interface: what the engine asks of a model, whatever its architecture.
+"""The family interface: what the engine requires of a model of any architecture.
 
 A family is a folder in `engine/families/` with one `Family` object, and a line in the registry for each of
 its model types.
@@ -56,7 +56,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What others must know of a loaded model."""
+    """Properties of a loaded model that other code needs."""
 
     family: str
     name: str
@@ -84,8 +84,8 @@ class KvCache(ABC):
     """State of up to `slots` sequences of up to `capacity` tokens; allocated once, of fixed size.
 
     A slot is empty after `reset`; `forward` appends to it. Positions must follow each other: the
-    `start` of a segment is the number of tokens that its slot holds. Of its last tokens, a slot can
-    give back `margin`.
+    `start` of a segment is the number of tokens that its slot holds. A slot can be rolled back by up to
+    `margin` tokens.
     """
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
@@ -96,7 +96,7 @@ class KvCache(ABC):
         self._shortest = [0] * slots
 
     def reset(self, slot: int) -> None:
-        """Forget the sequence in `slot`."""
+        """Clear `slot`."""
         self.resume(slot, 0, 0)
 
     def length(self, slot: int) -> int:
@@ -107,10 +107,12 @@ class KvCache(ABC):
         """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
         held = self._lengths[segment.slot]
         if segment.start != held:
-            raise ValueError(f"slot {segment.slot} holds {held} tokens; a segment starts at {segment.start}")
+            raise ValueError(
+                f"slot {segment.slot} holds {held} tokens, but the segment starts at {segment.start}"
+            )
         needed = segment.start + segment.length
         if needed > self.capacity:
-            raise BudgetError(f"{needed} tokens do not fit into a cache of {self.capacity} a sequence")
+            raise BudgetError(f"{needed} tokens do not fit in a cache of {self.capacity} tokens per sequence")
 
     def advance(self, segment: Segment) -> None:
         """Count the segment's tokens as held; called when every layer has stored them."""
@@ -119,24 +121,24 @@ class KvCache(ABC):
         self._shortest[segment.slot] = max(self._shortest[segment.slot], shortest)
 
     def shortest(self, slot: int) -> int:
-        """The least length that the sequence in `slot` can be taken back to."""
+        """The shortest length to which the sequence in `slot` can be rolled back."""
         return self._shortest[slot]
 
     def resume(self, slot: int, length: int, shortest: int) -> None:
-        """Count the first `length` tokens as held, behind whatever `appended` and `recent` were filled
-        with; that can be taken back to `shortest`."""
+        """Set the slot's length to `length`, after `appended` and `recent` were filled; the state can be
+        rolled back to `shortest`."""
         self._lengths[slot], self._shortest[slot] = length, shortest
 
     @abstractmethod
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
-        """What stays as it is once it is written: (tokens to a row, view `[rows, ...]`) for each part.
+        """Append-only state: (tokens per row, view `[rows, ...]`) for each part.
 
         A row is complete once the slot holds all its tokens.
         """
 
     @abstractmethod
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        """Views of all else that a slot of `length` tokens holds; later tokens overwrite it."""
+        """Views of the rest of the state of a slot of `length` tokens, which later tokens overwrite."""
 
     @property
     @abstractmethod
@@ -149,8 +151,8 @@ class Model(ABC):
 
     info: ModelInfo
 
-    def close(self) -> None:  # noqa: B027 - most models hold nothing that must be closed
-        """Give back threads and files; the model cannot run afterwards."""
+    def close(self) -> None:  # noqa: B027 - most models have nothing to close
+        """Release threads and files; the model cannot run afterwards."""
 
     @property
     def tier_bytes(self) -> dict[str, int]:
@@ -163,7 +165,7 @@ class Model(ABC):
 
     @property
     def telemetry(self) -> Telemetry | None:
-        """What moved, hit and stalled; None where nothing moves."""
+        """Counters of hits, transfers and stalls; None if nothing moves between tiers."""
         return None
 
     @abstractmethod
@@ -174,8 +176,8 @@ class Model(ABC):
     def cache_bytes(self, slots: int, capacity: int) -> int:
         """Bytes that `new_cache` would allocate in host memory."""
 
-    def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - most need nothing ahead
-        """Told as soon as tokens are drawn, each with those before it, to ask for what they will need."""
+    def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
+        """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
 
     @abstractmethod
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
@@ -230,7 +232,7 @@ class Trace:
 
 class _NoTrace(Trace):
     def add(self, name: str, value: Any) -> None:
-        """Keep nothing: the values of all layers together are many times what a forward needs."""
+        """Discard values: those of all layers together are many times what a forward needs."""
 
 
 NO_TRACE = _NoTrace()

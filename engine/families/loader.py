@@ -1,6 +1,6 @@
-"""From a path to something that can chat: checkpoint, family, model, tokenizer and chat format.
+"""From a path to a model ready to chat: checkpoint, family, model, tokenizer and chat format.
 
-`open_model` does all of that but the weights, so that what loading would refuse is known without loading.
+`open_model` does everything except reading the weights, so that errors show before a long load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quant.kernels.choice import choose
 class Loaded:
     """A model with everything needed to serve it.
 
-    sampling holds the model's own sampling parameters, by name, for requests that do not say.
+    sampling has the model's default sampling parameters, by name.
     """
 
     model: Model
@@ -42,7 +42,7 @@ class Loaded:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at `path`: a safetensors directory, or a GGUF file. Headers are read, no weights.
 
-    What a file is called does not matter, nor whether links lead to it.
+    The file's name does not matter; links are followed.
     """
     if path.is_dir():
         if not (path / "config.json").exists() and (meant := _model_inside(path)):
@@ -51,7 +51,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
         return open_safetensors(path)
     if path.is_symlink() and not path.exists():
-        raise CheckpointError(f"{path}: a link to {path.readlink()}, which is not there; download it again")
+        raise CheckpointError(f"{path}: a broken link to {path.readlink()}; download the model again")
     if path.suffix.lower() == ".gguf" or is_gguf(path):
         return open_gguf(path)
     if not path.exists():
@@ -74,7 +74,7 @@ def _model_inside(path: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that is in order as far as headers and small files tell; no weights were read yet."""
+    """A model whose headers and small files have been checked; no weights have been read yet."""
 
     checkpoint: Checkpoint
     family: Family
@@ -95,23 +95,23 @@ class OpenedModel:
 def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
     """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
 
-    A ConfigError says where the model was not made for `context` tokens.
+    Raises ConfigError if the model does not support `context` tokens.
     """
     return open_model(path, context).load(budget or MemoryBudget.of_this_machine())
 
 
 def open_model(path: Path, context: int | None = None) -> OpenedModel:
-    """The checkpoint directory or GGUF file at `path`, with all that belongs to it but its weights.
+    """The checkpoint directory or GGUF file at `path`, with everything except its weights.
 
-    Raises LociError with everything for which loading would refuse it, but the room that it needs. A
-    ConfigError says where the model was not made for `context` tokens.
+    Raises LociError for everything that loading would reject, except lack of memory. Raises ConfigError if
+    the model does not support `context` tokens.
     """
     checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
     info, components = family.describe(checkpoint)
     if context is not None and context > info.max_context:
         raise ConfigError(
-            f"max_model_len is {context}, but {info.name} was made for {info.max_context} tokens"
+            f"max_model_len is {context}, but {info.name} supports at most {info.max_context} tokens"
         )
     findings = Findings()
     with findings.checking():

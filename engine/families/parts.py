@@ -1,4 +1,4 @@
-"""A checkpoint's bytes and numbers, summed up by what they are part of."""
+"""Bytes and parameters of a checkpoint, summed by part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Parts:
             self.weights[_part_of(name)] += _weights_of(name, entry)
 
     def of(self, part: str, layer: int = -1) -> Weights:
-        """What a part weighs; nothing where the checkpoint has none."""
+        """Bytes and parameters of a part; zero if the checkpoint has none."""
         return self.weights.get((part, layer), Weights())
 
 

@@ -1,4 +1,4 @@
-"""The registry: the model type a checkpoint states, and the family that runs it."""
+"""The registry: maps a checkpoint's model type to the family that runs it."""
 
 from __future__ import annotations
 

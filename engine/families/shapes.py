@@ -25,9 +25,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
         return checkpoint_shape(parse_v41(checkpoint.config), checkpoint, info.name)
     if family.name == "llama":
         return _llama(checkpoint, info.name)
-    raise ConfigError(
-        f"{checkpoint.path}: models of family {family.name} cannot be planned from a checkpoint yet"
-    )
+    raise ConfigError(f"{checkpoint.path}: checkpoints of the {family.name} family cannot be planned yet")
 
 
 def _llama(checkpoint: Checkpoint, name: str) -> ModelShape:

@@ -114,7 +114,7 @@ class GrammarCompiler:
         for field, part in grammar.parts:
             if reason := self._try(part)[1]:
                 raise RequestError(f"{field}: {reason}", param=field, code="invalid_grammar")
-        raise RequestError(f"the grammar of the answer: {error}", code="invalid_grammar")
+        raise RequestError(f"invalid grammar: {error}", code="invalid_grammar")
 
     def _try(self, text: str) -> tuple[llguidance.LLMatcher, str]:
         """A matcher that has computed its first mask, and why it is of no use, if it is not."""
@@ -124,7 +124,9 @@ class GrammarCompiler:
 
     def _known_vocabulary(self) -> llguidance.LLTokenizer:
         if not self._ends:
-            raise RequestError("this model has no end-of-sequence token; its answers cannot be bound")
+            raise RequestError(
+                "this model has no end-of-sequence token, so its answers cannot be constrained"
+            )
         with self._vocabulary_lock:
             if self._vocabulary is None:
                 self._vocabulary = vocabulary_of(self._tokenizer, self._ends)
@@ -161,7 +163,9 @@ class Constraint:
         allowed[: len(known)] = known
         if self._matcher.is_error() or not allowed.any():
             reason = _reason(self._matcher)
-            raise RequestError(f"the answer cannot go on by its grammar: {reason}", code="invalid_grammar")
+            raise RequestError(
+                f"no token can continue the answer under its grammar: {reason}", code="invalid_grammar"
+            )
         return torch.from_numpy(allowed) == 0
 
 
@@ -194,7 +198,7 @@ def _check_size(grammar: Grammar) -> None:
     size = len(grammar.text.encode())
     if size > MAX_BYTES:
         field = max(grammar.parts, key=lambda part: len(part[1]))[0] if grammar.parts else None
-        text = f"the grammar of the answer has {size} bytes, more than {MAX_BYTES}; make it smaller"
+        text = f"the grammar has {size} bytes, more than the limit of {MAX_BYTES}; make it smaller"
         raise RequestError(text, param=field, code="invalid_grammar")
 
 
@@ -203,7 +207,7 @@ def _reason(matcher: llguidance.LLMatcher) -> str:
     often as the client's."""
     error = matcher.get_error()
     if not error or error.startswith("NoExtension"):
-        return "there is no token for what must come next"
+        return "no token of the vocabulary matches what must come next"
     lines = [line.strip() for line in error.splitlines()]
     reason = "; ".join(line for line in lines if line and "|" not in line and line[0] not in "^<")
     for advice, ours in ADVICE.items():

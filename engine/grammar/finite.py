@@ -40,7 +40,7 @@ def without_endless(schema: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     except (_TooMuchWorkError, RecursionError):
         return schema
     if id(schema) in endless:
-        text = f"{field}: no document of finite length matches: something in it requires itself without end"
+        text = f"{field}: no finite document matches: part of the schema requires itself"
         raise RequestError(text, param=field, code="invalid_grammar")
 
     def cut(each: Any) -> Any:

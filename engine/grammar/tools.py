@@ -182,7 +182,7 @@ def _properties(schema: Mapping[str, Any], field: str, strict: bool) -> tuple[Ma
     is_plain = isinstance(properties, Mapping) and isinstance(required, list) and not (other and strict)
     if schema.get("type") == "object" and is_plain:
         return properties, required
-    text = f"{field}: this model's tool calls need a schema of type object, its properties at the top"
+    text = f"{field}: this model's tool calls need a schema of type object with properties at the top level"
     raise RequestError(f"{text}; {other} cannot be enforced" if other else text, param=field)
 
 

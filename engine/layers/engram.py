@@ -22,7 +22,8 @@ class EngramMix:
     norm_eps: float
 
     def keys_and_value(self, kernels: Kernels, rows: torch.Tensor) -> torch.Tensor:
-        """What rows `[tokens, columns * dim]` say whatever the streams are: `[tokens, (hc + 1) * hidden]`."""
+        """The part of the result that does not depend on the streams, from rows `[tokens, columns * dim]`:
+        `[tokens, (hc + 1) * hidden]`."""
         return kernels.linear(rows, self.wkv)
 
     def gates_and_value(

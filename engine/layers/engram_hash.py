@@ -19,7 +19,7 @@ from memory.user_files import user_cache, whole_file
 from quant.errors import ConfigError
 
 REPLACEMENT_CHARACTER = "\ufffd"
-FEW = 2  # tokens whose addresses are sooner computed number by number
+FEW = 2  # up to this many tokens, plain Python is faster
 
 
 def build_token_map(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def load_token_map(tokenizer_file: Path, vocab_size: int, expected_size: int) ->
     (`engram_compressed_vocab_size`): then the tokenizer does not belong to the checkpoint.
     """
     if not tokenizer_file.is_file():
-        raise ConfigError(f"{tokenizer_file}: not found; Engram look-ups are hashed from its vocabulary")
+        raise ConfigError(f"{tokenizer_file}: not found; Engram lookups need its vocabulary")
     content = tokenizer_file.read_bytes()
     digest = hashlib.sha256(content + vocab_size.to_bytes(8, "little")).hexdigest()[:32]
     cached = user_cache() / "token_maps" / f"{digest}.npy"
@@ -72,8 +72,8 @@ def load_token_map(tokenizer_file: Path, vocab_size: int, expected_size: int) ->
     size = int(token_map.max()) + 1
     if size != expected_size:
         raise ConfigError(
-            f"{tokenizer_file}: its vocabulary folds to {size} Engram keys, the config says {expected_size}; "
-            "this tokenizer does not belong to this checkpoint"
+            f"{tokenizer_file}: its vocabulary folds to {size} Engram keys, but the config expects "
+            f"{expected_size}; this tokenizer does not match the checkpoint"
         )
     return token_map
 
@@ -156,7 +156,7 @@ class EngramHash:
 
     @property
     def columns(self) -> int:
-        """Rows that a token asks of each table."""
+        """Rows per token and table."""
         return int(self.primes.shape[1])
 
     def rows(self, windows: np.ndarray) -> np.ndarray:

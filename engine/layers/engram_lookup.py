@@ -1,4 +1,4 @@
-"""Asking for a step's Engram rows before its forward, and for a decoded token's as soon as it is known."""
+"""Requests a step's Engram rows before its forward, and a decoded token's as soon as it is sampled."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class _Picked:
 
 @dataclass(frozen=True)
 class StepRows:
-    """Rows of a step's tokens, on their way: parts in the order of the tokens."""
+    """Pending rows of a step's tokens: parts in token order."""
 
     parts: list[_Picked]
 
     def is_there(self, table: int) -> bool:
-        """True where `wait` would not wait."""
+        """True if `wait` would not block."""
         return all(picked.part.tickets[table].is_done for picked in self.parts)
 
     def wait(self, table: int) -> torch.Tensor:
-        """Values of all tokens, `[tokens, columns * dim]`; raises what the look-up raised."""
+        """Values of all tokens, `[tokens, columns * dim]`; raises what the lookup raised."""
         values = [picked.wait(table) for picked in self.parts]
         return values[0] if len(values) == 1 else torch.cat(values)
 
@@ -66,7 +66,7 @@ class Store(Protocol):
 
 
 class EngramLookup:
-    """Look-ups in the tables of `layers`, whose addresses `hashing` gives.
+    """Lookups in the tables of `layers`, whose addresses `hashing` gives.
 
     What a token needs follows from its own key and the few before it alone, so rows asked for ahead are
     known again by these keys, whatever has become of the sequence that they were asked for.
@@ -80,7 +80,7 @@ class EngramLookup:
 
     @property
     def columns(self) -> int:
-        """Rows that a token asks of each table."""
+        """Rows per token and table."""
         return self.hashing.columns
 
     def expect(self, windows: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Which compressed entries the tokens of a sparse attention see (spec section 4).
+"""Which compressed entries each token attends to in sparse attention (spec section 4).
 
 Everything here works on one sequence's tokens; `L` is the number of query tokens.
 """
@@ -14,7 +14,7 @@ from quant.kernels.interface import Kernels
 
 @dataclass(frozen=True)
 class Selection:
-    """The compressed entries that each token sees: `[L, k]` int64, padded with -1."""
+    """The compressed entries that each token attends to: `[L, k]` int64, padded with -1."""
 
     entries: torch.Tensor
 

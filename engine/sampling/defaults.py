@@ -1,4 +1,4 @@
-"""How a model wants to be sampled, and what ends its answers: `generation_config.json` beside it."""
+"""A model's default sampling parameters and end-of-answer tokens, from its `generation_config.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS: dict[str, type] = {
 
 
 def sampling_defaults(checkpoint: Path) -> Mapping[str, Any]:
-    """Sampling parameters by name; empty where the checkpoint has no such file.
+    """Sampling parameters by name; empty if the checkpoint has no such file.
 
     `do_sample: false` means greedy. Raises ConfigError for a file that is damaged.
     """
@@ -41,7 +41,7 @@ def sampling_defaults(checkpoint: Path) -> Mapping[str, Any]:
 
 
 def end_token_ids(checkpoint: Path, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end an answer by this file, beside those that the model's own config names.
+    """The tokens that end an answer according to this file, besides those in the model's config.
 
     Raises ConfigError for a file that is damaged, or an id that is none of the vocabulary's.
     """
@@ -50,7 +50,7 @@ def end_token_ids(checkpoint: Path, vocab_size: int) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab_size for i in ids):
         raise ConfigError(
-            f"{file}: eos_token_id is {value!r}, expected token ids from 0 to {vocab_size - 1}; mend it"
+            f"{file}: eos_token_id is {value!r}, expected token ids from 0 to {vocab_size - 1}; fix it"
         )
     return tuple(dict.fromkeys(ids))
 
@@ -60,10 +60,10 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; that is no generation config")
+            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes, too large for a generation config")
         config = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not valid JSON ({error}); mend or remove it") from None
+        raise ConfigError(f"{file}: not valid JSON ({error}); fix or remove it") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{file}: a JSON object was expected")
+        raise ConfigError(f"{file}: expected a JSON object")
     return config

@@ -1,4 +1,4 @@
-"""Drawing tokens for several sequences at once: temperature, top_k, top_p, min_p, and the draw itself.
+"""Samples tokens for several sequences at once: temperature, top_k, top_p, min_p, and the draw itself.
 
 Each row's token depends on that row, its parameters and its random number alone, never on the others.
 """
@@ -12,18 +12,18 @@ import torch
 
 from engine.sampling.params import SamplingParams
 
-# How many of the best tokens are looked at first, and by what factor that grows until it is enough.
-# What top_k, top_p and min_p leave is a few tokens as a rule; sorting a vocabulary takes milliseconds.
+# How many of the top tokens are considered first, and the factor by which that grows until it suffices.
+# top_k, top_p and min_p usually leave a few tokens; sorting the whole vocabulary takes milliseconds.
 FIRST_LOOK = 64
 GROWTH = 16
-# Below this a temperature leaves only the best token, and would soon make logits infinite.
+# Lower temperatures leave only the top token, and would overflow the logits.
 MIN_TEMPERATURE = 1e-5
 
 
 def draw_tokens(
     logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]
 ) -> list[int]:
-    """A token for each row of logits `[rows, vocab]` float32, on the CPU; -1 where they are not numbers.
+    """A token for each row of logits `[rows, vocab]` float32, on the CPU; -1 where they are NaN.
 
     numbers are random, at least 0 and below 1; the same number draws the same token.
     """
@@ -39,7 +39,7 @@ def draw_tokens(
     if greedy:
         # NumPy's argmax is vectorised, torch's is not: 3 us against 43 us for 49152 tokens.
         rows = _rows(logits, greedy).numpy()
-        best = rows.argmax(-1).tolist()  # where there are any that are no numbers, the first of them
+        best = rows.argmax(-1).tolist()  # the first NaN, if there is any
         _put(tokens, greedy, [-1 if isnan(row[i]) else i for row, i in zip(rows, best, strict=True)])
     if plain:
         probs = _probabilities(logits, params, plain)
@@ -81,7 +81,7 @@ def _among_the_best(
     limits = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
     widths = [min(vocab, max(look, limit) if limit < vocab else look) for limit in limits]
     tokens = [0] * len(params)
-    # Which of equally likely tokens come first depends on the width: it must not be that of another row.
+    # The order of equally likely tokens depends on the width, which must not be another row's.
     for width in sorted(set(widths)):
         rows = [row for row, own in enumerate(widths) if own == width]
         found = _among(
@@ -104,7 +104,7 @@ def _among(
     width: int,
     look: int,
 ) -> list[int]:
-    """The same for rows that look at their best `width` tokens, of which top_k leaves `limits`."""
+    """The same for rows that consider their top `width` tokens, of which top_k leaves `limits`."""
     vocab = probs.shape[1]
     best, ids = probs.topk(width)  # [rows, width], likeliest first
     sums = best.cumsum(-1, dtype=torch.float64)

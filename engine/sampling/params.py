@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen."""
+"""The sampling parameters of a request."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class SamplingParams:
     """Sampling settings of one sequence, checked on creation.
 
     temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 are off. `logprobs` is None for none, else
-    how many alternatives to report beside the chosen token (0 to 20); `prompt_logprobs` the same for the
-    prompt's own tokens. `grammar` is what the answer must match. `seed` None draws one. `max_tokens` None
+    how many alternatives to report with the chosen token (0 to 20); `prompt_logprobs` the same for the
+    prompt's own tokens. `grammar` constrains the answer. `seed` None picks a random one. `max_tokens` None
     means as many as the context holds. `min_tokens` come before any token or string that ends the answer.
-    With `skip_special` special tokens make no text.
+    With `skip_special`, special tokens produce no text.
     Raises RequestError naming the field.
     """
 
@@ -58,15 +58,15 @@ class SamplingParams:
         if self.min_tokens < 0:
             raise RequestError("min_tokens must be 0 (off) or greater", param="min_tokens")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            text = f"min_tokens is {self.min_tokens}, more than the {self.max_tokens} an answer may have"
+            text = f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens})"
             raise RequestError(text, param="min_tokens")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError("top_logprobs must be between 0 and 20", param="top_logprobs")
         if self.grammar is not None and self.ignore_eos:
-            text = "an answer that is bound to a grammar ends with it; leave out ignore_eos"
+            text = "a constrained answer ends with its grammar; leave out ignore_eos"
             raise RequestError(text, param="ignore_eos")
         if self.grammar is not None and self.min_tokens:
-            text = "an answer that is bound to a grammar ends with it; leave out min_tokens"
+            text = "a constrained answer ends with its grammar; leave out min_tokens"
             raise RequestError(text, param="min_tokens")
         if any(not s for s in self.stop):
             raise RequestError("a stop string must not be empty", param="stop")

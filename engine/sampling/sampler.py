@@ -1,7 +1,7 @@
 """From logits to a token: penalties, bias, truncation, a reproducible draw, and log probabilities.
 
-Order of operations: logit_bias, repetition penalty, frequency and presence penalties, what may not end the
-answer yet, the grammar's mask, temperature, top_k, top_p, min_p, draw. Log probabilities are those of the
+Order of operations: logit_bias, repetition penalty, frequency and presence penalties, min_tokens, the
+grammar's mask, temperature, top_k, top_p, min_p, draw. Log probabilities are those of the
 model's own distribution, before any of these.
 """
 
@@ -23,8 +23,8 @@ SEED_MASK = (1 << 63) - 1
 class Sampler:
     """Draws the tokens of one sequence; its state is a random generator and token counts.
 
-    None of `ending` is drawn before `min_tokens` others were.
-    The same seed, parameters and logits give the same tokens, whatever else runs beside.
+    No token of `ending` is drawn before `min_tokens` others.
+    The same seed, parameters and logits give the same tokens, whatever else runs.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Sampler:
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
-        self._early = params.min_tokens if ending else 0  # tokens to go until one of `ending` may come
+        self._early = params.min_tokens if ending else 0  # tokens left until one of `ending` is allowed
         self._ending = torch.tensor(sorted(ending), dtype=torch.int64)
         adjustments = (self._bias, self._counts, self._seen, constraint)
         self._adjusts = any(adjustment is not None for adjustment in adjustments)
@@ -53,7 +53,7 @@ class Sampler:
     def sample(self, logits: torch.Tensor) -> int:
         """Choose the next token from logits `[vocab_size]` float32 and remember it.
 
-        Raises RequestError where the answer's grammar leaves no token.
+        Raises RequestError if the answer's grammar allows no token.
         """
         rows = logits.unsqueeze(0)
         changed = self.adjusted(rows, 0)
@@ -67,7 +67,7 @@ class Sampler:
         return self._random.random()
 
     def remember(self, token: int) -> None:
-        """Count a token that was chosen."""
+        """Record a chosen token."""
         self._early = max(0, self._early - 1)
         if self._constraint is not None:
             self._constraint.advance(token)
@@ -77,9 +77,9 @@ class Sampler:
             self._seen[token] = True
 
     def adjusted(self, logits: torch.Tensor, row: int) -> torch.Tensor | None:
-        """A row of logits `[rows, vocab_size]` with bias, penalties and mask; None where there are none.
+        """A row of logits `[rows, vocab_size]` with bias, penalties and mask applied; None if there are none.
 
-        Raises RequestError where the answer's grammar leaves no token.
+        Raises RequestError if the answer's grammar allows no token.
         """
         if not (self._adjusts or self._early):
             return None

@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: no half characters, no part of a stop string, ever."""
+"""Incremental detokenization: never emits partial characters or parts of a stop string."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from engine.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is now certain, and the stop string that ended it, if one did.
+    """Text that is final, and the stop string that ended it, if any.
 
-    special_ranges  `[start, end)` offsets of what added tokens wrote in it, whole ones only
+    special_ranges  `[start, end)` offsets of the added tokens in it, whole ones only
     """
 
     text: str
@@ -28,8 +28,8 @@ class Piece:
 class Detokenizer:
     """Streams the text of one sequence.
 
-    Bytes that do not yet complete a character are held back, and so is text that may turn out to
-    be the beginning of a stop string. With `include_stop` a matched stop string is part of the text, with
+    Bytes of an incomplete character are held back, and so is text that may be the beginning of a stop string.
+    With `include_stop` a matched stop string is part of the text, with
     `skip_special` special tokens are not.
     """
 
@@ -48,10 +48,11 @@ class Detokenizer:
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._held = ""
         self._added_ids = frozenset(tokenizer.added_tokens.values())
-        self._special: list[tuple[int, int]] = []  # ranges of the text that is held
+        self._special: list[tuple[int, int]] = []  # ranges in the held text
 
     def push(self, token_id: int, *, may_stop: bool = True) -> Piece:
-        """The text that `token_id` makes certain; with `may_stop` False it is no part of a stop string."""
+        """The text that `token_id` makes final; with `may_stop` False, it is not matched against stop
+        strings."""
         written = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
         self._held += self._decoder.decode(written)
         if written and token_id in self._added_ids:
@@ -60,7 +61,7 @@ class Detokenizer:
         return self._release() if may_stop else self._piece(len(self._held))
 
     def finish(self) -> Piece:
-        """Everything still held back; a character that never completed becomes U+FFFD."""
+        """All text still held back; an incomplete character becomes U+FFFD."""
         self._held += self._decoder.decode(b"", final=True)
         stopped = self._stopped()
         return self._piece(len(self._held)) if stopped is None else stopped
@@ -73,7 +74,7 @@ class Detokenizer:
         return self._piece(len(self._held) - keep)
 
     def _stopped(self) -> Piece | None:
-        """The last piece, where a stop string is in what is held."""
+        """The last piece, if the held text contains a stop string."""
         matches = [(at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if not matches:
             return None
@@ -93,5 +94,5 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""What a checkpoint directory says of its tokenizer in up to four files, read as `transformers` does."""
+"""The tokenizer of a checkpoint directory, from up to four files, read as `transformers` does."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 def read_backend(path: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     """The library's tokenizer from `tokenizer.json`, without truncation and padding.
 
-    Where `config` names Llama's class, that class says how spaces are marked. Raises CheckpointError
+    If `config` names Llama's class, that class determines how spaces are marked. Raises CheckpointError
     where the file is missing or damaged.
     """
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{path}: there is no tokenizer.json; copy it from where the model comes from "
-            "(a SentencePiece tokenizer.model alone is not read)"
+            f"{path}: tokenizer.json is missing; copy it from the model's source (a SentencePiece "
+            "tokenizer.model alone is not supported)"
         )
     text = _read_text(file)
     try:
         if config.get("tokenizer_class") in LLAMA_CLASSES:
             text = _as_llama(text, config)
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises nothing more specific
         raise CheckpointError(f"{file}: not a tokenizer ({error}); download it again") from None
     backend.no_truncation()
     backend.no_padding()
@@ -60,7 +60,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def add_tokens_of(config: Mapping[str, Any], backend: tokenizers.Tokenizer, file: Path) -> None:
-    """Add the tokens that `config` declares or names and `tokenizer.json` has not, or has otherwise.
+    """Add the tokens that `config` declares or names and that `tokenizer.json` lacks or defines differently.
 
     A named token that the vocabulary lacks is left out: the model has no row for it. Raises
     CheckpointError for a declaration that is damaged; `file` is for the message.
@@ -95,7 +95,10 @@ def template_of(path: Path, config: Mapping[str, Any]) -> str | None:
 def bounded(template: str, source: Path) -> str:
     """`template`, or a CheckpointError where it is too long to be one."""
     if len(template) > MAX_TEMPLATE_CHARS:
-        raise CheckpointError(f"{source}: the chat template has {len(template)} characters, refused")
+        raise CheckpointError(
+            f"{source}: the chat template has {len(template)} characters, more than the limit of "
+            f"{MAX_TEMPLATE_CHARS}"
+        )
     return template
 
 
@@ -139,7 +142,7 @@ def _declared_token(id_: str, value: Any, file: Path) -> AddedToken:
 def _read_text(file: Path) -> str:
     size = file.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{file}: {size} bytes, more than the {MAX_FILE_BYTES} such a file may have")
+        raise CheckpointError(f"{file}: {size} bytes, more than the limit of {MAX_FILE_BYTES}")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -154,7 +157,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(value).__name__}, expected an object")
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

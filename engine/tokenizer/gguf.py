@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file carries in its metadata, rebuilt for the `tokenizers` library.
+"""The tokenizer in a GGUF file's metadata, rebuilt for the `tokenizers` library.
 
-`tokenizer.ggml.model` names the kind (`gpt2` is byte-level BPE), `tokenizer.ggml.pre` how text is
-cut before BPE. A cut that is slightly wrong still gives plausible ids, so only those that were
-compared with llama.cpp are taken (tests/golden/smollm2 holds the comparison).
+`tokenizer.ggml.model` names the kind (`gpt2` is byte-level BPE), `tokenizer.ggml.pre` the pre-tokenizer. A
+slightly wrong pre-tokenizer still gives plausible ids, so only those compared with llama.cpp are accepted
+(tests/golden/smollm2 holds the comparison).
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ def backend_from_gguf(metadata: Mapping[str, Any], path: Path) -> tokenizers.Tok
         raise CheckpointError(f"{path}: tokenizer.ggml.token_type does not have one entry per token")
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
-        raise CheckpointError(f"{path}: tokenizer.ggml.tokens lists {len(tokens) - len(vocab)} twice")
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens) - len(vocab)} duplicate token(s)"
+        )
     merges = []
     for merge in _strings(metadata, "tokenizer.ggml.merges", path):
         left, _, right = merge.partition(" ")
         merges.append((left, right))
     try:
         model = models.BPE(vocab=vocab, merges=merges)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # the library raises nothing more specific
         raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
 
     backend = tokenizers.Tokenizer(model)

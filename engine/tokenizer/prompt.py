@@ -1,4 +1,4 @@
-"""Prompts to token ids: special tokens by place, everything else as text.
+"""Prompts to token ids: special tokens by position, everything else as text.
 
 A text that spells a control token only where it is one goes through the library whole, so that what lies
 beside a token (spaces it swallows, the mark that stands for a space in front of the text) is as in training.
@@ -36,27 +36,25 @@ def without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def encode_text(encoder: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, nothing put around it. Raises RequestError for text that is not valid Unicode."""
+    """Token ids of `text`, without added tokens. Raises RequestError for text that is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"the text is not valid Unicode: a lone surrogate stands at character {error.start}"
+            f"the text is not valid Unicode: lone surrogate at character {error.start}"
         ) from None
-    # Of the library's calls those for batches alone release the interpreter lock; a megabyte takes a second.
+    # Only the library's batch calls release the GIL; a megabyte takes a second.
     try:
         ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    except BaseException as error:  # a panic of the library is not an Exception
+    except BaseException as error:  # a panic in the library is not an Exception
         if type(error).__name__ != "PanicException":
             raise
-        raise RequestError(
-            f"the model's tokenizer fails on this text ({error}); write it otherwise"
-        ) from None
+        raise RequestError(f"the model's tokenizer fails on this text ({error}); rephrase it") from None
     return ids
 
 
 def unknown_token_id(backend: tokenizers.Tokenizer) -> int | None:
-    """The token that stands for text which the vocabulary cannot spell."""
+    """The unknown token."""
     model: Any = backend.model
     if hasattr(model, "unk_token"):
         return None if model.unk_token is None else backend.token_to_id(model.unk_token)
@@ -175,8 +173,8 @@ class _ByPlace:
 
 
 def unused_character(text: str) -> str:
-    """A private-use character that `text` has not. Raises RequestError where it has all of them."""
+    """A private-use character that `text` lacks. Raises RequestError if it has all of them."""
     for code in PRIVATE_USE:
         if chr(code) not in text:
             return chr(code)
-    raise RequestError("the messages use every private-use character there is", param="messages")
+    raise RequestError("the messages use every private-use character; remove some", param="messages")

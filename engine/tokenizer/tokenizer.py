@@ -1,7 +1,7 @@
 """Text to token ids and back, over the `tokenizers` library.
 
 What users write in a chat never becomes a control token (`<|im_start|>`, `<think>` ...) by spelling it:
-prompts say by place where these stand. All else is encoded as `transformers` does, added tokens that are
+prompts mark them by position. All else is encoded as `transformers` does, added tokens that are
 plain text (runs of spaces, words) among it.
 """
 
@@ -33,14 +33,14 @@ MARKUP = re.compile(r"(?s)(?=.*[^\w\s\u2581]).{3,}")  # not a word, not a run of
 
 
 class Tokenizer:
-    """A tokenizer and what the engine needs of it.
+    """A tokenizer with what the engine needs.
 
     backend         the library's own object
     bos_token_id    beginning of sequence; `add_bos` says whether plain prompts (completions) start with it;
                     chat templates write it themselves
     eos_token_id    the tokenizer's own end of sequence; a checkpoint's config may name more
     chat_template   Jinja source, where the checkpoint brings one
-    size            ids that exist lie below this; a model's vocabulary may be padded beyond it
+    size            number of ids; a model's vocabulary may be padded beyond it
     special_tokens  named spellings for the template: `bos_token`, `eos_token`, `pad_token` ...
     """
 
@@ -176,7 +176,7 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for, perhaps a part of a character; none for an unknown id."""
+        """The bytes of one token, perhaps a partial character; empty for an unknown id."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._spelled(token_id)
@@ -228,7 +228,7 @@ def _id_of(backend: tokenizers.Tokenizer, spelling: str | None, file: Path) -> i
         return None
     token_id = backend.token_to_id(spelling)
     if token_id is None:
-        raise ConfigError(f"{file}: {spelling!r} is not in tokenizer.json; the files do not belong together")
+        raise ConfigError(f"{file}: {spelling!r} is not in tokenizer.json; the files do not match")
     return token_id
 
 

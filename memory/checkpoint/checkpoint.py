@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what tensors there are and where, read without loading them.
+"""Checkpoints on disk: which tensors there are and where, read without loading them.
 
 `Checkpoint` is what families see: a config and named ranges of files that can be read. Two
 kinds exist: safetensors directories (`memory/checkpoint/safetensors_files.py`) and GGUF files
@@ -27,7 +27,7 @@ class Checkpoint:
     model_type  what picks the family
     config      config.json as a dict, or the GGUF metadata
     entries     name -> TensorEntry
-    problems    what reading index and headers already found to be wrong
+    problems    errors found while reading index and headers
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What the directory or file is called."""
+        """The name of the directory or file."""
         return name_of(self.path)
 
     def used(self, ignored: re.Pattern[str] | None) -> dict[str, TensorEntry]:
@@ -58,7 +58,7 @@ class Checkpoint:
         }
 
     def verify(self, specs: Mapping[str, TensorSpec], ignored: re.Pattern[str] | None = None) -> None:
-        """Compare what there is with what a family expects; nothing but headers is read.
+        """Compare the tensors with what a family expects; only headers are read.
 
         Raises one CheckpointError that lists every problem: missing and unexpected tensors, wrong
         shapes and dtypes, and what reading index and headers had found.
@@ -86,9 +86,9 @@ class Checkpoint:
 
 
 def name_of(path: Path) -> str:
-    """What a model's directory or file is called, without `.gguf`; of a link, the link's own name.
+    """The name of a model's directory or file, without `.gguf`; of a link, the link's own name.
 
-    In a cache of the Hugging Face Hub what a link leads to is called by its hash.
+    In a Hugging Face Hub cache, the link's target is named by its hash.
     """
     named = Path(os.path.abspath(path))
     return named.stem if named.suffix.lower() == ".gguf" else named.name

@@ -1,4 +1,4 @@
-"""Direct reads: ranges of files into memory past the page cache, aligned and coalesced.
+"""Direct reads: file ranges into memory bypassing the page cache, aligned and coalesced.
 
 The page cache would hold every expert twice and evict by its own rules; O_DIRECT reads leave the
 decision to the expert store. File systems that refuse O_DIRECT (tmpfs, some overlays) are read
@@ -22,14 +22,14 @@ from memory.checkpoint.reads import open_to_read, read_into
 from memory.transfer import CancelledError
 from quant.errors import CheckpointError
 
-BLOCK = 4096  # O_DIRECT wants offsets, lengths and addresses to be multiples of this
-MAX_GAP = 256 << 10  # ranges closer together than this are read at once
-PIECE = 2 << 20  # bytes between two looks at whether the rest is still wanted
+BLOCK = 4096  # O_DIRECT requires offsets, lengths and addresses to be multiples of this
+MAX_GAP = 256 << 10  # ranges closer together than this are read with one request
+PIECE = 2 << 20  # bytes between two checks of whether the rest is still needed
 
 
 @dataclass(frozen=True)
 class Range:
-    """A run of bytes that is read with one request, and the tensors in it."""
+    """A range of bytes read with one request, and the tensors in it."""
 
     file: Path
     start: int
@@ -38,7 +38,7 @@ class Range:
 
 
 def coalesce(entries: Sequence[TensorEntry]) -> list[Range]:
-    """As few runs of bytes as hold all `entries`, each run aligned to blocks."""
+    """The fewest ranges that cover all `entries`, each aligned to blocks."""
     ranges: list[Range] = []
     for entry in sorted(entries, key=lambda e: (str(e.file), e.offset)):
         start = entry.offset // BLOCK * BLOCK
@@ -53,7 +53,7 @@ def coalesce(entries: Sequence[TensorEntry]) -> list[Range]:
 
 
 class DirectFiles:
-    """Open files read past the page cache. Thread-safe: every read gives its own position."""
+    """Open files read with O_DIRECT. Thread-safe: every read passes its own offset."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
@@ -80,9 +80,9 @@ class DirectFiles:
     def read(self, ranges: Sequence[Range], stop: threading.Event | None = None) -> dict[str, torch.Tensor]:
         """The raw bytes of the tensors of `ranges`, uint8 `[nbytes]` each, in a buffer of the calling thread.
 
-        They stay until the thread's next read: new memory for each read would have to be cleared first, which
-        takes longer than the read. Raises CheckpointError where a file has become shorter, and CancelledError
-        soon after `stop` is set.
+        They stay valid until the thread's next read: new memory for each read would have to be zeroed first,
+        which takes longer than the read. Raises CheckpointError if a file has been truncated, and
+        CancelledError soon after `stop` is set.
         """
         buffer = self._buffer(sum(part.stop - part.start for part in ranges))
         whole = torch.frombuffer(buffer, dtype=torch.uint8)
@@ -101,7 +101,7 @@ class DirectFiles:
         piece = needed if stop is None else PIECE
         for at in range(0, needed, piece):
             if stop is not None and stop.is_set():
-                raise CancelledError(f"{part.file}: not wanted any more", moved_bytes=at)
+                raise CancelledError(f"{part.file}: no longer needed", moved_bytes=at)
             of = view[at : at + piece] if at + piece < needed else view[at:]
             read_into(self._descriptors[part.file], of, part.start + at, min(piece, needed - at), part.file)
 
@@ -113,7 +113,7 @@ class DirectFiles:
         return buffer
 
     def descriptor(self, file: Path) -> int:
-        """The descriptor of an open file, for native readers; they must align what they read to blocks."""
+        """The descriptor of an open file, for native readers, which must align their reads to blocks."""
         return self._descriptors[file]
 
     def load(self, entry: TensorEntry) -> torch.Tensor:
@@ -124,7 +124,7 @@ class DirectFiles:
         part = coalesce([entry])[0]
         buffer = mmap.mmap(-1, max(part.stop - part.start, BLOCK))  # page-aligned
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            buffer.madvise(mmap.MADV_HUGEPAGE)  # rows lie anywhere: fewer pages, fewer misses to find them
+            buffer.madvise(mmap.MADV_HUGEPAGE)  # random row access: fewer pages mean fewer TLB misses
         self._read_range(part, memoryview(buffer))
         start = entry.offset - part.start
         return torch.frombuffer(buffer, dtype=torch.uint8)[start : start + entry.nbytes]

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint: where each one lies, and what a family expects of it."""
+"""Tensors of a checkpoint: the location of each, and what a family expects of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: dtype as the file names it, logical shape, byte range in `file`."""
+    """The location of a tensor: dtype as the file names it, logical shape, byte range in `file`."""
 
     name: str
     dtype: str

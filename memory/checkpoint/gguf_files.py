@@ -38,7 +38,7 @@ def open_gguf(path: Path) -> Checkpoint:
     for a file that is missing, truncated, damaged or not GGUF.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
+        raise CheckpointError(f"{path}: no such file")
     if not is_gguf(path):
         raise CheckpointError(f"{path}: not a GGUF file (it does not begin with the letters GGUF)")
     try:
@@ -49,17 +49,19 @@ def open_gguf(path: Path) -> Checkpoint:
         entries = {tensor.name: _entry(tensor, path) for tensor in reader.tensors}
     except _TruncatedError as error:
         raise CheckpointError(
-            f"{path}: truncated: {path.stat().st_size} bytes, at least {error} expected; download it again"
+            f"{path}: truncated: {path.stat().st_size} bytes, expected at least {error}; download it again"
         ) from None
     except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged GGUF file ({error}); download it again") from None
     if reader.byte_order != "I":
-        raise CheckpointError(f"{path}: written for the other byte order; convert it on such a machine")
+        raise CheckpointError(
+            f"{path}: written in the other byte order; convert it on a machine of that byte order"
+        )
     if metadata.get("split.count", 1) != 1:
-        raise CheckpointError(f"{path}: one part of {metadata['split.count']}; merge the parts into one file")
+        raise CheckpointError(f"{path}: one of {metadata['split.count']} parts; merge them into one file")
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise CheckpointError(f"{path}: the metadata names no general.architecture")
+        raise CheckpointError(f"{path}: the metadata has no general.architecture")
     return Checkpoint(path, architecture, metadata, entries, [])
 
 

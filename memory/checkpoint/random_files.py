@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, written as fast as the disk takes them.
+"""Checkpoints of random weights, written at disk speed.
 
 A plan is pure data: files, their tensors, and how each is filled. Every piece of a tensor has a random
 generator of its own, so a seed gives the same bytes whatever the number of threads. A checkpoint is
@@ -61,7 +61,7 @@ Fill = Normal | Codes | PowerScales
 
 @dataclass(frozen=True)
 class RandomTensor:
-    """A tensor to be: dtype as safetensors spell it, shape, content."""
+    """A planned tensor: dtype as safetensors names it, shape, content."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class RandomTensor:
 
 @dataclass(frozen=True)
 class RandomCheckpoint:
-    """A checkpoint to be: tensors by shard (at least one), config, and texts of further files by name."""
+    """A planned checkpoint: tensors by shard (at least one), config, and texts of other files by name."""
 
     shards: tuple[Mapping[str, RandomTensor], ...]
     config: Mapping[str, Any]
@@ -89,17 +89,17 @@ def write_checkpoint(
     """Write `plan` as the new directory `out`.
 
     Raises ConfigError where `out` exists or has no parent directory, BudgetError where the disk has no
-    room, CheckpointError where it fails; in each case nothing is left behind.
+    room, CheckpointError if writing fails; in each case nothing is left behind.
     """
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: exists; name a new directory, nothing is overwritten")
+        raise ConfigError(f"{out}: already exists; name a new directory (nothing is overwritten)")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"{parent}: no such directory to write to")
     needed, free = plan.nbytes + SPARE_BYTES, shutil.disk_usage(parent).free
     if free < needed:
         raise BudgetError(
-            f"{out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; free some space, "
+            f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free; free some space, "
             "write fewer layers, experts or rows, or name a directory on another disk"
         )
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=parent))
@@ -108,7 +108,9 @@ def write_checkpoint(
         part.chmod(0o755)
         part.rename(out)
     except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written ({error.strerror}); nothing was left") from None
+        raise CheckpointError(
+            f"{out}: cannot be written ({error.strerror}); the partial output was removed"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -1,6 +1,6 @@
-"""Reading files so that one that becomes shorter, or a drive that fails, is an error and nothing worse.
+"""Reads files so that a truncated file or a failing drive is an error and nothing worse.
 
-Weights are never mapped: a page of a mapped file that is not there any more ends the process that touches it.
+Weights are never memory-mapped: touching a page of a mapped file that was truncated kills the process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def read_into(descriptor: int, view: memoryview, at: int, needed: int, file: Pat
             count = os.preadv(descriptor, [view[done:]], at + done)
         except OSError as error:
             raise CheckpointError(
-                f"{file}: cannot be read at byte {at + done} ({error.strerror}); is the drive still there?"
+                f"{file}: cannot be read at byte {at + done} ({error.strerror}); is the drive still "
+                "connected?"
             ) from None
         if count == 0:
             raise CheckpointError(f"{file}: ends at byte {at + done}; download it again")

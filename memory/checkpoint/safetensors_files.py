@@ -25,9 +25,9 @@ from quant.errors import CheckpointError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 NUMBERED = re.compile(r"(?P<stem>.*)-\d{1,5}-of-(?P<count>\d{1,5})\.safetensors")
-# Safetensors files that lie beside models and hold none: Loci's records, adapters.
+# Safetensors files found next to models that are not models: Loci's traces, adapters.
 OTHERS = re.compile(r"(routing|engram|adapter.*)\.safetensors")
-# The same weights once more, under names of their maker's.
+# The same weights again, under the vendor's own names.
 COPIES = re.compile(r"consolidated.*\.safetensors")
 MAX_HEADER_BYTES = 100 << 20
 MAX_JSON_BYTES = 256 << 20
@@ -71,7 +71,7 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
         if isinstance(shard, str) and Path(shard).name == shard and shard not in ("", ".", ".."):
             good[name] = shard
         else:
-            problems.append(f"{INDEX_NAME}: {name} names {shard!r}, which is not a file beside the index")
+            problems.append(f"{INDEX_NAME}: {name} names {shard!r}, which is not a file next to the index")
     return good
 
 
@@ -89,18 +89,18 @@ def _shard_names(path: Path, index: dict[str, str]) -> list[str]:
             f"{stem}-{number:0{len(count)}}-of-{count}.safetensors" for number in range(1, int(count) + 1)
         ]
     if not names:
-        raise CheckpointError(f"{path}: neither {INDEX_NAME} nor any .safetensors file of a model is here")
+        raise CheckpointError(f"{path}: contains neither {INDEX_NAME} nor a .safetensors file of a model")
     if len(names) > 1:
         raise CheckpointError(
-            f"{path}: there is no {INDEX_NAME}, and any of {', '.join(names)} could be the model; name the "
-            f"model's file {SINGLE_NAME}, or move the others away"
+            f"{path}: there is no {INDEX_NAME}, and any of {', '.join(names)} could be the model; rename "
+            f"the right one to {SINGLE_NAME} or move the others away"
         )
     return names
 
 
 def _read_header(file: Path, problems: list[str]) -> list[TensorEntry]:
     if not file.exists():
-        leads = f", a link to {file.readlink()}, which is not there" if file.is_symlink() else ""
+        leads = f", a broken link to {file.readlink()}" if file.is_symlink() else ""
         problems.append(f"missing shard {file.name}{leads}")
         return []
     size = file.stat().st_size
@@ -178,11 +178,11 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{file}: not found; a model directory needs it")
     if file.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{file}: {file.stat().st_size} bytes; more than any real one has")
+        raise CheckpointError(f"{file}: {file.stat().st_size} bytes, implausibly large; download it again")
     try:
         value = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: a JSON object was expected")
+        raise CheckpointError(f"{file}: expected a JSON object")
     return value

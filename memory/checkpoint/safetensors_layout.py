@@ -1,4 +1,4 @@
-"""Where tensors go in a safetensors file, known before any of them exists.
+"""The layout of a safetensors file, computed before its tensors exist.
 
 Layout of a file: 8 bytes little-endian header length, a JSON header naming dtype, shape and byte
 range of each tensor, then the bytes. The header is padded with spaces, and tensors of wide items

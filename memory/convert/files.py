@@ -82,7 +82,7 @@ def _work_directory(checkpoint: Checkpoint, plan: Plan, destination: Path) -> It
     if destination.exists() and not destination.is_dir():
         raise ConfigError(f"{destination}: is a file; name a new directory")
     if destination.is_dir() and not work.is_dir() and any(destination.iterdir()):
-        raise ConfigError(f"{destination}: is not empty; name a new directory, nothing is overwritten")
+        raise ConfigError(f"{destination}: is not empty; name a new directory (nothing is overwritten)")
     work.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(checkpoint, plan)
     with (work / "plan.json").open("a+") as file:
@@ -97,8 +97,8 @@ def _work_directory(checkpoint: Checkpoint, plan: Plan, destination: Path) -> It
             file.flush()
         elif text != fingerprint:
             raise ConfigError(
-                f"{destination}: holds an unfinished conversion of another source or with other options; "
-                "repeat those to finish it, or delete the directory"
+                f"{destination}: holds an unfinished conversion with another source or other options; "
+                "repeat the command with those to finish it, or delete the directory"
             )
         yield work
 
@@ -124,8 +124,8 @@ def _check_disk(destination: Path, missing: list[ShardPlan]) -> None:
     free = shutil.disk_usage(destination).free
     if free < needed:
         raise BudgetError(
-            f"{destination}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
-            "free some space, or name a directory on another disk"
+            f"{destination}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free; free some "
+            "space, or name a directory on another disk"
         )
 
 

@@ -1,1 +1,1 @@
-"""Engram tables: rows looked up ahead of need, from DRAM and disk."""
+"""Engram tables: rows prefetched from DRAM and disk."""

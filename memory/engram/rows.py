@@ -1,4 +1,4 @@
-"""Rows looked up by native threads, which hold no interpreter lock; nor does who waits for them."""
+"""Row lookups on native threads; neither they nor their waiters hold the GIL."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from quant.errors import CheckpointError
 from quant.kernels.cpu import library
 
-WAYS = 8  # rows that share a place in the cache of hot rows
-TAG_BYTES = 12  # beside each hot row: which it is, and when it was used
+WAYS = 8  # ways per set of the hot-row cache
+TAG_BYTES = 12  # per hot row: its tag and the time of its last use
 _NO_SUCH_ROW, _FILE_ENDS, _CLOSED = -1, -2, -3
 
 
@@ -54,7 +54,7 @@ class RowCounts(ctypes.Structure):
 
 @dataclass(frozen=True)
 class HotRows:
-    """Memory of a set-associative cache of packed rows; the least recently used leaves its set."""
+    """Memory of a set-associative cache of packed rows with LRU eviction within each set."""
 
     sets: int
     tags: torch.Tensor
@@ -79,7 +79,7 @@ class HotRows:
 
 
 class RowJob:
-    """A look-up under way; `out` is filled once `wait` has returned."""
+    """A pending lookup; `out` is filled once `wait` has returned."""
 
     def __init__(self, pointer: int, out: torch.Tensor) -> None:
         self._library = library.load()
@@ -87,11 +87,11 @@ class RowJob:
         self.out = out
 
     def __del__(self) -> None:
-        self._library.loci_rows_forget(self._pointer)  # waits: `out` must stay while it is written
+        self._library.loci_rows_forget(self._pointer)  # blocks: `out` must stay alive while it is written
 
     @property
     def is_done(self) -> bool:
-        """True once `wait` would not wait."""
+        """True once `wait` would not block."""
         return bool(self._library.loci_rows_done(self._pointer))
 
     def wait(self) -> RowCounts:
@@ -99,13 +99,15 @@ class RowJob:
         counts = RowCounts()
         error = self._library.loci_rows_wait(self._pointer, ctypes.byref(counts))
         if error == _NO_SUCH_ROW:
-            raise IndexError("a row that the table does not have was asked for")
+            raise IndexError("the table does not have a requested row")
         if error == _CLOSED:
-            raise RuntimeError("the store of Engram rows was closed")
+            raise RuntimeError("the Engram row store was closed")
         if error == _FILE_ENDS:
-            raise CheckpointError("the file has become shorter; download it again")
+            raise CheckpointError("the file has been truncated; download it again")
         if error:
-            raise CheckpointError(f"rows cannot be read ({os.strerror(error)}); is the drive still there?")
+            raise CheckpointError(
+                f"rows cannot be read ({os.strerror(error)}); is the drive still connected?"
+            )
         return counts
 
 
@@ -118,7 +120,7 @@ class RowServer:
         self._pointer: int | None = self._library.loci_rows_open(level, threads)
 
     def add(self, table: RowTable) -> int:
-        """The number of a table from now on; what it points to must stay until `close`."""
+        """Register a table and return its number; its memory must stay valid until `close`."""
         return int(self._library.loci_rows_add(self._pointer, ctypes.byref(table)))
 
     def ask(self, table: int, rows: torch.Tensor, out: torch.Tensor) -> RowJob:
@@ -126,12 +128,12 @@ class RowServer:
         if rows.dtype != torch.int64 or not rows.is_contiguous():
             rows = rows.to(torch.int64).contiguous()
         if self._pointer is None:
-            raise RuntimeError("the store of Engram rows is closed")
+            raise RuntimeError("the Engram row store is closed")
         args = (table, rows.data_ptr(), len(rows), out.data_ptr())
         return RowJob(self._library.loci_rows_ask(self._pointer, *args), out)
 
     def close(self) -> None:
-        """End the threads; look-ups that have not begun fail."""
+        """Stop the threads; queued lookups fail."""
         if self._pointer is not None:
             self._library.loci_rows_close(self._pointer)
             self._pointer = None

@@ -1,7 +1,7 @@
-"""Sending looked-up rows to the GPU that computes with them, on a stream of their own.
+"""Sends looked-up rows to the GPU that needs them, on a separate stream.
 
-One thread a GPU waits for look-ups in the order they were asked for and copies each as soon as it is there,
-while the layers before compute; compute waits only where the layer needs the rows.
+One thread per GPU waits for lookups in the order of their requests and copies each as soon as it completes,
+while earlier layers compute; compute waits only in the layer that needs the rows.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from memory.tiers import Tier
 
 
 class FoundRows(Protocol):
-    """A look-up in host memory."""
+    """A lookup in host memory."""
 
     def arrive(self) -> torch.Tensor:
-        """The rows, `[n, dim]` float32, once they are there; raises what the look-up raised."""
+        """The rows, `[n, dim]` float32, once they have arrived; raises the lookup's error."""
         ...
 
 
 class SentRows:
-    """Rows on their way to a GPU."""
+    """Rows in flight to a GPU."""
 
     def __init__(self, sent: Future[None], rows: torch.Tensor, link: str, telemetry: Telemetry) -> None:
         self._sent = sent
@@ -39,7 +39,7 @@ class SentRows:
         return self._sent.done()
 
     def wait(self) -> torch.Tensor:
-        """The rows on the GPU; waiting here counts as a stall. Raises what the look-up raised."""
+        """The rows on the GPU; waiting here counts as a stall. Raises the lookup's error."""
         if not self.is_done:
             start = time.perf_counter()
             try:
@@ -51,7 +51,7 @@ class SentRows:
 
 
 class RowSender:
-    """Brings rows to one GPU. Used by one thread, which also starts the GPU's kernels."""
+    """Sends rows to one GPU. Used by one thread, which also launches the GPU's kernels."""
 
     def __init__(self, gpu: Tier, telemetry: Telemetry) -> None:
         self._device = gpu.device
@@ -61,8 +61,8 @@ class RowSender:
         self._thread = ThreadPoolExecutor(1, f"loci-engram-{gpu.name}")
 
     def send(self, found: FoundRows, rows: int, dim: int) -> SentRows:
-        """Copy a look-up of so many rows to the GPU when it has ended."""
-        # This memory may have been given up by kernels that still run: the copy waits for the fence.
+        """Copy a lookup's rows to the GPU once it has completed."""
+        # Running kernels may still use this recycled memory: the copy waits for the fence.
         target = torch.empty(rows, dim, device=self._device)
         fence = self._queue.fence()
 
@@ -75,5 +75,5 @@ class RowSender:
         return SentRows(self._thread.submit(work), target, self._link, self._telemetry)
 
     def close(self) -> None:
-        """End the thread; what has not begun is not sent."""
+        """Stop the thread; queued rows are not sent."""
         self._thread.shutdown(cancel_futures=True)

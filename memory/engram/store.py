@@ -1,9 +1,9 @@
-"""The Engram store: rows of n-gram tables, asked for before they are needed.
+"""The Engram store: rows of n-gram tables, requested before they are needed.
 
-A table that fits into its share of the budget is held in DRAM as a whole. Of a larger one only hot rows
-are, and the scales of all rows where they take no more than half of the share: a missing row then costs one
-read instead of two. Native threads look rows up: repeats once, many requests to the disk at a time, and
-into numbers, while the layers before compute.
+A table that fits in its share of the budget is held in DRAM entirely. Of a larger one only hot rows are, and
+the scales of all rows if they take no more than half of the share: a missing row then costs one read instead
+of two. Native threads look up rows while earlier layers compute: they deduplicate, keep many disk requests in
+flight and decode.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from quant.kernels.cpu.library import LibraryMissingError
 from quant.kernels.interface import Kernels
 from quant.packed import Format, PackedTensor
 
-THREADS = 4  # look-ups at once; each keeps many requests to the disk under way
+THREADS = 4  # concurrent lookups; each keeps many disk requests in flight
 LINK = "engram"  # the name of its bytes and stalls in Telemetry
 
 
 @dataclass(frozen=True)
 class TableFiles:
-    """Where a table `[rows, dim]` is: its codes and scales, and the format they are in, row by row."""
+    """The location of a table `[rows, dim]`: its codes and scales, and their format, row by row."""
 
     codes: TensorEntry
     scales: TensorEntry
@@ -70,20 +70,20 @@ class TableFiles:
 
 
 class RowsTicket(Protocol):
-    """The promise of a look-up."""
+    """A pending lookup."""
 
     @property
     def is_done(self) -> bool:
-        """True once `wait` would not wait."""
+        """True once `wait` would not block."""
         ...
 
     def wait(self) -> torch.Tensor:
-        """The rows, `[n, dim]` float32, where the layer is computed; raises what the look-up raised."""
+        """The rows, `[n, dim]` float32, on the layer's device; raises the lookup's error."""
         ...
 
 
 class ReadyRows:
-    """The answer to a look-up that took no time."""
+    """The result of a lookup that is already complete."""
 
     is_done = True
 
@@ -98,7 +98,7 @@ class ReadyRows:
 
 
 class _ServedRows:
-    """A look-up on the store's threads. `counts` says what it took, once `arrive` or `wait` has returned."""
+    """A lookup on the store's threads. `counts` is set once `arrive` or `wait` has returned."""
 
     def __init__(self, job: RowJob, table: _Table, telemetry: Telemetry) -> None:
         self._job = job
@@ -111,7 +111,7 @@ class _ServedRows:
         return self.counts is not None or self._job.is_done
 
     def wait(self) -> torch.Tensor:
-        """As `arrive`; waiting here counts as the store's stall."""
+        """Like `arrive`; waiting here counts as the store's stall."""
         if self.is_done:
             return self.arrive()
         start = time.perf_counter()
@@ -121,7 +121,7 @@ class _ServedRows:
             self._telemetry.add("stalled_s", f"{LINK} demand", time.perf_counter() - start)
 
     def arrive(self) -> torch.Tensor:
-        """The rows, `[n, dim]` float32. Raises CheckpointError where the disk does not give them."""
+        """The rows, `[n, dim]` float32. Raises CheckpointError if they cannot be read."""
         if self.counts is None:
             try:
                 self.counts = self._job.wait()
@@ -135,7 +135,7 @@ class _ServedRows:
 
 
 class _Table:
-    """What of a table is in DRAM within `budget_bytes`, for the threads that look it up."""
+    """The part of a table held in DRAM within `budget_bytes`, for the lookup threads."""
 
     def __init__(self, files: TableFiles, direct: DirectFiles, kernels: Kernels, budget_bytes: int) -> None:
         self.files = files
@@ -173,13 +173,13 @@ class _Table:
         return sum(held) + self._hot.nbytes
 
     def room(self, n: int, *, pinned: bool) -> torch.Tensor:
-        """Where the answer to a look-up of n rows goes."""
+        """The output buffer of a lookup of n rows."""
         if self._decodes:
             return torch.empty(n, self.files.dim, pin_memory=pinned)
         return torch.empty(n, self.files.code_bytes + self.files.scale_bytes, dtype=torch.uint8)
 
     def numbers(self, answer: torch.Tensor) -> torch.Tensor:
-        """The rows of an answer, `[n, dim]` float32."""
+        """The rows of an output buffer, `[n, dim]` float32."""
         if self._decodes:
             return answer
         codes, scales = answer.tensor_split([self.files.code_bytes], dim=1)
@@ -189,8 +189,8 @@ class _Table:
 class EngramStore:
     """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
 
-    gpus: where layers are computed that are not in host memory; their rows are sent there. Without the
-    compiled kernels tables stay on disk, and a look-up takes place when it is asked for.
+    gpus: devices of layers that are not computed in host memory; their rows are sent there. Without the
+    compiled kernels, tables stay on disk and lookups are synchronous.
     """
 
     def __init__(
@@ -236,13 +236,13 @@ class EngramStore:
         return sum(table.nbytes for table in self._tables.values())
 
     def lookup(self, layer: int, rows: torch.Tensor) -> RowsTicket:
-        """Ask for rows `[n]` int64 (repeats are fine) of a layer's table, to be where the layer is."""
+        """Request rows `[n]` int64 (repeats are fine) of a layer's table, delivered to the layer's device."""
         found = self._found(layer, rows)
         sender = self._senders.get(layer)
         return found if sender is None else sender.send(found, len(rows), self.files[layer].dim)
 
     def _found(self, layer: int, rows: torch.Tensor) -> ReadyRows | _ServedRows:
-        """A look-up in host memory."""
+        """A lookup in host memory."""
         if self._server is None:
             self._telemetry.add("rows", "asked", len(rows))
             codes, scales = (part[rows] for part in self._on_disk[layer])
@@ -253,7 +253,7 @@ class EngramStore:
         return _ServedRows(self._server.ask(self._numbers[layer], rows, out), table, self._telemetry)
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """Stop the threads and close the files."""
         for sender in set(self._senders.values()):
             sender.close()
         if self._server is not None:

@@ -1,4 +1,4 @@
-"""Traces of Engram look-ups: which rows of every table a text asked for, token by token.
+"""Traces of Engram lookups: the rows of every table that a text needed, token by token.
 
 File: `engram_rows` `[tokens, tables, columns]` int32.
 """
@@ -22,13 +22,13 @@ def load_rows(file: Path) -> torch.Tensor:
     try:
         rows = load_file(file)["engram_rows"]
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{file}: not a trace of Engram rows ({error})") from None
+        raise CheckpointError(f"{file}: not an Engram row trace ({error})") from None
     if rows.dim() != 3 or rows.dtype != torch.int32 or not rows.numel() or int(rows.min()) < 0:
         raise CheckpointError(f"{file}: engram_rows must be [tokens, tables, columns] of row numbers")
     return rows.to(torch.int64)
 
 
 def save_rows(rows: torch.Tensor, file: Path) -> None:
-    """Write rows `[tokens, tables, columns]`, whole or not at all."""
+    """Write rows `[tokens, tables, columns]` atomically."""
     with whole_file(file) as temporary:
         save_file({"engram_rows": rows.to(torch.int32).contiguous()}, temporary)

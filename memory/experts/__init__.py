@@ -1,1 +1,1 @@
-"""Routed experts: where each one is, how it moves, who computes it."""
+"""Routed experts: their placement, movement and computation."""

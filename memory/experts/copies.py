@@ -1,4 +1,4 @@
-"""Experts copied between DRAM and one GPU, on a stream of their own, and rearranged on the GPU.
+"""Copies of experts between DRAM and one GPU, on their own stream, repacked on the GPU.
 
 A link's thread calls `upload` and `download`, which return when the bytes are there: any kernel started from
 then on sees them. The other way round, kernels that were started before may still read a slot that is to be
@@ -22,19 +22,19 @@ Fence = object
 
 
 class CopyQueue(Protocol):
-    """In what order a device copies and computes."""
+    """Ordering between copies and compute on a device."""
 
     def fence(self) -> Fence:
-        """Everything that has been started on the device so far."""
+        """A fence after everything launched on the device so far."""
         ...
 
     def running(self, after: Fence) -> AbstractContextManager[None]:
-        """What is started inside begins after the fence, and has ended when the block is left."""
+        """Work launched in the block starts after the fence and is complete when the block ends."""
         ...
 
 
 class HostQueue:
-    """Host memory, virtual GPUs too: everything has happened when its call returns."""
+    """Host memory, also of virtual GPUs: every call is synchronous."""
 
     def fence(self) -> Fence:
         return None
@@ -45,7 +45,7 @@ class HostQueue:
 
 
 class CudaQueue:
-    """A CUDA GPU: a stream for copies beside the one that computes, and events between them."""
+    """A CUDA GPU: a copy stream next to the compute stream, synchronised by events."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,7 +63,7 @@ class CudaQueue:
             self._stream.wait_event(after)
             try:
                 yield
-            finally:  # also where it failed: nothing may still be under way to a slot that is given away
+            finally:  # also after a failure: no copy to a slot that is given away may be in flight
                 self._stream.synchronize()
 
 
@@ -84,7 +84,7 @@ class SlotCopier:
             self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)
 
     def fence(self) -> Fence:
-        """To be taken by whoever starts kernels, when it asks for a transfer."""
+        """Must be taken by the thread that launches kernels, when it requests a transfer."""
         return self._queue.fence()
 
     def upload(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:

@@ -1,4 +1,4 @@
-"""Which expert leaves a full tier: policies behind one interface, and what each would have hit.
+"""Eviction policies behind one interface, and a simulation of their hit rates.
 
 Slots are shared out by layer, so a policy sees one layer's experts only. Layers are used in turn, again
 and again; across layers, "least recently used" would always be the one that is needed next.
@@ -13,12 +13,12 @@ from itertools import repeat
 
 import numpy as np
 
-# Where GPUs and DRAM hold different experts, one that goes to a full GPU sends another back. It must be
-# worth so much more than that one; else two that are used alike change places again and again, for nothing.
+# Where GPUs and DRAM hold different experts, one that moves to a full GPU displaces another. It must be worth
+# this much more than that one, or two of similar value would swap back and forth for nothing.
 EXCHANGE_MARGIN = 1.5
 
 
-# What two neighbouring layers used last: the one before in this step, the one after in the step before.
+# What the two neighbouring layers used last: the previous one in this step, the next one in the step before.
 Beside = tuple[Collection[int], Collection[int]]
 NOBODY: Beside = ((), ())
 
@@ -31,7 +31,7 @@ def beside(newest: Sequence[Collection[int]], layer: int) -> Beside:
 
 
 class ExpertPolicy(ABC):
-    """Ranks the experts of one layer by how much they are worth keeping. `experts` is their number."""
+    """Ranks the experts of one layer by their value to the cache. `experts` is their number."""
 
     name: str
 
@@ -44,21 +44,21 @@ class ExpertPolicy(ABC):
 
     @abstractmethod
     def scores(self) -> np.ndarray:
-        """How much each expert is worth keeping, `[experts]` float64; the lowest leaves first."""
+        """The value of keeping each expert, `[experts]` float64; the lowest is evicted first."""
 
     def victim(self, candidates: Collection[int]) -> int:
-        """The one of `candidates` that is worth least; the highest number among equals."""
+        """The candidate of least value; the highest number among equals."""
         scores = self.scores()
         return max(candidates, key=lambda expert: (-scores[expert], expert))
 
     def ranking(self) -> list[int]:
-        """All experts, those most worth keeping first."""
+        """All experts, most valuable first."""
         scores = self.scores()
         return sorted(range(self.experts), key=lambda expert: (-scores[expert], expert))
 
 
 class Lru(ExpertPolicy):
-    """Least recently used leaves first."""
+    """Evicts the least recently used expert."""
 
     name = "lru"
 
@@ -76,9 +76,9 @@ class Lru(ExpertPolicy):
 
 
 class AgedLfu(ExpertPolicy):
-    """Least frequently used leaves first; what was used long ago counts for less and less.
+    """Evicts the least frequently used expert; old uses decay.
 
-    half_life is the number of steps after which a use counts half.
+    half_life is the number of steps after which a use counts for half.
     """
 
     name = "lfu"
@@ -97,15 +97,14 @@ class AgedLfu(ExpertPolicy):
 
 
 class Predictive(ExpertPolicy):
-    """What tends to follow the experts of the last steps, and what was used more than usual of late.
+    """Predicts from the experts of the last steps, and from recent deviations from usual frequency.
 
-    It learns how often each expert of its layer is used a step after any of the layer itself and of its two
-    neighbours. What an expert is worth is the share of uses that it usually has, and by how much the experts
-    of the last steps, and its own uses of late, speak for more or for less than that. A router's own guess
-    for the coming step, given to `expected`, lifts those experts above all others until the layer has been
-    used.
+    It learns how often each expert of its layer is used one step after any expert of the layer itself and of
+    its two neighbours. An expert's value is its usual share of uses, adjusted by how much the experts of the
+    last steps, and its own recent uses, raise or lower the odds. A router's own prediction for the coming
+    step, given to `expected`, ranks those experts above all others until the layer has been used.
 
-    `prior` are uses seen in an earlier profile, `[experts]`, as shares of all uses.
+    `prior` has the shares of uses from an earlier routing trace, `[experts]`.
     """
 
     name = "predictive"
@@ -115,7 +114,8 @@ class Predictive(ExpertPolicy):
     FOLLOWS = 1.5  # above 1, since the mean over experts hides what they agree on
     OF_LATE = 0.25
     AT_LEAST = 0.1  # of what is usual
-    # Uses for each expert of the layer, so that one use among many experts does not count as news:
+    # Pseudo-counts per expert of the layer, so that a single use among many experts does not count as
+    # evidence:
     HALF_LIFE = 1.33  # after which those of late count half
     DOUBT = 2.0  # after an expert, which outweigh what is usual
     PRIOR = 4.0  # that a profile, or the lack of one, counts like
@@ -136,7 +136,7 @@ class Predictive(ExpertPolicy):
         self._scores: np.ndarray | None = None  # until something is used or expected
 
     def expected(self, expert_ids: Collection[int]) -> None:
-        """A guess at the experts of this layer's coming step."""
+        """A prediction of the experts of this layer's next step."""
         self._expected = list(expert_ids)
         self._scores = None
 
@@ -186,7 +186,7 @@ POLICIES: dict[str, Callable[[int], ExpertPolicy]] = {"lru": Lru, "lfu": AgedLfu
 
 @dataclass(frozen=True)
 class Replay:
-    """What a policy would have done on a trace: uses served, and experts that left for others."""
+    """Result of simulating a policy on a trace: hits, and evictions."""
 
     hits: int
     exchanges: int
@@ -199,11 +199,11 @@ def replay(
     margin: float = 1.0,
     neighbours: Iterable[Beside] = repeat(NOBODY),
 ) -> Replay:
-    """Uses of one layer that `slots` slots under `policy` would have served.
+    """Simulate one layer with `slots` slots under `policy`.
 
-    trace: the experts of each step; neighbours: those of the layers beside it. All experts of a step are
-    brought in, as far as each is worth `margin` times as much as what leaves for it; one that was just
-    brought in or is used in this step does not leave for another of the same step, while there is a choice.
+    trace: the experts of each step; neighbours: those of the adjacent layers. All experts of a step are
+    loaded if each is worth `margin` times as much as the one evicted for it; one that was just loaded or is
+    used in this step is not evicted for another of the same step unless there is no choice.
     """
     resident: set[int] = set()
     hits = exchanges = 0
@@ -215,7 +215,7 @@ def replay(
             if len(resident) >= slots:
                 candidates = resident - needed or resident
                 leaving = policy.victim(candidates)
-                # A newcomer that is worth less than all that are held is used without being kept.
+                # A new expert that is worth less than all held ones is used without being kept.
                 if policy.scores()[expert] < margin * policy.scores()[leaving]:
                     continue
                 resident.remove(leaving)
@@ -225,7 +225,7 @@ def replay(
 
 
 def belady_hits(trace: Sequence[Collection[int]], slots: int, experts: int) -> int:
-    """The most uses that any policy could have served: what is needed furthest in the future leaves.
+    """Belady's optimum: the most hits any policy could have; evicts what is needed furthest in the future.
 
     Bringing an expert in only to be evicted before its next use is allowed to be skipped, so this
     bounds policies that bypass as well.

@@ -1,4 +1,4 @@
-"""Experts from disk: which bytes of which files, read by several threads at once, straight into slots."""
+"""Reads experts from disk with several threads at once, straight into slots."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAX_READERS = 4
 
 
 def default_readers() -> int:
-    """Readers that keep the disk busy while others rearrange."""
+    """Number of readers that keeps the disk busy while others repack."""
     return min(MAX_READERS, usable_cores() + 1)
 
 
 class ExpertFiles(Protocol):
-    """Where experts are on disk and how their bytes are to be read; given by the model's family."""
+    """The location and layout of experts on disk; provided by the model's family."""
 
     @property
     def layers(self) -> int: ...
@@ -50,9 +50,9 @@ class ExpertFiles(Protocol):
 
 
 class ExpertReader:
-    """Reads experts on `readers` threads, past the page cache, and rearranges them for the kernels.
+    """Reads experts on `readers` threads, bypassing the page cache, and repacks them for the kernels.
 
-    A matrix is one request: an expert's three are read and rearranged at once by as many threads, so that
+    A matrix is one request: an expert's three are read and repacked in parallel by as many threads, so that
     one missing expert alone keeps the disk busy.
     """
 
@@ -74,7 +74,7 @@ class ExpertReader:
         self.link = Link("nvme", telemetry, workers=readers)
 
     def read(self, key: Key, slot: torch.Tensor, priority: Priority) -> Ticket:
-        """Begin reading an expert into `slot` (uint8 `[layout.nbytes]`)."""
+        """Start reading an expert into `slot` (uint8 `[layout.nbytes]`)."""
         stop = threading.Event()
         parts = [self._part(key, number, slot, stop) for number in range(MATRICES)]
         return self.link.submit(parts, self._layout.nbytes, priority, stop)
@@ -89,6 +89,6 @@ class ExpertReader:
         return work
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """Stop the threads and close the files."""
         self.link.close()
         self._direct.close()

@@ -1,6 +1,6 @@
-"""What each policy would have hit on a recorded trace, against the most that any could (Belady).
+"""Replays a recorded trace through each policy and compares hit rates with the optimum (Belady).
 
-And what exchanges between a GPU and DRAM bring, with the margin that they must pay and without.
+Also evaluates exchanges between a GPU and DRAM, with and without the required margin.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The expert slots of all tiers: which expert lies where, how it gets there, and what leaves for it.
+"""The expert slots of all tiers: placement, movement and eviction of experts.
 
 GPUs and DRAM each have a slot table; the rest is on disk. Where DRAM holds every expert, GPUs hold copies;
-else an expert is in one place at a time, and one that leaves a GPU takes the DRAM slot of the one that comes.
+otherwise placement is exclusive, and an expert that leaves a GPU takes the DRAM slot of the one that replaces
+it.
 Used by one thread, the engine's; bytes move on the threads of links and readers.
 """
 
@@ -21,12 +22,12 @@ from memory.transfer import Link, Priority, Ticket
 from quant.errors import BudgetError
 from quant.kernels.interface import Kernels
 
-MIN_SLOTS = 2  # in DRAM: one expert at work, one that makes room
+MIN_SLOTS = 2  # in DRAM: one expert in use, one being replaced
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """An expert that must not leave until it is released: where it is or will be, whether it was missing."""
+    """A pinned expert: where it is or will be, and whether it was missing."""
 
     expert: int
     table: SlotTable
@@ -37,7 +38,7 @@ class Claimed:
 class ExpertSlots:
     """Experts of all layers in the slots of GPUs and DRAM.
 
-    policies          one a layer: what each expert is worth keeping, and which leaves a full tier
+    policies          one per layer: ranks experts and chooses which to evict
     cpu_bytes_per_s   how fast the CPU computes what DRAM holds; decides how much is moved to GPUs instead
 
     Raises BudgetError where DRAM has room for fewer than `MIN_SLOTS` experts.
@@ -72,7 +73,7 @@ class ExpertSlots:
         if self.dram.arena.slots < min(MIN_SLOTS, total):
             raise BudgetError(
                 f"the DRAM budget of {dram.budget_bytes} bytes holds {self.dram.arena.slots} experts of "
-                f"{layout.nbytes} bytes; at least {MIN_SLOTS} are needed"
+                f"{layout.nbytes} bytes, but at least {MIN_SLOTS} are needed; raise --dram-budget"
             )
         self.gpus = [table(tier) for tier in gpus]
         self.keeps_copies = self.dram.arena.slots >= total
@@ -82,12 +83,12 @@ class ExpertSlots:
             for tier in gpus
         ]
         self._reader = ExpertReader(files, layout, telemetry, readers)
-        self._claimed: set[Key] = set()  # by the step under way: these must not leave
-        self._predicted: Set[Key] = frozenset()  # for a step to come: these had better not
+        self._claimed: set[Key] = set()  # pinned by the current step
+        self._predicted: Set[Key] = frozenset()  # expected by a coming step; evicted last
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
 
     def close(self) -> None:
-        """End the links and close the files."""
+        """Stop the links and close the files."""
         self._reader.close()
         for link in self._links:
             link.close()
@@ -102,7 +103,7 @@ class ExpertSlots:
         return (*self.gpus, self.dram)
 
     def find(self, key: Key) -> tuple[SlotTable, SlotEntry] | None:
-        """Where an expert is or will be; one whose bytes failed to come is nowhere."""
+        """Where an expert is or will be; one whose transfer failed is nowhere."""
         for table in self.tables:
             entry = table.find(key)
             if entry is None:
@@ -113,36 +114,36 @@ class ExpertSlots:
         return None
 
     def home(self, key: Key) -> int:
-        """The GPU of an expert: neighbours lie on different ones, so that all links and memories work."""
+        """The GPU of an expert: consecutive ones go to different GPUs, to spread the load over all links."""
         return (key[0] + key[1]) % len(self.gpus)
 
     def score(self, key: Key) -> float:
-        """How much an expert is worth keeping, among those of its layer."""
+        """The value of keeping an expert, among those of its layer."""
         return float(self._policies[key[0]].scores()[key[1]])
 
     @property
     def reserved(self) -> int:
-        """DRAM slots kept free for what GPUs give back."""
+        """DRAM slots kept free for experts evicted from GPUs."""
         return 1 if self.gpus and not self.keeps_copies else 0
 
     def report_free(self) -> None:
-        """Tell the telemetry how many slots hold nothing."""
+        """Report the number of free slots to the telemetry."""
         for table in self.tables:
             self.telemetry.set("slots", table.tier.name, table.arena.free)
 
     # ----------------------------------------------------------------------------------------- a step
 
     def claim(self, layer: int, experts: Sequence[int]) -> tuple[list[Claimed], list[int]]:
-        """Hold as many of `experts` as there are slots for, and start what must move.
+        """Pin as many of `experts` as there are slots for, and start the transfers they need.
 
-        Returns those that are held, at least one, and those that must wait for a release. Raises BudgetError
+        Returns the pinned ones, at least one, and those that must wait for a release. Raises BudgetError
         where no slot can be freed for any.
         """
         self.settle()
         claimed: list[Claimed] = []
         missing: list[int] = []
         waiting: list[int] = []
-        for expert in experts:  # what is here already must not make room for what is not
+        for expert in experts:  # resident experts must not be evicted for missing ones
             found = self.find((layer, expert))
             if found is None:
                 missing.append(expert)
@@ -164,14 +165,14 @@ class ExpertSlots:
         return claimed, waiting
 
     def release(self, layer: int, claimed: Iterable[Claimed]) -> None:
-        """These experts may leave again."""
+        """Unpin these experts."""
         self._claimed.difference_update((layer, held.expert) for held in claimed)
 
     def arrive(self, layer: int, claimed: Claimed) -> Claimed:
-        """Wait for a claimed expert's bytes, and say where they are: elsewhere where they did not come.
+        """Wait for a claimed expert's bytes and return where they are: elsewhere if the transfer failed.
 
-        A read that an earlier step or a guess began may fail once, and so may the way to a GPU. Raises what
-        a read raised that was begun for this claim.
+        Failures of earlier reads, prefetches and transfers to a GPU are retried once. Raises the error of a
+        read that was started for this claim.
         """
         ticket = claimed.entry.ticket
         if ticket is None:
@@ -188,7 +189,7 @@ class ExpertSlots:
 
     @property
     def claims(self) -> Set[Key]:
-        """Experts that must not leave now."""
+        """Experts that are pinned now."""
         return self._claimed
 
     def _claim_found(self, layer: int, expert: int, table: SlotTable, entry: SlotEntry) -> Claimed:
@@ -201,7 +202,7 @@ class ExpertSlots:
         return Claimed(expert, table, entry)
 
     def _move_some_to_gpus(self, layer: int, claimed: list[Claimed]) -> None:
-        """Move the most valuable of those that lie in DRAM to GPUs, as many as pays; `claimed` follows."""
+        """Move the most valuable experts in DRAM to GPUs, as many as pays off; updates `claimed`."""
         in_dram = {
             held.expert: at
             for at, held in enumerate(claimed)
@@ -221,7 +222,7 @@ class ExpertSlots:
                 claimed[at] = Claimed(expert, *found)
 
     def _without_gpu(self, layer: int, expert: int) -> Claimed:
-        """An expert that did not reach its GPU, in DRAM: where it still is, or read anew."""
+        """The DRAM copy of an expert that did not reach its GPU, read again if necessary."""
         key = layer, expert
         found = self.find(key)
         if found is None:
@@ -237,7 +238,7 @@ class ExpertSlots:
     # ------------------------------------------------------------------------------------- transfers
 
     def read(self, key: Key, priority: Priority) -> Ticket:
-        """Read an expert from disk into a free DRAM slot; the caller has made sure there is one."""
+        """Read an expert from disk into a free DRAM slot; the caller ensures that there is one."""
         slot = self.dram.arena.take()
         assert slot is not None
         entry = SlotEntry(slot, is_unused_prefetch=priority is Priority.PREFETCH)
@@ -249,7 +250,8 @@ class ExpertSlots:
         return entry.ticket
 
     def move_to_gpu(self, key: Key, priority: Priority = Priority.DEMAND) -> Ticket | None:
-        """Move an expert that DRAM holds to its GPU, unless all there are worth about as much or in use.
+        """Move an expert from DRAM to its GPU, unless all experts there are worth about as much or are in
+        use.
 
         In exclusive mode the GPU's expert that leaves takes a spare DRAM slot, or is dropped (the disk
         has it) where none is free.
@@ -263,7 +265,8 @@ class ExpertSlots:
         if slot is None:
             stay = self._claimed if priority is Priority.DEMAND else self._claimed | self._predicted
             leaving = self._victim(table, key[0], stay)
-            # A copy costs one transfer, which this step's use pays; an exchange costs two: later ones pay.
+            # A copy costs one transfer, which this step's use repays; an exchange costs two, which later uses
+            # repay.
             margin = 1.0 if self.keeps_copies else EXCHANGE_MARGIN
             if leaving is None or self.score(leaving) * margin >= self.score(key):
                 return None
@@ -280,7 +283,7 @@ class ExpertSlots:
         return ticket
 
     def _exchange(self, at: int, slot: int, source: int, spare: int | None) -> Callable[[], None]:
-        """A link's work: what lies in the GPU's `slot` to DRAM's `spare`, then `source` into the slot."""
+        """Runs on the link: copy the GPU's `slot` to DRAM's `spare`, then `source` into the slot."""
         copier, telemetry, nbytes = self._copiers[at], self.telemetry, self.dram.layout.nbytes
         name, inside = self.gpus[at].tier.name, self.gpus[at].arena.slot(slot)
         outside = self.dram.arena.slot(source)
@@ -296,19 +299,19 @@ class ExpertSlots:
         return work
 
     def cancel_reads(self, layer: int, still_wanted: Iterable[int]) -> None:
-        """Read no more of what was guessed for `layer` and is not wanted any more, not even to its end."""
+        """Cancel prefetches for `layer` that are no longer needed, even reads in progress."""
         for expert in self.dram.by_layer[layer].keys() - set(still_wanted):
             entry = self.dram.by_layer[layer][expert]
             if not entry.is_unused_prefetch or entry.ticket is None:
                 continue
             if self._reader.link.cancel(entry.ticket):
                 self.dram.remove((layer, expert))
-                self._leaving.append((entry.ticket, entry.slot))  # parts may be on their way to it
+                self._leaving.append((entry.ticket, entry.slot))  # parts may be in flight to it
                 self.telemetry.add("prefetches", "cancelled")
         self.settle()
 
     def cancel_uploads(self, layer: int) -> None:
-        """Take guessed copies of `layer` off the links where they have not begun: DRAM has what is needed."""
+        """Cancel queued prefetch copies of `layer` to GPUs: DRAM has what is needed."""
         for table, link in zip(self.gpus, self._links, strict=True):
             for expert, entry in list(table.by_layer[layer].items()):
                 if not entry.is_unused_prefetch or not entry.is_moving:
@@ -318,11 +321,11 @@ class ExpertSlots:
                     self.telemetry.add("prefetches", "cancelled")
 
     def settle(self, *, wait: bool = False) -> None:
-        """Free the slots that nothing moves from or to any more."""
+        """Free the slots with no transfers left."""
         still = []
         for ticket, slot in self._leaving:
             if wait:
-                with suppress(Exception):  # whoever needs the bytes will find that they are not there
+                with suppress(Exception):  # the error surfaces where the bytes are needed
                     ticket.wait()
             if ticket.is_done:
                 self.dram.arena.give_back(slot)
@@ -333,13 +336,13 @@ class ExpertSlots:
     # ------------------------------------------------------------------------------------------ room
 
     def protect(self, predicted: Set[Key]) -> None:
-        """What a step to come is expected to need: evicted only where nothing else can be."""
+        """Experts that a coming step is expected to need: evicted only as a last resort."""
         self._predicted = predicted
 
     def make_room(self, layer: int, priority: Priority = Priority.DEMAND) -> bool:
-        """See that a DRAM slot is free for an expert of `layer`; False where all are in use or on their way.
+        """Ensure that a DRAM slot is free for an expert of `layer`; False if all are in use or in flight.
 
-        What is only guessed displaces nothing that is guessed, and leaves GPUs the slot they count on.
+        A prefetch does not displace another prefetch, and leaves GPUs their reserved slot.
         """
         self.settle()
         is_demand = priority is Priority.DEMAND
@@ -354,18 +357,18 @@ class ExpertSlots:
         return True
 
     def _wait_for_room(self, layer: int) -> None:
-        """As `make_room`, after everything that is on its way has arrived. Raises BudgetError."""
+        """Like `make_room`, after all transfers in flight have ended. Raises BudgetError."""
         self.settle(wait=True)
         for entries in self.dram.by_layer:
             for entry in entries.values():
                 if entry.ticket is not None:
-                    with suppress(Exception):  # whoever needs the expert will find that it is not there
+                    with suppress(Exception):  # the error surfaces where the expert is needed
                         entry.ticket.wait()
         if not self.make_room(layer):
             raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
 
     def _evict(self, table: SlotTable, key: Key) -> int:
-        """Take an expert out of a table; its slot is the caller's."""
+        """Remove an expert from a table and return its slot."""
         entry = table.remove(key)
         if entry.is_unused_prefetch:
             self.telemetry.add("prefetches", "dropped")
@@ -373,7 +376,8 @@ class ExpertSlots:
         return entry.slot
 
     def _victim(self, table: SlotTable, layer: int, stay: Set[Key]) -> Key | None:
-        """What leaves `table` for an expert of `layer`: of its own layer, or of the most overfull one."""
+        """The expert to evict from `table` for one of `layer`: from its own layer, or the one furthest over
+        its share."""
 
         def candidates(of: int) -> list[int]:
             entries = table.by_layer[of].items()

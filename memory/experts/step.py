@@ -1,4 +1,4 @@
-"""One layer's experts for one batch: what is there is computed while what is missing arrives."""
+"""One layer's experts for one batch: resident ones are computed while missing ones arrive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Part:
 
     rows    of the step's outputs that they give, `[n]`; None where it is all of them
     ids     the expert of each, `[n, 1]`
-    inputs  the token of each, `[n, hidden]`, where the experts lie
+    inputs  the token of each, `[n, hidden]`, on the experts' device
     """
 
     tier: str
@@ -50,13 +50,13 @@ class ExpertStep:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """What the step uses may leave again, also where something went wrong before or in `run`."""
+        """Unpin the step's experts, also if something failed before or in `run`."""
         self._release()
 
     def run(self, x: torch.Tensor, weights: torch.Tensor, swiglu_limit: float) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`.
 
-        On the device of x, wherever the experts are computed.
+        The result is on the device of x, wherever the experts are computed.
         """
         tokens, top_k = self._ids.shape
         outputs = x.new_empty(tokens * top_k, x.shape[1])
@@ -71,7 +71,7 @@ class ExpertStep:
         return self._kernels.weighted_sum(outputs.view(tokens, top_k, -1), weights)
 
     def _compute_wave(self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float) -> None:
-        """Compute what is here, again and again, until everything has arrived."""
+        """Compute whatever has arrived, repeatedly, until everything is done."""
         left = self._claimed
         while left:
             here = [held for held in left if not held.entry.is_moving]
@@ -79,8 +79,8 @@ class ExpertStep:
                 left = [self._slots.arrive(self._layer, left[0]), *left[1:]]
                 continue
             left = [held for held in left if not any(held is other for other in here)]
-            here = [self._slots.arrive(self._layer, held) for held in here]  # raises where bytes did not come
-            # The host's tokens are fetched first: behind what GPUs compute they would wait for it.
+            here = [self._slots.arrive(self._layer, held) for held in here]  # raises if a transfer failed
+            # Fetch the host's tokens first, or the copy would queue behind the GPU's kernels.
             parts = [
                 self._part(table, [held for held in here if held.table is table], x)
                 for table in reversed(self._slots.tables)
@@ -88,7 +88,7 @@ class ExpertStep:
             ]
             found = [
                 self._compute(part, swiglu_limit) for part in reversed(parts)
-            ]  # the CPU's last: it waits
+            ]  # the CPU's part last: it blocks
             for rows, y in found:
                 if rows is None:
                     outputs.copy_(y)
@@ -96,7 +96,7 @@ class ExpertStep:
                     outputs[rows.to(outputs.device)] = y.to(outputs.device)
 
     def _part(self, table: SlotTable, experts: list[Claimed], x: torch.Tensor) -> _Part:
-        """What the experts of one tier are to compute, where they lie."""
+        """The work for the experts of one tier, on its device."""
         weights = {held.expert: table.weights(held.entry) for held in experts}
         flat, top_k = self._ids.flatten(), self._ids.shape[1]
         if len(weights) == self._needed:
@@ -107,13 +107,14 @@ class ExpertStep:
         return _Part(table.tier.name, weights, rows, flat[rows].unsqueeze(1), inputs)
 
     def _compute(self, part: _Part, swiglu_limit: float) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Start the experts of a part: the rows of the step's outputs that they give, and these."""
+        """Launch the experts of a part; returns the rows of the step's outputs they produce, and the
+        outputs."""
         ones = torch.ones(len(part.ids), 1, device=part.inputs.device)
         outputs = self._kernels.moe(MoeCall(part.inputs, part.ids, ones, part.weights, swiglu_limit))
         self._slots.telemetry.add("computed", part.tier, len(part.weights))
         return part.rows, outputs
 
     def _release(self) -> None:
-        """These experts may leave again."""
+        """Unpin these experts."""
         self._slots.release(self._layer, self._claimed)
         self._claimed = []

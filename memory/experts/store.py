@@ -1,14 +1,14 @@
-"""The expert store: where each routed expert is, how it gets where it is needed, and who computes it.
+"""The expert store: placement, movement and computation of routed experts.
 
 Experts live in slots of arenas: one arena per GPU (real or virtual) and one in DRAM; the rest is on
 disk. For a layer's step the store
   - computes experts that a GPU holds on that GPU, and experts that DRAM holds on the CPU, or moves some
     of these to a GPU first, so that link and CPU are busy for equally long;
-  - reads missing ones from disk on reader threads, which also rearrange them for the kernels;
-  - takes in a guess at the next layer's experts and reads those ahead, behind everything needed now.
+  - reads missing ones from disk on reader threads, which also repack them for the kernels;
+  - prefetches the predicted experts of the next layer, at lower priority than everything needed now.
 
-Results do not depend on any of this: each chosen expert's output is computed by itself and added in the
-order of the router's choice.
+Results do not depend on any of this: each chosen expert's output is computed separately, and outputs are
+added in the router's order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from memory.tiers import Tier
 from memory.transfer import Priority, Ticket
 from quant.kernels.interface import Kernels
 
-FILL_BATCH = 64  # experts on their way at once while filling
+FILL_BATCH = 64  # experts in flight at once while filling
 
-# Bytes per second at which the CPU computes experts that lie in DRAM, until a measurement says otherwise.
+# Default rate at which the CPU computes experts in DRAM, bytes per second, if it was not measured.
 ASSUMED_CPU_BYTES_PER_S = 40e9
 
 
@@ -38,9 +38,9 @@ class ExpertStore:
 
     gpus      tiers of GPUs, none on a machine without
     dram      the tier of host memory; a BudgetError says how much it must have at least
-    kernels   compute in all tiers, and say how an expert lies in a slot
-    readers   threads that read experts from disk and rearrange them; by default as `default_readers` says
-    hotness   `[layers, experts]`, shares of uses in an earlier profile: the hot ones are brought in first
+    kernels   compute in all tiers, and define the slot layout
+    readers   threads that read experts from disk and repack them; default: `default_readers`
+    hotness   `[layers, experts]`, shares of uses from a routing trace: hot experts are loaded first
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class ExpertStore:
         )  # fmt: skip
         self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
         self._predicted: set[Key] = set()  # guessed for a step to come
-        self._ahead: list[Ticket | None] = [None] * len(gpus)  # the last copy of a guessed expert to each
+        self._ahead: list[Ticket | None] = [None] * len(gpus)  # the last prefetch copy to each GPU
         self._fill()
 
     def close(self) -> None:
-        """End the links and close the files."""
+        """Stop the links and close the files."""
         self.slots.close()
 
     @property
@@ -81,21 +81,21 @@ class ExpertStore:
         return {table.tier.name: table.arena.nbytes for table in self.slots.tables}
 
     def residency(self) -> dict[str, int]:
-        """Experts in each tier; those in none are on disk only."""
+        """Number of experts in each tier; the rest are on disk only."""
         layers = range(self._files.layers)
         return {table.tier.name: sum(map(table.count, layers)) for table in self.slots.tables}
 
     def expert_locations(self) -> list[list[str]]:
         """The tier that holds each expert, by layer and expert; `nvme` where none does."""
         tiers = [["nvme"] * self._files.experts for _ in range(self._files.layers)]
-        for table in reversed(self.slots.tables):  # of copies, the GPU's counts
+        for table in reversed(self.slots.tables):  # of two copies, the GPU's counts
             for layer, entries in enumerate(table.by_layer):
-                for expert in list(entries):  # a copy at once: another thread may look
+                for expert in list(entries):  # copied at once: another thread may read it
                     tiers[layer][expert] = table.tier.name
         return tiers
 
     def wants_guesses(self, layer: int) -> bool:
-        """True where experts of `layer` could be brought nearer: from disk, or from DRAM to a GPU."""
+        """True if prefetching experts of `layer` can help: from disk, or from DRAM to a GPU."""
         nearer = self.slots.gpus if self.slots.keeps_copies else self.slots.tables
         return bool(nearer) and sum(table.count(layer) for table in nearer) < self._files.experts
 
@@ -109,10 +109,10 @@ class ExpertStore:
         return ExpertStep(self.slots, self._kernels, layer, expert_ids, needed)
 
     def prefetch(self, layer: int, expert_ids: Iterable[int]) -> None:
-        """Bring nearer what `layer` will probably need, the likeliest first, as far as there is room.
+        """Prefetch what `layer` will probably need, most likely first, as far as there is room.
 
-        What is on disk is read; where DRAM holds everything, one expert at a time goes up each link. Nothing
-        in use, on its way, or guessed itself is displaced, and what is needed goes first.
+        Experts on disk are read; if DRAM holds everything, one expert at a time is copied over each link.
+        Nothing in use, in flight or prefetched is displaced, and demand transfers go first.
         """
         slots, guess = self.slots, list(dict.fromkeys(expert_ids))
         self._policies[layer].expected(guess)
@@ -132,16 +132,17 @@ class ExpertStore:
         slots.report_free()
 
     def _copy_ahead(self, key: Key) -> None:
-        """Copy a guessed expert to its GPU, unless another one is still under way to it."""
+        """Copy a predicted expert to its GPU, unless another one is still in flight to it."""
         at = self.slots.home(key)
         last = self._ahead[at]
         if last is None or last.is_done:
             self._ahead[at] = self.slots.move_to_gpu(key, Priority.PREFETCH)
 
     def _give_up_guesses(self, layer: int, needed: Iterable[int]) -> None:
-        """Compare the guess with what is needed; take off the queues what need not be there.
+        """Compare the prediction with what is needed and cancel queued transfers that are not.
 
-        That is wrong guesses at the disk. On links all that waits: what is needed may be computed in DRAM.
+        On the disk those are wrong predictions; on links everything queued, since DRAM can compute what is
+        needed.
         """
         guess = {expert for of, expert in self._predicted if of == layer}
         self._predicted = {key for key in self._predicted if key[0] != layer}
@@ -152,7 +153,7 @@ class ExpertStore:
         self.slots.cancel_uploads(layer)
 
     def _fill(self) -> None:
-        """Fill GPUs and DRAM at start, every layer its share, and wait for the bytes."""
+        """Fill GPUs and DRAM at startup, every layer its share, and wait for the transfers."""
         slots = self.slots
         ranked = [policy.ranking() for policy in self._policies]
         keys = [(layer, expert) for rank in zip(*ranked, strict=True) for layer, expert in enumerate(rank)]

@@ -1,7 +1,7 @@
 """Routing traces: which experts a model's routers chose, token by token, on some text.
 
-A trace kept beside a checkpoint (`routing.safetensors`) tells the expert store which experts are hot:
-they are brought in first, and start with credit. File: `router_ids` `[tokens, layers, top_k]` int16.
+A trace next to a checkpoint (`routing.safetensors`) tells the expert store which experts are hot: they are
+loaded first and start with a higher rank. File: `router_ids` `[tokens, layers, top_k]` int16.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, file: Path) -> RoutingTrace:
-        """Read a trace. Raises CheckpointError for a file that is none."""
+        """Read a trace. Raises CheckpointError for any other file."""
         try:
             ids = load_file(file)["router_ids"]
         except (OSError, SafetensorError, KeyError) as error:
@@ -42,11 +42,11 @@ class RoutingTrace:
             or not ids.numel()
             or int(ids.min()) < 0
         ):
-            raise CheckpointError(f"{file}: router_ids must be [tokens, layers, top_k] of expert numbers")
+            raise CheckpointError(f"{file}: router_ids must be [tokens, layers, top_k] of expert indices")
         return cls(ids.to(torch.int64))
 
     def save(self, file: Path) -> None:
-        """Write the trace, whole or not at all. Raises ConfigError where it cannot be written."""
+        """Write the trace atomically. Raises ConfigError if it cannot be written."""
         try:
             with whole_file(file) as temporary:
                 save_file({"router_ids": self.router_ids.to(torch.int16).contiguous()}, temporary)
@@ -55,7 +55,7 @@ class RoutingTrace:
 
     @property
     def tokens(self) -> int:
-        """Tokens whose routing it holds."""
+        """Number of tokens."""
         return self.router_ids.shape[0]
 
     @property
@@ -81,12 +81,15 @@ class RoutingTrace:
         return found
 
     def shares(self, experts: int) -> torch.Tensor:
-        """How large a part of a layer's uses each expert has, `[layers, experts]` float64.
+        """Each expert's share of its layer's uses, `[layers, experts]` float64.
 
         Raises CheckpointError where the trace names experts that the model lacks.
         """
         if int(self.router_ids.max()) >= experts:
-            raise CheckpointError(f"the routing trace names expert {int(self.router_ids.max())} of {experts}")
+            raise CheckpointError(
+                f"the routing trace refers to expert {int(self.router_ids.max())}, but there are only "
+                f"{experts}"
+            )
         counts = torch.stack(
             [torch.bincount(self.router_ids[:, n].flatten(), minlength=experts) for n in range(self.layers)]
         ).double()
@@ -94,13 +97,14 @@ class RoutingTrace:
 
 
 def trace_beside(checkpoint: Path, layers: int, experts: int) -> torch.Tensor | None:
-    """Shares `[layers, experts]` from the trace that lies beside a checkpoint; None where there is none."""
+    """Shares `[layers, experts]` from the trace next to a checkpoint; None if there is none."""
     file = checkpoint / FILE_NAME
     if not file.is_file():
         return None
     trace = RoutingTrace.load(file)
     if trace.layers != layers:
         raise CheckpointError(
-            f"{file}: traces {trace.layers} layers, the model has {layers}; remove it and record it again"
+            f"{file}: covers {trace.layers} layers, but the model has {layers}; delete it and record a new "
+            "one"
         )
     return trace.shares(experts)

@@ -1,1 +1,1 @@
-"""What a machine has and how fast it is: detected, measured, or read from a profile."""
+"""A machine's resources and speeds: detected, measured, or read from a profile."""

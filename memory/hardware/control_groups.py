@@ -1,4 +1,4 @@
-"""What Linux control groups leave this process: memory and processor time.
+"""The memory and CPU time that Linux control groups allow this process.
 
 The kernel charges what a process takes to its group and to every group above, so all of them are looked at:
 the one with the least room counts, which need not be the one with the lowest limit. Both versions of control

@@ -1,4 +1,4 @@
-"""What this machine is: processor, memory, GPUs, disk. The only reader of /proc and /sys."""
+"""Detects this machine's CPU, memory, GPUs and disk. The only reader of /proc and /sys."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _pcie_link(address: str, root: Path = Path("/sys/bus/pci/devices")) -> PcieL
 
 
 def _disks(root: Path = Path("/sys/block")) -> tuple[Disk, ...]:
-    """Drives that a model could lie on; loop devices, memory disks and empty drives are not."""
+    """Drives that could hold a model: no loop devices, RAM disks or empty drives."""
     found = []
     for folder in sorted(root.glob("*")):
         sectors = _read(folder / "size").strip()

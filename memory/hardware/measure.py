@@ -1,4 +1,4 @@
-"""Measurements that plans rest on: how fast bytes come from DRAM, from disk and over links to GPUs.
+"""Measurements for the planner: bandwidth of DRAM, disk and links to GPUs.
 
 Every figure is the median of several runs (for disks, whose caches would flatter a second one: of one
 long run). Names are those that `memory/hardware/this_machine.py` looks for.
@@ -79,8 +79,8 @@ def rates_of_one_and_all(one: Callable[[], float], every: Callable[[], float]) -
             return alone, together
     if together < DOUBT * alone:
         raise LociError(
-            f"all cores read memory at {together:.3g} GB/s, one alone at {alone:.3g} GB/s: something else "
-            "keeps this machine busy; measure again when it is idle"
+            f"all cores together read memory at {together:.3g} GB/s, but one core alone at {alone:.3g} "
+            "GB/s: the machine is busy; measure again when it is idle"
         )
     return alone, alone  # all reach what one of them does
 
@@ -171,7 +171,7 @@ def read_rates(file: Path, seconds: float) -> list[float]:
             done, taken = _read_all(descriptor, depth, READ_BYTES, iter(places.tolist()), seconds)
             rates.append(done * READ_BYTES / taken)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); is the drive still there?") from None
+        raise ConfigError(f"{file}: cannot be read ({error}); is the drive still connected?") from None
     finally:
         os.close(descriptor)
     return rates

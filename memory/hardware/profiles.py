@@ -90,7 +90,7 @@ class HardwareProfile:
         if device.budget_bytes > gpu.memory_bytes:
             raise ConfigError(
                 f"devices: GPU {device.index} of {self.name} has {gpu.memory_bytes / 1e9:.1f} GB for "
-                f"models, {device.budget_bytes / 1e9:.1f} GB were asked for"
+                f"models, but {device.budget_bytes / 1e9:.1f} GB was requested"
             )
         together = gpu.link_bytes_per_s if is_alone else gpu.link_together_bytes_per_s
         return replace(gpu, memory_bytes=device.budget_bytes, link_together_bytes_per_s=together)
@@ -138,7 +138,7 @@ def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
                 f"devices: {part.strip()!r} is not a device; expected something like virtual:24GiB@12.5GB/s"
             )
         if at and kind == "cuda":
-            raise ConfigError(f"devices: {part.strip()!r}: a real GPU's link is as fast as it is")
+            raise ConfigError(f"devices: {part.strip()!r}: the link speed of a real GPU cannot be set")
         if at and not speed.endswith("/s"):
             raise ConfigError(f"devices: {speed!r} is not a speed; expected something like 12.5GB/s")
         index = sum(device.kind == kind for device in found)
@@ -147,8 +147,8 @@ def parse_devices(text: str) -> tuple[DeviceSpec, ...]:
             found.append(DeviceSpec(kind, index, parse_bytes(size), link))
         except ConfigError as error:
             raise ConfigError(
-                f"devices: {part.strip()!r}: {error}; a device is kind and budget, like {kind}:20GiB; "
-                "GPUs are taken in their order"
+                f"devices: {part.strip()!r}: {error}; a device is a kind and a budget, like {kind}:20GiB; "
+                "GPUs are used in order"
             ) from None
     return tuple(found)
 
@@ -163,7 +163,7 @@ def parse_bytes(text: str) -> int:
     except (ValueError, KeyError):
         raise ConfigError(f"{text!r} is not a size; expected something like 24GiB or 12.5GB") from None
     if not 1 <= value < 1 << 60:
-        raise ConfigError(f"{text!r} is not a size that anything could have")
+        raise ConfigError(f"{text!r} is not a plausible size")
     return int(value)
 
 
@@ -233,8 +233,8 @@ def load_profile(name: str) -> HardwareProfile:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(
-            f"{name}: no such hardware profile; shipped are {', '.join(shipped())}; "
-            "`this` is this machine; or name a TOML file (docs/planner.md)"
+            f"{name}: unknown hardware profile; expected one of {', '.join(shipped())}, `this` for this "
+            "machine, or a TOML file (docs/planner.md)"
         )
     return parse_profile(path.read_text(encoding="utf-8", errors="replace"), name)
 
@@ -252,7 +252,9 @@ def parse_profile(text: str, source: str) -> HardwareProfile:
         *((f"gpu.{i}", gpu.memory_gib, gpu.reserved_gib) for i, gpu in enumerate(parsed.gpu)),
     ):
         if reserved >= size:
-            raise ConfigError(f"{source}: {section}: {reserved} GiB reserved of {size}; nothing is left")
+            raise ConfigError(
+                f"{source}: {section}: {reserved} GiB of {size} GiB is reserved, which leaves nothing"
+            )
     return _profile(parsed)
 
 

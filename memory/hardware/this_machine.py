@@ -1,4 +1,4 @@
-"""This machine as a hardware profile: what was detected, what was measured, and what is only assumed.
+"""This machine as a hardware profile: detected, measured and assumed values.
 
 Measurements come from `loci bench hardware`, which leaves them in the user's cache. They are used as
 long as processor, memory and GPUs are the ones they were made on.
@@ -62,14 +62,14 @@ def cache_path() -> Path:
 
 
 def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> None:
-    """Write measurements as JSON, whole or not at all."""
+    """Write measurements as JSON, atomically."""
     report = {"machine": machine_facts(machine), "results": [vars(result) for result in results]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps(report, indent=1))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error}); name another place") from None
+        raise ConfigError(f"{path}: cannot be written ({error}); choose another path") from None
 
 
 def read_measured(machine: Machine, path: Path | None = None) -> dict[str, float]:
@@ -87,7 +87,7 @@ def read_measured(machine: Machine, path: Path | None = None) -> dict[str, float
             return {}
         values = {str(item["name"]): float(item["value"]) for item in report["results"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # measuring again mends it
+        return {}  # measuring again fixes it
     if values.get("dram_read", 0.0) < values.get("dram_read_1_thread", 0.0):
         values.pop("dram_read", None)  # measured while something else kept the cores busy
     return {name: value for name, value in values.items() if math.isfinite(value) and value > 0}

@@ -1,4 +1,4 @@
-"""What a model may take of this machine: bytes of DRAM, and GPUs with their budgets."""
+"""What a model may use of this machine: bytes of DRAM, and GPUs with their budgets."""
 
 from __future__ import annotations
 
@@ -83,22 +83,22 @@ class MemoryBudget:
         machine = this_machine() if specs else None
         gpus = tuple(_tier(f"vram:{number}", device, machine) for number, device in enumerate(specs))
         if sum(not gpu.is_virtual for gpu in gpus) > 1:
-            logger.warning("two real GPUs together are unproven yet; `pytest tests/gpu` checks these")
+            logger.warning("using two real GPUs together is untested; `pytest tests/gpu` checks yours")
         on_gpus = sum(gpu.budget_bytes for gpu in gpus if gpu.is_virtual)
         free = available_memory_bytes()
         dram_bytes = int(free * WEIGHTS_SHARE) - on_gpus if dram is None else parse_bytes(dram)
         asked = max(dram_bytes, 0) + on_gpus
         if dram_bytes <= 0 or asked > free:
             raise BudgetError(
-                f"the budgets for DRAM and virtual GPUs come to {asked / 1e9:.1f} GB, "
-                f"{free / 1e9:.1f} GB of memory are free; ask for less"
+                f"the budgets for DRAM and virtual GPUs add up to {asked / 1e9:.1f} GB, but only "
+                f"{free / 1e9:.1f} GB of memory is free; lower them"
             )
         budget = cls(dram_bytes, gpus, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
         return replace(budget, workload=workload) if workload else budget
 
 
 def unused_gpus_notice(devices: str | None) -> str | None:
-    """What a person should know who asked for no devices on a machine with GPUs; None where all is well."""
+    """The notice for a user who requested no devices on a machine with GPUs; None if all is well."""
     if devices is not None or not torch.cuda.is_available():
         return None
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -111,8 +111,8 @@ def gpus_advice(gpus: Sequence[tuple[str, int]]) -> str:
     devices = ",".join(f"cuda:{max(1, int(GPU_SHARE * nbytes / 2**30))}GiB" for _, nbytes in gpus)
     which, them = ("a GPU", "it") if len(gpus) == 1 else (f"{len(gpus)} GPUs", "them")
     return (
-        f"this machine has {which} ({names}), and Loci does not use {them}: "
-        f"to do so, pass --devices {devices} or set LOCI_DEVICES={devices}"
+        f"this machine has {which} ({names}), but Loci does not use {them}: to use {them}, pass --devices "
+        f"{devices} or set LOCI_DEVICES={devices}"
     )
 
 
@@ -128,8 +128,8 @@ def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tie
     free = torch.cuda.mem_get_info(device.index)[0]
     if device.budget_bytes > free:
         raise BudgetError(
-            f"devices: GPU {device.index} has {free / 1e9:.1f} GB free, {device.budget_bytes / 1e9:.1f} GB "
-            "were asked for"
+            f"devices: GPU {device.index} has {free / 1e9:.1f} GB free, but {device.budget_bytes / 1e9:.1f} "
+            "GB was requested"
         )
     assert machine is not None
     link = machine.gpus[device.index].link_together_bytes_per_s
@@ -139,4 +139,4 @@ def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tie
 def _why_no_cuda() -> str:
     if torch.version.cuda is None:
         return "the installed PyTorch is built for the CPU; install one for CUDA"
-    return "no driver or GPU answers (`nvidia-smi` shows them)"
+    return "no driver or GPU responds (check with `nvidia-smi`)"

@@ -1,7 +1,7 @@
-"""What a step costs: bytes per tier, how transfers and arithmetic overlap, what bounds it.
+"""The cost of a step: bytes per tier, overlap of transfers and arithmetic, and the bottleneck.
 
 The model is one page: docs/planner.md. A layer's dense part runs on the GPU (or CPU) that holds it;
-then its routed experts run where they lie, all at once: those in VRAM on the GPUs, those in DRAM split
+then its routed experts run on their tiers, all at once: those in VRAM on the GPUs, those in DRAM split
 between the CPU and the links so that both finish together, those on NVMe after they were read. The step
 is the sum over layers, plus the head. Nothing here is measured at run time and nothing is fitted to a
 machine: `Efficiency` has the few constants, each with its source.
@@ -85,7 +85,7 @@ class StepCost:
 
     @property
     def bound(self) -> str:
-        """The resource that most of the time goes to."""
+        """The resource that takes most of the time."""
         return max(self.seconds, key=lambda resource: self.seconds[resource])
 
 
@@ -197,7 +197,7 @@ class CostModel:
         cost.seconds[DISK if from_disk > from_dram else DRAM] += exposed
 
     def _routed(self, cost: StepCost, hits: dict[str, float], n: int, layer: LayerShape, tokens: int) -> None:
-        """The layer's routed experts, wherever they lie, at once."""
+        """The layer's routed experts on all tiers, in parallel."""
         e, held = self.efficiency, self._experts[n]
         chances = self.routing.picks(n, layer.experts, self.shape.top_k)
         size, flops = layer.expert.nbytes, 2 * layer.expert.parameters

@@ -1,4 +1,4 @@
-"""What a plan means: tokens per second, what more of each resource would bring, what would make it fit."""
+"""The meaning of a plan: tokens per second, the gain from more of each resource, what would make it fit."""
 
 from __future__ import annotations
 
@@ -184,6 +184,6 @@ def _smallest(high: int, fits: Callable[[int], bool]) -> int:
 
 
 def _gigabytes(nbytes: int) -> str:
-    """Rounded up, so that what is said is enough."""
+    """Rounded up, so that the stated amount is enough."""
     tenths = -(-nbytes // 100_000_000)
     return f"{tenths / 10:.1f} GB"

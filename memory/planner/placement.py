@@ -1,8 +1,8 @@
-"""The placement: which tier holds each part of a model, decided from shapes and a hardware profile.
+"""The placement: which tier holds each part of a model, from its shape and a hardware profile.
 
-Pure data and printable; nothing is loaded. What every token reads goes to the GPUs first, then the
+Pure data; nothing is loaded. Weights that every token reads go to the GPUs first, then the
 hottest routed experts (of each layer the same number, spread over all GPUs), then DRAM, then NVMe.
-Engram tables lie in DRAM where they fit beside the experts, else on NVMe with a cache of hot rows.
+Engram tables go to DRAM if they fit next to the experts, otherwise to NVMe with a cache of hot rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HOT_ROWS_OF_DRAM = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the machine: `sequences` of up to `context` tokens; prompts in chunks."""
+    """The workload: `sequences` of up to `context` tokens; prompts in chunks."""
 
     context: int
     sequences: int = 1
@@ -67,7 +67,7 @@ class Reserve:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything is. Every byte of the model and its KV is in exactly one of `places`."""
+    """The whole placement. Every byte of the model and its KV is in exactly one of `places`."""
 
     model: str
     hardware: str
@@ -78,7 +78,7 @@ class Placement:
 
     @property
     def fits(self) -> bool:
-        """Whether everything has a place."""
+        """True if everything has a place."""
         return self.used(NOWHERE) == 0
 
     def used(self, tier: str) -> int:
@@ -100,7 +100,7 @@ class Placement:
 
 @dataclass
 class _Room:
-    """What is left of each tier while placing."""
+    """The remaining bytes of each tier during placement."""
 
     budgets: dict[str, int]
     left: dict[str, int] = field(init=False)
@@ -111,7 +111,7 @@ class _Room:
         self.left = dict(self.budgets)
 
     def reserve(self, name: str, tier: str, nbytes: int, reason: str) -> None:
-        """Take bytes of a tier; NOWHERE where it has not so many left."""
+        """Take bytes from a tier; NOWHERE if it does not have enough left."""
         if not nbytes:
             return
         tier = self.first_with(nbytes, [tier])
@@ -134,7 +134,7 @@ class _Room:
             return
         if tier != NOWHERE:
             self.left[tier] -= nbytes
-        reason = "no tier has room for it" if tier == NOWHERE else reason
+        reason = "it fits in no tier" if tier == NOWHERE else reason
         self.places.append(Place(component, kind, layer, tier, nbytes, count, reason))
 
     def first_with(self, nbytes: int, tiers: list[str]) -> str:
@@ -186,7 +186,7 @@ def _reserve_workspace(
             continue
         usable.append(tier)
         room.reserve("workspace", tier, needed, "activations of a prompt chunk, logits, CUDA")
-        room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers on their way in")
+        room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
     if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
     return usable
@@ -257,11 +257,11 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[s
         room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
         kv = size - layer.dense.nbytes - layer.shared.nbytes
-        room.put(f"KV, layer {n}", "kv", n, tier, kv, "beside its layer")
+        room.put(f"KV, layer {n}", "kv", n, tier, kv, "on its layer's device")
 
 
 def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:
-    """True where so many bytes of DRAM hold the embedding beside the experts that pass through from NVMe."""
+    """True if this many bytes of DRAM hold the embedding and the experts that pass through from NVMe."""
     return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.expert_nbytes
 
 
@@ -290,9 +290,9 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, gpus: dict[str, fl
         staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
         room.reserve("expert staging", "dram", staging, "experts read from NVMe")
         hot = int(min(HOT_ROWS_OF_TABLE * table_bytes, HOT_ROWS_OF_DRAM * room.left["dram"]))
-        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+        room.reserve("hot Engram rows", "dram", hot, "cached copies; the tables are on NVMe")
     _put_experts(
-        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU where they lie, or fetched"
+        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU in place, or fetched"
     )
     _put_experts(
         room, shape, left, "nvme", room.left["nvme"] // size, "coldest: read when a token chooses them"
@@ -308,7 +308,7 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, gpus: dict[str, fl
         room.put(f"Engram table, layer {n}", "engram", n, tier, table.nbytes, why, table.rows)
     if are_all_in_dram and on_disk:
         hot = int(min(HOT_ROWS_OF_TABLE * on_disk, room.left["dram"]))
-        room.reserve("hot Engram rows", "dram", hot, "copies; the tables lie on NVMe")
+        room.reserve("hot Engram rows", "dram", hot, "cached copies; the tables are on NVMe")
 
 
 def _shares(room_for: dict[str, int], wanted: int, speeds: dict[str, float]) -> dict[str, int]:

@@ -325,5 +325,5 @@ NAMES = tuple(_BUILT_IN)
 def built_in(name: str) -> ModelShape:
     """The shape of a model known by name. Raises ConfigError listing the names."""
     if name not in _BUILT_IN:
-        raise ConfigError(f"{name}: no model is known by this name; known: {', '.join(NAMES)}")
+        raise ConfigError(f"{name}: unknown model; known: {', '.join(NAMES)}")
     return _BUILT_IN[name](name)

@@ -1,4 +1,4 @@
-"""How unevenly routers use experts: what decides how often a tier of limited size is hit.
+"""How unevenly routers use experts, which determines the hit rate of a tier of limited size.
 
 One number describes it: `skew` k, where the hottest expert of a layer is e^k times as popular as the
 coldest and popularity falls evenly (exponentially) in between. k = 0 is uniform routing, the worst case
@@ -60,8 +60,8 @@ def of_trace(trace: RoutingTrace, shape: ModelShape, source: str) -> Routing:
     holders = [n for n, layer in enumerate(shape.layers) if layer.experts]
     if trace.layers != len(holders):
         raise CheckpointError(
-            f"{source}: traces {trace.layers} layers, {shape.name} has {len(holders)} with routed experts; "
-            "record one of this model with `loci profile`"
+            f"{source}: covers {trace.layers} layers, but {shape.name} has {len(holders)} with routed "
+            "experts; record one for this model with `loci profile`"
         )
     shares = trace.shares(max(layer.experts for layer in shape.layers)).tolist()
     rows = dict(zip(holders, shares, strict=True))

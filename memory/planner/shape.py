@@ -1,4 +1,4 @@
-"""What a planner must know of a model: bytes and arithmetic of its parts, layer by layer.
+"""A model as the planner needs it: bytes and arithmetic of its parts, layer by layer.
 
 A `ModelShape` comes from a checkpoint's headers (`engine/families/shapes.py`) or, for well-known models
 that need not be on this machine, from their published dimensions (`memory/planner/published.py`).

@@ -62,7 +62,7 @@ def _load(path: Path, signatures: dict[str, tuple[object, list[object]]]) -> cty
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise GgmlMissingError(f"llama-cpp-python is of another version: {error}") from error
+        raise GgmlMissingError(f"unsupported version of llama-cpp-python: {error}") from error
     return library
 
 
@@ -118,7 +118,7 @@ class GgmlProducts:
         """Run a graph on as many threads as torch has."""
         status = self._base.ggml_backend_graph_compute(self._backend, graph)
         if status != 0:
-            raise GgmlMissingError(f"ggml refused the product (status {status})")
+            raise GgmlMissingError(f"ggml refused the multiplication (status {status})")
 
     def close(self) -> None:
         """Give the memory back."""
@@ -149,7 +149,7 @@ class GgmlProducts:
             if self._base.ggml_backend_dev_supports_op(device, self._products[0]):
                 return buffer
             self._base.ggml_backend_buffer_free(buffer)
-        raise GgmlMissingError(f"llama.cpp does not rearrange {type_} on this processor")
+        raise GgmlMissingError(f"llama.cpp does not repack {type_} on this processor")
 
     def _fill(self, type_: int, rows: int, cols: int) -> None:
         values, x = torch.randn(rows, cols), torch.randn(cols)

@@ -40,13 +40,13 @@ def measure_kernels(effort: Effort) -> Iterator[tuple[str, list[Figure]]]:
     if not isinstance(kernels, NativeKernels):
         raise ConfigError(f"nothing to measure: {kernels.describe()}")
     if effort.arena_bytes < MIN_BYTES:
-        raise ConfigError(f"{MIN_BYTES >> 20} MiB of memory at least are needed; free some")
+        raise ConfigError(f"at least {MIN_BYTES >> 20} MiB of memory is needed; free some")
     both = Both({mode: NativeKernels(mode, kernels.level) for mode in ("exact", "int8")}, kernels.activations)
     neighbours = Neighbours()
     arena = Arena(effort.arena_bytes, kernels)
     target = READ_TARGETS[kernels.level]
     yield "one token", measure_decode(arena, both, effort.turns, target, READ_TARGET_OTHERS)
-    yield "one token, beside others", measure_others(arena, both, effort.turns)
+    yield "one token, alongside others", measure_others(arena, both, effort.turns)
     yield "many tokens", measure_prefill(both, effort.prefill_turns, FLOPS_TARGET)
     yield "Engram rows", measure_rows(arena, kernels, effort.turns)
     yield "meanwhile", [Figure("cores_busy_elsewhere", neighbours.cores(), "cores")]

@@ -35,7 +35,7 @@ class FourBit(Format):
         self.even_is_low = even_is_low
         byte = torch.arange(256)
         even, odd = (byte & 15, byte >> 4) if even_is_low else (byte >> 4, byte & 15)
-        # Both values of each byte, as one 64-bit number: a byte is decoded by one look-up.
+        # Both values of each byte, as one 64-bit number: a byte is decoded by one lookup.
         self._pairs = torch.stack((levels[even], levels[odd]), dim=1).view(torch.int64).flatten()  # [256]
 
     @abstractmethod

@@ -48,7 +48,7 @@ class Nf4(FourBit):
         super().__init__("nf4", BLOCK, NF4_LEVELS, torch.float32, even_is_low=False)
         borders = (NF4_LEVELS[:-1] + NF4_LEVELS[1:]) / 2  # [15]
         # [-1, 1] is cut into bins that hold one border at most. What lies in a bin is below or above
-        # that border, so one look-up and one comparison find the nearest of 16 levels.
+        # that border, so one lookup and one comparison find the nearest of 16 levels.
         bins = torch.arange(BINS, dtype=torch.int32)
         bin_of_border = _bin(borders)
         below = torch.searchsorted(bin_of_border, bins)  # borders in earlier bins
@@ -119,10 +119,10 @@ def read_bitsandbytes(tensors: Mapping[str, torch.Tensor], name: str) -> PackedT
         raise FormatError(f"nf4: {name} has shape {shape}, expected [rows, cols]")
     if block != BLOCK or shape[1] % BLOCK:
         raise FormatError(
-            f"nf4: {name} is {shape} in blocks of {block}; only rows of whole blocks of {BLOCK} are read"
+            f"nf4: {name} is {shape} in blocks of {block}; only rows of whole blocks of {BLOCK} are supported"
         )
     if not torch.allclose(part(".quant_map").float(), NF4_LEVELS, atol=1e-6):
-        raise FormatError(f"nf4: {name}.quant_map does not hold the levels of NF4")
+        raise FormatError(f"nf4: {name}.quant_map does not contain the NF4 levels")
     absmax = part(".absmax")
     if f"{name}.nested_absmax" in tensors:
         nested = (part(".nested_absmax"), part(".nested_quant_map"))

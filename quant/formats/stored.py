@@ -45,7 +45,7 @@ def format_of(
             return config.int4
     raise FormatError(
         f"no format stores {role} weights as {weight_dtype} with scales of {scale_dtype or 'nothing'}; "
-        "known are F8_E4M3 with F8_E8M0 or F32, I8 or U8 with F8_E8M0 (mxfp4), F32 (nf4) or BF16 (int4), "
+        "supported: F8_E4M3 with F8_E8M0 or F32, I8 or U8 with F8_E8M0 (mxfp4), F32 (nf4) or BF16 (int4), "
         "and BF16, F16 or F32 without scales"
     )
 
@@ -59,7 +59,7 @@ class Stored:
 
 
 def stored_as(format_: Format, rows: int, cols: int) -> tuple[Stored, Stored]:
-    """How a `[rows, cols]` matrix lies in files: `NAME.weight` and `NAME.scale`."""
+    """How a `[rows, cols]` matrix is stored in files: `NAME.weight` and `NAME.scale`."""
     if isinstance(format_, Fp8):
         scale = Stored(("F8_E8M0", "F32"), format_.scale_shape(rows, cols))
         return Stored(("F8_E4M3",), (rows, cols)), scale

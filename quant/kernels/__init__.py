@@ -1,1 +1,1 @@
-"""Kernels on packed weights: one interface, a plain torch judge, back ends for processors and GPUs."""
+"""Kernels on packed weights: one interface, a plain torch reference, back ends for CPUs and GPUs."""

@@ -1,4 +1,4 @@
-"""Which back end computes: the best that this machine can run."""
+"""Selects the best back end that this machine can run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 def choose(gpus: Sequence[torch.device] = ()) -> Kernels:
     """The best back end this machine can run, for host memory and `gpus`.
 
-    Says in the log where the host has only the reference. Raises ConfigError where GPUs need Triton and it
-    is missing.
+    Logs a warning if the host has only the reference. Raises ConfigError if GPUs need Triton and it is
+    missing.
     """
     host = _host()
     if not gpus:
@@ -32,7 +32,7 @@ def choose(gpus: Sequence[torch.device] = ()) -> Kernels:
     try:
         from quant.kernels.cuda.kernels import TritonKernels
     except ImportError as error:
-        raise ConfigError(f"GPUs need Triton ({error}); `pip install 'triton>=3.3'` beside torch") from None
+        raise ConfigError(f"GPUs need Triton ({error}); run `pip install 'triton>=3.3'`") from None
     return DeviceKernels(host, {gpu: TritonKernels(gpu) for gpu in gpus})
 
 
@@ -52,5 +52,5 @@ def _host() -> Kernels:
     try:
         return NativeKernels(level=os.environ.get(LEVEL_VARIABLE))
     except LibraryMissingError as error:
-        log.warning("computing with plain torch, which is slow: %s", error)
+        log.warning("computing with plain PyTorch, which is slow: %s", error)
         return ReferenceKernels(str(error))

@@ -1,4 +1,4 @@
-"""One back end for a machine with GPUs: each weight meets the kernels of the device that it lies on."""
+"""One back end for a machine with GPUs: dispatches each weight to the kernels of its device."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from quant.packed import Format, PackedTensor
 
 
 class DeviceKernels:
-    """`Kernels` that computes where the weights lie; activations must lie there too.
+    """`Kernels` that computes on the weights' device; activations must be there too.
 
-    host   for weights in host memory, whose operations that take no weight run there, too
+    host   for weights in host memory, and for operations without weights there
     gpus  one back end for each GPU
     """
 

@@ -1,4 +1,4 @@
-"""An expert in a slot, as files have it: codes and scales of w1, w3 and w2 one after the other."""
+"""An expert in a slot in file layout: codes and scales of w1, w3 and w2 one after the other."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FileSlotLayout:
     def pack_into(
         self, slot: torch.Tensor, w1: PackedTensor, w3: PackedTensor, w2: PackedTensor, threads: int = 1
     ) -> ExpertWeights:
-        """Copy an expert's weights into `slot` (uint8 `[nbytes]`) and return them as they lie there."""
+        """Copy an expert's weights into `slot` (uint8 `[nbytes]`) and return views of them there."""
         for number, weight in enumerate((w1, w3, w2)):
             self.pack_matrix(slot, number, weight, threads)
         return self.views(slot)
@@ -56,7 +56,7 @@ class FileSlotLayout:
         view.scales.copy_(weight.scales)
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
-        """The weights of the expert that lies in `slot`."""
+        """The weights of the expert in `slot`."""
         parts = []
         for number, shape in enumerate(self._shapes()):
             codes, scales = (slot[start:stop] for start, stop in self._spans[2 * number : 2 * number + 2])

@@ -1,7 +1,7 @@
 """The operations a model needs on packed weights, behind one small interface.
 
 A back end is one module with a class that implements `Kernels`; `quant/kernels/choice.py` picks one at start.
-The `reference` back end is plain torch and the judge of every other.
+The `reference` back end is plain torch; all others are tested against it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Kernels(LayerOperations, Protocol):
     name: str
 
     def describe(self) -> str:
-        """What computes, with what, and where it is not the fastest, why: one line for people."""
+        """One readable line: what computes, on what, and why it is not the fastest back end, if so."""
         ...
 
     def on(self, device: torch.device) -> Kernels:
-        """The back end that computes with what lies on `device`: its `prepare` brings weights there."""
+        """The back end for weights on `device`: its `prepare` moves weights there."""
         ...
 
     def prepare(self, weight: Weight) -> Weight:
-        """A dense weight as this back end likes it, made once at load; may copy it into memory."""
+        """A dense weight in this back end's layout, made once at load; may copy it into memory."""
         ...
 
     def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
-        """How this back end wants an expert of these dimensions and file format to lie in a slot."""
+        """This back end's slot layout for an expert of these dimensions and file format."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -60,12 +60,12 @@ class Kernels(LayerOperations, Protocol):
         ...
 
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of a packed table as numbers: rows `[n]` int64 -> `[n, cols]` float32."""
+        """Decoded rows of a packed table: rows `[n]` int64 -> `[n, cols]` float32."""
         ...
 
 
 class Experts(Protocol):
-    """Where a layer's routed experts can be found; what an expert store hands to `Kernels.moe`."""
+    """A layer's routed experts in memory, as an expert store passes them to `Kernels.moe`."""
 
     def __getitem__(self, expert_id: int) -> ExpertWeights: ...
 
@@ -85,7 +85,7 @@ class ExpertWeights:
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Of codes and scales of w1, w3 and w2 in memory."""
+        """Addresses of the codes and scales of w1, w3 and w2."""
         return tuple(
             0 if part is None else part.data_ptr()
             for weight in self.matrices
@@ -95,12 +95,12 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class MoeCall:
-    """Routed experts at work on some tokens: each token's choice of experts, and with which weights.
+    """The input of routed experts: some tokens, the experts chosen for each, and their weights.
 
     x               `[tokens, hidden]`
-    expert_ids      `[tokens, top_k]` int64, in host memory or beside x
+    expert_ids      `[tokens, top_k]` int64, in host memory or on the device of x
     expert_weights  `[tokens, top_k]` float32
-    experts         where the chosen ones are
+    experts         the chosen experts
     swiglu_limit    expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) )
     """
 
@@ -112,7 +112,7 @@ class MoeCall:
 
 
 class SlotLayout(Protocol):
-    """How an expert's bytes lie in a slot of fixed size."""
+    """The layout of an expert's bytes in a slot of fixed size."""
 
     @property
     def nbytes(self) -> int:
@@ -122,15 +122,15 @@ class SlotLayout(Protocol):
     def pack_into(
         self, slot: torch.Tensor, w1: PackedTensor, w3: PackedTensor, w2: PackedTensor, threads: int = 1
     ) -> ExpertWeights:
-        """Rearrange an expert's weights, as files have them, into `slot` (uint8 `[nbytes]`)."""
+        """Repack an expert's weights from file layout into `slot` (uint8 `[nbytes]`)."""
         ...
 
     def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
-        """Rearrange one of them: number 0 is w1, 1 is w3, 2 is w2."""
+        """Repack one of them: number 0 is w1, 1 is w3, 2 is w2."""
         ...
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
-        """The weights of the expert that lies in `slot`."""
+        """The weights of the expert in `slot`."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""What layers compute besides products with weights: the operations, and plain torch for each of them.
+"""Layer operations other than products with weights: the interface, and plain torch for each.
 
-Torch sums in an order that depends on how many rows there are, so what this gives for a token may differ in
-its last bits between batches. The native back end (quant/kernels/cpu/native_layers.py) gives the same bits in
+Torch's summation order depends on the number of rows, so a token's result may differ in its last bits between
+batches. The native back end (quant/kernels/cpu/native_layers.py) gives the same bits in
 every batch.
 """
 
@@ -12,12 +12,12 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-# Query tokens handled together: bounds the score matrices to [block, heads, window + block + selected].
+# Query tokens per block: bounds the score matrices to [block, heads, window + block + selected].
 QUERY_BLOCK = 64
 
 
 class LayerOperations(Protocol):
-    """Operations on activations, float32; results lie where the first argument does."""
+    """Operations on activations, float32; results are on the device of the first argument."""
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
         """silu(min(gate, limit)) * clamp(up, -limit, limit), of equal shapes."""
@@ -43,7 +43,7 @@ class LayerOperations(Protocol):
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """The last channels of x `[tokens, ..., dim]`, in pairs, times turns `[tokens, pairs]` complex64.
 
-        A pair is a complex number; the channels before stay as they are.
+        A pair is a complex number; earlier channels are unchanged.
         """
         ...
 
@@ -112,7 +112,7 @@ class LayerOperations(Protocol):
         window_kv  `[n + L, head_dim]`: latents of the n <= window - 1 tokens before, then of the new ones
         sink       `[heads]`: the denominator of head h gains exp(sink_h)
         compressed `[G, head_dim]` and entries `[L, k]`: compressed entries and which of them a token sees, -1
-                   for none; they may lie on another device, then the selected ones are fetched from there
+                   for none; they may be on another device, then the selected ones are fetched
         """
         ...
 
@@ -183,7 +183,7 @@ class TorchLayers:
     def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         length, heads, head_dim = q.shape
         kv_heads, end, _ = keys.shape
-        # The query heads that share a key-value head stand as further rows of one query.
+        # Query heads that share a key-value head become extra rows of one query.
         rows = q.view(length, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
         mask = None
         if length > 1:  # a single token sees everything
@@ -230,7 +230,7 @@ def _attend_block(
 ) -> torch.Tensor:
     """One block of queries `[block, heads, head_dim]` over `[keys, head_dim]` and gathered entries.
 
-    hidden `[block, keys]`: what a query must not see; None where it is nothing.
+    hidden `[block, keys]`: mask of keys that a query must not see; None for no mask.
     """
     block, heads, head_dim = q.shape
     q = q * head_dim**-0.5

@@ -1,7 +1,7 @@
-"""The plain torch back end: decode, then compute. Slow, obvious, and the judge of every other.
+"""The plain torch back end: decode, then compute. Slow, simple, and the reference for all others.
 
-Decoded matrices live only for the call and are bounded: a large matrix is decoded a block of rows
-at a time, so that no weight is ever expanded as a whole.
+Decoded matrices are temporary and bounded: a large matrix is decoded one block of rows at a time, so no
+weight is ever expanded as a whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ReferenceKernels(TorchLayers):
         self.reason = reason  # why nothing faster was chosen
 
     def describe(self) -> str:
-        return f"plain torch{self.reason and ': '}{self.reason}"
+        return f"plain PyTorch{self.reason and ': '}{self.reason}"
 
     def on(self, device: torch.device) -> ReferenceKernels:
         return self

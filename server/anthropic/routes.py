@@ -16,7 +16,7 @@ router = APIRouter(prefix=MESSAGES_PATH)
 
 @router.post("")
 async def create_message(request: Request) -> Response:
-    """The assistant's message that continues a conversation."""
+    """The assistant's next message in a conversation."""
     body = await read_body(request, MessagesRequest)
     served = service_of(request).named(body.model)
     chat = body.as_chat()
@@ -25,7 +25,7 @@ async def create_message(request: Request) -> Response:
 
 @router.post("/count_tokens")
 async def count_tokens(request: Request) -> dict[str, Any]:
-    """How many tokens the same body would make as a prompt."""
+    """Number of prompt tokens of the same body."""
     body = await read_body(request, CountRequest)
     served = service_of(request).named(body.model)
     prompt = await render(body.as_chat(), served)

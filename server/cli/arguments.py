@@ -27,17 +27,17 @@ def can_be_written(path: Path | None) -> Path | None:
         return None
     above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path}: is not a file that can be replaced; name another")
+        raise ConfigError(f"{path}: not a regular file; name another file")
     if above != path.absolute() and not above.is_dir():
-        raise ConfigError(f"{path}: {above} is no directory")
+        raise ConfigError(f"{path}: {above} is not a directory")
     if not os.access(above, os.W_OK):
-        raise ConfigError(f"{path}: may not be written; name another place")
+        raise ConfigError(f"{path}: no write permission; choose another path")
     return path
 
 
 JsonFile = Annotated[
     Path | None,
     typer.Option(
-        "--json", help="Write the results to this file too.", callback=can_be_written, show_default=False
+        "--json", help="Also write the results to this file.", callback=can_be_written, show_default=False
     ),
 ]

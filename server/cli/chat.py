@@ -19,26 +19,27 @@ if TYPE_CHECKING:
     from server.cli.talk import ChatMessage, Sampling, Talk
 
 RESET, QUIT = "/reset", "/quit"
-_HELP = f"{RESET} forgets the conversation, {QUIT} ends."
+_HELP = f"{RESET} clears the conversation, {QUIT} exits."
 
 Temperature = Annotated[
     float | None,
     typer.Option(
-        help="0 always takes the most likely token. Default: the model's own, else 1.", show_default=False
+        help="0 always picks the most likely token. Default: the model's own, otherwise 1.",
+        show_default=False,
     ),
 ]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="The longest an answer may be, in tokens.", show_default=False)
+MaxTokens = Annotated[int | None, typer.Option(help="Maximum tokens per answer.", show_default=False)]
+Seed = Annotated[
+    int | None, typer.Option(help="Random seed; the same seed gives the same answer.", show_default=False)
 ]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.", show_default=False)]
 
 Devices = Annotated[
-    str | None, typer.Option(help="GPUs for the weights, like cuda:22GiB. Default: none.", show_default=False)
+    str | None, typer.Option(help="GPUs for the weights, e.g. cuda:22GiB. Default: none.", show_default=False)
 ]
 DramBudget = Annotated[
     str | None,
     typer.Option(
-        help="Memory that weights may take, like 16GiB. Default: three quarters of what is free.",
+        help="Memory for weights, e.g. 16GiB. Default: three quarters of free memory.",
         show_default=False,
     ),
 ]
@@ -53,14 +54,13 @@ def chat(
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Talk to this server instead of loading a model.", show_default=False)
+        str | None,
+        typer.Option(help="Chat with a model on this server instead of loading one.", show_default=False),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LOCI_API_KEY", help="Key for --url.", show_default=False)
+        str | None, typer.Option(envvar="LOCI_API_KEY", help="API key for --url.", show_default=False)
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System message to start with.", show_default=False)
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
@@ -69,12 +69,13 @@ def chat(
 ) -> None:
     """Chat with a model; answers appear as they are generated.
 
-    /reset forgets the conversation, /quit ends. What is pasted is one message; through a pipe, every line is.
+    /reset clears the conversation, /quit exits. Pasted text is one message; piped input is one message per
+    line.
 
     Example: loci chat --url http://127.0.0.1:8000
     """
     if url is not None and (model, devices, dram_budget) != (None, None, None):
-        raise typer.BadParameter("give --url, or a model and where it may lie, not both")
+        raise typer.BadParameter("give --url or a model, not both")
     from server.cli.talk import RemoteTalk, Sampling
 
     talk: Talk
@@ -94,7 +95,7 @@ def run(
     model: Model,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What to ask. Without it, or with -: read from stdin.", show_default=False),
+        typer.Argument(help="Prompt. Omitted or -: read from stdin.", show_default=False),
     ] = None,
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
@@ -145,7 +146,7 @@ def _converse(talk: Talk, sampling: Sampling, system: str | None) -> None:
     beginning: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     history = list(beginning)
     if is_interactive:
-        write(f"Talking to {talk.name}. {_HELP}\n")
+        write(f"Chatting with {talk.name}. {_HELP}\n")
     for line in _lines(is_interactive):
         if line == QUIT:
             return

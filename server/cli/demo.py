@@ -44,17 +44,17 @@ NAMES = {"dram": "DRAM", "nvme": "disk"}
 def demo(
     question: Annotated[
         list[str] | None,
-        typer.Argument(help="Questions to ask, instead of typing them.", show_default=False),
+        typer.Argument(help="Questions to ask instead of typing them.", show_default=False),
     ] = None,
-    dram_budget: Annotated[str, typer.Option(help="Host memory that weights may take.")] = DRAM_BUDGET,
+    dram_budget: Annotated[str, typer.Option(help="Host memory for weights.")] = DRAM_BUDGET,
     devices: Annotated[
-        str, typer.Option(help="GPUs with their budgets; virtual ones with a link speed too.")
+        str, typer.Option(help="GPUs with their budgets; virtual ones also with a link speed.")
     ] = DEVICES,
 ) -> None:
     """Chat with the demonstration model while its experts and Engram rows move between tiers.
 
-    The model would fit on any computer, so it gets budgets as tight for it as a workstation's are for a
-    frontier model. The picture shows where each expert is, the table what that cost.
+    The model would fit on any computer, so it runs with budgets as tight for it as a workstation's are for
+    a frontier model. The picture shows where each expert is, the table what that costs.
 
     Example: loci demo "Hello! How are you?"
     """
@@ -86,7 +86,7 @@ def _questions() -> Iterator[str]:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     yield from QUESTIONS
-    write("\nYour turn; an empty line ends.\n")
+    write("\nYour turn; an empty line exits.\n")
     yield from itertools.takewhile(bool, messages())
 
 
@@ -147,8 +147,8 @@ class _Story:
         on_disk = sum(layer.count("nvme") for layer in tiers)
         held = ", ".join(f"{_name(tier)} {bytes_text(n)}" for tier, n in self.model.tier_bytes.items())
         return (
-            f"{experts} experts in {len(tiers)} layers. Memory in use: {held}. "
-            f"{on_disk} experts and most Engram rows are on disk until a token needs them."
+            f"{experts} experts in {len(tiers)} layers. Memory in use: {held}. {on_disk} experts and most "
+            "Engram rows stay on disk until a token needs them."
         )
 
     def table(self, since: _Since) -> list[tuple[str, ...]]:
@@ -173,7 +173,7 @@ class _Story:
             since.of("rows", label) for label in ("asked", "unique", "cached", "read")
         )
         return (
-            f"Engram rows: {asked:,.0f} asked for, {unique:,.0f} without repeats, {cached:,.0f} were held, "
+            f"Engram rows: {asked:,.0f} requested, {unique:,.0f} distinct, {cached:,.0f} in memory, "
             f"{read:,.0f} read from disk; waited {since.engram_stalled_ms:.1f} ms."
         )
 

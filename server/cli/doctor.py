@@ -38,7 +38,7 @@ class Finding:
 
 
 def doctor() -> None:
-    """Check Python, packages, processor, GPUs, memory and disk. Exit code 1 if Loci cannot run.
+    """Check Python, packages, CPU, GPUs, memory and disk. The exit code is 1 if Loci cannot run.
 
     Example: loci doctor
     """
@@ -85,7 +85,7 @@ def _packages() -> Iterator[Finding]:
         found = f"torch {version_of('torch')}, and the {len(required) - 1} others Loci needs"
         yield Finding("packages", found)
     else:
-        advice = "in its folder, `make serve` or `pip install .` installs what it needs"
+        advice = "run `make serve` or `pip install .` in its folder to install what it needs"
         yield Finding("packages", "Loci runs from its source and is not installed", advice)
 
 
@@ -99,14 +99,14 @@ def _machine() -> Iterator[Finding]:
     yield Finding(
         "processor",
         f"{machine.cpu}, {machine.cores} cores usable, {flags}",
-        "without AVX2 or NEON only the slow portable code runs; use a newer machine" if slow else "",
+        "without AVX2 or NEON, only slow portable code runs; use a newer machine" if slow else "",
     )
     memory = f"{bytes_text(machine.memory_bytes)}, {bytes_text(machine.available_bytes)} available"
     if machine.memory_limit_bytes is not None:
         memory += f", this container may use {bytes_text(machine.memory_limit_bytes)}"
     yield Finding("memory", memory, _room_advice("memory", machine.available_bytes, MODEST_MEMORY_BYTES))
     if machine.numa_nodes > 1:
-        yield Finding("NUMA", f"{machine.numa_nodes} nodes; memory of other nodes is slower")
+        yield Finding("NUMA", f"{machine.numa_nodes} nodes; memory on other nodes is slower")
     free = machine.disk_free_bytes
     yield Finding(
         "disk",
@@ -115,7 +115,7 @@ def _machine() -> Iterator[Finding]:
     )
     for disk in machine.disks:
         found = f"{disk.name}, {bytes_text(disk.nbytes)} {disk.model}".rstrip()
-        advice = "it turns; experts and Engram rows want a solid state drive" if disk.is_rotational else ""
+        advice = "a hard disk; experts and Engram rows need an SSD" if disk.is_rotational else ""
         yield Finding("drive", found, advice)
     for gpu in machine.gpus:
         capability = ".".join(map(str, gpu.capability))
@@ -124,7 +124,7 @@ def _machine() -> Iterator[Finding]:
         if gpu.pcie is not None:
             found += f", PCIe {gpu.pcie.generation}.0 x{gpu.pcie.lanes}"
         if gpu.peers:
-            found += f", reads the memory of {', '.join(map(str, gpu.peers))}"
+            found += f", peer access to {', '.join(map(str, gpu.peers))}"
         yield Finding(f"GPU {gpu.index}", found)
     yield from _gpu_software(machine)
 
@@ -134,10 +134,10 @@ def _gpu_software(machine: Machine) -> Iterator[Finding]:
     from memory.hardware.detect import has_nvidia_driver
 
     if not machine.gpus:
-        found = "none that torch can use; everything is computed on the processor"
+        found = "none that PyTorch can use; everything is computed on the CPU"
         yield Finding("GPU", found, _unused_gpu_advice() if has_nvidia_driver() else "")
     elif version_of("triton") is None:
-        advice = "pip install 'triton>=3.3' beside torch; without it --devices cuda is refused"
+        advice = "run pip install 'triton>=3.3'; without it, --devices cuda is refused"
         yield Finding("Triton", "not installed", advice)
 
 
@@ -145,15 +145,17 @@ def _unused_gpu_advice() -> str:
     torch_version = version_of("torch") or ""
     if torch_version.endswith("+cpu"):
         return (
-            f"this machine has NVIDIA's driver, and torch {torch_version} computes on processors alone; "
-            "for PyTorch with CUDA, in Loci's folder: make clean, then make serve TORCH_INDEX="
+            f"this machine has an NVIDIA driver, but torch {torch_version} is built for CPUs only; for "
+            "PyTorch with CUDA, in Loci's folder: make clean, then make serve TORCH_INDEX="
         )
-    return "this machine has NVIDIA's driver, and torch finds no GPU; see what nvidia-smi says"
+    return "this machine has an NVIDIA driver, but torch finds no GPU; check nvidia-smi"
 
 
 def _room_advice(what: str, available: int, modest: int) -> str:
     return (
-        f"less than {bytes_text(modest)} of {what} left; free some for a model" if available < modest else ""
+        f"less than {bytes_text(modest)} of {what} is free; free some for a model"
+        if available < modest
+        else ""
     )
 
 
@@ -167,8 +169,8 @@ def _kernels() -> Iterator[Finding]:
     found = f"{kernels.name}: {kernels.describe()}"
     if isinstance(kernels, ReferenceKernels):
         advice = (
-            "answers come many times slower than they could; install a C++ compiler (Debian: apt-get install "
-            "g++), then Loci again (in its folder: make serve, which compiles now)"
+            "answers are many times slower than they could be; install a C++ compiler (Debian: apt-get "
+            "install g++), then Loci again (in its folder: make serve, which compiles now)"
         )
         yield Finding("kernels", f"SLOW, {found}", advice)
     else:

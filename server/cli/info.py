@@ -33,12 +33,13 @@ def info(
         bool | None,
         typer.Option(
             "--load/--no-load",
-            help="Load the model, run a few tokens, print the peak memory. Default: up to 1 GB.",
+            help="Load the model, run a few tokens and print the peak memory. Default: for models up to 1 "
+            "GB.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Say what a model is: its parts, their formats and bytes, the tiers that could hold them.
+    """Describe a model: its parts, their formats and sizes, and the tiers that can hold them.
 
     Example: loci info ./DeepSeek-V4.1-Flash
     """
@@ -56,7 +57,7 @@ def info(
     if total <= LOADED_UNASKED_BYTES if load is None else load:
         _print_memory(model)
     else:
-        print("\nNot loaded; --load does that and prints KV cache and peak memory.")
+        print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
 
 
 def _print_components(components: list[Component]) -> None:
@@ -74,7 +75,7 @@ def _print_components(components: list[Component]) -> None:
         )
         for (kind, form), members in groups.items()
     ]
-    print_table(["part", "format", "parameters", "bytes", "", "can lie in"], rows, right=(2, 3, 4))
+    print_table(["part", "format", "parameters", "bytes", "", "possible tiers"], rows, right=(2, 3, 4))
 
 
 def _print_memory(path: Path) -> None:

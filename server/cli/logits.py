@@ -26,9 +26,9 @@ def logits(
         Path, typer.Option(help="safetensors file to write.", callback=can_be_written, show_default=False)
     ],
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 512,
-    greedy: Annotated[int, typer.Option(min=0, help="Tokens to continue with, always the most likely.")] = 0,
+    greedy: Annotated[int, typer.Option(min=0, help="Tokens to generate greedily after the input.")] = 0,
 ) -> None:
-    """Write the logits of every position, and a greedy continuation, to a safetensors file.
+    """Write the logits of every position and a greedy continuation to a safetensors file.
 
     The file holds `logits` [tokens, vocabulary] float32 and, with --greedy K, `greedy_ids` [K] int64.
 
@@ -54,7 +54,7 @@ def logits(
 def _read_ids(file: Path) -> list[int]:
     try:
         if file.stat().st_size > MAX_IDS_FILE_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_IDS_FILE_BYTES} bytes; that is no list of ids")
+            raise ConfigError(f"{file}: larger than {MAX_IDS_FILE_BYTES} bytes, too large for a list of ids")
         ids = json.loads(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
@@ -74,13 +74,13 @@ def _check(ids: list[int], greedy: int, model: LoadedModel) -> None:
         raise RequestError(f"{wrong} is not a token id; the vocabulary has ids 0 to {about.vocab_size - 1}")
     tokens = len(ids) + greedy
     if tokens > about.max_context:
-        raise RequestError(f"{tokens} tokens are more than the model's context of {about.max_context}")
+        raise RequestError(f"{tokens} tokens exceed the model's context of {about.max_context}")
     needed = len(ids) * about.vocab_size * 4 + model.cache_bytes(1, tokens)
     available = available_memory_bytes()
     if needed > available:
         raise BudgetError(
-            f"logits and KV cache take {needed / 1e9:.2f} GB, {available / 1e9:.2f} GB are available; "
-            "give fewer ids"
+            f"logits and KV cache need {needed / 1e9:.2f} GB, but only {available / 1e9:.2f} GB is "
+            "available; give fewer ids"
         )
 
 

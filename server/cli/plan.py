@@ -35,33 +35,37 @@ def plan(
         ),
     ],
     hardware: Annotated[
-        str, typer.Option(help="A shipped profile, `this` machine, or a TOML file (docs/planner.md).")
+        str,
+        typer.Option(help="A shipped profile, `this` for this machine, or a TOML file (docs/planner.md)."),
     ] = "this",
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens a sequence may have. Default: 8192, or all the model can.", min=1),
+        typer.Option(
+            help="Maximum tokens of a sequence. Default: 8192, or the model's context length if shorter.",
+            min=1,
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1, max=4096)] = 8,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step.", min=1)] = 512,
     devices: Annotated[
         str | None,
         typer.Option(
-            help="These GPUs alone, with budgets: cuda:22GiB,... or virtual:24GiB@12.5GB/s,...",
+            help="Use only these GPUs, with budgets: cuda:22GiB,... or virtual:24GiB@12.5GB/s,...",
             show_default=False,
         ),
     ] = None,
     dram: Annotated[
         str | None,
-        typer.Option(help="DRAM that may be used, as in 64GiB. Default: all there is.", show_default=False),
+        typer.Option(help="DRAM to use, e.g. 64GiB. Default: all.", show_default=False),
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(help="Routing trace, as `loci profile` records it, for hit rates.", show_default=False),
+        typer.Option(help="Routing trace recorded by `loci profile`, for hit rates.", show_default=False),
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show each layer on a line of its own.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show each layer on its own line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what goes where, how fast that is, what bounds it and what would help. Loads nothing.
+    """Show where everything goes, how fast it runs, what limits it and what would help. Loads nothing.
 
     The exit code is 3 if the model does not fit.
 
@@ -76,7 +80,7 @@ def plan(
     shape = _shape(model)
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
-        raise ConfigError(f"--context {context}: {shape.name} has been made for {shape.max_context} tokens")
+        raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
     workload = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
     placement = make_plan(shape, machine, workload)
     if not placement.fits:
@@ -105,7 +109,7 @@ def plan(
     _print_forecasts(forecasts, workload)
     _print_doublings(gains, workload)
     if machine.assumed:
-        print("\nNot measured but assumed:\n" + "\n".join(f"  - {line}" for line in machine.assumed))
+        print("\nAssumed, not measured:\n" + "\n".join(f"  - {line}" for line in machine.assumed))
 
 
 def _shape(model: str) -> ModelShape:
@@ -120,7 +124,7 @@ def _shape(model: str) -> ModelShape:
     if model in NAMES:
         return built_in(model)
     names = ", ".join((*EMBEDDED, *NAMES))
-    raise ConfigError(f"{model}: no such file or directory, and none of the names {names}")
+    raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 
 
 def _on_disk(model: str) -> Path | None:
@@ -294,7 +298,7 @@ def _print_doublings(gains: list[Doubling], workload: Workload) -> None:
     print_table(headers, rows, right=(1, 2, 3))
     useless = [gain.resource for gain in gains if gain not in useful]
     if useless:
-        print(f"Next to nothing: {', '.join(useless)}")
+        print(f"Little effect: {', '.join(useless)}")
 
 
 def _print_remedy(mend: Remedy) -> None:

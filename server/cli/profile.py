@@ -16,14 +16,12 @@ MAX_TEXT_BYTES = 64 * 2**20
 
 def profile(
     model: Model,
-    text: Annotated[
-        Path, typer.Argument(help="UTF-8 text like what the model will be used for.", show_default=False)
-    ],
+    text: Annotated[Path, typer.Argument(help="UTF-8 text similar to the intended use.", show_default=False)],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write. Default: routing.safetensors beside the model; a model that comes with Loci "
-            "needs a file named here.",
+            help="File to write. Default: routing.safetensors next to the model; required for models that "
+            "come with Loci.",
             show_default=False,
         ),
     ] = None,
@@ -31,8 +29,8 @@ def profile(
 ) -> None:
     """Record which experts the model's routers choose on a text.
 
-    With the record beside it, the model's hot experts are placed first when it is loaded again. A record of
-    more tokens is not overwritten.
+    With the trace next to it, the model's hottest experts are placed first when it is loaded again. A longer
+    trace is not overwritten.
 
     Example: loci profile ./DeepSeek-V4.1-Flash my-notes.txt
     """
@@ -54,11 +52,11 @@ def profile(
     opened = open_model(model)
     ids = opened.tokenizer.encode(content, parse_special=False)[:tokens]
     if not ids:
-        raise ConfigError(f"{text}: holds no text")
+        raise ConfigError(f"{text}: contains no text")
     if len(ids) < recorded:
         raise ConfigError(
-            f"{target}: holds a record of {recorded} tokens, better than one of {len(ids)} would be; "
-            "give more text, name another file with --out, or remove it"
+            f"{target}: already holds a trace of {recorded} tokens, longer than this one of {len(ids)}; "
+            "give more text, name another file with --out, or delete it"
         )
     loaded = opened.load(MemoryBudget.of_this_machine()).model
     with progress("tokens") as on_progress:
@@ -75,7 +73,7 @@ def _beside(model: Path) -> Path:
     from memory.experts.traces import FILE_NAME
 
     if embedded_name(model) is not None:
-        raise ConfigError(f"{model}: comes with Loci and is left as it is; name a file to write with --out")
+        raise ConfigError(f"{model}: comes with Loci and is not modified; name a file to write with --out")
     if not model.is_dir():
         raise ConfigError(f"{model}: not a model directory to write to; name a file with --out")
     return model / FILE_NAME

@@ -59,9 +59,9 @@ def quantize(
     experts: Annotated[Experts, typer.Option(help="Format of the routed experts.")] = Experts.KEEP,
     dense: Annotated[Dense, typer.Option(help="Format of dense matrices.")] = Dense.KEEP,
     engram: Annotated[Engram, typer.Option(help="Format of Engram tables.")] = Engram.KEEP,
-    int4_group: Annotated[Group, typer.Option(help="Columns that share an INT4 scale.")] = Group.G32,
+    int4_group: Annotated[Group, typer.Option(help="Columns per INT4 scale.")] = Group.G32,
     int4_offset: Annotated[
-        bool, typer.Option("--int4-offset", help="INT4 groups with an offset beside the scale.")
+        bool, typer.Option("--int4-offset", help="Give INT4 groups an offset as well as a scale.")
     ] = False,
     report: Annotated[
         Path | None,
@@ -71,18 +71,20 @@ def quantize(
     ] = None,
     eval_text: Annotated[
         Path | None,
-        typer.Option("--eval", help="Compare both checkpoints on this text file.", show_default=False),
+        typer.Option("--eval", help="Evaluate both checkpoints on this text file.", show_default=False),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads. Default: all cores.", show_default=False)
     ] = None,
 ) -> None:
-    """Write a checkpoint in other formats. If it is interrupted, the same command again resumes it.
+    """Convert a checkpoint to other formats. If interrupted, run the same command again to resume.
 
     Example: loci quantize ./DeepSeek-V4.1-Flash ./flash-nf4 --experts nf4
     """
     if source.is_file():
-        raise ConfigError(f"{source}: a safetensors directory is needed; GGUF files are read, not converted")
+        raise ConfigError(
+            f"{source}: expected a safetensors directory; GGUF files can be served, but not converted"
+        )
     if report is not None and not report.parent.is_dir():
         raise ConfigError(f"{report.parent}: no such directory to write to")
     if eval_text is not None:
@@ -102,9 +104,9 @@ def quantize(
 
         evaluation = compare(source, destination, eval_text)
         print(
-            f"{evaluation.tokens} tokens of {eval_text.name}: "
-            f"perplexity {evaluation.perplexity_before:.4f} before, {evaluation.perplexity_after:.4f} after; "
-            f"KL {evaluation.mean_kl:.5f}, same likeliest token {evaluation.top1_agreement:.2%}"
+            f"{evaluation.tokens} tokens of {eval_text.name}: perplexity {evaluation.perplexity_before:.4f} "
+            f"before, {evaluation.perplexity_after:.4f} after; KL {evaluation.mean_kl:.5f}, same most "
+            f"likely token {evaluation.top1_agreement:.2%}"
         )
     if report is not None:
         _write_report(report, source, destination, errors, evaluation)
@@ -161,7 +163,7 @@ class _Progress:
     def _update(self, done: int, total: int) -> None:
         task = self._bar.tasks[self._task]
         if task.total is None and done:
-            print(f"going on: {bytes_text(done)} of {bytes_text(total)} were finished before")
+            print(f"resuming: {bytes_text(done)} of {bytes_text(total)} already done")
         self._bar.update(self._task, completed=done, total=total)
         share = 100 * done // total if total else 100
         if not self._watched and share >= self._next_line:

@@ -78,8 +78,8 @@ def _help(name: str) -> str:
 def serve(config: Path | None, **flags: Any) -> None:
     """Serve a model over HTTP, with OpenAI's and Anthropic's interfaces.
 
-    Each setting can also come from a variable (LOCI_PORT for --port) or from a TOML file (port = 8000);
-    flags win over variables, variables over the file.
+    Each setting can also come from an environment variable (LOCI_PORT for --port) or a TOML file
+    (port = 8000). Flags override variables, and variables override the file.
 
     Example: loci serve ./DeepSeek-V4.1-Flash --port 8000
     """
@@ -89,7 +89,7 @@ def serve(config: Path | None, **flags: Any) -> None:
     allow_many_connections()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     if not settings.is_loopback and not settings.needs_key:
-        log.warning("listening on %s without an API key: whoever reaches it can use it", settings.host)
+        log.warning("listening on %s without an API key: anyone who can reach it can use it", settings.host)
 
     # Imported late: torch takes seconds, wrong settings should not.
     from server.app import create_app
@@ -176,7 +176,7 @@ class _Server(uvicorn.Server):
         self._service.drain()
         self._unfinished = set(self.server_state.tasks)
         again = "press Ctrl-C again" if number == signal.SIGINT else "send SIGTERM again"
-        _say(f"Stopping: running requests have {self._drain_s:g} s to finish; {again} to stop now")
+        _say(f"Shutting down: running requests have {self._drain_s:g} s to finish; {again} to stop now")
         asyncio.get_running_loop().call_later(self._drain_s, self._end)
 
     def _end(self) -> None:

@@ -18,17 +18,19 @@ def synth(
         str, typer.Argument(help="deepseek-v4.1-flash, or v41-tiny for tests.", show_default=False)
     ],
     layers: Annotated[int, typer.Option(help="Number of layers, 3 to 40.", show_default=False)],
-    engram_rows: Annotated[int, typer.Option(help="Rows of each Engram table, roughly.", show_default=False)],
+    engram_rows: Annotated[
+        int, typer.Option(help="Approximate rows of each Engram table.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="New directory to write.", show_default=False)],
     experts: Annotated[
         int | None,
-        typer.Option(min=1, help="Routed experts in a layer. Default: the model's own.", show_default=False),
+        typer.Option(min=1, help="Routed experts per layer. Default: as in the model.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the random weights.")] = 0,
 ) -> None:
-    """Write a checkpoint with a large model's true widths and formats, some of its layers, random weights.
+    """Write a checkpoint with a large model's real dimensions and formats, few layers and random weights.
 
-    Such a slice loads, serves and moves bytes as the model would; what it says means nothing.
+    Such a slice loads, serves and moves bytes as the full model would; its output is meaningless.
 
     Example: loci synth deepseek-v4.1-flash --layers 4 --engram-rows 60000000 --out ./slice
     """

@@ -78,7 +78,7 @@ class RemoteTalk:
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise LociError(f"{self._url}: {error}; is a server running there?") from None
         except (ValueError, LookupError) as error:
-            raise LociError(f"{self._url} does not speak OpenAI's protocol ({error})") from None
+            raise LociError(f"{self._url} does not speak the OpenAI protocol ({error})") from None
 
 
 def _error_text(response: httpx.Response) -> str:

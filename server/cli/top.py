@@ -70,20 +70,20 @@ class Sample:
 
 
 def top(
-    url: Annotated[str, typer.Option(help="The server to watch.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="Server to watch.")] = "http://127.0.0.1:8000",
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="LOCI_API_KEY", help="Its API key, if it needs one.", show_default=False),
+        typer.Option(envvar="LOCI_API_KEY", help="API key, if the server requires one.", show_default=False),
     ] = None,
     interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between updates.")] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print the totals since the server started, and exit.")
+        bool, typer.Option("--once", help="Print the totals since the server started and exit.")
     ] = False,
 ) -> None:
     """Watch a running server: requests, latencies, caches, memory by tier, hits, links, stalls, Engram rows.
 
-    Rates are those since the last update, percentiles and shares those of the last minute. What a server
-    does not have is left out. Press q or Ctrl-C to quit.
+    Rates are since the last update; percentiles and shares cover the last minute. Sections that do not
+    apply to the server are left out. Press q or Ctrl-C to quit.
 
     Example: loci top --url http://127.0.0.1:8000
     """
@@ -136,17 +136,17 @@ def _look(client: httpx.Client, url: str) -> Sample:
     try:
         response = client.get(address)
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        raise LociError(f"{url}: no server answers there ({error}); start one with `loci serve`") from None
+        raise LociError(f"{url}: no server is answering ({error}); start one with `loci serve`") from None
     if response.status_code in (401, 403):
-        raise LociError(f"{url}: the server wants an API key; give --api-key or set LOCI_API_KEY")
+        raise LociError(f"{url}: the server requires an API key; give --api-key or set LOCI_API_KEY")
     if response.is_error or len(response.content) > MAX_PAGE_BYTES:
-        raise LociError(f"{address}: answered {response.status_code}, not with metrics")
+        raise LociError(f"{address}: answered {response.status_code} instead of metrics")
     try:
         sample = Sample(response.text, time.monotonic())
     except ValueError:
-        raise LociError(f"{address}: what answers there is not a Loci server") from None
+        raise LociError(f"{address}: not a Loci server") from None
     if "loci_process_resident_memory_bytes" not in sample.values:
-        raise LociError(f"{address}: what answers there is not a Loci server")
+        raise LociError(f"{address}: not a Loci server")
     return sample
 
 
@@ -229,7 +229,7 @@ def _latencies(now: Sample, earlier: Sample | None) -> Table:
 
 def _caches(now: Sample, earlier: Sample | None) -> Table:
     """KV and prefixes: how full, and what prompts found there."""
-    table = _table("cache", "holds", "of", "full", "prompts known", "tokens known")
+    table = _table("cache", "holds", "of", "full", "prefix hits", "cached tokens")
     used, capacity = now.total("loci_kv_tokens_used"), now.total("loci_kv_tokens_capacity")
     if capacity:
         table.add_row("KV", f"{used:,.0f}", f"{capacity:,.0f} tokens", _share(used, capacity), "", "")
@@ -290,8 +290,8 @@ def _ahead(now: Sample) -> Table:
     """Totals: what was guessed and read ahead, and where Engram rows were found."""
     table = _table("since start", "", "", "", "")
     for what, name, label in (
-        ("router guesses", "loci_expert_guesses_total", "guesses"),
-        ("read ahead", "loci_prefetched_experts_total", "outcome"),
+        ("routing predictions", "loci_expert_guesses_total", "guesses"),
+        ("prefetched", "loci_prefetched_experts_total", "outcome"),
         ("Engram rows", "loci_engram_rows_total", "rows"),
     ):
         cells = [f"{dict(at)[label]} {value:,.0f}" for at, value in now.values[name].items()]

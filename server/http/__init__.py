@@ -1,1 +1,1 @@
-"""What surrounds every request: connections, identity, limits, logs and errors."""
+"""Around every request: connections, authentication, limits, logs and errors."""

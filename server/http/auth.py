@@ -1,4 +1,4 @@
-"""Who may ask, and from where: API keys with their limits, and the names the server answers to."""
+"""Access control: API keys with their limits, and accepted host names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from server.http.keys import KeyRing
 from server.http.rate_limits import Account
 from server.metrics import Metrics
 
-# Probes of container platforms and browsers that open a page cannot send keys; none of these says anything
-# that needs one.
+# Container probes and browsers opening a page cannot send keys; these routes reveal nothing that needs one.
 OPEN_PATHS = frozenset(("/health", "/ready", *PAGE_PATHS))
 
 
 class RequireKey:
-    """Answers 401 unless a request carries a key of `ring`, 429 where its limits are reached.
+    """Responds 401 unless a request has a key of `ring`, 429 if the key's limits are reached.
 
-    Runs before any of the body is read. Limits are about requests that compute, so POST ones.
+    Runs before any of the body is read. Limits apply to requests that compute, i.e. POST.
     """
 
     def __init__(self, app: ASGIApp, ring: KeyRing, metrics: Metrics) -> None:
@@ -65,15 +64,15 @@ class RequireKey:
 
 def _given_key(headers: Headers) -> str:
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    # Anthropic's clients have a header of their own.
+    # Anthropic's clients send their own header.
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 class RequireHost:
-    """Answers 403 to requests for a name that is not the server's.
+    """Responds 403 to requests for a host name that is not the server's.
 
-    A page of another site can make its own name point to this machine, and is then of the same origin
-    for the browser; the name it asks for still is the other site's.
+    Against DNS rebinding: another site can point its own name to this machine and so become same-origin for
+    the browser, but its Host header still has the other site's name.
     """
 
     def __init__(self, app: ASGIApp, allowed: Iterable[str]) -> None:
@@ -86,8 +85,8 @@ class RequireHost:
             await self._app(scope, receive, send)
             return
         text = (
-            f"this server does not answer to the name {host!r}; use another of its names, or ask "
-            "who runs it to add this one to --allowed-hosts"
+            f"this server does not accept the host name {host!r}; use another of its names, or ask its "
+            "operator to add this one to --allowed-hosts"
         )
         await ApiError(403, text, code="host_not_allowed").response_to(scope)(scope, receive, send)
 

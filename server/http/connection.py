@@ -1,4 +1,4 @@
-"""Connections: a client that does not get on with its request, or with its answer, is hung up on."""
+"""Connections: a client that is too slow to send its request or read its answer is disconnected."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TIMED_OUT = (
 
 
 def protocol_with_deadlines(read_timeout_s: float, write_timeout_s: float) -> type[H11Protocol]:
-    """uvicorn's protocol, but the head of each request must arrive within `read_timeout_s` of its start, and
-    an answer that fills the connection's buffer be taken within `write_timeout_s`.
+    """uvicorn's protocol with two timeouts: the headers of a request must arrive within `read_timeout_s` of
+    its start, and an answer that fills the connection's buffer must be read within `write_timeout_s`.
 
-    uvicorn itself only times the pause between requests, which a byte now and then keeps from ending.
+    uvicorn itself only limits the idle time between requests, which an occasional byte resets.
     """
 
     class DeadlineProtocol(H11Protocol):
@@ -66,6 +66,6 @@ def protocol_with_deadlines(read_timeout_s: float, write_timeout_s: float) -> ty
 
 
 def allow_many_connections() -> None:
-    """Raise this process's limit of open files to what it may be; every connection takes one."""
+    """Raise this process's open-file limit to its maximum; every connection needs one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

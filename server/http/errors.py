@@ -1,5 +1,5 @@
-"""Errors as clients expect them: OpenAI's `{"error": {"message", "type", "param", "code"}}`; on the routes of
-Anthropic's protocol that one's shape.
+"""Errors as clients expect them: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or Anthropic's
+shape on the routes of its protocol.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An answer that is an error: HTTP status and the fields of OpenAI's error object."""
+    """An error response: HTTP status and the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ApiError(Exception):
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     def response_to(self, scope: Scope) -> JSONResponse:
-        """The whole answer, in the shape of the protocol that the path of `scope` belongs to."""
+        """The whole response, in the shape of the protocol of `scope`'s path."""
         body = self.messages_body if speaks_messages(scope) else self.body
         return JSONResponse(body, self.status, headers=self.headers)
 
@@ -76,19 +76,19 @@ def speaks_messages(scope: Scope) -> bool:
 
 
 def unavailable(message: str, code: str) -> ApiError:
-    """503: the server cannot answer now; the client may try again."""
+    """503: the server cannot answer now; the client may retry."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_AFTER_S)})
 
 
 def internal(request_id: str) -> ApiError:
-    """500 for a fault of ours; the traceback is in the log under `request_id`."""
+    """500 for an internal error; the traceback is in the log under `request_id`."""
     return ApiError(
-        500, f"internal error; the server's log says more under {request_id}", code="internal_error"
+        500, f"internal error; the server's log has details under {request_id}", code="internal_error"
     )
 
 
 def from_loci(error: LociError) -> ApiError:
-    """400 for a request that cannot be served as asked, 429 for a full queue, 500 for the rest."""
+    """400 for a request that cannot be served, 429 for a full queue, 500 for the rest."""
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param, code=error.code)
     if isinstance(error, CapacityError):

@@ -1,4 +1,4 @@
-"""API keys: from settings, and from a TOML file that is read again when it changes.
+"""API keys, from settings and from a TOML file that is reloaded when it changes.
 
 ada = "sk-one"
 
@@ -37,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Entry(Limits):
-    """One key of the file, with its limits."""
+    """One key from the file, with its limits."""
 
     key: SecretStr = Field(min_length=1)
 
@@ -48,10 +48,10 @@ class Entry(Limits):
 
 
 class KeyRing:
-    """Knows whose key a key is. Not thread-safe: it lives on the event loop.
+    """Maps keys to accounts. Not thread-safe: it belongs to the event loop.
 
-    Keys of `given` are named key-1, key-2 ... and have no limits. Raises ConfigError for a file that is
-    wrong at the start; one that becomes wrong later is logged, and the keys read before stay valid.
+    Keys of `given` are named key-1, key-2 ... and have no limits. Raises ConfigError if the file is invalid
+    at startup; if it becomes invalid later, this is logged and the previous keys stay valid.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class KeyRing:
         self._use(self._fixed | self._read())
 
     def account(self, key: str) -> Account | None:
-        """The account that `key` opens, if there is one."""
+        """The account of `key`, if there is one."""
         self._reload_if_changed()
         digest = _digest(key)
-        # Every key is compared, so that the time taken tells nothing about which one matched.
+        # Every key is compared, so that the time taken reveals nothing about the match.
         matches = [name for name, known in self._digests.items() if hmac.compare_digest(known, digest)]
         return self._accounts[matches[0]] if matches else None
 
@@ -91,9 +91,9 @@ class KeyRing:
         try:
             self._use(self._fixed | self._read())
         except ConfigError as error:
-            log.error("%s; the keys read before stay valid", error)
+            log.error("%s; the previous keys stay valid", error)
         else:
-            log.info("%s was read again: %d keys", self._file, len(self._digests))
+            log.info("%s was reloaded: %d keys", self._file, len(self._digests))
 
     def _read(self) -> dict[str, Entry]:
         if self._file is None:
@@ -101,11 +101,11 @@ class KeyRing:
         entries = read_key_file(self._file)
         taken = entries.keys() & self._fixed.keys()
         if taken:
-            raise ConfigError(f"{self._file}: the name {min(taken)} is that of a key given as a setting")
+            raise ConfigError(f"{self._file}: the name {min(taken)} is already used by a key in the settings")
         return entries
 
     def _use(self, entries: Mapping[str, Entry]) -> None:
-        # What a key has used of its limits outlives a change of the file that does not concern it.
+        # A key's usage survives changes of the file that do not affect it.
         accounts = {}
         for name, entry in entries.items():
             account = self._accounts.get(name) or Account(name, entry.limits, self._metrics, self._clock)
@@ -117,9 +117,9 @@ class KeyRing:
 
 
 def read_key_file(path: Path) -> dict[str, Entry]:
-    """The keys in `path` by name. Warns where others than its owner may read it.
+    """The keys in `path` by name. Warns if other users can read the file.
 
-    Raises ConfigError that names what is wrong, and never shows a key.
+    Raises ConfigError that names the error and never shows a key.
     """
     try:
         with path.open("rb") as file:
@@ -128,25 +128,25 @@ def read_key_file(path: Path) -> dict[str, Entry]:
         content = tomllib.loads(text.decode())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; --api-key-file takes a TOML file") from None
-    except ValueError:  # its text could show a part of a key
-        raise ConfigError(f'{path}: this is not TOML; a key is a line like name = "key"') from None
+    except ValueError:  # its text could include part of a key
+        raise ConfigError(f'{path}: not valid TOML; a key is a line like name = "key"') from None
     if len(text) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: a file of keys has at most {MAX_FILE_BYTES} bytes")
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes, too large for a key file")
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        log.warning("%s can be read by others than its owner; chmod 600 %s", path, path)
+        log.warning("%s can be read by other users; run chmod 600 %s", path, path)
     entries = {name: _entry(path, name, value) for name, value in content.items()}
     if not entries:
-        raise ConfigError(f'{path}: there are no keys in it; a key is a line like name = "key"')
+        raise ConfigError(f'{path}: contains no keys; a key is a line like name = "key"')
     secrets = [entry.key.get_secret_value() for entry in entries.values()]
     twice = next((name for name, key in zip(entries, secrets, strict=True) if secrets.count(key) > 1), None)
     if twice is not None:
-        raise ConfigError(f"{path}: the key of {twice} stands there twice")
+        raise ConfigError(f"{path}: the key of {twice} is listed twice")
     return entries
 
 
 def _entry(path: Path, name: str, value: Any) -> Entry:
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{path}: {name!r} is no name for a key; use up to 64 letters, digits and . _ -")
+        raise ConfigError(f"{path}: {name!r} is not a valid key name; use up to 64 letters, digits and . _ -")
     try:
         return Entry.model_validate({"key": value} if isinstance(value, str) else value)
     except ValidationError as error:
@@ -156,7 +156,7 @@ def _entry(path: Path, name: str, value: Any) -> Entry:
 
 
 def _version(file: Path | None) -> tuple[int, ...] | None:
-    """Changes when the file does; None while there is none."""
+    """A version that changes with the file; None while there is no file."""
     try:
         found = file.stat() if file is not None else None
     except OSError:

@@ -12,7 +12,7 @@ LogFormat = Literal["text", "json"]
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per record; what a record carries as `fields` stands in place of its message."""
+    """One object per record; a record's `fields` replace its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -27,10 +27,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str, log_format: LogFormat) -> None:
-    """Send what the process logs to stderr."""
+    """Send the process's log to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    # Its news of starting and stopping repeat ours.
+    # Its startup and shutdown messages duplicate ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

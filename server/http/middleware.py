@@ -22,14 +22,14 @@ log = logging.getLogger("loci")
 access = logging.getLogger("loci.access")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-CLOSING = {"Connection": "close"}  # or the rest of a body that nobody wants would still be taken
+CLOSING = {"Connection": "close"}  # or the rest of an unwanted body would still be received
 _NO_ROUTE = "unmatched"  # one label for all paths that do not exist, or a scanner would fill the registry
 
 
 class RequestLog:
-    """Gives each request an id (the client's own X-Request-Id, where it is sane), logs and counts it.
+    """Gives each request an id (the client's own X-Request-Id, if valid), logs and counts it.
 
-    Paths are logged, bodies and query strings never. What nobody caught becomes a 500 here.
+    Paths are logged, bodies and query strings never. Uncaught exceptions become a 500 here.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[BaseRoute]) -> None:
@@ -82,17 +82,17 @@ class RequestLog:
             access.info(text, fields, extra={"fields": fields})
 
     def _route_of(self, scope: Scope) -> str:
-        """The path of the route that was asked for, also where something refused the request before it."""
+        """The path of the requested route, also if the request was refused before reaching it."""
         if (found := scope.get("route")) is None:
             matches = ((route, route.matches(scope)[0]) for route in self._routes)
-            # One that wants another method is the second choice.
+            # A route that needs another method is the second choice.
             found, match = max(matches, key=lambda each: each[1].value)
             found = None if match is Match.NONE else found
         return getattr(found, "path", _NO_ROUTE)
 
 
 class BodyLimit:
-    """Answers 413 to bodies above the limit, whether they declare their size or not, 408 to slow ones.
+    """Responds 413 to bodies above the limit, whether or not they declare their size, 408 to slow ones.
 
     The body is read here, counting bytes as they arrive, and passed on whole.
     """
@@ -131,7 +131,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, None where the client leaves. Raises ApiError 413 where it is too large."""
+        """The whole body, None if the client disconnects. Raises ApiError 413 if it is too large."""
         declared = Headers(scope=scope).get("content-length", "0")
         body = bytearray()
         is_complete = False

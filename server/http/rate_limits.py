@@ -1,4 +1,4 @@
-"""What one API key may do per minute and at once, and how much of it is left."""
+"""Limits of an API key per minute and on concurrency, and what is left of them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Limits(BaseModel):
 
 
 class Bucket:
-    """An allowance per minute that fills up evenly, up to one minute's worth.
+    """A token bucket: an allowance per minute that refills steadily, up to one minute's worth.
 
     It may be overdrawn, because what a request takes is known only afterwards; then nothing is left
     until the debt is paid.
@@ -46,23 +46,23 @@ class Bucket:
 
     @property
     def left(self) -> int:
-        """Whole units that are left; below zero where there is a debt."""
+        """Whole units left; negative if overdrawn."""
         now = self._clock()
         self._level = min(self.per_minute, self._level + (now - self._seen) * self.per_minute / 60)
         self._seen = now
         return math.floor(self._level)
 
     def take(self, units: int) -> None:
-        """Take `units` out, overdrawing if need be."""
+        """Take `units`, overdrawing if necessary."""
         self._level -= units
 
     def seconds_until(self, units: int) -> float:
-        """Time until that many are left, if nobody takes any."""
+        """Time until that many units are available, if none are taken."""
         return max(0.0, units - self._level) * 60 / self.per_minute if self.left < units else 0.0
 
 
 class Account:
-    """The use that one key makes of the server."""
+    """One key's usage of the server."""
 
     def __init__(self, name: str, limits: Limits, metrics: Metrics, clock: Clock = time.monotonic) -> None:
         self.name = name
@@ -72,14 +72,14 @@ class Account:
         self.change(limits)
 
     def change(self, limits: Limits) -> None:
-        """From now on `limits` hold; what was used of the last minute is forgotten."""
+        """Apply `limits` from now on; usage in the last minute is reset."""
         self.limits = limits
         self._requests = self._bucket(limits.requests_per_minute)
         self._tokens = self._bucket(limits.tokens_per_minute)
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request for as long as it runs. Raises ApiError 429 where a limit is reached."""
+        """Count a request while it runs. Raises ApiError 429 if a limit is reached."""
         self._check()
         if self._requests is not None:
             self._requests.take(1)
@@ -97,7 +97,7 @@ class Account:
         self._metrics.key_tokens.labels(self.name, "generated").inc(generated)
 
     def headers(self) -> Iterator[tuple[str, str]]:
-        """What is left, in OpenAI's headers."""
+        """The remaining limits as OpenAI's headers."""
         for kind, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None:
                 yield f"x-ratelimit-limit-{kind}", str(bucket.per_minute)
@@ -107,7 +107,7 @@ class Account:
     def _check(self) -> None:
         most = self.limits.concurrent_requests
         if most is not None and self._running >= most:
-            raise self._refusal("concurrent_requests", f"{most} requests at once", 1.0)
+            raise self._refusal("concurrent_requests", f"{most} concurrent requests", 1.0)
         for name, bucket, unit in (
             ("requests_per_minute", self._requests, "requests"),
             ("tokens_per_minute", self._tokens, "tokens"),
@@ -121,7 +121,7 @@ class Account:
         after = max(1, math.ceil(wait_s))
         return ApiError(
             429,
-            f"the key {self.name!r} is allowed {allowed}; try again in {after} s",
+            f"the key {self.name!r} is limited to {allowed}; try again in {after} s",
             code="rate_limit_exceeded",
             headers={"Retry-After": str(after), **dict(self.headers())},
         )

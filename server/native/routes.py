@@ -28,9 +28,9 @@ def loci_version() -> str:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 while the server does its work, 503 once the engine's thread has died.
+    """200 while the server works, 503 once the engine's thread has died.
 
-    A step that failed changes the status alone: to start again would not mend a file or a disk.
+    A failed step changes only the status field: a restart would not repair a file or a disk.
     """
     service = service_of(request)
     if not service.is_alive:
@@ -50,9 +50,9 @@ async def ready(request: Request) -> Response:
 
 @router.delete("/v1/requests/{request_id}")
 async def cancel_request(request: Request, request_id: str) -> dict[str, Any]:
-    """End what is being answered under this id: that of the request or that of the answer."""
+    """Cancel a running request by its id or that of its answer."""
     if not running_of(request).cancel(owner_of(request), request_id):
-        text = f"nothing is being answered under {request_id!r}"
+        text = f"no request with the id {request_id!r} is running"
         raise ApiError(404, text, code="request_not_found")
     return {"id": request_id, "object": "request", "cancelled": True}
 
@@ -65,13 +65,13 @@ async def show_version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Everything Prometheus wants to know."""
+    """Metrics in Prometheus' text format."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/openapi.json")
 async def openapi(request: Request) -> dict[str, Any]:
-    """This description of the interface, for tools."""
+    """This OpenAPI description."""
     service = service_of(request)
     model = service.served.name if service.is_ready else None
     return document(request.app.state.routes, loci_version(), model)
@@ -79,7 +79,7 @@ async def openapi(request: Request) -> dict[str, Any]:
 
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
-    """Token ids of a text, or of a conversation as the model would see it."""
+    """Token ids of a text, or of a conversation rendered as a prompt."""
     body = await read_body(request, TokenizeRequest)
     served = service_of(request).served
     return Response(await asyncio.to_thread(_tokenized, body, served), media_type="application/json")

@@ -73,12 +73,12 @@ class CompletionReply(Reply):
 
     @property
     def grammar(self) -> Grammar | None:
-        """What each sequence must match."""
+        """The grammar that each sequence must match."""
         return self._grammar
 
     @property
     def sequences(self) -> int:
-        """How many sequences the answer takes."""
+        """Number of sequences of the answer."""
         return len(self._choices)
 
     @property

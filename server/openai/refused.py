@@ -64,14 +64,14 @@ def refuse_windows(data: Any) -> Any:
     return data
 
 
-_BY_THEMSELVES = "send the fields in it by themselves, under the names of this interface"
+_BY_THEMSELVES = "send its fields at the top level, under this API's names"
 _NO_SAMPLER = "this server does not have that sampler"
-_NO_BUDGET = "how long the model reasons is not limited apart from the answer"
+_NO_BUDGET = "reasoning is not limited separately from the answer"
 _NO_BEAMS = "answers are sampled"
-_NO_IMAGES = "only text is understood"
-_OWN_TEMPLATE = "the model's own is used; chat_template_kwargs are its variables"
-_NOT_PART = "it is no part of answers here"
-_SWITCH = "say whether the model reasons with {}"
+_NO_IMAGES = "only text input is supported"
+_OWN_TEMPLATE = "the model's own template is used; chat_template_kwargs sets its variables"
+_NOT_PART = "answers do not include it"
+_SWITCH = "turn reasoning on or off with {}"
 
 # Samplers that are off at 0, and those that are off at 1.
 _OFF_AT_0 = (
@@ -97,8 +97,8 @@ SAMPLERS = {
     "use_beam_search": unless(_NO_BEAMS),
     "num_beams": unless(_NO_BEAMS, 1),
     "beam_width": unless(_NO_BEAMS, 1),
-    "logits_processors": unless("nothing of a request is executed"),
-    "custom_logit_processor": unless("nothing of a request is executed"),
+    "logits_processors": unless("code in requests is not executed"),
+    "custom_logit_processor": unless("code in requests is not executed"),
     "random_seed": unless("use seed"),
     "allowed_token_ids": unless("use structured_outputs.choice or logit_bias"),
     "bad_words": unless("use logit_bias"),
@@ -109,16 +109,16 @@ SAMPLERS = {
     "no_stop_trim": unless("use include_stop_str_in_output"),
     "min_new_tokens": unless("use min_tokens", 0),
     "min_length": unless("use min_tokens", 0),
-    "t_max_predict_ms": unless("leave, or cancel the request, when it takes too long", 0, -1),
+    "t_max_predict_ms": unless("disconnect or cancel the request when it takes too long", 0, -1),
     "adaptive_target": unless(_NO_SAMPLER, -1),
     "penalty_prompt": unless("repetition_penalty counts the whole prompt and answer"),
     "rep_pen": unless("use repetition_penalty, which counts the whole prompt and answer", 1),
-    "repetition_detection": unless("leave, or cancel the request, when it repeats itself", {}),
+    "repetition_detection": unless("disconnect or cancel the request when it repeats itself", {}),
     "sampling_params": unless(_BY_THEMSELVES, {}),
     "parameters": unless(_BY_THEMSELVES, {}),
     "extra_body": unless(_BY_THEMSELVES, {}),
-    "vllm_xargs": unless("nothing here reads them", {}),
-    "custom_params": unless("nothing here reads them", {}),
+    "vllm_xargs": unless("this server has no use for them", {}),
+    "custom_params": unless("this server has no use for them", {}),
     "sampling_seed": unless("use seed"),
     "sampler_seed": unless("use seed", -1),
     "stop_strings": unless("use stop"),
@@ -134,9 +134,9 @@ SAMPLERS = {
 }
 # What all protocols refuse.
 COMMON = SAMPLERS | {
-    "num_ctx": only("the context is what the server was started with (--max-model-len)"),
-    "n_ctx": only("the context is what the server was started with (--max-model-len)"),
-    "context_length": only("the context is what the server was started with (--max-model-len)"),
+    "num_ctx": only("the context length is set when the server starts (--max-model-len)"),
+    "n_ctx": only("the context length is set when the server starts (--max-model-len)"),
+    "context_length": only("the context length is set when the server starts (--max-model-len)"),
     "options": unless(_BY_THEMSELVES, {}),
     "truncate_prompt_tokens": only("shorten the prompt"),
     "prompt_truncate_len": only("shorten the prompt"),
@@ -146,21 +146,21 @@ COMMON = SAMPLERS | {
     "shift": unless("an answer ends where the context does"),
     "template": unless(_OWN_TEMPLATE),
     "chat_template": unless(_OWN_TEMPLATE),
-    "documents": unless("put them into messages"),
+    "documents": unless("put them in messages"),
     "images": unless(_NO_IMAGES),
     "image_data": unless(_NO_IMAGES),
     "prompt_embeds": unless("send text or token ids"),
     "input_embeds": unless("send text or token ids"),
     "multimodal_data": unless(_NO_IMAGES),
     "session_params": unless("send the whole conversation", {}),
-    "integrations": unless("this server calls no others"),
+    "integrations": unless("this server does not call other servers"),
     "lora": unless("the model is served as it was loaded"),
     "lora_path": unless("the model is served as it was loaded"),
-    "safe_prompt": unless("say it in a message"),
-    "web_search_options": unless("this server searches nothing"),
-    "search_parameters": unless("this server searches nothing"),
-    "enable_search": unless("this server searches nothing"),
-    "plugins": unless("this server calls no others"),
+    "safe_prompt": unless("put it in a message"),
+    "web_search_options": unless("this server does not search"),
+    "search_parameters": unless("this server does not search"),
+    "enable_search": unless("this server does not search"),
+    "plugins": unless("this server does not call other servers"),
     "post_sampling_probs": unless("log probabilities are the model's own"),
     "return_token_ids": unless(_NOT_PART),
     "return_tokens": unless(_NOT_PART),
@@ -171,14 +171,14 @@ COMMON = SAMPLERS | {
     "return_meta_info": unless(_NOT_PART),
     "return_full_text": unless("use echo of /v1/completions"),
     "structural_tag": unless("use tools, or structured_outputs.grammar"),
-    "include_reasoning": only("leave reasoning_content out when you read the answer", True),
-    "separate_reasoning": only("reasoning is always apart from content", True),
-    "reasoning_in_content": unless("reasoning is always apart from content"),
+    "include_reasoning": only("ignore reasoning_content in the answer", True),
+    "separate_reasoning": only("reasoning is always separate from content", True),
+    "reasoning_in_content": unless("reasoning is always separate from content"),
     "stream_reasoning": only("reasoning is part of the stream", True),
-    "parse_tool_calls": only("calls are always told apart from content", True),
+    "parse_tool_calls": only("tool calls are always separate from content", True),
     "thinking_forced_open": unless(_SWITCH.format("the protocol's field for it")),
     "generation_prompt": unless(_OWN_TEMPLATE),
-    "reasoning_format": unless("reasoning is always apart from content", "auto", "deepseek"),
+    "reasoning_format": unless("reasoning is always separate from content", "auto", "deepseek"),
     "thinking_budget": only(_NO_BUDGET),
     "thinking_budget_tokens": only(_NO_BUDGET),
     "thinking_token_budget": only(_NO_BUDGET),
@@ -243,7 +243,7 @@ REFUSED = (
 # Of /v1/chat/completions alone.
 CHAT_REFUSED = {
     "echo": unless("use continue_final_message"),
-    "add_special_tokens": unless("the chat template writes what belongs there"),
+    "add_special_tokens": unless("the chat template adds the special tokens"),
     "best_of": unless("answers are not ranked", 1),
     "raw": unless("use /v1/completions"),
     "input": unless("use messages"),
@@ -308,7 +308,7 @@ MESSAGES_REFUSED = (
     | _ELSEWHERE
     | {name: only("use max_tokens") for name in (*_LENGTHS, "max_completion_tokens")}
     | {
-        "mcp_servers": unless("this server calls no others"),
+        "mcp_servers": unless("this server does not call other servers"),
         "container": unless("this server runs no tools of its own"),
         "output_format": unless("use output_config.format"),
         "response_format": unless("use output_config.format", {"type": "text"}),
@@ -332,18 +332,18 @@ MESSAGE_REFUSED = {
 # Of `thinking` of /v1/chat/completions.
 THINKING_REFUSED = {
     "budget_tokens": only(_NO_BUDGET),
-    "clear_thinking": only("use chat_template_kwargs, where the model's template knows it"),
+    "clear_thinking": only("use chat_template_kwargs, if the model's template knows it"),
 }
 # Of `output_config` of /v1/messages, and of its tools.
 OUTPUT_REFUSED = {"task_budget": only(_NO_BUDGET)}
-TOOL_REFUSED = {"allowed_callers": unless("tools are called by the model alone", ["direct"])}
+TOOL_REFUSED = {"allowed_callers": unless("only the model calls tools", ["direct"])}
 TOKENIZE_REFUSED = {
-    "add_generation_prompt": only("the prompt is told as an answer to it would begin", True),
+    "add_generation_prompt": only("the prompt is always rendered ready for an answer", True),
     "continue_final_message": unless("use prefix in the last message"),
     "chat_template": unless(_OWN_TEMPLATE),
     "chat_template_kwargs": unless("the model's defaults are used", {}),
     "content": unless("use prompt or messages"),
     "add_special": only("use add_special_tokens"),
-    "parse_special": only("special tokens may always be spelled in a prompt", True),
+    "parse_special": only("special tokens in a prompt are always parsed", True),
     "with_pieces": unless("use return_token_strs"),
 }

@@ -55,7 +55,7 @@ class StreamOptions(Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_would_be_missed(cls, data: Any) -> Any:
-        refused = {"continuous_usage_stats": unless("use include_usage, which tells the counts at the end")}
+        refused = {"continuous_usage_stats": unless("use include_usage, which reports the counts at the end")}
         return refuse_fields(data, refused, "stream_options.")
 
 
@@ -240,7 +240,7 @@ class GenerationRequest(SamplingFields):
                 )
             if int(key) in bias:
                 raise RequestError(
-                    f"logit_bias: {key!r} names token {int(key)} a second time; name each once",
+                    f"logit_bias: {key!r} repeats token {int(key)}; list each token once",
                     param="logit_bias",
                 )
             bias[int(key)] = value
@@ -307,8 +307,8 @@ class ChatRequest(GenerationRequest):
             last.prefix = True
         elif self.add_generation_prompt is False and not last.prefix:
             raise RequestError(
-                "add_generation_prompt: false is not supported: an answer begins a message, or goes on with "
-                "the last one (continue_final_message)",
+                "add_generation_prompt: false is not supported: an answer either starts a new message or "
+                "continues the last one (continue_final_message)",
                 param="add_generation_prompt",
                 code="unsupported_parameter",
             )

@@ -20,7 +20,7 @@ router = APIRouter(prefix="/v1")
 
 @router.get("/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The one model this server has."""
+    """The model that this server serves."""
     card = _card(service_of(request).served)
     pages = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}
     return {"object": "list", "data": [card]} | pages

@@ -60,8 +60,8 @@ def messages_of(items: Iterable[InputItem]) -> list[Message]:
                 turn.tool_calls = [*(turn.tool_calls or []), _call(item, path)]
             case _:
                 raise RequestError(
-                    f"{path}: items of type {item.type!r} are not supported; known are message, reasoning, "
-                    "function_call and function_call_output",
+                    f"{path}: items of type {item.type!r} are not supported; supported are message, "
+                    "reasoning, function_call and function_call_output",
                     param=f"{path}.type",
                     code="unsupported_input_item",
                 )

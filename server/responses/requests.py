@@ -83,9 +83,9 @@ class Reasoning(Body):
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
         refused = {
-            "max_tokens": only("how long the model reasons is not limited apart from the answer"),
+            "max_tokens": only("reasoning is not limited separately from the answer"),
             "enabled": only("use effort", True),
-            "exclude": unless("leave the reasoning out when you read the answer"),
+            "exclude": unless("ignore the reasoning in the answer"),
         }
         return refuse_fields(data, refused, "reasoning.")
 

@@ -33,7 +33,7 @@ _NAMES = {
 
 @router.post("")
 async def create_response(request: Request) -> Response:
-    """An answer to a conversation given as items, as items."""
+    """An answer, as items, to a conversation given as items."""
     body = await read_body(request, ResponsesRequest)
     served = service_of(request).named(body.model)
     store, owner = store_of(request), owner_of(request)
@@ -52,7 +52,7 @@ async def create_response(request: Request) -> Response:
 
 @router.post("/input_tokens")
 async def count_input_tokens(request: Request) -> dict[str, Any]:
-    """How many tokens the same body would make as a prompt."""
+    """Number of prompt tokens of the same body."""
     body = await read_body(request, ResponsesRequest)
     served = service_of(request).named(body.model)
     with _own_names():
@@ -62,15 +62,15 @@ async def count_input_tokens(request: Request) -> dict[str, Any]:
 
 @router.get("/{response_id}")
 async def get_response(request: Request, response_id: str) -> dict[str, Any]:
-    """A response that is still kept."""
+    """A stored response."""
     if request.query_params.get("stream") == "true":
-        raise ApiError(400, "a finished response is not streamed again; leave stream out", param="stream")
+        raise ApiError(400, "a finished response cannot be streamed; leave stream out", param="stream")
     return _stored(request, response_id).response
 
 
 @router.get("/{response_id}/input_items")
 async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
-    """What a kept response answers, page by page; `order` is `desc` (the newest first) or `asc`."""
+    """The input items of a stored response, page by page; `order` is `desc` (newest first) or `asc`."""
     items = list(_stored(request, response_id).input_items)
     asked = request.query_params
     if asked.get("order", "desc") not in ("asc", "desc"):
@@ -94,17 +94,17 @@ async def list_input_items(request: Request, response_id: str) -> dict[str, Any]
 
 @router.post("/{response_id}/cancel")
 async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
-    """End a response that is being computed; its stream ends too."""
+    """Cancel a response that is being computed; its stream ends too."""
     for reply in running_of(request).cancel(owner_of(request), response_id):
         if isinstance(reply, ResponsesReply):
             return reply.cancelled()
     _stored(request, response_id)
-    raise ApiError(400, "the response has ended already", code="response_not_cancellable")
+    raise ApiError(400, "the response has already ended", code="response_not_cancellable")
 
 
 @router.delete("/{response_id}")
 async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
-    """Forget a response, or end one that is being computed."""
+    """Delete a stored response, or cancel one that is being computed."""
     owner = owner_of(request)
     if not running_of(request).cancel(owner, response_id) and not store_of(request).remove(
         response_id, owner
@@ -136,7 +136,8 @@ def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) ->
     if stored is None:
         raise ApiError(
             400,
-            f"the response {body.previous_response_id!r} is not kept here; send its items as input",
+            f"the response {body.previous_response_id!r} is not stored on this server; send its items as "
+            "input",
             param="previous_response_id",
             code="previous_response_not_found",
         )
@@ -144,7 +145,9 @@ def _earlier(body: ResponsesRequest, store: ResponseStore, owner: str | None) ->
 
 
 def _not_found(response_id: str) -> ApiError:
-    return ApiError(404, f"the response {response_id!r} is not kept here", code="response_not_found")
+    return ApiError(
+        404, f"the response {response_id!r} is not stored on this server", code="response_not_found"
+    )
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""What all protocols share: the service, a request's sequences, its answer whole or as a stream."""
+"""Shared by all protocols: the service, a request's sequences, its answer as a whole or as a stream."""

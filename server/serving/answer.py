@@ -1,4 +1,4 @@
-"""One answer of a model as it grows: reasoning, content and tool calls, whatever protocol it is told in."""
+"""One answer as it is generated: reasoning, content and tool calls, independent of the protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Call:
 
     @property
     def arguments(self) -> str:
-        """JSON as text, as far as it has come."""
+        """The arguments so far, as JSON text."""
         return "".join(self.pieces)
 
     @property
@@ -61,12 +61,12 @@ class Answer:
 
     @property
     def reasoning(self) -> str:
-        """What the model thought so far."""
+        """The reasoning so far."""
         return "".join(self._reasoning)
 
     @property
     def message(self) -> dict[str, Any]:
-        """The message so far, in the shape that conversations are kept in (OpenAI's)."""
+        """The message so far, in OpenAI's shape, in which conversations are stored."""
         content = self.content
         message: dict[str, Any] = {
             "role": "assistant",
@@ -87,7 +87,7 @@ class Answer:
 
     @property
     def reasoning_tokens(self) -> int:
-        """Tokens up to the end of the reasoning; 0 without any, or where no token marks its end."""
+        """Number of reasoning tokens; 0 without reasoning, or if no token marks its end."""
         return self._tokens_before_content if self._reasoning and self.end_of_reasoning is not None else 0
 
     def take(self, output: Output) -> list[MessageDelta]:
@@ -106,7 +106,7 @@ class Answer:
         return kept
 
     def new_logprobs(self) -> list[TokenLogprob]:
-        """Logprobs since this was last asked."""
+        """Logprobs since the last call."""
         fresh, self._logprobs = self._logprobs, []
         return fresh
 

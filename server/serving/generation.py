@@ -1,8 +1,8 @@
-"""From the engine's thread to the event loop: the sequences of one request, read as they grow.
+"""From the engine's thread to the event loop: the sequences of one request, read as they are generated.
 
-The engine calls back from its own thread; `Generation` collects what came, and between steps `Wakeups` wakes
-the event loop once for all requests that have news. Whoever leaves a Generation early aborts its sequences,
-so that their slots are free.
+The engine calls back from its own thread; `Generation` collects outputs, and between steps `Wakeups` wakes
+the event loop once for all requests with new output. Leaving a Generation early aborts its sequences, which
+frees their slots.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Wakeups:
         self._due.append(event)
 
     def flush(self) -> None:
-        """Set what is due soon, waking the loop once."""
+        """Set all due events, waking the loop once."""
         if self._due:
             with suppress(RuntimeError):  # the loop has closed: nobody is left to read
                 self._loop.call_soon_threadsafe(self._wake)
@@ -44,7 +44,7 @@ class Wakeups:
 
 
 class Generation:
-    """Sequences that were submitted together. Create, submit and read on the event loop."""
+    """The sequences of one request. Create, submit and read on the event loop."""
 
     def __init__(self, engine: Engine, metrics: Metrics, wakeups: Wakeups, timeout_s: float | None) -> None:
         self._engine = engine
@@ -66,7 +66,7 @@ class Generation:
         self._submitted += 1
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
-        """(sequence number, news) until all sequences have ended.
+        """(sequence number, new output) until all sequences have ended.
 
         Several Outputs of a sequence that are ready together come as one. Raises ApiError where a
         sequence fails, is ended from outside or takes longer than the time limit.
@@ -80,7 +80,7 @@ class Generation:
                 raise self._ended_by
 
     def cancel(self) -> None:
-        """Abort whatever still runs, and tell who reads that somebody wanted it."""
+        """Abort whatever still runs, and report the cancellation to the reader."""
         # As if its client had left; clients repeat requests that end with 409 or 5xx.
         text = "the request was cancelled"
         self._ended_by = ApiError(CLIENT_CLOSED_REQUEST, text, code="request_cancelled")

@@ -1,4 +1,5 @@
-"""What the handlers of all protocols share: the service, the body, and the answer whole or as a stream."""
+"""Shared by the handlers of all protocols: the service, the body, and the answer as a whole or as a
+stream."""
 
 from __future__ import annotations
 
@@ -33,20 +34,20 @@ def service_of(request: Request) -> Service:
 
 
 def account_of(request: Request) -> Account | None:
-    """Whose key the request came with; None where the server wants no keys."""
+    """The account of the request's key; None if the server requires no keys."""
     account = request.scope["state"].get("account")
     assert account is None or isinstance(account, Account)
     return account
 
 
 def owner_of(request: Request) -> str | None:
-    """Name of the key that the request came with."""
+    """The name of the request's key."""
     account = account_of(request)
     return None if account is None else account.name
 
 
 def running_of(request: Request) -> RunningAnswers:
-    """The answers that the application generates at this moment."""
+    """The answers that are being generated now."""
     running = request.app.state.running
     assert isinstance(running, RunningAnswers)
     return running
@@ -68,7 +69,8 @@ async def read_body(request: Request, kind: type[B]) -> B:
 
 
 async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
-    """The conversation as the model sees it. Raises RequestError for what its dialect cannot express."""
+    """The rendered prompt of the conversation. Raises RequestError for what the model's format cannot
+    express."""
     if served.loaded.chat is None:
         text = f"{served.name} has no chat template; use /v1/completions"
         raise ApiError(400, text, param="messages", code="no_chat_template")
@@ -85,8 +87,8 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
     limit = service.settings.max_num_seqs + service.settings.max_waiting
     if reply.sequences > limit:
         text = (
-            f"{reply.sequences} answers at once are more than this server takes ({limit}); "
-            "send fewer prompts, or a smaller n"
+            f"{reply.sequences} answers at once exceed this server's limit of {limit}; send fewer prompts, "
+            "or a smaller n"
         )
         raise ApiError(400, text, param="n", code="too_many_sequences")
     if reply.grammar is not None:
@@ -115,7 +117,7 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
 
 
 async def _compile(grammar: Grammar, grammars: GrammarCompiler) -> None:
-    """Compile without holding up the event loop, and for a limited time."""
+    """Compile without blocking the event loop, within a time limit."""
     compiling = grammars.compile(grammar)
     try:
         await asyncio.wait_for(asyncio.wrap_future(compiling), COMPILE_TIMEOUT_S)

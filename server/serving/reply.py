@@ -1,4 +1,4 @@
-"""What answers a request, in whatever protocol: submit sequences, then tell what they generate."""
+"""Answers a request in any protocol: submits sequences, then reports what they generate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Counts:
 
 
 class Reply(ABC):
-    """The answer to one request. `last` is what a stream ends with once all events are told."""
+    """The answer to one request. `last` is what a stream ends with after all events."""
 
     last = DONE
     id: str  # as clients read it
@@ -41,12 +41,12 @@ class Reply(ABC):
     @property
     @abstractmethod
     def grammar(self) -> Grammar | None:
-        """What each sequence must match."""
+        """The grammar that each sequence must match."""
 
     @property
     @abstractmethod
     def sequences(self) -> int:
-        """How many sequences the answer takes."""
+        """Number of sequences of the answer."""
 
     @property
     @abstractmethod
@@ -66,12 +66,12 @@ class Reply(ABC):
         """The answer as events of a stream."""
 
     def failure(self, error: ApiError) -> dict[str, Any]:
-        """The event that ends a stream which failed."""
+        """The event that ends a failed stream."""
         return error.body
 
 
 class ConversationReply(Reply):
-    """One or more answers to a conversation. Protocols differ in how they tell them."""
+    """One or more answers to a conversation. Protocols differ in how they represent them."""
 
     def __init__(self, request: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
         self._request = request

@@ -1,4 +1,4 @@
-"""Answers under way, by the ids that their clients know, so that another connection can end them."""
+"""Running answers by the ids that clients know, so that another connection can cancel them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunningAnswers:
             self._by_id.setdefault((owner, each), {})[generation] = reply
 
     def end(self, owner: str | None, ids: tuple[str, ...], generation: Generation) -> None:
-        """It is not generated any more."""
+        """It is no longer being generated."""
         for each in ids:
             found = self._by_id[owner, each]
             del found[generation]
@@ -27,7 +27,8 @@ class RunningAnswers:
                 del self._by_id[owner, each]
 
     def cancel(self, owner: str | None, answer_id: str) -> list[Reply]:
-        """End what is known by that id: slots are free within a step, clients are told. What was ended."""
+        """Cancel the answer with that id: slots are freed within a step, clients are notified. Returns what
+        was cancelled."""
         found = dict(self._by_id.get((owner, answer_id), {}))
         for generation in found:
             generation.cancel()

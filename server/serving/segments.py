@@ -1,7 +1,7 @@
-"""An answer cut into segments: a stretch of reasoning, a stretch of text, a tool call.
+"""An answer split into segments of reasoning or text, and tool calls.
 
-Responses calls them items, Messages calls them content blocks; both tell them one after the other, each with
-a beginning and an end.
+Responses calls them items, Messages calls them content blocks; both stream them one after the other, each
+with a start and an end event.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Kind = Literal["reasoning", "text", "call"]
 
 @dataclass
 class AnswerSegment:
-    """One segment. `pieces` add up to its text, or to the arguments of its call."""
+    """One segment. `pieces` concatenate to its text, or to the arguments of its call."""
 
     kind: Kind
     index: int
@@ -33,14 +33,14 @@ class AnswerSegment:
 
 
 class SegmentWriter(ABC):
-    """Turns the deltas of one answer into segments, and these into the events of a protocol."""
+    """Turns the deltas of one answer into segments, and segments into a protocol's events."""
 
     def __init__(self) -> None:
         self._open: AnswerSegment | None = None
         self._begun = 0
 
     def add(self, delta: MessageDelta) -> Iterator[Event]:
-        """Events of what `delta` adds."""
+        """Events for `delta`."""
         if delta.reasoning:
             yield from self._write("reasoning", delta.reasoning)
         if delta.content:
@@ -51,18 +51,18 @@ class SegmentWriter(ABC):
             yield from self._write("call", call.arguments)
 
     def close(self, cut_off: bool = False) -> Iterator[Event]:
-        """Events that end the segment being written; `cut_off` where the answer ended before it did."""
+        """Events that end the current segment; `cut_off` if the answer ended before the segment did."""
         segment, self._open = self._open, None
         if segment is not None:
             yield from self.ended(segment, cut_off)
 
     @abstractmethod
     def begun(self, segment: AnswerSegment) -> Iterator[Event]:
-        """Events that announce a segment."""
+        """Events that start a segment."""
 
     @abstractmethod
     def grown(self, segment: AnswerSegment, text: str) -> Iterator[Event]:
-        """Events that tell `text`, already part of the segment."""
+        """Events for `text`, already part of the segment."""
 
     @abstractmethod
     def ended(self, segment: AnswerSegment, cut_off: bool) -> Iterator[Event]:

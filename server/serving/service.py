@@ -1,4 +1,4 @@
-"""The model being served: loaded in the background, ready later, stopped at the end."""
+"""The model being served: loaded in the background, stopped at the end."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from server.settings import Settings
 
 log = logging.getLogger("loci")
 
-# Where nothing is said: this many tokens, or fewer where the KV cache would take more than this share
-# of the memory that is free.
+# Default: this many tokens, or fewer if the KV cache would take more than this share of free memory.
 DEFAULT_CONTEXT = 8192
 MIN_CONTEXT = 512
 KV_SHARE = 0.25
-# Share of the memory left by weights and KV cache that prefixes may take.
+# The prefix cache's share of the memory left by weights and KV cache.
 PREFIX_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model that answers: its public name, its parts, and since when (seconds since 1970)."""
+    """A loaded model: its public name, its parts, and its start time (seconds since 1970)."""
 
     name: str
     loaded: Loaded
@@ -47,17 +46,17 @@ class Served:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids lie below this."""
+        """Number of token ids."""
         return self.loaded.model.info.vocab_size
 
     def default_max_tokens(self, wanted: int | None, prompt_tokens: int) -> int | None:
-        """A default length of answers, cut down to what the context has left after the prompt."""
+        """The default length of answers, limited to the context left after the prompt."""
         return None if wanted is None else max(1, min(wanted, self.engine.max_context - prompt_tokens))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is about to be loaded: settings, headers and small files are in order."""
+    """A model about to be loaded, whose settings, headers and small files have been checked."""
 
     settings: Settings
     name: str
@@ -68,7 +67,7 @@ class Prepared:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Find out what can be wrong with the model that `settings` name before its weights are read.
+    """Check the model that `settings` name before its weights are read.
 
     Raises LociError.
     """
@@ -91,7 +90,7 @@ def bring_up(prepared: Prepared) -> Served:
     settings, budget, prefix_bytes = prepared.settings, prepared.budget, prepared.prefix_bytes
     loaded = prepared.opened.load(budget)
     if any(not gpu.is_virtual for gpu in budget.gpus):
-        log.info("compiling the GPUs' kernels, where that was not done before")
+        log.info("compiling GPU kernels that are not cached yet")
         warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
     context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
     if prefix_bytes is None:
@@ -116,7 +115,7 @@ def bring_up(prepared: Prepared) -> Served:
 
 
 def _modest_context(model: Model, sequences: int) -> int:
-    """A context length to begin with: DEFAULT_CONTEXT, halved until the KV cache leaves room for others."""
+    """The default context length: DEFAULT_CONTEXT, halved until the KV cache fits its share."""
     context = min(model.info.max_context, DEFAULT_CONTEXT)
     room = available_memory_bytes() * KV_SHARE
     while context > MIN_CONTEXT and model.cache_bytes(sequences, context) > room:
@@ -125,7 +124,7 @@ def _modest_context(model: Model, sequences: int) -> int:
 
 
 def _parsed_prefix_cache(settings: Settings) -> int | None:
-    """Bytes that prefixes may take, None where nothing is said. Raises ConfigError."""
+    """The prefix cache's budget in bytes, None for the default. Raises ConfigError."""
     text = settings.prefix_cache
     if text is None:
         return None
@@ -133,7 +132,7 @@ def _parsed_prefix_cache(settings: Settings) -> int | None:
 
 
 class Service:
-    """Holds the model once it is there. Handlers ask it for a Generation."""
+    """Holds the model once it is loaded. Handlers ask it for a Generation."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -145,7 +144,7 @@ class Service:
         self._wakeups: Wakeups | None = None  # made on the event loop
 
     def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
-        """Start loading in a thread; `when_done` runs on this event loop, whether it worked or not."""
+        """Start loading in a thread; `when_done` runs on this event loop, on success and on failure."""
         loop = asyncio.get_running_loop()
 
         def work() -> None:
@@ -165,7 +164,7 @@ class Service:
 
     @property
     def is_loading(self) -> bool:
-        """True while the thread that loads runs."""
+        """True while the loading thread runs."""
         return self._loader is not None and self._loader.is_alive()
 
     @property
@@ -187,12 +186,12 @@ class Service:
     def served(self) -> Served:
         """The model. Raises ApiError 503 while it loads or the server stops, or when its engine has died."""
         if self.is_draining:
-            raise unavailable("the server is stopping and takes no new requests", "server_stopping")
+            raise unavailable("the server is shutting down and accepts no new requests", "server_stopping")
         if self._served is None:
             raise unavailable("the model is still loading; try again soon", "model_loading")
         if not self._served.engine.is_alive:
             raise unavailable(
-                "the engine has stopped; the server must be restarted by who runs it", "engine_stopped"
+                "the engine has stopped; ask the server's operator to restart it", "engine_stopped"
             )
         return self._served
 
@@ -202,7 +201,7 @@ class Service:
         if model != served.name:
             raise ApiError(
                 404,
-                f"the model {model!r} does not exist; this server has {served.name!r}",
+                f"the model {model!r} does not exist; this server serves {served.name!r}",
                 param="model",
                 code="model_not_found",
             )
@@ -216,10 +215,10 @@ class Service:
         return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 
     def drain(self) -> None:
-        """Refuse new requests from now on; those that run go on."""
+        """Refuse new requests from now on; running ones continue."""
         self.is_draining = True
 
     def stop(self) -> None:
-        """End the engine; what still runs is aborted."""
+        """Stop the engine; what still runs is aborted."""
         if self._served is not None:
             self._served.engine.stop()

@@ -1,4 +1,4 @@
-"""Server-sent events, and answers that end when nobody listens any more."""
+"""Server-sent events, and answers that end when the client disconnects."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("loci")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-# A line that clients ignore. Proxies give up on a silent connection, and a long prompt is read for minutes.
+# A line that clients ignore. Proxies close silent connections, and a long prompt takes minutes.
 KEEP_ALIVE = b": still here\n\n"
 KEEP_ALIVE_S = 15.0
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it
@@ -31,10 +31,10 @@ def frame(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends `events` as they come, then the bytes `last`; an error on the way becomes the last event.
+    """Sends `events` as they come, then the bytes `last`; an error becomes the last event.
 
-    `failure` says how a protocol tells an error. `close` is called in any case: at the end, after an
-    error, and when the client goes away.
+    `failure` builds the protocol's error event. `close` is called in any case: at the end, after an
+    error, and when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -94,7 +94,7 @@ class EventStream(Response):
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T | Response:
-    """What `work` returns; given up when the client goes away. `close` is called in any case."""
+    """The result of `work`, cancelled if the client disconnects. `close` is called in any case."""
     try:
         result = await unless_disconnected(request.receive, work)
     finally:
@@ -103,7 +103,7 @@ async def answer(request: Request, work: Coroutine[Any, Any, T], close: Callable
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None where the client disconnects first, which cancels it."""
+    """The result of `work`, or None if the client disconnects first, which cancels it."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
     try:

@@ -64,7 +64,7 @@ export async function* chat(body, key, signal) {
       usage: chunk.usage,
     };
   }
-  throw new ServerError(0, "The connection ended before the answer did.");
+  throw new ServerError(0, "The connection was lost before the answer was complete.");
 }
 
 /** The data of server-sent events, one string each. */

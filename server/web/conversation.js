@@ -6,7 +6,7 @@ import { Answer, addQuestion, dropFrom } from "./messages.js";
 import * as settings from "./settings.js";
 
 const PLACE = "loci.conversation";
-const ENDS = { length: "ended by the limit on tokens" };
+const ENDS = { length: "stopped at the token limit" };
 
 /** Turns alternate: `{role: "user", content}` and `{role: "assistant", content, reasoning, note, tokens}`. */
 export class Conversation {

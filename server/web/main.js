@@ -70,9 +70,9 @@ async function connect() {
     modelLine.textContent = chosen.id;
     modelLine.title = `${chosen.max_model_len} tokens of context`;
   } catch (error) {
-    modelLine.textContent = error.status === 503 ? "loading the model" : "not connected";
+    modelLine.textContent = error.status === 503 ? "loading the model…" : "not connected";
     modelLine.title = error.message;
-    if (error.status === 401) settings.open("This server wants an API key.", "api_key");
+    if (error.status === 401) settings.open("This server requires an API key.", "api_key");
     else setTimeout(connect, RETRY_MS);
   }
 }

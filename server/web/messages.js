@@ -69,7 +69,7 @@ export class Answer {
     this.summary = element("summary", {}, "Thinking");
     this.folded = element("details", { className: "reasoning", hidden: true }, this.summary, this.thoughts);
     this.figures = element("span", { className: "figures" });
-    const repeat = element("button", { type: "button", className: "repeat" }, "Again");
+    const repeat = element("button", { type: "button", className: "repeat" }, "Retry");
     repeat.addEventListener("click", onRepeat);
     this.actions = element("div", { className: "actions", hidden: true },
       copyButton(() => this.content), repeat, this.figures);

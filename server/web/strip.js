@@ -96,10 +96,10 @@ export function figures(now, before) {
   };
   const all = uses("loci_expert_hits_total");
   const hitShare = (tier) => (all > 0 ? uses("loci_expert_hits_total", { tier }) / all : null);
-  const when = isQuiet ? "since the start" : "just now";
+  const when = isQuiet ? "since startup" : "just now";
   const shareText = (tier) => {
     const share = hitShare(tier);
-    return share === null ? "" : ` ${percent(share)} of expert uses were found here ${when}.`;
+    return share === null ? "" : ` ${percent(share)} of expert uses were served from here ${when}.`;
   };
 
   const cells = tiers.map((tier) => {
@@ -115,15 +115,15 @@ export function figures(now, before) {
     const rate = elapsed > 0 ? grown("loci_link_bytes_total", { link: "nvme" }) / elapsed : 0;
     cells.push({
       name: "NVMe", value: rate > 0 ? `${bytes(rate)}/s` : `${onDisk} experts`, share: hitShare("nvme"),
-      kind: "nvme", title: `${bytes(read)} were read from disk.${expertsText("nvme")}${shareText("nvme")}`,
+      kind: "nvme", title: `${bytes(read)} read from disk.${expertsText("nvme")}${shareText("nvme")}`,
     });
   }
   if (all > 0) {
     const stalled = elapsed > 0 ? grown("loci_stall_seconds_total") / elapsed : 0;
     cells.push({
       name: "Stalled", value: percent(Math.min(stalled, 1)), share: Math.min(stalled, 1), kind: "stall",
-      title: `Share of the time that computation waited for bytes; ` +
-        `${now.sum("loci_stall_seconds_total").toFixed(1)} s since the start.`,
+      title: `Share of time that computation was stalled on transfers; ` +
+        `${now.sum("loci_stall_seconds_total").toFixed(1)} s since startup.`,
     });
   }
   const room = now.sum("loci_kv_tokens_capacity");
@@ -137,7 +137,7 @@ export function figures(now, before) {
       },
       {
         name: "Tokens/s", value: speed > 0 ? speed.toFixed(1) : "–", share: null, kind: "speed",
-        title: "Tokens generated a second, for all clients of this server.",
+        title: "Tokens generated per second, for all clients of this server.",
       },
     );
   }

@@ -235,7 +235,7 @@ def test_logits_that_are_no_numbers_fail_their_sequence(
         for temperature in (0.0, 1.0):
             answer = submit(engine, [5, 6, 7], temperature=temperature)[0].wait()
             assert answer.finish_reason is FinishReason.ERROR
-            assert "what is not a number" in (answer.outputs[-1].error or "")
+            assert "the model produced NaN" in (answer.outputs[-1].error or "")
 
 
 def test_a_step_loop_that_dies_ends_everything_and_says_so(
@@ -265,7 +265,7 @@ def test_a_full_queue_refuses(loaded: Loaded) -> None:
     try:
         for _ in range(2):
             submit(engine, [5, 6], ignore_eos=True)
-        with pytest.raises(CapacityError, match="1 requests are running and 1 are waiting already"):
+        with pytest.raises(CapacityError, match="1 requests are running and 1 are already waiting"):
             submit(engine, [5, 6], ignore_eos=True)
     finally:
         engine.stop()
@@ -289,7 +289,7 @@ def test_without_a_queue_free_slots_are_given_away(unqueued: Engine) -> None:
 def test_an_aborted_sequence_takes_no_place_from_the_next(unqueued: Engine) -> None:
     running = [submit(unqueued, [5, 6], ignore_eos=True) for _ in range(2)]
     for _ in range(20):
-        with pytest.raises(CapacityError, match="0 are waiting already"):
+        with pytest.raises(CapacityError, match="0 are already waiting"):
             submit(unqueued, [5, 6])
         unqueued.abort(running.pop(0)[1])
         running.append(submit(unqueued, [5, 6], ignore_eos=True))
@@ -345,7 +345,7 @@ def test_as_many_clients_as_places_are_never_refused(loaded: Loaded) -> None:
         ([5] * 100, {"max_tokens": 101}, "maximum context length is 200 tokens, but 201 were requested"),
         ([5], {"logit_bias": {1024: 1.0}}, "logit_bias: token id 1024"),
         ([5], {"stop_token_ids": (5000,)}, "stop_token_ids: token id 5000"),
-        ([5], {"stop_token_ids": tuple(range(1024)), "min_tokens": 1}, "min_tokens leaves no token"),
+        ([5], {"stop_token_ids": tuple(range(1024)), "min_tokens": 1}, "min_tokens cannot be met"),
         ([5] * 100, {"min_tokens": 101}, "maximum context length is 200 tokens, but 201 were requested"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_request_whose_engram_rows_cannot_be_read_is_told_and_the_next_is_answ
     engine.stop()
     loaded.model.close()
     assert failed.finish_reason is FinishReason.ERROR
-    assert failed.outputs[-1].error == f"{shard}: the file has become shorter; download it again"
+    assert failed.outputs[-1].error == f"{shard}: the file has been truncated; download it again"
     assert answer.token_ids == greedy
 
 

@@ -135,7 +135,7 @@ def test_a_transfer_under_way_that_looks_whether_it_should_stop_is_cancelled_too
     def work() -> None:
         begun.set()
         assert stop.wait(30)
-        raise CancelledError("not wanted any more", moved_bytes=7)
+        raise CancelledError("no longer needed", moved_bytes=7)
 
     ticket = link.submit([work], 20, Priority.PREFETCH, stop)
     assert begun.wait(30)

@@ -111,7 +111,7 @@ def test_turns_follow_each_other_and_survive_a_reload(page: Page) -> None:
     expect(page.locator(".question")).to_have_count(2)
     expect(page.locator(".answer")).to_have_count(2)
     expect(page.locator(".figures").last).to_contain_text("12 tokens")
-    expect(page.locator(".figures").last).to_contain_text("ended by the limit")
+    expect(page.locator(".figures").last).to_contain_text("stopped at the token limit")
     before = page.locator(".answer > .text").last.inner_text()
     page.reload()
     expect(page.locator(".question")).to_have_count(2)
@@ -125,7 +125,7 @@ def test_turns_follow_each_other_and_survive_a_reload(page: Page) -> None:
 def test_an_answer_can_be_asked_for_again_and_a_question_changed(page: Page) -> None:
     say(page, "Hello")
     first = page.locator(".answer > .text").last.inner_text()
-    page.get_by_role("button", name="Again").click()
+    page.get_by_role("button", name="Retry").click()
     expect(page.locator(".figures").last).to_contain_text("12 tokens")
     assert page.locator(".answer > .text").last.inner_text() == first  # temperature 0
 
@@ -177,11 +177,11 @@ def test_everything_can_be_done_without_a_mouse(page: Page, server: LociServer) 
     page.keyboard.press("Escape")
     expect(page.get_by_label("System prompt")).not_to_be_visible()
     page.keyboard.press("Enter")
-    page.get_by_label("Most tokens of an answer").focus()
+    page.get_by_label("Maximum tokens per answer").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("1900")
     page.keyboard.press("Enter")
-    move_to("Again", "Tab")
+    move_to("Retry", "Tab")
     page.keyboard.press("Enter")
     expect(page.locator(".answer > .text")).not_to_be_empty()
     move_to("Stop", "Tab")
@@ -249,7 +249,7 @@ def test_what_a_model_writes_cannot_act_on_the_page(page: Page) -> None:
 def test_settings_reach_the_server(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
-    page.get_by_label("Most tokens of an answer").fill("3")
+    page.get_by_label("Maximum tokens per answer").fill("3")
     page.get_by_role("button", name="Save").click()
     with page.expect_request("**/v1/chat/completions") as asked:
         say(page, "Hello")
@@ -299,7 +299,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: Browser, start_server:
     guarded = start_server(TINY, "--api-key", "secret").await_ready()
     page = browser.new_page()
     page.goto(guarded.url)
-    expect(page.get_by_role("alert")).to_have_text("This server wants an API key.")
+    expect(page.get_by_role("alert")).to_have_text("This server requires an API key.")
     page.get_by_label("API key").fill("secret")
     page.get_by_role("button", name="Save").click()
 
@@ -328,7 +328,7 @@ def test_the_strip_shows_every_tier(browser: Browser, start_server: StartServer)
     expect(page.locator(".speed dd")).to_have_text(re.compile(r"^\d+\.\d$"))
     nvme = str(page.locator(".nvme").get_attribute("title"))
     assert "of 40 experts are here" in nvme
-    shown = re.search(r"([1-9]\d*) % of expert uses were found here just now", nvme)
+    shown = re.search(r"([1-9]\d*) % of expert uses were served from here just now", nvme)
     assert shown is not None
     hits = sum(tiered.metric("loci_expert_hits_total", tier=tier) for tier in ("vram:0", "vram:1", "dram"))
     missed = tiered.metric("loci_expert_hits_total", tier="nvme")

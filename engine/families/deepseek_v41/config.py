@@ -90,10 +90,10 @@ class V41Config:
     eos_token_ids: tuple[int, ...]
 
     def check(self) -> None:
-        """Raise ConfigError listing everything in which the fields contradict each other."""
+        """Raise ConfigError listing all inconsistencies between fields."""
         problems = self._contradictions()
         if problems:
-            raise ConfigError("config.json contradicts itself:\n  " + "\n  ".join(problems))
+            raise ConfigError("config.json is inconsistent:\n  " + "\n  ".join(problems))
 
     def kv_source_of(self, layer: int) -> int | None:
         """The layer whose compressed entries `layer` sees; None for window-only layers."""
@@ -146,9 +146,9 @@ class V41Config:
                 continue
             sources = [s for s in self.kv_source_layer_ids if s <= layer]
             if not sources:
-                found.append(f"layer {layer} sees compressed entries, but no kv source comes before it")
+                found.append(f"layer {layer} reads compressed entries, but no kv source precedes it")
             elif self.compress_ratios[max(sources)] != ratio:
-                found.append(f"layer {layer} has ratio {ratio}, its source {max(sources)} another")
+                found.append(f"layer {layer} has ratio {ratio}, but its source {max(sources)} has another")
             elif not any(max(sources) <= i <= layer for i in self.index_source_layer_ids):
                 found.append(f"layer {layer} has no index source at or after its kv source {max(sources)}")
         candidate = self.candidate_source_layer_id
@@ -156,7 +156,7 @@ class V41Config:
             if candidate not in self.index_source_layer_ids:
                 found.append(f"candidate_source_layer_id {candidate} is not an index source")
             if any(source > candidate for source in self.kv_source_layer_ids):
-                found.append(f"a kv source comes after the candidate source {candidate}")
+                found.append(f"a kv source follows the candidate source {candidate}")
             if self.candidate_topk_blocks < 1 or self.candidate_block_size < 1:
                 found.append("candidate_topk_blocks and candidate_block_size must be positive")
         if self.num_attention_heads * self.head_dim % self.o_groups:
@@ -230,7 +230,9 @@ def parse_config(raw: Mapping[str, Any]) -> V41Config:
     reader.require("hidden_act", "silu")
     reader.require("tie_word_embeddings", False)
     if reader.problems:
-        raise ConfigError("config.json is not one this family can run:\n  " + "\n  ".join(reader.problems))
+        raise ConfigError(
+            "config.json is not supported by this model family:\n  " + "\n  ".join(reader.problems)
+        )
     config.check()
     return config
 
@@ -239,7 +241,7 @@ _MISSING = object()
 
 
 class _Reader:
-    """Takes values out of a config in either dialect and collects everything that is wrong."""
+    """Reads values from a config in either dialect and collects all errors."""
 
     def __init__(self, text: Mapping[str, Any], outer: Mapping[str, Any]) -> None:
         self.text = text
@@ -285,7 +287,7 @@ class _Reader:
         return ()
 
     def require(self, name: str, only: object) -> None:
-        """A setting that may be absent, but of which one value alone is implemented."""
+        """An optional setting of which only one value is implemented."""
         value = self.raw(name)
         if value is not _MISSING and value != only:
             self.problems.append(f"{name} is {value!r}; only {only!r} is implemented")

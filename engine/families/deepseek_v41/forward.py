@@ -1,8 +1,8 @@
 """DeepSeek-V4.1: the forward pass.
 
 Parallel residual streams (mHC, lagged mix), one shared key=value latent per token, sliding windows
-with compressed entries chosen by an indexer, routed experts in every layer, and Engram look-ups
-before some layers. Section numbers refer to docs/deepseek-v41.md.
+with compressed entries chosen by an indexer, routed experts in every layer, and Engram lookups before some
+layers. Section numbers refer to docs/deepseek-v41.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from quant.kernels.interface import Kernels, swiglu
 
 @dataclass
 class _Step:
-    """What one forward passes along: the batch, and what layers publish for later layers.
+    """State of one forward: the batch, and what layers publish for later layers.
 
     selections and pool are per segment; a source layer replaces them, later layers read them.
     """
@@ -52,13 +52,13 @@ class _Step:
     plain_rotation: Rotation
     compressed_rotation: Rotation
     engram: StepRows | None
-    engram_kv: dict[int, torch.Tensor] = field(default_factory=dict)  # by layer, from a guess to its use
+    engram_kv: dict[int, torch.Tensor] = field(default_factory=dict)  # by layer, until used
     selections: list[Selection] = field(default_factory=list)
     pools: list[CandidatePool] | None = None
     _rotations: dict[tuple[bool, torch.device], Rotation] = field(default_factory=dict)
 
     def rotation(self, device: torch.device, *, compressed: bool) -> Rotation:
-        """The rotation of the batch's positions on `device`, brought there once."""
+        """The rotation of the batch's positions on `device`, copied there once."""
         key = compressed, device
         if key not in self._rotations:
             rotation = self.compressed_rotation if compressed else self.plain_rotation
@@ -129,7 +129,7 @@ class DeepseekV41(Model):
             if needed[tier] > room:
                 raise BudgetError(
                     f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
-                    f"{needed[tier] / 1e6:,.1f} MB there, {room / 1e6:,.1f} MB were kept free when loading"
+                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
                 )
         return SparseCache(self.cache_shape, slots, capacity)
 
@@ -183,7 +183,7 @@ class DeepseekV41(Model):
         return self.kernels.linear(final, weights.head).float().cpu()
 
     def _begin(self, batch: Batch, cache: SparseCache, trace: Trace) -> _Step:
-        """Check the batch, lay out its segments, and ask for every Engram row it will need."""
+        """Check the batch, lay out its segments, and request every Engram row it needs."""
         for segment in batch.segments:
             cache.admit(segment)
         ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
@@ -219,7 +219,7 @@ class DeepseekV41(Model):
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)
 
     def _engram_kv(self, number: int, step: _Step) -> torch.Tensor:
-        """What the tokens' rows say to layer `number`, which is all but the gates."""
+        """Keys and value of the tokens' rows for layer `number`: everything but the gates."""
         layer = self.weights.layers[number]
         assert layer.engram is not None
         assert step.engram is not None
@@ -368,17 +368,17 @@ class DeepseekV41(Model):
             return experts.run(x, weights, config.swiglu_limit) + y
 
     def _prefetch_experts(self, number: int, streams: torch.Tensor, pre: torch.Tensor) -> None:
-        """Begin to bring what layer `number` will probably choose nearer, from the streams as far as known.
+        """Start prefetching the experts that layer `number` will probably choose, from the streams so far.
 
-        Routed experts of the layer before, and the layer's own attention, change them little: its router,
-        asked without these, guesses most of its own choice.
+        The previous layer's routed experts and this layer's own attention change the streams little, so its
+        router predicts most of its choice without them.
         """
         store = self.weights.experts
         if store.wants_guesses(number):
             layer = self.weights.layers[number]
             x = read_streams(self.kernels, streams, pre).to(layer.device)
             guess, _ = self._route(layer, self.kernels.rms_norm(x, layer.ffn_norm, self.config.rms_norm_eps))
-            store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's best choice first
+            store.prefetch(number, guess.t().flatten().cpu().tolist())  # every token's top choice first
 
     def _route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that `layer`'s router chooses for x, and their weights, both `[tokens, top_k]`."""
@@ -439,7 +439,7 @@ class DeepseekV41Family(Family):
         )
 
     def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
-        """What Engram look-ups fold token ids to; empty where there are none."""
+        """What Engram lookups fold token ids to; empty where there are none."""
         if not config.engram_layer_ids:
             return torch.zeros(0, dtype=torch.int64)
         self._check_tables(config)
@@ -452,7 +452,7 @@ class DeepseekV41Family(Family):
         if config.engram_num_embeddings != expected:
             raise ConfigError(
                 f"engram_num_embeddings is {list(config.engram_num_embeddings)}, but the hash of this "
-                f"config addresses {list(expected)} rows; config and tables do not belong together"
+                f"config addresses {list(expected)} rows; the config and the tables do not match"
             )
 
 

@@ -1,4 +1,4 @@
-"""On which GPU, or in DRAM, what every token reads lies: as the planner says, within the budgets."""
+"""Placement of the weights that every token reads, on GPUs or in DRAM: as planned, within the budgets."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class DensePlaces:
-    """Where layers (with their shared experts and KV) and the head lie.
+    """Where layers (with their shared experts and KV) and the head are placed.
 
     layers, head   the device of each
     tiers          the tier of each layer
-    holds_embedding  False where the embedding stays on disk, for want of DRAM
+    holds_embedding  False if the embedding stays on disk for lack of DRAM
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
     kv_room        bytes of KV that are kept free, by GPU
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)
@@ -59,9 +59,9 @@ def place_dense(config: V41Config, checkpoint: Checkpoint, budget: MemoryBudget)
         nbytes["dram"] += shape.embedding.nbytes
     if nbytes["dram"] > budget.dram_bytes:
         raise BudgetError(
-            f"{checkpoint.path}: the weights that every token uses need {nbytes['dram'] / 1e6:,.1f} MB, "
-            f"{budget.dram_bytes / 1e6:,.1f} MB of memory may be used; free some, raise "
-            "--dram-budget, or take a smaller model"
+            f"{checkpoint.path}: the weights used by every token need {nbytes['dram'] / 1e6:,.1f} MB, but "
+            f"the memory budget is {budget.dram_bytes / 1e6:,.1f} MB; free some memory, raise --dram-budget "
+            "or use a smaller model"
         )
     _check_gpus(placement, budget)
     reserved: dict[str, int] = defaultdict(int)
@@ -90,6 +90,6 @@ def _check_gpus(placement: Placement, budget: MemoryBudget) -> None:
     for gpu in budget.gpus:
         if not gpu.is_virtual and gpu.name not in planned:
             raise BudgetError(
-                f"{gpu.name}: {gpu.budget_bytes / 1e9:.1f} GB are too little for CUDA, activations and "
-                "experts on their way; give the GPU more, or leave it out"
+                f"{gpu.name}: {gpu.budget_bytes / 1e9:.1f} GB is too little for CUDA, activations and "
+                "experts in transit; raise this GPU's budget or leave it out"
             )

@@ -1,4 +1,4 @@
-"""A V4.1 checkpoint as the planner sees it: its own bytes, part by part."""
+"""A V4.1 checkpoint's shape for the planner: its actual bytes, part by part."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ FLOATS = tuple(FLOAT_DTYPES)
 
 
 class StoredFormats:
-    """Which format each packed weight of a checkpoint is in, from dtypes in headers and the config.
+    """The format of each packed weight of a checkpoint, from header dtypes and the config.
 
-    What is missing from the checkpoint is taken to be as released: then `verify` names it.
+    A missing tensor is assumed to be as released; `verify` then reports it.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

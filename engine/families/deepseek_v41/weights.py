@@ -1,4 +1,4 @@
-"""The weights of a DeepSeek-V4.1 model: read from a verified checkpoint, within a memory budget.
+"""The weights of a DeepSeek-V4.1 model, read from a verified checkpoint within a memory budget.
 
 Nothing is expanded: matrices stay packed; only norms, mixes and biases (a few values per layer)
 become float32.
@@ -29,9 +29,9 @@ from quant.formats.stored import FLOAT_DTYPES, unpack, unpack_bytes
 from quant.kernels.interface import Kernels, Weight
 from quant.packed import Format, PackedTensor
 
-# Of the DRAM left beside dense weights, what hot rows of Engram tables get where not all fits.
+# The share of DRAM left after dense weights that goes to hot rows of Engram tables if not everything fits.
 HOT_ROWS_SHARE = 0.05
-ROOM_FOR_ALIGNMENT = 1.01  # expert slots begin on cache lines
+ROOM_FOR_ALIGNMENT = 1.01  # expert slots are aligned to cache lines
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class LayerWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where all of it lies, and where the layer is computed."""
+        """The device of these weights, where the layer is computed."""
         return self.attn_norm.device
 
 
@@ -129,7 +129,7 @@ class _Reader:
         return self.plain(name).float()
 
     def dense(self, name: str, rows: int, cols: int) -> Weight:
-        """A dense `[rows, cols]` matrix as the kernels like it."""
+        """A dense `[rows, cols]` matrix in the kernels' layout."""
         return self.kernels.prepare(self.stored(name, rows, cols))
 
     def dense_groups(self, name: str, groups: int, rows: int, cols: int) -> tuple[Weight, ...]:
@@ -181,7 +181,8 @@ def read_weights(
 ) -> V41Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    Dense weights are copied to where the plan places them, as the kernels there like them. Routed experts get
+    Dense weights are copied to where the plan places them, in the layout of the kernels there. Routed experts
+    get
     what is left of each GPU; of DRAM they and the Engram tables do: where not everything fits, a small part
     goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it needs
     gigabytes). Raises BudgetError where not even the dense weights fit.

@@ -1,7 +1,7 @@
-"""What a Llama checkpoint says of itself, in GGUF's words or in those of safetensors directories.
+"""The configuration of a Llama checkpoint, from GGUF metadata or a safetensors directory.
 
-The two spell config keys and tensor names differently and order the channels that rotary embeddings
-turn differently: GGUF keeps the two of a pair side by side, safetensors (as `transformers` writes
+The two differ in config keys, in tensor names and in the channel order of rotary embeddings: GGUF keeps the
+two of a pair side by side, safetensors (as `transformers` writes
 them) half a head apart.
 """
 
@@ -55,7 +55,7 @@ MOST_LAYERS = 10_000  # every layer's tensors are counted: a config that says mo
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """What the forward needs to know, and how this checkpoint spells its tensors.
+    """What the forward needs, and this checkpoint's tensor names.
 
     has_pairs_side_by_side: whether the channels of a rotary pair are neighbours (GGUF) or half a
     head apart (safetensors). has_rope_factors: whether a tensor says what each
@@ -83,11 +83,11 @@ class LlamaConfig:
         if self.layers > MOST_LAYERS:
             raise ConfigError(f"the config says {self.layers} layers; no model has more than {MOST_LAYERS}")
         if self.heads % self.kv_heads:
-            raise ConfigError(f"{self.heads} query heads do not divide among {self.kv_heads} key-value heads")
-        if self.head_dim % 2:
             raise ConfigError(
-                f"a head of {self.head_dim} channels has no rotary pairs; expected an even number"
+                f"{self.heads} query heads are not a multiple of {self.kv_heads} key-value heads"
             )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}, expected an even number for rotary embedding")
 
 
 def parse_config(checkpoint: Checkpoint) -> LlamaConfig:
@@ -184,14 +184,14 @@ def _gguf_rope(read: _Keys) -> Rope:
     kind = read.config.get("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ConfigError(
-            f"{read.path}: llama.rope.scaling.type is {kind!r}; the llama family computes none, linear, yarn"
+            f"{read.path}: llama.rope.scaling.type is {kind!r}; the llama family supports none, linear, yarn"
         )
     for key in sorted(key for key in read.config if key.startswith("llama.rope.")):
         if key in GGUF_ROPE_CONSTANTS:
             read.refuse_unless(key, GGUF_ROPE_CONSTANTS[key])
         elif key not in GGUF_ROPE_KEYS:
             raise ConfigError(
-                f"{read.path}: {key} is {read.config[key]!r}; the llama family does not compute it"
+                f"{read.path}: {key} is {read.config[key]!r}; the llama family does not support it"
             )
     theta = read.number("llama.rope.freq_base", 10000.0)
     attention_factor = read.number("llama.rope.scaling.attn_factor", 1.0)
@@ -233,7 +233,7 @@ def _hf_rope(outer: _Keys) -> Rope:
     dicts = [outer.config.get(key) for key in ("rope_scaling", "rope_parameters")]
     found = [rope for rope in dicts if rope]
     if len(found) == 2 and found[0] != found[1]:
-        raise ConfigError(f"{outer.path}: rope_scaling and rope_parameters say different things; keep one")
+        raise ConfigError(f"{outer.path}: rope_scaling and rope_parameters disagree; keep one")
     given = found[0] if found else {}
     if not isinstance(given, dict):
         raise ConfigError(f"{outer.path}: rope_scaling is {given!r}, expected an object")
@@ -242,8 +242,8 @@ def _hf_rope(outer: _Keys) -> Rope:
     kind = read.config.get("rope_type", read.config.get("type", "default"))
     if not isinstance(kind, str) or kind not in HF_ROPE_KEYS:
         raise ConfigError(
-            f"{outer.path}: rope scaling {kind!r} is not supported by the llama family; "
-            f"it computes {', '.join(HF_ROPE_KEYS)}"
+            f"{outer.path}: rope scaling {kind!r} is not supported by the llama family; it supports "
+            f"{', '.join(HF_ROPE_KEYS)}"
         )
     unused = sorted(read.config.keys() - HF_ROPE_KEYS[kind] - HF_ROPE_COMMON)
     if unused:
@@ -292,9 +292,9 @@ def _hf_yarn(read: _Keys, theta: float, factor: float, original: int) -> Rope:
 
 
 class _Keys:
-    """Typed look-ups in a checkpoint's config; every ConfigError names file, key and value.
+    """Typed lookups in a checkpoint's config; every ConfigError names the file, key and value.
 
-    prefix: where in the config `config` lies, for the messages.
+    prefix: the path of `config` within the whole config, for messages.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], prefix: str = "") -> None:
@@ -312,7 +312,7 @@ class _Keys:
     def count(self, key: str, default: int | None = None) -> int:
         value = self.number(key, default)
         if not value.is_integer():
-            raise ConfigError(f"{self.path}: {self.prefix}{key} is {value!r}, expected a whole number")
+            raise ConfigError(f"{self.path}: {self.prefix}{key} is {value!r}, expected an integer")
         return int(value)
 
     def token_ids(self, *keys: str) -> tuple[int, ...]:
@@ -330,6 +330,6 @@ class _Keys:
         value = self.config.get(key)
         if value not in accepted:
             raise ConfigError(
-                f"{self.path}: {self.prefix}{key} is {value!r}; "
-                f"the llama family computes {accepted[0]!r} only"
+                f"{self.path}: {self.prefix}{key} is {value!r}; the llama family supports only "
+                f"{accepted[0]!r}"
             )

@@ -1,6 +1,6 @@
 """Llama and SmolLM2: a dense decoder with grouped-query attention, from GGUF or safetensors.
 
-Weights stay as they are stored, everything else is float32.
+Weights stay in their stored format; everything else is float32.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class LlamaCache(KvCache):
     def __init__(self, config: LlamaConfig, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=capacity)
         shape = (2, config.layers, slots, config.kv_heads, capacity, config.head_dim)
-        # Pages that were not touched cost no memory. Torch would ask for huge ones, of which a short sequence
-        # needs one for each layer and head, as much as a long one.
+        # Untouched pages cost no memory. Torch would use huge pages, of which even a short sequence needs one
+        # per layer and head.
         nbytes = math.prod(shape) * torch.float32.itemsize
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._held = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
@@ -238,9 +238,9 @@ class LlamaFamily(Family):
         nbytes = sum(entry.nbytes for entry in checkpoint.used(IGNORED).values())
         if nbytes > budget.dram_bytes:
             raise BudgetError(
-                f"{checkpoint.path}: the weights, all used for every token, need {nbytes:,} bytes; the "
-                f"budget is {budget.dram_bytes:,} bytes of memory; free some, raise "
-                "--dram-budget, or take a smaller model"
+                f"{checkpoint.path}: the weights are all used for every token and need {nbytes:,} bytes, "
+                f"but the memory budget is {budget.dram_bytes:,} bytes; free some memory, raise "
+                "--dram-budget or use a smaller model"
             )
 
         def read(role: str, *layer: int) -> Weight:
@@ -258,8 +258,8 @@ class LlamaFamily(Family):
             assert isinstance(factors, torch.Tensor)
             if not bool(((factors > 0) & factors.isfinite()).all()):
                 raise CheckpointError(
-                    f"{checkpoint.path}: {config.names['rope_factors']} holds numbers that no frequency can "
-                    "be divided by; download it again"
+                    f"{checkpoint.path}: {config.names['rope_factors']} has values that are not positive "
+                    "and finite; download it again"
                 )
             frequencies = frequencies / factors.double()
 

@@ -1,4 +1,4 @@
-"""How far a position turns each rotary pair of a Llama, and what stretches that for longer contexts."""
+"""Rotary frequencies of a Llama, and how they are scaled for longer contexts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.layers.rope import YarnScaling, inverse_frequencies
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Every frequency is divided by `factor`, as if positions lay that much closer together."""
+    """Linear scaling: every frequency is divided by `factor`."""
 
     factor: float
 

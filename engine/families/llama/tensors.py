@@ -11,7 +11,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
 from quant.formats.gguf import FORMATS, PLAIN_DTYPES
 
-# Buffers that old checkpoints hold beside the weights, and that every reader computes for itself: frequencies
+# Buffers that old checkpoints store besides the weights, and that every reader recomputes: frequencies
 # of rotary embeddings, causal masks.
 IGNORED = re.compile(r"(.*\.)?rotary_emb\..*|.*attn\.(masked_)?bias")
 

@@ -1,1 +1,1 @@
-"""Kernels for processors: C++ behind ctypes."""
+"""Kernels for CPUs: C++ behind ctypes."""

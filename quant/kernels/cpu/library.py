@@ -1,7 +1,7 @@
-"""The compiled kernels: finding the shared library, and what its functions take.
+"""The compiled kernels: locates the shared library and declares its functions.
 
 The library is an extension module in name only: setuptools builds it with the package, ctypes calls it
-(and lets go of the interpreter lock meanwhile). Where it was not built, `load` says so.
+(releasing the GIL). If it was not built, `load` says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 7  # of native_src/api.cpp; another number means a library of other sources
+INTERFACE = 7  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -62,7 +62,7 @@ class LibraryMissingError(Exception):
 
 
 def library_path() -> Path | None:
-    """Where the package's compiled kernels lie, or None where they were not built."""
+    """Path of the package's compiled kernels, or None if they were not built."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
@@ -72,7 +72,8 @@ def library_path() -> Path | None:
 
 @cache
 def load() -> ctypes.CDLL:
-    """The library with its signatures set. Raises LibraryMissingError where there is none that loads."""
+    """The library with its signatures set. Raises LibraryMissingError if it is missing or cannot be
+    loaded."""
     path = library_path()
     if path is None:
         raise LibraryMissingError(
@@ -84,15 +85,15 @@ def load() -> ctypes.CDLL:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         if library.loci_interface() != INTERFACE:
-            raise OSError("built from other sources")
+            raise OSError("built from different sources")
     except (OSError, AttributeError) as error:
         raise LibraryMissingError(
-            f"the compiled kernels do not load ({error}); install the package again"
+            f"the compiled kernels cannot be loaded ({error}); reinstall the package"
         ) from error
     return library
 
 
 def available_levels() -> tuple[str, ...]:
-    """The instruction-set levels that this machine has, slowest first."""
+    """The instruction-set levels that this machine supports, slowest first."""
     library = load()
     return tuple(name for index, name in enumerate(LEVELS) if library.loci_level_name(index) is not None)

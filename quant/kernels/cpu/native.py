@@ -1,8 +1,9 @@
 """The CPU back end: C++ kernels that read packed weights at the speed of memory.
 
-Weights that `prepare` has rearranged into panels (quant/kernels/cpu/panels.py) are read strictly in sequence;
-others are rearranged on the way, a panel at a time, which is right but slower. Threads are the kernels' own,
-as many as torch is set to use. What a token gets depends neither on other tokens of a call nor on threads.
+Weights that `prepare` has repacked into panels (quant/kernels/cpu/panels.py) are read strictly in sequence;
+others are repacked on the fly, one panel at a time, which is correct but slower. The kernels have their own
+threads, as many as torch is set to use. A token's result depends neither on other tokens of a call nor on
+threads.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ class _Moe(ctypes.Structure):
 
 
 def as_floats(x: torch.Tensor, cols: int) -> torch.Tensor:
-    """x as contiguous float32 `[tokens, cols]`: itself where it is that, for calls of torch take time."""
+    """x as contiguous float32 `[tokens, cols]`: unchanged if it already is, because torch calls take time."""
     if x.dtype == torch.float32 and x.dim() == 2 and x.shape[1] == cols and x.is_contiguous():
         return x
     return x.reshape(-1, cols).to(torch.float32).contiguous()
 
 
 def contiguous(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x contiguous and of that dtype: itself where it is that, as above."""
+    """x contiguous and of that dtype: unchanged if it already is."""
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
@@ -92,14 +93,14 @@ class NativeKernels(NativeLayers):
         self._fallback = _Decoded(self)
 
     def describe(self) -> str:
-        """Level, threads and activation mode, for people."""
+        """Level, threads and activation mode, human-readable."""
         return f"{self.level}, {self._threads()} threads, {self.activations} activations"
 
     def on(self, device: torch.device) -> NativeKernels:
         return self
 
     def prepare(self, weight: Weight) -> Weight:
-        """The weight as this back end likes it: in panels where its format has them, copied into memory."""
+        """The weight in this back end's layout: in panels if its format has them, copied into memory."""
         if (
             isinstance(weight, torch.Tensor)
             or isinstance(weight.format, Tiled)
@@ -120,13 +121,13 @@ class NativeKernels(NativeLayers):
         )
 
     def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
-        """Slots of panels, where the format has them."""
+        """Slots in panel layout, if the format has panels."""
         if format_.name in TILED:
             return ExpertSlotLayout(hidden, width, format_)
         return FileSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-        # the usual first: to ask torch whether something is a tensor takes long where caches are swept
+        # the common case first: isinstance on a tensor is slow with cold caches
         if isinstance(weight, NativeWeight):
             native: NativeWeight | None = weight
         elif isinstance(weight, torch.Tensor):
@@ -246,7 +247,7 @@ class NativeKernels(NativeLayers):
 
 
 class _Decoded(ReferenceKernels):
-    """For formats that have no panels: decoded by torch, multiplied as any other plain weight."""
+    """For formats without panels: decoded by torch, multiplied like any plain weight."""
 
     def __init__(self, native: NativeKernels) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What layers compute besides products with weights, in C++: the same bits in every batch.
+"""Layer operations other than products with weights, in C++: bit-identical in every batch.
 
-A value is computed in one order of operations that depends on its own row alone: not on how many rows there
-are, where in memory they lie, or how many threads share them. Of equal scores the first column wins.
+Each value is computed in an order of operations that depends on its own row alone, not on the number of rows,
+their alignment in memory or the number of threads. Among equal scores the first column wins.
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ class IndexCall(ctypes.Structure):
 
 
 def floats(x: torch.Tensor) -> torch.Tensor:
-    """x as contiguous float32: itself where it is that, for calls of torch take time."""
+    """x as contiguous float32: unchanged if it already is, because torch calls take time."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
 
 
 def fetched(compressed: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries chosen from another device, `[chosen, dim]`, brought to that of `entries`, and where each is.
+    """The selected entries `[chosen, dim]`, copied from another device to that of `entries`, and their new
+    indices.
 
     entries `[L, k]`, -1 for none, which they stay.
     """

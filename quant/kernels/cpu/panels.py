@@ -1,4 +1,4 @@
-"""Weights as the native kernels read them: panels of 32 rows, strictly in sequence.
+"""Weights in the native kernels' layout: panels of 32 rows, read strictly in sequence.
 
 A tiled PackedTensor has the format `TILED[name]`. Its codes are one flat run of bytes, panel after panel,
 each with 32 rows' codes and scales (bit by bit in `native_src/formats.hpp`): as many bytes as before, but for
@@ -44,7 +44,7 @@ class Matrix(ctypes.Structure):
 
 
 class Tiled(Format):
-    """A format rearranged into panels; `base` is the format as files have it."""
+    """A format repacked into panels; `base` is the format in files."""
 
     def __init__(self, base: Format, number: int) -> None:
         self.base = base
@@ -104,7 +104,7 @@ TILED: dict[str, Tiled] = {
 
 
 def tiled_format(packed: PackedTensor) -> Tiled | None:
-    """The panel layout of a weight's format, whether it is tiled already or not; None where there is none."""
+    """The panel layout of a weight's format, whether or not it is tiled already; None if there is none."""
     if isinstance(packed.format, Tiled):
         return packed.format
     return TILED.get(packed.format.name)
@@ -112,13 +112,13 @@ def tiled_format(packed: PackedTensor) -> Tiled | None:
 
 @dataclass(frozen=True)
 class NativeWeight(PackedTensor):
-    """A weight that the library can read: its codes and its scales are each one run of bytes."""
+    """A weight that the library can read: its codes and its scales are each contiguous."""
 
     @cached_property
     def matrix(self) -> Matrix:
-        """What the library needs to know of it.
+        """The library's descriptor of it.
 
-        Kept: after each product that has swept the caches, making it again would take microseconds.
+        Cached: making it again takes microseconds when the CPU caches are cold.
         """
         form = tiled_format(self)
         assert form is not None
@@ -135,12 +135,12 @@ class NativeWeight(PackedTensor):
 
     @cached_property
     def address(self) -> int:
-        """Where `matrix` lies."""
+        """The address of `matrix`."""
         return ctypes.addressof(self.matrix)
 
 
 def native_weight(packed: PackedTensor) -> NativeWeight | None:
-    """The weight for the library, copied where it lies in pieces; None where its format has no panels."""
+    """The weight for the library, copied if it is not contiguous; None if its format has no panels."""
     if isinstance(packed, NativeWeight):
         return packed
     if tiled_format(packed) is None:
@@ -150,7 +150,7 @@ def native_weight(packed: PackedTensor) -> NativeWeight | None:
 
 
 def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> NativeWeight:
-    """`packed` rearranged into panels, in `out` (uint8, of `TILED[...].bytes_for` bytes) where given.
+    """`packed` repacked into panels, in `out` (uint8, of `TILED[...].bytes_for` bytes) where given.
 
     Runs on `threads` threads (torch's number by default). Raises FormatError for a format without panels.
     """
@@ -169,7 +169,7 @@ def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | N
 
 
 def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTensor:
-    """A tiled weight in file layout again; with `rows` (`[n]` int64) only those, in that order."""
+    """A tiled weight back in file layout; with `rows` (`[n]` int64) only those, in that order."""
     form, source = packed.format, native_weight(packed)
     assert isinstance(form, Tiled)
     assert source is not None
@@ -195,7 +195,7 @@ def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTens
 
 @dataclass(frozen=True)
 class ExpertSlotLayout:
-    """Where an expert's weights lie in a slot: one run of bytes with the panels of w1, w3 and w2.
+    """The panel layout of an expert's slot: the panels of w1, w3 and w2, contiguous.
 
     hidden, width  the expert's dimensions; `format` the experts' format in files
     """
@@ -221,20 +221,20 @@ class ExpertSlotLayout:
         w2: PackedTensor,
         threads: int = 1,
     ) -> ExpertWeights:
-        """Rearrange an expert's weights into `slot` (uint8 `[nbytes]`) and return them as they lie there."""
+        """Repack an expert's weights into `slot` (uint8 `[nbytes]`) and return views of them there."""
         for number, weight in enumerate((w1, w3, w2)):
             self.pack_matrix(slot, number, weight, threads)
         return self.views(slot)
 
     def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
-        """Rearrange one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
+        """Repack one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
         view = self.views(slot).matrices[number]
         if weight.shape != view.shape:
             raise FormatError(f"expert weight of shape {weight.shape}, expected {view.shape}")
         tile(weight, view.codes, threads)
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
-        """The weights of the expert that lies in `slot`."""
+        """The weights of the expert in `slot`."""
         form, side = TILED[self.format.name], self._side_bytes
         shape, down_shape = (self.width, self.hidden), (self.hidden, self.width)
         return ExpertWeights(

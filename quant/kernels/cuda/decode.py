@@ -1,6 +1,7 @@
-"""Packed weights to numbers in registers: the part that every Triton kernel shares.
+"""Decoding packed weights in registers: shared by every Triton kernel.
 
-Codes go from words of memory to floats by moving bits, never through a dequantised copy in memory. A thread
+Codes are converted from memory words to floats by bit manipulation, never through a dequantised copy in
+memory. A thread
 loads four words at once; the eight four-bit codes of a word become eight tensors, one for each of its
 columns, so a product needs no shuffling. Tiles of four-bit weights are `[BLOCK_N, UNITS, WORDS]`: rows, units
 of 32 columns, words of a unit. Scales are applied to sums over a unit where there are such sums. Indices into
@@ -43,12 +44,12 @@ def four_bit_kind(packed: PackedTensor) -> int | None:
 
 @cache
 def nf4_levels(device: torch.device) -> torch.Tensor:
-    """The table that kernels take as `levels`, on `device`, brought there once; only NF4 reads it."""
+    """The table that kernels take as `levels`, copied to `device` once; only NF4 reads it."""
     return NF4_LEVELS.to(device)
 
 
 def check_reachable(packed: PackedTensor) -> None:
-    """Raise FormatError for a matrix with more bytes than 32-bit indices reach, or not on a word's border."""
+    """Raise FormatError for a matrix with more bytes than 32-bit indices reach, or not word-aligned."""
     if packed.codes.numel() >= 2**31:
         raise FormatError(f"{packed.format.name}: {list(packed.shape)} is too large for one kernel")
     if packed.codes.data_ptr() % WORD_BYTES:
@@ -107,7 +108,7 @@ def eight_columns(words, levels, KIND: tl.constexpr):
 
 @triton.jit
 def times_factor(values, KIND: tl.constexpr):
-    """What `eight_columns` left out."""
+    """The factor that `eight_columns` leaves out."""
     if KIND == MXFP4:
         return values * 16384.0
     return values

@@ -1,6 +1,6 @@
-"""The Triton back end: CUDA GPUs; and any machine in Triton's interpreter, for tests.
+"""The Triton back end: CUDA GPUs; and, for tests, any machine in Triton's interpreter.
 
-What has no kernel here (GGUF formats) is decoded a block of rows at a time and multiplied by torch.
+Formats without a kernel here (GGUF) are decoded one block of rows at a time and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quant.packed import Format, PackedTensor
 class TritonKernels(TorchLayers):
     """`Kernels` on one device; activations are float32 or bfloat16, results are of the same dtype.
 
-    device    where weights are brought to by `prepare`
+    device    where `prepare` moves weights
     launcher  starts the kernels
     """
 
@@ -52,7 +52,7 @@ class TritonKernels(TorchLayers):
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
     def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
-        """Slots in file layout, and the way there from the CPU's panels."""
+        """Slots in file layout, and the conversion from the CPU's panels."""
         return GpuSlotLayout(hidden, width, format_)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -71,7 +71,8 @@ class TritonKernels(TorchLayers):
         return out.view(*x.shape[:-1], weight.shape[0])
 
     def _converted(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """A plain weight in another dtype is brought to that of x a block of rows at a time, never whole."""
+        """A plain weight in another dtype is cast to that of x one block of rows at a time, never as a
+        whole."""
         step = max(1, DECODE_VALUES // weight.shape[1])
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in torch.split(weight, step)], dim=-1)
 

@@ -1,4 +1,4 @@
-"""Starting Triton kernels: one place, so that a test can see what would be started and compile just that."""
+"""Launches Triton kernels in one place, so that a test can see what would be launched and only compile it."""
 
 from __future__ import annotations
 

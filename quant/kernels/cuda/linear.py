@@ -1,7 +1,7 @@
-"""Triton: `x @ weight^T` for packed and for bfloat16 weights, for a few tokens and for many.
+"""Triton: `x @ weight^T` for packed and bfloat16 weights, for few tokens and for many.
 
-A few tokens: every program multiplies four rows, a thousand columns at a time, with one x and adds up in
-registers; the time is that of reading the weight. More tokens: tiles go through the tensor cores. Programs
+Few tokens: every program multiplies four rows, a thousand columns at a time, with one x and accumulates in
+registers; reading the weight dominates. More tokens: tiles go through the tensor cores. Programs
 that share rows of the weight are neighbours, so the GPU's memory is read once and its cache gives the rest.
 Numbers are decoded to float32 and rounded to x's dtype for the tensor cores only: exact for MXFP4 and FP8,
 whose values bfloat16 holds.
@@ -278,7 +278,7 @@ def plain_linear(
 
 @dataclass(frozen=True)
 class Blocks:
-    """What a program computes: `tokens` x `rows` results, `cols` columns a step, by `warps` of 32 threads."""
+    """The block of a program: `tokens` x `rows` results, `cols` columns a step, by `warps` of 32 threads."""
 
     tokens: int
     rows: int
@@ -287,7 +287,7 @@ class Blocks:
 
     @classmethod
     def of(cls, tokens: int, dtype: torch.dtype) -> Blocks:
-        """For `tokens` activations: the fastest that were measured, of those that spill nothing."""
+        """For `tokens` activations: the fastest measured blocks that do not spill registers."""
         if tokens <= FEW_TOKENS:
             return cls(1, 4, 1024, 4)
         if tokens <= 32:
@@ -358,5 +358,5 @@ def linear_launch(x: torch.Tensor, weight: Weight, out: torch.Tensor) -> Launch:
         arguments = (x, weight.codes, weight.scales, nf4_levels(x.device), out, tokens, rows, units)
         kernel = four_bit_linear
     else:
-        raise FormatError(f"{weight.format.name}: no Triton kernel multiplies with it")
+        raise FormatError(f"{weight.format.name}: no Triton kernel supports it")
     return Launch(kernel, grid, arguments, constants, blocks.warps)

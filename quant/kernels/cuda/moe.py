@@ -1,9 +1,9 @@
-"""Triton: a layer's routed experts in two launches, whatever slots their weights lie in.
+"""Triton: a layer's routed experts in two launches, wherever their slots are.
 
 Pairs (token, choice) are sorted by expert and cut into tiles of at most BLOCK_M pairs of one expert, so
 that each expert's bytes are read once for each tile. The first launch computes gate, up and the clamped
 SwiGLU of every pair, the second the down projection times the router's weight; the choices of a token
-are then added in their order, so results do not depend on what order programs finish in.
+are then added in their order, so results do not depend on the order in which programs finish.
 
 Weights are addressed by their distance in bytes from one of them, since slots of one arena are far apart.
 """
@@ -180,7 +180,7 @@ class Schedule:
 def schedule(expert_ids: torch.Tensor, dtype: torch.dtype) -> Schedule:
     """Tiles for `expert_ids` `[tokens, top_k]` and activations of `dtype`.
 
-    Made on the CPU, where the choice is needed anyway to find the experts.
+    Made on the CPU, which needs the expert ids anyway to find the experts.
     """
     flat = expert_ids.flatten().cpu().numpy()
     pairs = flat.argsort(kind="stable")
@@ -199,7 +199,7 @@ def schedule(expert_ids: torch.Tensor, dtype: torch.dtype) -> Schedule:
 def moe_launches(call: MoeCall, plan: Schedule, out: torch.Tensor) -> tuple[Launch, Launch]:
     """Launches that fill `out` `[tokens * top_k, hidden]` float32 with each pair's weighted output.
 
-    Raises FormatError where experts are in a format without a kernel, or in different ones.
+    Raises FormatError if experts are in a format without a kernel, or in different formats.
     """
     x, expert_weights = call.x.contiguous(), call.expert_weights.float().contiguous()
     chosen = [call.experts[expert] for expert in plan.experts]
@@ -234,7 +234,7 @@ def _places(chosen: list[ExpertWeights]) -> tuple[torch.Tensor, npt.NDArray[np.i
     first = chosen[0].w1
     format_ = first.format
     if four_bit_kind(first) is None:
-        raise FormatError(f"{format_.name}: no Triton kernel runs experts in it")
+        raise FormatError(f"{format_.name}: no Triton kernel runs experts in this format")
     check_reachable(first)
     for expert in chosen:
         for weight in expert.matrices:
@@ -248,7 +248,7 @@ def _places(chosen: list[ExpertWeights]) -> tuple[torch.Tensor, npt.NDArray[np.i
 
 
 def _together(device: torch.device, *arrays: npt.NDArray[np.int64]) -> list[torch.Tensor]:
-    """Arrays in one tensor on `device`, flat, each from an aligned place on: one copy instead of several."""
+    """Arrays packed into one flat tensor on `device`, each aligned: one copy instead of several."""
     sizes = [-(-array.size // 2) * 2 for array in arrays]  # of 8 bytes each
     whole = np.zeros(sum(sizes), dtype=np.int64)
     at = 0

@@ -1,6 +1,6 @@
 """Triton: rows of a packed table, gathered and decoded in one pass; made for Engram tables.
 
-A table may lie in pinned host memory: the kernel then reads just the rows it needs over the bus.
+A table may be in pinned host memory: the kernel then reads only the rows it needs over the bus.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def gather_launch(table: PackedTensor, wanted: torch.Tensor, out: torch.Tensor) 
         arguments = (table.codes, table.scales, levels, wanted, out, len(wanted), cols // UNIT.value)
         return Launch(gather_four_bit, grid, arguments, constants, num_warps=4)
     if not isinstance(table.format, Fp8) or table.format.tile_rows != 1:
-        raise FormatError(f"{table.format.name}: no Triton kernel gathers rows of it")
+        raise FormatError(f"{table.format.name}: no Triton kernel gathers rows in this format")
     is_power = table.scales.dtype == torch.uint8
     constants |= {"TILE_COLS": tile, "POWERS": is_power, "CHUNKS": BLOCK_COLS // CHUNK.value}
     arguments_fp8 = (table.codes, table.scales, wanted, out, len(wanted), cols, table.scales.shape[1])

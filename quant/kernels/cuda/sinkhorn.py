@@ -1,6 +1,6 @@
-"""Triton: Sinkhorn's normalisation of many small matrices, all its turns in one launch.
+"""Triton: Sinkhorn normalisation of many small matrices, all iterations in one launch.
 
-As operations of torch it is six in each turn, and a GPU has done them before its host has started them.
+In torch it takes six operations per iteration, and launching them takes longer than running them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Experts on a GPU: in file layout there, in panels in DRAM, rearranged on the GPU when they move.
+"""Experts on a GPU: in file layout there, in panels in DRAM, repacked on the GPU when they move.
 
-The CPU's kernels want panels, the GPU's want rows as files have them. What is rearranged is done by the GPU
-after the bytes have come over its link: its memory is some forty times as fast as the link, so that costs
-little beside the transfer, where the CPU, which computes meanwhile, has no time to spare.
+The CPU's kernels need panels, the GPU's need rows in file layout. The GPU repacks after the bytes have
+arrived over its link: its memory is some forty times as fast as the link, so this costs little next to the
+transfer, while the CPU is busy computing.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class _Strips:
 
 @dataclass(frozen=True)
 class GpuSlotLayout(FileSlotLayout):
-    """Slots on a GPU: file layout, and the way from and to slots of panels. Four-bit formats only."""
+    """Slots on a GPU: file layout, with conversion from and to slots of panels. Four-bit formats only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.format, FourBit) or self.format.scale_fields:
             raise FormatError(
-                f"{self.format.name}: experts in this format cannot lie on a GPU yet; mxfp4, nf4 and int4 "
-                "can (`loci quantize` converts)"
+                f"{self.format.name}: experts in this format cannot be placed on a GPU yet; mxfp4, nf4 and "
+                "int4 can (`loci quantize` converts)"
             )
 
     def from_panels(self, slot: torch.Tensor, panels: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class GpuSlotLayout(FileSlotLayout):
         for weight, target in zip(self.views(slot).matrices, self._panels(panels), strict=True):
             rows, cols = weight.shape
             assert weight.scales is not None
-            missing = (0, 0, 0, -rows % PANEL_ROWS)  # rows of zeros that fill up the last panel
+            missing = (0, 0, 0, -rows % PANEL_ROWS)  # zero rows that pad the last panel
             codes = F.pad(self._to_panel(weight.codes.view(torch.int32)).view(torch.uint8), missing)
             scales = F.pad(weight.scales.view(torch.uint8), missing)
             parts = []

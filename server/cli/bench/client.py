@@ -24,7 +24,7 @@ class Target:
     def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise LociError(f"{url} is not an address; expected something like http://127.0.0.1:8000")
+            raise LociError(f"{url} is not a URL; expected something like http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self.model = model
         self.host = parts.hostname
@@ -85,7 +85,7 @@ class CompletionStream(asyncio.Protocol):
         """Raise LociError where the connection ended before the answer did."""
         if self._status != 200:
             text = self._text.decode(errors="replace")
-            raise LociError(f"the server answers {self._status or 'nothing'}: {text}")
+            raise LociError(f"the server answered {self._status or 'nothing'}: {text}")
         if not self._is_complete:
             raise LociError("the stream ended before it was complete")
 
@@ -98,7 +98,7 @@ class CompletionStream(asyncio.Protocol):
                     if self._status == 200 and b"event-stream" not in dict(event.headers).get(
                         b"content-type", b""
                     ):
-                        raise LociError("the server does not stream: its answer is no event stream")
+                        raise LociError("the server does not stream: its response is not an event stream")
                 case h11.Data():
                     self._text += event.data
                     if self._status == 200:
@@ -116,7 +116,7 @@ class CompletionStream(asyncio.Protocol):
             return
         chunk = json.loads(event)
         if "error" in chunk:
-            raise LociError(f"the server says: {chunk['error']['message']}")
+            raise LociError(f"the server reports: {chunk['error']['message']}")
         for choice in chunk["choices"]:
             self._timeline.arrivals_s.append(now)
             self._timeline.finish_reason = choice["finish_reason"]

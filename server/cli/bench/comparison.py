@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def overhead_us(self) -> float:
-        """Microseconds of a bare step besides the model's forward, median of the rounds."""
+        """Microseconds of a bare step on top of the model's forward pass, median of the rounds."""
         return median(cost.overhead_us for cost in self.costs)
 
 
@@ -140,7 +140,9 @@ async def _interfere(target: Target, streams: int, prompt_tokens: int, answer_to
             elif ended - gap < long.arrivals_s[-1]:
                 during.append(gap)
     if not before or not during:
-        raise LociError(f"a prompt of {prompt_tokens} tokens did not meet running streams; take a longer one")
+        raise LociError(
+            f"a prompt of {prompt_tokens} tokens did not overlap with the running streams; use a longer one"
+        )
     return Interference(prompt_tokens, long.ttft_s, before, during)
 
 

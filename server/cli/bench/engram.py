@@ -22,27 +22,27 @@ PERCENTILES = (50, 90, 99)
 
 def engram(
     model: Model,
-    rounds: Annotated[int, typer.Option(min=2, max=1000, help="Rounds; each tries all cases in turn.")] = 9,
-    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens decoded in each.")] = 12,
-    prompt: Annotated[int, typer.Option(min=1, max=4096, help="Tokens of the prompt in each.")] = 128,
+    rounds: Annotated[int, typer.Option(min=2, max=1000, help="Number of rounds; each runs every case.")] = 9,
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens to decode in each.")] = 12,
+    prompt: Annotated[int, typer.Option(min=1, max=4096, help="Prompt tokens in each.")] = 128,
     warm: Annotated[
-        int, typer.Option(min=0, help="Tokens whose rows are looked up first, so that the hot cache fills.")
+        int, typer.Option(min=0, help="Tokens whose rows are looked up beforehand to fill the hot cache.")
     ] = 200_000,
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Rows that a text asked of this model's tables, instead of random ones.", show_default=False
+            help="Trace of row lookups from real text, used instead of random rows.", show_default=False
         ),
     ] = None,
     devices: Annotated[
         str | None,
-        typer.Option(help="GPUs that layers are computed on, like cuda:24GiB. Default: none."),
+        typer.Option(help="GPUs to compute layers on, e.g. cuda:24GiB. Default: none."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Decode and prefill with the tables absent, in DRAM, and on disk with a tenth of their bytes in DRAM.
+    """Decode and prefill with the Engram tables absent, in DRAM, and on disk with a tenth of them in DRAM.
 
-    The whole model must fit into memory. A few minutes with the slice of the example.
+    The whole model must fit in memory. The slice in the example takes a few minutes.
 
     Example: loci synth deepseek-v4.1-flash --layers 3 --experts 16 --engram-rows 20000000 --out ./slice
 
@@ -91,8 +91,8 @@ def _print(run: EngramRun) -> None:
     from engine.bench.streams import percentile
 
     print(
-        f"tables of {bytes_text(run.table_bytes)}, {run.rows_a_token} rows a token; "
-        f"on disk with {bytes_text(run.hot_bytes)} in DRAM"
+        f"tables of {bytes_text(run.table_bytes)}, {run.rows_a_token} rows per token; on disk with "
+        f"{bytes_text(run.hot_bytes)} in DRAM"
     )
     rows = []
     for where, skew in run.decode:
@@ -106,7 +106,7 @@ def _print(run: EngramRun) -> None:
         latencies = [f"{1e6 * percentile(run.lookups[where, skew], percent):.0f}" for percent in PERCENTILES]
         rows.append((where, skew, *seconds, *penalties, f"{run.hits[where, skew]:.1%}", *latencies))
     headers = ["table", "rows", "decode ms", "prefill ms", "decode", "prefill", "in DRAM"]
-    print_table([*headers, *(f"look-up p{p} us" for p in PERCENTILES)], rows, right=tuple(range(2, 10)))
+    print_table([*headers, *(f"lookup p{p} us" for p in PERCENTILES)], rows, right=tuple(range(2, 10)))
     for where, target in TARGETS.items():
         worst = run.worst_penalty(where)
         verdict = "met" if worst <= target else "missed"

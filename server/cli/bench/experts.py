@@ -20,19 +20,19 @@ DEFAULT_POLICY, PLANNED_SHARE = "predictive", 0.556
 
 def experts(
     trace: Annotated[
-        Path, typer.Option(help="Routing trace, as `loci profile` records it.", show_default=False)
+        Path, typer.Option(help="Routing trace recorded by `loci profile`.", show_default=False)
     ],
     count: Annotated[
-        int, typer.Option("--experts", min=2, help="Routed experts of a layer.", show_default=False)
+        int, typer.Option("--experts", min=2, help="Routed experts per layer.", show_default=False)
     ],
     shares: Annotated[
-        str, typer.Option(help="Slots as shares of a layer's experts, separated by commas.")
+        str, typer.Option(help="Slots as fractions of a layer's experts, comma-separated.")
     ] = "0.25,0.5,0.75",
     json_file: JsonFile = None,
 ) -> None:
     """Replay a routing trace through each eviction policy, and compare with the best possible (Belady).
 
-    Then shows what GPUs and DRAM exchange, with and without the margin by which an exchange must pay.
+    Then shows the exchanges between GPU and DRAM, with and without the required margin of benefit.
 
     Example: loci bench experts --trace routing.safetensors --experts 384
     """
@@ -65,7 +65,7 @@ def experts(
         right=(1, 2, 3, 4),
     )
     margins = compare_margins(recorded, count, fractions)
-    print("\nA full GPU beside DRAM, predictive; an exchange moves one expert in and one back")
+    print("\nA full GPU with DRAM behind it, predictive policy; an exchange moves one expert in and one back")
     print_table(
         ["routing", "slots", "margin", "hits", "exchanges a use"],
         [

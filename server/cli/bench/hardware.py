@@ -20,13 +20,13 @@ def hardware(
     directory: Annotated[
         Path | None,
         typer.Option(
-            help="Measure the disk that this is on. Default: the current directory.", show_default=False
+            help="Directory on the disk to measure. Default: the current directory.", show_default=False
         ),
     ] = None,
 ) -> None:
     """Measure DRAM, kernels, links and disk; keep the results for `loci plan --hardware this`.
 
-    Takes about half a minute, 1 GB of memory and 1 GB of disk space, for that time only.
+    Takes about half a minute and, temporarily, 1 GB of memory and 1 GB of disk space.
 
     Example: loci bench hardware --directory /models
     """
@@ -51,7 +51,7 @@ def hardware(
         on_progress(len(stages), len(stages))
     print_table(["what", "measured", ""], [(r.name, f"{r.value:.3g}", r.unit) for r in results], right=(1,))
     if not any(r.name == "disk_read" for r in results):
-        print(f"{where}: this file system refuses direct reads; name another with --directory")
+        print(f"{where}: this file system does not support direct reads; choose another with --directory")
     for path in (cache_path(), *([json_file] if json_file else [])):
         write_results(path, machine, results)
         print(f"written to {path}")

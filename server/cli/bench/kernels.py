@@ -15,17 +15,18 @@ def kernels(
     gpu: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Measure the kernels of this CUDA GPU, not the processor's.", show_default=False
+            min=0, help="Measure the kernels of this CUDA GPU instead of the CPU's.", show_default=False
         ),
     ] = None,
     is_quick: Annotated[
-        bool, typer.Option("--quick", help="A few turns only, to see that it runs; the figures mean little.")
+        bool,
+        typer.Option("--quick", help="Run only a few iterations, as a smoke test; the figures mean little."),
     ] = False,
 ) -> None:
-    """Compare products with packed weights to plain reads, to torch's own and to llama.cpp's.
+    """Compare quantised matrix products with plain reads, with torch and with llama.cpp.
 
-    Takes a few minutes and 3 GB of memory at most. llama.cpp takes part where the extra `bench` is installed.
-    On a GPU: half a minute and 3 GB of its memory; bitsandbytes takes part.
+    Takes a few minutes and up to 3 GB of memory. llama.cpp is included if the extra `bench` is installed.
+    On a GPU: half a minute and 3 GB of its memory; bitsandbytes is included.
 
     Example: loci bench kernels --json kernels.json
     """

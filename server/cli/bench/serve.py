@@ -36,28 +36,27 @@ def serve(
     url: Annotated[
         str | None,
         typer.Option(
-            help="Server to measure, instead of starting one. Without MODEL, no bare engine is compared.",
+            help="Server to measure instead of starting one. Without MODEL, it is not compared with the "
+            "bare engine.",
             show_default=False,
         ),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="LOCI_API_KEY", help="Key for --url.", show_default=False)
+        str | None, typer.Option(envvar="LOCI_API_KEY", help="API key for --url.", show_default=False)
     ] = None,
-    streams: Annotated[str, typer.Option(help="Streams to run together, separated by commas.")] = "1,16",
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 64,
-    rounds: Annotated[
-        int, typer.Option(min=1, help="How often to run everything; medians are reported.")
-    ] = 9,
+    streams: Annotated[str, typer.Option(help="Numbers of concurrent streams, comma-separated.")] = "1,16",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 9,
     long_prompt: Annotated[
-        int, typer.Option(min=0, help="Tokens of a prompt that comes while 4 streams run; 0 for none.")
+        int, typer.Option(min=0, help="Tokens of a prompt that arrives while 4 streams run; 0 for none.")
     ] = 1500,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure a server as its clients see it, and compare with the bare engine in the same run.
+    """Measure a server as its clients see it and compare it with the bare engine in the same run.
 
-    The server and the bare engine take turns; as each holds the model, it is in memory twice. Settings of
-    the server come from LOCI_* variables.
+    The server and the bare engine take turns; each loads the model, so it is in memory twice. The server's
+    settings come from LOCI_* variables.
 
     Example: loci bench serve --streams 1,16 --json serve.json
     """
@@ -134,8 +133,8 @@ def _print(compared: dict[int, Comparison], interference: Interference | None) -
         text = f"{streams} streams: {found.http_throughput:.1f} tokens/s"
         if found.bare:
             text += (
-                f"; {found.ratio:.3f} of the bare engine's; a step takes {found.overhead_us:.0f} us "
-                "besides the model's forward"
+                f"; {found.ratio:.3f} of the bare engine's; a step takes {found.overhead_us:.0f} us on top "
+                "of the model's forward pass"
             )
         print(text)
     if interference is not None:

@@ -35,20 +35,18 @@ def slice_(
     model: Model,
     dram_budget: Annotated[
         str | None,
-        typer.Option(
-            help="Memory that weights may take, like 4GiB. Default: three quarters of what is free."
-        ),
+        typer.Option(help="Memory for weights, e.g. 4GiB. Default: three quarters of free memory."),
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="GPUs, like cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
+        str | None, typer.Option(help="GPUs, e.g. cuda:24GiB or virtual:1GiB@12.5GB/s. Default: none.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, max=100_000, help="Tokens to decode.")] = 64,
     json_file: JsonFile = None,
 ) -> None:
     """Decode within budgets and report time by layer, bytes by tier, hits, stalls, memory and the bound.
 
-    The disk is measured in pauses between tokens, and with DRAM and real GPUs afterwards, which takes half a
-    minute and 1 GB of disk. On real GPUs the time by layer is that of further tokens, which take longer.
+    The disk is measured in pauses between tokens, and again with DRAM and real GPUs afterwards, which takes
+    half a minute and 1 GB of disk space. On real GPUs, the time by layer comes from extra, slower tokens.
 
     Example: loci bench slice ./slice --dram-budget 4GiB --devices virtual:1GiB@12.5GB/s
     """
@@ -129,12 +127,12 @@ def slice_(
     )
     prefetched = ", ".join(f"{n} {outcome}" for outcome, n in run.counts.prefetches.items()) or "none"
     print(
-        f"a layer ahead, routers were guessed right in {_guessed(run):.0%}; experts read ahead: {prefetched}"
+        f"a layer ahead, routing was predicted correctly in {_guessed(run):.0%}; prefetched experts: {prefetched}"
     )
     whole = 1 / run.like(FULL_LAYERS, FULL_TABLES)
     print(
         f"Extrapolated, not measured: {whole:.3g} tokens/s with {FULL_LAYERS} layers and {FULL_TABLES} "
-        "tables, were every layer like these on average"
+        "tables, if every layer behaved like the average of these"
     )
     judged = [
         Result("slice_decode_bound_ratio", ratio, "ratio", BOUND_TARGET, ratio >= BOUND_TARGET),
@@ -212,12 +210,12 @@ def _print_layers(run: SliceRun) -> None:
     outside = {kind: run.seconds.get(kind, {}).get(-1, 0.0) for kind in ("addresses", "head")}
     for what, seconds in {**outside, "token": run.total_s}.items():
         rows += [(what, *empty, f"{1e3 * seconds / run.tokens:.2f}")]
-    print_table(["ms a token", *kinds, "all"], rows, right=tuple(range(1, len(kinds) + 2)))
+    print_table(["ms per token", *kinds, "all"], rows, right=tuple(range(1, len(kinds) + 2)))
     if run.gpu_bytes:
         clocked_s = sum(sum(by_layer.values()) for by_layer in run.seconds.values())
         print(
-            "layers and head: of further tokens, with GPUs waited for after each part; such a token took "
-            f"{1e3 * clocked_s / run.tokens:.2f} ms"
+            "layers and head: from extra tokens, with a GPU synchronisation after each part; such a token "
+            f"took {1e3 * clocked_s / run.tokens:.2f} ms"
         )
 
 
@@ -237,7 +235,7 @@ def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:
     ]
     print()
     print_table(
-        ["tier", "hits", "moved a token", "least ms for its bytes", "ms busy", "ms waited for"],
+        ["tier", "hits", "moved per token", "min ms for its bytes", "ms busy", "ms stalled"],
         rows,
         right=(1, 2, 3, 4, 5),
     )

@@ -306,7 +306,7 @@ def test_stop_strings_are_left_to_the_engine(chat: ChatFormat) -> None:
         (
             user(chat_template_kwargs={"tone": 1}),
             "chat_template_kwargs",
-            "knows thinking and enable_thinking",
+            "accepts thinking and enable_thinking",
         ),
     ],
 )

@@ -365,7 +365,7 @@ def test_arguments_with_raw_line_breaks_are_an_object() -> None:
 @pytest.mark.parametrize(
     ("more", "param", "message"),
     [
-        ({"tools": TOOLS}, "tools", "no place for tools"),
+        ({"tools": TOOLS}, "tools", "does not support tools"),
         ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "must be auto or none"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "must be auto or none"),
     ],
@@ -385,7 +385,7 @@ def test_tools_that_must_not_be_called_are_not_shown() -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "does not take these messages"),
+        ("{{ messages[0].content + 1 }}", "rejects these messages"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -404,7 +404,7 @@ def test_a_prompt_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> Non
     loop = "{% for i in range(100000) %}"
     template = f"{loop}{loop}{{{{ messages[0].content }}}}{{% endfor %}}{{% endfor %}}"
 
-    with pytest.raises(RequestError, match="more than 1000 characters; send less"):
+    with pytest.raises(RequestError, match="more than 1000 characters; shorten the messages"):
         render(template, user("hello"))
 
 

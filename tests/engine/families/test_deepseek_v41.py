@@ -224,7 +224,7 @@ def test_the_chosen_kernels_continue_greedily_as_the_reference_does(name: str) -
 
 def test_dense_weights_that_do_not_fit_are_refused() -> None:
     checkpoint = open_safetensors(golden_path("v41-c"))
-    with pytest.raises(BudgetError, match="the weights that every token uses need"):
+    with pytest.raises(BudgetError, match="the weights used by every token need"):
         family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(1000))
 
 
@@ -238,7 +238,7 @@ def test_only_the_wanted_logits_are_computed() -> None:
 def test_a_cache_refuses_more_tokens_than_it_holds() -> None:
     golden = load_golden("v41-c")
     cache = golden.model.new_cache(1, 16)
-    with pytest.raises(BudgetError, match="17 tokens do not fit into a cache of 16"):
+    with pytest.raises(BudgetError, match="17 tokens do not fit in a cache of 16"):
         golden.model.forward(Batch.of([(0, 0, golden.ids[:17])]), cache)
 
 

@@ -112,14 +112,14 @@ def test_more_tokens_than_the_cache_holds_are_refused_before_anything_is_stored(
     cache = model.new_cache(1, 8)
     model.forward(Batch.of([(0, 0, IDS[:6])]), cache)
 
-    with pytest.raises(BudgetError, match="9 tokens do not fit into a cache of 8"):
+    with pytest.raises(BudgetError, match="9 tokens do not fit in a cache of 8"):
         model.forward(Batch.of([(0, 6, IDS[6:9])]), cache)
 
     assert cache.length(0) == 6
 
 
 def test_a_segment_must_continue_its_slot(model: Llama) -> None:
-    with pytest.raises(ValueError, match="slot 0 holds 0 tokens; a segment starts at 3"):
+    with pytest.raises(ValueError, match="slot 0 holds 0 tokens, but the segment starts at 3"):
         model.forward(Batch.of([(0, 3, IDS[:2])]), model.new_cache(1, 8))
 
 
@@ -272,7 +272,7 @@ def test_everything_wrong_with_the_tensors_is_said_at_once(tmp_path: Path) -> No
 def test_a_model_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
     checkpoint = open_gguf(write_gguf(tmp_path / "m.gguf", tiny_values()))
 
-    with pytest.raises(BudgetError, match="bytes; the budget is 1,000 bytes of memory"):
+    with pytest.raises(BudgetError, match="bytes, but the memory budget is 1,000 bytes"):
         FAMILY.load(checkpoint, ReferenceKernels(), MemoryBudget(1000))
 
 
@@ -283,8 +283,8 @@ def test_a_model_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"llama.block_count": None}, "llama.block_count is None, expected a positive number"),
         ({"llama.block_count": "three"}, "llama.block_count is 'three', expected a positive number"),
-        ({"llama.embedding_length": 2.5}, "llama.embedding_length is 2.5, expected a whole number"),
-        ({"llama.attention.head_count_kv": 3}, "4 query heads do not divide among 3 key-value heads"),
+        ({"llama.embedding_length": 2.5}, "llama.embedding_length is 2.5, expected an integer"),
+        ({"llama.attention.head_count_kv": 3}, "4 query heads are not a multiple of 3 key-value heads"),
         ({"tokenizer.ggml.eos_token_id": "end"}, "tokenizer.ggml.eos_token_id is 'end'"),
     ],
 )
@@ -300,12 +300,12 @@ def test_a_gguf_config_it_cannot_run_is_refused(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True; the llama family computes False only"),
+        ({"attention_bias": True}, "attention_bias is True; the llama family supports only False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_theta": 10**400}, "expected a positive number"),
         ({"num_hidden_layers": 2**40}, "no model has more than"),
         ({"vocab_size": None}, "vocab_size is None, expected a positive number"),
-        ({"head_dim": 15}, "a head of 15 channels has no rotary pairs"),
+        ({"head_dim": 15}, "head_dim is 15, expected an even number"),
         ({"eos_token_id": ["end"]}, "eos_token_id is"),
     ],
 )

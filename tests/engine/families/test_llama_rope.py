@@ -177,7 +177,7 @@ def test_a_tensor_of_frequency_factors_must_fit_the_heads(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
 def test_frequency_factors_must_be_positive_numbers(tmp_path: Path, factor: float) -> None:
-    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight holds numbers that no frequency"):
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight has values that are not positive"):
         logits(in_gguf(tmp_path, {}, [1.0] * 7 + [factor]))
 
 
@@ -187,9 +187,9 @@ def test_frequency_factors_must_be_positive_numbers(tmp_path: Path, factor: floa
         ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type is 'longrope'"),
         ({"llama.rope.scaling.factor": -2.0}, "llama.rope.scaling.factor is -2.0, expected a positive"),
         ({"llama.rope.scale_linear": "four"}, "llama.rope.scale_linear is 'four', expected a positive"),
-        ({"llama.rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast is 8.0; .* computes 32.0 only"),
-        ({"llama.rope.scaling.alpha": 2.0}, "llama.rope.scaling.alpha is 2.0; .* does not compute it"),
-        ({"llama.rope.freq_base_swa": 5.0}, "llama.rope.freq_base_swa is 5.0; .* does not compute it"),
+        ({"llama.rope.scaling.yarn_beta_fast": 8.0}, "yarn_beta_fast is 8.0; .* supports only 32.0"),
+        ({"llama.rope.scaling.alpha": 2.0}, "llama.rope.scaling.alpha is 2.0; .* does not support it"),
+        ({"llama.rope.freq_base_swa": 5.0}, "llama.rope.freq_base_swa is 5.0; .* does not support it"),
         ({"llama.rope.freq_base": float("inf")}, "llama.rope.freq_base is inf, expected a positive number"),
     ],
 )
@@ -209,10 +209,10 @@ def test_a_gguf_file_stretched_otherwise_is_refused(
         ({"rope_scaling": {"type": "linear", "factor": 4, "alpha": 2}}, "rope_scaling has alpha, which"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0 is not below"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate is False"),
-        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "say different things"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "disagree"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "has full_attention, which"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the llama family computes 1 only"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; the llama family supports only 1"),
         ({"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"rotary_dim": 8}, "rotary_dim is 8"),

@@ -158,7 +158,7 @@ def test_a_gpu_without_room_for_the_cache_says_so(gpus: tuple[torch.device, torc
 
 
 def test_a_gpu_too_small_to_work_on_is_refused(gpus: tuple[torch.device, torch.device]) -> None:
-    with pytest.raises(BudgetError, match=r"vram:0: 0\.6 GB are too little for CUDA, activations"):
+    with pytest.raises(BudgetError, match=r"vram:0: 0\.6 GB is too little for CUDA, activations"):
         load(gpus, 1 << 30, 1000)
 
 

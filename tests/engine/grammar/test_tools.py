@@ -225,7 +225,7 @@ def test_what_deepseeks_calls_cannot_carry_is_refused(parameters: dict[str, Any]
 
 
 def test_a_template_whose_calls_are_not_known_cannot_be_forced() -> None:
-    with pytest.raises(RequestError, match="how it writes calls is not known"):
+    with pytest.raises(RequestError, match="its tool call format is unknown"):
         tagged("{{ tools }}").answer(0, **FORCED)
 
 

@@ -110,5 +110,5 @@ def test_a_damaged_cached_token_map_is_built_again(tmp_path: Path, monkeypatch: 
 
 
 def test_a_map_of_another_size_than_the_config_says_is_refused() -> None:
-    with pytest.raises(ConfigError, match="folds to 758 Engram keys, the config says 757"):
+    with pytest.raises(ConfigError, match="folds to 758 Engram keys, but the config expects 757"):
         load_token_map(golden_path("v41-c") / "tokenizer.json", 1024, 757)

@@ -28,7 +28,7 @@ def test_no_sampling_is_greedy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not valid JSON"), ("[]", "a JSON object was expected"), ('{"top_p": "x"}', "top_p is 'x'")],
+    [("{", "not valid JSON"), ("[]", "expected a JSON object"), ('{"top_p": "x"}', "top_p is 'x'")],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / FILE_NAME).write_text(content)

@@ -133,7 +133,7 @@ def test_decoding_can_leave_special_tokens_out(tokenizer: Tokenizer) -> None:
 
 
 def test_text_that_is_not_unicode_is_a_bad_request(tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError, match="a lone surrogate stands at character 1"):
+    with pytest.raises(RequestError, match="lone surrogate at character 1"):
         tokenizer.encode("a\ud800")
 
 
@@ -232,7 +232,7 @@ def test_truncation_and_padding_in_the_file_are_not_applied(tmp_path: Path) -> N
 
 
 def test_a_directory_without_a_tokenizer_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"there is no tokenizer\.json; copy it from"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing; copy it from"):
         Tokenizer.from_directory(tmp_path)
 
 
@@ -297,17 +297,17 @@ def test_a_damaged_tokenizer_config_is_a_checkpoint_error(tmp_path: Path, conten
     write(tmp_path)
     (tmp_path / "tokenizer_config.json").write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: (not|holds)"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: (not|expected)"):
         Tokenizer.from_directory(tmp_path)
 
 
 def test_a_named_token_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'<eot>' is not in tokenizer\.json; the files do not belong"):
+    with pytest.raises(ConfigError, match=r"'<eot>' is not in tokenizer\.json; the files do not match"):
         Tokenizer.from_directory(write(tmp_path, {"eos_token": "<eot>"}))
 
 
 def test_a_template_without_end_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the chat template has 2000000 characters, refused"):
+    with pytest.raises(CheckpointError, match="has 2000000 characters, more than the limit"):
         Tokenizer.from_directory(write(tmp_path, {"chat_template": "x" * 2_000_000}))
 
 
@@ -368,7 +368,7 @@ def test_other_kinds_of_gguf_tokenizer_are_named(changes: dict[str, Any], messag
         ({"merges": None}, "merges is missing"),
         ({"merges": ["x yz"]}, "merges do not fit the tokens"),
         ({"token_type": [1]}, "token_type does not have one entry per token"),
-        ({"tokens": ["a", "a"], "token_type": [1, 1]}, "tokens lists 1 twice"),
+        ({"tokens": ["a", "a"], "token_type": [1, 1]}, r"tokens has 1 duplicate token\(s\)"),
         ({"eos_token_id": 10_000}, "the eos token id is 10000, expected 0 to"),
         ({"bos_token_id": "x"}, "the bos token id is 'x'"),
     ],

@@ -63,7 +63,7 @@ def test_a_read_that_is_to_stop_ends_within_a_piece(file: Path) -> None:
     with (
         patch("memory.checkpoint.direct_reads.PIECE", BLOCK),
         patch("memory.checkpoint.direct_reads.read_into", read_and_stop),
-        pytest.raises(CancelledError, match="not wanted any more") as stopped,
+        pytest.raises(CancelledError, match="no longer needed") as stopped,
     ):
         direct.read(coalesce([entry(file, "a", 0, 100_000)]), stop)
     direct.close()

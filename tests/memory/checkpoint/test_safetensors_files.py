@@ -121,7 +121,7 @@ def test_an_index_cannot_reach_outside_its_directory(checkpoint_copy: Path) -> N
     index = json.loads(file.read_text())
     index["weight_map"]["norm.weight"] = "../../etc/passwd"
     file.write_text(json.dumps(index))
-    assert "'../../etc/passwd', which is not a file beside the index" in refusal(checkpoint_copy)
+    assert "'../../etc/passwd', which is not a file next to the index" in refusal(checkpoint_copy)
 
 
 def test_tensors_of_parts_that_are_not_used_are_ignored(checkpoint_copy: Path) -> None:
@@ -178,8 +178,8 @@ def test_several_files_that_could_be_the_model_are_named(checkpoint_copy: Path) 
     save_file({"other": torch.ones(1)}, path / "weights-old.safetensors")
 
     assert (
-        "any of weights-old.safetensors, weights.safetensors could be the model; name the model's file "
-        "model.safetensors, or move the others away"
+        "any of weights-old.safetensors, weights.safetensors could be the model; rename the right one to "
+        "model.safetensors or move the others away"
     ) in refusal(path)
 
 
@@ -192,7 +192,7 @@ def test_a_number_that_is_missing_among_shards_without_index_is_named(checkpoint
 def test_records_alone_are_no_model(checkpoint_copy: Path) -> None:
     renamed(checkpoint_copy, ROUTING_NAME)
 
-    assert "nor any .safetensors file of a model is here" in refusal(checkpoint_copy)
+    assert "nor a .safetensors file of a model" in refusal(checkpoint_copy)
 
 
 def test_a_shard_that_is_a_directory_is_named(checkpoint_copy: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_foreign_tokenizer_is_refused(checkpoint_copy: Path) -> None:
     tokenizer["model"]["vocab"] = renamed
     tokenizer["model"]["merges"] = []
     file.write_text(json.dumps(tokenizer))
-    assert "this tokenizer does not belong to this checkpoint" in refusal(checkpoint_copy)
+    assert "this tokenizer does not match the checkpoint" in refusal(checkpoint_copy)
 
 
 def test_tables_that_the_hash_does_not_fit_are_refused(checkpoint_copy: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_file_that_ends_too_early_fails_the_look_up_that_needs_it_and_no_other
     store = EngramStore({7: table_files(checkpoint)}, checkpoint, ReferenceKernels(), budget_bytes, telemetry)
     entry = checkpoint.entries["t.weight"]
     os.truncate(entry.file, entry.offset + entry.nbytes - 20_000)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file has become shorter"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file has been truncated"):
         store.lookup(7, torch.tensor([0, ROWS - 1])).wait()
     assert torch.equal(store.lookup(7, torch.tensor([0])).wait(), codes[:1].float())
     assert telemetry.snapshot().failed == {"engram demand": 1}
@@ -226,6 +226,6 @@ def test_a_ticket_nobody_waits_for_and_a_closed_store_do_no_harm(checkpoint: Che
             outcomes.add("found")
         except RuntimeError as error:
             outcomes.add(str(error))
-    assert outcomes <= {"found", "the store of Engram rows was closed"}
+    assert outcomes <= {"found", "the Engram row store was closed"}
     with pytest.raises(RuntimeError, match="closed"):
         store.lookup(7, torch.tensor([0]))

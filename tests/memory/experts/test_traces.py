@@ -43,10 +43,10 @@ def test_a_model_without_a_trace_has_no_hot_experts(tmp_path: Path) -> None:
 def test_a_trace_of_another_model_is_refused(trace: RoutingTrace, tmp_path: Path) -> None:
     trace.save(tmp_path / FILE_NAME)
     with pytest.raises(
-        CheckpointError, match="traces 2 layers, the model has 3; remove it and record it again"
+        CheckpointError, match="covers 2 layers, but the model has 3; delete it and record a new one"
     ):
         trace_beside(tmp_path, 3, 8)
-    with pytest.raises(CheckpointError, match="names expert 7 of 7"):
+    with pytest.raises(CheckpointError, match="refers to expert 7, but there are only 7"):
         trace_beside(tmp_path, 2, 7)
 
 

@@ -51,7 +51,9 @@ def test_all_cores_are_as_fast_as_one_at_least() -> None:
 
 
 def test_a_machine_too_busy_to_be_measured_is_refused() -> None:
-    with pytest.raises(LociError, match=r"4 GB/s, one alone at 10 GB/s: .* measure again when it is idle"):
+    with pytest.raises(
+        LociError, match=r"4 GB/s, but one core alone at 10 GB/s: .* measure again when it is idle"
+    ):
         measure.rates_of_one_and_all(rates(*[10.0] * 4), rates(*[4.0] * 4))
 
 

@@ -98,5 +98,5 @@ def test_a_recorded_trace_counts_for_the_layers_that_have_experts() -> None:
 
 
 def test_a_trace_of_another_model_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="traces 2 layers, deepseek-v4-flash has 43"):
+    with pytest.raises(CheckpointError, match="covers 2 layers, but deepseek-v4-flash has 43"):
         of_trace(trace_of([[0, 1], [2, 3]]), built_in("deepseek-v4-flash"), "trace")

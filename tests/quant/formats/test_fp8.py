@@ -102,7 +102,7 @@ def test_rows_on_tile_borders_decode_alone(format_: Fp8) -> None:
 
 def test_rows_that_cut_a_tile_are_refused() -> None:
     packed = FP8_32.encode(torch.randn(64, 64))
-    with pytest.raises(FormatError, match="cut a tile of 32 rows"):
+    with pytest.raises(FormatError, match="cut through a tile of 32 rows"):
         packed.rows(16, 48)
 
 

@@ -42,7 +42,7 @@ def test_without_compiled_kernels_plain_torch_computes_and_says_so_once(
     assert kernels.name == "reference"
     assert "install a C++ compiler" in kernels.describe()
     (record,) = caplog.records
-    assert "computing with plain torch, which is slow" in record.getMessage()
+    assert "computing with plain PyTorch, which is slow" in record.getMessage()
 
 
 def test_building_without_a_compiler_succeeds_without_the_compiled_part(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_the_model_is_listed_for_this_sdk_too(claude: anthropic.Anthropic) -> No
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type: "),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         ({"tool_choice": {"type": "tool"}, "tools": TOOLS}, "tool_choice.name is required"),
-        ({"mcp_servers": [{}]}, "mcp_servers is not supported: this server calls no others"),
+        ({"mcp_servers": [{}]}, "mcp_servers is not supported: this server does not call other servers"),
         ({"messages": [{"role": "user", "content": "word " * 3000}]}, "maximum context length is 2048"),
     ],
 )

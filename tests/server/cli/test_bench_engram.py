@@ -54,8 +54,8 @@ def test_rows_of_a_trace_are_looked_up_where_it_is_this_models(tmp_path: Path) -
     found = {r["name"]: r["value"] for r in json.loads(file.read_text())["results"]}
     assert 0 < found["engram_nvme_recorded_hits"] < found["engram_dram_recorded_hits"] == 1.0
     assert "engram_dram_zipf_hits" not in found
-    assert "the trace is another model's" in complaint(another.stderr)
-    assert "not a trace of Engram rows" in complaint(none.stderr)
+    assert "the trace was recorded with another model" in complaint(another.stderr)
+    assert "not an Engram row trace" in complaint(none.stderr)
     assert "ask for fewer" in complaint(long.stderr)
 
 

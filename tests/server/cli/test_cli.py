@@ -39,7 +39,7 @@ def test_chat_through_a_pipe_answers_line_by_line(server: LociServer) -> None:
 
     assert result.returncode == 0
     assert result.stdout.count("\n") >= 3
-    assert result.stderr == "/help: no such command. /reset forgets the conversation, /quit ends.\n"
+    assert result.stderr == "/help: no such command. /reset clears the conversation, /quit exits.\n"
     assert server.metric("loci_http_requests_total", route="/v1/chat/completions", status="200") >= 3
 
 
@@ -55,7 +55,7 @@ def test_chat_in_a_terminal_prompts_and_goes_on_after_an_error(server: LociServe
         env=harness.environment(TERM="dumb"),
     )
     try:
-        assert "Talking to v41-c" in _read_until(controller, "\n> ")
+        assert "Chatting with v41-c" in _read_until(controller, "\n> ")
         os.write(controller, b"word " * 700 + b"\n")
         assert "maximum context length is 2048" in _read_until(controller, "\n> ")
         os.write(controller, b"Hello\n")
@@ -119,7 +119,7 @@ def test_logits_are_those_of_the_reference(tmp_path: Path, name: str) -> None:
         ('["a"]', "expected a JSON list of token ids"),
         ("[]", "expected a JSON list of token ids"),
         ("[1, 5000]", "5000 is not a token id; the vocabulary has ids 0 to 1023"),
-        (json.dumps([1] * 3000), "3000 tokens are more than the model's context of 2048"),
+        (json.dumps([1] * 3000), "3000 tokens exceed the model's context of 2048"),
     ],
 )
 def test_wrong_ids_are_one_line_and_no_file(tmp_path: Path, ids: str, message: str) -> None:

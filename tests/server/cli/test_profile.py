@@ -73,7 +73,10 @@ def test_a_record_of_more_tokens_is_kept(one_file: Path) -> None:
     refused = invoke(*profile, "39")
 
     assert refused.returncode == 1
-    assert "routing.safetensors: holds a record of 40 tokens, better than one of 39" in refused.stderr
+    assert (
+        "routing.safetensors: already holds a trace of 40 "
+        "tokens, longer than this one of 39" in refused.stderr
+    )
     assert RoutingTrace.load(record).tokens == 40
     assert "in place of one of 40" in invoke(*profile, "41").stdout
     assert RoutingTrace.load(record).tokens == 41
@@ -105,7 +108,7 @@ def test_models_that_come_with_loci_are_left_as_they_are(tmp_path: Path) -> None
     refused = invoke("profile", "demo", tmp_path / "text.txt")
 
     assert refused.returncode == 1
-    assert "comes with Loci and is left as it is; name a file to write with --out" in refused.stderr
+    assert "comes with Loci and is not modified; name a file to write with --out" in refused.stderr
     assert not (model_path(Path("demo")) / FILE_NAME).exists()
 
 

@@ -48,7 +48,7 @@ def test_output_without_a_terminal_is_plain_lines(tmp_path: Path) -> None:
     [
         ([GOLDEN, "OUT"], "nothing to convert"),
         ([GOLDEN, GOLDEN, "--experts", "nf4"], "not empty"),
-        (["pyproject.toml", "OUT", "--experts", "nf4"], "a safetensors directory is needed"),
+        (["pyproject.toml", "OUT", "--experts", "nf4"], "expected a safetensors directory"),
         ([GOLDEN, "OUT", "--experts", "nf4", "--report", "missing/report.json"], "no such directory"),
         (
             [GOLDEN, "OUT", "--dense", "fp8", "--experts", "int4", "--int4-group", "128"],
@@ -103,4 +103,4 @@ def test_resumed_conversion_says_what_was_finished_before(
     with monkeypatch.context() as patched:
         patched.setattr(files, "_finish", lambda *arguments: (_ for _ in ()).throw(ConfigError("cut short")))
         assert str(run(GOLDEN, out, "--experts", "nf4").exception) == "cut short"
-    assert "were finished before" in run(GOLDEN, out, "--experts", "nf4").output
+    assert "already done" in run(GOLDEN, out, "--experts", "nf4").output

@@ -52,7 +52,7 @@ def test_what_is_wrong_beside_the_tensors_is_said_with_them(
 
     said = refusal(command, checkpoint_copy)
 
-    for problem in ("missing shard ", "tokenizer.json", "generation_config.json: not", "traces 99 layers"):
+    for problem in ("missing shard ", "tokenizer.json", "generation_config.json: not", "covers 99 layers"):
         assert problem in said
 
 

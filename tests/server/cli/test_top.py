@@ -61,9 +61,9 @@ def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: Start
     assert once.returncode == 0
     for words in (
         ("running", "in the queue", "first token", "between tokens", "whole answer"),
-        ("KV", "prefixes", "prompts known"),
+        ("KV", "prefixes", "prefix hits"),
         ("vram:0", "nvme (misses)", "busy", "waited: demand"),
-        ("router guesses", "Engram rows", "asked"),
+        ("routing predictions", "Engram rows", "asked"),
     ):
         for word in words:
             assert word in once.stdout
@@ -111,14 +111,14 @@ def test_a_server_that_vanishes_ends_the_live_view_with_one_line(start_server: S
     with watching(server, **LIVELY) as terminal:
         terminal.wait_for("answer tokens/s")
         server.kill()
-        terminal.wait_for(re.escape(ENDED) + r"\S*\s*loci: http://\S+: no server answers there \(.*\n")
+        terminal.wait_for(re.escape(ENDED) + r"\S*\s*loci: http://\S+: no server is answering \(.*\n")
         assert terminal.exit_code() == 1
 
 
 def test_no_server_there_is_said_in_one_line() -> None:
     once = invoke("top", "--once", "--url", "http://127.0.0.1:1", "--api-key", "schlüssel")
     assert once.returncode == 1
-    assert "no server answers there" in complaint(once.stderr)
+    assert "no server is answering" in complaint(once.stderr)
 
 
 def test_percentiles_lie_within_their_buckets() -> None:
@@ -135,7 +135,7 @@ def test_shares_are_those_of_the_time_between_two_looks() -> None:
     text = shown(now, before, before)
     for expected in ("2 MB", "75.0%", "25.0%", "waited: another", "10.0%"):
         assert expected in text
-    assert "75%" in text  # prompts known: 3 of 4
+    assert "75%" in text  # prefix hits: 3 of 4
     assert "2.50 s" in shown(now)
 
 

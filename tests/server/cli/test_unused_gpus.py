@@ -10,7 +10,7 @@ import torch
 
 from tests.server.harness import TINY, invoke
 
-NOTICE = "this machine has a GPU (A GPU), and Loci does not use it: to do so, pass --devices cuda:22GiB or"
+NOTICE = "this machine has a GPU (A GPU), but Loci does not use it: to use it, pass --devices cuda:22GiB or"
 
 
 @pytest.fixture(autouse=True)

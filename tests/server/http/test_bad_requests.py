@@ -39,7 +39,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -2}, "top_k", "0 (off) or greater"),
         ({"min_tokens": -1}, "min_tokens", "0 (off) or greater"),
-        ({"min_tokens": 5}, "min_tokens", "min_tokens is 5, more than the 4 an answer may have"),
+        ({"min_tokens": 5}, "min_tokens", "min_tokens is 5, more than max_tokens (4)"),
         ({"min_p": 2}, "min_p", "between 0 and 1"),
         ({"frequency_penalty": 3}, "frequency_penalty", "between -2 and 2"),
         ({"presence_penalty": 3}, "presence_penalty", "between -2 and 2"),
@@ -56,7 +56,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"stop_token_ids": [99999]}, "stop_token_ids", "outside the vocabulary"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "ids 0 to 1023"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is not a token id"),
-        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "'05' names token 5 a second time"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "'05' repeats token 5"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
@@ -86,7 +86,7 @@ def user(content: Any) -> dict[str, Any]:
         (json_schema({"type": "king"}), "response_format", '"king" is not valid'),
         (json_schema({"$ref": "http://x/y"}), "response_format", "cannot fetch"),
         (json_schema({"enum": []}), "response_format.json_schema.schema", "Unsatisfiable"),
-        (json_schema({"enum": ["x" * 300_000]}), "response_format.json_schema.schema", "more than 262144"),
+        (json_schema({"enum": ["x" * 300_000]}), "response_format.json_schema.schema", "limit of 262144"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "unclosed group"),
         ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", "look-ahead"),
         ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar", "no start rule"),
@@ -105,7 +105,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"audio": {"voice": "x"}}, "audio", "only text can be generated"),
         ({"functions": [{"name": "f"}]}, "functions", "use tools"),
         ({"function_call": "auto"}, "function_call", "use tool_choice"),
-        ({"web_search_options": {}}, "web_search_options", "searches nothing"),
+        ({"web_search_options": {}}, "web_search_options", "does not search"),
         ({"guided_regex": "a+"}, "guided_regex", "use structured_outputs.regex"),
         ({"regex": "a+"}, "regex", "use structured_outputs.regex"),
         ({"json_schema": {}}, "json_schema", "use response_format"),
@@ -276,7 +276,7 @@ def test_an_unknown_model_raises_the_sdks_not_found(client: openai.OpenAI) -> No
 
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
-    assert "'gpt-9' does not exist; this server has 'v41-c'" in caught.value.message
+    assert "'gpt-9' does not exist; this server serves 'v41-c'" in caught.value.message
 
 
 def test_an_unknown_route_is_a_404_in_the_same_shape(http: httpx.Client) -> None:
@@ -292,4 +292,4 @@ def test_a_wrong_method_is_a_405_that_says_which_is_right(http: httpx.Client) ->
 
     assert answer.status_code == 405
     assert answer.headers["allow"] == "POST"
-    assert "does not take GET" in answer.json()["error"]["message"]
+    assert "does not support GET" in answer.json()["error"]["message"]

@@ -73,14 +73,14 @@ def test_a_file_has_keys_with_and_without_limits(write_keys: WriteKeys) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "there are no keys in it"),
-        ("ada: sk-secret", "this is not TOML; a key is a line like name = "),
-        ('"a b" = "sk-secret"', "'a b' is no name for a key"),
+        ("", "contains no keys"),
+        ("ada: sk-secret", "not valid TOML; a key is a line like name = "),
+        ('"a b" = "sk-secret"', "'a b' is not a valid key name"),
         ('ada = ""', "ada.key: "),
         ("[ada]\nrequests_per_minute = 5", "ada.key: Field required"),
         ('[ada]\nkey = "sk-secret"\nrequests_per_minute = "5"', "ada.requests_per_minute: "),
         ('[ada]\nkey = "sk-secret"\nrequests_per_hour = 5', "ada.requests_per_hour: Extra inputs"),
-        ('ada = "sk-secret"\nbob = "sk-secret"', "the key of ada stands there twice"),
+        ('ada = "sk-secret"\nbob = "sk-secret"', "the key of ada is listed twice"),
     ],
 )
 def test_a_wrong_file_is_explained_without_showing_a_key(
@@ -136,7 +136,7 @@ def test_a_file_that_breaks_leaves_the_keys_as_they_were(
     clock.now += CHECK_EVERY_S
 
     assert ring.account("sk-one") is not None
-    assert "the keys read before stay valid" in caplog.text
+    assert "the previous keys stay valid" in caplog.text
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
     write_keys('eve = "sk-four"')
     clock.now += CHECK_EVERY_S
@@ -157,7 +157,7 @@ def test_requests_are_counted_by_the_minute(clock: Clock) -> None:
     ask(ada)
     ask(ada)
 
-    with pytest.raises(ApiError, match="allowed 2 requests per minute; try again in 30 s") as caught:
+    with pytest.raises(ApiError, match="limited to 2 requests per minute; try again in 30 s") as caught:
         ask(ada)
     assert caught.value.status == 429
     assert caught.value.headers["Retry-After"] == "30"
@@ -172,7 +172,7 @@ def test_tokens_may_be_overdrawn_once_and_must_then_be_paid_back(clock: Clock) -
     ask(ada)
     ada.spend(prompt=50, generated=40)
 
-    with pytest.raises(ApiError, match="allowed 60 tokens per minute; try again in 31 s"):
+    with pytest.raises(ApiError, match="limited to 60 tokens per minute; try again in 31 s"):
         ask(ada)
     clock.now += 31
     ask(ada)
@@ -186,14 +186,14 @@ def test_tokens_may_be_overdrawn_once_and_must_then_be_paid_back(clock: Clock) -
 def test_requests_at_once_are_counted_until_they_end(clock: Clock) -> None:
     ada = account(clock, concurrent_requests=1)
 
-    with ada.request(), pytest.raises(ApiError, match="allowed 1 requests at once"):
+    with ada.request(), pytest.raises(ApiError, match="limited to 1 concurrent requests"):
         ask(ada)
     ask(ada)
 
 
 def test_a_request_that_was_refused_counts_for_nothing(clock: Clock) -> None:
     ada = account(clock, requests_per_minute=2, concurrent_requests=1)
-    with ada.request(), pytest.raises(ApiError, match="at once"):
+    with ada.request(), pytest.raises(ApiError, match="concurrent requests"):
         ask(ada)
 
     ask(ada)
@@ -265,7 +265,7 @@ def test_a_stream_counts_as_running_until_its_client_leaves(guarded: LociServer)
     with sdk(guarded, "sk-eve") as eve:
         with eve.completions.create(**LONG, stream=True) as stream:
             next(iter(stream))
-            with pytest.raises(openai.RateLimitError, match="allowed 1 requests at once"):
+            with pytest.raises(openai.RateLimitError, match="limited to 1 concurrent requests"):
                 eve.completions.create(**SHORT)
 
         def is_free() -> bool:

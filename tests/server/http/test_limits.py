@@ -60,7 +60,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(narrow: LociServer) -
 
         assert caught.value.code == "queue_full"
         assert caught.value.response.headers["retry-after"] == "1"
-        assert "waiting already; try again later" in caught.value.message
+        assert "already waiting; try again later" in caught.value.message
         eventually(lambda: narrow.metric("loci_sequences_waiting") == 0, "the other one was taken back")
     eventually(lambda: narrow.metric("loci_sequences_running") == 0, "the slot is free")
 
@@ -77,7 +77,7 @@ def test_more_answers_than_ever_fit_are_refused_for_good(narrow: LociServer) -> 
     answer = httpx.post(f"{narrow.url}/v1/completions", json=SHORT | {"prompt": ["a", "b", "c"]})
 
     assert answer.status_code == 400
-    assert "3 answers at once are more than this server takes (2)" in answer.json()["error"]["message"]
+    assert "3 answers at once exceed this server's limit of 2;" in answer.json()["error"]["message"]
 
 
 def test_a_body_that_declares_to_be_too_large_is_refused_unread(narrow: LociServer) -> None:

@@ -49,7 +49,7 @@ def test_experts_on_virtual_gpus_in_dram_and_on_disk_answer_alike_and_are_counte
 def test_a_budget_that_cannot_hold_the_dense_weights_ends_with_one_line(start_server: StartServer) -> None:
     server = start_server(TINY, "--dram-budget", "100KB")
     assert server.exit_code() == 1
-    assert "the weights that every token uses need" in complaint(server.err.read_text())
+    assert "the weights used by every token need" in complaint(server.err.read_text())
 
 
 def test_gpus_that_are_not_there_are_refused(start_server: StartServer) -> None:

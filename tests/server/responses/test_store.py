@@ -31,9 +31,11 @@ def test_a_kept_response_can_be_fetched_and_forgotten(client: openai.OpenAI) -> 
 
     assert client.responses.retrieve(response.id) == response
     client.responses.delete(response.id)
-    with pytest.raises(openai.NotFoundError, match="is not kept here"):
+    with pytest.raises(openai.NotFoundError, match="is not stored on this server"):
         client.responses.retrieve(response.id)
-    with pytest.raises(openai.BadRequestError, match="is not kept here; send its items") as caught:
+    with pytest.raises(
+        openai.BadRequestError, match="is not stored on this server; send its items"
+    ) as caught:
         ask(client, previous_response_id=response.id)
     assert caught.value.code == "previous_response_not_found"
     with pytest.raises(openai.NotFoundError):
@@ -88,7 +90,7 @@ def test_a_page_that_cannot_be_is_refused(
 
 
 def test_a_response_that_has_ended_cannot_be_cancelled(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="has ended"):
+    with pytest.raises(openai.BadRequestError, match="has already ended"):
         client.responses.cancel(ask(client).id)
     with pytest.raises(openai.NotFoundError):
         client.responses.cancel("resp_0")

@@ -143,7 +143,7 @@ def test_a_broken_checkpoint_ends_the_server_with_a_clear_message(
     ("arguments", "message"),
     [
         (["/nowhere/model"], "/nowhere/model: no such file or directory"),
-        ([TINY, "--max-model-len", "4096"], "max_model_len is 4096, but v41-c was made for 2048 tokens"),
+        ([TINY, "--max-model-len", "4096"], "max_model_len is 4096, but v41-c supports at most 2048 tokens"),
         ([TINY, "--prefix-cache", "much"], "'much' is not a size"),
         ([TINY, "--max-num-seqs", "0"], "max_num_seqs: Input should be greater than or equal to 1, got 0"),
         ([TINY, "--config", "/nowhere.toml"], "/nowhere.toml: no such file"),

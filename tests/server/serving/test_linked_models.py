@@ -103,9 +103,7 @@ def test_links_that_lead_nowhere_are_named(tmp_path: Path, gguf_file: Path) -> N
     shard = min(snapshot.glob("model-*.safetensors"))
     shard.resolve().unlink()
 
-    with pytest.raises(
-        CheckpointError, match=r"tiny-f32\.gguf: a link to \.\./\.\./blobs/\w+, which is not there"
-    ):
+    with pytest.raises(CheckpointError, match=r"tiny-f32\.gguf: a broken link to \.\./\.\./blobs/\w+;"):
         open_model(linked)
     with pytest.raises(CheckpointError, match=f"missing shard {shard.name}, a link to ../../blobs"):
         open_model(snapshot)

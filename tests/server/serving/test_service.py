@@ -175,7 +175,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing_but_where_to_look(loaded: L
     request_id = answer.headers["x-request-id"]
     assert answer.status_code == 500
     assert answer.json()["error"]["message"] == (
-        f"internal error; the server's log says more under {request_id}"
+        f"internal error; the server's log has details under {request_id}"
     )
 
 
