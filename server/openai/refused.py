@@ -78,9 +78,7 @@ _OFF_AT_0 = (
     "top_a", "mirostat", "mirostat_mode", "dynatemp_range", "smoothing_factor", "xtc_probability",
     "dry_multiplier", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "no_repeat_ngram_size", "n_indent",
 )  # fmt: skip
-_OFF_AT_1 = (
-    "typical_p", "typical", "tfs", "tfs_z", "encoder_repetition_penalty", "guidance_scale",
-)  # fmt: skip
+_OFF_AT_1 = ("typical_p", "typical", "tfs", "tfs_z", "encoder_repetition_penalty", "guidance_scale")
 SAMPLERS = {
     **dict.fromkeys(_OFF_AT_0, unless(_NO_SAMPLER, 0)),
     **dict.fromkeys(
