@@ -191,7 +191,7 @@ class _Source:
 
     def __call__(self, text: bytes | str) -> list[int]:
         plain = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return self._tokenizer.encode(plain, parse_special=False)
+        return self._tokenizer.encode_inside(plain)
 
 
 def _check_size(grammar: Grammar) -> None:

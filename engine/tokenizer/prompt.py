@@ -25,14 +25,39 @@ NOTHING = "(?!)"
 PRIVATE_USE = range(0xE000, 0xF900)
 
 
-def without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """An encoder over the same vocabulary (shared, not copied) that knows no added tokens."""
+def without_added_tokens(backend: tokenizers.Tokenizer, *, starts_text: bool = True) -> tokenizers.Tokenizer:
+    """An encoder over the same vocabulary (shared, not copied) that knows no added tokens.
+
+    `starts_text` false: one for text inside another, with no space put in front of it.
+    """
     literal = tokenizers.Tokenizer(backend.model)
-    if backend.normalizer is not None:
-        literal.normalizer = backend.normalizer
-    if backend.pre_tokenizer is not None:
-        literal.pre_tokenizer = backend.pre_tokenizer
+    parts = backend if starts_text else _parts_inside_text(backend)
+    if parts.normalizer is not None:
+        literal.normalizer = parts.normalizer
+    if parts.pre_tokenizer is not None:
+        literal.pre_tokenizer = parts.pre_tokenizer
     return literal
+
+
+def _parts_inside_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Normalizer and pre-tokenizer of `backend` without what puts a space in front of a text."""
+    parts: dict[str, Any] = {"version": "1.0", "added_tokens": []}
+    parts["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    for name in ("normalizer", "pre_tokenizer"):
+        part: Any = getattr(backend, name)
+        parts[name] = None if part is None else _unprefixed(json.loads(part.__getstate__()))
+    return tokenizers.Tokenizer.from_str(json.dumps(parts))
+
+
+def _unprefixed(part: Any) -> Any:
+    if isinstance(part, list):
+        return [each for each in map(_unprefixed, part) if each is not None]
+    if not isinstance(part, Mapping):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    off = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {name: off.get(name, _unprefixed(value)) for name, value in part.items()}
 
 
 def encode_text(encoder: tokenizers.Tokenizer, text: str) -> list[int]:

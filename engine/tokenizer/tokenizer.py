@@ -150,6 +150,16 @@ class Tokenizer:
         ids = encode_text(self.backend, text)
         return self.front_of(ids) + ids if add_special_tokens else ids
 
+    def encode_inside(self, text: str) -> list[int]:
+        """Token ids of `text` as it stands inside another: added tokens are not looked for, and no space is
+        put in front."""
+        spell = self._prompt_encoder(None).spelled_out
+        return [small for i in encode_text(self._inside, text) for small in spell(i)]
+
+    @cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        return without_added_tokens(self.backend, starts_text=False)
+
     def front_of(self, ids: list[int]) -> list[int]:
         """What is to be put in front of a text's `ids`: nothing where it spells its beginning itself."""
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix

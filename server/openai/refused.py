@@ -78,14 +78,14 @@ _OFF_AT_0 = (
     "top_a", "mirostat", "mirostat_mode", "dynatemp_range", "smoothing_factor", "xtc_probability",
     "dry_multiplier", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "no_repeat_ngram_size", "n_indent",
 )  # fmt: skip
-_OFF_AT_1 = (
-    "typical_p", "typical", "tfs", "tfs_z", "encoder_repetition_penalty", "guidance_scale",
-)  # fmt: skip
+_OFF_AT_1 = ("typical_p", "typical", "tfs", "tfs_z", "encoder_repetition_penalty", "guidance_scale")
 SAMPLERS = {
     **dict.fromkeys(_OFF_AT_0, unless(_NO_SAMPLER, 0)),
+    **dict.fromkeys(
+        ("dynamic_temperature", "watermark", "token_healing", "negative_prompt"), unless(_NO_SAMPLER)
+    ),
     **dict.fromkeys(_OFF_AT_1, unless(_NO_SAMPLER, 1)),
     "top_n_sigma": unless(_NO_SAMPLER, 0, -1),
-    "dynamic_temperature": unless(_NO_SAMPLER),
     "repeat_penalty": unless("use repetition_penalty, which counts the whole prompt and answer", 1),
     "min_keep": unless(_NO_SAMPLER, 0, 1),
     "samplers": unless("the order of samplers is fixed"),
@@ -93,7 +93,6 @@ SAMPLERS = {
     "sampler_priority": unless("the order of samplers is fixed"),
     "temperature_last": unless("the order of samplers is fixed"),
     "do_sample": only("use temperature: 0", True),
-    "watermark": unless(_NO_SAMPLER),
     "use_beam_search": unless(_NO_BEAMS),
     "num_beams": unless(_NO_BEAMS, 1),
     "beam_width": unless(_NO_BEAMS, 1),
@@ -128,8 +127,6 @@ SAMPLERS = {
     "banned_tokens": unless("use logit_bias"),
     "banned_strings": unless("use logit_bias"),
     "custom_token_bans": unless("use logit_bias"),
-    "token_healing": unless(_NO_SAMPLER),
-    "negative_prompt": unless(_NO_SAMPLER),
     "preset": unless(_BY_THEMSELVES),
 }
 # What all protocols refuse.
@@ -286,6 +283,7 @@ RESPONSES_REFUSED = (
     | {
         "background": unless("answers are computed while the client waits; use stream"),
         "conversation": unless("send the items of the conversation, or previous_response_id"),
+        "personality": unless("say it in instructions"),
         "prompt": unless("there are no stored prompts; send instructions and input"),
         "messages": unless("use input"),
         "system": unless("use instructions"),
@@ -309,6 +307,8 @@ MESSAGES_REFUSED = (
     | {name: only("use max_tokens") for name in (*_LENGTHS, "max_completion_tokens")}
     | {
         "mcp_servers": unless("this server does not call other servers"),
+        "compaction": unless("conversations are answered, not summarized", {}),
+        "thread": unless("send the whole conversation", {}),
         "container": unless("this server runs no tools of its own"),
         "output_format": unless("use output_config.format"),
         "response_format": unless("use output_config.format", {"type": "text"}),

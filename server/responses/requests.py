@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
 from server.openai.messages import Body, FunctionDefinition, Items, Message, Tool, choice_kind
-from server.openai.refused import RESPONSES_REFUSED, only, refuse_fields, unless
+from server.openai.refused import RESPONSES_REFUSED, TOOL_REFUSED, only, refuse_fields, unless
 from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
 from server.responses.input import InputItem, messages_of
 
@@ -27,6 +27,11 @@ class _OfFunctionType(Body):
 
 class ResponsesTool(FunctionDefinition, _OfFunctionType):
     """A function that the model may call; its type is looked at first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_callers(cls, data: Any) -> Any:
+        return refuse_fields(data, TOOL_REFUSED, "tools.")
 
 
 class NamedFunction(_OfFunctionType):
@@ -85,6 +90,8 @@ class Reasoning(Body):
         refused = {
             "max_tokens": only("reasoning is not limited separately from the answer"),
             "enabled": only("use effort", True),
+            "mode": unless("there is one mode; use effort", "standard"),
+            "context": unless("all reasoning that is sent is kept", "auto"),
             "exclude": unless("ignore the reasoning in the answer"),
         }
         return refuse_fields(data, refused, "reasoning.")

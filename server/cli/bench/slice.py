@@ -127,7 +127,8 @@ def slice_(
     )
     prefetched = ", ".join(f"{n} {outcome}" for outcome, n in run.counts.prefetches.items()) or "none"
     print(
-        f"a layer ahead, routing was predicted correctly in {_guessed(run):.0%}; prefetched experts: {prefetched}"
+        f"a layer ahead, routing was predicted correctly in {_guessed(run):.0%}; prefetched experts: "
+        f"{prefetched}"
     )
     whole = 1 / run.like(FULL_LAYERS, FULL_TABLES)
     print(

@@ -15,6 +15,7 @@ import tokenizers
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers
 
 from engine.grammar.answer import content_grammar
 from engine.grammar.constraint import MAX_COMPILING, GrammarCompiler
@@ -265,3 +266,36 @@ def test_text_before_a_tag_ends_with_the_first_one(compiler: GrammarCompiler, to
 
             assert answer.count("</think>") == 1
             assert answer.endswith("</think>x")
+
+
+SPACED: dict[str, dict[str, Any]] = {
+    "metaspace": {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme="always")},
+    "metaspace first": {
+        "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first")])
+    },
+    "prepend": {
+        "normalizer": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    },
+    "prepend alone": {"normalizer": normalizers.Prepend("▁")},
+}
+
+
+@pytest.mark.parametrize("parts", SPACED.values(), ids=SPACED)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_into_answers(
+    parts: dict[str, Any], seed: int
+) -> None:
+    words = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *'{}":,aqw', "▁{", '▁"', "{▁"]
+    vocab = {word: i for i, word in enumerate(words)}
+    merges = [("▁", "{"), ("▁", '"'), ("{", "▁")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    spaced = Tokenizer(backend, bos_token_id=None, add_bos=False)
+    schema = {"type": "object", "properties": {"q": {"enum": ["a", "w a"]}}, "required": ["q"]}
+    grammar = by_schema(schema | {"additionalProperties": False})
+
+    answer = random_answer(GrammarCompiler(spaced, (END,), spaced.size), spaced, grammar, seed)
+
+    assert jsonschema_rs.is_valid(schema, json.loads(answer))
