@@ -38,6 +38,10 @@ def main() -> None:
         # bold letters and move the cursor.
         os.environ["TERM"] = "dumb"
     try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries would abort the process
+        sys.exit("loci: the current directory has been removed; change to another")
+    try:
         # Imported here: what the commands need takes half a second, in which a person may press Ctrl-C.
         from memory.hardware.detect import allowed_cores, usable_cores
 
