@@ -47,7 +47,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         if not (path / "config.json").exists() and (meant := _model_inside(path)):
             raise CheckpointError(
-                f"{path}: no model directory, config.json is missing; did you mean {meant}?"
+                f"{path}: not a model directory, config.json is missing; did you mean {meant}?"
             )
         return open_safetensors(path)
     if path.is_symlink() and not path.exists():

@@ -27,6 +27,8 @@ SINGLE_NAME = "model.safetensors"
 NUMBERED = re.compile(r"(?P<stem>.*)-\d{1,5}-of-(?P<count>\d{1,5})\.safetensors")
 # Safetensors files found next to models that are not models: Loci's traces, adapters.
 OTHERS = re.compile(r"(routing|engram|adapter.*)\.safetensors")
+# Tensors that Loci writes next to models under names that people choose: traces, logits.
+RECORDED = {"router_ids", "engram_rows", "logits", "greedy_ids"}
 # The same weights again, under the vendor's own names.
 COPIES = re.compile(r"consolidated.*\.safetensors")
 MAX_HEADER_BYTES = 100 << 20
@@ -79,6 +81,8 @@ def _shard_names(path: Path, index: dict[str, str]) -> list[str]:
     if index:
         return sorted(set(index.values()))
     names = sorted(file.name for file in path.glob("[!.]*.safetensors") if not OTHERS.fullmatch(file.name))
+    if len(names) > 1:
+        names = [name for name in names if not _is_record(path / name)]
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
     names = [name for name in names if not COPIES.fullmatch(name)] or names
@@ -96,6 +100,11 @@ def _shard_names(path: Path, index: dict[str, str]) -> list[str]:
             f"the right one to {SINGLE_NAME} or move the others away"
         )
     return names
+
+
+def _is_record(file: Path) -> bool:
+    found = {entry.name for entry in _read_header(file, [])}
+    return bool(found) and found <= RECORDED
 
 
 def _read_header(file: Path, problems: list[str]) -> list[TensorEntry]:

@@ -17,6 +17,7 @@ from server.cli.process import (
     open_standard_streams,
     was_interrupted,
 )
+from server.cli.terminal import wants_plain_text
 
 
 def main() -> None:
@@ -32,9 +33,14 @@ def main() -> None:
     # torch then asks for huge pages where it allocates megabytes: processors foresee no addresses beyond a
     # page, and have to look up where each page lies (figures in docs/kernels.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if os.environ.get("NO_COLOR"):
-        # For libraries that draw: without colour they would still write bold letters and move the cursor.
+    if wants_plain_text():
+        # For libraries that draw: without colour, or on a terminal that has no name, they would still write
+        # bold letters and move the cursor.
         os.environ["TERM"] = "dumb"
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries would abort the process
+        sys.exit("loci: the current directory has been removed; change to another")
     try:
         # Imported here: what the commands need takes half a second, in which a person may press Ctrl-C.
         from memory.hardware.detect import allowed_cores, usable_cores

@@ -15,8 +15,12 @@ def is_terminal() -> bool:
 
 def can_draw(stream: TextIO | None = None) -> bool:
     """True where `stream` (stdout) is a terminal that may get colours and a moving cursor."""
-    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown")
-    return (stream or sys.stdout).isatty() and not is_plain
+    return (stream or sys.stdout).isatty() and not wants_plain_text()
+
+
+def wants_plain_text() -> bool:
+    """True where the environment says that terminals get nothing but text."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "") in ("", "dumb", "unknown")
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:

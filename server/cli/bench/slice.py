@@ -89,7 +89,7 @@ def slice_(
             *measure_disk(model, min(DISK_BYTES, machine.disk_free_bytes // 10)),
             *(measure_gpus() if has_real_gpus else ()),
         ]
-    except (LociError, OSError) as error:  # what was decoded stays true
+    except (LociError, OSError) as refusal:  # what was decoded stays true
         _print_bytes(run, {})
         _print_memory(run, budget)
         speed = run.tokens / run.total_s
@@ -97,7 +97,7 @@ def slice_(
             f"\n{speed:.3g} tokens/s decoded; without the machine's own rates there is no bound and no plan"
         )
         _write(json_file, machine, _counted(run, budget))
-        raise LociError(f"the machine could not be measured afterwards: {error}") from None
+        raise LociError(f"the machine could not be measured afterwards: {refusal}") from None
     if best := max(map(mean, zip(*disk_rates, strict=True)), default=0.0):
         measured.append(Result("checkpoint_read", best / 1e9, "GB/s"))
     rates = {result.name: result.value for result in measured}

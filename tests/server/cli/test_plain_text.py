@@ -11,7 +11,11 @@ from tests.server import harness
 from tests.server.cli.terminals import ESCAPE, LIVELY, Terminal
 from tests.server.harness import TINY, LociServer
 
-PLAIN = [{"TERM": "dumb", "NO_COLOR": ""}, {"TERM": "xterm-256color", "NO_COLOR": "1"}]
+PLAIN = [
+    {"TERM": "dumb", "NO_COLOR": ""},
+    {"TERM": "xterm-256color", "NO_COLOR": "1"},
+    {"TERM": "", "NO_COLOR": ""},
+]
 COMMANDS = [
     ("--help",),
     ("serve", "--wrong"),

@@ -130,3 +130,16 @@ def test_text_that_the_terminals_encoding_lacks_is_written_all_the_same() -> Non
 
     assert result.returncode == 0
     assert result.stderr == ""
+
+
+def test_a_directory_that_was_removed_is_said_to_be(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    result = subprocess.run(
+        ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *harness.command("info", TINY)],
+        cwd=gone, env=harness.environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert result.returncode == 1
+    assert result.stderr == "loci: the current directory has been removed; change to another\n"

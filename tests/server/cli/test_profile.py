@@ -65,6 +65,22 @@ def test_a_model_without_index_answers_as_before_once_it_has_a_record(one_file: 
     assert (after.returncode, after.stdout) == (0, before.stdout)
 
 
+def test_records_beside_a_model_may_have_any_name(one_file: Path) -> None:
+    ask = ("run", one_file, "Hello", "--max-tokens", "4", "--temperature", "0")
+    before = invoke(*ask)
+    text, ids = one_file.parent / "text.txt", one_file.parent / "ids.json"
+    ids.write_text("[1, 2, 3]")
+
+    for write in (
+        ("profile", one_file, text, "--out", one_file / "mine.safetensors"),
+        ("logits", one_file, "--ids-file", ids, "--out", one_file / "logits.safetensors", "--greedy", "2"),
+    ):
+        assert invoke(*write).returncode == 0
+
+    after = invoke(*ask)
+    assert (after.returncode, after.stdout) == (0, before.stdout)
+
+
 def test_a_record_of_more_tokens_is_kept(one_file: Path) -> None:
     record = one_file / FILE_NAME
     profile = ("profile", one_file, one_file.parent / "text.txt", "--tokens")
