@@ -327,7 +327,7 @@ class Engine:
             return  # log probabilities of the prompt need all of it computed
         prefix = self._prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
         sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
-        sequence.parting = prefix.parting
+        sequence.divergence = prefix.divergence
         if prefix.logits is not None:
             self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
 
@@ -348,7 +348,10 @@ class Engine:
                     params.prompt_logprobs,
                 )
             if sequence.is_prefilling:
-                if sequence.computed == sequence.parting or sequence.computed >= sequence.saved + SAVE_EVERY:
+                if (
+                    sequence.computed == sequence.divergence
+                    or sequence.computed >= sequence.saved + SAVE_EVERY
+                ):
                     self._save_prefix(sequence)
                 return False
             self._save_prefix(sequence, logits[rows[-1]])

@@ -125,8 +125,8 @@ class Scheduler:
 
 def _wanted(sequence: Sequence) -> int:
     """Prompt tokens still to be computed, up to the next stop of the prefill."""
-    if sequence.parting is not None and sequence.parting > sequence.computed:
-        return sequence.parting - sequence.computed
+    if sequence.divergence is not None and sequence.divergence > sequence.computed:
+        return sequence.divergence - sequence.computed
     return sequence.pending
 
 

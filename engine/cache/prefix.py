@@ -31,12 +31,12 @@ class Prefix:
 
     length  tokens that the slot now holds, 0 where nothing fitted
     logits  `[vocab]` after the last of them, if that is the whole prompt
-    parting where the prompt diverges from all cached ones, if the state there is worth saving; None if not
+    divergence where the prompt diverges from all cached ones, if the state there is worth saving; None if not
     """
 
     length: int
     logits: torch.Tensor | None = None
-    parting: int | None = None
+    divergence: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,16 @@ class PrefixCache:
         last = len(ids) - 1
         shared = path[-1].stop if path else 0
         end, length = self._best_end(path, ids)
-        parting = min(shared, last)
-        is_worth_saving = parting - length >= MIN_GAIN
+        divergence = min(shared, last)
+        is_worth_saving = divergence - length >= MIN_GAIN
         if end is None:
-            return Prefix(0, None, parting if is_worth_saving else None)
+            return Prefix(0, None, divergence if is_worth_saving else None)
         self._hits += 1
         self._cached_tokens += length
         self._load(slot, path, end, length)
         self._ends.move_to_end(end)
         logits = end.logits if length > last else None
-        return Prefix(length, logits, parting if is_worth_saving else None)
+        return Prefix(length, logits, divergence if is_worth_saving else None)
 
     def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
         """Save the state of `slot`, which holds exactly `tokens`; `logits` `[vocab]` are those after them.
@@ -184,13 +184,13 @@ class PrefixCache:
                     best, length = node, usable
         if not path:
             return best, length
-        parting = min(path[-1].stop, last)
+        divergence = min(path[-1].stop, last)
         below = [path[-1].node]
-        while below and parting > length:
+        while below and divergence > length:
             node = below.pop()
-            if node.recent is not None and node.shortest <= parting <= node.stop:
-                return node, parting
-            if node.stop - self._cache.margin <= parting:
+            if node.recent is not None and node.shortest <= divergence <= node.stop:
+                return node, divergence
+            if node.stop - self._cache.margin <= divergence:
                 below += node.children.values()
         return best, length
 

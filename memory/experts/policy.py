@@ -19,11 +19,11 @@ EXCHANGE_MARGIN = 1.5
 
 
 # What the two neighbouring layers used last: the previous one in this step, the next one in the step before.
-Beside = tuple[Collection[int], Collection[int]]
-NOBODY: Beside = ((), ())
+Neighbours = tuple[Collection[int], Collection[int]]
+NO_NEIGHBOURS: Neighbours = ((), ())
 
 
-def beside(newest: Sequence[Collection[int]], layer: int) -> Beside:
+def neighbours_of(newest: Sequence[Collection[int]], layer: int) -> Neighbours:
     """What the neighbours of `layer` used last, of what each layer used last when its turn has come."""
     before = newest[layer - 1] if layer > 0 else ()
     after = newest[layer + 1] if layer + 1 < len(newest) else ()
@@ -39,7 +39,7 @@ class ExpertPolicy(ABC):
         self.experts = experts
 
     @abstractmethod
-    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
+    def used(self, expert_ids: Collection[int], neighbours: Neighbours = NO_NEIGHBOURS) -> None:
         """A step used these experts of the layer."""
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Lru(ExpertPolicy):
         self._step = 0
         self._last = np.full(experts, -1.0)
 
-    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
+    def used(self, expert_ids: Collection[int], neighbours: Neighbours = NO_NEIGHBOURS) -> None:
         self._step += 1
         self._last[list(expert_ids)] = self._step
 
@@ -88,7 +88,7 @@ class AgedLfu(ExpertPolicy):
         self._decay = 0.5 ** (1.0 / half_life)
         self._counts = np.zeros(experts)
 
-    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
+    def used(self, expert_ids: Collection[int], neighbours: Neighbours = NO_NEIGHBOURS) -> None:
         self._counts *= self._decay
         self._counts[list(expert_ids)] += 1.0
 
@@ -140,7 +140,7 @@ class Predictive(ExpertPolicy):
         self._expected = list(expert_ids)
         self._scores = None
 
-    def used(self, expert_ids: Collection[int], neighbours: Beside = NOBODY) -> None:
+    def used(self, expert_ids: Collection[int], neighbours: Neighbours = NO_NEIGHBOURS) -> None:
         now = list(expert_ids)
         self._follows[self._speaking[:, None], now] += self._traces[self._speaking, None]
         self._traces *= self.FADES
@@ -197,7 +197,7 @@ def replay(
     slots: int,
     policy: ExpertPolicy,
     margin: float = 1.0,
-    neighbours: Iterable[Beside] = repeat(NOBODY),
+    neighbours: Iterable[Neighbours] = repeat(NO_NEIGHBOURS),
 ) -> Replay:
     """Simulate one layer with `slots` slots under `policy`.
 
@@ -207,10 +207,10 @@ def replay(
     """
     resident: set[int] = set()
     hits = exchanges = 0
-    for step, used_beside in zip(trace, neighbours, strict=False):
+    for step, used_nearby in zip(trace, neighbours, strict=False):
         needed = set(step)
         hits += len(needed & resident)
-        policy.used(needed, used_beside)
+        policy.used(needed, used_nearby)
         for expert in sorted(needed - resident):
             if len(resident) >= slots:
                 candidates = resident - needed or resident

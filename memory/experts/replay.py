@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memory.experts.policy import EXCHANGE_MARGIN, NOBODY, POLICIES, Predictive, belady_hits, replay
+from memory.experts.policy import EXCHANGE_MARGIN, NO_NEIGHBOURS, POLICIES, Predictive, belady_hits, replay
 from memory.experts.traces import RoutingTrace
 
 
@@ -31,7 +31,7 @@ class PolicyScore:
 def compare_policies(trace: RoutingTrace, experts: int, shares: tuple[float, ...]) -> list[PolicyScore]:
     """Every policy at every share of slots, over all layers of the trace."""
     steps = [trace.steps(layer) for layer in range(trace.layers)]
-    beside = [trace.beside(layer) for layer in range(trace.layers)]
+    nearby = [trace.neighbours_of(layer) for layer in range(trace.layers)]
     uses = sum(len(step) for layer in steps for step in layer)
     scores = []
     for share in shares:
@@ -40,7 +40,7 @@ def compare_policies(trace: RoutingTrace, experts: int, shares: tuple[float, ...
         for name, policy in POLICIES.items():
             hits = sum(
                 replay(layer, slots, policy(experts), neighbours=neighbours).hits
-                for layer, neighbours in zip(steps, beside, strict=True)
+                for layer, neighbours in zip(steps, nearby, strict=True)
             )
             scores.append(PolicyScore(name, share, hits / uses, best / uses))
     return scores
@@ -63,10 +63,10 @@ def compare_margins(trace: RoutingTrace, experts: int, shares: tuple[float, ...]
     random = np.random.default_rng(0)
     uniform = [[set(random.permutation(experts)[: len(step)].tolist()) for step in recorded[0]]]
     scores = []
-    beside = [trace.beside(layer) for layer in range(trace.layers)]
+    nearby = [trace.neighbours_of(layer) for layer in range(trace.layers)]
     for name, layers, neighbours in (
-        ("recorded", recorded, beside),
-        ("uniform", uniform, [[NOBODY] * len(uniform[0])]),
+        ("recorded", recorded, nearby),
+        ("uniform", uniform, [[NO_NEIGHBOURS] * len(uniform[0])]),
     ):
         uses = sum(len(step) for layer in layers for step in layer)
         for share in shares:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from memory.experts.policy import Predictive, beside
+from memory.experts.policy import Predictive, neighbours_of
 from memory.experts.reader import ExpertFiles, default_readers
 from memory.experts.slot_table import Key
 from memory.experts.slots import ExpertSlots
@@ -103,7 +103,7 @@ class ExpertStore:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
         needed = sorted(set(expert_ids.flatten().tolist()))
         if self.slots.gpus or not self.slots.keeps_copies:  # else nothing ever moves
-            self._policies[layer].used(needed, beside(self._used, layer))
+            self._policies[layer].used(needed, neighbours_of(self._used, layer))
             self._used[layer] = needed
             self._give_up_guesses(layer, needed)
         return ExpertStep(self.slots, self._kernels, layer, expert_ids, needed)

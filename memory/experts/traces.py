@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from memory.experts.policy import Beside, beside
+from memory.experts.policy import Neighbours, neighbours_of
 from memory.user_files import whole_file
 from quant.errors import CheckpointError, ConfigError
 
@@ -67,7 +67,7 @@ class RoutingTrace:
         """The experts of each token in one layer."""
         return [set(ids) for ids in self.router_ids[:, layer].tolist()]
 
-    def beside(self, layer: int) -> list[Beside]:
+    def neighbours_of(self, layer: int) -> list[Neighbours]:
         """What the layer's neighbours used last at each token: the one before it, and the one after it."""
         steps = [self.steps(n) for n in range(self.layers)]
         newest: list[Collection[int]] = [()] * self.layers
@@ -75,7 +75,7 @@ class RoutingTrace:
         for token in range(len(self.router_ids)):
             if layer > 0:
                 newest[layer - 1] = steps[layer - 1][token]
-            found.append(beside(newest, layer))
+            found.append(neighbours_of(newest, layer))
             if layer + 1 < self.layers:
                 newest[layer + 1] = steps[layer + 1][token]
         return found
@@ -96,7 +96,7 @@ class RoutingTrace:
         return counts / counts.sum(1, keepdim=True)
 
 
-def trace_beside(checkpoint: Path, layers: int, experts: int) -> torch.Tensor | None:
+def trace_of_checkpoint(checkpoint: Path, layers: int, experts: int) -> torch.Tensor | None:
     """Shares `[layers, experts]` from the trace next to a checkpoint; None if there is none."""
     file = checkpoint / FILE_NAME
     if not file.is_file():

@@ -84,13 +84,13 @@ def plan(
     workload = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
     placement = make_plan(shape, machine, workload)
     if not placement.fits:
-        mend = remedy(shape, machine, workload)
+        found = remedy(shape, machine, workload)
         if as_json:
-            print(json.dumps(_report(shape, machine, placement) | {"remedy": asdict(mend)}, indent=1))
+            print(json.dumps(_report(shape, machine, placement) | {"remedy": asdict(found)}, indent=1))
         else:
             _print_head(shape, machine, workload, "does not fit")
             _print_placement(shape, placement, layers)
-            _print_remedy(mend)
+            _print_remedy(found)
         raise typer.Exit(DOES_NOT_FIT)
     routings = [UNIFORM, SKEWED] if shape.expert_nbytes else [UNIFORM]
     if trace is not None:
@@ -301,10 +301,10 @@ def _print_doublings(gains: list[Doubling], workload: Workload) -> None:
         print(f"Little effect: {', '.join(useless)}")
 
 
-def _print_remedy(mend: Remedy) -> None:
-    if mend.required:
-        print("\nIt needs " + " and ".join(mend.required) + ".")
-    if mend.options:
-        besides = " besides" if mend.required else ""
+def _print_remedy(found: Remedy) -> None:
+    if found.required:
+        print("\nIt needs " + " and ".join(found.required) + ".")
+    if found.options:
+        besides = " besides" if found.required else ""
         print(f"\nIt would fit with any one of these{besides}:")
-        print("\n".join(f"  - {option}" for option in mend.options))
+        print("\n".join(f"  - {option}" for option in found.options))

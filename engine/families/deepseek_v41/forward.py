@@ -30,7 +30,7 @@ from engine.layers.sparse_attention import (
     select_entries,
 )
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.experts.traces import trace_beside
+from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.published import KV_MARGIN
 from memory.telemetry import Telemetry
@@ -418,7 +418,7 @@ class DeepseekV41Family(Family):
         with findings.checking():
             self._token_map(config, checkpoint)
         with findings.checking():
-            trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+            trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
         findings.raise_any()
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:

@@ -20,7 +20,7 @@ from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.reads import RowsOnDisk
 from memory.engram.store import EngramStore, TableFiles
 from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
-from memory.experts.traces import trace_beside
+from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
@@ -203,7 +203,7 @@ def read_weights(
         host.formats.experts,
     )
     tables = {n: _table_files(config, host, n) for n in config.engram_layer_ids}
-    hotness = trace_beside(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+    hotness = trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
     dram = Tier("dram", left - hot_rows_bytes, HOST)
     gpus = [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus]
     by_head = _Reader(checkpoint, kernels, places.head)

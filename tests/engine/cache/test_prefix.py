@@ -134,7 +134,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
         prefix = prefixes.restore(0, ids, salt)
         start = prefix.length
         if prefix.logits is None:
-            cut = prefix.parting or data.draw(st.integers(start + 1, LENGTH), label="cut")
+            cut = prefix.divergence or data.draw(st.integers(start + 1, LENGTH), label="cut")
             logits = compute(model, cache, 0, start, ids[start:cut])
             prefixes.save(0, ids[:cut], salt, logits[-1] if data.draw(st.booleans()) else None)
             cache.reset(1)
@@ -200,8 +200,8 @@ def test_prompts_that_part_are_told_where(models: Callable[[str], Model]) -> Non
     cache.reset(0)
     third = prefixes.restore(0, first[:40] + some_ids(3, 20))
 
-    assert (seen.length, seen.parting) == (0, 40)
-    assert (third.length, third.parting) == (40, None)
+    assert (seen.length, seen.divergence) == (0, 40)
+    assert (third.length, third.divergence) == (40, None)
 
 
 def test_a_hash_that_agrees_is_not_enough_tokens_must(models: Callable[[str], Model]) -> None:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from memory.experts.policy import (
     EXCHANGE_MARGIN,
-    NOBODY,
+    NO_NEIGHBOURS,
     POLICIES,
     AgedLfu,
-    Beside,
     Lru,
+    Neighbours,
     Predictive,
     belady_hits,
     replay,
@@ -68,16 +68,16 @@ def test_what_usually_follows_is_kept() -> None:
 def test_what_usually_follows_an_expert_of_a_neighbouring_layer_is_kept(neighbour: int) -> None:
     policy = Predictive(6)
 
-    def beside(expert: int) -> Beside:
+    def neighbours(expert: int) -> Neighbours:
         return ((), (expert,)) if neighbour else ((expert,), ())
 
     for _ in range(20):
         for announced in (1, 2):
-            policy.used([0], beside(announced))
-            policy.used([announced], NOBODY)
+            policy.used([0], neighbours(announced))
+            policy.used([announced], NO_NEIGHBOURS)
             for _ in range(4):
-                policy.used([3], NOBODY)
-    policy.used([0], beside(1))
+                policy.used([3], NO_NEIGHBOURS)
+    policy.used([0], neighbours(1))
     assert policy.victim([1, 2]) == 2
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from memory.experts.replay import compare_policies
-from memory.experts.traces import FILE_NAME, RoutingTrace, trace_beside
+from memory.experts.traces import FILE_NAME, RoutingTrace, trace_of_checkpoint
 from quant.errors import CheckpointError
 
 
@@ -37,7 +37,7 @@ def test_shares_are_of_all_uses_of_a_layer(trace: RoutingTrace) -> None:
 
 
 def test_a_model_without_a_trace_has_no_hot_experts(tmp_path: Path) -> None:
-    assert trace_beside(tmp_path, 2, 8) is None
+    assert trace_of_checkpoint(tmp_path, 2, 8) is None
 
 
 def test_a_trace_of_another_model_is_refused(trace: RoutingTrace, tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_a_trace_of_another_model_is_refused(trace: RoutingTrace, tmp_path: Path
     with pytest.raises(
         CheckpointError, match="covers 2 layers, but the model has 3; delete it and record a new one"
     ):
-        trace_beside(tmp_path, 3, 8)
+        trace_of_checkpoint(tmp_path, 3, 8)
     with pytest.raises(CheckpointError, match="refers to expert 7, but there are only 7"):
-        trace_beside(tmp_path, 2, 7)
+        trace_of_checkpoint(tmp_path, 2, 7)
 
 
 @pytest.mark.parametrize(
