@@ -243,15 +243,11 @@ CHAT_REFUSED = {
     "add_special_tokens": unless("the chat template adds the special tokens"),
     "best_of": unless("answers are not ranked", 1),
     "raw": unless("use /v1/completions"),
-    "input": unless("use messages"),
     "input_ids": unless("use /v1/completions with token ids as prompt"),
-    "prompt": unless("use messages"),
     "tool_prompt": unless(_OWN_TEMPLATE),
 }
 # Of /v1/completions alone, which know neither conversations nor tools.
 COMPLETIONS_REFUSED = {
-    "messages": unless("use /v1/chat/completions"),
-    "input": unless("use prompt"),
     "input_ids": unless("use prompt"),
     "add_bos_token": only("use add_special_tokens"),
     "tools": unless("use /v1/chat/completions"),
