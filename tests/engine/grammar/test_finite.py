@@ -109,6 +109,7 @@ LEAVES = st.sampled_from(
         {"type": ["array", "null"]},
         {"required": ["a"]},
         {"minItems": 1},
+        {"const": {"a": None}},
         {"const": None},
         to("x"),
         to("y"),
