@@ -152,5 +152,5 @@ def test_without_a_compiler_doctor_says_that_answers_are_slow_and_what_to_do(sou
 
     assert "note  kernels" in report
     assert "SLOW" in report
-    assert "kernels: answers come many times slower" in report
+    assert "kernels: answers are many times slower" in report
     assert "apt-get install g++" in report
