@@ -52,5 +52,5 @@ def test_rows_that_do_not_fill_their_last_panel() -> None:
 
 
 def test_formats_that_cannot_lie_on_a_gpu_are_refused() -> None:
-    with pytest.raises(FormatError, match="cannot lie on a GPU yet"):
+    with pytest.raises(FormatError, match="cannot be placed on a GPU yet"):
         GpuSlotLayout(64, 64, INT4_OFFSET_32)
