@@ -64,7 +64,7 @@ def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_
     ):
         next(running)
         server.signal(signal.SIGTERM)
-        eventually(lambda: "Stopping" in server.out.read_text(), "the signal is noticed")
+        eventually(lambda: "Shutting down" in server.out.read_text(), "the signal is noticed")
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(**LONG)
         ready, health, metrics = (
@@ -114,7 +114,7 @@ def test_a_second_signal_ends_at_once(start_server: StartServer) -> None:
         lines = response.iter_lines()
         next(lines)
         server.signal(signal.SIGTERM)
-        eventually(lambda: "Stopping" in server.out.read_text(), "the first signal is noticed")
+        eventually(lambda: "Shutting down" in server.out.read_text(), "the first signal is noticed")
         server.signal(signal.SIGTERM)
 
         assert server.exit_code() == 128 + signal.SIGTERM

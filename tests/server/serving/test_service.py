@@ -142,7 +142,7 @@ def test_a_dead_engine_fails_health_and_requests(loaded: Loaded) -> None:
     assert (health.status_code, health.json()) == (503, {"status": "engine_stopped"})
     assert (ready.status_code, ready.json()) == (503, {"status": "engine_stopped"})
     assert completion.status_code == 503
-    assert "must be restarted" in completion.json()["error"]["message"]
+    assert "to restart it" in completion.json()["error"]["message"]
 
 
 def test_a_failed_sequence_is_a_500_with_the_engines_words(loaded: Loaded) -> None:
