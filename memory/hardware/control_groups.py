@@ -84,9 +84,8 @@ def _mounts(controller: str, read: Read) -> Iterator[tuple[Path, str]]:
 
 
 def _memory_group(directory: Path, read: Read) -> MemoryGroup | None:
-    stat = dict(
-        line.split(maxsplit=1) for line in read(directory / "memory.stat").splitlines() if " " in line
-    )
+    pairs = (line.split(maxsplit=1) for line in read(directory / "memory.stat").splitlines())
+    stat = dict(pair for pair in pairs if len(pair) == 2)
     limits = [
         # Beyond memory.high a process is slowed down until it hardly runs.
         *(read(directory / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")),

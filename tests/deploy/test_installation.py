@@ -18,6 +18,8 @@ import pytest
 from engine.distribution import DISTRIBUTION
 from tests.server.harness import GOLDEN, ROOT, eventually
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ("server", "engine", "memory", "quant", "deploy/demo/loci-demo")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 

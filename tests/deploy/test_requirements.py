@@ -15,6 +15,8 @@ from uv import find_uv_bin
 
 from tests.server.harness import ROOT
 
+pytestmark = pytest.mark.slow
+
 CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 PINS = dict(line.split("==") for line in CONSTRAINTS.read_text().split() if "==" in line)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -157,6 +157,7 @@ def answers(loaded: Loaded, requests: list[dict[str, Any]], *, together: int) ->
         engine.stop()
 
 
+@pytest.mark.slow
 def test_a_seeded_answer_is_the_same_alone_and_in_company(loaded: Loaded) -> None:
     generator = torch.Generator().manual_seed(3)
     prompt = torch.randint(5, 200, (70,), generator=generator).tolist()

@@ -189,6 +189,7 @@ def test_what_is_left_out_changes_no_document(schema: dict[str, Any]) -> None:
         assert [each for each in DOCUMENTS if matches(dict(left), left, each)] == valid
 
 
+@pytest.mark.slow
 def test_a_hostile_schema_is_looked_at_for_a_limited_time() -> None:
     doubling: dict[str, Any] = {
         f"d{i}": {"allOf": [{"anyOf": [to(f"d{i + 1}"), {"type": "null"}]}] * 2} for i in range(200)

@@ -64,6 +64,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(arguments: list[str], message
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_files_of_the_folder_a_person_stands_in_are_not_run(tmp_path: Path) -> None:
     for name in ("server", "engine", "memory", "quant", "logging", "torch", "typer"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('this is mine')")

@@ -66,6 +66,7 @@ def test_any_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, p
     assert f"pip install {package}" in found.advice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["torch", "typer", "psutil", "pydantic"])
 def test_doctor_speaks_where_a_package_cannot_be_imported(tmp_path: Path, module: str) -> None:
     (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError({module!r} + ' is not there')")

@@ -25,6 +25,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", COMMANDS)
 @pytest.mark.parametrize("variables", PLAIN)
 def test_a_plain_terminal_is_sent_no_escape_sequences(
@@ -36,6 +37,7 @@ def test_a_plain_terminal_is_sent_no_escape_sequences(
     assert ESCAPE not in drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", PLAIN)
 def test_a_chat_in_a_plain_terminal_has_no_escape_sequences(variables: dict[str, str]) -> None:
     with Terminal("chat", TINY, "--max-tokens", "6", **variables) as terminal:
@@ -53,6 +55,7 @@ def test_a_lively_terminal_is_drawn_to() -> None:
         assert ESCAPE in terminal.rest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "pasted"),
     [
@@ -90,6 +93,7 @@ def test_a_command_among_waiting_lines_is_obeyed(server: LociServer) -> None:
         assert terminal.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_a_prompt_comes_through_a_pipe() -> None:
     flags = ("--max-tokens", "4", "--temperature", "0")
     given = harness.invoke("run", TINY, "Hello", *flags)

@@ -26,6 +26,7 @@ raise SystemExit("went on")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["typer", "torch", "jinja2"])
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_signal_while_modules_are_imported_is_never_swallowed(
@@ -38,6 +39,7 @@ def test_a_signal_while_modules_are_imported_is_never_swallowed(
     assert (result.returncode, result.stdout, result.stderr) == (code, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_after_the_work_is_done_changes_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "jinja2.py").write_text(
@@ -54,6 +56,7 @@ def test_a_signal_after_the_work_is_done_changes_nothing(tmp_path: Path, name: s
     assert result.stderr.startswith("loci: for this test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_a_model_answers_ends_without_a_word(number: signal.Signals, code: int) -> None:
     arguments = ("run", TINY, "Hello", "--max-tokens", "1900", "--temperature", "0")
@@ -68,6 +71,7 @@ def test_a_signal_while_a_model_answers_ends_without_a_word(number: signal.Signa
     assert (process.returncode, err) == (code, b"")
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_ends_a_chat(tmp_path: Path) -> None:
     with Terminal("chat", TINY) as terminal:
         terminal.wait_for("\n> ")
@@ -85,11 +89,13 @@ def through_a_shell(redirection: str, *arguments: str | Path, stdin: str = "") -
     return result.returncode, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_a_closed_stdin_is_one_that_holds_nothing() -> None:
     assert through_a_shell("<&-", "chat", TINY) == (0, "", "")
     assert through_a_shell("<&-", "run", TINY) == (1, "", "loci: the prompt is empty\n")
 
 
+@pytest.mark.slow
 def test_closed_outputs_are_no_reason_to_fail(tmp_path: Path) -> None:
     assert through_a_shell(">&-", "info", TINY, "--no-load") == (0, "", "")
     assert through_a_shell("2>&-", "info", tmp_path / "missing") == (1, "", "")
@@ -98,6 +104,7 @@ def test_closed_outputs_are_no_reason_to_fail(tmp_path: Path) -> None:
     assert out.endswith("\n")
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_early_ends_without_a_word() -> None:
     commands: list[list[str | Path]] = [
         ["info", TINY, "--no-load"],
@@ -115,6 +122,7 @@ def test_a_pipe_that_is_closed_early_ends_without_a_word() -> None:
             assert process.wait(harness.DEADLINE_S) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_said_in_a_line() -> None:
     code, _, err = through_a_shell(">/dev/full", "info", TINY, "--no-load")
