@@ -130,7 +130,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("memory.checkpoint.random_files.shutil.disk_usage", lambda _: full)
-    with pytest.raises(BudgetError, match="but only .* is free"):
+    with pytest.raises(BudgetError, match=r"but only .* is free"):
         write_checkpoint(plan_slice("v41-tiny", 3, ROWS), tmp_path / "out", ignore)
     assert list(tmp_path.iterdir()) == []
 
