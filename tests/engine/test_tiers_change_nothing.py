@@ -125,6 +125,7 @@ def test_what_moved_and_hit_adds_up(golden: dict[str, torch.Tensor]) -> None:
     assert seen.moves["nvme demand"] >= seen.hits["nvme"]
 
 
+@pytest.mark.slow
 def test_experts_are_read_ahead_of_need(golden: dict[str, torch.Tensor]) -> None:
     with loaded(budget(60)) as model:
         answer(model, golden["input_ids"].tolist())
@@ -133,6 +134,7 @@ def test_experts_are_read_ahead_of_need(golden: dict[str, torch.Tensor]) -> None
     assert seen.prefetches["used"] > 0
 
 
+@pytest.mark.slow
 def test_experts_of_every_layer_are_guessed_the_first_ones_from_the_token_alone(
     golden: dict[str, torch.Tensor],
 ) -> None:
@@ -146,6 +148,7 @@ def test_experts_of_every_layer_are_guessed_the_first_ones_from_the_token_alone(
     assert seen["right"] > every_choice / 2
 
 
+@pytest.mark.slow
 def test_engram_rows_come_from_disk_where_tables_do_not_fit(golden: dict[str, torch.Tensor]) -> None:
     with loaded(budget(20)) as model:
         answer(model, golden["input_ids"].tolist())

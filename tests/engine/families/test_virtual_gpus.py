@@ -118,6 +118,7 @@ def test_golden_logits_with_layers_and_experts_on_gpus(
     assert bool(swapped) == (dram < 1 << 30)  # where DRAM does not hold everything anyway
 
 
+@pytest.mark.slow
 def test_a_machine_without_compiled_kernels_moves_experts_to_gpus_as_they_are(
     gpus: tuple[torch.device, torch.device], golden: dict[str, torch.Tensor]
 ) -> None:

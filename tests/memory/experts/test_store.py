@@ -44,6 +44,7 @@ def expected(files: ExpertsOnDisk) -> torch.Tensor:
     return outputs
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     dram=st.floats(0, LAYERS * EXPERTS * 1.2),

@@ -54,6 +54,7 @@ def shown(now: Sample, before: Sample | None = None, earlier: Sample | None = No
     return captured.get()
 
 
+@pytest.mark.slow
 def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: StartServer) -> None:
     server = start_server(TINY, "--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s").await_ready()
     ask(server)
@@ -82,6 +83,7 @@ def test_the_live_view_follows_a_server_until_ctrl_c(start_server: StartServer) 
         assert terminal.exit_code() == 0
 
 
+@pytest.mark.slow
 def test_q_ends_the_live_view_and_other_keys_do_not(server: LociServer) -> None:
     with watching(server, **LIVELY) as terminal:
         terminal.wait_for("answer tokens/s")
@@ -92,6 +94,7 @@ def test_q_ends_the_live_view_and_other_keys_do_not(server: LociServer) -> None:
         assert terminal.exit_code() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables", [{"TERM": "dumb", "NO_COLOR": ""}, {"TERM": "xterm", "NO_COLOR": "1"}])
 def test_a_plain_terminal_gets_one_view_below_the_other(
     server: LociServer, variables: dict[str, str]

@@ -177,6 +177,7 @@ def test_an_open_address_without_a_key_is_warned_about(start_server: StartServer
     assert "every IPv4 address of this machine (here: " in server.out.read_text()
 
 
+@pytest.mark.slow
 def test_a_server_whose_output_nobody_reads_goes_on() -> None:
     process = subprocess.Popen(
         harness.command("serve", TINY, "--port", "0"), env=harness.environment(), text=True,
