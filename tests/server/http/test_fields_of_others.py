@@ -62,6 +62,7 @@ JSON = {"type": "json_object", "schema": SCHEMA | {"additionalProperties": False
 THINKS = {"type": "enabled", "budget_tokens": 1024}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
@@ -243,6 +244,7 @@ def test_what_other_clients_send(
         assert param.rpartition(".")[2] in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
