@@ -63,6 +63,7 @@ def test_the_sdk_parses_answers_into_models(client: openai.OpenAI) -> None:
         assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_streams_are_bound_too(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(**PLAIN, seed=1, response_format=Car) as stream:
         for event in stream:
@@ -159,6 +160,7 @@ def test_logprobs_are_the_models_own(http: httpx.Client) -> None:
     assert logprobs["token_logprobs"][0] <= max(free["top_logprobs"][0].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_forced_tools_are_called_with_valid_arguments(client: openai.OpenAI, choice: Any) -> None:
     answer = client.chat.completions.create(
@@ -263,6 +265,7 @@ NODE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_what_no_answer_can_match_is_refused_in_all_protocols(http: httpx.Client, path: str) -> None:
     beyond = {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 1}
