@@ -193,9 +193,8 @@ class Recorder:
             to.outputs[: len(noted.outputs)] = [address(place) for place in noted.outputs]
             to.sizes[: len(noted.sizes)] = list(noted.sizes)
             to.factor = noted.factor
-        counts = {kind: sum(noted.kind == kind for noted in self._noted) for kind in KINDS}
         return Program(
-            self.runner, operations, counts, rows(source), rows(result), arena.nbytes, [arena, *self._held]
+            self.runner, operations, rows(source), rows(result), arena.nbytes, [arena, *self._held]
         )
 
     def _buffer(self, width: int) -> Buffer:
@@ -262,7 +261,6 @@ class Program:
 
     source  `[max_rows, width]`, to be filled before a run
     result  `[max_rows, width]`, valid until the next run
-    counts  how many operations there are of each kind
     nbytes  of the arena: buffers that live at different times share places
     """
 
@@ -270,7 +268,6 @@ class Program:
         self,
         runner: Runner,
         operations: ctypes.Array[_Operation],
-        counts: dict[str, int],
         source: torch.Tensor,
         result: torch.Tensor,
         nbytes: int,
@@ -278,7 +275,6 @@ class Program:
     ) -> None:
         self.source = source
         self.result = result
-        self.counts = counts
         self.nbytes = nbytes
         self._runner = runner
         self._operations = operations
