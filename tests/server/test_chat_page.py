@@ -330,11 +330,32 @@ def test_the_strip_shows_every_tier(browser: Browser, start_server: StartServer)
     assert "of 40 experts are here" in nvme
     shown = re.search(r"([1-9]\d*) % of expert uses were served from here just now", nvme)
     assert shown is not None
-    hits = sum(tiered.metric("loci_expert_hits_total", tier=tier) for tier in ("vram:0", "vram:1", "dram"))
-    missed = tiered.metric("loci_expert_hits_total", tier="nvme")
-    assert int(shown[1]) == pytest.approx(100 * missed / (hits + missed), abs=0.51)  # a half goes up there
+    # Some of the answer may have been computed before the page's first reading, so not more can be said.
+    assert tiered.metric("loci_expert_hits_total", tier="nvme") > 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out on a phone
     page.close()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_strip_tells_of_what_changed_between_two_readings(renderer: Page) -> None:
+    def metrics(found: int, missed: int) -> str:
+        return (
+            'loci_tier_memory_bytes{tier="dram"} 1000\nloci_experts{tier="nvme"} 5\n'
+            f'loci_experts_computed_total {found + missed}\nloci_expert_hits_total{{tier="dram"}} {found}\n'
+            f'loci_expert_hits_total{{tier="nvme"}} {missed}\n'
+        )
+
+    script = """async ([before, now]) => {
+        const { Reading, figures } = await import("/web/strip.js");
+        return figures(new Reading(now, 2000), new Reading(before, 1000)).map((cell) => cell.title);
+    }"""
+    dram, nvme, *_ = renderer.evaluate(script, [metrics(90, 10), metrics(93, 11)])
+    assert "75 % of expert uses were served from here just now" in dram
+    assert "25 % of expert uses were served from here just now" in nvme
+    dram, nvme, *_ = renderer.evaluate(script, [metrics(90, 10), metrics(90, 10)])
+    assert "90 % of expert uses were served from here since startup" in dram
+    assert "10 % of expert uses were served from here since startup" in nvme
 
 
 @pytest.mark.slow
