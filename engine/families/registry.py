@@ -13,6 +13,9 @@ FAMILIES = {
     "deepseek_v41": "engine.families.deepseek_v41.forward",
     "deepseek_v41_text": "engine.families.deepseek_v41.forward",
     "llama": "engine.families.llama.forward",
+    "mixtral": "engine.families.mixtral",
+    "olmoe": "engine.families.olmoe",
+    "qwen3_moe": "engine.families.qwen3_moe",
 }
 
 

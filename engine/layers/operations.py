@@ -38,8 +38,19 @@ class Operations(Protocol[Value]):
         """Heads turned by their rows' positions."""
         ...
 
-    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """Keys and values appended to the layer's cache, then causal attention of the queries over it."""
+    def attend(
+        self,
+        layer: int,
+        q: Value,
+        k: Value,
+        v: Value,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Value:
+        """Keys and values appended to the layer's cache, then causal attention of the queries over it.
+
+        As `Kernels.attend`.
+        """
         ...
 
     def gated(self, gate: Value, up: Value) -> Value:
@@ -54,6 +65,26 @@ class Operations(Protocol[Value]):
         """x * factor."""
         ...
 
+    def norm_heads(self, x: Value, weight: torch.Tensor, eps: float) -> Value:
+        """RMSNorm of each head by itself; weight `[head_dim]`."""
+        ...
+
+    def add_bias(self, x: Value, bias: torch.Tensor) -> Value:
+        """x + bias `[width]`."""
+        ...
+
+    def clip(self, x: Value, limit: float) -> Value:
+        """x cut to -limit .. limit."""
+        ...
+
+    def move(self, x: Value, device: torch.device) -> Value:
+        """x on the device where it is used next."""
+        ...
+
+    def apart(self, x: Value, compute: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+        """What `compute` makes of x."""
+        ...
+
 
 class Eager:
     """`Operations` on tensors, computed at once, for the tokens of some segments."""
@@ -63,7 +94,7 @@ class Eager:
     ) -> None:
         self._kernels = kernels
         self._segments = segments
-        self._rotation = rotation
+        self._rotations = {rotation.turns.device: rotation}
         self._head_dim = head_dim
         self._extend = extend
 
@@ -74,9 +105,19 @@ class Eager:
         return [self._kernels.linear(x, weight) for weight in weights]
 
     def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        return self._rotation.apply(self._kernels, self._heads(x)).view(x.shape)
+        if x.device not in self._rotations:
+            self._rotations[x.device] = next(iter(self._rotations.values())).to(x.device)
+        return self._rotations[x.device].apply(self._kernels, self._heads(x)).view(x.shape)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         out = torch.empty_like(q)
         queries, attended = self._heads(q), self._heads(out)
         keys, values = self._heads(k), self._heads(v)
@@ -84,7 +125,7 @@ class Eager:
         for segment in self._segments:
             start, stop = stop, stop + segment.length
             held = self._extend(layer, segment, keys[start:stop], values[start:stop])
-            attended[start:stop] = self._kernels.attend(queries[start:stop], *held)
+            attended[start:stop] = self._kernels.attend(queries[start:stop], *held, window, sinks)
         return out
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -95,6 +136,21 @@ class Eager:
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         return x * factor
+
+    def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._kernels.rms_norm(self._heads(x), weight, eps).view(x.shape)
+
+    def add_bias(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + bias
+
+    def clip(self, x: torch.Tensor, limit: float) -> torch.Tensor:
+        return x.clamp(-limit, limit)
+
+    def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return x.to(device)
+
+    def apart(self, x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return compute(x)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
@@ -122,7 +178,17 @@ class Recorded:
     def rotate(self, x: Buffer, heads: int) -> Buffer:
         return self._recorder.rotate(x, self._turns, heads)
 
-    def attend(self, layer: int, q: Buffer, k: Buffer, v: Buffer) -> Buffer:
+    def attend(
+        self,
+        layer: int,
+        q: Buffer,
+        k: Buffer,
+        v: Buffer,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Buffer:
+        assert window is None, "not recorded yet"
+        assert sinks is None, "not recorded yet"
         place = self._places[layer]
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place)
@@ -135,3 +201,18 @@ class Recorded:
 
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._recorder.scale(x, factor)
+
+    def norm_heads(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
+        raise NotImplementedError
+
+    def add_bias(self, x: Buffer, bias: torch.Tensor) -> Buffer:
+        raise NotImplementedError
+
+    def clip(self, x: Buffer, limit: float) -> Buffer:
+        raise NotImplementedError
+
+    def move(self, x: Buffer, device: torch.device) -> Buffer:
+        return x
+
+    def apart(self, x: Buffer, compute: Callable[[torch.Tensor], torch.Tensor]) -> Buffer:
+        raise NotImplementedError

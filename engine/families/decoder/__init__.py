@@ -1,0 +1,1 @@
+"""Llama and SmolLM2: configuration and forward."""

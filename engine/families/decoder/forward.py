@@ -1,0 +1,294 @@
+"""The forward pass of every decoder that a `Description` can say.
+
+Written once in `Operations`: prompts compute at once, decoding of dense models is recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import cached_property
+
+import torch
+
+from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
+from engine.families.decoder.cache import CacheLayout, DecoderCache
+from engine.families.decoder.description import Activation, Attention, Description, Experts
+from engine.families.decoder.router import choose_experts
+from engine.families.decoder.weights import (
+    AttentionWeights,
+    DecoderWeights,
+    MlpWeights,
+    RouterWeights,
+    tensors_in,
+)
+from engine.families.places import HOST
+from engine.layers.operations import Eager, Operations, Recorded, Value
+from engine.layers.rope import Rotation
+from memory.experts.store import ExpertStore
+from memory.telemetry import Telemetry
+from quant.errors import BudgetError
+from quant.kernels.choice import recorder_of
+from quant.kernels.cpu.program import KvPlace, Program, Recorder
+from quant.kernels.interface import Kernels
+
+MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
+
+
+class Decoder(Model):
+    """A loaded model of any of these families."""
+
+    def __init__(
+        self, description: Description, info: ModelInfo, kernels: Kernels, weights: DecoderWeights
+    ) -> None:
+        self.description = description
+        self.info = info
+        self.kernels = kernels
+        self.weights = weights
+        self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
+
+    def close(self) -> None:
+        if self.weights.experts is not None:
+            self.weights.experts.close()
+
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        experts = self.weights.experts
+        found = defaultdict(int, {} if experts is None else experts.tier_bytes)
+        found["dram"] += 0
+        for tier, nbytes in self._dense_bytes.items():
+            found[tier] += nbytes
+        return dict(found)
+
+    @cached_property
+    def _dense_bytes(self) -> dict[str, int]:
+        """Bytes by tier of what every token reads."""
+        weights, places = self.weights, self.weights.places
+        placed = [("dram", weights.embed), (places.head_tier, weights.norm)]
+        if weights.head is not weights.embed:
+            placed.append((places.head_tier, weights.head))
+        for tier, layer in zip(places.tiers, weights.layers, strict=True):
+            placed += [(tier, tensor) for tensor in tensors_in(layer)]
+        found: dict[str, int] = defaultdict(int)
+        for tier, tensor in placed:
+            found[tier] += tensor.nbytes
+        return found
+
+    def expert_tiers(self) -> list[list[str]]:
+        if self.weights.experts is None:
+            return []
+        tiers: list[list[str]] = [[] for _ in self.description.layers]
+        for layer, held in zip(
+            self.description.expert_layers, self.weights.experts.expert_locations(), strict=True
+        ):
+            tiers[layer] = held
+        return tiers
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        return None if self.weights.experts is None else self.weights.experts.telemetry
+
+    # ---------------------------------------------------------------------------------------- the cache
+
+    def new_cache(self, slots: int, capacity: int) -> DecoderCache:
+        """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
+        needed: dict[str, int] = defaultdict(int)
+        for layer, tier in enumerate(self.weights.places.tiers):
+            needed[tier] += self.cache_layout.layer_bytes(layer, slots, capacity)
+        for tier, room in self.weights.places.kv_room.items():
+            if needed[tier] > room:
+                raise BudgetError(
+                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
+                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
+                )
+        cache = DecoderCache(self.cache_layout, slots, capacity)
+        recorder = self._recorder()
+        if recorder is not None:
+            cache.turns = self._rotation(torch.arange(capacity)).turns
+            cache.program = self._record(recorder, cache, cache.turns)
+        return cache
+
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        kv = sum(
+            self.cache_layout.layer_bytes(layer, slots, capacity)
+            for layer, device in enumerate(self.cache_layout.devices)
+            if device == HOST
+        )
+        if self._recorder() is None:
+            return kv
+        turns = capacity * len(self.weights.frequencies) * torch.complex64.itemsize
+        return kv + turns + self._arena_bytes
+
+    @cached_property
+    def _arena_bytes(self) -> int:
+        """Bytes of a program's buffers, whatever the cache."""
+        program = self.new_cache(slots=1, capacity=1).program
+        return 0 if program is None else program.nbytes
+
+    # -------------------------------------------------------------------------------------- the forward
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+        assert isinstance(cache, DecoderCache)
+        for segment in batch.segments:
+            cache.admit(segment)
+        if trace is None and cache.program is not None and _is_decode(batch, cache.program.max_rows):
+            logits = self._replay(cache.program, batch)
+        else:
+            logits = self._compute(batch, cache, trace or NO_TRACE)
+        for segment in batch.segments:
+            cache.advance(segment)
+        return logits
+
+    def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
+        """The logits of any batch, operation by operation."""
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        head_dim = self.description.layers[0].attention.head_dim
+        ops = Eager(self.kernels, batch.segments, self._rotation(positions), head_dim, cache.extend)
+        x = self._layers(ops, self._embedded(batch.token_ids), trace)
+        return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
+
+    def _replay(self, program: Program, batch: Batch) -> torch.Tensor:
+        """The logits of a batch of new tokens, by a recorded program: the same bits."""
+        rows = len(batch.token_ids)
+        program.source[:rows] = self._embedded(batch.token_ids)
+        program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
+        return program.result[batch.logit_rows]
+
+    def _recorder(self) -> Recorder | None:
+        """What notes decode steps; None where something in them cannot be noted."""
+        return recorder_of(self.kernels, MAX_ROWS) if self.weights.experts is None else None
+
+    def _record(self, recorder: Recorder, cache: DecoderCache, turns: torch.Tensor) -> Program:
+        """A program that decodes with `cache`; turns `[positions, dims / 2]` complex64."""
+        places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
+        ops = Recorded(recorder, turns, places)
+        source = recorder.input(self.description.hidden)
+        return recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
+
+    def _layers(self, ops: Operations[Value], x: Value, trace: Trace) -> Value:
+        """All layers: x `[tokens, hidden]` to the same."""
+        eps, factor = self.description.eps, self.description.residual_factor
+        for number, (layer, weights) in enumerate(
+            zip(self.description.layers, self.weights.layers, strict=True)
+        ):
+            x = ops.move(x, weights.device)
+            normed = ops.norm(x, weights.attn_norm, eps)
+            attended = self._attention(ops, number, layer.attention, weights.attention, normed)
+            x = ops.add(x, _scaled(ops, attended, factor))
+            normed = ops.norm(x, weights.ffn_norm, eps)
+            if isinstance(layer.feed_forward, Experts):
+                y = self._experts(ops, number, x, normed, trace)
+            else:
+                assert isinstance(weights.feed_forward, MlpWeights)
+                y = _mlp(ops, normed, weights.feed_forward, layer.feed_forward.activation)
+            x = ops.add(x, _scaled(ops, y, factor))
+            trace.add(f"hidden.{number}", x)
+        return x
+
+    def _attention(
+        self, ops: Operations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
+    ) -> Value:
+        """Attention of normed x `[tokens, hidden]`, to the same."""
+        eps = self.description.eps
+        q, k, v = (
+            value if bias is None else ops.add_bias(value, bias)
+            for value, bias in zip(
+                ops.linears(x, w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), strict=True
+            )
+        )
+        if w.q_norm is not None and w.k_norm is not None:
+            norm = ops.norm_heads if a.qk_norm == "head" else ops.norm
+            q, k = norm(q, w.q_norm, eps), norm(k, w.k_norm, eps)
+        if a.clip is not None:
+            q, k, v = (ops.clip(value, a.clip) for value in (q, k, v))
+        q, k = ops.rotate(q, a.heads), ops.rotate(k, a.kv_heads)
+        if a.scale is not None:
+            q = _scaled(ops, q, a.scale * math.sqrt(a.head_dim))  # kernels scale by its inverse
+        (out,) = ops.linears(ops.attend(number, q, k, v, a.window, w.sinks), w.o)
+        return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
+
+    def _logits(self, ops: Operations[Value], x: Value) -> Value:
+        x = ops.norm(ops.move(x, self.weights.norm.device), self.weights.norm, self.description.eps)
+        (logits,) = ops.linears(x, self.weights.head)
+        return _scaled(ops, logits, self.description.logits_factor)
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding as float32; no others are decoded."""
+        embed = self.weights.embed
+        if isinstance(embed, torch.Tensor):
+            rows = embed[token_ids].float()
+        else:
+            rows = self.kernels.gather_rows(embed, token_ids)
+        factor = self.description.embedding_factor
+        return rows if factor == 1 else rows * factor
+
+    def _rotation(self, positions: torch.Tensor) -> Rotation:
+        factor = self.description.layers[0].attention.rope.attention_factor
+        return Rotation.at(positions, self.weights.frequencies, factor)
+
+    # ------------------------------------------------------------------------------------------ experts
+
+    def _experts(
+        self, ops: Operations[Value], number: int, x: Value, normed: Value, trace: Trace
+    ) -> Value:
+        """Routed experts, and the network beside them, for normed x `[tokens, hidden]`."""
+        weights = self.weights.layers[number].feed_forward
+        assert isinstance(weights, RouterWeights)
+
+        def compute(normed: torch.Tensor) -> torch.Tensor:
+            return self._routed(number, weights, normed, trace)
+
+        y = ops.apart(normed, compute)
+        shared = self._expert_part(number).shared
+        if shared is None or weights.shared is None:
+            return y
+        return ops.add(y, _mlp(ops, normed, weights.shared, shared.activation))
+
+    def _routed(
+        self, number: int, weights: RouterWeights, normed: torch.Tensor, trace: Trace
+    ) -> torch.Tensor:
+        """The weighted outputs of the experts that normed x `[tokens, hidden]` chooses."""
+        chosen, factors = self._route(number, weights, normed)
+        trace.add(f"router_ids.{number}", chosen)
+        trace.add(f"router_weights.{number}", factors)
+        store = self._store
+        at = self.description.expert_layers.index(number)
+        with store.acquire(at, chosen.cpu()) as experts:
+            return experts.run(normed, factors, self._expert_part(number).activation.limit)
+
+    def _route(
+        self, number: int, weights: RouterWeights, normed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that a router chooses for normed x, and their weights, both `[tokens, top_k]`."""
+        logits = self.kernels.linear(normed, weights.matrix)
+        if weights.bias is not None:
+            logits = logits + weights.bias
+        return choose_experts(self.kernels, self._expert_part(number).router, logits, weights.choice_bias)
+
+    def _expert_part(self, number: int) -> Experts:
+        part = self.description.layers[number].feed_forward
+        assert isinstance(part, Experts)
+        return part
+
+    @property
+    def _store(self) -> ExpertStore:
+        assert self.weights.experts is not None
+        return self.weights.experts
+
+
+def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights, activation: Activation) -> Value:
+    """A gated feed-forward network of normed x `[tokens, hidden]`."""
+    assert activation.kind == "silu"
+    gate, up = ops.linears(x, weights.gate, weights.up)
+    (y,) = ops.linears(ops.gated(gate, up), weights.down)
+    return y
+
+
+def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
+    return x if factor == 1 else ops.scale(x, factor)
+
+
+def _is_decode(batch: Batch, max_rows: int) -> bool:
+    """Whether a batch is up to so many sequences with one new token each."""
+    return len(batch.token_ids) == len(batch.segments) <= max_rows

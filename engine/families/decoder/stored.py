@@ -1,0 +1,65 @@
+"""How a checkpoint stores the matrices of a decoder: the tensors of each, their dtypes, what they are read as."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from engine.families.decoder.tensors import Use
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorEntry, TensorSpec
+from quant.formats.gguf import FORMATS, PLAIN_DTYPES, weight_from_bytes
+from quant.formats.plain import PLAIN
+from quant.kernels.interface import Weight
+from quant.packed import Format, PackedTensor
+
+FLOATS = tuple(PLAIN_DTYPES)
+MATRIX_DTYPES = (*FORMATS, *FLOATS)
+
+
+class StoredMatrices:
+    """Matrices of a checkpoint by name."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._entries = checkpoint.entries
+
+    def specs(self, use: Use) -> dict[str, TensorSpec]:
+        """The tensors that hold what is used, with the dtypes they may have."""
+        return {use.name: TensorSpec(use.shape, MATRIX_DTYPES if use.is_matrix else FLOATS)}
+
+    def parts(self, name: str) -> list[TensorEntry]:
+        """The tensors that hold a matrix."""
+        return [self._entries[name]]
+
+    def read(self, name: str) -> Weight:
+        """A matrix, or floats of any shape, as the file has it."""
+        entry = self._entries[name]
+        return weight_from_bytes(entry.dtype, entry.shape, self._checkpoint.read(name))
+
+    def format_of(self, name: str) -> Format:
+        """The format of a matrix."""
+        dtype = self._entries[name].dtype
+        return PLAIN[dtype] if dtype in PLAIN else FORMATS[dtype]
+
+    def slices(self, name: str, number: int, count: int, start: int, stop: int) -> list[TensorEntry]:
+        """The tensors of rows start..stop of matrix `number` of a stack of `count`."""
+        entry = self._entries[name]
+        rows, cols = entry.shape[-2:]
+        row_bytes = entry.nbytes // (count * rows)
+        at = entry.offset + (number * rows + start) * row_bytes
+        shape = (stop - start, cols)
+        return [TensorEntry(name, entry.dtype, shape, entry.file, at, (stop - start) * row_bytes)]
+
+    def matrix(
+        self, format_: Format, shape: tuple[int, int], raw: list[torch.Tensor]
+    ) -> PackedTensor:
+        """The matrix from the raw bytes of its tensors."""
+        (codes,) = raw
+        return PackedTensor(format_, shape, codes.view(shape[0], -1))
+
+
+def values_of(entry: TensorEntry) -> int:
+    """How many numbers a tensor holds."""
+    return math.prod(entry.shape)
