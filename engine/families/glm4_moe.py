@@ -1,11 +1,9 @@
-"""GLM-4.5, 4.6, 4.7 and Air: half of a head's channels turn, sigmoid routing, a shared expert, dense first layers.
+"""GLM-4.5, 4.6, 4.7 and Air: half of a head turns, sigmoid routing, a shared expert, dense first layers.
 
 Keys of config.json: https://huggingface.co/zai-org/GLM-4.5-Air and `transformers`' Glm4MoeConfig.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from engine.families.decoder.description import Attention, Description, Experts, Groups, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily

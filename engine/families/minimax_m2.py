@@ -44,7 +44,9 @@ def describe_minimax_m2(checkpoint: Checkpoint) -> Description:
         is_renormalised=True,
     )
     experts = Experts(router, read.count("intermediate_size"), "each")
-    return describe(read, checkpoint, [Layer(attention, experts)] * layers, W123_NAMES, ignored=r"model\.mtp.*|mtp\..*")
+    return describe(
+        read, checkpoint, [Layer(attention, experts)] * layers, W123_NAMES, ignored=r"model\.mtp.*|mtp\..*"
+    )
 
 
 FAMILY = DecoderFamily(NAME, describe_minimax_m2)

@@ -12,7 +12,7 @@ from quant.errors import ConfigError
 FAMILIES = {
     "deepseek_v41": "engine.families.deepseek_v41.forward",
     "deepseek_v41_text": "engine.families.deepseek_v41.forward",
-    "llama": "engine.families.llama.forward",
+    "llama": "engine.families.llama",
     "glm4_moe": "engine.families.glm4_moe",
     "granitemoe": "engine.families.granitemoe",
     "minimax_m2": "engine.families.minimax_m2",

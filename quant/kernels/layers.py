@@ -100,8 +100,8 @@ class LayerOperations(Protocol):
     ) -> torch.Tensor:
         """Causal attention of the last tokens of a sequence, `[L, heads, head_dim]` to the same.
 
-        keys, values `[kv_heads, n + L, head_dim]`: of the n tokens before, then of these; with a window a token
-        sees that many, itself the last. sinks `[heads]`: the denominator of head h gains exp(sinks_h).
+        keys, values `[kv_heads, n + L, head_dim]`: of the n tokens before, then of these; with a window a
+        token sees that many, itself the last. sinks `[heads]`: the denominator of head h gains exp(sinks_h).
         """
         ...
 

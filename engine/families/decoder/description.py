@@ -1,7 +1,8 @@
 """What a decoder is: its layers, sizes and tensor names, as frozen values.
 
-A family makes a `Description` once, from config.json or from GGUF metadata; the forward, the cache, the loader
-and the planner read it and know no family. Choices that no description has are refused while it is made.
+A family makes a `Description` once, from config.json or from GGUF metadata; the forward, the cache, the
+loader and the planner read it and know no family. Choices that no description has are refused while it is
+made.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from engine.families.decoder.rope import Rope
@@ -16,7 +18,7 @@ from engine.families.decoder.rope import Rope
 # How the routed experts of a layer lie in the checkpoint:
 #   each         gate, up and down of every expert are tensors of their own
 #   stacked      one tensor with all gates `[experts, width, hidden]`, one with all ups, one with all downs
-#   halves       one tensor with all gates and ups `[experts, 2 * width, hidden]`, gates first; one with all downs
+#   halves       one tensor `[experts, 2 * width, hidden]` with gates and then ups, one with all downs
 #   interleaved  the same, but gates are its even rows and ups its odd ones
 Layout = Literal["each", "stacked", "halves", "interleaved"]
 
@@ -131,8 +133,8 @@ class Layer:
 class Description:
     """A whole decoder.
 
-    embedding_factor, residual_factor, logits_factor  what the embedding, every sublayer's output and the logits
-                   are multiplied by
+    embedding_factor, residual_factor, logits_factor  what the embedding, every sublayer's output and the
+                   logits are multiplied by
     is_tied        the head is the embedding
     has_rope_factors  a tensor says what each rotary pair's frequency is divided by
     names          role -> tensor name, with {layer} and {expert}; NAMES in engine/families/decoder/names.py
@@ -154,12 +156,12 @@ class Description:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
 
-    @property
+    @cached_property
     def expert_layers(self) -> tuple[int, ...]:
         """The layers that have routed experts."""
         return tuple(n for n, layer in enumerate(self.layers) if isinstance(layer.feed_forward, Experts))
 
-    @property
+    @cached_property
     def experts(self) -> Experts | None:
         """The experts of the layers that have them, which are alike; None where none has."""
         found = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, Experts)]

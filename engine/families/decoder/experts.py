@@ -50,16 +50,16 @@ class DecoderExpertFiles:
 
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert, or the parts of larger ones that hold it."""
-        name, count, width = self._name(layer, expert, number), self.experts, self.width
+        name, width = self._name(layer, expert, number), self.width
         layout = self._experts.layout
         if layout == "each":
             return self.stored.parts(name)
         if layout == "stacked" or number == DOWN:
-            return self.stored.slices(name, expert, count, 0, self._shape(number)[0])
+            return self.stored.slices(name, expert, 0, self._shape(number)[0])
         if layout == "interleaved":
-            return self.stored.slices(name, expert, count, 0, 2 * width)
+            return self.stored.slices(name, expert, 0, 2 * width)
         start = width if number == UP else 0
-        return self.stored.slices(name, expert, count, start, start + width)
+        return self.stored.slices(name, expert, start, start + width)
 
     def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
         """The matrix from the raw bytes of its tensors, by name."""

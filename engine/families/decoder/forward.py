@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
-from engine.families.decoder.description import Activation, Attention, Description, Experts
+from engine.families.decoder.description import Attention, Description, Experts
 from engine.families.decoder.router import choose_experts
 from engine.families.decoder.weights import (
     AttentionWeights,
@@ -30,7 +30,7 @@ from memory.telemetry import Telemetry
 from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import KvPlace, Program, Recorder
-from quant.kernels.interface import Kernels
+from quant.kernels.interface import Kernels, swiglu
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
@@ -173,15 +173,15 @@ class Decoder(Model):
             zip(self.description.layers, self.weights.layers, strict=True)
         ):
             x = ops.move(x, weights.device)
+            if isinstance(layer.feed_forward, Experts):
+                x = ops.apart(x, partial(self._expect, number))
             normed = ops.norm(x, weights.attn_norm, eps)
             attended = self._attention(ops, number, layer.attention, weights.attention, normed)
             x = ops.add(x, _scaled(ops, attended, factor))
-            normed = ops.norm(x, weights.ffn_norm, eps)
-            if isinstance(layer.feed_forward, Experts):
-                y = self._experts(ops, number, x, normed, trace)
+            if isinstance(weights.feed_forward, MlpWeights):
+                y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
             else:
-                assert isinstance(weights.feed_forward, MlpWeights)
-                y = _mlp(ops, normed, weights.feed_forward, layer.feed_forward.activation)
+                y = ops.apart(x, partial(self._experts, number, trace=trace))
             x = ops.add(x, _scaled(ops, y, factor))
             trace.add(f"hidden.{number}", x)
         return x
@@ -193,9 +193,7 @@ class Decoder(Model):
         eps = self.description.eps
         q, k, v = (
             value if bias is None else ops.add_bias(value, bias)
-            for value, bias in zip(
-                ops.linears(x, w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), strict=True
-            )
+            for value, bias in zip(ops.linears(x, w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), strict=True)
         )
         if w.q_norm is not None and w.k_norm is not None:
             norm = ops.norm_heads if a.qk_norm == "head" else ops.norm
@@ -229,47 +227,60 @@ class Decoder(Model):
 
     # ------------------------------------------------------------------------------------------ experts
 
-    def _experts(
-        self, ops: Operations[Value], number: int, x: Value, normed: Value, trace: Trace
-    ) -> Value:
-        """Routed experts, and the network beside them, for normed x `[tokens, hidden]`."""
+    def _experts(self, number: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
+        """The feed-forward part of a layer with experts: x `[tokens, hidden]`, not normed, to the same."""
+        layer, store = self.weights.layers[number], self._store
+        assert isinstance(layer.feed_forward, RouterWeights)
+        normed = self.kernels.rms_norm(x, layer.ffn_norm, self.description.eps)
+        chosen, weights = self._route(number, normed)
+        trace.add(f"router_ids.{number}", chosen)
+        trace.add(f"router_weights.{number}", weights)
+        with store.acquire(self._store_layer(number), chosen.cpu()) as experts:
+            shared, y = layer.feed_forward.shared, None
+            if shared is not None:  # computed while missing experts arrive
+                y = swiglu(self.kernels, normed, shared.gate, shared.up, shared.down, float("inf"))
+            self._prefetch(number + 1, x if y is None else x + y * self.description.residual_factor)
+            out = experts.run(normed, weights, self._part(number).activation.limit)
+        return out if y is None else out + y
+
+    def _expect(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Before a layer's attention, which leaves time: prefetch what its experts will probably be."""
+        # Attention on a GPU leaves none, and before the first layer the disk has nothing else to do.
+        if number == 0 or x.device == HOST:
+            self._prefetch(number, x)
+        return x
+
+    def _prefetch(self, number: int, x: torch.Tensor) -> None:
+        """Start prefetching the experts that layer `number` will probably choose, from the residual so far.
+
+        What is still to be added to it changes it little, so the layer's router predicts most of its choice.
+        """
+        if number not in self.description.expert_layers:
+            return
+        store, at = self._store, self._store_layer(number)
+        if store.wants_guesses(at):
+            layer = self.weights.layers[number]
+            x = self.kernels.rms_norm(x.to(layer.device), layer.ffn_norm, self.description.eps)
+            guess, _ = self._route(number, x)
+            store.prefetch(at, guess.t().flatten().cpu().tolist())  # every token's top choice first
+
+    def _route(self, number: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that a layer's router chooses for normed x, and their weights: `[tokens, top_k]`."""
         weights = self.weights.layers[number].feed_forward
         assert isinstance(weights, RouterWeights)
-
-        def compute(normed: torch.Tensor) -> torch.Tensor:
-            return self._routed(number, weights, normed, trace)
-
-        y = ops.apart(normed, compute)
-        shared = self._expert_part(number).shared
-        if shared is None or weights.shared is None:
-            return y
-        return ops.add(y, _mlp(ops, normed, weights.shared, shared.activation))
-
-    def _routed(
-        self, number: int, weights: RouterWeights, normed: torch.Tensor, trace: Trace
-    ) -> torch.Tensor:
-        """The weighted outputs of the experts that normed x `[tokens, hidden]` chooses."""
-        chosen, factors = self._route(number, weights, normed)
-        trace.add(f"router_ids.{number}", chosen)
-        trace.add(f"router_weights.{number}", factors)
-        store = self._store
-        at = self.description.expert_layers.index(number)
-        with store.acquire(at, chosen.cpu()) as experts:
-            return experts.run(normed, factors, self._expert_part(number).activation.limit)
-
-    def _route(
-        self, number: int, weights: RouterWeights, normed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that a router chooses for normed x, and their weights, both `[tokens, top_k]`."""
         logits = self.kernels.linear(normed, weights.matrix)
         if weights.bias is not None:
             logits = logits + weights.bias
-        return choose_experts(self.kernels, self._expert_part(number).router, logits, weights.choice_bias)
+        return choose_experts(self.kernels, self._part(number).router, logits, weights.choice_bias)
 
-    def _expert_part(self, number: int) -> Experts:
+    def _part(self, number: int) -> Experts:
         part = self.description.layers[number].feed_forward
         assert isinstance(part, Experts)
         return part
+
+    def _store_layer(self, number: int) -> int:
+        """The number of a layer among those that have experts."""
+        return self.description.expert_layers.index(number)
 
     @property
     def _store(self) -> ExpertStore:
@@ -277,9 +288,8 @@ class Decoder(Model):
         return self.weights.experts
 
 
-def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights, activation: Activation) -> Value:
+def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
     """A gated feed-forward network of normed x `[tokens, hidden]`."""
-    assert activation.kind == "silu"
     gate, up = ops.linears(x, weights.gate, weights.up)
     (y,) = ops.linears(ops.gated(gate, up), weights.down)
     return y

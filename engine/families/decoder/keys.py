@@ -16,19 +16,21 @@ from quant.errors import ConfigError
 LARGEST = sys.float_info.max
 SHOWN = 60  # characters of an unexpected value
 
-# Keys of config.json that change nothing of what is computed from tokens to logits: training, bookkeeping, how
-# other software loads the model.
+# Keys of config.json that change nothing of what is computed from tokens to logits: training, bookkeeping,
+# how other software loads the model.
 HARMLESS = frozenset(
-    """
-    _attn_implementation _name_or_path _attn_implementation_autoset architectures attention_dropout attn_pdrop
-    auto_map aux_loss_alpha chunk_size_feed_forward do_sample dtype embd_pdrop ep_size hidden_dropout
-    hidden_dropout_prob id2label initializer_range label2id max_length max_new_tokens min_length model_type
-    name_or_path num_return_sequences output_router_logits pad_token_id pretraining_tp quantization_config
-    repetition_penalty resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id seq_aux
-    temperature tokenizer_class top_k top_p torch_dtype transformers_version typical_p unk_token_id
-    unsloth_fixed unsloth_version use_cache
-    """.split()
-)
+    (
+        "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures",
+        "attention_dropout", "attn_pdrop", "auto_map", "aux_loss_alpha", "chunk_size_feed_forward",
+        "do_sample", "dtype", "embd_pdrop", "ep_size", "hidden_dropout", "hidden_dropout_prob", "id2label",
+        "initializer_range", "label2id", "max_length", "max_new_tokens", "min_length", "model_type",
+        "name_or_path", "num_return_sequences", "output_router_logits", "pad_token_id", "pretraining_tp",
+        "quantization_config", "repetition_penalty", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+        "router_jitter_noise", "sep_token_id", "seq_aux", "temperature", "tokenizer_class", "top_k", "top_p",
+        "torch_dtype", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+        "unsloth_version", "use_cache",
+    )
+)  # fmt: skip
 
 
 class Keys:
@@ -107,20 +109,23 @@ class Keys:
 
     def refuse(self, key: str, value: object, why: str) -> None:
         """Note that the value of `key` is wrong."""
-        shown = repr(value)
-        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-        self.problems.append(f"{self.prefix}{key} is {shown}, {why}")
+        self._note(key, value, f", {why}")
 
     def refuse_choice(self, key: str, value: object, accepted: Iterable[object]) -> None:
         """Note that the family does not compute this value of `key`."""
         only = " or ".join(map(repr, accepted))
-        self.problems.append(f"{self.prefix}{key} is {value!r}; the {self.family} family supports only {only}")
+        self._note(key, value, f"; the {self.family} family supports only {only}")
+
+    def _note(self, key: str, value: object, why: str) -> None:
+        shown = repr(value)
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+        self.problems.append(f"{self.prefix}{key} is {shown}{why}")
 
     def check_unknown(self, harmless: Iterable[str] = ()) -> None:
         """Note every key that nobody asked for and that is neither harmless nor switched off."""
         for key in sorted(self.config.keys() - self._asked - set(harmless)):
             if self.config[key]:
-                self.refuse(key, self.config[key], f"which the {self.family} family does not know")
+                self._note(key, self.config[key], f"; the {self.family} family does not support it")
 
     def check(self) -> None:
         """Raise one ConfigError with everything that was noted."""

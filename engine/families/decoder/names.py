@@ -1,7 +1,7 @@
 """Tensor names by role, as safetensors of the Hub have them.
 
-A matrix's or a norm's name ends in `.weight`; its bias, where it has one, in `.bias` instead. Families replace
-what they name differently.
+A matrix's or a norm's name ends in `.weight`; its bias, where it has one, in `.bias` instead. Families
+replace what they name differently.
 """
 
 from __future__ import annotations

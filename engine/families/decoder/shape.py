@@ -1,4 +1,4 @@
-"""A decoder's shape for the planner: bytes and numbers of its parts, and what its layers keep of a sequence."""
+"""A decoder's shape for the planner: bytes and numbers of its parts, what layers keep of a sequence."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
         head=head,
         layers=tuple(layers),
         activation_bytes=max(
-            4 * (2 * d.hidden + 2 * layer.attention.heads * layer.attention.head_dim + 2 * _width(layer.feed_forward))
+            4
+            * (
+                2 * d.hidden
+                + 2 * layer.attention.heads * layer.attention.head_dim
+                + 2 * _width(layer.feed_forward)
+            )
             for layer in d.layers
         ),
     )
@@ -90,8 +95,8 @@ def components(description: Description, checkpoint: Checkpoint) -> list[Compone
     for use in uses(description):
         if use.part == "experts":
             key = f"routed experts, layer {use.layer}", "routed_experts"
-        else:
-            key = KINDS[use.part]
+        else:  # the last norm is of no use to name formats by
+            key = KINDS["dense" if use.part == "head" and not use.is_matrix else use.part]
         found[key] += weights_of(use)
         if use.name in checkpoint.entries:
             formats[key].add(stored.format_of(use.name).name)

@@ -1,8 +1,6 @@
-"""How a checkpoint stores the matrices of a decoder: the tensors of each, their dtypes, what they are read as."""
+"""How a checkpoint stores the matrices of a decoder: the tensors of each, and what they are read as."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 
@@ -43,23 +41,11 @@ class StoredMatrices:
         dtype = self._entries[name].dtype
         return PLAIN[dtype] if dtype in PLAIN else FORMATS[dtype]
 
-    def slices(self, name: str, number: int, count: int, start: int, stop: int) -> list[TensorEntry]:
-        """The tensors of rows start..stop of matrix `number` of a stack of `count`."""
-        entry = self._entries[name]
-        rows, cols = entry.shape[-2:]
-        row_bytes = entry.nbytes // (count * rows)
-        at = entry.offset + (number * rows + start) * row_bytes
-        shape = (stop - start, cols)
-        return [TensorEntry(name, entry.dtype, shape, entry.file, at, (stop - start) * row_bytes)]
+    def slices(self, name: str, number: int, start: int, stop: int) -> list[TensorEntry]:
+        """The parts of tensors that hold rows start..stop of matrix `number` of a stack."""
+        return [part.of(number).rows(start, stop) for part in self.parts(name)]
 
-    def matrix(
-        self, format_: Format, shape: tuple[int, int], raw: list[torch.Tensor]
-    ) -> PackedTensor:
+    def matrix(self, format_: Format, shape: tuple[int, int], raw: list[torch.Tensor]) -> PackedTensor:
         """The matrix from the raw bytes of its tensors."""
         (codes,) = raw
         return PackedTensor(format_, shape, codes.view(shape[0], -1))
-
-
-def values_of(entry: TensorEntry) -> int:
-    """How many numbers a tensor holds."""
-    return math.prod(entry.shape)

@@ -125,7 +125,7 @@ def read_weights(
 
 
 def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:
-    """Shares of uses from the routing trace beside a checkpoint. Raises CheckpointError if it is not of it."""
+    """Shares of uses, from the routing trace beside a checkpoint. Raises CheckpointError for another's."""
     if description.experts is None:
         return None
     layers, experts = len(description.expert_layers), description.experts.router.experts

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from engine.cache.prefix import PrefixCache
 from engine.families.base import Batch
-from engine.families.llama.forward import FAMILY, MAX_ROWS, Llama, LlamaCache
+from engine.families.decoder.cache import DecoderCache
+from engine.families.decoder.forward import MAX_ROWS, Decoder
+from engine.families.llama import FAMILY
 from memory.checkpoint.gguf_files import open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
@@ -27,7 +29,7 @@ SLOTS = 4
 
 
 @pytest.fixture(scope="module", params=["Q8_0", "Q4_1", "bf16 directory", "stretched"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = tmp_path_factory.mktemp("tiny")
     if request.param == "bf16 directory":
         checkpoint = open_safetensors(write_safetensors(folder / "hf", tiny_values(is_tied=False)))
@@ -44,7 +46,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 class Pair:
     """The same sequences twice: decoded by a program, and operation by operation."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Decoder) -> None:
         self._model = model
         caches = [model.new_cache(SLOTS, CONTEXT) for _ in range(2)]
         self.replayed, self.eager = caches
@@ -54,7 +56,7 @@ class Pair:
         self.texts: list[list[int]] = [[] for _ in range(SLOTS)]
 
     @property
-    def caches(self) -> tuple[LlamaCache, LlamaCache]:
+    def caches(self) -> tuple[DecoderCache, DecoderCache]:
         return self.replayed, self.eager
 
     def run(self, parts: list[tuple[int, list[int]]]) -> None:
@@ -82,7 +84,7 @@ class Pair:
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: Llama, data: st.DataObject) -> None:
+def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: Decoder, data: st.DataObject) -> None:
     pair = Pair(model)
     token = st.integers(0, VOCAB - 1)
     for _ in range(data.draw(st.integers(1, 12))):
@@ -99,7 +101,7 @@ def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: Llama, data: st
         pair.run([(slot, ids) for slot, ids in parts if len(pair.texts[slot]) + len(ids) <= CONTEXT])
 
 
-def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Llama) -> None:
+def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Decoder) -> None:
     rows = MAX_ROWS + 3
     cache, eager = model.new_cache(rows, 8), model.new_cache(rows, 8)
     eager.program = None
@@ -108,7 +110,7 @@ def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Ll
     assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
 
 
-def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Llama) -> None:
+def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Decoder) -> None:
     one, other = model.new_cache(3, 8), model.new_cache(3, 8)
     batch = Batch.of([(slot, 0, [slot + 5]) for slot in range(3)])
     whole = model.forward(batch, one)
@@ -116,7 +118,7 @@ def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Llama) -> 
     assert torch.equal(model.forward(replace(batch, logit_rows=torch.tensor([2])), other), whole[2:])
 
 
-def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Llama) -> None:
+def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Decoder) -> None:
     cache = model.new_cache(1, 2)
     model.forward(Batch.of([(0, 0, [1, 2])]), cache)
 
@@ -125,7 +127,7 @@ def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Llama) -> No
     assert cache.length(0) == 2
 
 
-def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Llama) -> None:
+def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Decoder) -> None:
     cache = model.new_cache(1, 4)
     first = model.forward(Batch.of([(0, 0, [1])]), cache)
     kept = first.clone()
@@ -134,10 +136,10 @@ def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Llama) 
     assert torch.equal(first, kept)
 
 
-def test_a_programs_buffers_are_counted_with_the_cache(model: Llama) -> None:
+def test_a_programs_buffers_are_counted_with_the_cache(model: Decoder) -> None:
     cache = model.new_cache(3, 17)
 
-    assert isinstance(cache, LlamaCache)
+    assert isinstance(cache, DecoderCache)
     assert cache.program is not None
     assert cache.program.nbytes > 4 * MAX_ROWS * VOCAB
     assert model.cache_bytes(3, 17) == cache.nbytes

@@ -1,1 +1,0 @@
-"""Llama and SmolLM2: configuration and forward."""
