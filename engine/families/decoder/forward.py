@@ -15,6 +15,7 @@ from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Tra
 from engine.families.decoder.cache import CacheLayout, DecoderCache
 from engine.families.decoder.description import Attention, Description, Experts
 from engine.families.decoder.router import choose_experts
+from engine.families.decoder.stored import RowsInFile
 from engine.families.decoder.weights import (
     AttentionWeights,
     DecoderWeights,
@@ -64,9 +65,9 @@ class Decoder(Model):
     def _dense_bytes(self) -> dict[str, int]:
         """Bytes by tier of what every token reads."""
         weights, places = self.weights, self.weights.places
-        placed = [("dram", weights.embed), (places.head_tier, weights.norm)]
-        if weights.head is not weights.embed:
-            placed.append((places.head_tier, weights.head))
+        placed = [(places.head_tier, weights.norm), (places.head_tier, weights.head)]
+        if weights.embed is not weights.head and not isinstance(weights.embed, RowsInFile):
+            placed.append(("dram", weights.embed))
         for tier, layer in zip(places.tiers, weights.layers, strict=True):
             placed += [(tier, tensor) for tensor in tensors_in(layer)]
         found: dict[str, int] = defaultdict(int)
@@ -214,7 +215,9 @@ class Decoder(Model):
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding as float32; no others are decoded."""
         embed = self.weights.embed
-        if isinstance(embed, torch.Tensor):
+        if isinstance(embed, RowsInFile):
+            rows = embed.decoded(token_ids)
+        elif isinstance(embed, torch.Tensor):
             rows = embed[token_ids].float()
         else:
             rows = self.kernels.gather_rows(embed, token_ids)

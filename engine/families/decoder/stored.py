@@ -7,6 +7,7 @@ import torch
 from engine.families.decoder.tensors import Use
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry, TensorSpec
+from memory.checkpoint.reads import RowsOnDisk
 from quant.formats.gguf import FORMATS, PLAIN_DTYPES, weight_from_bytes
 from quant.formats.plain import PLAIN
 from quant.kernels.interface import Weight
@@ -14,6 +15,19 @@ from quant.packed import Format, PackedTensor
 
 FLOATS = tuple(PLAIN_DTYPES)
 MATRIX_DTYPES = (*FORMATS, *FLOATS)
+
+
+class RowsInFile:
+    """A matrix of which a few rows at a time are read from its file."""
+
+    def __init__(self, entry: TensorEntry, format_: Format) -> None:
+        self._rows = RowsOnDisk(entry)
+        self._cols = entry.shape[1]
+        self._format = format_
+
+    def decoded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[n]` int64 as `[n, cols]` float32."""
+        return self._format.decode(PackedTensor(self._format, (len(rows), self._cols), self._rows[rows]))
 
 
 class StoredMatrices:
@@ -35,6 +49,10 @@ class StoredMatrices:
         """A matrix, or floats of any shape, as the file has it."""
         entry = self._entries[name]
         return weight_from_bytes(entry.dtype, entry.shape, self._checkpoint.read(name))
+
+    def in_file(self, name: str) -> RowsInFile:
+        """A matrix, or the rows of an embedding, that stays where it is."""
+        return RowsInFile(self._entries[name], self.format_of(name))
 
     def format_of(self, name: str) -> Format:
         """The format of a matrix."""

@@ -13,7 +13,7 @@ import torch
 from engine.families.decoder.description import Attention, Description, Experts, Layer
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import checkpoint_shape
-from engine.families.decoder.stored import StoredMatrices
+from engine.families.decoder.stored import RowsInFile, StoredMatrices
 from engine.families.decoder.tensors import bias_of
 from engine.families.places import HOST, DensePlaces, place
 from memory.checkpoint.checkpoint import Checkpoint
@@ -81,11 +81,12 @@ class LayerWeights:
 class DecoderWeights:
     """The whole model.
 
-    turn_speeds  radians per position of each rotary pair, by layer; layers that turn alike share them
+    embed        in its file where DRAM has no room for it
+    frequencies  radians per position of each rotary pair, `[pairs]` float64
     experts      None where no layer has any
     """
 
-    embed: Weight
+    embed: Weight | RowsInFile
     norm: torch.Tensor
     head: Weight
     layers: tuple[LayerWeights, ...]
@@ -109,7 +110,9 @@ def read_weights(
     host = _Reader(d, checkpoint, kernels, HOST)
     by_head = _Reader(d, checkpoint, kernels, places.head)
     head = by_head.matrix("embed" if d.is_tied else "head")
-    embed = head if d.is_tied and places.head == HOST else host.stored_matrix("embed")
+    embed: Weight | RowsInFile = head
+    if not d.is_tied or places.head != HOST:
+        embed = host.stored_matrix("embed") if places.holds_embedding else host.in_file("embed")
     return DecoderWeights(
         embed=embed,
         norm=by_head.floats("norm"),
@@ -200,6 +203,10 @@ class _Reader:
     def stored_matrix(self, role: str) -> Weight:
         """A matrix as the file has it, in host memory."""
         return self._stored.read(self._name(role))
+
+    def in_file(self, role: str) -> RowsInFile:
+        """A matrix that stays in its file."""
+        return self._stored.in_file(self._name(role))
 
     def floats(self, role: str, *, is_bias: bool = False) -> torch.Tensor:
         """A norm or a bias, float32."""
