@@ -143,9 +143,7 @@ class RecordedBasics:
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._recorder.scale(x, factor)
 
-    def route(
-        self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float
-    ) -> tuple[Buffer, Buffer]:
+    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
         return self._recorder.route(logits, bias, top_k, factor)
 
 

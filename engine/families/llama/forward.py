@@ -143,7 +143,7 @@ class Llama(Model):
         assert isinstance(cache, LlamaCache)
         for segment in batch.segments:
             cache.admit(segment)
-        if trace is None and cache.program is not None and _is_decode(batch, cache.program.max_rows):
+        if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
             logits = self._replay(cache.program, batch)
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
@@ -205,11 +205,6 @@ class Llama(Model):
         if isinstance(self.embed, torch.Tensor):
             return self.embed[token_ids].float()
         return self.kernels.gather_rows(self.embed, token_ids)
-
-
-def _is_decode(batch: Batch, max_rows: int) -> bool:
-    """Whether a batch is up to so many sequences with one new token each."""
-    return len(batch.token_ids) == len(batch.segments) <= max_rows
 
 
 class LlamaFamily(Family):

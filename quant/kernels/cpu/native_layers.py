@@ -133,9 +133,7 @@ class NativeLayers:
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
         positions, frequencies = positions.contiguous(), frequencies.contiguous()
         out = torch.empty(len(positions), len(frequencies), dtype=torch.complex64)
-        self._library.loci_turns(
-            positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr()
-        )
+        self._library.loci_turns(positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr())
         return out
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
