@@ -48,18 +48,20 @@ def inverse_frequencies(dim: int, theta: float, yarn: YarnScaling | None = None)
 
 @dataclass(frozen=True)
 class Rotation:
-    """e^(i * angle) for some positions, `[tokens, dim / 2]` complex64, perhaps times a factor.
-
-    Angles are computed in float64.
-    """
+    """e^(i * angle) for some positions, `[tokens, dim / 2]` complex64; angles are computed in float64."""
 
     turns: torch.Tensor
 
     @classmethod
-    def at(cls, positions: torch.Tensor, frequencies: torch.Tensor, factor: float = 1.0) -> Rotation:
-        """The rotation of `positions` `[tokens]`; what it rotates is multiplied by `factor`."""
-        angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
-        return cls(torch.polar(torch.full_like(angles, factor), angles).to(torch.complex64))
+    def at(cls, kernels: Kernels, positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
+        """The rotation of `positions` `[tokens]` int64, by frequencies `[dim / 2]` float64."""
+        return cls(kernels.turns(positions, frequencies))
+
+    def times(self, factor: float) -> Rotation:
+        """One that also multiplies what it turns."""
+        if factor == 1:
+            return self
+        return Rotation(torch.view_as_complex(torch.view_as_real(self.turns) * factor))
 
     def to(self, device: torch.device) -> Rotation:
         """The same on `device`."""

@@ -58,15 +58,12 @@ class DecoderCache(KvCache):
             bank = _allocate(shape, layout.devices[layers[0]])
             self._banks.append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
-        # Decodes with this cache, by the rotations of all its positions; None where nothing is recorded.
-        self.program: Program | None = None
-        self.turns: torch.Tensor | None = None
+        self.program: Program | None = None  # decodes with this cache; None where nothing is recorded
 
     @property
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
-        turns = 0 if self.turns is None else self.turns.nbytes
-        return sum(bank.nbytes for bank in self._banks) + program + turns
+        return sum(bank.nbytes for bank in self._banks) + program
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple((1, bank[:, :, slot].permute(3, 0, 1, 2, 4)) for bank in self._banks)

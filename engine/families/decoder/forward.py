@@ -30,7 +30,8 @@ from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
-from quant.kernels.cpu.program import KvPlace, Program, Recorder
+from quant.kernels.cpu.program import Program
+from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, swiglu
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
@@ -105,8 +106,7 @@ class Decoder(Model):
         cache = DecoderCache(self.cache_layout, slots, capacity)
         recorder = self._recorder()
         if recorder is not None:
-            cache.turns = self._rotation(torch.arange(capacity)).turns
-            cache.program = self._record(recorder, cache, cache.turns)
+            cache.program = self._record(recorder, cache)
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -115,10 +115,7 @@ class Decoder(Model):
             for layer, device in enumerate(self.cache_layout.devices)
             if device == HOST
         )
-        if self._recorder() is None:
-            return kv
-        turns = capacity * len(self.weights.frequencies) * torch.complex64.itemsize
-        return kv + turns + self._arena_bytes
+        return kv + self._arena_bytes
 
     @cached_property
     def _arena_bytes(self) -> int:
@@ -133,7 +130,7 @@ class Decoder(Model):
         assert isinstance(cache, DecoderCache)
         for segment in batch.segments:
             cache.admit(segment)
-        if trace is None and cache.program is not None and _is_decode(batch, cache.program.max_rows):
+        if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
             logits = self._replay(cache.program, batch)
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
@@ -144,8 +141,9 @@ class Decoder(Model):
     def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
         head_dim = self.description.layers[0].attention.head_dim
-        ops = Eager(self.kernels, batch.segments, self._rotation(positions), head_dim, cache.extend)
+        ops = Eager(self.kernels, batch.segments, rotation, head_dim, cache.extend)
         x = self._layers(ops, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
 
@@ -157,15 +155,17 @@ class Decoder(Model):
         return program.result[batch.logit_rows]
 
     def _recorder(self) -> Recorder | None:
-        """What notes decode steps; None where something in them cannot be noted."""
-        return recorder_of(self.kernels, MAX_ROWS) if self.weights.experts is None else None
+        """Notes steps, where all that every token reads lies in host memory."""
+        devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
+        return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
 
-    def _record(self, recorder: Recorder, cache: DecoderCache, turns: torch.Tensor) -> Program:
-        """A program that decodes with `cache`; turns `[positions, dims / 2]` complex64."""
+    def _record(self, recorder: Recorder, cache: DecoderCache) -> Program:
+        """A program that decodes with `cache`."""
         places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
-        ops = Recorded(recorder, turns, places)
+        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
         source = recorder.input(self.description.hidden)
-        return recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
+        ops.program = recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
+        return ops.program
 
     def _layers(self, ops: Operations[Value], x: Value, trace: Trace) -> Value:
         """All layers: x `[tokens, hidden]` to the same."""
@@ -224,9 +224,9 @@ class Decoder(Model):
         factor = self.description.embedding_factor
         return rows if factor == 1 else rows * factor
 
-    def _rotation(self, positions: torch.Tensor) -> Rotation:
-        factor = self.description.layers[0].attention.rope.attention_factor
-        return Rotation.at(positions, self.weights.frequencies, factor)
+    @property
+    def _turn_factor(self) -> float:
+        return self.description.layers[0].attention.rope.attention_factor
 
     # ------------------------------------------------------------------------------------------ experts
 
@@ -294,14 +294,9 @@ class Decoder(Model):
 def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
     """A gated feed-forward network of normed x `[tokens, hidden]`."""
     gate, up = ops.linears(x, weights.gate, weights.up)
-    (y,) = ops.linears(ops.gated(gate, up), weights.down)
+    (y,) = ops.linears(ops.gated(gate, up, math.inf), weights.down)
     return y
 
 
 def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
     return x if factor == 1 else ops.scale(x, factor)
-
-
-def _is_decode(batch: Batch, max_rows: int) -> bool:
-    """Whether a batch is up to so many sequences with one new token each."""
-    return len(batch.token_ids) == len(batch.segments) <= max_rows

@@ -20,6 +20,17 @@ def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str
     return shape_with(description, name, _weights_of(checkpoint))
 
 
+def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
+    """The same with the bytes that it takes in memory, where norms and biases are float32."""
+    weights_of = _weights_of(checkpoint)
+
+    def in_memory(use: Use) -> Weights:
+        weights = weights_of(use)
+        return weights if use.is_matrix else Weights(4 * weights.parameters, weights.parameters)
+
+    return shape_with(description, name, in_memory)
+
+
 def shape_with(description: Description, name: str, weights_of: Callable[[Use], Weights]) -> ModelShape:
     """The shape of a decoder; `weights_of` says what a tensor weighs."""
     d = description

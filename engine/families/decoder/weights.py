@@ -12,7 +12,7 @@ import torch
 
 from engine.families.decoder.description import Attention, Description, Experts, Layer
 from engine.families.decoder.experts import DecoderExpertFiles
-from engine.families.decoder.shape import checkpoint_shape
+from engine.families.decoder.shape import loaded_shape
 from engine.families.decoder.stored import RowsInFile, StoredMatrices
 from engine.families.decoder.tensors import bias_of
 from engine.families.places import HOST, DensePlaces, place
@@ -106,7 +106,7 @@ def read_weights(
     d = description
     if d.experts is None:
         budget = replace(budget, gpus=())
-    places = place(checkpoint_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
+    places = place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
     host = _Reader(d, checkpoint, kernels, HOST)
     by_head = _Reader(d, checkpoint, kernels, places.head)
     head = by_head.matrix("embed" if d.is_tied else "head")
