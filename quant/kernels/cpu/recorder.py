@@ -17,6 +17,7 @@ from quant.kernels.cpu.program import (
     Buffer,
     HandOver,
     Noted,
+    Operand,
     Program,
     Recording,
     Runner,
@@ -148,7 +149,7 @@ class Recorder:
         kv_heads, dim, head, slot = place.sizes
         out = self.buffer(q.width)
         at = None if sinks is None else self._weight(sinks)
-        inputs = [q, self._address(place.keys), self._address(place.values), at]
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at]
         self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot, window or 0])
         return out
 
@@ -206,7 +207,7 @@ class Recorder:
         table = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
         self._recording.held += [table, natives]
         out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
-        inputs = [x, ids, weights, ctypes.addressof(table)]
+        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table)]
         nbytes = ids.width * sum(weight.nbytes for weight in experts[0].matrices)
         sizes = [ids.width, x.width]
         self._note("experts", inputs, [out, apart, self._address(used)], sizes, limit, nbytes)
@@ -292,7 +293,7 @@ class Recorder:
         the compressed entries `[slots, entries, dim]`."""
         _, places, dim = rings.shape
         out = self.buffer(q.width)
-        inputs = [q, self._address(rings), self._weight(sink)]
+        inputs: list[Operand] = [q, self._address(rings), self._weight(sink)]
         sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0]
         if compressed is not None and chosen is not None:
             inputs += [self._address(compressed), chosen]
@@ -352,8 +353,8 @@ class Recorder:
     def _note(
         self,
         kind: str,
-        inputs: Sequence[Buffer | int | None],
-        outputs: Sequence[Buffer | int | None],
+        inputs: Sequence[Operand],
+        outputs: Sequence[Operand],
         sizes: Sequence[int],
         factor: float = 0.0,
         nbytes: int = 0,
