@@ -42,6 +42,10 @@ class Batch:
     segments: tuple[Segment, ...]
     logit_rows: torch.Tensor
 
+    def is_decode(self, max_rows: int) -> bool:
+        """Whether it is up to so many sequences with one new token each."""
+        return len(self.token_ids) == len(self.segments) <= max_rows
+
     @classmethod
     def of(cls, parts: Sequence[tuple[int, int, Sequence[int]]], *, all_logits: bool = False) -> Batch:
         """A batch from `(slot, start, ids)` parts; logits of each part's last token, or of all."""
