@@ -48,7 +48,7 @@ class ReferenceKernels(TorchLayers):
         if isinstance(weight, torch.Tensor):
             return self.product(x, weight.to(x.dtype))
         if isinstance(weight.format, Plain):
-            return self.linear(x, weight.format.numbers(weight))
+            return self.linear(x, weight.format.values(weight))
         rows, cols = weight.shape
         tile = weight.format.tile_rows
         step = max(tile, DECODE_VALUES // cols // tile * tile)

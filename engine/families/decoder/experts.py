@@ -10,6 +10,7 @@ from engine.families.decoder.description import Description, Experts
 from engine.families.decoder.stored import StoredMatrices
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
+from quant.formats.stored_matrix import every_other_row
 from quant.packed import Format, PackedTensor
 
 GATE, UP, DOWN = range(3)  # numbers of an expert's matrices, as the store counts them
@@ -46,28 +47,36 @@ class DecoderExpertFiles:
 
     @property
     def format(self) -> Format:
-        return self.stored.format_of(self._name(0, 0, UP))
+        name, shape = self._name(0, 0, UP), self._shape(UP)
+        return self.stored.format_of(name, shape if self._is_each else (self.experts, *shape))
 
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert, or the parts of larger ones that hold it."""
         name, width = self._name(layer, expert, number), self.width
+        if self._is_each:
+            return self.stored.parts(name, self._shape(number))
         layout = self._experts.layout
-        if layout == "each":
-            return self.stored.parts(name)
         if layout == "stacked" or number == DOWN:
-            return self.stored.slices(name, expert, 0, self._shape(number)[0])
+            return self.stored.stack_parts(name, expert, 0, self._shape(number)[0])
         if layout == "interleaved":
-            return self.stored.slices(name, expert, 0, 2 * width)
+            return self.stored.stack_parts(name, expert, 0, 2 * width)
         start = width if number == UP else 0
-        return self.stored.slices(name, expert, start, start + width)
+        return self.stored.stack_parts(name, expert, start, start + width)
 
     def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
         """The matrix from the raw bytes of its tensors, by name."""
-        found = [raw[entry.name] for entry in self.entries(layer, expert, number)]
         rows, cols = self._shape(number)
+        if self._is_each:
+            return self.stored.from_parts(self._name(layer, expert, number), (rows, cols), raw)
+        parts = [(entry, raw[entry.name]) for entry in self.entries(layer, expert, number)]
         if self._experts.layout == "interleaved" and number != DOWN:
-            found = [part.view(rows, 2, -1)[:, 0 if number == GATE else 1].contiguous() for part in found]
-        return self.stored.matrix(self.format, (rows, cols), found)
+            both = self.stored.from_stack_parts((2 * rows, cols), parts)
+            return every_other_row(both, 0 if number == GATE else 1)
+        return self.stored.from_stack_parts((rows, cols), parts)
+
+    @property
+    def _is_each(self) -> bool:
+        return self._experts.layout == "each"
 
     @property
     def _experts(self) -> Experts:

@@ -12,6 +12,7 @@ from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import uses
 from engine.families.decoder.weights import expert_hotness, read_weights
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import Findings
@@ -36,9 +37,12 @@ class DecoderFamily(Family):
     def check(self, checkpoint: Checkpoint) -> None:
         description = self.description(checkpoint)
         findings = Findings()
+        specs: dict[str, TensorSpec] = {}
         with findings.checking():
             stored = StoredMatrices(checkpoint)
-            specs = {name: spec for use in uses(description) for name, spec in stored.specs(use).items()}
+            for use in uses(description):
+                with findings.checking():
+                    specs |= stored.specs(use)
             checkpoint.verify(specs, description.ignored)
         with findings.checking():
             expert_hotness(description, checkpoint)

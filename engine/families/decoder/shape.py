@@ -13,6 +13,7 @@ from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from quant.errors import FormatError
 
 
 def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
@@ -109,8 +110,10 @@ def components(description: Description, checkpoint: Checkpoint) -> list[Compone
         else:  # the last norm is of no use to name formats by
             key = KINDS["dense" if use.part == "head" and not use.is_matrix else use.part]
         found[key] += weights_of(use)
-        if use.name in checkpoint.entries:
-            formats[key].add(stored.format_of(use.name).name)
+        if use.is_matrix:
+            formats[key].add(_format_name(stored, use))
+        else:
+            formats[key] |= {entry.dtype.lower() for entry in stored.entries(use)}
     return [
         Component(name, kind, "+".join(sorted(formats[name, kind])), weights.nbytes, weights.parameters)
         for (name, kind), weights in found.items()
@@ -129,8 +132,17 @@ def _weights_of(checkpoint: Checkpoint) -> Callable[[Use], Weights]:
     stored = StoredMatrices(checkpoint)
 
     def weights_of(use: Use) -> Weights:
-        if use.name not in checkpoint.entries:
+        try:
+            entries = stored.entries(use)
+        except FormatError:  # `check` reports it
             return Weights()
-        return Weights(sum(entry.nbytes for entry in stored.parts(use.name)), math.prod(use.shape))
+        return Weights(sum(entry.nbytes for entry in entries), math.prod(use.shape) if entries else 0)
 
     return weights_of
+
+
+def _format_name(stored: StoredMatrices, use: Use) -> str:
+    try:
+        return stored.format_of(use.name, use.shape).name
+    except (FormatError, KeyError):
+        return "?"

@@ -5,7 +5,7 @@ Matrices stay as stored; norms and biases (a few values per layer) become float3
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
@@ -14,7 +14,7 @@ from engine.families.decoder.description import Attention, Description, Experts,
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
 from engine.families.decoder.stored import RowsInFile, StoredMatrices
-from engine.families.decoder.tensors import bias_of
+from engine.families.decoder.tensors import bias_of, uses
 from engine.families.places import HOST, DensePlaces, place
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
@@ -107,18 +107,19 @@ def read_weights(
     if d.experts is None:
         budget = replace(budget, gpus=())
     places = place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
-    host = _Reader(d, checkpoint, kernels, HOST)
-    by_head = _Reader(d, checkpoint, kernels, places.head)
+    source = _Source.of(d, checkpoint)
+    host = _Reader(source, kernels, HOST)
+    by_head = _Reader(source, kernels, places.head)
     head = by_head.matrix("embed" if d.is_tied else "head")
     embed: Weight | RowsInFile = head
     if not d.is_tied or places.head != HOST:
-        embed = host.stored_matrix("embed") if places.holds_embedding else host.in_file("embed")
+        embed = host.embedding(in_memory=places.holds_embedding)
     return DecoderWeights(
         embed=embed,
         norm=by_head.floats("norm"),
         head=head,
         layers=tuple(
-            _Reader(d, checkpoint, kernels, device, n).layer(layer)
+            _Reader(source, kernels, device, n).layer(layer)
             for n, (layer, device) in enumerate(zip(d.layers, places.layers, strict=True))
         ),
         frequencies=_frequencies(d, checkpoint, host),
@@ -170,19 +171,26 @@ def _frequencies(d: Description, checkpoint: Checkpoint, reader: _Reader) -> tor
     return frequencies / factors.double()
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where weights are read from: a checkpoint, names by role, shapes by name."""
+
+    stored: StoredMatrices
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, description: Description, checkpoint: Checkpoint) -> _Source:
+        shapes = {use.name: use.shape for use in uses(description) if use.part != "experts"}
+        return cls(StoredMatrices(checkpoint), description.names, shapes)
+
+
 class _Reader:
     """Weights of one layer, or of what is outside of the layers, on a device."""
 
-    def __init__(
-        self,
-        description: Description,
-        checkpoint: Checkpoint,
-        kernels: Kernels,
-        device: torch.device,
-        layer: int = -1,
-    ) -> None:
-        self._names = description.names
-        self._stored = StoredMatrices(checkpoint)
+    def __init__(self, source: _Source, kernels: Kernels, device: torch.device, layer: int = -1) -> None:
+        self._source = source
+        self._stored = source.stored
         self._kernels = kernels.on(device)
         self._device = device
         self._layer = layer
@@ -202,18 +210,17 @@ class _Reader:
 
     def stored_matrix(self, role: str) -> Weight:
         """A matrix as the file has it, in host memory."""
-        return self._stored.read(self._name(role))
+        return self._stored.read(*self._named(role))
 
-    def in_file(self, role: str) -> RowsInFile:
-        """A matrix that stays in its file."""
-        return self._stored.in_file(self._name(role))
+    def embedding(self, *, in_memory: bool) -> Weight | RowsInFile:
+        """The embedding in host memory, or in its file."""
+        in_file = None if in_memory else self._stored.in_file(*self._named("embed"))
+        return in_file or self.stored_matrix("embed")
 
     def floats(self, role: str, *, is_bias: bool = False) -> torch.Tensor:
         """A norm or a bias, float32."""
         name = self._name(role)
-        values = self._stored.read(bias_of(name) if is_bias else name)
-        assert isinstance(values, torch.Tensor)
-        return values.float().to(self._device)
+        return self._stored.read_floats(bias_of(name) if is_bias else name).to(self._device)
 
     def _attention(self, a: Attention) -> AttentionWeights:
         q_order, k_order = (a.rope.row_order(heads, a.head_dim) for heads in (a.heads, a.kv_heads))
@@ -247,7 +254,13 @@ class _Reader:
         )
 
     def _name(self, role: str) -> str:
-        return self._names[role].format(layer=self._layer)
+        return self._source.names[role].format(layer=self._layer)
+
+    def _named(self, role: str) -> tuple[str, tuple[int, int]]:
+        """A matrix's name and shape."""
+        name = self._name(role)
+        rows, cols = self._source.shapes[name]
+        return name, (rows, cols)
 
     def _to_device(self, weight: Weight) -> Weight:
         return weight.to(self._device) if isinstance(weight, torch.Tensor) else weight
