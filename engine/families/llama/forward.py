@@ -65,7 +65,6 @@ class LlamaCache(KvCache):
         nbytes = math.prod(shape) * torch.float32.itemsize
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._held = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
-        self.program: Program | None = None  # decodes with this cache; None where nothing is recorded
 
     @property
     def nbytes(self) -> int:
