@@ -162,13 +162,13 @@ def test_smollm2_stays_packed_in_memory() -> None:
 def test_info_prints_the_recorded_decode_step() -> None:
     result = invoke("info", TINY, "--program", "--dram-budget", "1.6MB")
 
-    assert result.exit_code == 0
+    assert result.returncode == 0
     assert re.search(
-        r"A decode step of up to 16 sequences is recorded: \d+ operations in .* of buffers", result.output
+        r"A decode step of up to 16 sequences is recorded: \d+ operations in .* of buffers", result.stdout
     )
-    assert re.search(r"^linear +\d+ +\d", result.output, re.MULTILINE)
-    assert re.search(r"^before and after +\d+ +\d", result.output, re.MULTILINE)
-    assert "hand-overs each" in result.output
+    assert re.search(r"^linear +\d+ +\d", result.stdout, re.MULTILINE)
+    assert re.search(r"^before and after +\d+ +\d", result.stdout, re.MULTILINE)
+    assert "hand-overs each" in result.stdout
 
 
 def test_info_without_loading_reads_headers_alone() -> None:
