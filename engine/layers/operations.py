@@ -86,6 +86,10 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         """
         ...
 
+    def at_layer(self, number: int | None) -> None:
+        """What follows belongs to this layer, or to none."""
+        ...
+
     def move(self, x: Value, device: torch.device) -> Value:
         """x on the device where it is used next."""
         ...
@@ -167,6 +171,9 @@ class Eager(EagerBasics):
             attended[start:stop] = self._kernels.attend(queries[start:stop], *held, window, sinks)
         return out
 
+    def at_layer(self, number: int | None) -> None:
+        """Nothing is kept by layer."""
+
     def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.to(device)
 
@@ -244,6 +251,9 @@ class Recorded(RecordedBasics):
         place = self._places[layer]
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place, window, sinks)
+
+    def at_layer(self, number: int | None) -> None:
+        self._recorder.layer = number
 
     def move(self, x: Buffer, device: torch.device) -> Buffer:
         return x  # all is in host memory

@@ -14,7 +14,6 @@ import torch
 
 from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Description
-from quant.kernels.cpu.program import Program
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,6 @@ class DecoderCache(KvCache):
             bank = _allocate(shape, layout.devices[layers[0]])
             self._banks.append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
-        self.program: Program | None = None  # decodes with this cache; None where nothing is recorded
 
     @property
     def nbytes(self) -> int:

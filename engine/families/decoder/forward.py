@@ -173,6 +173,7 @@ class Decoder(Model):
         for number, (layer, weights) in enumerate(
             zip(self.description.layers, self.weights.layers, strict=True)
         ):
+            ops.at_layer(number)
             x = ops.move(x, weights.device)
             if isinstance(layer.feed_forward, Experts):
                 x = ops.apart(x, partial(self._expect, number))
@@ -185,6 +186,7 @@ class Decoder(Model):
                 y = ops.apart(x, partial(self._experts, number, trace=trace))
             x = ops.add(x, _scaled(ops, y, factor))
             trace.add(f"hidden.{number}", x)
+        ops.at_layer(None)
         return x
 
     def _attention(

@@ -56,7 +56,7 @@ class V41Eager(EagerBasics):
         if self._acquired is not None:
             self._acquired.__exit__(*raised)
 
-    def at_layer(self, number: int) -> None:
+    def at_layer(self, number: int | None) -> None:
         """All layers are alike."""
 
     def move(self, device: torch.device, *values: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -38,8 +38,7 @@ class V41Cache(SparseCache):
 
     @property
     def nbytes(self) -> int:
-        program = None if self.decoder is None else self.decoder.program
-        return super().nbytes + (0 if program is None else program.nbytes)
+        return super().nbytes + (0 if self.program is None else self.program.nbytes)
 
 
 class DeepseekV41(Model):
@@ -109,6 +108,7 @@ class DeepseekV41(Model):
         recorder = self._recorder()
         if recorder is not None:
             cache.decoder = self._record(recorder, cache)
+            cache.program = cache.decoder.program
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -205,6 +205,7 @@ class DeepseekV41(Model):
             y = self._experts(ops, number, streams, pre, mix)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
             ops.trace(f"streams.{number}", streams, c.hc_mult, c.hidden_size)
+        ops.at_layer(None)
         return streams, pre
 
     def _logits(self, ops: V41Operations[Value], streams: Value, pre: Value) -> Value:

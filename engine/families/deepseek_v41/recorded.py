@@ -73,7 +73,7 @@ class V41Recorded(RecordedBasics):
         """Make the program, from embedded tokens to logits."""
         self.program = self._recorder.finish(source, result)
 
-    def at_layer(self, number: int) -> None:
+    def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number
 
     def move(self, device: torch.device, *values: Buffer) -> Sequence[Buffer]:
