@@ -163,7 +163,7 @@ class Llama(Model):
         rows = len(batch.token_ids)
         program.source[:rows] = self._embedded(batch.token_ids)
         program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return program.result[batch.logit_rows]
+        return program.logits(batch.logit_rows)
 
     def _record(self, recorder: Recorder, cache: LlamaCache) -> Program:
         """A program that decodes with `cache`."""
