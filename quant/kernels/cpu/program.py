@@ -17,7 +17,8 @@ import torch
 
 # In the order of `Kind` in native_src/program.hpp.
 KINDS = (
-    "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add", "scale",
+    "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add",
+    "bias", "clip", "scale",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
     "pool", "entry", "select", "route", "experts", "hand_over",
 )  # fmt: skip
