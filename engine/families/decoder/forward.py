@@ -152,7 +152,7 @@ class Decoder(Model):
         rows = len(batch.token_ids)
         program.source[:rows] = self._embedded(batch.token_ids)
         program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return program.result[batch.logit_rows]
+        return program.logits(batch.logit_rows)
 
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""

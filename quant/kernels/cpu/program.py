@@ -162,6 +162,12 @@ class Program:
         nbytes = buffer.dtype.itemsize * rows * buffer.width
         return self._arena[at : at + nbytes].view(buffer.dtype).view(rows, buffer.width)
 
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of some of the last run's results, rows `[n]` int64 ascending: `[n, width]`."""
+        if len(rows) == self._input.rows:
+            return self.result[: len(rows)].clone()
+        return self.result[rows]
+
     def run(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         """Compute `result` from `source` for as many rows as there are slots."""
         rows = len(slots)
