@@ -42,9 +42,9 @@ def describe_gpt_oss(checkpoint: Checkpoint) -> Description:
     if types is None:
         types = ["full_attention" if n % 2 else "sliding_attention" for n in range(layers)]
     elif not isinstance(types, list) or len(types) != layers or not set(types) <= WINDOWED.keys():
-        read.refuse_choice("layer_types", types, [f"a list of {layers} of {', '.join(WINDOWED)}"])
+        read.refuse("layer_types", types, f"expected {layers} of {', '.join(WINDOWED)}")
         types = ["full_attention"] * layers
-    window = read.count("sliding_window") if "sliding_attention" in types else None
+    window = read.count("sliding_window", 128)
     experts = _experts(
         read.count("num_local_experts"),
         read.count("num_experts_per_tok"),
