@@ -48,7 +48,7 @@ class BasicOperations(Protocol[Value]):
         ...
 
     def route(self, logits: Value, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Value, Value]:
-        """The experts that the logits choose, `[rows, top_k]`, and their weights (`LayerOperations.route`)."""
+        """The chosen experts, `[rows, top_k]`, and their weights: see `LayerOperations.route`."""
         ...
 
 

@@ -41,8 +41,10 @@ class LayerOperations(Protocol):
         ...
 
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-        """e^(i * position * frequency) of positions `[tokens]` int64 and frequencies `[pairs]` float64, computed
-        in float64: `[tokens, pairs]` complex64."""
+        """e^(i * position * frequency), computed in float64: `[tokens, pairs]` complex64.
+
+        positions `[tokens]` int64, frequencies `[pairs]` float64.
+        """
         ...
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

@@ -176,10 +176,11 @@ class DeepseekV41(Model):
         """Request every Engram row that the tokens need."""
         if self.engram is None:
             return None
-        keys = self.token_map[batch.token_ids].split([s.length for s in batch.segments])
-        return self.engram.begin(
-            [cache.extend_history(s, k) for s, k in zip(batch.segments, keys, strict=True)]
+        keys: tuple[torch.Tensor, ...] = torch.split(
+            self.token_map[batch.token_ids], [s.length for s in batch.segments]
         )
+        pairs = zip(batch.segments, keys, strict=True)
+        return self.engram.begin([cache.extend_history(segment, k) for segment, k in pairs])
 
     def _layers(self, ops: V41Operations[Value], embedded: Value) -> tuple[Value, Value]:
         """All layers: the streams, `[rows, hc * hidden]`, and the mix that the head reads with."""

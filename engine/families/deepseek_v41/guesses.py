@@ -42,7 +42,7 @@ class Guesses:
         if y is not None and mix is not None:
             parallel = kernels.mix_streams(parallel, y, mix.post, mix.combine.view(tokens, hc, hc))
             parallel = self._with_engram(number, parallel)
-        # With a mix that was made before: the layer's experts will read with its attention's, which is like it.
+        # `pre` was made before; the layer's experts will read with its attention's mix, which is like it.
         x = kernels.weighted_sum(parallel, pre.to(parallel.device)).to(layer.device)
         ids, _ = self._parts.route(layer, kernels.rms_norm(x, layer.ffn_norm, config.rms_norm_eps))
         store.prefetch(number, ids.t().flatten().cpu().tolist())  # every token's top choice first
@@ -59,7 +59,7 @@ class Guesses:
         return layer.engram.keys_and_value(self._parts.kernels, values)
 
     def _with_engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
-        """About what the layer's Engram will make of the streams; as they are where rows are not there yet."""
+        """About what the layer's Engram will make of the streams; unchanged where rows are not there yet."""
         layer = self._parts.weights.layers[number]
         if layer.engram is None or self._rows is None:
             return streams

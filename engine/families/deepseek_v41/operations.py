@@ -1,4 +1,4 @@
-"""What V4.1's forward is written in: operations on streams, windows and compressed entries, Engram and experts.
+"""What V4.1's forward is written in: operations on streams, compressed entries, Engram and experts.
 
 `eager.py` computes them at once, for prompts, on GPUs and where something is to be traced; `recorded.py`
 notes them for a program that decodes. Section numbers refer to docs/deepseek-v41.md.

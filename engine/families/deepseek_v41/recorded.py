@@ -1,8 +1,8 @@
 """V4.1's operations noted for a program, and the step that runs it: each row is one sequence's newest token.
 
 Where everything lies in DRAM, a step is one native call. Where experts move, it comes back in every layer: to
-predict, to begin what is missing, and to compute when it has arrived. For Engram rows it comes back only if they
-are late.
+predict, to begin what is missing, and to compute when it has arrived. For Engram rows it comes back only if
+they are late.
 """
 
 from __future__ import annotations
@@ -138,12 +138,9 @@ class V41Recorded(RecordedBasics):
         if compressor.wgate is None:
             (latent,) = self.linears(x, compressor.wkv)
         else:
-            for part, ring in zip(
-                self.linears(x, compressor.wkv, compressor.wgate),
-                (state.open_kv, state.open_gate),
-                strict=True,
-            ):
-                recorder.ring(part, ring)
+            kv, gate = self.linears(x, compressor.wkv, compressor.wgate)
+            recorder.ring(kv, state.open_kv)
+            recorder.ring(gate, state.open_gate)
         turns = self._turn(True, False, ratio)
         with recorder.if_complete(ratio):
             if ratio > 1:

@@ -1,9 +1,9 @@
 """Programs: a decode step recorded as native operations on fixed addresses, and run by few calls.
 
 The operations, weights and buffers of a step never change; what does (how many rows there are, their cache
-slots and positions) stands in one small input. So a step is recorded once (quant/kernels/cpu/recorder.py), and
-neither Python nor torch takes part in running it, except where a program hands over to its caller: bytes must
-arrive first. Its operations are those of eager calls, so results are the same bits.
+slots and positions) stands in one small input. So a step is recorded once (quant/kernels/cpu/recorder.py),
+and neither Python nor torch takes part in running it, except where a program hands over to its caller: bytes
+must arrive first. Its operations are those of eager calls, so results are the same bits.
 """
 
 from __future__ import annotations
@@ -75,16 +75,19 @@ class Buffer:
         return -(-self.dtype.itemsize * rows * self.width // ALIGNMENT) * ALIGNMENT
 
 
+Operand = Buffer | int | None  # a buffer, or an address, or nothing
+
+
 @dataclass
 class Noted:
-    """An operation as it was recorded: `inputs` and `outputs` are buffers, addresses, or None.
+    """An operation as it was recorded.
 
     bytes_read  of weights, by a step with one row; what a program is described by
     """
 
     kind: str
-    inputs: list[Buffer | int | None]
-    outputs: list[Buffer | int | None]
+    inputs: list[Operand]
+    outputs: list[Operand]
     sizes: list[int]
     factor: float = 0.0
     bytes_read: int = 0
@@ -170,7 +173,7 @@ class Program:
             self._hand_overs[at](rows)
             at = self._runner.run(self._operations, at + 1, self._input)
 
-    def _address(self, place: Buffer | int | None) -> int | None:
+    def _address(self, place: Operand) -> int | None:
         if isinstance(place, Buffer):
             return self._arena.data_ptr() + self._begin + place.offset
         return place

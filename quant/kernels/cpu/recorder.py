@@ -17,6 +17,7 @@ from quant.kernels.cpu.program import (
     Buffer,
     HandOver,
     Noted,
+    Operand,
     Program,
     Recording,
     Runner,
@@ -145,7 +146,7 @@ class Recorder:
         """Attention of each row over what its slot holds up to its position."""
         kv_heads, dim, head, slot = place.sizes
         out = self.buffer(q.width)
-        inputs = [q, self._address(place.keys), self._address(place.values)]
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values)]
         self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot])
         return out
 
@@ -191,7 +192,7 @@ class Recorder:
         table = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
         self._recording.held += [table, natives]
         out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
-        inputs = [x, ids, weights, ctypes.addressof(table)]
+        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table)]
         nbytes = ids.width * sum(weight.nbytes for weight in experts[0].matrices)
         sizes = [ids.width, x.width]
         self._note("experts", inputs, [out, apart, self._address(used)], sizes, limit, nbytes)
@@ -277,7 +278,7 @@ class Recorder:
         the compressed entries `[slots, entries, dim]`."""
         _, places, dim = rings.shape
         out = self.buffer(q.width)
-        inputs = [q, self._address(rings), self._weight(sink)]
+        inputs: list[Operand] = [q, self._address(rings), self._weight(sink)]
         sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0]
         if compressed is not None and chosen is not None:
             inputs += [self._address(compressed), chosen]
@@ -337,8 +338,8 @@ class Recorder:
     def _note(
         self,
         kind: str,
-        inputs: Sequence[Buffer | int | None],
-        outputs: Sequence[Buffer | int | None],
+        inputs: Sequence[Operand],
+        outputs: Sequence[Operand],
         sizes: Sequence[int],
         factor: float = 0.0,
         nbytes: int = 0,
