@@ -17,6 +17,7 @@ from quant.formats.fp8 import FP8_ROW, Fp8
 from quant.formats.int4 import Int4, Int4Offset
 from quant.formats.mxfp4 import MXFP4, Mxfp4
 from quant.formats.nf4 import NF4, Nf4
+from quant.formats.plain import Plain
 from quant.formats.quantization_config import QuantizationConfig, Role
 from quant.packed import Format, PackedTensor
 
@@ -95,6 +96,8 @@ def unpack(
 
 def byte_shapes(format_: Format, rows: int, cols: int) -> tuple[int, int]:
     """Bytes of the codes and of the scales of a `[rows, cols]` matrix, with scales of the released dtype."""
+    if isinstance(format_, Plain):
+        return format_.bytes_for(rows, cols), 0
     weight, scale = stored_as(format_, rows, cols)
     return math.prod(weight.shape), math.prod(scale.shape) * SCALE_DTYPES[scale.dtypes[0]].itemsize
 
@@ -103,4 +106,6 @@ def unpack_bytes(
     format_: Format, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor
 ) -> PackedTensor:
     """As `unpack`, with scales of the released dtype."""
+    if isinstance(format_, Plain):
+        return PackedTensor(format_, shape, codes.view(shape[0], -1))
     return unpack(format_, shape, codes, scales, stored_as(format_, *shape)[1].dtypes[0])
