@@ -114,6 +114,12 @@ struct AttendBlock {
 // out: [panels][tokens][32]. The result for a token never depends on what else is in the call.
 using PanelKernel = void (*)(const PanelSet& set, const void* const* x, float* out);
 
+// What a feed-forward network does between its matrices: min(gate, limit) * sigmoid(alpha * the same) *
+// (clamp(up, -limit, limit) + shift). SwiGLU has alpha 1 and no shift.
+struct Gating {
+    float limit, alpha, shift;
+};
+
 // The kernels of one instruction-set level.
 struct Level {
     const char* name;
@@ -123,8 +129,7 @@ struct Level {
     PanelKernel panels[kFormats][2];
     void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
-    // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
-    void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
+    void (*swiglu)(const float* gate, const float* up, const Gating& gating, int64_t n, float* h);
     // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
     void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
                        int64_t out_stride);

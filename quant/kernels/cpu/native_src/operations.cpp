@@ -254,6 +254,10 @@ struct Pairs {
     int64_t at(int64_t i) const { return pair[static_cast<size_t>(i)]; }
 };
 
+void add_to(float* x, const float* y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
 }  // namespace
 
 void moe(const Team& team, const Moe& call, const float* x, float* out) {
@@ -281,9 +285,13 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
             h_turns.each_panel(turn, [&](int q, int64_t p) {
                 for (int64_t k = 0; k < n; ++k) {
                     float block[kBlock];
-                    const float *gate = y[q * n + k], *up = y[(set.count / 2 + q) * n + k];
-                    team.level.swiglu(gate, up, call.limit, kBlock, block);
+                    float *gate = y[q * n + k], *up = y[(set.count / 2 + q) * n + k];
                     const int64_t columns = std::min(kBlock, width - p * kBlock);
+                    if (call.biases != nullptr) {
+                        add_to(gate, call.biases[3 * e] + p * kBlock, columns);
+                        add_to(up, call.biases[3 * e + 1] + p * kBlock, columns);
+                    }
+                    team.level.swiglu(gate, up, call.gating, kBlock, block);
                     write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
                 }
             });
@@ -311,9 +319,12 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
                 float y[kMostPanels * kMaxTokens][kPanelRows];
                 multiply(team, down_shape.format, set, hs, n, y[0]);
                 y_turns.each_panel(turn, [&](int q, int64_t p) {
-                    for (int64_t k = 0; k < n; ++k)
+                    for (int64_t k = 0; k < n; ++k) {
+                        if (call.biases != nullptr)
+                            add_to(y[q * n + k], call.biases[3 * e + 2] + p * kPanelRows, panels.rows_in(p));
                         std::memcpy(products + (i - begin + k) * hidden + p * kPanelRows, y[q * n + k],
                                     static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
+                    }
                 });
             }
         });
