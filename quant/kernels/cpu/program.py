@@ -9,7 +9,7 @@ must arrive first. Its operations are those of eager calls, so results are the s
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,6 +128,7 @@ class Program:
     source  `[max_rows, width]`, to be filled before a run
     result  `[max_rows, width]`, valid until the next run
     nbytes  of the arena: buffers that live at different times share places
+    hand_overs  what is to be done at an operation, by its number
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Program:
         self.noted: Sequence[Noted] = recording.noted
         self._runner = runner
         self._held = recording.held
-        self._hand_overs: Mapping[int, HandOver] = recording.hand_overs
+        self.hand_overs = recording.hand_overs
         self._operations = (_Operation * len(recording.noted))()
         for to, noted in zip(self._operations, recording.noted, strict=True):
             to.kind = KINDS.index(noted.kind)
@@ -177,7 +178,7 @@ class Program:
         end = len(self._operations)
         at = self._runner.run(self._operations, 0, self._input)
         while at < end:
-            self._hand_overs[at](rows)
+            self.hand_overs[at](rows)
             at = self._runner.run(self._operations, at + 1, self._input)
 
     def _address(self, place: Operand) -> int | None:

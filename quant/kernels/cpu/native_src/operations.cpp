@@ -56,7 +56,7 @@ void write_activations(const Team& team, int64_t format, const Activations& to, 
                        const float* x, int64_t cols) {
     uint8_t* p = to.base + t * to.stride + first / kBlock * to.element_stride;
     const int offset = offset_of(format);
-    const bool halves = format == kQ6_K;
+    const bool halves = has_halves(format);
     if (format == kFp8) std::memcpy(p, x, static_cast<size_t>(cols) * sizeof(float));
     else if (one_digit(team, format)) team.level.digits1(x, cols, offset, halves, reinterpret_cast<Block<1>*>(p));
     else team.level.digits3(x, cols, offset, halves, reinterpret_cast<Block<3>*>(p));
