@@ -17,8 +17,9 @@ from tests.engine.families.golden_families import assert_close, loaded, logits_i
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.slow
-SIZES = {
-    "vocab_size": 160,
+VOCAB = 160
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -29,7 +30,7 @@ SIZES = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"rms_norm_eps": 1e-6}),
     "qwen3 with biases": ("Qwen3", {"attention_bias": True}),
     "qwen3, tied": ("Qwen3", {"tie_word_embeddings": True}),
@@ -48,7 +49,7 @@ def test_logits_are_those_of_transformers_whole_cut_and_decoded(name: str, tmp_p
     for parameter in reference.parameters():  # norms and biases that are not all alike
         parameter.data += 0.1 * torch.randn(parameter.shape)
     path = written(reference, tmp_path / "model")
-    ids = torch.randint(SIZES["vocab_size"], (LENGTH,)).tolist()
+    ids = torch.randint(VOCAB, (LENGTH,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0]
 
