@@ -11,7 +11,12 @@
 // A code counts as the unsigned number group(...) less an offset (offset_of in kernels.hpp), times unit(...).
 namespace {
 
+// How far ahead of its reads a panel asks for memory: what comes meanwhile covers the wait for the first of it. Less
+// leaves the rest to the processor, which foresees panels badly whose scales are read beside their codes.
+constexpr int64_t kPanelAhead = 8192;  // bytes
+
 struct FourBit {
+    static constexpr int64_t kAhead = kPanelAhead;
     static constexpr int kLargest = 15;  // unsigned code
     static constexpr int kDigits = 1;    // numbers, of descending weight, that a code stands for
     static constexpr int kStrip = 128, kBlockBytes = 512, kParts = 1;
@@ -118,6 +123,7 @@ struct Q4_1 : Q4_0 {
 // d * q with signed q, made unsigned by flipping the top bit (an offset of 128)
 struct Q8_0 : Q4_0 {
     static constexpr int kLargest = 255, kBlockBytes = 1024;
+    static constexpr int64_t kAhead = 1024;  // mostly codes, and quick to multiply: the processor is ahead by itself
     using Q4_0::Q4_0;
     ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const { return flip_sign(load_bytes(codes + g * 128)); }
 };
