@@ -15,7 +15,12 @@
 // A code counts as the unsigned number group(...) less an offset (offset_of in kernels.hpp), times unit(...).
 namespace {
 
+// How far ahead of its reads a panel asks for memory: what comes meanwhile covers the wait for the first of it. Less
+// leaves the rest to the processor, which foresees panels badly whose scales are read beside their codes.
+constexpr int64_t kPanelAhead = 8192;  // bytes
+
 struct FourBit {
+    static constexpr int64_t kAhead = kPanelAhead;
     static constexpr int kLargest = 15;  // unsigned code
     static constexpr int kDigits = 1;    // numbers, of descending weight, that a code stands for
     static constexpr int kStrip = 128, kBlockBytes = 512;

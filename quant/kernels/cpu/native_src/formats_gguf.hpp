@@ -61,6 +61,7 @@ struct Iq4Xs : Iq4Nl {
 // d * q with signed q, made unsigned by flipping the top bit (an offset of 128)
 struct Q8_0 : Q4_0 {
     static constexpr int kLargest = 255, kBlockBytes = 1024;
+    static constexpr int64_t kAhead = 1024;  // mostly codes, and quick to multiply: the processor is ahead by itself
     using Q4_0::Q4_0;
     ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const { return flip_sign(load_bytes(codes + g * 128)); }
 };

@@ -85,13 +85,13 @@ struct PanelScales {
     bool is_float = false;
 };
 
-// Panels of one shape (perhaps of several matrices) to be multiplied by the same activations.
-constexpr int kMostPanels = 4;
-struct PanelSet {
-    int64_t cols;
-    int count = 0;
-    const uint8_t* panels[kMostPanels] = {};
-    PanelScales scales[kMostPanels] = {};
+// A panel to be multiplied, and where its thread goes on reading: memory is asked for so far ahead that the beginning
+// of the next panel is on its way while this one is computed.
+struct Panel {
+    int64_t cols, bytes;
+    const uint8_t* codes;
+    const uint8_t* next;
+    PanelScales scales;
 };
 
 constexpr int64_t kKeyBlock = 128;  // keys that are weighted together; the next ones are added to their sums
@@ -110,9 +110,9 @@ struct AttendBlock {
     float* const* out;                         // [rows] values weighted with that
 };
 
-// Products of panels and tokens over all columns. x: one pointer per token (Block<D>* or float*);
-// out: [panels][tokens][32]. The result for a token never depends on what else is in the call.
-using PanelKernel = void (*)(const PanelSet& set, const void* const* x, float* out);
+// Products of a panel and tokens over all columns. x: one pointer per token (Block<D>* or float*); out: [tokens][32].
+// The result for a token never depends on what else is in the call.
+using PanelKernel = void (*)(const Panel& panel, const void* const* x, float* out);
 
 // What a feed-forward network does between its matrices: min(gate, limit) * sigmoid(alpha * the same) *
 // (clamp(up, -limit, limit) + shift). SwiGLU has alpha 1 and no shift.
@@ -123,10 +123,8 @@ struct Gating {
 // The kernels of one instruction-set level.
 struct Level {
     const char* name;
-    // one panel and some tokens: [format][digits == 1][log2 tokens]; null where there is no such kernel
+    // [format][digits == 1][log2 tokens]; null where there is no such kernel
     PanelKernel panel[kFormats][2][4];
-    // kMostPanels panels and one token: [format][digits == 1]
-    PanelKernel panels[kFormats][2];
     void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
     void (*swiglu)(const float* gate, const float* up, const Gating& gating, int64_t n, float* h);

@@ -3,13 +3,13 @@ namespace {
 
 template <class Format, int D, int Log2>
 constexpr PanelKernel integer_kernel() {
-    if constexpr ((D << Log2) <= kMostSums) return integer_panels<Format, 1, 1 << Log2, D>;
+    if constexpr ((D << Log2) <= kMostSums) return integer_panel<Format, 1 << Log2, D>;
     else return nullptr;
 }
 
 template <int Log2>
 constexpr PanelKernel fp8_kernel() {
-    if constexpr ((1 << Log2) <= kMostFp8Tokens) return fp8_panels<1, 1 << Log2>;
+    if constexpr ((1 << Log2) <= kMostFp8Tokens) return fp8_panel<1 << Log2>;
     else return nullptr;
 }
 
@@ -18,13 +18,11 @@ constexpr void add_integer(Level& level, int number) {
     constexpr PanelKernel kernels[4] = {integer_kernel<Format, D, 0>(), integer_kernel<Format, D, 1>(),
                                         integer_kernel<Format, D, 2>(), integer_kernel<Format, D, 3>()};
     for (int i = 0; i < 4; ++i) level.panel[number][D == 1][i] = kernels[i];
-    level.panels[number][D == 1] = integer_panels<Format, kMostPanels, 1, D>;
 }
 
 constexpr void add_fp8(Level& level) {
     constexpr PanelKernel kernels[4] = {fp8_kernel<0>(), fp8_kernel<1>(), fp8_kernel<2>(), fp8_kernel<3>()};
     for (int i = 0; i < 4; ++i) level.panel[kFp8][0][i] = kernels[i];
-    level.panels[kFp8][0] = fp8_panels<kMostPanels, 1>;
 }
 
 constexpr Level make_level(const char* name) {
