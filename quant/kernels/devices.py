@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
+from quant.kernels.layers import Choice
 from quant.packed import Format, PackedTensor
 
 
@@ -76,6 +77,11 @@ class DeviceKernels:
         self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.on(logits.device).route(logits, bias, top_k, factor)
+
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.on(logits.device).choose(logits, bias, choice)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)

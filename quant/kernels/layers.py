@@ -7,13 +7,43 @@ every batch.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch.nn import functional as F
 
 # Query tokens per block: bounds the score matrices to [block, heads, window + block + selected].
 QUERY_BLOCK = 64
+
+
+Score = Literal["softmax", "sigmoid", "chosen softmax"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a router's logits choose experts: those with the highest scores, to which a bias may be added.
+
+    score            of all logits; `chosen softmax`: the logit itself, and softmax over the chosen as weights
+    groups, kept, best  of so many groups of consecutive experts only the `kept` best are chosen from; a group
+                     is as good as its `best` highest scores, with the bias, together
+    is_renormalised  weights, which are scores without the bias, are divided by their sum (plus 1e-20)
+    factor           that they are multiplied by
+    """
+
+    top_k: int
+    score: Score
+    groups: int = 1
+    kept: int = 1
+    best: int = 1
+    is_renormalised: bool = False
+    factor: float = 1.0
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """All but the factor, in the order of `Choice` in native_src/layers.hpp."""
+        score = ("softmax", "sigmoid", "chosen softmax").index(self.score)
+        return self.top_k, score, self.groups, self.kept, self.best, int(self.is_renormalised)
 
 
 class LayerOperations(Protocol):
@@ -64,6 +94,13 @@ class LayerOperations(Protocol):
         Those with the largest sqrt(softplus(logit)) + bias, best first; weights without the bias, divided by
         their sum, times factor.
         """
+        ...
+
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that logits `[tokens, experts]` choose, best first, and their weights, both
+        `[tokens, top_k]`; of equal scores the first expert wins."""
         ...
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -176,6 +213,25 @@ class TorchLayers:
         weights = scores.gather(1, chosen)
         return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * factor
 
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = {"softmax": logits.softmax(-1), "sigmoid": torch.sigmoid(logits)}.get(choice.score, logits)
+        ranks = scores if bias is None else scores + bias
+        if choice.groups > 1:
+            grouped = ranks.view(len(ranks), choice.groups, -1)
+            groups = _best(grouped.topk(choice.best, dim=-1).values.sum(-1), choice.kept)
+            is_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=ranks.device)
+            is_out.scatter_(1, groups, False)
+            ranks = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).view(ranks.shape)
+        chosen = _best(ranks, choice.top_k)
+        weights = scores.gather(1, chosen)
+        if choice.score == "chosen softmax":
+            weights = weights.softmax(-1)
+        if choice.is_renormalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * choice.factor
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return (rows * gates.softmax(dim=1)).sum(1)
 
@@ -256,6 +312,11 @@ class TorchLayers:
                 hidden = (key_index > own) | (key_index <= own - window)  # [block, keys]
             blocks.append(_attend_block(q[start:stop], keys, hidden, sink, chosen))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns of the largest values of each row, falling; the first of equal ones."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def _visible(length: int, end: int, window: int | None, device: torch.device) -> torch.Tensor | None:

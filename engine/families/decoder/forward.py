@@ -1,40 +1,37 @@
 """The forward pass of every decoder that a `Description` can say.
 
-Written once in `Operations`: prompts compute at once, decoding of dense models is recorded.
+Written once in operations: prompts compute at once, decoding is recorded.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
 from engine.families.decoder.description import Attention, Description, Experts
-from engine.families.decoder.router import choose_experts
+from engine.families.decoder.operations import DecoderEager, DecoderOperations, DecoderParts, DecoderRecorded
 from engine.families.decoder.stored import RowsInFile
-from engine.families.decoder.weights import (
-    AttentionWeights,
-    DecoderWeights,
-    MlpWeights,
-    RouterWeights,
-    tensors_in,
-)
+from engine.families.decoder.weights import AttentionWeights, DecoderWeights, MlpWeights, tensors_in
 from engine.families.places import HOST
-from engine.layers.operations import Eager, Operations, Recorded, Value
-from engine.layers.rope import Rotation
-from memory.experts.store import ExpertStore
+from engine.layers.operations import Value
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
-from quant.kernels.cpu.program import Program
-from quant.kernels.cpu.recorder import KvPlace, Recorder
-from quant.kernels.interface import ExpertExtras, Kernels, swiglu
+from quant.kernels.cpu.recorder import Recorder
+from quant.kernels.interface import Kernels
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
+
+
+class DecodingCache(DecoderCache):
+    """A cache, and the recorded step that decodes with it; None where nothing is recorded."""
+
+    decoder: DecoderRecorded | None = None
 
 
 class Decoder(Model):
@@ -47,6 +44,7 @@ class Decoder(Model):
         self.info = info
         self.kernels = kernels
         self.weights = weights
+        self.parts = DecoderParts(description, weights, kernels)
         self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
 
     def close(self) -> None:
@@ -92,7 +90,7 @@ class Decoder(Model):
 
     # ---------------------------------------------------------------------------------------- the cache
 
-    def new_cache(self, slots: int, capacity: int) -> DecoderCache:
+    def new_cache(self, slots: int, capacity: int) -> DecodingCache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
         needed: dict[str, int] = defaultdict(int)
         for layer, tier in enumerate(self.weights.places.tiers):
@@ -103,10 +101,11 @@ class Decoder(Model):
                     f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
                     f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
                 )
-        cache = DecoderCache(self.cache_layout, slots, capacity)
+        cache = DecodingCache(self.cache_layout, slots, capacity)
         recorder = self._recorder()
         if recorder is not None:
-            cache.program = self._record(recorder, cache)
+            cache.decoder = self._record(recorder, cache)
+            cache.program = cache.decoder.program
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -127,11 +126,12 @@ class Decoder(Model):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
-        assert isinstance(cache, DecoderCache)
+        assert isinstance(cache, DecodingCache)
         for segment in batch.segments:
             cache.admit(segment)
-        if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
-            logits = self._replay(cache.program, batch)
+        if trace is None and cache.program is not None and batch.is_decode(MAX_ROWS):
+            assert cache.decoder is not None
+            logits = cache.decoder.run(batch, self._embedded(batch.token_ids))
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
@@ -140,34 +140,23 @@ class Decoder(Model):
 
     def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
-        head_dim = self.description.layers[0].attention.head_dim
-        ops = Eager(self.kernels, batch.segments, rotation, head_dim, cache.extend)
-        x = self._layers(ops, self._embedded(batch.token_ids), trace)
-        return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
-
-    def _replay(self, program: Program, batch: Batch) -> torch.Tensor:
-        """The logits of a batch of new tokens, by a recorded program: the same bits."""
-        rows = len(batch.token_ids)
-        program.source[:rows] = self._embedded(batch.token_ids)
-        program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return program.logits(batch.logit_rows)
+        with DecoderEager(self.parts, batch, cache, trace) as ops:
+            x = self._layers(ops, self._embedded(batch.token_ids))
+            return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
 
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""
         devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
         return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
 
-    def _record(self, recorder: Recorder, cache: DecoderCache) -> Program:
+    def _record(self, recorder: Recorder, cache: DecoderCache) -> DecoderRecorded:
         """A program that decodes with `cache`."""
-        places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
-        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
+        ops = DecoderRecorded(self.parts, recorder, cache)
         source = recorder.input(self.description.hidden)
-        ops.program = recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
-        return ops.program
+        ops.finish(source, self._logits(ops, self._layers(ops, source)))
+        return ops
 
-    def _layers(self, ops: Operations[Value], x: Value, trace: Trace) -> Value:
+    def _layers(self, ops: DecoderOperations[Value], x: Value) -> Value:
         """All layers: x `[tokens, hidden]` to the same."""
         eps, factor = self.description.eps, self.description.residual_factor
         for number, (layer, weights) in enumerate(
@@ -175,22 +164,43 @@ class Decoder(Model):
         ):
             ops.at_layer(number)
             x = ops.move(x, weights.device)
-            if isinstance(layer.feed_forward, Experts):
-                x = ops.apart(x, partial(self._expect, number))
+            has_experts = isinstance(layer.feed_forward, Experts)
+            # Attention leaves time to prefetch, but not on a GPU; before the first layer the disk is idle.
+            if has_experts and (number == 0 or weights.device == HOST):
+                ops.prefetch(number, x, None)
             normed = ops.norm(x, weights.attn_norm, eps)
             attended = self._attention(ops, number, layer.attention, weights.attention, normed)
             x = ops.add(x, _scaled(ops, attended, factor))
             if isinstance(weights.feed_forward, MlpWeights):
                 y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
             else:
-                y = ops.apart(x, partial(self._experts, number, trace=trace))
+                y = self._experts(ops, number, x)
             x = ops.add(x, _scaled(ops, y, factor))
-            trace.add(f"hidden.{number}", x)
+            ops.trace(f"hidden.{number}", x)
         ops.at_layer(None)
         return x
 
+    def _experts(self, ops: DecoderOperations[Value], number: int, x: Value) -> Value:
+        """Routed experts, and the network beside them that every token uses: x, not normed, to the same."""
+        weights, router = self.weights.layers[number], self.parts.router(number)
+        normed = ops.norm(x, weights.ffn_norm, self.description.eps)
+        (logits,) = ops.linears(normed, router.matrix)
+        if router.bias is not None:
+            logits = ops.add_bias(logits, router.bias)
+        ids, factors = ops.choose(logits, router.choice_bias, self.parts.experts(number).router.choice)
+        ops.trace(f"router_ids.{number}", ids)
+        ops.trace(f"router_weights.{number}", factors)
+        ops.acquire(number, ids)
+        # Computed while missing experts arrive.
+        shared = None if router.shared is None else _mlp(ops, normed, router.shared)
+        if number + 1 in self.description.expert_layers:
+            y = None if shared is None else _scaled(ops, shared, self.description.residual_factor)
+            ops.prefetch(number + 1, x, y)
+        out = ops.experts(number, normed, ids, factors)
+        return out if shared is None else ops.add(out, shared)
+
     def _attention(
-        self, ops: Operations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
+        self, ops: DecoderOperations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
     ) -> Value:
         """Attention of normed x `[tokens, hidden]`, to the same."""
         eps = self.description.eps
@@ -209,7 +219,7 @@ class Decoder(Model):
         (out,) = ops.linears(ops.attend(number, q, k, v, a.window, w.sinks), w.o)
         return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
 
-    def _logits(self, ops: Operations[Value], x: Value) -> Value:
+    def _logits(self, ops: DecoderOperations[Value], x: Value) -> Value:
         x = ops.norm(ops.move(x, self.weights.norm.device), self.weights.norm, self.description.eps)
         (logits,) = ops.linears(x, self.weights.head)
         return _scaled(ops, logits, self.description.logits_factor)
@@ -226,85 +236,13 @@ class Decoder(Model):
         factor = self.description.embedding_factor
         return rows if factor == 1 else rows * factor
 
-    @property
-    def _turn_factor(self) -> float:
-        return self.description.layers[0].attention.rope.attention_factor
 
-    # ------------------------------------------------------------------------------------------ experts
-
-    def _experts(self, number: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
-        """The feed-forward part of a layer with experts: x `[tokens, hidden]`, not normed, to the same."""
-        layer, store = self.weights.layers[number], self._store
-        assert isinstance(layer.feed_forward, RouterWeights)
-        normed = self.kernels.rms_norm(x, layer.ffn_norm, self.description.eps)
-        chosen, weights = self._route(number, normed)
-        trace.add(f"router_ids.{number}", chosen)
-        trace.add(f"router_weights.{number}", weights)
-        with store.acquire(self._store_layer(number), chosen.cpu()) as experts:
-            shared, y = layer.feed_forward.shared, None
-            if shared is not None:  # computed while missing experts arrive
-                y = swiglu(self.kernels, normed, shared.gate, shared.up, shared.down, float("inf"))
-            self._prefetch(number + 1, x if y is None else x + y * self.description.residual_factor)
-            extras = self._extras(number, layer.feed_forward)
-            out = experts.run(normed, weights, self._part(number).activation.limit, extras)
-        return out if y is None else out + y
-
-    def _expect(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """Before a layer's attention, which leaves time: prefetch what its experts will probably be."""
-        # Attention on a GPU leaves none, and before the first layer the disk has nothing else to do.
-        if number == 0 or x.device == HOST:
-            self._prefetch(number, x)
-        return x
-
-    def _prefetch(self, number: int, x: torch.Tensor) -> None:
-        """Start prefetching the experts that layer `number` will probably choose, from the residual so far.
-
-        What is still to be added to it changes it little, so the layer's router predicts most of its choice.
-        """
-        if number not in self.description.expert_layers:
-            return
-        store, at = self._store, self._store_layer(number)
-        if store.wants_guesses(at):
-            layer = self.weights.layers[number]
-            x = self.kernels.rms_norm(x.to(layer.device), layer.ffn_norm, self.description.eps)
-            guess, _ = self._route(number, x)
-            store.prefetch(at, guess.t().flatten().cpu().tolist())  # every token's top choice first
-
-    def _route(self, number: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that a layer's router chooses for normed x, and their weights: `[tokens, top_k]`."""
-        weights = self.weights.layers[number].feed_forward
-        assert isinstance(weights, RouterWeights)
-        logits = self.kernels.linear(normed, weights.matrix)
-        if weights.bias is not None:
-            logits = logits + weights.bias
-        return choose_experts(self.kernels, self._part(number).router, logits, weights.choice_bias)
-
-    def _extras(self, number: int, weights: RouterWeights) -> ExpertExtras:
-        """What a layer's experts have beyond matrices and SwiGLU."""
-        activation = self._part(number).activation
-        return ExpertExtras(activation.alpha, activation.shift, weights.expert_biases)
-
-    def _part(self, number: int) -> Experts:
-        part = self.description.layers[number].feed_forward
-        assert isinstance(part, Experts)
-        return part
-
-    def _store_layer(self, number: int) -> int:
-        """The number of a layer among those that have experts."""
-        return self.description.expert_layers.index(number)
-
-    @property
-    def _store(self) -> ExpertStore:
-        assert self.weights.experts is not None
-        return self.weights.experts
-
-
-def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
+def _mlp(ops: DecoderOperations[Value], x: Value, weights: MlpWeights) -> Value:
     """A gated feed-forward network of normed x `[tokens, hidden]`."""
     gate, up = ops.linears(x, weights.gate, weights.up)
     (y,) = ops.linears(ops.gated(gate, up, math.inf), weights.down)
     return y
 
 
-def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
+def _scaled(ops: DecoderOperations[Value], x: Value, factor: float) -> Value:
     return x if factor == 1 else ops.scale(x, factor)

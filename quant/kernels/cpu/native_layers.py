@@ -10,6 +10,8 @@ import ctypes
 
 import torch
 
+from quant.kernels.layers import Choice
+
 
 class AttendCall(ctypes.Structure):
     """`Attend` of native_src/layers.hpp."""
@@ -31,6 +33,20 @@ class AttendCall(ctypes.Structure):
         ("chosen", ctypes.c_void_p),
         ("choices", ctypes.c_int64),
         ("sink", ctypes.c_void_p),
+    )
+
+
+class ChoiceCall(ctypes.Structure):
+    """`Choice` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("top_k", ctypes.c_int64),
+        ("score", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("best", ctypes.c_int64),
+        ("is_renormalised", ctypes.c_int64),
+        ("factor", ctypes.c_float),
     )
 
 
@@ -173,6 +189,26 @@ class NativeLayers:
             experts,
             top_k,
             factor,
+            chosen.data_ptr(),
+            weights.data_ptr(),
+        )
+        return chosen, weights
+
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, bias = floats(logits), None if bias is None else floats(bias)
+        tokens, experts = logits.shape
+        chosen = torch.empty((tokens, choice.top_k), dtype=torch.int64)
+        weights = logits.new_empty(tokens, choice.top_k)
+        call = ChoiceCall(*choice.numbers, choice.factor)
+        self._library.loci_choose(
+            self._threads(),
+            logits.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            tokens,
+            experts,
+            ctypes.byref(call),
             chosen.data_ptr(),
             weights.data_ptr(),
         )

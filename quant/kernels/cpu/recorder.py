@@ -22,9 +22,21 @@ from quant.kernels.cpu.program import (
     Recording,
     Runner,
 )
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras, ExpertWeights, Weight
+from quant.kernels.layers import Choice
 
 GROUP = 3  # matrices of one operation at most
+
+
+class _ExpertKind(ctypes.Structure):
+    """`ExpertKind` of native_src/program.hpp."""
+
+    _fields_ = (
+        ("limit", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("shift", ctypes.c_float),
+        ("biases", ctypes.c_void_p),
+    )
 
 
 @dataclass(frozen=True)
@@ -189,6 +201,13 @@ class Recorder:
         self._note("route", [logits, self._weight(bias)], [ids, weights], [logits.width, top_k], factor)
         return ids, weights
 
+    def choose(self, logits: Buffer, bias: torch.Tensor | None, choice: Choice) -> tuple[Buffer, Buffer]:
+        """The experts that the logits choose, int64, and their weights: see `LayerOperations.choose`."""
+        ids, weights = self.buffer(choice.top_k, torch.int64), self.buffer(choice.top_k)
+        at = None if bias is None else self._weight(bias)
+        self._note("choose", [logits, at], [ids, weights], [logits.width, *choice.numbers], choice.factor)
+        return ids, weights
+
     def experts(
         self,
         x: Buffer,
@@ -197,6 +216,7 @@ class Recorder:
         experts: Sequence[ExpertWeights],
         limit: float,
         used: torch.Tensor,
+        extras: ExpertExtras = NO_EXTRAS,
     ) -> Buffer:
         """The sum of the chosen experts' outputs, weighted, in the router's order.
 
@@ -207,10 +227,17 @@ class Recorder:
         table = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
         self._recording.held += [table, natives]
         out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
-        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table)]
+        biases = None
+        if extras.biases is not None:
+            rows = [at for expert in range(len(experts)) for at in extras.biases.addresses(expert)]
+            biases = (ctypes.c_void_p * len(rows))(*rows)
+        at = None if biases is None else ctypes.addressof(biases)
+        kind = _ExpertKind(limit, extras.alpha, extras.shift, at)
+        self._recording.held += [kind, biases, extras]
+        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table), ctypes.addressof(kind)]
         nbytes = ids.width * sum(weight.nbytes for weight in experts[0].matrices)
         sizes = [ids.width, x.width]
-        self._note("experts", inputs, [out, apart, self._address(used)], sizes, limit, nbytes)
+        self._note("experts", inputs, [out, apart, self._address(used)], sizes, 0.0, nbytes)
         return out
 
     # ----------------------------------------------------------------- parallel streams (mHC), Engram

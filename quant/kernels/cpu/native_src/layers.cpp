@@ -85,6 +85,66 @@ void route(const Team& team, const float* logits, const float* bias, int64_t tok
     });
 }
 
+namespace {
+
+// Softmax of n values, in place.
+void softmax(float* x, int64_t n) {
+    const float largest = *std::max_element(x, x + n);
+    float sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - largest);
+    for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+}
+
+// Ranks of experts of other than the best groups become -inf.
+void keep_groups(std::vector<float>& ranks, const Choice& choice) {
+    const int64_t size = static_cast<int64_t>(ranks.size()) / choice.groups;
+    std::vector<uint64_t> groups;
+    for (int64_t g = 0; g < choice.groups; ++g) {
+        std::vector<float> of_group(ranks.begin() + g * size, ranks.begin() + (g + 1) * size);
+        std::partial_sort(of_group.begin(), of_group.begin() + choice.best, of_group.end(), std::greater<>());
+        float sum = 0;
+        for (int64_t i = 0; i < choice.best; ++i) sum += of_group[static_cast<size_t>(i)];
+        groups.push_back(ranked(sum, g));
+    }
+    std::sort(groups.begin(), groups.end(), std::greater<>());
+    for (int64_t i = choice.kept; i < choice.groups; ++i) {
+        const int64_t first = column_of(groups[static_cast<size_t>(i)]) * size;
+        std::fill_n(ranks.begin() + first, size, -__builtin_inff());
+    }
+}
+
+}  // namespace
+
+void choose(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
+            const Choice& choice, int64_t* chosen, float* weights) {
+    const int64_t top_k = choice.top_k;
+    parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
+        thread_local std::vector<float> scores, ranks;
+        thread_local std::vector<uint64_t> order;
+        scores.assign(logits + token * experts, logits + (token + 1) * experts);
+        if (choice.score == 0) softmax(scores.data(), experts);
+        if (choice.score == 1)
+            for (float& score : scores) score = 1.0f / (1.0f + std::exp(-score));
+        ranks = scores;
+        if (bias != nullptr)
+            for (int64_t e = 0; e < experts; ++e) ranks[static_cast<size_t>(e)] += bias[e];
+        if (choice.groups > 1) keep_groups(ranks, choice);
+        order.resize(static_cast<size_t>(experts));
+        for (int64_t e = 0; e < experts; ++e) order[static_cast<size_t>(e)] = ranked(ranks[static_cast<size_t>(e)], e);
+        std::partial_sort(order.begin(), order.begin() + top_k, order.end(), std::greater<>());
+        float* to = weights + token * top_k;
+        float sum = 0;
+        for (int64_t i = 0; i < top_k; ++i) {
+            const int64_t expert = column_of(order[static_cast<size_t>(i)]);
+            chosen[token * top_k + i] = expert;
+            sum += to[i] = scores[static_cast<size_t>(expert)];
+        }
+        if (choice.score == 2) softmax(to, top_k);
+        for (int64_t i = 0; i < top_k; ++i)
+            to[i] = (choice.is_renormalised != 0 ? to[i] / (sum + 1e-20f) : to[i]) * choice.factor;
+    });
+}
+
 void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
                   float* out) {
     parallel_for(rows, threads_for(team, rows * n * dim), [&](int64_t row) {

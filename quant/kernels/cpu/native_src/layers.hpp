@@ -43,6 +43,18 @@ void best_columns(const Team& team, const float* scores, int64_t rows, int64_t c
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
            float factor, int64_t* chosen, float* weights);
 
+// How experts are chosen by a router's logits: by scores (0: softmax, 1: sigmoid, 2: the logits themselves, whose
+// softmax over the chosen are the weights), perhaps of the `kept` best of some groups only, a group being as good as
+// its `best` highest ranks together. Weights may be divided by their sum, and are multiplied by a factor.
+struct Choice {
+    int64_t top_k, score, groups, kept, best, is_renormalised;
+    float factor;
+};
+
+// The experts with the largest score + bias [experts] or none, best first, and their weights, both [tokens][top_k].
+void choose(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
+            const Choice& choice, int64_t* chosen, float* weights);
+
 // out [rows][dim] = sum over i of weights [rows][n] * parts [rows][n][dim]
 void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
                   float* out);

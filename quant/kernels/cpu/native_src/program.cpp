@@ -139,8 +139,15 @@ void route(const Team& team, const Operation& op, const StepInput& step) {
           static_cast<int64_t*>(op.out[0]), floats(op.out[1]));
 }
 
+// ids and weights [rows][top_k] of logits [rows][experts] and a bias [experts] or none
+void choose(const Team& team, const Operation& op, const StepInput& step) {
+    const Choice choice{op.sizes[1], op.sizes[2], op.sizes[3], op.sizes[4], op.sizes[5], op.sizes[6], op.factor};
+    choose(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], choice, static_cast<int64_t*>(op.out[0]),
+           floats(op.out[1]));
+}
+
 // The chosen experts of a layer that are all at hand: their sum, weighted, in the router's order. in: x, ids, weights,
-// matrices [experts][3]; out: result, each choice's own result, and how many experts were used, which is added up
+// matrices [experts][3], kind; out: result, each choice's own result, and how many experts were used, which is added up
 void experts(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t top_k = op.sizes[0], hidden = op.sizes[1], count = step.rows * top_k;
     const auto* choice = static_cast<const int64_t*>(op.in[1]);
@@ -159,7 +166,14 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
     call.choice = choice;
     call.tokens = step.rows;
     call.top_k = top_k;
-    call.gating = {op.factor, 1, 0};
+    const auto& kind = *static_cast<const ExpertKind*>(op.in[4]);
+    call.gating = kind.gating;
+    thread_local std::vector<const float*> biases;
+    if (kind.biases != nullptr) {
+        biases.clear();
+        for (const int64_t id : ids) biases.insert(biases.end(), kind.biases + 3 * id, kind.biases + 3 * id + 3);
+        call.biases = biases.data();
+    }
     float* apart = floats(op.out[1]);
     moe(team, call, floats(op.in[0]), apart);
     weighted_sum(team, apart, floats(op.in[2]), step.rows, top_k, hidden, floats(op.out[0]));
@@ -173,7 +187,7 @@ constexpr OperationFunction kFunctions[] = {
     bias,    clip,        scale,      repeat,     weighted_sum,
     mix,     mix_streams, engram,     run_ring,   run_attend_sparse,
     nullptr, run_pool,    run_entry,  run_select, route,
-    experts, nullptr,
+    choose,  experts,     nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 
