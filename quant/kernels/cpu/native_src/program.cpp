@@ -70,7 +70,7 @@ void rotate(const Team& team, const Operation& op, const StepInput& step) {
 }
 
 void gated(const Team& team, const Operation& op, const StepInput& step) {
-    gated(team, floats(op.in[0]), floats(op.in[1]), op.factor, step.rows * op.sizes[0], floats(op.out[0]));
+    gated(team, floats(op.in[0]), floats(op.in[1]), {op.factor, 1, 0}, step.rows * op.sizes[0], floats(op.out[0]));
 }
 
 void add(const Team&, const Operation& op, const StepInput& step) {
@@ -181,7 +181,7 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
     call.choice = choice;
     call.tokens = step.rows;
     call.top_k = top_k;
-    call.limit = op.factor;
+    call.gating = {op.factor, 1, 0};
     float* apart = floats(op.out[1]);
     moe(team, call, floats(op.in[0]), apart);
     weighted_sum(team, apart, floats(op.in[2]), step.rows, top_k, hidden, floats(op.out[0]));
