@@ -16,10 +16,10 @@ from engine.families.decoder.cache import DecoderCache
 from engine.families.decoder.description import Description, Experts
 from engine.families.decoder.weights import DecoderWeights, RouterWeights
 from engine.layers.operations import Eager, Operations, Recorded, Value
+from engine.layers.recorded_experts import RecordedExperts
 from engine.layers.rope import Rotation
 from memory.experts.step import ExpertStep
 from memory.experts.store import ExpertStore
-from quant.kernels.cpu.panels import native_weight
 from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import ExpertExtras, Kernels
@@ -146,77 +146,53 @@ class DecoderRecorded(Recorded):
         places = [KvPlace(*cache.layer(number)) for number in range(len(parts.weights.layers))]
         super().__init__(recorder, parts.weights.frequencies, parts.turn_factor, places)
         self._parts = parts
-        self._used = torch.zeros(1, dtype=torch.int64)  # different experts of layers, where none moves
-        self._acquired: ExpertStep | None = None
-        self._program: Program | None = None
-
-    @property
-    def program(self) -> Program:
-        """The program, once it is finished."""
-        assert self._program is not None
-        return self._program
+        self._experts: RecordedExperts | None = None
+        if parts.description.experts is not None:
+            limit = parts.description.experts.activation.limit
+            self._experts = RecordedExperts(recorder, parts.store, limit)
+        self.program: Program | None = None
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""
-        self._program = self._recorder.finish(source, result)
+        self.program = self._recorder.finish(source, result)
 
     def run(self, batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
-        program = self.program
+        program, experts = self.program, self._experts
+        assert program is not None
         program.source[: len(embedded)] = embedded
+        slots, starts = [s.slot for s in batch.segments], [s.start for s in batch.segments]
+        if experts is None:
+            program.run(slots, starts)
+            return program.logits(batch.logit_rows)
+        experts.begin(program)
         try:
-            program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        finally:
-            if self._acquired is not None:
-                self._acquired.__exit__()
-        if count := int(self._used):
-            self._parts.store.count_uses(count)
-            self._used[0] = 0
+            program.run(slots, starts)
+        except BaseException:
+            experts.fail()
+            raise
+        experts.end(len(embedded))
         return program.logits(batch.logit_rows)
 
     def prefetch(self, number: int, x: Buffer, y: Buffer | None) -> None:
-        if self._parts.store.is_still:
+        if self._experts is None or self._parts.store.is_still:
             return
-
-        def work(rows: int) -> None:
-            self._parts.prefetch(number, self._rows(x, rows), None if y is None else self._rows(y, rows))
-
-        self._recorder.hand_over(work, [x] if y is None else [x, y], [])
+        router = self._parts.router(number)
+        x = x if y is None else self.add(x, y)
+        x = self.norm(x, self._parts.weights.layers[number].ffn_norm, self._parts.description.eps)
+        (logits,) = self.linears(x, router.matrix)
+        logits = logits if router.bias is None else self.add_bias(logits, router.bias)
+        ids, _ = self.choose(logits, router.choice_bias, self._parts.experts(number).router.choice)
+        self._experts.prefetch(self._parts.store_layer(number), ids)
 
     def acquire(self, number: int, ids: Buffer) -> None:
-        def work(rows: int) -> None:
-            at = self._parts.store_layer(number)
-            self._acquired = self._parts.store.acquire(at, self._rows(ids, rows))
-
-        if not self._is_native(number):
-            self._recorder.hand_over(work, [ids], [])
+        assert self._experts is not None
+        self._experts.acquire(self._parts.store_layer(number), ids)
 
     def experts(self, number: int, x: Buffer, ids: Buffer, weights: Buffer) -> Buffer:
-        parts = self._parts
-        if self._is_native(number):
-            still = parts.store.still_weights(parts.store_layer(number))
-            limit = parts.experts(number).activation.limit
-            return self._recorder.experts(x, ids, weights, still, limit, self._used, parts.extras(number))
-        out = self._recorder.buffer(x.width)
-
-        def work(rows: int) -> None:
-            assert self._acquired is not None
-            found = parts.run(number, self._acquired, self._rows(x, rows), self._rows(weights, rows))
-            self._rows(out, rows)[:] = found
-
-        self._recorder.hand_over(work, [x, ids, weights], [out])
-        return out
+        assert self._experts is not None
+        layer, extras = self._parts.store_layer(number), self._parts.extras(number)
+        return self._experts.run(layer, x, ids, weights, extras)
 
     def trace(self, name: str, value: Buffer) -> None:
         """Nothing is kept: a step that is traced is not replayed."""
-
-    def _is_native(self, number: int) -> bool:
-        """Whether a layer's experts stay where they are, in formats that a program computes with."""
-        store = self._parts.store
-        if not store.is_still:
-            return False
-        first = store.still_weights(self._parts.store_layer(number))[0]
-        return all(native_weight(weight) is not None for weight in first.matrices)
-
-    def _rows(self, buffer: Buffer, rows: int) -> torch.Tensor:
-        return self.program.rows(buffer)[:rows]

@@ -174,6 +174,16 @@ def native_weight(packed: PackedTensor) -> NativeWeight | None:
     return NativeWeight(packed.format, packed.shape, packed.codes.contiguous(), scales)
 
 
+def matrix_addresses(expert: ExpertWeights) -> tuple[int, int, int]:
+    """Addresses of the library's descriptors of w1, w3 and w2, which live as long as the expert's weights.
+
+    Zeros for a format without panels.
+    """
+    natives = [weight if isinstance(weight, NativeWeight) else None for weight in expert.matrices]
+    w1, w3, w2 = (0 if native is None else native.address for native in natives)
+    return (w1, w3, w2) if w1 and w3 and w2 else (0, 0, 0)
+
+
 def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> NativeWeight:
     """`packed` repacked into panels, in `out` (uint8, of `TILED[...].bytes_for` bytes) where given.
 

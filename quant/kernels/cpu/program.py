@@ -20,7 +20,7 @@ KINDS = (
     "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add",
     "bias", "clip", "scale",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
-    "pool", "entry", "select", "route", "choose", "experts", "hand_over",
+    "pool", "entry", "select", "route", "choose", "at_hand", "experts", "hand_over",
 )  # fmt: skip
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64  # bytes
@@ -33,7 +33,7 @@ class _Operation(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_int64),
-        ("inputs", ctypes.c_void_p * 5),
+        ("inputs", ctypes.c_void_p * 6),
         ("outputs", ctypes.c_void_p * 4),
         ("sizes", ctypes.c_int64 * 8),
         ("factor", ctypes.c_float),
