@@ -102,7 +102,7 @@ class ExpertStore:
     def still_weights(self, layer: int) -> list[ExpertWeights]:
         """The layer's experts, in order, where `is_still`."""
         dram = self.slots.dram
-        return [dram.weights(dram.by_layer[layer][expert]) for expert in range(self._files.experts)]
+        return [dram.weights(layer, dram.by_layer[layer][expert]) for expert in range(self._files.experts)]
 
     def count_uses(self, count: int) -> None:
         """Count uses of experts in DRAM that were computed without `acquire`, where `is_still`."""
