@@ -22,6 +22,8 @@ struct Attend {
 
 // out [tokens][heads][dim]
 void attend(const Team& team, const Attend& call, float* out);
+// Several calls of as many heads and columns at once.
+void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n);
 
 // How well entries match each token: queries [tokens][heads][dim], weights [tokens][heads], keys [.][dim].
 struct Index {
@@ -54,8 +56,8 @@ void mix_streams(const Team& team, const float* streams, const float* y, const f
 // out [rows][cols] = x by its root mean square, times weight [cols], or null for none.
 void rms_norm(const Team& team, const float* x, const float* weight, int64_t rows, int64_t cols, float eps, float* out);
 
-// out [rows][pairs] cosine and sine of position times frequency, computed in double; of positions [rows] rounded down to
-// a multiple of `unit`.
+// out [rows][pairs] cosine and sine of position times frequency, computed in double; of positions [rows] rounded down
+// to a multiple of `unit`.
 void turns_at(const int64_t* positions, int64_t unit, const double* frequencies, int64_t rows, int64_t pairs,
               bool backwards, float* out);
 
