@@ -133,9 +133,7 @@ class NativeLayers:
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
         positions, frequencies = positions.contiguous(), frequencies.contiguous()
         out = torch.empty(len(positions), len(frequencies), dtype=torch.complex64)
-        self._library.loci_turns(
-            positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr()
-        )
+        self._library.loci_turns(positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr())
         return out
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -252,9 +250,16 @@ class NativeLayers:
         )
         return best
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        end = keys.shape[1]
-        return self._attend(q, keys, values, end, None, None, None)
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        sinks = None if sinks is None else floats(sinks)
+        return self._attend(q, keys, values, window or keys.shape[1], sinks, None, None)
 
     def attend_sparse(
         self,

@@ -17,6 +17,7 @@ from quant.kernels.cpu.program import (
     Buffer,
     HandOver,
     Noted,
+    Operand,
     Program,
     Recording,
     Runner,
@@ -68,9 +69,16 @@ class Recorder:
     # ------------------------------------------------------------------------------- beginning and end
 
     def input(self, width: int) -> Buffer:
-        """A buffer that is filled before each run, or by a hand-over."""
-        buffer = self._buffer(width)
+        """A buffer that is filled before each run."""
+        buffer = self.buffer(width)
         buffer.first = -1
+        return buffer
+
+    def buffer(self, width: int, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Buffer:
+        """A buffer for what the next operation writes, which may be a hand-over."""
+        at = len(self._recording.noted)
+        buffer = Buffer(width, at, at, dtype, rows)
+        self._recording.buffers.append(buffer)
         return buffer
 
     def hand_over(self, work: HandOver, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> torch.Tensor:
@@ -79,8 +87,11 @@ class Recorder:
         Returns a number `[1]` int64 that is 0; a run goes on without `work` while it is not.
         """
         skip = torch.zeros(1, dtype=torch.int64)
-        self._recording.hand_overs[len(self._recording.noted)] = work
-        self._note("hand_over", [self._address(skip), *reads], [*writes], [])
+        at = len(self._recording.noted)
+        self._recording.hand_overs[at] = work
+        self._note("hand_over", [self._address(skip)], [], [])
+        for buffer in (*reads, *writes):
+            buffer.last = at
         return skip
 
     def finish(self, source: Buffer, result: Buffer) -> Program:
@@ -90,15 +101,15 @@ class Recorder:
     # -------------------------------------------------------------------------------------- any model
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
-        """x * rsqrt(mean(x^2) + eps) * weight."""
-        out = self._buffer(x.width)
+        """x * rsqrt(mean(x^2) + eps) * weight; with a weight shorter than x, each such part by itself."""
+        out, width = self.buffer(x.width), x.width if weight is None else len(weight)
         at = None if weight is None else self._weight(weight)
-        self._note("norm", [x, at], [out], [x.width], eps)
+        self._note("norm", [x, at], [out], [width, x.width // width], eps)
         return out
 
     def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
         """`x @ weight^T` for each weight. Raises FormatError for a format without a kernel."""
-        outs = [self._buffer(int(weight.shape[0])) for weight in weights]
+        outs = [self.buffer(int(weight.shape[0])) for weight in weights]
         prepared = [self._prepared(weight) for weight in weights]
         pairs = list(zip(prepared, outs, strict=True))
         for kind, group in groupby(pairs, key=lambda pair: self._group(pair[0])):
@@ -115,14 +126,14 @@ class Recorder:
 
     def turns(self, frequencies: torch.Tensor, *, unit: int = 1, backwards: bool = False) -> Buffer:
         """Rotations of the rows' positions, rounded down to a multiple of `unit`: frequencies `[pairs]`."""
-        out = self._buffer(2 * len(frequencies))
+        out = self.buffer(2 * len(frequencies))
         sizes = [len(frequencies), unit]
         self._note("turns", [self._address(frequencies.double())], [out], sizes, -1.0 if backwards else 1.0)
         return out
 
     def rotate(self, x: Buffer, turns: Buffer, heads: int) -> Buffer:
         """The last channels of each head turned."""
-        out = self._buffer(x.width)
+        out = self.buffer(x.width)
         self._note("rotate", [x, turns], [out], [heads, x.width // heads, turns.width // 2])
         return out
 
@@ -131,37 +142,50 @@ class Recorder:
         to = [self._address(place.keys), self._address(place.values)]
         self._note("append", [keys, values], to, place.sizes)
 
-    def attend(self, q: Buffer, place: KvPlace) -> Buffer:
-        """Attention of each row over what its slot holds up to its position."""
+    def attend(
+        self, q: Buffer, place: KvPlace, window: int | None = None, sinks: torch.Tensor | None = None
+    ) -> Buffer:
+        """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`."""
         kv_heads, dim, head, slot = place.sizes
-        out = self._buffer(q.width)
-        inputs = [q, self._address(place.keys), self._address(place.values)]
-        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot])
+        out = self.buffer(q.width)
+        at = None if sinks is None else self._weight(sinks)
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at]
+        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot, window or 0])
         return out
 
     def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
         """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
-        out = self._buffer(gate.width)
+        out = self.buffer(gate.width)
         self._note("gated", [gate, up], [out], [gate.width], limit)
         return out
 
     def add(self, x: Buffer, y: Buffer) -> Buffer:
         """x + y."""
-        out = self._buffer(x.width)
+        out = self.buffer(x.width)
         self._note("add", [x, y], [out], [x.width])
+        return out
+
+    def bias(self, x: Buffer, row: torch.Tensor) -> Buffer:
+        """x + row `[width]`."""
+        out = self.buffer(x.width)
+        self._note("bias", [x, self._weight(row)], [out], [x.width])
+        return out
+
+    def clip(self, x: Buffer, limit: float) -> Buffer:
+        """x cut to -limit .. limit."""
+        out = self.buffer(x.width)
+        self._note("clip", [x], [out], [x.width], limit)
         return out
 
     def scale(self, x: Buffer, factor: float) -> Buffer:
         """x * factor."""
-        out = self._buffer(x.width)
+        out = self.buffer(x.width)
         self._note("scale", [x], [out], [x.width], factor)
         return out
 
-    def route(
-        self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float
-    ) -> tuple[Buffer, Buffer]:
+    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
         """The experts that the logits choose, int64, and their weights: see `LayerOperations.route`."""
-        ids, weights = self._buffer(top_k, torch.int64), self._buffer(top_k)
+        ids, weights = self.buffer(top_k, torch.int64), self.buffer(top_k)
         self._note("route", [logits, self._weight(bias)], [ids, weights], [logits.width, top_k], factor)
         return ids, weights
 
@@ -182,8 +206,8 @@ class Recorder:
         natives = [self._native(weight) for expert in experts for weight in expert.matrices]
         table = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
         self._recording.held += [table, natives]
-        out, apart = self._buffer(x.width), self._buffer(ids.width * x.width)
-        inputs = [x, ids, weights, ctypes.addressof(table)]
+        out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
+        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table)]
         nbytes = ids.width * sum(weight.nbytes for weight in experts[0].matrices)
         sizes = [ids.width, x.width]
         self._note("experts", inputs, [out, apart, self._address(used)], sizes, limit, nbytes)
@@ -193,21 +217,21 @@ class Recorder:
 
     def constant(self, row: torch.Tensor) -> Buffer:
         """The same values `[width]` in every row."""
-        out = self._buffer(len(row))
+        out = self.buffer(len(row))
         rows = row.float().repeat(self.max_rows, 1)
         self._note("scale", [self._address(rows)], [out], [len(row)], 1.0)
         return out
 
     def repeat(self, x: Buffer, n: int) -> Buffer:
         """x, n times side by side."""
-        out = self._buffer(n * x.width)
+        out = self.buffer(n * x.width)
         self._note("repeat", [x], [out], [x.width, n])
         return out
 
     def weighted_sum(self, parts: Buffer, weights: Buffer) -> Buffer:
         """sum_i weights_i * part_i: as many parts side by side as there are weights."""
         n = weights.width
-        out = self._buffer(parts.width // n)
+        out = self.buffer(parts.width // n)
         self._note("weighted_sum", [parts, weights], [out], [n, out.width])
         return out
 
@@ -216,20 +240,20 @@ class Recorder:
     ) -> tuple[Buffer, Buffer, Buffer]:
         """pre, post `[rows, n]` and combine `[rows, n * n]` of hyper-connections, of what was read off the
         streams."""
-        outs = self._buffer(n), self._buffer(n), self._buffer(n * n)
+        outs = self.buffer(n), self.buffer(n), self.buffer(n * n)
         self._note("mix", [x, self._weight(scale), self._weight(base)], [*outs], [n, iterations], eps)
         return outs
 
     def mix_streams(self, streams: Buffer, y: Buffer, post: Buffer, combine: Buffer) -> Buffer:
         """post_j * y + sum_i combine[i, j] * stream_i."""
-        out = self._buffer(streams.width)
+        out = self.buffer(streams.width)
         self._note("mix_streams", [streams, y, post, combine], [out], [post.width, y.width])
         return out
 
     def engram(self, streams: Buffer, kv: Buffer, qk: torch.Tensor, eps: float) -> Buffer:
         """Streams and the gated value of table rows; kv has a key for each stream, then the value."""
         n, dim = qk.shape
-        out, gates = self._buffer(streams.width), self._buffer(n)
+        out, gates = self.buffer(streams.width), self.buffer(n)
         self._note("engram", [streams, kv, self._weight(qk)], [out, gates], [n, dim], eps)
         return out
 
@@ -238,7 +262,7 @@ class Recorder:
     def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
         """Weights of one shape, each times its own columns of x, side by side."""
         rows, cols = weights[0].shape
-        out = self._buffer(rows * len(weights))
+        out = self.buffer(rows * len(weights))
         nbytes = sum(weight.nbytes for weight in weights)
         if isinstance(weights[0], torch.Tensor):
             whole = torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)])
@@ -268,8 +292,8 @@ class Recorder:
         """Attention over the last `window` latents in rings `[slots, ring, dim]`, and over those `chosen` of
         the compressed entries `[slots, entries, dim]`."""
         _, places, dim = rings.shape
-        out = self._buffer(q.width)
-        inputs = [q, self._address(rings), self._weight(sink)]
+        out = self.buffer(q.width)
+        inputs: list[Operand] = [q, self._address(rings), self._weight(sink)]
         sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0]
         if compressed is not None and chosen is not None:
             inputs += [self._address(compressed), chosen]
@@ -288,7 +312,7 @@ class Recorder:
     def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int) -> Buffer:
         """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group."""
         _, places, dim = rows.shape
-        out = self._buffer(dim)
+        out = self.buffer(dim)
         inputs = [self._address(rows), self._address(gates)]
         self._note("pool", inputs, [out], [dim, places, rows.stride(0), ratio])
         return out
@@ -311,11 +335,11 @@ class Recorder:
         """The entries that each row attends to, int64, -1 behind; and the best blocks, where later choices
         are to be made among these. Index keys `[slots, entries, dim]`."""
         _, entries, dim = keys.shape
-        chosen = self._buffer(selector.top_k, torch.int64)
+        chosen = self.buffer(selector.top_k, torch.int64)
         named = selector.block * selector.blocks if pool is not None else 0
         columns = max(named, entries, 1)
-        scores, names = self._buffer(columns, rows=1), self._buffer(max(named, 1), torch.int64, rows=1)
-        blocks = self._buffer(selector.blocks, torch.int64) if makes_pool else None
+        scores, names = self.buffer(columns, rows=1), self.buffer(max(named, 1), torch.int64, rows=1)
+        blocks = self.buffer(selector.blocks, torch.int64) if makes_pool else None
         self._note(
             "select",
             [queries, weights, self._address(keys), pool],
@@ -326,17 +350,11 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------
 
-    def _buffer(self, width: int, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Buffer:
-        at = len(self._recording.noted)
-        buffer = Buffer(width, at, at, dtype, rows)
-        self._recording.buffers.append(buffer)
-        return buffer
-
     def _note(
         self,
         kind: str,
-        inputs: Sequence[Buffer | int | None],
-        outputs: Sequence[Buffer | int | None],
+        inputs: Sequence[Operand],
+        outputs: Sequence[Operand],
         sizes: Sequence[int],
         factor: float = 0.0,
         nbytes: int = 0,

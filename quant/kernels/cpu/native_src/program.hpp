@@ -14,9 +14,33 @@ struct StepInput {
 
 // In the order of KINDS in quant/kernels/cpu/program.py.
 enum class Kind : int64_t {
-    kNorm, kLinear, kDense, kBlocks, kTurns, kRotate, kAppend, kAttend, kGated, kAdd, kScale,
-    kRepeat, kWeightedSum, kMix, kMixStreams, kEngram, kRing, kAttendSparse, kUnlessComplete, kPool, kEntry, kSelect,
-    kRoute, kExperts, kHandOver,
+    kNorm,
+    kLinear,
+    kDense,
+    kBlocks,
+    kTurns,
+    kRotate,
+    kAppend,
+    kAttend,
+    kGated,
+    kAdd,
+    kBias,
+    kClip,
+    kScale,
+    kRepeat,
+    kWeightedSum,
+    kMix,
+    kMixStreams,
+    kEngram,
+    kRing,
+    kAttendSparse,
+    kUnlessComplete,
+    kPool,
+    kEntry,
+    kSelect,
+    kRoute,
+    kExperts,
+    kHandOver,
     kKinds
 };
 
@@ -31,8 +55,7 @@ struct Operation {
 
 // Runs operations from `first` on. Returns the number of the first one that is the caller's to do (a hand-over), or
 // `count` at the end.
-int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count,
-                    const StepInput& step);
+int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count, const StepInput& step);
 
 using OperationFunction = void (*)(const Team& team, const Operation& op, const StepInput& step);
 

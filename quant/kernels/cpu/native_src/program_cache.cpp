@@ -30,7 +30,8 @@ void run_append(const Team& team, const Operation& op, const StepInput& step) {
     });
 }
 
-// queries [rows][heads][dim] over all that their slots hold in a layer's cache of keys and values
+// queries [rows][heads][dim] over what their slots hold in a layer's cache of keys and values: all, or the last rows
+// of a window; with sinks [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2];
     std::vector<Attend> calls(static_cast<size_t>(step.rows));
@@ -47,7 +48,8 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         call.dim = dim;
         call.head_stride = op.sizes[3];
         call.before = step.positions[r];
-        call.window = step.positions[r] + 1;
+        call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
+        call.sink = floats(op.in[3]);
         outs.push_back(floats(op.out[0]) + r * heads * dim);
     }
     attend(team, calls.data(), outs.data(), step.rows);
