@@ -56,7 +56,7 @@ void write_activations(const Team& team, int64_t format, const Activations& to, 
                        const float* x, int64_t cols) {
     uint8_t* p = to.base + t * to.stride + first / kBlock * to.element_stride;
     const int offset = offset_of(format);
-    const bool halves = format == kQ6_K;
+    const bool halves = has_halves(format);
     if (format == kFp8) std::memcpy(p, x, static_cast<size_t>(cols) * sizeof(float));
     else if (one_digit(team, format)) team.level.digits1(x, cols, offset, halves, reinterpret_cast<Block<1>*>(p));
     else team.level.digits3(x, cols, offset, halves, reinterpret_cast<Block<3>*>(p));
@@ -270,6 +270,10 @@ struct Pairs {
     int64_t at(int64_t i) const { return pair[static_cast<size_t>(i)]; }
 };
 
+void add_to(float* x, const float* y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
 }  // namespace
 
 void moe(const Team& team, const Moe& call, const float* x, float* out) {
@@ -298,9 +302,13 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
             multiply(team, up_shape.format, up_panel, xs, n, up[0]);
             for (int64_t k = 0; k < n; ++k) {
                 float block[kBlock];
-                team.level.swiglu(gate[k], up[k], call.limit, kBlock, block);
-                write_activations(team, down_shape.format, h, i + k, p * kBlock, block,
-                                  std::min(kBlock, width - p * kBlock));
+                const int64_t columns = std::min(kBlock, width - p * kBlock);
+                if (call.biases != nullptr) {
+                    add_to(gate[k], call.biases[3 * e] + p * kBlock, columns);
+                    add_to(up[k], call.biases[3 * e + 1] + p * kBlock, columns);
+                }
+                team.level.swiglu(gate[k], up[k], call.gating, kBlock, block);
+                write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
             }
         }
     });
@@ -327,9 +335,12 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
                 for (int64_t k = 0; k < n; ++k) hs[k] = h.token(i + k);
                 float y[kMaxTokens][kPanelRows];
                 multiply(team, down_shape.format, panel, hs, n, y[0]);
-                for (int64_t k = 0; k < n; ++k)
+                for (int64_t k = 0; k < n; ++k) {
+                    if (call.biases != nullptr)
+                        add_to(y[k], call.biases[3 * e + 2] + p * kPanelRows, panels.rows_in(p));
                     std::memcpy(products + (i - begin + k) * hidden + p * kPanelRows, y[k],
                                 static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
+                }
             }
         });
         const int threads = count * hidden < kWorthSharing ? 1 : team.threads;

@@ -25,6 +25,22 @@ ALWAYS_INLINE F32 combine(const I32* sums) {
     else return fma(to_float(add(sums[0], sums[1])), splat(128.0f), to_float(sums[2]));
 }
 
+// The sum of 16 activations, of a block that has the sums of digits in place of corrections.
+template <int D>
+ALWAYS_INLINE float sum_of_part(const Block<D>& x, int part) {
+    float sum = 0;
+    for (int d = 0; d < D; ++d) sum = sum * 128.0f + static_cast<float>(x.correction[part][d]);
+    return x.scale * sum;
+}
+
+// What a row's sum is multiplied with in the end.
+template <class Format>
+ALWAYS_INLINE F32 factor(const uint8_t* panel, int row, int digits) {
+    const F32 unit = splat(Format::unit(digits));
+    if constexpr (Format::kPrefixBytes == 0) return unit;
+    else return mul(unit, load_float(reinterpret_cast<const float*>(panel) + row));
+}
+
 // Packed codes times fixed-point activations of D digits: T tokens, R vectors of rows at a time.
 template <class Format, int T, int D>
 void integer_panel(const Panel& panel, const void* const* x, float* out) {
@@ -38,7 +54,7 @@ void integer_panel(const Panel& panel, const void* const* x, float* out) {
     F32 y[T][kVectors];
     for (int t = 0; t < T; ++t)
         for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
-    int64_t block = 0, strip = 0;  // strip: where it begins
+    int64_t block = 0, strip = Format::kPrefixBytes;  // strip: where it begins
     for (int64_t c = 0; c < panel.cols; c += Format::kStrip) {
         const int64_t left = panel.cols - c < Format::kStrip ? panel.cols - c : Format::kStrip;
         const int blocks = static_cast<int>(left) / kBlock;
@@ -51,11 +67,17 @@ void integer_panel(const Panel& panel, const void* const* x, float* out) {
             // where sums begin: once for all rows where that takes instructions, else read when it is needed
             int32_t prepared[T][Format::kParts][S] = {};
             for (int t = 0; t < T; ++t)
-                for (int part = 0; part < Format::kParts && Sum::kPrepares; ++part)
+                for (int part = 0; part < Format::kParts && Sum::kPrepares && Format::kCorrects; ++part)
                     for (int s = 0; s < D; ++s) prepared[t][part][s] = Sum::prepare(xs[t]->correction[part][s]);
             const auto start = [&](int t, int part, int s) {
-                return Sum::kPrepares ? prepared[t][part][s] : s < D ? xs[t]->correction[part][s] : 0;
+                return Sum::kPrepares || !Format::kCorrects ? prepared[t][part][s]
+                       : s < D                              ? xs[t]->correction[part][s]
+                                                            : 0;
             };
+            float totals[T][Format::kParts];  // of the activations, where something is added to products
+            for (int t = 0; t < T && Format::kConstant; ++t)
+                for (int part = 0; part < Format::kParts; ++part)
+                    totals[t][part] = Format::kParts == 1 ? xs[t]->sum : sum_of_part(*xs[t], part);
             for (int v = 0; v < kVectors; v += R)
                 for (int part = 0; part < Format::kParts; ++part) {
                     KEEP_ORDER;
@@ -90,8 +112,8 @@ void integer_panel(const Panel& panel, const void* const* x, float* out) {
                             }
                             F32& sum = y[t][v + r];
                             sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
-                            if (part + 1 == Format::kParts)
-                                sum = format.constant(header, blocks, b, row, xs[t]->sum, sum);
+                            if (Format::kConstant)
+                                sum = format.constant(header, blocks, b, part, row, totals[t][part], sum);
                         }
                     }
                 }
@@ -100,7 +122,7 @@ void integer_panel(const Panel& panel, const void* const* x, float* out) {
     }
     for (int t = 0; t < T; ++t)
         for (int v = 0; v < kVectors; ++v)
-            store(out + t * kPanelRows + v * kLanes, mul(y[t][v], splat(Format::unit(D))));
+            store(out + t * kPanelRows + v * kLanes, mul(y[t][v], factor<Format>(panel.codes, v * kLanes, D)));
 }
 
 ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
