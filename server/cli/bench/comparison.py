@@ -78,7 +78,7 @@ def compare(
     found = Comparison()
 
     def over_http() -> None:
-        found.http.append(asyncio.run(_run_http(target, load.prompts(streams), load.tokens)))
+        found.http.append(run_http(target, load.prompts(streams), load.tokens))
 
     def on_the_engine() -> None:
         if engine is not None:
@@ -93,6 +93,11 @@ def compare(
         on_round()
     # The first round warms up.
     return Comparison(found.http[1:], found.bare[1:], found.costs[1:])
+
+
+def run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:
+    """Ask for an answer of so many tokens to each prompt at once, and wait for all."""
+    return asyncio.run(_run_http(target, prompts, tokens))
 
 
 async def _run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:

@@ -8,6 +8,7 @@ from server.cli.bench.engram import engram
 from server.cli.bench.experts import experts
 from server.cli.bench.hardware import hardware
 from server.cli.bench.kernels import kernels
+from server.cli.bench.peers import peers
 from server.cli.bench.serve import serve
 from server.cli.bench.slice import slice_
 
@@ -22,4 +23,5 @@ bench.command()(experts)
 bench.command()(engram)
 bench.command()(kernels)
 bench.command()(serve)
+bench.command()(peers)
 bench.command("slice")(slice_)
