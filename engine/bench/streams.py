@@ -14,6 +14,9 @@ from engine.output import Output
 from engine.sampling.params import SamplingParams
 from quant.errors import LociError
 
+# Ordinary tokens of every vocabulary there is; special ones lie at its ends.
+TOKEN_IDS = range(100, 1000)
+
 
 @dataclass
 class Timeline:

@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from engine.bench.streams import StepCost, Timeline, run_engine, throughput
+from engine.bench.streams import TOKEN_IDS, StepCost, Timeline, run_engine, throughput
 from engine.engine import Engine
 from engine.sampling.params import SamplingParams
 from quant.errors import LociError
 from server.cli.bench.client import CompletionStream, Target, stream_completion
 
-# Ordinary tokens of every vocabulary there is; special ones lie at its ends.
-TOKEN_IDS = range(100, 1000)
 # Tokens that every running stream has before a long prompt comes, and gaps are taken from.
 BEFORE_TOKENS = 16
 

@@ -11,6 +11,7 @@ from server.cli.bench.kernels import kernels
 from server.cli.bench.peers import peers
 from server.cli.bench.serve import serve
 from server.cli.bench.slice import slice_
+from server.cli.bench.step import step
 
 bench = typer.Typer(
     name="bench",
@@ -24,4 +25,5 @@ bench.command()(engram)
 bench.command()(kernels)
 bench.command()(serve)
 bench.command()(peers)
+bench.command()(step)
 bench.command("slice")(slice_)
