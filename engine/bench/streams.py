@@ -68,7 +68,9 @@ def decode_rate(timelines: Sequence[Timeline]) -> float:
     if ended <= began:
         raise LociError("the streams did not run at the same time; let them generate more tokens")
     # A piece may have several tokens, or none.
-    tokens = (t.tokens / len(t.arrivals_s) * sum(began < at <= ended for at in t.arrivals_s) for t in timelines)
+    tokens = (
+        t.tokens / len(t.arrivals_s) * sum(began < at <= ended for at in t.arrivals_s) for t in timelines
+    )
     return sum(tokens) / (ended - began)
 
 

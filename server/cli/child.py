@@ -43,7 +43,10 @@ def child_server(module: str, *arguments: str, ready: str, environment: Mapping[
         out = Path(folder) / "out"
         err = Path(folder) / "err"
         # Not the caller's directory, which may hold a server.py: hence -P. An empty entry means it too.
-        path = [str(Path(__file__).resolve().parents[2]), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+        path = [
+            str(Path(__file__).resolve().parents[2]),
+            *environment.get("PYTHONPATH", "").split(os.pathsep),
+        ]
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *arguments],

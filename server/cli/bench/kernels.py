@@ -25,7 +25,7 @@ def kernels(
 ) -> None:
     """Compare quantised matrix products with plain reads, with torch and with llama.cpp.
 
-    Takes a few minutes and up to 3 GB of memory. llama.cpp is included if the extra `bench` is installed.
+    Takes a few minutes and up to 3 GB of memory. llama.cpp is included if the extra `ggml` is installed.
     On a GPU: half a minute and 3 GB of its memory; bitsandbytes is included.
 
     Example: loci bench kernels --json kernels.json

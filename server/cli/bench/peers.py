@@ -29,9 +29,9 @@ DECODE_TARGET, PREFILL_TARGET = 1.05, 2.0
 class Race:
     """Something both servers do: answers of `tokens` tokens to `streams` prompts at once.
 
-    name    of the figure that says how fast Loci is in units of llama.cpp
-    rate    tokens per second, from what a client saw
-    target  that the ratio is to reach
+    ratio_name  of the figure that says how fast Loci is in units of llama.cpp
+    rate        tokens per second, from what a client saw
+    target      that the ratio should reach
     """
 
     name: str
@@ -80,7 +80,7 @@ def peers(
 
     check_installed()
     model = model_path(Path("smollm2"))
-    races = _races(prompt_tokens, tokens, long_prompt)
+    races = races_of(prompt_tokens, tokens, long_prompt)
     context = max(race.prompt_tokens + race.tokens for race in races) + 1
     with ExitStack() as stack:
         loci, llama_cpp = _servers(stack, model, threads, context)
@@ -112,7 +112,8 @@ def _instructions() -> str:
     return kernels.describe()
 
 
-def _races(prompt_tokens: int, tokens: int, long_prompt: int) -> list[Race]:
+def races_of(prompt_tokens: int, tokens: int, long_prompt: int) -> list[Race]:
+    """What is run: decoding one stream, and several together, and the prefill of one long prompt."""
     from engine.bench.streams import decode_rate
 
     def prefill_rate(timelines: Sequence[Timeline]) -> float:
@@ -163,13 +164,13 @@ def run(
     for number in range(rounds + 1):
         for race in races:
             prompts = Load(race.prompt_tokens, race.tokens, 1).prompts(race.streams)
-            rates = {}
+            rates = found[race.name]
+            sides = (loci, rates.loci), (llama_cpp, rates.llama_cpp)
             # Who begins changes, so that what disturbs the machine for a while disturbs both.
-            for target in (loci, llama_cpp)[:: 1 if number % 2 else -1]:
-                rates[target.url] = race.rate(run_http(target, prompts, race.tokens))
-            if number:
-                found[race.name].loci.append(rates[loci.url])
-                found[race.name].llama_cpp.append(rates[llama_cpp.url])
+            for target, noted in sides[:: 1 if number % 2 else -1]:
+                rate = race.rate(run_http(target, prompts, race.tokens))
+                if number:
+                    noted.append(rate)
             on_progress(next(done), total)
     return found
 

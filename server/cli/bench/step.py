@@ -44,9 +44,9 @@ def step(
 ) -> None:
     """Show what a step of one stream takes: kernels, and everything that the host does around them.
 
-    Watching costs time, so each round has an answer that is watched and one that is not, which says how long a
-    step is. If the whole model is in memory, the rate at which it reads its weights is compared with plain reads
-    in the same round.
+    Watching costs time, so each round has one answer that is watched, and one that is not and says how long
+    a step is. If the whole model is in memory, the rate at which it reads its weights is compared with plain
+    reads in the same round.
 
     Example: loci bench step demo --json step.json
     """
