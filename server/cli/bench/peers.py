@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 STREAMS = 8
 DECODE_TARGET, PREFILL_TARGET = 1.05, 2.0
+# Threads that wait by spinning, as llama.cpp's do, come to a crawl beside a program that needs their core: a
+# round in which others took more than this says nothing about either server on its own.
+QUIET_CORES = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,18 @@ class Race:
 
 @dataclass
 class Rates:
-    """Tokens per second of both in each round."""
+    """Tokens per second of both in each round, and how many cores other programs kept busy meanwhile."""
 
     loci: list[float] = field(default_factory=list)
     llama_cpp: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+
+    @property
+    def undisturbed(self) -> Rates:
+        """Those of the quiet rounds; of all, if none was quiet."""
+        rounds = [n for n, cores in enumerate(self.busy) if cores <= QUIET_CORES] or range(len(self.busy))
+        loci, llama_cpp, busy = self.loci, self.llama_cpp, self.busy
+        return Rates(*([values[n] for n in rounds] for values in (loci, llama_cpp, busy)))
 
     @property
     def ratios(self) -> list[float]:
@@ -57,7 +68,7 @@ class Rates:
 
 
 def peers(
-    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are of quiet ones.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="Threads that each server computes with.")] = 2,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt when decoding.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer when decoding.")] = 64,
@@ -67,7 +78,8 @@ def peers(
     """Compare Loci with llama.cpp on SmolLM2-135M (Q4_1), both as servers on this machine.
 
     One stream, eight together, and a long prompt; both servers get the same prompts in each round, and take
-    turns at being first. Needs the package xllamacpp (extra `bench`). Takes about five minutes on two cores.
+    turns at being first. Rounds in which other programs were busy do not count, unless all were like that.
+    Needs the package xllamacpp (extra `bench`). Takes about five minutes on two cores.
 
     Example: loci bench peers --json peers.json
     """
@@ -94,8 +106,13 @@ def peers(
     print_figures("Loci beside llama.cpp", figures)
     print()
     for race in races:
-        ratios = found[race.name].ratios
-        print(f"{race.ratio_name}: {min(ratios):.2f} to {max(ratios):.2f} in single rounds")
+        quiet = found[race.name].undisturbed
+        text = f"{race.ratio_name}: {min(quiet.ratios):.2f} to {max(quiet.ratios):.2f} in single rounds"
+        if max(quiet.busy) > QUIET_CORES:
+            text += f"; all were disturbed, by programs that kept {median(quiet.busy):.1f} cores busy"
+        elif len(quiet.busy) < rounds:
+            text += f", of which {rounds - len(quiet.busy)} disturbed ones are left out"
+        print(text)
     if json_file is not None:
         write_results(json_file, detect(), results_of(figures))
         print(f"written to {json_file}")
@@ -157,6 +174,7 @@ def run(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Rates]:
     """Let both run each race once a round, after a round that warms up and does not count."""
+    from quant.bench.timing import Neighbours
     from server.cli.bench.comparison import Load, run_http
 
     found = {race.name: Rates() for race in races}
@@ -164,13 +182,15 @@ def run(
     for number in range(rounds + 1):
         for race in races:
             prompts = Load(race.prompt_tokens, race.tokens, 1).prompts(race.streams)
-            rates = found[race.name]
+            rates, neighbours = found[race.name], Neighbours()
             sides = (loci, rates.loci), (llama_cpp, rates.llama_cpp)
             # Who begins changes, so that what disturbs the machine for a while disturbs both.
             for target, noted in sides[:: 1 if number % 2 else -1]:
                 rate = race.rate(run_http(target, prompts, race.tokens))
                 if number:
                     noted.append(rate)
+            if number:
+                rates.busy.append(neighbours.cores())
             on_progress(next(done), total)
     return found
 
@@ -180,7 +200,7 @@ def _figures(races: Sequence[Race], found: dict[str, Rates]) -> list[Figure]:
 
     figures = []
     for race in races:
-        rates = found[race.name]
+        rates = found[race.name].undisturbed
         figures += [
             Figure(f"loci_{race.name}", median(rates.loci), "tokens/s"),
             Figure(f"llama_cpp_{race.name}", median(rates.llama_cpp), "tokens/s"),

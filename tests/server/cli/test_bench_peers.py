@@ -93,6 +93,18 @@ def test_it_is_the_version_that_is_pinned() -> None:
     assert f'"{pinned}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_rounds_in_which_others_were_busy_do_not_count() -> None:
+    rates = peers.Rates([90.0, 10.0, 110.0], [100.0, 1.0, 100.0], [0.0, 1.2, 0.1])
+
+    assert rates.undisturbed.ratios == pytest.approx([0.9, 1.1])
+
+
+def test_rounds_that_were_all_disturbed_are_all_there_is() -> None:
+    rates = peers.Rates([90.0, 10.0], [100.0, 1.0], [0.3, 1.2])
+
+    assert rates.undisturbed == rates
+
+
 def test_both_get_the_same_prompts_and_take_turns_at_being_first(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, list[list[int]], int]] = []
 
