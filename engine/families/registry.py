@@ -10,9 +10,15 @@ from quant.errors import ConfigError
 
 # model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
 FAMILIES = {
-    "deepseek_v41": "engine.families.deepseek_v41.forward",
-    "deepseek_v41_text": "engine.families.deepseek_v41.forward",
-    "llama": "engine.families.llama.forward",
+    "deepseek_v41": "engine.families.deepseek_v41.family",
+    "deepseek_v41_text": "engine.families.deepseek_v41.family",
+    "glm4_moe": "engine.families.glm4_moe",
+    "granitemoe": "engine.families.granitemoe",
+    "llama": "engine.families.llama",
+    "minimax_m2": "engine.families.minimax_m2",
+    "mixtral": "engine.families.mixtral",
+    "olmoe": "engine.families.olmoe",
+    "qwen3_moe": "engine.families.qwen3_moe",
 }
 
 

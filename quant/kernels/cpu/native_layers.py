@@ -25,6 +25,8 @@ class AttendCall(ctypes.Structure):
         ("head_stride", ctypes.c_int64),
         ("before", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("ring", ctypes.c_int64),
+        ("first", ctypes.c_int64),
         ("more", ctypes.c_void_p),
         ("chosen", ctypes.c_void_p),
         ("choices", ctypes.c_int64),
@@ -126,6 +128,12 @@ class NativeLayers:
             *streams.shape,
             out.data_ptr(),
         )
+        return out
+
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        positions, frequencies = positions.contiguous(), frequencies.contiguous()
+        out = torch.empty(len(positions), len(frequencies), dtype=torch.complex64)
+        self._library.loci_turns(positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr())
         return out
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -242,9 +250,16 @@ class NativeLayers:
         )
         return best
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        end = keys.shape[1]
-        return self._attend(q, keys, values, end, None, None, None)
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        sinks = None if sinks is None else floats(sinks)
+        return self._attend(q, keys, values, window or keys.shape[1], sinks, None, None)
 
     def attend_sparse(
         self,
@@ -293,6 +308,8 @@ class NativeLayers:
             keys.stride(0),
             end - tokens,
             window,
+            0,
+            0,
             more,
             chosen,
             choices,
