@@ -59,7 +59,7 @@ def _put(tokens: list[int], rows: list[int], found: list[int]) -> None:
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == logits.shape[0] else logits[rows]
 
 
 def _probabilities(logits: torch.Tensor, params: Sequence[SamplingParams], rows: list[int]) -> torch.Tensor:
