@@ -5,13 +5,12 @@ Keys of config.json: https://huggingface.co/zai-org/GLM-4.5-Air and `transformer
 
 from __future__ import annotations
 
-from engine.families.decoder.description import Attention, Description, Experts, Layer, Mlp, Router
+from engine.families.decoder.description import Attention, Description, Experts, Groups, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, head_sizes, keys_of, layer_count, rope_of
 from engine.families.decoder.keys import Keys
 from engine.families.decoder.names import HF_NAMES, draft_layers
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "glm4_moe"
 
@@ -47,19 +46,20 @@ def sigmoid_router(read: Keys) -> Router:
     """The router of DeepSeek-V3 and its relatives: sigmoid scores, a bias for the choice, groups."""
     read.only("scoring_func", "sigmoid", None)
     read.only("topk_method", "noaux_tc", None)
-    experts, groups = read.count("n_routed_experts"), read.count("n_group", 1)
-    if experts % groups:
-        read.problems.append(f"{experts} experts are not a multiple of {groups} groups")
-    choice = Choice(
-        read.count("num_experts_per_tok"),
-        "sigmoid",
-        groups,
-        kept=read.count("topk_group", 1),
-        best=2,
+    groups = Groups(read.count("n_group", 1), read.count("topk_group", 1), best=2)
+    router = Router(
+        experts=read.count("n_routed_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="sigmoid",
+        has_choice_bias=True,
+        groups=groups if groups.count > 1 else None,
         is_renormalised=read.flag("norm_topk_prob", default=True),
+        epsilon=1e-20,
         factor=read.number("routed_scaling_factor", 1.0),
     )
-    return Router(experts, choice, has_choice_bias=True)
+    if router.experts % groups.count:
+        read.problems.append(f"{router.experts} experts are not a multiple of {groups.count} groups")
+    return router
 
 
 FAMILY = DecoderFamily(NAME, describe_glm4_moe)

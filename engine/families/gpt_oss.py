@@ -15,7 +15,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import HF_NAMES, LAYER
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "gpt_oss"
 NAMES = {
@@ -87,7 +86,7 @@ def _attention(attention: Attention) -> Attention:
 
 
 def _experts(count: int, top_k: int, width: int, limit: float) -> Experts:
-    router = Router(count, Choice(top_k, "chosen softmax"), has_bias=True)
+    router = Router(count, top_k, "chosen softmax", has_bias=True)
     return Experts(router, width, "stacked", Activation(limit, ALPHA, 1.0), has_biases=True)
 
 

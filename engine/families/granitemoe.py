@@ -13,7 +13,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import BLOCK, HF_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "granitemoe"
 NAMES = {
@@ -35,8 +34,11 @@ def describe_granitemoe(checkpoint: Checkpoint) -> Description:
         has_qkv_bias=has_biases,
         has_out_bias=has_biases,
     )
-    choice = Choice(read.count("num_experts_per_tok"), "chosen softmax")
-    router = Router(read.count("num_local_experts"), choice)
+    router = Router(
+        experts=read.count("num_local_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="chosen softmax",
+    )
     experts = Experts(router, read.count("intermediate_size"), "halves")
     return describe(
         read,

@@ -11,7 +11,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import HF_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "llama"
 
@@ -36,8 +35,7 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     width = read.count("feed_forward_length")
     layer = Layer(attention, Mlp(width))
     if read.raw("expert_count"):  # Mixtral
-        count, top_k = gguf.expert_counts(read)
-        router = Router(count, Choice(top_k, "softmax", is_renormalised=True))
+        router = Router(*gguf.expert_counts(read), "softmax", is_renormalised=True)
         layer = Layer(attention, Experts(router, width, "stacked"))
     read.raw("expert_used_count")
     return gguf.describe_gguf(read, checkpoint, [layer] * gguf.layer_count(read))

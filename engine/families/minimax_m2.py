@@ -10,7 +10,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, head_sizes, keys_of, layer_count, rope_of
 from engine.families.decoder.names import W123_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "minimax_m2"
 
@@ -37,8 +36,13 @@ def describe_minimax_m2(checkpoint: Checkpoint) -> Description:
         rope_of(read, read.count("rotary_dim", head_dim)),
         qk_norm="whole",
     )
-    choice = Choice(read.count("num_experts_per_tok"), "sigmoid", is_renormalised=True)
-    router = Router(read.count("num_local_experts"), choice, has_choice_bias=True)
+    router = Router(
+        experts=read.count("num_local_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="sigmoid",
+        has_choice_bias=True,
+        is_renormalised=True,
+    )
     experts = Experts(router, read.count("intermediate_size"), "each")
     return describe(
         read, checkpoint, [Layer(attention, experts)] * layers, W123_NAMES, ignored=r"model\.mtp.*|mtp\..*"

@@ -12,7 +12,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import W123_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "mixtral"
 
@@ -22,8 +21,12 @@ def describe_mixtral(checkpoint: Checkpoint) -> Description:
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
     attention = replace(plain_attention(read), window=read.count_or_none("sliding_window"))
-    choice = Choice(read.count("num_experts_per_tok"), "softmax", is_renormalised=True)
-    router = Router(read.count("num_local_experts"), choice)
+    router = Router(
+        experts=read.count("num_local_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="softmax",
+        is_renormalised=True,
+    )
     experts = Experts(router, read.count("intermediate_size"), "each")
     return describe(read, checkpoint, [Layer(attention, experts)] * layer_count(read), W123_NAMES)
 

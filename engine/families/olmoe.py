@@ -12,7 +12,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import HF_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "olmoe"
 
@@ -24,8 +23,12 @@ def describe_olmoe(checkpoint: Checkpoint) -> Description:
     read.only("attention_bias", False, None)
     clip = None if read.raw("clip_qkv") is None else read.number("clip_qkv")
     attention = replace(plain_attention(read), qk_norm="whole", clip=clip)
-    choice = Choice(read.count("num_experts_per_tok"), "softmax", is_renormalised=read.flag("norm_topk_prob"))
-    router = Router(read.count("num_experts"), choice)
+    router = Router(
+        experts=read.count("num_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="softmax",
+        is_renormalised=read.flag("norm_topk_prob"),
+    )
     experts = Experts(router, read.count("intermediate_size"), "each")
     return describe(read, checkpoint, [Layer(attention, experts)] * layer_count(read), HF_NAMES)
 

@@ -14,7 +14,6 @@ from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import HF_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import Choice
 
 NAME = "qwen3_moe"
 
@@ -30,9 +29,16 @@ def describe_qwen3_moe(checkpoint: Checkpoint) -> Description:
     read.raw("max_window_layers")
     attention = replace(plain_attention(read), qk_norm="head", has_qkv_bias=read.flag("attention_bias"))
     attention = replace(attention, has_out_bias=attention.has_qkv_bias)
-    choice = Choice(read.count("num_experts_per_tok"), "softmax", is_renormalised=read.flag("norm_topk_prob"))
-    router = Router(read.count("num_experts"), choice)
-    experts = Experts(router, read.count("moe_intermediate_size"), "each")
+    experts = Experts(
+        router=Router(
+            experts=read.count("num_experts"),
+            top_k=read.count("num_experts_per_tok"),
+            score="softmax",
+            is_renormalised=read.flag("norm_topk_prob"),
+        ),
+        width=read.count("moe_intermediate_size"),
+        layout="each",
+    )
     step, dense = read.count("decoder_sparse_step", 1), read.raw("mlp_only_layers") or []
     mlp = Mlp(read.count("intermediate_size"))
     layers = [
@@ -46,8 +52,7 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     heads, kv_heads, head_dim = gguf.head_sizes(read)
     read.raw("feed_forward_length")  # of dense layers, of which there are none
     attention = Attention(heads, kv_heads, head_dim, gguf.rope_of(read, head_dim, "half"), qk_norm="head")
-    count, top_k = gguf.expert_counts(read)
-    router = Router(count, Choice(top_k, "softmax", is_renormalised=True))
+    router = Router(*gguf.expert_counts(read), "softmax", is_renormalised=True)
     layer = Layer(attention, Experts(router, read.count("expert_feed_forward_length"), "stacked"))
     return gguf.describe_gguf(read, checkpoint, [layer] * gguf.layer_count(read))
 

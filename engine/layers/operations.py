@@ -16,7 +16,7 @@ from engine.layers.rope import Rotation
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
-from quant.kernels.layers import Choice
+from quant.kernels.layers import RoutingRule
 
 Value = TypeVar("Value")
 
@@ -48,7 +48,7 @@ class BasicOperations(Protocol[Value]):
         """x * factor."""
         ...
 
-    def route(self, logits: Value, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Value, Value]:
+    def route(self, logits: Value, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Value, Value]:
         """The chosen experts, `[rows, top_k]`, and their weights: see `LayerOperations.route`."""
         ...
 
@@ -95,10 +95,6 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         """x on the device where it is used next."""
         ...
 
-    def choose(self, logits: Value, bias: torch.Tensor | None, choice: Choice) -> tuple[Value, Value]:
-        """The experts that the logits choose, `[rows, top_k]`, and their weights (`Kernels.choose`)."""
-        ...
-
 
 class EagerBasics:
     """`BasicOperations` on tensors, computed at once."""
@@ -122,9 +118,9 @@ class EagerBasics:
         return x * factor
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._kernels.route(logits, bias, top_k, factor)
+        return self._kernels.route(logits, bias, rule)
 
 
 class Eager(EagerBasics):
@@ -178,11 +174,6 @@ class Eager(EagerBasics):
     def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.to(device)
 
-    def choose(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._kernels.choose(logits, bias, choice)
-
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
         return x.view(x.shape[0], -1, self._head_dim)
@@ -209,8 +200,8 @@ class RecordedBasics:
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._recorder.scale(x, factor)
 
-    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
-        return self._recorder.route(logits, bias, top_k, factor)
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
+        return self._recorder.route(logits, bias, rule)
 
 
 class Recorded(RecordedBasics):
@@ -258,6 +249,3 @@ class Recorded(RecordedBasics):
 
     def move(self, x: Buffer, device: torch.device) -> Buffer:
         return x  # all is in host memory
-
-    def choose(self, logits: Buffer, bias: torch.Tensor | None, choice: Choice) -> tuple[Buffer, Buffer]:
-        return self._recorder.choose(logits, bias, choice)

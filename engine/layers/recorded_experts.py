@@ -7,7 +7,8 @@ back, and the store hears of it after the step. Otherwise the step hands over: t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +32,8 @@ class _Layer:
 class RecordedExperts:
     """The routed experts of a program.
 
-    limit     of the activation: see `MoeCall.swiglu_limit`
-    is_still  True if all experts are native operations for good
+    limit      of the activation: see `MoeCall.swiglu_limit`
+    is_native  True if all experts are native operations for good
     """
 
     def __init__(self, recorder: Recorder, store: ExpertStore, limit: float) -> None:
@@ -40,7 +41,7 @@ class RecordedExperts:
         self._store = store
         self._limit = limit
         at_hand = store.at_hand
-        self.is_still = store.is_still and at_hand is not None and bool(at_hand.addresses.all())
+        self.is_native = store.is_still and at_hand is not None and bool(at_hand.addresses.all())
         self._used = torch.zeros(1, dtype=torch.int64)  # different experts, computed natively
         self._layers: dict[int, _Layer] = {}
         self._guesses: dict[int, list[tuple[Buffer, torch.Tensor]]] = {}
@@ -49,9 +50,13 @@ class RecordedExperts:
 
     # ----------------------------------------------------------------------------------------- recording
 
+    def wants_guesses(self, layer: int) -> bool:
+        """Whether experts move at all."""
+        return not self._store.is_still
+
     def prefetch(self, layer: int, ids: Buffer) -> None:
         """Prefetch what was predicted for a layer: ids `[rows, top_k]`, best first."""
-        if self.is_still:
+        if self._store.is_still:
             return
         flag = self._look_up(layer, ids)
         self._recorder.keep(ids)
@@ -65,7 +70,7 @@ class RecordedExperts:
 
     def acquire(self, layer: int, ids: Buffer) -> None:
         """Begin a layer: what is missing is on its way from now on. ids `[rows, top_k]`."""
-        if self.is_still:
+        if self.is_native:
             return
         flag = self._look_up(layer, ids)
         self._recorder.keep(ids)
@@ -96,13 +101,11 @@ class RecordedExperts:
             self._recorder.hand_over(compute(out), [x, ids, weights], [out])
             return out
         unless: tuple[torch.Tensor, Callable[[Buffer], HandOver]] | None = None
-        if not self.is_still:
+        if not self.is_native:
             unless = self._layers[layer].at_hand, compute
         nbytes = self._store.slots.dram.layouts[layer].nbytes
-        addresses = at_hand.addresses[layer]
-        return self._recorder.experts(
-            x, ids, weights, addresses, self._limit, self._used, nbytes, unless, extras
-        )
+        addresses, activation = at_hand.addresses[layer], (self._limit, extras)
+        return self._recorder.experts(x, ids, weights, addresses, activation, self._used, nbytes, unless)
 
     def _look_up(self, layer: int, ids: Buffer) -> torch.Tensor:
         """Whether these experts are at hand: what hand-overs are skipped by."""
@@ -113,24 +116,25 @@ class RecordedExperts:
 
     # ------------------------------------------------------------------------------------------- running
 
-    def begin(self, program: Program) -> None:
-        """Before a run of the program."""
+    @contextmanager
+    def running(self, program: Program, rows: int) -> Iterator[None]:
+        """Around a run: nothing stays claimed, and the store hears of what it was not asked for."""
         self._program = program
-        if not self.is_still:
+        self._used[0] = 0
+        if not self.is_native:
             self._store.slots.settle()
+        try:
+            yield
+        except BaseException:
+            if self._acquired is not None:
+                self._acquired.__exit__()
+                self._acquired = None
+            raise
+        self._report(rows)
 
-    def fail(self) -> None:
-        """After a run that failed: nothing stays claimed."""
-        self._used[0] = 0
-        if self._acquired is not None:
-            self._acquired.__exit__()
-            self._acquired = None
-
-    def end(self, rows: int) -> None:
-        """After a run: tell the store what it was not asked for."""
+    def _report(self, rows: int) -> None:
         used = int(self._used)
-        self._used[0] = 0
-        if self.is_still:
+        if self.is_native:
             self._store.count_uses(used)
         elif used:
             for number, layer in self._layers.items():

@@ -17,33 +17,23 @@ from torch.nn import functional as F
 QUERY_BLOCK = 64
 
 
-Score = Literal["softmax", "sigmoid", "chosen softmax"]
-
-
 @dataclass(frozen=True)
-class Choice:
-    """How a router's logits choose experts: those with the highest scores, to which a bias may be added.
+class RoutingRule:
+    """How a router's logits choose experts, and weigh them.
 
-    score            of all logits; `chosen softmax`: the logit itself, and softmax over the chosen as weights
-    groups, kept, best  of so many groups of consecutive experts only the `kept` best are chosen from; a group
-                     is as good as its `best` highest scores, with the bias, together
-    is_renormalised  weights, which are scores without the bias, are divided by their sum (plus 1e-20)
-    factor           that they are multiplied by
+    score            of all logits; `chosen softmax`: softmax over the chosen logits alone
+    groups           of consecutive experts: how many there are; how many, the best ones, can be chosen from;
+                     and of how many highest scores a group's value is the sum
+    is_renormalised  weights are divided by their sum plus `epsilon`
+    factor           that weights are multiplied by
     """
 
     top_k: int
-    score: Score
-    groups: int = 1
-    kept: int = 1
-    best: int = 1
+    score: Literal["sqrt softplus", "softmax", "sigmoid", "chosen softmax"]
+    groups: tuple[int, int, int] | None = None
     is_renormalised: bool = False
+    epsilon: float = 0.0
     factor: float = 1.0
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """All but the factor, in the order of `Choice` in native_src/layers.hpp."""
-        score = ("softmax", "sigmoid", "chosen softmax").index(self.score)
-        return self.top_k, score, self.groups, self.kept, self.best, int(self.is_renormalised)
 
 
 class LayerOperations(Protocol):
@@ -87,20 +77,12 @@ class LayerOperations(Protocol):
         ...
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that logits `[tokens, experts]` choose, and their weights, both `[tokens, top_k]`.
 
-        Those with the largest sqrt(softplus(logit)) + bias, best first; weights without the bias, divided by
-        their sum, times factor.
+        Best first; of equal ones the first. The bias `[experts]` is for the choice alone.
         """
-        ...
-
-    def choose(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that logits `[tokens, experts]` choose, best first, and their weights, both
-        `[tokens, top_k]`; of equal scores the first expert wins."""
         ...
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
@@ -206,31 +188,28 @@ class TorchLayers:
         return turned
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = F.softplus(logits).sqrt()
-        chosen = (scores + bias).topk(top_k, dim=-1).indices
-        weights = scores.gather(1, chosen)
-        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * factor
-
-    def choose(
-        self, logits: torch.Tensor, bias: torch.Tensor | None, choice: Choice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = {"softmax": logits.softmax(-1), "sigmoid": torch.sigmoid(logits)}.get(choice.score, logits)
+        if rule.score == "sqrt softplus":
+            scores = F.softplus(logits).sqrt()
+        elif rule.score == "softmax":
+            scores = logits.softmax(-1)
+        else:
+            scores = logits.sigmoid() if rule.score == "sigmoid" else logits
         ranks = scores if bias is None else scores + bias
-        if choice.groups > 1:
-            grouped = ranks.view(len(ranks), choice.groups, -1)
-            groups = _best(grouped.topk(choice.best, dim=-1).values.sum(-1), choice.kept)
-            is_out = torch.ones(grouped.shape[:2], dtype=torch.bool, device=ranks.device)
-            is_out.scatter_(1, groups, False)
+        if rule.groups is not None:
+            count, kept, best_of = rule.groups
+            grouped = ranks.view(len(ranks), count, -1)
+            values = grouped.topk(best_of, dim=-1).values.sum(-1)  # [tokens, groups]
+            is_out = torch.ones_like(values, dtype=torch.bool).scatter_(1, _best(values, kept), False)
             ranks = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).view(ranks.shape)
-        chosen = _best(ranks, choice.top_k)
+        chosen = _best(ranks, rule.top_k)
         weights = scores.gather(1, chosen)
-        if choice.score == "chosen softmax":
+        if rule.score == "chosen softmax":
             weights = weights.softmax(-1)
-        if choice.is_renormalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * choice.factor
+        if rule.is_renormalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
+        return chosen, weights * rule.factor
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return (rows * gates.softmax(dim=1)).sum(1)
@@ -314,11 +293,6 @@ class TorchLayers:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _best(values: torch.Tensor, count: int) -> torch.Tensor:
-    """Columns of the largest values of each row, falling; the first of equal ones."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-
-
 def _visible(length: int, end: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """Which of `end` keys the last `length` tokens see, `[length, end]`; None where a single one sees all."""
     if length == 1:
@@ -345,6 +319,11 @@ def _attend_with_sinks(
     column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
     return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, head_dim)
+
+
+def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns of the largest values of each row, falling; the first of equal ones."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def _attend_block(

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from engine.families.decoder.rope import Rope
-from quant.kernels.layers import Choice
+from quant.kernels.layers import RoutingRule
 
 # How the routed experts of a layer lie in the checkpoint:
 #   each         gate, up and down of every expert are tensors of their own
@@ -65,17 +65,43 @@ SILU = Activation()
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Experts in `count` groups of consecutive ones; only those of the `kept` best can be chosen.
+
+    A group is as good as the sum of its `best` highest scores.
+    """
+
+    count: int
+    kept: int
+    best: int
+
+
+@dataclass(frozen=True)
 class Router:
     """Which experts a token uses, and with which weights.
 
+    score              of all logits; `chosen softmax`: softmax over the chosen logits alone
     has_bias           a bias of the logits
     has_choice_bias    added to the scores for the choice, not for the weights
+    is_renormalised    weights are divided by their sum, plus `epsilon`
+    factor             that weights are multiplied by
     """
 
     experts: int
-    choice: Choice
+    top_k: int
+    score: Literal["softmax", "sigmoid", "chosen softmax"]
     has_bias: bool = False
     has_choice_bias: bool = False
+    groups: Groups | None = None
+    is_renormalised: bool = False
+    epsilon: float = 0.0
+    factor: float = 1.0
+
+    @property
+    def rule(self) -> RoutingRule:
+        """What kernels need to know of it."""
+        groups = None if self.groups is None else (self.groups.count, self.groups.kept, self.groups.best)
+        return RoutingRule(self.top_k, self.score, groups, self.is_renormalised, self.epsilon, self.factor)
 
 
 @dataclass(frozen=True)

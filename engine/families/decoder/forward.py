@@ -1,12 +1,13 @@
 """The forward pass of every decoder that a `Description` can say.
 
-Written once in operations: prompts compute at once, decoding is recorded.
+Written once in `Operations`: prompts compute at once, decoding is recorded.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -14,24 +15,29 @@ import torch
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
 from engine.families.decoder.description import Attention, Description, Experts
-from engine.families.decoder.operations import DecoderEager, DecoderOperations, DecoderParts, DecoderRecorded
 from engine.families.decoder.stored import RowsInFile
-from engine.families.decoder.weights import AttentionWeights, DecoderWeights, MlpWeights, tensors_in
+from engine.families.decoder.weights import (
+    AttentionWeights,
+    DecoderWeights,
+    LayerWeights,
+    MlpWeights,
+    RouterWeights,
+    tensors_in,
+)
 from engine.families.places import HOST
-from engine.layers.operations import Value
+from engine.layers.operations import Eager, Operations, Recorded, Value
+from engine.layers.recorded_experts import RecordedExperts
+from engine.layers.rope import Rotation
+from engine.layers.routed_experts import EagerExperts, RoutedExperts
+from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
-from quant.kernels.cpu.recorder import Recorder
-from quant.kernels.interface import Kernels
+from quant.kernels.cpu.program import Program
+from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.interface import ExpertExtras, Kernels
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
-
-
-class DecodingCache(DecoderCache):
-    """A cache, and the recorded step that decodes with it; None where nothing is recorded."""
-
-    decoder: DecoderRecorded | None = None
 
 
 class Decoder(Model):
@@ -44,7 +50,6 @@ class Decoder(Model):
         self.info = info
         self.kernels = kernels
         self.weights = weights
-        self.parts = DecoderParts(description, weights, kernels)
         self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
 
     def close(self) -> None:
@@ -90,7 +95,7 @@ class Decoder(Model):
 
     # ---------------------------------------------------------------------------------------- the cache
 
-    def new_cache(self, slots: int, capacity: int) -> DecodingCache:
+    def new_cache(self, slots: int, capacity: int) -> DecoderCache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
         needed: dict[str, int] = defaultdict(int)
         for layer, tier in enumerate(self.weights.places.tiers):
@@ -101,11 +106,10 @@ class Decoder(Model):
                     f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
                     f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
                 )
-        cache = DecodingCache(self.cache_layout, slots, capacity)
+        cache = DecoderCache(self.cache_layout, slots, capacity)
         recorder = self._recorder()
         if recorder is not None:
-            cache.decoder = self._record(recorder, cache)
-            cache.program = cache.decoder.program
+            self._record(recorder, cache)
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -126,12 +130,11 @@ class Decoder(Model):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
-        assert isinstance(cache, DecodingCache)
+        assert isinstance(cache, DecoderCache)
         for segment in batch.segments:
             cache.admit(segment)
-        if trace is None and cache.program is not None and batch.is_decode(MAX_ROWS):
-            assert cache.decoder is not None
-            logits = cache.decoder.run(batch, self._embedded(batch.token_ids))
+        if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
+            logits = self._replay(cache.program, cache.routed, batch)
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
@@ -140,67 +143,64 @@ class Decoder(Model):
 
     def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
-        with DecoderEager(self.parts, batch, cache, trace) as ops:
-            x = self._layers(ops, self._embedded(batch.token_ids))
-            return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
+        head_dim = self.description.layers[0].attention.head_dim
+        ops = Eager(self.kernels, batch.segments, rotation, head_dim, cache.extend)
+        with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
+            x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
+        return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
+
+    def _replay(self, program: Program, routed: RecordedExperts | None, batch: Batch) -> torch.Tensor:
+        """The logits of a batch of new tokens, by a recorded program: the same bits."""
+        rows = len(batch.token_ids)
+        program.source[:rows] = self._embedded(batch.token_ids)
+        with nullcontext() if routed is None else routed.running(program, rows):
+            program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
+        return program.logits(batch.logit_rows)
 
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""
         devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
         return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
 
-    def _record(self, recorder: Recorder, cache: DecoderCache) -> DecoderRecorded:
-        """A program that decodes with `cache`."""
-        ops = DecoderRecorded(self.parts, recorder, cache)
+    def _record(self, recorder: Recorder, cache: DecoderCache) -> None:
+        """Give `cache` a program that decodes with it."""
+        places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
+        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
+        if self._store is not None:
+            cache.routed = RecordedExperts(recorder, self._store, self._limit)
         source = recorder.input(self.description.hidden)
-        ops.finish(source, self._logits(ops, self._layers(ops, source)))
-        return ops
+        x = self._layers(ops, cache.routed, source, NO_TRACE)
+        cache.program = recorder.finish(source, self._logits(ops, x))
 
-    def _layers(self, ops: DecoderOperations[Value], x: Value) -> Value:
+    def _layers(
+        self, ops: Operations[Value], routed: RoutedExperts[Value] | None, x: Value, trace: Trace
+    ) -> Value:
         """All layers: x `[tokens, hidden]` to the same."""
         eps, factor = self.description.eps, self.description.residual_factor
-        for number, (layer, weights) in enumerate(
-            zip(self.description.layers, self.weights.layers, strict=True)
-        ):
+        layers = zip(self.description.layers, self.weights.layers, strict=True)
+        for number, (layer, weights) in enumerate(layers):
             ops.at_layer(number)
             x = ops.move(x, weights.device)
-            has_experts = isinstance(layer.feed_forward, Experts)
-            # Attention leaves time to prefetch, but not on a GPU; before the first layer the disk is idle.
-            if has_experts and (number == 0 or weights.device == HOST):
-                ops.prefetch(number, x, None)
+            # Attention on a GPU leaves no time for it, and before the first layer the disk has nothing to do.
+            if routed is not None and (number == 0 or weights.device == HOST):
+                self._prefetch(ops, routed, number, x)
             normed = ops.norm(x, weights.attn_norm, eps)
             attended = self._attention(ops, number, layer.attention, weights.attention, normed)
             x = ops.add(x, _scaled(ops, attended, factor))
             if isinstance(weights.feed_forward, MlpWeights):
                 y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
             else:
-                y = self._experts(ops, number, x)
+                assert routed is not None
+                y = self._experts(ops, routed, number, x, weights, trace)
             x = ops.add(x, _scaled(ops, y, factor))
-            ops.trace(f"hidden.{number}", x)
+            trace.add(f"hidden.{number}", x)
         ops.at_layer(None)
         return x
 
-    def _experts(self, ops: DecoderOperations[Value], number: int, x: Value) -> Value:
-        """Routed experts, and the network beside them that every token uses: x, not normed, to the same."""
-        weights, router = self.weights.layers[number], self.parts.router(number)
-        normed = ops.norm(x, weights.ffn_norm, self.description.eps)
-        (logits,) = ops.linears(normed, router.matrix)
-        if router.bias is not None:
-            logits = ops.add_bias(logits, router.bias)
-        ids, factors = ops.choose(logits, router.choice_bias, self.parts.experts(number).router.choice)
-        ops.trace(f"router_ids.{number}", ids)
-        ops.trace(f"router_weights.{number}", factors)
-        ops.acquire(number, ids)
-        # Computed while missing experts arrive.
-        shared = None if router.shared is None else _mlp(ops, normed, router.shared)
-        if number + 1 in self.description.expert_layers:
-            y = None if shared is None else _scaled(ops, shared, self.description.residual_factor)
-            ops.prefetch(number + 1, x, y)
-        out = ops.experts(number, normed, ids, factors)
-        return out if shared is None else ops.add(out, shared)
-
     def _attention(
-        self, ops: DecoderOperations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
+        self, ops: Operations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
     ) -> Value:
         """Attention of normed x `[tokens, hidden]`, to the same."""
         eps = self.description.eps
@@ -219,7 +219,7 @@ class Decoder(Model):
         (out,) = ops.linears(ops.attend(number, q, k, v, a.window, w.sinks), w.o)
         return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
 
-    def _logits(self, ops: DecoderOperations[Value], x: Value) -> Value:
+    def _logits(self, ops: Operations[Value], x: Value) -> Value:
         x = ops.norm(ops.move(x, self.weights.norm.device), self.weights.norm, self.description.eps)
         (logits,) = ops.linears(x, self.weights.head)
         return _scaled(ops, logits, self.description.logits_factor)
@@ -236,13 +236,93 @@ class Decoder(Model):
         factor = self.description.embedding_factor
         return rows if factor == 1 else rows * factor
 
+    @property
+    def _turn_factor(self) -> float:
+        return self.description.layers[0].attention.rope.attention_factor
 
-def _mlp(ops: DecoderOperations[Value], x: Value, weights: MlpWeights) -> Value:
+    # ------------------------------------------------------------------------------------------ experts
+
+    def _experts(
+        self,
+        ops: Operations[Value],
+        routed: RoutedExperts[Value],
+        number: int,
+        x: Value,
+        layer: LayerWeights,
+        trace: Trace,
+    ) -> Value:
+        """The feed-forward part of a layer with experts: x `[tokens, hidden]`, not normed, to the same."""
+        weights, at = layer.feed_forward, self._store_layer(number)
+        assert isinstance(weights, RouterWeights)
+        normed = ops.norm(x, layer.ffn_norm, self.description.eps)
+        ids, shares = self._route(ops, number, normed, weights)
+        trace.add(f"router_ids.{number}", ids)
+        trace.add(f"router_weights.{number}", shares)
+        routed.acquire(at, ids)
+        y, ahead = None, x
+        if weights.shared is not None:  # computed while missing experts arrive
+            y = _mlp(ops, normed, weights.shared)
+            ahead = ops.add(x, _scaled(ops, y, self.description.residual_factor))
+        self._prefetch(ops, routed, number + 1, ahead)
+        out = routed.run(at, normed, ids, shares, self._extras(number, weights))
+        return out if y is None else ops.add(out, y)
+
+    def _prefetch(self, ops: Operations[Value], routed: RoutedExperts[Value], number: int, x: Value) -> None:
+        """Start prefetching the experts that layer `number` will probably choose, from the residual so far.
+
+        What is still to be added to it changes it little, so the layer's router predicts most of its choice.
+        """
+        if number not in self.description.expert_layers or not routed.wants_guesses(
+            self._store_layer(number)
+        ):
+            return
+        layer = self.weights.layers[number]
+        assert isinstance(layer.feed_forward, RouterWeights)
+        normed = ops.norm(ops.move(x, layer.device), layer.ffn_norm, self.description.eps)
+        ids, _ = self._route(ops, number, normed, layer.feed_forward)
+        routed.prefetch(self._store_layer(number), ids)
+
+    def _route(
+        self, ops: Operations[Value], number: int, normed: Value, weights: RouterWeights
+    ) -> tuple[Value, Value]:
+        """The experts that a layer's router chooses for normed x, and their weights: `[tokens, top_k]`."""
+        (logits,) = ops.linears(normed, weights.matrix)
+        if weights.bias is not None:
+            logits = ops.add_bias(logits, weights.bias)
+        return ops.route(logits, weights.choice_bias, self._part(number).router.rule)
+
+    def _extras(self, number: int, weights: RouterWeights) -> ExpertExtras:
+        """What a layer's experts have beyond matrices and SwiGLU."""
+        activation = self._part(number).activation
+        return ExpertExtras(activation.alpha, activation.shift, weights.expert_biases)
+
+    def _part(self, number: int) -> Experts:
+        part = self.description.layers[number].feed_forward
+        assert isinstance(part, Experts)
+        return part
+
+    def _store_layer(self, number: int) -> int:
+        """The number of a layer among those that have experts."""
+        return self.description.expert_layers.index(number)
+
+    @property
+    def _store(self) -> ExpertStore | None:
+        return self.weights.experts
+
+    @property
+    def _limit(self) -> float:
+        """Of the experts' activation, which is the same in all layers."""
+        experts = self.description.experts
+        assert experts is not None
+        return experts.activation.limit
+
+
+def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
     """A gated feed-forward network of normed x `[tokens, hidden]`."""
     gate, up = ops.linears(x, weights.gate, weights.up)
     (y,) = ops.linears(ops.gated(gate, up, math.inf), weights.down)
     return y
 
 
-def _scaled(ops: DecoderOperations[Value], x: Value, factor: float) -> Value:
+def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
     return x if factor == 1 else ops.scale(x, factor)

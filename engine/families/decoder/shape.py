@@ -61,7 +61,7 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
         vocab_size=d.vocab_size,
         hidden=d.hidden,
         max_context=d.max_context,
-        top_k=0 if d.experts is None else d.experts.router.choice.top_k,
+        top_k=0 if d.experts is None else d.experts.router.top_k,
         embedding=embedding,
         head=head,
         layers=tuple(layers),
@@ -125,7 +125,7 @@ def _width(feed_forward: Mlp | Experts) -> int:
     if isinstance(feed_forward, Mlp):
         return feed_forward.width
     shared = feed_forward.shared.width if feed_forward.shared else 0
-    return max(shared, feed_forward.width * feed_forward.router.choice.top_k)
+    return max(shared, feed_forward.width * feed_forward.router.top_k)
 
 
 def _weights_of(checkpoint: Checkpoint) -> Callable[[Use], Weights]:

@@ -66,9 +66,7 @@ def test_every_released_configuration_is_checked() -> None:
     assert RELEASED.keys() <= set(NAMES)
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"]
-)
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"])
 def test_a_config_alone_weighs_what_the_checkpoint_does(name: str) -> None:
     path = family_path(name)
     alone = config_shape(json.loads((path / "config.json").read_text()), name)

@@ -13,7 +13,7 @@ namespace loci {
 namespace {
 
 // Below this many floats, waking the other threads costs more than it saves.
-constexpr int64_t kWorthSharing = 16 * 1024;
+constexpr int64_t kWorthSharing = 4 * 1024;
 
 int threads_for(const Team& team, int64_t floats) { return floats < kWorthSharing ? 1 : team.threads; }
 
@@ -58,90 +58,75 @@ void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t
     best_columns(team, best.data(), 1, static_cast<int64_t>(best.size()), k, out);
 }
 
-void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
-           float factor, int64_t* chosen, float* weights) {
-    parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
-        thread_local std::vector<float> scores;
-        thread_local std::vector<uint64_t> ranks;
-        scores.resize(static_cast<size_t>(experts));
-        ranks.resize(static_cast<size_t>(experts));
-        for (int64_t e = 0; e < experts; ++e) {
-            const float x = logits[token * experts + e];
-            const float score = std::sqrt((x < 0 ? 0 : x) + std::log1p(std::exp(-std::fabs(x))));
-            scores[static_cast<size_t>(e)] = score;
-            ranks[static_cast<size_t>(e)] = ranked(score + bias[e], e);
-        }
-        std::partial_sort(ranks.begin(), ranks.begin() + top_k, ranks.end(), std::greater<>());
-        float sum = 0;
-        for (int64_t i = 0; i < top_k; ++i) {
-            const int64_t expert = column_of(ranks[static_cast<size_t>(i)]);
-            chosen[token * top_k + i] = expert;
-            sum += weights[token * top_k + i] = scores[static_cast<size_t>(expert)];
-        }
-        for (int64_t i = 0; i < top_k; ++i) {
-            float& weight = weights[token * top_k + i];
-            weight = weight / (sum + 1e-20f) * factor;
-        }
-    });
-}
-
 namespace {
 
-// Softmax of n values, in place.
-void softmax(float* x, int64_t n) {
-    const float largest = *std::max_element(x, x + n);
+void softmax(const float* x, int64_t n, float* out) {
+    const float most = *std::max_element(x, x + n);
     float sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += x[i] = std::exp(x[i] - largest);
-    for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+    for (int64_t i = 0; i < n; ++i) sum += out[i] = std::exp(x[i] - most);
+    for (int64_t i = 0; i < n; ++i) out[i] /= sum;
 }
 
-// Ranks of experts of other than the best groups become -inf.
-void keep_groups(std::vector<float>& ranks, const Choice& choice) {
-    const int64_t size = static_cast<int64_t>(ranks.size()) / choice.groups;
-    std::vector<uint64_t> groups;
-    for (int64_t g = 0; g < choice.groups; ++g) {
-        std::vector<float> of_group(ranks.begin() + g * size, ranks.begin() + (g + 1) * size);
-        std::partial_sort(of_group.begin(), of_group.begin() + choice.best, of_group.end(), std::greater<>());
-        float sum = 0;
-        for (int64_t i = 0; i < choice.best; ++i) sum += of_group[static_cast<size_t>(i)];
-        groups.push_back(ranked(sum, g));
+void score(Score by, const float* logits, int64_t n, float* out) {
+    switch (by) {
+        case Score::kSqrtSoftplus:
+            for (int64_t e = 0; e < n; ++e)
+                out[e] = std::sqrt((logits[e] < 0 ? 0 : logits[e]) + std::log1p(std::exp(-std::fabs(logits[e]))));
+            return;
+        case Score::kSoftmax: return softmax(logits, n, out);
+        case Score::kSigmoid:
+            for (int64_t e = 0; e < n; ++e) out[e] = 1 / (1 + std::exp(-logits[e]));
+            return;
+        case Score::kChosenSoftmax: std::copy_n(logits, n, out);  // those chosen get theirs later
     }
-    std::sort(groups.begin(), groups.end(), std::greater<>());
-    for (int64_t i = choice.kept; i < choice.groups; ++i) {
-        const int64_t first = column_of(groups[static_cast<size_t>(i)]) * size;
-        std::fill_n(ranks.begin() + first, size, -__builtin_inff());
+}
+
+// Takes the experts of all groups but the best ones out of the choice. A group is as good as its best ranks together.
+void keep_best_groups(const Routing& rule, float* ranks, int64_t experts) {
+    thread_local std::vector<float> group;
+    thread_local std::vector<uint64_t> order;
+    const int64_t size = experts / rule.groups;
+    order.clear();
+    for (int64_t g = 0; g < rule.groups; ++g) {
+        group.assign(ranks + g * size, ranks + (g + 1) * size);
+        std::partial_sort(group.begin(), group.begin() + rule.best, group.end(), std::greater<>());
+        float value = 0;
+        for (int64_t i = 0; i < rule.best; ++i) value += group[static_cast<size_t>(i)];
+        order.push_back(ranked(value, g));
     }
+    std::sort(order.begin(), order.end(), std::greater<>());
+    for (size_t i = static_cast<size_t>(rule.kept); i < order.size(); ++i)
+        std::fill_n(ranks + column_of(order[i]) * size, size, -__builtin_inff());
 }
 
 }  // namespace
 
-void choose(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
-            const Choice& choice, int64_t* chosen, float* weights) {
-    const int64_t top_k = choice.top_k;
+void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
+           const Routing& rule, int64_t* chosen, float* weights) {
+    const int64_t top_k = rule.top_k;
     parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
         thread_local std::vector<float> scores, ranks;
         thread_local std::vector<uint64_t> order;
-        scores.assign(logits + token * experts, logits + (token + 1) * experts);
-        if (choice.score == 0) softmax(scores.data(), experts);
-        if (choice.score == 1)
-            for (float& score : scores) score = 1.0f / (1.0f + std::exp(-score));
-        ranks = scores;
-        if (bias != nullptr)
-            for (int64_t e = 0; e < experts; ++e) ranks[static_cast<size_t>(e)] += bias[e];
-        if (choice.groups > 1) keep_groups(ranks, choice);
+        scores.resize(static_cast<size_t>(experts));
+        ranks.resize(static_cast<size_t>(experts));
         order.resize(static_cast<size_t>(experts));
-        for (int64_t e = 0; e < experts; ++e) order[static_cast<size_t>(e)] = ranked(ranks[static_cast<size_t>(e)], e);
+        score(rule.score, logits + token * experts, experts, scores.data());
+        for (size_t e = 0; e < ranks.size(); ++e) ranks[e] = bias != nullptr ? scores[e] + bias[e] : scores[e];
+        if (rule.groups > 0) keep_best_groups(rule, ranks.data(), experts);
+        for (size_t e = 0; e < ranks.size(); ++e) order[e] = ranked(ranks[e], static_cast<int64_t>(e));
         std::partial_sort(order.begin(), order.begin() + top_k, order.end(), std::greater<>());
-        float* to = weights + token * top_k;
+        float* weight = weights + token * top_k;
         float sum = 0;
         for (int64_t i = 0; i < top_k; ++i) {
             const int64_t expert = column_of(order[static_cast<size_t>(i)]);
             chosen[token * top_k + i] = expert;
-            sum += to[i] = scores[static_cast<size_t>(expert)];
+            sum += weight[i] = scores[static_cast<size_t>(expert)];
         }
-        if (choice.score == 2) softmax(to, top_k);
-        for (int64_t i = 0; i < top_k; ++i)
-            to[i] = (choice.is_renormalised != 0 ? to[i] / (sum + 1e-20f) : to[i]) * choice.factor;
+        if (rule.score == Score::kChosenSoftmax) softmax(weight, top_k, weight);
+        for (int64_t i = 0; i < top_k; ++i) {
+            if (rule.is_renormalised) weight[i] /= sum + rule.epsilon;
+            weight[i] *= rule.factor;
+        }
     });
 }
 
@@ -166,7 +151,7 @@ namespace {
 // Calls fn(first, count) for spans of n floats that threads share.
 template <class F>
 void spans(const Team& team, int64_t n, const F& fn) {
-    constexpr int64_t kSpan = 8 * 1024;
+    constexpr int64_t kSpan = 1024;
     parallel_for((n + kSpan - 1) / kSpan, threads_for(team, n),
                  [&](int64_t span) { fn(span * kSpan, std::min(kSpan, n - span * kSpan)); });
 }

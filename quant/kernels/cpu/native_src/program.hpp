@@ -39,7 +39,6 @@ enum class Kind : int64_t {
     kEntry,
     kSelect,
     kRoute,
-    kChoose,
     kAtHand,
     kExperts,
     kHandOver,
@@ -58,12 +57,6 @@ struct Operation {
 // Runs operations from `first` on. Returns the number of the first one that is the caller's to do (a hand-over), or
 // `count` at the end.
 int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count, const StepInput& step);
-
-// What a layer's experts have besides matrices: biases [experts][3] of w1, w3 and w2, or null.
-struct ExpertKind {
-    Gating gating;
-    const float* const* biases;
-};
 
 using OperationFunction = void (*)(const Team& team, const Operation& op, const StepInput& step);
 
