@@ -25,6 +25,7 @@ from quant.formats.nf4 import NF4
 from quant.formats.nvfp4 import NVFP4
 from quant.formats.plain import BF16, F16, F32
 from quant.kernels.cpu import library
+from quant.kernels.interface import ExpertWeights
 from quant.packed import Format, PackedTensor
 
 PANEL_ROWS = 32
@@ -181,6 +182,16 @@ def native_weight(packed: PackedTensor) -> NativeWeight | None:
         return None
     scales = None if packed.scales is None else packed.scales.contiguous()
     return NativeWeight(packed.format, packed.shape, packed.codes.contiguous(), scales)
+
+
+def matrix_addresses(expert: ExpertWeights) -> tuple[int, int, int]:
+    """Addresses of the library's descriptors of w1, w3 and w2, which live as long as the expert's weights.
+
+    Zeros for a format without panels.
+    """
+    natives = [weight if isinstance(weight, NativeWeight) else None for weight in expert.matrices]
+    w1, w3, w2 = (0 if native is None else native.address for native in natives)
+    return (w1, w3, w2) if w1 and w3 and w2 else (0, 0, 0)
 
 
 def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> NativeWeight:
