@@ -8,6 +8,8 @@ matrix is `[rows, cols]` as everywhere in Loci (GGUF itself lists dimensions the
 from __future__ import annotations
 
 import math
+import os
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +65,43 @@ def open_gguf(path: Path) -> Checkpoint:
     if not isinstance(architecture, str):
         raise CheckpointError(f"{path}: the metadata has no general.architecture")
     return Checkpoint(path, architecture, metadata, entries, [])
+
+
+def data_offset(path: Path) -> int | None:
+    """Where in the GGUF file at `path` its tensors' bytes begin; None where it cannot be read so far."""
+    try:
+        return int(_Reader(path).data_offset)
+    except (_TruncatedError, ValueError, KeyError, IndexError, OverflowError, RecursionError):
+        return None
+
+
+ARCHITECTURE = b"general.architecture"
+_STRING = 8  # GGUF's number for the type
+
+
+def architecture_of(path: Path) -> str | None:
+    """The architecture that the GGUF file at `path` names first, as every converter writes it; else None.
+
+    Reads a few bytes, and leaves the time of the last access as it was where the system allows it.
+    """
+    try:
+        with path.open("rb", opener=_unnoticed) as file:  # type: ignore[call-overload]
+            head = file.read(256)
+    except OSError:
+        return None
+    start = 24 + 8 + len(ARCHITECTURE)  # behind magic, version, two counts, and the key with its length
+    if head[:4] != MAGIC or head[32:start] != ARCHITECTURE:
+        return None
+    kind, length = struct.unpack_from("<IQ", head, start)
+    name = head[start + 12 : start + 12 + length]
+    return name.decode("utf-8", "replace") if kind == _STRING and len(name) == length else None
+
+
+def _unnoticed(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:  # somebody else's file
+        return os.open(path, flags)
 
 
 class _TruncatedError(Exception):

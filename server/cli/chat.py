@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quant.errors import ConfigError, LociError
-from server.cli.arguments import Model
+from server.cli.arguments import NamedModel, OptionalNamedModel, Yes
 from server.cli.keyboard import messages
 from server.cli.terminal import is_terminal, write
 
@@ -46,13 +45,7 @@ DramBudget = Annotated[
 
 
 def chat(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
-            show_default=False,
-        ),
-    ] = None,
+    model: OptionalNamedModel = None,
     url: Annotated[
         str | None,
         typer.Option(help="Chat with a model on this server instead of loading one.", show_default=False),
@@ -66,6 +59,7 @@ def chat(
     seed: Seed = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
+    yes: Yes = False,
 ) -> None:
     """Chat with a model; answers appear as they are generated.
 
@@ -82,9 +76,10 @@ def chat(
     if url is not None:
         talk = RemoteTalk(url, api_key)
     else:
+        from server.cli.fetch import fetched
         from server.cli.local_talk import LocalTalk
 
-        talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
+        talk = LocalTalk(fetched(model, yes), devices=devices, dram_budget=dram_budget)
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -92,7 +87,7 @@ def chat(
 
 
 def run(
-    model: Model,
+    model: NamedModel,
     prompt: Annotated[
         str | None,
         typer.Argument(help="Prompt. Omitted or -: read from stdin.", show_default=False),
@@ -102,6 +97,7 @@ def run(
     seed: Seed = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
+    yes: Yes = False,
 ) -> None:
     """Write one answer to stdout. A model without a chat template continues the prompt.
 
@@ -110,10 +106,11 @@ def run(
     or: loci run ./model < question.txt
     """
     prompt = _prompt(prompt)
+    from server.cli.fetch import fetched
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
-    talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
+    talk = LocalTalk(fetched(model, yes), devices=devices, dram_budget=dram_budget)
     sampling = Sampling(temperature, max_tokens, seed)
     try:
         if talk.can_chat:

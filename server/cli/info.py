@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import OptionalModel
+from server.cli.arguments import OptionalNamedModel
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _ELSE = "vram, dram"
 
 
 def info(
-    model: OptionalModel = None,
+    model: OptionalNamedModel = None,
     load: Annotated[
         bool | None,
         typer.Option(
@@ -41,12 +41,15 @@ def info(
 ) -> None:
     """Describe a model: its parts, their formats and sizes, and the tiers that can hold them.
 
+    Of a model of the Hub that is not on this machine, configuration and headers are fetched for that.
+
     Example: loci info ./DeepSeek-V4.1-Flash
     """
     from engine.families.loader import open_model
+    from server.cli.fetch import headers_of, is_here
 
-    assert model is not None  # a default stands in
-    found = open_model(model)
+    with headers_of(model) as path:
+        found = open_model(path)
     about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
@@ -54,8 +57,10 @@ def info(
     print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens")
     print()
     _print_components(components)
-    if total <= LOADED_UNASKED_BYTES if load is None else load:
-        _print_memory(model)
+    if not is_here(model):
+        print(f"\nNot on this machine; `loci pull {model}` downloads it.")
+    elif total <= LOADED_UNASKED_BYTES if load is None else load:
+        _print_memory(path)
     else:
         print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engine.embedded import EMBEDDED, model_path
+from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
 from server.cli.terminal import bytes_text, print_table
 
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from memory.planner.cost_model import StepCost
     from memory.planner.forecast import Doubling, Forecast, Remedy
     from memory.planner.placement import Place, Placement, Workload
+    from memory.planner.routing import Routing
     from memory.planner.shape import ModelShape
 
 DEFAULT_CONTEXT = 8192
+DEFAULT_BATCH = 8
+DEFAULT_CHUNK = 512
 DOES_NOT_FIT = 3  # exit code
 WORTH_SAYING = 1.02  # a gain of less is within the model's own error
 
@@ -30,7 +33,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint directory, GGUF file, demo, smollm2, or a name such as deepseek-v4.1-flash.",
+            help="Checkpoint directory, GGUF file, ORG/MODEL of the Hugging Face Hub, demo, smollm2, or a "
+            "name such as deepseek-v4.1-flash.",
             show_default=False,
         ),
     ],
@@ -45,8 +49,8 @@ def plan(
             min=1,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1, max=4096)] = 8,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step.", min=1)] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1, max=4096)] = DEFAULT_BATCH,
+    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step.", min=1)] = DEFAULT_CHUNK,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -67,71 +71,112 @@ def plan(
 ) -> None:
     """Show where everything goes, how fast it runs, what limits it and what would help. Loads nothing.
 
-    The exit code is 3 if the model does not fit.
+    Of a model of the Hub that is not on this machine, configuration and headers are fetched for that. The
+    exit code is 3 if the model does not fit.
 
     Example: loci plan deepseek-v4.1-flash --hardware 2x4090-256g --context 32768
     """
     from memory.experts.traces import RoutingTrace
-    from memory.planner.forecast import doublings, forecast, remedy
-    from memory.planner.placement import Workload
     from memory.planner.placement import plan as make_plan
-    from memory.planner.routing import SKEWED, UNIFORM, of_trace
+    from memory.planner.routing import of_trace
 
     shape = _shape(model)
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
-    workload = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
-    placement = make_plan(shape, machine, workload)
-    if not placement.fits:
-        found = remedy(shape, machine, workload)
-        if as_json:
-            print(json.dumps(_report(shape, machine, placement) | {"remedy": asdict(found)}, indent=1))
-        else:
-            _print_head(shape, machine, workload, "does not fit")
-            _print_placement(shape, placement, layers)
-            _print_remedy(found)
-        raise typer.Exit(DOES_NOT_FIT)
-    routings = [UNIFORM, SKEWED] if shape.expert_nbytes else [UNIFORM]
-    if trace is not None:
-        routings.append(of_trace(RoutingTrace.load(trace), shape, str(trace)))
-    forecasts = [forecast(shape, machine, workload, routing) for routing in routings]
-    gains = doublings(shape, machine, workload, routings[-1])
+    workload = workload_of(shape, context, batch, prefill_chunk)
+    recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
     if as_json:
-        expected = {
-            "forecasts": [_forecast_report(f) for f in forecasts],
-            "doubling": [asdict(gain) for gain in gains],
-        }
-        print(json.dumps(_report(shape, machine, placement) | expected, indent=1))
-        return
-    _print_head(shape, machine, workload, "fits")
-    _print_placement(shape, placement, layers)
-    _print_forecasts(forecasts, workload)
-    _print_doublings(gains, workload)
+        placement = make_plan(shape, machine, workload)
+        print(
+            json.dumps(
+                _report(shape, machine, placement) | _expected(shape, machine, placement, recorded), indent=1
+            )
+        )
+        fits = placement.fits
+    else:
+        fits = print_plan(shape, machine, workload, recorded=recorded, by_layer=layers)
+    if not fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def workload_of(shape: ModelShape, context: int | None, batch: int, prefill_chunk: int) -> Workload:
+    """What a plan is made for; the context is as long as the model's, at most 8192, unless given."""
+    from memory.planner.placement import Workload
+
+    return Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
+
+
+def print_plan(
+    shape: ModelShape,
+    machine: HardwareProfile,
+    workload: Workload,
+    *,
+    recorded: Routing | None = None,
+    by_layer: bool = False,
+) -> bool:
+    """Print the plan for people, with a forecast for `recorded` routing too; whether the model fits."""
+    from memory.planner.forecast import doublings, forecast, remedy
+    from memory.planner.placement import plan as make_plan
+
+    placement = make_plan(shape, machine, workload)
+    _print_head(shape, machine, workload, "fits" if placement.fits else "does not fit")
+    _print_placement(shape, placement, by_layer)
+    if not placement.fits:
+        _print_remedy(remedy(shape, machine, workload))
+        return False
+    routings = _routings(shape, recorded)
+    _print_forecasts([forecast(shape, machine, workload, routing) for routing in routings], workload)
+    _print_doublings(doublings(shape, machine, workload, routings[-1]), workload)
     if machine.assumed:
         print("\nAssumed, not measured:\n" + "\n".join(f"  - {line}" for line in machine.assumed))
+    return True
+
+
+def _routings(shape: ModelShape, recorded: Routing | None) -> list[Routing]:
+    from memory.planner.routing import SKEWED, UNIFORM
+
+    known = [UNIFORM, SKEWED] if shape.expert_nbytes else [UNIFORM]
+    return known if recorded is None else [*known, recorded]
+
+
+def _expected(
+    shape: ModelShape, machine: HardwareProfile, placement: Placement, recorded: Routing | None
+) -> dict[str, Any]:
+    """What a report says besides the placement: the forecasts, or what would make the model fit."""
+    from memory.planner.forecast import doublings, forecast, remedy
+
+    workload = placement.workload
+    if not placement.fits:
+        return {"remedy": asdict(remedy(shape, machine, workload))}
+    routings = _routings(shape, recorded)
+    return {
+        "forecasts": [_forecast_report(forecast(shape, machine, workload, routing)) for routing in routings],
+        "doubling": [asdict(gain) for gain in doublings(shape, machine, workload, routings[-1])],
+    }
 
 
 def _shape(model: str) -> ModelShape:
     from memory.planner.published import NAMES, built_in
 
-    path = _on_disk(model)
-    if path is not None:
+    if model in NAMES and not Path(model).exists():
+        return built_in(model)
+    if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
         from engine.families.shapes import shape_of
+        from server.cli.fetch import headers_of
 
-        return shape_of(open_model(path).checkpoint)
-    if model in NAMES:
-        return built_in(model)
+        with headers_of(model) as path:
+            return shape_of(open_model(path).checkpoint)
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 
 
-def _on_disk(model: str) -> Path | None:
-    """Where the model lies on this machine's disk; None for one that is known by its name alone."""
-    if model in EMBEDDED or Path(model).exists():
-        return model_path(Path(model))
-    return None
+def _on_disk(model: str) -> bool:
+    """Whether the model lies on this machine's disk already."""
+    from server.cli.fetch import is_here
+
+    return model in EMBEDDED or Path(model).exists() or (hub_model(model) is not None and is_here(model))
 
 
 def _hardware(
