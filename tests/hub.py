@@ -23,6 +23,7 @@ class Repository:
 
     gated   its files are refused
     breaks  name -> how many bytes of the file come before the connection breaks, once
+    stalls  name -> how many bytes of the file come before nothing more does
     lies    name -> other content than what is listed
     """
 
@@ -30,6 +31,7 @@ class Repository:
     main: str = ""
     gated: bool = False
     breaks: dict[str, int] = field(default_factory=dict)
+    stalls: dict[str, int] = field(default_factory=dict)
     lies: dict[str, bytes] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes]) -> str:
@@ -49,6 +51,7 @@ class Hub:
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    is_over: threading.Event = field(default_factory=threading.Event)
 
     def add(self, name: str, files: dict[str, bytes]) -> Repository:
         """A repository with these files."""
@@ -88,10 +91,10 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         """Nothing."""
 
-    def do_HEAD(self) -> None:  # noqa: N802 - the name is http.server's
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
         found = re.fullmatch(
@@ -117,8 +120,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
         else:
             content = repository.lies.get(found["file"], files[found["file"]])
-            stop = repository.breaks.pop(found["file"], None) if self.command == "GET" else None
-            self._answer(content, commit, stop)
+            is_whole = self.command == "GET" and "Range" not in self.headers
+            stop = repository.breaks.pop(found["file"], None) if is_whole else None
+            stalls = is_whole and found["file"] in repository.stalls
+            self._answer(content, commit, repository.stalls[found["file"]] if stalls else stop)
+            if stalls:
+                self.wfile.flush()
+                self.hub.is_over.wait()
 
     def _answer(self, content: bytes, commit: str, stop: int | None = None) -> None:
         """All of `content`, or the range that was asked for; the connection breaks after `stop` bytes."""
@@ -127,7 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if span else 200)
         self.send_header("Content-Length", str(len(sent)))
         if span:
-            self.send_header("Content-Range", f"bytes {span[1]}-{int(span[1]) + len(sent) - 1}/{len(content)}")
+            self.send_header(
+                "Content-Range", f"bytes {span[1]}-{int(span[1]) + len(sent) - 1}/{len(content)}"
+            )
         self.send_header("ETag", f'"{etag(content)}"')
         self.send_header("X-Repo-Commit", commit)
         self.end_headers()
@@ -155,6 +165,7 @@ def serving_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.is_over.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -85,7 +85,7 @@ def architecture_of(path: Path) -> str | None:
     Reads a few bytes, and leaves the time of the last access as it was where the system allows it.
     """
     try:
-        with path.open("rb", opener=_unnoticed) as file:  # type: ignore[call-overload]
+        with open(path, "rb", opener=_unnoticed) as file:  # Path.open takes no opener
             head = file.read(256)
     except OSError:
         return None

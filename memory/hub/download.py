@@ -67,7 +67,7 @@ def download(listing: Listing, files: Mapping[str, int], on_progress: OnProgress
     for name in files:
         names.put(name)
     count = _Count(sum(files[name] for name in wanted), on_progress)
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
 
     def work() -> None:
         while not (count.is_stopped or failures):
@@ -77,7 +77,7 @@ def download(listing: Listing, files: Mapping[str, int], on_progress: OnProgress
                 return
             try:
                 _fetch(listing, name, count)
-            except Exception as error:
+            except BaseException as error:
                 failures.append(error)
 
     # Not a pool: that would wait for its threads, and so for gigabytes, before the process may end.
