@@ -136,7 +136,7 @@ def _print_plan(opened: OpenedModel) -> None:
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import this_machine
     from memory.hub.download import existing_cache_folder
-    from server.cli.plan import DEFAULT_BATCH, DEFAULT_CHUNK, print_plan, workload_of
+    from server.cli.plan_report import DEFAULT_BATCH, DEFAULT_CHUNK, print_plan, workload_of
 
     try:
         shape = shape_of(opened.checkpoint)

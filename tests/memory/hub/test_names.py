@@ -26,9 +26,12 @@ def test_names_have_a_revision_and_a_part(text: str, model: HubModel) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["model", "demo", "./org/model", "../org/model", "/org/model", "~/org/model", "a/b/c", "org/",
-     "org/model/", "models/llama.gguf", "models/model.safetensors", "org/mo..del", "org/model@../../etc", "org/model@",
-     "org/model:", "org--x/model", "org/model:../x.gguf", "https://example.org", "org/mödel", "org/mo del"],
-)  # fmt: skip
+    [
+        *("model", "demo", "./org/model", "../org/model", "/org/model", "~/org/model", "a/b/c", "org/"),
+        *("org/model/", "models/llama.gguf", "models/model.safetensors", "org/mo..del", "org/model@"),
+        *("org/model@../../etc", "org/model:", "org--x/model", "org/model:../x.gguf", "org/mo del"),
+        *("https://example.org", "org/mödel"),
+    ],
+)
 def test_paths_and_nonsense_are_no_names(text: str) -> None:
     assert parse_hub_name(text) is None

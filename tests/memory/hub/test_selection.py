@@ -42,8 +42,8 @@ def test_nothing_but_what_is_read_is_chosen_beside_the_weights() -> None:
 def test_the_index_says_which_safetensors(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    names = ["model-1.safetensors", "model-2.safetensors", "consolidated.safetensors", "pytorch_model.bin",
-             "model.gguf", "onnx/m.onnx", "original/a.safetensors", "model.safetensors.index.json"]  # fmt: skip
+    others = ("consolidated.safetensors", "pytorch_model.bin", "model.gguf", "onnx/model.onnx")
+    names = ["model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", *others]
 
     assert weights(names, tmp_path) == ["model-1.safetensors", "model-2.safetensors"]
 
