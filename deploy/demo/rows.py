@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.families.deepseek_v41.config import V41Config
-from engine.families.deepseek_v41.forward import hashing_of
+from engine.families.deepseek_v41.family import hashing_of
 
 
 class RowFinder:

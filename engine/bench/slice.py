@@ -75,8 +75,9 @@ class SliceRun:
     """What decoding `tokens` tokens, one a step, took and moved.
 
     total_s      of all steps
-    seconds      by kind and layer (-1: none), of all steps; with real GPUs of as many further steps, which
-                 the clock makes longer (see `Clock`)
+    seconds      by kind and layer (-1: none), of as many further steps: these are computed operation by
+                 operation, because a recorded step tells nothing of its parts, and take longer
+    clocked_s    of these further steps
     layers       of the model; tables: layers with Engram
     dense_bytes  that every token reads: attention, shared experts, router, head
     head_bytes   of these, the head's: it gives the token, of which the first layer's experts are guessed
@@ -99,6 +100,7 @@ class SliceRun:
     counts: Snapshot
     tier_bytes: dict[str, int]
     grown_bytes: int
+    clocked_s: float = 0.0
     gpu_bytes: dict[str, int] = field(default_factory=dict)
     head_gpu: str | None = None
 
@@ -189,15 +191,14 @@ def memory_of(gpu: str) -> str:
     return f"{gpu} memory"
 
 
-def steps(tokens: int, *, has_real_gpus: bool) -> int:
-    """How many steps `run_slice` makes after those that warm up: with real GPUs others for the clock."""
-    return 2 * tokens if has_real_gpus else tokens
+def steps(tokens: int) -> int:
+    """How many steps `run_slice` makes after those that warm up: the second half for the clock."""
+    return 2 * tokens
 
 
-def workload(tokens: int, *, has_real_gpus: bool = False) -> Workload:
+def workload(tokens: int) -> Workload:
     """What `run_slice` asks of a model."""
-    length = PROMPT_TOKENS + WARM_STEPS + steps(tokens, has_real_gpus=has_real_gpus)
-    return Workload(length, 1, PROMPT_TOKENS)
+    return Workload(PROMPT_TOKENS + WARM_STEPS + steps(tokens), 1, PROMPT_TOKENS)
 
 
 def run_slice(
@@ -210,8 +211,8 @@ def run_slice(
     """Load `path`, read a short prompt and decode `tokens` random tokens, one sequence alone.
 
     Random tokens stand for text that repeats nothing: caches see as many new rows and experts as can
-    be. Before some of the tokens the clock stands still and `in_pause` is called. With real GPUs as many
-    tokens follow, for the time of each layer alone. Raises ConfigError for a model without routed experts,
+    be. Before some of the tokens no time is counted and `in_pause` is called. As many tokens follow, for the
+    time of each layer alone. Raises ConfigError for a model without routed experts,
     and what loading raises.
     """
     before = resident_bytes()
@@ -226,23 +227,24 @@ def run_slice(
             if part.kind not in ("embedding", "engram", "routed_experts")
         }
         gpus = {gpu.name: gpu.device for gpu in budget.gpus if not gpu.is_virtual}
-        length = workload(tokens, has_real_gpus=bool(gpus)).context
+        length = workload(tokens).context
         ids = torch.randint(3, model.info.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
         cache = model.new_cache(1, length)
         model.forward(Batch.of([(0, 0, ids[:PROMPT_TOKENS].tolist())]), cache)
         start = PROMPT_TOKENS + WARM_STEPS
         for at in range(PROMPT_TOKENS, start):
-            _step(model, cache, at, int(ids[at]), Clock())
+            _step(model, cache, at, int(ids[at]), None)
         counted, clock = model.telemetry.snapshot(), Clock(gpus=tuple(gpus.values()))
         total_s = 0.0
         for at in range(start, start + tokens):
             if (at - start) % max(1, tokens // PAUSES) == 0:
                 in_pause()
-            total_s += _step(model, cache, at, int(ids[at]), None if gpus else clock)
+            total_s += _step(model, cache, at, int(ids[at]), None)
             on_progress(at + 1 - start)
         counts = _since(counted, model.telemetry.snapshot())
+        clocked_s = 0.0
         for at in range(start + tokens, length):
-            _step(model, cache, at, int(ids[at]), clock)
+            clocked_s += _step(model, cache, at, int(ids[at]), clock)
             on_progress(at + 1 - start)
         places = model.weights.places
         return SliceRun(
@@ -257,6 +259,7 @@ def run_slice(
             counts=counts,
             tier_bytes=model.tier_bytes,
             grown_bytes=peak_resident_bytes() - before,
+            clocked_s=clocked_s,
             gpu_bytes={gpu: places.nbytes.get(gpu, 0) for gpu in gpus},
             head_gpu=next((gpu for gpu, device in gpus.items() if device == places.head), None),
         )

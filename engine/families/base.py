@@ -17,6 +17,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError
+from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 
 
@@ -41,6 +42,10 @@ class Batch:
     token_ids: torch.Tensor
     segments: tuple[Segment, ...]
     logit_rows: torch.Tensor
+
+    def is_decode(self, max_rows: int) -> bool:
+        """Whether it is up to so many sequences with one new token each."""
+        return len(self.token_ids) == len(self.segments) <= max_rows
 
     @classmethod
     def of(cls, parts: Sequence[tuple[int, int, Sequence[int]]], *, all_logits: bool = False) -> Batch:
@@ -86,7 +91,11 @@ class KvCache(ABC):
     A slot is empty after `reset`; `forward` appends to it. Positions must follow each other: the
     `start` of a segment is the number of tokens that its slot holds. A slot can be rolled back by up to
     `margin` tokens.
+
+    program  the recorded step that decodes with it; None where operations are started one by one
     """
+
+    program: Program | None = None
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
         self.slots = slots

@@ -10,8 +10,8 @@ from quant.errors import ConfigError
 
 # model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
 FAMILIES = {
-    "deepseek_v41": "engine.families.deepseek_v41.forward",
-    "deepseek_v41_text": "engine.families.deepseek_v41.forward",
+    "deepseek_v41": "engine.families.deepseek_v41.family",
+    "deepseek_v41_text": "engine.families.deepseek_v41.family",
     "llama": "engine.families.llama.forward",
 }
 

@@ -13,7 +13,8 @@ import torch
 
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
-from quant.kernels.cpu.program import Buffer, KvPlace, Recorder
+from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
 
 Value = TypeVar("Value")
@@ -23,10 +24,10 @@ Value = TypeVar("Value")
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Operations(Protocol[Value]):
-    """Values are `[rows, width]` float32."""
+class BasicOperations(Protocol[Value]):
+    """What every model needs. Values are `[rows, width]` float32, chosen experts int64."""
 
-    def norm(self, x: Value, weight: torch.Tensor, eps: float) -> Value:
+    def norm(self, x: Value, weight: torch.Tensor | None, eps: float) -> Value:
         """RMSNorm."""
         ...
 
@@ -34,16 +35,8 @@ class Operations(Protocol[Value]):
         """`x @ weight^T` for each weight."""
         ...
 
-    def rotate(self, x: Value, heads: int) -> Value:
-        """Heads turned by their rows' positions."""
-        ...
-
-    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """Keys and values appended to the layer's cache, then causal attention of the queries over it."""
-        ...
-
-    def gated(self, gate: Value, up: Value) -> Value:
-        """silu(gate) * up."""
+    def gated(self, gate: Value, up: Value, limit: float) -> Value:
+        """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
         ...
 
     def add(self, x: Value, y: Value) -> Value:
@@ -54,24 +47,61 @@ class Operations(Protocol[Value]):
         """x * factor."""
         ...
 
+    def route(self, logits: Value, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Value, Value]:
+        """The chosen experts, `[rows, top_k]`, and their weights: see `LayerOperations.route`."""
+        ...
 
-class Eager:
+
+class Operations(BasicOperations[Value], Protocol[Value]):
+    """And attention over appended keys and values."""
+
+    def rotate(self, x: Value, heads: int) -> Value:
+        """Heads turned by their rows' positions."""
+        ...
+
+    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
+        """Keys and values appended to the layer's cache, then causal attention of the queries over it."""
+        ...
+
+
+class EagerBasics:
+    """`BasicOperations` on tensors, computed at once."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        return self._kernels.rms_norm(x, weight, eps)
+
+    def linears(self, x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
+        return [self._kernels.linear(x, weight) for weight in weights]
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+        return self._kernels.gated(gate, up, limit)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def route(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kernels.route(logits, bias, top_k, factor)
+
+
+class Eager(EagerBasics):
     """`Operations` on tensors, computed at once, for the tokens of some segments."""
 
     def __init__(
         self, kernels: Kernels, segments: Sequence[Segment], rotation: Rotation, head_dim: int, extend: Extend
     ) -> None:
-        self._kernels = kernels
+        super().__init__(kernels)
         self._segments = segments
         self._rotation = rotation
         self._head_dim = head_dim
         self._extend = extend
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._kernels.rms_norm(x, weight, eps)
-
-    def linears(self, x: torch.Tensor, *weights: Weight) -> list[torch.Tensor]:
-        return [self._kernels.linear(x, weight) for weight in weights]
 
     def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         return self._rotation.apply(self._kernels, self._heads(x)).view(x.shape)
@@ -87,37 +117,47 @@ class Eager:
             attended[start:stop] = self._kernels.attend(queries[start:stop], *held)
         return out
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return self._kernels.gated(gate, up, float("inf"))
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + y
-
-    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
-        return x * factor
-
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
         return x.view(x.shape[0], -1, self._head_dim)
 
 
-class Recorded:
-    """`Operations` noted by a recorder: each row is the newest token of a sequence of its own.
+class RecordedBasics:
+    """`BasicOperations` noted by a recorder: each row is the newest token of a sequence of its own."""
 
-    turns   `[positions, head_dim / 2]` complex64, the rotation of every position
-    places  where each layer's keys and values lie
-    """
-
-    def __init__(self, recorder: Recorder, turns: torch.Tensor, places: Sequence[KvPlace]) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._turns = turns
-        self._places = places
 
-    def norm(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
+    def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
         return self._recorder.norm(x, weight, eps)
 
     def linears(self, x: Buffer, *weights: Weight) -> list[Buffer]:
         return self._recorder.linears(x, weights)
+
+    def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
+        return self._recorder.gated(gate, up, limit)
+
+    def add(self, x: Buffer, y: Buffer) -> Buffer:
+        return self._recorder.add(x, y)
+
+    def scale(self, x: Buffer, factor: float) -> Buffer:
+        return self._recorder.scale(x, factor)
+
+    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
+        return self._recorder.route(logits, bias, top_k, factor)
+
+
+class Recorded(RecordedBasics):
+    """`Operations` noted by a recorder.
+
+    frequencies  `[head_dim / 2]` float64, radians per position
+    places       where each layer's keys and values lie
+    """
+
+    def __init__(self, recorder: Recorder, frequencies: torch.Tensor, places: Sequence[KvPlace]) -> None:
+        super().__init__(recorder)
+        self._turns = recorder.turns(frequencies)
+        self._places = places
 
     def rotate(self, x: Buffer, heads: int) -> Buffer:
         return self._recorder.rotate(x, self._turns, heads)
@@ -126,12 +166,3 @@ class Recorded:
         place = self._places[layer]
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place)
-
-    def gated(self, gate: Buffer, up: Buffer) -> Buffer:
-        return self._recorder.gated(gate, up, float("inf"))
-
-    def add(self, x: Buffer, y: Buffer) -> Buffer:
-        return self._recorder.add(x, y)
-
-    def scale(self, x: Buffer, factor: float) -> Buffer:
-        return self._recorder.scale(x, factor)

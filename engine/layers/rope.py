@@ -49,10 +49,9 @@ class Rotation:
     turns: torch.Tensor
 
     @classmethod
-    def at(cls, positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
-        """The rotation of `positions` `[tokens]`."""
-        angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
-        return cls(torch.polar(torch.ones_like(angles), angles).to(torch.complex64))
+    def at(cls, kernels: Kernels, positions: torch.Tensor, frequencies: torch.Tensor) -> Rotation:
+        """The rotation of `positions` `[tokens]` int64, by frequencies `[dim / 2]` float64."""
+        return cls(kernels.turns(positions, frequencies))
 
     def to(self, device: torch.device) -> Rotation:
         """The same on `device`."""

@@ -25,7 +25,7 @@ from memory.experts.step import ExpertStep
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from memory.transfer import Priority, Ticket
-from quant.kernels.interface import Kernels
+from quant.kernels.interface import ExpertWeights, Kernels
 
 FILL_BATCH = 64  # experts in flight at once while filling
 
@@ -93,6 +93,21 @@ class ExpertStore:
                 for expert in list(entries):  # copied at once: another thread may read it
                     tiers[layer][expert] = table.tier.name
         return tiers
+
+    @property
+    def is_still(self) -> bool:
+        """True if all experts are in DRAM for good: nothing is ever read, moved or guessed."""
+        return self.slots.keeps_copies and not self.slots.gpus
+
+    def still_weights(self, layer: int) -> list[ExpertWeights]:
+        """The layer's experts, in order, where `is_still`."""
+        dram = self.slots.dram
+        return [dram.weights(dram.by_layer[layer][expert]) for expert in range(self._files.experts)]
+
+    def count_uses(self, count: int) -> None:
+        """Count uses of experts in DRAM that were computed without `acquire`, where `is_still`."""
+        for counter in ("hits", "computed"):
+            self.telemetry.add(counter, self.slots.dram.tier.name, count)
 
     def wants_guesses(self, layer: int) -> bool:
         """True if prefetching experts of `layer` can help: from disk, or from DRAM to a GPU."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from quant.errors import ConfigError
-from quant.kernels.cpu.program import Recorder
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 
 # Forces an instruction-set level of the native back end: portable, avx2 or avx512.

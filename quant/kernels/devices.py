@@ -64,6 +64,9 @@ class DeviceKernels:
     ) -> torch.Tensor:
         return self.on(streams.device).mix_streams(streams, y, post, combine)
 
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        return self.on(positions.device).turns(positions, frequencies)
+
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         return self.on(x.device).rotate(x, turns)
 

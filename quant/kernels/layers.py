@@ -40,6 +40,13 @@ class LayerOperations(Protocol):
         """
         ...
 
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        """e^(i * position * frequency), computed in float64: `[tokens, pairs]` complex64.
+
+        positions `[tokens]` int64, frequencies `[pairs]` float64.
+        """
+        ...
+
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """The last channels of x `[tokens, ..., dim]`, in pairs, times turns `[tokens, pairs]` complex64.
 
@@ -134,6 +141,10 @@ class TorchLayers:
     ) -> torch.Tensor:
         carried = torch.bmm(combine.transpose(1, 2), streams)
         return torch.addcmul(carried, post.unsqueeze(-1), y.unsqueeze(1))
+
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         tokens, pairs = turns.shape

@@ -32,7 +32,8 @@ from memory.planner.budget import MemoryBudget
 from quant.errors import BudgetError, CheckpointError
 from quant.formats.gguf import weight_from_bytes
 from quant.kernels.choice import recorder_of
-from quant.kernels.cpu.program import KvPlace, Program, Recorder
+from quant.kernels.cpu.program import Program
+from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
@@ -64,15 +65,10 @@ class LlamaCache(KvCache):
         nbytes = math.prod(shape) * torch.float32.itemsize
         mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._held = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
-        # Decodes with this cache, by the rotations of all its positions; None where nothing is recorded.
-        self.program: Program | None = None
-        self.turns: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        program = 0 if self.program is None else self.program.nbytes
-        turns = 0 if self.turns is None else self.turns.nbytes
-        return self._held.nbytes + program + turns
+        return self._held.nbytes + (0 if self.program is None else self.program.nbytes)
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return ((1, self._held[:, :, slot].permute(3, 0, 1, 2, 4)),)
@@ -133,24 +129,20 @@ class Llama(Model):
         cache = LlamaCache(self.config, slots, capacity)
         recorder = recorder_of(self.kernels, MAX_ROWS)
         if recorder is not None:
-            cache.turns = Rotation.at(torch.arange(capacity), self.frequencies).turns
-            cache.program = self._record(recorder, cache, cache.turns)
+            cache.program = self._record(recorder, cache)
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
         c = self.config
         kv = 2 * c.layers * slots * c.kv_heads * capacity * c.head_dim * torch.float32.itemsize
-        recorder = recorder_of(self.kernels, MAX_ROWS)
-        if recorder is None:
-            return kv
-        return kv + capacity * c.head_dim // 2 * torch.complex64.itemsize + self._arena_bytes
+        return kv + self._arena_bytes
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, LlamaCache)
         for segment in batch.segments:
             cache.admit(segment)
-        if trace is None and cache.program is not None and _is_decode(batch, cache.program.max_rows):
+        if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
             logits = self._replay(cache.program, batch)
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
@@ -161,7 +153,7 @@ class Llama(Model):
     def _compute(self, batch: Batch, cache: LlamaCache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        rotation = Rotation.at(positions, self.frequencies)
+        rotation = Rotation.at(self.kernels, positions, self.frequencies)
         ops = Eager(self.kernels, batch.segments, rotation, self.config.head_dim, cache.extend)
         x = self._layers(ops, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows])
@@ -173,10 +165,10 @@ class Llama(Model):
         program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
         return program.result[batch.logit_rows]
 
-    def _record(self, recorder: Recorder, cache: LlamaCache, turns: torch.Tensor) -> Program:
-        """A program that decodes with `cache`; turns `[positions, head_dim / 2]` complex64."""
+    def _record(self, recorder: Recorder, cache: LlamaCache) -> Program:
+        """A program that decodes with `cache`."""
         places = [KvPlace(*cache.layer(number)) for number in range(self.config.layers)]
-        ops = Recorded(recorder, turns, places)
+        ops = Recorded(recorder, self.frequencies, places)
         source = recorder.input(self.config.hidden)
         return recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
 
@@ -198,7 +190,7 @@ class Llama(Model):
             (attended,) = ops.linears(ops.attend(number, q, k, v), layer.o)
             x = ops.add(x, attended)
             gate, up = ops.linears(ops.norm(x, layer.ffn_norm, eps), layer.gate, layer.up)
-            (y,) = ops.linears(ops.gated(gate, up), layer.down)
+            (y,) = ops.linears(ops.gated(gate, up, math.inf), layer.down)
             x = ops.add(x, y)
             trace.add(f"hidden.{number}", x)
         return x
@@ -212,11 +204,6 @@ class Llama(Model):
         if isinstance(self.embed, torch.Tensor):
             return self.embed[token_ids].float()
         return self.kernels.gather_rows(self.embed, token_ids)
-
-
-def _is_decode(batch: Batch, max_rows: int) -> bool:
-    """Whether a batch is up to so many sequences with one new token each."""
-    return len(batch.token_ids) == len(batch.segments) <= max_rows
 
 
 class LlamaFamily(Family):

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 7  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 8  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -29,8 +29,9 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_moe": (None, [Int, Int, Int, Pointer, Pointer, Pointer]),
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
     "loci_rms_norm": (None, [Int, Pointer, Pointer, Int64, Int64, ctypes.c_float, Pointer]),
-    "loci_run_program": (None, [Int, Int, Int, Pointer, Int64, Pointer]),
+    "loci_run_program": (Int64, [Int, Int, Int, Pointer, Int64, Int64, Pointer]),
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
+    "loci_turns": (None, [Pointer, Pointer, Int64, Int64, Pointer]),
     "loci_attend": (None, [Int, Int, Pointer, Pointer]),
     "loci_index_scores": (None, [Int, Int, Pointer, Pointer]),
     "loci_best_columns": (None, [Int, Pointer, Int64, Int64, Int64, Pointer]),

@@ -109,15 +109,18 @@ class NativeKernels(NativeLayers):
             return weight
         return tile(weight)
 
-    def run(self, operations: ctypes.Array[Any], step: ctypes.Structure) -> None:
-        """Run a program's operations for a step."""
-        self._library.loci_run_program(
-            self._level,
-            self._threads(),
-            self.activations == "int8",
-            operations,
-            len(operations),
-            ctypes.byref(step),
+    def run(self, operations: ctypes.Array[Any], first: int, step: ctypes.Structure) -> int:
+        """Run a program's operations from `first` on for a step, up to a hand-over or the end."""
+        return int(
+            self._library.loci_run_program(
+                self._level,
+                self._threads(),
+                self.activations == "int8",
+                operations,
+                first,
+                len(operations),
+                ctypes.byref(step),
+            )
         )
 
     def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:

@@ -25,6 +25,8 @@ class AttendCall(ctypes.Structure):
         ("head_stride", ctypes.c_int64),
         ("before", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("ring", ctypes.c_int64),
+        ("first", ctypes.c_int64),
         ("more", ctypes.c_void_p),
         ("chosen", ctypes.c_void_p),
         ("choices", ctypes.c_int64),
@@ -126,6 +128,12 @@ class NativeLayers:
             *streams.shape,
             out.data_ptr(),
         )
+        return out
+
+    def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+        positions, frequencies = positions.contiguous(), frequencies.contiguous()
+        out = torch.empty(len(positions), len(frequencies), dtype=torch.complex64)
+        self._library.loci_turns(positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr())
         return out
 
     def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
@@ -293,6 +301,8 @@ class NativeLayers:
             keys.stride(0),
             end - tokens,
             window,
+            0,
+            0,
             more,
             chosen,
             choices,

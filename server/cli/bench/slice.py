@@ -68,7 +68,7 @@ def slice_(
         print(f"loci: {notice}", file=sys.stderr)
     specs = parse_devices(devices) if devices is not None else ()
     has_real_gpus = any(device.kind == "cuda" for device in specs)
-    asked_for = workload(tokens, has_real_gpus=has_real_gpus)
+    asked_for = workload(tokens)
     machine = detect(model)  # as it is before the model takes memory
     budget = MemoryBudget.of_this_machine(dram_budget, devices, asked_for)
     disk_rates: list[list[float]] = []  # by pause and depth
@@ -78,7 +78,7 @@ def slice_(
         largest = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
         disk_rates.append(read_rates(largest, PAUSE_S))
 
-    total = steps(tokens, has_real_gpus=has_real_gpus)
+    total = steps(tokens)
     with progress("tokens") as on_progress:
         run = run_slice(model, budget, tokens, lambda done: on_progress(done, total), in_pause=measure_beside)
     _print_layers(run)
@@ -212,12 +212,11 @@ def _print_layers(run: SliceRun) -> None:
     for what, seconds in {**outside, "token": run.total_s}.items():
         rows += [(what, *empty, f"{1e3 * seconds / run.tokens:.2f}")]
     print_table(["ms per token", *kinds, "all"], rows, right=tuple(range(1, len(kinds) + 2)))
-    if run.gpu_bytes:
-        clocked_s = sum(sum(by_layer.values()) for by_layer in run.seconds.values())
-        print(
-            "layers and head: from extra tokens, with a GPU synchronisation after each part; such a token "
-            f"took {1e3 * clocked_s / run.tokens:.2f} ms"
-        )
+    how = ", with a GPU synchronisation after each part" if run.gpu_bytes else ""
+    print(
+        f"layers and head: from extra tokens, computed operation by operation{how}; such a token took "
+        f"{1e3 * run.clocked_s / run.tokens:.2f} ms"
+    )
 
 
 def _print_bytes(run: SliceRun, bounds: dict[str, float]) -> None:

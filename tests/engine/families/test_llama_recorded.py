@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.cache.prefix import PrefixCache
 from engine.families.base import Batch
 from engine.families.llama.forward import FAMILY, MAX_ROWS, Llama, LlamaCache
 from memory.checkpoint.gguf_files import open_gguf
@@ -19,6 +18,7 @@ from memory.planner.budget import MemoryBudget
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.reference import ReferenceKernels
+from tests.engine.families.recorded_pairs import Pair
 from tests.engine.families.tiny_llama import CONTEXT, VOCAB, tiny_values, write_gguf, write_safetensors
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
@@ -41,62 +41,16 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return FAMILY.load(checkpoint, NativeKernels(), MemoryBudget(1 << 30))
 
 
-class Pair:
-    """The same sequences twice: decoded by a program, and operation by operation."""
-
-    def __init__(self, model: Llama) -> None:
-        self._model = model
-        caches = [model.new_cache(SLOTS, CONTEXT) for _ in range(2)]
-        self.replayed, self.eager = caches
-        assert self.replayed.program is not None
-        self.eager.program = None
-        self.known = [PrefixCache(cache, 1 << 20) for cache in caches]
-        self.texts: list[list[int]] = [[] for _ in range(SLOTS)]
-
-    @property
-    def caches(self) -> tuple[LlamaCache, LlamaCache]:
-        return self.replayed, self.eager
-
-    def run(self, parts: list[tuple[int, list[int]]]) -> None:
-        """Compute further tokens of some slots; the logits must be the same bits."""
-        batch = Batch.of([(slot, len(self.texts[slot]), ids) for slot, ids in parts])
-        first, second = (self._model.forward(batch, cache) for cache in self.caches)
-        assert torch.equal(first, second)
-        for slot, ids in parts:
-            self.texts[slot] += ids
-
-    def drop(self, slot: int) -> None:
-        """What an abort does, or an end: the slot is kept as a prefix and given to another."""
-        for cache, known in zip(self.caches, self.known, strict=True):
-            if len(self.texts[slot]) > 1:
-                known.save(slot, self.texts[slot], "", None)
-            cache.reset(slot)
-        self.texts[slot] = []
-
-    def restore(self, slot: int, ids: list[int]) -> None:
-        """Begin a prompt with what is known of it."""
-        lengths = {known.restore(slot, ids, "").length for known in self.known}
-        assert len(lengths) == 1
-        self.texts[slot] = ids[: lengths.pop()]
+def forget(cache: LlamaCache) -> None:
+    assert cache.program is not None
+    cache.program = None
 
 
 @settings(max_examples=30)
 @given(data=st.data())
 def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: Llama, data: st.DataObject) -> None:
-    pair = Pair(model)
-    token = st.integers(0, VOCAB - 1)
-    for _ in range(data.draw(st.integers(1, 12))):
-        slots = data.draw(st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True))
-        act = data.draw(st.sampled_from(["prompt", "decode", "decode", "mixed", "drop", "restore"]))
-        if act == "drop":
-            pair.drop(slots[0])
-            continue
-        if act == "restore":
-            pair.drop(slots[0])
-            pair.restore(slots[0], data.draw(st.lists(token, min_size=2, max_size=8)))
-        most = {"prompt": 6, "mixed": 3}.get(act, 1)
-        parts = [(slot, data.draw(st.lists(token, min_size=1, max_size=most))) for slot in slots]
-        pair.run([(slot, ids) for slot, ids in parts if len(pair.texts[slot]) + len(ids) <= CONTEXT])
+    pair = Pair(model, lambda: model.new_cache(SLOTS, CONTEXT), forget)
+    pair.do_anything(data, VOCAB, CONTEXT)
 
 
 def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Llama) -> None:

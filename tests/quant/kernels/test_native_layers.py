@@ -58,6 +58,12 @@ def rotate(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tens
     return k.rotate(rows_of(1, ROWS, 3, DIM, dtype=dtype)[a:b], torch.polar(torch.ones_like(angles), angles))
 
 
+def turns(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    positions = torch.arange(ROWS)[a:b] * 9973
+    found = k.turns(positions, torch.tensor([1.0, 0.37, 1e-3, 1e-6], dtype=torch.float64))
+    return torch.view_as_real(found).to(dtype)
+
+
 def route(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
     logits, bias = 3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], rows_of(2, 20, dtype=dtype)
     return torch.cat([part.to(dtype) for part in k.route(logits, bias, 6, 1.5)], dim=1)
@@ -122,6 +128,7 @@ OPERATIONS = (
     weighted_sum,
     mix_streams,
     rotate,
+    turns,
     route,
     pool_groups,
     engram_gates,

@@ -13,7 +13,8 @@ from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panels import native_weight
-from quant.kernels.cpu.program import Buffer, KvPlace, Recorder
+from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Weight
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
@@ -103,14 +104,14 @@ def test_rows_are_appended_and_attended_to_at_their_slots_and_positions(data: st
     held = values(3, 2, slots, kv_heads, capacity, dim)
     expected_held = held.clone()
     place = KvPlace(held[0], held[1])
-    turns = torch.polar(torch.ones(capacity, dim // 2), values(4, capacity, dim // 2))
+    frequencies = values(4, dim // 2).abs().double()
 
     recorder = Recorder(kernels(), slots)
     source = recorder.input(heads * dim)
     k, v = recorder.linears(
         source, [values(5, kv_heads * dim, heads * dim), values(6, kv_heads * dim, heads * dim)]
     )
-    recorder.append(recorder.rotate(k, turns, kv_heads), v, place)
+    recorder.append(recorder.rotate(k, recorder.turns(frequencies), kv_heads), v, place)
     result = recorder.attend(source, place)
     program = recorder.finish(source, result)
     x = values(data.draw(st.integers(0, 99)), rows, heads * dim)
@@ -118,7 +119,7 @@ def test_rows_are_appended_and_attended_to_at_their_slots_and_positions(data: st
     program.run(places, positions)
 
     keys = kernels().linear(x, values(5, kv_heads * dim, heads * dim)).view(rows, kv_heads, dim)
-    keys = kernels().rotate(keys, turns[positions])
+    keys = kernels().rotate(keys, kernels().turns(torch.tensor(positions), frequencies))
     new_values = kernels().linear(x, values(6, kv_heads * dim, heads * dim)).view(rows, kv_heads, dim)
     for row, (slot, position) in enumerate(zip(places, positions, strict=True)):
         expected_held[0, slot, :, position] = keys[row]

@@ -101,7 +101,7 @@ def test_a_virtual_gpus_link_is_as_fast_as_it_is_told(model: Path, tmp_path: Pat
     assert found["slice_decode"] > 0
     assert found["plan_error_slice"] >= 0
     assert "vram:0 memory" not in text
-    assert "from extra tokens" not in text
+    assert "from extra tokens, computed operation by operation; such a token took" in text
     assert "link_0" not in found
 
 
@@ -130,7 +130,7 @@ def test_a_real_gpu_is_measured_and_planned_with(model: Path, tmp_path: Path) ->
     with pretend_gpus():
         text, found = measured(model, tmp_path / "r.json", f"cuda:{GPU_BYTES}")
     assert "\nvram:0 memory " in text
-    assert "from extra tokens, with a GPU synchronisation after each part" in text
+    assert "from extra tokens, computed operation by operation, with a GPU synchronisation" in text
     assert found["link_0"] == 50.0
     assert found["slice_hits_vram:0"] > 0
     assert 0 < found["slice_decode_bound_ratio"] <= found["slice_decode_ordered_ratio"]

@@ -35,7 +35,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 7; }
+EXPORT int loci_interface() { return 8; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -68,9 +68,17 @@ EXPORT void loci_rms_norm(int threads, const float* x, const float* weight, int6
     rms_norm({kPortable, threads, false}, x, weight, rows, cols, eps, out);
 }
 
-EXPORT void loci_run_program(int level, int threads, int int8, const Operation* operations, int64_t count,
-                             const StepInput* step) {
-    run_program({*level_at(level), threads, int8 != 0}, operations, count, *step);
+EXPORT int64_t loci_run_program(int level, int threads, int int8, const Operation* operations, int64_t first,
+                                int64_t count, const StepInput* step) {
+    return run_program({*level_at(level), threads, int8 != 0}, operations, first, count, *step);
+}
+
+EXPORT void loci_sinkhorn(float* matrices, int64_t count, int64_t n, int64_t iterations, float eps) {
+    sinkhorn(matrices, count, n, iterations, eps);
+}
+
+EXPORT void loci_turns(const int64_t* positions, const double* frequencies, int64_t rows, int64_t pairs, float* out) {
+    turns_at(positions, 1, frequencies, rows, pairs, false, out);
 }
 
 EXPORT void loci_attend(int level, int threads, const Attend* call, float* out) {

@@ -103,8 +103,9 @@ class Tiles {
             for (int64_t k = 0; k < n; ++k) {
                 const bool is_near = first + k < near_;
                 const int64_t row = is_near ? begin_ + first + k : more_[static_cast<size_t>(first + k - near_)];
-                keys[k] = is_near ? c_.keys + head_ * c_.head_stride + row * c_.dim : c_.more + row * c_.dim;
-                values[k] = is_near ? c_.values + head_ * c_.head_stride + row * c_.dim : keys[k];
+                const int64_t place = c_.ring > 0 && is_near ? (c_.first + row) % c_.ring : row;
+                keys[k] = is_near ? c_.keys + head_ * c_.head_stride + place * c_.dim : c_.more + row * c_.dim;
+                values[k] = is_near ? c_.values + head_ * c_.head_stride + place * c_.dim : keys[k];
             }
             t_.padded_.of(keys, n, key_copies_);
             t_.padded_.of(values, n, value_copies_);

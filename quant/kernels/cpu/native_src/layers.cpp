@@ -49,6 +49,15 @@ void best_columns(const Team& team, const float* scores, int64_t rows, int64_t c
     });
 }
 
+void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t block, int64_t k, int64_t* out) {
+    thread_local std::vector<float> best;
+    best.clear();
+    for (int64_t first = 0; first < columns; first += block)
+        best.push_back(*std::max_element(scores + first, scores + std::min(columns, first + block)));
+    if (columns > 0) best.back() = __builtin_inff();
+    best_columns(team, best.data(), 1, static_cast<int64_t>(best.size()), k, out);
+}
+
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
            float factor, int64_t* chosen, float* weights) {
     parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
@@ -124,6 +133,34 @@ void rotate(const Team& team, const float* x, const float* turns, int64_t tokens
             team.level.rotate(x + at + kept, turns + 2 * t * pairs, pairs, out + at + kept);
         }
     });
+}
+
+void turns_at(const int64_t* positions, int64_t unit, const double* frequencies, int64_t rows, int64_t pairs,
+              bool backwards, float* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const auto position = static_cast<double>(positions[r] / unit * unit);
+        for (int64_t p = 0; p < pairs; ++p) {
+            const double angle = position * frequencies[p];
+            const auto sine = static_cast<float>(std::sin(angle));
+            *out++ = static_cast<float>(std::cos(angle));
+            *out++ = backwards ? -sine : sine;
+        }
+    }
+}
+
+void stream_mix(const Team& team, const float* x, const float* scale, const float* base, int64_t rows, int64_t n,
+                int64_t iterations, float eps, float* pre, float* post, float* combine) {
+    const int64_t width = (2 + n) * n;
+    thread_local std::vector<float> mixed;
+    mixed.resize(static_cast<size_t>(width));
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < width; ++i) mixed[static_cast<size_t>(i)] = x[r * width + i] * scale[i] + base[i];
+        team.level.sigmoid(mixed.data(), 2 * n, mixed.data());
+        for (int64_t i = 0; i < n; ++i) pre[r * n + i] = mixed[static_cast<size_t>(i)] + eps;
+        for (int64_t i = 0; i < n; ++i) post[r * n + i] = 2 * mixed[static_cast<size_t>(n + i)];
+        std::copy_n(mixed.data() + 2 * n, n * n, combine + r * n * n);
+    }
+    sinkhorn(combine, rows, n, iterations, eps);
 }
 
 void pool_groups(const Team& team, const float* rows, const float* gates, int64_t groups, int64_t n, int64_t dim,

@@ -11,7 +11,9 @@ struct Attend {
     const float *keys, *values;  // row r of key-value head g at g * head_stride + r * dim
     int64_t tokens, heads, kv_heads, dim, head_stride;
     int64_t before;
-    int64_t window;         // rows that a token sees, the last of them its own
+    int64_t window;  // rows that a token sees, the last of them its own
+    int64_t ring;    // 0, or how many places the rows have: row r lies at (first + r) % ring
+    int64_t first;
     const float* more;      // [.][dim], or null
     const int64_t* chosen;  // [tokens][choices], -1 for none
     int64_t choices;
@@ -51,6 +53,22 @@ void mix_streams(const Team& team, const float* streams, const float* y, const f
 
 // out [rows][cols] = x by its root mean square, times weight [cols], or null for none.
 void rms_norm(const Team& team, const float* x, const float* weight, int64_t rows, int64_t cols, float eps, float* out);
+
+// out [rows][pairs] cosine and sine of position times frequency, computed in double; of positions [rows] rounded down
+// to a multiple of `unit`.
+void turns_at(const int64_t* positions, int64_t unit, const double* frequencies, int64_t rows, int64_t pairs,
+              bool backwards, float* out);
+
+// Of what was read off n streams for each row, x [rows][(2 + n) n], times scale plus base: pre [rows][n] and post
+// [rows][n] by sigmoid, combine [rows][n][n] by `iterations` of Sinkhorn's normalisation.
+void stream_mix(const Team& team, const float* x, const float* scale, const float* base, int64_t rows, int64_t n,
+                int64_t iterations, float eps, float* pre, float* post, float* combine);
+
+// matrices [count][n][n] of logits, replaced by nearly doubly stochastic ones
+void sinkhorn(float* matrices, int64_t count, int64_t n, int64_t iterations, float eps);
+
+// The k blocks of so many scores each whose best score is largest, ascending, -1 behind; the last one always wins.
+void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t block, int64_t k, int64_t* out);
 
 void sigmoid(const Team& team, const float* x, int64_t n, float* out);
 

@@ -182,6 +182,34 @@ void linear_group(const Team& team, const Matrix* const* matrices, float* const*
     });
 }
 
+void linear_blocks(const Team& team, const Matrix* const* matrices, int64_t count, const float* x, int64_t tokens,
+                   float* out) {
+    const Matrix& first = *matrices[0];
+    const Activations a = prepare(team, first.format, x, tokens, count * first.cols, caller_x);
+    const int64_t panels_each = Panels(first).count();
+    const int threads = count * panels_each * Panels(first).bytes() * tokens < kWorthSharing ? 1 : team.threads;
+    const Turns turns(panels_each, panels_per_turn(count * panels_each, threads));
+    parallel_for(count * turns.count, threads, [&](int64_t item) {
+        const int64_t i = item / turns.count, turn = item % turns.count;
+        const Panels panels(*matrices[i]);
+        PanelSet set{first.cols};
+        turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
+        for (int64_t t = 0; t < tokens; t += kMaxTokens) {
+            const int64_t n = std::min(kMaxTokens, tokens - t);
+            const void* xs[kMaxTokens];
+            float y[kMostPanels * kMaxTokens][kPanelRows];
+            for (int64_t k = 0; k < n; ++k)
+                xs[k] = a.base + (t + k) * a.stride + i * (first.cols / kBlock) * a.element_stride;
+            multiply(team, first.format, set, xs, n, y[0]);
+            turns.each_panel(turn, [&](int q, int64_t p) {
+                for (int64_t k = 0; k < n; ++k)
+                    std::memcpy(out + ((t + k) * count + i) * first.rows + p * kPanelRows, y[q * n + k],
+                                static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
+            });
+        }
+    });
+}
+
 void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, float* out) {
     const Matrix* matrices[] = {&m};
     linear_group(team, matrices, &out, 1, x, tokens);
@@ -264,7 +292,7 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
 
     // Down, some experts at a time: all their products first, each matrix read in sequence; then the weighted sums,
     // in the order of the experts.
-    std::fill_n(out, call.tokens * hidden, 0.0f);
+    std::fill_n(out, call.tokens * (call.weights != nullptr ? 1 : call.top_k) * hidden, 0.0f);
     const Turns y_turns(divide_up(hidden, kPanelRows), kMostPanels);
     constexpr int64_t kProducts = 1024 * 1024, kColumns = 512;  // floats
     for (int64_t first = 0, last = 0; first < call.used; first = last) {
@@ -294,8 +322,9 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
             const int64_t c = item * kColumns, columns = std::min(kColumns, hidden - c);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t pair = pairs.at(begin + i);
-                const float weight = call.weights[pair], *from = products + i * hidden + c;
-                float* to = out + pair / call.top_k * hidden + c;
+                const float weight = call.weights != nullptr ? call.weights[pair] : 1;
+                const float* from = products + i * hidden + c;
+                float* to = out + (call.weights != nullptr ? pair / call.top_k : pair) * hidden + c;
                 for (int64_t k = 0; k < columns; ++k) to[k] += weight * from[k];
             }
         });

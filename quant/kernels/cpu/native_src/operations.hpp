@@ -17,7 +17,12 @@ void linear(const Team& team, const Matrix& weight, const float* x, int64_t toke
 void linear_group(const Team& team, const Matrix* const* weights, float* const* outs, int64_t count, const float* x,
                   int64_t tokens);
 
-// The same for plain rows: kind 0 bf16, 1 fp16, 2 fp32.
+// Several matrices of one format and shape, each times its own columns of x [tokens][count * columns], to its own
+// columns of out [tokens][count * rows].
+void linear_blocks(const Team& team, const Matrix* const* weights, int64_t count, const float* x, int64_t tokens,
+                   float* out);
+
+// out [tokens][rows] = x [tokens][cols] * rows^T for plain rows: kind 0 bf16, 1 fp16, 2 fp32.
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
                   int64_t tokens, float* out);
 
@@ -26,12 +31,13 @@ struct Moe {
     const int64_t* ids;            // [used] the experts in use, ascending
     int64_t used;
     const int64_t* choice;  // [tokens][top_k] expert ids
-    const float* weights;   // [tokens][top_k]
+    const float* weights;   // [tokens][top_k]; or null: each choice has a result of its own
     int64_t tokens, top_k;
     float limit;
 };
 
-// out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id
+// out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id; or, without weights,
+// [tokens][top_k][hidden]
 void moe(const Team& team, const Moe& call, const float* x, float* out);
 
 // Rows of an e4m3 table with a scale per 32 columns, as floats.

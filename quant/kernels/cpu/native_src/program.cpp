@@ -1,15 +1,15 @@
 // Runs a program: each operation as the family recorded it, for the rows of this step.
 #include "program.hpp"
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "layers.hpp"
+#include "pool.hpp"
 
 namespace loci {
 namespace {
-
-const float* floats(const void* p) { return static_cast<const float*>(p); }
-float* floats(void* p) { return static_cast<float*>(p); }
 
 // out [rows][columns] = x by its root mean square, times a weight [columns] or none
 void norm(const Team& team, const Operation& op, const StepInput& step) {
@@ -30,67 +30,158 @@ void dense(const Team& team, const Operation& op, const StepInput& step) {
                  floats(op.out[0]));
 }
 
-// x [rows][heads][dim] turned by the row of a table [positions][pairs] that its position names
-void rotate(const Team& team, const Operation& op, const StepInput& step) {
-    const int64_t heads = op.sizes[0], dim = op.sizes[1], pairs = op.sizes[2], width = heads * dim;
-    for (int64_t r = 0; r < step.rows; ++r)
-        rotate(team, floats(op.in[0]) + r * width, floats(op.in[1]) + 2 * pairs * step.positions[r], 1, heads, dim,
-               pairs, floats(op.out[0]) + r * width);
-}
-
-// keys and values [rows][kv_heads][dim] to their places in a layer's cache
-void append(const Operation& op, const StepInput& step) {
-    const int64_t heads = op.sizes[0], dim = op.sizes[1], head_stride = op.sizes[2], slot_stride = op.sizes[3];
-    for (int side = 0; side < 2; ++side)
+// plain matrices of one shape, each times its own columns of x
+void dense_blocks(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t count = op.sizes[0], rows = op.sizes[3], cols = op.sizes[4];
+    const int kind = static_cast<int>(op.sizes[2]);
+    thread_local std::vector<float> x, y;
+    x.resize(static_cast<size_t>(step.rows * cols));
+    y.resize(static_cast<size_t>(step.rows * rows));
+    for (int64_t i = 0; i < count; ++i) {
         for (int64_t r = 0; r < step.rows; ++r)
-            for (int64_t h = 0; h < heads; ++h)
-                std::memcpy(
-                    floats(op.out[side]) + step.slots[r] * slot_stride + h * head_stride + step.positions[r] * dim,
-                    floats(op.in[side]) + (r * heads + h) * dim, static_cast<size_t>(dim) * sizeof(float));
-}
-
-// queries [rows][heads][dim] over all that their slots hold in a layer's cache of keys and values
-void attend(const Team& team, const Operation& op, const StepInput& step) {
-    const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2];
-    for (int64_t r = 0; r < step.rows; ++r) {
-        const int64_t slot = step.slots[r] * op.sizes[4];
-        Attend call{};
-        call.q = floats(op.in[0]) + r * heads * dim;
-        call.keys = floats(op.in[1]) + slot;
-        call.values = floats(op.in[2]) + slot;
-        call.tokens = 1;
-        call.heads = heads;
-        call.kv_heads = kv_heads;
-        call.dim = dim;
-        call.head_stride = op.sizes[3];
-        call.before = step.positions[r];
-        call.window = step.positions[r] + 1;
-        attend(team, call, floats(op.out[0]) + r * heads * dim);
+            std::copy_n(floats(op.in[0]) + (r * count + i) * cols, cols, x.data() + r * cols);
+        const uint8_t* weight = static_cast<const uint8_t*>(op.in[1]) + i * rows * cols * (kind == 2 ? 4 : 2);
+        dense_linear(team, weight, kind, rows, cols, x.data(), step.rows, y.data());
+        for (int64_t r = 0; r < step.rows; ++r)
+            std::copy_n(y.data() + r * rows, rows, floats(op.out[0]) + (r * count + i) * rows);
     }
 }
 
-void run(const Team& team, const Operation& op, const StepInput& step) {
-    const int64_t n = step.rows * op.sizes[0];
-    switch (op.kind) {
-        case Kind::kNorm: return norm(team, op, step);
-        case Kind::kLinear: return linear(team, op, step);
-        case Kind::kDense: return dense(team, op, step);
-        case Kind::kRotate: return rotate(team, op, step);
-        case Kind::kAppend: return append(op, step);
-        case Kind::kAttend: return attend(team, op, step);
-        case Kind::kGated: return gated(team, floats(op.in[0]), floats(op.in[1]), op.factor, n, floats(op.out[0]));
-        case Kind::kAdd:
-            for (int64_t i = 0; i < n; ++i) floats(op.out[0])[i] = floats(op.in[0])[i] + floats(op.in[1])[i];
-            return;
-        case Kind::kScale:
-            for (int64_t i = 0; i < n; ++i) floats(op.out[0])[i] = floats(op.in[0])[i] * op.factor;
+// matrices of one shape, each times its own columns of x, to its own columns of the result: packed ones, or plain ones
+// one behind the other
+void blocks(const Team& team, const Operation& op, const StepInput& step) {
+    if (op.sizes[1] != 0) return dense_blocks(team, op, step);
+    linear_blocks(team, static_cast<const Matrix* const*>(op.in[1]), op.sizes[0], floats(op.in[0]), step.rows,
+                  floats(op.out[0]));
+}
+
+// out [rows][pairs] cosine and sine of position times frequency (double [pairs]), of positions rounded down to a
+// multiple of sizes[1]; the factor, 1 or -1, is the sense of the turn
+void turns(const Team&, const Operation& op, const StepInput& step) {
+    turns_at(step.positions, op.sizes[1], static_cast<const double*>(op.in[0]), step.rows, op.sizes[0], op.factor < 0,
+             floats(op.out[0]));
+}
+
+// x [rows][heads][dim] by turns [rows][pairs]
+void rotate(const Team& team, const Operation& op, const StepInput& step) {
+    rotate(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], op.sizes[1], op.sizes[2],
+           floats(op.out[0]));
+}
+
+void gated(const Team& team, const Operation& op, const StepInput& step) {
+    gated(team, floats(op.in[0]), floats(op.in[1]), op.factor, step.rows * op.sizes[0], floats(op.out[0]));
+}
+
+void add(const Team&, const Operation& op, const StepInput& step) {
+    const float *x = floats(op.in[0]), *y = floats(op.in[1]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i];
+}
+
+void scale(const Team&, const Operation& op, const StepInput& step) {
+    const float* x = floats(op.in[0]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] * op.factor;
+}
+
+// x [rows][width] several times: out [rows][n][width]
+void repeat(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t width = op.sizes[0], n = op.sizes[1];
+    for (int64_t i = 0; i < step.rows * n; ++i)
+        std::memcpy(floats(op.out[0]) + i * width, floats(op.in[0]) + i / n * width,
+                    static_cast<size_t>(width) * sizeof(float));
+}
+
+void weighted_sum(const Team& team, const Operation& op, const StepInput& step) {
+    weighted_sum(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], op.sizes[1], floats(op.out[0]));
+}
+
+// how n streams are read, written and mixed (pre and post [rows][n], combine [rows][n][n]), of what was read off them
+// [rows][(2 + n) n], its scale and its base
+void mix(const Team& team, const Operation& op, const StepInput& step) {
+    stream_mix(team, floats(op.in[0]), floats(op.in[1]), floats(op.in[2]), step.rows, op.sizes[0], op.sizes[1],
+               op.factor, floats(op.out[0]), floats(op.out[1]), floats(op.out[2]));
+}
+
+void mix_streams(const Team& team, const Operation& op, const StepInput& step) {
+    mix_streams(team, floats(op.in[0]), floats(op.in[1]), floats(op.in[2]), floats(op.in[3]), step.rows, op.sizes[0],
+                op.sizes[1], floats(op.out[0]));
+}
+
+// streams [rows][n][dim] and the gated value of table rows, of keys and value [rows][n + 1][dim]
+void engram(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t n = op.sizes[0], dim = op.sizes[1];
+    const float *streams = floats(op.in[0]), *kv = floats(op.in[1]);
+    float *out = floats(op.out[0]), *gates = floats(op.out[1]);
+    engram_gates(team, streams, floats(op.in[2]), kv, (n + 1) * dim, step.rows, n, dim, op.factor, gates);
+    for (int64_t i = 0; i < step.rows * n; ++i) {
+        const float* value = kv + (i / n * (n + 1) + n) * dim;
+        for (int64_t d = 0; d < dim; ++d) out[i * dim + d] = streams[i * dim + d] + gates[i] * value[d];
     }
+}
+
+void route(const Team& team, const Operation& op, const StepInput& step) {
+    route(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], op.sizes[1], op.factor,
+          static_cast<int64_t*>(op.out[0]), floats(op.out[1]));
+}
+
+// The chosen experts of a layer that are all at hand: their sum, weighted, in the router's order. in: x, ids, weights,
+// matrices [experts][3]; out: result, each choice's own result, and how many experts were used, which is added up
+void experts(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t top_k = op.sizes[0], hidden = op.sizes[1], count = step.rows * top_k;
+    const auto* choice = static_cast<const int64_t*>(op.in[1]);
+    const auto* matrices = static_cast<const Matrix* const*>(op.in[3]);
+    thread_local std::vector<int64_t> ids;
+    thread_local std::vector<const Matrix*> used;
+    ids.assign(choice, choice + count);
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    used.clear();
+    for (const int64_t id : ids) used.insert(used.end(), matrices + 3 * id, matrices + 3 * id + 3);
+    Moe call{};
+    call.experts = used.data();
+    call.ids = ids.data();
+    call.used = static_cast<int64_t>(ids.size());
+    call.choice = choice;
+    call.tokens = step.rows;
+    call.top_k = top_k;
+    call.limit = op.factor;
+    float* apart = floats(op.out[1]);
+    moe(team, call, floats(op.in[0]), apart);
+    weighted_sum(team, apart, floats(op.in[2]), step.rows, top_k, hidden, floats(op.out[0]));
+    *static_cast<int64_t*>(op.out[2]) += call.used;
+}
+
+// In the order of Kind; null for what decides how to go on.
+constexpr OperationFunction kFunctions[] = {
+    norm,    linear,   dense,     blocks,       turns, rotate,      run_append, run_attend, gated,
+    add,     scale,    repeat,    weighted_sum, mix,   mix_streams, engram,     run_ring,   run_attend_sparse,
+    nullptr, run_pool, run_entry, run_select,   route, experts,     nullptr,
+};
+static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
+
+// Whether some row is the last token of a group of so many.
+bool completes_any(const StepInput& step, int64_t ratio) {
+    return std::any_of(step.positions, step.positions + step.rows,
+                       [&](int64_t position) { return (position + 1) % ratio == 0; });
 }
 
 }  // namespace
 
-void run_program(const Team& team, const Operation* operations, int64_t count, const StepInput& step) {
-    for (int64_t i = 0; i < count; ++i) run(team, operations[i], step);
+int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count,
+                    const StepInput& step) {
+    for (int64_t i = first; i < count; ++i) {
+        const Operation& op = operations[i];
+        if (op.kind == Kind::kHandOver) {
+            const auto* is_done = static_cast<const int64_t*>(op.in[0]);  // or null: it is never done before
+            if (is_done == nullptr || *is_done == 0) return i;
+        } else if (op.kind == Kind::kUnlessComplete) {
+            if (!completes_any(step, op.sizes[0])) i += op.sizes[1];  // so many operations are about groups' ends
+        } else {
+            kFunctions[static_cast<int64_t>(op.kind)](team, op, step);
+        }
+    }
+    return count;
 }
 
 }  // namespace loci

@@ -1,4 +1,4 @@
-// A decode step as data: operations on fixed addresses, all run by one call.
+// A decode step as data: operations on fixed addresses, run by one call as far as they can.
 #pragma once
 #include "operations.hpp"
 
@@ -12,17 +12,61 @@ struct StepInput {
     const int64_t* positions;  // [rows]
 };
 
-enum class Kind : int64_t { kNorm, kLinear, kDense, kRotate, kAppend, kAttend, kGated, kAdd, kScale };
+// In the order of KINDS in quant/kernels/cpu/program.py.
+enum class Kind : int64_t {
+    kNorm,
+    kLinear,
+    kDense,
+    kBlocks,
+    kTurns,
+    kRotate,
+    kAppend,
+    kAttend,
+    kGated,
+    kAdd,
+    kScale,
+    kRepeat,
+    kWeightedSum,
+    kMix,
+    kMixStreams,
+    kEngram,
+    kRing,
+    kAttendSparse,
+    kUnlessComplete,
+    kPool,
+    kEntry,
+    kSelect,
+    kRoute,
+    kExperts,
+    kHandOver,
+    kKinds
+};
 
-// Pointers, sizes and a factor mean what the operation's function in program.cpp says.
+// Pointers, sizes and a factor mean what the operation's function says.
 struct Operation {
     Kind kind;
-    const void* in[3];
-    void* out[3];
-    int64_t sizes[5];
+    const void* in[5];
+    void* out[4];
+    int64_t sizes[8];
     float factor;
 };
 
-void run_program(const Team& team, const Operation* operations, int64_t count, const StepInput& step);
+// Runs operations from `first` on. Returns the number of the first one that is the caller's to do (a hand-over), or
+// `count` at the end.
+int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count, const StepInput& step);
+
+using OperationFunction = void (*)(const Team& team, const Operation& op, const StepInput& step);
+
+// program_cache.cpp: operations on a sequence's state
+void run_append(const Team& team, const Operation& op, const StepInput& step);
+void run_attend(const Team& team, const Operation& op, const StepInput& step);
+void run_ring(const Team& team, const Operation& op, const StepInput& step);
+void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step);
+void run_pool(const Team& team, const Operation& op, const StepInput& step);
+void run_entry(const Team& team, const Operation& op, const StepInput& step);
+void run_select(const Team& team, const Operation& op, const StepInput& step);
+
+inline const float* floats(const void* p) { return static_cast<const float*>(p); }
+inline float* floats(void* p) { return static_cast<float*>(p); }
 
 }  // namespace loci

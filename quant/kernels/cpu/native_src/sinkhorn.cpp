@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "layers.hpp"
+
 namespace {
 
 // Divide each of `n` runs of `n` values, `stride` apart within a run and `step` from run to run, by its sum.
@@ -28,9 +30,7 @@ void softmax(float* row, int64_t n, float eps) {
 
 }  // namespace
 
-// matrices: [count, n, n] logits, replaced by the normalised matrices.
-extern "C" __attribute__((visibility("default"))) void loci_sinkhorn(float* matrices, int64_t count, int64_t n,
-                                                                     int64_t iterations, float eps) {
+void loci::sinkhorn(float* matrices, int64_t count, int64_t n, int64_t iterations, float eps) {
     for (int64_t m = 0; m < count; ++m) {
         float* c = matrices + m * n * n;
         for (int64_t row = 0; row < n; ++row) softmax(c + row * n, n, eps);

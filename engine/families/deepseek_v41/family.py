@@ -1,0 +1,88 @@
+"""DeepSeek-V4.1: recognises, describes, checks and loads its checkpoints."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.families.base import Component, Family, ModelInfo
+from engine.families.deepseek_v41.config import V41Config, parse_config
+from engine.families.deepseek_v41.forward import DeepseekV41
+from engine.families.deepseek_v41.tensors import IGNORED, components, expected_tensors
+from engine.families.deepseek_v41.weights import read_weights
+from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.experts.traces import trace_of_checkpoint
+from memory.planner.budget import MemoryBudget
+from quant.errors import ConfigError, Findings
+from quant.kernels.interface import Kernels
+
+
+def _table_primes(config: V41Config) -> list[list[int]]:
+    """Sizes of the hash tables of each Engram layer."""
+    orders = config.engram_max_ngram_size - 1
+    return table_primes(len(config.engram_layer_ids), orders, config.engram_n_heads, config.engram_vocab_size)
+
+
+def hashing_of(config: V41Config) -> EngramHash:
+    """The addresses that the Engram layers of `config` use."""
+    vocab, max_ngram = config.engram_compressed_vocab_size, config.engram_max_ngram_size
+    return EngramHash.for_layers(config.engram_layer_ids, _table_primes(config), vocab, max_ngram)
+
+
+class DeepseekV41Family(Family):
+    """The family's entry in the registry."""
+
+    name = "deepseek_v41"
+
+    def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
+        config = parse_config(checkpoint.config)
+        return self._info(config, checkpoint), components(config, checkpoint)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        config = parse_config(checkpoint.config)
+        findings = Findings()
+        with findings.checking():
+            checkpoint.verify(expected_tensors(config, checkpoint), IGNORED)
+        with findings.checking():
+            self._token_map(config, checkpoint)
+        with findings.checking():
+            trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+        findings.raise_any()
+
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
+        self.check(checkpoint)
+        config = parse_config(checkpoint.config)
+        token_map = self._token_map(config, checkpoint)
+        weights = read_weights(config, checkpoint, kernels, budget)
+        hashing = hashing_of(config) if config.engram_layer_ids else None
+        return DeepseekV41(config, self._info(config, checkpoint), weights, token_map, kernels, hashing)
+
+    def _info(self, config: V41Config, checkpoint: Checkpoint) -> ModelInfo:
+        return ModelInfo(
+            family=self.name,
+            name=checkpoint.name,
+            vocab_size=config.vocab_size,
+            max_context=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+        )
+
+    def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
+        """What Engram lookups fold token ids to; empty where there are none."""
+        if not config.engram_layer_ids:
+            return torch.zeros(0, dtype=torch.int64)
+        self._check_tables(config)
+        file = checkpoint.path / "tokenizer.json"
+        return torch.from_numpy(load_token_map(file, config.vocab_size, config.engram_compressed_vocab_size))
+
+    def _check_tables(self, config: V41Config) -> None:
+        """The config's table sizes must be the sums of the primes that the hash will use."""
+        expected = tuple(sum(primes) for primes in _table_primes(config))
+        if config.engram_num_embeddings != expected:
+            raise ConfigError(
+                f"engram_num_embeddings is {list(config.engram_num_embeddings)}, but the hash of this "
+                f"config addresses {list(expected)} rows; the config and the tables do not match"
+            )
+
+
+FAMILY = DeepseekV41Family()

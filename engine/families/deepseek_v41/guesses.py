@@ -1,0 +1,71 @@
+"""Predictions of a layer's experts, made before the layer, for the expert store to prefetch them.
+
+The previous layer's routed experts and the layer's own attention change the streams little, so its router
+predicts most of its choice without them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.families.deepseek_v41.operations import StreamMix, V41Parts
+from engine.layers.engram_lookup import StepRows
+
+
+class Guesses:
+    """The predictions of one step, on tensors of its tokens.
+
+    engram_kv  keys and values of table rows by layer, until the layer uses them: made for a prediction
+    """
+
+    def __init__(self, parts: V41Parts, rows: StepRows | None) -> None:
+        self._parts = parts
+        self._rows = rows
+        self.engram_kv: dict[int, torch.Tensor] = {}
+
+    def prefetch(
+        self,
+        number: int,
+        streams: torch.Tensor,
+        pre: torch.Tensor,
+        y: torch.Tensor | None,
+        mix: StreamMix[torch.Tensor] | None,
+    ) -> None:
+        """See `V41Operations.prefetch`: streams `[tokens, hc * hidden]`, pre `[tokens, hc]`, y
+        `[tokens, hidden]`."""
+        store, kernels, config = self._parts.weights.experts, self._parts.kernels, self._parts.config
+        if not store.wants_guesses(number):
+            return
+        layer = self._parts.weights.layers[number]
+        tokens, hc = pre.shape
+        parallel = streams.view(tokens, hc, -1)
+        if y is not None and mix is not None:
+            parallel = kernels.mix_streams(parallel, y, mix.post, mix.combine.view(tokens, hc, hc))
+            parallel = self._with_engram(number, parallel)
+        # `pre` was made before; the layer's experts will read with its attention's mix, which is like it.
+        x = kernels.weighted_sum(parallel, pre.to(parallel.device)).to(layer.device)
+        ids, _ = self._parts.route(layer, kernels.rms_norm(x, layer.ffn_norm, config.rms_norm_eps))
+        store.prefetch(number, ids.t().flatten().cpu().tolist())  # every token's top choice first
+
+    def wait_for_kv(self, number: int) -> torch.Tensor:
+        """Keys and value of the tokens' rows for a layer, `[tokens, (hc + 1) * hidden]`."""
+        return self.engram_kv.pop(number) if number in self.engram_kv else self._kv(number)
+
+    def _kv(self, number: int) -> torch.Tensor:
+        layer = self._parts.weights.layers[number]
+        assert layer.engram is not None
+        assert self._rows is not None
+        values = self._rows.wait(self._parts.table(number)).to(layer.device)  # [tokens, columns * dim]
+        return layer.engram.keys_and_value(self._parts.kernels, values)
+
+    def _with_engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
+        """About what the layer's Engram will make of the streams; unchanged where rows are not there yet."""
+        layer = self._parts.weights.layers[number]
+        if layer.engram is None or self._rows is None:
+            return streams
+        if not self._rows.is_there(self._parts.table(number)):
+            return streams
+        streams = streams.to(layer.device)
+        self.engram_kv[number] = self._kv(number)
+        gates, value = layer.engram.gates_and_value(self._parts.kernels, streams, self.engram_kv[number])
+        return streams + gates.unsqueeze(-1) * value.unsqueeze(1)

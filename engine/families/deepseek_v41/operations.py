@@ -1,0 +1,139 @@
+"""What V4.1's forward is written in: operations on streams, compressed entries, Engram and experts.
+
+`eager.py` computes them at once, for prompts, on GPUs and where something is to be traced; `recorded.py`
+notes them for a program that decodes. Section numbers refer to docs/deepseek-v41.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Generic, Protocol
+
+import torch
+
+from engine.families.deepseek_v41.config import V41Config
+from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights, LayerWeights, V41Weights
+from engine.layers.hyper_connections import HyperConnection
+from engine.layers.operations import BasicOperations, Value
+from engine.layers.rope import inverse_frequencies
+from quant.kernels.interface import Kernels, Weight
+
+
+@dataclass(frozen=True)
+class StreamMix(Generic[Value]):
+    """How a sublayer's output is written to the streams, and how the next one reads them (section 3).
+
+    pre, post `[rows, hc]`, combine `[rows, hc * hc]`: see `hyper_connections.Mix`
+    """
+
+    pre: Value
+    post: Value
+    combine: Value
+
+
+@dataclass(frozen=True)
+class V41Parts:
+    """What operations need of a loaded model."""
+
+    config: V41Config
+    weights: V41Weights
+    kernels: Kernels
+
+    @cached_property
+    def plain_frequencies(self) -> torch.Tensor:
+        """Of layers without compressed entries, `[pairs]` float64."""
+        return inverse_frequencies(self.config.qk_rope_head_dim, self.config.rope_theta)
+
+    @cached_property
+    def compressed_frequencies(self) -> torch.Tensor:
+        """Of layers with them, `[pairs]` float64."""
+        c = self.config
+        return inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn)
+
+    def table(self, layer: int) -> int:
+        """Which of the Engram tables a layer reads."""
+        return self.config.engram_layer_ids.index(layer)
+
+    def is_compressed(self, layer: int) -> bool:
+        """Whether a layer sees compressed entries, and so turns by their frequencies."""
+        return self.config.compress_ratios[layer] > 0
+
+    def route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that a layer's router chooses for x `[tokens, hidden]`, and their weights,
+        `[tokens, top_k]`."""
+        c = self.config
+        logits = self.kernels.linear(x, layer.gate)
+        return self.kernels.route(logits, layer.gate_bias, c.num_experts_per_tok, c.routed_scaling_factor)
+
+
+class V41Operations(BasicOperations[Value], Protocol[Value]):
+    """Streams are `[rows, hc * hidden]`."""
+
+    def at_layer(self, number: int | None) -> None:
+        """What follows is layer `number`'s, or no layer's."""
+        ...
+
+    def move(self, device: torch.device, *values: Value) -> Sequence[Value]:
+        """Values on a device."""
+        ...
+
+    def streams(self, x: Value, n: int) -> tuple[Value, Value]:
+        """x in n streams, and the mix that the first sublayer reads with: stream 0 alone."""
+        ...
+
+    def mix(self, connection: HyperConnection, streams: Value) -> StreamMix[Value]:
+        """Section 3, from the streams."""
+        ...
+
+    def read_streams(self, streams: Value, pre: Value) -> Value:
+        """sum_i pre_i * stream_i."""
+        ...
+
+    def write_streams(self, streams: Value, y: Value, mix: StreamMix[Value]) -> Value:
+        """post_j * y + sum_i combine[i, j] * stream_i."""
+        ...
+
+    def engram(self, number: int, streams: Value) -> Value:
+        """The gated value of the tokens' table rows added to every stream (section 7)."""
+        ...
+
+    def rotate(self, x: Value, heads: int, *, compressed: bool, backwards: bool = False) -> Value:
+        """Heads turned by their rows' positions."""
+        ...
+
+    def blocks(self, x: Value, weights: Sequence[Weight]) -> Value:
+        """Weights of one shape, each times its own columns of x, side by side."""
+        ...
+
+    def compress(self, number: int, compressor: CompressorWeights, x: Value) -> None:
+        """Append the entries and index keys of the groups that these tokens complete (section 4.3)."""
+        ...
+
+    def select(self, number: int, queries: Value, weights: Value) -> None:
+        """Choose which compressed entries each token sees from this layer on (sections 4.4, 4.5)."""
+        ...
+
+    def attend(self, number: int, attn: AttentionWeights, q: Value, kv: Value) -> Value:
+        """Latents stored in the layer's window, then attention over it and the chosen entries (4.6)."""
+        ...
+
+    def prefetch(
+        self, number: int, streams: Value, pre: Value, y: Value | None, mix: StreamMix[Value] | None
+    ) -> None:
+        """Start prefetching the experts that layer `number` will probably choose, from the streams so far:
+        with y, from what they will be when `mix` has written it to them."""
+        ...
+
+    def acquire(self, number: int, ids: Value) -> None:
+        """Begin the layer's routed experts: missing ones are on their way from now on."""
+        ...
+
+    def experts(self, number: int, x: Value, ids: Value, weights: Value) -> Value:
+        """The weighted sum of the chosen experts' outputs."""
+        ...
+
+    def trace(self, name: str, value: Value, *shape: int) -> None:
+        """Keep a value for whoever asked for it, each row in that shape."""
+        ...

@@ -1,0 +1,153 @@
+// Operations of a program on the state of sequences: appended rows, rings, compressed entries.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "layers.hpp"
+#include "pool.hpp"
+#include "program.hpp"
+
+namespace loci {
+namespace {
+
+size_t bytes_of(int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); }
+
+bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio == 0; }
+
+}  // namespace
+
+// keys and values [rows][kv_heads][dim] to their places in a layer's cache
+void run_append(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t heads = op.sizes[0], dim = op.sizes[1], head_stride = op.sizes[2], slot_stride = op.sizes[3];
+    for (int side = 0; side < 2; ++side)
+        for (int64_t r = 0; r < step.rows; ++r)
+            for (int64_t h = 0; h < heads; ++h)
+                std::memcpy(
+                    floats(op.out[side]) + step.slots[r] * slot_stride + h * head_stride + step.positions[r] * dim,
+                    floats(op.in[side]) + (r * heads + h) * dim, bytes_of(dim));
+}
+
+// queries [rows][heads][dim] over all that their slots hold in a layer's cache of keys and values
+void run_attend(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2];
+    for (int64_t r = 0; r < step.rows; ++r) {
+        const int64_t slot = step.slots[r] * op.sizes[4];
+        Attend call{};
+        call.q = floats(op.in[0]) + r * heads * dim;
+        call.keys = floats(op.in[1]) + slot;
+        call.values = floats(op.in[2]) + slot;
+        call.tokens = 1;
+        call.heads = heads;
+        call.kv_heads = kv_heads;
+        call.dim = dim;
+        call.head_stride = op.sizes[3];
+        call.before = step.positions[r];
+        call.window = step.positions[r] + 1;
+        attend(team, call, floats(op.out[0]) + r * heads * dim);
+    }
+}
+
+// x [rows][dim], each row to its position's place in a ring [ring][dim] of its slot
+void run_ring(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t dim = op.sizes[0], ring = op.sizes[1], slot_stride = op.sizes[2];
+    for (int64_t r = 0; r < step.rows; ++r)
+        std::memcpy(floats(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] % ring * dim,
+                    floats(op.in[0]) + r * dim, bytes_of(dim));
+}
+
+// queries [rows][heads][dim] over the last tokens in their slots' rings and, of compressed entries [slots][.][dim],
+// those chosen [rows][choices]; with sinks [heads]
+void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t heads = op.sizes[0], dim = op.sizes[1], window = op.sizes[2], ring = op.sizes[3];
+    const int64_t choices = op.sizes[5];
+    for (int64_t r = 0; r < step.rows; ++r) {
+        const int64_t seen = std::min(window, step.positions[r] + 1);
+        Attend call{};
+        call.q = floats(op.in[0]) + r * heads * dim;
+        call.keys = call.values = floats(op.in[1]) + step.slots[r] * op.sizes[4];
+        call.ring = ring;
+        call.first = step.positions[r] + 1 - seen;
+        call.tokens = call.kv_heads = 1;
+        call.heads = heads;
+        call.dim = dim;
+        call.before = seen - 1;
+        call.window = window;
+        call.sink = floats(op.in[2]);
+        if (choices > 0) {
+            call.more = floats(op.in[3]) + step.slots[r] * op.sizes[6];
+            call.chosen = static_cast<const int64_t*>(op.in[4]) + r * choices;
+            call.choices = choices;
+        }
+        attend(team, call, floats(op.out[0]) + r * heads * dim);
+    }
+}
+
+// Rows and gates in rings of the last tokens [ring][dim]: those of the group that a row completes, pooled; zeros for
+// other rows.
+void run_pool(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t dim = op.sizes[0], ring = op.sizes[1], slot_stride = op.sizes[2], ratio = op.sizes[3];
+    thread_local std::vector<float> rows, gates;
+    rows.resize(static_cast<size_t>(ratio * dim));
+    gates.resize(static_cast<size_t>(ratio * dim));
+    for (int64_t r = 0; r < step.rows; ++r) {
+        float* out = floats(op.out[0]) + r * dim;
+        if (!completes(step.positions[r], ratio)) {
+            std::fill_n(out, dim, 0.0f);
+            continue;
+        }
+        for (int64_t i = 0; i < ratio; ++i) {
+            const int64_t from = step.slots[r] * slot_stride + (step.positions[r] + 1 - ratio + i) % ring * dim;
+            std::memcpy(rows.data() + i * dim, floats(op.in[0]) + from, bytes_of(dim));
+            std::memcpy(gates.data() + i * dim, floats(op.in[1]) + from, bytes_of(dim));
+        }
+        pool_groups(team, rows.data(), gates.data(), 1, ratio, dim, out);
+    }
+}
+
+// x [rows][dim], of rows that complete a group, to the group's place among its slot's entries
+void run_entry(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t dim = op.sizes[0], slot_stride = op.sizes[1], ratio = op.sizes[2];
+    for (int64_t r = 0; r < step.rows; ++r)
+        if (completes(step.positions[r], ratio))
+            std::memcpy(floats(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] / ratio * dim,
+                        floats(op.in[0]) + r * dim, bytes_of(dim));
+}
+
+// Which compressed entries each row attends to. in: queries [rows][heads][dim], weights [rows][heads], index keys
+// [slots][.][dim], and perhaps blocks of entries [rows][most blocks] to choose from; out: entries [rows][k], scores
+// [columns] and named entries [columns] of a row at a time, and perhaps its best blocks
+void run_select(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t heads = op.sizes[0], dim = op.sizes[1], ratio = op.sizes[2], slot_stride = op.sizes[3];
+    const int64_t k = op.sizes[4], block = op.sizes[5], most_blocks = op.sizes[6];
+    const auto* pool = static_cast<const int64_t*>(op.in[3]);
+    float* scores = floats(op.out[1]);
+    auto* named = static_cast<int64_t*>(op.out[2]);
+    for (int64_t r = 0; r < step.rows; ++r) {
+        auto* chosen = static_cast<int64_t*>(op.out[0]) + r * k;
+        const int64_t visible = (step.positions[r] + 1) / ratio;
+        Index call{};
+        call.queries = floats(op.in[0]) + r * heads * dim;
+        call.weights = floats(op.in[1]) + r * heads;
+        call.keys = floats(op.in[2]) + step.slots[r] * slot_stride;
+        call.tokens = 1;
+        call.heads = heads;
+        call.dim = dim;
+        call.visible = &visible;
+        call.columns = visible;
+        if (pool != nullptr) {
+            call.columns = 0;
+            for (int64_t b = 0; b < most_blocks; ++b)
+                for (int64_t i = 0, first = pool[r * most_blocks + b] * block; first >= 0 && i < block; ++i)
+                    if (first + i < visible) named[call.columns++] = first + i;
+            call.entries = named;
+        }
+        index_scores(team, call, scores);
+        best_columns(team, scores, 1, call.columns, k, chosen);
+        if (op.out[3] != nullptr)
+            best_blocks(team, scores, visible, block, most_blocks, static_cast<int64_t*>(op.out[3]) + r * most_blocks);
+        for (int64_t i = 0; pool != nullptr && i < k; ++i)
+            if (chosen[i] >= 0) chosen[i] = named[chosen[i]];
+    }
+}
+
+}  // namespace loci

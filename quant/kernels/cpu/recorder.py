@@ -1,0 +1,384 @@
+"""Notes the operations of a decode step, in the order of their calls, and makes a program of them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+
+from quant.errors import FormatError
+from quant.kernels.cpu.panels import NativeWeight, native_weight
+from quant.kernels.cpu.program import (
+    DENSE_KINDS,
+    Buffer,
+    HandOver,
+    Noted,
+    Operand,
+    Program,
+    Recording,
+    Runner,
+)
+from quant.kernels.interface import ExpertWeights, Weight
+
+GROUP = 3  # matrices of one operation at most
+
+
+@dataclass(frozen=True)
+class KvPlace:
+    """Where a layer's keys and values lie: row `position` of head h of a slot, strides in floats.
+
+    keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """kv_heads, head_dim, and the strides of a head and of a slot."""
+        slot, head, _, _ = self.keys.stride()
+        return self.keys.shape[1], self.keys.shape[3], head, slot
+
+
+@dataclass(frozen=True)
+class Selector:
+    """How compressed entries are chosen: the `top_k` best, perhaps of the `blocks` best blocks of `block`."""
+
+    top_k: int
+    block: int
+    blocks: int
+
+
+@dataclass
+class Recorder:
+    """Notes operations; `finish` makes a program of them. Buffers are `[rows, width]`.
+
+    max_rows  that a step may have
+    layer     of which operations are noted; for descriptions only
+    """
+
+    runner: Runner
+    max_rows: int
+    layer: int | None = None
+    _recording: Recording = field(default_factory=Recording)
+
+    # ------------------------------------------------------------------------------- beginning and end
+
+    def input(self, width: int) -> Buffer:
+        """A buffer that is filled before each run."""
+        buffer = self.buffer(width)
+        buffer.first = -1
+        return buffer
+
+    def buffer(self, width: int, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Buffer:
+        """A buffer for what the next operation writes, which may be a hand-over."""
+        at = len(self._recording.noted)
+        buffer = Buffer(width, at, at, dtype, rows)
+        self._recording.buffers.append(buffer)
+        return buffer
+
+    def hand_over(self, work: HandOver, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> torch.Tensor:
+        """A place where a run comes back to its caller, who does `work` on some buffers.
+
+        Returns a number `[1]` int64 that is 0; a run goes on without `work` while it is not.
+        """
+        skip = torch.zeros(1, dtype=torch.int64)
+        at = len(self._recording.noted)
+        self._recording.hand_overs[at] = work
+        self._note("hand_over", [self._address(skip)], [], [])
+        for buffer in (*reads, *writes):
+            buffer.last = at
+        return skip
+
+    def finish(self, source: Buffer, result: Buffer) -> Program:
+        """The program of what was noted, from `source`, filled before each run, to `result`."""
+        return Program(self.runner, self._recording, source, result, self.max_rows)
+
+    # -------------------------------------------------------------------------------------- any model
+
+    def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
+        """x * rsqrt(mean(x^2) + eps) * weight."""
+        out = self.buffer(x.width)
+        at = None if weight is None else self._weight(weight)
+        self._note("norm", [x, at], [out], [x.width], eps)
+        return out
+
+    def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
+        """`x @ weight^T` for each weight. Raises FormatError for a format without a kernel."""
+        outs = [self.buffer(int(weight.shape[0])) for weight in weights]
+        prepared = [self._prepared(weight) for weight in weights]
+        pairs = list(zip(prepared, outs, strict=True))
+        for kind, group in groupby(pairs, key=lambda pair: self._group(pair[0])):
+            members = list(group)
+            if kind is None:
+                for dense, out in members:
+                    assert isinstance(dense, torch.Tensor)
+                    sizes = [DENSE_KINDS[dense.dtype], *dense.shape]
+                    self._note("dense", [x, self._weight(dense)], [out], sizes, nbytes=dense.nbytes)
+                continue
+            for at in range(0, len(members), GROUP):
+                self._linear(x, members[at : at + GROUP])
+        return outs
+
+    def turns(self, frequencies: torch.Tensor, *, unit: int = 1, backwards: bool = False) -> Buffer:
+        """Rotations of the rows' positions, rounded down to a multiple of `unit`: frequencies `[pairs]`."""
+        out = self.buffer(2 * len(frequencies))
+        sizes = [len(frequencies), unit]
+        self._note("turns", [self._address(frequencies.double())], [out], sizes, -1.0 if backwards else 1.0)
+        return out
+
+    def rotate(self, x: Buffer, turns: Buffer, heads: int) -> Buffer:
+        """The last channels of each head turned."""
+        out = self.buffer(x.width)
+        self._note("rotate", [x, turns], [out], [heads, x.width // heads, turns.width // 2])
+        return out
+
+    def append(self, keys: Buffer, values: Buffer, place: KvPlace) -> None:
+        """Write keys and values to the cache, each row at its slot and position."""
+        to = [self._address(place.keys), self._address(place.values)]
+        self._note("append", [keys, values], to, place.sizes)
+
+    def attend(self, q: Buffer, place: KvPlace) -> Buffer:
+        """Attention of each row over what its slot holds up to its position."""
+        kv_heads, dim, head, slot = place.sizes
+        out = self.buffer(q.width)
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values)]
+        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot])
+        return out
+
+    def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
+        """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
+        out = self.buffer(gate.width)
+        self._note("gated", [gate, up], [out], [gate.width], limit)
+        return out
+
+    def add(self, x: Buffer, y: Buffer) -> Buffer:
+        """x + y."""
+        out = self.buffer(x.width)
+        self._note("add", [x, y], [out], [x.width])
+        return out
+
+    def scale(self, x: Buffer, factor: float) -> Buffer:
+        """x * factor."""
+        out = self.buffer(x.width)
+        self._note("scale", [x], [out], [x.width], factor)
+        return out
+
+    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
+        """The experts that the logits choose, int64, and their weights: see `LayerOperations.route`."""
+        ids, weights = self.buffer(top_k, torch.int64), self.buffer(top_k)
+        self._note("route", [logits, self._weight(bias)], [ids, weights], [logits.width, top_k], factor)
+        return ids, weights
+
+    def experts(
+        self,
+        x: Buffer,
+        ids: Buffer,
+        weights: Buffer,
+        experts: Sequence[ExpertWeights],
+        limit: float,
+        used: torch.Tensor,
+    ) -> Buffer:
+        """The sum of the chosen experts' outputs, weighted, in the router's order.
+
+        experts  all of the layer's, which stay where they are
+        used     `[1]` int64, to which each run adds how many different experts it has computed
+        """
+        natives = [self._native(weight) for expert in experts for weight in expert.matrices]
+        table = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
+        self._recording.held += [table, natives]
+        out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
+        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table)]
+        nbytes = ids.width * sum(weight.nbytes for weight in experts[0].matrices)
+        sizes = [ids.width, x.width]
+        self._note("experts", inputs, [out, apart, self._address(used)], sizes, limit, nbytes)
+        return out
+
+    # ----------------------------------------------------------------- parallel streams (mHC), Engram
+
+    def constant(self, row: torch.Tensor) -> Buffer:
+        """The same values `[width]` in every row."""
+        out = self.buffer(len(row))
+        rows = row.float().repeat(self.max_rows, 1)
+        self._note("scale", [self._address(rows)], [out], [len(row)], 1.0)
+        return out
+
+    def repeat(self, x: Buffer, n: int) -> Buffer:
+        """x, n times side by side."""
+        out = self.buffer(n * x.width)
+        self._note("repeat", [x], [out], [x.width, n])
+        return out
+
+    def weighted_sum(self, parts: Buffer, weights: Buffer) -> Buffer:
+        """sum_i weights_i * part_i: as many parts side by side as there are weights."""
+        n = weights.width
+        out = self.buffer(parts.width // n)
+        self._note("weighted_sum", [parts, weights], [out], [n, out.width])
+        return out
+
+    def mix(
+        self, x: Buffer, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
+    ) -> tuple[Buffer, Buffer, Buffer]:
+        """pre, post `[rows, n]` and combine `[rows, n * n]` of hyper-connections, of what was read off the
+        streams."""
+        outs = self.buffer(n), self.buffer(n), self.buffer(n * n)
+        self._note("mix", [x, self._weight(scale), self._weight(base)], [*outs], [n, iterations], eps)
+        return outs
+
+    def mix_streams(self, streams: Buffer, y: Buffer, post: Buffer, combine: Buffer) -> Buffer:
+        """post_j * y + sum_i combine[i, j] * stream_i."""
+        out = self.buffer(streams.width)
+        self._note("mix_streams", [streams, y, post, combine], [out], [post.width, y.width])
+        return out
+
+    def engram(self, streams: Buffer, kv: Buffer, qk: torch.Tensor, eps: float) -> Buffer:
+        """Streams and the gated value of table rows; kv has a key for each stream, then the value."""
+        n, dim = qk.shape
+        out, gates = self.buffer(streams.width), self.buffer(n)
+        self._note("engram", [streams, kv, self._weight(qk)], [out, gates], [n, dim], eps)
+        return out
+
+    # ------------------------------------------------------------- windows and compressed entries
+
+    def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
+        """Weights of one shape, each times its own columns of x, side by side."""
+        rows, cols = weights[0].shape
+        out = self.buffer(rows * len(weights))
+        nbytes = sum(weight.nbytes for weight in weights)
+        if isinstance(weights[0], torch.Tensor):
+            whole = torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)])
+            sizes = [len(weights), 1, DENSE_KINDS[whole.dtype], rows, cols]
+            self._note("blocks", [x, self._weight(whole)], [out], sizes, nbytes=nbytes)
+            return out
+        natives = [self._native(weight) for weight in weights]
+        matrices = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
+        self._recording.held += [matrices, natives]
+        self._note("blocks", [x, ctypes.addressof(matrices)], [out], [len(natives), 0], nbytes=nbytes)
+        return out
+
+    def ring(self, x: Buffer, to: torch.Tensor) -> None:
+        """Write x into the rings `[slots, ring, width]`, each row at its slot and position."""
+        _, places, width = to.shape
+        self._note("ring", [x], [self._address(to)], [width, places, to.stride(0)])
+
+    def attend_sparse(
+        self,
+        q: Buffer,
+        rings: torch.Tensor,
+        sink: torch.Tensor,
+        window: int,
+        compressed: torch.Tensor | None,
+        chosen: Buffer | None,
+    ) -> Buffer:
+        """Attention over the last `window` latents in rings `[slots, ring, dim]`, and over those `chosen` of
+        the compressed entries `[slots, entries, dim]`."""
+        _, places, dim = rings.shape
+        out = self.buffer(q.width)
+        inputs: list[Operand] = [q, self._address(rings), self._weight(sink)]
+        sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0]
+        if compressed is not None and chosen is not None:
+            inputs += [self._address(compressed), chosen]
+            sizes[5:] = [chosen.width, compressed.stride(0)]
+        self._note("attend_sparse", inputs, [out], sizes)
+        return out
+
+    @contextmanager
+    def if_complete(self, ratio: int) -> Iterator[None]:
+        """Operations that are skipped while no row is the last token of a group of `ratio`."""
+        at = len(self._recording.noted)
+        self._note("unless_complete", [], [], [ratio, 0])
+        yield
+        self._recording.noted[at].sizes[1] = len(self._recording.noted) - at - 1
+
+    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int) -> Buffer:
+        """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group."""
+        _, places, dim = rows.shape
+        out = self.buffer(dim)
+        inputs = [self._address(rows), self._address(gates)]
+        self._note("pool", inputs, [out], [dim, places, rows.stride(0), ratio])
+        return out
+
+    def entry(self, x: Buffer, to: torch.Tensor, ratio: int) -> None:
+        """Write x, of rows that complete a group, among the entries `[slots, groups, width]`."""
+        self._note("entry", [x], [self._address(to)], [x.width, to.stride(0), ratio])
+
+    def select(
+        self,
+        queries: Buffer,
+        weights: Buffer,
+        keys: torch.Tensor,
+        ratio: int,
+        selector: Selector,
+        pool: Buffer | None,
+        *,
+        makes_pool: bool,
+    ) -> tuple[Buffer, Buffer | None]:
+        """The entries that each row attends to, int64, -1 behind; and the best blocks, where later choices
+        are to be made among these. Index keys `[slots, entries, dim]`."""
+        _, entries, dim = keys.shape
+        chosen = self.buffer(selector.top_k, torch.int64)
+        named = selector.block * selector.blocks if pool is not None else 0
+        columns = max(named, entries, 1)
+        scores, names = self.buffer(columns, rows=1), self.buffer(max(named, 1), torch.int64, rows=1)
+        blocks = self.buffer(selector.blocks, torch.int64) if makes_pool else None
+        self._note(
+            "select",
+            [queries, weights, self._address(keys), pool],
+            [chosen, scores, names, blocks],
+            [weights.width, dim, ratio, keys.stride(0), selector.top_k, selector.block, selector.blocks],
+        )
+        return chosen, blocks
+
+    # ------------------------------------------------------------------------------------------------
+
+    def _note(
+        self,
+        kind: str,
+        inputs: Sequence[Operand],
+        outputs: Sequence[Operand],
+        sizes: Sequence[int],
+        factor: float = 0.0,
+        nbytes: int = 0,
+    ) -> None:
+        noted = self._recording.noted
+        for place in (*inputs, *outputs):
+            if isinstance(place, Buffer):
+                place.last = len(noted)
+        noted.append(Noted(kind, list(inputs), list(outputs), list(sizes), factor, nbytes, self.layer))
+
+    def _linear(self, x: Buffer, members: Sequence[tuple[NativeWeight | torch.Tensor, Buffer]]) -> None:
+        """Packed matrices of one format, multiplied with the same x together."""
+        weights = [weight for weight, _ in members if isinstance(weight, NativeWeight)]
+        matrices = (ctypes.c_void_p * len(weights))(*(weight.address for weight in weights))
+        self._recording.held += [matrices, *weights]
+        nbytes = sum(weight.nbytes for weight in weights)
+        outs = [out for _, out in members]
+        self._note("linear", [x, ctypes.addressof(matrices)], outs, [len(weights)], nbytes=nbytes)
+
+    def _prepared(self, weight: Weight) -> NativeWeight | torch.Tensor:
+        return weight.contiguous() if isinstance(weight, torch.Tensor) else self._native(weight)
+
+    def _native(self, weight: Weight) -> NativeWeight:
+        if isinstance(weight, torch.Tensor):
+            raise FormatError("plain weights have no panels")
+        native = native_weight(weight)
+        if native is None:
+            raise FormatError(f"{weight.format.name}: no kernel multiplies with it")
+        return native
+
+    def _group(self, weight: NativeWeight | torch.Tensor) -> str | None:
+        """What weights must share to be multiplied together; None where each is alone."""
+        return None if isinstance(weight, torch.Tensor) else weight.format.name
+
+    def _weight(self, weight: torch.Tensor) -> int:
+        """Where a weight's values lie, one behind the other."""
+        return self._address(weight.contiguous())
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        """Where a tensor lies, which is kept; a view of a cache may have larger steps between slots."""
+        self._recording.held.append(tensor)
+        return tensor.data_ptr()

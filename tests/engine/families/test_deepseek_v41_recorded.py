@@ -1,0 +1,113 @@
+"""V4.1's recorded decode step gives the bits of its operations one by one, wherever the experts lie."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.families.base import Batch
+from engine.families.deepseek_v41.family import FAMILY
+from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
+from engine.families.deepseek_v41.recorded import MAX_ROWS
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
+from memory.planner.placement import Workload
+from memory.tiers import Tier
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.reference import ReferenceKernels
+from tests.conftest import golden_path
+from tests.engine.families.recorded_pairs import Pair
+
+pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
+
+SLOTS, CONTEXT = 3, 64
+CPU = torch.device("cpu")
+
+
+def tight(path: Path) -> MemoryBudget:
+    """Room for about a third of the experts in DRAM and on two virtual GPUs, and for few Engram rows."""
+    whole = FAMILY.load(open_safetensors(path), NativeKernels(), MemoryBudget(1 << 30))
+    experts = whole.weights.experts.tier_bytes["dram"]
+    dense = whole.weights.places.nbytes["dram"]
+    whole.close()
+    gpus = tuple(Tier(f"vram:{n}", experts // 12, CPU, link_bytes_per_s=1e9) for n in range(2))
+    return MemoryBudget(dense + experts // 5, gpus, Workload(context=300, sequences=MAX_ROWS + 2))
+
+
+@pytest.fixture(scope="module", params=itertools.product(["v41-a", "v41-b", "v41-c"], ["all", "some"]))
+def model(request: pytest.FixtureRequest) -> Iterator[DeepseekV41]:
+    name, held = request.param
+    path = golden_path(name)
+    budget = MemoryBudget(1 << 30) if held == "all" else tight(path)
+    loaded = FAMILY.load(open_safetensors(path), NativeKernels(), budget)
+    assert loaded.weights.experts.is_still == (held == "all")
+    yield loaded
+    loaded.close()
+
+
+def forget(cache: V41Cache) -> None:
+    assert cache.decoder is not None
+    cache.decoder = None
+
+
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: DeepseekV41, data: st.DataObject) -> None:
+    pair = Pair(model, lambda: model.new_cache(SLOTS, CONTEXT), forget)
+    pair.do_anything(data, model.info.vocab_size, CONTEXT, longest=24)
+
+
+def test_long_sequences_pass_windows_groups_and_choices(model: DeepseekV41) -> None:
+    context = 300
+    pair = Pair(model, lambda: model.new_cache(2, context), forget)
+    ids = torch.randint(
+        0, model.info.vocab_size, (context,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    pair.run([(0, ids[:200])])
+    pair.run([(1, ids[:3])])
+    for at in range(200, 240):
+        pair.run([(0, ids[at : at + 1]), (1, ids[at - 190 : at - 189])])
+
+
+def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: DeepseekV41) -> None:
+    rows = MAX_ROWS + 2
+    cache, eager = model.new_cache(rows, 8), model.new_cache(rows, 8)
+    forget(eager)
+    batch = Batch.of([(slot, 0, [slot]) for slot in range(rows)])
+
+    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
+
+
+def test_a_programs_buffers_are_counted_with_the_cache(model: DeepseekV41) -> None:
+    cache = model.new_cache(2, 40)
+
+    assert model.cache_bytes(2, 40) == cache.nbytes
+    assert cache.nbytes > model.cache_shape.nbytes(2, 40) + 4 * MAX_ROWS * model.info.vocab_size
+
+
+def test_uses_of_experts_are_counted_alike(model: DeepseekV41) -> None:
+    def uses(cache: V41Cache) -> int:
+        before = sum(model.telemetry.snapshot().hits.values())
+        model.forward(Batch.of([(0, 0, [3]), (1, 0, [9])]), cache)
+        return sum(model.telemetry.snapshot().hits.values()) - before
+
+    replayed, eager = model.new_cache(2, 8), model.new_cache(2, 8)
+    forget(eager)
+    assert uses(replayed) == uses(eager) > 0
+
+
+def test_plain_torch_records_nothing() -> None:
+    path = golden_path("v41-a")
+    loaded = FAMILY.load(open_safetensors(path), ReferenceKernels(), MemoryBudget(1 << 30))
+    cache = loaded.new_cache(1, 4)
+
+    assert cache.decoder is None
+    assert loaded.cache_bytes(1, 4) == cache.nbytes
+    loaded.close()
