@@ -86,7 +86,9 @@ def model_path(model: Path | str | None) -> Path:
             )
         return found
     if model is not None and (str(model) not in EMBEDDED or Path(model).exists()):
-        return Path(model)
+        path = Path(model)
+        # Path("./org/model") forgets what made it a path.
+        return path.absolute() if hub_model(path) is not None else path
     names = list(EMBEDDED) if model is None else [str(model)]
     for name in names:
         found = EMBEDDED[name].find()

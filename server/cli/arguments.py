@@ -55,7 +55,7 @@ OptionalNamedModel = Annotated[
     str | None,
     typer.Argument(
         help=f"{_WHAT} Default: demo.",
-        metavar=f"[{METAVAR}]",
+        metavar=METAVAR,
         autocompletion=complete_model,
         show_default=False,
     ),
