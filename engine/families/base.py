@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Batch:
         if all_logits:
             rows = torch.arange(len(flat))
         else:
-            rows = torch.tensor([s.length for s in segments], dtype=torch.int64).cumsum(0) - 1
+            rows = torch.tensor([end - 1 for end in accumulate(s.length for s in segments)])
         return cls(flat, segments, rows)
 
 

@@ -19,6 +19,9 @@ from memory.checkpoint.entries import TensorEntry, TensorSpec
 from memory.checkpoint.reads import read_tensor
 from quant.errors import CheckpointError
 
+# How names of GGUF files end, those of one part too.
+GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+
 
 class Checkpoint:
     """A config and the ranges of files that hold its tensors.
@@ -86,14 +89,14 @@ class Checkpoint:
 
 
 def name_of(path: Path) -> str:
-    """The name of a model's directory or file, without `.gguf`; of a link, the link's own name.
+    """The name of a model's directory or file, without `.gguf` and its part; of a link, the link's own name.
 
     In a Hugging Face Hub cache, a GGUF file's target is named by its hash, and a directory by its commit:
     that one's name is the repository's, ORG/MODEL.
     """
     named = Path(os.path.abspath(path))
-    if named.suffix.lower() == ".gguf":
-        return named.stem
+    if GGUF_ENDING.search(named.name):
+        return GGUF_ENDING.sub("", named.name)
     kind, _, repository = named.parents[1].name.partition("--") if len(named.parents) > 1 else ("", "", "")
     if named.parent.name == "snapshots" and kind == "models" and repository:
         return repository.replace("--", "/")

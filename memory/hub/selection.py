@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from memory.checkpoint.gguf_files import PART
 from memory.checkpoint.safetensors_files import INDEX_NAME, candidates, choose_shards, read_index
 from memory.hub.names import HubModel
 from quant.errors import CheckpointError, ConfigError
@@ -25,7 +26,6 @@ BESIDE = (
     "tiktoken.model",
 )
 TOKENIZERS = ("tokenizer.json", "tiktoken.model")
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 # GGUF files beside models that are none: projectors of vision models, statistics.
 _OTHERS = re.compile(r"(.*/)?(mmproj[^/]*|[^/]*imatrix[^/]*)", re.IGNORECASE)
 _QUANTIZATION = re.compile(r"(?:UD-)?(?:(?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)", re.IGNORECASE)
@@ -42,14 +42,14 @@ def gguf_models(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.lower().endswith(".gguf") and not _OTHERS.fullmatch(name):
-            part = _PART.fullmatch(name)
+            part = PART.fullmatch(name)
             found.setdefault(f"{part['stem']}.gguf" if part else name, []).append(name)
     return found
 
 
 def is_whole(files: list[str]) -> bool:
     """Whether `files` are all parts of a GGUF model."""
-    part = _PART.fullmatch(files[0])
+    part = PART.fullmatch(files[0])
     return len(files) == (int(part["count"]) if part else 1)
 
 

@@ -48,8 +48,7 @@ class V41Recorded(RecordedBasics):
         self._acquired: ExpertStep | None = None
 
     def run(self, batch: Batch, embedded: torch.Tensor, rows: StepRows | None) -> torch.Tensor:
-        """The logits of a batch of new tokens, embedded `[rows, hidden]`: `[max_rows, vocab_size]`, valid
-        until the next step."""
+        """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
         assert self.program is not None
         self._guesses = Guesses(self._parts, rows)
         self._step_rows = rows
@@ -67,7 +66,7 @@ class V41Recorded(RecordedBasics):
         if count := int(self.used):
             self._parts.weights.experts.count_uses(count)
             self.used[0] = 0
-        return self.program.result
+        return self.program.logits(batch.logit_rows)
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""

@@ -16,7 +16,8 @@ import torch
 from quant.errors import FormatError
 from quant.formats.four_bit import FourBit
 from quant.formats.fp8 import FP8_32, FP8_128, Fp8
-from quant.formats.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.formats.gguf_k import Q6_K
+from quant.formats.gguf_legacy import Q4_0, Q4_1, Q8_0
 from quant.formats.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4

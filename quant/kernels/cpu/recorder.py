@@ -101,10 +101,10 @@ class Recorder:
     # -------------------------------------------------------------------------------------- any model
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
-        """x * rsqrt(mean(x^2) + eps) * weight."""
-        out = self.buffer(x.width)
+        """x * rsqrt(mean(x^2) + eps) * weight; with a weight shorter than x, each such part by itself."""
+        out, width = self.buffer(x.width), x.width if weight is None else len(weight)
         at = None if weight is None else self._weight(weight)
-        self._note("norm", [x, at], [out], [x.width], eps)
+        self._note("norm", [x, at], [out], [width, x.width // width], eps)
         return out
 
     def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
@@ -142,12 +142,15 @@ class Recorder:
         to = [self._address(place.keys), self._address(place.values)]
         self._note("append", [keys, values], to, place.sizes)
 
-    def attend(self, q: Buffer, place: KvPlace) -> Buffer:
-        """Attention of each row over what its slot holds up to its position."""
+    def attend(
+        self, q: Buffer, place: KvPlace, window: int | None = None, sinks: torch.Tensor | None = None
+    ) -> Buffer:
+        """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`."""
         kv_heads, dim, head, slot = place.sizes
         out = self.buffer(q.width)
-        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values)]
-        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot])
+        at = None if sinks is None else self._weight(sinks)
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at]
+        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot, window or 0])
         return out
 
     def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
@@ -160,6 +163,18 @@ class Recorder:
         """x + y."""
         out = self.buffer(x.width)
         self._note("add", [x, y], [out], [x.width])
+        return out
+
+    def bias(self, x: Buffer, row: torch.Tensor) -> Buffer:
+        """x + row `[width]`."""
+        out = self.buffer(x.width)
+        self._note("bias", [x, self._weight(row)], [out], [x.width])
+        return out
+
+    def clip(self, x: Buffer, limit: float) -> Buffer:
+        """x cut to -limit .. limit."""
+        out = self.buffer(x.width)
+        self._note("clip", [x], [out], [x.width], limit)
         return out
 
     def scale(self, x: Buffer, factor: float) -> Buffer:

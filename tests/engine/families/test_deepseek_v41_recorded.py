@@ -19,6 +19,7 @@ from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload
 from memory.tiers import Tier
+from quant.errors import CheckpointError
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.reference import ReferenceKernels
@@ -101,6 +102,35 @@ def test_uses_of_experts_are_counted_alike(model: DeepseekV41) -> None:
     replayed, eager = model.new_cache(2, 8), model.new_cache(2, 8)
     forget(eager)
     assert uses(replayed) == uses(eager) > 0
+
+
+def test_a_step_that_fails_at_any_hand_over_can_be_computed_again(model: DeepseekV41) -> None:
+    cache, eager = model.new_cache(1, 16), model.new_cache(1, 16)
+    forget(eager)
+    for each in (cache, eager):
+        model.forward(Batch.of([(0, 0, [5, 6, 7])]), each)
+    batch = Batch.of([(0, 3, [8])])
+    assert cache.program is not None
+    places = [at for at, noted in enumerate(cache.program.noted) if noted.kind == "hand_over"]
+    failed = 0
+    for at in places:
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setitem(cache.program.hand_overs, at, _gone)
+            try:
+                model.forward(batch, cache)
+            except CheckpointError:
+                failed += 1
+            else:  # rows had arrived, so nothing was handed over
+                cache.resume(0, 3, 0)
+        assert cache.length(0) == 3
+        assert not model.weights.experts.slots.claims
+    if not model.weights.experts.is_still:  # else only rows that are late are handed over
+        assert failed == len(places) > model.config.num_hidden_layers
+    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
+
+
+def _gone(rows: int) -> None:
+    raise CheckpointError("shard: cannot be read at byte 0 (Input/output error)")
 
 
 def test_plain_torch_records_nothing() -> None:

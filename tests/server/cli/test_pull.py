@@ -200,6 +200,25 @@ def test_one_gguf_file_is_fetched_by_its_quantization(hub: Hub, ggufs: Repositor
     assert hub.requests == []
 
 
+def test_a_gguf_model_in_parts_arrives_with_all_of_them(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    write_gguf(folder / "tiny-Q8_0.gguf", tiny_values(), "Q8_0", VOCABULARY, max_tensors=8)
+    parts = {f"Q8_0/{name}": content for name, content in files_of(folder).items()}
+    hub.add("org/parts", parts | {"tiny-F32.gguf": b"not asked for"})
+
+    result = invoke("run", "org/parts:Q8_0", "abcab", "--max-tokens", "4", "--temperature", "0")
+
+    assert result.returncode == 0, result.stderr
+    assert len(parts) > 1
+    assert sorted(hub.fetched()) == sorted(files_of(folder))
+    local = invoke("run", min(folder.iterdir()), "abcab", "--max-tokens", "4", "--temperature", "0")
+    assert result.stdout == local.stdout
+    assert [model["name"] for model in json.loads(invoke("list", "--json").stdout)] == [
+        "org/parts:Q8_0/tiny-Q8_0.gguf"
+    ]
+
+
 @pytest.mark.parametrize("part", ["", ":Q4_K_M"])
 def test_a_wrong_quantization_is_answered_with_those_there_are(ggufs: Repository, part: str) -> None:
     said = complaint("run", f"org/tiny-GGUF{part}", *RUN)

@@ -11,9 +11,10 @@
 namespace loci {
 namespace {
 
-// out [rows][columns] = x by its root mean square, times a weight [columns] or none
+// out [rows][heads][columns] = x by each head's root mean square, times a weight [columns] or none
 void norm(const Team& team, const Operation& op, const StepInput& step) {
-    rms_norm(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], op.factor, floats(op.out[0]));
+    rms_norm(team, floats(op.in[0]), floats(op.in[1]), step.rows * op.sizes[1], op.sizes[0], op.factor,
+             floats(op.out[0]));
 }
 
 // one to three packed matrices times the same x, each to a result of its own
@@ -76,6 +77,19 @@ void add(const Team&, const Operation& op, const StepInput& step) {
     const float *x = floats(op.in[0]), *y = floats(op.in[1]);
     float* out = floats(op.out[0]);
     for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i];
+}
+
+// x [rows][width] and the same row y in each
+void bias(const Team&, const Operation& op, const StepInput& step) {
+    const float *x = floats(op.in[0]), *y = floats(op.in[1]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i % op.sizes[0]];
+}
+
+void clip(const Team&, const Operation& op, const StepInput& step) {
+    const float* x = floats(op.in[0]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = std::min(std::max(x[i], -op.factor), op.factor);
 }
 
 void scale(const Team&, const Operation& op, const StepInput& step) {
@@ -154,9 +168,12 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
 
 // In the order of Kind; null for what decides how to go on.
 constexpr OperationFunction kFunctions[] = {
-    norm,    linear,   dense,     blocks,       turns, rotate,      run_append, run_attend, gated,
-    add,     scale,    repeat,    weighted_sum, mix,   mix_streams, engram,     run_ring,   run_attend_sparse,
-    nullptr, run_pool, run_entry, run_select,   route, experts,     nullptr,
+    norm,    linear,      dense,      blocks,     turns,
+    rotate,  run_append,  run_attend, gated,      add,
+    bias,    clip,        scale,      repeat,     weighted_sum,
+    mix,     mix_streams, engram,     run_ring,   run_attend_sparse,
+    nullptr, run_pool,    run_entry,  run_select, route,
+    experts, nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

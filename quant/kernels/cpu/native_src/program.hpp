@@ -24,6 +24,8 @@ enum class Kind : int64_t {
     kAttend,
     kGated,
     kAdd,
+    kBias,
+    kClip,
     kScale,
     kRepeat,
     kWeightedSum,
