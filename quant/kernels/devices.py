@@ -50,8 +50,10 @@ class DeviceKernels:
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         return self.on(_device_of(table)).gather_rows(table, rows)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        return self.on(gate.device).gated(gate, up, limit)
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        return self.on(gate.device).gated(gate, up, limit, alpha, shift)
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
         return self.on(x.device).sigmoid(x)

@@ -19,8 +19,10 @@ QUERY_BLOCK = 64
 class LayerOperations(Protocol):
     """Operations on activations, float32; results are on the device of the first argument."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        """silu(min(gate, limit)) * clamp(up, -limit, limit), of equal shapes."""
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        """g * sigmoid(alpha * g) * (clamp(up, -limit, limit) + shift), where g = min(gate, limit)."""
         ...
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,8 +137,13 @@ class LayerOperations(Protocol):
 class TorchLayers:
     """`LayerOperations` in plain torch, on any device."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if alpha == 1 and shift == 0:
+            return F.silu(g) * u
+        return g * torch.sigmoid(alpha * g) * (u + shift)
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(x)

@@ -146,7 +146,7 @@ def _print_program(path: Path, budget: MemoryBudget) -> None:
         [(kind.name, str(kind.operations), str(kind.hand_overs), bytes_text(kind.nbytes)) for kind in layers],
         right=(1, 2, 3),
     )
-    print("\nA hand-over comes back to Python if bytes must arrive first; others are skipped.")
+    print("\nA hand-over is skipped unless bytes must arrive first.")
 
 
 def _count(number: int) -> str:

@@ -25,8 +25,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint directory, GGUF file, ORG/MODEL of the Hugging Face Hub, demo, smollm2, or a "
-            "name such as deepseek-v4.1-flash.",
+            help="Checkpoint directory, GGUF file, config.json, ORG/MODEL of the Hugging Face Hub, demo, "
+            "smollm2, or a name like gpt-oss-20b.",
             autocompletion=complete_model,
             show_default=False,
         ),
@@ -90,10 +90,16 @@ def plan(
 
 
 def _shape(model: str) -> ModelShape:
-    from memory.planner.published import NAMES, built_in
+    from engine.families.released import NAMES, released_shape
 
+    if model.endswith(".json") and Path(model).is_file():
+        from engine.families.decoder.config_only import config_shape
+        from memory.checkpoint.safetensors_files import read_json
+
+        config = Path(model)
+        return config_shape(read_json(config), config.resolve().parent.name)
     if model in NAMES and not Path(model).exists():
-        return built_in(model)
+        return released_shape(model)
     if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
         from engine.families.shapes import shape_of
@@ -109,7 +115,9 @@ def _on_disk(model: str) -> bool:
     """Whether the model lies on this machine's disk already."""
     from server.cli.fetch import is_here
 
-    return model in EMBEDDED or Path(model).exists() or (hub_model(model) is not None and is_here(model))
+    if model in EMBEDDED or Path(model).exists():
+        return not model.endswith(".json")
+    return hub_model(model) is not None and is_here(model)
 
 
 def _hardware(

@@ -42,11 +42,10 @@ def test_where_nothing_moves_only_rows_that_are_late_are_handed_over(still: Prog
     assert sum(len(each.layers) * each.hand_overs for each in layer_kinds(still)) == 2  # Engram layers
 
 
-def test_where_experts_move_every_layer_hands_over() -> None:
+def test_where_experts_move_every_layer_may_hand_over() -> None:
     moving = program(MemoryBudget(9 << 20))
 
     assert all(each.hand_overs >= 2 for each in layer_kinds(moving) if each.layers != (None,))
-    assert "experts" not in {kind.kind for kind in operation_kinds(moving)}
 
 
 def test_layers_are_named_in_ranges() -> None:

@@ -50,15 +50,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Activation:
-    """What a feed-forward network does between its matrices.
+    """What a feed-forward network does between its matrices: gate * sigmoid(alpha * gate) * (up + shift).
 
-    silu   silu(gate) * up, with gate cut above at `limit` and up at both sides
-    oai    gate * sigmoid(alpha * gate) * (up + 1), cut likewise: gpt-oss
+    limit   gate is cut above, up at both sides
     """
 
-    kind: Literal["silu", "oai"] = "silu"
     limit: float = float("inf")
     alpha: float = 1.0
+    shift: float = 0.0
 
 
 SILU = Activation()

@@ -32,7 +32,7 @@ from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import KvPlace, Recorder
-from quant.kernels.interface import Kernels, swiglu
+from quant.kernels.interface import ExpertExtras, Kernels, swiglu
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
@@ -245,7 +245,8 @@ class Decoder(Model):
             if shared is not None:  # computed while missing experts arrive
                 y = swiglu(self.kernels, normed, shared.gate, shared.up, shared.down, float("inf"))
             self._prefetch(number + 1, x if y is None else x + y * self.description.residual_factor)
-            out = experts.run(normed, weights, self._part(number).activation.limit)
+            extras = self._extras(number, layer.feed_forward)
+            out = experts.run(normed, weights, self._part(number).activation.limit, extras)
         return out if y is None else out + y
 
     def _expect(self, number: int, x: torch.Tensor) -> torch.Tensor:
@@ -277,6 +278,11 @@ class Decoder(Model):
         if weights.bias is not None:
             logits = logits + weights.bias
         return choose_experts(self.kernels, self._part(number).router, logits, weights.choice_bias)
+
+    def _extras(self, number: int, weights: RouterWeights) -> ExpertExtras:
+        """What a layer's experts have beyond matrices and SwiGLU."""
+        activation = self._part(number).activation
+        return ExpertExtras(activation.alpha, activation.shift, weights.expert_biases)
 
     def _part(self, number: int) -> Experts:
         part = self.description.layers[number].feed_forward

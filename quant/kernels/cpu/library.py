@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 9  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 10  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -39,7 +39,10 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_weighted_sum": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_mix_streams": (None, [Int, Int, Pointer, Pointer, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_sigmoid": (None, [Int, Int, Pointer, Int64, Pointer]),
-    "loci_gated": (None, [Int, Int, Pointer, Pointer, ctypes.c_float, Int64, Pointer]),
+    "loci_gated": (
+        None,
+        [Int, Int, Pointer, Pointer, ctypes.c_float, ctypes.c_float, ctypes.c_float, Int64, Pointer],
+    ),
     "loci_rotate": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Int64, Pointer]),
     "loci_pool_groups": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_engram_gates": (

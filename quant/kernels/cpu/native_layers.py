@@ -77,7 +77,9 @@ class NativeLayers:
     def _threads(self) -> int:
         raise NotImplementedError
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
         gate, up = floats(gate), floats(up)
         out = torch.empty_like(gate)
         self._library.loci_gated(
@@ -86,6 +88,8 @@ class NativeLayers:
             gate.data_ptr(),
             up.data_ptr(),
             limit,
+            alpha,
+            shift,
             gate.numel(),
             out.data_ptr(),
         )

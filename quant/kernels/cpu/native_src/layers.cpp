@@ -117,9 +117,9 @@ void sigmoid(const Team& team, const float* x, int64_t n, float* out) {
     spans(team, n, [&](int64_t first, int64_t count) { team.level.sigmoid(x + first, count, out + first); });
 }
 
-void gated(const Team& team, const float* gate, const float* up, float limit, int64_t n, float* out) {
+void gated(const Team& team, const float* gate, const float* up, const Gating& gating, int64_t n, float* out) {
     spans(team, n, [&](int64_t first, int64_t count) {
-        team.level.swiglu(gate + first, up + first, limit, count, out + first);
+        team.level.swiglu(gate + first, up + first, gating, count, out + first);
     });
 }
 

@@ -72,8 +72,7 @@ void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t
 
 void sigmoid(const Team& team, const float* x, int64_t n, float* out);
 
-// silu(min(gate, limit)) * clamp(up, -limit, limit)
-void gated(const Team& team, const float* gate, const float* up, float limit, int64_t n, float* out);
+void gated(const Team& team, const float* gate, const float* up, const Gating& gating, int64_t n, float* out);
 
 // The last 2 * pairs of dim channels of x [tokens][heads][dim] turned by turns [tokens][pairs], cosine and sine.
 void rotate(const Team& team, const float* x, const float* turns, int64_t tokens, int64_t heads, int64_t dim,

@@ -39,6 +39,7 @@ enum class Kind : int64_t {
     kEntry,
     kSelect,
     kRoute,
+    kAtHand,
     kExperts,
     kHandOver,
     kKinds
