@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
+from quant.kernels.layers import RoutingRule
 from quant.packed import Format, PackedTensor
 
 
@@ -73,9 +74,9 @@ class DeviceKernels:
         return self.on(x.device).rotate(x, turns)
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.on(logits.device).route(logits, bias, top_k, factor)
+        return self.on(logits.device).route(logits, bias, rule)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)

@@ -10,6 +10,10 @@ import ctypes
 
 import torch
 
+from quant.kernels.layers import RoutingRule
+
+SCORES = ("sqrt softplus", "softmax", "sigmoid", "chosen softmax")  # in the order of `Score` in layers.hpp
+
 
 class AttendCall(ctypes.Structure):
     """`Attend` of native_src/layers.hpp."""
@@ -48,6 +52,33 @@ class IndexCall(ctypes.Structure):
         ("entries", ctypes.c_void_p),
         ("columns", ctypes.c_int64),
     )
+
+
+class Routing(ctypes.Structure):
+    """`Routing` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("score", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("best", ctypes.c_int64),
+        ("is_renormalised", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("factor", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, rule: RoutingRule) -> Routing:
+        """The rule as the library reads it."""
+        return cls(
+            SCORES.index(rule.score),
+            rule.top_k,
+            *(rule.groups or (0, 0, 0)),
+            int(rule.is_renormalised),
+            rule.epsilon,
+            rule.factor,
+        )
 
 
 def floats(x: torch.Tensor) -> torch.Tensor:
@@ -159,20 +190,19 @@ class NativeLayers:
         return out
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, bias = floats(logits), floats(bias)
+        logits, bias = floats(logits), None if bias is None else floats(bias)
         tokens, experts = logits.shape
-        chosen = torch.empty((tokens, top_k), dtype=torch.int64)
-        weights = logits.new_empty(tokens, top_k)
+        chosen = torch.empty((tokens, rule.top_k), dtype=torch.int64)
+        weights = logits.new_empty(tokens, rule.top_k)
         self._library.loci_route(
             self._threads(),
             logits.data_ptr(),
-            bias.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             tokens,
             experts,
-            top_k,
-            factor,
+            ctypes.byref(Routing.of(rule)),
             chosen.data_ptr(),
             weights.data_ptr(),
         )

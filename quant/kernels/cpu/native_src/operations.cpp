@@ -69,7 +69,7 @@ Activations prepare(const Team& team, int64_t format, const float* x, int64_t to
         return a;
     }
     a.base = scratch.get(tokens * a.stride);
-    const int threads = tokens * cols < 16384 ? 1 : team.threads;
+    const int threads = tokens * cols < 4096 ? 1 : team.threads;
     parallel_for(tokens, threads, [&](int64_t t) { write_activations(team, format, a, t, 0, x + t * cols, cols); });
     return a;
 }
@@ -168,14 +168,16 @@ class Line {
 void multiply(const Team& team, const Line& line, int64_t format, const Activations& a, int64_t tokens) {
     const int64_t per_turn = tokens > kMaxTokens ? kMostPanels : 1;  // they use activations while these are near
     const int threads = line.bytes() * tokens < kWorthSharing ? 1 : team.threads;
-    parallel_for(divide_up(line.count(), per_turn), threads, [&](const Turn& turn) {
+    const auto compute = [&](const Turn& turn) {
         const int64_t first = turn.item * per_turn, count = std::min(line.count() - first, per_turn);
         const Product* products[kMostPanels];
         int64_t numbers[kMostPanels];  // of panels in their matrices
         Panel panels[kMostPanels];
         for (int64_t q = 0; q < count; ++q) {
             products[q] = &line.find(first + q, &numbers[q]);
-            const uint8_t* next = line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
+            const bool is_last = q + 1 == count && turn.next < 0;
+            const uint8_t* next = is_last ? team.ahead(turn.share).begin
+                                          : line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
             panels[q] = products[q]->panels.at(numbers[q], next, q);
         }
         for (int64_t t = 0; t < tokens; t += kMaxTokens)
@@ -190,10 +192,22 @@ void multiply(const Team& team, const Line& line, int64_t format, const Activati
                     std::memcpy(product.out + (t + k) * product.stride + row, y[k],
                                 static_cast<size_t>(product.panels.rows_in(numbers[q])) * sizeof(float));
             }
-    });
+    };
+    parallel_for(divide_up(line.count(), per_turn), threads, compute, [&](int number) { return team.ahead(number); });
 }
 
 }  // namespace
+
+Span Upcoming::share(int number, int threads) const {
+    constexpr int64_t kAsked = 48 * 1024;  // what comes while small operations are computed
+    if (rows != nullptr) return {rows + bytes / threads * number, kAsked};
+    int64_t panels = 0;
+    for (int64_t i = 0; i < count; ++i) panels += Panels(*matrices[i]).count();
+    int64_t first = panels * number / threads;
+    for (int64_t i = 0; i < count; first -= Panels(*matrices[i++]).count())
+        if (first < Panels(*matrices[i]).count()) return {Panels(*matrices[i]).begin(first), kAsked};
+    return {};
+}
 
 void linear_group(const Team& team, const Matrix* const* matrices, float* const* outs, int64_t count, const float* x,
                   int64_t tokens) {
