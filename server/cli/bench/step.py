@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli.arguments import JsonFile, OptionalModel
+from server.cli.arguments import JsonFile, OptionalNamedModel
 from server.cli.bench.figures import print_figures, results_of
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
@@ -31,7 +31,7 @@ NAMES = {
 
 
 def step(
-    model: OptionalModel = None,
+    model: OptionalNamedModel = None,
     tokens: Annotated[int, typer.Option(min=1, help="Steps measured in each answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 9,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
