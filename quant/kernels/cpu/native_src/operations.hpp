@@ -1,13 +1,25 @@
 // The operations of the back end on one level: what quant/kernels/cpu/native.py calls.
 #pragma once
 #include "kernels.hpp"
+#include "pool.hpp"
 
 namespace loci {
+
+// Weights that are read after those of an operation: packed matrices one after the other, or plain rows.
+struct Upcoming {
+    const Matrix* const* matrices;
+    int64_t count;
+    const uint8_t* rows;
+    int64_t bytes;
+    Span share(int number, int threads) const;  // where thread `number` begins to read
+};
 
 struct Team {
     const Level& level;
     int threads;
-    bool one_digit;  // int8 activations where the format has such kernels
+    bool one_digit;                  // int8 activations where the format has such kernels
+    const Upcoming* then = nullptr;  // threads ask for it at the end of an operation
+    Span ahead(int number) const { return then != nullptr ? then->share(number, threads) : Span(); }
 };
 
 // out [tokens][rows] = x [tokens][cols] * weight^T
@@ -33,7 +45,8 @@ struct Moe {
     const int64_t* choice;  // [tokens][top_k] expert ids
     const float* weights;   // [tokens][top_k]; or null: each choice has a result of its own
     int64_t tokens, top_k;
-    float limit;
+    Gating gating;
+    const float* const* biases;  // of w1, w3, w2 of each expert in use; or null
 };
 
 // out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id; or, without weights,
