@@ -24,6 +24,7 @@ BEYOND_CACHES = 512 << 20
 SHOWN_KERNELS = 6
 NAMES = {
     "forward": "forward, outside kernels",
+    "waiting": "waiting for Engram rows",
     "assembling": "assembling the batch",
     "prefetching": "requesting Engram rows",
     "loop": "step loop, locks",
