@@ -76,7 +76,7 @@ def step(
         prepare(
             resolve_settings(
                 {
-                    "model": path,
+                    "model": str(path),
                     "dram_budget": dram_budget,
                     "max_num_seqs": 1,
                     "max_model_len": PROMPT_TOKENS + tokens + UNCOUNTED,
