@@ -23,7 +23,7 @@ class AtHand:
         self.busy = torch.zeros(layers, dtype=torch.int64)
         self._numbers = self.addresses.numpy()  # the same memory
         self._table = table
-        self._of_slot: dict[tuple[int, int], tuple[int, int, int]] = {}  # by layout and slot
+        self._of_slot: dict[tuple[int, int], tuple[int, int, int]] = {}  # by layer and slot
         self._coming: dict[Key, SlotEntry] = {}
 
     def put(self, key: Key, entry: SlotEntry) -> None:
@@ -48,7 +48,7 @@ class AtHand:
                 self._numbers[key[0], key[1]] = self._addresses(key[0], entry)
 
     def _addresses(self, layer: int, entry: SlotEntry) -> tuple[int, int, int]:
-        at = id(self._table.layouts[layer]), entry.slot
+        at = layer, entry.slot
         if at not in self._of_slot:
             self._of_slot[at] = matrix_addresses(self._table.weights(layer, entry))
         return self._of_slot[at]
