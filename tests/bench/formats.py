@@ -1,10 +1,10 @@
-"""Every format that files have, one token: `python -m tests.bench.formats [FORMAT ...]`.
+"""Every format that files have, one token: `python -m tests.bench.formats [FORMAT ...]` prints a table.
 
-Of each, with native kernels and as many threads as torch has: products with one matrix a call and six experts a
-call, as shares of plain reads of as many bytes in the same run; the speed of products that stay in the caches,
-which arithmetic alone decides; how fast one thread rearranges a file's bytes into panels. Where llama-cpp-python
-is installed, the time of llama.cpp's product of the same shape and type, rearranged where it can, by ours.
-`loci` asks for huge pages; here THP_MEM_ALLOC_ENABLE=1 does. Two to five minutes for all.
+Of each, with native kernels and as many threads as torch has: products with one matrix a call and six experts
+a call, as shares of plain reads of as many bytes in the same run; the speed of products that stay in the
+caches, which arithmetic alone decides; how fast one thread turns a file's bytes into panels. Where
+llama-cpp-python is installed, also the time of llama.cpp's product of the same shape and type, rearranged where
+it can, by ours. `loci` asks for huge pages; here THP_MEM_ALLOC_ENABLE=1 does. Some minutes for all.
 """
 
 from __future__ import annotations
@@ -26,20 +26,28 @@ from quant.bench.decode import (
     product_case,
     read_case,
 )
-from quant.bench.ggml import TYPES, GgmlMissingError, GgmlProducts
-from quant.bench.timing import Case, Figure, Neighbours, take_turns
+from quant.bench.ggml import GgmlMissingError, GgmlProducts
+from quant.bench.timing import Case, Neighbours, Rates, take_turns
 from quant.formats.plain import PLAIN, Plain
 from quant.kernels.choice import choose
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.cpu.panels import NativeWeight, native_weight, tile
-from quant.kernels.interface import Weight, matrix_shapes
+from quant.kernels.interface import ExpertWeights, Weight, matrix_shapes
 from quant.packed import Format, PackedTensor
 from tests.quant.kernels.kernel_cases import GGUF, NATIVE, any_weight
 
 ARENA_BYTES = 1 << 30
 TURNS, TILINGS = 25, 15
+COLUMNS = (
+    "us a product",
+    "of reads",
+    "experts, of reads",
+    "in caches GB/s",
+    "to panels GB/s",
+    "llama.cpp / ours",
+)
 
 
 def random_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
@@ -51,7 +59,7 @@ def random_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
     return found
 
 
-def tiled(packed: PackedTensor) -> NativeWeight:
+def prepared(packed: PackedTensor) -> NativeWeight:
     """As the kernels read it: in panels, or plain rows as they are."""
     native = native_weight(packed)
     assert native is not None
@@ -60,8 +68,6 @@ def tiled(packed: PackedTensor) -> NativeWeight:
 
 def tiling_rate(packed: PackedTensor) -> float:
     """Bytes of file layout that one thread turns into panels a second, at best."""
-    if isinstance(packed.format, Plain):
-        return float("nan")
     out, source = tile(packed).codes, native_weight(packed)
     assert source is not None
     taken = []
@@ -74,51 +80,60 @@ def tiling_rate(packed: PackedTensor) -> float:
 
 def ggml_case(name: str) -> Case | None:
     """llama.cpp's products of the same shape; None where it has no such type, or is not installed."""
-    if name not in TYPES:
-        return None
     count = TURN_BYTES // (WIDTH * HIDDEN // 2) * 4
     for rearranged in (True, False):
         try:
-            products = GgmlProducts(name, WIDTH, HIDDEN, count, rearranged)
-        except GgmlMissingError:
+            return graphs_case(GgmlProducts(name, WIDTH, HIDDEN, count, rearranged))
+        except (GgmlMissingError, KeyError):
             continue
-        each = max(1, TURN_BYTES // products.nbytes)
-        graphs = products.graphs(each)
-        return Case("llama.cpp", each, lambda turn: products.compute(graphs[turn % len(graphs)]))
     return None
 
 
-def measure(arena: Arena, kernels: NativeKernels, format_: Format) -> list[Figure]:
-    file = random_weight(format_, WIDTH, HIDDEN)
-    weight, x = tiled(file), torch.randn(1, HIDDEN)
-    matrices: list[Weight] = arena.matrices(weight)
-    product = product_case("product", kernels, matrices, x)
-    cases = [read_case(arena, int(product.work)), product, cached_case("cached", kernels, weight, x)]
-    if isinstance(format_, Plain):
-        cases.pop()  # 1024 rows are more than the caches hold
-    if (other := ggml_case(format_.name)) is not None:
-        cases.append(other)
-    rates = take_turns(cases, TURNS)
-    figures = [
-        Figure("read GB/s", rates.median("read") / 1e9, ""),
-        Figure("one matrix / reads", rates.ratio("product", "read"), ""),
-    ]
+def graphs_case(products: GgmlProducts) -> Case:
+    each = max(1, TURN_BYTES // products.nbytes)
+    graphs = products.graphs(each)
+    return Case("llama.cpp", each, lambda turn: products.compute(graphs[turn % len(graphs)]))
+
+
+def random_experts(arena: Arena, format_: Format) -> list[ExpertWeights]:
     layout = ExpertSlotLayout(HIDDEN, WIDTH, format_)
     slot = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    layout.pack_into(slot, *(random_weight(format_, *shape) for shape in matrix_shapes(HIDDEN, WIDTH)))
-    experts = [layout.views(copy) for copy in arena.copies(slot)]
-    moe = moe_case("experts", kernels, experts, HIDDEN, TOP_K, 1)
-    of_experts = take_turns([read_case(arena, int(moe.work)), moe], TURNS)
-    figures.append(Figure("six experts / reads", of_experts.ratio("experts", "read"), ""))
-    if not isinstance(format_, Plain):
-        figures.append(Figure("in caches GB/s", rates.median("cached") / 1e9, ""))
-        figures.append(Figure("to panels GB/s", tiling_rate(file) / 1e9, ""))
+    for number, shape in enumerate(matrix_shapes(HIDDEN, WIDTH)):
+        layout.pack_matrix(slot, number, random_weight(format_, *shape))
+    return [layout.views(copy) for copy in arena.copies(slot)]
+
+
+def against_llama(rates: Rates, nbytes: int) -> float:
+    """How long llama.cpp takes for a product, in units of how long we do."""
+    pairs = zip(rates.per_turn["product"], rates.per_turn["llama.cpp"], strict=True)
+    return statistics.median(ours / nbytes / theirs for ours, theirs in pairs)
+
+
+def measure(arena: Arena, kernels: NativeKernels, format_: Format) -> list[float | None]:
+    """A figure for each column, None where there is none; and the speed of plain reads, GB/s."""
+    file = random_weight(format_, WIDTH, HIDDEN)
+    weight, x = prepared(file), torch.randn(1, HIDDEN)
+    matrices: list[Weight] = arena.matrices(weight)
+    product = product_case("product", kernels, matrices, x)
+    cases = [read_case(arena, int(product.work)), product]
+    is_plain = isinstance(format_, Plain)  # 1024 rows are more than the caches hold, and there are no panels
+    if not is_plain:
+        cases.append(cached_case("cached", kernels, weight, x))
+    other = ggml_case(format_.name.removesuffix("_gguf")) if format_ in GGUF else None
     if other is not None:
-        per_turn = zip(rates.per_turn["product"], rates.per_turn["llama.cpp"], strict=True)
-        figures.append(Figure("llama.cpp's time / ours", statistics.median(a / weight.nbytes / b for a, b in per_turn), ""))
-        figures.append(Figure("llama.cpp us", 1e6 / rates.median("llama.cpp"), ""))
-    figures.append(Figure("us", 1e6 * weight.nbytes / rates.median("product"), ""))
-    return figures
+        cases.append(other)
+    rates = take_turns(cases, TURNS)
+    moe = moe_case("experts", kernels, random_experts(arena, format_), HIDDEN, TOP_K, 1)
+    of_experts = take_turns([read_case(arena, int(moe.work)), moe], TURNS)
+    return [
+        1e6 * weight.nbytes / rates.median("product"),
+        rates.ratio("product", "read"),
+        of_experts.ratio("experts", "read"),
+        None if is_plain else rates.median("cached") / 1e9,
+        None if is_plain else tiling_rate(file) / 1e9,
+        None if other is None else against_llama(rates, weight.nbytes),
+        rates.median("read") / 1e9,
+    ]
 
 
 def main() -> None:
@@ -127,9 +142,14 @@ def main() -> None:
     formats = {format_.name: format_ for format_ in (*GGUF, *NATIVE, *PLAIN.values())}
     arena, neighbours = Arena(ARENA_BYTES, kernels), Neighbours()
     print(kernels.describe())
+    print("| format |", " | ".join((*COLUMNS, "reads GB/s")), "|")
+    print("|---|" + "---|" * (len(COLUMNS) + 1))
     for name in sys.argv[1:] or formats:
         figures = measure(arena, kernels, formats[name])
-        print(f"{name:20}", "; ".join(f"{f.name} {f.value:.2f}" for f in figures), flush=True)
+        shown = [
+            "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in figures
+        ]
+        print(f"| {name} |", " | ".join(shown), "|", flush=True)
     print(f"{neighbours.cores():.2f} cores busy elsewhere")
 
 
