@@ -3,8 +3,8 @@
 Of each, with native kernels and as many threads as torch has: products with one matrix a call and six experts
 a call, as shares of plain reads of as many bytes in the same run; the speed of products that stay in the
 caches, which arithmetic alone decides; how fast one thread turns a file's bytes into panels. Where
-llama-cpp-python is installed, also the time of llama.cpp's product of the same shape and type, rearranged where
-it can, by ours. `loci` asks for huge pages; here THP_MEM_ALLOC_ENABLE=1 does. Some minutes for all.
+llama-cpp-python is installed, also the time of llama.cpp's product of the same shape and type, rearranged
+where it can, by ours. `loci` asks for huge pages; here THP_MEM_ALLOC_ENABLE=1 does. Some minutes for all.
 """
 
 from __future__ import annotations
@@ -41,13 +41,9 @@ from tests.quant.kernels.kernel_cases import GGUF, NATIVE, any_weight
 ARENA_BYTES = 1 << 30
 TURNS, TILINGS = 25, 15
 COLUMNS = (
-    "us a product",
-    "of reads",
-    "experts, of reads",
-    "in caches GB/s",
-    "to panels GB/s",
-    "llama.cpp / ours",
-)
+    "us a product", "of reads", "experts, of reads", "in caches GB/s", "to panels GB/s", "llama.cpp / ours",
+    "reads GB/s",
+)  # fmt: skip
 
 
 def random_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
@@ -110,7 +106,7 @@ def against_llama(rates: Rates, nbytes: int) -> float:
 
 
 def measure(arena: Arena, kernels: NativeKernels, format_: Format) -> list[float | None]:
-    """A figure for each column, None where there is none; and the speed of plain reads, GB/s."""
+    """A figure for each column, None where there is none."""
     file = random_weight(format_, WIDTH, HIDDEN)
     weight, x = prepared(file), torch.randn(1, HIDDEN)
     matrices: list[Weight] = arena.matrices(weight)
@@ -136,19 +132,20 @@ def measure(arena: Arena, kernels: NativeKernels, format_: Format) -> list[float
     ]
 
 
+def two_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
 def main() -> None:
     kernels = choose()
     assert isinstance(kernels, NativeKernels)
     formats = {format_.name: format_ for format_ in (*GGUF, *NATIVE, *PLAIN.values())}
     arena, neighbours = Arena(ARENA_BYTES, kernels), Neighbours()
     print(kernels.describe())
-    print("| format |", " | ".join((*COLUMNS, "reads GB/s")), "|")
-    print("|---|" + "---|" * (len(COLUMNS) + 1))
+    print("| format |", " | ".join(COLUMNS), "|")
+    print("|---|" + "---|" * len(COLUMNS))
     for name in sys.argv[1:] or formats:
-        figures = measure(arena, kernels, formats[name])
-        shown = [
-            "" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}" for value in figures
-        ]
+        shown = map(two_digits, measure(arena, kernels, formats[name]))
         print(f"| {name} |", " | ".join(shown), "|", flush=True)
     print(f"{neighbours.cores():.2f} cores busy elsewhere")
 
