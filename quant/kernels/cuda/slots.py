@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from quant.errors import FormatError
 from quant.formats.four_bit import FourBit
-from quant.formats.int4 import Int4, Int4Half
+from quant.formats.int4 import Int4
 from quant.formats.mxfp4 import Mxfp4
 from quant.formats.nf4 import Nf4
 from quant.kernels.cpu.panel_slots import ExpertSlotLayout
@@ -77,7 +77,7 @@ class GpuSlotLayout(FileSlotLayout):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = sorted({format_.name for format_ in self.three})
-        if type(self.three[0]) not in (Mxfp4, Nf4, Int4, Int4Half) or len(names) > 1:
+        if type(self.three[0]) not in (Mxfp4, Nf4, Int4) or len(names) > 1:
             raise FormatError(
                 f"{', '.join(names)}: experts in this format cannot be placed on a GPU yet; mxfp4, nf4 and "
                 "int4 can, the same for all matrices (`loci quantize` converts)"
