@@ -14,18 +14,20 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from engine.bench.streams import TOKEN_IDS
-from engine.bench.watch import LOOP, Watch
+from engine.bench.watch import KERNELS, LOOP, Watch
 from engine.engine import Engine
 from engine.output import Output
 from engine.sampling.params import SamplingParams
 from memory.planner.shape import ModelShape
 from quant.errors import LociError
-from quant.kernels.cpu import library
 
 PROMPT_TOKENS = 32
 UNCOUNTED = 2  # outputs: the prompt's step reports the first one, and the clock starts between two steps
 # What the host does in a step, as reports list it; the forward's part is what it does outside kernels.
-PARTS = ("forward", "scheduling", "assembling", "sampling", "prefetching", "detokenising", "output", LOOP)
+PARTS = (
+    "forward", "waiting", "scheduling", "assembling", "sampling", "prefetching", "detokenising", "output",
+    LOOP,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Answer:
     @property
     def kernels_s(self) -> float:
         """Inside compiled kernels, with calling them."""
-        return sum(self.seconds.get(name, 0.0) for name in library.SIGNATURES)
+        return sum(self.seconds.get(name, 0.0) for name in KERNELS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class StepTimes:
 
     def kernels(self) -> list[tuple[str, float, float]]:
         """Name, seconds and calls of each kernel in a step, the longest first."""
-        names = {name for answer in self.watched for name in answer.seconds if name in library.SIGNATURES}
+        names = {name for answer in self.watched for name in answer.seconds if name in KERNELS}
         found = [
             (
                 name,

@@ -23,13 +23,16 @@ from quant.kernels.cpu import library
 
 # Where time goes that no function below takes: the step loop itself, its locks and its bookkeeping.
 LOOP = "loop"
+# The one call of the library that computes nothing; every other is a kernel, and its name there a part's.
+WAIT = "loci_rows_wait"
+KERNELS = tuple(name for name in library.SIGNATURES if name != WAIT)
 
 
 @dataclass
 class Watch:
     """Seconds and calls by part, of one thread; each moment belongs to one part alone.
 
-    A kernel's part is its name in the library. A function that is called from another one interrupts it.
+    A function that is called from another one interrupts it.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -56,7 +59,7 @@ class Watch:
     @contextmanager
     def on(self, engine: Engine) -> Iterator[None]:
         """Watch an engine's steps, and every call of a compiled kernel."""
-        kernels = library.load()
+        compiled = library.load()
         places: list[tuple[object, str, str]] = [
             (Scheduler, "admit", "scheduling"),
             (Scheduler, "next_chunks", "scheduling"),
@@ -70,7 +73,8 @@ class Watch:
             (engine.model, "expect", "prefetching"),
             (Detokenizer, "push", "detokenising"),
             (Sequence, "append", "output"),
-            *((kernels, name, name) for name in library.SIGNATURES),
+            *((compiled, name, name) for name in KERNELS),
+            (compiled, WAIT, "waiting"),
         ]
         with ExitStack() as stack:
             for owner, name, part in places:

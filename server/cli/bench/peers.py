@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 STREAMS = 8
 DECODE_TARGET, PREFILL_TARGET = 1.05, 2.0
 # Threads that wait by spinning, as llama.cpp's do, come to a crawl beside a program that needs their core: a
-# round in which others took more than this says nothing about either server on its own.
+# round in which others took more than this says nothing about either server on its own. So each waits for
+# a quiet moment, but not for ever.
 QUIET_CORES = 0.1
+QUIET_S, MOST_WAITING_S = 0.5, 20.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ def peers(
     """Compare Loci with llama.cpp on SmolLM2-135M (Q4_1), both as servers on this machine.
 
     One stream, eight together, and a long prompt; both servers get the same prompts in each round, and take
-    turns at being first. Rounds in which other programs were busy do not count, unless all were like that.
-    Needs the package xllamacpp (extra `bench`). Takes about five minutes on two cores.
+    turns at being first. Each waits a while for other programs to be idle; rounds in which they were busy all
+    the same do not count, unless all were like that. Needs the package xllamacpp (extra `bench`). Takes
+    about five minutes on two idle cores.
 
     Example: loci bench peers --json peers.json
     """
@@ -173,7 +177,10 @@ def run(
     rounds: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Rates]:
-    """Let both run each race once a round, after a round that warms up and does not count."""
+    """Let both run each race once a round, after a round that warms up and does not count.
+
+    Each waits until no other program is busy, MOST_WAITING_S at most.
+    """
     from quant.bench.timing import Neighbours
     from server.cli.bench.comparison import Load, run_http
 
@@ -182,6 +189,7 @@ def run(
     for number in range(rounds + 1):
         for race in races:
             prompts = Load(race.prompt_tokens, race.tokens, 1).prompts(race.streams)
+            _await_quiet()
             rates, neighbours = found[race.name], Neighbours()
             sides = (loci, rates.loci), (llama_cpp, rates.llama_cpp)
             # Who begins changes, so that what disturbs the machine for a while disturbs both.
@@ -193,6 +201,17 @@ def run(
                 rates.busy.append(neighbours.cores())
             on_progress(next(done), total)
     return found
+
+
+def _await_quiet() -> None:
+    from quant.bench.timing import Neighbours
+
+    deadline = time.monotonic() + MOST_WAITING_S
+    while time.monotonic() < deadline:
+        neighbours = Neighbours()
+        time.sleep(QUIET_S)
+        if neighbours.cores() <= QUIET_CORES:
+            return
 
 
 def _figures(races: Sequence[Race], found: dict[str, Rates]) -> list[Figure]:

@@ -11,7 +11,7 @@ import torch
 
 from engine import engine as engine_module
 from engine.bench.step import PARTS, Answer, StepTimes, measure_steps, token_bytes
-from engine.bench.watch import LOOP, Watch
+from engine.bench.watch import KERNELS, LOOP, Watch
 from engine.engine import Engine
 from engine.families.loader import load, open_checkpoint
 from engine.families.shapes import shape_of
@@ -48,7 +48,7 @@ def times(engine: Engine) -> StepTimes:
 def test_every_moment_of_a_watched_step_belongs_to_one_part(times: StepTimes) -> None:
     for answer in times.watched:
         assert sum(answer.seconds.values()) == pytest.approx(answer.step_s, rel=0.01)
-        assert answer.seconds.keys() <= {*PARTS, *library.SIGNATURES}
+        assert answer.seconds.keys() <= {*PARTS, *KERNELS}
         assert all(answer.seconds[part] > 0 for part in PARTS)
 
 
