@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quant.errors import ConfigError
-from server.cli.arguments import JsonFile, OptionalModel
+from server.cli.arguments import JsonFile, OptionalNamedModel
 from server.cli.bench.figures import print_figures, results_of
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
@@ -32,7 +31,7 @@ NAMES = {
 
 
 def step(
-    model: OptionalModel = None,
+    model: OptionalNamedModel = None,
     tokens: Annotated[int, typer.Option(min=1, help="Steps measured in each answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 9,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
@@ -52,7 +51,7 @@ def step(
     Example: loci bench step demo --json step.json
     """
     from engine.bench.step import PROMPT_TOKENS, UNCOUNTED, measure_steps, token_bytes
-    from engine.embedded import embedded_name
+    from engine.embedded import embedded_name, model_path
     from engine.families.loader import open_checkpoint
     from engine.families.shapes import shape_of
     from engine.sampling.params import SamplingParams
@@ -66,7 +65,7 @@ def step(
     from server.serving.service import bring_up, prepare
     from server.settings import resolve_settings
 
-    assert isinstance(model, Path)
+    path = model_path(model)
     kernels = choose()
     if not isinstance(kernels, NativeKernels):
         raise ConfigError(f"nothing to measure: {kernels.describe()}")
@@ -77,7 +76,7 @@ def step(
         prepare(
             resolve_settings(
                 {
-                    "model": model,
+                    "model": str(path),
                     "dram_budget": dram_budget,
                     "max_num_seqs": 1,
                     "max_model_len": PROMPT_TOKENS + tokens + UNCOUNTED,
@@ -104,9 +103,9 @@ def step(
         served.loaded.model.close()
     print(f"{served.name}: {kernels.describe()}\n")
     _print_parts(times)
-    figures = _figures(times, KERNEL_TARGET if embedded_name(model) == "demo" else None)
+    figures = _figures(times, KERNEL_TARGET if embedded_name(path) == "demo" else None)
     if is_resident:
-        read = token_bytes(shape_of(open_checkpoint(model)))
+        read = token_bytes(shape_of(open_checkpoint(path)))
         figures += _read_figures(times, read)
         print(f"\na token reads {bytes_text(read)} of weights, all of them in memory")
     print()

@@ -25,7 +25,8 @@ struct Team {
 // out [tokens][rows] = x [tokens][cols] * weight^T
 void linear(const Team& team, const Matrix& weight, const float* x, int64_t tokens, float* out);
 
-// Several matrices of one format and as many columns, times the same x: outs[i] [tokens][rows of matrix i].
+// Several matrices of one format (plain ones too) and as many columns, times the same x: outs[i] [tokens][rows of
+// matrix i].
 void linear_group(const Team& team, const Matrix* const* weights, float* const* outs, int64_t count, const float* x,
                   int64_t tokens);
 
@@ -50,8 +51,8 @@ struct Moe {
 };
 
 // out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id; or, without weights,
-// [tokens][top_k][hidden]
-void moe(const Team& team, const Moe& call, const float* x, float* out);
+// [tokens][top_k][hidden]. False, and nothing computed, where experts have their matrices in other formats than others.
+bool moe(const Team& team, const Moe& call, const float* x, float* out);
 
 // Rows of an e4m3 table with a scale per 32 columns, as floats.
 void gather_rows(const Team& team, const uint8_t* codes, const void* scales, bool float_scales, int64_t cols,
