@@ -16,6 +16,7 @@ from engine.layers.rope import Rotation
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
+from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
 
@@ -125,7 +126,7 @@ class Eager(EagerBasics):
 class RecordedBasics:
     """`BasicOperations` noted by a recorder: each row is the newest token of a sequence of its own."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: StepRecorder) -> None:
         self._recorder = recorder
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
@@ -156,6 +157,7 @@ class Recorded(RecordedBasics):
 
     def __init__(self, recorder: Recorder, frequencies: torch.Tensor, places: Sequence[KvPlace]) -> None:
         super().__init__(recorder)
+        self._cache = recorder
         self._turns = recorder.turns(frequencies)
         self._places = places
 
@@ -164,5 +166,5 @@ class Recorded(RecordedBasics):
 
     def attend(self, layer: int, q: Buffer, k: Buffer, v: Buffer) -> Buffer:
         place = self._places[layer]
-        self._recorder.append(k, v, place)
-        return self._recorder.attend(q, place)
+        self._cache.append(k, v, place)
+        return self._cache.attend(q, place)
