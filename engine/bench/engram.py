@@ -157,8 +157,8 @@ class _Drawn:
     def _rows(self, ids: list[int]) -> torch.Tensor:
         """The rows that a text asks for, `[tables, tokens, columns]`."""
         shape = self._model.cache_shape
-        keys = self._model.token_map[torch.tensor(ids)]
-        window = torch.cat((torch.full((shape.history,), shape.history_pad), keys))
+        keys = self._model.token_map.numpy()[ids]
+        window = np.concatenate((np.full(shape.history, shape.history_pad), keys))
         return torch.from_numpy(self._engram.rows_of(self._engram.windows([window])))
 
 

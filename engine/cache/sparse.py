@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from engine.families.base import KvCache, Segment
@@ -99,6 +100,7 @@ class SparseCache(KvCache):
             for layer, ratio in shape.sources.items()
         }
         self.history = torch.zeros(slots, shape.history_rows, dtype=torch.int64)
+        self._history = self.history.numpy()  # the same memory: between steps, NumPy's calls cost less
 
     @property
     def nbytes(self) -> int:
@@ -136,11 +138,18 @@ class SparseCache(KvCache):
             _extend(source.open_gate[slot], segment.start, held, gate),
         )
 
-    def extend_history(self, segment: Segment, keys: torch.Tensor) -> torch.Tensor:
-        """Store the segment's token keys `[L]`; return them behind the `history` ones before them."""
-        before = min(self.shape.history, segment.start)
-        joined = _extend(self.history[segment.slot], segment.start, before, keys)
-        return torch.cat((keys.new_full((self.shape.history - before,), self.shape.history_pad), joined))
+    def extend_history(self, segment: Segment, keys: np.ndarray) -> np.ndarray:
+        """Store the segment's token keys `[L]` int64; return them behind the `history` ones before them."""
+        ring, history = self._history[segment.slot], self.shape.history
+        size, end = len(ring), segment.start + len(keys)
+        before = min(history, segment.start)
+        joined = np.empty(history + len(keys), dtype=np.int64)
+        joined[: history - before] = self.shape.history_pad
+        joined[history - before : history] = ring[np.arange(segment.start - before, segment.start) % size]
+        joined[history:] = keys
+        kept = min(size, len(keys))
+        ring[np.arange(end - kept, end) % size] = keys[-kept:]
+        return joined
 
 
 def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> torch.Tensor:

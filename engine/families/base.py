@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError
+from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 
 
@@ -54,7 +56,7 @@ class Batch:
         if all_logits:
             rows = torch.arange(len(flat))
         else:
-            rows = torch.tensor([s.length for s in segments], dtype=torch.int64).cumsum(0) - 1
+            rows = torch.tensor([end - 1 for end in accumulate(s.length for s in segments)])
         return cls(flat, segments, rows)
 
 
@@ -90,7 +92,11 @@ class KvCache(ABC):
     A slot is empty after `reset`; `forward` appends to it. Positions must follow each other: the
     `start` of a segment is the number of tokens that its slot holds. A slot can be rolled back by up to
     `margin` tokens.
+
+    program  the recorded step that decodes with it; None where operations are started one by one
     """
+
+    program: Program | None = None
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
         self.slots = slots

@@ -12,7 +12,13 @@ from quant.errors import ConfigError
 FAMILIES = {
     "deepseek_v41": "engine.families.deepseek_v41.family",
     "deepseek_v41_text": "engine.families.deepseek_v41.family",
-    "llama": "engine.families.llama.forward",
+    "glm4_moe": "engine.families.glm4_moe",
+    "granitemoe": "engine.families.granitemoe",
+    "llama": "engine.families.llama",
+    "minimax_m2": "engine.families.minimax_m2",
+    "mixtral": "engine.families.mixtral",
+    "olmoe": "engine.families.olmoe",
+    "qwen3_moe": "engine.families.qwen3_moe",
 }
 
 

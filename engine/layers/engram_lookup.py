@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from engine.layers.engram_hash import EngramHash
 from memory.engram.store import RowsTicket
@@ -90,11 +91,11 @@ class EngramLookup:
             part = self._ask(np.array(new))
             self._ahead.update({window: (part, at) for at, window in enumerate(new)})
 
-    def begin(self, segments: Sequence[torch.Tensor]) -> StepRows:
-        """Ask for the rows of all tokens of a step; each segment's keys `[history + L]`."""
+    def begin(self, segments: Sequence[np.ndarray]) -> StepRows:
+        """Ask for the rows of all tokens of a step; each segment's keys `[history + L]` int64."""
         ahead, self._ahead = self._ahead, {}
         parts: list[_Picked] = []
-        unasked: list[torch.Tensor] = []
+        unasked: list[np.ndarray] = []
 
         def ask() -> None:
             if unasked:
@@ -120,10 +121,12 @@ class EngramLookup:
         """The rows that keys `[tokens, history + 1]` ask of each table, `[tables, tokens, columns]`."""
         return self.hashing.rows(windows)
 
-    def windows(self, segments: Sequence[torch.Tensor]) -> np.ndarray:
+    def windows(self, segments: Sequence[np.ndarray]) -> np.ndarray:
         """Segments of keys `[history + L]` token by token, `[tokens, history + 1]`."""
         width = self.hashing.history + 1
-        return torch.cat([keys.unfold(0, width, 1) for keys in segments]).numpy()
+        return np.concatenate(
+            [keys[None] if len(keys) == width else sliding_window_view(keys, width) for keys in segments]
+        )
 
     def _ask(self, windows: np.ndarray) -> _Part:
         rows = self.rows_of(windows)

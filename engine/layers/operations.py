@@ -13,7 +13,7 @@ import torch
 
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
-from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
 from quant.kernels.recording import StepRecorder
@@ -54,14 +54,49 @@ class BasicOperations(Protocol[Value]):
 
 
 class Operations(BasicOperations[Value], Protocol[Value]):
-    """And attention over appended keys and values."""
+    """And attention over appended keys and values, and what stands around it."""
+
+    def norm_heads(self, x: Value, weight: torch.Tensor, eps: float) -> Value:
+        """RMSNorm of each head by itself; weight `[head_dim]`."""
+        ...
+
+    def add_bias(self, x: Value, bias: torch.Tensor) -> Value:
+        """x + bias `[width]`."""
+        ...
+
+    def clip(self, x: Value, limit: float) -> Value:
+        """x cut to -limit .. limit."""
+        ...
 
     def rotate(self, x: Value, heads: int) -> Value:
         """Heads turned by their rows' positions."""
         ...
 
-    def attend(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """Keys and values appended to the layer's cache, then causal attention of the queries over it."""
+    def attend(
+        self,
+        layer: int,
+        q: Value,
+        k: Value,
+        v: Value,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Value:
+        """Keys and values appended to the layer's cache, then causal attention of the queries over it.
+
+        Window and sinks as in `LayerOperations.attend`.
+        """
+        ...
+
+    def at_layer(self, number: int | None) -> None:
+        """What follows belongs to this layer, or to none."""
+        ...
+
+    def move(self, x: Value, device: torch.device) -> Value:
+        """x on the device where it is used next."""
+        ...
+
+    def apart(self, x: Value, compute: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+        """What `compute` makes of x, of the same width: what is not recorded."""
         ...
 
 
@@ -100,14 +135,33 @@ class Eager(EagerBasics):
     ) -> None:
         super().__init__(kernels)
         self._segments = segments
-        self._rotation = rotation
+        self._rotations = {rotation.turns.device: rotation}
         self._head_dim = head_dim
         self._extend = extend
 
-    def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        return self._rotation.apply(self._kernels, self._heads(x)).view(x.shape)
+    def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._kernels.rms_norm(self._heads(x), weight, eps).view(x.shape)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def add_bias(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x + bias
+
+    def clip(self, x: torch.Tensor, limit: float) -> torch.Tensor:
+        return x.clamp(-limit, limit)
+
+    def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
+        if x.device not in self._rotations:
+            self._rotations[x.device] = next(iter(self._rotations.values())).to(x.device)
+        return self._rotations[x.device].apply(self._kernels, self._heads(x)).view(x.shape)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         out = torch.empty_like(q)
         queries, attended = self._heads(q), self._heads(out)
         keys, values = self._heads(k), self._heads(v)
@@ -115,8 +169,17 @@ class Eager(EagerBasics):
         for segment in self._segments:
             start, stop = stop, stop + segment.length
             held = self._extend(layer, segment, keys[start:stop], values[start:stop])
-            attended[start:stop] = self._kernels.attend(queries[start:stop], *held)
+            attended[start:stop] = self._kernels.attend(queries[start:stop], *held, window, sinks)
         return out
+
+    def at_layer(self, number: int | None) -> None:
+        """Nothing is kept by layer."""
+
+    def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return x.to(device)
+
+    def apart(self, x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return compute(x)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
@@ -151,20 +214,59 @@ class RecordedBasics:
 class Recorded(RecordedBasics):
     """`Operations` noted by a recorder.
 
-    frequencies  `[head_dim / 2]` float64, radians per position
+    frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
     places       where each layer's keys and values lie
+    program      to be set when it is finished
     """
 
-    def __init__(self, recorder: Recorder, frequencies: torch.Tensor, places: Sequence[KvPlace]) -> None:
+    _recorder: Recorder
+
+    def __init__(
+        self, recorder: Recorder, frequencies: torch.Tensor, factor: float, places: Sequence[KvPlace]
+    ) -> None:
         super().__init__(recorder)
-        self._cache = recorder
-        self._turns = recorder.turns(frequencies)
+        turns = recorder.turns(frequencies)
+        self._turns = turns if factor == 1 else recorder.scale(turns, factor)
         self._places = places
+        self.program: Program | None = None
+
+    def norm_heads(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
+        return self._recorder.norm(x, weight, eps)
+
+    def add_bias(self, x: Buffer, bias: torch.Tensor) -> Buffer:
+        return self._recorder.bias(x, bias)
+
+    def clip(self, x: Buffer, limit: float) -> Buffer:
+        return self._recorder.clip(x, limit)
 
     def rotate(self, x: Buffer, heads: int) -> Buffer:
         return self._recorder.rotate(x, self._turns, heads)
 
-    def attend(self, layer: int, q: Buffer, k: Buffer, v: Buffer) -> Buffer:
+    def attend(
+        self,
+        layer: int,
+        q: Buffer,
+        k: Buffer,
+        v: Buffer,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Buffer:
         place = self._places[layer]
-        self._cache.append(k, v, place)
-        return self._cache.attend(q, place)
+        self._recorder.append(k, v, place)
+        return self._recorder.attend(q, place, window, sinks)
+
+    def at_layer(self, number: int | None) -> None:
+        self._recorder.layer = number
+
+    def move(self, x: Buffer, device: torch.device) -> Buffer:
+        return x  # all is in host memory
+
+    def apart(self, x: Buffer, compute: Callable[[torch.Tensor], torch.Tensor]) -> Buffer:
+        out = self._recorder.buffer(x.width)
+
+        def work(rows: int) -> None:
+            assert self.program is not None
+            self.program.rows(out)[:rows] = compute(self.program.rows(x)[:rows])
+
+        self._recorder.hand_over(work, [x], [out])
+        return out

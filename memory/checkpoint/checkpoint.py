@@ -19,6 +19,9 @@ from memory.checkpoint.entries import TensorEntry, TensorSpec
 from memory.checkpoint.reads import read_tensor
 from quant.errors import CheckpointError
 
+# How names of GGUF files end, those of one part too.
+GGUF_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$", re.IGNORECASE)
+
 
 class Checkpoint:
     """A config and the ranges of files that hold its tensors.
@@ -86,12 +89,12 @@ class Checkpoint:
 
 
 def name_of(path: Path) -> str:
-    """The name of a model's directory or file, without `.gguf`; of a link, the link's own name.
+    """The name of a model's directory or file, without `.gguf` and its part; of a link, the link's own name.
 
     In a Hugging Face Hub cache, the link's target is named by its hash.
     """
     named = Path(os.path.abspath(path))
-    return named.stem if named.suffix.lower() == ".gguf" else named.name
+    return GGUF_ENDING.sub("", named.name)
 
 
 SHOWN_PROBLEMS = 40

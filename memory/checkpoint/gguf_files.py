@@ -1,13 +1,17 @@
-"""GGUF files as checkpoints: one file that holds metadata, tensor headers and tensors.
+"""GGUF files as checkpoints: metadata, tensor headers and tensors in one file, or in several parts.
 
-The `gguf` package reads the layout. Only headers are touched; tensors are byte ranges of the file
+The `gguf` package reads the layout. Only headers are touched; tensors are byte ranges of the files
 until a family reads them. A tensor's shape is given with the fastest dimension last, so that a
 matrix is `[rows, cols]` as everywhere in Loci (GGUF itself lists dimensions the other way round).
+
+Large models come in parts that llama.cpp's splitter names NAME-00001-of-00003.gguf: the first has the model's
+metadata, each has its own tensors.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +24,8 @@ from memory.checkpoint.entries import TensorEntry
 from quant.errors import CheckpointError
 
 MAGIC = b"GGUF"
+PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+MAX_PARTS = 10_000
 
 
 def is_gguf(path: Path) -> bool:
@@ -31,12 +37,63 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The checkpoint in the GGUF file at `path`; no tensor is read.
+    """The checkpoint in the GGUF file at `path`, any part of it if it has several; no tensor is read.
 
-    Its config is the file's metadata under its flat keys (`llama.block_count`), its model type
+    Its config is the (first) file's metadata under its flat keys (`llama.block_count`), its model type
     `general.architecture`, an entry's dtype the GGUF type's name (`Q4_1`). Raises CheckpointError
-    for a file that is missing, truncated, damaged or not GGUF.
+    for a file that is missing, truncated, damaged or not GGUF, naming all parts that are missing.
     """
+    metadata, entries = _read(path)
+    count = metadata.get("split.count", 1)
+    if count != 1:
+        metadata, entries = _read_parts(path, count)
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{path}: the metadata has no general.architecture")
+    return Checkpoint(path, architecture, metadata, entries, [])
+
+
+def _read_parts(path: Path, count: Any) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """Metadata of the first part and tensors of all, given any of them."""
+    named = PART.fullmatch(path.name)
+    if named is None or not isinstance(count, int) or int(named["count"]) != count or count > MAX_PARTS:
+        raise CheckpointError(
+            f"{path}: one of {count} parts, but its name does not say which; the parts' names must end in "
+            f"-00001-of-{count:0>5}.gguf and so on"
+        )
+    parts = [
+        path.with_name(f"{named['stem']}-{number:05}-of-{named['count']}{path.suffix}")
+        for number in range(1, count + 1)
+    ]
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: of its {count} parts {len(missing)} are missing: {', '.join(missing)}; download them "
+            f"to {path.parent}"
+        )
+    metadata: dict[str, Any] = {}
+    entries: dict[str, TensorEntry] = {}
+    for number, part in enumerate(parts):
+        of_part, tensors = _read(part)
+        if (of_part.get("split.no"), of_part.get("split.count")) != (number, count):
+            raise CheckpointError(
+                f"{part}: says that it is part {of_part.get('split.no')} (counted from 0) of "
+                f"{of_part.get('split.count')}, expected {number} of {count}; download the parts again"
+            )
+        if twice := entries.keys() & tensors.keys():
+            raise CheckpointError(f"{part}: {min(twice)} is in an earlier part too; download the parts again")
+        metadata = metadata or of_part
+        entries |= tensors
+    expected = metadata.get("split.tensors.count", len(entries))
+    if expected != len(entries):
+        raise CheckpointError(
+            f"{path}: {len(entries)} tensors in its {count} parts, expected {expected}; download them again"
+        )
+    return metadata, entries
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
+    """Metadata and tensors of one file."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     if not is_gguf(path):
@@ -57,12 +114,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: written in the other byte order; convert it on a machine of that byte order"
         )
-    if metadata.get("split.count", 1) != 1:
-        raise CheckpointError(f"{path}: one of {metadata['split.count']} parts; merge them into one file")
-    architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str):
-        raise CheckpointError(f"{path}: the metadata has no general.architecture")
-    return Checkpoint(path, architecture, metadata, entries, [])
+    return metadata, entries
 
 
 class _TruncatedError(Exception):

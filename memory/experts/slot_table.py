@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from memory.tiers import Arena
 from memory.transfer import Ticket
@@ -25,6 +26,18 @@ class SlotEntry:
         return self.ticket is not None and not self.ticket.is_done
 
 
+class Observer(Protocol):
+    """Is told which experts get and lose a slot."""
+
+    def put(self, key: Key, entry: SlotEntry) -> None:
+        """The expert has the entry's slot."""
+        ...
+
+    def remove(self, key: Key) -> None:
+        """The expert has none."""
+        ...
+
+
 class SlotTable:
     """One arena, the layout of its slots, and the experts it holds, by layer."""
 
@@ -34,6 +47,7 @@ class SlotTable:
         self.tier = arena.tier
         self.by_layer: list[dict[int, SlotEntry]] = [{} for _ in range(layers)]
         self.quota = arena.slots / layers  # a layer's fair share
+        self.observer: Observer | None = None
         self._views: dict[int, ExpertWeights] = {}  # by slot: bytes change, their addresses do not
 
     def weights(self, entry: SlotEntry) -> ExpertWeights:
@@ -50,9 +64,13 @@ class SlotTable:
     def put(self, key: Key, entry: SlotEntry) -> None:
         """Record that the entry's slot holds the expert."""
         self.by_layer[key[0]][key[1]] = entry
+        if self.observer is not None:
+            self.observer.put(key, entry)
 
     def remove(self, key: Key) -> SlotEntry:
         """Remove the expert without freeing its slot, which passes to the caller."""
+        if self.observer is not None:
+            self.observer.remove(key)
         return self.by_layer[key[0]].pop(key[1])
 
     def drop(self, key: Key) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
+from memory.experts.at_hand import AtHand
 from memory.experts.copies import SlotCopier
 from memory.experts.policy import EXCHANGE_MARGIN, ExpertPolicy
 from memory.experts.reader import ExpertFiles, ExpertReader
@@ -76,6 +77,9 @@ class ExpertSlots:
                 f"{layout.nbytes} bytes, but at least {MIN_SLOTS} are needed; raise --dram-budget"
             )
         self.gpus = [table(tier) for tier in gpus]
+        # With GPUs, where an expert is computed is decided anew in each step.
+        self.at_hand = None if gpus else AtHand(self.dram, files.layers, files.experts)
+        self.dram.observer = self.at_hand
         self.keeps_copies = self.dram.arena.slots >= total
         self._copiers = [SlotCopier(gpu.tier, layout, gpu.layout) for gpu in self.gpus]
         self._links = [
@@ -321,7 +325,7 @@ class ExpertSlots:
                     self.telemetry.add("prefetches", "cancelled")
 
     def settle(self, *, wait: bool = False) -> None:
-        """Free the slots with no transfers left."""
+        """Free the slots with no transfers left, and take in what has arrived."""
         still = []
         for ticket, slot in self._leaving:
             if wait:
@@ -332,6 +336,8 @@ class ExpertSlots:
             else:
                 still.append((ticket, slot))
         self._leaving = still
+        if self.at_hand is not None:
+            self.at_hand.publish()
 
     # ------------------------------------------------------------------------------------------ room
 

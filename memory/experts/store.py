@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from memory.experts.at_hand import AtHand
 from memory.experts.policy import Predictive, neighbours_of
 from memory.experts.reader import ExpertFiles, default_readers
 from memory.experts.slot_table import Key
@@ -25,7 +26,7 @@ from memory.experts.step import ExpertStep
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from memory.transfer import Priority, Ticket
-from quant.kernels.interface import ExpertWeights, Kernels
+from quant.kernels.interface import Kernels
 
 FILL_BATCH = 64  # experts in flight at once while filling
 
@@ -68,6 +69,7 @@ class ExpertStore:
         )  # fmt: skip
         self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
         self._predicted: set[Key] = set()  # guessed for a step to come
+        self._guesses: list[set[int]] = [set() for _ in range(files.layers)]  # not compared yet
         self._ahead: list[Ticket | None] = [None] * len(gpus)  # the last prefetch copy to each GPU
         self._fill()
 
@@ -99,15 +101,31 @@ class ExpertStore:
         """True if all experts are in DRAM for good: nothing is ever read, moved or guessed."""
         return self.slots.keeps_copies and not self.slots.gpus
 
-    def still_weights(self, layer: int) -> list[ExpertWeights]:
-        """The layer's experts, in order, where `is_still`."""
-        dram = self.slots.dram
-        return [dram.weights(dram.by_layer[layer][expert]) for expert in range(self._files.experts)]
+    @property
+    def at_hand(self) -> AtHand | None:
+        """Experts that native code may compute with without asking; None where there is none such."""
+        found = self.slots.at_hand
+        return None if found is None or not found.addresses.any() else found
 
     def count_uses(self, count: int) -> None:
-        """Count uses of experts in DRAM that were computed without `acquire`, where `is_still`."""
+        """Count uses of experts in DRAM that were computed without asking."""
         for counter in ("hits", "computed"):
             self.telemetry.add(counter, self.slots.dram.tier.name, count)
+
+    def used_at_hand(self, layer: int, needed: list[int], guess: Sequence[int] | None) -> None:
+        """A layer's step was computed without asking, with experts that were at hand; likewise `guess`, its
+        prediction, if nothing had to be read for it."""
+        self.count_uses(len(needed))
+        self._policies[layer].used(needed, neighbours_of(self._used, layer))
+        self._used[layer] = needed
+        if guess is not None:
+            self._guesses[layer] = set(guess)
+        self._count_guesses(layer, needed)
+        for expert in needed:
+            entry = self.slots.dram.find((layer, expert))
+            if entry is not None and entry.is_unused_prefetch:
+                entry.is_unused_prefetch = False
+                self.telemetry.add("prefetches", "used")
 
     def wants_guesses(self, layer: int) -> bool:
         """True if prefetching experts of `layer` can help: from disk, or from DRAM to a GPU."""
@@ -132,6 +150,7 @@ class ExpertStore:
         slots, guess = self.slots, list(dict.fromkeys(expert_ids))
         self._policies[layer].expected(guess)
         self._predicted = {(layer, expert) for expert in guess}
+        self._guesses[layer] = set(guess)
         slots.protect(self._predicted)
         slots.cancel_reads(layer, guess)
         for expert in guess:
@@ -159,13 +178,16 @@ class ExpertStore:
         On the disk those are wrong predictions; on links everything queued, since DRAM can compute what is
         needed.
         """
-        guess = {expert for of, expert in self._predicted if of == layer}
         self._predicted = {key for key in self._predicted if key[0] != layer}
         self.slots.protect(self._predicted)
-        self.telemetry.add("guesses", "made", len(guess))
-        self.telemetry.add("guesses", "right", len(guess.intersection(needed)))
+        self._count_guesses(layer, needed)
         self.slots.cancel_reads(layer, needed)
         self.slots.cancel_uploads(layer)
+
+    def _count_guesses(self, layer: int, needed: Iterable[int]) -> None:
+        guess, self._guesses[layer] = self._guesses[layer], set()
+        self.telemetry.add("guesses", "made", len(guess))
+        self.telemetry.add("guesses", "right", len(guess.intersection(needed)))
 
     def _fill(self) -> None:
         """Fill GPUs and DRAM at startup, every layer its share, and wait for the transfers."""

@@ -90,9 +90,13 @@ class FourBit(Format):
 
     def decode(self, packed: PackedTensor) -> torch.Tensor:
         assert packed.scales is not None
-        pairs = self._pairs.to(packed.codes.device).index_select(0, packed.codes.int().flatten())
-        blocks = pairs.view(torch.float32).view(*packed.scales.shape[:2], self.tile_cols)
+        blocks = self.levels_of(packed.codes).view(*packed.scales.shape[:2], self.tile_cols)
         return self.apply_scales(blocks, packed.scales).view(packed.shape)
+
+    def levels_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """The levels that bytes of codes stand for, flat, float32."""
+        pairs = self._pairs.to(codes.device).index_select(0, codes.int().flatten())
+        return pairs.view(torch.float32)
 
     def apply_scales(self, level_blocks: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """Levels `[rows, cols/block, block]` times (and plus) what is stored beside them."""

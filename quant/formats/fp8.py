@@ -1,7 +1,7 @@
 """FP8: e4m3 codes with a scale per tile.
 
 code   s eeee mmm          e4m3fn: no infinities, 0x7f and 0xff are NaN, largest 448
-scale  [row/R, col/C]      ue8m0 (uint8) or float32
+scale  [row/R, col/C]      ue8m0 (uint8) or float32; bfloat16 ones of files become float32
 
 FP8_32     R = C = 32      dense weights of V4.1
 FP8_128    R = C = 128     dense weights of V3, V3.2 (float32 scales) and V4 (ue8m0)

@@ -30,8 +30,8 @@ class Mxfp4(FourBit):
 
     search_factors = (0.5,)
 
-    def __init__(self) -> None:
-        super().__init__("mxfp4", BLOCK, E2M1, torch.uint8, even_is_low=True)
+    def __init__(self, name: str = "mxfp4", block: int = BLOCK) -> None:
+        super().__init__(name, block, E2M1, torch.uint8, even_is_low=True)
         self._codes_of_twice = torch.zeros(13, dtype=torch.uint8)
         self._codes_of_twice[(E2M1[:8] * 2).long()] = torch.arange(8, dtype=torch.uint8)
 

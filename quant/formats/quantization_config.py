@@ -1,5 +1,9 @@
 """`quantization_config` of config.json: what it says of packed weights, read and written.
 
+Of other methods than `fp8` (`mxfp4` of gpt-oss, `compressed-tensors`, `gptq`, `awq`, `modelopt`) only what no
+format here has is looked for, and refused. Which tensors hold a matrix is found from headers
+(`quant/formats/stored_matrix.py`).
+
 Keys of the released layout: quant_method, activation_scheme, weight_block_size, scale_fmt, expert_dtype
 (`fp4`). Added here: further values of expert_dtype (`nf4`, `int4`, `bf16`), int4_group_size,
 int4_offset, dense_dtype (`fp8`, `bf16`), engram_dtype (`fp8`, `fp4`, `bf16`). docs/quantize.md has them
@@ -19,6 +23,7 @@ from quant.formats.int4 import INT4_GROUPS, INT4_OFFSET_GROUPS, Int4, Int4Offset
 from quant.packed import Format
 
 DENSE_FORMATS = {(32, 32): FP8_32, (128, 128): FP8_128}
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "modelopt")
 
 
 class Role(StrEnum):
@@ -33,12 +38,18 @@ class Role(StrEnum):
 class QuantizationConfig:
     """What must be known of packed weights beyond the dtypes in file headers.
 
-    dense  the FP8 format of dense matrices: `weight_block_size`
-    int4   the INT4 format: `int4_group_size` and `int4_offset`
+    dense           the FP8 format of dense matrices: `weight_block_size`
+    int4            the INT4 format: `int4_group_size` and `int4_offset`
+    method          `quant_method`, None where there is none
+    has_zeros       of GPTQ and AWQ: groups have zero points of their own (not `sym`)
+    zeros_less_one  of GPTQ: zero points are stored less one (`checkpoint_format` is not `gptq_v2`)
     """
 
     dense: Fp8 = FP8_32
     int4: Int4 = INT4_GROUPS[32]
+    method: str | None = None
+    has_zeros: bool = False
+    zeros_less_one: bool = False
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> QuantizationConfig:
@@ -46,7 +57,13 @@ class QuantizationConfig:
         raw = config.get("quantization_config") or {}
         if not isinstance(raw, Mapping):
             raise ConfigError("config.json: quantization_config is not an object")
-        tile = raw.get("weight_block_size", [32, 32])
+        method = raw.get("quant_method")
+        if method is not None and method not in METHODS:
+            raise ConfigError(
+                f"quantization_config: quant_method {method!r} is not supported; known: {', '.join(METHODS)}"
+            )
+        _check_method(raw)
+        tile = raw.get("weight_block_size") or [32, 32]
         if not isinstance(tile, list) or tuple(tile) not in DENSE_FORMATS:
             raise ConfigError(
                 f"quantization_config: weight_block_size is {tile}, expected [32, 32] or [128, 128]"
@@ -58,7 +75,60 @@ class QuantizationConfig:
         if not isinstance(offset, bool):
             raise ConfigError(f"quantization_config: int4_offset is {offset!r}, expected true or false")
         int4 = (INT4_OFFSET_GROUPS if offset else INT4_GROUPS)[group]
-        return cls(DENSE_FORMATS[tile[0], tile[1]], int4)
+        return cls(
+            DENSE_FORMATS[tile[0], tile[1]],
+            int4,
+            method,
+            has_zeros=method == "awq" or (method == "gptq" and raw.get("sym") is not True),
+            zeros_less_one=method == "gptq" and raw.get("checkpoint_format") != "gptq_v2",
+        )
+
+
+def _check_method(raw: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings of a method that no format here has."""
+    method = raw.get("quant_method")
+    wanted: dict[str, tuple[Any, ...]] = {}
+    if method == "gptq":
+        wanted = {"bits": (4,), "checkpoint_format": (None, "", "gptq", "gptq_v2")}
+        if raw.get("desc_act"):
+            raise ConfigError(
+                "quantization_config: GPTQ with act-order (desc_act true) is not supported; choose a "
+                "checkpoint that was made without it"
+            )
+    elif method == "awq":
+        wanted = {"bits": (4,), "version": (None, "gemm", "GEMM"), "zero_point": (None, True)}
+    elif method == "modelopt":
+        wanted = {"quant_algo": (None, "NVFP4")}
+    for key, values in wanted.items():
+        if raw.get(key) not in values:
+            expected = " or ".join(repr(value) for value in values if value)
+            raise ConfigError(
+                f"quantization_config: {key} of {method} is {raw.get(key)!r}, expected {expected}; choose "
+                "another checkpoint of the model"
+            )
+    if method == "compressed-tensors":
+        groups = raw.get("config_groups")
+        for group in groups.values() if isinstance(groups, Mapping) else ():
+            _check_compressed(group.get("weights") if isinstance(group, Mapping) else None)
+
+
+def _check_compressed(weights: Any) -> None:
+    """The `weights` of a group of compressed-tensors: INT4 or NVFP4 groups, or FP8 tiles."""
+    if not isinstance(weights, Mapping):
+        raise ConfigError("quantization_config: a group of config_groups has no weights")
+    kind = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
+    known = [("int", 4, "group"), ("float", 4, "tensor_group"), ("float", 8, "block")]
+    if kind not in known or not weights.get("symmetric", True):
+        found = ", ".join(map(str, kind)) + ("" if weights.get("symmetric", True) else ", not symmetric")
+        raise ConfigError(
+            f"quantization_config: compressed-tensors weights of type, bits and strategy {found} are not "
+            f"supported; known: {'; '.join(', '.join(map(str, each)) for each in known)}; all symmetric"
+        )
+    if weights.get("actorder") not in (None, "static", "weight"):
+        raise ConfigError(
+            f"quantization_config: compressed-tensors with actorder {weights['actorder']} is not supported; "
+            "choose a checkpoint that was made without it"
+        )
 
 
 def describe_formats(config: Mapping[str, Any], formats: Mapping[Role, set[Format | None]]) -> dict[str, Any]:

@@ -17,12 +17,22 @@ from quant.formats.fp8 import FP8_ROW, Fp8
 from quant.formats.int4 import Int4, Int4Offset
 from quant.formats.mxfp4 import MXFP4, Mxfp4
 from quant.formats.nf4 import NF4, Nf4
+from quant.formats.plain import Plain
 from quant.formats.quantization_config import QuantizationConfig, Role
 from quant.packed import Format, PackedTensor
 
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 SCALE_DTYPES = {"F8_E8M0": torch.uint8, **FLOAT_DTYPES}
+FP8_SCALES = ("F8_E8M0", "F32", "BF16")
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+
+# What the codes and the scales of four-bit formats are stored as.
+CODES_AND_SCALES: dict[type[Format], tuple[tuple[str, ...], str]] = {
+    Mxfp4: (("I8", "U8"), "F8_E8M0"),
+    Nf4: (("U8", "I8"), "F32"),
+    Int4: (("U8", "I8"), "BF16"),
+    Int4Offset: (("U8", "I8"), "BF16"),
+}
 
 
 def format_of(
@@ -34,7 +44,7 @@ def format_of(
     """
     if weight_dtype in FLOAT_DTYPES and scale_dtype is None:
         return None
-    if weight_dtype == "F8_E4M3" and scale_dtype in ("F8_E8M0", "F32"):
+    if weight_dtype == "F8_E4M3" and scale_dtype in FP8_SCALES:
         return FP8_ROW if role is Role.ENGRAM else config.dense
     if weight_dtype in ("I8", "U8"):
         if scale_dtype == "F8_E8M0":
@@ -45,8 +55,8 @@ def format_of(
             return config.int4
     raise FormatError(
         f"no format stores {role} weights as {weight_dtype} with scales of {scale_dtype or 'nothing'}; "
-        "supported: F8_E4M3 with F8_E8M0 or F32, I8 or U8 with F8_E8M0 (mxfp4), F32 (nf4) or BF16 (int4), "
-        "and BF16, F16 or F32 without scales"
+        "supported: F8_E4M3 with F8_E8M0, F32 or BF16, I8 or U8 with F8_E8M0 (mxfp4), F32 (nf4) or BF16 "
+        "(int4), and BF16, F16 or F32 without scales"
     )
 
 
@@ -61,31 +71,33 @@ class Stored:
 def stored_as(format_: Format, rows: int, cols: int) -> tuple[Stored, Stored]:
     """How a `[rows, cols]` matrix is stored in files: `NAME.weight` and `NAME.scale`."""
     if isinstance(format_, Fp8):
-        scale = Stored(("F8_E8M0", "F32"), format_.scale_shape(rows, cols))
+        scale = Stored(FP8_SCALES, format_.scale_shape(rows, cols))
         return Stored(("F8_E4M3",), (rows, cols)), scale
-    if not isinstance(format_, FourBit):
-        raise FormatError(f"{format_.name} is not stored in safetensors files")
+    if not isinstance(format_, FourBit) or type(format_) not in CODES_AND_SCALES:
+        raise FormatError(f"{format_.name} is not stored in safetensors files as codes and scales")
     format_.expect_whole_blocks(cols)
-    code_dtypes, scale_dtype = {
-        Mxfp4: (("I8", "U8"), "F8_E8M0"),
-        Nf4: (("U8", "I8"), "F32"),
-        Int4: (("U8", "I8"), "BF16"),
-        Int4Offset: (("U8", "I8"), "BF16"),
-    }[type(format_)]
+    code_dtypes, scale_dtype = CODES_AND_SCALES[type(format_)]
     return Stored(code_dtypes, (rows, cols // 2)), Stored((scale_dtype,), format_.scale_shape(rows, cols))
 
 
 def unpack(
     format_: Format, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor, scale_dtype: str
 ) -> PackedTensor:
-    """A PackedTensor over the raw bytes (flat uint8) of `NAME.weight` and `NAME.scale`."""
+    """A PackedTensor over the raw bytes (flat uint8) of `NAME.weight` and `NAME.scale`.
+
+    bfloat16 scales of FP8 become float32, which holds them exactly.
+    """
     weight, scale = stored_as(format_, *shape)
-    dtype = SCALE_DTYPES[scale_dtype]
-    return PackedTensor(format_, shape, codes.view(weight.shape), scales.view(dtype).view(scale.shape))
+    values = scales.view(SCALE_DTYPES[scale_dtype]).view(scale.shape)
+    if isinstance(format_, Fp8) and values.dtype == torch.bfloat16:
+        values = values.float()
+    return PackedTensor(format_, shape, codes.view(weight.shape), values)
 
 
 def byte_shapes(format_: Format, rows: int, cols: int) -> tuple[int, int]:
     """Bytes of the codes and of the scales of a `[rows, cols]` matrix, with scales of the released dtype."""
+    if isinstance(format_, Plain):
+        return format_.bytes_for(rows, cols), 0
     weight, scale = stored_as(format_, rows, cols)
     return math.prod(weight.shape), math.prod(scale.shape) * SCALE_DTYPES[scale.dtypes[0]].itemsize
 
@@ -94,4 +106,6 @@ def unpack_bytes(
     format_: Format, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor
 ) -> PackedTensor:
     """As `unpack`, with scales of the released dtype."""
+    if isinstance(format_, Plain):
+        return PackedTensor(format_, shape, codes.view(shape[0], -1))
     return unpack(format_, shape, codes, scales, stored_as(format_, *shape)[1].dtypes[0])

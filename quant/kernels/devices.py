@@ -96,8 +96,15 @@ class DeviceKernels:
     def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
         return self.on(scores.device).best_columns(scores, top_k)
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return self.on(q.device).attend(q, keys, values)
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.on(q.device).attend(q, keys, values, window, sinks)
 
     def attend_sparse(
         self,

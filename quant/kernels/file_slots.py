@@ -50,10 +50,9 @@ class FileSlotLayout:
     def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
         """Copy one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
         view = self.views(slot).matrices[number]
-        assert weight.scales is not None
-        assert view.scales is not None
         view.codes.copy_(weight.codes)
-        view.scales.copy_(weight.scales)
+        if view.scales is not None and weight.scales is not None:
+            view.scales.copy_(weight.scales)
 
     def views(self, slot: torch.Tensor) -> ExpertWeights:
         """The weights of the expert in `slot`."""

@@ -97,10 +97,18 @@ class LayerOperations(Protocol):
         """Columns of the top_k best scores of each row, `[L, min(top_k, G)]`; -1 where the score is -inf."""
         ...
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Causal attention of the last tokens of a sequence, `[L, heads, head_dim]` to the same.
 
-        keys, values `[kv_heads, n + L, head_dim]`: of the n tokens before, then of these.
+        keys, values `[kv_heads, n + L, head_dim]`: of the n tokens before, then of these; with a window a
+        token sees that many, itself the last. sinks `[heads]`: the denominator of head h gains exp(sinks_h).
         """
         ...
 
@@ -191,15 +199,26 @@ class TorchLayers:
         values, columns = scores.topk(min(top_k, scores.shape[1]), dim=-1)
         return columns.masked_fill(values == -torch.inf, -1)
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         length, heads, head_dim = q.shape
         kv_heads, end, _ = keys.shape
+        if window is not None:
+            first = max(0, end - length - window + 1)
+            keys, values, end = keys[:, first:], values[:, first:], end - first
+        if sinks is not None:  # a key that scores sinks_h with every query of head h, and a value of zero
+            return _attend_with_sinks(q, keys, values, _visible(length, end, window, q.device), sinks)
         # Query heads that share a key-value head become extra rows of one query.
         rows = q.view(length, kv_heads, -1, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        mask = None
-        if length > 1:  # a single token sees everything
-            visible = torch.arange(end) <= torch.arange(end - length, end).unsqueeze(-1)  # [length, end]
-            mask = visible.repeat(heads // kv_heads, 1).to(q.device)
+        mask = _visible(length, end, window, q.device)
+        if mask is not None:
+            mask = mask.repeat(heads // kv_heads, 1)
         attended = F.scaled_dot_product_attention(
             rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
         )  # [1, kv_heads, heads / kv_heads * length, head_dim]
@@ -230,6 +249,34 @@ class TorchLayers:
                 hidden = (key_index > own) | (key_index <= own - window)  # [block, keys]
             blocks.append(_attend_block(q[start:stop], keys, hidden, sink, chosen))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _visible(length: int, end: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Which of `end` keys the last `length` tokens see, `[length, end]`; None where a single one sees all."""
+    if length == 1:
+        return None
+    own, keys = torch.arange(end - length, end, device=device).unsqueeze(-1), torch.arange(end, device=device)
+    visible = keys <= own
+    return visible if window is None else visible & (keys > own - window)
+
+
+def _attend_with_sinks(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of q `[L, heads, head_dim]` with a learned logit for each head in the denominator."""
+    length, heads, head_dim = q.shape
+    kv_heads = keys.shape[0]
+    rows = q.view(length, kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [kv_heads, shared, L, head_dim]
+    scores = rows @ keys.transpose(1, 2).unsqueeze(1) * head_dim**-0.5  # [kv_heads, shared, L, end]
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
+    return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, head_dim)
 
 
 def _attend_block(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
 from quant.kernels.interface import MoeCall, Weight, swiglu
 from quant.kernels.layers import TorchLayers
@@ -46,6 +47,8 @@ class ReferenceKernels(TorchLayers):
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
             return self.product(x, weight.to(x.dtype))
+        if isinstance(weight.format, Plain):
+            return self.linear(x, weight.format.values(weight))
         rows, cols = weight.shape
         tile = weight.format.tile_rows
         step = max(tile, DECODE_VALUES // cols // tile * tile)

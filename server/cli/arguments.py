@@ -41,3 +41,14 @@ JsonFile = Annotated[
         "--json", help="Also write the results to this file.", callback=can_be_written, show_default=False
     ),
 ]
+
+Devices = Annotated[
+    str | None, typer.Option(help="GPUs for the weights, e.g. cuda:22GiB. Default: none.", show_default=False)
+]
+DramBudget = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for weights, e.g. 16GiB. Default: three quarters of free memory.",
+        show_default=False,
+    ),
+]

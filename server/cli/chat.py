@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError, LociError
-from server.cli.arguments import Model
+from server.cli.arguments import Devices, DramBudget, Model
 from server.cli.keyboard import messages
 from server.cli.terminal import is_terminal, write
 
@@ -31,17 +31,6 @@ Temperature = Annotated[
 MaxTokens = Annotated[int | None, typer.Option(help="Maximum tokens per answer.", show_default=False)]
 Seed = Annotated[
     int | None, typer.Option(help="Random seed; the same seed gives the same answer.", show_default=False)
-]
-
-Devices = Annotated[
-    str | None, typer.Option(help="GPUs for the weights, e.g. cuda:22GiB. Default: none.", show_default=False)
-]
-DramBudget = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory for weights, e.g. 16GiB. Default: three quarters of free memory.",
-        show_default=False,
-    ),
 ]
 
 

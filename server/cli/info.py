@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import OptionalModel
+from server.cli.arguments import Devices, DramBudget, OptionalModel
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
     from engine.families.base import Component
+    from memory.planner.budget import MemoryBudget
 
 # Loading maps files and then touches every weight once; up to here that takes seconds.
 LOADED_UNASKED_BYTES = 1_000_000_000
@@ -38,12 +39,23 @@ def info(
             show_default=False,
         ),
     ] = None,
+    program: Annotated[
+        bool,
+        typer.Option(
+            "--program",
+            help="Load the model and print its recorded decode step: operations, the bytes they read, and "
+            "where it hands over.",
+        ),
+    ] = False,
+    devices: Devices = None,
+    dram_budget: DramBudget = None,
 ) -> None:
     """Describe a model: its parts, their formats and sizes, and the tiers that can hold them.
 
     Example: loci info ./DeepSeek-V4.1-Flash
     """
     from engine.families.loader import open_model
+    from memory.planner.budget import MemoryBudget
 
     assert model is not None  # a default stands in
     found = open_model(model)
@@ -54,7 +66,9 @@ def info(
     print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens")
     print()
     _print_components(components)
-    if total <= LOADED_UNASKED_BYTES if load is None else load:
+    if program:
+        _print_program(model, MemoryBudget.of_this_machine(dram_budget, devices))
+    elif total <= LOADED_UNASKED_BYTES if load is None else load:
         _print_memory(model)
     else:
         print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
@@ -99,6 +113,35 @@ def _print_memory(path: Path) -> None:
         f"peak RSS after loading and {len(ids)} tokens: {bytes_text(peak)} "
         f"({bytes_text(before)} of it before loading: Python, torch)"
     )
+
+
+def _print_program(path: Path, budget: MemoryBudget) -> None:
+    from engine.families.loader import load
+    from engine.program_report import layer_kinds, operation_kinds
+    from server.serving.service import DEFAULT_CONTEXT
+
+    model = load(path, budget).model
+    recorded = model.new_cache(1, min(model.info.max_context, DEFAULT_CONTEXT)).program
+    print()
+    if recorded is None:
+        print("The decode step is not recorded: operations are started one by one.")
+        return
+    kinds, layers = operation_kinds(recorded), layer_kinds(recorded)
+    read = sum(kind.nbytes for kind in kinds)
+    print(
+        f"A decode step of up to {recorded.max_rows} sequences is recorded: {len(recorded.noted)} operations "
+        f"in {bytes_text(recorded.nbytes)} of buffers, which read {bytes_text(read)} of weights for a token."
+    )
+    print()
+    rows = [(kind.kind, str(kind.count), bytes_text(kind.nbytes) if kind.nbytes else "") for kind in kinds]
+    print_table(["operation", "number", "weights read"], rows, right=(1, 2))
+    print()
+    print_table(
+        ["layers", "operations each", "hand-overs each", "weights read each"],
+        [(kind.name, str(kind.operations), str(kind.hand_overs), bytes_text(kind.nbytes)) for kind in layers],
+        right=(1, 2, 3),
+    )
+    print("\nA hand-over is skipped unless bytes must arrive first.")
 
 
 def _count(number: int) -> str:

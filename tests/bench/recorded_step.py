@@ -12,14 +12,14 @@ from pathlib import Path
 
 from engine.embedded import model_path
 from engine.families.base import Batch, Model
-from engine.families.llama.forward import LlamaCache
+from engine.families.decoder.cache import DecoderCache
 from engine.families.loader import load
 
 POSITION = 100  # tokens that every sequence holds already
 ROWS = (1, 4, 8, 16)
 
 
-def step_s(model: Model, cache: LlamaCache, rows: int) -> float:
+def step_s(model: Model, cache: DecoderCache, rows: int) -> float:
     """Seconds of one step; the cache is as before."""
     for slot in range(rows):
         cache.resume(slot, POSITION, 0)
@@ -35,8 +35,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     model = load(model_path(Path("smollm2"))).model
     replayed, eager = (model.new_cache(max(ROWS), 2 * POSITION) for _ in range(2))
-    assert isinstance(replayed, LlamaCache)
-    assert isinstance(eager, LlamaCache)
+    assert isinstance(replayed, DecoderCache)
+    assert isinstance(eager, DecoderCache)
     eager.program = None
     print("rows  replayed ms  eager ms  ratio (medians of paired rounds)")
     for rows in ROWS:

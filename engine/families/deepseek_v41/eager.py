@@ -56,7 +56,7 @@ class V41Eager(EagerBasics):
         if self._acquired is not None:
             self._acquired.__exit__(*raised)
 
-    def at_layer(self, number: int) -> None:
+    def at_layer(self, number: int | None) -> None:
         """All layers are alike."""
 
     def move(self, device: torch.device, *values: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -95,8 +95,8 @@ class V41Eager(EagerBasics):
         return (parallel + gates.unsqueeze(-1) * value.unsqueeze(1)).flatten(1)
 
     def _parallel(self, streams: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hc, hidden]`."""
-        return streams.view(len(streams), self._config.hc_mult, -1)
+        """`[tokens, hc, hidden]`; of no tokens too."""
+        return streams.view(len(streams), self._config.hc_mult, self._config.hidden_size)
 
     # -------------------------------------------------------------------------------------- attention
 

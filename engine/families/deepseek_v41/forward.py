@@ -38,8 +38,7 @@ class V41Cache(SparseCache):
 
     @property
     def nbytes(self) -> int:
-        program = None if self.decoder is None else self.decoder.program
-        return super().nbytes + (0 if program is None else program.nbytes)
+        return super().nbytes + (0 if self.program is None else self.program.nbytes)
 
 
 class DeepseekV41(Model):
@@ -59,6 +58,7 @@ class DeepseekV41(Model):
         self.weights = weights
         self.kernels = kernels
         self.token_map = token_map
+        self._token_keys = token_map.numpy()
         self.engram: EngramLookup | None = None
         if hashing is not None:
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
@@ -109,6 +109,7 @@ class DeepseekV41(Model):
         recorder = self._recorder()
         if recorder is not None:
             cache.decoder = self._record(recorder, cache)
+            cache.program = cache.decoder.program
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -138,7 +139,7 @@ class DeepseekV41(Model):
             return
         history, pad = self.cache_shape.history, self.config.engram_pad_token_id
         ids = [[*[pad] * (history - len(before)), *before[-history:], token] for before, token in drawn]
-        self.engram.expect(self.token_map.numpy()[ids])
+        self.engram.expect(self._token_keys[ids])
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
@@ -148,7 +149,7 @@ class DeepseekV41(Model):
         embedded = self.weights.embed[batch.token_ids].float()  # [tokens, hidden]
         decoder = cache.decoder
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
-            logits = decoder.run(batch, embedded, self._request_rows(batch, cache))[batch.logit_rows]
+            logits = decoder.run(batch, embedded, self._request_rows(batch, cache))
         else:
             logits = self._compute(batch, embedded, cache, trace or NO_TRACE)
         for segment in batch.segments:
@@ -176,11 +177,11 @@ class DeepseekV41(Model):
         """Request every Engram row that the tokens need."""
         if self.engram is None:
             return None
-        keys: tuple[torch.Tensor, ...] = torch.split(
-            self.token_map[batch.token_ids], [s.length for s in batch.segments]
-        )
-        pairs = zip(batch.segments, keys, strict=True)
-        return self.engram.begin([cache.extend_history(segment, k) for segment, k in pairs])
+        keys, asked, stop = self._token_keys[batch.token_ids.numpy()], [], 0
+        for segment in batch.segments:
+            start, stop = stop, stop + segment.length
+            asked.append(cache.extend_history(segment, keys[start:stop]))
+        return self.engram.begin(asked)
 
     def _layers(self, ops: V41Operations[Value], embedded: Value) -> tuple[Value, Value]:
         """All layers: the streams, `[rows, hc * hidden]`, and the mix that the head reads with."""
@@ -205,6 +206,7 @@ class DeepseekV41(Model):
             y = self._experts(ops, number, streams, pre, mix)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
             ops.trace(f"streams.{number}", streams, c.hc_mult, c.hidden_size)
+        ops.at_layer(None)
         return streams, pre
 
     def _logits(self, ops: V41Operations[Value], streams: Value, pre: Value) -> Value:

@@ -71,8 +71,8 @@ class V41Parts:
 class V41Operations(BasicOperations[Value], Protocol[Value]):
     """Streams are `[rows, hc * hidden]`."""
 
-    def at_layer(self, number: int) -> None:
-        """What follows is layer `number`'s."""
+    def at_layer(self, number: int | None) -> None:
+        """What follows is layer `number`'s, or no layer's."""
         ...
 
     def move(self, device: torch.device, *values: Value) -> Sequence[Value]:

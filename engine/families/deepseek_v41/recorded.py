@@ -1,8 +1,7 @@
 """V4.1's operations noted for a program, and the step that runs it: each row is one sequence's newest token.
 
-Where everything lies in DRAM, a step is one native call. Where experts move, it comes back in every layer: to
-predict, to begin what is missing, and to compute when it has arrived. For Engram rows it comes back only if
-they are late.
+Where everything lies in DRAM, a step is one native call. Where experts move, it comes back in layers whose
+experts are not all at hand. For Engram rows it comes back only if they are late, or used for a prediction.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWei
 from engine.layers.engram_lookup import StepRows
 from engine.layers.hyper_connections import HyperConnection, first_mix
 from engine.layers.operations import RecordedBasics
-from memory.experts.step import ExpertStep
+from engine.layers.recorded_experts import RecordedExperts
 from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import Recorder, Selector
 from quant.kernels.interface import Weight
@@ -38,18 +37,15 @@ class V41Recorded(RecordedBasics):
         self._turns: dict[tuple[bool, bool, int], Buffer] = {}  # by compressed, backwards, unit
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
-        self._moves = not parts.weights.experts.is_still
+        self._experts = RecordedExperts(recorder, parts.weights.experts, parts.config.swiglu_limit)
         self.late: dict[int, torch.Tensor] = {}  # by Engram table: see `Recorder.hand_over`
         self.rows: dict[int, Buffer] = {}
-        self.used = torch.zeros(1, dtype=torch.int64)  # different experts of layers, where none moves
         self.program: Program | None = None
         self._guesses: Guesses | None = None
         self._step_rows: StepRows | None = None
-        self._acquired: ExpertStep | None = None
 
     def run(self, batch: Batch, embedded: torch.Tensor, rows: StepRows | None) -> torch.Tensor:
-        """The logits of a batch of new tokens, embedded `[rows, hidden]`: `[max_rows, vocab_size]`, valid
-        until the next step."""
+        """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
         assert self.program is not None
         self._guesses = Guesses(self._parts, rows)
         self._step_rows = rows
@@ -59,21 +55,20 @@ class V41Recorded(RecordedBasics):
             skip[0] = int(rows.is_there(table))
             if skip[0]:
                 self._fill(table, len(embedded))
+        self._experts.begin(self.program)
         try:
             self.program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        finally:
-            if self._acquired is not None:
-                self._acquired.__exit__()
-        if count := int(self.used):
-            self._parts.weights.experts.count_uses(count)
-            self.used[0] = 0
-        return self.program.result
+        except BaseException:
+            self._experts.fail()
+            raise
+        self._experts.end(len(embedded))
+        return self.program.logits(batch.logit_rows)
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""
         self.program = self._recorder.finish(source, result)
 
-    def at_layer(self, number: int) -> None:
+    def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number
 
     def move(self, device: torch.device, *values: Buffer) -> Sequence[Buffer]:
@@ -103,7 +98,7 @@ class V41Recorded(RecordedBasics):
         layer, table = self._parts.weights.layers[number], self._parts.table(number)
         assert layer.engram is not None
         wkv = layer.engram.wkv
-        if self._moves:  # a prediction may have made them already
+        if not self._experts.is_still:  # a prediction may have made them already
             kv = self._recorder.buffer(int(wkv.shape[0]))
             self._recorder.hand_over(lambda rows: self._fill_kv(number, kv, rows), [], [kv])
         else:
@@ -190,39 +185,38 @@ class V41Recorded(RecordedBasics):
     def prefetch(
         self, number: int, streams: Buffer, pre: Buffer, y: Buffer | None, mix: StreamMix[Buffer] | None
     ) -> None:
-        if not self._moves:
+        if self._experts.is_still:
             return
+        layer = self._parts.weights.layers[number]
+        if y is not None and mix is not None:
+            if layer.engram is not None:
+                return self._prefetch_behind_engram(number, streams, pre, y, mix)
+            streams = self.write_streams(streams, y, mix)
+        c = self._config
+        (logits,) = self.linears(
+            self.norm(self.read_streams(streams, pre), layer.ffn_norm, c.rms_norm_eps), layer.gate
+        )
+        ids, _ = self.route(logits, layer.gate_bias, c.num_experts_per_tok, c.routed_scaling_factor)
+        self._experts.prefetch(number, ids)
+
+    def _prefetch_behind_engram(
+        self, number: int, streams: Buffer, pre: Buffer, y: Buffer, mix: StreamMix[Buffer]
+    ) -> None:
+        """Predict a layer that adds table rows first: these may be there, or not."""
 
         def work(rows: int) -> None:
             assert self._guesses is not None
             at = self._tensors(rows)
-            found = None if mix is None else StreamMix(at(mix.pre), at(mix.post), at(mix.combine))
-            self._guesses.prefetch(number, at(streams), at(pre), None if y is None else at(y), found)
+            found = StreamMix(at(mix.pre), at(mix.post), at(mix.combine))
+            self._guesses.prefetch(number, at(streams), at(pre), at(y), found)
 
-        read = [streams, pre, *([] if y is None or mix is None else [y, mix.pre, mix.post, mix.combine])]
-        self._recorder.hand_over(work, read, [])
+        self._recorder.hand_over(work, [streams, pre, y, mix.pre, mix.post, mix.combine], [])
 
     def acquire(self, number: int, ids: Buffer) -> None:
-        def work(rows: int) -> None:
-            self._acquired = self._parts.weights.experts.acquire(number, self._tensors(rows)(ids))
-
-        if self._moves:
-            self._recorder.hand_over(work, [ids], [])
+        self._experts.acquire(number, ids)
 
     def experts(self, number: int, x: Buffer, ids: Buffer, weights: Buffer) -> Buffer:
-        limit, store = self._config.swiglu_limit, self._parts.weights.experts
-        if not self._moves:
-            return self._recorder.experts(x, ids, weights, store.still_weights(number), limit, self.used)
-        out = self._recorder.buffer(x.width)
-
-        def work(rows: int) -> None:
-            at = self._tensors(rows)
-            assert self._acquired is not None
-            with self._acquired as acquired:
-                at(out)[:] = acquired.run(at(x), at(weights), limit)
-
-        self._recorder.hand_over(work, [x, ids, weights], [out])
-        return out
+        return self._experts.run(number, x, ids, weights)
 
     def _tensors(self, rows: int) -> _Rows:
         assert self.program is not None

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine.families.deepseek_v41.config import V41Config
-from engine.families.deepseek_v41.places import HOST, DensePlaces, place_dense
+from engine.families.deepseek_v41.shape import checkpoint_shape
 from engine.families.deepseek_v41.tensors import StoredFormats
+from engine.families.places import HOST, DensePlaces, place
 from engine.layers.engram import EngramMix
 from engine.layers.hyper_connections import HyperConnection
 from memory.checkpoint.checkpoint import Checkpoint
@@ -187,7 +188,7 @@ def read_weights(
     goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it needs
     gigabytes). Raises BudgetError where not even the dense weights fit.
     """
-    places = place_dense(config, checkpoint, budget)
+    places = place(checkpoint_shape(config, checkpoint, checkpoint.path.name), checkpoint.path, budget)
     left = places.left["dram"]
     tables_bytes, experts_bytes = places.tables_bytes, places.experts_bytes
     everything_fits = tables_bytes + experts_bytes * ROOM_FOR_ALIGNMENT <= left

@@ -250,9 +250,16 @@ class NativeLayers:
         )
         return best
 
-    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        end = keys.shape[1]
-        return self._attend(q, keys, values, end, None, None, None)
+    def attend(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        sinks = None if sinks is None else floats(sinks)
+        return self._attend(q, keys, values, window or keys.shape[1], sinks, None, None)
 
     def attend_sparse(
         self,

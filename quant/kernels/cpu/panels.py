@@ -16,7 +16,8 @@ import torch
 from quant.errors import FormatError
 from quant.formats.four_bit import FourBit
 from quant.formats.fp8 import FP8_32, FP8_128, Fp8
-from quant.formats.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.formats.gguf_k import Q6_K
+from quant.formats.gguf_legacy import Q4_0, Q4_1, Q8_0
 from quant.formats.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
@@ -147,6 +148,16 @@ def native_weight(packed: PackedTensor) -> NativeWeight | None:
         return None
     scales = None if packed.scales is None else packed.scales.contiguous()
     return NativeWeight(packed.format, packed.shape, packed.codes.contiguous(), scales)
+
+
+def matrix_addresses(expert: ExpertWeights) -> tuple[int, int, int]:
+    """Addresses of the library's descriptors of w1, w3 and w2, which live as long as the expert's weights.
+
+    Zeros for a format without panels.
+    """
+    natives = [weight if isinstance(weight, NativeWeight) else None for weight in expert.matrices]
+    w1, w3, w2 = (0 if native is None else native.address for native in natives)
+    return (w1, w3, w2) if w1 and w3 and w2 else (0, 0, 0)
 
 
 def tile(packed: PackedTensor, out: torch.Tensor | None = None, threads: int | None = None) -> NativeWeight:

@@ -9,7 +9,7 @@ must arrive first. Its operations are those of eager calls, so results are the s
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,9 +17,10 @@ import torch
 
 # In the order of `Kind` in native_src/program.hpp.
 KINDS = (
-    "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add", "scale",
+    "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add",
+    "bias", "clip", "scale",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
-    "pool", "entry", "select", "route", "experts", "hand_over",
+    "pool", "entry", "select", "route", "at_hand", "experts", "hand_over",
 )  # fmt: skip
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64  # bytes
@@ -127,6 +128,7 @@ class Program:
     source  `[max_rows, width]`, to be filled before a run
     result  `[max_rows, width]`, valid until the next run
     nbytes  of the arena: buffers that live at different times share places
+    hand_overs  what is to be done at an operation, by its number
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class Program:
         self.noted: Sequence[Noted] = recording.noted
         self._runner = runner
         self._held = recording.held
-        self._hand_overs: Mapping[int, HandOver] = recording.hand_overs
+        self.hand_overs = recording.hand_overs
         self._operations = (_Operation * len(recording.noted))()
         for to, noted in zip(self._operations, recording.noted, strict=True):
             to.kind = KINDS.index(noted.kind)
@@ -161,6 +163,12 @@ class Program:
         nbytes = buffer.dtype.itemsize * rows * buffer.width
         return self._arena[at : at + nbytes].view(buffer.dtype).view(rows, buffer.width)
 
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of some of the last run's results, rows `[n]` int64 ascending: `[n, width]`."""
+        if len(rows) == self._input.rows:
+            return self.result[: len(rows)].clone()
+        return self.result[rows]
+
     def run(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         """Compute `result` from `source` for as many rows as there are slots."""
         rows = len(slots)
@@ -170,7 +178,7 @@ class Program:
         end = len(self._operations)
         at = self._runner.run(self._operations, 0, self._input)
         while at < end:
-            self._hand_overs[at](rows)
+            self.hand_overs[at](rows)
             at = self._runner.run(self._operations, at + 1, self._input)
 
     def _address(self, place: Operand) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -24,7 +24,7 @@ from quant.kernels.cpu.program import (
     Recording,
     Runner,
 )
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import Weight
 
 GROUP = 3  # matrices of one operation at most
 
@@ -67,6 +67,7 @@ class Recorder:
     max_rows: int
     layer: int | None = None
     _recording: Recording = field(default_factory=Recording)
+    _kept: list[Buffer] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +75,10 @@ class Recorder:
         return torch.device("cpu")
 
     # ------------------------------------------------------------------------------- beginning and end
+
+    def keep(self, buffer: Buffer) -> None:
+        """Keep a buffer's values until the next run."""
+        self._kept.append(buffer)
 
     def input(self, width: int, dtype: torch.dtype = torch.float32) -> Buffer:
         """A buffer that is filled before each run."""
@@ -88,12 +93,19 @@ class Recorder:
         self._recording.buffers.append(buffer)
         return buffer
 
-    def hand_over(self, work: HandOver, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> torch.Tensor:
+    def hand_over(
+        self,
+        work: HandOver,
+        reads: Sequence[Buffer],
+        writes: Sequence[Buffer],
+        skip: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A place where a run comes back to its caller, who does `work` on some buffers.
 
-        Returns a number `[1]` int64 that is 0; a run goes on without `work` while it is not.
+        Returns a number `[1]` int64, `skip` where given, else a new one that is 0: a run goes on without
+        `work` while it is not 0.
         """
-        skip = torch.zeros(1, dtype=torch.int64)
+        skip = torch.zeros(1, dtype=torch.int64) if skip is None else skip
         at = len(self._recording.noted)
         self._recording.hand_overs[at] = work
         self._note("hand_over", [self._address(skip)], [], [])
@@ -103,6 +115,8 @@ class Recorder:
 
     def finish(self, source: Buffer, result: Buffer) -> Program:
         """The program of what was noted, from `source`, filled before each run, to `result`."""
+        for buffer in self._kept:
+            buffer.last = len(self._recording.noted)
         return Program(self.runner, self._recording, source, result, self.max_rows)
 
     def nbytes(self, source: Buffer, result: Buffer) -> int:
@@ -113,10 +127,10 @@ class Recorder:
     # -------------------------------------------------------------------------------------- any model
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
-        """x * rsqrt(mean(x^2) + eps) * weight."""
-        out = self.buffer(x.width)
+        """x * rsqrt(mean(x^2) + eps) * weight; with a weight shorter than x, each such part by itself."""
+        out, width = self.buffer(x.width), x.width if weight is None else len(weight)
         at = None if weight is None else self._weight(weight)
-        self._note("norm", [x, at], [out], [x.width], eps)
+        self._note("norm", [x, at], [out], [width, x.width // width], eps)
         return out
 
     def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
@@ -154,12 +168,15 @@ class Recorder:
         to = [self._address(place.keys), self._address(place.values)]
         self._note("append", [keys, values], to, place.sizes)
 
-    def attend(self, q: Buffer, place: KvPlace) -> Buffer:
-        """Attention of each row over what its slot holds up to its position."""
+    def attend(
+        self, q: Buffer, place: KvPlace, window: int | None = None, sinks: torch.Tensor | None = None
+    ) -> Buffer:
+        """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`."""
         kv_heads, dim, head, slot = place.sizes
         out = self.buffer(q.width)
-        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values)]
-        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot])
+        at = None if sinks is None else self._weight(sinks)
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at]
+        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot, window or 0])
         return out
 
     def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
@@ -174,6 +191,18 @@ class Recorder:
         self._note("add", [x, y], [out], [x.width])
         return out
 
+    def bias(self, x: Buffer, row: torch.Tensor) -> Buffer:
+        """x + row `[width]`."""
+        out = self.buffer(x.width)
+        self._note("bias", [x, self._weight(row)], [out], [x.width])
+        return out
+
+    def clip(self, x: Buffer, limit: float) -> Buffer:
+        """x cut to -limit .. limit."""
+        out = self.buffer(x.width)
+        self._note("clip", [x], [out], [x.width], limit)
+        return out
+
     def scale(self, x: Buffer, factor: float) -> Buffer:
         """x * factor."""
         out = self.buffer(x.width)
@@ -186,28 +215,43 @@ class Recorder:
         self._note("route", [logits, self._weight(bias)], [ids, weights], [logits.width, top_k], factor)
         return ids, weights
 
+    def at_hand(self, ids: Buffer, addresses: torch.Tensor, busy: torch.Tensor) -> torch.Tensor:
+        """Whether all chosen experts are at hand and nothing is on its way that may have to be cancelled: a
+        number `[1]` int64, 0 or 1, which hand-overs may be skipped by.
+
+        addresses  `[experts, 3]` int64 of the layer's matrices, 0 where they are not there; may change
+        busy       `[1]` int64, transfers under way for the layer; may change
+        """
+        flag = torch.zeros(1, dtype=torch.int64)
+        inputs: list[Operand] = [ids, self._address(addresses), self._address(busy)]
+        self._note("at_hand", inputs, [self._address(flag)], [ids.width])
+        return flag
+
     def experts(
         self,
         x: Buffer,
         ids: Buffer,
         weights: Buffer,
-        experts: Sequence[ExpertWeights],
+        addresses: torch.Tensor,
         limit: float,
         used: torch.Tensor,
+        nbytes: int,
+        unless: tuple[torch.Tensor, Callable[[Buffer], HandOver]] | None = None,
     ) -> Buffer:
         """The sum of the chosen experts' outputs, weighted, in the router's order.
 
-        experts  all of the layer's, which stay where they are
-        used     `[1]` int64, to which each run adds how many different experts it has computed
+        addresses  `[experts, 3]` int64 of the layer's matrices
+        used       `[1]` int64, to which each run adds how many different experts it has computed
+        nbytes     of an expert's matrices
+        unless     what `at_hand` gave, and what is done, with the result's buffer, where that is 0
         """
-        natives = [self._native(weight) for expert in experts for weight in expert.matrices]
-        table = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
-        self._recording.held += [table, natives]
         out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
-        inputs: list[Operand] = [x, ids, weights, ctypes.addressof(table)]
-        nbytes = ids.width * sum(weight.nbytes for weight in experts[0].matrices)
-        sizes = [ids.width, x.width]
-        self._note("experts", inputs, [out, apart, self._address(used)], sizes, limit, nbytes)
+        inputs: list[Operand] = [x, ids, weights, self._address(addresses)]
+        if unless is not None:
+            inputs.append(self._address(unless[0]))
+            self._recording.hand_overs[len(self._recording.noted)] = unless[1](out)
+        outputs: list[Operand] = [out, apart, self._address(used)]
+        self._note("experts", inputs, outputs, [ids.width, x.width], limit, ids.width * nbytes)
         return out
 
     # ----------------------------------------------------------------- parallel streams (mHC), Engram

@@ -19,8 +19,10 @@ from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload
 from memory.tiers import Tier
+from quant.errors import CheckpointError
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.program import HandOver
 from quant.kernels.reference import ReferenceKernels
 from tests.conftest import golden_path
 from tests.engine.families.recorded_pairs import Pair
@@ -31,21 +33,26 @@ SLOTS, CONTEXT = 3, 64
 CPU = torch.device("cpu")
 
 
-def tight(path: Path) -> MemoryBudget:
-    """Room for about a third of the experts in DRAM and on two virtual GPUs, and for few Engram rows."""
+def tight(path: Path, *, has_gpus: bool) -> MemoryBudget:
+    """Room for some of the experts in DRAM, perhaps some on two virtual GPUs, and for few Engram rows."""
     whole = FAMILY.load(open_safetensors(path), NativeKernels(), MemoryBudget(1 << 30))
     experts = whole.weights.experts.tier_bytes["dram"]
     dense = whole.weights.places.nbytes["dram"]
     whole.close()
+    workload = Workload(context=300, sequences=MAX_ROWS + 2)
+    if not has_gpus:
+        return MemoryBudget(dense + experts // 2, workload=workload)
     gpus = tuple(Tier(f"vram:{n}", experts // 12, CPU, link_bytes_per_s=1e9) for n in range(2))
-    return MemoryBudget(dense + experts // 5, gpus, Workload(context=300, sequences=MAX_ROWS + 2))
+    return MemoryBudget(dense + experts // 5, gpus, workload)
 
 
-@pytest.fixture(scope="module", params=itertools.product(["v41-a", "v41-b", "v41-c"], ["all", "some"]))
+@pytest.fixture(
+    scope="module", params=itertools.product(["v41-a", "v41-b", "v41-c"], ["all", "disk", "gpus"])
+)
 def model(request: pytest.FixtureRequest) -> Iterator[DeepseekV41]:
     name, held = request.param
     path = golden_path(name)
-    budget = MemoryBudget(1 << 30) if held == "all" else tight(path)
+    budget = MemoryBudget(1 << 30) if held == "all" else tight(path, has_gpus=held == "gpus")
     loaded = FAMILY.load(open_safetensors(path), NativeKernels(), budget)
     assert loaded.weights.experts.is_still == (held == "all")
     yield loaded
@@ -101,6 +108,64 @@ def test_uses_of_experts_are_counted_alike(model: DeepseekV41) -> None:
     replayed, eager = model.new_cache(2, 8), model.new_cache(2, 8)
     forget(eager)
     assert uses(replayed) == uses(eager) > 0
+
+
+def test_a_step_that_fails_at_any_hand_over_can_be_computed_again(model: DeepseekV41) -> None:
+    cache, eager = model.new_cache(1, 16), model.new_cache(1, 16)
+    forget(eager)
+    for each in (cache, eager):
+        model.forward(Batch.of([(0, 0, [5, 6, 7])]), each)
+    batch = Batch.of([(0, 3, [8])])
+    assert cache.program is not None
+    places = [at for at, noted in enumerate(cache.program.noted) if noted.kind == "hand_over"]
+    failed = 0
+    for at in places:
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setitem(cache.program.hand_overs, at, _gone)
+            try:
+                model.forward(batch, cache)
+            except CheckpointError:
+                failed += 1
+            else:  # rows had arrived, so nothing was handed over
+                cache.resume(0, 3, 0)
+        assert cache.length(0) == 3
+        assert not model.weights.experts.slots.claims
+    if not model.weights.experts.is_still:  # else only rows that are late are handed over
+        assert failed > model.config.num_hidden_layers
+    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
+
+
+def test_a_step_comes_back_only_for_experts_that_are_not_at_hand(model: DeepseekV41) -> None:
+    layers = model.config.num_hidden_layers
+    cache = model.new_cache(1, 60)
+    assert cache.program is not None
+    computed: list[int] = []  # at which operations, by the store
+
+    def counted(at: int, work: HandOver) -> HandOver:
+        def both(rows: int) -> None:
+            computed.append(at)
+            work(rows)
+
+        return both
+
+    for at, work in list(cache.program.hand_overs.items()):
+        if cache.program.noted[at].kind == "experts":
+            cache.program.hand_overs[at] = counted(at, work)
+    for at in range(40):
+        if at == 20:
+            computed.clear()
+            before = model.telemetry.snapshot().hits
+        model.forward(Batch.of([(0, at, [7 + at % 2])]), cache)
+    hits = model.telemetry.snapshot().hits
+    uses = sum(hits.values()) - sum(before.values())
+
+    assert uses == 20 * layers * model.config.num_experts_per_tok
+    if model.weights.experts.at_hand is not None:  # with GPUs, the store decides in each layer
+        assert len(computed) < 20 * layers * 3 / 4
+
+
+def _gone(rows: int) -> None:
+    raise CheckpointError("shard: cannot be read at byte 0 (Input/output error)")
 
 
 def test_plain_torch_records_nothing() -> None:

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.families.base import Batch, Trace
-from engine.families.llama.forward import FAMILY, Llama, LlamaCache
+from engine.families.decoder.cache import DecoderCache
+from engine.families.decoder.forward import Decoder
+from engine.families.decoder.weights import MlpWeights
+from engine.families.llama import FAMILY
 from engine.families.registry import family_of
 from engine.families.shapes import shape_of
 from memory.checkpoint.checkpoint import Checkpoint
@@ -35,24 +38,24 @@ from tests.engine.families.tiny_llama import (
 IDS = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
 
 
-def load(checkpoint: Checkpoint) -> Llama:
+def load(checkpoint: Checkpoint) -> Decoder:
     model = family_of(checkpoint).load(checkpoint, ReferenceKernels(), MemoryBudget(1 << 30))
-    assert isinstance(model, Llama)
+    assert isinstance(model, Decoder)
     return model
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     return load(open_gguf(write_gguf(path, tiny_values(), "Q4_1")))
 
 
-def whole(model: Llama, ids: list[int]) -> torch.Tensor:
+def whole(model: Decoder, ids: list[int]) -> torch.Tensor:
     """Logits of every position, the prompt taken at once."""
     return model.forward(Batch.of([(0, 0, ids)], all_logits=True), model.new_cache(1, CONTEXT))
 
 
-def in_chunks(model: Llama, ids: list[int], sizes: list[int]) -> torch.Tensor:
+def in_chunks(model: Decoder, ids: list[int], sizes: list[int]) -> torch.Tensor:
     cache = model.new_cache(1, CONTEXT)
     parts: list[torch.Tensor] = []
     start = 0
@@ -66,11 +69,11 @@ def in_chunks(model: Llama, ids: list[int], sizes: list[int]) -> torch.Tensor:
 
 @settings(max_examples=15, deadline=None)
 @given(sizes=st.lists(st.integers(1, 17), min_size=1, max_size=4))
-def test_a_prompt_cut_into_chunks_gives_the_logits_of_the_whole(model: Llama, sizes: list[int]) -> None:
+def test_a_prompt_cut_into_chunks_gives_the_logits_of_the_whole(model: Decoder, sizes: list[int]) -> None:
     torch.testing.assert_close(in_chunks(model, IDS, sizes), whole(model, IDS), atol=2e-5, rtol=0)
 
 
-def test_sequences_in_one_batch_get_the_logits_they_get_alone(model: Llama) -> None:
+def test_sequences_in_one_batch_get_the_logits_they_get_alone(model: Decoder) -> None:
     alone = [whole(model, ids) for ids in (IDS[:7], IDS[7:30], IDS[30:])]
     cache = model.new_cache(3, CONTEXT)
     model.forward(Batch.of([(2, 0, IDS[:5]), (0, 0, IDS[7:8])]), cache)
@@ -85,7 +88,7 @@ def test_sequences_in_one_batch_get_the_logits_they_get_alone(model: Llama) -> N
     torch.testing.assert_close(last, alone[0][6:7], atol=2e-5, rtol=0)
 
 
-def test_only_the_rows_asked_for_get_logits(model: Llama) -> None:
+def test_only_the_rows_asked_for_get_logits(model: Decoder) -> None:
     cache = model.new_cache(2, CONTEXT)
     batch = Batch.of([(0, 0, IDS[:5]), (1, 0, IDS[5:9])])
 
@@ -96,7 +99,7 @@ def test_only_the_rows_asked_for_get_logits(model: Llama) -> None:
     torch.testing.assert_close(logits[0], whole(model, IDS[:5])[-1], atol=2e-5, rtol=0)
 
 
-def test_a_reset_slot_forgets_its_sequence(model: Llama) -> None:
+def test_a_reset_slot_forgets_its_sequence(model: Decoder) -> None:
     cache = model.new_cache(1, CONTEXT)
     model.forward(Batch.of([(0, 0, IDS)]), cache)
     assert cache.length(0) == len(IDS)
@@ -108,7 +111,7 @@ def test_a_reset_slot_forgets_its_sequence(model: Llama) -> None:
     torch.testing.assert_close(again[0], whole(model, IDS[:6])[-1], atol=2e-5, rtol=0)
 
 
-def test_more_tokens_than_the_cache_holds_are_refused_before_anything_is_stored(model: Llama) -> None:
+def test_more_tokens_than_the_cache_holds_are_refused_before_anything_is_stored(model: Decoder) -> None:
     cache = model.new_cache(1, 8)
     model.forward(Batch.of([(0, 0, IDS[:6])]), cache)
 
@@ -118,19 +121,19 @@ def test_more_tokens_than_the_cache_holds_are_refused_before_anything_is_stored(
     assert cache.length(0) == 6
 
 
-def test_a_segment_must_continue_its_slot(model: Llama) -> None:
+def test_a_segment_must_continue_its_slot(model: Decoder) -> None:
     with pytest.raises(ValueError, match="slot 0 holds 0 tokens, but the segment starts at 3"):
         model.forward(Batch.of([(0, 3, IDS[:2])]), model.new_cache(1, 8))
 
 
-def test_cache_bytes_is_what_a_cache_allocates(model: Llama) -> None:
+def test_cache_bytes_is_what_a_cache_allocates(model: Decoder) -> None:
     cache = model.new_cache(3, 17)
 
-    assert isinstance(cache, LlamaCache)
+    assert isinstance(cache, DecoderCache)
     assert model.cache_bytes(3, 17) == cache.nbytes == 3 * 17 * LAYERS * 2 * 2 * 16 * 4
 
 
-def test_a_trace_has_the_hidden_states_of_every_layer(model: Llama) -> None:
+def test_a_trace_has_the_hidden_states_of_every_layer(model: Decoder) -> None:
     trace = Trace()
 
     model.forward(Batch.of([(0, 0, IDS[:3])]), model.new_cache(1, 8), trace)
@@ -138,11 +141,13 @@ def test_a_trace_has_the_hidden_states_of_every_layer(model: Llama) -> None:
     assert [trace.values[f"hidden.{n}"][0].shape for n in range(LAYERS)] == [(3, 64)] * LAYERS
 
 
-def test_matrices_stay_packed(model: Llama) -> None:
-    layer = model.layers[0]
+def test_matrices_stay_packed(model: Decoder) -> None:
+    weights, layer = model.weights, model.weights.layers[0]
+    assert isinstance(layer.feed_forward, MlpWeights)
+    used = (weights.embed, layer.attention.q, layer.attention.o, layer.feed_forward.down)
 
-    assert all(isinstance(w, PackedTensor) for w in (model.embed, layer.q, layer.o, layer.down))
-    assert model.head is model.embed
+    assert all(isinstance(weight, PackedTensor) for weight in used)
+    assert weights.head is weights.embed
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
@@ -151,7 +156,7 @@ def test_safetensors_and_gguf_of_the_same_weights_agree(tmp_path: Path, is_tied:
     from_gguf = load(open_gguf(write_gguf(tmp_path / "m.gguf", values, "F32")))
     from_directory = load(open_safetensors(write_safetensors(tmp_path / "m", values)))
 
-    assert (from_gguf.head is from_gguf.embed) == is_tied
+    assert (from_gguf.weights.head is from_gguf.weights.embed) == is_tied
     torch.testing.assert_close(whole(from_directory, IDS), whole(from_gguf, IDS), atol=2e-5, rtol=0)
     assert from_directory.info.eos_token_ids == from_gguf.info.eos_token_ids == (1, 2)
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.families.base import Batch
-from engine.families.llama.forward import FAMILY, MAX_ROWS, Llama, LlamaCache
+from engine.families.decoder.cache import DecoderCache
+from engine.families.decoder.forward import MAX_ROWS, Decoder
+from engine.families.llama import FAMILY
 from memory.checkpoint.gguf_files import open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
@@ -27,7 +29,7 @@ SLOTS = 4
 
 
 @pytest.fixture(scope="module", params=["Q8_0", "Q4_1", "bf16 directory", "stretched"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     folder = tmp_path_factory.mktemp("tiny")
     if request.param == "bf16 directory":
         checkpoint = open_safetensors(write_safetensors(folder / "hf", tiny_values(is_tied=False)))
@@ -41,19 +43,19 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return FAMILY.load(checkpoint, NativeKernels(), MemoryBudget(1 << 30))
 
 
-def forget(cache: LlamaCache) -> None:
+def forget(cache: DecoderCache) -> None:
     assert cache.program is not None
     cache.program = None
 
 
 @settings(max_examples=30)
 @given(data=st.data())
-def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: Llama, data: st.DataObject) -> None:
+def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: Decoder, data: st.DataObject) -> None:
     pair = Pair(model, lambda: model.new_cache(SLOTS, CONTEXT), forget)
     pair.do_anything(data, VOCAB, CONTEXT)
 
 
-def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Llama) -> None:
+def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Decoder) -> None:
     rows = MAX_ROWS + 3
     cache, eager = model.new_cache(rows, 8), model.new_cache(rows, 8)
     eager.program = None
@@ -62,7 +64,7 @@ def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: Ll
     assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
 
 
-def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Llama) -> None:
+def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Decoder) -> None:
     one, other = model.new_cache(3, 8), model.new_cache(3, 8)
     batch = Batch.of([(slot, 0, [slot + 5]) for slot in range(3)])
     whole = model.forward(batch, one)
@@ -70,7 +72,7 @@ def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Llama) -> 
     assert torch.equal(model.forward(replace(batch, logit_rows=torch.tensor([2])), other), whole[2:])
 
 
-def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Llama) -> None:
+def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Decoder) -> None:
     cache = model.new_cache(1, 2)
     model.forward(Batch.of([(0, 0, [1, 2])]), cache)
 
@@ -79,7 +81,7 @@ def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Llama) -> No
     assert cache.length(0) == 2
 
 
-def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Llama) -> None:
+def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Decoder) -> None:
     cache = model.new_cache(1, 4)
     first = model.forward(Batch.of([(0, 0, [1])]), cache)
     kept = first.clone()
@@ -88,10 +90,10 @@ def test_logits_stay_what_they_are_when_the_next_step_is_computed(model: Llama) 
     assert torch.equal(first, kept)
 
 
-def test_a_programs_buffers_are_counted_with_the_cache(model: Llama) -> None:
+def test_a_programs_buffers_are_counted_with_the_cache(model: Decoder) -> None:
     cache = model.new_cache(3, 17)
 
-    assert isinstance(cache, LlamaCache)
+    assert isinstance(cache, DecoderCache)
     assert cache.program is not None
     assert cache.program.nbytes > 4 * MAX_ROWS * VOCAB
     assert model.cache_bytes(3, 17) == cache.nbytes

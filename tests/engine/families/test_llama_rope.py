@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from engine.families.base import Batch
-from engine.families.llama.config import parse_config
-from engine.families.llama.forward import FAMILY
+from engine.families.llama import FAMILY, describe_llama
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.gguf_files import open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import CheckpointError, ConfigError
 from quant.kernels.reference import ReferenceKernels
-from tests.engine.families.tiny_llama import HEAD_DIM, VOCAB, tiny_values, write_gguf, write_safetensors
+from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf, write_safetensors
 
 IDS = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
 UNSCALED = [10000.0 ** (-n / 8) for n in range(8)]
@@ -108,10 +107,10 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
 def test_frequencies_are_those_of_transformers(
     tmp_path: Path, config: dict[str, Any], frequencies: list[float], attention_factor: float
 ) -> None:
-    rope = parse_config(in_directory(tmp_path, config)).rope
+    rope = describe_llama(in_directory(tmp_path, config)).layers[0].attention.rope
 
     expected = torch.tensor(frequencies, dtype=torch.float64)
-    torch.testing.assert_close(rope.frequencies(HEAD_DIM), expected, atol=6e-8, rtol=1e-6)
+    torch.testing.assert_close(rope.frequencies, expected, atol=6e-8, rtol=1e-6)
     assert rope.attention_factor == pytest.approx(attention_factor)
 
 
@@ -208,7 +207,6 @@ def test_a_gguf_file_stretched_otherwise_is_refused(
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor is None, expected a positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 4, "alpha": 2}}, "rope_scaling has alpha, which"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0 is not below"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate is False"),
         ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, "disagree"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "has full_attention, which"),

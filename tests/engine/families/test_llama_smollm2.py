@@ -20,7 +20,8 @@ import torch
 
 from engine.chat.registry import chat_format_for
 from engine.families.base import Batch
-from engine.families.llama.forward import FAMILY, Llama
+from engine.families.decoder.forward import Decoder
+from engine.families.llama import FAMILY
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.gguf_files import open_gguf
@@ -54,12 +55,12 @@ def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint: Checkpoint) -> Llama:
+def model(checkpoint: Checkpoint) -> Decoder:
     return FAMILY.load(checkpoint, choose(), BUDGET)
 
 
 @pytest.fixture(scope="module")
-def logits(model: Llama) -> Iterator[dict[str, torch.Tensor]]:
+def logits(model: Decoder) -> Iterator[dict[str, torch.Tensor]]:
     """Prompt name -> logits of every position of prompt and answer, `[tokens, vocab]`."""
     found = {}
     for name, prompt in EXPECTED["prompts"].items():
@@ -99,7 +100,7 @@ def test_top_token_is_that_of_llama_cpp_wherever_it_is_sure(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_greedy_answer_is_that_of_the_float32_model(
-    name: str, model: Llama, tokenizer: Tokenizer, logits: dict[str, torch.Tensor]
+    name: str, model: Decoder, tokenizer: Tokenizer, logits: dict[str, torch.Tensor]
 ) -> None:
     recorded = EXPECTED["prompts"][name]
     ids, answer = recorded["ids"], recorded["answer"]
@@ -118,7 +119,7 @@ def test_greedy_text_is_that_of_llama_cpp() -> None:
 
 
 @pytest.mark.slow
-def test_decoding_token_by_token_writes_the_recorded_text(model: Llama, tokenizer: Tokenizer) -> None:
+def test_decoding_token_by_token_writes_the_recorded_text(model: Decoder, tokenizer: Tokenizer) -> None:
     recorded = EXPECTED["prompts"]["turns"]
     cache = model.new_cache(1, 64)
     step: list[int] = recorded["ids"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from quant.formats.fp8 import FP8_ROW
-from quant.formats.gguf import Q4_0, Q4_1, Q6_K, Q8_0
+from quant.formats.gguf_k import Q6_K
+from quant.formats.gguf_legacy import Q4_0, Q4_1, Q8_0
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu import library

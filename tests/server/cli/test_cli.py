@@ -159,6 +159,18 @@ def test_smollm2_stays_packed_in_memory() -> None:
     assert path.stat().st_size < _megabytes_for_the_model(result.stdout) * 1e6 < 300e6
 
 
+def test_info_prints_the_recorded_decode_step() -> None:
+    result = invoke("info", TINY, "--program", "--dram-budget", "1.6MB")
+
+    assert result.returncode == 0
+    assert re.search(
+        r"A decode step of up to 16 sequences is recorded: \d+ operations in .* of buffers", result.stdout
+    )
+    assert re.search(r"^linear +\d+ +\d", result.stdout, re.MULTILINE)
+    assert re.search(r"^before and after +\d+ +\d", result.stdout, re.MULTILINE)
+    assert "hand-overs each" in result.stdout
+
+
 def test_info_without_loading_reads_headers_alone() -> None:
     result = invoke("info", TINY, "--no-load")
 

@@ -11,9 +11,10 @@
 namespace loci {
 namespace {
 
-// out [rows][columns] = x by its root mean square, times a weight [columns] or none
+// out [rows][heads][columns] = x by each head's root mean square, times a weight [columns] or none
 void norm(const Team& team, const Operation& op, const StepInput& step) {
-    rms_norm(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], op.factor, floats(op.out[0]));
+    rms_norm(team, floats(op.in[0]), floats(op.in[1]), step.rows * op.sizes[1], op.sizes[0], op.factor,
+             floats(op.out[0]));
 }
 
 // one to three packed matrices times the same x, each to a result of its own
@@ -78,6 +79,19 @@ void add(const Team&, const Operation& op, const StepInput& step) {
     for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i];
 }
 
+// x [rows][width] and the same row y in each
+void bias(const Team&, const Operation& op, const StepInput& step) {
+    const float *x = floats(op.in[0]), *y = floats(op.in[1]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i % op.sizes[0]];
+}
+
+void clip(const Team&, const Operation& op, const StepInput& step) {
+    const float* x = floats(op.in[0]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = std::min(std::max(x[i], -op.factor), op.factor);
+}
+
 void scale(const Team&, const Operation& op, const StepInput& step) {
     const float* x = floats(op.in[0]);
     float* out = floats(op.out[0]);
@@ -125,8 +139,30 @@ void route(const Team& team, const Operation& op, const StepInput& step) {
           static_cast<int64_t*>(op.out[0]), floats(op.out[1]));
 }
 
-// The chosen experts of a layer that are all at hand: their sum, weighted, in the router's order. in: x, ids, weights,
-// matrices [experts][3]; out: result, each choice's own result, and how many experts were used, which is added up
+// Whether all chosen experts have matrices [experts][3], which come and go between runs.
+bool are_there(const int64_t* choice, int64_t count, const Matrix* const* matrices) {
+    return std::all_of(choice, choice + count, [&](int64_t expert) { return matrices[3 * expert] != nullptr; });
+}
+
+// out = 1 where all chosen experts of a layer are at hand and none of it is on its way, for which somebody might have
+// to be told. in: ids, matrices, how many are on their way
+void at_hand(const Team&, const Operation& op, const StepInput& step) {
+    const bool is_quiet = *static_cast<const int64_t*>(op.in[2]) == 0;
+    *static_cast<int64_t*>(op.out[0]) =
+        is_quiet && are_there(static_cast<const int64_t*>(op.in[0]), step.rows * op.sizes[0],
+                              static_cast<const Matrix* const*>(op.in[1]));
+}
+
+// Whether the chosen experts of a layer are computed here: always, or where they were found at hand and still are.
+bool computes_experts(const Operation& op, const StepInput& step) {
+    if (op.in[4] == nullptr) return true;
+    return *static_cast<const int64_t*>(op.in[4]) != 0 &&
+           are_there(static_cast<const int64_t*>(op.in[1]), step.rows * op.sizes[0],
+                     static_cast<const Matrix* const*>(op.in[3]));
+}
+
+// The sum of the chosen experts, weighted, in the router's order. in: x, ids, weights, matrices [experts][3], perhaps
+// whether they are at hand; out: result, each choice's own result, and how many experts were used, which is added up
 void experts(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t top_k = op.sizes[0], hidden = op.sizes[1], count = step.rows * top_k;
     const auto* choice = static_cast<const int64_t*>(op.in[1]);
@@ -154,9 +190,12 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
 
 // In the order of Kind; null for what decides how to go on.
 constexpr OperationFunction kFunctions[] = {
-    norm,    linear,   dense,     blocks,       turns, rotate,      run_append, run_attend, gated,
-    add,     scale,    repeat,    weighted_sum, mix,   mix_streams, engram,     run_ring,   run_attend_sparse,
-    nullptr, run_pool, run_entry, run_select,   route, experts,     nullptr,
+    norm,    linear,      dense,      blocks,     turns,
+    rotate,  run_append,  run_attend, gated,      add,
+    bias,    clip,        scale,      repeat,     weighted_sum,
+    mix,     mix_streams, engram,     run_ring,   run_attend_sparse,
+    nullptr, run_pool,    run_entry,  run_select, route,
+    at_hand, experts,     nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 
@@ -177,6 +216,8 @@ int64_t run_program(const Team& team, const Operation* operations, int64_t first
             if (is_done == nullptr || *is_done == 0) return i;
         } else if (op.kind == Kind::kUnlessComplete) {
             if (!completes_any(step, op.sizes[0])) i += op.sizes[1];  // so many operations are about groups' ends
+        } else if (op.kind == Kind::kExperts && !computes_experts(op, step)) {
+            return i;
         } else {
             kFunctions[static_cast<int64_t>(op.kind)](team, op, step);
         }

@@ -24,6 +24,8 @@ enum class Kind : int64_t {
     kAttend,
     kGated,
     kAdd,
+    kBias,
+    kClip,
     kScale,
     kRepeat,
     kWeightedSum,
@@ -37,6 +39,7 @@ enum class Kind : int64_t {
     kEntry,
     kSelect,
     kRoute,
+    kAtHand,
     kExperts,
     kHandOver,
     kKinds

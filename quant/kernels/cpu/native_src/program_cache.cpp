@@ -27,7 +27,8 @@ void run_append(const Team&, const Operation& op, const StepInput& step) {
                     floats(op.in[side]) + (r * heads + h) * dim, bytes_of(dim));
 }
 
-// queries [rows][heads][dim] over all that their slots hold in a layer's cache of keys and values
+// queries [rows][heads][dim] over what their slots hold in a layer's cache of keys and values: all, or the last rows
+// of a window; with sinks [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2];
     for (int64_t r = 0; r < step.rows; ++r) {
@@ -42,7 +43,8 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         call.dim = dim;
         call.head_stride = op.sizes[3];
         call.before = step.positions[r];
-        call.window = step.positions[r] + 1;
+        call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
+        call.sink = floats(op.in[3]);
         attend(team, call, floats(op.out[0]) + r * heads * dim);
     }
 }

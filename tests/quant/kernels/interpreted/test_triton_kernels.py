@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from quant.errors import FormatError
 from quant.formats.fp8 import FP8_32, FP8_128, FP8_ROW
-from quant.formats.gguf import Q8_0
+from quant.formats.gguf_legacy import Q8_0
 from quant.formats.int4 import INT4_32
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4

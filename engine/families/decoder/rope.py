@@ -1,9 +1,10 @@
-"""Rotary frequencies of a Llama, and how they are scaled for longer contexts."""
+"""Rotary embeddings: which channels of a head turn, how fast, and how that is scaled for longer contexts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -41,21 +42,41 @@ class Llama3Scaling:
 class Rope:
     """Rotary embeddings.
 
+    dims               channels of a head that turn: its first ones
+    pairs              how the file has a pair's channels: `half`, half of dims apart, or `adjacent`
     attention_factor   what rotated queries and keys are multiplied by, each
     """
 
     theta: float
+    dims: int
+    pairs: Literal["half", "adjacent"] = "half"
     scaling: LinearScaling | YarnScaling | Llama3Scaling | None = None
     attention_factor: float = 1.0
 
-    def frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians per position of each channel pair, `[head_dim / 2]` float64."""
+    @property
+    def frequencies(self) -> torch.Tensor:
+        """Radians per position of each channel pair, `[dims / 2]` float64."""
         if isinstance(self.scaling, YarnScaling):
-            return inverse_frequencies(head_dim, self.theta, self.scaling)
-        frequencies = inverse_frequencies(head_dim, self.theta)
+            return inverse_frequencies(self.dims, self.theta, self.scaling)
+        frequencies = inverse_frequencies(self.dims, self.theta)
         if isinstance(self.scaling, LinearScaling):
             return frequencies / self.scaling.factor
         return frequencies if self.scaling is None else self.scaling.apply(frequencies)
+
+    def row_order(self, heads: int, head_dim: int) -> torch.Tensor | None:
+        """The order of a projection's rows in which each head ends with its pairs, adjacent: `[rows]`.
+
+        So kernels turn them. Queries and keys take the same order, so their products stay what they are. None
+        where the file has it.
+        """
+        half = self.dims // 2
+        turning = torch.arange(self.dims)
+        if self.pairs == "half":
+            turning = turning.view(2, half).t().flatten()
+        elif self.dims == head_dim:
+            return None
+        channels = torch.cat((torch.arange(self.dims, head_dim), turning))
+        return (torch.arange(heads).unsqueeze(1) * head_dim + channels).flatten()
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:

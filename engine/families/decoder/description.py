@@ -1,0 +1,168 @@
+"""What a decoder is: its layers, sizes and tensor names, as frozen values.
+
+A family makes a `Description` once, from config.json or from GGUF metadata; the forward, the cache, the
+loader and the planner read it and know no family. Choices that no description has are refused while it is
+made.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from engine.families.decoder.rope import Rope
+
+# How the routed experts of a layer lie in the checkpoint:
+#   each         gate, up and down of every expert are tensors of their own
+#   stacked      one tensor with all gates `[experts, width, hidden]`, one with all ups, one with all downs
+#   halves       one tensor `[experts, 2 * width, hidden]` with gates and then ups, one with all downs
+#   interleaved  the same, but gates are its even rows and ups its odd ones
+Layout = Literal["each", "stacked", "halves", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Grouped-query attention.
+
+    scale          of the scores; None: head_dim ** -0.5
+    has_qkv_bias, has_out_bias  biases of the projections
+    qk_norm        RMS norm of queries and keys before rotation: of each head, or of the whole projection
+    clip           queries, keys and values are cut to this absolute value, after their norms
+    window         tokens that a token sees, itself among them; None: all before it
+    has_sinks      each head's softmax has one more term, a learned logit without a value
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+    scale: float | None = None
+    has_qkv_bias: bool = False
+    has_out_bias: bool = False
+    qk_norm: Literal["none", "head", "whole"] = "none"
+    clip: float | None = None
+    window: int | None = None
+    has_sinks: bool = False
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What a feed-forward network does between its matrices.
+
+    silu   silu(gate) * up, with gate cut above at `limit` and up at both sides
+    oai    gate * sigmoid(alpha * gate) * (up + 1), cut likewise: gpt-oss
+    """
+
+    kind: Literal["silu", "oai"] = "silu"
+    limit: float = float("inf")
+    alpha: float = 1.0
+
+
+SILU = Activation()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Experts in `count` groups of consecutive ones; only those of the `kept` best can be chosen.
+
+    A group is as good as the sum of its `best` highest scores.
+    """
+
+    count: int
+    kept: int
+    best: int
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts a token uses, and with which weights.
+
+    score              of all logits; `chosen softmax`: softmax over the chosen logits alone
+    has_bias           a bias of the logits
+    has_choice_bias    added to the scores for the choice, not for the weights
+    is_renormalised    weights are divided by their sum, plus `epsilon`
+    factor             that weights are multiplied by
+    """
+
+    experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid", "chosen softmax"]
+    has_bias: bool = False
+    has_choice_bias: bool = False
+    groups: Groups | None = None
+    is_renormalised: bool = False
+    epsilon: float = 0.0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated feed-forward network that every token uses."""
+
+    width: int
+    activation: Activation = SILU
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A router, its experts, and the network beside them that every token uses, if there is one.
+
+    has_biases     of every expert's three matrices
+    """
+
+    router: Router
+    width: int
+    layout: Layout
+    activation: Activation = SILU
+    has_biases: bool = False
+    shared: Mlp | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer."""
+
+    attention: Attention
+    feed_forward: Mlp | Experts
+
+
+@dataclass(frozen=True)
+class Description:
+    """A whole decoder.
+
+    embedding_factor, residual_factor, logits_factor  what the embedding, every sublayer's output and the
+                   logits are multiplied by
+    is_tied        the head is the embedding
+    has_rope_factors  a tensor says what each rotary pair's frequency is divided by
+    names          role -> tensor name, with {layer} and {expert}; NAMES in engine/families/decoder/names.py
+    ignored        tensors of the file that text generation does not use
+    """
+
+    hidden: int
+    vocab_size: int
+    max_context: int
+    eps: float
+    layers: tuple[Layer, ...]
+    names: Mapping[str, str]
+    ignored: re.Pattern[str] | None = None
+    embedding_factor: float = 1.0
+    residual_factor: float = 1.0
+    logits_factor: float = 1.0
+    is_tied: bool = False
+    has_rope_factors: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = field(default=())
+
+    @cached_property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The layers that have routed experts."""
+        return tuple(n for n, layer in enumerate(self.layers) if isinstance(layer.feed_forward, Experts))
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """The experts of the layers that have them, which are alike; None where none has."""
+        found = [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, Experts)]
+        return found[0] if found else None

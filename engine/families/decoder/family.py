@@ -1,0 +1,70 @@
+"""`Family` for every architecture that a `Description` can say: what is left to each is to make one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.families.base import Component, Family, ModelInfo
+from engine.families.decoder.description import Description
+from engine.families.decoder.forward import Decoder
+from engine.families.decoder.shape import checkpoint_shape, components
+from engine.families.decoder.stored import StoredMatrices
+from engine.families.decoder.tensors import uses
+from engine.families.decoder.weights import expert_hotness, read_weights
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorSpec
+from memory.planner.budget import MemoryBudget
+from memory.planner.shape import ModelShape
+from quant.errors import Findings
+from quant.kernels.interface import Kernels
+
+
+class DecoderFamily(Family):
+    """Describes, checks and loads the checkpoints of a family.
+
+    describe_config  config.json or GGUF metadata, with the headers, to a description; raises ConfigError for
+                     what the family does not compute
+    """
+
+    def __init__(self, name: str, describe_config: Callable[[Checkpoint], Description]) -> None:
+        self.name = name
+        self.description = describe_config
+
+    def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
+        description = self.description(checkpoint)
+        return self._info(description, checkpoint), components(description, checkpoint)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        description = self.description(checkpoint)
+        findings = Findings()
+        specs: dict[str, TensorSpec] = {}
+        with findings.checking():
+            stored = StoredMatrices(checkpoint)
+            for use in uses(description):
+                with findings.checking():
+                    specs |= stored.specs(use)
+            checkpoint.verify(specs, description.ignored)
+        with findings.checking():
+            expert_hotness(description, checkpoint)
+        findings.raise_any()
+
+    def shape(self, checkpoint: Checkpoint) -> ModelShape:
+        """The checkpoint's shape for the planner."""
+        return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name)
+
+    def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:
+        self.check(checkpoint)
+        description = self.description(checkpoint)
+        weights = read_weights(description, checkpoint, kernels, budget)
+        return Decoder(description, self._info(description, checkpoint), kernels, weights)
+
+    def _info(self, description: Description, checkpoint: Checkpoint) -> ModelInfo:
+        name = checkpoint.config.get("general.name")
+        return ModelInfo(
+            family=self.name,
+            name=name if isinstance(name, str) else checkpoint.name,
+            vocab_size=description.vocab_size,
+            max_context=description.max_context,
+            bos_token_id=description.bos_token_id,
+            eos_token_ids=description.eos_token_ids,
+        )

@@ -1,0 +1,304 @@
+"""The forward pass of every decoder that a `Description` can say.
+
+Written once in `Operations`: prompts compute at once, decoding of dense models is recorded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from functools import cached_property, partial
+
+import torch
+
+from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
+from engine.families.decoder.cache import CacheLayout, DecoderCache
+from engine.families.decoder.description import Attention, Description, Experts
+from engine.families.decoder.router import choose_experts
+from engine.families.decoder.stored import RowsInFile
+from engine.families.decoder.weights import (
+    AttentionWeights,
+    DecoderWeights,
+    MlpWeights,
+    RouterWeights,
+    tensors_in,
+)
+from engine.families.places import HOST
+from engine.layers.operations import Eager, Operations, Recorded, Value
+from engine.layers.rope import Rotation
+from memory.experts.store import ExpertStore
+from memory.telemetry import Telemetry
+from quant.errors import BudgetError
+from quant.kernels.choice import recorder_of
+from quant.kernels.cpu.program import Program
+from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.interface import Kernels, swiglu
+
+MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
+
+
+class Decoder(Model):
+    """A loaded model of any of these families."""
+
+    def __init__(
+        self, description: Description, info: ModelInfo, kernels: Kernels, weights: DecoderWeights
+    ) -> None:
+        self.description = description
+        self.info = info
+        self.kernels = kernels
+        self.weights = weights
+        self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
+
+    def close(self) -> None:
+        if self.weights.experts is not None:
+            self.weights.experts.close()
+
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        experts = self.weights.experts
+        found = defaultdict(int, {} if experts is None else experts.tier_bytes)
+        found["dram"] += 0
+        for tier, nbytes in self._dense_bytes.items():
+            found[tier] += nbytes
+        return dict(found)
+
+    @cached_property
+    def _dense_bytes(self) -> dict[str, int]:
+        """Bytes by tier of what every token reads."""
+        weights, places = self.weights, self.weights.places
+        placed = [(places.head_tier, weights.norm), (places.head_tier, weights.head)]
+        if weights.embed is not weights.head and not isinstance(weights.embed, RowsInFile):
+            placed.append(("dram", weights.embed))
+        for tier, layer in zip(places.tiers, weights.layers, strict=True):
+            placed += [(tier, tensor) for tensor in tensors_in(layer)]
+        found: dict[str, int] = defaultdict(int)
+        for tier, tensor in placed:
+            found[tier] += tensor.nbytes
+        return found
+
+    def expert_tiers(self) -> list[list[str]]:
+        if self.weights.experts is None:
+            return []
+        tiers: list[list[str]] = [[] for _ in self.description.layers]
+        for layer, held in zip(
+            self.description.expert_layers, self.weights.experts.expert_locations(), strict=True
+        ):
+            tiers[layer] = held
+        return tiers
+
+    @property
+    def telemetry(self) -> Telemetry | None:
+        return None if self.weights.experts is None else self.weights.experts.telemetry
+
+    # ---------------------------------------------------------------------------------------- the cache
+
+    def new_cache(self, slots: int, capacity: int) -> DecoderCache:
+        """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
+        needed: dict[str, int] = defaultdict(int)
+        for layer, tier in enumerate(self.weights.places.tiers):
+            needed[tier] += self.cache_layout.layer_bytes(layer, slots, capacity)
+        for tier, room in self.weights.places.kv_room.items():
+            if needed[tier] > room:
+                raise BudgetError(
+                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
+                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
+                )
+        cache = DecoderCache(self.cache_layout, slots, capacity)
+        recorder = self._recorder()
+        if recorder is not None:
+            cache.program = self._record(recorder, cache)
+        return cache
+
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        kv = sum(
+            self.cache_layout.layer_bytes(layer, slots, capacity)
+            for layer, device in enumerate(self.cache_layout.devices)
+            if device == HOST
+        )
+        return kv + self._arena_bytes
+
+    @cached_property
+    def _arena_bytes(self) -> int:
+        """Bytes of a program's buffers, whatever the cache."""
+        program = self.new_cache(slots=1, capacity=1).program
+        return 0 if program is None else program.nbytes
+
+    # -------------------------------------------------------------------------------------- the forward
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+        assert isinstance(cache, DecoderCache)
+        for segment in batch.segments:
+            cache.admit(segment)
+        if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
+            logits = self._replay(cache.program, batch)
+        else:
+            logits = self._compute(batch, cache, trace or NO_TRACE)
+        for segment in batch.segments:
+            cache.advance(segment)
+        return logits
+
+    def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
+        """The logits of any batch, operation by operation."""
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
+        head_dim = self.description.layers[0].attention.head_dim
+        ops = Eager(self.kernels, batch.segments, rotation, head_dim, cache.extend)
+        x = self._layers(ops, self._embedded(batch.token_ids), trace)
+        return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
+
+    def _replay(self, program: Program, batch: Batch) -> torch.Tensor:
+        """The logits of a batch of new tokens, by a recorded program: the same bits."""
+        rows = len(batch.token_ids)
+        program.source[:rows] = self._embedded(batch.token_ids)
+        program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
+        return program.logits(batch.logit_rows)
+
+    def _recorder(self) -> Recorder | None:
+        """Notes steps, where all that every token reads lies in host memory."""
+        devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
+        return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
+
+    def _record(self, recorder: Recorder, cache: DecoderCache) -> Program:
+        """A program that decodes with `cache`."""
+        places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
+        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
+        source = recorder.input(self.description.hidden)
+        ops.program = recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
+        return ops.program
+
+    def _layers(self, ops: Operations[Value], x: Value, trace: Trace) -> Value:
+        """All layers: x `[tokens, hidden]` to the same."""
+        eps, factor = self.description.eps, self.description.residual_factor
+        for number, (layer, weights) in enumerate(
+            zip(self.description.layers, self.weights.layers, strict=True)
+        ):
+            ops.at_layer(number)
+            x = ops.move(x, weights.device)
+            if isinstance(layer.feed_forward, Experts):
+                x = ops.apart(x, partial(self._expect, number))
+            normed = ops.norm(x, weights.attn_norm, eps)
+            attended = self._attention(ops, number, layer.attention, weights.attention, normed)
+            x = ops.add(x, _scaled(ops, attended, factor))
+            if isinstance(weights.feed_forward, MlpWeights):
+                y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
+            else:
+                y = ops.apart(x, partial(self._experts, number, trace=trace))
+            x = ops.add(x, _scaled(ops, y, factor))
+            trace.add(f"hidden.{number}", x)
+        ops.at_layer(None)
+        return x
+
+    def _attention(
+        self, ops: Operations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
+    ) -> Value:
+        """Attention of normed x `[tokens, hidden]`, to the same."""
+        eps = self.description.eps
+        q, k, v = (
+            value if bias is None else ops.add_bias(value, bias)
+            for value, bias in zip(ops.linears(x, w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), strict=True)
+        )
+        if w.q_norm is not None and w.k_norm is not None:
+            norm = ops.norm_heads if a.qk_norm == "head" else ops.norm
+            q, k = norm(q, w.q_norm, eps), norm(k, w.k_norm, eps)
+        if a.clip is not None:
+            q, k, v = (ops.clip(value, a.clip) for value in (q, k, v))
+        q, k = ops.rotate(q, a.heads), ops.rotate(k, a.kv_heads)
+        if a.scale is not None:
+            q = _scaled(ops, q, a.scale * math.sqrt(a.head_dim))  # kernels scale by its inverse
+        (out,) = ops.linears(ops.attend(number, q, k, v, a.window, w.sinks), w.o)
+        return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
+
+    def _logits(self, ops: Operations[Value], x: Value) -> Value:
+        x = ops.norm(ops.move(x, self.weights.norm.device), self.weights.norm, self.description.eps)
+        (logits,) = ops.linears(x, self.weights.head)
+        return _scaled(ops, logits, self.description.logits_factor)
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding as float32; no others are decoded."""
+        embed = self.weights.embed
+        if isinstance(embed, RowsInFile):
+            rows = embed.decoded(token_ids)
+        elif isinstance(embed, torch.Tensor):
+            rows = embed[token_ids].float()
+        else:
+            rows = self.kernels.gather_rows(embed, token_ids)
+        factor = self.description.embedding_factor
+        return rows if factor == 1 else rows * factor
+
+    @property
+    def _turn_factor(self) -> float:
+        return self.description.layers[0].attention.rope.attention_factor
+
+    # ------------------------------------------------------------------------------------------ experts
+
+    def _experts(self, number: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
+        """The feed-forward part of a layer with experts: x `[tokens, hidden]`, not normed, to the same."""
+        layer, store = self.weights.layers[number], self._store
+        assert isinstance(layer.feed_forward, RouterWeights)
+        normed = self.kernels.rms_norm(x, layer.ffn_norm, self.description.eps)
+        chosen, weights = self._route(number, normed)
+        trace.add(f"router_ids.{number}", chosen)
+        trace.add(f"router_weights.{number}", weights)
+        with store.acquire(self._store_layer(number), chosen.cpu()) as experts:
+            shared, y = layer.feed_forward.shared, None
+            if shared is not None:  # computed while missing experts arrive
+                y = swiglu(self.kernels, normed, shared.gate, shared.up, shared.down, float("inf"))
+            self._prefetch(number + 1, x if y is None else x + y * self.description.residual_factor)
+            out = experts.run(normed, weights, self._part(number).activation.limit)
+        return out if y is None else out + y
+
+    def _expect(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Before a layer's attention, which leaves time: prefetch what its experts will probably be."""
+        # Attention on a GPU leaves none, and before the first layer the disk has nothing else to do.
+        if number == 0 or x.device == HOST:
+            self._prefetch(number, x)
+        return x
+
+    def _prefetch(self, number: int, x: torch.Tensor) -> None:
+        """Start prefetching the experts that layer `number` will probably choose, from the residual so far.
+
+        What is still to be added to it changes it little, so the layer's router predicts most of its choice.
+        """
+        if number not in self.description.expert_layers:
+            return
+        store, at = self._store, self._store_layer(number)
+        if store.wants_guesses(at):
+            layer = self.weights.layers[number]
+            x = self.kernels.rms_norm(x.to(layer.device), layer.ffn_norm, self.description.eps)
+            guess, _ = self._route(number, x)
+            store.prefetch(at, guess.t().flatten().cpu().tolist())  # every token's top choice first
+
+    def _route(self, number: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts that a layer's router chooses for normed x, and their weights: `[tokens, top_k]`."""
+        weights = self.weights.layers[number].feed_forward
+        assert isinstance(weights, RouterWeights)
+        logits = self.kernels.linear(normed, weights.matrix)
+        if weights.bias is not None:
+            logits = logits + weights.bias
+        return choose_experts(self.kernels, self._part(number).router, logits, weights.choice_bias)
+
+    def _part(self, number: int) -> Experts:
+        part = self.description.layers[number].feed_forward
+        assert isinstance(part, Experts)
+        return part
+
+    def _store_layer(self, number: int) -> int:
+        """The number of a layer among those that have experts."""
+        return self.description.expert_layers.index(number)
+
+    @property
+    def _store(self) -> ExpertStore:
+        assert self.weights.experts is not None
+        return self.weights.experts
+
+
+def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
+    """A gated feed-forward network of normed x `[tokens, hidden]`."""
+    gate, up = ops.linears(x, weights.gate, weights.up)
+    (y,) = ops.linears(ops.gated(gate, up, math.inf), weights.down)
+    return y
+
+
+def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
+    return x if factor == 1 else ops.scale(x, factor)

@@ -1,0 +1,148 @@
+"""A decoder's shape for the planner: bytes and numbers of its parts, what layers keep of a sequence."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+
+from engine.families.base import Component
+from engine.families.decoder.description import Attention, Description, Experts, Mlp
+from engine.families.decoder.stored import StoredMatrices
+from engine.families.decoder.tensors import Part, Use, uses
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.planner.published import KV_VALUE_BYTES
+from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from quant.errors import FormatError
+
+
+def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
+    """The shape of a checkpoint called `name`, with its own bytes. Missing tensors count nothing."""
+    return shape_with(description, name, _weights_of(checkpoint))
+
+
+def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
+    """The same with the bytes that it takes in memory, where norms and biases are float32."""
+    weights_of = _weights_of(checkpoint)
+
+    def in_memory(use: Use) -> Weights:
+        weights = weights_of(use)
+        return weights if use.is_matrix else Weights(4 * weights.parameters, weights.parameters)
+
+    return shape_with(description, name, in_memory)
+
+
+def shape_with(description: Description, name: str, weights_of: Callable[[Use], Weights]) -> ModelShape:
+    """The shape of a decoder; `weights_of` says what a tensor weighs."""
+    d = description
+    parts: dict[tuple[Part, int | None], Weights] = defaultdict(Weights)
+    for use in uses(d):
+        parts[use.part, use.layer] += weights_of(use)
+    embedding, head = parts["embedding", None], parts["head", None]
+    if d.is_tied:  # every token multiplies with the embedding, so it is planned as the head
+        embedding, head = Weights(), head + embedding
+    layers = []
+    for n, layer in enumerate(d.layers):
+        experts = layer.feed_forward.router.experts if isinstance(layer.feed_forward, Experts) else 0
+        all_experts = parts["experts", n]
+        layers.append(
+            LayerShape(
+                dense=parts["dense", n] + parts["router", n],
+                kv=kv_shape(layer.attention),
+                shared=parts["shared", n],
+                experts=experts,
+                expert=Weights(
+                    -(-all_experts.nbytes // max(1, experts)), all_experts.parameters // max(1, experts)
+                ),
+            )
+        )
+    return ModelShape(
+        name=name,
+        vocab_size=d.vocab_size,
+        hidden=d.hidden,
+        max_context=d.max_context,
+        top_k=0 if d.experts is None else d.experts.router.top_k,
+        embedding=embedding,
+        head=head,
+        layers=tuple(layers),
+        activation_bytes=max(
+            4
+            * (
+                2 * d.hidden
+                + 2 * layer.attention.heads * layer.attention.head_dim
+                + 2 * _width(layer.feed_forward)
+            )
+            for layer in d.layers
+        ),
+    )
+
+
+def kv_shape(a: Attention) -> KvShape:
+    """What a layer keeps: keys and values of every token, also where only a window of them is seen."""
+    entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
+    return KvShape(
+        ratio=1,
+        entry_bytes=entry_bytes,
+        seen_ratio=1,
+        selected=a.window,
+        selected_bytes=entry_bytes,
+        selected_flops=4 * a.heads * a.head_dim,
+    )
+
+
+KINDS: dict[Part, tuple[str, str]] = {
+    "embedding": ("embedding", "embedding"),
+    "head": ("head", "head"),
+    "router": ("router", "router"),
+    "shared": ("shared experts", "shared_experts"),
+    "dense": ("attention and feed-forward", "dense"),
+}
+
+
+def components(description: Description, checkpoint: Checkpoint) -> list[Component]:
+    """The model's parts with their bytes, from headers alone."""
+    weights_of, stored = _weights_of(checkpoint), StoredMatrices(checkpoint)
+    found: dict[tuple[str, str], Weights] = defaultdict(Weights)
+    formats: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for use in uses(description):
+        if use.part == "experts":
+            key = f"routed experts, layer {use.layer}", "routed_experts"
+        else:  # the last norm is of no use to name formats by
+            key = KINDS["dense" if use.part == "head" and not use.is_matrix else use.part]
+        found[key] += weights_of(use)
+        if use.is_matrix:
+            formats[key].add(_format_name(stored, use))
+        else:
+            formats[key] |= {entry.dtype.lower() for entry in stored.entries(use)}
+    return [
+        Component(name, kind, "+".join(sorted(formats[name, kind])), weights.nbytes, weights.parameters)
+        for (name, kind), weights in found.items()
+    ]
+
+
+def _width(feed_forward: Mlp | Experts) -> int:
+    """Values of a token between the matrices of a feed-forward network."""
+    if isinstance(feed_forward, Mlp):
+        return feed_forward.width
+    shared = feed_forward.shared.width if feed_forward.shared else 0
+    return max(shared, feed_forward.width * feed_forward.router.top_k)
+
+
+def _weights_of(checkpoint: Checkpoint) -> Callable[[Use], Weights]:
+    stored = StoredMatrices(checkpoint)
+
+    def weights_of(use: Use) -> Weights:
+        try:
+            entries = stored.entries(use)
+        except FormatError:  # `check` reports it
+            return Weights()
+        return Weights(sum(entry.nbytes for entry in entries), math.prod(use.shape) if entries else 0)
+
+    return weights_of
+
+
+def _format_name(stored: StoredMatrices, use: Use) -> str:
+    try:
+        return stored.format_of(use.name, use.shape).name
+    except (FormatError, KeyError):
+        return "?"

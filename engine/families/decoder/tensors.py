@@ -1,0 +1,121 @@
+"""The tensors that a decoder reads: each with its name, its shape and the part of the model it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.families.decoder.description import Attention, Description, Experts, Mlp
+
+Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A tensor. Matrices (and stacks of them) may be packed, others are floats.
+
+    layer: None for what is outside of the layers
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    part: Part
+    layer: int | None = None
+    is_matrix: bool = True
+
+
+def bias_of(name: str) -> str:
+    """The name of the bias beside a matrix."""
+    return f"{name.removesuffix('.weight')}.bias"
+
+
+def uses(description: Description) -> Iterator[Use]:
+    """Every tensor that text generation needs, those of one layer after the other."""
+    d = description
+    yield Use(d.names["embed"], (d.vocab_size, d.hidden), "embedding")
+    for number, layer in enumerate(d.layers):
+        yield from _Layer(d, number).uses(layer.attention, layer.feed_forward)
+    yield Use(d.names["norm"], (d.hidden,), "head", is_matrix=False)
+    if d.has_rope_factors:
+        dims = d.layers[0].attention.rope.dims
+        yield Use(d.names["rope_factors"], (dims // 2,), "head", is_matrix=False)
+    if not d.is_tied:
+        yield Use(d.names["head"], (d.vocab_size, d.hidden), "head")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    d: Description
+    number: int
+
+    def uses(self, attention: Attention, feed_forward: Mlp | Experts) -> Iterator[Use]:
+        yield self.floats("attn_norm", self.d.hidden)
+        yield from self.attention(attention)
+        yield self.floats("ffn_norm", self.d.hidden)
+        if isinstance(feed_forward, Mlp):
+            yield from self.mlp("", feed_forward.width, "dense")
+        else:
+            yield from self.experts(feed_forward)
+
+    def attention(self, a: Attention) -> Iterator[Use]:
+        hidden, queries, keys = self.d.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim
+        for role, rows in (("q", queries), ("k", keys), ("v", keys)):
+            yield from self.matrix(role, rows, hidden, "dense", has_bias=a.has_qkv_bias)
+        yield from self.matrix("o", hidden, queries, "dense", has_bias=a.has_out_bias)
+        if a.qk_norm != "none":
+            yield self.floats("q_norm", a.head_dim if a.qk_norm == "head" else queries)
+            yield self.floats("k_norm", a.head_dim if a.qk_norm == "head" else keys)
+        if a.has_sinks:
+            yield self.floats("sinks", a.heads)
+
+    def mlp(self, prefix: str, width: int, part: Part) -> Iterator[Use]:
+        yield from self.matrix(f"{prefix}gate", width, self.d.hidden, part)
+        yield from self.matrix(f"{prefix}up", width, self.d.hidden, part)
+        yield from self.matrix(f"{prefix}down", self.d.hidden, width, part)
+
+    def experts(self, e: Experts) -> Iterator[Use]:
+        count, hidden, width = e.router.experts, self.d.hidden, e.width
+        yield from self.matrix("router", count, hidden, "router", has_bias=e.router.has_bias)
+        if e.router.has_choice_bias:
+            yield self.floats("choice_bias", count, part="router")
+        if e.layout == "each":
+            for expert in range(count):
+                for role, rows, cols in self._three(width):
+                    yield from self.matrix(role, rows, cols, "experts", expert, has_bias=e.has_biases)
+        elif e.layout == "stacked":
+            for role, rows, cols in self._three(width):
+                yield Use(self.name(role), (count, rows, cols), "experts", self.number)
+                if e.has_biases:
+                    yield self.floats(role, count, rows, part="experts", is_bias=True)
+        else:
+            yield Use(self.name("experts_up"), (count, 2 * width, hidden), "experts", self.number)
+            yield Use(self.name("experts_down"), (count, hidden, width), "experts", self.number)
+            if e.has_biases:
+                yield self.floats("experts_up", count, 2 * width, part="experts", is_bias=True)
+                yield self.floats("experts_down", count, hidden, part="experts", is_bias=True)
+        if e.shared is not None:
+            yield from self.mlp("shared_", e.shared.width, "shared")
+
+    def _three(self, width: int) -> tuple[tuple[str, int, int], ...]:
+        hidden = self.d.hidden
+        return (
+            ("expert_gate", width, hidden),
+            ("expert_up", width, hidden),
+            ("expert_down", hidden, width),
+        )
+
+    def name(self, role: str, expert: int = -1) -> str:
+        return self.d.names[role].format(layer=self.number, expert=expert)
+
+    def floats(self, role: str, *shape: int, part: Part = "dense", is_bias: bool = False) -> Use:
+        name = bias_of(self.name(role)) if is_bias else self.name(role)
+        return Use(name, shape, part, self.number, is_matrix=False)
+
+    def matrix(
+        self, role: str, rows: int, cols: int, part: Part, expert: int = -1, *, has_bias: bool = False
+    ) -> Iterator[Use]:
+        name = self.name(role, expert)
+        yield Use(name, (rows, cols), part, self.number)
+        if has_bias:
+            yield Use(bias_of(name), (rows,), part, self.number, is_matrix=False)

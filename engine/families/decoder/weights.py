@@ -1,0 +1,281 @@
+"""The weights of a decoder, read from a verified checkpoint within a memory budget.
+
+Matrices stay as stored; norms and biases (a few values per layer) become float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+
+from engine.families.decoder.description import Attention, Description, Experts, Layer
+from engine.families.decoder.experts import DecoderExpertFiles
+from engine.families.decoder.shape import loaded_shape
+from engine.families.decoder.stored import RowsInFile, StoredMatrices
+from engine.families.decoder.tensors import bias_of, uses
+from engine.families.places import HOST, DensePlaces, place
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
+from memory.experts.traces import trace_of_checkpoint
+from memory.planner.budget import MemoryBudget
+from memory.tiers import Tier
+from quant.errors import CheckpointError
+from quant.kernels.interface import Kernels, Weight
+from quant.packed import PackedTensor
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """One layer's attention; None where it has no such weight."""
+
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
+    q_bias: torch.Tensor | None
+    k_bias: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    o_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    sinks: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """A gated feed-forward network."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """A router, and the network that every token uses beside its experts."""
+
+    matrix: Weight
+    bias: torch.Tensor | None
+    choice_bias: torch.Tensor | None
+    shared: MlpWeights | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer; of its routed experts only the router."""
+
+    attn_norm: torch.Tensor
+    attention: AttentionWeights
+    ffn_norm: torch.Tensor
+    feed_forward: MlpWeights | RouterWeights
+
+    @property
+    def device(self) -> torch.device:
+        """The device of these weights, where the layer is computed."""
+        return self.attn_norm.device
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """The whole model.
+
+    embed        in its file where DRAM has no room for it
+    frequencies  radians per position of each rotary pair, `[pairs]` float64
+    experts      None where no layer has any
+    """
+
+    embed: Weight | RowsInFile
+    norm: torch.Tensor
+    head: Weight
+    layers: tuple[LayerWeights, ...]
+    frequencies: torch.Tensor
+    experts: ExpertStore | None
+    places: DensePlaces
+
+
+def read_weights(
+    description: Description, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget
+) -> DecoderWeights:
+    """All weights of a checkpoint that `Checkpoint.verify` has accepted.
+
+    What every token reads is copied to where the plan places it; a model without routed experts stays in host
+    memory. Experts get what is left of each tier. Raises BudgetError where not even the former fits.
+    """
+    d = description
+    if d.experts is None:
+        budget = replace(budget, gpus=())
+    places = place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
+    source = _Source.of(d, checkpoint)
+    host = _Reader(source, kernels, HOST)
+    by_head = _Reader(source, kernels, places.head)
+    head = by_head.matrix("embed" if d.is_tied else "head")
+    embed: Weight | RowsInFile = head
+    if not d.is_tied or places.head != HOST:
+        embed = host.embedding(in_memory=places.holds_embedding)
+    return DecoderWeights(
+        embed=embed,
+        norm=by_head.floats("norm"),
+        head=head,
+        layers=tuple(
+            _Reader(source, kernels, device, n).layer(layer)
+            for n, (layer, device) in enumerate(zip(d.layers, places.layers, strict=True))
+        ),
+        frequencies=_frequencies(d, checkpoint, host),
+        experts=None if d.experts is None else _expert_store(d, checkpoint, kernels, budget, places),
+        places=places,
+    )
+
+
+def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:
+    """Shares of uses, from the routing trace beside a checkpoint. Raises CheckpointError for another's."""
+    if description.experts is None:
+        return None
+    layers, experts = len(description.expert_layers), description.experts.router.experts
+    return trace_of_checkpoint(checkpoint.path, layers, experts)
+
+
+def tensors_in(weights: object) -> Iterator[Weight]:
+    """The tensors in a dataclass of weights."""
+    if isinstance(weights, torch.Tensor | PackedTensor):
+        yield weights
+    elif is_dataclass(weights):
+        for field in fields(weights):
+            yield from tensors_in(getattr(weights, field.name))
+
+
+def _expert_store(
+    d: Description, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget, places: DensePlaces
+) -> ExpertStore:
+    return ExpertStore(
+        DecoderExpertFiles.of(d, checkpoint),
+        kernels,
+        Tier("dram", places.left["dram"], HOST),
+        [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus],
+        hotness=expert_hotness(d, checkpoint),
+        cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
+    )
+
+
+def _frequencies(d: Description, checkpoint: Checkpoint, reader: _Reader) -> torch.Tensor:
+    frequencies = d.layers[0].attention.rope.frequencies
+    if not d.has_rope_factors:
+        return frequencies
+    factors = reader.floats("rope_factors")
+    if not bool(((factors > 0) & factors.isfinite()).all()):
+        raise CheckpointError(
+            f"{checkpoint.path}: {d.names['rope_factors']} has values that are not positive and finite; "
+            "download it again"
+        )
+    return frequencies / factors.double()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where weights are read from: a checkpoint, names by role, shapes by name."""
+
+    stored: StoredMatrices
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, description: Description, checkpoint: Checkpoint) -> _Source:
+        shapes = {use.name: use.shape for use in uses(description) if use.part != "experts"}
+        return cls(StoredMatrices(checkpoint), description.names, shapes)
+
+
+class _Reader:
+    """Weights of one layer, or of what is outside of the layers, on a device."""
+
+    def __init__(self, source: _Source, kernels: Kernels, device: torch.device, layer: int = -1) -> None:
+        self._source = source
+        self._stored = source.stored
+        self._kernels = kernels.on(device)
+        self._device = device
+        self._layer = layer
+
+    def layer(self, layer: Layer) -> LayerWeights:
+        feed_forward = layer.feed_forward
+        return LayerWeights(
+            attn_norm=self.floats("attn_norm"),
+            attention=self._attention(layer.attention),
+            ffn_norm=self.floats("ffn_norm"),
+            feed_forward=self._router(feed_forward) if isinstance(feed_forward, Experts) else self._mlp(""),
+        )
+
+    def matrix(self, role: str) -> Weight:
+        """A matrix in the kernels' layout."""
+        return self._kernels.prepare(self._to_device(self.stored_matrix(role)))
+
+    def stored_matrix(self, role: str) -> Weight:
+        """A matrix as the file has it, in host memory."""
+        return self._stored.read(*self._named(role))
+
+    def embedding(self, *, in_memory: bool) -> Weight | RowsInFile:
+        """The embedding in host memory, or in its file."""
+        in_file = None if in_memory else self._stored.in_file(*self._named("embed"))
+        return in_file or self.stored_matrix("embed")
+
+    def floats(self, role: str, *, is_bias: bool = False) -> torch.Tensor:
+        """A norm or a bias, float32."""
+        name = self._name(role)
+        return self._stored.read_floats(bias_of(name) if is_bias else name).to(self._device)
+
+    def _attention(self, a: Attention) -> AttentionWeights:
+        q_order, k_order = (a.rope.row_order(heads, a.head_dim) for heads in (a.heads, a.kv_heads))
+        of_norms = a.rope.row_order(1, a.head_dim) if a.qk_norm == "head" else None
+        has_norms, has_biases = a.qk_norm != "none", a.has_qkv_bias
+        return AttentionWeights(
+            q=self._kernels.prepare(self._to_device(_in_order(self.stored_matrix("q"), q_order))),
+            k=self._kernels.prepare(self._to_device(_in_order(self.stored_matrix("k"), k_order))),
+            v=self.matrix("v"),
+            o=self.matrix("o"),
+            q_bias=_floats_in_order(self.floats("q", is_bias=True), q_order) if has_biases else None,
+            k_bias=_floats_in_order(self.floats("k", is_bias=True), k_order) if has_biases else None,
+            v_bias=self.floats("v", is_bias=True) if has_biases else None,
+            o_bias=self.floats("o", is_bias=True) if a.has_out_bias else None,
+            q_norm=_floats_in_order(self.floats("q_norm"), _first(of_norms, q_order)) if has_norms else None,
+            k_norm=_floats_in_order(self.floats("k_norm"), _first(of_norms, k_order)) if has_norms else None,
+            sinks=self.floats("sinks") if a.has_sinks else None,
+        )
+
+    def _mlp(self, prefix: str) -> MlpWeights:
+        gate, up, down = (self.matrix(f"{prefix}{part}") for part in ("gate", "up", "down"))
+        return MlpWeights(gate, up, down)
+
+    def _router(self, experts: Experts) -> RouterWeights:
+        router = experts.router
+        return RouterWeights(
+            matrix=self.matrix("router"),
+            bias=self.floats("router", is_bias=True) if router.has_bias else None,
+            choice_bias=self.floats("choice_bias") if router.has_choice_bias else None,
+            shared=None if experts.shared is None else self._mlp("shared_"),
+        )
+
+    def _name(self, role: str) -> str:
+        return self._source.names[role].format(layer=self._layer)
+
+    def _named(self, role: str) -> tuple[str, tuple[int, int]]:
+        """A matrix's name and shape."""
+        name = self._name(role)
+        rows, cols = self._source.shapes[name]
+        return name, (rows, cols)
+
+    def _to_device(self, weight: Weight) -> Weight:
+        return weight.to(self._device) if isinstance(weight, torch.Tensor) else weight
+
+
+def _first(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    return other if one is None else one
+
+
+def _floats_in_order(values: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return values if order is None else values[order.to(values.device)]
+
+
+def _in_order(weight: Weight, order: torch.Tensor | None) -> Weight:
+    """A matrix with its rows in another order."""
+    if order is None:
+        return weight
+    return weight[order] if isinstance(weight, torch.Tensor) else weight.reordered(order)

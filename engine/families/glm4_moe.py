@@ -1,0 +1,65 @@
+"""GLM-4.5, 4.6, 4.7 and Air: half of a head turns, sigmoid routing, a shared expert, dense first layers.
+
+Keys of config.json: https://huggingface.co/zai-org/GLM-4.5-Air and `transformers`' Glm4MoeConfig.
+"""
+
+from __future__ import annotations
+
+from engine.families.decoder.description import Attention, Description, Experts, Groups, Layer, Mlp, Router
+from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.hf import describe, head_sizes, keys_of, layer_count, rope_of
+from engine.families.decoder.keys import Keys
+from engine.families.decoder.names import HF_NAMES, draft_layers
+from memory.checkpoint.checkpoint import Checkpoint
+
+NAME = "glm4_moe"
+
+
+def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
+    """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    read = keys_of(checkpoint, NAME)
+    read.only("hidden_act", "silu", None)
+    heads, kv_heads, head_dim = head_sizes(read)
+    attention = Attention(
+        heads,
+        kv_heads,
+        head_dim,
+        rope_of(read, head_dim, is_partial=True),
+        has_qkv_bias=read.flag("attention_bias"),
+        qk_norm="head" if read.flag("use_qk_norm") else "none",
+    )
+    width = read.count("moe_intermediate_size")
+    shared = read.count("n_shared_experts", 1)
+    experts = Experts(sigmoid_router(read), width, "each", shared=Mlp(shared * width))
+    mlp = Mlp(read.count("intermediate_size"))
+    layers, dense = layer_count(read), read.count_or_none("first_k_dense_replace") or 0
+    return describe(
+        read,
+        checkpoint,
+        [Layer(attention, mlp if n < dense else experts) for n in range(layers)],
+        HF_NAMES,
+        ignored=draft_layers(layers, read.count_or_none("num_nextn_predict_layers") or 0),
+    )
+
+
+def sigmoid_router(read: Keys) -> Router:
+    """The router of DeepSeek-V3 and its relatives: sigmoid scores, a bias for the choice, groups."""
+    read.only("scoring_func", "sigmoid", None)
+    read.only("topk_method", "noaux_tc", None)
+    groups = Groups(read.count("n_group", 1), read.count("topk_group", 1), best=2)
+    router = Router(
+        experts=read.count("n_routed_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="sigmoid",
+        has_choice_bias=True,
+        groups=groups if groups.count > 1 else None,
+        is_renormalised=read.flag("norm_topk_prob", default=True),
+        epsilon=1e-20,
+        factor=read.number("routed_scaling_factor", 1.0),
+    )
+    if router.experts % groups.count:
+        read.problems.append(f"{router.experts} experts are not a multiple of {groups.count} groups")
+    return router
+
+
+FAMILY = DecoderFamily(NAME, describe_glm4_moe)

@@ -1,0 +1,54 @@
+"""Granite's mixtures of experts: four multipliers, experts chosen by logits, stored fused.
+
+Keys of config.json: https://huggingface.co/ibm-granite/granite-3.1-3b-a800m-instruct and `transformers`'
+GraniteMoeConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.families.decoder.description import Description, Experts, Layer, Router
+from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
+from engine.families.decoder.names import BLOCK, HF_NAMES
+from memory.checkpoint.checkpoint import Checkpoint
+
+NAME = "granitemoe"
+NAMES = {
+    **HF_NAMES,
+    "router": f"{BLOCK}router.layer.weight",
+    "experts_up": f"{BLOCK}input_linear.weight",
+    "experts_down": f"{BLOCK}output_linear.weight",
+}
+
+
+def describe_granitemoe(checkpoint: Checkpoint) -> Description:
+    """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    read = keys_of(checkpoint, NAME)
+    read.only("hidden_act", "silu", None)
+    has_biases = read.flag("attention_bias")
+    attention = replace(
+        plain_attention(read),
+        scale=read.number("attention_multiplier", 1.0),
+        has_qkv_bias=has_biases,
+        has_out_bias=has_biases,
+    )
+    router = Router(
+        experts=read.count("num_local_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="chosen softmax",
+    )
+    experts = Experts(router, read.count("intermediate_size"), "halves")
+    return describe(
+        read,
+        checkpoint,
+        [Layer(attention, experts)] * layer_count(read),
+        NAMES,
+        embedding_factor=read.number("embedding_multiplier", 1.0),
+        residual_factor=read.number("residual_multiplier", 1.0),
+        logits_factor=1 / read.number("logits_scaling", 1.0),
+    )
+
+
+FAMILY = DecoderFamily(NAME, describe_granitemoe)

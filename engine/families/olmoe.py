@@ -1,0 +1,36 @@
+"""OLMoE: queries and keys normed as a whole, then cut if the config says so; softmax routing.
+
+Keys of config.json: https://huggingface.co/allenai/OLMoE-1B-7B-0924 and `transformers`' OlmoeConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.families.decoder.description import Description, Experts, Layer, Router
+from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
+from engine.families.decoder.names import HF_NAMES
+from memory.checkpoint.checkpoint import Checkpoint
+
+NAME = "olmoe"
+
+
+def describe_olmoe(checkpoint: Checkpoint) -> Description:
+    """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    read = keys_of(checkpoint, NAME)
+    read.only("hidden_act", "silu", None)
+    read.only("attention_bias", False, None)
+    clip = None if read.raw("clip_qkv") is None else read.number("clip_qkv")
+    attention = replace(plain_attention(read), qk_norm="whole", clip=clip)
+    router = Router(
+        experts=read.count("num_experts"),
+        top_k=read.count("num_experts_per_tok"),
+        score="softmax",
+        is_renormalised=read.flag("norm_topk_prob"),
+    )
+    experts = Experts(router, read.count("intermediate_size"), "each")
+    return describe(read, checkpoint, [Layer(attention, experts)] * layer_count(read), HF_NAMES)
+
+
+FAMILY = DecoderFamily(NAME, describe_olmoe)

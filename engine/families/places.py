@@ -1,0 +1,98 @@
+"""Placement of the weights that every token reads, on GPUs or in DRAM: as planned, within the budgets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memory.planner.budget import MemoryBudget
+from memory.planner.placement import Placement, embedding_fits, plan
+from memory.planner.shape import ModelShape
+from quant.errors import BudgetError
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class DensePlaces:
+    """Where layers (with their shared experts and KV) and the head are placed.
+
+    layers, head   the device of each
+    tiers          the tier of each layer
+    head_tier      that of the head
+    holds_embedding  False if the embedding stays on disk for lack of DRAM
+    nbytes         bytes of weights by tier: dense, shared experts, head, embedding
+    kv_room        bytes of KV that are kept free, by GPU
+    left           bytes by tier for routed experts (in DRAM, for Engram tables too)
+    experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
+    """
+
+    layers: tuple[torch.device, ...]
+    head: torch.device
+    tiers: tuple[str, ...]
+    head_tier: str
+    holds_embedding: bool
+    nbytes: dict[str, int]
+    kv_room: dict[str, int]
+    left: dict[str, int]
+    experts_bytes: int
+    tables_bytes: int
+
+
+def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
+    """Places for the model at `path` within `budget`.
+
+    Raises BudgetError where what every token reads does not fit.
+    """
+    placement = plan(shape, budget.profile, budget.workload)
+    devices = {"dram": HOST, **{gpu.name: gpu.device for gpu in budget.gpus}}
+    budgets = {"dram": budget.dram_bytes, **{gpu.name: gpu.budget_bytes for gpu in budget.gpus}}
+    nbytes: dict[str, int] = defaultdict(int)
+    kv_room: dict[str, int] = defaultdict(int)
+    for place in placement.places:
+        if place.kind in ("dense", "shared_experts", "head"):
+            nbytes[place.tier] += place.nbytes
+        elif place.kind == "kv" and place.tier != "dram":
+            kv_room[place.tier] += place.nbytes
+    holds_embedding = embedding_fits(shape, budget.dram_bytes - nbytes["dram"])
+    if holds_embedding:
+        nbytes["dram"] += shape.embedding.nbytes
+    if nbytes["dram"] > budget.dram_bytes:
+        raise BudgetError(
+            f"{path}: the weights used by every token need {nbytes['dram']:,} bytes, but the memory budget "
+            f"is {budget.dram_bytes:,} bytes; free some memory, raise --dram-budget or use a smaller model"
+        )
+    _check_gpus(placement, budget)
+    reserved: dict[str, int] = defaultdict(int)
+    for reserve in placement.reserves:
+        reserved[reserve.tier] += reserve.nbytes if reserve.tier.startswith("vram") else 0
+    tiers = tuple(placement.tier_of("dense", n) for n in range(len(shape.layers)))
+    return DensePlaces(
+        layers=tuple(devices[tier] for tier in tiers),
+        head=devices[placement.tier_of("head", None)],
+        tiers=tiers,
+        head_tier=placement.tier_of("head", None),
+        holds_embedding=holds_embedding,
+        nbytes=dict(nbytes),
+        kv_room=dict(kv_room),
+        left={
+            tier: max(0, allowed - nbytes[tier] - kv_room[tier] - reserved[tier])
+            for tier, allowed in budgets.items()
+        },
+        experts_bytes=sum(layer.experts * layer.expert.nbytes for layer in shape.layers),
+        tables_bytes=sum(layer.table.nbytes for layer in shape.layers if layer.table is not None),
+    )
+
+
+def _check_gpus(placement: Placement, budget: MemoryBudget) -> None:
+    """A real GPU without room for its work space would fail while serving. Raises BudgetError."""
+    planned = {reserve.tier for reserve in placement.reserves}
+    for gpu in budget.gpus:
+        if not gpu.is_virtual and gpu.name not in planned:
+            raise BudgetError(
+                f"{gpu.name}: {gpu.budget_bytes / 1e9:.1f} GB is too little for CUDA, activations and "
+                "experts in transit; raise this GPU's budget or leave it out"
+            )

@@ -1,0 +1,46 @@
+"""Qwen3's mixtures of experts: queries and keys normed per head, softmax routing.
+
+Keys of config.json: https://huggingface.co/Qwen/Qwen3-30B-A3B and `transformers`' Qwen3MoeConfig.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.families.decoder.description import Description, Experts, Layer, Mlp, Router
+from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
+from engine.families.decoder.names import HF_NAMES
+from memory.checkpoint.checkpoint import Checkpoint
+
+NAME = "qwen3_moe"
+
+
+def describe_qwen3_moe(checkpoint: Checkpoint) -> Description:
+    """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    read = keys_of(checkpoint, NAME)
+    read.only("hidden_act", "silu", None)
+    read.only("use_sliding_window", False, None)
+    read.raw("sliding_window")  # of no meaning where it is not used
+    read.raw("max_window_layers")
+    attention = replace(plain_attention(read), qk_norm="head", has_qkv_bias=read.flag("attention_bias"))
+    attention = replace(attention, has_out_bias=attention.has_qkv_bias)
+    experts = Experts(
+        router=Router(
+            experts=read.count("num_experts"),
+            top_k=read.count("num_experts_per_tok"),
+            score="softmax",
+            is_renormalised=read.flag("norm_topk_prob"),
+        ),
+        width=read.count("moe_intermediate_size"),
+        layout="each",
+    )
+    step, dense = read.count("decoder_sparse_step", 1), read.raw("mlp_only_layers") or []
+    mlp = Mlp(read.count("intermediate_size"))
+    layers = [
+        Layer(attention, mlp if n in dense or (n + 1) % step else experts) for n in range(layer_count(read))
+    ]
+    return describe(read, checkpoint, layers, HF_NAMES)
+
+
+FAMILY = DecoderFamily(NAME, describe_qwen3_moe)

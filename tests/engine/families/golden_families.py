@@ -1,0 +1,102 @@
+"""The golden checkpoints of the decoder families: tiny, laid out as released, with reference logits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.families.base import Batch
+from engine.families.decoder.forward import Decoder
+from engine.families.loader import open_checkpoint
+from engine.families.registry import family_of
+from memory.planner.budget import MemoryBudget
+from quant.kernels.interface import Kernels
+from tests.conftest import BESIDE, GOLDEN
+
+TOLERANCE = 1e-4
+PLENTY = MemoryBudget(1 << 30)
+SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
+SAFETENSORS = ("glm4_moe", "granitemoe", "mixtral", "olmoe", "qwen3_moe")
+NAMES = SAFETENSORS
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What is expected of a checkpoint."""
+
+    path: Path
+    expected: dict[str, torch.Tensor]
+
+    def ids(self, which: str = "") -> list[int]:
+        found: list[int] = self.expected[f"input_ids{which}"].tolist()
+        return found
+
+    def logits(self, which: str = "") -> torch.Tensor:
+        return self.expected[f"logits{which}"]
+
+    def greedy(self, which: str = "") -> list[int]:
+        found: list[int] = self.expected[f"greedy_ids{which}"].tolist()
+        return found
+
+
+def family_path(name: str) -> Path:
+    """The directory of a golden set, in the repository or beside it; skips where it is in neither."""
+    for folder in (GOLDEN, BESIDE):
+        if (folder / "families" / name / "expected.safetensors").is_file():
+            return folder / "families" / name
+    pytest.skip(f"families/{name} is neither in tests/golden nor in ../shared/golden")
+
+
+def golden_family(name: str) -> Golden:
+    """A golden set."""
+    folder = family_path(name)
+    path = next(iter(sorted(folder.glob("*.gguf"))), folder)
+    return Golden(path, load_file(folder / "expected.safetensors"))
+
+
+@contextmanager
+def loaded(path: Path, kernels: Kernels, budget: MemoryBudget = PLENTY) -> Iterator[Decoder]:
+    """The model at `path`, closed in the end."""
+    checkpoint = open_checkpoint(path)
+    model = family_of(checkpoint).load(checkpoint, kernels, budget)
+    assert isinstance(model, Decoder)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def logits_in_chunks(model: Decoder, ids: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    """Logits of every position, computed in chunks of `sizes`, repeated until the prompt ends."""
+    cache = model.new_cache(1, len(ids))
+    out: list[torch.Tensor] = []
+    start = 0
+    for size in itertools.cycle(sizes):
+        part = ids[start : start + size]
+        if not part:
+            break
+        out.append(model.forward(Batch.of([(0, start, part)], all_logits=True), cache))
+        start += len(part)
+    return torch.cat(out)
+
+
+def greedy_ids(model: Decoder, ids: Sequence[int], count: int) -> list[int]:
+    """The `count` likeliest tokens after `ids`, each after those before it."""
+    cache = model.new_cache(1, len(ids) + count)
+    found = [int(model.forward(Batch.of([(0, 0, ids)]), cache).argmax())]
+    while len(found) < count:
+        found.append(int(model.forward(Batch.of([(0, cache.length(0), found[-1:])]), cache).argmax()))
+    return found
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within the tolerance at every logit."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max().item() < TOLERANCE

@@ -1,0 +1,103 @@
+"""Every decoder family against the reference logits of its golden checkpoint, however it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from engine.families.base import Batch, Trace
+from engine.families.decoder.forward import Decoder
+from quant.kernels.choice import choose
+from quant.kernels.reference import ReferenceKernels
+from tests.engine.families.golden_families import (
+    NAMES,
+    SEQUENCES,
+    Golden,
+    assert_close,
+    golden_family,
+    greedy_ids,
+    loaded,
+    logits_in_chunks,
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A golden set and its model, on the chosen kernels."""
+
+    golden: Golden
+    model: Decoder
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    golden = golden_family(request.param)
+    with loaded(golden.path, choose()) as model:
+        yield Subject(golden, model)
+
+
+@pytest.mark.parametrize("which", SEQUENCES)
+def test_logits_of_a_whole_prompt_match_at_every_position(subject: Subject, which: str) -> None:
+    golden = subject.golden
+    found = logits_in_chunks(subject.model, golden.ids(which), [len(golden.ids(which))])
+    assert_close(found, golden.logits(which))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_logits_do_not_depend_on_how_the_prompt_is_cut(subject: Subject, size: int) -> None:
+    assert_close(logits_in_chunks(subject.model, subject.golden.ids(), [size]), subject.golden.logits())
+
+
+@pytest.mark.parametrize("which", SEQUENCES)
+def test_the_greedy_continuation_is_the_references(subject: Subject, which: str) -> None:
+    expected = subject.golden.greedy(which)
+    assert greedy_ids(subject.model, subject.golden.ids(which), len(expected)) == expected
+
+
+def test_sequences_of_different_lengths_share_a_batch_without_noticing(subject: Subject) -> None:
+    golden, model = subject.golden, subject.model
+    prompts = [golden.ids(which) for which in SEQUENCES]
+    cache = model.new_cache(len(prompts), max(map(len, prompts)))
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for step in range(max(map(len, prompts))):
+        parts = []
+        for slot, ids in enumerate(prompts):
+            start = cache.length(slot)
+            part = ids[start : start + (1, 5, 16, 31)[(slot + step) % 4]]
+            if part:
+                parts.append((slot, start, part))
+        if not parts:
+            break
+        logits = model.forward(Batch.of(parts, all_logits=True), cache)
+        for (slot, _, _), rows in zip(parts, logits.split([len(p) for _, _, p in parts]), strict=True):
+            found[slot].append(rows)
+    for which, rows in zip(SEQUENCES, found, strict=True):
+        assert_close(torch.cat(rows), golden.logits(which))
+
+
+def test_routers_choose_the_experts_of_the_reference_with_its_weights(subject: Subject) -> None:
+    golden, trace = subject.golden, Trace()
+    ids = golden.ids()
+    subject.model.forward(Batch.of([(0, 0, ids)]), subject.model.new_cache(1, len(ids)), trace)
+    layers = subject.model.description.expert_layers
+    assert [f"router_ids.{n}" in golden.expected for n in layers] == [True] * len(layers)
+    for n in layers:
+        (chosen,), (weights,) = trace.values[f"router_ids.{n}"], trace.values[f"router_weights.{n}"]
+        falling = weights.argsort(dim=-1, descending=True)
+        expected = golden.expected[f"router_weights.{n}"]
+        assert torch.equal(chosen.sort(dim=-1).values, golden.expected[f"router_ids.{n}"].sort(dim=-1).values)
+        torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
+
+
+def test_the_cache_is_as_large_as_was_said(subject: Subject) -> None:
+    assert subject.model.cache_bytes(3, 50) == subject.model.new_cache(3, 50).nbytes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_torch_gives_the_logits_too(name: str) -> None:
+    golden = golden_family(name)
+    with loaded(golden.path, ReferenceKernels()) as model:
+        assert_close(logits_in_chunks(model, golden.ids(), [64]), golden.logits())
