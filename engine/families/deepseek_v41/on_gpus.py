@@ -151,10 +151,8 @@ class V41OnGpus(V41Notes):
         there.recorder.layer = number
         given = [queries, weights, *([] if self._pool is None else [self._pool])]
         asked = [there.recorder.input(value.width, value.dtype) for value in given]
-        turns = there.recorder.turns(self._parts.compressed_frequencies)
-        turned = there.recorder.rotate(asked[0], turns, c.index_n_heads)
         chosen, pool = there.recorder.select(
-            turned,
+            asked[0],
             asked[1],
             keys,
             self._cache.sources[source].ratio,

@@ -183,12 +183,11 @@ def _attend(op: Noted, chains: _Chains) -> Noted:
 
 
 def _select(op: Noted, chains: _Chains) -> Noted:
-    """The same, and a factor of the weights. Raises FormatError for queries that are not turned."""
+    """The same, and a factor of the weights."""
     turn = chains.before(op.ins["queries"], "latent")
-    if turn is None or not turn.is_plain("weight", "state"):
-        raise FormatError("index queries are turned by their positions")
-    chains.drop(turn)
-    op = replace(op, ins=op.ins | {"queries": turn.ins["x"], "turns": turn.ins["turns"]})
+    if turn is not None and turn.is_plain("weight", "state"):
+        chains.drop(turn)
+        op = replace(op, ins=op.ins | {"queries": turn.ins["x"], "turns": turn.ins["turns"]})
     scale = chains.before(op.ins["weights"], "times")
     if scale is None:
         return op

@@ -193,7 +193,7 @@ def choose(
 class Choice:
     """How a row's entries are chosen, and where to.
 
-    queries   `[rows, heads * dim]`, not turned yet, turns `[rows, 2 * pairs]`
+    queries   `[rows, heads * dim]`, still to be turned where there are turns `[rows, 2 * pairs]`
     weights   `[rows, heads]`, to be multiplied by `factor`
     keys      `[slots, entries, dim]`, one for `ratio` tokens
     pool      `[rows, blocks]` of `block` entries each, to choose among; None: among all
@@ -204,7 +204,7 @@ class Choice:
     """
 
     queries: torch.Tensor
-    turns: torch.Tensor
+    turns: torch.Tensor | None
     weights: torch.Tensor
     factor: float
     keys: torch.Tensor
@@ -225,14 +225,16 @@ class Choice:
         is_pooled = self.pool is not None
         pool = step if self.pool is None else self.pool
         maxima = self.scores if self.maxima is None else self.maxima
+        turns = self.queries if self.turns is None else self.turns
+        pairs = 0 if self.turns is None else turns.shape[1] // 2
         tile = COLUMNS if self.maxima is None else max(COLUMNS, self.block)
         block = max(1, self.block)
         found = [
             Launch(
                 index_scores,
                 (-(-columns // tile), rows),
-                (self.queries, self.weights, self.keys, self.turns, pool, step, self.scores, maxima, columns,
-                 heads, self.keys.shape[2], self.turns.shape[1] // 2, self.keys.stride(0), self.ratio, block,
+                (self.queries, self.weights, self.keys, turns, pool, step, self.scores, maxima, columns,
+                 heads, self.keys.shape[2], pairs, self.keys.stride(0), self.ratio, block,
                  self.blocks, self.factor),
                 {"POOLED": is_pooled, "MAXIMA": self.maxima is not None, "MAX": max_rows,
                  "HEADS": int(triton.next_power_of_2(max(LEAST_HEADS, heads))), "COLUMNS": tile,
