@@ -6,7 +6,7 @@ Keys of config.json: `transformers`' LlamaConfig; of GGUF: https://github.com/gg
 from __future__ import annotations
 
 from engine.families.decoder import gguf
-from engine.families.decoder.description import Attention, Description, Layer, Mlp
+from engine.families.decoder.description import Attention, Description, Experts, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import HF_NAMES
@@ -29,11 +29,15 @@ def describe_llama(checkpoint: Checkpoint) -> Description:
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
     read = gguf.gguf_keys(checkpoint, NAME)
-    read.only("expert_count", 0, None)
     heads, kv_heads, head_dim = gguf.head_sizes(read)
     # The converter has permuted the rows of queries and keys.
     attention = Attention(heads, kv_heads, head_dim, gguf.rope_of(read, head_dim, "adjacent"))
-    layer = Layer(attention, Mlp(read.count("feed_forward_length")))
+    width = read.count("feed_forward_length")
+    layer = Layer(attention, Mlp(width))
+    if read.raw("expert_count"):  # Mixtral
+        router = Router(*gguf.expert_counts(read), "softmax", is_renormalised=True)
+        layer = Layer(attention, Experts(router, width, "stacked"))
+    read.raw("expert_used_count")
     return gguf.describe_gguf(read, checkpoint, [layer] * gguf.layer_count(read))
 
 

@@ -1,13 +1,15 @@
 """Qwen3's mixtures of experts: queries and keys normed per head, softmax routing.
 
-Keys of config.json: https://huggingface.co/Qwen/Qwen3-30B-A3B and `transformers`' Qwen3MoeConfig.
+Keys of config.json: https://huggingface.co/Qwen/Qwen3-30B-A3B and `transformers`' Qwen3MoeConfig; of GGUF:
+what llama.cpp's converter writes for the architecture `qwen3moe`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.families.decoder.description import Description, Experts, Layer, Mlp, Router
+from engine.families.decoder import gguf
+from engine.families.decoder.description import Attention, Description, Experts, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layer_count, plain_attention
 from engine.families.decoder.names import HF_NAMES
@@ -18,6 +20,8 @@ NAME = "qwen3_moe"
 
 def describe_qwen3_moe(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    if gguf.is_gguf(checkpoint):
+        return _describe_gguf(checkpoint)
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
     read.only("use_sliding_window", False, None)
@@ -41,6 +45,16 @@ def describe_qwen3_moe(checkpoint: Checkpoint) -> Description:
         Layer(attention, mlp if n in dense or (n + 1) % step else experts) for n in range(layer_count(read))
     ]
     return describe(read, checkpoint, layers, HF_NAMES)
+
+
+def _describe_gguf(checkpoint: Checkpoint) -> Description:
+    read = gguf.gguf_keys(checkpoint, NAME)
+    heads, kv_heads, head_dim = gguf.head_sizes(read)
+    read.raw("feed_forward_length")  # of dense layers, of which there are none
+    attention = Attention(heads, kv_heads, head_dim, gguf.rope_of(read, head_dim, "half"), qk_norm="head")
+    router = Router(*gguf.expert_counts(read), "softmax", is_renormalised=True)
+    layer = Layer(attention, Experts(router, read.count("expert_feed_forward_length"), "stacked"))
+    return gguf.describe_gguf(read, checkpoint, [layer] * gguf.layer_count(read))
 
 
 FAMILY = DecoderFamily(NAME, describe_qwen3_moe)

@@ -13,12 +13,17 @@ FAMILIES = {
     "deepseek_v41": "engine.families.deepseek_v41.family",
     "deepseek_v41_text": "engine.families.deepseek_v41.family",
     "glm4_moe": "engine.families.glm4_moe",
+    "gpt-oss": "engine.families.gpt_oss",
+    "gpt_oss": "engine.families.gpt_oss",
     "granitemoe": "engine.families.granitemoe",
     "llama": "engine.families.llama",
     "minimax_m2": "engine.families.minimax_m2",
+    "mistral": "engine.families.mistral",
     "mixtral": "engine.families.mixtral",
     "olmoe": "engine.families.olmoe",
+    "qwen3": "engine.families.qwen3",
     "qwen3_moe": "engine.families.qwen3_moe",
+    "qwen3moe": "engine.families.qwen3_moe",
 }
 
 

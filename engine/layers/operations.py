@@ -13,9 +13,10 @@ import torch
 
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
-from quant.kernels.cpu.program import Buffer, Program
+from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
+from quant.kernels.layers import RoutingRule
 from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
@@ -48,7 +49,7 @@ class BasicOperations(Protocol[Value]):
         """x * factor."""
         ...
 
-    def route(self, logits: Value, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Value, Value]:
+    def route(self, logits: Value, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Value, Value]:
         """The chosen experts, `[rows, top_k]`, and their weights: see `LayerOperations.route`."""
         ...
 
@@ -95,10 +96,6 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         """x on the device where it is used next."""
         ...
 
-    def apart(self, x: Value, compute: Callable[[torch.Tensor], torch.Tensor]) -> Value:
-        """What `compute` makes of x, of the same width: what is not recorded."""
-        ...
-
 
 class EagerBasics:
     """`BasicOperations` on tensors, computed at once."""
@@ -122,9 +119,9 @@ class EagerBasics:
         return x * factor
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._kernels.route(logits, bias, top_k, factor)
+        return self._kernels.route(logits, bias, rule)
 
 
 class Eager(EagerBasics):
@@ -178,9 +175,6 @@ class Eager(EagerBasics):
     def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.to(device)
 
-    def apart(self, x: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return compute(x)
-
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
         return x.view(x.shape[0], -1, self._head_dim)
@@ -207,8 +201,8 @@ class RecordedBasics:
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._recorder.scale(x, factor)
 
-    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
-        return self._recorder.route(logits, bias, top_k, factor)
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
+        return self._recorder.route(logits, bias, rule)
 
 
 class Recorded(RecordedBasics):
@@ -216,7 +210,6 @@ class Recorded(RecordedBasics):
 
     frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
     places       where each layer's keys and values lie
-    program      to be set when it is finished
     """
 
     _recorder: Recorder
@@ -228,7 +221,6 @@ class Recorded(RecordedBasics):
         turns = recorder.turns(frequencies)
         self._turns = turns if factor == 1 else recorder.scale(turns, factor)
         self._places = places
-        self.program: Program | None = None
 
     def norm_heads(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
         return self._recorder.norm(x, weight, eps)
@@ -260,13 +252,3 @@ class Recorded(RecordedBasics):
 
     def move(self, x: Buffer, device: torch.device) -> Buffer:
         return x  # all is in host memory
-
-    def apart(self, x: Buffer, compute: Callable[[torch.Tensor], torch.Tensor]) -> Buffer:
-        out = self._recorder.buffer(x.width)
-
-        def work(rows: int) -> None:
-            assert self.program is not None
-            self.program.rows(out)[:rows] = compute(self.program.rows(x)[:rows])
-
-        self._recorder.hand_over(work, [x], [out])
-        return out

@@ -7,7 +7,8 @@ back, and the store hears of it after the step. Otherwise the step hands over: t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from memory.experts.step import ExpertStep
 from memory.experts.store import ExpertStore
 from quant.kernels.cpu.program import Buffer, HandOver, Program
 from quant.kernels.cpu.recorder import Recorder
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 
 
 @dataclass
@@ -44,15 +46,19 @@ class RecordedExperts:
         self._program: Program | None = None
 
     @property
-    def is_still(self) -> bool:
+    def is_native(self) -> bool:
         """True if all experts are native operations for good."""
         return self._store.is_still and self._store.at_hand is not None
 
     # ----------------------------------------------------------------------------------------- recording
 
+    def wants_guesses(self, layer: int) -> bool:
+        """Whether experts move at all."""
+        return not self._store.is_still
+
     def prefetch(self, layer: int, ids: Buffer) -> None:
         """Prefetch what was predicted for a layer: ids `[rows, top_k]`, best first."""
-        if self.is_still:
+        if self._store.is_still:
             return
         flag = self._look_up(layer, ids)
         self._recorder.keep(ids)
@@ -66,14 +72,16 @@ class RecordedExperts:
 
     def acquire(self, layer: int, ids: Buffer) -> None:
         """Begin a layer: what is missing is on its way from now on. ids `[rows, top_k]`."""
-        if self.is_still:
+        if self.is_native:
             return
         flag = self._look_up(layer, ids)
         self._recorder.keep(ids)
         self._layers[layer] = _Layer(ids, flag, self._guesses.get(layer, []))
         self._recorder.hand_over(lambda rows: self._acquire(layer, rows), [ids], [], flag)
 
-    def run(self, layer: int, x: Buffer, ids: Buffer, weights: Buffer) -> Buffer:
+    def run(
+        self, layer: int, x: Buffer, ids: Buffer, weights: Buffer, extras: ExpertExtras = NO_EXTRAS
+    ) -> Buffer:
         """The weighted sum of the chosen experts' outputs, `[rows, hidden]`."""
 
         def compute(out: Buffer) -> HandOver:
@@ -84,7 +92,7 @@ class RecordedExperts:
                 assert acquired is not None
                 with acquired:
                     self._rows(out, rows)[:] = acquired.run(
-                        self._rows(x, rows), self._rows(weights, rows), self._limit
+                        self._rows(x, rows), self._rows(weights, rows), self._limit, extras
                     )
 
             return work
@@ -95,11 +103,11 @@ class RecordedExperts:
             self._recorder.hand_over(compute(out), [x, ids, weights], [out])
             return out
         unless: tuple[torch.Tensor, Callable[[Buffer], HandOver]] | None = None
-        if not self.is_still:
+        if not self.is_native:
             unless = self._layers[layer].at_hand, compute
         nbytes = self._store.slots.dram.layout.nbytes
-        addresses = at_hand.addresses[layer]
-        return self._recorder.experts(x, ids, weights, addresses, self._limit, self._used, nbytes, unless)
+        addresses, activation = at_hand.addresses[layer], (self._limit, extras)
+        return self._recorder.experts(x, ids, weights, addresses, activation, self._used, nbytes, unless)
 
     def _look_up(self, layer: int, ids: Buffer) -> torch.Tensor:
         """Whether these experts are at hand: what hand-overs are skipped by."""
@@ -110,24 +118,25 @@ class RecordedExperts:
 
     # ------------------------------------------------------------------------------------------- running
 
-    def begin(self, program: Program) -> None:
-        """Before a run of the program."""
+    @contextmanager
+    def running(self, program: Program, rows: int) -> Iterator[None]:
+        """Around a run: nothing stays claimed, and the store hears of what it was not asked for."""
         self._program = program
-        if not self.is_still:
+        self._used[0] = 0
+        if not self.is_native:
             self._store.slots.settle()
+        try:
+            yield
+        except BaseException:
+            if self._acquired is not None:
+                self._acquired.__exit__()
+                self._acquired = None
+            raise
+        self._report(rows)
 
-    def fail(self) -> None:
-        """After a run that failed: nothing stays claimed."""
-        self._used[0] = 0
-        if self._acquired is not None:
-            self._acquired.__exit__()
-            self._acquired = None
-
-    def end(self, rows: int) -> None:
-        """After a run: tell the store what it was not asked for."""
+    def _report(self, rows: int) -> None:
         used = int(self._used)
-        self._used[0] = 0
-        if self.is_still:
+        if self.is_native:
             self._store.count_uses(used)
         elif used:
             for number, layer in self._layers.items():

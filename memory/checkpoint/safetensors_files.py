@@ -45,7 +45,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     Raises CheckpointError where there is no checkpoint at all; what is wrong with single shards is
     collected in `Checkpoint.problems`, so that `verify` can report everything at once.
     """
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path / 'config.json'}: no model_type; this is not a model's config")
@@ -65,7 +65,7 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
     """The index's `weight_map` (tensor -> shard); empty for a checkpoint of one file."""
     if not (path / INDEX_NAME).exists():
         return {}
-    weight_map = _read_json(path / INDEX_NAME).get("weight_map")
+    weight_map = read_json(path / INDEX_NAME).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path / INDEX_NAME}: no weight_map; download the index again")
     good: dict[str, str] = {}
@@ -183,7 +183,8 @@ def _disagreements(index: dict[str, str], entries: dict[str, TensorEntry]) -> li
     return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError for a file that is missing, too large or not JSON."""
     if not file.is_file():
         raise CheckpointError(f"{file}: not found; a model directory needs it")
     if file.stat().st_size > MAX_JSON_BYTES:

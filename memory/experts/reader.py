@@ -18,6 +18,7 @@ from quant.kernels.interface import SlotLayout
 from quant.packed import Format, PackedTensor
 
 MATRICES = 3  # of an expert: w1, w3, w2
+APART = tuple((number,) for number in range(MATRICES))  # each in tensors of its own
 MAX_READERS = 4
 
 
@@ -40,6 +41,11 @@ class ExpertFiles(Protocol):
     @property
     def format(self) -> Format: ...
 
+    @property
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """Which matrices of an expert are read at once: those in the same tensors."""
+        ...
+
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""
         ...
@@ -52,8 +58,8 @@ class ExpertFiles(Protocol):
 class ExpertReader:
     """Reads experts on `readers` threads, bypassing the page cache, and repacks them for the kernels.
 
-    A matrix is one request: an expert's three are read and repacked in parallel by as many threads, so that
-    one missing expert alone keeps the disk busy.
+    A matrix is one request, unless it lies together with another: an expert's are read and repacked in
+    parallel by as many threads, so that one missing expert alone keeps the disk busy.
     """
 
     def __init__(self, files: ExpertFiles, layout: SlotLayout, telemetry: Telemetry, readers: int) -> None:
@@ -76,15 +82,18 @@ class ExpertReader:
     def read(self, key: Key, slot: torch.Tensor, priority: Priority) -> Ticket:
         """Start reading an expert into `slot` (uint8 `[layout.nbytes]`)."""
         stop = threading.Event()
-        parts = [self._part(key, number, slot, stop) for number in range(MATRICES)]
+        parts = [self._part(key, numbers, slot, stop) for numbers in self._files.together]
         return self.link.submit(parts, self._layout.nbytes, priority, stop)
 
-    def _part(self, key: Key, number: int, slot: torch.Tensor, stop: threading.Event) -> Callable[[], None]:
-        ranges: list[Range] = coalesce(self._files.entries(*key, number))
+    def _part(
+        self, key: Key, numbers: tuple[int, ...], slot: torch.Tensor, stop: threading.Event
+    ) -> Callable[[], None]:
+        ranges: list[Range] = coalesce(self._files.entries(*key, numbers[0]))
 
         def work() -> None:
             raw = self._direct.read(ranges, stop)
-            self._layout.pack_matrix(slot, number, self._files.matrix(*key, number, raw))
+            for number in numbers:
+                self._layout.pack_matrix(slot, number, self._files.matrix(*key, number, raw))
 
         return work
 

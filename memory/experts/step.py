@@ -8,7 +8,7 @@ import torch
 
 from memory.experts.slot_table import SlotTable
 from memory.experts.slots import Claimed, ExpertSlots
-from quant.kernels.interface import ExpertWeights, Kernels, MoeCall
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras, ExpertWeights, Kernels, MoeCall
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,13 @@ class ExpertStep:
         """Unpin the step's experts, also if something failed before or in `run`."""
         self._release()
 
-    def run(self, x: torch.Tensor, weights: torch.Tensor, swiglu_limit: float) -> torch.Tensor:
+    def run(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        swiglu_limit: float,
+        extras: ExpertExtras = NO_EXTRAS,
+    ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`.
 
         The result is on the device of x, wherever the experts are computed.
@@ -62,7 +68,7 @@ class ExpertStep:
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         try:
             while self._claimed:
-                self._compute_wave(x, outputs, swiglu_limit)
+                self._compute_wave(x, outputs, swiglu_limit, extras)
                 self._release()
                 if self._waiting:
                     self._claimed, self._waiting = self._slots.claim(self._layer, self._waiting)
@@ -70,7 +76,9 @@ class ExpertStep:
             self._release()
         return self._kernels.weighted_sum(outputs.view(tokens, top_k, -1), weights)
 
-    def _compute_wave(self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float) -> None:
+    def _compute_wave(
+        self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float, extras: ExpertExtras
+    ) -> None:
         """Compute whatever has arrived, repeatedly, until everything is done."""
         left = self._claimed
         while left:
@@ -87,7 +95,7 @@ class ExpertStep:
                 if any(held.table is table for held in here)
             ]
             found = [
-                self._compute(part, swiglu_limit) for part in reversed(parts)
+                self._compute(part, swiglu_limit, extras) for part in reversed(parts)
             ]  # the CPU's part last: it blocks
             for rows, y in found:
                 if rows is None:
@@ -106,11 +114,13 @@ class ExpertStep:
         inputs = x[(rows // top_k).to(x.device)].to(table.tier.device)
         return _Part(table.tier.name, weights, rows, flat[rows].unsqueeze(1), inputs)
 
-    def _compute(self, part: _Part, swiglu_limit: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _compute(
+        self, part: _Part, swiglu_limit: float, extras: ExpertExtras
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Launch the experts of a part; returns the rows of the step's outputs they produce, and the
         outputs."""
         ones = torch.ones(len(part.ids), 1, device=part.inputs.device)
-        outputs = self._kernels.moe(MoeCall(part.inputs, part.ids, ones, part.weights, swiglu_limit))
+        outputs = self._kernels.moe(MoeCall(part.inputs, part.ids, ones, part.weights, swiglu_limit, extras))
         self._slots.telemetry.add("computed", part.tier, len(part.weights))
         return part.rows, outputs
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
+from quant.kernels.layers import RoutingRule
 from quant.packed import Format, PackedTensor
 
 
@@ -50,8 +51,10 @@ class DeviceKernels:
     def gather_rows(self, table: PackedTensor, rows: torch.Tensor) -> torch.Tensor:
         return self.on(_device_of(table)).gather_rows(table, rows)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        return self.on(gate.device).gated(gate, up, limit)
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        return self.on(gate.device).gated(gate, up, limit, alpha, shift)
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
         return self.on(x.device).sigmoid(x)
@@ -71,9 +74,9 @@ class DeviceKernels:
         return self.on(x.device).rotate(x, turns)
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.on(logits.device).route(logits, bias, top_k, factor)
+        return self.on(logits.device).route(logits, bias, rule)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)

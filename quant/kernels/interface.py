@@ -94,6 +94,32 @@ class ExpertWeights:
 
 
 @dataclass(frozen=True)
+class ExpertBiases:
+    """Biases of a layer's experts, float32: gate and up `[experts, width]`, down `[experts, hidden]`."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+    def addresses(self, expert: int) -> tuple[int, int, int]:
+        """Where those of one expert lie."""
+        gate, up, down = (bias[expert].data_ptr() for bias in (self.gate, self.up, self.down))
+        return gate, up, down
+
+
+@dataclass(frozen=True)
+class ExpertExtras:
+    """Another activation than silu (`LayerOperations.gated`), and biases."""
+
+    alpha: float = 1.0
+    shift: float = 0.0
+    biases: ExpertBiases | None = None
+
+
+NO_EXTRAS = ExpertExtras()
+
+
+@dataclass(frozen=True)
 class MoeCall:
     """The input of routed experts: some tokens, the experts chosen for each, and their weights.
 
@@ -102,6 +128,7 @@ class MoeCall:
     expert_weights  `[tokens, top_k]` float32
     experts         the chosen experts
     swiglu_limit    expert(x) = w2( silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) )
+    extras          what these experts have beyond that
     """
 
     x: torch.Tensor
@@ -109,6 +136,7 @@ class MoeCall:
     expert_weights: torch.Tensor
     experts: Experts
     swiglu_limit: float
+    extras: ExpertExtras = NO_EXTRAS
 
 
 class SlotLayout(Protocol):
@@ -139,3 +167,28 @@ def swiglu(
 ) -> torch.Tensor:
     """One gated feed-forward of x `[tokens, hidden]`: w2( silu(min(w1 x, limit)) * clamp(w3 x, +-limit) )."""
     return kernels.linear(kernels.gated(kernels.linear(x, w1), kernels.linear(x, w3), limit), w2)
+
+
+def moe_by_products(kernels: Kernels, call: MoeCall) -> torch.Tensor:
+    """`Kernels.moe`, expert by expert, by products with their matrices."""
+    x, out = call.x, torch.zeros_like(call.x)
+    for expert_id in sorted(set(call.expert_ids.flatten().tolist())):
+        places = (call.expert_ids == expert_id).nonzero(as_tuple=True)
+        tokens, choice = (place.to(x.device) for place in places)
+        y = _expert_output(kernels, x[tokens], expert_id, call)
+        out.index_add_(0, tokens, y * call.expert_weights[tokens, choice].unsqueeze(-1))
+    return out
+
+
+def _expert_output(kernels: Kernels, x: torch.Tensor, expert_id: int, call: MoeCall) -> torch.Tensor:
+    """What one expert of a call makes of some tokens: x `[n, hidden]` to the same."""
+    expert, extras = call.experts[expert_id], call.extras
+    gate, up = kernels.linear(x, expert.w1), kernels.linear(x, expert.w3)
+    if extras.biases is None:
+        return kernels.linear(
+            kernels.gated(gate, up, call.swiglu_limit, extras.alpha, extras.shift), expert.w2
+        )
+    gate = gate + extras.biases.gate[expert_id].to(x.device)
+    up = up + extras.biases.up[expert_id].to(x.device)
+    inner = kernels.gated(gate, up, call.swiglu_limit, extras.alpha, extras.shift)
+    return kernels.linear(inner, expert.w2) + extras.biases.down[expert_id].to(x.device)

@@ -7,7 +7,8 @@ every batch.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -16,11 +17,32 @@ from torch.nn import functional as F
 QUERY_BLOCK = 64
 
 
+@dataclass(frozen=True)
+class RoutingRule:
+    """How a router's logits choose experts, and weigh them.
+
+    score            of all logits; `chosen softmax`: softmax over the chosen logits alone
+    groups           of consecutive experts: how many there are; how many, the best ones, can be chosen from;
+                     and of how many highest scores a group's value is the sum
+    is_renormalised  weights are divided by their sum plus `epsilon`
+    factor           that weights are multiplied by
+    """
+
+    top_k: int
+    score: Literal["sqrt softplus", "softmax", "sigmoid", "chosen softmax"]
+    groups: tuple[int, int, int] | None = None
+    is_renormalised: bool = False
+    epsilon: float = 0.0
+    factor: float = 1.0
+
+
 class LayerOperations(Protocol):
     """Operations on activations, float32; results are on the device of the first argument."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        """silu(min(gate, limit)) * clamp(up, -limit, limit), of equal shapes."""
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        """g * sigmoid(alpha * g) * (clamp(up, -limit, limit) + shift), where g = min(gate, limit)."""
         ...
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,12 +77,11 @@ class LayerOperations(Protocol):
         ...
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that logits `[tokens, experts]` choose, and their weights, both `[tokens, top_k]`.
 
-        Those with the largest sqrt(softplus(logit)) + bias, best first; weights without the bias, divided by
-        their sum, times factor.
+        Best first; of equal ones the first. The bias `[experts]` is for the choice alone.
         """
         ...
 
@@ -135,8 +156,13 @@ class LayerOperations(Protocol):
 class TorchLayers:
     """`LayerOperations` in plain torch, on any device."""
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if alpha == 1 and shift == 0:
+            return F.silu(g) * u
+        return g * torch.sigmoid(alpha * g) * (u + shift)
 
     def sigmoid(self, x: torch.Tensor) -> torch.Tensor:
         return torch.sigmoid(x)
@@ -162,12 +188,28 @@ class TorchLayers:
         return turned
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = F.softplus(logits).sqrt()
-        chosen = (scores + bias).topk(top_k, dim=-1).indices
+        if rule.score == "sqrt softplus":
+            scores = F.softplus(logits).sqrt()
+        elif rule.score == "softmax":
+            scores = logits.softmax(-1)
+        else:
+            scores = logits.sigmoid() if rule.score == "sigmoid" else logits
+        ranks = scores if bias is None else scores + bias
+        if rule.groups is not None:
+            count, kept, best_of = rule.groups
+            grouped = ranks.view(len(ranks), count, -1)
+            values = grouped.topk(best_of, dim=-1).values.sum(-1)  # [tokens, groups]
+            is_out = torch.ones_like(values, dtype=torch.bool).scatter_(1, _best(values, kept), False)
+            ranks = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).view(ranks.shape)
+        chosen = _best(ranks, rule.top_k)
         weights = scores.gather(1, chosen)
-        return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * factor
+        if rule.score == "chosen softmax":
+            weights = weights.softmax(-1)
+        if rule.is_renormalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
+        return chosen, weights * rule.factor
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return (rows * gates.softmax(dim=1)).sum(1)
@@ -277,6 +319,11 @@ def _attend_with_sinks(
     column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
     return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, head_dim)
+
+
+def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns of the largest values of each row, falling; the first of equal ones."""
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def _attend_block(

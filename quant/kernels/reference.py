@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import MoeCall, Weight, swiglu
+from quant.kernels.interface import MoeCall, Weight, moe_by_products
 from quant.kernels.layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
@@ -61,14 +61,7 @@ class ReferenceKernels(TorchLayers):
         return out
 
     def moe(self, call: MoeCall) -> torch.Tensor:
-        x, out = call.x, torch.zeros_like(call.x)
-        for expert_id in sorted(set(call.expert_ids.flatten().tolist())):
-            places = (call.expert_ids == expert_id).nonzero(as_tuple=True)
-            tokens, choice = (place.to(x.device) for place in places)
-            expert = call.experts[expert_id]
-            y = swiglu(self, x[tokens], expert.w1, expert.w3, expert.w2, call.swiglu_limit)
-            out.index_add_(0, tokens, y * call.expert_weights[tokens, choice].unsqueeze(-1))
-        return out
+        return moe_by_products(self, call)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)

@@ -30,7 +30,7 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint directory, GGUF file, demo, smollm2, or a name such as deepseek-v4.1-flash.",
+            help="Checkpoint directory, GGUF file, config.json, demo, smollm2, or a name like gpt-oss-20b.",
             show_default=False,
         ),
     ],
@@ -113,8 +113,14 @@ def plan(
 
 
 def _shape(model: str) -> ModelShape:
-    from memory.planner.published import NAMES, built_in
+    from engine.families.released import NAMES, released_shape
 
+    if model.endswith(".json") and Path(model).is_file():
+        from engine.families.decoder.config_only import config_shape
+        from memory.checkpoint.safetensors_files import read_json
+
+        config = Path(model)
+        return config_shape(read_json(config), config.resolve().parent.name)
     path = _on_disk(model)
     if path is not None:
         from engine.families.loader import open_model
@@ -122,14 +128,14 @@ def _shape(model: str) -> ModelShape:
 
         return shape_of(open_model(path).checkpoint)
     if model in NAMES:
-        return built_in(model)
+        return released_shape(model)
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 
 
 def _on_disk(model: str) -> Path | None:
     """Where the model lies on this machine's disk; None for one that is known by its name alone."""
-    if model in EMBEDDED or Path(model).exists():
+    if model in EMBEDDED or (Path(model).exists() and not model.endswith(".json")):
         return model_path(Path(model))
     return None
 

@@ -14,6 +14,7 @@ import torch
 
 from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Description
+from engine.layers.recorded_experts import RecordedExperts
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,12 @@ class CacheLayout:
 
 
 class DecoderCache(KvCache):
-    """Keys and values of every layer, float32."""
+    """Keys and values of every layer, float32.
+
+    routed  the experts of its program, if it has any
+    """
+
+    routed: RecordedExperts | None = None
 
     def __init__(self, layout: CacheLayout, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=capacity)

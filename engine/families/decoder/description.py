@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from engine.families.decoder.rope import Rope
+from quant.kernels.layers import RoutingRule
 
 # How the routed experts of a layer lie in the checkpoint:
 #   each         gate, up and down of every expert are tensors of their own
@@ -50,15 +51,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class Activation:
-    """What a feed-forward network does between its matrices.
+    """What a feed-forward network does between its matrices: gate * sigmoid(alpha * gate) * (up + shift).
 
-    silu   silu(gate) * up, with gate cut above at `limit` and up at both sides
-    oai    gate * sigmoid(alpha * gate) * (up + 1), cut likewise: gpt-oss
+    limit   gate is cut above, up at both sides
     """
 
-    kind: Literal["silu", "oai"] = "silu"
     limit: float = float("inf")
     alpha: float = 1.0
+    shift: float = 0.0
 
 
 SILU = Activation()
@@ -96,6 +96,12 @@ class Router:
     is_renormalised: bool = False
     epsilon: float = 0.0
     factor: float = 1.0
+
+    @property
+    def rule(self) -> RoutingRule:
+        """What kernels need to know of it."""
+        groups = None if self.groups is None else (self.groups.count, self.groups.kept, self.groups.best)
+        return RoutingRule(self.top_k, self.score, groups, self.is_renormalised, self.epsilon, self.factor)
 
 
 @dataclass(frozen=True)

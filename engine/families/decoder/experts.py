@@ -10,6 +10,7 @@ from engine.families.decoder.description import Description, Experts
 from engine.families.decoder.stored import StoredMatrices
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
+from memory.experts.reader import APART
 from quant.formats.stored_matrix import every_other_row
 from quant.packed import Format, PackedTensor
 
@@ -49,6 +50,10 @@ class DecoderExpertFiles:
     def format(self) -> Format:
         name, shape = self._name(0, 0, UP), self._shape(UP)
         return self.stored.format_of(name, shape if self._is_each else (self.experts, *shape))
+
+    @property
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        return ((GATE, UP), (DOWN,)) if self._experts.layout == "interleaved" else APART
 
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert, or the parts of larger ones that hold it."""

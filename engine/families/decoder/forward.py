@@ -1,38 +1,41 @@
 """The forward pass of every decoder that a `Description` can say.
 
-Written once in `Operations`: prompts compute at once, decoding of dense models is recorded.
+Written once in `Operations`: prompts compute at once, decoding is recorded.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from functools import cached_property, partial
+from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
 from engine.families.decoder.description import Attention, Description, Experts
-from engine.families.decoder.router import choose_experts
 from engine.families.decoder.stored import RowsInFile
 from engine.families.decoder.weights import (
     AttentionWeights,
     DecoderWeights,
+    LayerWeights,
     MlpWeights,
     RouterWeights,
     tensors_in,
 )
 from engine.families.places import HOST
 from engine.layers.operations import Eager, Operations, Recorded, Value
+from engine.layers.recorded_experts import RecordedExperts
 from engine.layers.rope import Rotation
+from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import KvPlace, Recorder
-from quant.kernels.interface import Kernels, swiglu
+from quant.kernels.interface import ExpertExtras, Kernels
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
@@ -106,7 +109,7 @@ class Decoder(Model):
         cache = DecoderCache(self.cache_layout, slots, capacity)
         recorder = self._recorder()
         if recorder is not None:
-            cache.program = self._record(recorder, cache)
+            self._record(recorder, cache)
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -131,7 +134,7 @@ class Decoder(Model):
         for segment in batch.segments:
             cache.admit(segment)
         if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
-            logits = self._replay(cache.program, batch)
+            logits = self._replay(cache.program, cache.routed, batch)
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
@@ -144,14 +147,16 @@ class Decoder(Model):
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
         head_dim = self.description.layers[0].attention.head_dim
         ops = Eager(self.kernels, batch.segments, rotation, head_dim, cache.extend)
-        x = self._layers(ops, self._embedded(batch.token_ids), trace)
+        with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
+            x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
 
-    def _replay(self, program: Program, batch: Batch) -> torch.Tensor:
+    def _replay(self, program: Program, routed: RecordedExperts | None, batch: Batch) -> torch.Tensor:
         """The logits of a batch of new tokens, by a recorded program: the same bits."""
         rows = len(batch.token_ids)
         program.source[:rows] = self._embedded(batch.token_ids)
-        program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
+        with nullcontext() if routed is None else routed.running(program, rows):
+            program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
         return program.logits(batch.logit_rows)
 
     def _recorder(self) -> Recorder | None:
@@ -159,31 +164,36 @@ class Decoder(Model):
         devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
         return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
 
-    def _record(self, recorder: Recorder, cache: DecoderCache) -> Program:
-        """A program that decodes with `cache`."""
+    def _record(self, recorder: Recorder, cache: DecoderCache) -> None:
+        """Give `cache` a program that decodes with it."""
         places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
         ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
+        if self._store is not None:
+            cache.routed = RecordedExperts(recorder, self._store, self._limit)
         source = recorder.input(self.description.hidden)
-        ops.program = recorder.finish(source, self._logits(ops, self._layers(ops, source, NO_TRACE)))
-        return ops.program
+        x = self._layers(ops, cache.routed, source, NO_TRACE)
+        cache.program = recorder.finish(source, self._logits(ops, x))
 
-    def _layers(self, ops: Operations[Value], x: Value, trace: Trace) -> Value:
+    def _layers(
+        self, ops: Operations[Value], routed: RoutedExperts[Value] | None, x: Value, trace: Trace
+    ) -> Value:
         """All layers: x `[tokens, hidden]` to the same."""
         eps, factor = self.description.eps, self.description.residual_factor
-        for number, (layer, weights) in enumerate(
-            zip(self.description.layers, self.weights.layers, strict=True)
-        ):
+        layers = zip(self.description.layers, self.weights.layers, strict=True)
+        for number, (layer, weights) in enumerate(layers):
             ops.at_layer(number)
             x = ops.move(x, weights.device)
-            if isinstance(layer.feed_forward, Experts):
-                x = ops.apart(x, partial(self._expect, number))
+            # Attention on a GPU leaves no time for it, and before the first layer the disk has nothing to do.
+            if routed is not None and (number == 0 or weights.device == HOST):
+                self._prefetch(ops, routed, number, x)
             normed = ops.norm(x, weights.attn_norm, eps)
             attended = self._attention(ops, number, layer.attention, weights.attention, normed)
             x = ops.add(x, _scaled(ops, attended, factor))
             if isinstance(weights.feed_forward, MlpWeights):
                 y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
             else:
-                y = ops.apart(x, partial(self._experts, number, trace=trace))
+                assert routed is not None
+                y = self._experts(ops, routed, number, x, weights, trace)
             x = ops.add(x, _scaled(ops, y, factor))
             trace.add(f"hidden.{number}", x)
         ops.at_layer(None)
@@ -232,51 +242,59 @@ class Decoder(Model):
 
     # ------------------------------------------------------------------------------------------ experts
 
-    def _experts(self, number: int, x: torch.Tensor, trace: Trace) -> torch.Tensor:
+    def _experts(
+        self,
+        ops: Operations[Value],
+        routed: RoutedExperts[Value],
+        number: int,
+        x: Value,
+        layer: LayerWeights,
+        trace: Trace,
+    ) -> Value:
         """The feed-forward part of a layer with experts: x `[tokens, hidden]`, not normed, to the same."""
-        layer, store = self.weights.layers[number], self._store
-        assert isinstance(layer.feed_forward, RouterWeights)
-        normed = self.kernels.rms_norm(x, layer.ffn_norm, self.description.eps)
-        chosen, weights = self._route(number, normed)
-        trace.add(f"router_ids.{number}", chosen)
-        trace.add(f"router_weights.{number}", weights)
-        with store.acquire(self._store_layer(number), chosen.cpu()) as experts:
-            shared, y = layer.feed_forward.shared, None
-            if shared is not None:  # computed while missing experts arrive
-                y = swiglu(self.kernels, normed, shared.gate, shared.up, shared.down, float("inf"))
-            self._prefetch(number + 1, x if y is None else x + y * self.description.residual_factor)
-            out = experts.run(normed, weights, self._part(number).activation.limit)
-        return out if y is None else out + y
+        weights, at = layer.feed_forward, self._store_layer(number)
+        assert isinstance(weights, RouterWeights)
+        normed = ops.norm(x, layer.ffn_norm, self.description.eps)
+        ids, shares = self._route(ops, number, normed, weights)
+        trace.add(f"router_ids.{number}", ids)
+        trace.add(f"router_weights.{number}", shares)
+        routed.acquire(at, ids)
+        y, ahead = None, x
+        if weights.shared is not None:  # computed while missing experts arrive
+            y = _mlp(ops, normed, weights.shared)
+            ahead = ops.add(x, _scaled(ops, y, self.description.residual_factor))
+        self._prefetch(ops, routed, number + 1, ahead)
+        out = routed.run(at, normed, ids, shares, self._extras(number, weights))
+        return out if y is None else ops.add(out, y)
 
-    def _expect(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """Before a layer's attention, which leaves time: prefetch what its experts will probably be."""
-        # Attention on a GPU leaves none, and before the first layer the disk has nothing else to do.
-        if number == 0 or x.device == HOST:
-            self._prefetch(number, x)
-        return x
-
-    def _prefetch(self, number: int, x: torch.Tensor) -> None:
+    def _prefetch(self, ops: Operations[Value], routed: RoutedExperts[Value], number: int, x: Value) -> None:
         """Start prefetching the experts that layer `number` will probably choose, from the residual so far.
 
         What is still to be added to it changes it little, so the layer's router predicts most of its choice.
         """
-        if number not in self.description.expert_layers:
+        if number not in self.description.expert_layers or not routed.wants_guesses(
+            self._store_layer(number)
+        ):
             return
-        store, at = self._store, self._store_layer(number)
-        if store.wants_guesses(at):
-            layer = self.weights.layers[number]
-            x = self.kernels.rms_norm(x.to(layer.device), layer.ffn_norm, self.description.eps)
-            guess, _ = self._route(number, x)
-            store.prefetch(at, guess.t().flatten().cpu().tolist())  # every token's top choice first
+        layer = self.weights.layers[number]
+        assert isinstance(layer.feed_forward, RouterWeights)
+        normed = ops.norm(ops.move(x, layer.device), layer.ffn_norm, self.description.eps)
+        ids, _ = self._route(ops, number, normed, layer.feed_forward)
+        routed.prefetch(self._store_layer(number), ids)
 
-    def _route(self, number: int, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _route(
+        self, ops: Operations[Value], number: int, normed: Value, weights: RouterWeights
+    ) -> tuple[Value, Value]:
         """The experts that a layer's router chooses for normed x, and their weights: `[tokens, top_k]`."""
-        weights = self.weights.layers[number].feed_forward
-        assert isinstance(weights, RouterWeights)
-        logits = self.kernels.linear(normed, weights.matrix)
+        (logits,) = ops.linears(normed, weights.matrix)
         if weights.bias is not None:
-            logits = logits + weights.bias
-        return choose_experts(self.kernels, self._part(number).router, logits, weights.choice_bias)
+            logits = ops.add_bias(logits, weights.bias)
+        return ops.route(logits, weights.choice_bias, self._part(number).router.rule)
+
+    def _extras(self, number: int, weights: RouterWeights) -> ExpertExtras:
+        """What a layer's experts have beyond matrices and SwiGLU."""
+        activation = self._part(number).activation
+        return ExpertExtras(activation.alpha, activation.shift, weights.expert_biases)
 
     def _part(self, number: int) -> Experts:
         part = self.description.layers[number].feed_forward
@@ -288,9 +306,15 @@ class Decoder(Model):
         return self.description.expert_layers.index(number)
 
     @property
-    def _store(self) -> ExpertStore:
-        assert self.weights.experts is not None
+    def _store(self) -> ExpertStore | None:
         return self.weights.experts
+
+    @property
+    def _limit(self) -> float:
+        """Of the experts' activation, which is the same in all layers."""
+        experts = self.description.experts
+        assert experts is not None
+        return experts.activation.limit
 
 
 def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:

@@ -93,6 +93,11 @@ def head_sizes(read: Keys) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
+def expert_counts(read: Keys) -> tuple[int, int]:
+    """Routed experts of a layer, and how many of them a token uses."""
+    return read.count("expert_count"), read.count("expert_used_count")
+
+
 def rope_of(
     read: Keys,
     dims: int,

@@ -26,8 +26,8 @@ class Use:
 
 
 def bias_of(name: str) -> str:
-    """The name of the bias beside a matrix."""
-    return f"{name.removesuffix('.weight')}.bias"
+    """The name of the bias beside a matrix, or of the biases beside a stack of them."""
+    return f"{name.removesuffix('.weight')}.bias" if name.endswith(".weight") else f"{name}_bias"
 
 
 def uses(description: Description) -> Iterator[Use]:
@@ -87,13 +87,13 @@ class _Layer:
             for role, rows, cols in self._three(width):
                 yield Use(self.name(role), (count, rows, cols), "experts", self.number)
                 if e.has_biases:
-                    yield self.floats(role, count, rows, part="experts", is_bias=True)
+                    yield self.floats(role, count, rows, part="router", is_bias=True)
         else:
             yield Use(self.name("experts_up"), (count, 2 * width, hidden), "experts", self.number)
             yield Use(self.name("experts_down"), (count, hidden, width), "experts", self.number)
             if e.has_biases:
-                yield self.floats("experts_up", count, 2 * width, part="experts", is_bias=True)
-                yield self.floats("experts_down", count, hidden, part="experts", is_bias=True)
+                yield self.floats("experts_up", count, 2 * width, part="router", is_bias=True)
+                yield self.floats("experts_down", count, hidden, part="router", is_bias=True)
         if e.shared is not None:
             yield from self.mlp("shared_", e.shared.width, "shared")
 

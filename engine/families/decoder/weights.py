@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 
 from engine.families.decoder.description import Attention, Description, Experts, Layer
+from engine.families.decoder.experts import ROLES as EXPERT_ROLES
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
 from engine.families.decoder.stored import RowsInFile, StoredMatrices
@@ -22,7 +23,7 @@ from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.tiers import Tier
 from quant.errors import CheckpointError
-from quant.kernels.interface import Kernels, Weight
+from quant.kernels.interface import ExpertBiases, Kernels, Weight
 from quant.packed import PackedTensor
 
 
@@ -54,11 +55,12 @@ class MlpWeights:
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """A router, and the network that every token uses beside its experts."""
+    """A router, biases of its experts, and the network that every token uses beside them."""
 
     matrix: Weight
     bias: torch.Tensor | None
     choice_bias: torch.Tensor | None
+    expert_biases: ExpertBiases | None
     shared: MlpWeights | None
 
 
@@ -250,8 +252,18 @@ class _Reader:
             matrix=self.matrix("router"),
             bias=self.floats("router", is_bias=True) if router.has_bias else None,
             choice_bias=self.floats("choice_bias") if router.has_choice_bias else None,
+            expert_biases=self._expert_biases(experts) if experts.has_biases else None,
             shared=None if experts.shared is None else self._mlp("shared_"),
         )
+
+    def _expert_biases(self, experts: Experts) -> ExpertBiases:
+        """Biases of all the layer's experts; each tier takes of them what it computes with."""
+        if experts.layout == "stacked":
+            gate, up, down = (self.floats(role, is_bias=True) for role in EXPERT_ROLES)
+            return ExpertBiases(gate, up, down)
+        assert experts.layout == "interleaved"
+        both, down = (self.floats(role, is_bias=True) for role in ("experts_up", "experts_down"))
+        return ExpertBiases(both[:, 0::2].contiguous(), both[:, 1::2].contiguous(), down)
 
     def _name(self, role: str) -> str:
         return self._source.names[role].format(layer=self._layer)

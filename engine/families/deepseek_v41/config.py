@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.layers.rope import YarnScaling
 from quant.errors import ConfigError
+from quant.kernels.layers import RoutingRule
 
 # our name -> the other dialect's spelling
 SPELLINGS = {
@@ -94,6 +95,17 @@ class V41Config:
         problems = self._contradictions()
         if problems:
             raise ConfigError("config.json is inconsistent:\n  " + "\n  ".join(problems))
+
+    @property
+    def routing(self) -> RoutingRule:
+        """How routers choose (section 5)."""
+        return RoutingRule(
+            self.num_experts_per_tok,
+            "sqrt softplus",
+            is_renormalised=True,
+            epsilon=1e-20,
+            factor=self.routed_scaling_factor,
+        )
 
     def kv_source_of(self, layer: int) -> int | None:
         """The layer whose compressed entries `layer` sees; None for window-only layers."""

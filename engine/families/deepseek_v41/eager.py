@@ -15,8 +15,8 @@ from engine.layers.engram_lookup import StepRows
 from engine.layers.hyper_connections import HyperConnection, first_mix
 from engine.layers.operations import EagerBasics
 from engine.layers.rope import Rotation
+from engine.layers.routed_experts import EagerExperts
 from engine.layers.sparse_attention import CandidatePool, Selection, candidate_blocks, select_entries
-from memory.experts.step import ExpertStep
 from quant.kernels.interface import Weight
 
 
@@ -47,14 +47,13 @@ class V41Eager(EagerBasics):
         self._segments = [(s, slice(*bound)) for s, bound in zip(batch.segments, bounds, strict=True)]
         self._selections: list[Selection] = []  # of each segment, from the last source layer on
         self._pools: list[CandidatePool] | None = None
-        self._acquired: ExpertStep | None = None
+        self._experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
 
     def __enter__(self) -> V41Eager:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._acquired is not None:
-            self._acquired.__exit__(*raised)
+        self._experts.__exit__(*raised)
 
     def at_layer(self, number: int | None) -> None:
         """All layers are alike."""
@@ -205,9 +204,7 @@ class V41Eager(EagerBasics):
         self._guesses.prefetch(number, streams, pre, y, mix)
 
     def acquire(self, number: int, ids: torch.Tensor) -> None:
-        self._acquired = self._parts.weights.experts.acquire(number, ids.cpu())
+        self._experts.acquire(number, ids)
 
     def experts(self, number: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        assert self._acquired is not None
-        with self._acquired as acquired:
-            return acquired.run(x, weights, self._config.swiglu_limit)
+        return self._experts.run(number, x, ids, weights)

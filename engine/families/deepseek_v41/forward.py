@@ -291,7 +291,7 @@ class DeepseekV41(Model):
         c, layer = self.config, self.weights.layers[number]
         x = ops.norm(ops.read_streams(streams, pre), layer.ffn_norm, c.rms_norm_eps)
         (logits,) = ops.linears(x, layer.gate)
-        ids, weights = ops.route(logits, layer.gate_bias, c.num_experts_per_tok, c.routed_scaling_factor)
+        ids, weights = ops.route(logits, layer.gate_bias, c.routing)
         ops.trace(f"router_ids.{number}", ids)
         ops.trace(f"router_weights.{number}", weights)
         ops.acquire(number, ids)

@@ -63,9 +63,7 @@ class V41Parts:
     def route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts that a layer's router chooses for x `[tokens, hidden]`, and their weights,
         `[tokens, top_k]`."""
-        c = self.config
-        logits = self.kernels.linear(x, layer.gate)
-        return self.kernels.route(logits, layer.gate_bias, c.num_experts_per_tok, c.routed_scaling_factor)
+        return self.kernels.route(self.kernels.linear(x, layer.gate), layer.gate_bias, self.config.routing)
 
 
 class V41Operations(BasicOperations[Value], Protocol[Value]):

@@ -48,13 +48,8 @@ class V41Recorded(V41Notes):
             skip[0] = int(rows.is_there(table))
             if skip[0]:
                 self._fill(table, len(embedded))
-        self._experts.begin(self.program)
-        try:
+        with self._experts.running(self.program, len(embedded)):
             self.program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        except BaseException:
-            self._experts.fail()
-            raise
-        self._experts.end(len(embedded))
         return self.program.logits(batch.logit_rows)
 
     def finish(self, source: Buffer, result: Buffer) -> None:
@@ -68,7 +63,7 @@ class V41Recorded(V41Notes):
         layer, table = self._parts.weights.layers[number], self._parts.table(number)
         assert layer.engram is not None
         wkv = layer.engram.wkv
-        if not self._experts.is_still:  # a prediction may have made them already
+        if self._experts.wants_guesses(number):  # a prediction may have made them already
             kv = self._recorder.buffer(int(wkv.shape[0]))
             self._recorder.hand_over(lambda rows: self._fill_kv(number, kv, rows), [], [kv])
         else:
@@ -94,18 +89,16 @@ class V41Recorded(V41Notes):
     def prefetch(
         self, number: int, streams: Buffer, pre: Buffer, y: Buffer | None, mix: StreamMix[Buffer] | None
     ) -> None:
-        if self._experts.is_still:
+        if not self._experts.wants_guesses(number):
             return
         layer = self._parts.weights.layers[number]
         if y is not None and mix is not None:
             if layer.engram is not None:
                 return self._prefetch_behind_engram(number, streams, pre, y, mix)
             streams = self.write_streams(streams, y, mix)
-        c = self._config
-        (logits,) = self.linears(
-            self.norm(self.read_streams(streams, pre), layer.ffn_norm, c.rms_norm_eps), layer.gate
-        )
-        ids, _ = self.route(logits, layer.gate_bias, c.num_experts_per_tok, c.routed_scaling_factor)
+        x = self.norm(self.read_streams(streams, pre), layer.ffn_norm, self._config.rms_norm_eps)
+        (logits,) = self.linears(x, layer.gate)
+        ids, _ = self.route(logits, layer.gate_bias, self._config.routing)
         self._experts.prefetch(number, ids)
 
     def _prefetch_behind_engram(

@@ -20,6 +20,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.reads import RowsOnDisk
 from memory.engram.store import EngramStore, TableFiles
+from memory.experts.reader import APART
 from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
@@ -160,6 +161,7 @@ class V41ExpertFiles:
     hidden: int
     width: int
     format: Format
+    together = APART
 
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""

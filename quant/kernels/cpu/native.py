@@ -46,6 +46,9 @@ class _Moe(ctypes.Structure):
         ("tokens", ctypes.c_int64),
         ("top_k", ctypes.c_int64),
         ("limit", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("shift", ctypes.c_float),
+        ("biases", ctypes.c_void_p),
     )
 
 
@@ -188,6 +191,10 @@ class NativeKernels(NativeLayers):
         factors = contiguous(call.expert_weights, torch.float32)
         flat = as_floats(x, x.shape[1])
         out = torch.empty_like(flat)
+        biases = None
+        if call.extras.biases is not None:
+            rows = [at for expert in used for at in call.extras.biases.addresses(expert)]
+            biases = (ctypes.c_void_p * len(rows))(*rows)
         native = _Moe(
             ctypes.addressof(matrices),
             ctypes.addressof(ids),
@@ -196,6 +203,9 @@ class NativeKernels(NativeLayers):
             factors.data_ptr(),
             *choice.shape,
             call.swiglu_limit,
+            call.extras.alpha,
+            call.extras.shift,
+            0 if biases is None else ctypes.addressof(biases),
         )
         self._library.loci_moe(
             self._level,
@@ -259,5 +269,7 @@ class _Decoded(ReferenceKernels):
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._native.linear(x, weight)
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
-        return self._native.gated(gate, up, limit)
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
+        return self._native.gated(gate, up, limit, alpha, shift)

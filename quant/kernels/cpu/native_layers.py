@@ -10,6 +10,10 @@ import ctypes
 
 import torch
 
+from quant.kernels.layers import RoutingRule
+
+SCORES = ("sqrt softplus", "softmax", "sigmoid", "chosen softmax")  # in the order of `Score` in layers.hpp
+
 
 class AttendCall(ctypes.Structure):
     """`Attend` of native_src/layers.hpp."""
@@ -50,6 +54,33 @@ class IndexCall(ctypes.Structure):
     )
 
 
+class Routing(ctypes.Structure):
+    """`Routing` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("score", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("kept", ctypes.c_int64),
+        ("best", ctypes.c_int64),
+        ("is_renormalised", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("factor", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, rule: RoutingRule) -> Routing:
+        """The rule as the library reads it."""
+        return cls(
+            SCORES.index(rule.score),
+            rule.top_k,
+            *(rule.groups or (0, 0, 0)),
+            int(rule.is_renormalised),
+            rule.epsilon,
+            rule.factor,
+        )
+
+
 def floats(x: torch.Tensor) -> torch.Tensor:
     """x as contiguous float32: unchanged if it already is, because torch calls take time."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
@@ -77,7 +108,9 @@ class NativeLayers:
     def _threads(self) -> int:
         raise NotImplementedError
 
-    def gated(self, gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+    def gated(
+        self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
+    ) -> torch.Tensor:
         gate, up = floats(gate), floats(up)
         out = torch.empty_like(gate)
         self._library.loci_gated(
@@ -86,6 +119,8 @@ class NativeLayers:
             gate.data_ptr(),
             up.data_ptr(),
             limit,
+            alpha,
+            shift,
             gate.numel(),
             out.data_ptr(),
         )
@@ -155,20 +190,19 @@ class NativeLayers:
         return out
 
     def route(
-        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, factor: float
+        self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, bias = floats(logits), floats(bias)
+        logits, bias = floats(logits), None if bias is None else floats(bias)
         tokens, experts = logits.shape
-        chosen = torch.empty((tokens, top_k), dtype=torch.int64)
-        weights = logits.new_empty(tokens, top_k)
+        chosen = torch.empty((tokens, rule.top_k), dtype=torch.int64)
+        weights = logits.new_empty(tokens, rule.top_k)
         self._library.loci_route(
             self._threads(),
             logits.data_ptr(),
-            bias.data_ptr(),
+            None if bias is None else bias.data_ptr(),
             tokens,
             experts,
-            top_k,
-            factor,
+            ctypes.byref(Routing.of(rule)),
             chosen.data_ptr(),
             weights.data_ptr(),
         )

@@ -16,16 +16,21 @@ import torch
 from quant.errors import FormatError
 from quant.formats.four_bit import FourBit
 from quant.formats.fp8 import FP8_32, FP8_128, Fp8
-from quant.formats.gguf_k import Q6_K
-from quant.formats.gguf_legacy import Q4_0, Q4_1, Q8_0
-from quant.formats.int4 import INT4_32, INT4_64, INT4_128, INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128
+from quant.formats.gguf_k import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from quant.formats.gguf_legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from quant.formats.gguf_levels import IQ4_NL, IQ4_XS, MXFP4_BLOCKS
+from quant.formats.int4 import INT4_GROUPS, INT4_HALF_GROUPS, INT4_OFFSET_FLOAT_GROUPS, INT4_OFFSET_GROUPS
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
+from quant.formats.nvfp4 import NVFP4
 from quant.kernels.cpu import library
 from quant.kernels.interface import ExpertWeights
 from quant.packed import Format, PackedTensor
 
 PANEL_ROWS = 32
+BLOCK = 32  # columns that share an activation scale
+# Bytes that a block takes in a panel besides those in the file: scales of six bits have a byte there.
+UNPACKED_BYTES = {Q3_K.name: 4, Q4_K.name: 4, Q5_K.name: 4, IQ4_XS.name: 2}
 
 
 class Matrix(ctypes.Structure):
@@ -55,9 +60,16 @@ class Tiled(Format):
         self.tile_rows = max(PANEL_ROWS, base.tile_rows)
         self.tile_cols = base.tile_cols
 
+    def holds(self, cols: int) -> bool:
+        """Whether there are panels of so many columns: of FP8 any, of others whole blocks."""
+        return self.keeps_scales or cols % max(BLOCK, self.base.tile_cols) == 0
+
     def row_bytes(self, cols: int) -> int:
         """Bytes of a row within its panel; 32 of them are a panel."""
-        return -(-cols // 2) * 2 if isinstance(self.base, Fp8) else self.base.bytes_for(1, cols)
+        if isinstance(self.base, Fp8):
+            return -(-cols // 2) * 2
+        unpacked = cols // self.base.tile_cols * UNPACKED_BYTES.get(self.base.name, 0)
+        return self.base.bytes_for(1, cols) + unpacked
 
     def code_bytes(self, cols: int) -> int:
         """Bytes of a row of codes in file layout."""
@@ -73,8 +85,7 @@ class Tiled(Format):
         self.expect("codes shape", tuple(packed.codes.shape), (self.bytes_for(*packed.shape),))
         self.expect("codes dtype", packed.codes.dtype, torch.uint8)
         self.expect("codes in one run", packed.codes.is_contiguous(), True)
-        if not self.keeps_scales:
-            self.expect(f"columns modulo {self.tile_cols}", packed.shape[1] % self.tile_cols, 0)
+        self.expect("whole blocks of columns", self.holds(packed.shape[1]), True)
 
     def decode(self, packed: PackedTensor) -> torch.Tensor:
         return untile(packed).decode()
@@ -96,8 +107,20 @@ _NUMBERS: tuple[tuple[Format, ...], ...] = (
     (Q8_0,),
     (Q6_K,),
     (NF4,),
-    (INT4_32, INT4_64, INT4_128),
-    (INT4_OFFSET_32, INT4_OFFSET_64, INT4_OFFSET_128),
+    tuple(INT4_GROUPS.values()),
+    tuple(INT4_OFFSET_GROUPS.values()),
+    (Q5_0,),
+    (Q5_1,),
+    (Q2_K,),
+    (Q3_K,),
+    (Q4_K,),
+    (Q5_K,),
+    (IQ4_NL,),
+    (IQ4_XS,),
+    (MXFP4_BLOCKS,),
+    tuple(INT4_HALF_GROUPS.values()),
+    tuple(INT4_OFFSET_FLOAT_GROUPS.values()),
+    (NVFP4,),
 )  # in the order of `Format` in native_src/kernels.hpp
 TILED: dict[str, Tiled] = {
     base.name: Tiled(base, number) for number, bases in enumerate(_NUMBERS) for base in bases
@@ -108,7 +131,8 @@ def tiled_format(packed: PackedTensor) -> Tiled | None:
     """The panel layout of a weight's format, whether or not it is tiled already; None if there is none."""
     if isinstance(packed.format, Tiled):
         return packed.format
-    return TILED.get(packed.format.name)
+    form = TILED.get(packed.format.name)
+    return None if form is None or not form.holds(packed.shape[1]) else form
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class _Operation(ctypes.Structure):
 
     _fields_ = (
         ("kind", ctypes.c_int64),
-        ("inputs", ctypes.c_void_p * 5),
+        ("inputs", ctypes.c_void_p * 6),
         ("outputs", ctypes.c_void_p * 4),
         ("sizes", ctypes.c_int64 * 8),
         ("factor", ctypes.c_float),

@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 
 from quant.errors import FormatError
+from quant.kernels.cpu.native_layers import Routing
 from quant.kernels.cpu.panels import NativeWeight, native_weight
 from quant.kernels.cpu.program import (
     ALIGNMENT,
@@ -24,9 +25,23 @@ from quant.kernels.cpu.program import (
     Recording,
     Runner,
 )
-from quant.kernels.interface import Weight
+from quant.kernels.interface import ExpertExtras, Weight
+from quant.kernels.layers import RoutingRule
 
 GROUP = 3  # matrices of one operation at most
+
+
+class _Extras(ctypes.Structure):
+    """`Extras` of native_src/program.cpp."""
+
+    _fields_ = (
+        ("limit", ctypes.c_float),
+        ("alpha", ctypes.c_float),
+        ("shift", ctypes.c_float),
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+    )
 
 
 @dataclass(frozen=True)
@@ -209,10 +224,17 @@ class Recorder:
         self._note("scale", [x], [out], [x.width], factor)
         return out
 
-    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
         """The experts that the logits choose, int64, and their weights: see `LayerOperations.route`."""
-        ids, weights = self.buffer(top_k, torch.int64), self.buffer(top_k)
-        self._note("route", [logits, self._weight(bias)], [ids, weights], [logits.width, top_k], factor)
+        ids, weights = self.buffer(rule.top_k, torch.int64), self.buffer(rule.top_k)
+        native = Routing.of(rule)
+        self._recording.held.append(native)
+        inputs: list[Operand] = [
+            logits,
+            None if bias is None else self._weight(bias),
+            ctypes.addressof(native),
+        ]
+        self._note("route", inputs, [ids, weights], [logits.width])
         return ids, weights
 
     def at_hand(self, ids: Buffer, addresses: torch.Tensor, busy: torch.Tensor) -> torch.Tensor:
@@ -233,7 +255,7 @@ class Recorder:
         ids: Buffer,
         weights: Buffer,
         addresses: torch.Tensor,
-        limit: float,
+        activation: tuple[float, ExpertExtras],
         used: torch.Tensor,
         nbytes: int,
         unless: tuple[torch.Tensor, Callable[[Buffer], HandOver]] | None = None,
@@ -241,17 +263,19 @@ class Recorder:
         """The sum of the chosen experts' outputs, weighted, in the router's order.
 
         addresses  `[experts, 3]` int64 of the layer's matrices
+        activation its limit, and what else there is (`MoeCall`)
         used       `[1]` int64, to which each run adds how many different experts it has computed
         nbytes     of an expert's matrices
         unless     what `at_hand` gave, and what is done, with the result's buffer, where that is 0
         """
         out, apart = self.buffer(x.width), self.buffer(ids.width * x.width)
-        inputs: list[Operand] = [x, ids, weights, self._address(addresses)]
+        at_hand = None if unless is None else self._address(unless[0])
+        extras, width = self._extras(*activation)
+        inputs: list[Operand] = [x, ids, weights, self._address(addresses), at_hand, extras]
         if unless is not None:
-            inputs.append(self._address(unless[0]))
             self._recording.hand_overs[len(self._recording.noted)] = unless[1](out)
         outputs: list[Operand] = [out, apart, self._address(used)]
-        self._note("experts", inputs, outputs, [ids.width, x.width], limit, ids.width * nbytes)
+        self._note("experts", inputs, outputs, [ids.width, x.width, width], nbytes=ids.width * nbytes)
         return out
 
     # ----------------------------------------------------------------- parallel streams (mHC), Engram
@@ -425,6 +449,16 @@ class Recorder:
         nbytes = sum(weight.nbytes for weight in weights)
         outs = [out for _, out in members]
         self._note("linear", [x, ctypes.addressof(matrices)], outs, [len(weights)], nbytes=nbytes)
+
+    def _extras(self, limit: float, extras: ExpertExtras) -> tuple[int, int]:
+        """The address of what experts have beyond matrices, and their width where they have biases."""
+        biases, width = extras.biases, 0
+        native = _Extras(limit, extras.alpha, extras.shift)
+        if biases is not None:
+            native.gate, native.up, native.down = map(self._weight, (biases.gate, biases.up, biases.down))
+            width = biases.gate.shape[1]
+        self._recording.held.append(native)
+        return ctypes.addressof(native), width
 
     def _prepared(self, weight: Weight) -> NativeWeight | torch.Tensor:
         return weight.contiguous() if isinstance(weight, torch.Tensor) else self._native(weight)

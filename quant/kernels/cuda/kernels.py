@@ -16,7 +16,7 @@ from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
-from quant.kernels.interface import MoeCall, Weight
+from quant.kernels.interface import NO_EXTRAS, MoeCall, Weight, moe_by_products
 from quant.kernels.layers import TorchLayers
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.packed import Format, PackedTensor
@@ -80,6 +80,8 @@ class TritonKernels(TorchLayers):
         x, (tokens, top_k) = call.x, call.expert_ids.shape
         if tokens == 0:
             return torch.zeros_like(x)
+        if call.extras != NO_EXTRAS:
+            return moe_by_products(self, call)
         out = x.new_empty(tokens * top_k, x.shape[1], dtype=torch.float32)
         plan = schedule(call.expert_ids, x.dtype)
         for launch in moe_launches(call, plan, out):

@@ -23,7 +23,7 @@ from tests.conftest import BESIDE, GOLDEN
 TOLERANCE = 1e-4
 PLENTY = MemoryBudget(1 << 30)
 SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
-SAFETENSORS = ("glm4_moe", "granitemoe", "mixtral", "olmoe", "qwen3_moe")
+SAFETENSORS = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen3_moe")
 NAMES = SAFETENSORS
 
 

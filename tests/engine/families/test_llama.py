@@ -284,7 +284,7 @@ def test_a_model_larger_than_the_budget_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"llama.expert_count": 8}, "llama.expert_count is 8"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count is None, expected a positive number"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"llama.block_count": None}, "llama.block_count is None, expected a positive number"),
         ({"llama.block_count": "three"}, "llama.block_count is 'three', expected a positive number"),

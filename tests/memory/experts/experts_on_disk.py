@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from memory.checkpoint.entries import TensorEntry
+from memory.experts.reader import APART
 from memory.experts.store import ExpertStore
 from memory.tiers import Tier
 from quant.formats.mxfp4 import MXFP4
@@ -29,6 +30,7 @@ class ExpertsOnDisk:
     hidden: int
     width: int
     format = MXFP4
+    together = APART
 
     @classmethod
     def write(cls, file: Path, layers: int, experts: int, hidden: int, width: int) -> ExpertsOnDisk:

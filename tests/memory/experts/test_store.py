@@ -136,7 +136,7 @@ def test_a_guess_that_cannot_be_read_fails_nobody(
         def fail() -> None:
             raise CheckpointError("shard: cannot be read")
 
-        parts = [part(self, key, number, slot, threading.Event()) for number in range(3)]
+        parts = [part(self, key, (number,), slot, threading.Event()) for number in range(3)]
         if priority is Priority.PREFETCH:
             parts[1] = fail
         return self.link.submit(parts, self._layout.nbytes, priority)

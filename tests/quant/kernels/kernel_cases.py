@@ -1,19 +1,36 @@
-"""Weights, experts and tolerances that the tests of Triton kernels share, interpreted or on a GPU."""
+"""Weights, experts and tolerances that the tests of kernels share, native, interpreted or on a GPU."""
 
 from __future__ import annotations
 
 import torch
 
+from quant.formats import gguf
 from quant.formats.fp8 import FP8_32, FP8_128
-from quant.formats.int4 import INT4_32, INT4_128, INT4_OFFSET_32
+from quant.formats.gguf_levels import MXFP4_BLOCKS
+from quant.formats.int4 import (
+    INT4_32,
+    INT4_128,
+    INT4_HALF_GROUPS,
+    INT4_OFFSET_32,
+    INT4_OFFSET_FLOAT_GROUPS,
+)
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
-from quant.kernels.interface import ExpertWeights
+from quant.formats.nvfp4 import NVFP4
+from quant.kernels.interface import ExpertWeights, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 
 FOUR_BIT = [MXFP4, NF4, INT4_32, INT4_128, INT4_OFFSET_32]
 FORMATS: list[Format] = [*FOUR_BIT, FP8_32, FP8_128]
+# What only the native kernels multiply with.
+NATIVE: list[Format] = [*FORMATS, INT4_HALF_GROUPS[64], INT4_OFFSET_FLOAT_GROUPS[32], NVFP4]
+GGUF: list[Format] = list(gguf.FORMATS.values())
+# Where blocks have their float16 scales: first, but for these.
+GGUF_SCALES = {
+    "q4_1": [0, 2], "q5_1": [0, 2], "q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2],
+    "q6_k": [208],
+}  # fmt: skip
 # Relative to the largest result: float32 sums in another order; bfloat16 results are rounded.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 8e-3}
 REFERENCE = ReferenceKernels()
@@ -26,6 +43,33 @@ def weight(format_: Format, rows: int, cols: int, device: str = "cpu") -> Packed
     packed = format_.encode(values)
     assert packed.scales is not None
     return PackedTensor(format_, packed.shape, packed.codes.to(device), packed.scales.to(device))
+
+
+def gguf_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
+    """Random codes under scales that are plain numbers."""
+    torch.manual_seed(rows + cols)
+    codes = torch.randint(0, 256, (rows, format_.bytes_for(1, cols)), dtype=torch.uint8)
+    blocks = codes.view(rows, cols // format_.tile_cols, -1)
+    if format_ is MXFP4_BLOCKS:
+        blocks[..., 0] = torch.randint(120, 134, blocks.shape[:-1], dtype=torch.uint8)
+    else:
+        for place in GGUF_SCALES.get(format_.name, [0]):
+            scales = torch.rand(*blocks.shape[:-1], 1).add(0.1).mul(0.02).half()
+            blocks[..., place : place + 2] = scales.view(torch.uint8)
+    return PackedTensor(format_, (rows, cols), codes)
+
+
+def any_weight(format_: Format | torch.dtype, rows: int, cols: int) -> Weight:
+    """A random weight in a format of any kind, or plain."""
+    if isinstance(format_, torch.dtype):
+        torch.manual_seed(rows)
+        return torch.randn(rows, cols).to(format_)
+    return gguf_weight(format_, rows, cols) if format_ in GGUF else weight(format_, rows, cols)
+
+
+def name_of(value: object) -> str:
+    """What pytest calls a case."""
+    return value.name if isinstance(value, Format) else str(value)
 
 
 def expert(format_: Format, hidden: int, width: int, seed: int, device: str = "cpu") -> ExpertWeights:

@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from quant.formats.fp8 import FP8_ROW
-from quant.formats.gguf_k import Q6_K
-from quant.formats.gguf_legacy import Q4_0, Q4_1, Q8_0
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.interface import ExpertWeights, MoeCall, Weight
+from quant.kernels.interface import ExpertWeights, MoeCall
 from quant.kernels.reference import ReferenceKernels
-from quant.packed import Format, PackedTensor
-from tests.quant.kernels.kernel_cases import FORMATS, difference, expert, weight
+from quant.packed import Format
+from tests.quant.kernels.kernel_cases import GGUF, NATIVE, any_weight, difference, expert, name_of, weight
 
 try:
     LEVELS = library.available_levels()
@@ -23,7 +21,6 @@ except library.LibraryMissingError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
 REFERENCE = ReferenceKernels()
-GGUF: list[Format] = [Q4_0, Q4_1, Q8_0, Q6_K]
 DENSE = [torch.bfloat16, torch.float16, torch.float32]
 # Relative to the largest result. Exact mode keeps 21 bits of each block of activations, int8 mode eight.
 EXACT, INT8 = 5e-6, 1.5e-2
@@ -31,30 +28,7 @@ EXACT, INT8 = 5e-6, 1.5e-2
 pytestmark = pytest.mark.parametrize("level", LEVELS)
 
 
-def gguf_weight(format_: Format, rows: int, cols: int) -> PackedTensor:
-    """Random codes under scales that are plain numbers, which lie first or last in a block."""
-    torch.manual_seed(rows + cols)
-    codes = torch.randint(0, 256, (rows, format_.bytes_for(1, cols)), dtype=torch.uint8)
-    blocks = codes.view(rows, cols // format_.tile_cols, -1)
-    scale = torch.tensor([0.02], dtype=torch.float16).view(torch.uint8)
-    places = {Q6_K.name: [208], Q4_1.name: [0, 2]}.get(format_.name, [0])
-    for place in places:
-        blocks[..., place : place + 2] = scale
-    return PackedTensor(format_, (rows, cols), codes)
-
-
-def any_weight(format_: Format | torch.dtype, rows: int, cols: int) -> Weight:
-    if isinstance(format_, torch.dtype):
-        torch.manual_seed(rows)
-        return torch.randn(rows, cols).to(format_)
-    return gguf_weight(format_, rows, cols) if format_ in GGUF else weight(format_, rows, cols)
-
-
-def name_of(value: object) -> str:
-    return value.name if isinstance(value, Format) else str(value)
-
-
-@pytest.mark.parametrize("format_", [*FORMATS, *GGUF, *DENSE], ids=name_of)
+@pytest.mark.parametrize("format_", [*NATIVE, *GGUF, *DENSE], ids=name_of)
 @pytest.mark.parametrize(("rows", "cols"), [(70, 256), (256, 768)])
 def test_products_equal_the_reference(
     level: str, format_: Format | torch.dtype, rows: int, cols: int
@@ -67,7 +41,7 @@ def test_products_equal_the_reference(
         assert difference(kernels.linear(x, lies), expected) < EXACT
 
 
-@pytest.mark.parametrize("format_", [*FORMATS, *GGUF], ids=name_of)
+@pytest.mark.parametrize("format_", [*NATIVE, *GGUF], ids=name_of)
 def test_int8_activations_stay_close(level: str, format_: Format) -> None:
     kernels = NativeKernels("int8", level)
     w = any_weight(format_, 256, 768)
@@ -76,7 +50,7 @@ def test_int8_activations_stay_close(level: str, format_: Format) -> None:
 
 
 @pytest.mark.parametrize("activations", ["exact", "int8"])
-@pytest.mark.parametrize("format_", [*FORMATS, *GGUF, *DENSE], ids=name_of)
+@pytest.mark.parametrize("format_", [*NATIVE, *GGUF, *DENSE], ids=name_of)
 def test_a_token_gets_the_same_bits_in_any_company(
     level: str, format_: Format | torch.dtype, activations: str
 ) -> None:

@@ -13,7 +13,7 @@ from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.native_layers import fetched
-from quant.kernels.layers import LayerOperations, TorchLayers
+from quant.kernels.layers import LayerOperations, RoutingRule, TorchLayers
 from tests.quant.kernels.kernel_cases import weight
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
@@ -22,6 +22,7 @@ TORCH = TorchLayers()
 LEVELS = library.available_levels() if library.library_path() is not None else ()
 # An operation on rows from `first` to `stop` of fixed random inputs.
 Operation = Callable[[LayerOperations, int, int, torch.dtype], torch.Tensor]
+PLAIN = RoutingRule(3, "sqrt softplus", is_renormalised=True)
 
 
 @pytest.fixture(params=LEVELS)
@@ -64,9 +65,14 @@ def turns(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tenso
     return torch.view_as_real(found).to(dtype)
 
 
-def route(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
-    logits, bias = 3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], rows_of(2, 20, dtype=dtype)
-    return torch.cat([part.to(dtype) for part in k.route(logits, bias, 6, 1.5)], dim=1)
+def routed(rule: RoutingRule, has_bias: bool = False) -> Operation:
+    def operation(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+        logits, bias = 3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], rows_of(2, 20, dtype=dtype)
+        found = k.route(logits, bias if has_bias else None, rule)
+        return torch.cat([part.to(dtype) for part in found], dim=1)
+
+    operation.__name__ = f"route by {rule.score}" + (" in groups" if rule.groups else "")
+    return operation
 
 
 def pool_groups(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
@@ -129,7 +135,12 @@ OPERATIONS = (
     mix_streams,
     rotate,
     turns,
-    route,
+    routed(RoutingRule(6, "sqrt softplus", is_renormalised=True, epsilon=1e-20, factor=1.5), has_bias=True),
+    routed(RoutingRule(6, "softmax")),
+    routed(RoutingRule(4, "softmax", is_renormalised=True, factor=2.5)),
+    routed(RoutingRule(5, "sigmoid", (5, 3, 2), is_renormalised=True, epsilon=1e-20), has_bias=True),
+    routed(RoutingRule(5, "softmax", (4, 2, 1), factor=16.0)),
+    routed(RoutingRule(4, "chosen softmax")),
     pool_groups,
     engram_gates,
     index_scores,
@@ -192,7 +203,7 @@ def test_of_equal_scores_the_first_columns_win() -> None:
 
 
 def test_of_equal_experts_the_first_are_chosen() -> None:
-    chosen, weights = NativeKernels().route(torch.zeros(2, 9), torch.zeros(9), 3, 1.0)
+    chosen, weights = NativeKernels().route(torch.zeros(2, 9), torch.zeros(9), PLAIN)
 
     assert chosen.tolist() == [[0, 1, 2]] * 2
     assert torch.allclose(weights, torch.full((2, 3), 1 / 3))
@@ -205,7 +216,7 @@ def test_what_is_no_number_stays_none() -> None:
     assert kernels.attend(
         broken, torch.zeros(1, 1, 16), torch.zeros(1, 1, 16)
     ).isfinite().all() == torch.tensor(False)
-    assert kernels.route(broken[0, :, :9], torch.zeros(9), 3, 1.0)[1].isnan().all()
+    assert kernels.route(broken[0, :, :9], torch.zeros(9), PLAIN)[1].isnan().all()
     assert kernels.engram_gates(broken, torch.ones(1, 16), torch.ones(1, 1, 16), 1e-6).isnan().all()
 
 

@@ -35,7 +35,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 10; }
+EXPORT int loci_interface() { return 12; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -95,8 +95,8 @@ EXPORT void loci_best_columns(int threads, const float* scores, int64_t rows, in
 }
 
 EXPORT void loci_route(int threads, const float* logits, const float* bias, int64_t tokens, int64_t experts,
-                       int64_t top_k, float factor, int64_t* chosen, float* weights) {
-    route({kPortable, threads, false}, logits, bias, tokens, experts, top_k, factor, chosen, weights);
+                       const Routing* rule, int64_t* chosen, float* weights) {
+    route({kPortable, threads, false}, logits, bias, tokens, experts, *rule, chosen, weights);
 }
 
 EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows, int64_t n,
@@ -113,8 +113,9 @@ EXPORT void loci_sigmoid(int level, int threads, const float* x, int64_t n, floa
     sigmoid({*level_at(level), threads, false}, x, n, out);
 }
 
-EXPORT void loci_gated(int level, int threads, const float* gate, const float* up, float limit, int64_t n, float* out) {
-    gated({*level_at(level), threads, false}, gate, up, limit, n, out);
+EXPORT void loci_gated(int level, int threads, const float* gate, const float* up, float limit, float alpha,
+                       float shift, int64_t n, float* out) {
+    gated({*level_at(level), threads, false}, gate, up, {limit, alpha, shift}, n, out);
 }
 
 EXPORT void loci_rotate(int level, int threads, const float* x, const float* turns, int64_t tokens, int64_t heads,

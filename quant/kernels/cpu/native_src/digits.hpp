@@ -67,11 +67,12 @@ ALWAYS_INLINE float exp_negative(float x) {
     return p * two_n;
 }
 
-void swiglu(const float* gate, const float* up, float limit, int64_t n, float* h) {
+void swiglu(const float* gate, const float* up, const Gating& gating, int64_t n, float* h) {
+    const float limit = gating.limit, alpha = gating.alpha, shift = gating.shift;
     for (int64_t i = 0; i < n; ++i) {
         const float g = gate[i] > limit ? limit : gate[i];  // NaN passes through
         const float u = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
-        h[i] = g / (1.0f + exp_negative(g)) * u;
+        h[i] = g / (1.0f + exp_negative(alpha * g)) * (u + shift);
     }
 }
 

@@ -3,25 +3,38 @@
 // A panel is 32 rows cut into strips of kStrip columns (the last may be shorter, in whole groups).
 // A strip of n blocks of 32 columns is a header with the scales of all its groups, then n x kBlockBytes of codes.
 //   header  [fields][groups][32 rows], row beside row
-//   codes   four-bit: four spans of 128 bytes; byte 4r+j of span k has columns 8k+j (low nibble) and 8k+4+j
-//           (high nibble) of row r.  eight-bit: eight spans; byte 4r+j of span k has column 4k+j.
+//   codes   spans of 128 bytes: byte 4r+j of a span belongs to row r and has, of columns that it begins with at c,
+//           four bits   columns c+j (low nibble) and c+4+j (high nibble); four spans to a block
+//           eight bits  column c+j; eight spans
+//           two bits    column c+4i+j in bits 2i and 2i+1; two spans
+//           one bit     column c+4i+j in bit i; one span
+//           others      the spans of their lower bits, then those of their higher ones
 // So a vector is some rows times four columns, each row in its own 32-bit lane: sums never cross lanes, and
 // a panel is read strictly in sequence. `row` below is the first row of a vector, `b` the block in the strip.
 //
 // A code counts as the unsigned number group(...) less an offset (offset_of in kernels.hpp), times unit(...).
 namespace {
 
+// How far ahead of its reads a panel asks for memory: what comes meanwhile covers the wait for the first of it. Less
+// leaves the rest to the processor, which foresees panels badly whose scales are read beside their codes.
+constexpr int64_t kPanelAhead = 8192;  // bytes
+
 struct FourBit {
+    static constexpr int64_t kAhead = kPanelAhead;
     static constexpr int kLargest = 15;  // unsigned code
     static constexpr int kDigits = 1;    // numbers, of descending weight, that a code stands for
-    static constexpr int kStrip = 128, kBlockBytes = 512, kParts = 1;
+    static constexpr int kStrip = 128, kBlockBytes = 512;
+    static constexpr int kParts = 1;          // scales to a block
+    static constexpr int kPrefixBytes = 0;    // before the first strip: a factor of each row, float32
+    static constexpr bool kCorrects = true;   // sums begin with a correction for the offset
+    static constexpr bool kConstant = false;  // something is added that depends on the sum of the activations
     static constexpr float unit(int) { return 1; }
     ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const {
         const Bytes v = load_bytes(codes + (g >> 1) * 128);
         return mask(g & 1 ? shift_right(v, 4) : v, 15);
     }
-    // What a format adds that has offsets: y + offset * sum of the activations.
-    ALWAYS_INLINE F32 constant(const uint8_t*, int, int, int, float, F32 y) const { return y; }
+    // y + what is added; `sum` of the activations of a part
+    ALWAYS_INLINE F32 constant(const uint8_t*, int, int, int, int, float, F32 y) const { return y; }
 };
 
 // 2 * e2m1 + 12, so that codes are unsigned; the unit undoes the 2.
@@ -82,61 +95,44 @@ struct Nf4 : FourBit {
     }
 };
 
-// (q - 8) * scale [+ offset], bf16 per group of 32, 64 or 128 columns
-template <bool HasOffset>
+// How scales are stored.
+struct Bf16 {
+    static constexpr int kBytes = 2;
+    ALWAYS_INLINE static F32 load(const uint8_t* p) { return load_bf16(p); }
+};
+struct Half {
+    static constexpr int kBytes = 2;
+    ALWAYS_INLINE static F32 load(const uint8_t* p) { return load_half(p); }
+};
+struct Single {
+    static constexpr int kBytes = 4;
+    ALWAYS_INLINE static F32 load(const uint8_t* p) { return load_float(reinterpret_cast<const float*>(p)); }
+};
+
+// (q - 8) * scale [+ offset] per group of 32, 64 or 128 columns
+template <class Scale, bool HasOffset>
 struct Int4 : FourBit {
+    static constexpr bool kConstant = HasOffset;
+    static constexpr int kFieldBytes = 32 * Scale::kBytes;
     const int shift;  // log2 of a group's blocks
     explicit Int4(PanelScales scales) : shift(scales.tile_cols == 32 ? 0 : scales.tile_cols == 64 ? 1 : 2) {}
-    int header_bytes(int blocks) const { return (blocks >> shift) * (HasOffset ? 128 : 64); }
+    int header_bytes(int blocks) const { return (blocks >> shift) * (HasOffset ? 2 : 1) * kFieldBytes; }
     ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
-        return load_bf16(header + (b >> shift) * 64 + 2 * row);
+        return Scale::load(header + (b >> shift) * kFieldBytes + Scale::kBytes * row);
     }
-    ALWAYS_INLINE F32 constant(const uint8_t* header, int blocks, int b, int row, float sum, F32 y) const {
-        if (!HasOffset) return y;
-        return fma(load_bf16(header + ((blocks >> shift) + (b >> shift)) * 64 + 2 * row), splat(sum), y);
+    ALWAYS_INLINE F32 constant(const uint8_t* header, int blocks, int b, int, int row, float sum, F32 y) const {
+        const int field = (blocks >> shift) + (b >> shift);
+        return fma(Scale::load(header + field * kFieldBytes + Scale::kBytes * row), splat(sum), y);
     }
 };
 
-// d * (q - 8)
-struct Q4_0 : FourBit {
-    explicit Q4_0(PanelScales) {}
+// e2m1 * e4m3 per 16 columns * a float per row
+struct Nvfp4 : Mxfp4 {
+    static constexpr int kParts = 2, kPrefixBytes = 128;
+    explicit Nvfp4(PanelScales scales) : Mxfp4(scales) {}
     static int header_bytes(int blocks) { return blocks * 64; }
-    ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int, int row) const {
-        return load_half(header + b * 64 + 2 * row);
-    }
-};
-
-// d * q + m
-struct Q4_1 : Q4_0 {
-    using Q4_0::Q4_0;
-    static int header_bytes(int blocks) { return blocks * 128; }
-    ALWAYS_INLINE F32 constant(const uint8_t* header, int blocks, int b, int row, float sum, F32 y) const {
-        return fma(load_half(header + (blocks + b) * 64 + 2 * row), splat(sum), y);
-    }
-};
-
-// d * q with signed q, made unsigned by flipping the top bit (an offset of 128)
-struct Q8_0 : Q4_0 {
-    static constexpr int kLargest = 255, kBlockBytes = 1024;
-    using Q4_0::Q4_0;
-    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const { return flip_sign(load_bytes(codes + g * 128)); }
-};
-
-// d * s * (q - 32), s int8 per 16 columns, d per 256. The header holds d, then s as [16][32 rows]. Codes of a
-// block: the low four bits as in FourBit, then two spans of high bits: bits 2i and 2i+1 of byte 4r+j of
-// span k belong to column 16k+4i+j.
-struct Q6_K : FourBit {
-    static constexpr int kLargest = 63, kStrip = 256, kBlockBytes = 768, kParts = 2;
-    explicit Q6_K(PanelScales) {}
-    static int header_bytes(int) { return 64 + 512; }
-    ALWAYS_INLINE Bytes group(const uint8_t* codes, int g, int) const {
-        const Bytes high = load_bytes(codes + 512 + (g >> 2) * 128);
-        const int i = g & 3;
-        const Bytes top = i < 2 ? shift_left(high, 4 - 2 * i) : shift_right(high, 2 * i - 4);
-        return merge(FourBit::group(codes, g, 0), mask(top, 48));
-    }
     ALWAYS_INLINE F32 scale(const uint8_t* header, int b, int part, int row) const {
-        return mul(load_half(header + 2 * row), load_int8(header + 64 + (2 * b + part) * 32 + row));
+        return load_e4m3(header + (2 * b + part) * 32 + row);
     }
 };
 

@@ -8,7 +8,35 @@
 namespace loci {
 
 // Weight formats by number; quant/kernels/cpu/panels.py holds the same numbers.
-enum Format : int64_t { kMxfp4, kFp8, kQ4_0, kQ4_1, kQ8_0, kQ6_K, kNf4, kInt4, kInt4Offset, kFormats };
+enum Format : int64_t {
+    kMxfp4,
+    kFp8,
+    kQ4_0,
+    kQ4_1,
+    kQ8_0,
+    kQ6_K,
+    kNf4,
+    kInt4,
+    kInt4Offset,
+    kQ5_0,
+    kQ5_1,
+    kQ2_K,
+    kQ3_K,
+    kQ4_K,
+    kQ5_K,
+    kIq4Nl,
+    kIq4Xs,
+    kMxfp4Blocks,
+    kInt4Half,
+    kInt4OffsetFloat,
+    kNvfp4,
+    kFormats,  // above: in panels; below: plain rows, which need none
+    kBf16 = kFormats,
+    kF16,
+    kF32
+};
+
+inline bool is_plain(int64_t format) { return format >= kBf16; }
 
 // One weight matrix. In file layout `codes` and `scales` are as its Python format documents them. Tiled,
 // `codes` is a sequence of panels of 32 rows (tiles.cpp), which hold the scales too, except for FP8:
@@ -30,7 +58,8 @@ constexpr int64_t kMaxTokens = 8;   // tokens a panel kernel takes at most
 // Activations of one token and 32 columns as fixed-point digits: x = scale * sum_d digit_d * 128^(2-d)
 // (three digits of -64..64, 21 bits) or x = scale * digit (one digit of -127..127).
 // `correction` undoes the offset that makes weight codes unsigned: -offset * (sum of the digits), for
-// the first and second 16 columns, or for all 32 in the first entry (see digits.hpp).
+// the first and second 16 columns, or for all 32 in the first entry (see digits.hpp). Q2_K, whose codes need none,
+// has the sums themselves there.
 template <int D>
 struct alignas(16) Block;
 template <>
@@ -56,13 +85,13 @@ struct PanelScales {
     bool is_float = false;
 };
 
-// Panels of one shape (perhaps of several matrices) to be multiplied by the same activations.
-constexpr int kMostPanels = 4;
-struct PanelSet {
-    int64_t cols;
-    int count = 0;
-    const uint8_t* panels[kMostPanels] = {};
-    PanelScales scales[kMostPanels] = {};
+// A panel to be multiplied, and where its thread goes on reading: memory is asked for so far ahead that the beginning
+// of the next panel is on its way while this one is computed.
+struct Panel {
+    int64_t cols, bytes;
+    const uint8_t* codes;
+    const uint8_t* next;
+    PanelScales scales;
 };
 
 constexpr int64_t kKeyBlock = 128;  // keys that are weighted together; the next ones are added to their sums
@@ -81,21 +110,24 @@ struct AttendBlock {
     float* const* out;                         // [rows] values weighted with that
 };
 
-// Products of panels and tokens over all columns. x: one pointer per token (Block<D>* or float*);
-// out: [panels][tokens][32]. The result for a token never depends on what else is in the call.
-using PanelKernel = void (*)(const PanelSet& set, const void* const* x, float* out);
+// Products of a panel and tokens over all columns. x: one pointer per token (Block<D>* or float*); out: [tokens][32].
+// The result for a token never depends on what else is in the call.
+using PanelKernel = void (*)(const Panel& panel, const void* const* x, float* out);
+
+// What a feed-forward network does between its matrices: min(gate, limit) * sigmoid(alpha * the same) *
+// (clamp(up, -limit, limit) + shift). SwiGLU has alpha 1 and no shift.
+struct Gating {
+    float limit, alpha, shift;
+};
 
 // The kernels of one instruction-set level.
 struct Level {
     const char* name;
-    // one panel and some tokens: [format][digits == 1][log2 tokens]; null where there is no such kernel
+    // [format][digits == 1][log2 tokens]; null where there is no such kernel
     PanelKernel panel[kFormats][2][4];
-    // kMostPanels panels and one token: [format][digits == 1]
-    PanelKernel panels[kFormats][2];
     void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
-    // h = silu(min(gate, limit)) * clamp(up, -limit, limit)
-    void (*swiglu)(const float* gate, const float* up, float limit, int64_t n, float* h);
+    void (*swiglu)(const float* gate, const float* up, const Gating& gating, int64_t n, float* h);
     // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
     void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
                        int64_t out_stride);
@@ -116,18 +148,32 @@ struct Level {
 
 extern const Level kAvx512, kAvx2, kPortable;
 
-// Offset that a format's unsigned codes carry, and whether its corrections are per 16 columns.
+// Offset that a format's unsigned codes carry.
 inline int offset_of(int64_t format) {
     switch (format) {
-        case kMxfp4: return 12;  // codes are 2 * e2m1 + 12
+        case kMxfp4:
+        case kMxfp4Blocks:
+        case kNvfp4: return 12;  // codes are 2 * e2m1 + 12
         case kNf4: return 64;    // the first digit is (level + 1) * 64
         case kQ4_0:
         case kInt4:
-        case kInt4Offset: return 8;
+        case kInt4Half:
+        case kInt4Offset:
+        case kInt4OffsetFloat: return 8;
+        case kQ5_0: return 16;
         case kQ8_0: return 128;
+        case kQ3_K: return 4;
         case kQ6_K: return 32;
+        case kIq4Nl:
+        case kIq4Xs: return 127;
+        case kQ2_K: return -1;  // sums of digits instead of corrections
         default: return 0;
     }
+}
+
+// Whether a format's corrections are per 16 columns.
+inline bool has_halves(int64_t format) {
+    return format == kQ2_K || format == kQ3_K || format == kQ6_K || format == kNvfp4;
 }
 
 // Where row r's two codes lie in the 64 bytes that a pair of columns takes in an FP8 panel: within each 16

@@ -58,29 +58,74 @@ void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t
     best_columns(team, best.data(), 1, static_cast<int64_t>(best.size()), k, out);
 }
 
-void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
-           float factor, int64_t* chosen, float* weights) {
+namespace {
+
+void softmax(const float* x, int64_t n, float* out) {
+    const float most = *std::max_element(x, x + n);
+    float sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += out[i] = std::exp(x[i] - most);
+    for (int64_t i = 0; i < n; ++i) out[i] /= sum;
+}
+
+void score(Score by, const float* logits, int64_t n, float* out) {
+    switch (by) {
+        case Score::kSqrtSoftplus:
+            for (int64_t e = 0; e < n; ++e)
+                out[e] = std::sqrt((logits[e] < 0 ? 0 : logits[e]) + std::log1p(std::exp(-std::fabs(logits[e]))));
+            return;
+        case Score::kSoftmax: return softmax(logits, n, out);
+        case Score::kSigmoid:
+            for (int64_t e = 0; e < n; ++e) out[e] = 1 / (1 + std::exp(-logits[e]));
+            return;
+        case Score::kChosenSoftmax: std::copy_n(logits, n, out);  // those chosen get theirs later
+    }
+}
+
+// Takes the experts of all groups but the best ones out of the choice. A group is as good as its best ranks together.
+void keep_best_groups(const Routing& rule, float* ranks, int64_t experts) {
+    thread_local std::vector<float> group;
+    thread_local std::vector<uint64_t> order;
+    const int64_t size = experts / rule.groups;
+    order.clear();
+    for (int64_t g = 0; g < rule.groups; ++g) {
+        group.assign(ranks + g * size, ranks + (g + 1) * size);
+        std::partial_sort(group.begin(), group.begin() + rule.best, group.end(), std::greater<>());
+        float value = 0;
+        for (int64_t i = 0; i < rule.best; ++i) value += group[static_cast<size_t>(i)];
+        order.push_back(ranked(value, g));
+    }
+    std::sort(order.begin(), order.end(), std::greater<>());
+    for (size_t i = static_cast<size_t>(rule.kept); i < order.size(); ++i)
+        std::fill_n(ranks + column_of(order[i]) * size, size, -__builtin_inff());
+}
+
+}  // namespace
+
+void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
+           const Routing& rule, int64_t* chosen, float* weights) {
+    const int64_t top_k = rule.top_k;
     parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
-        thread_local std::vector<float> scores;
-        thread_local std::vector<uint64_t> ranks;
+        thread_local std::vector<float> scores, ranks;
+        thread_local std::vector<uint64_t> order;
         scores.resize(static_cast<size_t>(experts));
         ranks.resize(static_cast<size_t>(experts));
-        for (int64_t e = 0; e < experts; ++e) {
-            const float x = logits[token * experts + e];
-            const float score = std::sqrt((x < 0 ? 0 : x) + std::log1p(std::exp(-std::fabs(x))));
-            scores[static_cast<size_t>(e)] = score;
-            ranks[static_cast<size_t>(e)] = ranked(score + bias[e], e);
-        }
-        std::partial_sort(ranks.begin(), ranks.begin() + top_k, ranks.end(), std::greater<>());
+        order.resize(static_cast<size_t>(experts));
+        score(rule.score, logits + token * experts, experts, scores.data());
+        for (size_t e = 0; e < ranks.size(); ++e) ranks[e] = bias != nullptr ? scores[e] + bias[e] : scores[e];
+        if (rule.groups > 0) keep_best_groups(rule, ranks.data(), experts);
+        for (size_t e = 0; e < ranks.size(); ++e) order[e] = ranked(ranks[e], static_cast<int64_t>(e));
+        std::partial_sort(order.begin(), order.begin() + top_k, order.end(), std::greater<>());
+        float* weight = weights + token * top_k;
         float sum = 0;
         for (int64_t i = 0; i < top_k; ++i) {
-            const int64_t expert = column_of(ranks[static_cast<size_t>(i)]);
+            const int64_t expert = column_of(order[static_cast<size_t>(i)]);
             chosen[token * top_k + i] = expert;
-            sum += weights[token * top_k + i] = scores[static_cast<size_t>(expert)];
+            sum += weight[i] = scores[static_cast<size_t>(expert)];
         }
+        if (rule.score == Score::kChosenSoftmax) softmax(weight, top_k, weight);
         for (int64_t i = 0; i < top_k; ++i) {
-            float& weight = weights[token * top_k + i];
-            weight = weight / (sum + 1e-20f) * factor;
+            if (rule.is_renormalised) weight[i] /= sum + rule.epsilon;
+            weight[i] *= rule.factor;
         }
     });
 }
@@ -117,9 +162,9 @@ void sigmoid(const Team& team, const float* x, int64_t n, float* out) {
     spans(team, n, [&](int64_t first, int64_t count) { team.level.sigmoid(x + first, count, out + first); });
 }
 
-void gated(const Team& team, const float* gate, const float* up, float limit, int64_t n, float* out) {
+void gated(const Team& team, const float* gate, const float* up, const Gating& gating, int64_t n, float* out) {
     spans(team, n, [&](int64_t first, int64_t count) {
-        team.level.swiglu(gate + first, up + first, limit, count, out + first);
+        team.level.swiglu(gate + first, up + first, gating, count, out + first);
     });
 }
 

@@ -39,9 +39,21 @@ void index_scores(const Team& team, const Index& call, float* out);
 // that is left. scores [rows][columns], out [rows][k].
 void best_columns(const Team& team, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out);
 
-// sqrt(softplus(logits)) of the top_k experts with the largest score + bias, best first, divided by their sum.
-void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t top_k,
-           float factor, int64_t* chosen, float* weights);
+enum class Score : int64_t { kSqrtSoftplus, kSoftmax, kSigmoid, kChosenSoftmax };
+
+// How a router chooses; quant/kernels/layers.py says what it means.
+struct Routing {
+    Score score;
+    int64_t top_k;
+    int64_t groups, kept, best;  // groups of experts, of which the best are kept; 0 for none
+    int64_t is_renormalised;
+    float epsilon, factor;
+};
+
+// The experts that logits [tokens][experts] choose, with a bias for the choice alone (or null), best first, the first
+// of equal ones; and their weights. chosen, weights [tokens][top_k]
+void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
+           const Routing& rule, int64_t* chosen, float* weights);
 
 // out [rows][dim] = sum over i of weights [rows][n] * parts [rows][n][dim]
 void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
@@ -72,8 +84,7 @@ void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t
 
 void sigmoid(const Team& team, const float* x, int64_t n, float* out);
 
-// silu(min(gate, limit)) * clamp(up, -limit, limit)
-void gated(const Team& team, const float* gate, const float* up, float limit, int64_t n, float* out);
+void gated(const Team& team, const float* gate, const float* up, const Gating& gating, int64_t n, float* out);
 
 // The last 2 * pairs of dim channels of x [tokens][heads][dim] turned by turns [tokens][pairs], cosine and sine.
 void rotate(const Team& team, const float* x, const float* turns, int64_t tokens, int64_t heads, int64_t dim,

@@ -3,13 +3,13 @@ namespace {
 
 template <class Format, int D, int Log2>
 constexpr PanelKernel integer_kernel() {
-    if constexpr ((D << Log2) <= kMostSums) return integer_panels<Format, 1, 1 << Log2, D>;
+    if constexpr ((D << Log2) <= kMostSums) return integer_panel<Format, 1 << Log2, D>;
     else return nullptr;
 }
 
 template <int Log2>
 constexpr PanelKernel fp8_kernel() {
-    if constexpr ((1 << Log2) <= kMostFp8Tokens) return fp8_panels<1, 1 << Log2>;
+    if constexpr ((1 << Log2) <= kMostFp8Tokens) return fp8_panel<1 << Log2>;
     else return nullptr;
 }
 
@@ -18,13 +18,11 @@ constexpr void add_integer(Level& level, int number) {
     constexpr PanelKernel kernels[4] = {integer_kernel<Format, D, 0>(), integer_kernel<Format, D, 1>(),
                                         integer_kernel<Format, D, 2>(), integer_kernel<Format, D, 3>()};
     for (int i = 0; i < 4; ++i) level.panel[number][D == 1][i] = kernels[i];
-    level.panels[number][D == 1] = integer_panels<Format, kMostPanels, 1, D>;
 }
 
 constexpr void add_fp8(Level& level) {
     constexpr PanelKernel kernels[4] = {fp8_kernel<0>(), fp8_kernel<1>(), fp8_kernel<2>(), fp8_kernel<3>()};
     for (int i = 0; i < 4; ++i) level.panel[kFp8][0][i] = kernels[i];
-    level.panels[kFp8][0] = fp8_panels<kMostPanels, 1>;
 }
 
 constexpr Level make_level(const char* name) {
@@ -35,17 +33,30 @@ constexpr Level make_level(const char* name) {
     add_integer<Mxfp4, 1>(level, kMxfp4);
     add_integer<Nf4, 3>(level, kNf4);
     add_integer<Nf4, 1>(level, kNf4);
-    add_integer<Int4<false>, 3>(level, kInt4);
-    add_integer<Int4<false>, 1>(level, kInt4);
-    add_integer<Int4<true>, 3>(level, kInt4Offset);
-    add_integer<Int4<true>, 1>(level, kInt4Offset);
+    add_integer<Mxfp4, 3>(level, kMxfp4Blocks);
+    add_integer<Mxfp4, 1>(level, kMxfp4Blocks);
+    add_integer<Int4<Bf16, false>, 3>(level, kInt4);
+    add_integer<Int4<Bf16, false>, 1>(level, kInt4);
+    add_integer<Int4<Bf16, true>, 3>(level, kInt4Offset);
+    add_integer<Int4<Bf16, true>, 1>(level, kInt4Offset);
     add_integer<Q4_0, 3>(level, kQ4_0);
     add_integer<Q4_0, 1>(level, kQ4_0);
     add_integer<Q4_1, 3>(level, kQ4_1);
     add_integer<Q4_1, 1>(level, kQ4_1);
-    // eight and six bits stay exact in int8 mode: whole digits would overflow the 16-bit sums of AVX2
+    // these stay exact in int8 mode: whole digits of eight and six bits would overflow the 16-bit sums of AVX2
     add_integer<Q8_0, 3>(level, kQ8_0);
+    add_integer<Q5_0, 3>(level, kQ5_0);
+    add_integer<Q5_1, 3>(level, kQ5_1);
+    add_integer<Q2_K, 3>(level, kQ2_K);
+    add_integer<Q3_K, 3>(level, kQ3_K);
+    add_integer<Q4_K, 3>(level, kQ4_K);
+    add_integer<Q5_K, 3>(level, kQ5_K);
     add_integer<Q6_K, 3>(level, kQ6_K);
+    add_integer<Iq4Nl, 3>(level, kIq4Nl);
+    add_integer<Iq4Xs, 3>(level, kIq4Xs);
+    add_integer<Int4<Half, false>, 3>(level, kInt4Half);
+    add_integer<Int4<Single, true>, 3>(level, kInt4OffsetFloat);
+    add_integer<Nvfp4, 3>(level, kNvfp4);
     level.digits3 = to_digits<3>;
     level.digits1 = to_digits<1>;
     level.swiglu = swiglu;

@@ -16,6 +16,7 @@
 namespace loci {
 #include "simd_avx2.hpp"
 #include "formats.hpp"
+#include "formats_gguf.hpp"
 #include "panels.hpp"
 #include "digits.hpp"
 #include "attention.hpp"

@@ -18,6 +18,7 @@
 namespace loci {
 #include "simd_avx512.hpp"
 #include "formats.hpp"
+#include "formats_gguf.hpp"
 #include "panels.hpp"
 #include "digits.hpp"
 #include "attention.hpp"

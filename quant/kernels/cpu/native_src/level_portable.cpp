@@ -8,6 +8,7 @@
 namespace loci {
 #include "simd_portable.hpp"
 #include "formats.hpp"
+#include "formats_gguf.hpp"
 #include "panels.hpp"
 #include "digits.hpp"
 #include "attention.hpp"

@@ -40,7 +40,7 @@ struct Activations {
     uint8_t* base;
     int64_t stride;          // bytes from token to token
     int64_t element_stride;  // bytes of 32 columns
-    const void* token(int64_t t) const { return base + t * stride; }
+    const uint8_t* token(int64_t t) const { return base + t * stride; }
 };
 
 bool one_digit(const Team& team, int64_t format) { return team.one_digit && team.level.panel[format][1][0] != nullptr; }
@@ -56,7 +56,7 @@ void write_activations(const Team& team, int64_t format, const Activations& to, 
                        const float* x, int64_t cols) {
     uint8_t* p = to.base + t * to.stride + first / kBlock * to.element_stride;
     const int offset = offset_of(format);
-    const bool halves = format == kQ6_K;
+    const bool halves = has_halves(format);
     if (format == kFp8) std::memcpy(p, x, static_cast<size_t>(cols) * sizeof(float));
     else if (one_digit(team, format)) team.level.digits1(x, cols, offset, halves, reinterpret_cast<Block<1>*>(p));
     else team.level.digits3(x, cols, offset, halves, reinterpret_cast<Block<3>*>(p));
@@ -77,137 +77,139 @@ Activations prepare(const Team& team, int64_t format, const float* x, int64_t to
 thread_local Scratch worker_panels;                 // of each thread: panels tiled on the way
 thread_local Scratch caller_x, caller_h, caller_y;  // of the thread that calls
 
+constexpr int64_t kMostPanels = 4;  // of a turn
+
 // The panels of a matrix, tiled on the way where it lies in file layout.
 class Panels {
   public:
-    explicit Panels(const Matrix& m) : m_(m), bytes_(panel_bytes(m)) {}
-    int64_t count() const { return (m_.rows + kPanelRows - 1) / kPanelRows; }
+    explicit Panels(const Matrix& m) : m_(&m), bytes_(panel_bytes(m)) {}
+    int64_t count() const { return (m_->rows + kPanelRows - 1) / kPanelRows; }
     int64_t bytes() const { return bytes_; }
-    int64_t rows_in(int64_t panel) const { return std::min(kPanelRows, m_.rows - panel * kPanelRows); }
-    void add_to(PanelSet& set, int64_t panel) const {
-        set.panels[set.count] = m_.tiled ? m_.codes + panel * bytes_ : tiled_copy(panel, set.count);
-        set.scales[set.count] = scales(panel);
-        ++set.count;
+    int64_t rows_in(int64_t panel) const { return std::min(kPanelRows, m_->rows - panel * kPanelRows); }
+    // Where a panel begins; null where nothing can be asked for ahead.
+    const uint8_t* begin(int64_t panel) const { return m_->tiled ? m_->codes + panel * bytes_ : nullptr; }
+    // A panel and where its thread reads on: behind it, if that is not known. `place`: which of a turn's it is.
+    Panel at(int64_t panel, const uint8_t* next, int64_t place) const {
+        const uint8_t* codes = m_->tiled ? begin(panel) : tiled_copy(panel, place);
+        return {m_->cols, bytes_, codes, next != nullptr ? next : codes + bytes_, scales(panel)};
     }
 
   private:
-    const uint8_t* tiled_copy(int64_t panel, int place) const {
+    const uint8_t* tiled_copy(int64_t panel, int64_t place) const {
         uint8_t* copy = worker_panels.get(kMostPanels * bytes_) + place * bytes_;
-        tile_panel(m_, panel, copy);
+        tile_panel(*m_, panel, copy);
         return copy;
     }
     PanelScales scales(int64_t panel) const {
-        if (m_.format != kFp8) return {nullptr, m_.tile_cols, false};
-        const int64_t row = panel * kPanelRows / m_.tile_rows;
-        const int64_t size = m_.float_scales ? 4 : 1, columns = (m_.cols + m_.tile_cols - 1) / m_.tile_cols;
-        return {static_cast<const uint8_t*>(m_.scales) + row * columns * size, m_.tile_cols, m_.float_scales != 0};
+        if (m_->format != kFp8) return {nullptr, m_->tile_cols, false};
+        const int64_t row = panel * kPanelRows / m_->tile_rows;
+        const int64_t size = m_->float_scales ? 4 : 1, columns = (m_->cols + m_->tile_cols - 1) / m_->tile_cols;
+        return {static_cast<const uint8_t*>(m_->scales) + row * columns * size, m_->tile_cols, m_->float_scales != 0};
     }
 
-    Matrix m_;
+    const Matrix* m_;
     int64_t bytes_;
 };
 
-// A set of panels times `tokens` (at most kMaxTokens) activations: out [panels][tokens][32].
-void multiply(const Team& team, int64_t format, const PanelSet& set, const void* const* x, int64_t tokens, float* out) {
-    const bool one = one_digit(team, format);
-    if (tokens == 1 && set.count == kMostPanels) {
-        team.level.panels[format][one](set, x, out);
-        return;
-    }
-    const PanelKernel* kernels = team.level.panel[format][one];
-    for (int q = 0; q < set.count; ++q) {
-        PanelSet single{set.cols, 1, {set.panels[q]}, {set.scales[q]}};
-        int64_t done = 0;
-        for (int log2 = 3; log2 >= 0; --log2)
-            for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens - done >= n; done += n)
-                kernels[log2](single, x + done, out + (q * tokens + done) * kPanelRows);
-    }
-}
-
-// How many panels a turn of a thread takes: several at once, unless too few turns would be left to share.
-int64_t panels_per_turn(int64_t panels, int threads) {
-    constexpr int64_t kTurnsEach = 4;
-    return panels >= kMostPanels * kTurnsEach * threads || threads == 1 ? kMostPanels : 1;
+// A panel times `tokens` (at most kMaxTokens) activations: out [tokens][32].
+void multiply(const Team& team, int64_t format, const Panel& panel, const void* const* x, int64_t tokens, float* out) {
+    const PanelKernel* kernels = team.level.panel[format][one_digit(team, format)];
+    int64_t done = 0;
+    for (int log2 = 3; log2 >= 0; --log2)
+        for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens - done >= n; done += n)
+            kernels[log2](panel, x + done, out + done * kPanelRows);
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The panels of a turn lie far apart, those of the next turn behind each of them: so each is part of a run that goes
-// on from turn to turn, long enough for the processor to foresee.
-struct Turns {
-    int64_t panels, count;
-    Turns(int64_t all, int64_t per_turn) : panels(all), count(divide_up(all, per_turn)) {}
-    template <class F>
-    void each_panel(int64_t turn, const F& visit) const {
-        int place = 0;
-        for (int64_t p = turn; p < panels; p += count) visit(place++, p);
-    }
+// A matrix, the block of each token's activations that its columns begin with, and where its products go: those of a
+// token `stride` behind the last's.
+struct Product {
+    Panels panels;
+    int64_t block;
+    float* out;
+    int64_t stride;
 };
+
+// The panels of several matrices in the order in which they are read.
+class Line {
+  public:
+    void add(const Product& product) {
+        parts_.push_back({product, count_});
+        count_ += product.panels.count();
+        bytes_ += product.panels.count() * product.panels.bytes();
+    }
+    int64_t count() const { return count_; }
+    int64_t bytes() const { return bytes_; }
+    // The matrix that has panel p, and the panel's number there.
+    const Product& find(int64_t p, int64_t* number) const {
+        size_t i = 0;
+        while (i + 1 < parts_.size() && parts_[i + 1].first <= p) ++i;
+        *number = p - parts_[i].first;
+        return parts_[i].product;
+    }
+    const uint8_t* begin(int64_t p) const {
+        if (p < 0 || p >= count_) return nullptr;
+        int64_t number;
+        const Panels& panels = find(p, &number).panels;
+        return panels.begin(number);
+    }
+
+  private:
+    struct Part {
+        Product product;
+        int64_t first;
+    };
+    std::vector<Part> parts_;
+    int64_t count_ = 0, bytes_ = 0;
+};
+
+// All products of a line of matrices of one format.
+void multiply(const Team& team, const Line& line, int64_t format, const Activations& a, int64_t tokens) {
+    const int64_t per_turn = tokens > kMaxTokens ? kMostPanels : 1;  // they use activations while these are near
+    const int threads = line.bytes() * tokens < kWorthSharing ? 1 : team.threads;
+    parallel_for(divide_up(line.count(), per_turn), threads, [&](const Turn& turn) {
+        const int64_t first = turn.item * per_turn, count = std::min(line.count() - first, per_turn);
+        const Product* products[kMostPanels];
+        int64_t numbers[kMostPanels];  // of panels in their matrices
+        Panel panels[kMostPanels];
+        for (int64_t q = 0; q < count; ++q) {
+            products[q] = &line.find(first + q, &numbers[q]);
+            const uint8_t* next = line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
+            panels[q] = products[q]->panels.at(numbers[q], next, q);
+        }
+        for (int64_t t = 0; t < tokens; t += kMaxTokens)
+            for (int64_t q = 0; q < count; ++q) {
+                const Product& product = *products[q];
+                const int64_t n = std::min(kMaxTokens, tokens - t), row = numbers[q] * kPanelRows;
+                const void* xs[kMaxTokens];
+                for (int64_t k = 0; k < n; ++k) xs[k] = a.token(t + k) + product.block * a.element_stride;
+                float y[kMaxTokens][kPanelRows];
+                multiply(team, format, panels[q], xs, n, y[0]);
+                for (int64_t k = 0; k < n; ++k)
+                    std::memcpy(product.out + (t + k) * product.stride + row, y[k],
+                                static_cast<size_t>(product.panels.rows_in(numbers[q])) * sizeof(float));
+            }
+    });
+}
 
 }  // namespace
 
 void linear_group(const Team& team, const Matrix* const* matrices, float* const* outs, int64_t count, const float* x,
                   int64_t tokens) {
     const Matrix& first = *matrices[0];
-    const Activations a = prepare(team, first.format, x, tokens, first.cols, caller_x);
-    int64_t bytes = 0;
-    for (int64_t i = 0; i < count; ++i) bytes += Panels(*matrices[i]).count() * Panels(*matrices[i]).bytes();
-    const int threads = bytes * tokens < kWorthSharing ? 1 : team.threads;
-    const auto turns_of = [&](int64_t i) {
-        const int64_t panels = Panels(*matrices[i]).count();
-        return Turns(panels, panels_per_turn(panels, threads));
-    };
-    int64_t all = 0;
-    for (int64_t i = 0; i < count; ++i) all += turns_of(i).count;
-    parallel_for(all, threads, [&](int64_t item) {
-        int64_t i = 0, turn = item;
-        for (; turn >= turns_of(i).count; ++i) turn -= turns_of(i).count;
-        const Matrix& m = *matrices[i];
-        const Panels panels(m);
-        const Turns turns = turns_of(i);
-        PanelSet set{m.cols};
-        turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
-        for (int64_t t = 0; t < tokens; t += kMaxTokens) {
-            const int64_t n = std::min(kMaxTokens, tokens - t);
-            const void* xs[kMaxTokens];
-            float y[kMostPanels * kMaxTokens][kPanelRows];
-            for (int64_t k = 0; k < n; ++k) xs[k] = a.token(t + k);
-            multiply(team, m.format, set, xs, n, y[0]);
-            turns.each_panel(turn, [&](int q, int64_t p) {
-                for (int64_t k = 0; k < n; ++k)
-                    std::memcpy(outs[i] + (t + k) * m.rows + p * kPanelRows, y[q * n + k],
-                                static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
-            });
-        }
-    });
+    Line line;
+    for (int64_t i = 0; i < count; ++i) line.add({Panels(*matrices[i]), 0, outs[i], matrices[i]->rows});
+    multiply(team, line, first.format, prepare(team, first.format, x, tokens, first.cols, caller_x), tokens);
 }
 
 void linear_blocks(const Team& team, const Matrix* const* matrices, int64_t count, const float* x, int64_t tokens,
                    float* out) {
     const Matrix& first = *matrices[0];
-    const Activations a = prepare(team, first.format, x, tokens, count * first.cols, caller_x);
-    const int64_t panels_each = Panels(first).count();
-    const int threads = count * panels_each * Panels(first).bytes() * tokens < kWorthSharing ? 1 : team.threads;
-    const Turns turns(panels_each, panels_per_turn(count * panels_each, threads));
-    parallel_for(count * turns.count, threads, [&](int64_t item) {
-        const int64_t i = item / turns.count, turn = item % turns.count;
-        const Panels panels(*matrices[i]);
-        PanelSet set{first.cols};
-        turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
-        for (int64_t t = 0; t < tokens; t += kMaxTokens) {
-            const int64_t n = std::min(kMaxTokens, tokens - t);
-            const void* xs[kMaxTokens];
-            float y[kMostPanels * kMaxTokens][kPanelRows];
-            for (int64_t k = 0; k < n; ++k)
-                xs[k] = a.base + (t + k) * a.stride + i * (first.cols / kBlock) * a.element_stride;
-            multiply(team, first.format, set, xs, n, y[0]);
-            turns.each_panel(turn, [&](int q, int64_t p) {
-                for (int64_t k = 0; k < n; ++k)
-                    std::memcpy(out + ((t + k) * count + i) * first.rows + p * kPanelRows, y[q * n + k],
-                                static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
-            });
-        }
-    });
+    Line line;
+    for (int64_t i = 0; i < count; ++i)
+        line.add({Panels(*matrices[i]), i * (first.cols / kBlock), out + i * first.rows, count * first.rows});
+    multiply(team, line, first.format, prepare(team, first.format, x, tokens, count * first.cols, caller_x), tokens);
 }
 
 void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, float* out) {
@@ -254,6 +256,10 @@ struct Pairs {
     int64_t at(int64_t i) const { return pair[static_cast<size_t>(i)]; }
 };
 
+void add_to(float* x, const float* y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
 }  // namespace
 
 void moe(const Team& team, const Moe& call, const float* x, float* out) {
@@ -264,57 +270,63 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
     Activations h = layout_for(team, down_shape.format, width);  // one for each pair, in their order
     h.base = caller_h.get(static_cast<int64_t>(pairs.pair.size()) * h.stride);
 
-    // Gate and up: two panels of each at a time; a panel of both gives a block of h.
+    // Gate and up: a panel of both gives a block of h.
     static_assert(kPanelRows == kBlock);
-    const Turns h_turns(divide_up(width, kPanelRows), 2);
-    parallel_for(call.used * h_turns.count, team.threads, [&](int64_t item) {
-        const int64_t e = item / h_turns.count, turn = item % h_turns.count;
-        PanelSet set{hidden};
-        for (int side = 0; side < 2; ++side)
-            h_turns.each_panel(turn, [&](int, int64_t p) { Panels(*call.experts[3 * e + side]).add_to(set, p); });
+    const int64_t h_panels = divide_up(width, kPanelRows);
+    parallel_for(call.used * h_panels, team.threads, [&](const Turn& turn) {
+        const int64_t e = turn.item / h_panels, p = turn.item % h_panels;
+        const Panels gates(*call.experts[3 * e]), ups(*call.experts[3 * e + 1]);
+        const uint8_t* next = nullptr;
+        if (turn.next >= 0) next = Panels(*call.experts[3 * (turn.next / h_panels)]).begin(turn.next % h_panels);
+        const Panel gate_panel = gates.at(p, ups.begin(p), 0), up_panel = ups.at(p, next, 1);
         for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
             const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
             const void* xs[kMaxTokens];
             for (int64_t k = 0; k < n; ++k) xs[k] = a.token(pairs.at(i + k) / call.top_k);
-            float y[kMostPanels * kMaxTokens][kPanelRows];
-            multiply(team, up_shape.format, set, xs, n, y[0]);
-            h_turns.each_panel(turn, [&](int q, int64_t p) {
-                for (int64_t k = 0; k < n; ++k) {
-                    float block[kBlock];
-                    const float *gate = y[q * n + k], *up = y[(set.count / 2 + q) * n + k];
-                    team.level.swiglu(gate, up, call.limit, kBlock, block);
-                    const int64_t columns = std::min(kBlock, width - p * kBlock);
-                    write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
+            float gate[kMaxTokens][kPanelRows], up[kMaxTokens][kPanelRows];
+            multiply(team, up_shape.format, gate_panel, xs, n, gate[0]);
+            multiply(team, up_shape.format, up_panel, xs, n, up[0]);
+            for (int64_t k = 0; k < n; ++k) {
+                float block[kBlock];
+                const int64_t columns = std::min(kBlock, width - p * kBlock);
+                if (call.biases != nullptr) {
+                    add_to(gate[k], call.biases[3 * e] + p * kBlock, columns);
+                    add_to(up[k], call.biases[3 * e + 1] + p * kBlock, columns);
                 }
-            });
+                team.level.swiglu(gate[k], up[k], call.gating, kBlock, block);
+                write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
+            }
         }
     });
 
     // Down, some experts at a time: all their products first, each matrix read in sequence; then the weighted sums,
     // in the order of the experts.
     std::fill_n(out, call.tokens * (call.weights != nullptr ? 1 : call.top_k) * hidden, 0.0f);
-    const Turns y_turns(divide_up(hidden, kPanelRows), kMostPanels);
+    const int64_t y_panels = divide_up(hidden, kPanelRows);
     constexpr int64_t kProducts = 1024 * 1024, kColumns = 512;  // floats
     for (int64_t first = 0, last = 0; first < call.used; first = last) {
         for (++last; last < call.used && (pairs.end(last) - pairs.begin(first)) * hidden <= kProducts;) ++last;
         const int64_t begin = pairs.begin(first), count = pairs.begin(last) - begin;
         float* products = reinterpret_cast<float*>(caller_y.get(count * hidden * static_cast<int64_t>(sizeof(float))));
-        parallel_for((last - first) * y_turns.count, team.threads, [&](int64_t item) {
-            const int64_t e = first + item / y_turns.count, turn = item % y_turns.count;
+        parallel_for((last - first) * y_panels, team.threads, [&](const Turn& turn) {
+            const int64_t e = first + turn.item / y_panels, p = turn.item % y_panels;
             const Panels panels(*call.experts[3 * e + 2]);
-            PanelSet set{width};
-            y_turns.each_panel(turn, [&](int, int64_t p) { panels.add_to(set, p); });
+            const uint8_t* next = nullptr;
+            if (turn.next >= 0)
+                next = Panels(*call.experts[3 * (first + turn.next / y_panels) + 2]).begin(turn.next % y_panels);
+            const Panel panel = panels.at(p, next, 0);
             for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
                 const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
                 const void* hs[kMaxTokens];
                 for (int64_t k = 0; k < n; ++k) hs[k] = h.token(i + k);
-                float y[kMostPanels * kMaxTokens][kPanelRows];
-                multiply(team, down_shape.format, set, hs, n, y[0]);
-                y_turns.each_panel(turn, [&](int q, int64_t p) {
-                    for (int64_t k = 0; k < n; ++k)
-                        std::memcpy(products + (i - begin + k) * hidden + p * kPanelRows, y[q * n + k],
-                                    static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
-                });
+                float y[kMaxTokens][kPanelRows];
+                multiply(team, down_shape.format, panel, hs, n, y[0]);
+                for (int64_t k = 0; k < n; ++k) {
+                    if (call.biases != nullptr)
+                        add_to(y[k], call.biases[3 * e + 2] + p * kPanelRows, panels.rows_in(p));
+                    std::memcpy(products + (i - begin + k) * hidden + p * kPanelRows, y[k],
+                                static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
+                }
             }
         });
         const int threads = count * hidden < kWorthSharing ? 1 : team.threads;

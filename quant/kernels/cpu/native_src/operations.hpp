@@ -33,7 +33,8 @@ struct Moe {
     const int64_t* choice;  // [tokens][top_k] expert ids
     const float* weights;   // [tokens][top_k]; or null: each choice has a result of its own
     int64_t tokens, top_k;
-    float limit;
+    Gating gating;
+    const float* const* biases;  // of w1, w3, w2 of each expert in use; or null
 };
 
 // out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id; or, without weights,

@@ -4,9 +4,13 @@
 // take part, so a token's result is the same bit for bit in every batch.
 namespace {
 
-// How far ahead of the reads memory is asked for; several panels at once are as many streams, each slower.
-constexpr int prefetch_bytes(int panels) { return panels == 1 ? 2048 : 1024; }
-constexpr int kDenseAhead = 2048;  // of each row
+constexpr int kDenseAhead = 2048;  // bytes ahead of the reads of each row
+
+// Asks for what a thread reads some way behind place `at` of a panel: of the panel itself or of what follows it.
+ALWAYS_INLINE void ask_ahead(const Panel& panel, int64_t at, int64_t bytes) {
+    const uint8_t* p = at < panel.bytes ? panel.codes + at : panel.next + (at - panel.bytes);
+    for (int64_t k = 0; k < bytes; k += 64) prefetch(p + k);
+}
 
 // Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
 constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }
@@ -21,86 +25,104 @@ ALWAYS_INLINE F32 combine(const I32* sums) {
     else return fma(to_float(add(sums[0], sums[1])), splat(128.0f), to_float(sums[2]));
 }
 
-// Packed codes times fixed-point activations of D digits: P panels, T tokens, R vectors of rows at a time.
-// A panel streams through the first-level cache and sweeps the activations out of it; with four panels side by
-// side each block of activations is fetched once for four blocks of weights.
-template <class Format, int P, int T, int D>
-void integer_panels(const PanelSet& set, const void* const* x, float* out) {
+// The sum of 16 activations, of a block that has the sums of digits in place of corrections.
+template <int D>
+ALWAYS_INLINE float sum_of_part(const Block<D>& x, int part) {
+    float sum = 0;
+    for (int d = 0; d < D; ++d) sum = sum * 128.0f + static_cast<float>(x.correction[part][d]);
+    return x.scale * sum;
+}
+
+// What a row's sum is multiplied with in the end.
+template <class Format>
+ALWAYS_INLINE F32 factor(const uint8_t* panel, int row, int digits) {
+    const F32 unit = splat(Format::unit(digits));
+    if constexpr (Format::kPrefixBytes == 0) return unit;
+    else return mul(unit, load_float(reinterpret_cast<const float*>(panel) + row));
+}
+
+// Packed codes times fixed-point activations of D digits: T tokens, R vectors of rows at a time.
+template <class Format, int T, int D>
+void integer_panel(const Panel& panel, const void* const* x, float* out) {
     using Sum = Dot<Format::kLargest, D == 1 ? 127 : 64>;
-    const Format format(set.scales[0]);
+    const Format format(panel.scales);
     // Products of a code's digit and an activation's digit by weight; those below the last sum are dropped.
     constexpr int S = D > 1 ? D : Format::kDigits > 1 ? 2 : 1, W = Format::kDigits < S ? Format::kDigits : S;
     constexpr int kVectors = kPanelRows / kLanes, R = vectors_at_once(T * S), kGroups = 8 / Format::kParts;
-    F32 y[P][T][kVectors];
-    for (int q = 0; q < P; ++q)
-        for (int t = 0; t < T; ++t)
-            for (int v = 0; v < kVectors; ++v) y[q][t][v] = zero();
-    int64_t block = 0, strip = 0;  // strip: where it begins in each panel
-    for (int64_t c = 0; c < set.cols; c += Format::kStrip) {
-        const int64_t left = set.cols - c < Format::kStrip ? set.cols - c : Format::kStrip;
+    constexpr int kStripBlocks = Format::kStrip / kBlock;
+    const int64_t block_bytes = format.header_bytes(kStripBlocks) / kStripBlocks + Format::kBlockBytes;
+    F32 y[T][kVectors];
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
+    int64_t block = 0, strip = Format::kPrefixBytes;  // strip: where it begins
+    for (int64_t c = 0; c < panel.cols; c += Format::kStrip) {
+        const int64_t left = panel.cols - c < Format::kStrip ? panel.cols - c : Format::kStrip;
         const int blocks = static_cast<int>(left) / kBlock;
-        int64_t codes_at = strip + format.header_bytes(blocks);
-        for (int b = 0; b < blocks; ++b, ++block, codes_at += Format::kBlockBytes) {
+        const uint8_t* header = panel.codes + strip;
+        const uint8_t* codes = header + format.header_bytes(blocks);
+        for (int b = 0; b < blocks; ++b, ++block, codes += Format::kBlockBytes) {
+            ask_ahead(panel, strip + b * block_bytes + Format::kAhead, block_bytes);
             const Block<D>* xs[T];
             for (int t = 0; t < T; ++t) xs[t] = static_cast<const Block<D>*>(x[t]) + block;
-            // where sums begin: once for all panels where that takes instructions, else read when it is needed
+            // where sums begin: once for all rows where that takes instructions, else read when it is needed
             int32_t prepared[T][Format::kParts][S] = {};
             for (int t = 0; t < T; ++t)
-                for (int part = 0; part < Format::kParts && Sum::kPrepares; ++part)
+                for (int part = 0; part < Format::kParts && Sum::kPrepares && Format::kCorrects; ++part)
                     for (int s = 0; s < D; ++s) prepared[t][part][s] = Sum::prepare(xs[t]->correction[part][s]);
             const auto start = [&](int t, int part, int s) {
-                return Sum::kPrepares ? prepared[t][part][s] : s < D ? xs[t]->correction[part][s] : 0;
+                return Sum::kPrepares || !Format::kCorrects ? prepared[t][part][s]
+                       : s < D                              ? xs[t]->correction[part][s]
+                                                            : 0;
             };
-            for (int q = 0; q < P; ++q) {
-                const uint8_t *codes = set.panels[q] + codes_at, *header = set.panels[q] + strip;
-                for (int k = 0; k < Format::kBlockBytes; k += 64) prefetch(codes + prefetch_bytes(P) + k);
-                for (int v = 0; v < kVectors; v += R)
-                    for (int part = 0; part < Format::kParts; ++part) {
-                        KEEP_ORDER;
-                        Sum dots[T][S][R];
+            float totals[T][Format::kParts];  // of the activations, where something is added to products
+            for (int t = 0; t < T && Format::kConstant; ++t)
+                for (int part = 0; part < Format::kParts; ++part)
+                    totals[t][part] = Format::kParts == 1 ? xs[t]->sum : sum_of_part(*xs[t], part);
+            for (int v = 0; v < kVectors; v += R)
+                for (int part = 0; part < Format::kParts; ++part) {
+                    KEEP_ORDER;
+                    Sum dots[T][S][R];
+                    for (int t = 0; t < T; ++t)
+                        for (int s = 0; s < S; ++s)
+                            for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, part, s));
+                    UNROLL for (int i = 0; i < kGroups; ++i) {
+                        const int g = part * kGroups + i;
+                        UNROLL for (int j = 0; j < W; ++j) {
+                            Bytes w[R];
+                            for (int r = 0; r < R; ++r) w[r] = format.group(codes + 4 * (v + r) * kLanes, g, j);
+                            for (int t = 0; t < T; ++t) {
+                                UNROLL for (int d = 0; d < D; ++d) {
+                                    if (j + d >= S) continue;
+                                    const auto digits = four_digits(xs[t]->digits[d] + 4 * g);
+                                    for (int r = 0; r < R; ++r) dots[t][j + d][r].add(w[r], digits);
+                                }
+                            }
+                        }
                         for (int t = 0; t < T; ++t)
                             for (int s = 0; s < S; ++s)
-                                for (int r = 0; r < R; ++r) dots[t][s][r].begin(start(t, part, s));
-                        UNROLL for (int i = 0; i < kGroups; ++i) {
-                            const int g = part * kGroups + i;
-                            UNROLL for (int j = 0; j < W; ++j) {
-                                Bytes w[R];
-                                for (int r = 0; r < R; ++r) w[r] = format.group(codes + 4 * (v + r) * kLanes, g, j);
-                                for (int t = 0; t < T; ++t) {
-                                    UNROLL for (int d = 0; d < D; ++d) {
-                                        if (j + d >= S) continue;
-                                        const auto digits = four_digits(xs[t]->digits[d] + 4 * g);
-                                        for (int r = 0; r < R; ++r) dots[t][j + d][r].add(w[r], digits);
-                                    }
-                                }
+                                for (int r = 0; r < R; ++r) dots[t][s][r].after(i);
+                    }
+                    UNROLL for (int r = 0; r < R; ++r) {
+                        const int row = (v + r) * kLanes;
+                        const F32 scale = format.scale(header, b, part, row);
+                        for (int t = 0; t < T; ++t) {
+                            I32 sums[S];
+                            UNROLL for (int s = 0; s < S; ++s) {
+                                sums[s] = dots[t][s][r].end(s == 0 && S > 1 ? 128 : 1);
                             }
-                            for (int t = 0; t < T; ++t)
-                                for (int s = 0; s < S; ++s)
-                                    for (int r = 0; r < R; ++r) dots[t][s][r].after(i);
-                        }
-                        UNROLL for (int r = 0; r < R; ++r) {
-                            const int row = (v + r) * kLanes;
-                            const F32 scale = format.scale(header, b, part, row);
-                            for (int t = 0; t < T; ++t) {
-                                I32 sums[S];
-                                UNROLL for (int s = 0; s < S; ++s) {
-                                    sums[s] = dots[t][s][r].end(s == 0 && S > 1 ? 128 : 1);
-                                }
-                                F32& sum = y[q][t][v + r];
-                                sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
-                                if (part + 1 == Format::kParts)
-                                    sum = format.constant(header, blocks, b, row, xs[t]->sum, sum);
-                            }
+                            F32& sum = y[t][v + r];
+                            sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
+                            if (Format::kConstant)
+                                sum = format.constant(header, blocks, b, part, row, totals[t][part], sum);
                         }
                     }
-            }
+                }
         }
-        strip = codes_at;
+        strip = codes - panel.codes;
     }
-    for (int q = 0; q < P; ++q)
-        for (int t = 0; t < T; ++t)
-            for (int v = 0; v < kVectors; ++v)
-                store(out + (q * T + t) * kPanelRows + v * kLanes, mul(y[q][t][v], splat(Format::unit(D))));
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v)
+            store(out + t * kPanelRows + v * kLanes, mul(y[t][v], factor<Format>(panel.codes, v * kLanes, D)));
 }
 
 ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
@@ -114,52 +136,45 @@ ALWAYS_INLINE float scale_at(PanelScales scales, int64_t i) {
 
 // e4m3 codes, column pair after column pair, times float activations. The products of even and odd columns are
 // summed apart: two short chains of additions instead of a long one.
-template <int P, int T>
-void fp8_panels(const PanelSet& set, const void* const* x, float* out) {
+template <int T>
+void fp8_panel(const Panel& panel, const void* const* x, float* out) {
     constexpr int kVectors = kPanelRows / kLanes, R = vectors_at_once(2 * T);
     const E4m3 e4m3;
-    const int64_t tile_cols = set.scales[0].tile_cols;
+    const int64_t tile_cols = panel.scales.tile_cols;
     const float* xs[T];
     for (int t = 0; t < T; ++t) xs[t] = static_cast<const float*>(x[t]);
-    F32 y[P][T][kVectors];
-    for (int q = 0; q < P; ++q)
-        for (int t = 0; t < T; ++t)
-            for (int v = 0; v < kVectors; ++v) y[q][t][v] = zero();
-    for (int64_t tile = 0; tile * tile_cols < set.cols; ++tile) {
-        const int64_t first = tile * tile_cols, end = first + tile_cols < set.cols ? first + tile_cols : set.cols;
-        for (int q = 0; q < P; ++q) {
-            const uint8_t* panel = set.panels[q];
-            const F32 scale = splat(scale_at(set.scales[q], tile));
-            for (int v = 0; v < kVectors; v += R) {
-                KEEP_ORDER;
-                F32 sums[T][2][R];  // [token][even or odd column][vector of rows]
-                for (int t = 0; t < T; ++t)
-                    for (int r = 0; r < R; ++r) sums[t][0][r] = sums[t][1][r] = zero();
-                const auto add_pair = [&](int64_t c, bool both) {
-                    F32 w[2][R];
-                    e4m3.decode(panel + c * kPanelRows, v, w);
-                    for (int k = 0; k < 2; ++k)
-                        for (int t = 0; t < T; ++t) {
-                            const F32 xk = splat(k == 0 || both ? xs[t][c + k] : 0.0f);
-                            for (int r = 0; r < R; ++r) sums[t][k][r] = fma(w[k][r], xk, sums[t][k][r]);
-                        }
-                };
-                int64_t c = first;
-                for (; c + 8 <= end; c += 8) {
-                    const uint8_t* ahead = panel + c * kPanelRows + prefetch_bytes(P);
-                    for (int k = 0; k < 8 * kPanelRows && v == 0; k += 64) prefetch(ahead + k);
-                    UNROLL for (int k = 0; k < 8; k += 2) add_pair(c + k, true);
-                }
-                for (; c < end; c += 2) add_pair(c, c + 1 < end);
-                for (int t = 0; t < T; ++t)
-                    for (int r = 0; r < R; ++r)
-                        y[q][t][v + r] = fma(add(sums[t][0][r], sums[t][1][r]), scale, y[q][t][v + r]);
+    F32 y[T][kVectors];
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v) y[t][v] = zero();
+    for (int64_t tile = 0; tile * tile_cols < panel.cols; ++tile) {
+        const int64_t first = tile * tile_cols, end = first + tile_cols < panel.cols ? first + tile_cols : panel.cols;
+        const F32 scale = splat(scale_at(panel.scales, tile));
+        for (int v = 0; v < kVectors; v += R) {
+            KEEP_ORDER;
+            F32 sums[T][2][R];  // [token][even or odd column][vector of rows]
+            for (int t = 0; t < T; ++t)
+                for (int r = 0; r < R; ++r) sums[t][0][r] = sums[t][1][r] = zero();
+            const auto add_pair = [&](int64_t c, bool both) {
+                F32 w[2][R];
+                e4m3.decode(panel.codes + c * kPanelRows, v, w);
+                for (int k = 0; k < 2; ++k)
+                    for (int t = 0; t < T; ++t) {
+                        const F32 xk = splat(k == 0 || both ? xs[t][c + k] : 0.0f);
+                        for (int r = 0; r < R; ++r) sums[t][k][r] = fma(w[k][r], xk, sums[t][k][r]);
+                    }
+            };
+            int64_t c = first;
+            for (; c + 8 <= end; c += 8) {
+                if (v == 0) ask_ahead(panel, c * kPanelRows + kPanelAhead, 8 * kPanelRows);
+                UNROLL for (int k = 0; k < 8; k += 2) add_pair(c + k, true);
             }
+            for (; c < end; c += 2) add_pair(c, c + 1 < end);
+            for (int t = 0; t < T; ++t)
+                for (int r = 0; r < R; ++r) y[t][v + r] = fma(add(sums[t][0][r], sums[t][1][r]), scale, y[t][v + r]);
         }
     }
-    for (int q = 0; q < P; ++q)
-        for (int t = 0; t < T; ++t)
-            for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + (q * T + t) * kPanelRows, v, y[q][t][v]);
+    for (int t = 0; t < T; ++t)
+        for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + t * kPanelRows, v, y[t][v]);
 }
 
 // Plain rows times float activations: vectors run along the columns, so nothing needs repacking. Two vectors at

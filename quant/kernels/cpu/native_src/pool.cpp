@@ -74,18 +74,18 @@ class Pool {
         return *pool;
     }
 
-    void run(void (*fn)(void*), void* data, int threads) {
+    void run(void (*fn)(void*, int), void* data, int threads) {
         std::unique_lock<std::mutex> turn(running_, std::try_to_lock);
-        if (!turn.owns_lock() || forked_) return fn(data);  // others are computing: their cores are taken
+        if (!turn.owns_lock() || forked_) return fn(data, 0);  // others are computing: their cores are taken
         gather(threads - 1);
-        Job job{fn, data, {threads - 1}};
+        Job job{fn, data, threads};
         open_.store(&job);
         calls_.fetch_add(1);
         if (asleep_.load() > 0) {
             { std::lock_guard<std::mutex> lock(sleeping_); }
             called_.notify_all();
         }
-        fn(data);
+        fn(data, 0);
         open_.store(nullptr);
         const Clock::time_point start = Clock::now();
         for (bool patient = true; inside_.load() > 0;) {
@@ -97,9 +97,9 @@ class Pool {
 
   private:
     struct Job {
-        void (*fn)(void*);
+        void (*fn)(void*, int);
         void* data;
-        std::atomic<int> places;  // for workers
+        int threads;
     };
 
     Pool() {
@@ -112,7 +112,7 @@ class Pool {
         if (core == core_ && static_cast<int>(workers_.size()) >= count) return;
         if (core != core_ || workers_.empty()) most_workers_ = cores_allowed() - 1;
         while (static_cast<int>(workers_.size()) < std::min(count, most_workers_)) {
-            workers_.emplace_back([this] { serve(); });
+            workers_.emplace_back([this, number = static_cast<int>(workers_.size()) + 1] { serve(number); });
             keep_off(workers_.back().native_handle(), core);
         }
         if (core != core_)
@@ -120,12 +120,12 @@ class Pool {
         core_ = core;
     }
 
-    void serve() {
+    void serve(int number) {
         for (uint64_t seen = 0;;) {
             seen = next_call(seen);
             inside_.fetch_add(1);
             Job* job = open_.load();
-            if (job && job->places.fetch_sub(1) > 0) job->fn(job->data);
+            if (job && number < job->threads) job->fn(job->data, number);
             inside_.fetch_sub(1);
         }
     }
@@ -163,6 +163,6 @@ class Pool {
 
 }  // namespace
 
-void detail::run_team(void (*fn)(void*), void* data, int threads) { Pool::shared().run(fn, data, threads); }
+void detail::run_team(void (*fn)(void*, int), void* data, int threads) { Pool::shared().run(fn, data, threads); }
 
 }  // namespace loci

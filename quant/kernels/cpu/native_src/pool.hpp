@@ -2,13 +2,27 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 namespace loci {
+
+// One item for a thread, and the one it is to take next: -1 behind the last of its share.
+struct Turn {
+    int64_t item, next;
+    int share;  // whose it is: a thread's number, the caller's is 0
+};
+
 namespace detail {
-// Calls fn(data) on this thread and on up to `threads` - 1 others that come before this one is done with it.
-void run_team(void (*fn)(void*), void* data, int threads);
+// Calls fn(data, number) on this thread, number 0, and on up to `threads` - 1 others that come before it is done.
+void run_team(void (*fn)(void*, int), void* data, int threads);
 
 constexpr int kMostThreads = 256;
+
+template <class F>
+void call(const F& fn, const Turn& turn) {
+    if constexpr (std::is_invocable_v<const F&, Turn>) fn(turn);
+    else fn(turn.item);
+}
 
 template <class F>
 struct Team {
@@ -18,7 +32,6 @@ struct Team {
     };
     const F& fn;
     const int threads;
-    std::atomic<int> arrived{0};
     Share shares[kMostThreads];
 
     Team(const F& f, int64_t items, int count) : fn(f), threads(count) {
@@ -28,26 +41,28 @@ struct Team {
         }
     }
     // Works through a share of its own, then helps with the others.
-    static void work(void* self) {
+    static void work(void* self, int number) {
         Team& team = *static_cast<Team*>(self);
-        const int mine = team.arrived.fetch_add(1);
         for (int k = 0; k < team.threads; ++k) {
-            Share& share = team.shares[(mine + k) % team.threads];
-            for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) team.fn(i);
+            const int share = (number + k) % team.threads;
+            std::atomic<int64_t>& next = team.shares[share].next;
+            const int64_t end = team.shares[share].end;
+            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < end;)
+                call(team.fn, {i, i + 1 < end ? i + 1 : -1, share});
         }
     }
 };
 }  // namespace detail
 
-// Calls fn(0) .. fn(items - 1), each once, from up to `threads` threads. A thread takes items that follow each
-// other as long as there are, so that it reads memory in sequence. Each item must write only what is its own:
-// then results do not depend on who computes what.
+// Calls fn with items 0 .. items - 1, or with turns, each once, from up to `threads` threads. A thread takes items that
+// follow each other as long as there are, so that it reads memory in sequence; the same share of as many items in every
+// call. Each item must write only what is its own: then results do not depend on who computes what.
 template <class F>
 void parallel_for(int64_t items, int threads, const F& fn) {
     if (threads > items) threads = static_cast<int>(items);
     if (threads > detail::kMostThreads) threads = detail::kMostThreads;
     if (threads <= 1) {
-        for (int64_t i = 0; i < items; ++i) fn(i);
+        for (int64_t i = 0; i < items; ++i) detail::call(fn, {i, i + 1 < items ? i + 1 : -1, 0});
         return;
     }
     detail::Team<F> team(fn, items, threads);

@@ -70,7 +70,7 @@ void rotate(const Team& team, const Operation& op, const StepInput& step) {
 }
 
 void gated(const Team& team, const Operation& op, const StepInput& step) {
-    gated(team, floats(op.in[0]), floats(op.in[1]), op.factor, step.rows * op.sizes[0], floats(op.out[0]));
+    gated(team, floats(op.in[0]), floats(op.in[1]), {op.factor, 1, 0}, step.rows * op.sizes[0], floats(op.out[0]));
 }
 
 void add(const Team&, const Operation& op, const StepInput& step) {
@@ -134,8 +134,9 @@ void engram(const Team& team, const Operation& op, const StepInput& step) {
     }
 }
 
+// logits [rows][experts], bias or none, and a rule
 void route(const Team& team, const Operation& op, const StepInput& step) {
-    route(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], op.sizes[1], op.factor,
+    route(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], *static_cast<const Routing*>(op.in[2]),
           static_cast<int64_t*>(op.out[0]), floats(op.out[1]));
 }
 
@@ -161,8 +162,14 @@ bool computes_experts(const Operation& op, const StepInput& step) {
                      static_cast<const Matrix* const*>(op.in[3]));
 }
 
+// What experts have beyond matrices: their activation, and biases [experts][width] and [experts][hidden] or none.
+struct Extras {
+    Gating gating;
+    const float *gate, *up, *down;
+};
+
 // The sum of the chosen experts, weighted, in the router's order. in: x, ids, weights, matrices [experts][3], perhaps
-// whether they are at hand; out: result, each choice's own result, and how many experts were used, which is added up
+// whether they are at hand, extras; out: result, each choice's own result, and how many experts were used, added up
 void experts(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t top_k = op.sizes[0], hidden = op.sizes[1], count = step.rows * top_k;
     const auto* choice = static_cast<const int64_t*>(op.in[1]);
@@ -181,7 +188,17 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
     call.choice = choice;
     call.tokens = step.rows;
     call.top_k = top_k;
-    call.limit = op.factor;
+    const auto& extras = *static_cast<const Extras*>(op.in[5]);
+    thread_local std::vector<const float*> biases;
+    biases.clear();
+    if (extras.gate != nullptr)
+        for (const int64_t id : ids) {
+            biases.push_back(extras.gate + id * op.sizes[2]);
+            biases.push_back(extras.up + id * op.sizes[2]);
+            biases.push_back(extras.down + id * hidden);
+        }
+    call.gating = extras.gating;
+    call.biases = biases.empty() ? nullptr : biases.data();
     float* apart = floats(op.out[1]);
     moe(team, call, floats(op.in[0]), apart);
     weighted_sum(team, apart, floats(op.in[2]), step.rows, top_k, hidden, floats(op.out[0]));

@@ -48,7 +48,7 @@ enum class Kind : int64_t {
 // Pointers, sizes and a factor mean what the operation's function says.
 struct Operation {
     Kind kind;
-    const void* in[5];
+    const void* in[6];
     void* out[4];
     int64_t sizes[8];
     float factor;

@@ -132,6 +132,15 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+// Nibbles of eight bytes as floats.
+ALWAYS_INLINE F32 load_low_nibbles(const uint8_t* p) {
+    const I32 v = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15)));
+}
+ALWAYS_INLINE F32 load_high_nibbles(const uint8_t* p) {
+    const I32 v = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtepi32_ps(_mm256_srli_epi32(v, 4));
+}
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const I32 c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

@@ -96,6 +96,15 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+// Nibbles of sixteen bytes as floats.
+ALWAYS_INLINE F32 load_low_nibbles(const uint8_t* p) {
+    const I32 v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(15)));
+}
+ALWAYS_INLINE F32 load_high_nibbles(const uint8_t* p) {
+    const I32 v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtepi32_ps(_mm512_srli_epi32(v, 4));
+}
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const I32 c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

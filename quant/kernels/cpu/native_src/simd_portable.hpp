@@ -160,6 +160,11 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
     x[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) { return __builtin_convertvector(load_as<SignedOctets>(p), F32); }
+// Nibbles of sixteen bytes as floats.
+ALWAYS_INLINE F32 load_low_nibbles(const uint8_t* p) {
+    return to_float(reinterpret_cast<I32>(load_octets(p) & splat_bits(15)));
+}
+ALWAYS_INLINE F32 load_high_nibbles(const uint8_t* p) { return to_float(reinterpret_cast<I32>(load_octets(p) >> 4)); }
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const U32 codes = load_octets(p);

@@ -2,208 +2,72 @@
 // panels are pairs of columns, 64 bytes each (fp8_place). Rows that a last panel lacks are zero.
 #include <cstring>
 
-#include "kernels.hpp"
+#include "file_rows_k.hpp"
 
 namespace loci {
 namespace {
 
 constexpr int64_t kSpan = 4 * kPanelRows;  // four bytes of each row
 
-struct Shape {
-    int bits;          // of a code
-    int strip_blocks;  // blocks of 32 columns in a strip
-    int group_blocks;  // blocks that share a scale
-    int fields;        // scale, and offset where there is one
-    int field_bytes;
-    int file_block;  // bytes of a GGUF block, which begins with its fields; 0: scales lie apart
-};
-
-Shape shape_of(const Matrix& m) {
-    switch (m.format) {
-        case kMxfp4: return {4, 4, 1, 1, 1, 0};
-        case kNf4: return {4, 4, 2, 1, 4, 0};
-        case kInt4: return {4, 4, static_cast<int>(m.tile_cols / kBlock), 1, 2, 0};
-        case kInt4Offset: return {4, 4, static_cast<int>(m.tile_cols / kBlock), 2, 2, 0};
-        case kQ4_0: return {4, 4, 1, 1, 2, 18};
-        case kQ4_1: return {4, 4, 1, 2, 2, 20};
-        case kQ8_0: return {8, 4, 1, 1, 2, 34};
-        default: return {6, 8, 8, 18, 1, 210};  // kQ6_K: d and 16 scales per strip
+// Calls visit with the rows of four-bit formats that have groups of 32, 64 or 128 columns.
+template <int kFieldBytes, int kFields, class Visit>
+auto with_groups(int64_t columns, const Visit& visit) {
+    switch (columns) {
+        case 32: return visit(ApartRows<32, kFieldBytes, kFields, false>());
+        case 64: return visit(ApartRows<64, kFieldBytes, kFields, false>());
+        default: return visit(ApartRows<128, kFieldBytes, kFields, false>());
     }
 }
 
-// A row in file layout.
-struct FileRow {
-    uint8_t* codes;
-    uint8_t* scales;
-};
-
-int64_t scale_bytes(const Matrix& m) {  // of a row
-    const Shape s = shape_of(m);
-    return m.cols / kBlock / s.group_blocks * s.fields * s.field_bytes;
-}
-
-int64_t row_bytes(const Matrix& m) {  // codes and scales
-    if (m.format == kFp8) return (m.cols + 1) / 2 * 2;
-    return m.cols * shape_of(m).bits / 8 + scale_bytes(m);
-}
-
-// In these formats codes and scales are two arrays.
-bool scales_apart(const Matrix& m) { return m.format != kFp8 && shape_of(m).file_block == 0; }
-
-FileRow file_row(const Matrix& m, int64_t row) {
-    uint8_t* codes = const_cast<uint8_t*>(m.codes);
-    if (!scales_apart(m)) return {codes + row * row_bytes(m), nullptr};
-    uint8_t* scales = static_cast<uint8_t*>(const_cast<void*>(m.scales));
-    return {codes + row * (m.cols / 2), scales + row * scale_bytes(m)};
-}
-
-// The next functions move a block's codes between file and panel order, as words of four bytes: word k is what
-// a row has in span k. Even and odd columns beside each other in a byte: eight columns 0..7 are the nibbles
-// of a word, and the panel wants them as 0 4 1 5 2 6 3 7; both steps swap, so both undo themselves.
-template <class Word>
-Word swap_nibbles(Word v) {
-    return (v & 0x0f0f0f0fu) << 4 | (v >> 4 & 0x0f0f0f0fu);
-}
-
-template <class Word>
-Word pairs_to_panel(Word v) {
-    Word t = (v >> 8 ^ v) & 0x0000ff00u;
-    v ^= t ^ t << 8;
-    t = (v >> 4 ^ v) & 0x00f000f0u;
-    return v ^ t ^ t << 4;
-}
-
-uint32_t panel_to_pairs(uint32_t v) {
-    uint32_t t = (v >> 4 ^ v) & 0x00f000f0u;
-    v ^= t ^ t << 4;
-    t = (v >> 8 ^ v) & 0x0000ff00u;
-    return v ^ t ^ t << 8;
-}
-
-// GGUF: byte j has columns j and 16 + j. Takes each pair of words apart and puts it together across.
-void halves_to_panel(const uint32_t* in, uint32_t* out) {
-    constexpr uint32_t kLow = 0x0f0f0f0fu;
-    for (int k = 0; k < 2; ++k) {
-        out[k] = (in[2 * k] & kLow) | (in[2 * k + 1] & kLow) << 4;
-        out[k + 2] = (in[2 * k] >> 4 & kLow) | (in[2 * k + 1] & ~kLow);
-    }
-}
-
-void panel_to_halves(const uint32_t* in, uint32_t* out) {
-    constexpr uint32_t kLow = 0x0f0f0f0fu;
-    for (int k = 0; k < 2; ++k) {
-        out[2 * k] = (in[k] & kLow) | (in[k + 2] & kLow) << 4;
-        out[2 * k + 1] = (in[k] >> 4 & kLow) | (in[k + 2] & ~kLow);
-    }
-}
-
-// Q6_K, where block b of a strip has its codes: low bits in a nibble of 32 bytes, high ones in two bits of 32.
-struct SixBits {
-    uint8_t *low, *high;
-    int nibble, shift;
-    SixBits(uint8_t* strip, int64_t b)
-        : low(strip + b / 4 * 64 + b % 2 * 32), high(strip + 128 + b / 4 * 32), nibble(b % 4 < 2 ? 0 : 4),
-          shift(static_cast<int>(b % 4 * 2)) {}
-};
-
-void six_bits_to_panel(const SixBits& in, uint8_t* out) {
-    std::memset(out, 0, 24);
-    for (int c = 0; c < kBlock; ++c) {
-        const int low = in.low[c] >> in.nibble & 15, high = in.high[c] >> in.shift & 3;
-        out[c / 8 * 4 + c % 4] = static_cast<uint8_t>(out[c / 8 * 4 + c % 4] | low << (c & 4));
-        out[16 + c / 16 * 4 + c % 4] = static_cast<uint8_t>(out[16 + c / 16 * 4 + c % 4] | high << (c / 4 % 4 * 2));
-    }
-}
-
-void panel_to_six_bits(const uint8_t* in, const SixBits& out) {
-    for (int c = 0; c < kBlock; ++c) {
-        const int low = in[c / 8 * 4 + c % 4] >> (c & 4) & 15;
-        const int high = in[16 + c / 16 * 4 + c % 4] >> (c / 4 % 4 * 2) & 3;
-        out.low[c] = static_cast<uint8_t>((out.low[c] & ~(15 << out.nibble)) | low << out.nibble);
-        out.high[c] = static_cast<uint8_t>((out.high[c] & ~(3 << out.shift)) | high << out.shift);
-    }
-}
-
-void read_block(const Matrix& m, FileRow row, int64_t block, uint32_t* words) {
-    const Shape s = shape_of(m);
-    uint32_t in[8];
-    if (m.format == kQ6_K) {
-        const SixBits six(row.codes + block / 8 * s.file_block, block % 8);
-        six_bits_to_panel(six, reinterpret_cast<uint8_t*>(words));
-    } else if (m.format == kQ8_0) {
-        std::memcpy(words, row.codes + block * s.file_block + 2, 32);
-    } else if (s.file_block) {
-        std::memcpy(in, row.codes + block * s.file_block + s.fields * s.field_bytes, 16);
-        halves_to_panel(in, words);
-    } else {
-        std::memcpy(in, row.codes + block * 16, 16);
-        for (int k = 0; k < 4; ++k) words[k] = pairs_to_panel(m.format == kNf4 ? swap_nibbles(in[k]) : in[k]);
-    }
-}
-
-void write_block(const Matrix& m, FileRow row, int64_t block, const uint32_t* words) {
-    const Shape s = shape_of(m);
-    uint32_t out[8];
-    if (m.format == kQ6_K) {
-        const SixBits six(row.codes + block / 8 * s.file_block, block % 8);
-        panel_to_six_bits(reinterpret_cast<const uint8_t*>(words), six);
-    } else if (m.format == kQ8_0) {
-        std::memcpy(row.codes + block * s.file_block + 2, words, 32);
-    } else if (s.file_block) {
-        panel_to_halves(words, out);
-        std::memcpy(row.codes + block * s.file_block + s.fields * s.field_bytes, out, 16);
-    } else {
-        for (int k = 0; k < 4; ++k) {
-            const uint32_t v = panel_to_pairs(words[k]);
-            out[k] = m.format == kNf4 ? swap_nibbles(v) : v;
-        }
-        std::memcpy(row.codes + block * 16, out, 16);
-    }
-}
-
-// Calls copy(file bytes, header bytes, n) for every scale of row r of a strip.
-template <class Copy>
-void each_scale(const Matrix& m, FileRow row, int64_t block, int blocks, int r, uint8_t* header, const Copy& copy) {
-    const Shape s = shape_of(m);
-    if (m.format == kQ6_K) {
-        uint8_t* strip = row.codes + block / 8 * s.file_block;
-        copy(strip + 208, header + 2 * r, 2);
-        for (int i = 0; i < 16; ++i) copy(strip + 192 + i, header + (2 + i) * kPanelRows + r, 1);
-        return;
-    }
-    const int groups = blocks / s.group_blocks;
-    for (int g = 0; g < groups; ++g)
-        for (int f = 0; f < s.fields; ++f) {
-            uint8_t* file = s.file_block ? row.codes + (block + g) * s.file_block + f * s.field_bytes
-                                         : row.scales + ((block / s.group_blocks + g) * s.fields + f) * s.field_bytes;
-            copy(file, header + ((f * groups + g) * kPanelRows + r) * s.field_bytes,
-                 static_cast<size_t>(s.field_bytes));
-        }
-}
-
-// Calls visit(first block, blocks, header, codes) for every strip of a panel.
+// Calls visit with what reads and writes rows of a packed format's file layout.
 template <class Visit>
-void each_strip(const Matrix& m, uint8_t* panel, const Visit& visit) {
-    const Shape s = shape_of(m);
-    const int64_t all = m.cols / kBlock;
-    for (int64_t block = 0; block < all; block += s.strip_blocks) {
-        const int blocks = static_cast<int>(all - block < s.strip_blocks ? all - block : s.strip_blocks);
-        uint8_t* codes = panel + kPanelRows * (blocks / s.group_blocks) * s.fields * s.field_bytes;
-        visit(block, blocks, panel, codes);
-        panel = codes + blocks * s.bits * kSpan;
+auto with_rows(const Matrix& m, const Visit& visit) {
+    switch (m.format) {
+        case kMxfp4: return visit(ApartRows<32, 1, 1, false>());
+        case kNvfp4: return visit(NvRows());
+        case kNf4: return visit(ApartRows<64, 4, 1, true>());
+        case kInt4:
+        case kInt4Half: return with_groups<2, 1>(m.tile_cols, visit);
+        case kInt4Offset: return with_groups<2, 2>(m.tile_cols, visit);
+        case kInt4OffsetFloat: return with_groups<4, 2>(m.tile_cols, visit);
+        case kMxfp4Blocks: return visit(BlockRows<4, 1, 1>());
+        case kQ4_0:
+        case kIq4Nl: return visit(BlockRows<4, 2, 1>());
+        case kQ4_1: return visit(BlockRows<4, 2, 2>());
+        case kQ5_0: return visit(BlockRows<5, 2, 1>());
+        case kQ5_1: return visit(BlockRows<5, 2, 2>());
+        case kQ8_0: return visit(BlockRows<8, 2, 1>());
+        case kQ2_K: return visit(Q2Rows());
+        case kQ3_K: return visit(Q3Rows());
+        case kQ4_K: return visit(Q4Rows());
+        case kQ5_K: return visit(Q5Rows());
+        case kIq4Xs: return visit(Iq4XsRows());
+        default: return visit(Q6Rows());
     }
 }
 
-// The scales of a strip: from a row of file layout each, `apart` bytes apart, to row beside row.
-template <class Field>
-void copy_scales(const uint8_t* file, int64_t apart, int groups, uint8_t* header) {
-    for (int f = 0; f < groups; ++f)
-        for (int r = 0; r < kPanelRows; ++r)
-            std::memcpy(header + (f * kPanelRows + r) * sizeof(Field), file + r * apart + f * sizeof(Field),
-                        sizeof(Field));
+// Bytes that a row has at the beginning of its panel: the factor of NVFP4.
+int64_t prefix_bytes(const Matrix& m) { return m.format == kNvfp4 ? 4 : 0; }
+
+template <class Rows>
+FileRow file_row(const Matrix& m, int64_t row) {
+    uint8_t* scales = static_cast<uint8_t*>(const_cast<void*>(m.scales));
+    return {const_cast<uint8_t*>(m.codes) + row * Rows::code_bytes(m),
+            scales == nullptr ? nullptr : scales + row * Rows::scale_bytes(m)};
 }
 
-typedef uint32_t Words __attribute__((vector_size(16)));  // four of a row's
+// Calls visit(first block, blocks, bytes of a row before the strip) for every strip; returns a row's bytes in a panel.
+template <class Rows, class Visit>
+int64_t each_strip(const Matrix& m, const Visit& visit) {
+    const int64_t all = m.cols / kBlock;
+    int64_t at = prefix_bytes(m);
+    for (int64_t block = 0; block < all; block += Rows::kStripBlocks) {
+        const int blocks = static_cast<int>(all - block < Rows::kStripBlocks ? all - block : Rows::kStripBlocks);
+        visit(block, blocks, at);
+        at += Rows::header(blocks).bytes() + 4 * Rows::kBits * blocks;
+    }
+    return at;
+}
 
 // Rows of four words to columns.
 void transpose(Words w[4]) {
@@ -217,102 +81,143 @@ void transpose(Words w[4]) {
     w[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 }
 
-// A whole strip of four-bit codes: 32 rows of 64 bytes, a transposition of words that stays in the nearest cache.
-template <bool Swap>
-void copy_strip(const uint8_t* codes, int64_t apart, uint8_t* to) {
-    for (int r = 0; r < kPanelRows; r += 4)
-        for (int b = 0; b < 4; ++b) {
-            Words words[4];
-            for (int i = 0; i < 4; ++i) {
-                const uint8_t* from = codes + (r + i) * apart + 16 * b;
-                if (b == 0) __builtin_prefetch(from + 256);  // rows are too many streams for the processor to foresee
-                std::memcpy(&words[i], from, 16);
-                words[i] = pairs_to_panel(Swap ? swap_nibbles(words[i]) : words[i]);
-            }
-            transpose(words);
-            for (int k = 0; k < 4; ++k) std::memcpy(to + (4 * b + k) * kSpan + 4 * r, &words[k], 16);
-        }
+// Fields of four rows, from the first of them on, to row beside row.
+template <int kBytes>
+void put_fields(const RowStrip* strips, int from, int count, int row, uint8_t* to) {
+    for (int f = 0; f < count; ++f)
+        for (int i = 0; i < 4; ++i)
+            std::memcpy(to + (f * kPanelRows + row + i) * kBytes, strips[i].fields + from + f * kBytes, kBytes);
 }
 
-// As the general way below, for what experts are mostly made of: a full panel, one scale a group, whole strips.
-bool tile_plain_four_bit(const Matrix& m, int64_t first, uint8_t* out) {
-    const Shape s = shape_of(m);
-    if (!scales_apart(m) || s.fields != 1 || m.rows - first < kPanelRows || m.cols % (s.strip_blocks * kBlock))
-        return false;
-    const FileRow row = file_row(m, first);
-    const int64_t scales_apart_by = scale_bytes(m), codes_apart_by = m.cols / 2;
-    const int groups = s.strip_blocks / s.group_blocks;
-    each_strip(m, out, [&](int64_t block, int, uint8_t* header, uint8_t* codes) {
-        const uint8_t* scales = row.scales + block / s.group_blocks * s.field_bytes;
-        switch (s.field_bytes) {
-            case 1: copy_scales<uint8_t>(scales, scales_apart_by, groups, header); break;
-            case 2: copy_scales<uint16_t>(scales, scales_apart_by, groups, header); break;
-            default: copy_scales<uint32_t>(scales, scales_apart_by, groups, header);
+inline void put_header(const RowStrip* strips, Header header, int row, uint8_t* to) {
+    switch (header.wide_bytes) {
+        case 1: put_fields<1>(strips, 0, header.wide, row, to); break;
+        case 2: put_fields<2>(strips, 0, header.wide, row, to); break;
+        default: put_fields<4>(strips, 0, header.wide, row, to);
+    }
+    const int wide = header.wide * header.wide_bytes;
+    put_fields<1>(strips, wide, header.narrow, row, to + wide * kPanelRows);
+}
+
+void put_words(const RowStrip* strips, int count, int row, uint8_t* to) {
+    to += 4 * row;
+    int k = 0;
+    for (; k + 4 <= count; k += 4) {
+        Words words[4];
+        for (int i = 0; i < 4; ++i) words[i] = load_words(strips[i].words + k);
+        transpose(words);
+        for (int i = 0; i < 4; ++i) store_words(to + (k + i) * kSpan, words[i]);
+    }
+    for (; k < count; ++k)
+        for (int i = 0; i < 4; ++i) std::memcpy(to + k * kSpan + 4 * i, strips[i].words + k, 4);
+}
+
+// A whole strip of four rows: a transposition of words that stays in registers.
+template <class Rows>
+void put_blocks(const FileRow* rows, int64_t block, uint8_t* to) {
+    for (int b = 0; b < Rows::kStripBlocks; ++b) {
+        Words words[4];
+        for (int i = 0; i < 4; ++i) words[i] = Rows::read_block(rows[i], block + b);
+        transpose(words);
+        for (int k = 0; k < 4; ++k) store_words(to + (4 * b + k) * kSpan, words[k]);
+    }
+}
+
+template <class Rows>
+void tile_rows(const Matrix& m, int64_t first, int rows, uint8_t* out) {
+    if (const int64_t bytes = prefix_bytes(m))
+        for (int r = 0; r < rows; ++r) {
+            const uint8_t* end = static_cast<const uint8_t*>(m.scales) + (first + r + 1) * Rows::scale_bytes(m);
+            std::memcpy(out + r * bytes, end - bytes, static_cast<size_t>(bytes));
         }
-        if (m.format == kNf4) copy_strip<true>(row.codes + block * 16, codes_apart_by, codes);
-        else copy_strip<false>(row.codes + block * 16, codes_apart_by, codes);
+    FileRow row[kPanelRows];
+    for (int r = 0; r < kPanelRows; ++r) row[r] = file_row<Rows>(m, first + (r < rows ? r : 0));
+    RowStrip strips[4] = {};
+    each_strip<Rows>(m, [&](int64_t block, int blocks, int64_t at) {
+        uint8_t* strip = out + at * kPanelRows;
+        const Header header = Rows::header(blocks);
+        uint8_t* codes = strip + header.bytes() * kPanelRows;
+        for (int r = 0; r < rows; r += 4) {
+            if constexpr (Rows::kByBlock) {
+                if (r + 4 <= rows && blocks == Rows::kStripBlocks) {
+                    for (int i = 0; i < 4; ++i) {
+                        __builtin_prefetch(row[r + i].codes + block * 16 + kFileAhead);
+                        Rows::read_fields(row[r + i], block, Rows::kStripBlocks, strips[i].fields);
+                    }
+                    put_header(strips, Rows::header(Rows::kStripBlocks), r, strip);
+                    put_blocks<Rows>(row + r, block, codes + 4 * r);
+                    continue;
+                }
+            }
+            for (int i = 0; i < 4; ++i)
+                if (r + i < rows) Rows::read(row[r + i], block, blocks, strips[i]);
+                else strips[i] = {};
+            put_header(strips, header, r, strip);
+            put_words(strips, Rows::kBits * blocks, r, codes);
+        }
     });
-    return true;
+}
+
+template <class Rows>
+void untile_packed_row(const Matrix& m, const uint8_t* panel, int r, FileRow to) {
+    if (const int64_t bytes = prefix_bytes(m))
+        std::memcpy(to.scales + Rows::scale_bytes(m) - bytes, panel + r * bytes, static_cast<size_t>(bytes));
+    each_strip<Rows>(m, [&](int64_t block, int blocks, int64_t at) {
+        const uint8_t* from = panel + at * kPanelRows;
+        const Header header = Rows::header(blocks);
+        RowStrip strip;
+        uint8_t* field = strip.fields;
+        for (int f = 0; f < header.wide; ++f, field += header.wide_bytes, from += kPanelRows * header.wide_bytes)
+            std::memcpy(field, from + r * header.wide_bytes, static_cast<size_t>(header.wide_bytes));
+        for (int f = 0; f < header.narrow; ++f, from += kPanelRows) *field++ = from[r];
+        for (int k = 0; k < Rows::kBits * blocks; ++k) std::memcpy(strip.words + k, from + k * kSpan + 4 * r, 4);
+        Rows::write(to, block, blocks, strip);
+    });
 }
 
 }  // namespace
 
-int64_t panel_bytes(const Matrix& m) { return kPanelRows * row_bytes(m); }
+int64_t panel_bytes(const Matrix& m) {
+    if (m.format == kFp8) return kPanelRows * ((m.cols + 1) / 2 * 2);
+    return kPanelRows *
+           with_rows(m, [&](auto rows) { return each_strip<decltype(rows)>(m, [](int64_t, int, int64_t) {}); });
+}
 
 void tile_panel(const Matrix& m, int64_t panel, uint8_t* out) {
     const int64_t first = panel * kPanelRows;
     const int rows = static_cast<int>(m.rows - first < kPanelRows ? m.rows - first : kPanelRows);
     if (rows < kPanelRows || m.cols % 2) std::memset(out, 0, static_cast<size_t>(panel_bytes(m)));
-    if (m.format == kFp8) {
-        for (int r = 0; r < rows; ++r) {
-            const uint8_t* codes = m.codes + (first + r) * m.cols;
-            uint8_t* to = out + fp8_place(r);
-            for (int64_t c = 0; c + 1 < m.cols; c += 2) std::memcpy(to + c * kPanelRows, codes + c, 2);
-            if (m.cols % 2) to[(m.cols - 1) * kPanelRows] = codes[m.cols - 1];
-        }
+    if (m.format != kFp8) {
+        with_rows(m, [&](auto layout) { tile_rows<decltype(layout)>(m, first, rows, out); });
         return;
     }
-    if (tile_plain_four_bit(m, first, out)) return;
-    const int bits = shape_of(m).bits;
-    each_strip(m, out, [&](int64_t block, int blocks, uint8_t* header, uint8_t* codes) {
-        for (int r = 0; r < rows; ++r) {
-            const FileRow row = file_row(m, first + r);
-            each_scale(m, row, block, blocks, r, header,
-                       [](uint8_t* file, uint8_t* tile, size_t n) { std::memcpy(tile, file, n); });
-            for (int b = 0; b < blocks; ++b) {
-                uint32_t words[8];
-                read_block(m, row, block + b, words);
-                uint8_t* to = codes + b * bits * kSpan + 4 * r;
-                for (int k = 0; k < bits; ++k) std::memcpy(to + k * kSpan, words + k, 4);
-            }
-        }
-    });
+    for (int r = 0; r < rows; ++r) {
+        const uint8_t* codes = m.codes + (first + r) * m.cols;
+        uint8_t* to = out + fp8_place(r);
+        for (int64_t c = 0; c + 1 < m.cols; c += 2) std::memcpy(to + c * kPanelRows, codes + c, 2);
+        if (m.cols % 2) to[(m.cols - 1) * kPanelRows] = codes[m.cols - 1];
+    }
 }
 
 void untile_row(const Matrix& tiled, int64_t row, uint8_t* codes, uint8_t* scales) {
-    uint8_t* panel = const_cast<uint8_t*>(tiled.codes) + row / kPanelRows * panel_bytes(tiled);
+    const uint8_t* panel = tiled.codes + row / kPanelRows * panel_bytes(tiled);
     const int r = static_cast<int>(row % kPanelRows);
-    if (tiled.format == kFp8) {
-        for (int64_t c = 0; c < tiled.cols; ++c) codes[c] = panel[c / 2 * 2 * kPanelRows + fp8_place(r) + c % 2];
+    if (tiled.format != kFp8) {
+        const FileRow to{codes, scales};
+        with_rows(tiled, [&](auto rows) { untile_packed_row<decltype(rows)>(tiled, panel, r, to); });
         return;
     }
-    const int bits = shape_of(tiled).bits;
-    const FileRow file{codes, scales};
-    each_strip(tiled, panel, [&](int64_t block, int blocks, uint8_t* header, uint8_t* tile_codes) {
-        each_scale(tiled, file, block, blocks, r, header,
-                   [](uint8_t* to, uint8_t* tile, size_t n) { std::memcpy(to, tile, n); });
-        for (int b = 0; b < blocks; ++b) {
-            uint32_t words[8];
-            const uint8_t* from = tile_codes + b * bits * kSpan + 4 * r;
-            for (int k = 0; k < bits; ++k) std::memcpy(words + k, from + k * kSpan, 4);
-            write_block(tiled, file, block + b, words);
-        }
-    });
+    for (int64_t c = 0; c < tiled.cols; ++c) codes[c] = panel[c / 2 * 2 * kPanelRows + fp8_place(r) + c % 2];
 }
 
 void file_row_bytes(const Matrix& m, int64_t* codes, int64_t* scales) {
-    *scales = scales_apart(m) ? scale_bytes(m) : 0;
-    *codes = m.format == kFp8 ? m.cols : row_bytes(m) - *scales;
+    *scales = 0;
+    *codes = m.cols;
+    if (m.format != kFp8)
+        with_rows(m, [&](auto rows) {
+            *codes = decltype(rows)::code_bytes(m);
+            *scales = decltype(rows)::scale_bytes(m);
+        });
 }
 
 }  // namespace loci

@@ -1,0 +1,110 @@
+"""Released configurations of decoders, to be planned without their checkpoints.
+
+Each is what changes sizes in the config.json that lies beside the release's weights on the Hub, under the
+names used there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.families.decoder.config_only import config_shape
+from memory.planner.published import NAMES as HAND_WRITTEN
+from memory.planner.published import built_in
+from memory.planner.shape import ModelShape
+
+_QWEN3 = {
+    "model_type": "qwen3_moe", "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128,
+    "num_experts_per_tok": 8, "norm_topk_prob": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+}  # fmt: skip
+_MIXTRAL = {
+    "model_type": "mixtral", "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+_GRANITE = {
+    "model_type": "granitemoe", "num_key_value_heads": 8, "intermediate_size": 512, "num_experts_per_tok": 8,
+    "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-6, "rope_theta": 1.5e6, "vocab_size": 49155, "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+_GLM = {
+    "model_type": "glm4_moe", "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+    "attention_bias": True, "partial_rotary_factor": 0.5, "num_experts_per_tok": 8, "n_shared_experts": 1,
+    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+    "vocab_size": 151552, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+_GPT_OSS = {
+    "model_type": "gpt_oss", "hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "head_dim": 64, "intermediate_size": 2880, "num_experts_per_tok": 4, "sliding_window": 128,
+    "attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 150000, "vocab_size": 201088,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+
+RELEASED: dict[str, dict[str, Any]] = {
+    "glm-4.5": _GLM | {
+        "hidden_size": 5120, "num_hidden_layers": 92, "intermediate_size": 12288, "first_k_dense_replace": 3,
+        "n_routed_experts": 160, "moe_intermediate_size": 1536, "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+    },
+    "glm-4.5-air": _GLM | {
+        "hidden_size": 4096, "num_hidden_layers": 46, "intermediate_size": 10944, "first_k_dense_replace": 1,
+        "n_routed_experts": 128, "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0,
+        "use_qk_norm": False,
+    },
+    "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
+    "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "granite-3.1-1b-a400m": _GRANITE | {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "num_local_experts": 32,
+        "logits_scaling": 6.0,
+    },
+    "granite-3.1-3b-a800m": _GRANITE | {
+        "hidden_size": 1536, "num_hidden_layers": 32, "num_attention_heads": 24, "num_local_experts": 40,
+        "logits_scaling": 6.0,
+    },
+    "minimax-m2": {
+        "model_type": "minimax_m2", "hidden_size": 3072, "num_hidden_layers": 62, "num_attention_heads": 48,
+        "num_key_value_heads": 8, "head_dim": 128, "rotary_dim": 64, "intermediate_size": 1536,
+        "num_local_experts": 256, "num_experts_per_tok": 8, "scoring_func": "sigmoid", "use_qk_norm": True,
+        "use_routing_bias": True, "rms_norm_eps": 1e-6, "rope_theta": 5e6, "vocab_size": 200064,
+        "max_position_embeddings": 196608, "tie_word_embeddings": False,
+        "quantization_config": {
+            "quant_method": "fp8", "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+        },
+    },
+    "mixtral-8x22b": _MIXTRAL | {
+        "hidden_size": 6144, "num_hidden_layers": 56, "num_attention_heads": 48, "intermediate_size": 16384,
+        "max_position_embeddings": 65536,
+    },
+    "mixtral-8x7b": _MIXTRAL | {
+        "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+    },
+    "olmoe-1b-7b": {
+        "model_type": "olmoe", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
+        "norm_topk_prob": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": 50304,
+        "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    },
+    "qwen3-235b-a22b": _QWEN3 | {
+        "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+    },
+    "qwen3-30b-a3b": _QWEN3 | {
+        "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+    },
+}  # fmt: skip
+
+NAMES = tuple(sorted((*HAND_WRITTEN, *RELEASED)))
+
+
+def released_shape(name: str) -> ModelShape:
+    """The shape of a model known by name. Raises ConfigError listing the names of those without one."""
+    return config_shape(RELEASED[name], name) if name in RELEASED else built_in(name)

@@ -1,0 +1,157 @@
+"""A config that only looks like one of a decoder family is refused, with all that is wrong named at once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.families.base import Family
+from engine.families.loader import open_checkpoint
+from engine.families.registry import family_of
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.planner.budget import MemoryBudget
+from quant.errors import CheckpointError, ConfigError, LociError
+from quant.kernels.reference import ReferenceKernels
+from tests.engine.families.golden_families import SAFETENSORS, family_path
+
+
+def with_changes(name: str, changes: dict[str, Any]) -> tuple[Family, Checkpoint]:
+    """A golden checkpoint as if its config had these values; None removes a key."""
+    checkpoint = open_checkpoint(family_path(name))
+    config = {key: value for key, value in (dict(checkpoint.config) | changes).items() if value is not None}
+    changed = Checkpoint(checkpoint.path, checkpoint.model_type, config, checkpoint.entries, [])
+    return family_of(changed), changed
+
+
+def refusal(name: str, changes: dict[str, Any]) -> str:
+    family, checkpoint = with_changes(name, changes)
+    with pytest.raises(ConfigError) as caught:
+        family.describe(checkpoint)
+    with pytest.raises(ConfigError):
+        family.load(checkpoint, ReferenceKernels(), MemoryBudget(1 << 30))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_several_things_that_are_not_computed_are_named_in_one_error(name: str) -> None:
+    said = refusal(
+        name,
+        {
+            "hidden_act": "gelu",
+            "rms_norm_eps": "small",
+            "final_logit_softcapping": 30.0,
+            "rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]},
+        },
+    )
+
+    assert f"hidden_act is 'gelu'; the {name} family supports only 'silu'" in said
+    assert "rms_norm_eps is 'small', expected a positive number" in said
+    assert f"final_logit_softcapping is 30.0; the {name} family does not support it" in said
+    assert "rope scaling 'longrope' is not supported" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_keys_that_are_switched_off_or_change_nothing_are_passed_over(name: str) -> None:
+    family, checkpoint = with_changes(
+        name,
+        {
+            "attn_logit_cap": None,
+            "use_gate": False,
+            "extra_norms": [],
+            "transformers_version": "9",
+            "top_p": 1,
+        },
+    )
+    family.describe(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3_moe", {"num_experts": None}, "num_experts is None, expected a positive number"),
+        ("qwen3_moe", {"norm_topk_prob": 2}, "norm_topk_prob is 2, expected true or false"),
+        ("qwen3_moe", {"num_key_value_heads": 3}, "4 query heads are not a multiple of 3 key-value heads"),
+        ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("mixtral", {"attention_bias": True}, "attention_bias is True"),
+        ("olmoe", {"attention_bias": True}, "attention_bias is True"),
+        ("olmoe", {"clip_qkv": -1}, "clip_qkv is -1, expected a positive number"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0, expected a positive number"),
+        ("granitemoe", {"shared_intermediate_size": 64}, "shared_intermediate_size is 64"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; .* supports only 'sigmoid'"),
+        ("glm4_moe", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
+        ("glm4_moe", {"n_group": 5}, "12 experts are not a multiple of 5 groups"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
+        (
+            "gpt_oss",
+            {"layer_types": ["full_attention"] * 3},
+            "layer_types is .*, expected 4 of sliding_attention, full",
+        ),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, "layer_types is"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    assert re.search(message, refusal(name, changes))
+
+
+@pytest.mark.parametrize("name", SAFETENSORS)
+def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_is_read(
+    name: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / name
+    shutil.copytree(family_path(name), copy)
+    (copy / "model.safetensors.index.json").unlink()
+    tensors: dict[str, torch.Tensor] = {}
+    for file in copy.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(8, 8)
+    tensors["model.layers.0.post_feedforward_layernorm.weight"] = torch.zeros(8)
+    save_file(tensors, copy / "model.safetensors")
+    checkpoint = open_checkpoint(copy)
+
+    with pytest.raises(CheckpointError) as caught:
+        family_of(checkpoint).check(checkpoint)
+
+    for problem in (
+        "missing tensor model.layers.1.self_attn.o_proj.weight",
+        "model.layers.0.self_attn.k_proj.weight: shape [8, 8], expected",
+        "unexpected tensor model.layers.0.post_feedforward_layernorm.weight [8]",
+    ):
+        assert problem in str(caught.value)
+
+
+def test_a_layer_less_than_the_config_says_is_missed() -> None:
+    family, checkpoint = with_changes("qwen3_moe", {"num_hidden_layers": 4})
+    with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.3\.input_layernorm\.weight"):
+        family.check(checkpoint)
+
+
+def test_experts_of_a_dtype_that_no_format_has_are_named() -> None:
+    family, checkpoint = with_changes("qwen3_moe", {})
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    entries = dict(checkpoint.entries)
+    entries[name] = type(entries[name])(**{**vars(entries[name]), "dtype": "F8_E5M2"})
+    changed = Checkpoint(checkpoint.path, checkpoint.model_type, checkpoint.config, entries, [])
+    family.describe(changed)
+    with pytest.raises(LociError, match=r"up_proj\.weight is F8_E5M2 without scales"):
+        family.check(changed)
+
+
+def test_draft_layers_are_met_and_not_counted() -> None:
+    checkpoint = open_checkpoint(family_path("glm4_moe"))
+    draft = [name for name in checkpoint.entries if name.startswith("model.layers.3.")]
+    assert draft
+    family = family_of(checkpoint)
+    family.check(checkpoint)
+    used = sum(component.nbytes for component in family.describe(checkpoint)[1])
+    total = sum(entry.nbytes for entry in checkpoint.entries.values())
+    assert used == total - sum(checkpoint.entries[name].nbytes for name in draft)

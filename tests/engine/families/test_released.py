@@ -1,0 +1,99 @@
+"""Released configurations weigh what was published: parameters, and bytes where these are known."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from engine.families.decoder.config_only import config_shape
+from engine.families.loader import open_checkpoint
+from engine.families.released import NAMES, RELEASED, released_shape
+from engine.families.shapes import shape_of
+from memory.planner.shape import ModelShape
+from quant.errors import ConfigError
+from tests.engine.families.golden_families import family_path
+from tests.server.harness import invoke
+
+# Parameters as the Hub counts them in the safetensors files; total_size of model.safetensors.index.json.
+PUBLISHED = {
+    "gpt-oss-120b": (116_829_156_672, None),
+    "gpt-oss-20b": (20_914_757_184, 13_761_264_768),
+    "mixtral-8x22b": (140_620_634_112, 281_241_268_224),
+    "mixtral-8x7b": (46_702_792_704, 93_405_585_408),
+    "minimax-m2": (228_703_644_928, None),  # with its FP8 scales, which count nothing here
+    "olmoe-1b-7b": (6_919_161_856, 13_838_323_712),
+    "qwen3-235b-a22b": (235_093_634_560, 470_187_269_120),
+    "qwen3-30b-a3b": (30_532_122_624, 61_064_245_248),
+}
+# With a draft layer behind the last one, which is ignored here.
+WITH_DRAFT = {"glm-4.5": 358_337_791_296, "glm-4.5-air": 110_468_824_832}
+# In billions, as their cards round them.
+ROUNDED = {"granite-3.1-1b-a400m": 1.3, "granite-3.1-3b-a800m": 3.3}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_bytes_are_the_published_ones(name: str) -> None:
+    parameters, nbytes = PUBLISHED[name]
+    shape = released_shape(name)
+    assert shape.parameters == pytest.approx(parameters, rel=1e-3)
+    if nbytes is not None:
+        assert shape.nbytes == pytest.approx(nbytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", WITH_DRAFT)
+def test_parameters_are_the_published_ones_less_the_draft_layer(name: str) -> None:
+    shape = released_shape(name)
+    assert shape.parameters + draft_parameters(shape) == pytest.approx(WITH_DRAFT[name], rel=1e-4)
+
+
+def draft_parameters(shape: ModelShape) -> int:
+    """A layer like the last, a projection of twice the width, an embedding and a head of its own, norms."""
+    last = shape.layers[-1]
+    layer = last.dense.parameters + last.shared.parameters + last.experts * last.expert.parameters
+    return layer + 2 * shape.hidden**2 + shape.embedding.parameters + shape.head.parameters + 2 * shape.hidden
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_parameters_round_to_the_published_ones(name: str) -> None:
+    assert round(released_shape(name).parameters / 1e9, 1) == ROUNDED[name]
+
+
+def test_every_released_configuration_is_checked() -> None:
+    assert PUBLISHED.keys() | WITH_DRAFT.keys() | ROUNDED.keys() == RELEASED.keys()
+    assert RELEASED.keys() <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"])
+def test_a_config_alone_weighs_what_the_checkpoint_does(name: str) -> None:
+    path = family_path(name)
+    alone = config_shape(json.loads((path / "config.json").read_text()), name)
+    assert alone == shape_of(open_checkpoint(path))
+
+
+def test_an_expert_of_gpt_oss_weighs_as_much_as_its_report_says() -> None:
+    assert math.isclose(released_shape("gpt-oss-20b").expert_nbytes, 13.2e6, rel_tol=0.01)
+
+
+def test_a_config_is_planned_without_a_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(RELEASED["qwen3-30b-a3b"]))
+    planned = invoke("plan", file, "--hardware", "4090-128g", "--json")
+    assert planned.returncode == 0
+    assert json.loads(planned.stdout)["model_bytes"] == 61_064_245_248
+
+
+def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "deepseek_v41"}')
+    refused = invoke("plan", file)
+    assert refused.returncode == 1
+    assert "planned from a checkpoint or by name" in refused.stderr
+
+
+def test_a_packed_format_that_is_not_known_without_headers_is_refused() -> None:
+    config = RELEASED["qwen3-30b-a3b"] | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(ConfigError, match="weights of gptq can be planned from a checkpoint only"):
+        config_shape(config, "qwen3")
