@@ -15,6 +15,7 @@ import torch
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cpu.recorder import Selector
 from quant.kernels.interface import Weight
+from quant.kernels.layers import RoutingRule
 
 
 class StepProgram(Protocol):
@@ -102,7 +103,7 @@ class StepRecorder(Protocol):
         """x * factor."""
         ...
 
-    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
         """The experts that the logits choose, int64, and their weights: see `LayerOperations.route`."""
         ...
 

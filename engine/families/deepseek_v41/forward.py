@@ -173,7 +173,9 @@ class DeepseekV41(Model):
             source = ops.begin(self.config.hidden_size)
             result = self._logits(ops, *self._layers(ops, source))
         except FormatError as error:
-            logger.warning("decode steps are started operation by operation on GPUs, which is slower: %s", error)
+            logger.warning(
+                "decode steps are started operation by operation on GPUs, which is slower: %s", error
+            )
             return None, nbytes
         nbytes.update(ops.nbytes(result))
         if only_look:

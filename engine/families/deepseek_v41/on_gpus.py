@@ -58,7 +58,9 @@ class Stay:
 class V41OnGpus(V41Notes):
     """`V41Operations` noted by a recorder for each device, for steps with `cache`."""
 
-    def __init__(self, parts: V41Parts, recorder_on: RecorderOn, cache: SparseCache, first: torch.device) -> None:
+    def __init__(
+        self, parts: V41Parts, recorder_on: RecorderOn, cache: SparseCache, first: torch.device
+    ) -> None:
         super().__init__(parts, recorder_on(first), cache)
         self._recorder_on = recorder_on
         self._stay = Stay(self._recorder)
@@ -183,7 +185,9 @@ class V41OnGpus(V41Notes):
         entries, chosen = self._entries_from(source)
         window = self._cache.windows[number]
         self._recorder.ring(kv, window)
-        return self._recorder.attend_sparse(q, window, attn.sink, self._config.sliding_window, entries, chosen)
+        return self._recorder.attend_sparse(
+            q, window, attn.sink, self._config.sliding_window, entries, chosen
+        )
 
     def _entries_from(self, source: int) -> tuple[torch.Tensor, Buffer]:
         """The chosen entries of another device, copied to this one: `[slots, k, dim]`, and which of them."""
@@ -234,9 +238,10 @@ class V41OnGpus(V41Notes):
         if layer.device != self._recorder.device:
             return  # its router is on another one
         c = self._config
-        x = self.norm(self.read_streams(self.write_streams(streams, y, mix), pre), layer.ffn_norm, c.rms_norm_eps)
+        x = self.read_streams(self.write_streams(streams, y, mix), pre)
+        x = self.norm(x, layer.ffn_norm, c.rms_norm_eps)
         (logits,) = self.linears(x, layer.gate)
-        ids, _ = self.route(logits, layer.gate_bias, c.num_experts_per_tok, c.routed_scaling_factor)
+        ids, _ = self.route(logits, layer.gate_bias, c.routing)
         self._guess = number, ids
 
     def acquire(self, number: int, ids: Buffer) -> None:

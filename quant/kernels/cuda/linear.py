@@ -211,9 +211,7 @@ def fp8_times_matrix(
 
 
 @triton.jit
-def plain_times_vector(
-    x, weight, rows, row_inside, cols, BLOCK_N: tl.constexpr, COLS: tl.constexpr
-):
+def plain_times_vector(x, weight, rows, row_inside, cols, BLOCK_N: tl.constexpr, COLS: tl.constexpr):
     """As `times_vector` for a weight of floats."""
     sums = tl.zeros([BLOCK_N, COLS], tl.float32)
     for first in range(0, cols, COLS):

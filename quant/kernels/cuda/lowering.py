@@ -149,11 +149,12 @@ def _mix(of: dict[str, Any]) -> RowTask:
 def _route(of: dict[str, Any]) -> RowTask:
     fields = {
         task.X.value: of["x"], task.WEIGHT.value: of["bias"], task.WIDTH.value: of["x"].shape[1],
-        task.OUT.value: of["ids"], task.POST.value: of["weights"], task.EPS.value: float(of["factor"]),
+        task.OUT.value: of["ids"], task.POST.value: of["weights"],
+        task.EPS.value: float(of["rule"].factor), task.NORM_EPS.value: float(of["rule"].epsilon),
     }  # fmt: skip
     if of.get("table") is not None:
         fields |= {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
-    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], {"TOP_K": of["top_k"]})
+    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], {"TOP_K": of["rule"].top_k})
 
 
 def _turns(of: dict[str, Any]) -> RowTask:
@@ -206,7 +207,8 @@ def _add_up(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 
 def _attend(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     names = "q", "rings", "sink", "window", "entries", "chosen", "turns", "back", "parts", "stats", "out"
-    attention = SparseAttention(**{name: of.get(name) for name in names})
+    given: dict[str, Any] = {name: of.get(name) for name in names}
+    attention = SparseAttention(**given)
     return list(attention.launches(places.step, rows, places.max_rows))
 
 
@@ -215,8 +217,8 @@ def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
         "queries", "turns", "weights", "factor", "keys", "ratio", "block", "blocks", "pool", "chosen",
         "scores", "maxima", "best", "names", "best_blocks",
     )  # fmt: skip
-    choice = Choice(**{name: of.get(name) for name in names})
-    return choice.launches(places.step, rows, places.max_rows)
+    given: dict[str, Any] = {name: of.get(name) for name in names}
+    return Choice(**given).launches(places.step, rows, places.max_rows)
 
 
 def _experts(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:

@@ -88,9 +88,9 @@ class _Chains:
     def last_ring_write(self, state: torch.Tensor) -> Noted:
         """The operation that stored a row in this ring. Raises FormatError."""
         for op in reversed(self.ops):
-            if op is not None and op.kind == "latent" and op.ins.get("state") is state:
-                if op.ins["stored"] == IN_RING and op.is_plain("weight", "turns"):
-                    return op
+            is_write = op is not None and op.kind == "latent" and op.ins.get("state") is state
+            if op is not None and is_write and op.ins["stored"] == IN_RING and op.is_plain("weight", "turns"):
+                return op
         raise FormatError("groups are pooled of rows that were stored in the same step")
 
 
@@ -124,16 +124,15 @@ def _latent(op: Noted, chains: _Chains) -> Noted:
     """A norm, then a turn, then the way into a state."""
     before = chains.before(op.ins["x"], "latent")
     is_turn = op.ins.get("turns") is not None
-    if before is not None and before.is_plain("state", *(["turns"] if is_turn else [])):
-        if before.ins["heads"] == op.ins["heads"]:
-            chains.drop(before)
-            given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
-            return replace(op, ins=before.ins | given)
+    is_free = before is not None and before.is_plain("state", *(["turns"] if is_turn else []))
+    if before is not None and is_free and before.ins["heads"] == op.ins["heads"]:
+        chains.drop(before)
+        given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
+        return replace(op, ins=before.ins | given)
     norm = chains.before(op.ins["x"], "read")
-    if norm is not None and norm.is_plain("pre") and norm.ins["weight"] is not None and _is_short(norm):
-        if op.ins["heads"] == 1:
-            chains.drop(norm)
-            return replace(op, ins=op.ins | {name: norm.ins[name] for name in ("x", "weight", "eps")})
+    if norm is not None and _is_task(norm) and op.ins["heads"] == 1:
+        chains.drop(norm)
+        return replace(op, ins=op.ins | {name: norm.ins[name] for name in ("x", "weight", "eps")})
     return op
 
 
@@ -153,7 +152,9 @@ def _gated(op: Noted, chains: _Chains) -> Noted:
     if not (_are_alike(first, second) and gate.is_plain("column", "up") and up.is_plain("column", "up")):
         return op
     chains.drop(gate, up)
-    return replace(gate, ins=gate.ins | {"up": second, "limit": op.ins["number"]}, outs={"out": op.outs["out"]})
+    return replace(
+        gate, ins=gate.ins | {"up": second, "limit": op.ins["number"]}, outs={"out": op.outs["out"]}
+    )
 
 
 def _are_alike(first: Any, second: Any) -> bool:
@@ -225,14 +226,15 @@ _RULES = {
 }
 
 
-def _is_short(op: Noted) -> bool:
-    return bool(op.outs["out"].width <= LONGEST)
+def _is_task(op: Noted) -> bool:
+    """Whether a norm is of what one program of a row task holds."""
+    return bool(op.is_plain("pre") and op.ins["weight"] is not None and op.outs["out"].width <= LONGEST)
 
 
 def _settled(ops: Iterator[Noted]) -> Iterator[Noted]:
     """Norms of short vectors are row tasks like others."""
     for op in ops:
-        if op.kind == "read" and op.is_plain("pre") and op.ins["weight"] is not None and _is_short(op):
+        if op.kind == "read" and _is_task(op):
             yield replace(op, kind="latent", ins=op.ins | {"heads": 1, "stored": 0})
         else:
             yield op

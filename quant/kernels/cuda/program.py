@@ -148,9 +148,7 @@ class Segment:
             self._launcher.start(launch)
 
 
-def arranged(
-    noted: Sequence[Noted], kept: Sequence[Buffer], max_rows: int
-) -> tuple[list[list[Noted]], int]:
+def arranged(noted: Sequence[Noted], kept: Sequence[Buffer], max_rows: int) -> tuple[list[list[Noted]], int]:
     """Operations in groups that are launched together, and the bytes of the buffers, which now have places."""
     groups = scheduled(fused(noted, kept))
     buffers = [buffer for buffer in give_lives(groups, kept) if not isinstance(buffer, Fixed)]

@@ -21,6 +21,7 @@ from quant.kernels.cuda.row_tasks import AS_ENTRY, IN_RING, NOWHERE
 from quant.kernels.cuda.selection import COLUMNS, TILE, chunks_of
 from quant.kernels.cuda.streams import MixShape
 from quant.kernels.interface import Weight
+from quant.kernels.layers import RoutingRule
 
 
 @dataclass
@@ -107,10 +108,17 @@ class GpuRecorder:
         """x * factor."""
         return self._to(x.width, "times", x=x, number=factor)
 
-    def route(self, logits: Buffer, bias: torch.Tensor, top_k: int, factor: float) -> tuple[Buffer, Buffer]:
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
         """The experts that the logits choose, int64, and their weights; -1 in rows that are not alive."""
-        outs = {"ids": self.buffer(top_k, torch.int64), "weights": self.buffer(top_k)}
-        ins = {"x": logits, "bias": self._floats(bias), "top_k": top_k, "factor": factor}
+        if (
+            rule.score != "sqrt softplus"
+            or rule.groups is not None
+            or not rule.is_renormalised
+            or bias is None
+        ):
+            raise FormatError("no Triton kernel routes by this rule")
+        outs = {"ids": self.buffer(rule.top_k, torch.int64), "weights": self.buffer(rule.top_k)}
+        ins = {"x": logits, "bias": self._floats(bias), "rule": rule}
         self._note(Noted("route", ins, outs))
         return outs["ids"], outs["weights"]
 

@@ -145,9 +145,7 @@ def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
             share = tl.exp(tl.load(gates + at, mask=inside, other=0.0) - most)
             shares += share
             total += share * tl.load(rows + at, mask=inside, other=0.0)
-        total = normalised(
-            total / shares, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS)
-        )
+        total = normalised(total / shares, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
     tl.store(floats_at(line, OUT) + row * width + col, total, mask=inside)
 
 
@@ -181,7 +179,7 @@ def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
             to = tl.load(line + COMBINE).to(tl.pointer_type(tl.int64)) + row * TOP_K + choice
             tl.store(to, tl.where(is_alive, place, -1))
         ranked = tl.where(each == best, float("-inf"), ranked)
-    share = chosen / (tl.sum(chosen, axis=0) + 1e-20) * fraction(line, EPS)
+    share = chosen / (tl.sum(chosen, axis=0) + fraction(line, NORM_EPS)) * fraction(line, EPS)
     tl.store(weights + choices, share, mask=choices < TOP_K)
 
 

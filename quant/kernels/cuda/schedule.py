@@ -57,7 +57,7 @@ def fit(group: Sequence[Noted], op: Noted) -> bool:
         return len(limits) < 2 and go_together([w for w in weights if w is not None], count)
     if kind in TASKS and op.kind in TASKS:
         shapes = {
-            (other.kind, other.ins["top_k"] if other.kind == "route" else other.ins["shape"])
+            (other.kind, other.ins["rule"] if other.kind == "route" else other.ins["shape"])
             for other in (*group, op)
             if other.kind in ("route", "mix")
         }

@@ -1,4 +1,4 @@
-"""The recorded step on GPUs without a GPU: in Triton's interpreter, which must be chosen before it is imported."""
+"""The recorded step on GPUs without a GPU: in Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quant.kernels.cpu import library
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (extra `gpu`)")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (`gpu`)")
 @pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
 def test_programs_for_gpus_equal_their_operations_in_the_interpreter() -> None:
     folder = Path(__file__).parent / "interpreted"

@@ -70,7 +70,7 @@ class Twice:
         self.eager.decoder = None
         golden = load_file(golden_path(name) / "expected.safetensors")
         self.ids, self.logits = golden["input_ids"].tolist(), golden["logits"]
-        self.held = {slot: 0 for slot in range(SLOTS)}
+        self.held = dict.fromkeys(range(SLOTS), 0)
 
     def step(self, counts: dict[int, int]) -> None:
         """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
