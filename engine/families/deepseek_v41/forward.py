@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +18,6 @@ from engine.cache.sparse import CacheShape, SparseCache
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.eager import V41Eager
-from engine.families.deepseek_v41.on_gpus import V41OnGpus
 from engine.families.deepseek_v41.operations import StreamMix, V41Operations, V41Parts
 from engine.families.deepseek_v41.places import HOST
 from engine.families.deepseek_v41.recorded import MAX_ROWS, V41Recorded
@@ -32,6 +32,10 @@ from quant.kernels.choice import recorder_of, recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 from quant.kernels.recording import StepRecorder
+
+if TYPE_CHECKING:
+    from engine.families.deepseek_v41.on_gpus import V41OnGpus
+    from memory.experts.coordinator import Coordinator
 
 logger = logging.getLogger("loci.engine")
 
@@ -69,6 +73,7 @@ class DeepseekV41(Model):
         if hashing is not None:
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
         self.parts = V41Parts(config, weights, kernels)
+        self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self.cache_shape = CacheShape(
             layers=config.num_hidden_layers,
             window=config.sliding_window,
@@ -82,6 +87,8 @@ class DeepseekV41(Model):
         )
 
     def close(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.close()
         self.weights.experts.close()
         self.weights.engram.close()
 
@@ -168,8 +175,12 @@ class DeepseekV41(Model):
             assert recorder is not None
             return recorder
 
+        from engine.families.deepseek_v41.on_gpus import V41OnGpus, coordinator_of
+
+        if self._coordinator is None:
+            self._coordinator = coordinator_of(self.parts)
         try:
-            ops = V41OnGpus(self.parts, on, cache, self.weights.layers[0].device)
+            ops = V41OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
             source = ops.begin(self.config.hidden_size)
             result = self._logits(ops, *self._layers(ops, source))
         except FormatError as error:

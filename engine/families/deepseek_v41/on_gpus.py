@@ -19,12 +19,32 @@ from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import StreamMix, V41Parts
 from engine.families.deepseek_v41.weights import AttentionWeights
 from engine.layers.engram_lookup import StepRows
+from memory.experts.coordinator import Coordinator, Round
 from memory.experts.step import ExpertStep
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Selector
+from quant.kernels.cuda.mailbox import Mailbox
+from quant.kernels.cuda.recorder import GpuRecorder
+from quant.kernels.cuda.step_experts import SlotsOnGpu
+from quant.kernels.layers import RoutingRule
 from quant.kernels.recording import StepProgram, StepRecorder
 
 RecorderOn = Callable[[torch.device], StepRecorder]
+
+
+def coordinator_of(parts: V41Parts) -> Coordinator:
+    """Answers what GPUs do not hold from the expert store."""
+    store, limit = parts.weights.experts, parts.config.swiglu_limit
+
+    @torch.inference_mode()
+    def answer(layer: int, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return store.outputs(layer, ids, x, limit)
+
+    def foresee(layer: int, guess: list[int]) -> None:
+        if store.wants_guesses(layer):
+            store.prefetch(layer, guess)
+
+    return Coordinator(answer, foresee)
 
 
 @dataclass
@@ -59,7 +79,12 @@ class V41OnGpus(V41Notes):
     """`V41Operations` noted by a recorder for each device, for steps with `cache`."""
 
     def __init__(
-        self, parts: V41Parts, recorder_on: RecorderOn, cache: SparseCache, first: torch.device
+        self,
+        parts: V41Parts,
+        recorder_on: RecorderOn,
+        cache: SparseCache,
+        first: torch.device,
+        coordinator: Coordinator,
     ) -> None:
         super().__init__(parts, recorder_on(first), cache)
         self._recorder_on = recorder_on
@@ -73,6 +98,8 @@ class V41OnGpus(V41Notes):
         self._step_rows: StepRows | None = None
         self._acquired: ExpertStep | None = None
         self._guess: tuple[int, Buffer] | None = None
+        self._coordinator = coordinator
+        self._rounds: dict[int, tuple[Mailbox, list[int]]] = {}  # by the id of a stay's recorder
 
     # ------------------------------------------------------------------------------------------- running
 
@@ -84,15 +111,46 @@ class V41OnGpus(V41Notes):
         self._slots = [segment.slot for segment in batch.segments]
         self._positions = [segment.start for segment in batch.segments]
         first.source[: len(embedded)].copy_(embedded)
+        self._begin_experts()
         try:
             for stay in self.stays:
                 assert stay.program is not None
                 stay.program.run(self._slots, self._positions)
-        finally:
-            if self._acquired is not None:
-                self._acquired.__exit__()
-                self._acquired = None
-        return last.result[: len(embedded)].cpu()[batch.logit_rows]
+            logits = last.result[: len(embedded)].cpu()
+            self._coordinator.end()
+        except BaseException:
+            self._fail()
+            raise
+        self._end_experts()
+        return logits[batch.logit_rows]
+
+    def _begin_experts(self) -> None:
+        store = self._parts.weights.experts
+        store.slots.settle()
+        for places in store.on_gpus.values():
+            places.publish()
+        store.slots.gpus_rest = bool(self._rounds)
+        self._coordinator.begin([Round(*of) for of in self._rounds.values()])
+
+    def _end_experts(self) -> None:
+        """Tell the store what its GPUs have found by themselves; between steps, experts may move there."""
+        store = self._parts.weights.experts
+        store.slots.gpus_rest = False
+        for box, layers in self._rounds.values():
+            for number, layer in enumerate(layers):
+                tier = self._parts.weights.places.tiers[layer]
+                store.used_in_step(layer, *box.chosen(number), tier)
+
+    def _fail(self) -> None:
+        """Nothing stays claimed, and no GPU waits."""
+        self._coordinator.give_up()
+        self._parts.weights.experts.slots.gpus_rest = False
+        if self._acquired is not None:
+            self._acquired.__exit__()
+            self._acquired = None
+        for stay in self.stays:
+            if stay.recorder.device.type == "cuda":
+                torch.cuda.synchronize(stay.recorder.device)
 
     def begin(self, width: int) -> Buffer:
         """What the step begins with, `[rows, width]`."""
@@ -241,11 +299,24 @@ class V41OnGpus(V41Notes):
         x = self.read_streams(self.write_streams(streams, y, mix), pre)
         x = self.norm(x, layer.ffn_norm, c.rms_norm_eps)
         (logits,) = self.linears(x, layer.gate)
-        ids, _ = self.route(logits, layer.gate_bias, c.routing)
+        ids, _ = self._recorder.route(logits, layer.gate_bias, c.routing)
         self._guess = number, ids
+
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
+        slots = self._slots_here()
+        if slots is None or self._layer is None or not isinstance(self._recorder, GpuRecorder):
+            return super().route(logits, bias, rule)
+        return self._recorder.route(logits, bias, rule, slots.places[self._layer])
+
+    def _slots_here(self) -> SlotsOnGpu | None:
+        """The experts of the device that is recorded, if it can find them by itself."""
+        places = self._parts.weights.experts.on_gpus.get(self._recorder.device)
+        return None if places is None else places.on_gpu
 
     def acquire(self, number: int, ids: Buffer) -> None:
         here = self._stay
+        if self._slots_here() is not None:
+            return  # they are found where they are computed
 
         def work(rows: int) -> None:
             self._acquired = self._parts.weights.experts.acquire(number, here.rows(ids, rows).cpu())
@@ -255,6 +326,13 @@ class V41OnGpus(V41Notes):
     def experts(self, number: int, x: Buffer, ids: Buffer, weights: Buffer) -> Buffer:
         here, guess, store = self._stay, self._guess, self._parts.weights.experts
         self._guess = None
+        slots, recorder = self._slots_here(), self._recorder
+        if slots is not None and isinstance(recorder, GpuRecorder):
+            box, layers = self._round(recorder, x.width, ids.width)
+            layers.append(number)
+            guesses = None if guess is None else guess[1]
+            limit = self._config.swiglu_limit
+            return recorder.experts(x, ids, weights, slots, limit, box, len(layers) - 1, guesses)
         out = self._recorder.buffer(x.width)
 
         def work(rows: int) -> None:
@@ -269,3 +347,11 @@ class V41OnGpus(V41Notes):
         guessed = [] if guess is None else [guess[1]]
         self._recorder.hand_over(work, [x, ids, weights, *guessed], [out])
         return out
+
+    def _round(self, recorder: GpuRecorder, hidden: int, top_k: int) -> tuple[Mailbox, list[int]]:
+        """The mailbox of a stay's program, and the layers of its hand-overs so far."""
+        if id(recorder) not in self._rounds:
+            pinned = recorder.device.type == "cuda"
+            count = self._config.num_hidden_layers
+            self._rounds[id(recorder)] = Mailbox(count, recorder.max_rows, top_k, hidden, pinned=pinned), []
+        return self._rounds[id(recorder)]

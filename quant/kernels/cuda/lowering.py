@@ -13,6 +13,7 @@ from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda import row_tasks as task
 from quant.kernels.cuda.attention import SparseAttention
 from quant.kernels.cuda.launch import Launch
+from quant.kernels.cuda.mailbox import Mail
 from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import Product, products_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
@@ -221,6 +222,11 @@ def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return Choice(**given).launches(places.step, rows, places.max_rows)
 
 
+def _mail(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    mail = Mail(of["box"], of["number"], of["x"], of["ids"], of["places"], of["guesses"])
+    return [mail.launch(places.step, rows)]
+
+
 def _experts(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     slots = of["slots"]
     return list(slots.launches(of["x"], of["places"], of["inner"], of["apart"], of["limit"], rows))
@@ -237,4 +243,5 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "attend": _attend,
     "select": _select,
     "experts": _experts,
+    "mail": _mail,
 }

@@ -202,7 +202,7 @@ def _write(op: Noted, chains: _Chains) -> Noted:
     if total is None:
         return op
     chains.drop(total)
-    return replace(op, ins=op.ins | total.ins)
+    return replace(op, ins=op.ins | total.ins, sees=(*op.sees, *total.sees))
 
 
 def _sum(op: Noted, chains: _Chains) -> Noted:

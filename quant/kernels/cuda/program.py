@@ -19,10 +19,13 @@ from quant.kernels.cpu.program import Buffer, Recording
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch, Launcher
 from quant.kernels.cuda.lowering import Places
+from quant.kernels.cuda.mailbox import Word, has_stream_words
 from quant.kernels.cuda.noted import Fixed, Noted, fused
 from quant.kernels.cuda.schedule import give_lives, scheduled
 
 logger = logging.getLogger("loci.kernels")
+
+MAIL = ("mail", "await")  # operations with a word of a mailbox
 
 
 class GpuProgram:
@@ -55,7 +58,7 @@ class GpuProgram:
         self._launcher = kernels.launcher
         self._counts: Counter[int | None] = Counter()  # launches, by layer
         self._parts = {rows: self._segments(rows) for rows in row_counts(max_rows)}
-        tables = [_table_bytes(launch) for segment in self._all_segments() for launch in segment.launches]
+        tables = [_table_bytes(step) for segment in self._all_segments() for step in segment.steps]
         self.nbytes = arena.nbytes + self._host_step.nbytes + sum(tables)
         if device.type == "cuda":
             problems = {segment.capture() for segment in self._all_segments()} - {""}
@@ -79,6 +82,8 @@ class GpuProgram:
         for part in self._parts[next(count for count in self._parts if count >= rows)]:
             if isinstance(part, Segment):
                 part.run()
+            elif isinstance(part, Word):
+                part.on_host(self.device)
             elif part.skip is None or int(part.skip) == 0:
                 assert part.work is not None
                 part.work(rows)
@@ -90,23 +95,32 @@ class GpuProgram:
 
     def hand_overs(self, layer: int | None) -> int:
         """Places in a layer where a run comes back to its caller."""
-        return sum(op.kind == "hand_over" and op.layer == layer for group in self._groups for op in group)
+        kinds = [op.kind for group in self._groups for op in group if op.layer == layer]
+        return kinds.count("hand_over") + kinds.count("mail")
 
-    def _segments(self, rows: int) -> list[Segment | Noted]:
+    def _segments(self, rows: int) -> list[Segment | Noted | Word]:
         """A step of so many rows: launches, and hand-overs between them."""
-        parts: list[Segment | Noted] = []
+        parts: list[Segment | Noted | Word] = []
         self._counts.clear()
         for group in self._groups:
-            if group[0].kind == "hand_over":
-                parts.append(group[0])
+            op = group[0]
+            if op.kind == "hand_over":
+                parts.append(op)
                 continue
-            if not parts or isinstance(parts[-1], Noted):
+            launches = [] if op.kind == "await" else self._places.launches(group, rows)
+            self._counts[op.layer] += len(launches)
+            steps: list[Launch | Word] = [*launches]
+            word = Word(op.ins["box"], op.ins["number"], op.kind == "await") if op.kind in MAIL else None
+            if word is not None and has_stream_words(self.device):
+                steps.append(word)
+            if steps and not (parts and isinstance(parts[-1], Segment)):
                 parts.append(Segment(self._launcher, self.device))
-            segment = parts[-1]
-            assert isinstance(segment, Segment)
-            launches = self._places.launches(group, rows)
-            segment.launches += launches
-            self._counts[group[0].layer] += len(launches)
+            if steps:
+                segment = parts[-1]
+                assert isinstance(segment, Segment)
+                segment.steps += steps
+            if word is not None and not has_stream_words(self.device):
+                parts.append(word)
         return parts
 
     def _all_segments(self) -> list[Segment]:
@@ -117,7 +131,7 @@ class Segment:
     """Launches without a place to come back between them."""
 
     def __init__(self, launcher: Launcher, device: torch.device) -> None:
-        self.launches: list[Launch] = []
+        self.steps: list[Launch | Word] = []
         self._launcher = launcher
         self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -144,8 +158,11 @@ class Segment:
         return ""
 
     def _start(self) -> None:
-        for launch in self.launches:
-            self._launcher.start(launch)
+        for step in self.steps:
+            if isinstance(step, Word):
+                step.on_stream(self._device)
+            else:
+                self._launcher.start(step)
 
 
 def arranged(noted: Sequence[Noted], kept: Sequence[Buffer], max_rows: int) -> tuple[list[list[Noted]], int]:
@@ -161,8 +178,10 @@ def row_counts(max_rows: int) -> list[int]:
     return [*counts, max_rows]
 
 
-def _table_bytes(launch: Launch) -> int:
+def _table_bytes(launch: Launch | Word) -> int:
     """Bytes of the table that a launch has made for itself."""
+    if isinstance(launch, Word):
+        return 0
     is_table = launch.kernel.fn.__name__ in ("products", "row_tasks")
     first = launch.arguments[0]
     return first.nbytes if is_table and isinstance(first, torch.Tensor) else 0

@@ -14,11 +14,13 @@ from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cpu.recorder import Selector
 from quant.kernels.cuda.attention import splits_of
 from quant.kernels.cuda.kernels import TritonKernels
+from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
 from quant.kernels.cuda.row_tasks import AS_ENTRY, IN_RING, NOWHERE
 from quant.kernels.cuda.selection import COLUMNS, TILE, chunks_of
+from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.cuda.streams import MixShape
 from quant.kernels.interface import Weight
 from quant.kernels.layers import RoutingRule
@@ -36,6 +38,7 @@ class GpuRecorder:
     layer: int | None = None
     _noted: list[Noted] = field(default_factory=list)
     _kept: list[Buffer] = field(default_factory=list)
+    _places: dict[int, Buffer] = field(default_factory=dict)  # of chosen experts, by the id of their ids
 
     @property
     def device(self) -> torch.device:
@@ -108,8 +111,17 @@ class GpuRecorder:
         """x * factor."""
         return self._to(x.width, "times", x=x, number=factor)
 
-    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
-        """The experts that the logits choose, int64, and their weights; -1 in rows that are not alive."""
+    def route(
+        self,
+        logits: Buffer,
+        bias: torch.Tensor | None,
+        rule: RoutingRule,
+        table: torch.Tensor | None = None,
+    ) -> tuple[Buffer, Buffer]:
+        """The experts that the logits choose, int64, and their weights; -1 in rows that are not alive.
+
+        table  `[experts]` int64: what `experts` is to know of each chosen one, where it is called for these ids
+        """
         if (
             rule.score != "sqrt softplus"
             or rule.groups is not None
@@ -118,9 +130,44 @@ class GpuRecorder:
         ):
             raise FormatError("no Triton kernel routes by this rule")
         outs = {"ids": self.buffer(rule.top_k, torch.int64), "weights": self.buffer(rule.top_k)}
-        ins = {"x": logits, "bias": self._floats(bias), "rule": rule}
+        ins = {"x": logits, "bias": self._floats(bias), "rule": rule, "table": table}
+        if table is not None:
+            outs["places"] = self._places[id(outs["ids"])] = self.buffer(rule.top_k, torch.int64)
         self._note(Noted("route", ins, outs))
         return outs["ids"], outs["weights"]
+
+    def experts(
+        self,
+        x: Buffer,
+        ids: Buffer,
+        weights: Buffer,
+        slots: SlotsOnGpu,
+        limit: float,
+        box: Mailbox,
+        number: int,
+        guesses: Buffer | None,
+    ) -> Buffer:
+        """The sum of the chosen experts' outputs, weighted, in the router's order.
+
+        ids     of `route` with a table of places
+        slots   where the GPU holds experts
+        box     where choices that it does not hold are left, as the hand-over `number`, and answered
+        guesses what a later layer is expected to choose, for whoever answers; None for no guess
+        """
+        places, first = self._places[id(ids)], slots.sample.w1
+        top_k, state = ids.width, (box.outputs,)
+        left: dict[str, Any] = {"x": x, "ids": ids, "places": places, "box": box, "number": number}
+        left["guesses"] = guesses
+        self._note(Noted("mail", left, {}, changes=state))
+        apart = self.buffer(top_k * x.width)
+        inner = self.buffer(top_k * int(first.shape[0]))
+        held = {"x": x, "places": places, "slots": slots, "inner": inner, "limit": limit}
+        self._note(Noted("experts", held, {"apart": apart}))
+        self._note(Noted("await", {"apart": apart, "box": box, "number": number}, {}, changes=state))
+        out = self.buffer(x.width)
+        found = {"apart": apart, "weights": weights, "places": places, "mail": box.outputs, "y": None}
+        self._note(Noted("add_up", found, {"out": out}, sees=state))
+        return out
 
     # ----------------------------------------------------------------- parallel streams (mHC), Engram
 

@@ -15,7 +15,8 @@ from quant.kernels.cuda.products import go_together
 
 TASKS = ("latent", "pool", "mix", "route", "turns")
 STREAMS = ("mixed", "read")
-LAUNCHES = {"attend": 2, "experts": 2, "hand_over": 0}
+# More than there are, for mail: the sooner it is sent, the sooner there is an answer.
+LAUNCHES = {"attend": 2, "experts": 2, "hand_over": 0, "mail": 8, "await": 0}
 MOST_TASKS = 64
 
 
