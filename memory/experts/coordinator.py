@@ -108,7 +108,8 @@ class Coordinator:
                 if self._rounds is rounds:
                     self._is_served = True
                     self._changed.notify_all()
-                self._changed.wait_for(lambda rounds=rounds: self._rounds is not rounds or self._is_closed)
+                while self._rounds is rounds and not self._is_closed:
+                    self._changed.wait()
 
     def _serve_step(self, rounds: Sequence[Round]) -> None:
         done = [0] * len(rounds)
@@ -165,3 +166,4 @@ class Coordinator:
         self._error = self._error or error
         for each in self._rounds or ():
             each.box.abandon()
+        self._changed.notify_all()

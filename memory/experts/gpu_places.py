@@ -1,4 +1,5 @@
-"""Where a GPU's experts are, as the GPU itself looks them up: a table in its memory that changes between steps only."""
+"""Where a GPU's experts are, as the GPU itself looks them up: a table in its memory that changes between
+steps only."""
 
 from __future__ import annotations
 

@@ -160,7 +160,8 @@ class ExpertStore:
         return ExpertStep(self.slots, self._kernels, layer, expert_ids, needed)
 
     def outputs(self, layer: int, expert_ids: torch.Tensor, x: torch.Tensor, limit: float) -> torch.Tensor:
-        """Outputs of a layer's experts, `[n, hidden]`, for one expert each, ids `[n]`, and inputs `[n, hidden]`:
+        """Outputs of a layer's experts, `[n, hidden]`, for one expert each, ids `[n]`, and inputs `[n,
+        hidden]`:
         part of a step that has found its other experts by itself, so GPUs' slots stay as they are."""
         needed = sorted(set(expert_ids.tolist()))
         self._give_up_guesses(layer, needed)

@@ -1,4 +1,5 @@
-"""V4.1's operations on streams and attention, noted by a recorder; each row is one sequence's newest token."""
+"""V4.1's operations on streams and attention, noted by a recorder; each row is one sequence's newest
+token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""V4.1's operations noted for several devices: one program for each stay on a device, run one after the other.
+"""V4.1's operations noted for several devices: one program for each stay on a device, run one after the
+other.
 
-A step goes from device to device as layers do, and takes along what later layers need. Compressed entries stay
+A step goes from device to device as layers do, and takes along what later layers need. Compressed entries
+stay
 with the layer that made them: where another device asks for some, queries travel to their index keys, and the
 chosen entries come back to a copy of their own, once for all layers that share the choice.
 """
@@ -98,6 +100,7 @@ class V41OnGpus(V41Notes):
         self._step_rows: StepRows | None = None
         self._acquired: ExpertStep | None = None
         self._guess: tuple[int, Buffer] | None = None
+        self._kv: dict[int, Buffer] = {}  # of table rows, by layer
         self._coordinator = coordinator
         self._rounds: dict[int, tuple[Mailbox, list[int]]] = {}  # by the id of a stay's recorder
 
@@ -196,6 +199,7 @@ class V41OnGpus(V41Notes):
             self._pool = self._stay.take(self._pool, origin)
         self._copied = None
         self._turns = {}
+        self._kv = {}
         return moved
 
     def select(self, number: int, queries: Buffer, weights: Buffer) -> None:
@@ -274,7 +278,23 @@ class V41OnGpus(V41Notes):
 
     # ---------------------------------------------------------------------------- Engram and experts
 
+    def _look_ahead(self, number: int) -> None:
+        """Multiply the table rows of the next layer beside what this one multiplies, if it is on this
+        device."""
+        layers = self._parts.weights.layers
+        if number >= len(layers) or layers[number].device != self._recorder.device or number in self._kv:
+            return
+        if layers[number].engram is not None:
+            self._kv[number] = self._engram_kv(number)
+
     def engram(self, number: int, streams: Buffer) -> Buffer:
+        layer = self._parts.weights.layers[number]
+        assert layer.engram is not None
+        kv = self._kv[number] if number in self._kv else self._engram_kv(number)
+        return self._recorder.engram(streams, kv, layer.engram.qk, layer.engram.norm_eps)
+
+    def _engram_kv(self, number: int) -> Buffer:
+        """Keys and value of the tokens' table rows, once these are there."""
         layer, here = self._parts.weights.layers[number], self._stay
         assert layer.engram is not None
         rows_of = self._recorder.buffer(int(layer.engram.wkv.shape[1]))
@@ -285,7 +305,7 @@ class V41OnGpus(V41Notes):
 
         self._recorder.hand_over(work, [], [rows_of])
         (kv,) = self.linears(rows_of, layer.engram.wkv)
-        return self._recorder.engram(streams, kv, layer.engram.qk, layer.engram.norm_eps)
+        return kv
 
     def prefetch(
         self, number: int, streams: Buffer, pre: Buffer, y: Buffer | None, mix: StreamMix[Buffer] | None
@@ -315,6 +335,7 @@ class V41OnGpus(V41Notes):
 
     def acquire(self, number: int, ids: Buffer) -> None:
         here = self._stay
+        self._look_ahead(number + 1)
         if self._slots_here() is not None:
             return  # they are found where they are computed
 

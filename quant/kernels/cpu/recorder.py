@@ -312,7 +312,8 @@ class Recorder:
     ) -> tuple[Buffer, Buffer, Buffer]:
         """pre, post `[rows, n]` and combine `[rows, n * n]` of hyper-connections, off the streams.
 
-        fn `[(2 + n) * n, streams]`, times the streams by their root mean square; scale and base `[(2 + n) * n]`.
+        fn `[(2 + n) * n, streams]`, times the streams by their root mean square; scale and base `[(2 + n) *
+        n]`.
         """
         n = math.isqrt(len(scale) + 1) - 1
         (x,) = self.linears(self.norm(streams, None, norm_eps), [fn])

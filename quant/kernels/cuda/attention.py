@@ -53,8 +53,8 @@ def attend_part(
     choices, entry_stride, scale,
     MAX: tl.constexpr, LATENTS: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """parts `[rows, splits, heads, dim]` and stats `[rows, splits, heads, 2]`: a program's latents, weighted by
-    e^(score - most), then `most` and the sum of weights. Grid (splits, blocks of heads, rows).
+    """parts `[rows, splits, heads, dim]` and stats `[rows, splits, heads, 2]`: a program's latents, weighted
+    by e^(score - most), then `most` and the sum of weights. Grid (splits, blocks of heads, rows).
 
     The latents: `window` of the ring at the row's slot, then `choices` of its entries.
     """
@@ -128,7 +128,8 @@ class SparseAttention:
     sink        `[heads]`
     entries     `[slots, groups, dim]`, of which those chosen `[rows, choices]` are seen, -1 for none
     turns, back `[rows, 2 * pairs]`: of queries, and of what is found
-    parts       `[rows, splits * heads * dim]`, stats `[rows, splits * heads * 2]`: for the first launch's results
+    parts       `[rows, splits * heads * dim]`, stats `[rows, splits * heads * 2]`: for the first launch's
+                results
     """
 
     q: torch.Tensor

@@ -38,7 +38,8 @@ class Mailbox:
     posted, answered  `[hand_overs]` int32 words
     ids, places       `[hand_overs, max_rows * top_k]` int64: a step's choices, -1 in rows that are not alive;
                       and where the GPU holds each, -1 where it does not
-    guesses           `[hand_overs, max_rows * top_k]` int64: what a layer's step is expected to need next, or -1
+    guesses           `[hand_overs, max_rows * top_k]` int64: what a layer's step is expected to need next, or
+                      -1
     inputs            `[max_rows, hidden]` float32, of the last hand-over with something missing
     outputs           `[max_rows * top_k, hidden]`: the missing choices', not weighted
     """
@@ -118,8 +119,8 @@ def leave_mail(
     x, ids, places, guesses, step, mail_x, mail_ids, mail_places, mail_guesses, answered, width,
     TOP_K: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, GUESSED: tl.constexpr,
 ):  # fmt: skip
-    """Choices `[rows, TOP_K]` and, of rows that miss some, x `[rows, width]`, to a mailbox; where no row does,
-    the word `answered`. Grid (blocks of width, rows)."""
+    """Choices `[rows, TOP_K]` and, of rows that miss some, x `[rows, width]`, to a mailbox; where no row
+    does, the word `answered`. Grid (blocks of width, rows)."""
     row = tl.program_id(1)
     alive = tl.load(step)
     pair = tl.arange(0, PAIRS)
@@ -230,7 +231,7 @@ def has_stream_words(device: torch.device) -> bool:
     words = torch.zeros(2, dtype=torch.int32, pin_memory=True)
     try:
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(device)
             _write(stream.cuda_stream, words.data_ptr())
             _wait(stream.cuda_stream, words.data_ptr())
             stream.synchronize()

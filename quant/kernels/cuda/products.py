@@ -2,7 +2,8 @@
 
 A table in the GPU's memory says of each matrix where it is, in which format, what it is multiplied with and
 where to. So one launch takes whatever is ready at the same time: matrices of different formats and sizes, of
-one input or of several, and pairs of which only `silu(min(gate, limit)) * clamp(up, -limit, limit)` is wanted.
+one input or of several, and pairs of which only `silu(min(gate, limit)) * clamp(up, -limit, limit)` is
+wanted.
 """
 
 from __future__ import annotations
@@ -97,9 +98,10 @@ def of_floats(
     """Rows of x times rows of a plain weight; `[BLOCK_N]` for one, `[BLOCK_M, BLOCK_N]` for more."""
     if BLOCK_M == 1:
         return plain_times_vector(x + x_rows * cols, weight, rows, row_inside, cols, BLOCK_N, STEP)
-    return plain_times_matrix(
-        x, x_rows, x_inside, weight, rows, row_inside, cols, BLOCK_M, BLOCK_N, STEP, IN_PARTS
-    )
+    else:
+        return plain_times_matrix(
+            x, x_rows, x_inside, weight, rows, row_inside, cols, BLOCK_M, BLOCK_N, STEP, IN_PARTS
+        )
 
 
 @triton.jit
@@ -116,10 +118,11 @@ def of_fp8(
             x + x_rows * cols, codes, scales, rows, row_inside, cols, scale_cols,
             TILE_ROWS, TILE_COLS, POWERS, BLOCK_N, STEP // CHUNK,
         )  # fmt: skip
-    return fp8_times_matrix(
-        x, x_rows, x_inside, codes, scales, rows, row_inside, cols, scale_cols,
-        TILE_ROWS, TILE_COLS, POWERS, BLOCK_M, BLOCK_N, STEP // CHUNK, PARTS and POWERS,
-    )  # fmt: skip
+    else:
+        return fp8_times_matrix(
+            x, x_rows, x_inside, codes, scales, rows, row_inside, cols, scale_cols,
+            TILE_ROWS, TILE_COLS, POWERS, BLOCK_M, BLOCK_N, STEP // CHUNK, PARTS and POWERS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -139,10 +142,11 @@ def of_four_bits(
             x + x_rows * cols, codes, scales, levels, rows, row_inside, units,
             KIND, PER_SCALE, BLOCK_N, STEP // UNIT,
         )  # fmt: skip
-    return times_matrix(
-        x, x_rows, x_inside, codes, scales, levels, rows, row_inside, units,
-        KIND, PER_SCALE, BLOCK_M, BLOCK_N, STEP // UNIT, PARTS and KIND == MXFP4,
-    )  # fmt: skip
+    else:
+        return times_matrix(
+            x, x_rows, x_inside, codes, scales, levels, rows, row_inside, units,
+            KIND, PER_SCALE, BLOCK_M, BLOCK_N, STEP // UNIT, PARTS and KIND == MXFP4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -288,6 +292,8 @@ def products_launch(parts: Sequence[Product], rows: int, limit: float = 0.0) -> 
     """The launch that computes all parts for the first `rows` rows; allocates its table."""
     device = parts[0].x.device
     blocks = Blocks.of(rows, torch.float32)
+    if any(part.up is not None for part in parts) and blocks.tokens > 1:
+        blocks = replace(blocks, rows=blocks.rows // 2)  # two sums at once spill registers
     if device.type not in ("cuda", "meta"):
         blocks = replace(blocks, rows=INTERPRETED_ROWS)
     lines, constants = _table(parts, blocks.rows)

@@ -3,7 +3,8 @@
 What changes from step to step is one small tensor on the GPU, filled by one copy: how many rows there are,
 their cache slots and positions. Launches are made for 1, 2, 4, 8 or 16 rows; rows that are not alive are
 computed and stored nowhere. On a CUDA device the launches between two places where a run comes back to its
-caller are captured as a graph, once for each number of rows, and a run starts that; elsewhere they are started
+caller are captured as a graph, once for each number of rows, and a run starts that; elsewhere they are
+started
 one after the other, which is what a graph does, too.
 """
 
@@ -64,7 +65,8 @@ class GpuProgram:
             problems = {segment.capture() for segment in self._all_segments()} - {""}
             if problems:
                 logger.warning(
-                    "%s: decode steps cannot be captured as CUDA graphs (%s); their kernels are started one by "
+                    "%s: decode steps cannot be captured as CUDA graphs (%s); their kernels are started one by
+                    "
                     "one, which is slower", device, "; ".join(sorted(problems)),
                 )  # fmt: skip
 
@@ -166,7 +168,8 @@ class Segment:
 
 
 def arranged(noted: Sequence[Noted], kept: Sequence[Buffer], max_rows: int) -> tuple[list[list[Noted]], int]:
-    """Operations in groups that are launched together, and the bytes of the buffers, which now have places."""
+    """Operations in groups that are launched together, and the bytes of the buffers, which now have
+    places."""
     groups = scheduled(fused(noted, kept))
     buffers = [buffer for buffer in give_lives(groups, kept) if not isinstance(buffer, Fixed)]
     return groups, Recording(buffers=buffers).place(max_rows)

@@ -120,7 +120,8 @@ class GpuRecorder:
     ) -> tuple[Buffer, Buffer]:
         """The experts that the logits choose, int64, and their weights; -1 in rows that are not alive.
 
-        table  `[experts]` int64: what `experts` is to know of each chosen one, where it is called for these ids
+        table  `[experts]` int64: what `experts` is to know of each chosen one, where it is called for these
+               ids
         """
         if (
             rule.score != "sqrt softplus"

@@ -87,8 +87,8 @@ def normalised(values, weight, col, inside, width, eps):
 
 @triton.jit
 def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """A head of a row: normalised if there is a weight, turned if there are turns; to a buffer, to the ring of
-    its slot, or, where its token completes a group, to its place among the slot's entries."""
+    """A head of a row: normalised if there is a weight, turned if there are turns; to a buffer, to the ring
+    of its slot, or, where its token completes a group, to its place among the slot's entries."""
     width = tl.load(line + WIDTH).to(tl.int32)
     heads = tl.load(line + HEADS).to(tl.int32)
     if head < heads:
@@ -117,8 +117,8 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
 
 @triton.jit
 def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """A row's projections to the rings of its slot; and where its token completes a group, the group's, pooled
-    by the softmax of their gates channel by channel, and normalised: to a buffer."""
+    """A row's projections to the rings of its slot; and where its token completes a group, the group's,
+    pooled by the softmax of their gates channel by channel, and normalised: to a buffer."""
     width = tl.load(line + WIDTH).to(tl.int32)
     ratio, places = tl.load(line + RATIO), tl.load(line + PLACES)
     position = tl.load(step + 1 + MAX + row)
@@ -185,8 +185,8 @@ def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def rotations(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """Cosine and sine of a row's position, rounded down to a multiple of RATIO, times frequencies `[PAIRS]` in
-    float64; the sign of SPLITS is the sense of the turn."""
+    """Cosine and sine of a row's position, rounded down to a multiple of RATIO, times frequencies `[PAIRS]`
+    in float64; the sign of SPLITS is the sense of the turn."""
     pairs = tl.load(line + PAIRS).to(tl.int32)
     pair = tl.arange(0, BLOCK)
     inside = pair < pairs

@@ -30,9 +30,11 @@ def scheduled(noted: Sequence[Noted]) -> list[list[Noted]]:
         for other in of:
             followers[other].append(at)
     ready = [at for at, count in enumerate(missing) if count == 0]
+    # What only brings something is not put off: its reader may still go together with others.
+    brings = [op.kind == "hand_over" and not op.reads for op in noted]
     groups: list[list[Noted]] = []
     while ready:
-        ready.sort(key=lambda at: (-heights[at], at))
+        ready.sort(key=lambda at: (not brings[at], -heights[at], at))
         chosen: list[int] = []
         for at in ready:
             if not chosen or fit([noted[other] for other in chosen], noted[at]):
@@ -107,7 +109,8 @@ def _heights(noted: Sequence[Noted], needs: Sequence[set[int]]) -> list[int]:
 
 
 def give_lives(groups: Sequence[Sequence[Noted]], kept: Sequence[Buffer]) -> list[Buffer]:
-    """All buffers, each alive from the group that writes it to the last that reads it; those kept, throughout."""
+    """All buffers, each alive from the group that writes it to the last that reads it; those kept,
+    throughout."""
     found: dict[int, Buffer] = {}
     for at, group in enumerate(groups):
         for op in group:

@@ -25,8 +25,8 @@ LEAST_HEADS = 16  # what tensor cores take
 
 @triton.jit
 def entries_of(column, pool, row, visible, block, blocks, POOLED: tl.constexpr):
-    """The entries that columns stand for: themselves, or those of the pool's blocks `[rows, blocks]`; -1 where
-    there is none."""
+    """The entries that columns stand for: themselves, or those of the pool's blocks `[rows, blocks]`; -1
+    where there is none."""
     entry = column
     inside = column < visible
     if POOLED:
@@ -44,8 +44,8 @@ def index_scores(
     POOLED: tl.constexpr, MAXIMA: tl.constexpr, MAX: tl.constexpr,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scores `[rows, columns]`: sum_h weight_h * factor * relu(q_h . k), -inf for what a row does not see; and
-    with MAXIMA the best of each block of BLOCK entries. Grid (blocks of columns, rows)."""
+    """scores `[rows, columns]`: sum_h weight_h * factor * relu(q_h . k), -inf for what a row does not see;
+    and with MAXIMA the best of each block of BLOCK entries. Grid (blocks of columns, rows)."""
     row = tl.program_id(1)
     first_column = tl.program_id(0) * COLUMNS
     visible = (tl.load(step + 1 + MAX + row) + 1) // ratio
@@ -198,7 +198,8 @@ class Choice:
     keys      `[slots, entries, dim]`, one for `ratio` tokens
     pool      `[rows, blocks]` of `block` entries each, to choose among; None: among all
     chosen    `[rows, k]` int64
-    scores    `[rows, columns]`, maxima `[rows, blocks of entries]`, best and names `[rows, chunks * k]`: for results
+    scores    `[rows, columns]`, maxima `[rows, blocks of entries]`, best and names `[rows, chunks * k]`: for
+              results
               on the way
     best_blocks  `[rows, blocks]` int64, if later choices are to be made among these
     """

@@ -1,6 +1,7 @@
 """Triton: RMSNorm and parallel streams (mHC), for the few rows of a recorded step.
 
-The mixes of a sublayer are read off all streams at once, 80 kB a row in V4.1: `SPLIT` columns a program, whose
+The mixes of a sublayer are read off all streams at once, 80 kB a row in V4.1: `SPLIT` columns a program,
+whose
 sums the next launch adds up and makes mixes of. What reads the streams with the mix before runs beside it.
 """
 
@@ -377,7 +378,8 @@ def _choices(
 def engram_launch(
     streams: torch.Tensor, kv: torch.Tensor, qk: torch.Tensor, eps: float, out: torch.Tensor, rows: int
 ) -> Launch:
-    """The launch that adds the gated value in kv `[rows, (n + 1) * width]` to the streams; qk `[n, width]`."""
+    """The launch that adds the gated value in kv `[rows, (n + 1) * width]` to the streams; qk `[n,
+    width]`."""
     n, width = qk.shape
     constants: dict[str, int | bool] = {"N": n, "BLOCK_N": SPLIT}
     return Launch(add_engram, (n, rows), (streams, kv, qk, out, width, eps), constants, 4)

@@ -1,4 +1,5 @@
-"""V4.1's recorded step on GPUs in name only, its kernels in Triton's interpreter, against operations in torch.
+"""V4.1's recorded step on GPUs in name only, its kernels in Triton's interpreter, against operations in
+torch.
 
 What a CUDA graph would do is done here launch by launch: the same launches with the same arguments, again and
 again, while tokens, slots, positions and the number of rows change.
@@ -24,6 +25,7 @@ from engine.families.deepseek_v41.on_gpus import V41OnGpus
 from engine.families.registry import family_of
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
+from memory.planner.launches import HAND_OVERS, STEP, gpu_launches
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
 from quant.kernels.choice import choose
@@ -146,4 +148,26 @@ def test_nothing_is_asked_of_the_host_between_hand_overs(
     assert asked == []
     programs = [stay.program for stay in decoder_of(cache).stays]
     assert all(isinstance(program, GpuProgram) for program in programs)
+    model.close()
+
+
+def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
+    gpus: tuple[torch.device, torch.device],
+) -> None:
+    """v41-a has every kind of layer that V4.1 has."""
+    model = load("v41-a", gpus[:1], 8 << 20)
+    cache = model.new_cache(SLOTS, CONTEXT)
+    (stay,) = decoder_of(cache).stays
+    assert isinstance(stay.program, GpuProgram)
+    c = model.config
+    for layer in range(c.num_hidden_layers):
+        planned = gpu_launches(
+            owns_entries=layer in c.kv_source_layer_ids,
+            chooses_among=CONTEXT if layer in c.index_source_layer_ids else 0,
+            has_table=layer in c.engram_layer_ids,
+        )
+        shared = 1 if layer == 0 else 0  # the rotations of all layers
+        assert stay.program.launches(layer) - shared == planned <= 21
+        assert stay.program.hand_overs(layer) == HAND_OVERS + (layer + 1 in c.engram_layer_ids)
+    assert stay.program.launches(None) + 1 == STEP
     model.close()
