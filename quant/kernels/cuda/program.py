@@ -65,9 +65,8 @@ class GpuProgram:
             problems = {segment.capture() for segment in self._all_segments()} - {""}
             if problems:
                 logger.warning(
-                    "%s: decode steps cannot be captured as CUDA graphs (%s); their kernels are started one by
-                    "
-                    "one, which is slower", device, "; ".join(sorted(problems)),
+                    "%s: decode steps cannot be captured as CUDA graphs (%s); their kernels are started one "
+                    "by one, which is slower", device, "; ".join(sorted(problems)),
                 )  # fmt: skip
 
     def rows(self, buffer: Buffer) -> torch.Tensor:
