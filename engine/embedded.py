@@ -1,4 +1,4 @@
-"""Models that come with Loci, by name: the trained demonstration model, and a small pretrained Llama."""
+"""Models by name: those that come with Loci, and those of the Hub that are on this machine already."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.distribution import installed_file
+from memory.hub.names import HubModel, parse_hub_name
 from quant.errors import ConfigError
 
 DEMO_NAME = "loci-demo"
@@ -58,14 +59,36 @@ EMBEDDED: dict[str, EmbeddedModel] = {
 }
 
 
-def model_path(model: Path | None) -> Path:
-    """The path of a model given by the user: a path, an embedded model's name, or None for the default.
+def hub_model(model: Path | str | None) -> HubModel | None:
+    """The model of the Hub that a user means; None for a path and for an embedded model.
+
+    A path that exists wins over a name.
+    """
+    named = parse_hub_name(str(model)) if model is not None else None
+    return None if named is None or Path(str(model)).exists() else named
+
+
+def model_path(model: Path | str | None) -> Path:
+    """The path of a model given by the user: a path, a name, or None for the default. Asks no network.
 
     A path that exists wins over a name; the default is the first embedded model that is installed. Raises
-    ConfigError where the embedded model is not installed.
+    ConfigError where the embedded model is not installed, or the Hub's model not downloaded.
     """
-    if model is not None and (str(model) not in EMBEDDED or model.exists()):
-        return model
+    hub = hub_model(model)
+    if hub is not None:
+        from memory.hub.cache import cache_folder, cached_path  # late: it loads torch
+
+        found = cached_path(hub)
+        if found is None:
+            raise ConfigError(
+                f"{hub}: no such file or directory, and no model of that name is in {cache_folder()}; if you "
+                f"mean the Hub's, `loci pull {hub}` downloads it"
+            )
+        return found
+    if model is not None and (str(model) not in EMBEDDED or Path(model).exists()):
+        path = Path(model)
+        # Path("./org/model") forgets what made it a path.
+        return path.absolute() if hub_model(path) is not None else path
     names = list(EMBEDDED) if model is None else [str(model)]
     for name in names:
         found = EMBEDDED[name].find()

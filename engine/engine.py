@@ -365,7 +365,7 @@ class Engine:
                 adjusted.append((sequence, row, sequence.sampler.adjusted(logits, row)))
         if not adjusted:
             return
-        is_untouched = len(adjusted) == len(logits) and all(new is None for _, _, new in adjusted)
+        is_untouched = len(adjusted) == logits.shape[0] and all(new is None for _, _, new in adjusted)
         with self._failing_alone(*(sequence for sequence, _, _ in adjusted)):
             tokens = draw_tokens(
                 logits

@@ -15,6 +15,8 @@ import torch
 
 from quant.errors import FormatError
 
+Part = tuple[tuple[int, ...], torch.dtype]
+
 # Largest block decoded by `validate`: 1 Mi float32 values are 4 MiB.
 VALIDATED_VALUES = 1 << 20
 
@@ -96,6 +98,10 @@ class Format(ABC):
     @abstractmethod
     def bytes_for(self, rows: int, cols: int) -> int:
         """Bytes of codes and scales of a `[rows, cols]` matrix."""
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        """Shape and dtype of a matrix's codes, and of its scales where these are apart."""
+        return (((rows, self.bytes_for(1, cols)), torch.uint8),)
 
     def encode(self, values: torch.Tensor, scales: torch.Tensor | None = None) -> PackedTensor:
         """`values` `[rows, cols]`, any float dtype, with each code the nearest to its value.

@@ -28,9 +28,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LOCI_", env_ignore_empty=True, extra="forbid")
 
-    model: Path | None = Field(
+    model: str | None = Field(
         None,
-        description="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
+        description="Checkpoint directory, GGUF file, ORG/MODEL of the Hugging Face Hub, demo or smollm2. "
+        "Default: demo.",
     )
     host: str = Field(
         "127.0.0.1",

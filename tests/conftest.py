@@ -1,4 +1,4 @@
-"""What all tests share: one compute thread, golden checkpoints, a private cache directory."""
+"""What all tests share: one compute thread, golden checkpoints, private caches, and no Hub but their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.hub import Hub, serving_hub
+
+# Whatever a test names, the Hub is not asked for it: not here, and not by processes that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # A busy machine must not fail a test, so no example has a time limit.
 settings.register_profile("loci", deadline=None)
@@ -44,3 +49,30 @@ def checkpoint_copy(tmp_path: Path) -> Path:
     target = tmp_path / "v41-c"
     shutil.copytree(golden_path("v41-c"), target)
     return target
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub of the test's own and an empty cache, for this process and for those that it starts."""
+    from huggingface_hub import constants
+
+    with serving_hub() as own:
+        variables = {
+            "HF_ENDPOINT": own.url,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "NO_PROXY": "127.0.0.1",
+        }
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "ENDPOINT", own.url)
+        template = own.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as memory.hub has it, come first
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        yield own

@@ -255,7 +255,7 @@ def run_slice(
             tables=len(model.config.engram_layer_ids),
             dense_bytes=sum(dense.values()),
             head_bytes=dense["head"],
-            expert_bytes=model.weights.experts.slots.dram.layout.nbytes,
+            expert_bytes=model.weights.experts.slots.dram.arena.slot_bytes,
             counts=counts,
             tier_bytes=model.tier_bytes,
             grown_bytes=peak_resident_bytes() - before,

@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from engine.engine import Engine
 from engine.output import Output
 from engine.sampling.params import SamplingParams
+from quant.errors import LociError
+
+# Ordinary tokens of every vocabulary there is; special ones lie at its ends.
+TOKEN_IDS = range(100, 1000)
 
 
 @dataclass
@@ -51,6 +55,23 @@ def throughput(timelines: Sequence[Timeline]) -> float:
     """Output tokens per second of streams that ran together, from the first request to the last token."""
     began = min(t.sent_s for t in timelines)
     return sum(t.tokens for t in timelines) / (max(t.arrivals_s[-1] for t in timelines) - began)
+
+
+def decode_rate(timelines: Sequence[Timeline]) -> float:
+    """Output tokens per second of all streams together while all were generating: from the moment the last of
+    them had its first token until the first of them ended.
+
+    Raises LociError where there was no such time.
+    """
+    began = max(t.arrivals_s[0] for t in timelines)
+    ended = min(t.arrivals_s[-1] for t in timelines)
+    if ended <= began:
+        raise LociError("the streams did not run at the same time; let them generate more tokens")
+    # A piece may have several tokens, or none.
+    tokens = (
+        t.tokens / len(t.arrivals_s) * sum(began < at <= ended for at in t.arrivals_s) for t in timelines
+    )
+    return sum(tokens) / (ended - began)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

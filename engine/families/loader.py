@@ -56,8 +56,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return open_gguf(path)
     if not path.exists():
         raise CheckpointError(
-            f"{path}: no such file or directory; a model is a directory or a .gguf file that is here already "
-            f"(Loci downloads none), or one that comes with Loci: {', '.join(EMBEDDED)}"
+            f"{path}: no such file or directory; a model is a directory, a .gguf file, ORG/MODEL of the "
+            f"Hugging Face Hub, or one that comes with Loci: {', '.join(EMBEDDED)}"
         )
     if (path.parent / "config.json").exists():
         raise CheckpointError(f"{path}: a part of a model; name its directory, {path.parent}")

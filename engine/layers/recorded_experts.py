@@ -32,23 +32,21 @@ class _Layer:
 class RecordedExperts:
     """The routed experts of a program.
 
-    limit  of the activation: see `MoeCall.swiglu_limit`
+    limit      of the activation: see `MoeCall.swiglu_limit`
+    is_native  True if all experts are native operations for good
     """
 
     def __init__(self, recorder: Recorder, store: ExpertStore, limit: float) -> None:
         self._recorder = recorder
         self._store = store
         self._limit = limit
+        at_hand = store.at_hand
+        self.is_native = store.is_still and at_hand is not None and bool(at_hand.addresses.all())
         self._used = torch.zeros(1, dtype=torch.int64)  # different experts, computed natively
         self._layers: dict[int, _Layer] = {}
         self._guesses: dict[int, list[tuple[Buffer, torch.Tensor]]] = {}
         self._acquired: ExpertStep | None = None
         self._program: Program | None = None
-
-    @property
-    def is_native(self) -> bool:
-        """True if all experts are native operations for good."""
-        return self._store.is_still and self._store.at_hand is not None
 
     # ----------------------------------------------------------------------------------------- recording
 
@@ -105,7 +103,7 @@ class RecordedExperts:
         unless: tuple[torch.Tensor, Callable[[Buffer], HandOver]] | None = None
         if not self.is_native:
             unless = self._layers[layer].at_hand, compute
-        nbytes = self._store.slots.dram.layout.nbytes
+        nbytes = self._store.slots.dram.layouts[layer].nbytes
         addresses, activation = at_hand.addresses[layer], (self._limit, extras)
         return self._recorder.experts(x, ids, weights, addresses, activation, self._used, nbytes, unless)
 

@@ -6,8 +6,9 @@ Each row's token depends on that row, its parameters and its random number alone
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan
+from math import isfinite, isnan
 
+import numpy as np
 import torch
 
 from engine.sampling.params import SamplingParams
@@ -43,7 +44,8 @@ def draw_tokens(
         _put(tokens, greedy, [-1 if isnan(row[i]) else i for row, i in zip(rows, best, strict=True)])
     if plain:
         probs = _probabilities(logits, params, plain)
-        _put(tokens, plain, _columns(probs, [numbers[row] for row in plain]))
+        sums = probs.cumsum(-1, dtype=torch.float64).numpy()
+        _put(tokens, plain, _columns(sums, [numbers[row] for row in plain]))
     if cut:
         probs = _probabilities(logits, params, cut)
         chosen = [params[row] for row in cut]
@@ -57,20 +59,22 @@ def _put(tokens: list[int], rows: list[int], found: list[int]) -> None:
 
 
 def _rows(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == logits.shape[0] else logits[rows]
 
 
 def _probabilities(logits: torch.Tensor, params: Sequence[SamplingParams], rows: list[int]) -> torch.Tensor:
-    temperatures = torch.tensor([[params[row].temperature] for row in rows])
-    return (_rows(logits, rows) / temperatures).softmax(-1)
+    temperatures = np.array([[params[row].temperature] for row in rows], dtype=np.float32)
+    # torch would wake other threads to divide a large vocabulary, which takes longer than the division.
+    return torch.from_numpy(_rows(logits, rows).numpy() / temperatures).softmax(-1)
 
 
-def _columns(weights: torch.Tensor, numbers: Sequence[float]) -> list[int]:
-    """The column that each row's number falls on, columns being as wide as their weights `[rows, n]`."""
-    sums = weights.cumsum(-1, dtype=torch.float64)
-    points = torch.tensor(numbers, dtype=torch.float64).unsqueeze(1) * sums[:, -1:]
-    columns = torch.searchsorted(sums, points, right=True).squeeze(1).clamp(max=weights.shape[1] - 1)
-    return columns.where(points.squeeze(1).isfinite(), -1).tolist()
+def _columns(sums: np.ndarray, numbers: Sequence[float]) -> list[int]:
+    """The column that each row's number falls on; columns end at their sums `[rows, n]`. -1 among NaN."""
+    points = [number * float(row[-1]) for number, row in zip(numbers, sums, strict=True)]
+    return [
+        min(int(row.searchsorted(point, "right")), len(row) - 1) if isfinite(point) else -1
+        for point, row in zip(points, sums, strict=True)
+    ]
 
 
 def _among_the_best(
@@ -106,20 +110,22 @@ def _among(
 ) -> list[int]:
     """The same for rows that consider their top `width` tokens, of which top_k leaves `limits`."""
     vocab = probs.shape[1]
-    best, ids = probs.topk(width)  # [rows, width], likeliest first
-    sums = best.cumsum(-1, dtype=torch.float64)
-    top_k = torch.tensor(limits).unsqueeze(1)
-    top_p = torch.tensor([[p.top_p] for p in params], dtype=torch.float64)
-    min_p = torch.tensor([[p.min_p] for p in params])
+    best, ids = (found.numpy() for found in probs.topk(width))  # [rows, width], likeliest first
+    # NumPy from here on: so few values take it a microsecond an operation, and torch five.
+    sums = best.cumsum(-1, dtype=np.float64)
+    top_k, top_p, min_p = (
+        np.array([[limit] for limit in limits]),
+        np.array([[p.top_p] for p in params]),
+        np.array([[p.min_p] for p in params], dtype=np.float32),
+    )
     # top_p is a share of what top_k leaves.
-    whole = torch.where(top_k < vocab, sums.gather(1, top_k.clamp(max=width) - 1), 1.0)
+    whole = [[row[limit - 1] if limit < vocab else 1.0] for row, limit in zip(sums, limits, strict=True)]
     # A token stays while those before it hold less than top_p; the first always stays.
-    stays = (sums - best < top_p * whole) & (best >= min_p * best[:, :1]) & (torch.arange(width) < top_k)
-    columns = _columns(best * stays, numbers)
-    found = ids.gather(1, torch.tensor(columns).clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
-    tokens = [token if column >= 0 else -1 for token, column in zip(found, columns, strict=True)]
+    stays = (sums - best < top_p * whole) & (best >= min_p * best[:, :1]) & (np.arange(width) < top_k)
+    columns = _columns((best * stays).cumsum(-1, dtype=np.float64), numbers)
+    tokens = [int(row[column]) if column >= 0 else -1 for row, column in zip(ids, columns, strict=True)]
     if width < vocab:
-        unsure = [row for row, more in enumerate(stays[:, -1].tolist()) if more and limits[row] > width]
+        unsure = [row for row, more in enumerate(stays[:, -1]) if more and limits[row] > width]
         if unsure:
             picked = [params[row] for row in unsure], [numbers[row] for row in unsure]
             _put(tokens, unsure, _among_the_best(_rows(probs, unsure), *picked, look * GROWTH))

@@ -67,10 +67,12 @@ class Detokenizer:
         return self._piece(len(self._held)) if stopped is None else stopped
 
     def _release(self) -> Piece:
+        if not self._stop:
+            return self._piece(len(self._held))
         stopped = self._stopped()
         if stopped is not None:
             return stopped
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        keep = max(_overlap(self._held, stop) for stop in self._stop)
         return self._piece(len(self._held) - keep)
 
     def _stopped(self) -> Piece | None:
@@ -86,6 +88,9 @@ class Detokenizer:
 
     def _piece(self, length: int) -> Piece:
         """So many held characters, fewer where they would end inside a token that stands outside text."""
+        if not self._special:
+            text, self._held = self._held[:length], self._held[length:]
+            return Piece(text)
         length = min([length, *(start for start, end in self._special if end > length)])
         text, self._held = self._held[:length], self._held[length:]
         special = tuple(spot for spot in self._special if spot[1] <= length)

@@ -91,10 +91,16 @@ class Checkpoint:
 def name_of(path: Path) -> str:
     """The name of a model's directory or file, without `.gguf` and its part; of a link, the link's own name.
 
-    In a Hugging Face Hub cache, the link's target is named by its hash.
+    In a Hugging Face Hub cache, a GGUF file's target is named by its hash, and a directory by its commit:
+    that one's name is the repository's, ORG/MODEL.
     """
     named = Path(os.path.abspath(path))
-    return GGUF_ENDING.sub("", named.name)
+    if GGUF_ENDING.search(named.name):
+        return GGUF_ENDING.sub("", named.name)
+    kind, _, repository = named.parents[1].name.partition("--") if len(named.parents) > 1 else ("", "", "")
+    if named.parent.name == "snapshots" and kind == "models" and repository:
+        return repository.replace("--", "/")
+    return named.name
 
 
 SHOWN_PROBLEMS = 40

@@ -11,7 +11,9 @@ metadata, each has its own tensors.
 from __future__ import annotations
 
 import math
+import os
 import re
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +117,43 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, TensorEntry]]:
             f"{path}: written in the other byte order; convert it on a machine of that byte order"
         )
     return metadata, entries
+
+
+def data_offset(path: Path) -> int | None:
+    """Where in the GGUF file at `path` its tensors' bytes begin; None where it cannot be read so far."""
+    try:
+        return int(_Reader(path).data_offset)
+    except (_TruncatedError, ValueError, KeyError, IndexError, OverflowError, RecursionError):
+        return None
+
+
+ARCHITECTURE = b"general.architecture"
+_STRING = 8  # GGUF's number for the type
+
+
+def architecture_of(path: Path) -> str | None:
+    """The architecture that the GGUF file at `path` names first, as every converter writes it; else None.
+
+    Reads a few bytes, and leaves the time of the last access as it was where the system allows it.
+    """
+    try:
+        with open(path, "rb", opener=_unnoticed) as file:  # Path.open takes no opener
+            head = file.read(256)
+    except OSError:
+        return None
+    start = 24 + 8 + len(ARCHITECTURE)  # behind magic, version, two counts, and the key with its length
+    if head[:4] != MAGIC or head[32:start] != ARCHITECTURE:
+        return None
+    kind, length = struct.unpack_from("<IQ", head, start)
+    name = head[start + 12 : start + 12 + length]
+    return name.decode("utf-8", "replace") if kind == _STRING and len(name) == length else None
+
+
+def _unnoticed(path: str, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:  # somebody else's file
+        return os.open(path, flags)
 
 
 class _TruncatedError(Exception):

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def open_safetensors(path: Path) -> Checkpoint:
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path / 'config.json'}: no model_type; this is not a model's config")
     problems: list[str] = []
-    index = _read_index(path, problems)
+    index = read_index(path, problems)
     entries: dict[str, TensorEntry] = {}
     for file_name in _shard_names(path, index):
         for entry in _read_header(path / file_name, problems):
@@ -61,8 +62,12 @@ def open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(path, model_type, config, entries, problems)
 
 
-def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
-    """The index's `weight_map` (tensor -> shard); empty for a checkpoint of one file."""
+def read_index(path: Path, problems: list[str]) -> dict[str, str]:
+    """The index's `weight_map` (tensor -> shard) in directory `path`; empty for a checkpoint without one.
+
+    Names of shards that are not those of files beside it become `problems`. Raises CheckpointError where
+    the index is damaged.
+    """
     if not (path / INDEX_NAME).exists():
         return {}
     weight_map = read_json(path / INDEX_NAME).get("weight_map")
@@ -77,12 +82,37 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
     return good
 
 
+def weight_files(path: Path) -> list[str]:
+    """The names of the files that hold the weights of the model in `path`, whether they are there or not.
+
+    Raises CheckpointError where they cannot be told from other files.
+    """
+    return _shard_names(path, read_index(path, []))
+
+
 def _shard_names(path: Path, index: dict[str, str]) -> list[str]:
     if index:
         return sorted(set(index.values()))
-    names = sorted(file.name for file in path.glob("[!.]*.safetensors") if not OTHERS.fullmatch(file.name))
+    names = candidates(file.name for file in path.glob("*.safetensors"))
     if len(names) > 1:
         names = [name for name in names if not _is_record(path / name)]
+    return choose_shards(str(path), names)
+
+
+def candidates(names: Iterable[str]) -> list[str]:
+    """Those of `names` that could be safetensors files of a model."""
+    return sorted(
+        name
+        for name in names
+        if name.endswith(".safetensors") and not name.startswith(".") and not OTHERS.fullmatch(name)
+    )
+
+
+def choose_shards(where: str, names: list[str]) -> list[str]:
+    """Without an index: which of the `candidates` are the model, and what of a numbered set is missing.
+
+    Raises CheckpointError, naming `where`, if there are none or if it could be several.
+    """
     if SINGLE_NAME in names:
         return [SINGLE_NAME]
     names = [name for name in names if not COPIES.fullmatch(name)] or names
@@ -93,10 +123,10 @@ def _shard_names(path: Path, index: dict[str, str]) -> list[str]:
             f"{stem}-{number:0{len(count)}}-of-{count}.safetensors" for number in range(1, int(count) + 1)
         ]
     if not names:
-        raise CheckpointError(f"{path}: contains neither {INDEX_NAME} nor a .safetensors file of a model")
+        raise CheckpointError(f"{where}: contains neither {INDEX_NAME} nor a .safetensors file of a model")
     if len(names) > 1:
         raise CheckpointError(
-            f"{path}: there is no {INDEX_NAME}, and any of {', '.join(names)} could be the model; rename "
+            f"{where}: there is no {INDEX_NAME}, and any of {', '.join(names)} could be the model; rename "
             f"the right one to {SINGLE_NAME} or move the others away"
         )
     return names

@@ -23,7 +23,7 @@ class AtHand:
         self.busy = torch.zeros(layers, dtype=torch.int64)
         self._numbers = self.addresses.numpy()  # the same memory
         self._table = table
-        self._of_slot: dict[int, tuple[int, int, int]] = {}
+        self._of_slot: dict[tuple[int, int], tuple[int, int, int]] = {}  # by layer and slot
         self._coming: dict[Key, SlotEntry] = {}
 
     def put(self, key: Key, entry: SlotEntry) -> None:
@@ -45,9 +45,10 @@ class AtHand:
             del self._coming[key]
             self.busy[key[0]] -= 1
             if entry.ticket is None or not entry.ticket.has_failed:
-                self._numbers[key[0], key[1]] = self._addresses(entry)
+                self._numbers[key[0], key[1]] = self._addresses(key[0], entry)
 
-    def _addresses(self, entry: SlotEntry) -> tuple[int, int, int]:
-        if entry.slot not in self._of_slot:
-            self._of_slot[entry.slot] = matrix_addresses(self._table.weights(entry))
-        return self._of_slot[entry.slot]
+    def _addresses(self, layer: int, entry: SlotEntry) -> tuple[int, int, int]:
+        at = layer, entry.slot
+        if at not in self._of_slot:
+            self._of_slot[at] = matrix_addresses(self._table.weights(layer, entry))
+        return self._of_slot[at]

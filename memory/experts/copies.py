@@ -7,14 +7,14 @@ overwritten; a fence, taken when the transfer is asked for, says which, and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
 
 from memory.tiers import Tier
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import SlotLayout
 
@@ -73,34 +73,42 @@ def queue_of(device: torch.device) -> CopyQueue:
 
 
 class SlotCopier:
-    """Copies experts between slots in DRAM and slots on one GPU."""
+    """Copies experts between slots in DRAM and slots on one GPU; layouts are by layer."""
 
-    def __init__(self, tier: Tier, in_dram: SlotLayout, on_gpu: SlotLayout) -> None:
+    def __init__(self, tier: Tier, in_dram: Sequence[SlotLayout], on_gpu: Sequence[SlotLayout]) -> None:
         self._queue = queue_of(tier.device)
-        in_panels = isinstance(in_dram, ExpertSlotLayout)  # not where the host's kernels are plain torch
-        self._gpu_layout = on_gpu if in_panels and isinstance(on_gpu, GpuSlotLayout) else None
-        self._staging = None
-        if self._gpu_layout is not None:
-            self._staging = torch.empty(in_dram.nbytes, dtype=torch.uint8, device=tier.device)
+        self._gpu_layouts: list[GpuSlotLayout] | None = None
+        # Not where the host's kernels are plain torch, or the GPU is virtual: slots are the same then.
+        if isinstance(in_dram[0], ExpertSlotLayout):
+            layouts = [layout for layout in on_gpu if isinstance(layout, GpuSlotLayout)]
+            self._gpu_layouts = layouts or None
+        self._nbytes = [layout.nbytes for layout in in_dram]
+        self._staging = torch.empty(
+            max(self._nbytes) if self._gpu_layouts else 0, dtype=torch.uint8, device=tier.device
+        )
 
     def fence(self) -> Fence:
         """Must be taken by the thread that launches kernels, when it requests a transfer."""
         return self._queue.fence()
 
-    def upload(self, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
-        """Fill a slot of the GPU from one in DRAM."""
+    def upload(self, layer: int, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
+        """Fill a slot of the GPU with an expert of `layer` from one in DRAM."""
         with self._queue.running(after):
-            if self._gpu_layout is None or self._staging is None:
-                slot.copy_(source)
+            nbytes = self._nbytes[layer]
+            if self._gpu_layouts is None:
+                slot[:nbytes].copy_(source[:nbytes])
             else:
-                self._staging.copy_(source, non_blocking=True)
-                self._gpu_layout.from_panels(slot, self._staging)
+                staging = self._staging[:nbytes]
+                staging.copy_(source[:nbytes], non_blocking=True)
+                self._gpu_layouts[layer].from_panels(slot, staging)
 
-    def download(self, target: torch.Tensor, slot: torch.Tensor, after: Fence) -> None:
-        """Fill a slot in DRAM from one of the GPU."""
+    def download(self, layer: int, target: torch.Tensor, slot: torch.Tensor, after: Fence) -> None:
+        """Fill a slot in DRAM with an expert of `layer` from one of the GPU."""
         with self._queue.running(after):
-            if self._gpu_layout is None or self._staging is None:
-                target.copy_(slot)
+            nbytes = self._nbytes[layer]
+            if self._gpu_layouts is None:
+                target[:nbytes].copy_(slot[:nbytes])
             else:
-                self._gpu_layout.to_panels(slot, self._staging)
-                target.copy_(self._staging, non_blocking=True)
+                staging = self._staging[:nbytes]
+                self._gpu_layouts[layer].to_panels(slot, staging)
+                target[:nbytes].copy_(staging, non_blocking=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -14,8 +14,8 @@ from memory.experts.slot_table import Key
 from memory.hardware.detect import usable_cores
 from memory.telemetry import Telemetry
 from memory.transfer import Link, Priority, Ticket
-from quant.kernels.interface import SlotLayout
-from quant.packed import Format, PackedTensor
+from quant.kernels.interface import ExpertFormats, SlotLayout
+from quant.packed import PackedTensor
 
 MATRICES = 3  # of an expert: w1, w3, w2
 APART = tuple((number,) for number in range(MATRICES))  # each in tensors of its own
@@ -38,8 +38,10 @@ class ExpertFiles(Protocol):
     def hidden(self) -> int: ...
     @property
     def width(self) -> int: ...
-    @property
-    def format(self) -> Format: ...
+
+    def formats(self, layer: int) -> ExpertFormats:
+        """Those of w1, w3 and w2 of a layer's experts; layers may differ."""
+        ...
 
     @property
     def together(self) -> tuple[tuple[int, ...], ...]:
@@ -58,13 +60,17 @@ class ExpertFiles(Protocol):
 class ExpertReader:
     """Reads experts on `readers` threads, bypassing the page cache, and repacks them for the kernels.
 
+    layouts: that of each layer's slots.
+
     A matrix is one request, unless it lies together with another: an expert's are read and repacked in
     parallel by as many threads, so that one missing expert alone keeps the disk busy.
     """
 
-    def __init__(self, files: ExpertFiles, layout: SlotLayout, telemetry: Telemetry, readers: int) -> None:
+    def __init__(
+        self, files: ExpertFiles, layouts: Sequence[SlotLayout], telemetry: Telemetry, readers: int
+    ) -> None:
         self._files = files
-        self._layout = layout
+        self._layouts = layouts
         self._direct = DirectFiles()
         self._direct.open(
             sorted(
@@ -80,20 +86,21 @@ class ExpertReader:
         self.link = Link("nvme", telemetry, workers=readers)
 
     def read(self, key: Key, slot: torch.Tensor, priority: Priority) -> Ticket:
-        """Start reading an expert into `slot` (uint8 `[layout.nbytes]`)."""
+        """Start reading an expert into `slot` (uint8, as large as its layer's layout at least)."""
         stop = threading.Event()
         parts = [self._part(key, numbers, slot, stop) for numbers in self._files.together]
-        return self.link.submit(parts, self._layout.nbytes, priority, stop)
+        return self.link.submit(parts, self._layouts[key[0]].nbytes, priority, stop)
 
     def _part(
         self, key: Key, numbers: tuple[int, ...], slot: torch.Tensor, stop: threading.Event
     ) -> Callable[[], None]:
+        layout = self._layouts[key[0]]
         ranges: list[Range] = coalesce(self._files.entries(*key, numbers[0]))
 
         def work() -> None:
             raw = self._direct.read(ranges, stop)
             for number in numbers:
-                self._layout.pack_matrix(slot, number, self._files.matrix(*key, number, raw))
+                layout.pack_matrix(slot, number, self._files.matrix(*key, number, raw))
 
         return work
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,22 +40,26 @@ class Observer(Protocol):
 
 
 class SlotTable:
-    """One arena, the layout of its slots, and the experts it holds, by layer."""
+    """One arena of slots that any layer's experts fit, their layouts and the experts it holds, by layer."""
 
-    def __init__(self, arena: Arena, layers: int, layout: SlotLayout) -> None:
+    def __init__(self, arena: Arena, layouts: Sequence[SlotLayout]) -> None:
+        layers = len(layouts)
         self.arena = arena
-        self.layout = layout
+        self.layouts = layouts
         self.tier = arena.tier
         self.by_layer: list[dict[int, SlotEntry]] = [{} for _ in range(layers)]
         self.quota = arena.slots / layers  # a layer's fair share
         self.observer: Observer | None = None
-        self._views: dict[int, ExpertWeights] = {}  # by slot: bytes change, their addresses do not
+        # by layout and slot: bytes change, their addresses do not
+        self._views: dict[tuple[int, int], ExpertWeights] = {}
 
-    def weights(self, entry: SlotEntry) -> ExpertWeights:
-        """The contents of the entry's slot."""
-        views = self._views.get(entry.slot)
+    def weights(self, layer: int, entry: SlotEntry) -> ExpertWeights:
+        """The contents of the slot of an entry of `layer`."""
+        layout = self.layouts[layer]
+        at = id(layout), entry.slot
+        views = self._views.get(at)
         if views is None:
-            views = self._views[entry.slot] = self.layout.views(self.arena.slot(entry.slot))
+            views = self._views[at] = layout.views(self.arena.slot(entry.slot))
         return views
 
     def find(self, key: Key) -> SlotEntry | None:

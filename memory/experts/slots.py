@@ -21,7 +21,7 @@ from memory.telemetry import Telemetry
 from memory.tiers import Arena, Tier
 from memory.transfer import Link, Priority, Ticket
 from quant.errors import BudgetError
-from quant.kernels.interface import Kernels
+from quant.kernels.interface import Kernels, SlotLayout
 
 MIN_SLOTS = 2  # in DRAM: one expert in use, one being replaced
 
@@ -64,17 +64,17 @@ class ExpertSlots:
         total = files.layers * files.experts
 
         def table(tier: Tier) -> SlotTable:
-            layout = kernels.on(tier.device).slot_layout(files.hidden, files.width, files.format)
+            layouts = layouts_of(files, kernels.on(tier.device))
             is_pinned = tier is dram and any(gpu.device.type == "cuda" for gpu in gpus)
-            arena = Arena.filling(tier, layout.nbytes, total, pinned=is_pinned)
-            return SlotTable(arena, files.layers, layout)
+            slot_bytes = max(layout.nbytes for layout in layouts)
+            return SlotTable(Arena.filling(tier, slot_bytes, total, pinned=is_pinned), layouts)
 
         self.dram = table(dram)
-        layout = self.dram.layout
         if self.dram.arena.slots < min(MIN_SLOTS, total):
+            arena = self.dram.arena
             raise BudgetError(
-                f"the DRAM budget of {dram.budget_bytes} bytes holds {self.dram.arena.slots} experts of "
-                f"{layout.nbytes} bytes, but at least {MIN_SLOTS} are needed; raise --dram-budget"
+                f"the DRAM budget of {dram.budget_bytes} bytes holds {arena.slots} experts of "
+                f"{arena.slot_bytes} bytes, but at least {MIN_SLOTS} are needed; raise --dram-budget"
             )
         self.gpus = [table(tier) for tier in gpus]
         # With GPUs, where an expert is computed is decided anew in each step.
@@ -82,12 +82,12 @@ class ExpertSlots:
         self.dram.observer = self.at_hand
         self.gpus_rest = False  # while a step runs that finds experts on GPUs by itself, none may leave there
         self.keeps_copies = self.dram.arena.slots >= total
-        self._copiers = [SlotCopier(gpu.tier, layout, gpu.layout) for gpu in self.gpus]
+        self._copiers = [SlotCopier(gpu.tier, self.dram.layouts, gpu.layouts) for gpu in self.gpus]
         self._links = [
             Link(tier.name, telemetry, bytes_per_s=tier.link_bytes_per_s if tier.is_virtual else None)
             for tier in gpus
         ]
-        self._reader = ExpertReader(files, layout, telemetry, readers)
+        self._reader = ExpertReader(files, self.dram.layouts, telemetry, readers)
         self._claimed: set[Key] = set()  # pinned by the current step
         self._predicted: Set[Key] = frozenset()  # expected by a coming step; evicted last
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
@@ -277,9 +277,9 @@ class ExpertSlots:
                 return None
             slot = self._evict(table, leaving)
             spare = None if self.keeps_copies else self.dram.arena.take()
-        ticket = self._links[at].submit(
-            [self._exchange(at, slot, source.slot, spare)], self.dram.layout.nbytes, priority
-        )
+        nbytes = self.dram.layouts[key[0]].nbytes
+        exchange = self._exchange(at, (key[0], slot, source.slot), leaving, spare)
+        ticket = self._links[at].submit([exchange], nbytes, priority)
         table.put(key, SlotEntry(slot, ticket, is_unused_prefetch=priority is Priority.PREFETCH))
         if leaving is not None and spare is not None:
             self.dram.put(leaving, SlotEntry(spare, ticket))
@@ -287,19 +287,25 @@ class ExpertSlots:
             self._leaving.append((ticket, self.dram.remove(key).slot))
         return ticket
 
-    def _exchange(self, at: int, slot: int, source: int, spare: int | None) -> Callable[[], None]:
-        """Runs on the link: copy the GPU's `slot` to DRAM's `spare`, then `source` into the slot."""
-        copier, telemetry, nbytes = self._copiers[at], self.telemetry, self.dram.layout.nbytes
+    def _exchange(
+        self, at: int, coming: tuple[int, int, int], leaving: Key | None, spare: int | None
+    ) -> Callable[[], None]:
+        """Runs on the link: copy what leaves the GPU's slot to DRAM's `spare`, then what comes into the slot.
+
+        coming: its layer, the GPU's slot and DRAM's.
+        """
+        copier, telemetry = self._copiers[at], self.telemetry
+        layer, slot, source = coming
         name, inside = self.gpus[at].tier.name, self.gpus[at].arena.slot(slot)
         outside = self.dram.arena.slot(source)
         kept = None if spare is None else self.dram.arena.slot(spare)
         fence = copier.fence()
 
         def work() -> None:
-            if kept is not None:
-                copier.download(kept, inside, fence)
-                telemetry.add("moved_bytes", f"{name} to dram", nbytes)
-            copier.upload(inside, outside, fence)
+            if kept is not None and leaving is not None:
+                copier.download(leaving[0], kept, inside, fence)
+                telemetry.add("moved_bytes", f"{name} to dram", self.dram.layouts[leaving[0]].nbytes)
+            copier.upload(layer, inside, outside, fence)
 
         return work
 
@@ -406,3 +412,16 @@ def fetch_count(missing: int, link_bytes_per_s: float, cpu_bytes_per_s: float) -
     if link_bytes_per_s == float("inf"):
         return missing
     return round(missing * link_bytes_per_s / (link_bytes_per_s + cpu_bytes_per_s))
+
+
+def layouts_of(files: ExpertFiles, kernels: Kernels) -> list[SlotLayout]:
+    """The slot layout of each layer; layers with the same formats share one."""
+    layouts: dict[tuple[str, ...], SlotLayout] = {}
+    found = []
+    for layer in range(files.layers):
+        formats = files.formats(layer)
+        names = tuple(format_.name for format_ in formats)
+        if names not in layouts:
+            layouts[names] = kernels.slot_layout(files.hidden, files.width, formats)
+        found.append(layouts[names])
+    return found

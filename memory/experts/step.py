@@ -105,7 +105,7 @@ class ExpertStep:
 
     def _part(self, table: SlotTable, experts: list[Claimed], x: torch.Tensor) -> _Part:
         """The work for the experts of one tier, on its device."""
-        weights = {held.expert: table.weights(held.entry) for held in experts}
+        weights = {held.expert: table.weights(self._layer, held.entry) for held in experts}
         flat, top_k = self._ids.flatten(), self._ids.shape[1]
         if len(weights) == self._needed:
             inputs = x.repeat_interleave(top_k, dim=0).to(table.tier.device)

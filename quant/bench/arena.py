@@ -12,9 +12,9 @@ import torch
 
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import ExpertWeights, Weight, matrix_shapes, three_formats
 
 STREAMS = 4  # of plain reads, in each thread
 
@@ -66,8 +66,10 @@ class Arena:
 def random_slot(layout: ExpertSlotLayout | FileSlotLayout) -> torch.Tensor:
     """A slot with a random expert, uint8 `[nbytes]`."""
     hidden, width = layout.hidden, layout.width
-    shapes = ((width, hidden), (width, hidden), (hidden, width))
     slot = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    w1, w3, w2 = (layout.format.encode(torch.randn(shape) / shape[1] ** 0.5) for shape in shapes)
+    w1, w3, w2 = (
+        format_.encode(torch.randn(shape) / shape[1] ** 0.5)
+        for format_, shape in zip(three_formats(layout.formats), matrix_shapes(hidden, width), strict=True)
+    )
     layout.pack_into(slot, w1, w3, w2)
     return slot

@@ -16,7 +16,8 @@ from quant.formats.int4 import INT4_32
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.cpu.panels import ExpertSlotLayout, tile
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
+from quant.kernels.cpu.panels import tile
 from quant.kernels.interface import ExpertWeights, MoeCall, Weight
 from quant.packed import Format, PackedTensor
 

@@ -76,7 +76,7 @@ class GgmlProducts:
     def __init__(self, type_: str, rows: int, cols: int, count: int, rearranged: bool) -> None:
         spec = importlib.util.find_spec("llama_cpp")
         if spec is None or not spec.submodule_search_locations:
-            raise GgmlMissingError("llama-cpp-python is not installed; install Loci with the extra `bench`")
+            raise GgmlMissingError("llama-cpp-python is not installed; install Loci with the extra `ggml`")
         folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
         self._base = _load(folder / "libggml-base.so", _BASE)
         self._cpu = _load(folder / "libggml-cpu.so", _CPU)

@@ -24,7 +24,7 @@ from quant.formats.int4 import INT4_32
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.choice import choose
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
 from quant.packed import Format, PackedTensor

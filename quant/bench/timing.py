@@ -68,7 +68,10 @@ def take_turns(
 
 
 class Neighbours:
-    """How many cores other processes kept busy since this was made: what to doubt the figures by."""
+    """How many cores other processes kept busy since this was made: what to doubt the figures by.
+
+    What this process started counts as its own, if it was running when this was made.
+    """
 
     def __init__(self) -> None:
         self._start, self._others = time.perf_counter(), self._others_s()
@@ -78,9 +81,18 @@ class Neighbours:
         return max(0.0, self._others_s() - self._others) / (time.perf_counter() - self._start)
 
     def _others_s(self) -> float:
-        machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        machine, here = psutil.cpu_times(), psutil.Process()
         busy = sum(getattr(machine, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
-        return float(busy - own.user - own.system)
+        return float(busy - sum(_cpu_s(process) for process in (here, *here.children(recursive=True))))
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    """Processor seconds of a process, and of those that it started and that have ended."""
+    try:
+        used = process.cpu_times()
+    except psutil.NoSuchProcess:  # it has just ended, and counts where it was started
+        return 0.0
+    return float(used.user + used.system + used.children_user + used.children_system)
 
 
 @dataclass(frozen=True)

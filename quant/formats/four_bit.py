@@ -13,7 +13,7 @@ from abc import abstractmethod
 import torch
 
 from quant.errors import FormatError
-from quant.packed import Format, PackedTensor
+from quant.packed import Format, PackedTensor, Part
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -126,6 +126,9 @@ class FourBit(Format):
         assert packed.scales is not None
         shape = (stop - start, packed.shape[1])
         return PackedTensor(self, shape, packed.codes[start:stop], packed.scales[start:stop])
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        return ((rows, cols // 2), torch.uint8), (self.scale_shape(rows, cols), self.scale_dtype)
 
     def bytes_for(self, rows: int, cols: int) -> int:
         fields = 1

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from quant.errors import FormatError
 from quant.formats.ue8m0 import covering_scale, decode_ue8m0, inverse_ue8m0, refuse_nan
-from quant.packed import Format, PackedTensor
+from quant.packed import Format, PackedTensor, Part
 
 E4M3_LARGEST = 448.0
 MIN_FLOAT_SCALE = torch.finfo(torch.float32).tiny
@@ -50,8 +50,11 @@ class Fp8(Format):
     def decode(self, packed: PackedTensor) -> torch.Tensor:
         assert packed.scales is not None
         values = packed.codes.view(torch.float8_e4m3fn).to(torch.float32)
-        scales = packed.scales if packed.scales.dtype == torch.float32 else decode_ue8m0(packed.scales)
-        return values * self._per_value(scales, packed.shape)
+        return values * self._per_value(self.scale_values(packed.scales), packed.shape)
+
+    def scale_values(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales of either kind as float32, which holds them exactly."""
+        return scales if scales.dtype == torch.float32 else decode_ue8m0(scales)
 
     def encode(self, values: torch.Tensor, scales: torch.Tensor | None = None) -> PackedTensor:
         """As `Format.encode`; scales default to `power_scales`, `float_scales` are the other choice."""
@@ -85,6 +88,10 @@ class Fp8(Format):
         first, last = start // self.tile_rows, -(-stop // self.tile_rows)
         shape = (stop - start, packed.shape[1])
         return PackedTensor(self, shape, packed.codes[start:stop], packed.scales[first:last])
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        """As `Format.parts`, with float32 scales: these hold any that a file has."""
+        return ((rows, cols), torch.uint8), (self.scale_shape(rows, cols), torch.float32)
 
     def bytes_for(self, rows: int, cols: int) -> int:
         scale_rows, scale_cols = self.scale_shape(rows, cols)

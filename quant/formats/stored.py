@@ -6,7 +6,6 @@ A packed matrix is stored as two tensors, `NAME.weight` (codes) and `NAME.scale`
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +91,6 @@ def unpack(
     if isinstance(format_, Fp8) and values.dtype == torch.bfloat16:
         values = values.float()
     return PackedTensor(format_, shape, codes.view(weight.shape), values)
-
-
-def byte_shapes(format_: Format, rows: int, cols: int) -> tuple[int, int]:
-    """Bytes of the codes and of the scales of a `[rows, cols]` matrix, with scales of the released dtype."""
-    if isinstance(format_, Plain):
-        return format_.bytes_for(rows, cols), 0
-    weight, scale = stored_as(format_, rows, cols)
-    return math.prod(weight.shape), math.prod(scale.shape) * SCALE_DTYPES[scale.dtypes[0]].itemsize
 
 
 def unpack_bytes(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from quant.kernels.interface import Kernels, MoeCall, SlotLayout, Weight
+from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, SlotLayout, Weight
 from quant.kernels.layers import RoutingRule
 from quant.packed import Format, PackedTensor
 
@@ -33,8 +33,8 @@ class DeviceKernels:
     def prepare(self, weight: Weight) -> Weight:
         return self._host.prepare(weight)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
-        return self._host.slot_layout(hidden, width, format_)
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> SlotLayout:
+        return self._host.slot_layout(hidden, width, formats)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         return self.on(_device_of(weight)).linear(x, weight)

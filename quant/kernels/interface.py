@@ -16,6 +16,7 @@ from quant.kernels.layers import LayerOperations
 from quant.packed import Format, PackedTensor
 
 Weight = torch.Tensor | PackedTensor
+ExpertFormats = tuple[Format, Format, Format]  # of w1, w3 and w2
 
 
 class Kernels(LayerOperations, Protocol):
@@ -35,8 +36,9 @@ class Kernels(LayerOperations, Protocol):
         """A dense weight in this back end's layout, made once at load; may copy it into memory."""
         ...
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
-        """This back end's slot layout for an expert of these dimensions and file format."""
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> SlotLayout:
+        """This back end's slot layout for an expert of these dimensions, with w1, w3 and w2 in these formats
+        in files, or all in one."""
         ...
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -137,6 +139,16 @@ class MoeCall:
     experts: Experts
     swiglu_limit: float
     extras: ExpertExtras = NO_EXTRAS
+
+
+def three_formats(formats: Format | ExpertFormats) -> ExpertFormats:
+    """The formats of w1, w3 and w2, which may be one."""
+    return (formats, formats, formats) if isinstance(formats, Format) else formats
+
+
+def matrix_shapes(hidden: int, width: int) -> tuple[tuple[int, int], ...]:
+    """The shapes of w1, w3 and w2."""
+    return (width, hidden), (width, hidden), (hidden, width)
 
 
 class SlotLayout(Protocol):

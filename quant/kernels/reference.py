@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import MoeCall, Weight, moe_by_products
+from quant.kernels.interface import ExpertFormats, MoeCall, Weight, moe_by_products
 from quant.kernels.layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
@@ -36,9 +36,9 @@ class ReferenceKernels(TorchLayers):
     def prepare(self, weight: Weight) -> Weight:
         return weight
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> FileSlotLayout:
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> FileSlotLayout:
         """Slots in file layout."""
-        return FileSlotLayout(hidden, width, format_)
+        return FileSlotLayout(hidden, width, formats)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """`x @ weight^T` of plain numbers."""

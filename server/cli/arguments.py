@@ -3,22 +3,74 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engine.embedded import EMBEDDED, model_path
-from quant.errors import ConfigError
+from quant.errors import ConfigError, LociError
 
 _NAMES = ", ".join(EMBEDDED)
-_WHAT = f"Checkpoint directory, GGUF file, or an embedded model's name ({_NAMES})."
+_WHAT = (
+    "Checkpoint directory, GGUF file, ORG/MODEL of the Hugging Face Hub, or an embedded model's name "
+    f"({_NAMES})."
+)
+METAVAR = "MODEL"
 
-Model = Annotated[Path, typer.Argument(help=_WHAT, callback=model_path, show_default=False)]
-OptionalModel = Annotated[
-    Path | None,
-    typer.Argument(help=f"{_WHAT} Default: demo.", callback=model_path, show_default=False),
+
+def _known(incomplete: str) -> Iterator[str]:
+    """Directories and GGUF files where `incomplete` points, embedded models, and those in the Hub's cache."""
+    folder = incomplete.rpartition("/")[0]
+    for path in sorted(Path(folder or ".").glob("*")):
+        if path.is_dir() or path.suffix.lower() == ".gguf":
+            yield f"{folder}/{path.name}" if folder or incomplete.startswith("/") else path.name
+    yield from EMBEDDED
+    from memory.hub.cache import cached_models
+
+    try:
+        yield from (found.name for found in cached_models())
+    except (LociError, OSError):
+        return
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """What a shell offers for the beginning of a model's name."""
+    return [found for found in _known(incomplete) if found.startswith(incomplete)]
+
+
+# A model that is on this machine, as its path. A name of the Hub is one where the cache has it.
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help=_WHAT, parser=model_path, metavar=METAVAR, autocompletion=complete_model, show_default=False
+    ),
 ]
+# A model as the user names it, which may have to be fetched.
+NamedModel = Annotated[
+    str, typer.Argument(help=_WHAT, metavar=METAVAR, autocompletion=complete_model, show_default=False)
+]
+OptionalNamedModel = Annotated[
+    str | None,
+    typer.Argument(
+        help=f"{_WHAT} Default: demo.",
+        metavar=METAVAR,
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
+HubName = Annotated[
+    str,
+    typer.Argument(
+        help="ORG/MODEL of the Hugging Face Hub. ORG/MODEL@REVISION is another branch, tag or commit, "
+        "ORG/MODEL:Q4_K_M one of several GGUF files, by quantization or name.",
+        metavar="ORG/MODEL",
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download without asking, however large it is.")]
 
 
 def can_be_written(path: Path | None) -> Path | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quant.errors import ConfigError, LociError
-from server.cli.arguments import Devices, DramBudget, Model
+from server.cli.arguments import Devices, DramBudget, NamedModel, OptionalNamedModel, Yes
 from server.cli.keyboard import messages
 from server.cli.terminal import is_terminal, write
 
@@ -35,13 +34,7 @@ Seed = Annotated[
 
 
 def chat(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Checkpoint directory, GGUF file, demo or smollm2. Default: demo.",
-            show_default=False,
-        ),
-    ] = None,
+    model: OptionalNamedModel = None,
     url: Annotated[
         str | None,
         typer.Option(help="Chat with a model on this server instead of loading one.", show_default=False),
@@ -55,6 +48,7 @@ def chat(
     seed: Seed = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
+    yes: Yes = False,
 ) -> None:
     """Chat with a model; answers appear as they are generated.
 
@@ -71,9 +65,10 @@ def chat(
     if url is not None:
         talk = RemoteTalk(url, api_key)
     else:
+        from server.cli.fetch import fetched
         from server.cli.local_talk import LocalTalk
 
-        talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
+        talk = LocalTalk(fetched(model, yes), devices=devices, dram_budget=dram_budget)
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -81,7 +76,7 @@ def chat(
 
 
 def run(
-    model: Model,
+    model: NamedModel,
     prompt: Annotated[
         str | None,
         typer.Argument(help="Prompt. Omitted or -: read from stdin.", show_default=False),
@@ -91,6 +86,7 @@ def run(
     seed: Seed = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
+    yes: Yes = False,
 ) -> None:
     """Write one answer to stdout. A model without a chat template continues the prompt.
 
@@ -99,10 +95,11 @@ def run(
     or: loci run ./model < question.txt
     """
     prompt = _prompt(prompt)
+    from server.cli.fetch import fetched
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
-    talk = LocalTalk(model, devices=devices, dram_budget=dram_budget)
+    talk = LocalTalk(fetched(model, yes), devices=devices, dram_budget=dram_budget)
     sampling = Sampling(temperature, max_tokens, seed)
     try:
         if talk.can_chat:

@@ -15,6 +15,7 @@ from server.cli.info import info
 from server.cli.logits import logits
 from server.cli.plan import plan
 from server.cli.profile import profile
+from server.cli.pull import list_models, pull, rm
 from server.cli.quantize import quantize
 from server.cli.serve import serve
 from server.cli.synth import synth
@@ -31,6 +32,9 @@ app.command()(serve)
 app.command()(chat)
 app.command()(run)
 app.command()(demo)
+app.command()(pull)
+app.command("list")(list_models)
+app.command()(rm)
 app.command()(info)
 app.command()(logits)
 app.command()(plan)

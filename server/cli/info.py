@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import Devices, DramBudget, OptionalModel
+from server.cli.arguments import Devices, DramBudget, OptionalNamedModel
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _ELSE = "vram, dram"
 
 
 def info(
-    model: OptionalModel = None,
+    model: OptionalNamedModel = None,
     load: Annotated[
         bool | None,
         typer.Option(
@@ -52,13 +52,16 @@ def info(
 ) -> None:
     """Describe a model: its parts, their formats and sizes, and the tiers that can hold them.
 
+    Of a model of the Hub that is not on this machine, configuration and headers are fetched for that.
+
     Example: loci info ./DeepSeek-V4.1-Flash
     """
     from engine.families.loader import open_model
     from memory.planner.budget import MemoryBudget
+    from server.cli.fetch import headers_of, is_here
 
-    assert model is not None  # a default stands in
-    found = open_model(model)
+    with headers_of(model) as path:
+        found = open_model(path)
     about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
@@ -66,10 +69,12 @@ def info(
     print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens")
     print()
     _print_components(components)
-    if program:
-        _print_program(model, MemoryBudget.of_this_machine(dram_budget, devices))
+    if not is_here(model):
+        print(f"\nNot on this machine; `loci pull {model}` downloads it.")
+    elif program:
+        _print_program(path, MemoryBudget.of_this_machine(dram_budget, devices))
     elif total <= LOADED_UNASKED_BYTES if load is None else load:
-        _print_memory(model)
+        _print_memory(path)
     else:
         print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
 

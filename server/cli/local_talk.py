@@ -20,9 +20,11 @@ from server.settings import resolve_settings
 class LocalTalk:
     """A model in this process."""
 
-    def __init__(self, path: Path | None, **settings: object) -> None:
+    def __init__(self, path: Path, **settings: object) -> None:
         """Load it; `settings` are those of a server, by name."""
-        self._served = bring_up(prepare(resolve_settings({"model": path, "max_num_seqs": 1, **settings})))
+        self._served = bring_up(
+            prepare(resolve_settings({"model": str(path), "max_num_seqs": 1, **settings}))
+        )
         self.name = self._served.name
         self.model = self._served.loaded.model
 

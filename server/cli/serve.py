@@ -23,6 +23,7 @@ import typer
 import uvicorn
 
 from server.cli.address import Address, bind
+from server.cli.arguments import OptionalNamedModel, Yes
 from server.cli.process import flush_stdout
 from server.http.connection import allow_many_connections, protocol_with_deadlines
 from server.http.logs import configure_logging
@@ -45,7 +46,7 @@ LAST_WORDS_S = 5
 
 def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     """`command` with one option per field of Settings, so that settings are described in one place."""
-    parameters = [_parameter("model", Path, typer.Argument(help=_help("model"), show_default=False))]
+    parameters = [_flag("model", OptionalNamedModel, None)]
     for name, field in Settings.model_fields.items():
         if name != "model":
             kind = list[str] if name in SEVERAL else field.annotation
@@ -53,6 +54,7 @@ def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., Non
             parameters.append(_parameter(name, kind, option))
     file = typer.Option(help="TOML file with settings.", envvar="LOCI_CONFIG", show_default=False)
     parameters.append(_parameter("config", Path, file))
+    parameters.append(_flag("yes", Yes, False))
 
     @functools.wraps(command)
     def wrapper(**flags: Any) -> None:
@@ -64,8 +66,11 @@ def _with_settings_as_options(command: Callable[..., None]) -> Callable[..., Non
 
 
 def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return _flag(name, Annotated[kind | None, option], None)
+
+
+def _flag(name: str, annotation: Any, default: object) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _help(name: str) -> str:
@@ -75,7 +80,7 @@ def _help(name: str) -> str:
 
 
 @_with_settings_as_options
-def serve(config: Path | None, **flags: Any) -> None:
+def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     """Serve a model over HTTP, with OpenAI's and Anthropic's interfaces.
 
     Each setting can also come from an environment variable (LOCI_PORT for --port) or a TOML file
@@ -93,9 +98,11 @@ def serve(config: Path | None, **flags: Any) -> None:
 
     # Imported late: torch takes seconds, wrong settings should not.
     from server.app import create_app
+    from server.cli.fetch import fetched
     from server.metrics import Metrics
     from server.serving.service import Service, prepare
 
+    settings = settings.model_copy(update={"model": str(fetched(settings.model, yes))})
     prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()

@@ -22,7 +22,8 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.choice import choose
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.cpu.panels import ExpertSlotLayout, tile
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
+from quant.kernels.cpu.panels import tile
 from quant.kernels.interface import MoeCall
 from quant.packed import Format
 

@@ -11,7 +11,7 @@ from quant.bench.decode import HIDDEN, TOP_K, WIDTH, moe_case, product_case, rea
 from quant.bench.timing import Case, take_turns
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 
 NBYTES, HUGE = 512 << 20, 2 << 20
 TURNS = 30

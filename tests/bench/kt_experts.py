@@ -26,7 +26,7 @@ from quant.bench.decode import HIDDEN, LIMIT, TOP_K, WIDTH, due, read_case
 from quant.bench.timing import Case, take_turns
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.interface import MoeCall
 from quant.packed import PackedTensor
 

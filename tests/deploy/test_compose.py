@@ -101,8 +101,9 @@ def test_what_is_mounted_exists() -> None:
     assert named == set(COMPOSE["volumes"])
 
 
-def test_its_variables_are_settings_of_loci() -> None:
+def test_its_variables_are_settings_of_loci_and_of_the_hub() -> None:
     fields = {f"LOCI_{name.upper()}" for name in Settings.model_fields}
+    fields |= {"HF_HUB_CACHE", "HF_HUB_OFFLINE"}
 
     assert set(LOCI["environment"]) <= fields
 

@@ -64,7 +64,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_everything_resolves_from_the_public_index_alone(python: str, processor: str, cache: Path) -> None:
     extras = PROJECT["optional-dependencies"]
-    required = [*PROJECT["dependencies"], *extras["dev"], *extras["gpu"]]
+    required = [*PROJECT["dependencies"], *extras["dev"], *extras["gpu"], *extras["bench"]]
     platform = f"{processor}-manylinux_2_31"  # Debian 11, Ubuntu 20.04 and later
 
     found = resolve(

@@ -50,6 +50,15 @@ def test_a_missing_model_is_refused_with_what_to_do(models: dict[str, Path | Non
         model_path(None)
 
 
+def test_a_path_stays_a_path_when_nothing_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert model_path(model_path("./org/model")) == tmp_path / "org" / "model"
+    assert model_path("nothing.gguf") == Path("nothing.gguf")
+    with pytest.raises(ConfigError, match=r"^org/model: no such file or directory, .*`loci pull org/model`"):
+        model_path("org/model")
+
+
 def test_only_embedded_models_bring_sampling_of_their_own(models: dict[str, Path | None]) -> None:
     smollm2 = models["smollm2"]
     assert smollm2 is not None

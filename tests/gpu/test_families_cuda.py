@@ -21,7 +21,7 @@ from memory.planner.budget import MemoryBudget
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier, page_lock
 from quant.formats.mxfp4 import MXFP4
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
 from tests.conftest import golden_path
 from tests.quant.kernels.kernel_cases import expert
@@ -116,15 +116,15 @@ def test_an_expert_goes_to_a_gpu_and_back_unchanged_while_kernels_read_the_slot(
     sources = torch.zeros(2, panels.nbytes, dtype=torch.uint8).pin_memory()
     for n, source in enumerate(sources):
         panels.pack_into(source, *expert(MXFP4, 512, 256, n).matrices)
-    copier = SlotCopier(Tier("vram:0", 1 << 30, device), panels, on_gpu)
+    copier = SlotCopier(Tier("vram:0", 1 << 30, device), [panels], [on_gpu])
     slot = torch.zeros(on_gpu.nbytes, dtype=torch.uint8, device=device)
     back = torch.zeros_like(sources[0])
     for turn in range(20):
         source = sources[turn % 2]
-        copier.upload(slot, source, copier.fence())
+        copier.upload(0, slot, source, copier.fence())
         copies = [slot.clone() for _ in range(8)]  # still to run when the slot is asked to be overwritten
-        copier.download(back, slot, copier.fence())
-        copier.upload(slot, sources[(turn + 1) % 2], copier.fence())
+        copier.download(0, back, slot, copier.fence())
+        copier.upload(0, slot, sources[(turn + 1) % 2], copier.fence())
         assert torch.equal(back, source)
         assert all(torch.equal(copies[0], copy) for copy in copies)
         assert not torch.equal(copies[0], slot)

@@ -12,6 +12,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
 from memory.experts.reader import APART
 from quant.formats.stored_matrix import every_other_row
+from quant.kernels.interface import ExpertFormats
 from quant.packed import Format, PackedTensor
 
 GATE, UP, DOWN = range(3)  # numbers of an expert's matrices, as the store counts them
@@ -46,10 +47,10 @@ class DecoderExpertFiles:
     def width(self) -> int:
         return self._experts.width
 
-    @property
-    def format(self) -> Format:
-        name, shape = self._name(0, 0, UP), self._shape(UP)
-        return self.stored.format_of(name, shape if self._is_each else (self.experts, *shape))
+    def formats(self, layer: int) -> ExpertFormats:
+        """Those of gate, up and down: of the layer's first expert, where each has tensors of its own."""
+        gate, up, down = (self._format(layer, number) for number in (GATE, UP, DOWN))
+        return gate, up, down
 
     @property
     def together(self) -> tuple[tuple[int, ...], ...]:
@@ -78,6 +79,10 @@ class DecoderExpertFiles:
             both = self.stored.from_stack_parts((2 * rows, cols), parts)
             return every_other_row(both, 0 if number == GATE else 1)
         return self.stored.from_stack_parts((rows, cols), parts)
+
+    def _format(self, layer: int, number: int) -> Format:
+        name, shape = self._name(layer, 0, number), self._shape(number)
+        return self.stored.format_of(name, shape if self._is_each else (self.experts, *shape))
 
     @property
     def _is_each(self) -> bool:

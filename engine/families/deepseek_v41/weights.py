@@ -28,7 +28,7 @@ from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from quant.formats.quantization_config import Role
 from quant.formats.stored import FLOAT_DTYPES, unpack, unpack_bytes
-from quant.kernels.interface import Kernels, Weight
+from quant.kernels.interface import ExpertFormats, Kernels, Weight
 from quant.packed import Format, PackedTensor
 
 # The share of DRAM left after dense weights that goes to hot rows of Engram tables if not everything fits.
@@ -162,6 +162,10 @@ class V41ExpertFiles:
     width: int
     format: Format
     together = APART
+
+    def formats(self, layer: int) -> ExpertFormats:
+        """The same in every layer."""
+        return self.format, self.format, self.format
 
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""

@@ -17,9 +17,8 @@ from quant.errors import ConfigError
 from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native_layers import NativeLayers
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout, has_slots
 from quant.kernels.cpu.panels import (
-    TILED,
-    ExpertSlotLayout,
     NativeWeight,
     Tiled,
     native_weight,
@@ -29,7 +28,14 @@ from quant.kernels.cpu.panels import (
 )
 from quant.kernels.cpu.program import DENSE_KINDS
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import MoeCall, SlotLayout, Weight
+from quant.kernels.interface import (
+    ExpertFormats,
+    MoeCall,
+    SlotLayout,
+    Weight,
+    matrix_shapes,
+    three_formats,
+)
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 
@@ -126,11 +132,12 @@ class NativeKernels(NativeLayers):
             )
         )
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> SlotLayout:
-        """Slots in panel layout, if the format has panels."""
-        if format_.name in TILED:
-            return ExpertSlotLayout(hidden, width, format_)
-        return FileSlotLayout(hidden, width, format_)
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> SlotLayout:
+        """Slots in panel layout, if all of the formats have it."""
+        three = zip(three_formats(formats), matrix_shapes(hidden, width), strict=True)
+        if all(has_slots(format_, cols) for format_, (_, cols) in three):
+            return ExpertSlotLayout(hidden, width, formats)
+        return FileSlotLayout(hidden, width, formats)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         # the common case first: isinstance on a tensor is slow with cold caches
@@ -207,7 +214,7 @@ class NativeKernels(NativeLayers):
             call.extras.shift,
             0 if biases is None else ctypes.addressof(biases),
         )
-        self._library.loci_moe(
+        is_done = self._library.loci_moe(
             self._level,
             self._threads(),
             self.activations == "int8",
@@ -215,6 +222,8 @@ class NativeKernels(NativeLayers):
             flat.data_ptr(),
             out.data_ptr(),
         )
+        if not is_done:  # experts differ in their formats
+            return self._fallback.moe(call)
         return out if flat is x else like(x, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ from quant.formats.int4 import INT4_GROUPS, INT4_HALF_GROUPS, INT4_OFFSET_FLOAT_
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.formats.nvfp4 import NVFP4
+from quant.formats.plain import BF16, F16, F32
 from quant.kernels.cpu import library
 from quant.kernels.interface import ExpertWeights
 from quant.packed import Format, PackedTensor
@@ -135,6 +136,12 @@ def tiled_format(packed: PackedTensor) -> Tiled | None:
     return None if form is None or not form.holds(packed.shape[1]) else form
 
 
+# Plain rows, which are multiplied as they lie; their numbers follow those of formats with panels.
+PLAIN_NUMBERS: dict[str, int] = {
+    plain.name: len(_NUMBERS) + place for place, plain in enumerate((BF16, F16, F32))
+}
+
+
 @dataclass(frozen=True)
 class NativeWeight(PackedTensor):
     """A weight that the library can read: its codes and its scales are each contiguous."""
@@ -145,6 +152,9 @@ class NativeWeight(PackedTensor):
 
         Cached: making it again takes microseconds when the CPU caches are cold.
         """
+        if self.format.name in PLAIN_NUMBERS:
+            number = PLAIN_NUMBERS[self.format.name]
+            return Matrix(self.codes.data_ptr(), 0, number, 1, *self.shape, 1, 1, 0)
         form = tiled_format(self)
         assert form is not None
         return Matrix(
@@ -165,10 +175,10 @@ class NativeWeight(PackedTensor):
 
 
 def native_weight(packed: PackedTensor) -> NativeWeight | None:
-    """The weight for the library, copied if it is not contiguous; None if its format has no panels."""
+    """The weight for the library, copied if it is not contiguous; None if no kernel reads its format."""
     if isinstance(packed, NativeWeight):
         return packed
-    if tiled_format(packed) is None:
+    if tiled_format(packed) is None and packed.format.name not in PLAIN_NUMBERS:
         return None
     scales = None if packed.scales is None else packed.scales.contiguous()
     return NativeWeight(packed.format, packed.shape, packed.codes.contiguous(), scales)
@@ -226,54 +236,3 @@ def untile(packed: PackedTensor, rows: torch.Tensor | None = None) -> PackedTens
         0 if scales is None else scales.data_ptr(),
     )
     return PackedTensor(base, (len(rows), cols), codes, scales)
-
-
-@dataclass(frozen=True)
-class ExpertSlotLayout:
-    """The panel layout of an expert's slot: the panels of w1, w3 and w2, contiguous.
-
-    hidden, width  the expert's dimensions; `format` the experts' format in files
-    """
-
-    hidden: int
-    width: int
-    format: Format = MXFP4
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a slot: those of codes and scales."""
-        return 2 * self._side_bytes + TILED[self.format.name].bytes_for(self.hidden, self.width)
-
-    @property
-    def _side_bytes(self) -> int:
-        return TILED[self.format.name].bytes_for(self.width, self.hidden)
-
-    def pack_into(
-        self,
-        slot: torch.Tensor,
-        w1: PackedTensor,
-        w3: PackedTensor,
-        w2: PackedTensor,
-        threads: int = 1,
-    ) -> ExpertWeights:
-        """Repack an expert's weights into `slot` (uint8 `[nbytes]`) and return views of them there."""
-        for number, weight in enumerate((w1, w3, w2)):
-            self.pack_matrix(slot, number, weight, threads)
-        return self.views(slot)
-
-    def pack_matrix(self, slot: torch.Tensor, number: int, weight: PackedTensor, threads: int = 1) -> None:
-        """Repack one weight of an expert into `slot`: number 0 is w1, 1 is w3, 2 is w2."""
-        view = self.views(slot).matrices[number]
-        if weight.shape != view.shape:
-            raise FormatError(f"expert weight of shape {weight.shape}, expected {view.shape}")
-        tile(weight, view.codes, threads)
-
-    def views(self, slot: torch.Tensor) -> ExpertWeights:
-        """The weights of the expert in `slot`."""
-        form, side = TILED[self.format.name], self._side_bytes
-        shape, down_shape = (self.width, self.hidden), (self.hidden, self.width)
-        return ExpertWeights(
-            NativeWeight(form, shape, slot[:side]),
-            NativeWeight(form, shape, slot[side : 2 * side]),
-            NativeWeight(form, down_shape, slot[2 * side :]),
-        )

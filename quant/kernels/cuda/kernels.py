@@ -16,7 +16,7 @@ from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
-from quant.kernels.interface import NO_EXTRAS, MoeCall, Weight, moe_by_products
+from quant.kernels.interface import NO_EXTRAS, ExpertFormats, MoeCall, Weight, moe_by_products
 from quant.kernels.layers import TorchLayers
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.packed import Format, PackedTensor
@@ -51,9 +51,9 @@ class TritonKernels(TorchLayers):
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> GpuSlotLayout:
         """Slots in file layout, and the conversion from the CPU's panels."""
-        return GpuSlotLayout(hidden, width, format_)
+        return GpuSlotLayout(hidden, width, formats)
 
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):

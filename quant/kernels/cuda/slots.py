@@ -14,7 +14,11 @@ from torch.nn import functional as F
 
 from quant.errors import FormatError
 from quant.formats.four_bit import FourBit
-from quant.kernels.cpu.panels import PANEL_ROWS, TILED, ExpertSlotLayout
+from quant.formats.int4 import Int4, Int4Half
+from quant.formats.mxfp4 import Mxfp4
+from quant.formats.nf4 import Nf4
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
+from quant.kernels.cpu.panels import PANEL_ROWS, TILED
 from quant.kernels.file_slots import FileSlotLayout
 
 BLOCK = 32  # columns
@@ -72,11 +76,18 @@ class GpuSlotLayout(FileSlotLayout):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.format, FourBit) or self.format.scale_fields:
+        names = sorted({format_.name for format_ in self.three})
+        if type(self.three[0]) not in (Mxfp4, Nf4, Int4, Int4Half) or len(names) > 1:
             raise FormatError(
-                f"{self.format.name}: experts in this format cannot be placed on a GPU yet; mxfp4, nf4 and "
-                "int4 can (`loci quantize` converts)"
+                f"{', '.join(names)}: experts in this format cannot be placed on a GPU yet; mxfp4, nf4 and "
+                "int4 can, the same for all matrices (`loci quantize` converts)"
             )
+
+    @property
+    def format(self) -> FourBit:
+        """That of all matrices."""
+        assert isinstance(self.three[0], FourBit)
+        return self.three[0]
 
     def from_panels(self, slot: torch.Tensor, panels: torch.Tensor) -> None:
         """Fill `slot` from a slot of panels, both on one device."""
@@ -110,7 +121,6 @@ class GpuSlotLayout(FileSlotLayout):
 
     def _strips(self, cols: int) -> list[_Strips]:
         """The whole strips of a panel, and the shorter one at its end, where there is one."""
-        assert isinstance(self.format, FourBit)
         blocks, group = cols // BLOCK, self.format.tile_cols // BLOCK
         size = self.format.scale_dtype.itemsize
         whole, rest = divmod(blocks, STRIP_BLOCKS)
@@ -135,7 +145,6 @@ class GpuSlotLayout(FileSlotLayout):
 
     @property
     def _even_is_low(self) -> bool:
-        assert isinstance(self.format, FourBit)
         return self.format.even_is_low
 
 

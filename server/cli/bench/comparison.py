@@ -8,14 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from engine.bench.streams import StepCost, Timeline, run_engine, throughput
+from engine.bench.streams import TOKEN_IDS, StepCost, Timeline, run_engine, throughput
 from engine.engine import Engine
 from engine.sampling.params import SamplingParams
 from quant.errors import LociError
 from server.cli.bench.client import CompletionStream, Target, stream_completion
 
-# Ordinary tokens of every vocabulary there is; special ones lie at its ends.
-TOKEN_IDS = range(100, 1000)
 # Tokens that every running stream has before a long prompt comes, and gaps are taken from.
 BEFORE_TOKENS = 16
 
@@ -78,7 +76,7 @@ def compare(
     found = Comparison()
 
     def over_http() -> None:
-        found.http.append(asyncio.run(_run_http(target, load.prompts(streams), load.tokens)))
+        found.http.append(run_http(target, load.prompts(streams), load.tokens))
 
     def on_the_engine() -> None:
         if engine is not None:
@@ -93,6 +91,11 @@ def compare(
         on_round()
     # The first round warms up.
     return Comparison(found.http[1:], found.bare[1:], found.costs[1:])
+
+
+def run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:
+    """Ask for an answer of so many tokens to each prompt at once, and wait for all."""
+    return asyncio.run(_run_http(target, prompts, tokens))
 
 
 async def _run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:

@@ -8,8 +8,10 @@ from server.cli.bench.engram import engram
 from server.cli.bench.experts import experts
 from server.cli.bench.hardware import hardware
 from server.cli.bench.kernels import kernels
+from server.cli.bench.peers import peers
 from server.cli.bench.serve import serve
 from server.cli.bench.slice import slice_
+from server.cli.bench.step import step
 
 bench = typer.Typer(
     name="bench",
@@ -22,4 +24,6 @@ bench.command()(experts)
 bench.command()(engram)
 bench.command()(kernels)
 bench.command()(serve)
+bench.command()(peers)
+bench.command()(step)
 bench.command("slice")(slice_)

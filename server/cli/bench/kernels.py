@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from server.cli.arguments import JsonFile
-from server.cli.terminal import print_table
+from server.cli.bench.figures import print_figures, results_of
 
 
 def kernels(
@@ -25,14 +25,14 @@ def kernels(
 ) -> None:
     """Compare quantised matrix products with plain reads, with torch and with llama.cpp.
 
-    Takes a few minutes and up to 3 GB of memory. llama.cpp is included if the extra `bench` is installed.
+    Takes a few minutes and up to 3 GB of memory. llama.cpp is included if the extra `ggml` is installed.
     On a GPU: half a minute and 3 GB of its memory; bitsandbytes is included.
 
     Example: loci bench kernels --json kernels.json
     """
     from memory.hardware.detect import detect
     from memory.hardware.measure import working_bytes
-    from memory.hardware.this_machine import Result, write_results
+    from memory.hardware.this_machine import write_results
     from quant.bench.gpu import measure_gpu
     from quant.bench.kernels import MIN_BYTES, Effort, measure_kernels
     from quant.kernels.choice import choose
@@ -43,21 +43,8 @@ def kernels(
     results = []
     for topic, figures in measure_kernels(effort) if gpu is None else measure_gpu(gpu, effort.turns):
         print()
-        print_table(
-            [topic, "measured", "", "target", "met"],
-            [
-                (
-                    f.name,
-                    f"{f.value:.3g}",
-                    f.unit,
-                    "" if f.target is None else f"{f.target:g}",
-                    {None: "", True: "yes", False: "no"}[f.met],
-                )
-                for f in figures
-            ],
-            right=(1, 3),
-        )
-        results += [Result(f.name, f.value, f.unit, f.target, f.met) for f in figures]
+        print_figures(topic, figures)
+        results += results_of(figures)
     if json_file is not None:
         write_results(json_file, detect(), results)
         print(f"written to {json_file}")

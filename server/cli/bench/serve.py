@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quant.errors import ConfigError
-from server.cli.arguments import JsonFile
+from server.cli.arguments import JsonFile, OptionalNamedModel
 from server.cli.progress import progress
 from server.cli.terminal import print_table
 
@@ -29,10 +28,7 @@ RUNNING = 4  # streams that a long prompt interferes with
 
 
 def serve(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Model to serve, as for `loci serve`. Default: demo.", show_default=False),
-    ] = None,
+    model: OptionalNamedModel = None,
     url: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +95,7 @@ def _counts(streams: str) -> list[int]:
 
 
 def _set_up(
-    stack: ExitStack, model: Path | None, url: str | None, api_key: str | None, most: int, longest: int
+    stack: ExitStack, model: str | None, url: str | None, api_key: str | None, most: int, longest: int
 ) -> tuple[Target, Engine | None]:
     """The server to measure, started unless it has a URL, and the bare engine to compare it with."""
     from server.cli.bench.client import Target
@@ -115,7 +111,7 @@ def _set_up(
         stack.callback(engine.stop)
     if url is None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-        url = stack.enter_context(serving(*([str(model)] if model else []), *arguments))
+        url = stack.enter_context(serving(*([model] if model else []), *arguments))
     remote = RemoteTalk(url, api_key)
     stack.callback(remote.close)
     return Target(url, remote.name, api_key), engine

@@ -23,8 +23,8 @@ from tests.conftest import BESIDE, GOLDEN
 TOLERANCE = 1e-4
 PLENTY = MemoryBudget(1 << 30)
 SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
-SAFETENSORS = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen3_moe")
-NAMES = SAFETENSORS
+SAFETENSORS = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral", "minimax_m2", "olmoe", "qwen3_moe")
+NAMES = (*SAFETENSORS, "gguf_gpt_oss", "gguf_qwen3moe", "qwen3_moe_fp8")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from quant.errors import BudgetError
 from quant.kernels.choice import choose
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.devices import DeviceKernels
-from quant.kernels.interface import Kernels, Weight
+from quant.kernels.interface import ExpertFormats, Kernels, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 from tests.conftest import golden_path
@@ -49,8 +49,8 @@ class OneGpu(ReferenceKernels):
         scales = None if weight.scales is None else weight.scales.to(self.device)
         return PackedTensor(weight.format, weight.shape, weight.codes.to(self.device), scales)
 
-    def slot_layout(self, hidden: int, width: int, format_: Format) -> GpuSlotLayout:
-        return GpuSlotLayout(hidden, width, format_)
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> GpuSlotLayout:
+        return GpuSlotLayout(hidden, width, formats)
 
 
 @pytest.fixture

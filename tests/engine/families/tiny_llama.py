@@ -51,9 +51,16 @@ def tiny_values(*, is_tied: bool = True) -> Values:
 
 
 def write_gguf(
-    path: Path, values: Values, matrices: str = "F32", metadata: Mapping[str, object] | None = None
+    path: Path,
+    values: Values,
+    matrices: str = "F32",
+    metadata: Mapping[str, object] | None = None,
+    max_tensors: int = 0,
 ) -> Path:
-    """A GGUF file with matrices of GGUF type `matrices`; `metadata` adds keys or, with None, drops them."""
+    """A GGUF file with matrices of GGUF type `matrices`; `metadata` adds keys or, with None, drops them.
+
+    With max_tensors, parts of it with at most so many tensors each.
+    """
     keys: dict[str, object] = {
         "llama.block_count": LAYERS,
         "llama.context_length": CONTEXT,
@@ -69,7 +76,7 @@ def write_gguf(
         "tokenizer.ggml.eot_token_id": 2,
         **(metadata or {}),
     }
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=max_tensors)
     for key, value in keys.items():
         if isinstance(value, list):
             writer.add_array(key, value)

@@ -14,6 +14,7 @@ from memory.experts.store import ExpertStore
 from memory.tiers import Tier
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.choice import choose
+from quant.kernels.interface import ExpertFormats
 from quant.packed import PackedTensor
 
 CPU = torch.device("cpu")
@@ -29,7 +30,6 @@ class ExpertsOnDisk:
     experts: int
     hidden: int
     width: int
-    format = MXFP4
     together = APART
 
     @classmethod
@@ -42,6 +42,9 @@ class ExpertsOnDisk:
                 out.write(rng.integers(119, 123, hidden * width // 32, dtype=np.uint8).tobytes())
                 out.write(rng.integers(0, 256, hidden * width // 2, dtype=np.uint8).tobytes())
         return made
+
+    def formats(self, layer: int) -> ExpertFormats:
+        return MXFP4, MXFP4, MXFP4
 
     @property
     def slot_bytes(self) -> int:

@@ -139,7 +139,7 @@ def test_a_guess_that_cannot_be_read_fails_nobody(
         parts = [part(self, key, (number,), slot, threading.Event()) for number in range(3)]
         if priority is Priority.PREFETCH:
             parts[1] = fail
-        return self.link.submit(parts, self._layout.nbytes, priority)
+        return self.link.submit(parts, self._layouts[key[0]].nbytes, priority)
 
     store = files.store(8)
     monkeypatch.setattr(ExpertReader, "read", only_demand)
@@ -268,11 +268,13 @@ def test_an_expert_whose_way_to_a_gpu_fails_is_computed_without_it(
 ) -> None:
     upload, calls = SlotCopier.upload, itertools.count()
 
-    def sometimes(self: SlotCopier, slot: torch.Tensor, source: torch.Tensor, after: Fence) -> None:
+    def sometimes(
+        self: SlotCopier, layer: int, slot: torch.Tensor, source: torch.Tensor, after: Fence
+    ) -> None:
         if next(calls) % 2:
             slot.zero_()  # half-way
             raise RuntimeError("the GPU has fallen off the bus")
-        upload(self, slot, source, after)
+        upload(self, layer, slot, source, after)
 
     store = files.store(dram, 3.1, 3.1)
     monkeypatch.setattr(SlotCopier, "upload", sometimes)
@@ -350,6 +352,6 @@ def test_a_wrong_guess_that_is_half_read_is_read_no_further(
         store.slots.settle(wait=True)
     seen = store.telemetry.snapshot()
     assert seen.prefetches == {"cancelled": 1}
-    assert 0 < seen.moved_bytes["nvme"] - before < store.slots.dram.layout.nbytes
+    assert 0 < seen.moved_bytes["nvme"] - before < store.slots.dram.layouts[0].nbytes
     assert torch.equal(steps(files, store, 6), expected)
     store.close()

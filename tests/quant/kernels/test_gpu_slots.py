@@ -11,7 +11,7 @@ from quant.errors import FormatError
 from quant.formats.int4 import INT4_32, INT4_64, INT4_OFFSET_32
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
-from quant.kernels.cpu.panels import ExpertSlotLayout
+from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.file_slots import FileSlotLayout
 from quant.packed import Format

@@ -35,7 +35,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 12; }
+EXPORT int loci_interface() { return 13; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -54,8 +54,8 @@ EXPORT void loci_dense_linear(int level, int threads, const void* weight, int ki
     dense_linear({*level_at(level), threads, false}, weight, kind, rows, cols, x, tokens, out);
 }
 
-EXPORT void loci_moe(int level, int threads, int int8, const Moe* call, const float* x, float* out) {
-    moe({*level_at(level), threads, int8 != 0}, *call, x, out);
+EXPORT int loci_moe(int level, int threads, int int8, const Moe* call, const float* x, float* out) {
+    return moe({*level_at(level), threads, int8 != 0}, *call, x, out);
 }
 
 EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const void* scales, int float_scales,

@@ -182,31 +182,55 @@ void finish(const Attend& c, const Tiles& tiles, const Tiles::Tile& tile, const 
 
 }  // namespace
 
-void attend(const Team& team, const Attend& call, float* out) {
-    const Tiles tiles(call);
-    const int64_t count = tiles.count(), blocks = tiles.blocks();
-    if (count >= 2 * team.threads || blocks == 1) {
-        parallel_for(count, team.threads, [&](int64_t number) {
-            Tiles::Tile tile(tiles, number);
-            Places place(1, tiles.most_rows(), tiles.columns());
+void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n) {
+    std::vector<Tiles> tiles(calls, calls + n);
+    std::vector<int64_t> first_tile{0}, first_block{0};  // of each call
+    int64_t most_blocks = 0;
+    for (const Tiles& of_call : tiles) {
+        first_tile.push_back(first_tile.back() + of_call.count());
+        first_block.push_back(first_block.back() + of_call.count() * of_call.blocks());
+        most_blocks = std::max(most_blocks, of_call.blocks());
+    }
+    // The call that has an item, and the item's number there.
+    const auto call_of = [](const std::vector<int64_t>& first, int64_t* item) {
+        const auto call = std::upper_bound(first.begin(), first.end(), *item) - first.begin() - 1;
+        *item -= first[static_cast<size_t>(call)];
+        return static_cast<size_t>(call);
+    };
+    const auto ahead = [&](int number) { return team.ahead(number); };
+    const int64_t count = first_tile.back(), rows = tiles[0].most_rows(), columns = tiles[0].columns();
+    if (count >= 2 * team.threads || most_blocks == 1) {
+        const auto compute_tile = [&](int64_t item) {
+            const size_t call = call_of(first_tile, &item);
+            Tiles::Tile tile(tiles[call], item);
+            Places place(1, rows, columns);
             const auto compute = [&](int64_t b) {
                 tile.compute(team.level, b, place.at(0));
                 return place.at(0);
             };
-            finish(call, tiles, tile, compute, out);
-        });
+            finish(calls[call], tiles[call], tile, compute, outs[call]);
+        };
+        parallel_for(count, team.threads, compute_tile, ahead);
         return;
     }
-    Places places(count * blocks, tiles.most_rows(), tiles.columns());  // few rows, many keys: blocks are shared out
-    parallel_for(count * blocks, team.threads, [&](int64_t item) {
-        Tiles::Tile tile(tiles, item / blocks);
-        if (item % blocks * kKeyBlock < tile.keys()) tile.compute(team.level, item % blocks, places.at(item));
+    Places places(first_block.back(), rows, columns);  // few rows, many keys: blocks are shared out
+    parallel_for(first_block.back(), team.threads, [&](int64_t item) {
+        const int64_t place = item;
+        const size_t call = call_of(first_block, &item);
+        const int64_t blocks = tiles[call].blocks();
+        Tiles::Tile tile(tiles[call], item / blocks);
+        if (item % blocks * kKeyBlock < tile.keys()) tile.compute(team.level, item % blocks, places.at(place));
     });
-    parallel_for(count, team.threads, [&](int64_t number) {
-        const Tiles::Tile tile(tiles, number);
-        finish(call, tiles, tile, [&](int64_t b) { return places.at(number * blocks + b); }, out);
-    });
+    const auto finish_tile = [&](int64_t item) {
+        const size_t call = call_of(first_tile, &item);
+        const Tiles::Tile tile(tiles[call], item);
+        const int64_t place = first_block[call] + item * tiles[call].blocks();
+        finish(calls[call], tiles[call], tile, [&](int64_t b) { return places.at(place + b); }, outs[call]);
+    };
+    parallel_for(count, team.threads, finish_tile, ahead);
 }
+
+void attend(const Team& team, const Attend& call, float* out) { attend(team, &call, &out, 1); }
 
 void index_scores(const Team& team, const Index& c, float* out) {
     const Padded padded(c.dim);

@@ -37,6 +37,11 @@ enum Format : int64_t {
 };
 
 inline bool is_plain(int64_t format) { return format >= kBf16; }
+// What plain rows are to dense_rows (Level).
+inline int kind_of(int64_t format) { return static_cast<int>(format - kBf16); }
+inline int64_t plain_bytes(int kind) { return kind == 2 ? 4 : 2; }
+// Whether a format is multiplied with activations as floats, not as digits.
+inline bool takes_floats(int64_t format) { return format == kFp8 || is_plain(format); }
 
 // One weight matrix. In file layout `codes` and `scales` are as its Python format documents them. Tiled,
 // `codes` is a sequence of panels of 32 rows (tiles.cpp), which hold the scales too, except for FP8:
@@ -88,7 +93,7 @@ struct PanelScales {
 // A panel to be multiplied, and where its thread goes on reading: memory is asked for so far ahead that the beginning
 // of the next panel is on its way while this one is computed.
 struct Panel {
-    int64_t cols, bytes;
+    int64_t rows, cols, bytes;
     const uint8_t* codes;
     const uint8_t* next;
     PanelScales scales;
@@ -129,8 +134,8 @@ struct Level {
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
     void (*swiglu)(const float* gate, const float* up, const Gating& gating, int64_t n, float* h);
     // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
-    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
-                       int64_t out_stride);
+    void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* const* x, int64_t tokens,
+                       float* out, int64_t out_stride);
     void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
     // attention.hpp and rows.hpp
     void (*attend_block)(const AttendBlock& block);

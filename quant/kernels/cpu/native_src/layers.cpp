@@ -13,7 +13,7 @@ namespace loci {
 namespace {
 
 // Below this many floats, waking the other threads costs more than it saves.
-constexpr int64_t kWorthSharing = 16 * 1024;
+constexpr int64_t kWorthSharing = 4 * 1024;
 
 int threads_for(const Team& team, int64_t floats) { return floats < kWorthSharing ? 1 : team.threads; }
 
@@ -151,7 +151,7 @@ namespace {
 // Calls fn(first, count) for spans of n floats that threads share.
 template <class F>
 void spans(const Team& team, int64_t n, const F& fn) {
-    constexpr int64_t kSpan = 8 * 1024;
+    constexpr int64_t kSpan = 1024;
     parallel_for((n + kSpan - 1) / kSpan, threads_for(team, n),
                  [&](int64_t span) { fn(span * kSpan, std::min(kSpan, n - span * kSpan)); });
 }

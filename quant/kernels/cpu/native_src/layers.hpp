@@ -22,6 +22,8 @@ struct Attend {
 
 // out [tokens][heads][dim]
 void attend(const Team& team, const Attend& call, float* out);
+// Several calls of as many heads and columns at once.
+void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n);
 
 // How well entries match each token: queries [tokens][heads][dim], weights [tokens][heads], keys [.][dim].
 struct Index {

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kLanes = 16, kSpan = 512;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 // Values from which on threads share the rows: some microseconds of work.
-constexpr int64_t kLeastShared = 1 << 16;
+constexpr int64_t kLeastShared = 1 << 12;
 
 Lanes load(const float* x) {
     Lanes lanes;

@@ -45,8 +45,14 @@ struct Activations {
 
 bool one_digit(const Team& team, int64_t format) { return team.one_digit && team.level.panel[format][1][0] != nullptr; }
 
+// Whether two formats take the same activations.
+bool take_the_same(const Team& team, int64_t a, int64_t b) {
+    if (takes_floats(a) || takes_floats(b)) return takes_floats(a) && takes_floats(b);
+    return offset_of(a) == offset_of(b) && has_halves(a) == has_halves(b) && one_digit(team, a) == one_digit(team, b);
+}
+
 Activations layout_for(const Team& team, int64_t format, int64_t cols) {
-    if (format == kFp8) return {nullptr, cols * static_cast<int64_t>(sizeof(float)), kBlock * sizeof(float)};
+    if (takes_floats(format)) return {nullptr, cols * static_cast<int64_t>(sizeof(float)), kBlock * sizeof(float)};
     const int64_t record = one_digit(team, format) ? sizeof(Block<1>) : sizeof(Block<3>);
     return {nullptr, cols / kBlock * record, record};
 }
@@ -57,32 +63,33 @@ void write_activations(const Team& team, int64_t format, const Activations& to, 
     uint8_t* p = to.base + t * to.stride + first / kBlock * to.element_stride;
     const int offset = offset_of(format);
     const bool halves = has_halves(format);
-    if (format == kFp8) std::memcpy(p, x, static_cast<size_t>(cols) * sizeof(float));
+    if (takes_floats(format)) std::memcpy(p, x, static_cast<size_t>(cols) * sizeof(float));
     else if (one_digit(team, format)) team.level.digits1(x, cols, offset, halves, reinterpret_cast<Block<1>*>(p));
     else team.level.digits3(x, cols, offset, halves, reinterpret_cast<Block<3>*>(p));
 }
 
 Activations prepare(const Team& team, int64_t format, const float* x, int64_t tokens, int64_t cols, Scratch& scratch) {
     Activations a = layout_for(team, format, cols);
-    if (format == kFp8) {
+    if (takes_floats(format)) {
         a.base = reinterpret_cast<uint8_t*>(const_cast<float*>(x));
         return a;
     }
     a.base = scratch.get(tokens * a.stride);
-    const int threads = tokens * cols < 16384 ? 1 : team.threads;
+    const int threads = tokens * cols < 4096 ? 1 : team.threads;
     parallel_for(tokens, threads, [&](int64_t t) { write_activations(team, format, a, t, 0, x + t * cols, cols); });
     return a;
 }
 
 thread_local Scratch worker_panels;                 // of each thread: panels tiled on the way
 thread_local Scratch caller_x, caller_h, caller_y;  // of the thread that calls
+thread_local Scratch caller_other_x;
 
 constexpr int64_t kMostPanels = 4;  // of a turn
 
 // The panels of a matrix, tiled on the way where it lies in file layout.
 class Panels {
   public:
-    explicit Panels(const Matrix& m) : m_(&m), bytes_(panel_bytes(m)) {}
+    explicit Panels(const Matrix& m) : m_(&m), bytes_(is_plain(m.format) ? plain_panel(m) : panel_bytes(m)) {}
     int64_t count() const { return (m_->rows + kPanelRows - 1) / kPanelRows; }
     int64_t bytes() const { return bytes_; }
     int64_t rows_in(int64_t panel) const { return std::min(kPanelRows, m_->rows - panel * kPanelRows); }
@@ -91,10 +98,12 @@ class Panels {
     // A panel and where its thread reads on: behind it, if that is not known. `place`: which of a turn's it is.
     Panel at(int64_t panel, const uint8_t* next, int64_t place) const {
         const uint8_t* codes = m_->tiled ? begin(panel) : tiled_copy(panel, place);
-        return {m_->cols, bytes_, codes, next != nullptr ? next : codes + bytes_, scales(panel)};
+        return {rows_in(panel), m_->cols, bytes_, codes, next != nullptr ? next : codes + bytes_, scales(panel)};
     }
 
   private:
+    // Plain rows need no rearranging: 32 of them are a panel.
+    static int64_t plain_panel(const Matrix& m) { return kPanelRows * m.cols * plain_bytes(kind_of(m.format)); }
     const uint8_t* tiled_copy(int64_t panel, int64_t place) const {
         uint8_t* copy = worker_panels.get(kMostPanels * bytes_) + place * bytes_;
         tile_panel(*m_, panel, copy);
@@ -113,6 +122,12 @@ class Panels {
 
 // A panel times `tokens` (at most kMaxTokens) activations: out [tokens][32].
 void multiply(const Team& team, int64_t format, const Panel& panel, const void* const* x, int64_t tokens, float* out) {
+    if (is_plain(format)) {
+        const float* xs[kMaxTokens];
+        for (int64_t k = 0; k < tokens; ++k) xs[k] = static_cast<const float*>(x[k]);
+        team.level.dense_rows(panel.codes, panel.rows, kind_of(format), panel.cols, xs, tokens, out, kPanelRows);
+        return;
+    }
     const PanelKernel* kernels = team.level.panel[format][one_digit(team, format)];
     int64_t done = 0;
     for (int log2 = 3; log2 >= 0; --log2)
@@ -168,14 +183,16 @@ class Line {
 void multiply(const Team& team, const Line& line, int64_t format, const Activations& a, int64_t tokens) {
     const int64_t per_turn = tokens > kMaxTokens ? kMostPanels : 1;  // they use activations while these are near
     const int threads = line.bytes() * tokens < kWorthSharing ? 1 : team.threads;
-    parallel_for(divide_up(line.count(), per_turn), threads, [&](const Turn& turn) {
+    const auto compute = [&](const Turn& turn) {
         const int64_t first = turn.item * per_turn, count = std::min(line.count() - first, per_turn);
         const Product* products[kMostPanels];
         int64_t numbers[kMostPanels];  // of panels in their matrices
         Panel panels[kMostPanels];
         for (int64_t q = 0; q < count; ++q) {
             products[q] = &line.find(first + q, &numbers[q]);
-            const uint8_t* next = line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
+            const bool is_last = q + 1 == count && turn.next < 0;
+            const uint8_t* next = is_last ? team.ahead(turn.share).begin
+                                          : line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
             panels[q] = products[q]->panels.at(numbers[q], next, q);
         }
         for (int64_t t = 0; t < tokens; t += kMaxTokens)
@@ -190,14 +207,32 @@ void multiply(const Team& team, const Line& line, int64_t format, const Activati
                     std::memcpy(product.out + (t + k) * product.stride + row, y[k],
                                 static_cast<size_t>(product.panels.rows_in(numbers[q])) * sizeof(float));
             }
-    });
+    };
+    parallel_for(divide_up(line.count(), per_turn), threads, compute, [&](int number) { return team.ahead(number); });
 }
 
 }  // namespace
 
+Span Upcoming::share(int number, int threads) const {
+    constexpr int64_t kAsked = 48 * 1024;  // what comes while small operations are computed
+    if (rows != nullptr) return {rows + bytes / threads * number, kAsked};
+    int64_t panels = 0;
+    for (int64_t i = 0; i < count; ++i) panels += Panels(*matrices[i]).count();
+    int64_t first = panels * number / threads;
+    for (int64_t i = 0; i < count; first -= Panels(*matrices[i++]).count())
+        if (first < Panels(*matrices[i]).count()) return {Panels(*matrices[i]).begin(first), kAsked};
+    return {};
+}
+
 void linear_group(const Team& team, const Matrix* const* matrices, float* const* outs, int64_t count, const float* x,
                   int64_t tokens) {
     const Matrix& first = *matrices[0];
+    if (is_plain(first.format)) {
+        for (int64_t i = 0; i < count; ++i)
+            dense_linear(team, matrices[i]->codes, kind_of(first.format), matrices[i]->rows, first.cols, x, tokens,
+                         outs[i]);
+        return;
+    }
     Line line;
     for (int64_t i = 0; i < count; ++i) line.add({Panels(*matrices[i]), 0, outs[i], matrices[i]->rows});
     multiply(team, line, first.format, prepare(team, first.format, x, tokens, first.cols, caller_x), tokens);
@@ -219,15 +254,17 @@ void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, f
 
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
                   int64_t tokens, float* out) {
-    const int64_t row_bytes = cols * (kind == 2 ? 4 : 2);
+    const int64_t row_bytes = cols * plain_bytes(kind);
     constexpr int64_t kTogether = 4;   // rows that a kernel takes at most
     constexpr int64_t kTurnsEach = 4;  // of a thread, at least
     const int64_t fair = std::min(kTurnBytes / row_bytes, rows / (kTurnsEach * team.threads));
     const int64_t per_turn = std::max(kTogether, fair / kTogether * kTogether);
     const int threads = rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
+    std::vector<const float*> xs(static_cast<size_t>(tokens));
+    for (int64_t t = 0; t < tokens; ++t) xs[static_cast<size_t>(t)] = x + t * cols;
     parallel_for((rows + per_turn - 1) / per_turn, threads, [&](int64_t turn) {
         const int64_t first = turn * per_turn, n = std::min(rows - first, per_turn);
-        team.level.dense_rows(static_cast<const uint8_t*>(weight) + first * row_bytes, n, kind, cols, x, tokens,
+        team.level.dense_rows(static_cast<const uint8_t*>(weight) + first * row_bytes, n, kind, cols, xs.data(), tokens,
                               out + first, rows);
     });
 }
@@ -262,12 +299,18 @@ void add_to(float* x, const float* y, int64_t n) {
 
 }  // namespace
 
-void moe(const Team& team, const Moe& call, const float* x, float* out) {
-    const Matrix &up_shape = *call.experts[0], &down_shape = *call.experts[2];
-    const int64_t hidden = up_shape.cols, width = up_shape.rows;
+bool moe(const Team& team, const Moe& call, const float* x, float* out) {
+    const int64_t hidden = call.experts[0]->cols, width = call.experts[0]->rows;
+    int64_t formats[3];
+    for (int i = 0; i < 3; ++i) formats[i] = call.experts[i]->format;
+    for (int64_t i = 3; i < 3 * call.used; ++i)
+        if (call.experts[i]->format != formats[i % 3]) return false;
     const Pairs pairs(call);
-    const Activations a = prepare(team, up_shape.format, x, call.tokens, hidden, caller_x);
-    Activations h = layout_for(team, down_shape.format, width);  // one for each pair, in their order
+    const Activations a = prepare(team, formats[0], x, call.tokens, hidden, caller_x);
+    const Activations b = take_the_same(team, formats[0], formats[1])
+                              ? a
+                              : prepare(team, formats[1], x, call.tokens, hidden, caller_other_x);
+    Activations h = layout_for(team, formats[2], width);  // one for each pair, in their order
     h.base = caller_h.get(static_cast<int64_t>(pairs.pair.size()) * h.stride);
 
     // Gate and up: a panel of both gives a block of h.
@@ -281,11 +324,14 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
         const Panel gate_panel = gates.at(p, ups.begin(p), 0), up_panel = ups.at(p, next, 1);
         for (int64_t i = pairs.begin(e); i < pairs.end(e); i += kMaxTokens) {
             const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
-            const void* xs[kMaxTokens];
-            for (int64_t k = 0; k < n; ++k) xs[k] = a.token(pairs.at(i + k) / call.top_k);
+            const void *gate_x[kMaxTokens], *up_x[kMaxTokens];
+            for (int64_t k = 0; k < n; ++k) {
+                gate_x[k] = a.token(pairs.at(i + k) / call.top_k);
+                up_x[k] = b.token(pairs.at(i + k) / call.top_k);
+            }
             float gate[kMaxTokens][kPanelRows], up[kMaxTokens][kPanelRows];
-            multiply(team, up_shape.format, gate_panel, xs, n, gate[0]);
-            multiply(team, up_shape.format, up_panel, xs, n, up[0]);
+            multiply(team, formats[0], gate_panel, gate_x, n, gate[0]);
+            multiply(team, formats[1], up_panel, up_x, n, up[0]);
             for (int64_t k = 0; k < n; ++k) {
                 float block[kBlock];
                 const int64_t columns = std::min(kBlock, width - p * kBlock);
@@ -294,7 +340,7 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
                     add_to(up[k], call.biases[3 * e + 1] + p * kBlock, columns);
                 }
                 team.level.swiglu(gate[k], up[k], call.gating, kBlock, block);
-                write_activations(team, down_shape.format, h, i + k, p * kBlock, block, columns);
+                write_activations(team, formats[2], h, i + k, p * kBlock, block, columns);
             }
         }
     });
@@ -320,7 +366,7 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
                 const void* hs[kMaxTokens];
                 for (int64_t k = 0; k < n; ++k) hs[k] = h.token(i + k);
                 float y[kMaxTokens][kPanelRows];
-                multiply(team, down_shape.format, panel, hs, n, y[0]);
+                multiply(team, formats[2], panel, hs, n, y[0]);
                 for (int64_t k = 0; k < n; ++k) {
                     if (call.biases != nullptr)
                         add_to(y[k], call.biases[3 * e + 2] + p * kPanelRows, panels.rows_in(p));
@@ -341,6 +387,7 @@ void moe(const Team& team, const Moe& call, const float* x, float* out) {
             }
         });
     }
+    return true;
 }
 
 void gather_rows(const Team& team, const uint8_t* codes, const void* scales, bool float_scales, int64_t cols,

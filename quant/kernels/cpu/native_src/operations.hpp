@@ -1,19 +1,32 @@
 // The operations of the back end on one level: what quant/kernels/cpu/native.py calls.
 #pragma once
 #include "kernels.hpp"
+#include "pool.hpp"
 
 namespace loci {
+
+// Weights that are read after those of an operation: packed matrices one after the other, or plain rows.
+struct Upcoming {
+    const Matrix* const* matrices;
+    int64_t count;
+    const uint8_t* rows;
+    int64_t bytes;
+    Span share(int number, int threads) const;  // where thread `number` begins to read
+};
 
 struct Team {
     const Level& level;
     int threads;
-    bool one_digit;  // int8 activations where the format has such kernels
+    bool one_digit;                  // int8 activations where the format has such kernels
+    const Upcoming* then = nullptr;  // threads ask for it at the end of an operation
+    Span ahead(int number) const { return then != nullptr ? then->share(number, threads) : Span(); }
 };
 
 // out [tokens][rows] = x [tokens][cols] * weight^T
 void linear(const Team& team, const Matrix& weight, const float* x, int64_t tokens, float* out);
 
-// Several matrices of one format and as many columns, times the same x: outs[i] [tokens][rows of matrix i].
+// Several matrices of one format (plain ones too) and as many columns, times the same x: outs[i] [tokens][rows of
+// matrix i].
 void linear_group(const Team& team, const Matrix* const* weights, float* const* outs, int64_t count, const float* x,
                   int64_t tokens);
 
@@ -38,8 +51,8 @@ struct Moe {
 };
 
 // out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id; or, without weights,
-// [tokens][top_k][hidden]
-void moe(const Team& team, const Moe& call, const float* x, float* out);
+// [tokens][top_k][hidden]. False, and nothing computed, where experts have their matrices in other formats than others.
+bool moe(const Team& team, const Moe& call, const float* x, float* out);
 
 // Rows of an e4m3 table with a scale per 32 columns, as floats.
 void gather_rows(const Team& team, const uint8_t* codes, const void* scales, bool float_scales, int64_t cols,

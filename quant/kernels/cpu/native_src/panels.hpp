@@ -193,17 +193,18 @@ ALWAYS_INLINE void load_dense<0>(const uint8_t* row, F32 (&w)[2]) {
 // R rows, `apart` from one another, and T tokens at a time. The vectors of a row's sum are added up in one order
 // whatever R and T are, so that a token gets the same bits in any company.
 template <int Kind, int R, int T>
-void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float* x, float* out, int64_t out_stride) {
+void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float* const* x, float* out,
+                 int64_t out_stride) {
     constexpr int kSize = Kind == 2 ? 4 : 2, kStep = 2 * kLanes;
     const int64_t row_bytes = kSize * cols * apart;
     F32 sums[R][T];
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) sums[r][t] = zero();
-    const auto add_columns = [&](const uint8_t* w, int64_t w_apart, const float* xs, int64_t x_apart) {
+    const auto add_columns = [&](const uint8_t* w, int64_t w_apart, const float* const* xs, int64_t at) {
         F32 values[T][2];
         for (int t = 0; t < T; ++t) {
-            if constexpr (Kind == 0) load_pairs(xs + t * x_apart, values[t]);
-            else load_dense<2>(reinterpret_cast<const uint8_t*>(xs + t * x_apart), values[t]);
+            if constexpr (Kind == 0) load_pairs(xs[t] + at, values[t]);
+            else load_dense<2>(reinterpret_cast<const uint8_t*>(xs[t] + at), values[t]);
         }
         for (int r = 0; r < R; ++r) {
             F32 row[2];
@@ -216,33 +217,37 @@ void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float
     for (; c + kStep <= cols; c += kStep) {
         for (int r = 0; r < R; ++r)
             for (int k = 0; k < kStep * kSize; k += 64) prefetch(weight + r * row_bytes + kSize * c + kDenseAhead + k);
-        add_columns(weight + kSize * c, row_bytes, x + c, cols);
+        add_columns(weight + kSize * c, row_bytes, x, c);
     }
     if (c < cols) {  // the last columns, padded with zeros
         const size_t left = static_cast<size_t>(cols - c);
         alignas(64) uint8_t tail[R][kStep * kSize] = {};
         alignas(64) float tail_x[T][kStep] = {};
         for (int r = 0; r < R; ++r) __builtin_memcpy(tail[r], weight + r * row_bytes + kSize * c, kSize * left);
-        for (int t = 0; t < T; ++t) __builtin_memcpy(tail_x[t], x + t * cols + c, sizeof(float) * left);
-        add_columns(tail[0], kStep * kSize, tail_x[0], kStep);
+        const float* tails[T];
+        for (int t = 0; t < T; ++t) {
+            __builtin_memcpy(tail_x[t], x[t] + c, sizeof(float) * left);
+            tails[t] = tail_x[t];
+        }
+        add_columns(tail[0], kStep * kSize, tails, 0);
     }
     for (int r = 0; r < R; ++r)
         for (int t = 0; t < T; ++t) out[t * out_stride + r * apart] = reduce(sums[r][t]);
 }
 
 template <int Kind, int R>
-void dense_tokens(const uint8_t* rows, int64_t apart, int64_t cols, const float* x, int64_t tokens, float* out,
+void dense_tokens(const uint8_t* rows, int64_t apart, int64_t cols, const float* const* x, int64_t tokens, float* out,
                   int64_t stride) {
     constexpr int T = kDenseTokens;
     int64_t t = 0;
-    for (; t + T <= tokens; t += T) dense_block<Kind, R, T>(rows, apart, cols, x + t * cols, out + t * stride, stride);
-    for (; t < tokens; ++t) dense_block<Kind, R, 1>(rows, apart, cols, x + t * cols, out + t * stride, stride);
+    for (; t + T <= tokens; t += T) dense_block<Kind, R, T>(rows, apart, cols, x + t, out + t * stride, stride);
+    for (; t < tokens; ++t) dense_block<Kind, R, 1>(rows, apart, cols, x + t, out + t * stride, stride);
 }
 
 // Rows that are multiplied together are far apart: each is part of a run that goes on with the row behind it, long
 // enough for the processor to foresee. Rows side by side would be as many runs that end every few kilobytes.
 template <int Kind>
-void dense_rows_of(const uint8_t* rows, int64_t n, int64_t cols, const float* x, int64_t tokens, float* out,
+void dense_rows_of(const uint8_t* rows, int64_t n, int64_t cols, const float* const* x, int64_t tokens, float* out,
                    int64_t stride) {
     constexpr int64_t R = kDenseRows, kSize = Kind == 2 ? 4 : 2;
     const int64_t run = n / R;
@@ -252,7 +257,7 @@ void dense_rows_of(const uint8_t* rows, int64_t n, int64_t cols, const float* x,
         dense_tokens<Kind, 1>(rows + r * cols * kSize, 1, cols, x, tokens, out + r, stride);
 }
 
-void dense_rows(const void* rows, int64_t n, int kind, int64_t cols, const float* x, int64_t tokens, float* out,
+void dense_rows(const void* rows, int64_t n, int kind, int64_t cols, const float* const* x, int64_t tokens, float* out,
                 int64_t out_stride) {
     const uint8_t* bytes = static_cast<const uint8_t*>(rows);
     if (kind == 0) dense_rows_of<0>(bytes, n, cols, x, tokens, out, out_stride);

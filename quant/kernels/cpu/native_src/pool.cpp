@@ -5,32 +5,39 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
 #include <sched.h>
+#include <time.h>
 #endif
 
 namespace loci {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
 
 // How long a worker watches for the next call before it sleeps. A decode step makes its calls some tens of
 // microseconds apart, and waking a sleeper takes about as long as a small product.
-constexpr std::chrono::microseconds kWatch{100};
-// How long a caller waits for the last items of others before it lets another thread have its core.
-constexpr std::chrono::microseconds kPatience{20};
+constexpr microseconds kWatch{100};
+// How long a thread waits before it lets another have its core.
+constexpr microseconds kPatience{20};
+// How long a caller waits for a worker before it looks whether that one is running at all.
+constexpr microseconds kSuspicion{300};
+// How long a worker that was not running stays away: at first, then twice as long each time, until it has been of use
+// for a while.
+constexpr milliseconds kFirstRest{10}, kLongestRest{1000};
 
-void pause_briefly() {
-    for (int i = 0; i < 16; ++i) {
+void pause() {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+    __builtin_ia32_pause();
 #elif defined(__aarch64__)
-        asm volatile("yield");
+    asm volatile("yield");
 #endif
-    }
 }
 
 int this_core() {
@@ -64,9 +71,34 @@ void keep_off(pthread_t worker, int core) {
 #endif
 }
 
+// How long a thread has been running, where the system tells.
+bool running_time(pthread_t thread, std::chrono::nanoseconds* time) {
+#if defined(__linux__)
+    clockid_t clock;
+    timespec now;
+    if (pthread_getcpuclockid(thread, &clock) != 0 || clock_gettime(clock, &now) != 0) return false;
+    *time = std::chrono::seconds(now.tv_sec) + std::chrono::nanoseconds(now.tv_nsec);
+    return true;
+#else
+    (void)thread, (void)time;
+    return false;
+#endif
+}
+
+thread_local Span to_ask;                 // for while this thread waits
+thread_local bool holds_threads = false;  // this thread is the pool's caller
+
+// Something small and useful to do while waiting.
+void ask_for_a_line() {
+    if (to_ask.bytes <= 0) return pause();
+    __builtin_prefetch(to_ask.begin, 0, 2);
+    to_ask.begin += 64;
+    to_ask.bytes -= 64;
+}
+
 // One job at a time. A worker enters it if it comes while the job is open; the caller, when nothing is left to do,
 // closes it and waits for those inside alone. So a worker that is late, because another program has its core or it was
-// asleep, costs nobody anything.
+// asleep, costs nobody anything. One that loses its core inside a job does cost the caller time; it then rests.
 class Pool {
   public:
     static Pool& shared() {
@@ -74,9 +106,19 @@ class Pool {
         return *pool;
     }
 
+    // Whether the threads are this thread's from now on; not while others are computing: their cores are taken.
+    bool hold() {
+        if (holds_threads || forked_ || !running_.try_lock()) return false;
+        return holds_threads = true;
+    }
+    void release() {
+        holds_threads = false;
+        running_.unlock();
+    }
+
+    // For the thread that holds them.
     void run(void (*fn)(void*, int), void* data, int threads) {
-        std::unique_lock<std::mutex> turn(running_, std::try_to_lock);
-        if (!turn.owns_lock() || forked_) return fn(data, 0);  // others are computing: their cores are taken
+        if (open_.load(std::memory_order_relaxed)) return fn(data, 0);  // within a call
         gather(threads - 1);
         Job job{fn, data, threads};
         open_.store(&job);
@@ -87,12 +129,8 @@ class Pool {
         }
         fn(data, 0);
         open_.store(nullptr);
-        const Clock::time_point start = Clock::now();
-        for (bool patient = true; inside_.load() > 0;) {
-            if (patient) pause_briefly();
-            else std::this_thread::yield();
-            patient = patient && Clock::now() - start < kPatience;
-        }
+        for (const auto& worker : workers_)
+            if (worker->inside.load()) wait_for(*worker);
     }
 
   private:
@@ -100,6 +138,15 @@ class Pool {
         void (*fn)(void*, int);
         void* data;
         int threads;
+    };
+
+    struct alignas(64) Worker {
+        std::atomic<bool> inside{false};
+        std::atomic<int64_t> rest{0};  // milliseconds that it is to take
+        std::thread thread;
+        // the caller's notes
+        milliseconds last_rest{0};
+        Clock::time_point back;  // from its last rest
     };
 
     Pool() {
@@ -112,34 +159,39 @@ class Pool {
         if (core == core_ && static_cast<int>(workers_.size()) >= count) return;
         if (core != core_ || workers_.empty()) most_workers_ = cores_allowed() - 1;
         while (static_cast<int>(workers_.size()) < std::min(count, most_workers_)) {
-            workers_.emplace_back([this, number = static_cast<int>(workers_.size()) + 1] { serve(number); });
-            keep_off(workers_.back().native_handle(), core);
+            workers_.push_back(std::make_unique<Worker>());
+            Worker* worker = workers_.back().get();
+            worker->thread =
+                std::thread([this, worker, number = static_cast<int>(workers_.size())] { serve(*worker, number); });
+            keep_off(worker->thread.native_handle(), core);
         }
         if (core != core_)
-            for (std::thread& worker : workers_) keep_off(worker.native_handle(), core);
+            for (const auto& worker : workers_) keep_off(worker->thread.native_handle(), core);
         core_ = core;
     }
 
-    void serve(int number) {
+    void serve(Worker& self, int number) {
         for (uint64_t seen = 0;;) {
             seen = next_call(seen);
-            inside_.fetch_add(1);
+            self.inside.store(true);
             Job* job = open_.load();
             if (job && number < job->threads) job->fn(job->data, number);
-            inside_.fetch_sub(1);
+            self.inside.store(false);
+            if (const int64_t rest = self.rest.exchange(0, std::memory_order_relaxed))
+                std::this_thread::sleep_for(milliseconds(rest));
         }
     }
 
     // Returns when there was a call after `seen`.
     uint64_t next_call(uint64_t seen) {
         const Clock::time_point start = Clock::now();
-        while (Clock::now() - start < kWatch) {
-            for (int i = 0; i < 8; ++i) {
+        for (Clock::duration waited{0}; waited < kWatch; waited = Clock::now() - start) {
+            for (int i = 0; i < 64; ++i) {
                 const uint64_t now = calls_.load(std::memory_order_acquire);
                 if (now != seen) return now;
-                pause_briefly();
+                ask_for_a_line();
             }
-            std::this_thread::yield();  // to whoever has more to do
+            if (waited > kPatience) std::this_thread::yield();  // to whoever has more to do
         }
         std::unique_lock<std::mutex> lock(sleeping_);
         asleep_.fetch_add(1);
@@ -148,13 +200,41 @@ class Pool {
         return calls_.load();
     }
 
+    // Waits until a worker has left the job. Where there are more threads than cores, the one that it was on may be
+    // another program's for some milliseconds: such a worker had better stay away.
+    void wait_for(Worker& worker) {
+        const Clock::time_point start = Clock::now();
+        Clock::time_point looked;
+        std::chrono::nanoseconds ran{0}, ran_before{0};
+        for (bool looking = false; worker.inside.load();) {
+            ask_for_a_line();
+            const Clock::time_point now = Clock::now();
+            if (now - start > kPatience) std::this_thread::yield();
+            if (!looking && now - start > kSuspicion) {
+                if (!running_time(worker.thread.native_handle(), &ran_before)) continue;
+                looking = true;
+                looked = now;
+            } else if (looking && now - looked > kSuspicion && running_time(worker.thread.native_handle(), &ran)) {
+                if (2 * (ran - ran_before) < now - looked && worker.rest.load() == 0) send_to_rest(worker, now);
+                ran_before = ran;
+                looked = now;
+            }
+        }
+    }
+
+    void send_to_rest(Worker& worker, Clock::time_point now) {
+        const bool again = now - worker.back < 2 * kLongestRest;
+        worker.last_rest = again ? std::min(2 * worker.last_rest, kLongestRest) : kFirstRest;
+        worker.back = now + worker.last_rest;
+        worker.rest.store(worker.last_rest.count());
+    }
+
     std::mutex running_;  // held by the caller whose job it is
-    std::vector<std::thread> workers_;
+    std::vector<std::unique_ptr<Worker>> workers_;
     int most_workers_ = 0;
     int core_ = -1;  // where the last caller ran
     bool forked_ = false;
     alignas(64) std::atomic<Job*> open_{nullptr};
-    std::atomic<int> inside_{0};
     alignas(64) std::atomic<uint64_t> calls_{0};
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex sleeping_;
@@ -163,6 +243,18 @@ class Pool {
 
 }  // namespace
 
-void detail::run_team(void (*fn)(void*, int), void* data, int threads) { Pool::shared().run(fn, data, threads); }
+Threads::Threads() : held_(Pool::shared().hold()) {}
+
+Threads::~Threads() {
+    if (held_) Pool::shared().release();
+}
+
+void detail::run_team(void (*fn)(void*, int), void* data, int threads) {
+    const Threads of_this_call;
+    if (holds_threads) Pool::shared().run(fn, data, threads);
+    else fn(data, 0);
+}
+
+void detail::ask_later(const Span& span) { to_ask = span; }
 
 }  // namespace loci

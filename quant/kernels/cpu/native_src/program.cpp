@@ -222,10 +222,27 @@ bool completes_any(const StepInput& step, int64_t ratio) {
                        [&](int64_t position) { return (position + 1) % ratio == 0; });
 }
 
+// The weights that are read first from an operation on; none if that depends on what is computed before.
+Upcoming upcoming(const Operation* op, const Operation* end) {
+    for (; op != end; ++op) {
+        const bool plain = op->kind == Kind::kDense || (op->kind == Kind::kBlocks && op->sizes[1] != 0);
+        if (plain) {
+            const int64_t *sizes = op->sizes + (op->kind == Kind::kBlocks ? 2 : 0), each = sizes[1] * sizes[2];
+            const int64_t matrices = op->kind == Kind::kBlocks ? op->sizes[0] : 1;
+            return {nullptr, 0, static_cast<const uint8_t*>(op->in[1]), matrices * each * (sizes[0] == 2 ? 4 : 2)};
+        }
+        if (op->kind == Kind::kLinear || op->kind == Kind::kBlocks)
+            return {static_cast<const Matrix* const*>(op->in[1]), op->sizes[0], nullptr, 0};
+        if (op->kind == Kind::kExperts || op->kind == Kind::kHandOver) break;
+    }
+    return {};
+}
+
 }  // namespace
 
 int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count,
                     const StepInput& step) {
+    const Threads held;
     for (int64_t i = first; i < count; ++i) {
         const Operation& op = operations[i];
         if (op.kind == Kind::kHandOver) {
@@ -236,7 +253,8 @@ int64_t run_program(const Team& team, const Operation* operations, int64_t first
         } else if (op.kind == Kind::kExperts && !computes_experts(op, step)) {
             return i;
         } else {
-            kFunctions[static_cast<int64_t>(op.kind)](team, op, step);
+            const Upcoming then = upcoming(&op + 1, operations + count);
+            kFunctions[static_cast<int64_t>(op.kind)]({team.level, team.threads, team.one_digit, &then}, op, step);
         }
     }
     return count;

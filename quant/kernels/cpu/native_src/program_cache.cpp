@@ -10,6 +10,8 @@
 namespace loci {
 namespace {
 
+constexpr int64_t kRowsWorthSharing = 4;  // of a cache, whose lines are far away
+
 size_t bytes_of(int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); }
 
 bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio == 0; }
@@ -17,23 +19,26 @@ bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio 
 }  // namespace
 
 // keys and values [rows][kv_heads][dim] to their places in a layer's cache
-void run_append(const Team&, const Operation& op, const StepInput& step) {
+void run_append(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], head_stride = op.sizes[2], slot_stride = op.sizes[3];
-    for (int side = 0; side < 2; ++side)
-        for (int64_t r = 0; r < step.rows; ++r)
+    parallel_for(step.rows, step.rows < kRowsWorthSharing ? 1 : team.threads, [&](int64_t r) {
+        const int64_t to = step.slots[r] * slot_stride + step.positions[r] * dim;
+        for (int side = 0; side < 2; ++side)
             for (int64_t h = 0; h < heads; ++h)
-                std::memcpy(
-                    floats(op.out[side]) + step.slots[r] * slot_stride + h * head_stride + step.positions[r] * dim,
-                    floats(op.in[side]) + (r * heads + h) * dim, bytes_of(dim));
+                std::memcpy(floats(op.out[side]) + to + h * head_stride, floats(op.in[side]) + (r * heads + h) * dim,
+                            bytes_of(dim));
+    });
 }
 
 // queries [rows][heads][dim] over what their slots hold in a layer's cache of keys and values: all, or the last rows
 // of a window; with sinks [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2];
+    std::vector<Attend> calls(static_cast<size_t>(step.rows));
+    std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
         const int64_t slot = step.slots[r] * op.sizes[4];
-        Attend call{};
+        Attend& call = calls[static_cast<size_t>(r)];
         call.q = floats(op.in[0]) + r * heads * dim;
         call.keys = floats(op.in[1]) + slot;
         call.values = floats(op.in[2]) + slot;
@@ -45,8 +50,9 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         call.before = step.positions[r];
         call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
         call.sink = floats(op.in[3]);
-        attend(team, call, floats(op.out[0]) + r * heads * dim);
+        outs.push_back(floats(op.out[0]) + r * heads * dim);
     }
+    attend(team, calls.data(), outs.data(), step.rows);
 }
 
 // x [rows][dim], each row to its position's place in a ring [ring][dim] of its slot
@@ -62,9 +68,11 @@ void run_ring(const Team&, const Operation& op, const StepInput& step) {
 void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], window = op.sizes[2], ring = op.sizes[3];
     const int64_t choices = op.sizes[5];
+    std::vector<Attend> calls(static_cast<size_t>(step.rows));
+    std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
         const int64_t seen = std::min(window, step.positions[r] + 1);
-        Attend call{};
+        Attend& call = calls[static_cast<size_t>(r)];
         call.q = floats(op.in[0]) + r * heads * dim;
         call.keys = call.values = floats(op.in[1]) + step.slots[r] * op.sizes[4];
         call.ring = ring;
@@ -80,8 +88,9 @@ void run_attend_sparse(const Team& team, const Operation& op, const StepInput& s
             call.chosen = static_cast<const int64_t*>(op.in[4]) + r * choices;
             call.choices = choices;
         }
-        attend(team, call, floats(op.out[0]) + r * heads * dim);
+        outs.push_back(floats(op.out[0]) + r * heads * dim);
     }
+    attend(team, calls.data(), outs.data(), step.rows);
 }
 
 // Rows and gates in rings of the last tokens [ring][dim]: those of the group that a row completes, pooled; zeros for
