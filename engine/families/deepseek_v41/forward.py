@@ -189,6 +189,15 @@ class DeepseekV41(Model):
             )
             return None, nbytes
         nbytes.update(ops.nbytes(result))
+        most = max(nbytes[device] for device in self._devices - {HOST})
+        if most > self.weights.places.step_room:
+            logger.warning(
+                "decode steps are started operation by operation on GPUs, which is slower: a recorded step of %d "
+                "sequences needs %.0f MB, but %.0f MB were reserved for it", MAX_ROWS, most / 1e6,
+                self.weights.places.step_room / 1e6,
+            )  # fmt: skip
+            nbytes.clear()
+            return None, nbytes
         if only_look:
             return None, nbytes
         ops.finish(source, result)

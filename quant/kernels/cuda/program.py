@@ -89,6 +89,11 @@ class GpuProgram:
                 assert part.work is not None
                 part.work(rows)
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether all launches are in graphs."""
+        return all(segment.is_captured for segment in self._all_segments())
+
     def launches(self, layer: int | None) -> int:
         """Kernels that a step launches for a layer; what several layers share counts for the one that waits
         for it."""
@@ -136,6 +141,11 @@ class Segment:
         self._launcher = launcher
         self._device = device
         self._graph: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether they are in a graph."""
+        return self._graph is not None
 
     def run(self) -> None:
         """Start all launches."""
