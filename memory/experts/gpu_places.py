@@ -12,7 +12,7 @@ from quant.kernels.cuda.step_experts import SlotsOnGpu
 class GpuPlaces:
     """The experts of a slot table on a GPU. Used by one thread at a time.
 
-    on_gpu  what kernels read; `publish` brings it up to date
+    `publish` brings what kernels read up to date.
     """
 
     def __init__(self, table: SlotTable, layers: int, experts: int) -> None:
@@ -22,12 +22,17 @@ class GpuPlaces:
         self._is_new = True
         self._table = table
         device = table.tier.device
-        first = table.arena.slot(0)
-        self.on_gpu = SlotsOnGpu(first, self._places.to(device), table.layout.views(first), first.data_ptr())
+        self._on_gpu = self._places.to(device)
         for layer, entries in enumerate(table.by_layer):
             for expert, entry in entries.items():
                 self.put((layer, expert), entry)
         self.publish()
+
+    def slots(self, layer: int) -> SlotsOnGpu:
+        """What kernels need to compute a layer's experts."""
+        first = self._table.arena.slot(0)
+        sample = self._table.layouts[layer].views(first)
+        return SlotsOnGpu(first, self._on_gpu, sample, first.data_ptr())
 
     def put(self, key: Key, entry: SlotEntry) -> None:
         """An expert has a slot; `publish` says when its bytes are there."""
@@ -49,7 +54,7 @@ class GpuPlaces:
                 self._numbers[key[0], key[1]] = self._table.arena.place(entry.slot)
                 self._is_new = True
         if self._is_new:
-            self.on_gpu.places.copy_(self._places)
+            self._on_gpu.copy_(self._places)
             self._is_new = False
 
     def holds(self, layer: int, expert: int) -> bool:

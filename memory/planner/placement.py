@@ -20,7 +20,8 @@ GPU_BASE_BYTES = 600_000_000
 PROCESS_BYTES = 1_000_000_000
 # Steps pass activations from buffer to buffer.
 ACTIVATION_BUFFERS = 2
-# Of a recorded step: rows that it has at most, and how often a token's activations its buffers hold, with the parts
+# Of a recorded step: rows that it has at most, and how often a token's activations its buffers hold, with the
+# parts
 # that attention is computed in.
 RECORDED_ROWS = 16
 RECORDED_BUFFERS = 12
@@ -197,7 +198,9 @@ def _reserve_workspace(
             room.left[tier] = 0
             continue
         usable.append(tier)
-        room.reserve("workspace", tier, needed, "activations of a prompt chunk, logits, a recorded step, CUDA")
+        room.reserve(
+            "workspace", tier, needed, "activations of a prompt chunk, logits, a recorded step, CUDA"
+        )
         room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
     if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")

@@ -192,9 +192,9 @@ class DeepseekV41(Model):
         most = max(nbytes[device] for device in self._devices - {HOST})
         if most > self.weights.places.step_room:
             logger.warning(
-                "decode steps are started operation by operation on GPUs, which is slower: a recorded step of %d "
-                "sequences needs %.0f MB, but %.0f MB were reserved for it", MAX_ROWS, most / 1e6,
-                self.weights.places.step_room / 1e6,
+                "decode steps are started operation by operation on GPUs, which is slower: a recorded step "
+                "of %d sequences needs %.0f MB, but %.0f MB were reserved for it",
+                MAX_ROWS, most / 1e6, self.weights.places.step_room / 1e6,
             )  # fmt: skip
             nbytes.clear()
             return None, nbytes

@@ -331,7 +331,7 @@ class V41OnGpus(V41Notes):
     def _slots_here(self) -> SlotsOnGpu | None:
         """The experts of the device that is recorded, if it can find them by itself."""
         places = self._parts.weights.experts.on_gpus.get(self._recorder.device)
-        return None if places is None else places.on_gpu
+        return None if places is None or self._layer is None else places.slots(self._layer)
 
     def acquire(self, number: int, ids: Buffer) -> None:
         here = self._stay

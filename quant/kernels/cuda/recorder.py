@@ -155,6 +155,7 @@ class GpuRecorder:
         box     where choices that it does not hold are left, as the hand-over `number`, and answered
         guesses what a later layer is expected to choose, for whoever answers; None for no guess
         """
+        slots.check()
         places, first = self._places[id(ids)], slots.sample.w1
         top_k, state = ids.width, (box.outputs,)
         left: dict[str, Any] = {"x": x, "ids": ids, "places": places, "box": box, "number": number}

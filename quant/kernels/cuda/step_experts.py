@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from quant.errors import FormatError
 from quant.kernels.cuda.decode import INT4, INT4_OFFSET, NF4, UNIT, four_bit_kind, nf4_levels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.linear import Blocks, times_vector
@@ -90,6 +91,14 @@ class SlotsOnGpu:
     places: torch.Tensor
     sample: ExpertWeights
     begin: int
+
+    def check(self) -> None:
+        """Raise FormatError for experts that no kernel here runs."""
+        formats = {weight.format.name for weight in self.sample.matrices}
+        if len(formats) > 1 or four_bit_kind(self.sample.w1) is None:
+            raise FormatError(
+                f"experts in {' and '.join(sorted(formats))}: no Triton kernel finds them by itself"
+            )
 
     def launches(
         self,

@@ -1,4 +1,5 @@
-"""What a layer of V4.1 takes on a GPU at its published widths: launches, and bytes of buffers. Nothing is run."""
+"""What a layer of V4.1 takes on a GPU at its published widths: launches, and bytes of buffers. Nothing is
+run."""
 
 from __future__ import annotations
 
