@@ -88,6 +88,7 @@ class ExpertSlots:
         # With GPUs, where an expert is computed is decided anew in each step.
         self.at_hand = None if self.gpus else AtHand(self.dram, files.layers, files.experts)
         self.dram.observer = self.at_hand
+        self.gpus_rest = False  # while a step runs that finds experts on GPUs by itself, none may leave there
         self.keeps_copies = self.dram.arena.slots >= total
         self._copiers = [SlotCopier(gpu.tier, self.dram.layouts, gpu.layouts) for gpu in self.gpus]
         self._links = [
@@ -220,7 +221,7 @@ class ExpertSlots:
             for at, held in enumerate(claimed)
             if held.table is self.dram and not held.was_missing and not held.entry.is_moving
         }
-        if not self.gpus or not in_dram:
+        if not self.gpus or not in_dram or self.gpus_rest:
             return
         speed = sum(table.tier.link_bytes_per_s or float("inf") for table in self.gpus)
         if not self.keeps_copies:
