@@ -2,8 +2,7 @@
 
 It polls the mailboxes of all GPUs, computes what they miss and writes the answers. If that fails, or an
 answer takes longer than anybody's patience, the mailboxes are abandoned: the GPUs finish the step with
-numbers that
-mean nothing, and whoever waits for the step gets the error.
+numbers that mean nothing, and whoever waits for the step gets the error.
 """
 
 from __future__ import annotations
@@ -142,7 +141,8 @@ class Coordinator:
 
     def _watch(self) -> None:
         """End waits for one and the same answer that last longer than anybody's patience."""
-        waiting, since = [None], 0.0
+        waiting: list[int | None] = [None]
+        since = 0.0
         with self._changed:
             while not self._is_closed:
                 if self._rounds is None or self._error is not None:
