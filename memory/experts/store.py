@@ -75,7 +75,7 @@ class ExpertStore:
         self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
         self._predicted: set[Key] = set()  # guessed for a step to come
         self._guesses: list[set[int]] = [set() for _ in range(files.layers)]  # not compared yet
-        self._ahead: list[Ticket | None] = [None] * len(gpus)  # the last prefetch copy to each GPU
+        self._ahead: list[Ticket | None] = [None] * len(self.slots.gpus)  # the last prefetch copy to each GPU
         self._fill()
 
     def close(self) -> None:

@@ -237,8 +237,8 @@ def _print_launches(
     waits = last.alone.seconds.get(LATENCY, 0.0)
     print(
         f"GPUs start {most} kernels a layer, as the recorded step counts them; that they take "
-        f"{Efficiency().launch_s * 1e6:.0f} us each is a forecast, no GPU has measured it. With waits between "
-        f"devices: {1e3 * waits:.0f} of {1e3 * last.alone.total_s:.0f} ms of a token."
+        f"{Efficiency().launch_s * 1e6:.0f} us each is a forecast, which no GPU has measured. With "
+        f"waits between devices: {1e3 * waits:.0f} of {1e3 * last.alone.total_s:.0f} ms of a token."
     )
 
 
