@@ -19,6 +19,7 @@ import torch
 KINDS = (
     "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add",
     "bias", "clip", "scale",
+    "part", "join",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
     "pool", "entry", "select", "route", "at_hand", "experts", "hand_over",
 )  # fmt: skip

@@ -27,6 +27,8 @@ enum class Kind : int64_t {
     kBias,
     kClip,
     kScale,
+    kPart,
+    kJoin,
     kRepeat,
     kWeightedSum,
     kMix,
