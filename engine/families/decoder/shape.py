@@ -14,6 +14,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
+from quant.kernels.cpu.panels import PANEL_ROWS
 
 
 def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
@@ -22,16 +23,22 @@ def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str
 
 
 def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
-    """The same with the bytes that it takes in memory, where norms and biases are float32, and so is what is
-    decoded unless it is plain already."""
+    """The same with the bytes that it takes in memory.
+
+    Norms and biases are float32 there, and so is what is decoded unless it is plain already; packed matrices
+    have whole panels of rows.
+    """
     weights_of = _weights_of(checkpoint)
 
     def in_memory(use: Use) -> Weights:
         weights = weights_of(use)
         is_plain = weights.nbytes >= 2 * weights.parameters
-        if use.is_matrix and not (use.is_decoded and not is_plain):
+        if not use.is_matrix or (use.is_decoded and not is_plain):
+            return Weights(4 * weights.parameters, weights.parameters)
+        if is_plain or use.part in ("experts", "embedding"):
             return weights
-        return Weights(4 * weights.parameters, weights.parameters)
+        panels = -(-use.shape[0] // PANEL_ROWS)
+        return Weights(weights.nbytes * panels * PANEL_ROWS // use.shape[0], weights.parameters)
 
     return shape_with(description, name, in_memory)
 
@@ -82,7 +89,13 @@ def kv_shape(a: Attention | Mla) -> KvShape:
     if isinstance(a, Mla):
         entry_bytes = KV_VALUE_BYTES * a.row_dim
         flops = 2 * a.heads * (a.row_dim + a.rank)
-        return KvShape(1, entry_bytes, seen_ratio=1, selected_bytes=entry_bytes, selected_flops=flops)
+        return KvShape(
+            ratio=1,
+            entry_bytes=entry_bytes,
+            seen_ratio=1,
+            selected_bytes=entry_bytes,
+            selected_flops=flops,
+        )
     entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
     return KvShape(
         ratio=1,
