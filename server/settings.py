@@ -125,6 +125,11 @@ class Settings(BaseSettings):
     log_level: LogLevel = Field("info", description="Lowest severity to log.")
     log_format: LogFormat = Field("text", description="Format of log lines: text or JSON objects.")
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator(*SEVERAL, mode="before")
     @classmethod
     def _split_at_commas(cls, value: object) -> object:

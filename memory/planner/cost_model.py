@@ -19,6 +19,9 @@ from memory.planner.placement import Placement
 from memory.planner.routing import Routing, any_used, distinct
 from memory.planner.shape import LayerShape, ModelShape
 
+# Steps of more sequences, and prompts, are not recorded.
+MAX_RECORDED_ROWS = 16
+
 # An expert from NVMe is written to DRAM by the disk, read and written when it is rearranged, and read again.
 CROSSINGS = 3
 
@@ -35,8 +38,10 @@ class Efficiency:
     gpu_flops_share     of its dense bf16 arithmetic, on prompts
     expert_share        of the DRAM read rate, in the CPU's expert kernels (unless the profile says)
     bus_share           of the DRAM read rate, when CPU and links read at once
-    gpu_layer_s        launching a layer's operations on a GPU, one by one from Python
+    gpu_layer_s         starting a layer's operations on a GPU one by one from Python, for prompts
     host_layer_s        the same on the CPU: calls, and threads that meet
+    launch_s            one launch of a recorded step on a GPU
+    operation_s         one operation of a recorded step on the CPU, beyond reading weights
     guessed_share       of a layer's missing experts that are asked for before its router says so
     rearranged_per_core bytes a second that a core brings from file order into the kernels' order
     round_trip_s        GPU to CPU and back, in a layer that needs experts outside VRAM
@@ -49,6 +54,8 @@ class Efficiency:
     bus_share: float = 0.82
     gpu_layer_s: float = 2.2e-3
     host_layer_s: float = 1.1e-3
+    launch_s: float = 5e-6
+    operation_s: float = 5e-6
     guessed_share: float = 0.9
     rearranged_per_core: float = 4e9
     round_trip_s: float = 100e-6
@@ -181,9 +188,15 @@ class CostModel:
         time, resource = self._on(tier, nbytes, flops)
         cost.seconds[resource] += time
         cost.nbytes[tier] += nbytes
-        e = self.efficiency
-        cost.seconds[LATENCY] += e.gpu_layer_s if self._is_real_gpu(tier) else e.host_layer_s
+        cost.seconds[LATENCY] += self._starting_s(layer, tokens, on_gpu=self._is_real_gpu(tier))
         cost.disk_idle_s += cost.total_s - before
+
+    def _starting_s(self, layer: LayerShape, tokens: int, *, on_gpu: bool) -> float:
+        """What starting a layer's operations takes: recorded, or one by one."""
+        e = self.efficiency
+        if tokens > MAX_RECORDED_ROWS:
+            return e.gpu_layer_s if on_gpu else e.host_layer_s
+        return layer.launches * e.launch_s if on_gpu else layer.operations * e.operation_s
 
     def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
         """Engram rows: fetched from the step's start on, so only what layers 0..n-1 do not hide counts."""

@@ -90,6 +90,7 @@ class LayerShape:
     dense    attention, norms, mixes, router, and a feed-forward part that is not made of experts
     shared   experts that every token uses
     experts  number of routed experts (0: none), of `expert` weights each
+    operations, launches  of a recorded decode step: on the CPU, and on a GPU
     """
 
     dense: Weights
@@ -98,6 +99,8 @@ class LayerShape:
     experts: int = 0
     expert: Weights = Weights()
     table: Table | None = None
+    operations: int = 40
+    launches: int = 20
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,23 @@ Model = Annotated[
         help=_WHAT, parser=model_path, metavar=METAVAR, autocompletion=complete_model, show_default=False
     ),
 ]
+
+
+def _or_default(path: Path | None) -> Path:
+    return path or model_path(None)
+
+
+OptionalModel = Annotated[
+    Path | None,
+    typer.Argument(
+        help=f"{_WHAT} Default: demo.",
+        parser=model_path,
+        callback=_or_default,
+        metavar=METAVAR,
+        autocompletion=complete_model,
+        show_default=False,
+    ),
+]
 # A model as the user names it, which may have to be fetched.
 NamedModel = Annotated[
     str, typer.Argument(help=_WHAT, metavar=METAVAR, autocompletion=complete_model, show_default=False)

@@ -22,9 +22,7 @@ class LocalTalk:
 
     def __init__(self, path: Path, **settings: object) -> None:
         """Load it; `settings` are those of a server, by name."""
-        self._served = bring_up(
-            prepare(resolve_settings({"model": str(path), "max_num_seqs": 1, **settings}))
-        )
+        self._served = bring_up(prepare(resolve_settings({"model": path, "max_num_seqs": 1, **settings})))
         self.name = self._served.name
         self.model = self._served.loaded.model
 

@@ -48,7 +48,9 @@ def print_plan(
         _print_remedy(remedy(shape, machine, workload))
         return False
     routings = _routings(shape, recorded)
-    _print_forecasts([forecast(shape, machine, workload, routing) for routing in routings], workload)
+    forecasts = [forecast(shape, machine, workload, routing) for routing in routings]
+    _print_forecasts(forecasts, workload)
+    _print_launches(shape, placement, machine, forecasts[-1])
     _print_doublings(doublings(shape, machine, workload, routings[-1]), workload)
     if machine.assumed:
         print("\nAssumed, not measured:\n" + "\n".join(f"  - {line}" for line in machine.assumed))
@@ -210,7 +212,7 @@ def _print_forecasts(forecasts: list[Forecast], workload: Workload) -> None:
     else:
         print_table(steps, speeds)
     if any(cost.bound == LATENCY for f in forecasts for cost in (f.alone, f.together, f.prefill)):
-        print(f"  {LATENCY}: starting a layer's operations one by one, and waits between devices")
+        print(f"  {LATENCY}: starting a layer's operations, and waits between devices")
     last = forecasts[-1]
     read = ", ".join(
         f"{tier} {bytes_text(int(nbytes))}"
@@ -218,6 +220,26 @@ def _print_forecasts(forecasts: list[Forecast], workload: Workload) -> None:
         if nbytes >= 1
     )
     print(f"A decoded token reads or moves: {read}")
+
+
+def _print_launches(
+    shape: ModelShape, placement: Placement, machine: HardwareProfile, last: Forecast
+) -> None:
+    """What starting kernels on GPUs is taken to cost: counted, and not measured."""
+    from memory.planner.cost_model import LATENCY, Efficiency
+
+    real = {f"vram:{n}" for n, gpu in enumerate(machine.gpus) if gpu.kind == "cuda"}
+    tiers = {n: placement.tier_of("dense", n) for n in range(len(shape.layers))}
+    counts = [layer.launches for n, layer in enumerate(shape.layers) if tiers[n] in real]
+    if not counts:
+        return
+    most = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
+    waits = last.alone.seconds.get(LATENCY, 0.0)
+    print(
+        f"GPUs start {most} kernels a layer, as the recorded step counts them; that they take "
+        f"{Efficiency().launch_s * 1e6:.0f} us each is a forecast, which no GPU has measured. With "
+        f"waits between devices: {1e3 * waits:.0f} of {1e3 * last.alone.total_s:.0f} ms of a token."
+    )
 
 
 def _speed(cost: StepCost) -> str:

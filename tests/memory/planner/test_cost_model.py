@@ -19,7 +19,7 @@ from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shap
 
 FLASH = built_in("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
-IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0)
+IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0)
 BLIND = replace(Efficiency(), guessed_share=0.0)
 
 
@@ -134,7 +134,7 @@ def test_cpu_and_link_share_what_lies_in_dram_so_that_both_finish_together() -> 
 
 def test_the_dram_bus_limits_what_cpu_and_link_do_together() -> None:
     machine = replace(MACHINE, dram_bytes=400 * GB)
-    cost = model(FLASH, machine, efficiency=replace(Efficiency(), gpu_layer_s=0.0)).decode(1, 0)
+    cost = model(FLASH, machine, efficiency=replace(Efficiency(), launch_s=0.0)).decode(1, 0)
     assert cost.bound == DRAM
     assert cost.seconds[DRAM] == pytest.approx(cost.nbytes["dram"] / (80e9 * Efficiency().bus_share))
 
@@ -206,7 +206,15 @@ def test_a_virtual_gpu_costs_the_cpu_what_it_computes() -> None:
 def test_layers_on_the_cpu_cost_their_calls_even_when_tiny() -> None:
     layer = replace(FLASH.layers[0], dense=Weights(1000, 1000), shared=Weights(), experts=0)
     cost = model(replace(FLASH, layers=(layer,) * 4), replace(MACHINE, gpus=())).decode(1, 0)
-    assert cost.seconds[LATENCY] == pytest.approx(4 * Efficiency().host_layer_s)
+    assert cost.seconds[LATENCY] == pytest.approx(4 * layer.operations * Efficiency().operation_s)
+
+
+def test_prompts_and_large_batches_are_not_recorded() -> None:
+    layer = replace(FLASH.layers[0], dense=Weights(1000, 1000), shared=Weights(), experts=0)
+    costs = model(replace(FLASH, layers=(layer,)), replace(MACHINE, gpus=()))
+    for step in (costs.decode(17, 0), costs.prefill(64, 0)):
+        assert step.seconds[LATENCY] == pytest.approx(Efficiency().host_layer_s)
+    assert costs.decode(16, 0).seconds[LATENCY] < Efficiency().host_layer_s
 
 
 def test_slow_processors_are_bound_by_arithmetic_on_prompts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def test_a_plan_a_person_would_buy_hardware_by() -> None:
     assert "decode, 8 together" in text
     assert "What twice as much would bring" in text
     assert "uniform: every expert equally likely: the worst case" in text
-    assert "latency: starting a layer's operations one by one, and waits between devices" in text
+    assert re.search(r"GPUs start \d+( to \d+)? kernels a layer, .* is a forecast", text)
 
 
 @pytest.mark.slow
