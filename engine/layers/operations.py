@@ -20,8 +20,8 @@ from quant.kernels.layers import RoutingRule
 
 Value = TypeVar("Value")
 
-# Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values are
-# columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
+# Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values
+# are columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -83,8 +83,8 @@ class Operations(BasicOperations[Value], Protocol[Value]):
     ) -> Value:
         """Keys and values appended to the layer's cache, then causal attention of the queries over it.
 
-        v: None where the values are the first columns of the keys, as many as the cache says. Window and sinks
-        as in `LayerOperations.attend`.
+        v: None where the values are the first columns of the keys, as many as the cache says. Window and
+        sinks as in `LayerOperations.attend`.
         """
         ...
 

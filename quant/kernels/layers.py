@@ -131,10 +131,10 @@ class LayerOperations(Protocol):
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of the last tokens of a sequence, q `[L, heads, head_dim]`: `[L, heads, value_dim]`.
+        """Causal attention of a sequence's last tokens, `[L, heads, head_dim]` to `[L, heads, value_dim]`.
 
-        keys `[kv_heads, n + L, head_dim]`, values `[kv_heads, n + L, value_dim]`, of as many columns or fewer:
-        of the n tokens before, then of these; with a window a token sees that many, itself the last. sinks
+        keys `[kv_heads, n + L, head_dim]`, values `[kv_heads, n + L, value_dim]`, which may be narrower: of
+        the n tokens before, then of these; with a window a token sees that many, itself the last. sinks
         `[heads]`: the denominator of head h gains exp(sinks_h).
         """
         ...

@@ -84,8 +84,8 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
 
 
 def kv_shape(a: Attention | Mla) -> KvShape:
-    """What a layer keeps: keys and values of every token, also where only a window of them is seen; or latents
-    and the part of keys that turns."""
+    """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
+    latents and the part of keys that turns."""
     if isinstance(a, Mla):
         entry_bytes = KV_VALUE_BYTES * a.row_dim
         flops = 2 * a.heads * (a.row_dim + a.rank)

@@ -49,8 +49,8 @@ class MlaWeights:
     """One layer's latent attention; None where queries have no latent.
 
     q         of the queries' latent, or of the hidden state
-    to_latent, from_latent  of each head: queries into the latent's space `[heads, rank, plain_dim]`, values out
-              of it `[heads, value_dim, rank]`, plain numbers
+    to_latent, from_latent  of each head: queries into the latent's space `[heads, rank, plain_dim]`, values
+              out of it `[heads, value_dim, rank]`, plain numbers
     """
 
     q_a: Weight | None

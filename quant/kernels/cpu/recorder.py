@@ -46,8 +46,8 @@ class _Extras(ctypes.Structure):
 class KvPlace:
     """Where a layer's keys and values lie: row `position` of head h of a slot, strides in floats.
 
-    keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger; values may
-    be the first columns of the keys.
+    keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger;
+    values may be the first columns of the keys.
     """
 
     keys: torch.Tensor

@@ -95,7 +95,11 @@ def test_keys_that_are_switched_off_or_change_nothing_are_passed_over(name: str)
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
         ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None, expected a positive number"),
-        ("deepseek_v3", {"index_topk": 2048}, "index_topk is 2048; the deepseek_v3 family does not support it"),
+        (
+            "deepseek_v3",
+            {"index_topk": 2048},
+            "index_topk is 2048; the deepseek_v3 family does not support it",
+        ),
         ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
         (
             "gpt_oss",

@@ -104,8 +104,8 @@ constexpr int kMostRows = 16;       // rows of queries that share a pass over ke
 
 // One block of keys for some rows of queries: what they make of it before other blocks are added.
 struct AttendBlock {
-    int rows;        // at most kMostRows
-    int64_t n;                // keys, at most kKeyBlock
+    int rows;                // at most kMostRows
+    int64_t n;               // keys, at most kKeyBlock
     int64_t dim, value_dim;  // columns, multiples of 16
     float scale;
     const float* const* q;                     // [rows]

@@ -273,7 +273,7 @@ void dense_blocks(const Team& team, const void* weights, int kind, int64_t count
                   const float* x, int64_t tokens, float* out) {
     const int64_t row_bytes = cols * plain_bytes(kind);
     const int64_t shares = std::max<int64_t>(1, 2 * team.threads / count);  // of a matrix's rows
-    const int64_t per_share = (rows + 4 * shares - 1) / (4 * shares) * 4;  // as many as a kernel takes, and no rest
+    const int64_t per_share = (rows + 4 * shares - 1) / (4 * shares) * 4;   // as many as a kernel takes, and no rest
     const int threads = count * rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
     parallel_for(count * shares, threads, [&](int64_t item) {
         const int64_t block = item / shares, first = item % shares * per_share;

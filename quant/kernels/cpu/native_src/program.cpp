@@ -211,10 +211,10 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
 constexpr OperationFunction kFunctions[] = {
     norm,    linear,      dense,      blocks,     turns,
     rotate,  run_append,  run_attend, gated,      add,
-    bias,    clip,        scale,      part,       join,
-    repeat,  weighted_sum, mix, mix_streams, engram,     run_ring,   run_attend_sparse,
+    bias,    clip,        scale,      repeat,     weighted_sum,
+    mix,     mix_streams, engram,     run_ring,   run_attend_sparse,
     nullptr, run_pool,    run_entry,  run_select, route,
-    at_hand, experts,     nullptr,
+    at_hand, experts,     part,       join,       nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

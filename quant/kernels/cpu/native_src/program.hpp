@@ -27,8 +27,6 @@ enum class Kind : int64_t {
     kBias,
     kClip,
     kScale,
-    kPart,
-    kJoin,
     kRepeat,
     kWeightedSum,
     kMix,
@@ -43,6 +41,8 @@ enum class Kind : int64_t {
     kRoute,
     kAtHand,
     kExperts,
+    kPart,
+    kJoin,
     kHandOver,
     kKinds
 };
