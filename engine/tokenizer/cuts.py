@@ -1,10 +1,10 @@
 r"""How byte-level tokenizers cut text into words before they merge bytes, by `tokenizer.ggml.pre`.
 
 A slightly wrong cut still gives plausible ids, and a model that reads them is merely worse. So each name
-for what the `tokenizer.json` of its models says: the regular expressions, whether text is normalised to NFC, and
-whether a word that is in the vocabulary is one token whatever the merges say (`ignore_merges`). The names are
-llama.cpp's (src/llama-vocab.cpp), whose own expressions are approximations in places (`gpt-4o` there leaves
-marks, \p{M}, out of words) and which never normalises.
+stands for what the `tokenizer.json` of its models says: the regular expressions, whether text is normalised
+to NFC, and whether a word that is in the vocabulary is one token whatever the merges say (`ignore_merges`).
+The names are llama.cpp's (src/llama-vocab.cpp), whose own expressions are approximations in places (`gpt-4o`
+there leaves marks, \p{M}, out of words) and which normalises nothing; tests/golden/tokenizers compares.
 """
 
 from __future__ import annotations

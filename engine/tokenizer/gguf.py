@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file's metadata, rebuilt for the `tokenizers` library.
 
 `tokenizer.ggml.model` names the kind: `gpt2` is byte-level BPE with merges, whose cut into words
-`tokenizer.ggml.pre` names; `llama` is SentencePiece's BPE, which has a score for each token instead of merges.
+`tokenizer.ggml.pre` names; `llama` is SentencePiece's BPE, which has scores instead of merges.
 """
 
 from __future__ import annotations
@@ -135,8 +135,9 @@ def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:
     return value
 
 
-def _one_per_token(metadata: Mapping[str, Any], key: str, tokens: list[str], path: Path) -> list[Any]:
+def _one_per_token(metadata: Mapping[str, Any], key: str, tokens: list[str], path: Path) -> list[float]:
     value = metadata.get(key)
-    if not isinstance(value, list) or len(value) != len(tokens):
-        raise CheckpointError(f"{path}: {key} does not have one entry per token")
+    is_list = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    if not is_list or len(value) != len(tokens):
+        raise CheckpointError(f"{path}: {key} does not have one number per token")
     return value
