@@ -5,12 +5,12 @@
 
 It writes three files beside itself:
 
-vocabulary.json     A byte-level vocabulary with its merges. It was trained on the texts below without a cut into
-                    words, so that its tokens span whatever a cut separates: another cut gives other ids.
+vocabulary.json     A byte-level vocabulary with its merges. It was trained on the texts below without a cut
+                    into words, so that its tokens span whatever a cut separates: another cut gives other ids.
 llama_cpp.json      For every text, what llama.cpp makes of it with each of the pre-tokenizers
                     (`tokenizer.ggml.pre`); names with the same ids are listed together.
-sentencepiece.json  A SentencePiece BPE vocabulary, trained on the same texts, what SentencePiece makes of them,
-                    and what llama.cpp makes of texts with control tokens in them.
+sentencepiece.json  A SentencePiece BPE vocabulary, trained on the same texts, what SentencePiece makes of
+                    them, and what llama.cpp makes of texts with control tokens in them.
 
 released.json beside it holds parts of published tokenizer.json files (of Mistral's, the `pattern` of its
 tekken.json), as they stand there: normalizer, pre_tokenizer and ignore_merges.
@@ -43,13 +43,16 @@ TEXTS = [
     "’s it’s", "rock'n'roll", "'tis'", "can't.Won't", "1", "12", "123", "1234567890", "3.14159", "1,000,000",
     "v1.2.3-rc4", "2024-02-29T12:34:56Z", "a1b2c3", " 1 2 3", "123abc456", "٣٤٥", "²³", "½ cup", "Ⅷ", "①②③④",
     "১২৩৪", "x²+y²=z²", "é", "naïve café", "Straße", "ÅÄÖ åäö", "Ελληνικά", "Русский ТЕКСТ", "עברית",
-    "العربية", "हिन्दी में", "ไทยแลนด์", "e\u0301te\u0301", "中文字符,标点。", "日本語のテキスト", "カタカナ漢字かな",
-    "한국어 텍스트", "中文abc字符123", "「引用」！？", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "👍", "👨‍👩‍👧‍👦", "🇩🇪 a👍b", "a\u00a0b", "a\u3000b",
+    "العربية", "हिन्दी में", "ไทยแลนด์", "e\u0301te\u0301", "中文字符,标点。", "日本語のテキスト",
+    "カタカナ漢字かな", "한국어 텍스트", "中文abc字符123", "「引用」！？", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "👍", "👨‍👩‍👧‍👦", "🇩🇪 a👍b", "a\u00a0b",
+    "a\u3000b",
     "a\u2003 b", "\u200b", "\u0001\u0002", "\ufeff", "\ufffd", "camelCase", "HTTPServer", "aBcDeF", "ǅungla",
     "def f(x):\n    return x + 1\n", "for (int i = 0; i < 10; ++i) {\n\tprintf(\"%d\\n\", i);\n}",
     "SELECT * FROM t WHERE a >= 3 AND b != 'x';", "<html><body>&nbsp;</body></html>", "a/b//c\n/\n/d",
-    "{\"a\": [1, 2, {\"b\": null}]}", "https://example.org/a?b=c&d=%20#e", "a_b-c.d/e\\f", "!!!", "...\n\n", "…",
-    "(((", "])}\n", "$100 €20 £3", "@#%^&*", "=====", "# Title\n\n* item\n* item 2\n", "#include <x>", "a" * 20,
+    "{\"a\": [1, 2, {\"b\": null}]}", "https://example.org/a?b=c&d=%20#e", "a_b-c.d/e\\f", "!!!", "...\n\n",
+    "…",
+    "(((", "])}\n", "$100 €20 £3", "@#%^&*", "=====", "# Title\n\n* item\n* item 2\n", "#include <x>",
+    "a" * 20,
     " " * 20, "\n" * 9, "0" * 10, "“quoted” ‘text’", "don''t", "a'sb", "'S", "Wait—what?!", "trailing   ",
 ]  # fmt: skip
 
