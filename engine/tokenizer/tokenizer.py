@@ -24,7 +24,7 @@ from engine.tokenizer.directory import (
     read_config,
     template_of,
 )
-from engine.tokenizer.gguf import backend_from_gguf
+from engine.tokenizer.gguf import adds_bos, backend_from_gguf
 from engine.tokenizer.prompt import BYTE_TOKEN, PromptEncoder, encode_text, without_added_tokens
 from memory.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError, ConfigError
@@ -104,7 +104,7 @@ class Tokenizer:
         return cls(
             backend,
             bos_token_id=bos,
-            add_bos=metadata.get("tokenizer.ggml.add_bos_token") is True,
+            add_bos=adds_bos(metadata, checkpoint.path),
             chat_template=bounded(template, checkpoint.path) if isinstance(template, str) else None,
             eos_token_id=eos,
             special_tokens={
