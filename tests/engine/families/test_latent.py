@@ -1,0 +1,70 @@
+"""What is read of configs with latent attention, where the golden checkpoints do not show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.families.decoder.description import Description, Groups, Mla
+from engine.families.decoder.family import DecoderFamily
+from engine.families.loader import open_checkpoint
+from engine.families.registry import family_of
+from engine.families.released import RELEASED, released_shape
+from memory.checkpoint.checkpoint import Checkpoint
+from quant.errors import ConfigError
+from tests.engine.families.golden_families import golden_family
+
+
+def described(config: dict[str, Any]) -> Description:
+    checkpoint = Checkpoint(Path("model"), config["model_type"], config, {}, [])
+    family = family_of(checkpoint)
+    assert isinstance(family, DecoderFamily)
+    return family.description(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"), [("deepseek-r1", 0.135234), ("deepseek-v2-lite", 0.114721), ("kimi-k2", 0.130861)]
+)
+def test_scores_are_scaled_by_the_square_of_yarns_factor(name: str, scale: float) -> None:
+    attention = described(RELEASED[name]).layers[0].attention
+    assert isinstance(attention, Mla)
+    assert attention.scale == pytest.approx(scale, rel=1e-5)
+    assert attention.rope.attention_factor == 1
+
+
+def test_without_yarn_scores_are_scaled_by_the_heads_width_alone() -> None:
+    attention = described(RELEASED["deepseek-r1"] | {"rope_scaling": None}).layers[0].attention
+    assert isinstance(attention, Mla)
+    assert attention.scale == pytest.approx(192**-0.5)
+
+
+def test_a_group_of_v2_is_as_good_as_its_best_expert() -> None:
+    grouped = {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3}
+    experts = described(RELEASED["deepseek-v2-lite"] | grouped).experts
+    assert experts is not None
+    assert experts.router.groups == Groups(8, 3, best=1)
+
+
+@pytest.mark.parametrize(("name", "nbytes"), [("deepseek-r1", 140_544), ("deepseek-v2-lite", 62_208)])
+def test_a_token_takes_a_latent_and_a_rotated_part_in_each_layer(name: str, nbytes: int) -> None:
+    assert released_shape(name).kv_bytes(1, 1) == nbytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention.key_length": 100}, "attention.key_length is 100; .* supports only 80"),
+        ({"attention.key_length_mla": 16}, "a head of 16 channels has no place for 16 that turn"),
+        ({"expert_gating_func": 3}, "expert_gating_func is 3"),
+        ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor is 2.0"),
+        ({"expert_group_count": 4}, "9 experts are not a multiple of 4 groups"),
+    ],
+)
+def test_metadata_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    checkpoint = open_checkpoint(golden_family("gguf_deepseek2").path)
+    config = dict(checkpoint.config) | {f"deepseek2.{key}": value for key, value in changes.items()}
+    changed = Checkpoint(checkpoint.path, checkpoint.model_type, config, checkpoint.entries, [])
+    with pytest.raises(ConfigError, match=message):
+        family_of(changed).describe(changed)
