@@ -11,6 +11,7 @@ import torch
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cpu.recorder import Recorder
 from tests.quant.kernels.kernel_cases import weight
 
 if library.library_path() is None:
@@ -37,6 +38,30 @@ def test_calls_of_several_threads_at_once_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(6) as callers:
         for found in callers.map(product, [2] * 300):
             assert torch.equal(found, alone)
+
+
+def test_a_program_and_products_of_other_threads_do_not_disturb_each_other() -> None:
+    kernels = NativeKernels(threads=2)
+    matrix = kernels.prepare(WEIGHT)
+    recorder = Recorder(kernels, len(X))
+    source = recorder.input(512)
+    (y,) = recorder.linears(source, [matrix])
+    (result,) = recorder.linears(recorder.norm(y, None, 1e-6), [torch.eye(1024)])
+    program = recorder.finish(source, result)
+    rows = list(range(len(X)))
+
+    def step() -> torch.Tensor:
+        program.source[:] = X
+        program.run(rows, rows)
+        return program.result.clone()
+
+    alone, expected = product(1), step()
+
+    with ThreadPoolExecutor(3) as callers:
+        products = callers.map(product, [2] * 200)
+        for _ in range(200):
+            assert torch.equal(step(), expected)
+        assert all(torch.equal(found, alone) for found in products)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept on cores here")
