@@ -86,6 +86,10 @@ class Arena:
         """Free a used slot."""
         self._free.append(slot)
 
+    def place(self, number: int) -> int:
+        """Bytes from the first slot's begin to that of another."""
+        return number * self._stride
+
     def slot(self, number: int) -> torch.Tensor:
         """The bytes of a slot, uint8 `[slot_bytes]`."""
         start = number * self._stride

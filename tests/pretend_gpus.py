@@ -37,6 +37,10 @@ class OnGpu(torch.Tensor):
         made.held = held
         return made
 
+    def data_ptr(self) -> int:
+        """Where its numbers lie: kernels in Triton's interpreter read them there."""
+        return self.held.data_ptr()
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"OnGpu({self.held!r}, device={self.device})"
 

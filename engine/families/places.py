@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import Placement, embedding_fits, plan
+from memory.planner.placement import Placement, embedding_fits, plan, recorded_bytes
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
 
@@ -26,6 +26,7 @@ class DensePlaces:
     holds_embedding  False if the embedding stays on disk for lack of DRAM
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
     kv_room        bytes of KV that are kept free, by GPU
+    step_room      bytes that are kept free on each GPU for a recorded step's buffers
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)
     experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
     """
@@ -37,6 +38,7 @@ class DensePlaces:
     holds_embedding: bool
     nbytes: dict[str, int]
     kv_room: dict[str, int]
+    step_room: int
     left: dict[str, int]
     experts_bytes: int
     tables_bytes: int
@@ -78,6 +80,7 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
         holds_embedding=holds_embedding,
         nbytes=dict(nbytes),
         kv_room=dict(kv_room),
+        step_room=recorded_bytes(shape, budget.workload),
         left={
             tier: max(0, allowed - nbytes[tier] - kv_room[tier] - reserved[tier])
             for tier, allowed in budgets.items()

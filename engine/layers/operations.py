@@ -17,6 +17,7 @@ from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Kernels, Weight
 from quant.kernels.layers import RoutingRule
+from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
 
@@ -182,7 +183,7 @@ class Eager(EagerBasics):
 class RecordedBasics:
     """`BasicOperations` noted by a recorder: each row is the newest token of a sequence of its own."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: StepRecorder) -> None:
         self._recorder = recorder
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
@@ -210,6 +211,8 @@ class Recorded(RecordedBasics):
     frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
     places       where each layer's keys and values lie
     """
+
+    _recorder: Recorder
 
     def __init__(
         self, recorder: Recorder, frequencies: torch.Tensor, factor: float, places: Sequence[KvPlace]

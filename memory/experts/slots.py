@@ -8,6 +8,7 @@ Used by one thread, the engine's; bytes move on the threads of links and readers
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from memory.experts.slot_table import Key, SlotEntry, SlotTable
 from memory.telemetry import Telemetry
 from memory.tiers import Arena, Tier
 from memory.transfer import Link, Priority, Ticket
-from quant.errors import BudgetError
+from quant.errors import BudgetError, FormatError
 from quant.kernels.interface import Kernels, SlotLayout
+
+logger = logging.getLogger(__name__)
 
 MIN_SLOTS = 2  # in DRAM: one expert in use, one being replaced
 
@@ -40,6 +43,7 @@ class ExpertSlots:
     """Experts of all layers in the slots of GPUs and DRAM.
 
     policies          one per layer: ranks experts and chooses which to evict
+    gpus              none are used where their kernels have no slots for these formats: a warning says so
     cpu_bytes_per_s   how fast the CPU computes what DRAM holds; decides how much is moved to GPUs instead
 
     Raises BudgetError where DRAM has room for fewer than `MIN_SLOTS` experts.
@@ -76,15 +80,20 @@ class ExpertSlots:
                 f"the DRAM budget of {dram.budget_bytes} bytes holds {arena.slots} experts of "
                 f"{arena.slot_bytes} bytes, but at least {MIN_SLOTS} are needed; raise --dram-budget"
             )
-        self.gpus = [table(tier) for tier in gpus]
+        self.gpus: list[SlotTable] = []
+        try:
+            self.gpus = [table(tier) for tier in gpus]
+        except FormatError as error:
+            logger.warning("all experts stay in DRAM and are computed on the CPU: %s", error)
         # With GPUs, where an expert is computed is decided anew in each step.
-        self.at_hand = None if gpus else AtHand(self.dram, files.layers, files.experts)
+        self.at_hand = None if self.gpus else AtHand(self.dram, files.layers, files.experts)
         self.dram.observer = self.at_hand
+        self.gpus_rest = False  # while a step runs that finds experts on GPUs by itself, none may leave there
         self.keeps_copies = self.dram.arena.slots >= total
         self._copiers = [SlotCopier(gpu.tier, self.dram.layouts, gpu.layouts) for gpu in self.gpus]
         self._links = [
             Link(tier.name, telemetry, bytes_per_s=tier.link_bytes_per_s if tier.is_virtual else None)
-            for tier in gpus
+            for tier in (gpu.tier for gpu in self.gpus)
         ]
         self._reader = ExpertReader(files, self.dram.layouts, telemetry, readers)
         self._claimed: set[Key] = set()  # pinned by the current step
@@ -212,7 +221,7 @@ class ExpertSlots:
             for at, held in enumerate(claimed)
             if held.table is self.dram and not held.was_missing and not held.entry.is_moving
         }
-        if not self.gpus or not in_dram:
+        if not self.gpus or not in_dram or self.gpus_rest:
             return
         speed = sum(table.tier.link_bytes_per_s or float("inf") for table in self.gpus)
         if not self.keeps_copies:

@@ -14,6 +14,8 @@ added in the router's order.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +29,9 @@ from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from memory.transfer import Priority, Ticket
 from quant.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    from memory.experts.gpu_places import GpuPlaces
 
 FILL_BATCH = 64  # experts in flight at once while filling
 
@@ -70,7 +75,7 @@ class ExpertStore:
         self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
         self._predicted: set[Key] = set()  # guessed for a step to come
         self._guesses: list[set[int]] = [set() for _ in range(files.layers)]  # not compared yet
-        self._ahead: list[Ticket | None] = [None] * len(gpus)  # the last prefetch copy to each GPU
+        self._ahead: list[Ticket | None] = [None] * len(self.slots.gpus)  # the last prefetch copy to each GPU
         self._fill()
 
     def close(self) -> None:
@@ -127,6 +132,19 @@ class ExpertStore:
                 entry.is_unused_prefetch = False
                 self.telemetry.add("prefetches", "used")
 
+    @cached_property
+    def on_gpus(self) -> dict[torch.device, GpuPlaces]:
+        """The experts of GPUs that can find them by themselves, by device; needs Triton. For recorded steps,
+        which are the first to ask for them."""
+        from memory.experts.gpu_places import GpuPlaces
+
+        found = {}
+        for table in self.slots.gpus:
+            if table.arena.slots and not table.tier.is_virtual:
+                places = found[table.tier.device] = GpuPlaces(table, self._files.layers, self._files.experts)
+                table.observer = places
+        return found
+
     def wants_guesses(self, layer: int) -> bool:
         """True if prefetching experts of `layer` can help: from disk, or from DRAM to a GPU."""
         nearer = self.slots.gpus if self.slots.keeps_copies else self.slots.tables
@@ -140,6 +158,31 @@ class ExpertStore:
             self._used[layer] = needed
             self._give_up_guesses(layer, needed)
         return ExpertStep(self.slots, self._kernels, layer, expert_ids, needed)
+
+    def outputs(self, layer: int, expert_ids: torch.Tensor, x: torch.Tensor, limit: float) -> torch.Tensor:
+        """Outputs of a layer's experts, `[n, hidden]`, for one expert each, ids `[n]`, and inputs `[n,
+        hidden]`:
+        part of a step that has found its other experts by itself, so GPUs' slots stay as they are."""
+        needed = sorted(set(expert_ids.tolist()))
+        self._give_up_guesses(layer, needed)
+        ids = expert_ids.unsqueeze(1)
+        with ExpertStep(self.slots, self._kernels, layer, ids, needed) as step:
+            return step.run(x, torch.ones(ids.shape), limit)
+
+    def used_in_step(self, layer: int, needed: list[int], elsewhere: Sequence[int], on_gpu: str) -> None:
+        """A layer's step is over: GPU `on_gpu` has found all it needed but `elsewhere`, ascending.
+
+        Between steps, the best of the others move to their GPUs, one at a time over each link.
+        """
+        here = len(needed) - len(elsewhere)
+        for counter in ("hits", "computed"):
+            self.telemetry.add(counter, on_gpu, here)
+        self._policies[layer].used(needed, neighbours_of(self._used, layer))
+        self._used[layer] = needed
+        for expert in elsewhere:
+            found = self.slots.find((layer, expert))
+            if found is not None and found[0] is self.slots.dram and not found[1].is_moving:
+                self._copy_ahead((layer, expert))
 
     def prefetch(self, layer: int, expert_ids: Iterable[int]) -> None:
         """Prefetch what `layer` will probably need, most likely first, as far as there is room.

@@ -38,13 +38,14 @@ class Efficiency:
     gpu_flops_share     of its dense bf16 arithmetic, on prompts
     expert_share        of the DRAM read rate, in the CPU's expert kernels (unless the profile says)
     bus_share           of the DRAM read rate, when CPU and links read at once
-    gpu_layer_s         starting a layer's operations on a GPU one by one from Python, for prompts
+    gpu_layer_s         starting a layer's operations on a GPU one by one from Python
     host_layer_s        the same on the CPU: calls, and threads that meet
     launch_s            one launch of a recorded step on a GPU
     operation_s         one operation of a recorded step on the CPU, beyond reading weights
     guessed_share       of a layer's missing experts that are asked for before its router says so
     rearranged_per_core bytes a second that a core brings from file order into the kernels' order
     round_trip_s        GPU to CPU and back, in a layer that needs experts outside VRAM
+    hand_over_s         the same through a mailbox, in a recorded step
     gpu_hop_s          GPU to GPU and back, in a layer whose experts lie on several
     """
 
@@ -59,6 +60,7 @@ class Efficiency:
     guessed_share: float = 0.9
     rearranged_per_core: float = 4e9
     round_trip_s: float = 100e-6
+    hand_over_s: float = 30e-6
     gpu_hop_s: float = 52e-6
 
 
@@ -193,10 +195,10 @@ class CostModel:
 
     def _starting_s(self, layer: LayerShape, tokens: int, *, on_gpu: bool) -> float:
         """What starting a layer's operations takes: recorded, or one by one."""
-        e = self.efficiency
-        if tokens > MAX_RECORDED_ROWS:
-            return e.gpu_layer_s if on_gpu else e.host_layer_s
-        return layer.launches * e.launch_s if on_gpu else layer.operations * e.operation_s
+        e, is_recorded = self.efficiency, tokens <= MAX_RECORDED_ROWS
+        if on_gpu:
+            return layer.launches * e.launch_s if is_recorded and layer.launches else e.gpu_layer_s
+        return layer.operations * e.operation_s if is_recorded else e.host_layer_s
 
     def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
         """Engram rows: fetched from the step's start on, so only what layers 0..n-1 do not hide counts."""
@@ -237,7 +239,9 @@ class CostModel:
             outside = tokens * float(chances[in_vram:].sum())
             self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound)
             on_gpu = self._is_real_gpu(self._tiers[n])
-            cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * e.round_trip_s * on_gpu
+            is_recorded = tokens <= MAX_RECORDED_ROWS and layer.launches is not None
+            wait = e.hand_over_s if is_recorded else e.round_trip_s
+            cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * wait * on_gpu
         else:
             cost.seconds[gpu_bound if gpu_s >= cpu_s else DRAM] += max(gpu_s, cpu_s)
             cost.disk_idle_s += max(gpu_s, cpu_s)

@@ -20,6 +20,11 @@ GPU_BASE_BYTES = 600_000_000
 PROCESS_BYTES = 1_000_000_000
 # Steps pass activations from buffer to buffer.
 ACTIVATION_BUFFERS = 2
+# Of a recorded step: rows that it has at most, and how often a token's activations its buffers hold, with the
+# parts
+# that attention is computed in.
+RECORDED_ROWS = 16
+RECORDED_BUFFERS = 12
 # Layers whose experts can be in staging at once: one computed, the next on its way in.
 STAGED_LAYERS = 2
 # What calling a layer's operations costs more on the CPU than on a GPU; its threads must meet.
@@ -165,6 +170,14 @@ def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
     return ACTIVATION_BUFFERS * tokens * shape.activation_bytes + 4 * shape.vocab_size * workload.sequences
 
 
+def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Buffers of a recorded decode step on a GPU: what its rows have in hand, of attention above all, logits,
+    and a score of each entry that a sequence may have."""
+    ratios = [layer.kv.seen_ratio for layer in shape.layers if layer.kv.scan_bytes]
+    scores = 6 * workload.context // min(ratios, default=workload.context)
+    return RECORDED_ROWS * (RECORDED_BUFFERS * shape.activation_bytes + 6 * shape.vocab_size + scores)
+
+
 def _reserve_workspace(
     room: _Room, shape: ModelShape, gpus: tuple[GpuSpec, ...], workload: Workload
 ) -> list[str]:
@@ -180,12 +193,14 @@ def _reserve_workspace(
         if gpu.kind == "virtual":
             usable.append(tier)
             continue
-        needed = work + GPU_BASE_BYTES
+        needed = work + GPU_BASE_BYTES + recorded_bytes(shape, workload)
         if room.left[tier] < needed + staging:
             room.left[tier] = 0
             continue
         usable.append(tier)
-        room.reserve("workspace", tier, needed, "activations of a prompt chunk, logits, CUDA")
+        room.reserve(
+            "workspace", tier, needed, "activations of a prompt chunk, logits, a recorded step, CUDA"
+        )
         room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
     if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")

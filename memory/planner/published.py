@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from memory.planner.launches import gpu_launches
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Table, Weights
 from quant.errors import ConfigError
 
@@ -136,8 +137,15 @@ def v41_shape(name: str, d: V41Dims) -> ModelShape:
             dense.fp8(d.hidden * (d.streams + 1), d.engram_columns * d.engram_dim)
             dense.fp32(2, d.streams, d.hidden)
             table = Table(rows[n], d.engram_dim + d.engram_dim // 32, d.engram_columns)
-        layers.append(_moe_layer(dense, kv[n], d, table))
+        layer = _moe_layer(dense, kv[n], d, table)
+        layers.append(replace(layer, launches=v41_launches(d, n, has_table=n in rows)))
     return _latent_model(name, d, layers)
+
+
+def v41_launches(d: V41Dims, layer: int, *, has_table: bool) -> int:
+    """Kernels that a recorded step launches for a layer on a GPU."""
+    chooses = d.max_context // d.ratios[layer] if layer in d.index_sources else 0
+    return gpu_launches(owns_entries=layer in d.kv_sources, chooses_among=chooses, has_table=has_table)
 
 
 def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:

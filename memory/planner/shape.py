@@ -90,7 +90,8 @@ class LayerShape:
     dense    attention, norms, mixes, router, and a feed-forward part that is not made of experts
     shared   experts that every token uses
     experts  number of routed experts (0: none), of `expert` weights each
-    operations, launches  of a recorded decode step: on the CPU, and on a GPU
+    operations  of a recorded decode step on the CPU
+    launches    of one on a GPU; None where the family's step is not recorded there
     """
 
     dense: Weights
@@ -100,7 +101,7 @@ class LayerShape:
     expert: Weights = Weights()
     table: Table | None = None
     operations: int = 40
-    launches: int = 20
+    launches: int | None = None
 
 
 @dataclass(frozen=True)

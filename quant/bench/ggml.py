@@ -11,7 +11,11 @@ from pathlib import Path
 
 import torch
 
-TYPES = {"q4_0": 2, "mxfp4": 39}  # `enum ggml_type` of ggml.h
+# `enum ggml_type` of ggml.h
+TYPES = {
+    "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q2_k": 10, "q3_k": 11, "q4_k": 12, "q5_k": 13,
+    "q6_k": 14, "iq4_nl": 20, "iq4_xs": 23, "mxfp4": 39,
+}  # fmt: skip
 _F32 = 0
 Pointer, Int64, Size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
 

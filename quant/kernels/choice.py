@@ -11,6 +11,7 @@ import torch
 from quant.errors import ConfigError
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
+from quant.kernels.recording import StepRecorder
 
 # Forces an instruction-set level of the native back end: portable, avx2 or avx512.
 LEVEL_VARIABLE = "LOCI_CPU_LEVEL"
@@ -42,6 +43,17 @@ def recorder_of(kernels: Kernels, max_rows: int) -> Recorder | None:
 
     host = kernels.on(torch.device("cpu"))
     return Recorder(host, max_rows) if isinstance(host, NativeKernels) else None
+
+
+def recorder_on(device: torch.device, kernels: Kernels, max_rows: int) -> StepRecorder | None:
+    """The same on any device; None where only plain torch computes."""
+    if device.type == "cpu":
+        return recorder_of(kernels, max_rows)
+    from quant.kernels.cuda.kernels import TritonKernels
+    from quant.kernels.cuda.recorder import GpuRecorder
+
+    on_device = kernels.on(device)
+    return GpuRecorder(on_device, max_rows) if isinstance(on_device, TritonKernels) else None
 
 
 def _host() -> Kernels:

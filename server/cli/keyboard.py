@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from server.cli.terminal import can_draw, is_terminal, write
 
 # The lines of a paste come within this time; nobody types another line so soon.
 PASTE_S = 0.05
+REPEAT_S = 0.1
 PROMPT, CONTINUED = "> ", "  "
 
 
@@ -58,13 +62,44 @@ def _prepare_editing() -> None:
 
 def _read_line(prompt: str) -> str:
     if is_terminal():
-        return input(prompt)
+        with _interrupts_repeated():
+            return input(prompt)
     sys.stderr.write(prompt)  # stdout is a file's
     sys.stderr.flush()
     line = sys.stdin.readline()
     if not line:
         raise EOFError
     return line.rstrip("\n")
+
+
+@contextmanager
+def _interrupts_repeated() -> Iterator[None]:
+    """Ctrl-C ends the block's `input` even if it is pressed in the moment before readline listens.
+
+    A signal that comes between the prompt and the wait for a key is only remembered, and would be dealt with
+    at the next key. So it is sent again, until the block has ended.
+    """
+    is_over = threading.Event()
+    ours, signalled = socket.socketpair()
+    signalled.setblocking(False)
+    reader = threading.main_thread().ident
+    assert reader is not None
+
+    def repeat() -> None:
+        while ours.recv(1) and not is_over.wait(REPEAT_S):
+            signal.pthread_kill(reader, signal.SIGINT)
+
+    with ours, signalled:
+        before = signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=repeat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            signal.set_wakeup_fd(before)
+            signalled.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def _is_waiting() -> bool:

@@ -230,7 +230,7 @@ def _print_launches(
 
     real = {f"vram:{n}" for n, gpu in enumerate(machine.gpus) if gpu.kind == "cuda"}
     tiers = {n: placement.tier_of("dense", n) for n in range(len(shape.layers))}
-    counts = [layer.launches for n, layer in enumerate(shape.layers) if tiers[n] in real]
+    counts = [layer.launches for n, layer in enumerate(shape.layers) if tiers[n] in real and layer.launches]
     if not counts:
         return
     most = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])

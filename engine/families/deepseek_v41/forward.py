@@ -7,8 +7,10 @@ layers. Section numbers refer to docs/deepseek-v41.md.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,20 +27,28 @@ from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError
-from quant.kernels.choice import recorder_of
+from quant.errors import BudgetError, FormatError
+from quant.kernels.choice import recorder_of, recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
+from quant.kernels.recording import StepRecorder
+
+if TYPE_CHECKING:
+    from engine.families.deepseek_v41.on_gpus import V41OnGpus
+    from memory.experts.coordinator import Coordinator
+
+logger = logging.getLogger("loci.engine")
 
 
 class V41Cache(SparseCache):
     """A cache, and the recorded step that decodes with it; None where nothing is recorded."""
 
-    decoder: V41Recorded | None = None
+    decoder: V41Recorded | V41OnGpus | None = None
+    on_host: int = 0  # bytes of programs in host memory, where others are on GPUs
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + (0 if self.program is None else self.program.nbytes)
+        return super().nbytes + (self.on_host if self.program is None else self.program.nbytes)
 
 
 class DeepseekV41(Model):
@@ -63,6 +73,7 @@ class DeepseekV41(Model):
         if hashing is not None:
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
         self.parts = V41Parts(config, weights, kernels)
+        self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self.cache_shape = CacheShape(
             layers=config.num_hidden_layers,
             window=config.sliding_window,
@@ -76,6 +87,8 @@ class DeepseekV41(Model):
         )
 
     def close(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.close()
         self.weights.experts.close()
         self.weights.engram.close()
 
@@ -96,10 +109,11 @@ class DeepseekV41(Model):
 
     def new_cache(self, slots: int, capacity: int) -> V41Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
+        places = self.weights.places
         needed: dict[str, int] = defaultdict(int)
-        for layer, tier in enumerate(self.weights.places.tiers):
+        for layer, tier in enumerate(places.tiers):
             needed[tier] += self.cache_shape.layer_bytes(layer, slots, capacity)
-        for tier, room in self.weights.places.kv_room.items():
+        for tier, room in places.kv_room.items():
             if needed[tier] > room:
                 raise BudgetError(
                     f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
@@ -110,6 +124,9 @@ class DeepseekV41(Model):
         if recorder is not None:
             cache.decoder = self._record(recorder, cache)
             cache.program = cache.decoder.program
+        elif self._is_on_gpus:
+            cache.decoder, nbytes = self._record_on_gpus(cache)
+            cache.on_host = nbytes[HOST]
         return cache
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
@@ -124,15 +141,67 @@ class DeepseekV41(Model):
         """Bytes of a program's buffers; scores of compressed entries make them grow with the capacity."""
         recorder = self._recorder()
         if recorder is None:
-            return 0
+            cache = SparseCache(self.cache_shape, 1, capacity)
+            return self._record_on_gpus(cache, only_look=True)[1][HOST] if self._is_on_gpus else 0
         program = self._record(recorder, SparseCache(self.cache_shape, 1, capacity)).program
         assert program is not None
         return program.nbytes
 
+    @property
+    def _devices(self) -> set[torch.device]:
+        """Where layers and the head are."""
+        return {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
+
+    @property
+    def _is_on_gpus(self) -> bool:
+        return self._devices != {HOST}
+
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""
-        devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
-        return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
+        return None if self._is_on_gpus else recorder_of(self.kernels, MAX_ROWS)
+
+    def _record_on_gpus(
+        self, cache: SparseCache, *, only_look: bool = False
+    ) -> tuple[V41OnGpus | None, dict[torch.device, int]]:
+        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel,
+        or no room was kept for them."""
+        nbytes: dict[torch.device, int] = defaultdict(int)
+        recorders = {device: recorder_on(device, self.kernels, MAX_ROWS) for device in self._devices}
+        if None in recorders.values():
+            return None, nbytes
+
+        def on(device: torch.device) -> StepRecorder:
+            recorder = recorder_on(device, self.kernels, MAX_ROWS)
+            assert recorder is not None
+            return recorder
+
+        from engine.families.deepseek_v41.on_gpus import V41OnGpus, coordinator_of
+
+        if self._coordinator is None:
+            self._coordinator = coordinator_of(self.parts)
+        try:
+            ops = V41OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
+            source = ops.begin(self.config.hidden_size)
+            result = self._logits(ops, *self._layers(ops, source))
+        except FormatError as error:
+            logger.warning(
+                "decode steps are started operation by operation on GPUs, which is slower: %s", error
+            )
+            return None, nbytes
+        nbytes.update(ops.nbytes(result))
+        most = max(nbytes[device] for device in self._devices - {HOST})
+        if most > self.weights.places.step_room:
+            logger.warning(
+                "decode steps are started operation by operation on GPUs, which is slower: a recorded step "
+                "of %d sequences needs %.0f MB, but %.0f MB were reserved for it",
+                MAX_ROWS, most / 1e6, self.weights.places.step_room / 1e6,
+            )  # fmt: skip
+            nbytes.clear()
+            return None, nbytes
+        if only_look:
+            return None, nbytes
+        ops.finish(source, result)
+        return ops, nbytes
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
         if self.engram is None or not drawn:

@@ -13,30 +13,23 @@ import torch
 from engine.cache.sparse import SparseCache
 from engine.families.base import Batch
 from engine.families.deepseek_v41.guesses import Guesses
+from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import StreamMix, V41Parts
-from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights
 from engine.layers.engram_lookup import StepRows
-from engine.layers.hyper_connections import HyperConnection, first_mix
-from engine.layers.operations import RecordedBasics
 from engine.layers.recorded_experts import RecordedExperts
 from quant.kernels.cpu.program import Buffer, Program
-from quant.kernels.cpu.recorder import Recorder, Selector
-from quant.kernels.interface import Weight
+from quant.kernels.cpu.recorder import Recorder
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
 
-class V41Recorded(RecordedBasics):
-    """`V41Operations` noted by a recorder, for steps with `cache`."""
+class V41Recorded(V41Notes):
+    """`V41Operations` noted for host memory, for steps with `cache`."""
+
+    _recorder: Recorder
 
     def __init__(self, parts: V41Parts, recorder: Recorder, cache: SparseCache) -> None:
-        super().__init__(recorder)
-        self._parts = parts
-        self._config = parts.config
-        self._cache = cache
-        self._turns: dict[tuple[bool, bool, int], Buffer] = {}  # by compressed, backwards, unit
-        self._selected: Buffer | None = None  # from the last source layer on
-        self._pool: Buffer | None = None
+        super().__init__(parts, recorder, cache)
         self._experts = RecordedExperts(recorder, parts.weights.experts, parts.config.swiglu_limit)
         self.late: dict[int, torch.Tensor] = {}  # by Engram table: see `Recorder.hand_over`
         self.rows: dict[int, Buffer] = {}
@@ -63,31 +56,8 @@ class V41Recorded(RecordedBasics):
         """Make the program, from embedded tokens to logits."""
         self.program = self._recorder.finish(source, result)
 
-    def at_layer(self, number: int | None) -> None:
-        self._recorder.layer = number
-
     def move(self, device: torch.device, *values: Buffer) -> Sequence[Buffer]:
         return values  # all are in host memory
-
-    def trace(self, name: str, value: Buffer, *shape: int) -> None:
-        """Nothing is kept: a step that is traced is not replayed."""
-
-    # ---------------------------------------------------------------------------------------- streams
-
-    def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
-        return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])
-
-    def mix(self, connection: HyperConnection, streams: Buffer) -> StreamMix[Buffer]:
-        c = connection
-        (m,) = self.linears(self.norm(streams, None, c.norm_eps), c.fn)
-        n = self._config.hc_mult
-        return StreamMix(*self._recorder.mix(m, c.scale, c.base, n, c.sinkhorn_iters, c.hc_eps))
-
-    def read_streams(self, streams: Buffer, pre: Buffer) -> Buffer:
-        return self._recorder.weighted_sum(streams, pre)
-
-    def write_streams(self, streams: Buffer, y: Buffer, mix: StreamMix[Buffer]) -> Buffer:
-        return self._recorder.mix_streams(streams, y, mix.post, mix.combine)
 
     def engram(self, number: int, streams: Buffer) -> Buffer:
         layer, table = self._parts.weights.layers[number], self._parts.table(number)
@@ -113,67 +83,6 @@ class V41Recorded(RecordedBasics):
         assert self.program is not None
         assert self._guesses is not None
         self.program.rows(kv)[:rows] = self._guesses.wait_for_kv(number)
-
-    # -------------------------------------------------------------------------------------- attention
-
-    def rotate(self, x: Buffer, heads: int, *, compressed: bool, backwards: bool = False) -> Buffer:
-        return self._recorder.rotate(x, self._turn(compressed, backwards), heads)
-
-    def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
-        return self._recorder.blocks(x, weights)
-
-    def compress(self, number: int, compressor: CompressorWeights, x: Buffer) -> None:
-        recorder, eps, state = self._recorder, self._config.rms_norm_eps, self._cache.sources[number]
-        ratio = state.ratio
-        if compressor.wgate is None:
-            (latent,) = self.linears(x, compressor.wkv)
-        else:
-            kv, gate = self.linears(x, compressor.wkv, compressor.wgate)
-            recorder.ring(kv, state.open_kv)
-            recorder.ring(gate, state.open_gate)
-        turns = self._turn(True, False, ratio)
-        with recorder.if_complete(ratio):
-            if ratio > 1:
-                latent = recorder.pool(state.open_kv, state.open_gate, ratio)
-            latent = self.norm(latent, compressor.norm, eps)
-            (key,) = self.linears(latent, compressor.index_wk)
-            key = self.norm(key, compressor.index_norm, eps)
-            recorder.entry(recorder.rotate(latent, turns, 1), state.entries, ratio)
-            recorder.entry(recorder.rotate(key, turns, 1), state.index_keys, ratio)
-
-    def select(self, number: int, queries: Buffer, weights: Buffer) -> None:
-        c = self._config
-        source = c.kv_source_of(number)
-        assert source is not None
-        state = self._cache.sources[source]
-        self._selected, pool = self._recorder.select(
-            queries,
-            weights,
-            state.index_keys,
-            state.ratio,
-            Selector(c.index_topk, c.candidate_block_size, c.candidate_topk_blocks),
-            self._pool,
-            makes_pool=number == c.candidate_source_layer_id,
-        )
-        self._pool = pool or self._pool
-
-    def attend(self, number: int, attn: AttentionWeights, q: Buffer, kv: Buffer) -> Buffer:
-        window, source = self._cache.windows[number], self._config.kv_source_of(number)
-        self._recorder.ring(kv, window)
-        entries = None if source is None else self._cache.sources[source].entries
-        selected = None if source is None else self._selected
-        return self._recorder.attend_sparse(
-            q, window, attn.sink, self._config.sliding_window, entries, selected
-        )
-
-    def _turn(self, compressed: bool, backwards: bool, unit: int = 1) -> Buffer:
-        """Rotations of the rows' positions, or of their groups' first ones; computed once a step."""
-        key = compressed, backwards, unit
-        if key not in self._turns:
-            parts = self._parts
-            by = parts.compressed_frequencies if compressed else parts.plain_frequencies
-            self._turns[key] = self._recorder.turns(by, unit=unit, backwards=backwards)
-        return self._turns[key]
 
     # ---------------------------------------------------------------------------------------- experts
 

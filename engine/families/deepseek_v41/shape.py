@@ -6,7 +6,7 @@ from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.tensors import IGNORED
 from engine.families.parts import Parts
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.planner.published import V41Dims, v41_kv
+from memory.planner.published import V41Dims, v41_kv, v41_launches
 from memory.planner.shape import LayerShape, ModelShape, Table, Weights
 
 
@@ -30,6 +30,7 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelSh
         window=c.sliding_window,
         streams=c.hc_mult,
         vocab=c.vocab_size,
+        max_context=c.max_position_embeddings,
         kv_sources=c.kv_source_layer_ids,
         index_sources=c.index_source_layer_ids,
     )
@@ -49,6 +50,7 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelSh
                     experts.nbytes // c.n_routed_experts, experts.parameters // c.n_routed_experts
                 ),
                 table=Table(rows[n], parts.of("table", n).nbytes // rows[n], columns) if n in rows else None,
+                launches=v41_launches(dims, n, has_table=n in rows),
             )
         )
     return ModelShape(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from quant.errors import FormatError
 from quant.kernels.cpu.native_layers import Routing
 from quant.kernels.cpu.panels import NativeWeight, native_weight
 from quant.kernels.cpu.program import (
+    ALIGNMENT,
     DENSE_KINDS,
     Buffer,
     HandOver,
@@ -82,15 +84,20 @@ class Recorder:
     _recording: Recording = field(default_factory=Recording)
     _kept: list[Buffer] = field(default_factory=list)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its programs run."""
+        return torch.device("cpu")
+
     # ------------------------------------------------------------------------------- beginning and end
 
     def keep(self, buffer: Buffer) -> None:
         """Keep a buffer's values until the next run."""
         self._kept.append(buffer)
 
-    def input(self, width: int) -> Buffer:
+    def input(self, width: int, dtype: torch.dtype = torch.float32) -> Buffer:
         """A buffer that is filled before each run."""
-        buffer = self.buffer(width)
+        buffer = self.buffer(width, dtype)
         buffer.first = -1
         return buffer
 
@@ -126,6 +133,11 @@ class Recorder:
         for buffer in self._kept:
             buffer.last = len(self._recording.noted)
         return Program(self.runner, self._recording, source, result, self.max_rows)
+
+    def nbytes(self, source: Buffer, result: Buffer) -> int:
+        """Bytes that this program would hold."""
+        source.first, result.last = -1, len(self._recording.noted)
+        return self._recording.place(self.max_rows) + ALIGNMENT
 
     # -------------------------------------------------------------------------------------- any model
 
@@ -289,10 +301,22 @@ class Recorder:
         return out
 
     def mix(
-        self, x: Buffer, scale: torch.Tensor, base: torch.Tensor, n: int, iterations: int, eps: float
+        self,
+        streams: Buffer,
+        fn: torch.Tensor,
+        scale: torch.Tensor,
+        base: torch.Tensor,
+        iterations: int,
+        eps: float,
+        norm_eps: float,
     ) -> tuple[Buffer, Buffer, Buffer]:
-        """pre, post `[rows, n]` and combine `[rows, n * n]` of hyper-connections, of what was read off the
-        streams."""
+        """pre, post `[rows, n]` and combine `[rows, n * n]` of hyper-connections, off the streams.
+
+        fn `[(2 + n) * n, streams]`, times the streams by their root mean square; scale and base `[(2 + n) *
+        n]`.
+        """
+        n = math.isqrt(len(scale) + 1) - 1
+        (x,) = self.linears(self.norm(streams, None, norm_eps), [fn])
         outs = self.buffer(n), self.buffer(n), self.buffer(n * n)
         self._note("mix", [x, self._weight(scale), self._weight(base)], [*outs], [n, iterations], eps)
         return outs

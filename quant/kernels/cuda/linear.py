@@ -149,6 +149,103 @@ def times_matrix(
     return total
 
 
+@triton.jit
+def fp8_times_vector(
+    x,
+    codes,
+    scales,
+    rows,
+    row_inside,
+    cols,
+    scale_cols,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """As `times_vector` for an FP8 weight."""
+    sums = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
+    for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        weight, scale = load_fp8(
+            codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
+        )
+        col = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+        values = tl.load(x + col, mask=col < cols, other=0.0).to(tl.float32)
+        sums += tl.sum(weight * values[None, :, :], axis=2) * scale
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def fp8_times_matrix(
+    x,
+    x_rows,
+    x_inside,
+    codes,
+    scales,
+    rows,
+    row_inside,
+    cols,
+    scale_cols,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    POWERS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """As `times_matrix` for an FP8 weight."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        weight, scale = load_fp8(
+            codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
+        )
+        weight = tl.reshape(weight * scale[:, :, None], (BLOCK_N, CHUNKS * CHUNK))
+        col = first * CHUNK + tl.arange(0, CHUNKS * CHUNK)
+        x_tile = load_tile(x, x_rows, x_inside, col, cols)
+        product = times_tile(x_tile, tl.trans(weight), product, IN_PARTS)
+    return product
+
+
+@triton.jit
+def plain_times_vector(x, weight, rows, row_inside, cols, BLOCK_N: tl.constexpr, COLS: tl.constexpr):
+    """As `times_vector` for a weight of floats."""
+    sums = tl.zeros([BLOCK_N, COLS], tl.float32)
+    for first in range(0, cols, COLS):
+        col = first + tl.arange(0, COLS)
+        part = load_tile(weight, rows, row_inside, col, cols)
+        values = tl.load(x + col, mask=col < cols, other=0.0)
+        sums += part.to(tl.float32) * values[None, :]
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def plain_times_matrix(
+    x,
+    x_rows,
+    x_inside,
+    weight,
+    rows,
+    row_inside,
+    cols,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COLS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """As `times_matrix` for a weight of floats."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, cols, COLS):
+        col = first + tl.arange(0, COLS)
+        part = load_tile(weight, rows, row_inside, col, cols).to(tl.float32)
+        x_tile = load_tile(x, x_rows, x_inside, col, cols)
+        product = times_tile(x_tile, tl.trans(part), product, IN_PARTS)
+    return product
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def four_bit_linear(
     x,
@@ -211,31 +308,19 @@ def fp8_linear(
     block = tl.program_id(0) % blocks
     row_inside = rows < n
     if BLOCK_M == 1:
-        sums = tl.zeros([BLOCK_N, CHUNKS], tl.float32)
-        for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
-            chunk = first + tl.arange(0, CHUNKS)
-            weight, scale = load_fp8(
-                codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
-            )
-            col = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-            values = tl.load(x + block * cols + col, mask=col < cols, other=0.0).to(tl.float32)
-            sums += tl.sum(weight * values[None, :, :], axis=2) * scale
-        total = tl.sum(sums, axis=1)
+        total = fp8_times_vector(
+            x + block * cols, codes, scales, rows, row_inside, cols, scale_cols,
+            TILE_ROWS, TILE_COLS, POWERS, BLOCK_N, CHUNKS,
+        )  # fmt: skip
         tl.store(out + block * n + rows, total.to(out.dtype.element_ty), mask=row_inside)
     else:
         token = block * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = token < tokens
-        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for first in range(0, tl.cdiv(cols, CHUNK), CHUNKS):
-            chunk = first + tl.arange(0, CHUNKS)
-            weight, scale = load_fp8(
-                codes, scales, rows, row_inside, chunk, cols, scale_cols, TILE_ROWS, TILE_COLS, POWERS
-            )
-            weight = tl.reshape(weight * scale[:, :, None], (BLOCK_N, CHUNKS * CHUNK))
-            col = first * CHUNK + tl.arange(0, CHUNKS * CHUNK)
-            x_tile = load_tile(x, token, inside, col, cols)
-            product = times_tile(x_tile, tl.trans(weight), product, IN_PARTS)
-        store_tile(out, product, token, inside, rows, row_inside, n)
+        total = fp8_times_matrix(
+            x, token, inside, codes, scales, rows, row_inside, cols, scale_cols,
+            TILE_ROWS, TILE_COLS, POWERS, BLOCK_M, BLOCK_N, CHUNKS, IN_PARTS,
+        )  # fmt: skip
+        store_tile(out, total, token, inside, rows, row_inside, n)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -257,23 +342,15 @@ def plain_linear(
     block = tl.program_id(0) % blocks
     row_inside = rows < n
     if BLOCK_M == 1:
-        sums = tl.zeros([BLOCK_N, COLS], tl.float32)
-        for first in range(0, cols, COLS):
-            col = first + tl.arange(0, COLS)
-            part = load_tile(weight, rows, row_inside, col, cols)
-            values = tl.load(x + block * cols + col, mask=col < cols, other=0.0)
-            sums += part.to(tl.float32) * values[None, :]
-        tl.store(out + block * n + rows, tl.sum(sums, axis=1), mask=row_inside)
+        total = plain_times_vector(x + block * cols, weight, rows, row_inside, cols, BLOCK_N, COLS)
+        tl.store(out + block * n + rows, total, mask=row_inside)
     else:
         token = block * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = token < tokens
-        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for first in range(0, cols, COLS):
-            col = first + tl.arange(0, COLS)
-            part = load_tile(weight, rows, row_inside, col, cols).to(tl.float32)
-            x_tile = load_tile(x, token, inside, col, cols)
-            product = times_tile(x_tile, tl.trans(part), product, IN_PARTS)
-        store_tile(out, product, token, inside, rows, row_inside, n)
+        total = plain_times_matrix(
+            x, token, inside, weight, rows, row_inside, cols, BLOCK_M, BLOCK_N, COLS, IN_PARTS
+        )
+        store_tile(out, total, token, inside, rows, row_inside, n)
 
 
 @dataclass(frozen=True)
@@ -295,9 +372,14 @@ class Blocks:
         return cls(64, 64, 32 if dtype == torch.float32 else 64, 4)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """False in Triton's interpreter; True where kernels are compiled, if only to look at them."""
+    return device.type in ("cuda", "meta")
+
+
 def is_in_parts(x: torch.Tensor, weight: Weight) -> bool:
     """What kernels take as IN_PARTS; never in the interpreter, which cannot multiply bfloat16."""
-    if x.dtype != torch.float32 or x.device.type == "cpu":
+    if x.dtype != torch.float32 or not multiplies_bfloat16(x.device):
         return False
     if isinstance(weight, torch.Tensor):
         return weight.dtype == torch.bfloat16

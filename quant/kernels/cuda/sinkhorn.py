@@ -14,21 +14,27 @@ from quant.kernels.cuda.launch import Launch
 BLOCK = 32  # matrices of one program
 
 
-@triton.jit(do_not_specialize=["count"])
-def sinkhorn(logits, out, count, turns, eps, N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """out `[count, N, N]` from logits of the same shape, as `quant.kernels.Kernels.sinkhorn` says."""
-    matrix = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    index = tl.arange(0, N)
-    at = matrix[:, None, None] * (N * N) + index[None, :, None] * N + index[None, None, :]
-    inside = (matrix < count)[:, None, None]
-    c = tl.load(logits + at, mask=inside, other=0.0)
+@triton.jit
+def doubly_stochastic(c, turns, eps):
+    """Logits `[..., N, N]` normalised in turns, as `quant.kernels.Kernels.sinkhorn` says."""
     c = tl.exp(c - tl.max(c, axis=2, keep_dims=True))
     c = c / tl.sum(c, axis=2, keep_dims=True) + eps
     c = c / (tl.sum(c, axis=1, keep_dims=True) + eps)
     for _ in range(1, turns):
         c = c / (tl.sum(c, axis=2, keep_dims=True) + eps)
         c = c / (tl.sum(c, axis=1, keep_dims=True) + eps)
-    tl.store(out + at, c, mask=inside)
+    return c
+
+
+@triton.jit(do_not_specialize=["count"])
+def sinkhorn(logits, out, count, turns, eps, N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """out `[count, N, N]` from logits of the same shape."""
+    matrix = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tl.arange(0, N)
+    at = matrix[:, None, None] * (N * N) + index[None, :, None] * N + index[None, None, :]
+    inside = (matrix < count)[:, None, None]
+    c = tl.load(logits + at, mask=inside, other=0.0)
+    tl.store(out + at, doubly_stochastic(c, turns, eps), mask=inside)
 
 
 def sinkhorn_launch(logits: torch.Tensor, out: torch.Tensor, turns: int, eps: float) -> Launch:

@@ -14,12 +14,14 @@ from torch.nn import functional as F
 
 from quant.errors import FormatError
 from quant.formats.four_bit import FourBit
-from quant.formats.int4 import Int4, Int4Half
-from quant.formats.mxfp4 import Mxfp4
+from quant.formats.gguf_levels import MXFP4_BLOCKS
+from quant.formats.int4 import Int4
+from quant.formats.mxfp4 import MXFP4, Mxfp4
 from quant.formats.nf4 import Nf4
 from quant.kernels.cpu.panel_slots import ExpertSlotLayout
 from quant.kernels.cpu.panels import PANEL_ROWS, TILED
 from quant.kernels.file_slots import FileSlotLayout
+from quant.kernels.interface import three_formats
 
 BLOCK = 32  # columns
 STRIP_BLOCKS = 4
@@ -72,12 +74,17 @@ class _Strips:
 
 @dataclass(frozen=True)
 class GpuSlotLayout(FileSlotLayout):
-    """Slots on a GPU: file layout, with conversion from and to slots of panels. Four-bit formats only."""
+    """Slots on a GPU: file layout, with conversion from and to slots of panels. Four-bit formats only.
+
+    GGUF's MXFP4 has the panels of MXFP4 and is MXFP4 here: the same numbers.
+    """
 
     def __post_init__(self) -> None:
+        formats = tuple(MXFP4 if f is MXFP4_BLOCKS else f for f in three_formats(self.formats))
+        object.__setattr__(self, "formats", formats)
         super().__post_init__()
         names = sorted({format_.name for format_ in self.three})
-        if type(self.three[0]) not in (Mxfp4, Nf4, Int4, Int4Half) or len(names) > 1:
+        if type(self.three[0]) not in (Mxfp4, Nf4, Int4) or len(names) > 1:
             raise FormatError(
                 f"{', '.join(names)}: experts in this format cannot be placed on a GPU yet; mxfp4, nf4 and "
                 "int4 can, the same for all matrices (`loci quantize` converts)"

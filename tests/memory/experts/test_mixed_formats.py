@@ -17,9 +17,12 @@ from quant.formats.gguf_k import Q4_K, Q6_K
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.plain import BF16
 from quant.kernels.choice import choose
+from quant.kernels.cpu.library import LibraryMissingError
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import ExpertFormats, ExpertWeights, MoeCall, matrix_shapes
 from quant.kernels.reference import ReferenceKernels
-from quant.packed import PackedTensor
+from quant.packed import Format, PackedTensor
 from tests.quant.kernels.kernel_cases import any_weight, difference
 
 HIDDEN = WIDTH = 256
@@ -104,4 +107,34 @@ def test_every_layer_is_computed_in_its_own_formats(files: MixedExperts, slots: 
             found = store.acquire(layer, ids).run(x, torch.ones(1, TOP_K), LIMIT)
             expected = ReferenceKernels().moe(MoeCall(x, ids, torch.ones(1, TOP_K), experts, LIMIT))
             assert difference(found, expected) < 2e-5, (turn, layer)
+    store.close()
+
+
+class NoSlotsOnGpus(NativeKernels):
+    """Kernels whose GPU, `cpu:0`, has slots for some formats only."""
+
+    def on(self, device: torch.device) -> NativeKernels:
+        return self if device.index is None else OnGpu()
+
+
+class OnGpu(NativeKernels):
+    def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> GpuSlotLayout:
+        return GpuSlotLayout(hidden, width, formats)
+
+
+def test_formats_that_gpus_have_no_kernels_for_stay_in_dram(
+    files: MixedExperts, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        kernels = NoSlotsOnGpus()
+    except LibraryMissingError as missing:
+        pytest.skip(str(missing))
+    gpu = Tier("vram:0", 1 << 20, torch.device("cpu", 0))
+    store = ExpertStore(files, kernels, Tier("dram", 1 << 26, torch.device("cpu")), [gpu])
+    assert "all experts stay in DRAM and are computed on the CPU: q4_k, q6_k: experts in this" in caplog.text
+    assert store.is_still
+    ids = torch.tensor([[1, 3]])
+    found = store.acquire(0, ids).run(torch.ones(1, HIDDEN), torch.ones(1, TOP_K), LIMIT)
+    call = MoeCall(torch.ones(1, HIDDEN), ids, torch.ones(1, TOP_K), files.weights[0], LIMIT)
+    assert difference(found, ReferenceKernels().moe(call)) < 2e-5
     store.close()

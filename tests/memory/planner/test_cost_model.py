@@ -19,7 +19,7 @@ from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shap
 
 FLASH = built_in("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
-IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0)
+IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0, 0.0)
 BLIND = replace(Efficiency(), guessed_share=0.0)
 
 
@@ -134,7 +134,7 @@ def test_cpu_and_link_share_what_lies_in_dram_so_that_both_finish_together() -> 
 
 def test_the_dram_bus_limits_what_cpu_and_link_do_together() -> None:
     machine = replace(MACHINE, dram_bytes=400 * GB)
-    cost = model(FLASH, machine, efficiency=replace(Efficiency(), launch_s=0.0)).decode(1, 0)
+    cost = model(FLASH, machine, efficiency=replace(Efficiency(), gpu_layer_s=0.0)).decode(1, 0)
     assert cost.bound == DRAM
     assert cost.seconds[DRAM] == pytest.approx(cost.nbytes["dram"] / (80e9 * Efficiency().bus_share))
 

@@ -66,6 +66,21 @@ def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> N
         "gather_fp8",
         "gather_four_bit",
         "sinkhorn",
+        "products",
+        "row_tasks",
+        "read_streams",
+        "write_streams",
+        "add_engram",
+        "repeat_row",
+        "combine_elements",
+        "attend_part",
+        "attend_sum",
+        "index_scores",
+        "chunk_best",
+        "choose",
+        "gate_up_of_slots",
+        "down_of_slots",
+        "leave_mail",
     }
     assert all(kernel["cubin_bytes"] for kernel in compiled)
 

@@ -158,6 +158,36 @@ void tile_rows(const Matrix& m, int64_t first, int rows, uint8_t* out) {
     });
 }
 
+typedef uint16_t ColumnPairs __attribute__((vector_size(16)));  // eight of a row's
+
+// Eight rows of eight pairs of columns to eight columns of eight rows.
+void transpose(ColumnPairs v[8]) {
+    ColumnPairs t[8];
+    for (int i = 0; i < 4; ++i) {
+        t[2 * i] = __builtin_shufflevector(v[i], v[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+        t[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+
+// FP8: the rows of a panel that lie beside each other there, 16 columns at a time; returns how many columns are done.
+int64_t tile_fp8_columns(const uint8_t* codes, int64_t cols, uint8_t* out) {
+    constexpr int64_t kColumns = 16;
+    int64_t c = 0;
+    for (; c + kColumns <= cols; c += kColumns)
+        for (int q = 0; q < 4; ++q) {
+            ColumnPairs v[8];
+            for (int i = 0; i < 8; ++i) {
+                const uint8_t* from = codes + (i / 4 * 16 + 4 * q + i % 4) * cols + c;
+                __builtin_prefetch(from + kFileAhead);
+                std::memcpy(&v[i], from, sizeof v[i]);
+            }
+            for (int k = 0; k < 3; ++k) transpose(v);
+            for (int k = 0; k < 8; ++k) std::memcpy(out + (c + 2 * k) * kPanelRows + 16 * q, &v[k], sizeof v[k]);
+        }
+    return c;
+}
+
 template <class Rows>
 void untile_packed_row(const Matrix& m, const uint8_t* panel, int r, FileRow to) {
     if (const int64_t bytes = prefix_bytes(m))
@@ -191,10 +221,11 @@ void tile_panel(const Matrix& m, int64_t panel, uint8_t* out) {
         with_rows(m, [&](auto layout) { tile_rows<decltype(layout)>(m, first, rows, out); });
         return;
     }
+    const int64_t done = rows == kPanelRows ? tile_fp8_columns(m.codes + first * m.cols, m.cols, out) : 0;
     for (int r = 0; r < rows; ++r) {
         const uint8_t* codes = m.codes + (first + r) * m.cols;
         uint8_t* to = out + fp8_place(r);
-        for (int64_t c = 0; c + 1 < m.cols; c += 2) std::memcpy(to + c * kPanelRows, codes + c, 2);
+        for (int64_t c = done; c + 1 < m.cols; c += 2) std::memcpy(to + c * kPanelRows, codes + c, 2);
         if (m.cols % 2) to[(m.cols - 1) * kPanelRows] = codes[m.cols - 1];
     }
 }

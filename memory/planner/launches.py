@@ -1,0 +1,27 @@
+"""Kernels that a V4.1 layer on a GPU launches in a recorded step, and its hand-overs: what a plan counts
+with."""
+
+from __future__ import annotations
+
+# Reading, mixing and writing the streams twice: 4; products: 6; norms, rotations and the router: 2;
+# attention: 2;
+# routed experts: 3, one of which leaves what the GPU does not hold for the processor.
+LAYER = 17
+CHOICE = 2  # scores of entries, and the best of them
+CHUNKS = 1  # the best of each chunk before, of more entries than one program looks at together
+CHUNK = 4096
+ENTRY = 1  # index keys on their way to the others
+TABLE = 1  # gated values of table rows; their product goes along with others
+STEP = 4  # the streams' beginning, rotations, the last norm and the head
+HAND_OVERS = 1  # of a layer; one more where the next layer waits for table rows
+
+
+def gpu_launches(*, owns_entries: bool, chooses_among: int, has_table: bool) -> int:
+    """Launches of a layer.
+
+    owns_entries   it makes compressed entries
+    chooses_among  at most so many entries by an indexer of its own; 0 without one
+    has_table      it adds rows of an Engram table
+    """
+    chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
+    return LAYER + chosen + (ENTRY if owns_entries else 0) + (TABLE if has_table else 0)

@@ -1,0 +1,247 @@
+"""Noted operations as launches with fixed arguments, for a number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda import row_tasks as task
+from quant.kernels.cuda.attention import SparseAttention
+from quant.kernels.cuda.launch import Launch
+from quant.kernels.cuda.mailbox import Mail
+from quant.kernels.cuda.noted import Fixed, Noted
+from quant.kernels.cuda.products import Product, products_launch
+from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
+from quant.kernels.cuda.schedule import STREAMS, TASKS
+from quant.kernels.cuda.selection import Choice
+from quant.kernels.cuda.streams import (
+    GATED,
+    SUM,
+    TIMES,
+    Choices,
+    Mixed,
+    MixShape,
+    Read,
+    add_up_launch,
+    elements_launch,
+    engram_launch,
+    read_launch,
+    repeat_launch,
+    write_launch,
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where operations find what they read and write.
+
+    arena     bytes of one device, in which buffers have offsets
+    step      `[1 + 2 * max_rows]` int64: how many rows are alive, the slot of each, the position of each
+    """
+
+    arena: torch.Tensor
+    step: torch.Tensor
+    max_rows: int
+
+    def rows(self, buffer: Buffer) -> torch.Tensor:
+        """A buffer's rows, `[rows, width]`: valid while it lives."""
+        if isinstance(buffer, Fixed):
+            assert buffer.held is not None
+            return buffer.held
+        rows = self.max_rows if buffer.rows is None else buffer.rows
+        nbytes = buffer.dtype.itemsize * rows * buffer.width
+        part = self.arena[buffer.offset : buffer.offset + nbytes]
+        return part.view(buffer.dtype).view(rows, buffer.width)
+
+    def of(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The same with buffers' rows instead of buffers."""
+        return {
+            name: self.rows(value) if isinstance(value, Buffer) else value for name, value in values.items()
+        }
+
+    def launches(self, group: Sequence[Noted], rows: int) -> list[Launch]:
+        """The launches of operations that go together, for the first `rows` rows."""
+        kind = group[0].kind
+        if kind == "product":
+            limit = max((op.ins["limit"] for op in group if op.ins["up"] is not None), default=0.0)
+            return [products_launch([self._product(op) for op in group], rows, limit)]
+        if kind in TASKS:
+            return [row_tasks_launch([self._task(op) for op in group], self.step, rows, self.max_rows)]
+        if kind in STREAMS:
+            mixed = next((self._mixed(op) for op in group if op.kind == "mixed"), None)
+            read = next((self._read(op) for op in group if op.kind == "read"), None)
+            return [read_launch(mixed, read, rows)]
+        (op,) = group
+        return _ALONE[kind](self, self.of(op.ins | op.outs), rows)
+
+    def _product(self, op: Noted) -> Product:
+        found = self.of(op.ins | op.outs)
+        x, out = found["x"], found["out"]
+        if found["column"] is not None:
+            n, cols = found["weight"].shape
+            x, out = x[:, found["column"] * cols :], out[:, found["column"] * n :]
+        return Product(found["weight"], x, out, found["up"])
+
+    def _mixed(self, op: Noted) -> Mixed:
+        found = self.of(op.ins | op.outs)
+        return Mixed(found["x"], found["fn"], found["parts"], found["shape"])
+
+    def _read(self, op: Noted) -> Read:
+        found = self.of(op.ins | op.outs)
+        return Read(found["x"], found["pre"], found["weight"], found["eps"], found["out"])
+
+    def _task(self, op: Noted) -> RowTask:
+        return _TASKS[op.kind](self.of(op.ins | op.outs))
+
+
+def _latent(of: dict[str, Any]) -> RowTask:
+    heads = of["heads"]
+    width = of["x"].shape[1] // heads
+    fields: dict[int, Any] = {
+        task.X.value: of["x"], task.WIDTH.value: width, task.HEADS.value: heads,
+        task.STORED.value: of["stored"],
+    }  # fmt: skip
+    if of.get("weight") is not None:
+        fields |= {task.WEIGHT.value: of["weight"], task.EPS.value: float(of["eps"])}
+    if of.get("turns") is not None:
+        fields |= {task.TURNS.value: of["turns"], task.PAIRS.value: of["turns"].shape[1] // 2}
+    if of.get("out") is not None:
+        fields[task.OUT.value] = of["out"]
+    if of.get("state") is not None:
+        state = of["state"]
+        fields |= {
+            task.STATE.value: state, task.PLACES.value: state.shape[1], task.STRIDE.value: state.stride(0),
+            task.RATIO.value: of.get("ratio") or 1,
+        }  # fmt: skip
+    return RowTask(task.LATENT.value, fields, width, heads=heads)
+
+
+def _pool(of: dict[str, Any]) -> RowTask:
+    state = of["state"]
+    fields = {
+        task.X.value: of["x"], task.GATE.value: of["gate"], task.WEIGHT.value: of["weight"],
+        task.EPS.value: float(of["eps"]), task.OUT.value: of["out"], task.STATE.value: state,
+        task.GATE_STATE.value: of["gate_state"], task.WIDTH.value: state.shape[2],
+        task.PLACES.value: state.shape[1], task.STRIDE.value: state.stride(0), task.RATIO.value: of["ratio"],
+    }  # fmt: skip
+    return RowTask(task.POOL.value, fields, state.shape[2])
+
+
+def _mix(of: dict[str, Any]) -> RowTask:
+    shape: MixShape = of["shape"]
+    fields = {
+        task.X.value: of["parts"], task.SCALE.value: of["scale"], task.BASE.value: of["base"],
+        task.OUT.value: of["pre"], task.POST.value: of["post"], task.COMBINE.value: of["combine"],
+        task.SPLITS.value: shape.splits, task.WIDTH.value: shape.cols,
+        task.ITERATIONS.value: of["iterations"], task.EPS.value: float(of["eps"]),
+        task.NORM_EPS.value: float(of["norm_eps"]),
+    }  # fmt: skip
+    constants: dict[str, int | bool] = {
+        "N": shape.n, "COUNT": shape.padded, "SPLITS_N": int(triton.next_power_of_2(shape.splits)),
+    }  # fmt: skip
+    return RowTask(task.MIX.value, fields, 2, constants)
+
+
+def _route(of: dict[str, Any]) -> RowTask:
+    fields = {
+        task.X.value: of["x"], task.WEIGHT.value: of["bias"], task.WIDTH.value: of["x"].shape[1],
+        task.OUT.value: of["ids"], task.POST.value: of["weights"],
+        task.EPS.value: float(of["rule"].factor), task.NORM_EPS.value: float(of["rule"].epsilon),
+    }  # fmt: skip
+    if of.get("table") is not None:
+        fields |= {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
+    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], {"TOP_K": of["rule"].top_k})
+
+
+def _turns(of: dict[str, Any]) -> RowTask:
+    fields = {
+        task.X.value: of["frequencies"], task.OUT.value: of["out"], task.PAIRS.value: len(of["frequencies"]),
+        task.RATIO.value: of["unit"], task.SPLITS.value: -1 if of["backwards"] else 1,
+    }  # fmt: skip
+    return RowTask(task.ROTATIONS.value, fields, len(of["frequencies"]))
+
+
+_TASKS: dict[str, Callable[[dict[str, Any]], RowTask]] = {
+    "latent": _latent,
+    "pool": _pool,
+    "mix": _mix,
+    "route": _route,
+    "turns": _turns,
+}
+
+
+def _elements(kind: int) -> Callable[[Places, dict[str, Any], int], list[Launch]]:
+    def lower(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+        return [elements_launch(kind, of["x"], of.get("y"), of["out"], rows, of.get("number") or 0.0)]
+
+    return lower
+
+
+def _repeat(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    return [repeat_launch(of["x"], of["n"], of["out"], rows)]
+
+
+def _engram(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    return [engram_launch(of["x"], of["kv"], of["qk"], of["eps"], of["out"], rows)]
+
+
+def _choices(of: dict[str, Any]) -> Choices | None:
+    if of.get("apart") is None:
+        return None
+    return Choices(of["apart"], of["weights"], of.get("mail"), of.get("places"))
+
+
+def _write(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    return [write_launch(of["x"], of["y"], of["post"], of["combine"], _choices(of), of["out"], rows)]
+
+
+def _add_up(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    choices = _choices(of)
+    assert choices is not None
+    return [add_up_launch(of["y"], choices, of["out"], rows)]
+
+
+def _attend(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    names = "q", "rings", "sink", "window", "entries", "chosen", "turns", "back", "parts", "stats", "out"
+    given: dict[str, Any] = {name: of.get(name) for name in names}
+    attention = SparseAttention(**given)
+    return list(attention.launches(places.step, rows, places.max_rows))
+
+
+def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    names = (
+        "queries", "turns", "weights", "factor", "keys", "ratio", "block", "blocks", "pool", "chosen",
+        "scores", "maxima", "best", "names", "best_blocks",
+    )  # fmt: skip
+    given: dict[str, Any] = {name: of.get(name) for name in names}
+    return Choice(**given).launches(places.step, rows, places.max_rows)
+
+
+def _mail(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    mail = Mail(of["box"], of["number"], of["x"], of["ids"], of["places"], of["guesses"])
+    return [mail.launch(places.step, rows)]
+
+
+def _experts(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    slots = of["slots"]
+    return list(slots.launches(of["x"], of["places"], of["inner"], of["apart"], of["limit"], rows))
+
+
+_ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
+    "sum": _elements(SUM),
+    "times": _elements(TIMES),
+    "gated": _elements(GATED),
+    "repeat": _repeat,
+    "engram": _engram,
+    "write": _write,
+    "add_up": _add_up,
+    "attend": _attend,
+    "select": _select,
+    "experts": _experts,
+    "mail": _mail,
+}

@@ -1,0 +1,244 @@
+"""What passes between a GPU's program and the thread that computes experts the GPU does not hold.
+
+One mailbox a GPU, in page-locked memory that both can read and write. At each hand-over the GPU leaves its
+rows' choices, and their inputs where some are missing, sets the hand-over's `posted` word, and waits for its
+`answered` word; whoever answers fills in the missing choices' outputs before setting that. Where nothing is
+missing the GPU answers itself. The words are 0 at a step's beginning, and each is set once in a step, so
+neither side has to count. Abandoning a mailbox sets all answers at once: the GPU goes on, with numbers
+that mean nothing, and the step fails instead of hanging.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.kernels.cuda.launch import Launch
+
+logger = logging.getLogger("loci.kernels")
+
+PAUSE_S = 20e-6  # between looks at a word
+BLOCK = 1024
+
+
+class StalledError(Exception):
+    """A hand-over that nobody answered; the step's results mean nothing."""
+
+
+class Mailbox:
+    """Fixed memory for the hand-overs of one GPU's program.
+
+    posted, answered  `[hand_overs]` int32 words
+    ids, places       `[hand_overs, max_rows * top_k]` int64: a step's choices, -1 in rows that are not alive;
+                      and where the GPU holds each, -1 where it does not
+    guesses           `[hand_overs, max_rows * top_k]` int64: what a layer's step is expected to need next, or
+                      -1
+    inputs            `[max_rows, hidden]` float32, of the last hand-over with something missing
+    outputs           `[max_rows * top_k, hidden]`: the missing choices', not weighted
+    """
+
+    def __init__(self, hand_overs: int, max_rows: int, top_k: int, hidden: int, *, pinned: bool) -> None:
+        def memory(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+
+        self.top_k = top_k
+        self.posted = memory(hand_overs, dtype=torch.int32)
+        self.answered = memory(hand_overs, dtype=torch.int32)
+        self.ids = memory(hand_overs, max_rows * top_k, dtype=torch.int64)
+        self.places = memory(hand_overs, max_rows * top_k, dtype=torch.int64)
+        self.guesses = memory(hand_overs, max_rows * top_k, dtype=torch.int64)
+        self.guesses[:] = -1
+        self.inputs = memory(max_rows, hidden, dtype=torch.float32)
+        self.outputs = memory(max_rows * top_k, hidden, dtype=torch.float32)
+        self.is_abandoned = False
+        self._posted, self._answered = self.posted.numpy(), self.answered.numpy()  # the same memory
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        parts = self.posted, self.answered, self.ids, self.places, self.guesses, self.inputs, self.outputs
+        return sum(part.nbytes for part in parts)
+
+    def begin(self) -> None:
+        """Before a step, while the GPU has nothing to do."""
+        self._posted[:] = 0
+        self._answered[:] = 0
+        self.is_abandoned = False
+
+    def abandon(self) -> None:
+        """Let the GPU go on; the step has failed."""
+        self.is_abandoned = True
+        self._answered[:] = 1
+
+    # ---------------------------------------------------------------------------------- the GPU's side
+
+    def post(self, number: int) -> None:
+        """Set the word; what was written before is there."""
+        self._posted[number] = 1
+
+    def wait_for_answer(self, number: int) -> None:
+        """Return when the hand-over is answered or abandoned."""
+        while not self._answered[number]:
+            time.sleep(PAUSE_S)
+
+    # ---------------------------------------------------------------------------------- the other side
+
+    def is_posted(self, number: int) -> bool:
+        """Whether the GPU has come to a hand-over."""
+        return bool(self._posted[number])
+
+    def missing(self, number: int) -> torch.Tensor:
+        """Pairs of row and choice, row * top_k + choice, that the GPU does not hold: `[n]` int64."""
+        return ((self.ids[number] >= 0) & (self.places[number] < 0)).nonzero().squeeze(1)
+
+    def guess(self, number: int) -> list[int]:
+        """What was guessed there, each row's likeliest first."""
+        found = self.guesses[number].view(-1, self.top_k).t().flatten()
+        return [expert for expert in found.tolist() if expert >= 0]
+
+    def chosen(self, number: int) -> tuple[list[int], list[int]]:
+        """All experts that a step's rows have chosen, and those that the GPU did not hold, ascending."""
+        ids = self.ids[number]
+        missing = ids[self.missing(number)]
+        return sorted(set(ids[ids >= 0].tolist())), sorted(set(missing.tolist()))
+
+    def answer(self, number: int) -> None:
+        """Set the word, after outputs were filled in."""
+        self._answered[number] = 1
+
+
+@triton.jit
+def leave_mail(
+    x, ids, places, guesses, step, mail_x, mail_ids, mail_places, mail_guesses, answered, width,
+    TOP_K: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, GUESSED: tl.constexpr,
+):  # fmt: skip
+    """Choices `[rows, TOP_K]` and, of rows that miss some, x `[rows, width]`, to a mailbox; where no row
+    does, the word `answered`. Grid (blocks of width, rows)."""
+    row = tl.program_id(1)
+    alive = tl.load(step)
+    pair = tl.arange(0, PAIRS)
+    inside = pair < alive * TOP_K
+    place = tl.load(places + pair, mask=inside, other=0)
+    is_own = (pair // TOP_K == row) & inside
+    missing = tl.sum(((place < 0) & is_own).to(tl.int32), axis=0)
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if missing > 0:
+        value = tl.load(x + row * width + col, mask=col < width, other=0.0)
+        tl.store(mail_x + row * width + col, value, mask=col < width)
+    if tl.program_id(0) == 0:
+        is_row = pair // TOP_K == row
+        ident = tl.load(ids + pair, mask=is_own, other=-1)
+        tl.store(mail_ids + pair, ident, mask=is_row)
+        tl.store(mail_places + pair, place, mask=is_row)
+        if GUESSED:
+            tl.store(mail_guesses + pair, tl.load(guesses + pair, mask=is_own, other=-1), mask=is_row)
+        if row == 0:
+            in_all = tl.sum(((place < 0) & inside).to(tl.int32), axis=0)
+            if in_all == 0:
+                tl.store(answered, 1)
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A hand-over of a program: what its rows leave in the mailbox.
+
+    x `[rows, hidden]`, ids, places and perhaps guesses `[rows, top_k]`
+    """
+
+    box: Mailbox
+    number: int
+    x: torch.Tensor
+    ids: torch.Tensor
+    places: torch.Tensor
+    guesses: torch.Tensor | None = None
+
+    def launch(self, step: torch.Tensor, rows: int) -> Launch:
+        """The launch that leaves it."""
+        width, n = self.x.shape[1], self.number
+        box = self.box
+        arguments = (
+            self.x, self.ids, self.places, self.ids if self.guesses is None else self.guesses, step,
+            box.inputs, box.ids[n], box.places[n], box.guesses[n], box.answered[n : n + 1], width,
+        )  # fmt: skip
+        pairs = int(triton.next_power_of_2(box.ids.shape[1]))
+        constants: dict[str, int | bool] = {"TOP_K": box.top_k, "PAIRS": pairs, "BLOCK_N": BLOCK}
+        constants["GUESSED"] = self.guesses is not None
+        return Launch(leave_mail, (-(-width // BLOCK), rows), arguments, constants, 4)
+
+
+@dataclass(frozen=True)
+class Word:
+    """Where a program sets a hand-over's `posted` word, or waits for its `answered` word."""
+
+    box: Mailbox
+    number: int
+    is_wait: bool
+
+    def on_stream(self, device: torch.device) -> None:
+        """On the current stream of a CUDA device, perhaps into a graph. Only where `has_stream_words`."""
+        stream = torch.cuda.current_stream(device).cuda_stream
+        at = self.number * self.box.posted.itemsize
+        if self.is_wait:
+            _wait(stream, self.box.answered.data_ptr() + at)
+        else:
+            _write(stream, self.box.posted.data_ptr() + at)
+
+    def on_host(self, device: torch.device) -> None:
+        """By the host, between two launches: where the device's stream cannot."""
+        if self.is_wait:
+            self.box.wait_for_answer(self.number)
+            return
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        self.box.post(self.number)
+
+
+def _write(stream: int, address: int) -> None:
+    driver = _driver()
+    _check(driver.cuStreamWriteValue32(stream, address, 1, 0)[0])
+
+
+def _wait(stream: int, address: int) -> None:
+    driver = _driver()
+    at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    _check(driver.cuStreamWaitValue32(stream, address, 1, int(at_least))[0])
+
+
+def _driver() -> Any:
+    """NVIDIA's bindings of the driver. Raises ImportError."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _check(result: Any) -> None:
+    if int(result) != 0:
+        raise RuntimeError(f"the CUDA driver refused a stream memory operation: {result!r}")
+
+
+@cache
+def has_stream_words(device: torch.device) -> bool:
+    """Whether a stream of the device can write and wait for words in page-locked memory; logs why not."""
+    if device.type != "cuda":
+        return False
+    words = torch.zeros(2, dtype=torch.int32, pin_memory=True)
+    try:
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream(device)
+            _write(stream.cuda_stream, words.data_ptr())
+            _wait(stream.cuda_stream, words.data_ptr())
+            stream.synchronize()
+    except (ImportError, AttributeError, RuntimeError) as error:
+        logger.warning(
+            "%s: the host meets the GPU in every layer instead of the GPU's stream waiting for words (%s); "
+            "`pip install cuda-bindings` for the version of your CUDA", device, error,
+        )  # fmt: skip
+        return False
+    return bool(words[0] == 1)

@@ -1,0 +1,240 @@
+"""What a recorder for a GPU notes, and how noted operations become one another: fewer, larger ones.
+
+An operation's neighbours in a chain are made part of it where nobody else reads what passes between them:
+RMSNorm, rotation and the way into a sequence's state are one pass over a vector; queries are turned where
+they are read; a gated pair is multiplied at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from quant.errors import FormatError
+from quant.kernels.cpu.program import Buffer, HandOver
+from quant.kernels.cuda.products import family_of
+from quant.kernels.cuda.row_tasks import IN_RING
+from quant.packed import PackedTensor
+
+LONGEST = 4096  # of a vector that one program of a row task holds
+
+
+@dataclass(eq=False)
+class Fixed(Buffer):
+    """A buffer that is never written: the same values in every step."""
+
+    held: torch.Tensor | None = None
+
+
+@dataclass(eq=False)
+class Noted:
+    """An operation.
+
+    ins, outs  by their names in lowering.py: buffers, weights, tensors, numbers; None where there is none
+    sees       state of sequences that it reads
+    changes    and writes
+    work       what the caller does at a hand-over, unless the number at `skip` is not 0
+    """
+
+    kind: str
+    ins: dict[str, Any]
+    outs: dict[str, Buffer]
+    sees: tuple[torch.Tensor, ...] = ()
+    changes: tuple[torch.Tensor, ...] = ()
+    layer: int | None = None
+    work: HandOver | None = None
+    skip: torch.Tensor | None = None
+
+    @property
+    def reads(self) -> list[Buffer]:
+        """The buffers among what goes in."""
+        return [value for value in self.ins.values() if isinstance(value, Buffer)]
+
+    def is_plain(self, *without: str) -> bool:
+        """Whether it has none of these."""
+        return all(self.ins.get(name) is None for name in without)
+
+
+class _Chains:
+    """The operations so far, with who wrote each buffer and how often it is read."""
+
+    def __init__(self, noted: Sequence[Noted], kept: Sequence[Buffer]) -> None:
+        self.ops: list[Noted | None] = []
+        self._at: dict[int, int] = {}  # by the id of a buffer that one operation wrote
+        self._reads = Counter(id(buffer) for op in noted for buffer in op.reads)
+        self._reads.update(id(buffer) for buffer in kept)
+
+    def add(self, op: Noted) -> None:
+        self._at.update({id(buffer): len(self.ops) for buffer in op.outs.values()})
+        self.ops.append(op)
+
+    def before(self, value: object, kind: str) -> Noted | None:
+        """The operation of that kind whose only result, read once, is `value`."""
+        if not isinstance(value, Buffer) or self._reads[id(value)] != 1:
+            return None
+        at = self._at.get(id(value))
+        op = None if at is None else self.ops[at]
+        return op if op is not None and op.kind == kind and list(op.outs.values()) == [value] else None
+
+    def drop(self, *ops: Noted) -> None:
+        """Take away what has become part of another."""
+        gone = {id(op) for op in ops}
+        self.ops = [None if op is not None and id(op) in gone else op for op in self.ops]
+
+    def last_ring_write(self, state: torch.Tensor) -> Noted:
+        """The operation that stored a row in this ring. Raises FormatError."""
+        for op in reversed(self.ops):
+            is_write = op is not None and op.kind == "latent" and op.ins.get("state") is state
+            if op is not None and is_write and op.ins["stored"] == IN_RING and op.is_plain("weight", "turns"):
+                return op
+        raise FormatError("groups are pooled of rows that were stored in the same step")
+
+
+def fused(noted: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
+    """The same computation in fewer operations; buffers that are `kept` are read from outside."""
+    chains = _Chains(noted, kept)
+    for op in noted:
+        chains.add(_RULES.get(op.kind, _alone)(op, chains))
+    return list(_settled(op for op in chains.ops if op is not None))
+
+
+def _alone(op: Noted, chains: _Chains) -> Noted:
+    return op
+
+
+def _read(op: Noted, chains: _Chains) -> Noted:
+    """A weighted sum of streams, then its norm."""
+    before = chains.before(op.ins["x"], "read")
+    if before is not None and before.ins["eps"] is None and op.is_plain("pre"):
+        chains.drop(before)
+        return replace(op, ins=op.ins | {"x": before.ins["x"], "pre": before.ins["pre"]})
+    before = chains.before(op.ins["x"], "pool")
+    if before is not None and before.is_plain("weight") and op.is_plain("pre"):
+        chains.drop(before)
+        weight = {"weight": op.ins["weight"], "eps": op.ins["eps"]}
+        return replace(before, ins=before.ins | weight, outs={"out": op.outs["out"]})
+    return op
+
+
+def _latent(op: Noted, chains: _Chains) -> Noted:
+    """A norm, then a turn, then the way into a state."""
+    before = chains.before(op.ins["x"], "latent")
+    is_turn = op.ins.get("turns") is not None
+    is_free = before is not None and before.is_plain("state", *(["turns"] if is_turn else []))
+    if before is not None and is_free and before.ins["heads"] == op.ins["heads"]:
+        chains.drop(before)
+        given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
+        return replace(op, ins=before.ins | given)
+    norm = chains.before(op.ins["x"], "read")
+    if norm is not None and _is_task(norm) and op.ins["heads"] == 1:
+        chains.drop(norm)
+        return replace(op, ins=op.ins | {name: norm.ins[name] for name in ("x", "weight", "eps")})
+    return op
+
+
+def _pool(op: Noted, chains: _Chains) -> Noted:
+    """Projections to their rings, and the group that they complete."""
+    rows, gates = (chains.last_ring_write(op.ins[name]) for name in ("state", "gate_state"))
+    chains.drop(rows, gates)
+    return replace(op, ins=op.ins | {"x": rows.ins["x"], "gate": gates.ins["x"]})
+
+
+def _gated(op: Noted, chains: _Chains) -> Noted:
+    """Two matrices of one input."""
+    gate, up = (chains.before(op.ins[name], "product") for name in ("x", "y"))
+    if gate is None or up is None or gate.ins["x"] is not up.ins["x"]:
+        return op
+    first, second = gate.ins["weight"], up.ins["weight"]
+    if not (_are_alike(first, second) and gate.is_plain("column", "up") and up.is_plain("column", "up")):
+        return op
+    chains.drop(gate, up)
+    return replace(
+        gate, ins=gate.ins | {"up": second, "limit": op.ins["number"]}, outs={"out": op.outs["out"]}
+    )
+
+
+def _are_alike(first: Any, second: Any) -> bool:
+    if family_of(first) != family_of(second) or first.shape != second.shape:
+        return False
+    if isinstance(first, PackedTensor):
+        return first.format is second.format
+    return bool(first.dtype == second.dtype)
+
+
+def _turned_back(op: Noted, chains: _Chains) -> Noted:
+    """What attention has found, turned; or else a vector."""
+    attend = chains.before(op.ins["x"], "attend")
+    if attend is not None and attend.is_plain("back") and op.is_plain("weight", "state"):
+        chains.drop(attend)
+        return replace(attend, ins=attend.ins | {"back": op.ins["turns"]}, outs={"out": op.outs["out"]})
+    return _latent(op, chains)
+
+
+def _attend(op: Noted, chains: _Chains) -> Noted:
+    """Queries turned by those that read them."""
+    turn = chains.before(op.ins["q"], "latent")
+    if turn is not None and turn.is_plain("weight", "state"):
+        chains.drop(turn)
+        return replace(op, ins=op.ins | {"q": turn.ins["x"], "turns": turn.ins["turns"]})
+    return op
+
+
+def _select(op: Noted, chains: _Chains) -> Noted:
+    """The same, and a factor of the weights."""
+    turn = chains.before(op.ins["queries"], "latent")
+    if turn is not None and turn.is_plain("weight", "state"):
+        chains.drop(turn)
+        op = replace(op, ins=op.ins | {"queries": turn.ins["x"], "turns": turn.ins["turns"]})
+    scale = chains.before(op.ins["weights"], "times")
+    if scale is None:
+        return op
+    chains.drop(scale)
+    return replace(op, ins=op.ins | {"weights": scale.ins["x"], "factor": scale.ins["number"]})
+
+
+def _write(op: Noted, chains: _Chains) -> Noted:
+    """Experts' outputs summed up where they are written to the streams."""
+    total = chains.before(op.ins["y"], "add_up")
+    if total is None:
+        return op
+    chains.drop(total)
+    return replace(op, ins=op.ins | total.ins, sees=(*op.sees, *total.sees))
+
+
+def _sum(op: Noted, chains: _Chains) -> Noted:
+    """Experts' outputs and the shared expert's."""
+    total = chains.before(op.ins["x"], "add_up")
+    if total is None or not total.is_plain("y"):
+        return op
+    chains.drop(total)
+    return replace(total, ins=total.ins | {"y": op.ins["y"]}, outs={"out": op.outs["out"]})
+
+
+_RULES = {
+    "read": _read,
+    "latent": _turned_back,
+    "pool": _pool,
+    "gated": _gated,
+    "attend": _attend,
+    "select": _select,
+    "write": _write,
+    "sum": _sum,
+}
+
+
+def _is_task(op: Noted) -> bool:
+    """Whether a norm is of what one program of a row task holds."""
+    return bool(op.is_plain("pre") and op.ins["weight"] is not None and op.outs["out"].width <= LONGEST)
+
+
+def _settled(ops: Iterator[Noted]) -> Iterator[Noted]:
+    """Norms of short vectors are row tasks like others."""
+    for op in ops:
+        if op.kind == "read" and _is_task(op):
+            yield replace(op, kind="latent", ins=op.ins | {"heads": 1, "stored": 0})
+        else:
+            yield op

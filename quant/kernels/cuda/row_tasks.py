@@ -1,0 +1,280 @@
+"""Triton: small tasks of a recorded step that take one row each, as many of them in a launch as are ready.
+
+A table in the GPU's memory has a line for each task: a vector normalised, turned and stored in a sequence's
+state; a group of projections pooled; the mixes of a sublayer; the router's choice. A program does one row of
+one task, and leaves what it does not need.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+
+from quant.kernels.cuda.launch import Launch
+from quant.kernels.cuda.streams import finish_mix
+
+# Fields of a line, 24 numbers.
+KIND: tl.constexpr = tl.constexpr(0)
+X: tl.constexpr = tl.constexpr(1)
+WEIGHT: tl.constexpr = tl.constexpr(2)
+TURNS: tl.constexpr = tl.constexpr(3)
+OUT: tl.constexpr = tl.constexpr(4)
+STATE: tl.constexpr = tl.constexpr(5)
+WIDTH: tl.constexpr = tl.constexpr(6)
+PLACES: tl.constexpr = tl.constexpr(7)
+STRIDE: tl.constexpr = tl.constexpr(8)
+RATIO: tl.constexpr = tl.constexpr(9)
+STORED: tl.constexpr = tl.constexpr(10)
+PAIRS: tl.constexpr = tl.constexpr(11)
+HEADS: tl.constexpr = tl.constexpr(12)
+EPS: tl.constexpr = tl.constexpr(13)
+GATE: tl.constexpr = tl.constexpr(14)
+GATE_STATE: tl.constexpr = tl.constexpr(15)
+SCALE: tl.constexpr = tl.constexpr(16)
+BASE: tl.constexpr = tl.constexpr(17)
+POST: tl.constexpr = tl.constexpr(18)
+COMBINE: tl.constexpr = tl.constexpr(19)
+SPLITS: tl.constexpr = tl.constexpr(20)
+ITERATIONS: tl.constexpr = tl.constexpr(21)
+NORM_EPS: tl.constexpr = tl.constexpr(22)
+FIELDS: tl.constexpr = tl.constexpr(24)
+
+LATENT: tl.constexpr = tl.constexpr(0)
+POOL: tl.constexpr = tl.constexpr(1)
+MIX: tl.constexpr = tl.constexpr(2)
+ROUTE: tl.constexpr = tl.constexpr(3)
+ROTATIONS: tl.constexpr = tl.constexpr(4)
+
+NOWHERE, IN_RING, AS_ENTRY = 0, 1, 2  # what STORED says
+MAX_SPLITS = 64
+
+
+@triton.jit
+def floats_at(line, FIELD: tl.constexpr):
+    """Where a field says that floats are."""
+    return tl.load(line + FIELD).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def fraction(line, FIELD: tl.constexpr):
+    """A float32 in a field."""
+    return tl.load(line + FIELD).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def turned(values, turns, width, pairs, BLOCK: tl.constexpr):
+    """values `[BLOCK]`, of which the last 2 * pairs of `width` are complex numbers, times turns `[pairs]`."""
+    pair = tl.arange(0, BLOCK // 2) - (width // 2 - pairs)
+    inside = (pair >= 0) & (pair < pairs)
+    real, imaginary = tl.split(tl.reshape(values, (BLOCK // 2, 2)))
+    cosine = tl.load(turns + 2 * pair, mask=inside, other=1.0)
+    sine = tl.load(turns + 2 * pair + 1, mask=inside, other=0.0)
+    both = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+    return tl.reshape(both, (BLOCK,))
+
+
+@triton.jit
+def normalised(values, weight, col, inside, width, eps):
+    """values `[BLOCK]`, zero outside, by their root mean square, times a weight where there is one."""
+    values = values * tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    return values * tl.load(weight + col, mask=inside, other=0.0)
+
+
+@triton.jit
+def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
+    """A head of a row: normalised if there is a weight, turned if there are turns; to a buffer, to the ring
+    of its slot, or, where its token completes a group, to its place among the slot's entries."""
+    width = tl.load(line + WIDTH).to(tl.int32)
+    heads = tl.load(line + HEADS).to(tl.int32)
+    if head < heads:
+        col = tl.arange(0, BLOCK)
+        inside = col < width
+        values = tl.load(floats_at(line, X) + (row * heads + head) * width + col, mask=inside, other=0.0)
+        if tl.load(line + WEIGHT) != 0:
+            values = normalised(values, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+        pairs = tl.load(line + PAIRS).to(tl.int32)
+        if pairs > 0:
+            values = turned(values, floats_at(line, TURNS) + row * 2 * pairs, width, pairs, BLOCK)
+        if tl.load(line + OUT) != 0:
+            tl.store(floats_at(line, OUT) + (row * heads + head) * width + col, values, mask=inside)
+        stored = tl.load(line + STORED)
+        position = tl.load(step + 1 + MAX + row)
+        place = position % tl.maximum(tl.load(line + PLACES), 1)
+        is_alive = row < tl.load(step)
+        if stored == 2:
+            ratio = tl.load(line + RATIO)
+            place = position // ratio
+            is_alive = is_alive & ((position + 1) % ratio == 0)
+        if (stored != 0) & is_alive:
+            to = floats_at(line, STATE) + tl.load(step + 1 + row) * tl.load(line + STRIDE) + place * width
+            tl.store(to + col, values, mask=inside)
+
+
+@triton.jit
+def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
+    """A row's projections to the rings of its slot; and where its token completes a group, the group's,
+    pooled by the softmax of their gates channel by channel, and normalised: to a buffer."""
+    width = tl.load(line + WIDTH).to(tl.int32)
+    ratio, places = tl.load(line + RATIO), tl.load(line + PLACES)
+    position = tl.load(step + 1 + MAX + row)
+    slot = tl.load(step + 1 + row) * tl.load(line + STRIDE)
+    col = tl.arange(0, BLOCK)
+    inside = col < width
+    rows, gates = floats_at(line, STATE) + slot, floats_at(line, GATE_STATE) + slot
+    value = tl.load(floats_at(line, X) + row * width + col, mask=inside, other=0.0)
+    gate = tl.load(floats_at(line, GATE) + row * width + col, mask=inside, other=0.0)
+    is_alive = row < tl.load(step)
+    if is_alive:
+        tl.store(rows + position % places * width + col, value, mask=inside)
+        tl.store(gates + position % places * width + col, gate, mask=inside)
+    total = tl.zeros([BLOCK], tl.float32)
+    if is_alive & ((position + 1) % ratio == 0):
+        most = gate
+        for back in range(1, ratio):
+            at = (position - back) % places * width + col
+            most = tl.maximum(most, tl.load(gates + at, mask=inside, other=0.0))
+        share = tl.exp(gate - most)
+        shares, total = share, share * value
+        for back in range(1, ratio):
+            at = (position - back) % places * width + col
+            share = tl.exp(tl.load(gates + at, mask=inside, other=0.0) - most)
+            shares += share
+            total += share * tl.load(rows + at, mask=inside, other=0.0)
+        total = normalised(total / shares, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+    tl.store(floats_at(line, OUT) + row * width + col, total, mask=inside)
+
+
+@triton.jit
+def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """The experts that a row's logits choose, int64, best first, and their weights; none, -1, for a row that
+    is not alive. Where there is a table of places, the chosen experts' places in it too."""
+    experts = tl.load(line + WIDTH).to(tl.int32)
+    each = tl.arange(0, BLOCK)
+    inside = each < experts
+    logit = tl.load(floats_at(line, X) + row * experts + each, mask=inside, other=0.0)
+    small = tl.exp(-tl.abs(logit))
+    above = 1.0 + small  # of which small * log(above) / (above - 1) is log1p(small), to the last bits
+    log1p = tl.where(above == 1.0, small, small * tl.log(above) / (above - 1.0))
+    score = tl.sqrt(tl.maximum(logit, 0.0) + log1p)
+    ranked = score + tl.load(floats_at(line, WEIGHT) + each, mask=inside, other=0.0)
+    ranked = tl.where(inside, ranked, float("-inf"))
+    ids = tl.load(line + OUT).to(tl.pointer_type(tl.int64)) + row * TOP_K
+    weights = floats_at(line, POST) + row * TOP_K
+    is_alive = row < tl.load(step)
+    has_places = tl.load(line + STATE) != 0
+    choices = tl.arange(0, BLOCK)
+    chosen = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        best = tl.argmax(ranked, axis=0)  # the first of equals
+        weight = tl.sum(tl.where(each == best, score, 0.0), axis=0)
+        chosen = tl.where(choices == choice, weight, chosen)
+        tl.store(ids + choice, tl.where(is_alive, best, -1).to(tl.int64))
+        if has_places:
+            place = tl.load(tl.load(line + STATE).to(tl.pointer_type(tl.int64)) + best)
+            to = tl.load(line + COMBINE).to(tl.pointer_type(tl.int64)) + row * TOP_K + choice
+            tl.store(to, tl.where(is_alive, place, -1))
+        ranked = tl.where(each == best, float("-inf"), ranked)
+    share = chosen / (tl.sum(chosen, axis=0) + fraction(line, NORM_EPS)) * fraction(line, EPS)
+    tl.store(weights + choices, share, mask=choices < TOP_K)
+
+
+@triton.jit
+def rotations(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
+    """Cosine and sine of a row's position, rounded down to a multiple of RATIO, times frequencies `[PAIRS]`
+    in float64; the sign of SPLITS is the sense of the turn."""
+    pairs = tl.load(line + PAIRS).to(tl.int32)
+    pair = tl.arange(0, BLOCK)
+    inside = pair < pairs
+    unit = tl.load(line + RATIO)
+    position = tl.load(step + 1 + MAX + row) // unit * unit
+    by = tl.load(line + X).to(tl.pointer_type(tl.float64))
+    angle = position.to(tl.float64) * tl.load(by + pair, mask=inside, other=0.0)
+    out = floats_at(line, OUT) + (row * pairs + pair) * 2
+    tl.store(out, tl.cos(angle).to(tl.float32), mask=inside)
+    sine = tl.sin(angle).to(tl.float32)
+    tl.store(out + 1, tl.where(tl.load(line + SPLITS) < 0, -sine, sine), mask=inside)
+
+
+@triton.jit
+def row_tasks(
+    table, step, KINDS: tl.constexpr, BLOCK: tl.constexpr, MAX: tl.constexpr,
+    N: tl.constexpr, COUNT: tl.constexpr, SPLITS_N: tl.constexpr, TOP_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (tasks, rows, most heads of a task); only KINDS are compiled."""
+    line = table + tl.program_id(0) * FIELDS
+    row, head = tl.program_id(1), tl.program_id(2)
+    kind = tl.load(line + KIND)
+    if KINDS & 1:
+        if kind == LATENT:
+            latent(line, step, row, head, BLOCK, MAX)
+    if head == 0:
+        if KINDS & 2:
+            if kind == POOL:
+                pool(line, step, row, BLOCK, MAX)
+        if KINDS & 4:
+            if kind == MIX:
+                finish_mix(
+                    floats_at(line, X), floats_at(line, SCALE), floats_at(line, BASE), floats_at(line, OUT),
+                    floats_at(line, POST), floats_at(line, COMBINE), row, tl.load(line + SPLITS).to(tl.int32),
+                    tl.load(line + WIDTH).to(tl.float32), tl.load(line + ITERATIONS).to(tl.int32),
+                    fraction(line, EPS), fraction(line, NORM_EPS), N, COUNT, SPLITS_N,
+                )  # fmt: skip
+        if KINDS & 8:
+            if kind == ROUTE:
+                route(line, step, row, TOP_K, BLOCK)
+        if KINDS & 16:
+            if kind == ROTATIONS:
+                rotations(line, step, row, BLOCK, MAX)
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """A task, its fields by their number, and what a kernel that does it must be compiled for.
+
+    fields     tensors stand for their addresses, floats for their bits
+    constants  of the kernel; tasks whose constants differ do not go together
+    width      of the vector that a program holds
+    heads      programs of a row
+    """
+
+    kind: int
+    fields: dict[int, torch.Tensor | float | int]
+    width: int
+    constants: dict[str, int | bool] = field(default_factory=dict)
+    heads: int = 1
+
+    def line(self) -> list[int]:
+        """Its line of the table."""
+        numbers = [0] * FIELDS.value
+        numbers[KIND.value] = self.kind
+        for at, value in self.fields.items():
+            numbers[at] = _number(value)
+        return numbers
+
+
+def _number(value: torch.Tensor | float | int) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if isinstance(value, float):
+        return int.from_bytes(struct.pack("<f", value), "little", signed=True)
+    return value
+
+
+def row_tasks_launch(tasks: Sequence[RowTask], step: torch.Tensor, rows: int, max_rows: int) -> Launch:
+    """The launch that does all tasks for the first `rows` rows; allocates its table."""
+    constants: dict[str, int | bool] = {"N": 1, "COUNT": 4, "SPLITS_N": 1, "TOP_K": 1}
+    for task in tasks:
+        constants |= task.constants
+    constants |= {
+        "KINDS": sum({1 << task.kind for task in tasks}),
+        "BLOCK": int(triton.next_power_of_2(max(2, *(task.width for task in tasks)))),
+        "MAX": max_rows,
+    }
+    table = torch.tensor([task.line() for task in tasks], dtype=torch.int64).to(step.device)
+    grid = (len(tasks), rows, max(task.heads for task in tasks))
+    return Launch(row_tasks, grid, (table, step), constants, 4)

@@ -1,0 +1,172 @@
+"""V4.1's recorded step on GPUs in name only, its kernels in Triton's interpreter, against operations in
+torch.
+
+What a CUDA graph would do is done here launch by launch: the same launches with the same arguments, again and
+again, while tokens, slots, positions and the number of rows change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in Triton's interpreter, started by test_recorded_on_gpus.py", allow_module_level=True)
+
+from safetensors.torch import load_file
+
+from engine.families.base import Batch
+from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
+from engine.families.deepseek_v41.on_gpus import V41OnGpus
+from engine.families.registry import family_of
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
+from memory.planner.launches import HAND_OVERS, STEP, gpu_launches
+from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.tiers import Tier
+from quant.kernels.choice import choose
+from quant.kernels.cuda.program import GpuProgram, Segment
+from quant.kernels.devices import DeviceKernels
+from tests import pretend_gpus as pretend
+from tests.conftest import golden_path
+from tests.interpreted_gpus import InterpretedGpu
+
+SLOTS, CONTEXT = 3, 300
+TOLERANCE = 1e-4  # other orders of summation
+
+
+@pytest.fixture
+def gpus() -> Iterator[tuple[torch.device, torch.device]]:
+    with pretend.pretend_gpus() as both:
+        yield both
+
+
+def load(name: str, gpus: Sequence[torch.device], gpu_bytes: int, dram_bytes: int = 1 << 30) -> DeepseekV41:
+    tiers = tuple(
+        Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
+    )
+    kernels = DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
+    checkpoint = open_safetensors(golden_path(name))
+    workload = Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64)
+    model = family_of(checkpoint).load(checkpoint, kernels, MemoryBudget(dram_bytes, tiers, workload))
+    assert isinstance(model, DeepseekV41)
+    return model
+
+
+def decoder_of(cache: V41Cache) -> V41OnGpus:
+    assert isinstance(cache.decoder, V41OnGpus)
+    return cache.decoder
+
+
+class Twice:
+    """A model's golden text in two slots, decoded by programs and operation by operation."""
+
+    def __init__(self, model: DeepseekV41, name: str) -> None:
+        self.model = model
+        self.replayed, self.eager = (model.new_cache(SLOTS, CONTEXT) for _ in range(2))
+        decoder_of(self.replayed)
+        self.eager.decoder = None
+        golden = load_file(golden_path(name) / "expected.safetensors")
+        self.ids, self.logits = golden["input_ids"].tolist(), golden["logits"]
+        self.held = dict.fromkeys(range(SLOTS), 0)
+
+    def step(self, counts: dict[int, int]) -> None:
+        """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
+        parts = [(slot, at := self.held[slot], self.ids[at : at + n]) for slot, n in counts.items()]
+        batch = Batch.of(parts)
+        first, second = (self.model.forward(batch, cache) for cache in (self.replayed, self.eager))
+        for slot, n in counts.items():
+            self.held[slot] += n
+        golden = self.logits[[self.held[slot] - 1 for slot in counts]]
+        assert (first - second).abs().max() < TOLERANCE
+        assert (first - golden).abs().max() < TOLERANCE
+        assert first.argmax(-1).tolist() == golden.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "gpu_bytes"),
+    [
+        pytest.param("v41-a", 2, 3 << 20, id="v41-a on two GPUs"),
+        pytest.param("v41-b", 2, 8 << 20, id="v41-b on two GPUs"),
+        pytest.param("v41-c", 1, 8 << 20, id="v41-c on one"),
+    ],
+)
+def test_replayed_steps_give_the_golden_logits(
+    gpus: tuple[torch.device, torch.device], name: str, count: int, gpu_bytes: int
+) -> None:
+    model = load(name, gpus[:count], gpu_bytes)
+    both = Twice(model, name)
+    assert {stay.recorder.device for stay in decoder_of(both.replayed).stays} == set(gpus[:count])
+    both.step({0: 45})
+    both.step({2: 7})
+    both.step({2: 1})
+    both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
+    model.close()
+
+
+def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
+    gpus: tuple[torch.device, torch.device],
+) -> None:
+    model = load("v41-a", gpus[:1], 2 << 20, 1_900_000)
+    both = Twice(model, "v41-a")
+    devices = {stay.recorder.device.type for stay in decoder_of(both.replayed).stays}
+    assert devices == {"gpu", "cpu"}
+    assert any(tier == "nvme" for layer in model.expert_tiers() for tier in layer)
+    both.step({0: 40})
+    both.step({0: 1})
+    model.close()
+
+
+def test_nothing_is_asked_of_the_host_between_hand_overs(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sizes, no values, no memory: neither while operations are noted nor while they run."""
+    model = load("v41-c", gpus[:1], 8 << 20)
+    run, operation = Segment.run, pretend._run
+    inside: list[bool] = []
+    asked: list[str] = []
+
+    def watched(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default or inside:
+            asked.append(str(func))
+        return operation(func, args, kwargs)
+
+    def alone(segment: Segment) -> None:
+        inside.append(True)
+        run(segment)
+        inside.clear()
+
+    monkeypatch.setattr(pretend, "_run", watched)
+    monkeypatch.setattr(Segment, "run", alone)
+    cache = model.new_cache(1, 8)
+    model.forward(Batch.of([(0, 0, [3])]), cache)
+    assert asked == []
+    programs = [stay.program for stay in decoder_of(cache).stays]
+    assert all(isinstance(program, GpuProgram) for program in programs)
+    model.close()
+
+
+def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
+    gpus: tuple[torch.device, torch.device],
+) -> None:
+    """v41-a has every kind of layer that V4.1 has."""
+    model = load("v41-a", gpus[:1], 8 << 20)
+    cache = model.new_cache(SLOTS, CONTEXT)
+    (stay,) = decoder_of(cache).stays
+    assert isinstance(stay.program, GpuProgram)
+    c = model.config
+    for layer in range(c.num_hidden_layers):
+        planned = gpu_launches(
+            owns_entries=layer in c.kv_source_layer_ids,
+            chooses_among=CONTEXT if layer in c.index_source_layer_ids else 0,
+            has_table=layer in c.engram_layer_ids,
+        )
+        shared = 1 if layer == 0 else 0  # the rotations of all layers
+        assert stay.program.launches(layer) - shared == planned <= 21
+        assert stay.program.hand_overs(layer) == HAND_OVERS + (layer + 1 in c.engram_layer_ids)
+    assert stay.program.launches(None) + 1 == STEP
+    model.close()

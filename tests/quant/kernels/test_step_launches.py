@@ -1,0 +1,41 @@
+"""What a layer of V4.1 takes on a GPU at its published widths: launches, and bytes of buffers. Nothing is
+run."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
+
+from memory.planner.launches import CHOICE, CHUNK, CHUNKS
+from memory.planner.placement import Workload, recorded_bytes
+from memory.planner.published import built_in
+from quant.kernels.cuda.noted import Noted
+from quant.kernels.cuda.program import arranged
+from tests.quant.kernels.step_launches import Layer
+
+
+def choices(entries: int) -> list[int]:
+    """Launches of each choice among so many entries."""
+    groups = Layer(entries).groups()
+    found = []
+    for group in groups:
+        (first, *_) = group
+        if isinstance(first, Noted) and first.kind == "select":
+            found.append(2 + (first.ins["best"] is not None))
+    return found
+
+
+def test_more_entries_than_one_program_looks_at_take_one_launch_more() -> None:
+    assert choices(CHUNK)[0] == CHOICE
+    assert choices(CHUNK + 1)[0] == CHOICE + CHUNKS
+
+
+def test_a_plan_keeps_room_for_the_buffers_of_a_recorded_step() -> None:
+    context = 131072
+    layer = Layer(context // 2)
+    layer.groups()
+    noted, kept = layer.recorder._noted, layer.recorder._kept
+    used = arranged(noted, kept, 16)[1]
+    planned = recorded_bytes(built_in("deepseek-v4.1-flash"), Workload(context=context, sequences=1))
+    assert used <= planned <= 4 * used
