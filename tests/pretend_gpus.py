@@ -6,9 +6,9 @@ indices of the host, which torch allows). So a forward that runs here hands tens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +17,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 NAME = "gpu"
+P = ParamSpec("P")
+T = TypeVar("T")
 _MAY_MIX = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor, aten.index_put_.default,
             aten._index_put_impl_.default}  # fmt: skip
 _registered: list[bool] = []
@@ -104,6 +106,16 @@ class _Factories(TorchDispatchMode):
         if any(device.type == NAME for device in devices):
             return _run(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def on_any_thread(work: Callable[P, T]) -> Callable[P, T]:
+    """`work`, which may make tensors on these GPUs on threads other than the block's."""
+
+    def inside(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _Factories():
+            return work(*args, **kwargs)
+
+    return inside
 
 
 @contextmanager

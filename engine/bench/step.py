@@ -1,7 +1,7 @@
 """A decode step of one stream: the time inside the compiled kernels, and what the rest of it goes to.
 
-Watching takes time of its own. So how long a step is comes from answers that nobody watches, in turn with
-those that are watched.
+Watching takes time of its own. So a few steps are watched, the next ones not, and so on: how long a step is
+comes from those that nobody watches, and what disturbs the machine for a while disturbs both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -23,6 +24,9 @@ from quant.errors import LociError
 
 PROMPT_TOKENS = 32
 UNCOUNTED = 2  # outputs: the prompt's step reports the first one, and the clock starts between two steps
+# Steps that are watched, or not, in a row; the first is spoilt by the change.
+BLOCK = 16
+PAIR = 2 * BLOCK
 # What the host does in a step, as reports list it; the forward's part is what it does outside kernels.
 PARTS = (
     "forward", "waiting", "scheduling", "assembling", "sampling", "prefetching", "detokenising", "output",
@@ -31,8 +35,8 @@ PARTS = (
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the steps of one answer took on average.
+class Steps:
+    """What some steps in a row took on average.
 
     step_s   from one token to the next
     seconds  by part and kernel, calls likewise; empty where nobody watched
@@ -50,19 +54,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Two answers a round, one of them watched, and a plain read of memory between them.
+    """Pairs of steps that nobody watched and the next ones, which were watched, and a plain read before them.
 
-    read_bytes_per_s  of the plain reads, by round
+    read_bytes_per_s  of the plain read, for each pair
     """
 
-    plain: list[Answer]
-    watched: list[Answer]
-    read_bytes_per_s: list[float]
+    plain: list[Steps] = field(default_factory=list)
+    watched: list[Steps] = field(default_factory=list)
+    read_bytes_per_s: list[float] = field(default_factory=list)
 
     @property
     def step_s(self) -> float:
         """Duration of a step, not watched."""
-        return median(answer.step_s for answer in self.plain)
+        return median(steps.step_s for steps in self.plain)
 
     @property
     def kernel_share(self) -> float:
@@ -79,8 +83,8 @@ class StepTimes:
     def part_s(self, part: str) -> float:
         """Seconds of a step that go to `part`. The forward's is what all others leave of a step."""
         if part != "forward":
-            return median(answer.seconds.get(part, 0.0) for answer in self.watched)
-        others = [sum(answer.seconds.get(other, 0.0) for other in PARTS[1:]) for answer in self.watched]
+            return median(steps.seconds.get(part, 0.0) for steps in self.watched)
+        others = [sum(steps.seconds.get(other, 0.0) for other in PARTS[1:]) for steps in self.watched]
         return median(
             plain.step_s - watched.kernels_s - rest
             for plain, watched, rest in zip(self.plain, self.watched, others, strict=True)
@@ -88,12 +92,12 @@ class StepTimes:
 
     def kernels(self) -> list[tuple[str, float, float]]:
         """Name, seconds and calls of each kernel in a step, the longest first."""
-        names = {name for answer in self.watched for name in answer.seconds if name in KERNELS}
+        names = {name for steps in self.watched for name in steps.seconds if name in KERNELS}
         found = [
             (
                 name,
-                median(answer.seconds.get(name, 0.0) for answer in self.watched),
-                median(answer.calls.get(name, 0.0) for answer in self.watched),
+                median(steps.seconds.get(name, 0.0) for steps in self.watched),
+                median(steps.calls.get(name, 0.0) for steps in self.watched),
             )
             for name in names
         ]
@@ -102,7 +106,12 @@ class StepTimes:
     def read_ratio(self, token_bytes: int) -> float:
         """The rate at which steps read `token_bytes`, in units of plain reads."""
         pairs = zip(self.plain, self.read_bytes_per_s, strict=True)
-        return median(token_bytes / answer.step_s / read for answer, read in pairs)
+        return median(token_bytes / steps.step_s / read for steps, read in pairs)
+
+
+def answer_tokens(steps: int) -> int:
+    """Tokens of an answer in which at least so many steps are measured, in whole pairs."""
+    return UNCOUNTED + -(-steps // PAIR) * PAIR
 
 
 def measure_steps(
@@ -112,20 +121,23 @@ def measure_steps(
     read: Callable[[], float],
     on_round: Callable[[int], None] = lambda done: None,
 ) -> StepTimes:
-    """Generate two answers a round, after a round that warms up.
+    """Generate an answer a round, after one that warms up. Raises LociError where it fails.
 
-    params  how tokens are drawn, and how many
+    params  how tokens are drawn; max_tokens are `answer_tokens`
     read    reads memory, and says at how many bytes a second
     """
-    times, watch = StepTimes([], [], []), Watch()
+    times = StepTimes()
     for number in range(rounds + 1):
-        plain, rate = _answer(engine, params, None), read()
-        with watch.on(engine):
-            watched = _answer(engine, params, watch)
+        rate = read()
+        stream = _Stream(engine)
+        engine.submit(random.choices(TOKEN_IDS, k=PROMPT_TOKENS), params, stream.on_output)
+        stream.done.wait()
+        if stream.failure is not None:
+            raise LociError(f"the model generates nothing to measure: {stream.failure}")
         if number:
-            times.plain.append(plain)
-            times.watched.append(watched)
-            times.read_bytes_per_s.append(rate)
+            times.plain.extend(stream.plain)
+            times.watched.extend(stream.watched)
+            times.read_bytes_per_s.extend([rate] * len(stream.plain))
         on_round(number + 1)
     return times
 
@@ -139,40 +151,45 @@ def token_bytes(shape: ModelShape) -> int:
     return shape.head.nbytes + sum(layers)
 
 
-def _answer(engine: Engine, params: SamplingParams, watch: Watch | None) -> Answer:
-    """Let one stream run to its end; what its steps took. Raises LociError where it fails."""
-    begun_s, outputs = 0.0, 0
-    found: list[Answer] = []
-    failures: list[str] = []
-    done = threading.Event()
+class _Stream:
+    """An answer whose steps are watched block by block, from the engine's thread."""
 
-    def on_output(output: Output) -> None:
-        nonlocal begun_s, outputs
-        outputs += 1
-        if outputs == UNCOUNTED:
-            if watch is not None:
-                watch.reset()
-            begun_s = time.perf_counter()
-        if output.finish_reason is None:
+    def __init__(self, engine: Engine) -> None:
+        self.plain: list[Steps] = []
+        self.watched: list[Steps] = []
+        self.failure: str | None = None
+        self.done = threading.Event()
+        self._engine = engine
+        self._watch = Watch()
+        self._watching = ExitStack()
+        self._outputs = 0
+        self._begun_s = 0.0
+
+    def on_output(self, output: Output) -> None:
+        """Note the time; begin and end blocks."""
+        self._outputs += 1
+        block, step = divmod(self._outputs - UNCOUNTED, BLOCK)
+        if block > 0 and step == 0:
+            self._end_block()
+        if output.finish_reason is not None:
+            self._watching.close()
+            if output.error is not None or not self.watched:
+                self.failure = output.error or f"the answer ended after {self._outputs} tokens"
+            self.done.set()
+        elif step == 0 and block % 2:
+            self._watching.enter_context(self._watch.on(self._engine))
+        elif step == 1:
+            self._watch.reset()
+            self._begun_s = time.perf_counter()
+
+    def _end_block(self) -> None:
+        steps = BLOCK - 1
+        step_s = (time.perf_counter() - self._begun_s) / steps
+        if len(self.plain) == len(self.watched):
+            self.plain.append(Steps(step_s))
             return
-        steps = outputs - UNCOUNTED
-        if output.error is not None or steps <= 0:
-            failures.append(output.error or f"the answer ended after {outputs} tokens")
-        elif watch is None:
-            found.append(Answer((time.perf_counter() - begun_s) / steps))
-        else:
-            watch.switch(LOOP)
-            found.append(
-                Answer(
-                    (time.perf_counter() - begun_s) / steps,
-                    {part: seconds / steps for part, seconds in watch.seconds.items()},
-                    {part: calls / steps for part, calls in watch.calls.items()},
-                )
-            )
-        done.set()
-
-    engine.submit(random.choices(TOKEN_IDS, k=PROMPT_TOKENS), params, on_output)
-    done.wait()
-    if failures:
-        raise LociError(f"the model generates nothing to measure: {failures[0]}")
-    return found[0]
+        self._watch.switch(LOOP)
+        self._watching.close()
+        seconds, calls = self._watch.seconds, self._watch.calls
+        by_step = ({name: total / steps for name, total in totals.items()} for totals in (seconds, calls))
+        self.watched.append(Steps(step_s, *by_step))

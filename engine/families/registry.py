@@ -10,12 +10,16 @@ from quant.errors import ConfigError
 
 # model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
 FAMILIES = {
+    "deepseek2": "engine.families.deepseek_v3",
+    "deepseek_v2": "engine.families.deepseek_v2",
+    "deepseek_v3": "engine.families.deepseek_v3",
     "deepseek_v41": "engine.families.deepseek_v41.family",
     "deepseek_v41_text": "engine.families.deepseek_v41.family",
     "glm4_moe": "engine.families.glm4_moe",
     "gpt-oss": "engine.families.gpt_oss",
     "gpt_oss": "engine.families.gpt_oss",
     "granitemoe": "engine.families.granitemoe",
+    "kimi_k2": "engine.families.deepseek_v3",
     "llama": "engine.families.llama",
     "minimax_m2": "engine.families.minimax_m2",
     "mistral": "engine.families.mistral",

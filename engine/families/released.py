@@ -45,8 +45,37 @@ _GPT_OSS = {
     },
     "quantization_config": {"quant_method": "mxfp4"},
 }  # fmt: skip
+_DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3, "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1,
+    "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 129280, "max_position_embeddings": 163840,
+    "tie_word_embeddings": False,
+    "rope_scaling": {
+        "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
+}  # fmt: skip
 
 RELEASED: dict[str, dict[str, Any]] = {
+    "deepseek-r1": _DEEPSEEK_V3,
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2", "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 10944, "moe_intermediate_size": 1408, "first_k_dense_replace": 1,
+        "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2, "topk_method": "greedy",
+        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000, "vocab_size": 102400, "max_position_embeddings": 163840,
+        "tie_word_embeddings": False,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+        },
+    },
     "glm-4.5": _GLM | {
         "hidden_size": 5120, "num_hidden_layers": 92, "intermediate_size": 12288, "first_k_dense_replace": 3,
         "n_routed_experts": 160, "moe_intermediate_size": 1536, "routed_scaling_factor": 2.5,
@@ -66,6 +95,16 @@ RELEASED: dict[str, dict[str, Any]] = {
     "granite-3.1-3b-a800m": _GRANITE | {
         "hidden_size": 1536, "num_hidden_layers": 32, "num_attention_heads": 24, "num_local_experts": 40,
         "logits_scaling": 6.0,
+    },
+    "kimi-k2": _DEEPSEEK_V3 | {
+        "model_type": "kimi_k2", "num_attention_heads": 64, "first_k_dense_replace": 1,
+        "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
+        "num_nextn_predict_layers": 0, "rope_theta": 50000.0, "vocab_size": 163840,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {
+            "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+        },
     },
     "minimax-m2": {
         "model_type": "minimax_m2", "hidden_size": 3072, "num_hidden_layers": 62, "num_attention_heads": 48,

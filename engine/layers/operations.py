@@ -21,9 +21,9 @@ from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
 
-# Stores keys and values `[length, kv_heads, head_dim]` of a layer's segment; returns all that its slot then
-# holds, `[kv_heads, end, head_dim]` each.
-Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values
+# are columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
+Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 class BasicOperations(Protocol[Value]):
@@ -78,14 +78,27 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         layer: int,
         q: Value,
         k: Value,
-        v: Value,
+        v: Value | None,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> Value:
         """Keys and values appended to the layer's cache, then causal attention of the queries over it.
 
-        Window and sinks as in `LayerOperations.attend`.
+        v: None where the values are the first columns of the keys, as many as the cache says. Window and
+        sinks as in `LayerOperations.attend`.
         """
+        ...
+
+    def part(self, x: Value, parts: int, first: int, width: int) -> Value:
+        """Columns first .. first + width of each of x's parts (heads, say), side by side."""
+        ...
+
+    def join(self, x: Value, y: Value, parts: int) -> Value:
+        """Each of x's parts, and beside it the same of y's."""
+        ...
+
+    def batched_linear(self, x: Value, weights: torch.Tensor) -> Value:
+        """Plain weights `[n, rows, cols]`, each times its own part of x, side by side."""
         ...
 
     def at_layer(self, number: int | None) -> None:
@@ -128,16 +141,15 @@ class Eager(EagerBasics):
     """`Operations` on tensors, computed at once, for the tokens of some segments."""
 
     def __init__(
-        self, kernels: Kernels, segments: Sequence[Segment], rotation: Rotation, head_dim: int, extend: Extend
+        self, kernels: Kernels, segments: Sequence[Segment], rotation: Rotation, extend: Extend
     ) -> None:
         super().__init__(kernels)
         self._segments = segments
         self._rotations = {rotation.turns.device: rotation}
-        self._head_dim = head_dim
         self._extend = extend
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._kernels.rms_norm(self._heads(x), weight, eps).view(x.shape)
+        return self._kernels.rms_norm(x.view(len(x), -1, len(weight)), weight, eps).view(x.shape)
 
     def add_bias(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return x + bias
@@ -148,36 +160,41 @@ class Eager(EagerBasics):
     def rotate(self, x: torch.Tensor, heads: int) -> torch.Tensor:
         if x.device not in self._rotations:
             self._rotations[x.device] = next(iter(self._rotations.values())).to(x.device)
-        return self._rotations[x.device].apply(self._kernels, self._heads(x)).view(x.shape)
+        return self._rotations[x.device].apply(self._kernels, x.view(len(x), heads, -1)).view(x.shape)
 
     def attend(
         self,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
-        v: torch.Tensor,
+        v: torch.Tensor | None,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
-        queries, attended = self._heads(q), self._heads(out)
-        keys, values = self._heads(k), self._heads(v)
+        outs = []
         stop = 0
         for segment in self._segments:
             start, stop = stop, stop + segment.length
-            held = self._extend(layer, segment, keys[start:stop], values[start:stop])
-            attended[start:stop] = self._kernels.attend(queries[start:stop], *held, window, sinks)
-        return out
+            of_values = None if v is None else v[start:stop]
+            keys, values = self._extend(layer, segment, k[start:stop], of_values)
+            queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
+            outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def part(self, x: torch.Tensor, parts: int, first: int, width: int) -> torch.Tensor:
+        return x.view(len(x), parts, -1)[..., first : first + width].reshape(len(x), -1)
+
+    def join(self, x: torch.Tensor, y: torch.Tensor, parts: int) -> torch.Tensor:
+        return torch.cat([z.view(len(z), parts, -1) for z in (x, y)], dim=-1).flatten(1)
+
+    def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._kernels.batched_linear(x.view(len(x), len(weights), -1), weights).flatten(1)
 
     def at_layer(self, number: int | None) -> None:
         """Nothing is kept by layer."""
 
     def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.to(device)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, heads * head_dim]` as `[tokens, heads, head_dim]`."""
-        return x.view(x.shape[0], -1, self._head_dim)
 
 
 class RecordedBasics:
@@ -239,13 +256,22 @@ class Recorded(RecordedBasics):
         layer: int,
         q: Buffer,
         k: Buffer,
-        v: Buffer,
+        v: Buffer | None,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> Buffer:
         place = self._places[layer]
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place, window, sinks)
+
+    def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
+        return self._recorder.part(x, parts, first, width)
+
+    def join(self, x: Buffer, y: Buffer, parts: int) -> Buffer:
+        return self._recorder.join(x, y, parts)
+
+    def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
+        return self._recorder.batched_linear(x, weights)
 
     def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number

@@ -1,8 +1,8 @@
 """The thread that answers GPUs' mailboxes while a recorded step runs, and what ends a wait that nobody ends.
 
-It polls the mailboxes of all GPUs, computes what they miss and writes the answers. If that fails, or a step
-takes longer than anybody's patience, the mailboxes are abandoned: the GPUs finish the step with numbers that
-mean nothing, and whoever waits for the step gets the error.
+It polls the mailboxes of all GPUs, computes what they miss and writes the answers. If that fails, or an
+answer takes longer than anybody's patience, the mailboxes are abandoned: the GPUs finish the step with
+numbers that mean nothing, and whoever waits for the step gets the error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 
 from quant.kernels.cuda.mailbox import PAUSE_S, Mailbox, StalledError
 
-# Of a whole step. An expert is read from a slow disk in some tens of milliseconds; a step of hundreds of
+# With one layer's answer. An expert is read from a slow disk in some tens of milliseconds; a layer of a
+# hundred of
 # these, from a disk that others use as well, takes seconds.
 PATIENCE_S = 60.0
 
@@ -45,7 +46,6 @@ class Coordinator:
         self._patience_s = patience_s
         self._changed = threading.Condition()
         self._rounds: Sequence[Round] | None = None  # of the step that runs
-        self._deadline = 0.0
         self._error: BaseException | None = None
         self._is_served = True  # all hand-overs of the step
         self._is_closed = False
@@ -64,7 +64,6 @@ class Coordinator:
             if self._is_closed:
                 raise StalledError("the model is being closed")
             self._rounds, self._error, self._is_served = rounds, None, False
-            self._deadline = time.monotonic() + self._patience_s
             self._changed.notify_all()
 
     def end(self) -> None:
@@ -141,20 +140,25 @@ class Coordinator:
             self._foresee(each.layers[number] + 1, guess)
 
     def _watch(self) -> None:
+        """End waits for one and the same answer that last longer than anybody's patience."""
+        waiting: list[int | None] = [None]
+        since = 0.0
         with self._changed:
             while not self._is_closed:
                 if self._rounds is None or self._error is not None:
                     self._changed.wait()
+                    waiting = [None]
                     continue
-                left = self._deadline - time.monotonic()
-                if left > 0:
-                    self._changed.wait(left)
-                    continue
-                self._fail(
-                    StalledError(
-                        f"experts that a GPU does not hold were not there after {self._patience_s:.0f} s"
+                self._changed.wait(min(1.0, self._patience_s / 4))
+                now = [each.box.unanswered() for each in self._rounds or ()]
+                if now != waiting or all(number is None for number in now):
+                    waiting, since = now, time.monotonic()
+                elif time.monotonic() - since > self._patience_s:
+                    self._fail(
+                        StalledError(
+                            f"experts that a GPU does not hold were not there after {self._patience_s:.0f} s"
+                        )
                     )
-                )
 
     def _next_step(self) -> Sequence[Round] | None:
         with self._changed:

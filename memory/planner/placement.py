@@ -20,11 +20,11 @@ GPU_BASE_BYTES = 600_000_000
 PROCESS_BYTES = 1_000_000_000
 # Steps pass activations from buffer to buffer.
 ACTIVATION_BUFFERS = 2
-# Of a recorded step: rows that it has at most, and how often a token's activations its buffers hold, with the
-# parts
-# that attention is computed in.
+# Of a recorded step: its rows at most, how often a token's activations its buffers hold, and latents of a
+# part.
 RECORDED_ROWS = 16
-RECORDED_BUFFERS = 12
+RECORDED_ACTIVATIONS = 3
+RECORDED_LATENTS = 32
 # Layers whose experts can be in staging at once: one computed, the next on its way in.
 STAGED_LAYERS = 2
 # What calling a layer's operations costs more on the CPU than on a GPU; its threads must meet.
@@ -171,11 +171,16 @@ def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Buffers of a recorded decode step on a GPU: what its rows have in hand, of attention above all, logits,
-    and a score of each entry that a sequence may have."""
-    ratios = [layer.kv.seen_ratio for layer in shape.layers if layer.kv.scan_bytes]
-    scores = 6 * workload.context // min(ratios, default=workload.context)
-    return RECORDED_ROWS * (RECORDED_BUFFERS * shape.activation_bytes + 6 * shape.vocab_size + scores)
+    """Buffers of a recorded decode step on a GPU, for all rows that it may have: what a token has in hand,
+    logits,
+    a score of each entry that a sequence may have, and attention, in parts of some latents for each head."""
+    kv = [layer.kv for layer in shape.layers]
+    scores = 6 * workload.context // min((k.seen_ratio for k in kv if k.scan_bytes), default=workload.context)
+    attention = max(
+        (k.fixed_flops + (k.selected or 0) * k.selected_flops for k in kv), default=0
+    )  # x 4 bytes
+    in_hand = RECORDED_ACTIVATIONS * shape.activation_bytes + 4 * shape.vocab_size
+    return RECORDED_ROWS * (in_hand + scores + attention // RECORDED_LATENTS)
 
 
 def _reserve_workspace(

@@ -39,6 +39,9 @@ class DeviceKernels:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         return self.on(_device_of(weight)).linear(x, weight)
 
+    def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self.on(weights.device).batched_linear(x, weights)
+
     def moe(self, call: MoeCall) -> torch.Tensor:
         return self.on(call.x.device).moe(call)
 

@@ -39,6 +39,11 @@ class RoutingRule:
 class LayerOperations(Protocol):
     """Operations on activations, float32; results are on the device of the first argument."""
 
+    def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`x_n @ weights_n^T` for each n: x `[tokens, n, cols]`, plain weights `[n, rows, cols]` ->
+        `[tokens, n, rows]`."""
+        ...
+
     def gated(
         self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
     ) -> torch.Tensor:
@@ -126,10 +131,11 @@ class LayerOperations(Protocol):
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of the last tokens of a sequence, `[L, heads, head_dim]` to the same.
+        """Causal attention of a sequence's last tokens, `[L, heads, head_dim]` to `[L, heads, value_dim]`.
 
-        keys, values `[kv_heads, n + L, head_dim]`: of the n tokens before, then of these; with a window a
-        token sees that many, itself the last. sinks `[heads]`: the denominator of head h gains exp(sinks_h).
+        keys `[kv_heads, n + L, head_dim]`, values `[kv_heads, n + L, value_dim]`, which may be narrower: of
+        the n tokens before, then of these; with a window a token sees that many, itself the last. sinks
+        `[heads]`: the denominator of head h gains exp(sinks_h).
         """
         ...
 
@@ -155,6 +161,9 @@ class LayerOperations(Protocol):
 
 class TorchLayers:
     """`LayerOperations` in plain torch, on any device."""
+
+    def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(x.transpose(0, 1), weights.to(x.dtype).transpose(1, 2)).transpose(0, 1).contiguous()
 
     def gated(
         self, gate: torch.Tensor, up: torch.Tensor, limit: float, alpha: float = 1.0, shift: float = 0.0
@@ -263,9 +272,9 @@ class TorchLayers:
             mask = mask.repeat(heads // kv_heads, 1)
         attended = F.scaled_dot_product_attention(
             rows.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), attn_mask=mask
-        )  # [1, kv_heads, heads / kv_heads * length, head_dim]
-        attended = attended.view(kv_heads, -1, length, head_dim)
-        return attended.permute(2, 0, 1, 3).reshape(length, heads, head_dim)
+        )  # [1, kv_heads, heads / kv_heads * length, value_dim]
+        attended = attended.view(kv_heads, -1, length, values.shape[-1])
+        return attended.permute(2, 0, 1, 3).reshape(length, heads, -1)
 
     def attend_sparse(
         self,
@@ -318,7 +327,7 @@ def _attend_with_sinks(
         scores = scores.masked_fill(~visible, -torch.inf)
     column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
-    return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, head_dim)
+    return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, -1)
 
 
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -25,13 +25,15 @@ from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from tests.conftest import golden_path
 from tests.engine.chat.answers import Answer
+from tests.engine.families.golden_families import family_path
 from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf, write_safetensors
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
 
 LENGTH = 60  # of the prompts
 SLOTS = 4
-NAMES = ("v41-a", "v41-c", "llama f32", "llama q8_0")
+FAMILIES = ("deepseek_v2", "deepseek_v3")  # of latent attention, with and without a latent of queries
+NAMES = ("v41-a", "v41-c", "llama f32", "llama q8_0", *FAMILIES)
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
             return open_safetensors(write_safetensors(folder / "hf", tiny_values()))
         if name == "llama q8_0":
             return open_gguf(write_gguf(folder / "tiny.gguf", tiny_values(), "Q8_0"))
-        return open_safetensors(golden_path(name))
+        return open_safetensors(family_path(name) if name in FAMILIES else golden_path(name))
 
     def get(name: str) -> Model:
         if name not in loaded:

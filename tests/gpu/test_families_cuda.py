@@ -29,6 +29,7 @@ from tests.quant.kernels.kernel_cases import expert
 pytestmark = pytest.mark.gpu
 GPUS = torch.cuda.device_count()
 TOKENS = 130
+STEP_BYTES = 450_000  # what a plan keeps for a recorded step of v41-a
 # The GPU adds up in another order than the host, in three TF32 passes where tensor cores work.
 TOLERANCE = 1e-3
 
@@ -38,7 +39,7 @@ def model_on(gpus: int, dram_bytes: int, gpu_bytes: int, *, virtual: bool = Fals
     tiers = tuple(
         Tier(
             f"vram:{i}",
-            gpu_bytes + (0 if virtual else GPU_BASE_BYTES),
+            gpu_bytes + (0 if virtual else GPU_BASE_BYTES + STEP_BYTES),
             torch.device("cpu") if virtual else torch.device("cuda", i),
         )
         for i in range(gpus)
@@ -94,8 +95,8 @@ def test_a_gpu_allocates_no_more_than_its_budget(dram: int, gpu: int) -> None:
     grown = torch.cuda.max_memory_allocated(0) - before
     allocated = model.tier_bytes["vram:0"] + model.weights.places.kv_room.get("vram:0", 0)
     model.close()
-    assert allocated <= gpu + GPU_BASE_BYTES
-    assert grown <= gpu + GPU_BASE_BYTES
+    assert allocated <= gpu + GPU_BASE_BYTES + STEP_BYTES
+    assert grown <= gpu + GPU_BASE_BYTES + STEP_BYTES
 
 
 @BUDGETS

@@ -13,33 +13,55 @@ from dataclasses import dataclass
 import torch
 
 from engine.families.base import KvCache, Segment
-from engine.families.decoder.description import Description
+from engine.families.decoder.description import Attention, Description, Mla
 from engine.layers.recorded_experts import RecordedExperts
 
 
 @dataclass(frozen=True)
-class CacheLayout:
-    """What a cache holds: kv_heads and head_dim of each layer, and the device that has it."""
+class KvRows:
+    """What a layer keeps of a token.
 
-    heads: tuple[tuple[int, int], ...]
+    latent  None: keys and values; else keys alone, whose first so many columns are the values
+    """
+
+    heads: int
+    dim: int
+    latent: int | None = None
+
+    @classmethod
+    def of(cls, attention: Attention | Mla) -> KvRows:
+        """The rows of a layer with this attention."""
+        if isinstance(attention, Mla):
+            return cls(1, attention.row_dim, attention.rank)
+        return cls(attention.kv_heads, attention.head_dim)
+
+    @property
+    def sides(self) -> int:
+        """2 for keys and values, 1 for keys alone."""
+        return 2 if self.latent is None else 1
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a cache holds: the rows of each layer, and the device that has them."""
+
+    rows: tuple[KvRows, ...]
     devices: tuple[torch.device, ...]
 
     @classmethod
     def of(cls, description: Description, devices: tuple[torch.device, ...]) -> CacheLayout:
         """The layout for a decoder whose layers are on `devices`."""
-        return cls(
-            tuple((layer.attention.kv_heads, layer.attention.head_dim) for layer in description.layers),
-            devices,
-        )
+        return cls(tuple(KvRows.of(layer.attention) for layer in description.layers), devices)
 
     def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
         """Bytes of a layer's keys and values."""
-        return 2 * slots * capacity * math.prod(self.heads[layer]) * torch.float32.itemsize
+        rows = self.rows[layer]
+        return rows.sides * slots * capacity * rows.heads * rows.dim * torch.float32.itemsize
 
     def banks(self) -> list[list[int]]:
         """Layers of the same sizes on the same device, which share an allocation."""
         found: dict[object, list[int]] = {}
-        for layer, key in enumerate(zip(self.heads, self.devices, strict=True)):
+        for layer, key in enumerate(zip(self.rows, self.devices, strict=True)):
             found.setdefault(key, []).append(layer)
         return list(found.values())
 
@@ -55,11 +77,11 @@ class DecoderCache(KvCache):
     def __init__(self, layout: CacheLayout, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=capacity)
         self.layout = layout
-        self._banks: list[torch.Tensor] = []  # [2, layers, slots, kv_heads, capacity, head_dim]
-        self._layers: dict[int, torch.Tensor] = {}  # [2, slots, kv_heads, capacity, head_dim]
+        self._banks: list[torch.Tensor] = []  # [sides, layers, slots, kv_heads, capacity, head_dim]
+        self._layers: dict[int, torch.Tensor] = {}  # [sides, slots, kv_heads, capacity, head_dim]
         for layers in layout.banks():
-            kv_heads, head_dim = layout.heads[layers[0]]
-            shape = (2, len(layers), slots, kv_heads, capacity, head_dim)
+            rows = layout.rows[layers[0]]
+            shape = (rows.sides, len(layers), slots, rows.heads, capacity, rows.dim)
             bank = _allocate(shape, layout.devices[layers[0]])
             self._banks.append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
@@ -76,19 +98,23 @@ class DecoderCache(KvCache):
         return ()
 
     def extend(
-        self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor
+        self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v `[tokens, kv_heads, head_dim]`; return the slot, `[kv_heads, end, head_dim]`."""
-        end = segment.start + segment.length
-        keys, values = self._layers[layer][:, segment.slot]
-        keys[:, segment.start : end] = k.transpose(0, 1)
-        values[:, segment.start : end] = v.transpose(0, 1)
-        return keys[:, :end], values[:, :end]
+        """Store k and v `[tokens, kv_heads * head_dim]`; return the slot, `[kv_heads, end, head_dim]`.
+
+        v: None where the values are columns of the keys.
+        """
+        end, rows = segment.start + segment.length, self.layout.rows[layer]
+        for held, new in zip(self._layers[layer], (k,) if v is None else (k, v), strict=True):
+            fresh = new.view(segment.length, rows.heads, rows.dim)
+            held[segment.slot, :, segment.start : end] = fresh.transpose(0, 1)
+        keys, values = self.layer(layer)
+        return keys[segment.slot, :, :end], values[segment.slot, :, :end]
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, `[slots, kv_heads, capacity, head_dim]` each."""
-        keys, values = self._layers[number]
-        return keys, values
+        """A layer's keys and values, `[slots, kv_heads, capacity, .]` each."""
+        held, rows = self._layers[number], self.layout.rows[number]
+        return held[0], held[1] if rows.latent is None else held[0][..., : rows.latent]
 
 
 def _allocate(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

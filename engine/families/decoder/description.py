@@ -50,6 +50,46 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    A token has one latent, of which every head makes its keys and values by matrices of its own, and one
+    rotated part of keys that all heads share. Only these two are kept. A head's queries are brought into the
+    latent's space and its values out of it, which is the same as bringing all latents to the head.
+
+    rank           channels of the latent (kv_lora_rank)
+    q_rank         of the queries' latent (q_lora_rank); None: they are made of the hidden state
+    plain_dim      channels of a head's queries and keys that do not turn (qk_nope_head_dim)
+    value_dim      of its values (v_head_dim)
+    rope           its `dims` are the channels that turn, behind the plain ones (qk_rope_head_dim)
+    scale          of the scores
+    is_split       the file has two matrices for each head, of keys `[rank, plain_dim]` and of values
+                   `[value_dim, rank]`, not one for all
+    eps            of the latents' norms, whatever that of other norms is
+    """
+
+    heads: int
+    rank: int
+    q_rank: int | None
+    plain_dim: int
+    value_dim: int
+    rope: Rope
+    scale: float
+    is_split: bool = False
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head's queries and keys."""
+        return self.plain_dim + self.rope.dims
+
+    @property
+    def row_dim(self) -> int:
+        """Channels that are kept of a token; so many do queries have in the latent's space."""
+        return self.rank + self.rope.dims
+
+
+@dataclass(frozen=True)
 class Activation:
     """What a feed-forward network does between its matrices: gate * sigmoid(alpha * gate) * (up + shift).
 
@@ -131,7 +171,7 @@ class Experts:
 class Layer:
     """One layer."""
 
-    attention: Attention
+    attention: Attention | Mla
     feed_forward: Mlp | Experts
 
 

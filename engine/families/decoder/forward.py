@@ -14,12 +14,13 @@ import torch
 
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
-from engine.families.decoder.description import Attention, Description, Experts
+from engine.families.decoder.description import Attention, Description, Experts, Mla
 from engine.families.decoder.stored import RowsInFile
 from engine.families.decoder.weights import (
     AttentionWeights,
     DecoderWeights,
     LayerWeights,
+    MlaWeights,
     MlpWeights,
     RouterWeights,
     tensors_in,
@@ -145,8 +146,7 @@ class Decoder(Model):
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
-        head_dim = self.description.layers[0].attention.head_dim
-        ops = Eager(self.kernels, batch.segments, rotation, head_dim, cache.extend)
+        ops = Eager(self.kernels, batch.segments, rotation, cache.extend)
         with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
@@ -200,9 +200,18 @@ class Decoder(Model):
         return x
 
     def _attention(
-        self, ops: Operations[Value], number: int, a: Attention, w: AttentionWeights, x: Value
+        self,
+        ops: Operations[Value],
+        number: int,
+        a: Attention | Mla,
+        w: AttentionWeights | MlaWeights,
+        x: Value,
     ) -> Value:
         """Attention of normed x `[tokens, hidden]`, to the same."""
+        if isinstance(a, Mla):
+            assert isinstance(w, MlaWeights)
+            return _latent_attention(ops, number, a, w, x)
+        assert isinstance(w, AttentionWeights)
         eps = self.description.eps
         q, k, v = (
             value if bias is None else ops.add_bias(value, bias)
@@ -315,6 +324,23 @@ class Decoder(Model):
         experts = self.description.experts
         assert experts is not None
         return experts.activation.limit
+
+
+def _latent_attention(ops: Operations[Value], number: int, a: Mla, w: MlaWeights, x: Value) -> Value:
+    """Attention of normed x `[tokens, hidden]` over latents, to the same."""
+    if w.q_a is None or w.q_a_norm is None:
+        q, kv = ops.linears(x, w.q, w.kv_a)
+    else:
+        q, kv = ops.linears(x, w.q_a, w.kv_a)
+        (q,) = ops.linears(ops.norm(q, w.q_a_norm, a.eps), w.q)
+    q = _scaled(ops, q, a.scale * math.sqrt(a.row_dim))  # kernels scale by its inverse
+    plain = ops.batched_linear(ops.part(q, a.heads, 0, a.plain_dim), w.to_latent)  # [tokens, heads * rank]
+    turned = ops.rotate(ops.part(q, a.heads, a.plain_dim, a.rope.dims), a.heads)
+    latent = ops.norm(ops.part(kv, 1, 0, a.rank), w.kv_a_norm, a.eps)
+    shared = ops.rotate(ops.part(kv, 1, a.rank, a.rope.dims), 1)
+    seen = ops.attend(number, ops.join(plain, turned, a.heads), ops.join(latent, shared, 1), None)
+    (out,) = ops.linears(ops.batched_linear(seen, w.from_latent), w.o)  # seen: [tokens, heads * rank]
+    return out
 
 
 def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:

@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from engine.families.base import Component
-from engine.families.decoder.description import Attention, Description, Experts, Mlp
+from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
 from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
+from quant.kernels.cpu.panels import PANEL_ROWS
 
 
 def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
@@ -22,12 +23,22 @@ def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str
 
 
 def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
-    """The same with the bytes that it takes in memory, where norms and biases are float32."""
+    """The same with the bytes that it takes in memory.
+
+    Norms and biases are float32 there, and so is what is decoded unless it is plain already; packed matrices
+    have whole panels of rows.
+    """
     weights_of = _weights_of(checkpoint)
 
     def in_memory(use: Use) -> Weights:
         weights = weights_of(use)
-        return weights if use.is_matrix else Weights(4 * weights.parameters, weights.parameters)
+        is_plain = weights.nbytes >= 2 * weights.parameters
+        if not use.is_matrix or (use.is_decoded and not is_plain):
+            return Weights(4 * weights.parameters, weights.parameters)
+        if is_plain or use.part in ("experts", "embedding"):
+            return weights
+        panels = -(-use.shape[0] // PANEL_ROWS)
+        return Weights(weights.nbytes * panels * PANEL_ROWS // use.shape[0], weights.parameters)
 
     return shape_with(description, name, in_memory)
 
@@ -66,19 +77,25 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
         head=head,
         layers=tuple(layers),
         activation_bytes=max(
-            4
-            * (
-                2 * d.hidden
-                + 2 * layer.attention.heads * layer.attention.head_dim
-                + 2 * _width(layer.feed_forward)
-            )
+            4 * (2 * d.hidden + 2 * _query_width(layer.attention) + 2 * _width(layer.feed_forward))
             for layer in d.layers
         ),
     )
 
 
-def kv_shape(a: Attention) -> KvShape:
-    """What a layer keeps: keys and values of every token, also where only a window of them is seen."""
+def kv_shape(a: Attention | Mla) -> KvShape:
+    """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
+    latents and the part of keys that turns."""
+    if isinstance(a, Mla):
+        entry_bytes = KV_VALUE_BYTES * a.row_dim
+        flops = 2 * a.heads * (a.row_dim + a.rank)
+        return KvShape(
+            ratio=1,
+            entry_bytes=entry_bytes,
+            seen_ratio=1,
+            selected_bytes=entry_bytes,
+            selected_flops=flops,
+        )
     entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
     return KvShape(
         ratio=1,
@@ -118,6 +135,11 @@ def components(description: Description, checkpoint: Checkpoint) -> list[Compone
         Component(name, kind, "+".join(sorted(formats[name, kind])), weights.nbytes, weights.parameters)
         for (name, kind), weights in found.items()
     ]
+
+
+def _query_width(a: Attention | Mla) -> int:
+    """Values of a token's queries as they meet what is kept."""
+    return a.heads * (a.row_dim if isinstance(a, Mla) else a.head_dim)
 
 
 def _width(feed_forward: Mlp | Experts) -> int:

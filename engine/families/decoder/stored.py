@@ -7,6 +7,7 @@ one tensor `[experts, rows, cols]`, of floats or of a GGUF type; or, in gpt-oss,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -88,6 +89,17 @@ class StoredMatrices:
         values = weight_from_bytes(entry.dtype, entry.shape, self._checkpoint.read(name))
         assert isinstance(values, torch.Tensor)
         return values.float()
+
+    def read_plain(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A matrix, or a stack of them `[n, rows, cols]`, as plain numbers: float32 where it is packed."""
+        if len(shape) == 2:
+            weight = self.read(name, (shape[0], shape[1]))
+        else:
+            *stacked, cols = shape
+            weight = weight_from_bytes(
+                self._entries[name].dtype, (math.prod(stacked), cols), self._checkpoint.read(name)
+            )
+        return (weight if isinstance(weight, torch.Tensor) else weight.decode()).view(shape)
 
     def in_file(self, name: str, shape: tuple[int, int]) -> RowsInFile | None:
         """A matrix that stays where it is; None where its rows do not lie one behind the other."""

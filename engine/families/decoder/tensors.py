@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.families.decoder.description import Attention, Description, Experts, Mlp
+from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
 
 Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
 
@@ -15,7 +15,7 @@ Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
 class Use:
     """A tensor. Matrices (and stacks of them) may be packed, others are floats.
 
-    layer: None for what is outside of the layers
+    layer: None for what is outside of the layers; is_decoded: a matrix that is held as plain numbers
     """
 
     name: str
@@ -23,6 +23,7 @@ class Use:
     part: Part
     layer: int | None = None
     is_matrix: bool = True
+    is_decoded: bool = False
 
 
 def bias_of(name: str) -> str:
@@ -49,9 +50,12 @@ class _Layer:
     d: Description
     number: int
 
-    def uses(self, attention: Attention, feed_forward: Mlp | Experts) -> Iterator[Use]:
+    def uses(self, attention: Attention | Mla, feed_forward: Mlp | Experts) -> Iterator[Use]:
         yield self.floats("attn_norm", self.d.hidden)
-        yield from self.attention(attention)
+        if isinstance(attention, Mla):
+            yield from self.mla(attention)
+        else:
+            yield from self.attention(attention)
         yield self.floats("ffn_norm", self.d.hidden)
         if isinstance(feed_forward, Mlp):
             yield from self.mlp("", feed_forward.width, "dense")
@@ -68,6 +72,23 @@ class _Layer:
             yield self.floats("k_norm", a.head_dim if a.qk_norm == "head" else keys)
         if a.has_sinks:
             yield self.floats("sinks", a.heads)
+
+    def mla(self, a: Mla) -> Iterator[Use]:
+        hidden, queries = self.d.hidden, a.heads * a.head_dim
+        if a.q_rank is None:
+            yield from self.matrix("q", queries, hidden, "dense")
+        else:
+            yield from self.matrix("q_a", a.q_rank, hidden, "dense")
+            yield self.floats("q_a_norm", a.q_rank)
+            yield from self.matrix("q_b", queries, a.q_rank, "dense")
+        yield from self.matrix("kv_a", a.row_dim, hidden, "dense")
+        yield self.floats("kv_a_norm", a.rank)
+        if a.is_split:
+            yield self.decoded("k_b", a.heads, a.rank, a.plain_dim)
+            yield self.decoded("v_b", a.heads, a.value_dim, a.rank)
+        else:
+            yield self.decoded("kv_b", a.heads * (a.plain_dim + a.value_dim), a.rank)
+        yield from self.matrix("o", hidden, a.heads * a.value_dim, "dense")
 
     def mlp(self, prefix: str, width: int, part: Part) -> Iterator[Use]:
         yield from self.matrix(f"{prefix}gate", width, self.d.hidden, part)
@@ -111,6 +132,9 @@ class _Layer:
     def floats(self, role: str, *shape: int, part: Part = "dense", is_bias: bool = False) -> Use:
         name = bias_of(self.name(role)) if is_bias else self.name(role)
         return Use(name, shape, part, self.number, is_matrix=False)
+
+    def decoded(self, role: str, *shape: int) -> Use:
+        return Use(self.name(role), shape, "dense", self.number, is_decoded=True)
 
     def matrix(
         self, role: str, rows: int, cols: int, part: Part, expert: int = -1, *, has_bias: bool = False

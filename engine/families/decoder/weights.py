@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
-from engine.families.decoder.description import Attention, Description, Experts, Layer
+from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla
 from engine.families.decoder.experts import ROLES as EXPERT_ROLES
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
@@ -45,6 +45,25 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class MlaWeights:
+    """One layer's latent attention; None where queries have no latent.
+
+    q         of the queries' latent, or of the hidden state
+    to_latent, from_latent  of each head: queries into the latent's space `[heads, rank, plain_dim]`, values
+              out of it `[heads, value_dim, rank]`, plain numbers
+    """
+
+    q_a: Weight | None
+    q_a_norm: torch.Tensor | None
+    q: Weight
+    kv_a: Weight
+    kv_a_norm: torch.Tensor
+    to_latent: torch.Tensor
+    from_latent: torch.Tensor
+    o: Weight
+
+
+@dataclass(frozen=True)
 class MlpWeights:
     """A gated feed-forward network."""
 
@@ -69,7 +88,7 @@ class LayerWeights:
     """One layer; of its routed experts only the router."""
 
     attn_norm: torch.Tensor
-    attention: AttentionWeights
+    attention: AttentionWeights | MlaWeights
     ffn_norm: torch.Tensor
     feed_forward: MlpWeights | RouterWeights
 
@@ -198,10 +217,10 @@ class _Reader:
         self._layer = layer
 
     def layer(self, layer: Layer) -> LayerWeights:
-        feed_forward = layer.feed_forward
+        attention, feed_forward = layer.attention, layer.feed_forward
         return LayerWeights(
             attn_norm=self.floats("attn_norm"),
-            attention=self._attention(layer.attention),
+            attention=self._mla(attention) if isinstance(attention, Mla) else self._attention(attention),
             ffn_norm=self.floats("ffn_norm"),
             feed_forward=self._router(feed_forward) if isinstance(feed_forward, Experts) else self._mlp(""),
         )
@@ -241,6 +260,29 @@ class _Reader:
             k_norm=_floats_in_order(self.floats("k_norm"), _first(of_norms, k_order)) if has_norms else None,
             sinks=self.floats("sinks") if a.has_sinks else None,
         )
+
+    def _mla(self, a: Mla) -> MlaWeights:
+        has_latent = a.q_rank is not None
+        if a.is_split:
+            to_latent, from_latent = self._plain("k_b"), self._plain("v_b")
+        else:
+            both = self._plain("kv_b").view(a.heads, a.plain_dim + a.value_dim, a.rank)
+            to_latent, from_latent = both[:, : a.plain_dim].transpose(1, 2), both[:, a.plain_dim :]
+        return MlaWeights(
+            q_a=self.matrix("q_a") if has_latent else None,
+            q_a_norm=self.floats("q_a_norm") if has_latent else None,
+            q=self.matrix("q_b" if has_latent else "q"),
+            kv_a=self.matrix("kv_a"),
+            kv_a_norm=self.floats("kv_a_norm"),
+            to_latent=to_latent.contiguous().to(self._device),
+            from_latent=from_latent.contiguous().to(self._device),
+            o=self.matrix("o"),
+        )
+
+    def _plain(self, role: str) -> torch.Tensor:
+        """A matrix or a stack of them in host memory, as plain numbers."""
+        name = self._name(role)
+        return self._stored.read_plain(name, self._source.shapes[name])
 
     def _mlp(self, prefix: str) -> MlpWeights:
         gate, up, down = (self.matrix(f"{prefix}{part}") for part in ("gate", "up", "down"))

@@ -183,6 +183,24 @@ class NativeKernels(NativeLayers):
         )
         return out if flat is x else like(x, out)
 
+    def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        x, weights = contiguous(x, torch.float32), weights.contiguous()
+        count, rows, cols = weights.shape
+        out = x.new_empty(len(x), count, rows)
+        self._library.loci_dense_blocks(
+            self._level,
+            self._threads(),
+            weights.data_ptr(),
+            DENSE_KINDS[weights.dtype],
+            count,
+            rows,
+            cols,
+            x.data_ptr(),
+            len(x),
+            out.data_ptr(),
+        )
+        return out
+
     def moe(self, call: MoeCall) -> torch.Tensor:
         x = call.x
         used = sorted({expert for chosen in call.expert_ids.tolist() for expert in chosen})

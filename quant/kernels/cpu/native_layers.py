@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 
 import torch
+from torch.nn import functional as F
 
 from quant.kernels.layers import RoutingRule
 
@@ -26,6 +27,7 @@ class AttendCall(ctypes.Structure):
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
         ("dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("before", ctypes.c_int64),
         ("window", ctypes.c_int64),
@@ -319,18 +321,19 @@ class NativeLayers:
         compressed: torch.Tensor | None,
         entries: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Of the last tokens, q `[tokens, heads, dim]`; keys, values `[kv_heads, before + tokens, dim]`."""
+        """Of the last tokens, q `[tokens, heads, dim]`; keys `[kv_heads, before + tokens, dim]`, values
+        `[kv_heads, before + tokens, value_dim]`."""
         q = floats(q)
         tokens, heads, dim = q.shape
-        kv_heads, end, _ = keys.shape
+        kv_heads, end, value_dim = values.shape
         if keys.stride()[1:] != (dim, 1) or values.stride() != keys.stride():
-            keys, values = floats(keys), floats(values)
+            keys, values = floats(keys), floats(F.pad(values, (0, dim - value_dim)))
         if compressed is None or entries is None:
             more, chosen, choices = 0, 0, 0
         else:
             compressed, entries = floats(compressed), entries.contiguous()
             more, chosen, choices = compressed.data_ptr(), entries.data_ptr(), entries.shape[1]
-        out = torch.empty_like(q)
+        out = q.new_empty(tokens, heads, value_dim)
         call = AttendCall(
             q.data_ptr(),
             keys.data_ptr(),
@@ -339,6 +342,7 @@ class NativeLayers:
             heads,
             kv_heads,
             dim,
+            value_dim,
             keys.stride(0),
             end - tokens,
             window,

@@ -20,7 +20,8 @@ KINDS = (
     "norm", "linear", "dense", "blocks", "turns", "rotate", "append", "attend", "gated", "add",
     "bias", "clip", "scale",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
-    "pool", "entry", "select", "route", "at_hand", "experts", "hand_over",
+    "pool", "entry", "select", "route", "at_hand", "experts", "part", "join",
+    "hand_over",
 )  # fmt: skip
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64  # bytes

@@ -48,7 +48,8 @@ class _Extras(ctypes.Structure):
 class KvPlace:
     """Where a layer's keys and values lie: row `position` of head h of a slot, strides in floats.
 
-    keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger.
+    keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger;
+    values may be the first columns of the keys.
     """
 
     keys: torch.Tensor
@@ -178,8 +179,9 @@ class Recorder:
         self._note("rotate", [x, turns], [out], [heads, x.width // heads, turns.width // 2])
         return out
 
-    def append(self, keys: Buffer, values: Buffer, place: KvPlace) -> None:
-        """Write keys and values to the cache, each row at its slot and position."""
+    def append(self, keys: Buffer, values: Buffer | None, place: KvPlace) -> None:
+        """Write keys and values to the cache, each row at its slot and position; keys alone where the values
+        are columns of theirs."""
         to = [self._address(place.keys), self._address(place.values)]
         self._note("append", [keys, values], to, place.sizes)
 
@@ -188,10 +190,32 @@ class Recorder:
     ) -> Buffer:
         """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`."""
         kv_heads, dim, head, slot = place.sizes
-        out = self.buffer(q.width)
+        heads, value_dim = q.width // dim, place.values.shape[3]
+        out = self.buffer(heads * value_dim)
         at = None if sinks is None else self._weight(sinks)
         inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at]
-        self._note("attend", inputs, [out], [q.width // dim, kv_heads, dim, head, slot, window or 0])
+        sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim]
+        self._note("attend", inputs, [out], sizes)
+        return out
+
+    def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
+        """Columns first .. first + width of each of x's parts."""
+        out = self.buffer(parts * width)
+        self._note("part", [x], [out], [parts, x.width // parts, first, width])
+        return out
+
+    def join(self, x: Buffer, y: Buffer, parts: int) -> Buffer:
+        """Each of x's parts, and beside it the same of y's."""
+        out = self.buffer(x.width + y.width)
+        self._note("join", [x, y], [out], [parts, x.width // parts, y.width // parts])
+        return out
+
+    def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
+        """Plain weights `[n, rows, cols]`, each times its own columns of x, side by side."""
+        n, rows, cols = weights.shape
+        out = self.buffer(n * rows)
+        sizes = [n, 1, DENSE_KINDS[weights.dtype], rows, cols]
+        self._note("blocks", [x, self._weight(weights)], [out], sizes, nbytes=weights.nbytes)
         return out
 
     def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
@@ -338,14 +362,11 @@ class Recorder:
 
     def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
         """Weights of one shape, each times its own columns of x, side by side."""
-        rows, cols = weights[0].shape
-        out = self.buffer(rows * len(weights))
-        nbytes = sum(weight.nbytes for weight in weights)
         if isinstance(weights[0], torch.Tensor):
-            whole = torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)])
-            sizes = [len(weights), 1, DENSE_KINDS[whole.dtype], rows, cols]
-            self._note("blocks", [x, self._weight(whole)], [out], sizes, nbytes=nbytes)
-            return out
+            plain = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+            return self.batched_linear(x, torch.stack(plain))
+        out = self.buffer(weights[0].shape[0] * len(weights))
+        nbytes = sum(weight.nbytes for weight in weights)
         natives = [self._native(weight) for weight in weights]
         matrices = (ctypes.c_void_p * len(natives))(*(native.address for native in natives))
         self._recording.held += [matrices, natives]

@@ -94,6 +94,11 @@ class Mailbox:
         """Whether the GPU has come to a hand-over."""
         return bool(self._posted[number])
 
+    def unanswered(self) -> int | None:
+        """The hand-over that the GPU waits at, or is about to."""
+        waiting = ((self.posted != 0) & (self.answered == 0)).nonzero()
+        return int(waiting[0]) if len(waiting) else None
+
     def missing(self, number: int) -> torch.Tensor:
         """Pairs of row and choice, row * top_k + choice, that the GPU does not hold: `[n]` int64."""
         return ((self.ids[number] >= 0) & (self.places[number] < 0)).nonzero().squeeze(1)

@@ -32,7 +32,9 @@ NAMES = {
 
 def step(
     model: OptionalNamedModel = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Steps measured in each answer.")] = 128,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Steps in each answer, rounded up to a multiple of 32.")
+    ] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 9,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="As in requests.")] = 1.0,
@@ -44,13 +46,13 @@ def step(
 ) -> None:
     """Show what a step of one stream takes: kernels, and everything that the host does around them.
 
-    Watching costs time, so each round has one answer that is watched, and one that is not and says how long
-    a step is. If the whole model is in memory, the rate at which it reads its weights is compared with plain
-    reads in the same round.
+    Watching costs time, so it is on for a few steps and off for the next ones, which say how long a step is.
+    If the whole model is in memory, the rate at which it reads its weights is compared with plain reads in
+    the same round.
 
     Example: loci bench step demo --json step.json
     """
-    from engine.bench.step import PROMPT_TOKENS, UNCOUNTED, measure_steps, token_bytes
+    from engine.bench.step import PROMPT_TOKENS, answer_tokens, measure_steps, token_bytes
     from engine.embedded import embedded_name, model_path
     from engine.families.loader import open_checkpoint
     from engine.families.shapes import shape_of
@@ -69,9 +71,8 @@ def step(
     kernels = choose()
     if not isinstance(kernels, NativeKernels):
         raise ConfigError(f"nothing to measure: {kernels.describe()}")
-    params = SamplingParams(
-        max_tokens=tokens + UNCOUNTED, temperature=temperature, top_p=top_p, ignore_eos=True
-    )
+    length = answer_tokens(tokens)
+    params = SamplingParams(max_tokens=length, temperature=temperature, top_p=top_p, ignore_eos=True)
     served = bring_up(
         prepare(
             resolve_settings(
@@ -79,7 +80,7 @@ def step(
                     "model": str(path),
                     "dram_budget": dram_budget,
                     "max_num_seqs": 1,
-                    "max_model_len": PROMPT_TOKENS + tokens + UNCOUNTED,
+                    "max_model_len": PROMPT_TOKENS + length,
                     "prefix_cache": "0",
                 }
             )

@@ -133,7 +133,7 @@ def test_with_real_gpus_the_total_is_of_steps_that_no_clock_slows(
     with pretend_gpus() as (gpu, _):
         budget = MemoryBudget(
             30_000_000,
-            (Tier("vram:0", GPU_BASE_BYTES + 2_000_000, gpu, 40e9),),
+            (Tier("vram:0", GPU_BASE_BYTES + 2_450_000, gpu, 40e9),),
             workload(tokens),
         )
         checkpoint = open_safetensors(slice_path)

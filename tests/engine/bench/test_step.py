@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import engine as engine_module
-from engine.bench.step import PARTS, Answer, StepTimes, measure_steps, token_bytes
+from engine.bench.step import BLOCK, PARTS, Steps, StepTimes, answer_tokens, measure_steps, token_bytes
 from engine.bench.watch import KERNELS, LOOP, Watch
 from engine.engine import Engine
 from engine.families.loader import load, open_checkpoint
@@ -26,13 +26,13 @@ from tests.server.harness import GOLDEN
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
 
 MODEL = GOLDEN / "v41-c"
-TOKENS = 4
+PAIRS = 2
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     loaded = load(MODEL)
-    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=64)
+    engine = Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=128)
     engine.start()
     yield engine
     engine.stop()
@@ -41,20 +41,25 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def times(engine: Engine) -> StepTimes:
-    params = SamplingParams(max_tokens=TOKENS + 2, temperature=0.0, ignore_eos=True)
-    return measure_steps(engine, params, 2, lambda: 1e9)
+    tokens = answer_tokens(PAIRS * 2 * BLOCK)
+    return measure_steps(
+        engine, SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True), 1, lambda: 1e9
+    )
 
 
 def test_every_moment_of_a_watched_step_belongs_to_one_part(times: StepTimes) -> None:
-    for answer in times.watched:
-        assert sum(answer.seconds.values()) == pytest.approx(answer.step_s, rel=0.01)
-        assert answer.seconds.keys() <= {*PARTS, *KERNELS}
-        assert all(answer.seconds[part] > 0 for part in PARTS)
+    assert len(times.plain) == len(times.watched) == len(times.read_bytes_per_s) == PAIRS
+    for steps in times.watched:
+        assert sum(steps.seconds.values()) == pytest.approx(steps.step_s, rel=0.01)
+        assert steps.seconds.keys() <= {*PARTS, *KERNELS}
+        assert all(steps.seconds[part] > 0 for part in PARTS)
+        assert steps.calls["forward"] == 1
+    assert not any(steps.seconds for steps in times.plain)
 
 
 def test_parts_and_kernels_are_as_long_as_a_step_that_nobody_watched() -> None:
-    watched = Answer(0.012, {"loci_linear": 0.005, "loci_moe": 0.001, "forward": 0.004, "sampling": 0.002})
-    times = StepTimes([Answer(0.010)], [watched], [4e9])
+    watched = Steps(0.012, {"loci_linear": 0.005, "loci_moe": 0.001, "forward": 0.004, "sampling": 0.002})
+    times = StepTimes([Steps(0.010)], [watched], [4e9])
 
     assert times.kernel_share == pytest.approx(0.6)
     assert times.part_s("sampling") == pytest.approx(0.002)
@@ -74,6 +79,11 @@ def test_nothing_stays_replaced(times: StepTimes, engine: Engine) -> None:
     assert vars(engine_module)["draw_tokens"] is draw_tokens
     assert Scheduler.admit.__qualname__ == "Scheduler.admit"
     assert not inspect.isfunction(library.load().loci_linear)
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(1, 34), (32, 34), (33, 66)])
+def test_answers_are_long_enough_for_whole_pairs(steps: int, tokens: int) -> None:
+    assert answer_tokens(steps) == tokens
 
 
 def test_other_threads_are_not_watched(engine: Engine) -> None:
@@ -101,7 +111,7 @@ def test_a_model_that_fails_is_said(engine: Engine, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine.model, "forward", fail)
 
     with pytest.raises(LociError, match="the disk is gone"):
-        measure_steps(engine, SamplingParams(max_tokens=TOKENS, ignore_eos=True), 1, lambda: 1e9)
+        measure_steps(engine, SamplingParams(max_tokens=answer_tokens(1), ignore_eos=True), 1, lambda: 1e9)
 
 
 def test_a_token_reads_the_experts_it_chooses_and_no_table() -> None:

@@ -23,8 +23,14 @@ from tests.conftest import BESIDE, GOLDEN
 TOLERANCE = 1e-4
 PLENTY = MemoryBudget(1 << 30)
 SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
-SAFETENSORS = ("glm4_moe", "gpt_oss", "granitemoe", "mixtral", "minimax_m2", "olmoe", "qwen3_moe")
-NAMES = (*SAFETENSORS, "gguf_gpt_oss", "gguf_qwen3moe", "qwen3_moe_fp8")
+SAFETENSORS = (
+    "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "minimax_m2", "olmoe",
+    "qwen3_moe",
+)  # fmt: skip
+NAMES = (
+    *SAFETENSORS, "gguf_deepseek2", "gguf_deepseek2_lite", "gguf_gpt_oss", "gguf_qwen3moe", "kimi_k2",
+    "qwen3_moe_fp8",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

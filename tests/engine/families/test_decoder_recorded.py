@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 SLOTS, CONTEXT = 3, 40
-# Softmax with norms per head, groups with a shared expert, and biases with sinks and windows.
-NAMES = ("qwen3_moe", "glm4_moe", "gpt_oss")
+# Softmax with norms per head, groups with a shared expert, biases with sinks and windows, latent attention.
+NAMES = ("qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3")
 
 
 @pytest.fixture(scope="module", params=itertools.product(NAMES, ["all", "disk", "gpus"]))

@@ -88,6 +88,18 @@ def test_keys_that_are_switched_off_or_change_nothing_are_passed_over(name: str)
         ("glm4_moe", {"scoring_func": "softmax"}, "scoring_func is 'softmax'; .* supports only 'sigmoid'"),
         ("glm4_moe", {"topk_method": "greedy"}, "topk_method is 'greedy'"),
         ("glm4_moe", {"n_group": 5}, "12 experts are not a multiple of 5 groups"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; .* supports only 'softmax'"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias is True"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave is False"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None, expected a positive number"),
+        (
+            "deepseek_v3",
+            {"index_topk": 2048},
+            "index_topk is 2048; the deepseek_v3 family does not support it",
+        ),
         ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
         (
             "gpt_oss",
@@ -113,7 +125,7 @@ def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_i
         tensors |= load_file(file)
         file.unlink()
     del tensors["model.layers.1.self_attn.o_proj.weight"]
-    tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(8, 8)
+    tensors["model.layers.0.input_layernorm.weight"] = torch.zeros(8, 8)
     tensors["model.layers.0.post_feedforward_layernorm.weight"] = torch.zeros(8)
     save_file(tensors, copy / "model.safetensors")
     checkpoint = open_checkpoint(copy)
@@ -123,7 +135,7 @@ def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_i
 
     for problem in (
         "missing tensor model.layers.1.self_attn.o_proj.weight",
-        "model.layers.0.self_attn.k_proj.weight: shape [8, 8], expected",
+        "model.layers.0.input_layernorm.weight: shape [8, 8], expected",
         "unexpected tensor model.layers.0.post_feedforward_layernorm.weight [8]",
     ):
         assert problem in str(caught.value)

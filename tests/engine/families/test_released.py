@@ -12,6 +12,7 @@ from engine.families.decoder.config_only import config_shape
 from engine.families.loader import open_checkpoint
 from engine.families.released import NAMES, RELEASED, released_shape
 from engine.families.shapes import shape_of
+from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
 from quant.errors import ConfigError
 from tests.engine.families.golden_families import family_path
@@ -19,17 +20,23 @@ from tests.server.harness import invoke
 
 # Parameters as the Hub counts them in the safetensors files; total_size of model.safetensors.index.json.
 PUBLISHED = {
+    "deepseek-v2-lite": (15_706_484_224, 31_412_968_448),
     "gpt-oss-120b": (116_829_156_672, None),
     "gpt-oss-20b": (20_914_757_184, 13_761_264_768),
     "mixtral-8x22b": (140_620_634_112, 281_241_268_224),
     "mixtral-8x7b": (46_702_792_704, 93_405_585_408),
-    "minimax-m2": (228_703_644_928, None),  # with its FP8 scales, which count nothing here
+    "kimi-k2": (1_026_470_731_056, None),  # with its FP8 scales, which count nothing here
+    "minimax-m2": (228_703_644_928, None),  # as above
     "olmoe-1b-7b": (6_919_161_856, 13_838_323_712),
     "qwen3-235b-a22b": (235_093_634_560, 470_187_269_120),
     "qwen3-30b-a3b": (30_532_122_624, 61_064_245_248),
 }
 # With a draft layer behind the last one, which is ignored here.
-WITH_DRAFT = {"glm-4.5": 358_337_791_296, "glm-4.5-air": 110_468_824_832}
+WITH_DRAFT = {
+    "deepseek-r1": 684_531_386_000,
+    "glm-4.5": 358_337_791_296,
+    "glm-4.5-air": 110_468_824_832,
+}
 # In billions, as their cards round them.
 ROUNDED = {"granite-3.1-1b-a400m": 1.3, "granite-3.1-3b-a800m": 3.3}
 
@@ -66,7 +73,14 @@ def test_every_released_configuration_is_checked() -> None:
     assert RELEASED.keys() <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss"])
+def test_v3_weighs_the_same_by_its_config_and_by_hand() -> None:
+    assert released_shape("deepseek-r1").layers == built_in("deepseek-v3").layers
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"],
+)
 def test_a_config_alone_weighs_what_the_checkpoint_does(name: str) -> None:
     path = family_path(name)
     alone = config_shape(json.loads((path / "config.json").read_text()), name)

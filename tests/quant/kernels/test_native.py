@@ -8,6 +8,7 @@ import torch
 from quant.formats.fp8 import FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
+from quant.formats.plain import as_packed
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.interface import ExpertWeights, MoeCall
@@ -69,6 +70,14 @@ def test_a_token_gets_the_same_bits_in_any_company(
 def test_plain_rows_of_any_length(level: str, dtype: torch.dtype, cols: int) -> None:
     w, x = any_weight(dtype, 13, cols), torch.randn(5, cols)
     assert difference(NativeKernels(level=level).linear(x, w), REFERENCE.linear(x, w)) < EXACT
+
+
+@pytest.mark.parametrize("dtype", DENSE, ids=str)
+def test_plain_rows_as_a_packed_tensor_give_the_same_bits(level: str, dtype: torch.dtype) -> None:
+    kernels = NativeKernels(level=level)
+    w, x = any_weight(dtype, 70, 100), torch.randn(5, 100)
+    assert isinstance(w, torch.Tensor)
+    assert torch.equal(kernels.linear(x, as_packed(w)), kernels.linear(x, w))
 
 
 def five_experts(

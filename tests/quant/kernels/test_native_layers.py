@@ -115,6 +115,21 @@ def attend(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tens
     return k.attend(2 * rows_of(1, ROWS, 6, 20, dtype=dtype)[a:b], keys, values)
 
 
+def attend_latents(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    rows = rows_of(2, 1, 300 + ROWS, 152, dtype=dtype)[:, : 300 + b]
+    return k.attend(2 * rows_of(1, ROWS, 6, 152, dtype=dtype)[a:b], rows, rows[..., :100])
+
+
+def attend_narrow_values(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    keys = rows_of(2, 2, 60 + ROWS, 24, dtype=dtype)[:, : 60 + b]
+    values = rows_of(3, 2, 60 + ROWS, 16, dtype=dtype)[:, : 60 + b]
+    return k.attend(rows_of(1, ROWS, 4, 24, dtype=dtype)[a:b], keys, values)
+
+
+def batched_linear(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    return k.batched_linear(rows_of(1, ROWS, 3, 40, dtype=dtype)[a:b], rows_of(2, 3, 22, 40))
+
+
 def attend_sparse(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
     window = 9
     entries = torch.randint(-1, 50, (ROWS, 150), generator=torch.Generator().manual_seed(5))
@@ -146,6 +161,9 @@ OPERATIONS = (
     index_scores,
     named_scores,
     attend,
+    attend_latents,
+    attend_narrow_values,
+    batched_linear,
     attend_sparse,
 )
 

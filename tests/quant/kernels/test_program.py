@@ -130,6 +130,37 @@ def test_rows_are_appended_and_attended_to_at_their_slots_and_positions(data: st
     assert torch.equal(held, expected_held)
 
 
+def test_latents_are_kept_once_and_are_keys_and_in_their_first_columns_values() -> None:
+    heads, latent, turned, capacity = 3, 32, 16, 20
+    held = values(3, ROWS, 1, capacity, latent + turned)
+    before = held.clone()
+    positions = [7, 0, 19, 3, 11]
+    matrices = values(5, heads, latent, 8).bfloat16()
+    x = values(6, ROWS, latent + turned + heads * (8 + turned))
+
+    recorder = Recorder(kernels(), ROWS)
+    source = recorder.input(x.shape[1])
+    k = recorder.part(source, 1, 0, latent + turned)
+    q = recorder.part(source, 1, latent + turned, heads * (8 + turned))
+    inner = recorder.batched_linear(recorder.part(q, heads, 0, 8), matrices)
+    place = KvPlace(held, held[..., :latent])
+    recorder.append(k, None, place)
+    queries = recorder.join(inner, recorder.part(q, heads, 8, turned), heads)
+    program = recorder.finish(source, recorder.attend(queries, place))
+    program.source[:] = x
+    program.run(range(ROWS), positions)
+
+    new, of_heads = x[:, : latent + turned], x[:, latent + turned :].view(ROWS, heads, 8 + turned)
+    mapped = kernels().batched_linear(of_heads[..., :8], matrices)
+    expected = torch.cat((mapped, of_heads[..., 8:]), dim=-1)  # [rows, heads, latent + turned]
+    for row, position in enumerate(positions):
+        before[row, 0, position] = new[row]
+        seen = before[row, :, : position + 1]
+        attended = kernels().attend(expected[row : row + 1], seen, seen[..., :latent])
+        assert torch.equal(program.result[row], attended.flatten())
+    assert torch.equal(held, before)
+
+
 def test_a_format_that_the_kernels_do_not_read_is_refused() -> None:
     recorder = Recorder(kernels(), ROWS)
     rows = FP8_ROW.encode(values(1, 32, WIDTH))

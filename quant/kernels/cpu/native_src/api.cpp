@@ -35,7 +35,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 13; }
+EXPORT int loci_interface() { return 14; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -52,6 +52,11 @@ EXPORT void loci_linear(int level, int threads, int int8, const Matrix* m, const
 EXPORT void loci_dense_linear(int level, int threads, const void* weight, int kind, int64_t rows, int64_t cols,
                               const float* x, int64_t tokens, float* out) {
     dense_linear({*level_at(level), threads, false}, weight, kind, rows, cols, x, tokens, out);
+}
+
+EXPORT void loci_dense_blocks(int level, int threads, const void* weights, int kind, int64_t count, int64_t rows,
+                              int64_t cols, const float* x, int64_t tokens, float* out) {
+    dense_blocks({*level_at(level), threads, false}, weights, kind, count, rows, cols, x, tokens, out);
 }
 
 EXPORT int loci_moe(int level, int threads, int int8, const Moe* call, const float* x, float* out) {

@@ -60,13 +60,13 @@ class Tiles {
     explicit Tiles(const Attend& call)
         : c_(call), group_(call.heads / call.kv_heads),
           shares_(call.more == nullptr && call.window >= call.before + call.tokens),
-          most_rows_(call.dim > 128 ? kMostRows / 2 : kMostRows), padded_(call.dim) {
+          most_rows_(call.dim > 128 ? kMostRows / 2 : kMostRows), padded_(call.dim), padded_values_(call.value_dim) {
         const int64_t rows = shares_ ? call.tokens * group_ : group_;
         per_list_ = (rows + most_rows_ - 1) / most_rows_;
         rows_ = rows;
     }
     int64_t count() const { return per_list_ * (shares_ ? 1 : c_.tokens) * c_.kv_heads; }
-    int64_t columns() const { return padded_.columns(); }
+    int64_t value_columns() const { return padded_values_.columns(); }
     int64_t most_rows() const { return most_rows_; }
     // blocks of keys that a tile has at most
     int64_t blocks() const {
@@ -83,7 +83,7 @@ class Tiles {
             token_ = number / t_.per_list_ % lists;
             head_ = number / t_.per_list_ / lists;
             rows_ = static_cast<int>(std::min(t_.most_rows_, t_.rows_ - first_));
-            for (int r = 0; r < rows_; ++r) q_[r] = c_.q + at(r);
+            for (int r = 0; r < rows_; ++r) q_[r] = c_.q + at(r) * c_.dim;
             t_.padded_.of(q_, rows_, q_copies_);
             const int64_t last = token(rows_ - 1);
             begin_ = std::max<int64_t>(0, c_.before + last + 1 - c_.window);
@@ -93,8 +93,8 @@ class Tiles {
         }
         int rows() const { return rows_; }
         int64_t keys() const { return near_ + static_cast<int64_t>(more_.size()); }
-        // Offset of a row in q and in the result.
-        int64_t at(int r) const { return (token(r) * c_.heads + head(r)) * c_.dim; }
+        // The number of a row in q and in the result.
+        int64_t at(int r) const { return token(r) * c_.heads + head(r); }
         int64_t head(int r) const { return head_ * t_.group_ + (first_ + r) % t_.group_; }
         // What the rows make of a block of keys.
         void compute(const Level& level, int64_t block, const Sums& to) {
@@ -108,16 +108,17 @@ class Tiles {
                 values[k] = is_near ? c_.values + head_ * c_.head_stride + place * c_.dim : keys[k];
             }
             t_.padded_.of(keys, n, key_copies_);
-            t_.padded_.of(values, n, value_copies_);
+            t_.padded_values_.of(values, n, value_copies_);
             int64_t seen[kMostRows];
             float* out[kMostRows];
             for (int r = 0; r < rows_; ++r) {
                 const int64_t all = t_.shares_ ? c_.before + token(r) + 1 : this->keys();
                 seen[r] = std::clamp<int64_t>(all - first, 0, n);
-                out[r] = to.out + r * t_.columns();
+                out[r] = to.out + r * t_.value_columns();
             }
             const float scale = 1.0f / std::sqrt(static_cast<float>(c_.dim));
-            level.attend_block({rows_, n, t_.columns(), scale, q_, seen, keys, values, to.most, to.sum, out});
+            level.attend_block({rows_, n, t_.padded_.columns(), t_.value_columns(), scale, q_, seen, keys, values,
+                                to.most, to.sum, out});
         }
 
       private:
@@ -137,7 +138,7 @@ class Tiles {
     int64_t group_;
     bool shares_;
     int64_t most_rows_, per_list_, rows_;
-    Padded padded_;
+    Padded padded_, padded_values_;
 };
 
 // A place for what a tile's rows make of a block of keys.
@@ -159,7 +160,7 @@ class Places {
 // Adds up blocks of keys for a tile, of which `block` gives what number b makes, and writes the rows' results.
 template <class F>
 void finish(const Attend& c, const Tiles& tiles, const Tiles::Tile& tile, const F& block, float* out) {
-    const int64_t columns = tiles.columns(), blocks = (tile.keys() + kKeyBlock - 1) / kKeyBlock;
+    const int64_t columns = tiles.value_columns(), blocks = (tile.keys() + kKeyBlock - 1) / kKeyBlock;
     Places place(1, tiles.most_rows(), columns);
     const Sums sums = place.at(0);
     for (int r = 0; r < tile.rows(); ++r) {
@@ -174,9 +175,9 @@ void finish(const Attend& c, const Tiles& tiles, const Tiles::Tile& tile, const 
                           fresh.out + r * columns, columns);
     }
     for (int r = 0; r < tile.rows(); ++r) {
-        float* to = out + tile.at(r);
+        float* to = out + tile.at(r) * c.value_dim;
         const float* from = sums.out + r * columns;
-        for (int64_t d = 0; d < c.dim; ++d) to[d] = from[d] / sums.sum[r];
+        for (int64_t d = 0; d < c.value_dim; ++d) to[d] = from[d] / sums.sum[r];
     }
 }
 
@@ -198,7 +199,7 @@ void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n
         return static_cast<size_t>(call);
     };
     const auto ahead = [&](int number) { return team.ahead(number); };
-    const int64_t count = first_tile.back(), rows = tiles[0].most_rows(), columns = tiles[0].columns();
+    const int64_t count = first_tile.back(), rows = tiles[0].most_rows(), columns = tiles[0].value_columns();
     if (count >= 2 * team.threads || most_blocks == 1) {
         const auto compute_tile = [&](int64_t item) {
             const size_t call = call_of(first_tile, &item);

@@ -95,7 +95,7 @@ void attend_block(const AttendBlock& block) {
     for (int r = 0; r < block.rows; ++r)
         to_weights(scores + r * kKeyBlock, block.seen[r], block.scale, block.most + r, block.sum + r);
     in_groups(block.rows, [&](auto count, int r) {
-        value_rows<count()>(scores + r * kKeyBlock, block.values, block.n, block.dim, block.out + r);
+        value_rows<count()>(scores + r * kKeyBlock, block.values, block.n, block.value_dim, block.out + r);
     });
 }
 

@@ -104,8 +104,9 @@ constexpr int kMostRows = 16;       // rows of queries that share a pass over ke
 
 // One block of keys for some rows of queries: what they make of it before other blocks are added.
 struct AttendBlock {
-    int rows;        // at most kMostRows
-    int64_t n, dim;  // keys, at most kKeyBlock; columns, a multiple of 16
+    int rows;                // at most kMostRows
+    int64_t n;               // keys, at most kKeyBlock
+    int64_t dim, value_dim;  // columns, multiples of 16
     float scale;
     const float* const* q;                     // [rows]
     const int64_t* seen;                       // [rows] how many of the keys, from the first on

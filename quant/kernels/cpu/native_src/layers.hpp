@@ -5,11 +5,12 @@
 namespace loci {
 
 // Causal attention of the last `tokens` of `before + tokens` rows of keys and values; each token also sees the rows of
-// `more` (keys and values at once) that it has chosen.
+// `more` (keys and values at once) that it has chosen. Scores are divided by the root of `dim`. A value may have fewer
+// columns than a key, of whose rows the values then are the beginnings.
 struct Attend {
     const float* q;              // [tokens][heads][dim]
     const float *keys, *values;  // row r of key-value head g at g * head_stride + r * dim
-    int64_t tokens, heads, kv_heads, dim, head_stride;
+    int64_t tokens, heads, kv_heads, dim, value_dim, head_stride;
     int64_t before;
     int64_t window;  // rows that a token sees, the last of them its own
     int64_t ring;    // 0, or how many places the rows have: row r lies at (first + r) % ring
@@ -20,7 +21,7 @@ struct Attend {
     const float* sink;  // [heads], or null: the denominator gains e^sink
 };
 
-// out [tokens][heads][dim]
+// out [tokens][heads][value_dim]
 void attend(const Team& team, const Attend& call, float* out);
 // Several calls of as many heads and columns at once.
 void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n);

@@ -269,6 +269,24 @@ void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, 
     });
 }
 
+void dense_blocks(const Team& team, const void* weights, int kind, int64_t count, int64_t rows, int64_t cols,
+                  const float* x, int64_t tokens, float* out) {
+    const int64_t row_bytes = cols * plain_bytes(kind);
+    const int64_t shares = std::max<int64_t>(1, 2 * team.threads / count);  // of a matrix's rows
+    const int64_t per_share = (rows + 4 * shares - 1) / (4 * shares) * 4;   // as many as a kernel takes, and no rest
+    const int threads = count * rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
+    parallel_for(count * shares, threads, [&](int64_t item) {
+        const int64_t block = item / shares, first = item % shares * per_share;
+        const int64_t n = std::min(rows - first, per_share);
+        if (n <= 0) return;
+        thread_local std::vector<const float*> xs;
+        xs.resize(static_cast<size_t>(tokens));
+        for (int64_t t = 0; t < tokens; ++t) xs[static_cast<size_t>(t)] = x + (t * count + block) * cols;
+        team.level.dense_rows(static_cast<const uint8_t*>(weights) + (block * rows + first) * row_bytes, n, kind, cols,
+                              xs.data(), tokens, out + block * rows + first, count * rows);
+    });
+}
+
 namespace {
 
 // The (token, choice) pairs of a call, ordered by expert, then by token.

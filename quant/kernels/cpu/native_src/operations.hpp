@@ -39,6 +39,10 @@ void linear_blocks(const Team& team, const Matrix* const* weights, int64_t count
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
                   int64_t tokens, float* out);
 
+// Plain matrices [count][rows][cols], each times its own columns of x [tokens][count][cols]: out [tokens][count][rows].
+void dense_blocks(const Team& team, const void* weights, int kind, int64_t count, int64_t rows, int64_t cols,
+                  const float* x, int64_t tokens, float* out);
+
 struct Moe {
     const Matrix* const* experts;  // w1, w3, w2 of each expert in use
     const int64_t* ids;            // [used] the experts in use, ascending

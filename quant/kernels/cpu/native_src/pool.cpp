@@ -28,8 +28,8 @@ constexpr microseconds kWatch{100};
 constexpr microseconds kPatience{20};
 // How long a caller waits for a worker before it looks whether that one is running at all.
 constexpr microseconds kSuspicion{300};
-// How long a worker that was not running stays away: at first, then twice as long each time, until it has been of use
-// for a while.
+// How long a worker stays away that mostly made its caller wait: at first, then twice as long each time, until it has
+// been of use for a while.
 constexpr milliseconds kFirstRest{10}, kLongestRest{1000};
 
 void pause() {
@@ -72,7 +72,7 @@ void keep_off(pthread_t worker, int core) {
 }
 
 // How long a thread has been running, where the system tells.
-bool running_time(pthread_t thread, std::chrono::nanoseconds* time) {
+bool running_time(pthread_t thread, Clock::duration* time) {
 #if defined(__linux__)
     clockid_t clock;
     timespec now;
@@ -146,7 +146,8 @@ class Pool {
         std::thread thread;
         // the caller's notes
         milliseconds last_rest{0};
-        Clock::time_point back;  // from its last rest
+        Clock::time_point back;      // from its last rest, or a second ago
+        Clock::duration stalled{0};  // since then: time for which the caller waited while it did not run
     };
 
     Pool() {
@@ -173,12 +174,12 @@ class Pool {
     void serve(Worker& self, int number) {
         for (uint64_t seen = 0;;) {
             seen = next_call(seen);
+            if (const int64_t rest = self.rest.exchange(0, std::memory_order_relaxed))
+                std::this_thread::sleep_for(milliseconds(rest));
             self.inside.store(true);
             Job* job = open_.load();
             if (job && number < job->threads) job->fn(job->data, number);
             self.inside.store(false);
-            if (const int64_t rest = self.rest.exchange(0, std::memory_order_relaxed))
-                std::this_thread::sleep_for(milliseconds(rest));
         }
     }
 
@@ -200,33 +201,35 @@ class Pool {
         return calls_.load();
     }
 
-    // Waits until a worker has left the job. Where there are more threads than cores, the one that it was on may be
-    // another program's for some milliseconds: such a worker had better stay away.
+    // Waits until a worker has left the job.
     void wait_for(Worker& worker) {
         const Clock::time_point start = Clock::now();
-        Clock::time_point looked;
-        std::chrono::nanoseconds ran{0}, ran_before{0};
-        for (bool looking = false; worker.inside.load();) {
+        Clock::time_point now = start, looked;
+        Clock::duration ran{0}, ran_before{0};
+        bool looking = false;
+        for (; worker.inside.load(); now = Clock::now()) {
             ask_for_a_line();
-            const Clock::time_point now = Clock::now();
             if (now - start > kPatience) std::this_thread::yield();
-            if (!looking && now - start > kSuspicion) {
-                if (!running_time(worker.thread.native_handle(), &ran_before)) continue;
-                looking = true;
-                looked = now;
-            } else if (looking && now - looked > kSuspicion && running_time(worker.thread.native_handle(), &ran)) {
-                if (2 * (ran - ran_before) < now - looked && worker.rest.load() == 0) send_to_rest(worker, now);
-                ran_before = ran;
-                looked = now;
-            }
+            if (looking || now - start < kSuspicion) continue;
+            looking = running_time(worker.thread.native_handle(), &ran_before);
+            looked = now;
         }
+        if (!looking || !running_time(worker.thread.native_handle(), &ran)) return;
+        if (2 * (ran - ran_before) < now - looked) blame(worker, now, now - start);
     }
 
-    void send_to_rest(Worker& worker, Clock::time_point now) {
-        const bool again = now - worker.back < 2 * kLongestRest;
+    // A worker inside a job was not running for so long: another program had its core. Where that takes a good part of
+    // the time, the caller is quicker without it.
+    void blame(Worker& worker, Clock::time_point now, Clock::duration stalled) {
+        const Clock::duration served = now - worker.back;
+        if (served > kLongestRest) worker.stalled = {}, worker.back = now - kLongestRest;
+        worker.stalled += stalled;
+        if (4 * worker.stalled < now - worker.back) return;
+        const bool again = served < 4 * worker.last_rest;
         worker.last_rest = again ? std::min(2 * worker.last_rest, kLongestRest) : kFirstRest;
+        worker.stalled = {};
         worker.back = now + worker.last_rest;
-        worker.rest.store(worker.last_rest.count());
+        worker.rest.store(worker.last_rest.count(), std::memory_order_relaxed);
     }
 
     std::mutex running_;  // held by the caller whose job it is

@@ -31,27 +31,12 @@ void dense(const Team& team, const Operation& op, const StepInput& step) {
                  floats(op.out[0]));
 }
 
-// plain matrices of one shape, each times its own columns of x
-void dense_blocks(const Team& team, const Operation& op, const StepInput& step) {
-    const int64_t count = op.sizes[0], rows = op.sizes[3], cols = op.sizes[4];
-    const int kind = static_cast<int>(op.sizes[2]);
-    thread_local std::vector<float> x, y;
-    x.resize(static_cast<size_t>(step.rows * cols));
-    y.resize(static_cast<size_t>(step.rows * rows));
-    for (int64_t i = 0; i < count; ++i) {
-        for (int64_t r = 0; r < step.rows; ++r)
-            std::copy_n(floats(op.in[0]) + (r * count + i) * cols, cols, x.data() + r * cols);
-        const uint8_t* weight = static_cast<const uint8_t*>(op.in[1]) + i * rows * cols * (kind == 2 ? 4 : 2);
-        dense_linear(team, weight, kind, rows, cols, x.data(), step.rows, y.data());
-        for (int64_t r = 0; r < step.rows; ++r)
-            std::copy_n(y.data() + r * rows, rows, floats(op.out[0]) + (r * count + i) * rows);
-    }
-}
-
 // matrices of one shape, each times its own columns of x, to its own columns of the result: packed ones, or plain ones
 // one behind the other
 void blocks(const Team& team, const Operation& op, const StepInput& step) {
-    if (op.sizes[1] != 0) return dense_blocks(team, op, step);
+    if (op.sizes[1] != 0)
+        return dense_blocks(team, op.in[1], static_cast<int>(op.sizes[2]), op.sizes[0], op.sizes[3], op.sizes[4],
+                            floats(op.in[0]), step.rows, floats(op.out[0]));
     linear_blocks(team, static_cast<const Matrix* const*>(op.in[1]), op.sizes[0], floats(op.in[0]), step.rows,
                   floats(op.out[0]));
 }
@@ -96,6 +81,23 @@ void scale(const Team&, const Operation& op, const StepInput& step) {
     const float* x = floats(op.in[0]);
     float* out = floats(op.out[0]);
     for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] * op.factor;
+}
+
+// some columns of each part of x [rows][parts][width]: out [rows][parts][count]
+void part(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t parts = op.sizes[0], width = op.sizes[1], first = op.sizes[2], count = op.sizes[3];
+    for (int64_t i = 0; i < step.rows * parts; ++i)
+        std::copy_n(floats(op.in[0]) + i * width + first, count, floats(op.out[0]) + i * count);
+}
+
+// each part of x [rows][parts][.] and the same one of y [rows][parts][.], side by side
+void join(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t parts = op.sizes[0], x_width = op.sizes[1], y_width = op.sizes[2];
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < step.rows * parts; ++i) {
+        out = std::copy_n(floats(op.in[0]) + i * x_width, x_width, out);
+        out = std::copy_n(floats(op.in[1]) + i * y_width, y_width, out);
+    }
 }
 
 // x [rows][width] several times: out [rows][n][width]
@@ -212,7 +214,7 @@ constexpr OperationFunction kFunctions[] = {
     bias,    clip,        scale,      repeat,     weighted_sum,
     mix,     mix_streams, engram,     run_ring,   run_attend_sparse,
     nullptr, run_pool,    run_entry,  run_select, route,
-    at_hand, experts,     nullptr,
+    at_hand, experts,     part,       join,       nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

@@ -41,6 +41,8 @@ enum class Kind : int64_t {
     kRoute,
     kAtHand,
     kExperts,
+    kPart,
+    kJoin,
     kHandOver,
     kKinds
 };

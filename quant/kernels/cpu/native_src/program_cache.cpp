@@ -18,12 +18,12 @@ bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio 
 
 }  // namespace
 
-// keys and values [rows][kv_heads][dim] to their places in a layer's cache
+// keys and values [rows][kv_heads][dim] to their places in a layer's cache; or keys alone, of which values are a part
 void run_append(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], head_stride = op.sizes[2], slot_stride = op.sizes[3];
     parallel_for(step.rows, step.rows < kRowsWorthSharing ? 1 : team.threads, [&](int64_t r) {
         const int64_t to = step.slots[r] * slot_stride + step.positions[r] * dim;
-        for (int side = 0; side < 2; ++side)
+        for (int side = 0; side < 2 && op.in[side] != nullptr; ++side)
             for (int64_t h = 0; h < heads; ++h)
                 std::memcpy(floats(op.out[side]) + to + h * head_stride, floats(op.in[side]) + (r * heads + h) * dim,
                             bytes_of(dim));
@@ -33,7 +33,7 @@ void run_append(const Team& team, const Operation& op, const StepInput& step) {
 // queries [rows][heads][dim] over what their slots hold in a layer's cache of keys and values: all, or the last rows
 // of a window; with sinks [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
-    const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2];
+    const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2], value_dim = op.sizes[6];
     std::vector<Attend> calls(static_cast<size_t>(step.rows));
     std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
@@ -46,11 +46,12 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         call.heads = heads;
         call.kv_heads = kv_heads;
         call.dim = dim;
+        call.value_dim = value_dim;
         call.head_stride = op.sizes[3];
         call.before = step.positions[r];
         call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
         call.sink = floats(op.in[3]);
-        outs.push_back(floats(op.out[0]) + r * heads * dim);
+        outs.push_back(floats(op.out[0]) + r * heads * value_dim);
     }
     attend(team, calls.data(), outs.data(), step.rows);
 }
@@ -79,7 +80,7 @@ void run_attend_sparse(const Team& team, const Operation& op, const StepInput& s
         call.first = step.positions[r] + 1 - seen;
         call.tokens = call.kv_heads = 1;
         call.heads = heads;
-        call.dim = dim;
+        call.dim = call.value_dim = dim;
         call.before = seen - 1;
         call.window = window;
         call.sink = floats(op.in[2]);

@@ -1,0 +1,92 @@
+"""DeepSeek-V3, R1, V3.1 and Kimi-K2: latent attention, sigmoid routing in groups, dense first layers.
+
+Keys of config.json: https://huggingface.co/deepseek-ai/DeepSeek-V3 and `transformers`' DeepseekV3Config; of
+GGUF, V2's files too: what llama.cpp's converter writes for the architecture `deepseek2`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from engine.families.decoder import gguf
+from engine.families.decoder.description import Description, Experts, Groups, Layer, Mlp, Router
+from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.hf import describe, keys_of, layer_count
+from engine.families.decoder.keys import Keys
+from engine.families.decoder.latent import gguf_latent_attention, latent_attention
+from engine.families.decoder.names import HF_NAMES, draft_layers
+from engine.families.glm4_moe import sigmoid_router
+from memory.checkpoint.checkpoint import Checkpoint
+
+NAME = "deepseek_v3"
+SOFTMAX, SIGMOID = 1, 2  # numbers of expert_gating_func
+# What some files have besides the matrix that it is made of.
+SPLIT_KV_B = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
+
+
+def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
+    """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    if gguf.is_gguf(checkpoint):
+        return _describe_gguf(checkpoint)
+    read = keys_of(checkpoint, NAME)
+    read.only("hidden_act", "silu", None)
+    read.only("moe_layer_freq", 1, None)
+    attention = latent_attention(read)
+    width = read.count("moe_intermediate_size")
+    shared = read.count_or_none("n_shared_experts")
+    experts = Experts(sigmoid_router(read), width, "each", shared=Mlp(shared * width) if shared else None)
+    mlp, dense = Mlp(read.count("intermediate_size")), read.count_or_none("first_k_dense_replace") or 0
+    layers = layer_count(read)
+    return describe(
+        read,
+        checkpoint,
+        [Layer(attention, mlp if n < dense else experts) for n in range(layers)],
+        HF_NAMES,
+        ignored=draft_layers(layers, read.count_or_none("num_nextn_predict_layers") or 0),
+    )
+
+
+def _describe_gguf(checkpoint: Checkpoint) -> Description:
+    read = gguf.gguf_keys(checkpoint, NAME)
+    names = gguf.GGUF_NAMES
+    is_split = names["kv_b"].format(layer=0) not in checkpoint.entries
+    attention = gguf_latent_attention(read, is_split=is_split)
+    layers, dense = gguf.layer_count(read), read.count_or_none("leading_dense_block_count") or 0
+    has_choice_bias = names["choice_bias"].format(layer=dense) in checkpoint.entries
+    width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
+    experts = Experts(
+        _gguf_router(read, has_choice_bias=has_choice_bias),
+        width,
+        "stacked",
+        shared=Mlp(shared * width) if shared else None,
+    )
+    mlp = Mlp(read.count("feed_forward_length"))
+    described = gguf.describe_gguf(
+        read, checkpoint, [Layer(attention, mlp if n < dense else experts) for n in range(layers)], names
+    )
+    return described if is_split else replace(described, ignored=SPLIT_KV_B)
+
+
+def _gguf_router(read: Keys, *, has_choice_bias: bool) -> Router:
+    read.only("expert_gating_func", SIGMOID, SOFTMAX, None)
+    is_sigmoid = read.raw("expert_gating_func") == SIGMOID
+    experts, top_k = gguf.expert_counts(read)
+    groups = Groups(
+        read.count("expert_group_count", 1), read.count("expert_group_used_count", 1), 2 if is_sigmoid else 1
+    )
+    if experts % groups.count:
+        read.problems.append(f"{experts} experts are not a multiple of {groups.count} groups")
+    return Router(
+        experts,
+        top_k,
+        "sigmoid" if is_sigmoid else "softmax",
+        has_choice_bias=has_choice_bias,
+        groups=groups if groups.count > 1 else None,
+        is_renormalised=read.flag("expert_weights_norm"),
+        epsilon=1e-20,
+        factor=read.number("expert_weights_scale", 1.0),
+    )
+
+
+FAMILY = DecoderFamily(NAME, describe_deepseek_v3)
