@@ -137,8 +137,10 @@ def _strings(metadata: Mapping[str, Any], key: str, path: Path) -> list[str]:
 
 def _one_per_token(metadata: Mapping[str, Any], key: str, tokens: list[str], path: Path) -> list[float]:
     value = metadata.get(key)
-    if not isinstance(value, list) or not all(isinstance(number, int | float) for number in value):
-        value = []
-    if len(value) != len(tokens):
+    if (
+        not isinstance(value, list)
+        or len(value) != len(tokens)
+        or not all(isinstance(item, int | float) for item in value)
+    ):
         raise CheckpointError(f"{path}: {key} does not have one number per token")
     return value

@@ -6,6 +6,7 @@ What the other programs made of the texts is recorded in tests/golden/tokenizers
 from __future__ import annotations
 
 import json
+import unicodedata
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from engine.tokenizer.cuts import CUTS
+from engine.tokenizer.cuts import CASED, CUTS
 from engine.tokenizer.gguf import merges_by_score
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
@@ -128,6 +129,20 @@ def test_ids_are_llama_cpps_where_it_follows_the_models(pre: str) -> None:
             departs.add(row["text"])
 
     assert departs == LLAMA_CPP_DEPARTS.get(pre, set())
+
+
+def test_deepseeks_list_of_letters_has_all_with_a_case_but_small_armenian_and_mathematical_ones() -> None:
+    listed = set()
+    for part in CASED.split():
+        first, _, last = part.partition("-")
+        listed |= set(range(int(first, 16), int(last or first, 16) + 1))
+    is_cased = {"Lu", "Ll", "Lt"}
+    # Unicode 3.2 is in every Python; what became a letter later is not judged.
+    missing = {c for c in range(0x1D400) if unicodedata.ucd_3_2_0.category(chr(c)) in is_cased} - listed
+
+    assert all(unicodedata.category(chr(c)) in is_cased for c in listed)
+    assert missing == {0xAA, 0xBA, 0x294, 0x2071, 0x207F, *range(0x561, 0x588)}
+    assert len(listed) == 2729
 
 
 @pytest.mark.slow
@@ -271,6 +286,16 @@ def test_user_defined_tokens_are_found_in_text_as_they_are() -> None:
     assert tokenizer.encode("[INST]Hello") == [len(tokens), *PIECES["ids"]["Hello"]]
     assert tokenizer.added_tokens["[INST]"] == len(tokens)
     assert len(tokens) not in tokenizer.special_ids
+
+
+def test_characters_without_token_and_bytes_are_one_unknown_token() -> None:
+    types = [5 if type_ == 6 else type_ for type_ in PIECES["tokenizer.ggml.token_type"]]
+    tokens = [
+        f"unused{i}" if t.startswith("<0x") else t for i, t in enumerate(PIECES["tokenizer.ggml.tokens"])
+    ]
+    tokenizer = read(pieces(tokens=tokens, token_type=types))
+
+    assert tokenizer.encode("Hello\u4eba\u5c71Hello").count(0) == 1
 
 
 def test_better_scores_merge_first_and_only_ordinary_tokens_merge() -> None:
