@@ -45,8 +45,8 @@ class Batch:
     logit_rows: torch.Tensor
 
     def is_decode(self, max_rows: int) -> bool:
-        """Whether it is up to so many sequences with one new token each."""
-        return len(self.token_ids) == len(self.segments) <= max_rows
+        """Whether it is at least one and up to so many sequences with one new token each."""
+        return 0 < len(self.token_ids) == len(self.segments) <= max_rows
 
     @classmethod
     def of(cls, parts: Sequence[tuple[int, int, Sequence[int]]], *, all_logits: bool = False) -> Batch:

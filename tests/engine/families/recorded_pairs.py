@@ -64,4 +64,6 @@ class Pair(Generic[Cache]):
                 self.restore(slots[0], data.draw(st.lists(token, min_size=2, max_size=8)))
             most = {"prompt": longest, "mixed": 3}.get(act, 1)
             parts = [(slot, data.draw(st.lists(token, min_size=1, max_size=most))) for slot in slots]
-            self.run([(slot, ids) for slot, ids in parts if len(self.texts[slot]) + len(ids) <= context])
+            fitting = [(slot, ids) for slot, ids in parts if len(self.texts[slot]) + len(ids) <= context]
+            if fitting:
+                self.run(fitting)

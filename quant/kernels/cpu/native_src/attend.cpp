@@ -184,6 +184,7 @@ void finish(const Attend& c, const Tiles& tiles, const Tiles::Tile& tile, const 
 }  // namespace
 
 void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n) {
+    if (n == 0) return;
     std::vector<Tiles> tiles(calls, calls + n);
     std::vector<int64_t> first_tile{0}, first_block{0};  // of each call
     int64_t most_blocks = 0;
