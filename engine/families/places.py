@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")
+LayerBytes = Callable[[int, int, int], int]  # of a layer's KV: (layer, slots, capacity)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ class DensePlaces:
     left: dict[str, int]
     experts_bytes: int
     tables_bytes: int
+
+    def check_kv(self, slots: int, capacity: int, layer_bytes: LayerBytes) -> None:
+        """Raises BudgetError where a GPU's part of a cache is more than was kept free there when loading."""
+        needed: dict[str, int] = defaultdict(int)
+        for layer, tier in enumerate(self.tiers):
+            needed[tier] += layer_bytes(layer, slots, capacity)
+        for tier, room in self.kv_room.items():
+            if needed[tier] > room:
+                raise BudgetError(
+                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
+                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
+                )
 
 
 def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:

@@ -59,13 +59,3 @@ def first_mix(tokens: int, hc: int) -> torch.Tensor:
     pre = torch.zeros(tokens, hc)
     pre[:, 0] = 1
     return pre
-
-
-def read_streams(kernels: Kernels, streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    """sum_i pre_i * stream_i: `[tokens, hc, hidden]` and `[tokens, hc]` -> `[tokens, hidden]`."""
-    return kernels.weighted_sum(streams, pre)
-
-
-def write_streams(kernels: Kernels, streams: torch.Tensor, y: torch.Tensor, mix: Mix) -> torch.Tensor:
-    """post_j * y + sum_i combine[i, j] * stream_i, `[tokens, hc, hidden]`."""
-    return kernels.mix_streams(streams, y, mix.post, mix.combine)

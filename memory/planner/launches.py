@@ -4,8 +4,7 @@ with."""
 from __future__ import annotations
 
 # Reading, mixing and writing the streams twice: 4; products: 6; norms, rotations and the router: 2;
-# attention: 2;
-# routed experts: 3, one of which leaves what the GPU does not hold for the processor.
+# attention: 2; routed experts: 3, one of which leaves what the GPU does not hold for the processor.
 LAYER = 17
 CHOICE = 2  # scores of entries, and the best of them
 CHUNKS = 1  # the best of each chunk before, of more entries than one program looks at together

@@ -174,13 +174,6 @@ class SlotLayout(Protocol):
         ...
 
 
-def swiglu(
-    kernels: Kernels, x: torch.Tensor, w1: Weight, w3: Weight, w2: Weight, limit: float
-) -> torch.Tensor:
-    """One gated feed-forward of x `[tokens, hidden]`: w2( silu(min(w1 x, limit)) * clamp(w3 x, +-limit) )."""
-    return kernels.linear(kernels.gated(kernels.linear(x, w1), kernels.linear(x, w3), limit), w2)
-
-
 def moe_by_products(kernels: Kernels, call: MoeCall) -> torch.Tensor:
     """`Kernels.moe`, expert by expert, by products with their matrices."""
     x, out = call.x, torch.zeros_like(call.x)

@@ -1,8 +1,7 @@
 """Recorders: what notes a decode step's operations for one device and makes a program of them.
 
 `quant/kernels/cpu/recorder.py` is one for host memory, `quant/kernels/cuda/recorder.py` one for a GPU. Values
-are
-buffers of `[rows, width]` float32, chosen experts and entries int64.
+are buffers of `[rows, width]` float32, chosen experts and entries int64.
 """
 
 from __future__ import annotations
@@ -132,8 +131,8 @@ class StepRecorder(Protocol):
     ) -> tuple[Buffer, Buffer, Buffer]:
         """pre, post `[rows, n]` and combine `[rows, n * n]` of hyper-connections, off the streams.
 
-        fn `[(2 + n) * n, streams]`, times the streams by their root mean square; scale and base `[(2 + n) *
-        n]`.
+        fn `[(2 + n) * n, streams]`, times the streams by their root mean square; scale and base
+        `[(2 + n) * n]`.
         """
         ...
 

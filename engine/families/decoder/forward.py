@@ -32,7 +32,6 @@ from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import KvPlace, Recorder
@@ -98,15 +97,7 @@ class Decoder(Model):
 
     def new_cache(self, slots: int, capacity: int) -> DecoderCache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
-        needed: dict[str, int] = defaultdict(int)
-        for layer, tier in enumerate(self.weights.places.tiers):
-            needed[tier] += self.cache_layout.layer_bytes(layer, slots, capacity)
-        for tier, room in self.weights.places.kv_room.items():
-            if needed[tier] > room:
-                raise BudgetError(
-                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
-                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
-                )
+        self.weights.places.check_kv(slots, capacity, self.cache_layout.layer_bytes)
         cache = DecoderCache(self.cache_layout, slots, capacity)
         recorder = self._recorder()
         if recorder is not None:

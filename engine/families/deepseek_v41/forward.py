@@ -27,7 +27,7 @@ from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError, FormatError
+from quant.errors import FormatError
 from quant.kernels.choice import recorder_of, recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
@@ -109,16 +109,7 @@ class DeepseekV41(Model):
 
     def new_cache(self, slots: int, capacity: int) -> V41Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
-        places = self.weights.places
-        needed: dict[str, int] = defaultdict(int)
-        for layer, tier in enumerate(places.tiers):
-            needed[tier] += self.cache_shape.layer_bytes(layer, slots, capacity)
-        for tier, room in places.kv_room.items():
-            if needed[tier] > room:
-                raise BudgetError(
-                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
-                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
-                )
+        self.weights.places.check_kv(slots, capacity, self.cache_shape.layer_bytes)
         cache = V41Cache(self.cache_shape, slots, capacity)
         recorder = self._recorder()
         if recorder is not None:

@@ -4,8 +4,7 @@ What changes from step to step is one small tensor on the GPU, filled by one cop
 their cache slots and positions. Launches are made for 1, 2, 4, 8 or 16 rows; rows that are not alive are
 computed and stored nowhere. On a CUDA device the launches between two places where a run comes back to its
 caller are captured as a graph, once for each number of rows, and a run starts that; elsewhere they are
-started
-one after the other, which is what a graph does, too.
+started one after the other, which is what a graph does, too.
 """
 
 from __future__ import annotations
