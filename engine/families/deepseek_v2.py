@@ -6,9 +6,9 @@ Their GGUF files are of the architecture `deepseek2`: `engine/families/deepseek_
 
 from __future__ import annotations
 
-from engine.families.decoder.description import Description, Experts, Groups, Layer, Mlp, Router
+from engine.families.decoder.description import Description, Groups, Router
 from engine.families.decoder.family import DecoderFamily
-from engine.families.decoder.hf import describe, keys_of, layer_count
+from engine.families.decoder.hf import describe, keys_of, layers_behind_dense
 from engine.families.decoder.keys import Keys
 from engine.families.decoder.latent import latent_attention
 from engine.families.decoder.names import HF_NAMES
@@ -23,11 +23,7 @@ def describe_deepseek_v2(checkpoint: Checkpoint) -> Description:
     read.only("hidden_act", "silu", None)
     read.only("moe_layer_freq", 1, None)
     attention = latent_attention(read)
-    width = read.count("moe_intermediate_size")
-    shared = read.count_or_none("n_shared_experts")
-    experts = Experts(_router(read), width, "each", shared=Mlp(shared * width) if shared else None)
-    mlp, dense = Mlp(read.count("intermediate_size")), read.count_or_none("first_k_dense_replace") or 0
-    layers = [Layer(attention, mlp if n < dense else experts) for n in range(layer_count(read))]
+    layers = layers_behind_dense(read, attention, _router(read), read.count_or_none("n_shared_experts"))
     return describe(read, checkpoint, layers, HF_NAMES)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from engine.families.decoder import gguf
 from engine.families.decoder.description import Description, Experts, Groups, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily
-from engine.families.decoder.hf import describe, keys_of, layer_count
+from engine.families.decoder.hf import describe, keys_of, layers_behind_dense
 from engine.families.decoder.keys import Keys
 from engine.families.decoder.latent import gguf_latent_attention, latent_attention
 from engine.families.decoder.names import HF_NAMES, draft_layers
@@ -33,17 +33,14 @@ def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
     read.only("hidden_act", "silu", None)
     read.only("moe_layer_freq", 1, None)
     attention = latent_attention(read)
-    width = read.count("moe_intermediate_size")
     shared = read.count_or_none("n_shared_experts")
-    experts = Experts(sigmoid_router(read), width, "each", shared=Mlp(shared * width) if shared else None)
-    mlp, dense = Mlp(read.count("intermediate_size")), read.count_or_none("first_k_dense_replace") or 0
-    layers = layer_count(read)
+    layers = layers_behind_dense(read, attention, sigmoid_router(read), shared)
     return describe(
         read,
         checkpoint,
-        [Layer(attention, mlp if n < dense else experts) for n in range(layers)],
+        layers,
         HF_NAMES,
-        ignored=draft_layers(layers, read.count_or_none("num_nextn_predict_layers") or 0),
+        ignored=draft_layers(len(layers), read.count_or_none("num_nextn_predict_layers") or 0),
     )
 
 

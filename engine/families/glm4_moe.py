@@ -5,9 +5,9 @@ Keys of config.json: https://huggingface.co/zai-org/GLM-4.5-Air and `transformer
 
 from __future__ import annotations
 
-from engine.families.decoder.description import Attention, Description, Experts, Groups, Layer, Mlp, Router
+from engine.families.decoder.description import Attention, Description, Groups, Router
 from engine.families.decoder.family import DecoderFamily
-from engine.families.decoder.hf import describe, head_sizes, keys_of, layer_count, rope_of
+from engine.families.decoder.hf import describe, head_sizes, keys_of, layers_behind_dense, rope_of
 from engine.families.decoder.keys import Keys
 from engine.families.decoder.names import HF_NAMES, draft_layers
 from memory.checkpoint.checkpoint import Checkpoint
@@ -28,17 +28,14 @@ def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
         has_qkv_bias=read.flag("attention_bias"),
         qk_norm="head" if read.flag("use_qk_norm") else "none",
     )
-    width = read.count("moe_intermediate_size")
     shared = read.count("n_shared_experts", 1)
-    experts = Experts(sigmoid_router(read), width, "each", shared=Mlp(shared * width))
-    mlp = Mlp(read.count("intermediate_size"))
-    layers, dense = layer_count(read), read.count_or_none("first_k_dense_replace") or 0
+    layers = layers_behind_dense(read, attention, sigmoid_router(read), shared)
     return describe(
         read,
         checkpoint,
-        [Layer(attention, mlp if n < dense else experts) for n in range(layers)],
+        layers,
         HF_NAMES,
-        ignored=draft_layers(layers, read.count_or_none("num_nextn_predict_layers") or 0),
+        ignored=draft_layers(len(layers), read.count_or_none("num_nextn_predict_layers") or 0),
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.families.decoder.description import Attention, Description, Layer
+from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla, Mlp, Router
 from engine.families.decoder.keys import HARMLESS, Keys
 from engine.families.decoder.rope import LinearScaling, Llama3Scaling, Rope, yarn_attention_factor
 from engine.layers.rope import YarnScaling
@@ -44,6 +44,19 @@ def layer_count(read: Keys) -> int:
         read.problems.append(f"the config says {layers} layers; no model has more than {MOST_LAYERS}")
         return 1
     return layers
+
+
+def layers_behind_dense(
+    read: Keys, attention: Attention | Mla, router: Router, shared: int | None
+) -> list[Layer]:
+    """`first_k_dense_replace` layers with a plain feed-forward part, then those with experts.
+
+    shared  experts' widths that the network beside them has; 0 or None for none
+    """
+    width = read.count("moe_intermediate_size")
+    experts = Experts(router, width, "each", shared=Mlp(shared * width) if shared else None)
+    mlp, dense = Mlp(read.count("intermediate_size")), read.count_or_none("first_k_dense_replace") or 0
+    return [Layer(attention, mlp if n < dense else experts) for n in range(layer_count(read))]
 
 
 def head_sizes(read: Keys) -> tuple[int, int, int]:
