@@ -135,7 +135,6 @@ class Program:
     def __init__(
         self, runner: Runner, recording: Recording, source: Buffer, result: Buffer, max_rows: int
     ) -> None:
-        source.first, result.last = -1, len(recording.noted)
         self._arena = torch.zeros(recording.place(max_rows) + ALIGNMENT, dtype=torch.uint8)
         self._begin = -(-self._arena.data_ptr() // ALIGNMENT) * ALIGNMENT - self._arena.data_ptr()
         self.max_rows = max_rows

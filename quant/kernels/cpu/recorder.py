@@ -6,24 +6,19 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
-from quant.errors import FormatError
 from quant.kernels.cpu.native_layers import Routing
-from quant.kernels.cpu.panels import NativeWeight, native_weight
+from quant.kernels.cpu.notes import Notes
+from quant.kernels.cpu.panels import NativeWeight
 from quant.kernels.cpu.program import (
-    ALIGNMENT,
     DENSE_KINDS,
     Buffer,
     HandOver,
-    Noted,
     Operand,
-    Program,
-    Recording,
-    Runner,
 )
 from quant.kernels.interface import ExpertExtras, Weight
 from quant.kernels.layers import RoutingRule
@@ -71,74 +66,8 @@ class Selector:
     blocks: int
 
 
-@dataclass
-class Recorder:
-    """Notes operations; `finish` makes a program of them. Buffers are `[rows, width]`.
-
-    max_rows  that a step may have
-    layer     of which operations are noted; for descriptions only
-    """
-
-    runner: Runner
-    max_rows: int
-    layer: int | None = None
-    _recording: Recording = field(default_factory=Recording)
-    _kept: list[Buffer] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its programs run."""
-        return torch.device("cpu")
-
-    # ------------------------------------------------------------------------------- beginning and end
-
-    def keep(self, buffer: Buffer) -> None:
-        """Keep a buffer's values until the next run."""
-        self._kept.append(buffer)
-
-    def input(self, width: int, dtype: torch.dtype = torch.float32) -> Buffer:
-        """A buffer that is filled before each run."""
-        buffer = self.buffer(width, dtype)
-        buffer.first = -1
-        return buffer
-
-    def buffer(self, width: int, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Buffer:
-        """A buffer for what the next operation writes, which may be a hand-over."""
-        at = len(self._recording.noted)
-        buffer = Buffer(width, at, at, dtype, rows)
-        self._recording.buffers.append(buffer)
-        return buffer
-
-    def hand_over(
-        self,
-        work: HandOver,
-        reads: Sequence[Buffer],
-        writes: Sequence[Buffer],
-        skip: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """A place where a run comes back to its caller, who does `work` on some buffers.
-
-        Returns a number `[1]` int64, `skip` where given, else a new one that is 0: a run goes on without
-        `work` while it is not 0.
-        """
-        skip = torch.zeros(1, dtype=torch.int64) if skip is None else skip
-        at = len(self._recording.noted)
-        self._recording.hand_overs[at] = work
-        self._note("hand_over", [self._address(skip)], [], [])
-        for buffer in (*reads, *writes):
-            buffer.last = at
-        return skip
-
-    def finish(self, source: Buffer, result: Buffer) -> Program:
-        """The program of what was noted, from `source`, filled before each run, to `result`."""
-        for buffer in self._kept:
-            buffer.last = len(self._recording.noted)
-        return Program(self.runner, self._recording, source, result, self.max_rows)
-
-    def nbytes(self, source: Buffer, result: Buffer) -> int:
-        """Bytes that this program would hold."""
-        source.first, result.last = -1, len(self._recording.noted)
-        return self._recording.place(self.max_rows) + ALIGNMENT
+class Recorder(Notes):
+    """Notes operations; `finish` makes a program of them."""
 
     # -------------------------------------------------------------------------------------- any model
 
@@ -448,21 +377,6 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------
 
-    def _note(
-        self,
-        kind: str,
-        inputs: Sequence[Operand],
-        outputs: Sequence[Operand],
-        sizes: Sequence[int],
-        factor: float = 0.0,
-        nbytes: int = 0,
-    ) -> None:
-        noted = self._recording.noted
-        for place in (*inputs, *outputs):
-            if isinstance(place, Buffer):
-                place.last = len(noted)
-        noted.append(Noted(kind, list(inputs), list(outputs), list(sizes), factor, nbytes, self.layer))
-
     def _linear(self, x: Buffer, members: Sequence[tuple[NativeWeight | torch.Tensor, Buffer]]) -> None:
         """Packed matrices of one format, multiplied with the same x together."""
         weights = [weight for weight, _ in members if isinstance(weight, NativeWeight)]
@@ -485,23 +399,6 @@ class Recorder:
     def _prepared(self, weight: Weight) -> NativeWeight | torch.Tensor:
         return weight.contiguous() if isinstance(weight, torch.Tensor) else self._native(weight)
 
-    def _native(self, weight: Weight) -> NativeWeight:
-        if isinstance(weight, torch.Tensor):
-            raise FormatError("plain weights have no panels")
-        native = native_weight(weight)
-        if native is None:
-            raise FormatError(f"{weight.format.name}: no kernel multiplies with it")
-        return native
-
     def _group(self, weight: NativeWeight | torch.Tensor) -> str | None:
         """What weights must share to be multiplied together; None where each is alone."""
         return None if isinstance(weight, torch.Tensor) else weight.format.name
-
-    def _weight(self, weight: torch.Tensor) -> int:
-        """Where a weight's values lie, one behind the other."""
-        return self._address(weight.contiguous())
-
-    def _address(self, tensor: torch.Tensor) -> int:
-        """Where a tensor lies, which is kept; a view of a cache may have larger steps between slots."""
-        self._recording.held.append(tensor)
-        return tensor.data_ptr()
