@@ -18,6 +18,7 @@ from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWei
 from engine.layers.hyper_connections import HyperConnection
 from engine.layers.operations import BasicOperations, Value
 from engine.layers.rope import inverse_frequencies
+from quant.kernels.cpu.row_notes import Ngrams
 from quant.kernels.interface import Kernels, Weight
 
 
@@ -35,11 +36,15 @@ class StreamMix(Generic[Value]):
 
 @dataclass(frozen=True)
 class V41Parts:
-    """What operations need of a loaded model."""
+    """What operations need of a loaded model.
+
+    ngrams  how native code finds Engram rows; None where there are none, or not all in DRAM
+    """
 
     config: V41Config
     weights: V41Weights
     kernels: Kernels
+    ngrams: Ngrams | None
 
     @cached_property
     def plain_frequencies(self) -> torch.Tensor:
