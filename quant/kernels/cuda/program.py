@@ -26,7 +26,6 @@ from quant.kernels.cuda.schedule import give_lives, scheduled
 logger = logging.getLogger("loci.kernels")
 
 
-
 class GpuProgram:
     """A recorded step on one GPU. Used by one thread at a time.
 
@@ -114,8 +113,12 @@ class GpuProgram:
             launches = [] if op.kind == "await" else self._places.launches(group, rows)
             self._counts[op.layer] += len(launches)
             steps: list[Launch | Word] = [*launches]
-            mailed = next((op for op in group if op.is_mailed or op.kind == "await"), None)
-            word = mailed and Word(mailed.ins["box"], mailed.ins["number"], mailed.kind == "await")
+            words = [
+                Word(op.ins["box"], op.ins["number"], is_wait=op.kind == "await")
+                for op in group
+                if op.is_mailed or op.kind == "await"
+            ]
+            word = words[0] if words else None
             if word is not None and has_stream_words(self.device):
                 steps.append(word)
             if steps and not (parts and isinstance(parts[-1], Segment)):

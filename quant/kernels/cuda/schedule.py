@@ -1,8 +1,9 @@
 """The order in which a recorded step's operations are launched: what is ready at the same time goes together.
 
 Operations are ordered by what they read and write, not by when they were noted. Of those that are ready, the
-one with the longest way to the step's end goes next, and takes along whatever its kernel can do beside it. But
-products that can wait do not delay those that a mailbox waits for: whoever answers works at the same time.
+one with the longest way to the step's end goes next, and takes along whatever its kernel can do beside it.
+But products that can wait do not delay those that a mailbox waits for: whoever answers works at the same
+time.
 """
 
 from __future__ import annotations
