@@ -161,7 +161,7 @@ class Program:
         self._positions = (ctypes.c_int64 * max_rows)()
         self._tokens = (ctypes.c_int64 * max_rows)()
         self._input = _StepInput(0, *map(ctypes.addressof, (self._slots, self._positions, self._tokens)))
-        self._results = [self.result[:rows] for rows in range(max_rows + 1)]
+        self._results: list[torch.Tensor] = [self.result[:rows] for rows in range(max_rows + 1)]
 
     def rows(self, buffer: Buffer) -> torch.Tensor:
         """A buffer's rows, `[rows, width]`: valid while it lives."""
@@ -175,7 +175,7 @@ class Program:
         not be valid any longer than until the next run."""
         whole = self._results[self._input.rows]
         if rows is not None and len(rows) < len(whole):
-            return self.result[rows]
+            whole, shared = self.result[rows], True
         return whole if shared else whole.clone()
 
     def run(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int] = ()) -> None:
