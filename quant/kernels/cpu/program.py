@@ -161,7 +161,7 @@ class Program:
         self._positions = (ctypes.c_int64 * max_rows)()
         self._tokens = (ctypes.c_int64 * max_rows)()
         self._input = _StepInput(0, *map(ctypes.addressof, (self._slots, self._positions, self._tokens)))
-        self._results: list[torch.Tensor] = [self.result[:rows] for rows in range(max_rows + 1)]
+        self._results = [self.result[:rows] for rows in range(max_rows + 1)]
 
     def rows(self, buffer: Buffer) -> torch.Tensor:
         """A buffer's rows, `[rows, width]`: valid while it lives."""
@@ -173,9 +173,9 @@ class Program:
     def logits(self, rows: torch.Tensor | None, *, shared: bool = False) -> torch.Tensor:
         """Results of the last run, rows `[n]` int64 ascending or all of them: `[n, width]`. Shared, they need
         not be valid any longer than until the next run."""
-        whole = self._results[self._input.rows]
+        whole: torch.Tensor = self._results[self._input.rows]
         if rows is not None and len(rows) < len(whole):
-            whole, shared = self.result[rows], True
+            return self.result[rows]
         return whole if shared else whole.clone()
 
     def run(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int] = ()) -> None:
