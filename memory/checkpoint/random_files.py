@@ -176,7 +176,9 @@ def _write_shard(shard: Mapping[str, RandomTensor], file: Path, seed: int, worke
         stream.write(header)
         yield len(header)
         fillings = [
-            Filling(tensor.name, tensor.offset, tensor.nbytes, partial(_piece, tensor.dtype, shard[name].fill))
+            Filling(
+                tensor.name, tensor.offset, tensor.nbytes, partial(_piece, tensor.dtype, shard[name].fill)
+            )
             for name, tensor in placed.items()
         ]
         yield from fill(stream, fillings, seed, workers)

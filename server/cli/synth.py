@@ -22,8 +22,8 @@ def synth(
     shape: Annotated[
         str,
         typer.Argument(
-            help="deepseek-v4.1-flash; or as GGUF: qwen3-30b-a3b, qwen3-235b-a22b, gpt-oss-20b, gpt-oss-120b. "
-            "v41-tiny, qwen3-moe-tiny and gpt-oss-tiny are for tests.",
+            help="deepseek-v4.1-flash; as GGUF qwen3-30b-a3b, qwen3-235b-a22b, gpt-oss-20b, gpt-oss-120b; "
+            "v41-tiny, qwen3-moe-tiny, gpt-oss-tiny for tests.",
             show_default=False,
         ),
     ],
