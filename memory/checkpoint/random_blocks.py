@@ -13,7 +13,7 @@ import numpy as np
 from memory.checkpoint.random_files import Filling
 from quant.formats.gguf import FORMATS
 
-BF16_EXPONENT = 127  # of 1, as ue8m0 has it
+_EXPONENT_OF_1 = 127  # in ue8m0
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RandomValues:
         blocks = blocks.reshape(-1, FORMATS[self.dtype].block_bytes)
         if self.dtype == "MXFP4":
             exponent = int(np.floor(np.log2(self.std / _E2M1_RMS)))
-            blocks[:, 0] = BF16_EXPONENT + exponent + (blocks[:, 0] & 1)
+            blocks[:, 0] = _EXPONENT_OF_1 + exponent + (blocks[:, 0] & 1)
             return blocks.reshape(-1)
         halves = _HALVES[self.dtype]
         scales = random.uniform(_LEAST, _MOST, len(blocks)) * self.std / halves.spread

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 
 from memory.checkpoint.random_blocks import RandomValues
 from memory.checkpoint.random_files import OnProgress, fill, written_at_once
@@ -62,7 +63,7 @@ def _write_header(plan: RandomGguf, file: Path) -> int:
     for name, (shape, values) in plan.tensors.items():
         kind = gguf.GGMLQuantizationType[values.dtype]
         nbytes = values.nbytes(math.prod(shape))
-        writer.add_tensor_info(name, shape, gguf.np.dtype("float32"), nbytes, raw_dtype=kind)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

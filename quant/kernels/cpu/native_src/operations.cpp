@@ -370,7 +370,8 @@ bool moe(const Team& team, const Moe& call, const float* x, float* out) {
     const int64_t y_panels = divide_up(hidden, kPanelRows);
     constexpr int64_t kProducts = 1024 * 1024, kColumns = 512;  // floats
     for (int64_t first = 0, last = 0; first < call.used; first = last) {
-        for (++last; last < call.used && (apart || (pairs.end(last) - pairs.begin(first)) * hidden <= kProducts);) ++last;
+        for (++last; last < call.used && (apart || (pairs.end(last) - pairs.begin(first)) * hidden <= kProducts);)
+            ++last;
         const int64_t begin = pairs.begin(first), count = pairs.begin(last) - begin;
         const int64_t bytes = count * hidden * static_cast<int64_t>(sizeof(float));
         float* products = apart ? out : reinterpret_cast<float*>(caller_y.get(bytes));
