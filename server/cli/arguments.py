@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -111,6 +112,23 @@ JsonFile = Annotated[
     ),
 ]
 
+
+class FourBits(StrEnum):
+    """Values of --experts, where experts are encoded while loading."""
+
+    MXFP4 = "mxfp4"
+    NF4 = "nf4"
+    INT4 = "int4"
+
+
+ExpertsFormat = Annotated[
+    FourBits | None,
+    typer.Option(
+        "--experts",
+        help="Format for routed experts that are stored in BF16, F16, F32 or FP8. Default: as stored.",
+        show_default=False,
+    ),
+]
 Devices = Annotated[
     str | None, typer.Option(help="GPUs for the weights, e.g. cuda:22GiB. Default: none.", show_default=False)
 ]
