@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -113,16 +112,8 @@ JsonFile = Annotated[
 ]
 
 
-class FourBits(StrEnum):
-    """Values of --experts, where experts are encoded while loading."""
-
-    MXFP4 = "mxfp4"
-    NF4 = "nf4"
-    INT4 = "int4"
-
-
 ExpertsFormat = Annotated[
-    FourBits | None,
+    Literal["mxfp4", "nf4", "int4"] | None,
     typer.Option(
         "--experts",
         help="Format for routed experts that are stored in BF16, F16, F32 or FP8. Default: as stored.",
