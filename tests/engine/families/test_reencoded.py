@@ -20,7 +20,6 @@ from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from engine.families.shapes import shape_of
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.convert import experts as convert_experts
 from memory.convert.units import read_bytes
 from memory.planner.budget import MemoryBudget
 from quant.convert import convert_rows
@@ -164,7 +163,7 @@ def test_room_in_memory_and_on_disk_is_looked_at_first(cache: Path, monkeypatch:
         family.load(checkpoint, choose(), MemoryBudget(1000))
     assert not cache.exists()
     usage = shutil.disk_usage(Path.cwd())._replace(free=1000)
-    monkeypatch.setattr(convert_experts.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr("memory.convert.experts.shutil.disk_usage", lambda _: usage)
     with pytest.raises(
         BudgetError, match=r"experts as nf4 need .* GB there, but only 0\.0 GB is free; .*XDG_CACHE_HOME"
     ):

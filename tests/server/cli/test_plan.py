@@ -188,6 +188,7 @@ def test_experts_are_planned_in_the_format_that_they_will_be_encoded_to() -> Non
     ("arguments", "complaint"),
     [
         (("gpt-oss-20b", "--experts", "nf4"), "routed experts are mxfp4 already"),
+        (("kimi-k2-thinking", "--experts", "int4"), "routed experts are int4_32 already"),
         ((FLASH, "--experts", "nf4"), "is planned as released only"),
         (("smollm2", "--experts", "mxfp4"), "has no routed experts"),
     ],
