@@ -28,9 +28,11 @@ def describe_glm_moe_dsa(checkpoint: Checkpoint) -> Description:
 
 
 def _shared_layers(read: Keys) -> tuple[bool, ...]:
-    """Which layers share an indexer's choice: as `indexer_types` says, else `index_topk_pattern`. Without them,
-    every `index_topk_freq`-th layer from `index_skip_topk_offset` - 1 on has an indexer, and so have those
-    before it."""
+    """Which layers share an indexer's choice: as `indexer_types` says, else `index_topk_pattern`.
+
+    Without them, every `index_topk_freq`-th layer from `index_skip_topk_offset` - 1 on has an indexer, and so
+    have those before it.
+    """
     layers = layer_count(read)
     types, pattern = read.raw("indexer_types"), read.raw("index_topk_pattern")
     every, first = read.count("index_topk_freq", 1), read.raw("index_skip_topk_offset")

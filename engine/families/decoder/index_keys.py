@@ -1,4 +1,4 @@
-"""Index keys: what indexers choose tokens by, a row for every token; appended, and kept beside the latents."""
+"""Index keys: what indexers choose tokens by. A row for every token, appended, beside the latents."""
 
 from __future__ import annotations
 

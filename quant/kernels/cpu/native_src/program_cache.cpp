@@ -31,8 +31,8 @@ void run_append(const Team& team, const Operation& op, const StepInput& step) {
 }
 
 // queries [rows][heads][dim] over what their slots hold in a layer's cache of keys and values: all, or the last rows
-// of a window, or those chosen [rows][choices] where all heads share keys that begin with the values; with sinks [heads]
-// or none
+// of a window, or those chosen [rows][choices] where all heads share keys that begin with the values; with sinks
+// [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2], value_dim = op.sizes[6];
     const int64_t choices = op.sizes[7];
