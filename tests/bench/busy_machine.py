@@ -123,8 +123,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{os.cpu_count()} cores; medians of {wanted.rounds}; seconds")
     print("busy processes  first text   whole  of processors  share  whole / fair")
     alone_s = statistics.median(t.processor_s for t in times[min(counts)])
-    for count, found in times.items():
-        rows = [(t.first_s, t.total_s, t.processor_s, t.share, t.total_s * t.share / alone_s) for t in found]
+    for count, all_times in times.items():
+        rows = [
+            (t.first_s, t.total_s, t.processor_s, t.share, t.total_s * t.share / alone_s) for t in all_times
+        ]
         first, total, used, share, ratio = map(statistics.median, zip(*rows, strict=True))
         print(f"{count:14}  {first:10.2f}  {total:6.2f}  {used:13.2f}  {share:5.2f}  {ratio:12.2f}")
 
