@@ -16,6 +16,7 @@ from engine.grammar.constraint import Constraint
 from engine.output import TokenLogprob
 from engine.sampling.draw import draw_tokens
 from engine.sampling.params import SamplingParams
+from quant.kernels.cpu.draws import NativeDraws, native_draws
 
 SEED_MASK = (1 << 63) - 1
 
@@ -100,6 +101,10 @@ class Sampler:
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprob]:
     """Log probabilities of `tokens` `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
+    native = native_draws()
+    if native is not None and logits.dtype == torch.float32 and logits.is_contiguous():
+        ids = tokens.tolist()
+        return [_logprob(native, row, token, top) for row, token in zip(logits, ids, strict=True)]
     logprobs = logits.float().log_softmax(-1)
     chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
     ids = tokens.tolist()
@@ -111,6 +116,14 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list
         TokenLogprob(i, value, tuple(zip(top_ids, top_values, strict=True)))
         for i, value, (top_ids, top_values) in zip(ids, chosen, pairs, strict=True)
     ]
+
+
+def _logprob(native: NativeDraws, logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
+    """The same for one token under logits `[vocab]`."""
+    total, best = native.best(logits, min(top, len(logits)))
+    chosen, *values = logits[[token, *best]].tolist()
+    pairs = zip(best, (value - total for value in values), strict=True)
+    return TokenLogprob(token, chosen - total, tuple(pairs))
 
 
 def _bias_vector(params: SamplingParams, vocab_size: int) -> torch.Tensor | None:
