@@ -7,7 +7,7 @@ model's own distribution, before any of these.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from random import Random
 
 import torch
@@ -99,22 +99,17 @@ class Sampler:
         return logits if self._constraint is None else self._constraint.mask(logits)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprob]:
-    """Log probabilities of `tokens` `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log probabilities of tokens `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
     native = native_draws()
     if native is not None and logits.dtype == torch.float32 and logits.is_contiguous():
-        ids = tokens.tolist()
-        return [_logprob(native, row, token, top) for row, token in zip(logits, ids, strict=True)]
+        return [_logprob(native, row, token, top) for row, token in zip(logits, tokens, strict=True)]
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-    ids = tokens.tolist()
-    if top == 0:
-        return [TokenLogprob(i, value) for i, value in zip(ids, chosen, strict=True)]
     best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    found = zip(logprobs, tokens, best.indices.tolist(), best.values.tolist(), strict=True)
     return [
-        TokenLogprob(i, value, tuple(zip(top_ids, top_values, strict=True)))
-        for i, value, (top_ids, top_values) in zip(ids, chosen, pairs, strict=True)
+        TokenLogprob(token, float(row[token]), tuple(zip(ids, values, strict=True)))
+        for row, token, ids, values in found
     ]
 
 

@@ -34,7 +34,7 @@ class NativeDraws:
         self._level = library.LEVELS.index(library.available_levels()[-1])
 
     def tokens(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-        """A token for each row of logits `[rows, vocab]` float32, contiguous; -1 where they are not numbers."""
+        """A token for each row of logits `[rows, vocab]` float32, contiguous; -1 where there is a NaN."""
         count = len(draws)
         found = (ctypes.c_int64 * count)()
         self._library.loci_draw(
