@@ -97,26 +97,29 @@ class DeepseekV4(Model):
     def _record(self, recorder: Recorder, cache: GroupedCache) -> V4Recorded:
         """A program that decodes with `cache`."""
         ops = V4Recorded(self.parts, recorder, cache)
-        source = recorder.input(self.config.hidden_size)
+        source = ops.begin()
         ops.finish(source, self._logits(ops, self._layers(ops, source)))
         return ops
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, V4Cache)
         for segment in batch.segments:
             cache.admit(segment)
-        embedded = self.weights.embed[batch.token_ids].float()  # [tokens, hidden]
         if trace is None and cache.decoder is not None and batch.is_decode(MAX_ROWS):
-            logits = cache.decoder.run(batch, embedded)
+            logits = cache.decoder.run(batch)
         else:
-            with V4Eager(self.parts, batch, cache, trace or NO_TRACE) as ops:
-                streams = self._layers(ops, embedded)
-                wanted = batch.logit_rows.to(streams.device)
-                logits = self._logits(ops, streams[wanted]).float().cpu()
+            logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
             cache.advance(segment)
         return logits
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch, cache: V4Cache, trace: Trace) -> torch.Tensor:
+        """The logits of any batch, operation by operation."""
+        embedded = self.weights.embed[batch.token_ids].float()  # [tokens, hidden]
+        with V4Eager(self.parts, batch, cache, trace) as ops:
+            streams = self._layers(ops, embedded)
+            return self._logits(ops, streams[batch.logit_rows.to(streams.device)]).float().cpu()
 
     def _layers(self, ops: V4Operations[Value], embedded: Value) -> Value:
         """All layers: the streams, `[rows, hc * hidden]`."""

@@ -31,21 +31,28 @@ class V4Recorded(StreamNotes):
         super().__init__(recorder, parts.frequencies)
         self._config = parts.config
         self._cache = cache
+        self._embed = parts.weights.embed
         self._experts = RecordedExperts(recorder, parts.weights.experts, parts.config.swiglu_limit)
-        self._by_token: dict[int, tuple[torch.Tensor, Buffer]] = {}  # tables, and what a step takes of them
+        self._by_token: dict[int, Buffer] = {}  # experts, by layer
         self._selected: Buffer | None = None  # in the layer that is being noted
         self.program: Program | None = None
 
-    def run(self, batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
-        """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Logits of `batch.logit_rows`, `[n, vocab_size]`."""
         assert self.program is not None
-        rows = len(embedded)
-        self.program.source[:rows] = embedded
-        for table, ids in self._by_token.values():
-            self.program.rows(ids)[:rows] = table[batch.token_ids]
+        segments, rows = batch.segments, len(batch.ids)
+        if not isinstance(self._embed, torch.Tensor):  # its rows are read from disk
+            self.program.source[:rows] = self._embed[batch.token_ids].float()
         with self._experts.running(self.program, rows):
-            self.program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return self.program.logits(batch.logit_rows)
+            self.program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
+        wanted = None if batch.wanted is None else batch.logit_rows
+        return self.program.logits(wanted, shared=self._cache.shares_logits)
+
+    def begin(self) -> Buffer:
+        """The embedded tokens, `[rows, hidden]`."""
+        if isinstance(self._embed, torch.Tensor):
+            return self._recorder.embed(self._embed)
+        return self._recorder.input(self._config.hidden_size)
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""
@@ -96,8 +103,8 @@ class V4Recorded(StreamNotes):
 
     def by_token(self, number: int, table: torch.Tensor) -> Buffer:
         if number not in self._by_token:
-            self._by_token[number] = table, self._recorder.input(table.shape[1], torch.int64)
-        return self._by_token[number][1]
+            self._by_token[number] = self._recorder.by_token(table)
+        return self._by_token[number]
 
     def weigh(self, logits: Buffer, ids: Buffer, rule: RoutingRule) -> Buffer:
         return self._recorder.weigh(logits, ids, rule)

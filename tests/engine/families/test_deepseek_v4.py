@@ -14,6 +14,7 @@ from engine.families.base import Batch, Trace
 from engine.families.deepseek_v4.family import FAMILY
 from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.loader import open_checkpoint
+from engine.families.shapes import shape_of
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload
 from quant.kernels.choice import choose
@@ -30,7 +31,7 @@ from tests.engine.families.golden_families import (
     greedy_ids,
     logits_in_chunks,
 )
-from tests.engine.families.test_decoder_tiers import budget
+from tests.engine.families.test_decoder_tiers import budget, budget_of
 
 LEVELS = library.available_levels() if library.library_path() is not None else ()
 
@@ -195,7 +196,9 @@ def test_logits_are_the_same_bits_in_dram_on_disk_and_on_two_virtual_gpus(golden
         in_dram = answer(model)
     assert_close(in_dram, golden.logits()[: cuts[-1]])
     tiers: set[str] = set()
-    on_gpus = budget(golden, 6, 5, 6, with_layers=True, workload=Workload(context=280))
+    on_gpus = budget_of(
+        shape_of(open_checkpoint(golden.path)), 6, 5, 6, with_layers=True, workload=Workload(context=280)
+    )
     for limits in (budget(golden, 6), budget(golden, 6, 4, 5), on_gpus):
         with loaded(golden, choose(), limits) as model:
             found = answer(model)
