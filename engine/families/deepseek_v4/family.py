@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.deepseek_v4.config import V4Config, parse_config
 from engine.families.deepseek_v4.forward import DeepseekV4
-from engine.families.deepseek_v4.shape import checkpoint_shape
+from engine.families.deepseek_v4.shape import checkpoint_shape, config_shape
 from engine.families.deepseek_v4.tensors import IGNORED, expected_tensors
 from engine.families.deepseek_v4.weights import read_weights
 from engine.families.streams.stored import components
@@ -38,6 +38,9 @@ class DeepseekV4Family(Family):
     def shape(self, checkpoint: Checkpoint) -> ModelShape:
         """The checkpoint's shape for the planner."""
         return checkpoint_shape(parse_config(checkpoint), checkpoint, checkpoint.name)
+
+    def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
+        return config_shape(parse_config(checkpoint), checkpoint)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV4:
         self.check(checkpoint)

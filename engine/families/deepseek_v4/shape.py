@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine.cache.grouped import GroupedShape
-from engine.families.deepseek_v4.config import V4Config, parse_config
+from engine.families.deepseek_v4.config import V4Config
 from engine.families.deepseek_v4.tensors import IGNORED, expected_tensors
 from engine.families.parts import Parts
 from engine.families.places import HOST
@@ -27,19 +24,14 @@ def checkpoint_shape(c: V4Config, checkpoint: Checkpoint, name: str) -> ModelSha
     return _shape(c, Parts(checkpoint, IGNORED), name, c.n_routed_experts)
 
 
-def config_shape(config: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape of the model of this config.json, its tensors as released.
-
-    Raises ConfigError for a config that the family cannot run.
-    """
-    path = Path(name)
-    alone = Checkpoint(path, "deepseek_v4", config, {}, [])
-    c = parse_config(alone)
+def config_shape(c: V4Config, alone: Checkpoint) -> ModelShape:
+    """The shape of the model of a config, that of a checkpoint without tensors: these are as released."""
     entries = {}
-    for tensor, spec in expected_tensors(c, alone, experts=1).items():
+    for name, spec in expected_tensors(c, alone, experts=1).items():
         nbytes = math.prod(spec.shape) * BYTES[spec.dtypes[0]]
-        entries[tensor] = TensorEntry(tensor, spec.dtypes[0], spec.shape, path, 0, nbytes)
-    return _shape(c, Parts(Checkpoint(path, "deepseek_v4", config, entries, []), IGNORED), name, 1)
+        entries[name] = TensorEntry(name, spec.dtypes[0], spec.shape, alone.path, 0, nbytes)
+    whole = Checkpoint(alone.path, alone.model_type, alone.config, entries, [])
+    return _shape(c, Parts(whole, IGNORED), str(alone.path), 1)
 
 
 def cache_shape(c: V4Config, devices: tuple[torch.device, ...]) -> GroupedShape:

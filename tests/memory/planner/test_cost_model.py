@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
 from memory.planner.cost_model import CPU, DISK, DRAM, LATENCY, LINK, VRAM, CostModel, Efficiency, StepCost
 from memory.planner.placement import Workload, plan
@@ -17,7 +18,7 @@ from memory.planner.routing import SKEWED, UNIFORM, Routing
 from memory.planner.shape import ModelShape, Weights
 from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes, workloads
 
-FLASH = built_in("deepseek-v4-flash")
+FLASH = released_shape("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
 IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0, 0.0)
 BLIND = replace(Efficiency(), guessed_share=0.0)
