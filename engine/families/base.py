@@ -18,7 +18,7 @@ import torch
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError
+from quant.errors import BudgetError, ConfigError
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 
@@ -225,6 +225,16 @@ class Family(ABC):
 
         Raises CheckpointError listing everything that is wrong.
         """
+
+    def reencoded(self, checkpoint: Checkpoint, experts: str) -> Checkpoint:
+        """The checkpoint with its routed experts in another format, `mxfp4`, `nf4` or `int4`.
+
+        Raises ConfigError where that makes no sense, or where this family cannot do it.
+        """
+        raise ConfigError(
+            f"--experts {experts}: experts of the {self.name} family are not encoded while loading; "
+            "`loci quantize` converts the checkpoint, or leave --experts out"
+        )
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
