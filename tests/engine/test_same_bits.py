@@ -32,8 +32,12 @@ pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the comp
 
 LENGTH = 60  # of the prompts
 SLOTS = 4
-FAMILIES = ("deepseek_v2", "deepseek_v3")  # of latent attention, with and without a latent of queries
-NAMES = ("v41-a", "v41-c", "llama f32", "llama q8_0", *FAMILIES)
+LATENT = ("deepseek_v2", "deepseek_v3")  # attention, with and without a latent of queries
+FAMILIES = (*LATENT, "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "qwen3_moe")
+NAMES = (
+    *("v41-a", "v41-c", "llama f32", "llama q8_0", *LATENT),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in LATENT),
+)
 
 
 @contextmanager
