@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the comp
 
 LENGTH = 60  # of the prompts
 SLOTS = 4
-LATENT = ("deepseek_v2", "deepseek_v3")  # attention, with and without a latent of queries
+# Of latent attention: with and without a latent of queries, and over chosen tokens.
+LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 FAMILIES = (*LATENT, "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "qwen3_moe")
 NAMES = (
     *("v41-a", "v41-c", "llama f32", "llama q8_0", *LATENT),
