@@ -6,7 +6,7 @@ recorded) or buffers of a program (`Recorded`: decoding). Both run the same kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -14,9 +14,9 @@ import torch
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.cpu.recorder import KvPlace, Recorder, StatePlace
 from quant.kernels.interface import Kernels, Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
@@ -24,6 +24,10 @@ Value = TypeVar("Value")
 # Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values
 # are columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+
+
+# Where the states of a layer lie that has these instead of keys and values.
+States = Callable[[int], StatePlace]
 
 
 class BasicOperations(Protocol[Value]):
@@ -89,6 +93,18 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         """
         ...
 
+    def convolve(self, layer: int, x: Value, weights: torch.Tensor) -> Value:
+        """x after the layer's earlier rows, convolved: see `LayerOperations.convolve`."""
+        ...
+
+    def delta_rule(self, layer: int, x: Value, a: Value, b: Value, rule: DeltaRule) -> Value:
+        """The layer's state, changed and asked token by token: see `LayerOperations.delta_rule`."""
+        ...
+
+    def gate(self, x: Value, gates: Value) -> Value:
+        """Each of x's parts, of which there are as many as gates, times the sigmoid of its gate."""
+        ...
+
     def part(self, x: Value, parts: int, first: int, width: int) -> Value:
         """Columns first .. first + width of each of x's parts (heads, say), side by side."""
         ...
@@ -141,12 +157,18 @@ class Eager(EagerBasics):
     """`Operations` on tensors, computed at once, for the tokens of some segments."""
 
     def __init__(
-        self, kernels: Kernels, segments: Sequence[Segment], rotation: Rotation, extend: Extend
+        self,
+        kernels: Kernels,
+        segments: Sequence[Segment],
+        rotation: Rotation,
+        extend: Extend,
+        states: States,
     ) -> None:
         super().__init__(kernels)
         self._segments = segments
         self._rotations = {rotation.turns.device: rotation}
         self._extend = extend
+        self._states = states
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._kernels.rms_norm(x.view(len(x), -1, len(weight)), weight, eps).view(x.shape)
@@ -172,14 +194,31 @@ class Eager(EagerBasics):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         outs = []
-        stop = 0
-        for segment in self._segments:
-            start, stop = stop, stop + segment.length
-            of_values = None if v is None else v[start:stop]
-            keys, values = self._extend(layer, segment, k[start:stop], of_values)
-            queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
+        for segment, (of_q, of_k, *of_v) in self._by_segment(q, k, *(() if v is None else (v,))):
+            keys, values = self._extend(layer, segment, of_k, of_v[0] if of_v else None)
+            queries = of_q.view(segment.length, -1, keys.shape[-1])
             outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def convolve(self, layer: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for segment, (rows,) in self._by_segment(x):
+            tail = self._states(layer).tails[segment.slot]
+            outs.append(self._kernels.convolve(rows, weights, tail, segment.start))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def delta_rule(
+        self, layer: int, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rule: DeltaRule
+    ) -> torch.Tensor:
+        outs = []
+        for segment, (rows, of_a, of_b) in self._by_segment(x, a, b):
+            state = self._states(layer).states[segment.slot]
+            outs.append(self._kernels.delta_rule(rows, of_a, of_b, rule, state, is_first=segment.start == 0))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def gate(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        shares = self._kernels.sigmoid(gates).unsqueeze(-1)
+        return (x.view(*gates.shape, -1) * shares).flatten(1)
 
     def part(self, x: torch.Tensor, parts: int, first: int, width: int) -> torch.Tensor:
         return x.view(len(x), parts, -1)[..., first : first + width].reshape(len(x), -1)
@@ -189,6 +228,12 @@ class Eager(EagerBasics):
 
     def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._kernels.batched_linear(x.view(len(x), len(weights), -1), weights).flatten(1)
+
+    def _by_segment(self, *values: torch.Tensor) -> Iterator[tuple[Segment, list[torch.Tensor]]]:
+        stop = 0
+        for segment in self._segments:
+            start, stop = stop, stop + segment.length
+            yield segment, [value[start:stop] for value in values]
 
     def at_layer(self, number: int | None) -> None:
         """Nothing is kept by layer."""
@@ -226,13 +271,17 @@ class Recorded(RecordedBasics):
     """`Operations` noted by a recorder.
 
     frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
-    places       where each layer's keys and values lie
+    places       where each layer's keys and values, or its states, lie
     """
 
     _recorder: Recorder
 
     def __init__(
-        self, recorder: Recorder, frequencies: torch.Tensor, factor: float, places: Sequence[KvPlace]
+        self,
+        recorder: Recorder,
+        frequencies: torch.Tensor,
+        factor: float,
+        places: Sequence[KvPlace | StatePlace],
     ) -> None:
         super().__init__(recorder)
         turns = recorder.turns(frequencies)
@@ -261,8 +310,18 @@ class Recorded(RecordedBasics):
         sinks: torch.Tensor | None = None,
     ) -> Buffer:
         place = self._places[layer]
+        assert isinstance(place, KvPlace)
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place, window, sinks)
+
+    def convolve(self, layer: int, x: Buffer, weights: torch.Tensor) -> Buffer:
+        return self._recorder.convolve(x, weights, self._state(layer))
+
+    def delta_rule(self, layer: int, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule) -> Buffer:
+        return self._recorder.delta_rule(x, a, b, rule, self._state(layer))
+
+    def gate(self, x: Buffer, gates: Buffer) -> Buffer:
+        return self._recorder.gate(x, gates)
 
     def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
         return self._recorder.part(x, parts, first, width)
@@ -272,6 +331,11 @@ class Recorded(RecordedBasics):
 
     def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
         return self._recorder.batched_linear(x, weights)
+
+    def _state(self, layer: int) -> StatePlace:
+        place = self._places[layer]
+        assert isinstance(place, StatePlace)
+        return place
 
     def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla, Mlp, Router
@@ -70,12 +70,17 @@ def head_sizes(read: Keys) -> tuple[int, int, int]:
 
 
 def rope_of(
-    read: Keys, dims: int, *, pairs: Literal["half", "adjacent"] = "half", is_partial: bool = False
+    read: Keys,
+    dims: int,
+    *,
+    pairs: Literal["half", "adjacent"] = "half",
+    is_partial: bool = False,
+    unused: Set[str] = frozenset(),
 ) -> Rope:
     """Rotary embeddings of heads of `dims` channels, as `transformers` reads them.
 
     Of `rope_scaling`, or of `rope_parameters` as newer configs call it. is_partial: the family turns only a
-    part of the channels where `partial_rotary_factor` says so.
+    part of the channels where `partial_rotary_factor` says so. unused: further keys that change nothing.
     """
     given = _rope_object(read)
     inner = read.inner("rope_scaling", given)
@@ -86,9 +91,9 @@ def rope_of(
             f"{', '.join(ROPE_KEYS)}"
         )
         kind = "default"
-    elif unused := sorted(given.keys() - ROPE_KEYS[kind] - ROPE_COMMON):
+    elif unknown := sorted(given.keys() - ROPE_KEYS[kind] - ROPE_COMMON - unused):
         read.problems.append(
-            f"rope_scaling has {', '.join(unused)}, which rope scaling {kind!r} does not use"
+            f"rope_scaling has {', '.join(unknown)}, which rope scaling {kind!r} does not use"
         )
     for keys in (inner, read):
         if not is_partial:
@@ -158,6 +163,7 @@ def describe(
     embedding_factor: float = 1.0,
     residual_factor: float = 1.0,
     logits_factor: float = 1.0,
+    norm_offset: float = 0.0,
 ) -> Description:
     """The description with these layers, and the rest as config.json says.
 
@@ -180,6 +186,7 @@ def describe(
         embedding_factor=embedding_factor,
         residual_factor=residual_factor,
         logits_factor=logits_factor,
+        norm_offset=norm_offset,
         is_tied=is_tied,
         bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
         eos_token_ids=read.token_ids("eos_token_id"),

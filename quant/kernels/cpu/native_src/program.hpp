@@ -43,6 +43,9 @@ enum class Kind : int64_t {
     kExperts,
     kPart,
     kJoin,
+    kConvolve,
+    kDeltaRule,
+    kGate,
     kHandOver,
     kKinds
 };
@@ -69,6 +72,8 @@ void run_ring(const Team& team, const Operation& op, const StepInput& step);
 void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step);
 void run_pool(const Team& team, const Operation& op, const StepInput& step);
 void run_entry(const Team& team, const Operation& op, const StepInput& step);
+void run_convolve(const Team& team, const Operation& op, const StepInput& step);
+void run_delta_rule(const Team& team, const Operation& op, const StepInput& step);
 void run_select(const Team& team, const Operation& op, const StepInput& step);
 
 inline const float* floats(const void* p) { return static_cast<const float*>(p); }
