@@ -140,8 +140,8 @@ class LayerOperations(Protocol):
     ) -> torch.Tensor:
         """silu(sum_i weights_i * x_(t - taps + 1 + i)) of each channel, causal: `[tokens, channels]`.
 
-        x `[tokens, channels]`, weights `[taps, channels]`; tail `[taps - 1, channels]` has the last rows of the
-        `before` tokens before x, that of position p at p % (taps - 1), and then those of x.
+        x `[tokens, channels]`, weights `[taps, channels]`; tail `[taps - 1, channels]` has the last rows of
+        the `before` tokens before x, that of position p at p % (taps - 1), and then those of x.
         """
         ...
 

@@ -83,10 +83,10 @@ def delta_net(
 
 
 def _grouped_rows(a: DeltaNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where rows lie of queries, keys and values; of gates; of shares; of decays: each in the heads' order."""
+    """Where rows lie of queries, keys and values; of gates; of shares; of decays: each in heads' order."""
     served = a.value_heads // a.key_heads
     sizes = [a.key_dim, a.key_dim, served * a.value_dim, served * a.value_dim]
     rows = torch.arange(a.key_heads * sum(sizes)).view(a.key_heads, -1)
-    q, k, v, z = (part.flatten() for part in rows.split(sizes, dim=1))
+    q, k, v, z = (part.flatten() for part in torch.split(rows, sizes, dim=1))
     shares, decays = torch.arange(2 * a.value_heads).view(a.key_heads, 2, served).unbind(1)
     return torch.cat((q, k, v)), z, shares.flatten(), decays.flatten()

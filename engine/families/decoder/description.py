@@ -34,8 +34,8 @@ class Attention:
     clip           queries, keys and values are cut to this absolute value, after their norms
     window         tokens that a token sees, itself among them; None: all before it
     has_sinks      each head's softmax has one more term, a learned logit without a value
-    has_gate       heads' outputs are multiplied by the sigmoid of gates, which lie behind each head's queries in
-                   their projection
+    has_gate       heads' outputs are multiplied by the sigmoid of gates, whose rows are behind those of each
+                   head's queries
     """
 
     heads: int
@@ -96,8 +96,8 @@ class Mla:
 class DeltaNet:
     """Gated DeltaNet (arXiv 2412.06464): heads with a state of fixed size instead of keys and values.
 
-    Queries, keys and values go through a short convolution; the state forgets, and is corrected by each token's
-    value. Heads' outputs are normed by themselves and gated.
+    Queries, keys and values go through a short convolution; the state forgets, and is corrected by each
+    token's value. Heads' outputs are normed by themselves and gated.
 
     key_heads, key_dim  of queries and keys; each such head serves as many consecutive value heads
     taps           tokens that the convolution sees, the token itself among them

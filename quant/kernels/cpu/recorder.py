@@ -59,7 +59,7 @@ class KvPlace:
 
 @dataclass(frozen=True)
 class StatePlace:
-    """Where a layer's states lie: as `LayerOperations.convolve` and `delta_rule` change them, one for each slot.
+    """Where a layer has its states, one for each slot, for `LayerOperations.convolve` and `delta_rule`.
 
     tails `[slots, taps - 1, channels]`, states `[slots, value_heads, key_dim, value_dim]` float32
     """

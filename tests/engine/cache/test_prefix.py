@@ -24,10 +24,11 @@ from memory.planner.budget import MemoryBudget
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
 from tests.engine.chat.answers import Answer
+from tests.engine.families.golden_families import family_path
 from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf
 
 PLENTY = 1 << 26
-NAMES = ("v41-a", "v41-c", "llama")
+NAMES = ("v41-a", "v41-c", "llama", "qwen3_next")
 LENGTH = 60  # of the prompts here: several windows, groups of compressed entries, and query blocks' starts
 
 
@@ -36,6 +37,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     loaded: dict[str, Model] = {}
 
     def checkpoint(name: str) -> Checkpoint:
+        if name == "qwen3_next":
+            return open_safetensors(family_path(name))
         if name != "llama":
             return open_safetensors(golden_path(name))
         return open_gguf(write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_values(), "Q4_1"))

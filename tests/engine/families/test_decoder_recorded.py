@@ -23,8 +23,9 @@ pytestmark = [
 ]
 
 SLOTS, CONTEXT = 3, 40
-# Softmax with norms per head, groups with a shared expert, biases with sinks and windows, latent attention.
-NAMES = ("qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3")
+# Softmax with norms per head, groups with a shared expert, biases with sinks and windows, latent attention,
+# states.
+NAMES = ("qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3", "qwen3_next")
 
 
 @pytest.fixture(scope="module", params=itertools.product(NAMES, ["all", "disk", "gpus"]))

@@ -37,6 +37,13 @@ WITH_DRAFT = {
     "glm-4.5": 358_337_791_296,
     "glm-4.5-air": 110_468_824_832,
 }
+# With a draft layer that has no embedding of its own, and the last three with a tower for images: exactly.
+WITH_DRAFT_AND_TOWER = {
+    "qwen3-next-80b-a3b": 81_324_862_720,
+    "qwen3.5-35b-a3b": 35_951_822_704,
+    "qwen3.5-122b-a10b": 125_086_497_008,
+    "qwen3.5-397b-a17b": 403_397_928_944,
+}
 # In billions, as their cards round them.
 ROUNDED = {"granite-3.1-1b-a400m": 1.3, "granite-3.1-3b-a800m": 3.3}
 
@@ -56,11 +63,36 @@ def test_parameters_are_the_published_ones_less_the_draft_layer(name: str) -> No
     assert shape.parameters + draft_parameters(shape) == pytest.approx(WITH_DRAFT[name], rel=1e-4)
 
 
+@pytest.mark.parametrize("name", WITH_DRAFT_AND_TOWER)
+def test_parameters_are_the_published_ones_less_what_is_not_text(name: str) -> None:
+    shape = released_shape(name)
+    draft = layer_parameters(shape) + 2 * shape.hidden**2 + 3 * shape.hidden
+    tower = 0 if "next" in name else tower_parameters(shape.hidden)
+    assert shape.parameters + draft + tower == WITH_DRAFT_AND_TOWER[name]
+
+
+def test_text_of_the_largest_weighs_as_many_bytes_as_its_files() -> None:
+    assert released_shape("qwen3.5-397b-a17b").nbytes == 792_692_717_952
+
+
+def tower_parameters(hidden: int) -> int:
+    """Of Qwen3.5's tower: patches of 2 x 16 x 16 x 3, their positions, 27 blocks, four patches to a token."""
+    dim, width = 1152, 4304
+    block = 4 * dim * (dim + 1) + 2 * dim * width + dim + width + 4 * dim
+    merger = 2 * dim + 4 * dim * (4 * dim + 1) + hidden * (4 * dim + 1)
+    return dim * (2 * 16 * 16 * 3 + 1) + 2304 * dim + 27 * block + merger
+
+
 def draft_parameters(shape: ModelShape) -> int:
     """A layer like the last, a projection of twice the width, an embedding and a head of its own, norms."""
+    outside = shape.embedding.parameters + shape.head.parameters + 2 * shape.hidden
+    return layer_parameters(shape) + 2 * shape.hidden**2 + outside
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Of the last layer."""
     last = shape.layers[-1]
-    layer = last.dense.parameters + last.shared.parameters + last.experts * last.expert.parameters
-    return layer + 2 * shape.hidden**2 + shape.embedding.parameters + shape.head.parameters + 2 * shape.hidden
+    return last.dense.parameters + last.shared.parameters + last.experts * last.expert.parameters
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -69,7 +101,8 @@ def test_parameters_round_to_the_published_ones(name: str) -> None:
 
 
 def test_every_released_configuration_is_checked() -> None:
-    assert PUBLISHED.keys() | WITH_DRAFT.keys() | ROUNDED.keys() == RELEASED.keys()
+    counted = PUBLISHED.keys() | WITH_DRAFT.keys() | WITH_DRAFT_AND_TOWER.keys() | ROUNDED.keys()
+    assert counted == RELEASED.keys()
     assert RELEASED.keys() <= set(NAMES)
 
 
@@ -79,7 +112,18 @@ def test_v3_weighs_the_same_by_its_config_and_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"],
+    [
+        "qwen3_moe",
+        "mixtral",
+        "olmoe",
+        "granitemoe",
+        "glm4_moe",
+        "gpt_oss",
+        "deepseek_v2",
+        "deepseek_v3",
+        "qwen3_next",
+        "qwen3_5_moe",
+    ],
 )
 def test_a_config_alone_weighs_what_the_checkpoint_does(name: str) -> None:
     path = family_path(name)

@@ -123,7 +123,7 @@ constexpr int64_t kMostKeyDim = 256;
 struct DeltaColumns {
     const float *q, *k, *v;  // [key_dim], [key_dim], [columns] of the first token, others `apart`
     int64_t apart;
-    const float *decay, *beta;  // of the first token, others `heads` apart
+    const float *decay, *beta;                // of the first token, others `heads` apart
     int64_t heads, tokens, key_dim, columns;  // columns: 16 to 64, key_dim at most kMostKeyDim, multiples of 16
     float scale;
     float* state;  // [key_dim][columns], rows state_apart

@@ -112,10 +112,10 @@ void convolve(const Team& team, const Convolve* calls, float* const* outs, int64
 
 // The gated delta rule (arXiv 2412.06464) over the next tokens of a sequence; quant/kernels/layers.py says what it is.
 struct DeltaRule {
-    const float* x;                // [tokens] of queries and keys [key_heads][key_dim], values [value_heads][value_dim]
-    const float *a, *b;            // [tokens][value_heads]
-    const float *rates, *biases;   // [value_heads]
-    float* state;                  // [value_heads][key_dim][value_dim]
+    const float* x;               // [tokens] of queries and keys [key_heads][key_dim], values [value_heads][value_dim]
+    const float *a, *b;           // [tokens][value_heads]
+    const float *rates, *biases;  // [value_heads]
+    float* state;                 // [value_heads][key_dim][value_dim]
     int64_t tokens, key_heads, value_heads, key_dim, value_dim;
     int64_t is_first;  // the state before is zero, whatever it holds
 };
