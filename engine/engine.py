@@ -327,7 +327,7 @@ class Engine:
             return  # log probabilities of the prompt need all of it computed
         prefix = self._prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
         sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
-        sequence.divergence = prefix.divergence
+        sequence.stops = prefix.stops
         if prefix.logits is not None:
             self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
 
@@ -348,10 +348,7 @@ class Engine:
                     params.prompt_logprobs,
                 )
             if sequence.is_prefilling:
-                if (
-                    sequence.computed == sequence.divergence
-                    or sequence.computed >= sequence.saved + SAVE_EVERY
-                ):
+                if sequence.computed in sequence.stops or sequence.computed >= sequence.saved + SAVE_EVERY:
                     self._save_prefix(sequence)
                 return False
             self._save_prefix(sequence, logits[rows[-1]])
