@@ -34,8 +34,8 @@ class Prefix:
     length  tokens that the slot now holds, 0 where nothing fitted
     logits  `[vocab]` after the last of them, if that is the whole prompt
     stops   where the prefill is to pause, for the state there to be saved: where the prompt diverges from all
-            cached ones, and before the tokens at a chat prompt's end that open the answer, which the next turn
-            has not
+            cached ones, and before the tokens at a chat prompt's end that open the answer: the next turn
+            has others
     """
 
     length: int

@@ -6,9 +6,6 @@ GGUF, V2's files too: what llama.cpp's converter writes for the architecture `de
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-
 from engine.families.decoder import gguf
 from engine.families.decoder.description import Description, Experts, Groups, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily
@@ -22,7 +19,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 NAME = "deepseek_v3"
 SOFTMAX, SIGMOID = 1, 2  # numbers of expert_gating_func
 # What some files have besides the matrix that it is made of.
-SPLIT_KV_B = re.compile(r"blk\.\d+\.attn_[kv]_b\.weight")
+SPLIT_KV_B = r"blk\.\d+\.attn_[kv]_b\.weight"
 
 
 def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
@@ -59,10 +56,13 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
         shared=Mlp(shared * width) if shared else None,
     )
     mlp = Mlp(read.count("feed_forward_length"))
-    described = gguf.describe_gguf(
-        read, checkpoint, [Layer(attention, mlp if n < dense else experts) for n in range(layers)], names
+    return gguf.describe_gguf(
+        read,
+        checkpoint,
+        [Layer(attention, mlp if n < dense else experts) for n in range(layers)],
+        names,
+        ignored=None if is_split else SPLIT_KV_B,
     )
-    return described if is_split else replace(described, ignored=SPLIT_KV_B)
 
 
 def _gguf_router(read: Keys, *, has_choice_bias: bool) -> Router:

@@ -1,11 +1,13 @@
 """GLM-4.5, 4.6, 4.7 and Air: half of a head turns, sigmoid routing, a shared expert, dense first layers.
 
-Keys of config.json: https://huggingface.co/zai-org/GLM-4.5-Air and `transformers`' Glm4MoeConfig.
+Keys of config.json: https://huggingface.co/zai-org/GLM-4.5-Air and `transformers`' Glm4MoeConfig; of GGUF:
+what llama.cpp's converter writes for the architecture `glm4moe`, whose layers include the draft layers.
 """
 
 from __future__ import annotations
 
-from engine.families.decoder.description import Attention, Description, Groups, Router
+from engine.families.decoder import gguf
+from engine.families.decoder.description import Attention, Description, Experts, Groups, Layer, Mlp, Router
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, head_sizes, keys_of, layers_behind_dense, rope_of
 from engine.families.decoder.keys import Keys
@@ -13,10 +15,14 @@ from engine.families.decoder.names import HF_NAMES, draft_layers
 from memory.checkpoint.checkpoint import Checkpoint
 
 NAME = "glm4_moe"
+GGUF_NAMES = {**gguf.GGUF_NAMES, "ffn_norm": f"{gguf.BLOCK}post_attention_norm.weight"}
+SIGMOID = 2  # number of expert_gating_func
 
 
 def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+    if gguf.is_gguf(checkpoint):
+        return _describe_gguf(checkpoint)
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
     heads, kv_heads, head_dim = head_sizes(read)
@@ -37,6 +43,41 @@ def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
         HF_NAMES,
         ignored=draft_layers(len(layers), read.count_or_none("num_nextn_predict_layers") or 0),
     )
+
+
+def _describe_gguf(checkpoint: Checkpoint) -> Description:
+    read = gguf.gguf_keys(checkpoint, NAME)
+    heads, kv_heads, head_dim = gguf.head_sizes(read)
+    attention = Attention(
+        heads,
+        kv_heads,
+        head_dim,
+        gguf.rope_of(read, read.count("rope.dimension_count"), "half"),
+        has_qkv_bias=gguf.has_tensor(checkpoint, "q", ".bias"),
+        qk_norm="head" if gguf.has_tensor(checkpoint, "q_norm") else "none",
+    )
+    read.only("expert_gating_func", SIGMOID, None)
+    for groups in ("expert_group_count", "expert_group_used_count"):
+        read.only(groups, 1, None)
+    router = Router(
+        *gguf.expert_counts(read),
+        "sigmoid",
+        has_choice_bias=True,
+        is_renormalised=read.flag("expert_weights_norm"),
+        epsilon=1e-20,
+        factor=read.number("expert_weights_scale", 1.0),
+    )
+    width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
+    experts = Experts(router, width, "stacked", shared=Mlp(shared * width) if shared else None)
+    mlp, dense = Mlp(read.count("feed_forward_length")), read.count_or_none("leading_dense_block_count") or 0
+    drafts = read.count_or_none("nextn_predict_layers") or 0
+    blocks = gguf.layer_count(read)
+    if drafts >= blocks:
+        read.refuse("nextn_predict_layers", drafts, f"expected fewer than the {blocks} layers")
+        drafts = 0
+    layers = [Layer(attention, mlp if n < dense else experts) for n in range(blocks - drafts)]
+    ignored = "|".join(rf"blk\.{n}\..*" for n in range(len(layers), blocks))
+    return gguf.describe_gguf(read, checkpoint, layers, GGUF_NAMES, ignored=ignored)
 
 
 def sigmoid_router(read: Keys) -> Router:

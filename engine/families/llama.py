@@ -37,6 +37,7 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     if read.raw("expert_count"):  # Mixtral
         router = Router(*gguf.expert_counts(read), "softmax", is_renormalised=True)
         layer = Layer(attention, Experts(router, width, "stacked"))
+        read.only("expert_feed_forward_length", width, None)
     read.raw("expert_used_count")
     return gguf.describe_gguf(read, checkpoint, [layer] * gguf.layer_count(read))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memory.hardware.profiles import HardwareProfile
+from memory.planner.launches import BESIDE
 from memory.planner.placement import Placement
 from memory.planner.routing import Routing, any_used, distinct
 from memory.planner.shape import LayerShape, ModelShape
@@ -183,15 +184,27 @@ class CostModel:
     ) -> None:
         """Attention, router, shared experts, and fixed costs; the disk reads ahead meanwhile."""
         before = cost.total_s
-        tier = self._tiers[n]
-        weights = layer.dense + layer.shared
+        tier, beside = self._tiers[n], self._beside(n, layer, tokens)
+        weights = layer.dense if beside else layer.dense + layer.shared
         nbytes = weights.nbytes + layer.kv.read_bytes(held) * sequences
         flops = tokens * (2 * weights.parameters + layer.kv.flops(held))
         time, resource = self._on(tier, nbytes, flops)
         cost.seconds[resource] += time
         cost.nbytes[tier] += nbytes
         cost.seconds[LATENCY] += self._starting_s(layer, tokens, on_gpu=self._is_real_gpu(tier))
+        if beside:
+            cost.seconds[LATENCY] -= BESIDE * self.efficiency.launch_s
+            cost.nbytes[tier] += layer.shared.nbytes
         cost.disk_idle_s += cost.total_s - before
+
+    def _beside(self, n: int, layer: LayerShape, tokens: int) -> float:
+        """Seconds of what a recorded step on a GPU does while others compute the experts that it lacks: the
+        shared expert, and starting that and its own."""
+        is_recorded = tokens <= MAX_RECORDED_ROWS and layer.launches is not None
+        if not (is_recorded and layer.experts and self._is_real_gpu(self._tiers[n])):
+            return 0.0
+        shared, _ = self._on(self._tiers[n], layer.shared.nbytes, 2 * layer.shared.parameters * tokens)
+        return shared + BESIDE * self.efficiency.launch_s
 
     def _starting_s(self, layer: LayerShape, tokens: int, *, on_gpu: bool) -> float:
         """What starting a layer's operations takes: recorded, or one by one."""
@@ -237,12 +250,14 @@ class CostModel:
             read = size * distinct(cold, tokens)
             moved = size * distinct(warm, tokens) + read
             outside = tokens * float(chances[in_vram:].sum())
+            gpu_s += self._beside(n, layer, tokens)
             self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound)
             on_gpu = self._is_real_gpu(self._tiers[n])
             is_recorded = tokens <= MAX_RECORDED_ROWS and layer.launches is not None
             wait = e.hand_over_s if is_recorded else e.round_trip_s
             cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * wait * on_gpu
         else:
+            gpu_s += self._beside(n, layer, tokens)
             cost.seconds[gpu_bound if gpu_s >= cpu_s else DRAM] += max(gpu_s, cpu_s)
             cost.disk_idle_s += max(gpu_s, cpu_s)
         if sum(self._is_real_gpu(tier) for tier in gpus) > 1:

@@ -3,9 +3,10 @@ with."""
 
 from __future__ import annotations
 
-# Reading, mixing and writing the streams twice: 4; products: 6; norms, rotations and the router: 2;
-# attention: 2; routed experts: 3, one of which leaves what the GPU does not hold for the processor.
+# Reading, mixing and writing the streams twice: 4; products: 7; norms, rotations and the router, which leaves
+# what the GPU does not hold for the processor: 2; attention: 2; routed experts: 2.
 LAYER = 17
+BESIDE = 4  # of these, between the router and the sum: the shared expert and those that the GPU holds
 CHOICE = 2  # scores of entries, and the best of them
 CHUNKS = 1  # the best of each chunk before, of more entries than one program looks at together
 CHUNK = 4096

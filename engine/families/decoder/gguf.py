@@ -5,6 +5,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; tensor names: `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -146,12 +147,35 @@ def rope_of(
     return Rope(theta, dims, pairs, scaling, attention_factor * yarn_attention_factor(factor))
 
 
+def expert_width(read: Keys) -> int:
+    """Of an expert where all layers have them: it is written as the layers' width, or as the experts', or as
+    both."""
+    width = read.count("expert_feed_forward_length", read.count("feed_forward_length"))
+    read.only("feed_forward_length", width, None)
+    return width
+
+
+def has_tensor(checkpoint: Checkpoint, role: str, ending: str = ".weight", layer: int = 0) -> bool:
+    """Whether a layer has a tensor that only some files of an architecture have."""
+    name = GGUF_NAMES[role].removesuffix(".weight") + ending
+    return name.format(layer=layer) in checkpoint.entries
+
+
 def describe_gguf(
-    read: Keys, checkpoint: Checkpoint, layers: Sequence[Layer], names: Mapping[str, str] = GGUF_NAMES
+    read: Keys,
+    checkpoint: Checkpoint,
+    layers: Sequence[Layer],
+    names: Mapping[str, str] = GGUF_NAMES,
+    *,
+    ignored: str | None = None,
+    embedding_factor: float = 1.0,
+    residual_factor: float = 1.0,
+    logits_factor: float = 1.0,
 ) -> Description:
     """The description with these layers, and the rest as the metadata says.
 
-    Raises one ConfigError with everything that the lookups so far found wrong.
+    ignored: a regular expression of tensors that are not used. Raises one ConfigError with everything that
+    the lookups so far found wrong.
     """
     config: Mapping[str, Any] = checkpoint.config
     tokens = Keys(checkpoint.path, read.family, config)
@@ -163,6 +187,10 @@ def describe_gguf(
         eps=read.number("attention.layer_norm_rms_epsilon"),
         layers=tuple(layers),
         names=names,
+        ignored=re.compile(ignored) if ignored else None,
+        embedding_factor=embedding_factor,
+        residual_factor=residual_factor,
+        logits_factor=logits_factor,
         is_tied=names["head"] not in checkpoint.entries,
         has_rope_factors=names["rope_factors"] in checkpoint.entries,
         bos_token_id=next(iter(tokens.token_ids("tokenizer.ggml.bos_token_id")), None),

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from engine.cache.sparse import SparseCache
-from engine.families.base import Batch, Trace
+from engine.families.base import Batch, Segment, Trace
 from engine.families.deepseek_v41.guesses import Guesses
-from engine.families.deepseek_v41.operations import StreamMix, V41Parts
+from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights
+from engine.families.streams.eager import EagerStreams
+from engine.families.streams.operations import StreamMix
 from engine.layers.engram_lookup import StepRows
-from engine.layers.hyper_connections import HyperConnection, first_mix
-from engine.layers.operations import EagerBasics
-from engine.layers.rope import Rotation
+from engine.layers.hyper_connections import first_mix
 from engine.layers.routed_experts import EagerExperts
 from engine.layers.sparse_attention import CandidatePool, Selection, candidate_blocks, select_entries
-from quant.kernels.interface import Weight
 
 
-class V41Eager(EagerBasics):
+class V41Eager(EagerStreams):
     """`V41Operations` for a batch. A context: experts that it has acquired are released at the end.
 
     rows  of Engram tables, that were asked for
@@ -29,59 +26,19 @@ class V41Eager(EagerBasics):
     def __init__(
         self, parts: V41Parts, batch: Batch, cache: SparseCache, trace: Trace, rows: StepRows | None
     ) -> None:
-        super().__init__(parts.kernels)
+        experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
+        super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
         self._parts = parts
         self._config = parts.config
-        self._batch = batch
         self._cache = cache
-        self._trace = trace
         self._guesses = Guesses(parts, rows)
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        frequencies = {False: parts.plain_frequencies, True: parts.compressed_frequencies}
-        self._turns = {
-            (compressed, torch.device("cpu")): Rotation.at(self._kernels, positions, by)
-            for compressed, by in frequencies.items()
-        }
-        ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
-        bounds = zip([0, *ends[:-1]], ends, strict=True)
-        self._segments = [(s, slice(*bound)) for s, bound in zip(batch.segments, bounds, strict=True)]
         self._selections: list[Selection] = []  # of each segment, from the last source layer on
         self._pools: list[CandidatePool] | None = None
-        self._experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
-
-    def __enter__(self) -> V41Eager:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._experts.__exit__(*raised)
-
-    def at_layer(self, number: int | None) -> None:
-        """All layers are alike."""
-
-    def move(self, device: torch.device, *values: torch.Tensor) -> Sequence[torch.Tensor]:
-        return [value.to(device) for value in values]
-
-    def trace(self, name: str, value: torch.Tensor, *shape: int) -> None:
-        self._trace.add(name, value.view(-1, *shape) if shape else value)
 
     # ---------------------------------------------------------------------------------------- streams
 
     def streams(self, x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         return x.repeat(1, n), first_mix(len(x), n)
-
-    def mix(self, connection: HyperConnection, streams: torch.Tensor) -> StreamMix[torch.Tensor]:
-        mix = connection.mix(self._kernels, self._parallel(streams))
-        return StreamMix(mix.pre, mix.post, mix.combine.flatten(1))
-
-    def read_streams(self, streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-        return self._kernels.weighted_sum(self._parallel(streams), pre)
-
-    def write_streams(
-        self, streams: torch.Tensor, y: torch.Tensor, mix: StreamMix[torch.Tensor]
-    ) -> torch.Tensor:
-        parallel = self._parallel(streams)
-        combine = mix.combine.view(len(y), *[parallel.shape[1]] * 2)
-        return self._kernels.mix_streams(parallel, y, mix.post, combine).flatten(1)
 
     def engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
         layer = self._parts.weights.layers[number]
@@ -93,24 +50,7 @@ class V41Eager(EagerBasics):
         self._trace.add(f"engram_gate.{number}", gates)
         return (parallel + gates.unsqueeze(-1) * value.unsqueeze(1)).flatten(1)
 
-    def _parallel(self, streams: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hc, hidden]`; of no tokens too."""
-        return streams.view(len(streams), self._config.hc_mult, self._config.hidden_size)
-
     # -------------------------------------------------------------------------------------- attention
-
-    def rotate(
-        self, x: torch.Tensor, heads: int, *, compressed: bool, backwards: bool = False
-    ) -> torch.Tensor:
-        rotation = self._rotation(x.device, compressed=compressed)
-        if backwards:
-            rotation = rotation.inverse
-        return rotation.apply(self._kernels, x.view(len(x), heads, -1)).view(x.shape)
-
-    def blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
-        groups = x.view(len(x), len(weights), -1)
-        parts = [self._kernels.linear(groups[:, n], weight) for n, weight in enumerate(weights)]
-        return torch.cat(parts, dim=-1)
 
     def compress(self, number: int, compressor: CompressorWeights, x: torch.Tensor) -> None:
         config = self._config
@@ -129,8 +69,7 @@ class V41Eager(EagerBasics):
                 latent, gates = latent[: count * ratio], gates[: count * ratio]
                 latent = self._kernels.pool_groups(latent.view(grouped), gates.view(grouped))
             latent = self._kernels.rms_norm(latent, compressor.norm, config.rms_norm_eps)
-            positions = torch.arange(first, first + count) * ratio
-            rotation = Rotation.at(self._kernels, positions, self._parts.compressed_frequencies).to(x.device)
+            rotation = self._group_rotation(first, count, ratio, x.device)
             index_key = self._kernels.linear(latent, compressor.index_wk)
             index_key = self._kernels.rms_norm(index_key, compressor.index_norm, config.rms_norm_eps)
             state.entries[segment.slot, first : first + count] = rotation.apply(self._kernels, latent)
@@ -166,30 +105,17 @@ class V41Eager(EagerBasics):
             self._pools = pools
 
     def attend(self, number: int, attn: AttentionWeights, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        config = self._config
-        q = q.view(len(q), config.num_attention_heads, -1)
-        source = config.kv_source_of(number)
-        attended = []
-        for i, (segment, at) in enumerate(self._segments):
-            window_kv = self._cache.extend_window(number, segment, kv[at])
-            compressed, entries = None, None
-            if source is not None:
-                compressed = self._cache.sources[source].entries[segment.slot]
-                entries = self._selections[i].to(q.device).entries
-            attended.append(
-                self._kernels.attend_sparse(
-                    q[at], window_kv, attn.sink, config.sliding_window, compressed, entries
-                )
-            )
-        out = attended[0] if len(attended) == 1 else torch.cat(attended)
-        return out.flatten(1)
+        source = self._config.kv_source_of(number)
 
-    def _rotation(self, device: torch.device, *, compressed: bool) -> Rotation:
-        """The rotation of the batch's positions on `device`, copied there once."""
-        key = compressed, device
-        if key not in self._turns:
-            self._turns[key] = self._turns[compressed, torch.device("cpu")].to(device)
-        return self._turns[key]
+        def seen(
+            i: int, segment: Segment, at: slice
+        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+            window_kv = self._cache.extend_window(number, segment, kv[at])
+            if source is None:
+                return window_kv, None, None
+            return window_kv, self._cache.sources[source].entries[segment.slot], self._selections[i].entries
+
+        return self._attend(q, attn.sink, self._config.sliding_window, seen)
 
     # ---------------------------------------------------------------------------------------- experts
 
@@ -202,9 +128,3 @@ class V41Eager(EagerBasics):
         mix: StreamMix[torch.Tensor] | None,
     ) -> None:
         self._guesses.prefetch(number, streams, pre, y, mix)
-
-    def acquire(self, number: int, ids: torch.Tensor) -> None:
-        self._experts.acquire(number, ids)
-
-    def experts(self, number: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return self._experts.run(number, x, ids, weights)

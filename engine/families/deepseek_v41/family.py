@@ -7,8 +7,9 @@ import torch
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.forward import DeepseekV41
-from engine.families.deepseek_v41.tensors import IGNORED, components, expected_tensors
+from engine.families.deepseek_v41.tensors import IGNORED, expected_tensors
 from engine.families.deepseek_v41.weights import read_weights
+from engine.families.streams.stored import components
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.traces import trace_of_checkpoint
@@ -36,7 +37,7 @@ class DeepseekV41Family(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint.config)
-        return self._info(config, checkpoint), components(config, checkpoint)
+        return self._info(config, checkpoint), components(checkpoint, IGNORED)
 
     def check(self, checkpoint: Checkpoint) -> None:
         config = parse_config(checkpoint.config)

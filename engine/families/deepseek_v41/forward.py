@@ -18,10 +18,11 @@ from engine.cache.sparse import CacheShape, SparseCache
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.eager import V41Eager
-from engine.families.deepseek_v41.operations import StreamMix, V41Operations, V41Parts
-from engine.families.deepseek_v41.recorded import MAX_ROWS, V41Recorded
+from engine.families.deepseek_v41.operations import V41Operations, V41Parts
+from engine.families.deepseek_v41.recorded import V41Recorded
 from engine.families.deepseek_v41.weights import AttentionWeights, V41Weights
 from engine.families.places import HOST
+from engine.families.streams.operations import MAX_ROWS, StreamMix
 from engine.layers.engram_hash import EngramHash
 from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from engine.families.deepseek_v41.operations import StreamMix, V41Parts
+from engine.families.deepseek_v41.operations import V41Parts
+from engine.families.streams.operations import StreamMix
 from engine.layers.engram_lookup import StepRows
 
 

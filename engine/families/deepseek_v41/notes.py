@@ -3,60 +3,29 @@ token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from engine.cache.sparse import SparseCache
-from engine.families.deepseek_v41.operations import StreamMix, V41Parts
+from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights
-from engine.layers.hyper_connections import HyperConnection, first_mix
-from engine.layers.operations import RecordedBasics
+from engine.families.streams.notes import StreamNotes
+from engine.layers.hyper_connections import first_mix
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Selector
-from quant.kernels.interface import Weight
 from quant.kernels.recording import StepRecorder
 
 
-class V41Notes(RecordedBasics):
+class V41Notes(StreamNotes):
     """What is the same on all devices, for steps with `cache`."""
 
     def __init__(self, parts: V41Parts, recorder: StepRecorder, cache: SparseCache) -> None:
-        super().__init__(recorder)
+        super().__init__(recorder, parts.frequencies)
         self._parts = parts
         self._config = parts.config
         self._cache = cache
-        self._turns: dict[tuple[bool, bool, int], Buffer] = {}  # by compressed, backwards, unit
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
 
-    def at_layer(self, number: int | None) -> None:
-        self._recorder.layer = number
-
-    def trace(self, name: str, value: Buffer, *shape: int) -> None:
-        """Nothing is kept: a step that is traced is not replayed."""
-
-    # ---------------------------------------------------------------------------------------- streams
-
     def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
         return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])
-
-    def mix(self, connection: HyperConnection, streams: Buffer) -> StreamMix[Buffer]:
-        c = connection
-        mix = self._recorder.mix(streams, c.fn, c.scale, c.base, c.sinkhorn_iters, c.hc_eps, c.norm_eps)
-        return StreamMix(*mix)
-
-    def read_streams(self, streams: Buffer, pre: Buffer) -> Buffer:
-        return self._recorder.weighted_sum(streams, pre)
-
-    def write_streams(self, streams: Buffer, y: Buffer, mix: StreamMix[Buffer]) -> Buffer:
-        return self._recorder.mix_streams(streams, y, mix.post, mix.combine)
-
-    # -------------------------------------------------------------------------------------- attention
-
-    def rotate(self, x: Buffer, heads: int, *, compressed: bool, backwards: bool = False) -> Buffer:
-        return self._recorder.rotate(x, self._turn(compressed, backwards), heads)
-
-    def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
-        return self._recorder.blocks(x, weights)
 
     def compress(self, number: int, compressor: CompressorWeights, x: Buffer) -> None:
         recorder, eps, state = self._recorder, self._config.rms_norm_eps, self._cache.sources[number]
@@ -101,12 +70,3 @@ class V41Notes(RecordedBasics):
         return self._recorder.attend_sparse(
             q, window, attn.sink, self._config.sliding_window, entries, selected
         )
-
-    def _turn(self, compressed: bool, backwards: bool, unit: int = 1) -> Buffer:
-        """Rotations of the rows' positions, or of their groups' first ones; computed once a step."""
-        key = compressed, backwards, unit
-        if key not in self._turns:
-            parts = self._parts
-            by = parts.compressed_frequencies if compressed else parts.plain_frequencies
-            self._turns[key] = self._recorder.turns(by, unit=unit, backwards=backwards)
-        return self._turns[key]

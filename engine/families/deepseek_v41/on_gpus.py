@@ -18,8 +18,9 @@ import torch
 from engine.cache.sparse import SparseCache
 from engine.families.base import Batch
 from engine.families.deepseek_v41.notes import V41Notes
-from engine.families.deepseek_v41.operations import StreamMix, V41Parts
+from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import AttentionWeights
+from engine.families.streams.operations import StreamMix
 from engine.layers.engram_lookup import StepRows
 from memory.experts.coordinator import Coordinator, Round
 from memory.experts.step import ExpertStep

@@ -6,31 +6,18 @@ notes them for a program that decodes. Section numbers refer to docs/deepseek-v4
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, Protocol
+from typing import Protocol
 
 import torch
 
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights, LayerWeights, V41Weights
-from engine.layers.hyper_connections import HyperConnection
-from engine.layers.operations import BasicOperations, Value
+from engine.families.streams.operations import Frequencies, StreamMix, StreamOperations
+from engine.layers.operations import Value
 from engine.layers.rope import inverse_frequencies
-from quant.kernels.interface import Kernels, Weight
-
-
-@dataclass(frozen=True)
-class StreamMix(Generic[Value]):
-    """How a sublayer's output is written to the streams, and how the next one reads them (section 3).
-
-    pre, post `[rows, hc]`, combine `[rows, hc * hc]`: see `hyper_connections.Mix`
-    """
-
-    pre: Value
-    post: Value
-    combine: Value
+from quant.kernels.interface import Kernels
 
 
 @dataclass(frozen=True)
@@ -42,15 +29,13 @@ class V41Parts:
     kernels: Kernels
 
     @cached_property
-    def plain_frequencies(self) -> torch.Tensor:
-        """Of layers without compressed entries, `[pairs]` float64."""
-        return inverse_frequencies(self.config.qk_rope_head_dim, self.config.rope_theta)
-
-    @cached_property
-    def compressed_frequencies(self) -> torch.Tensor:
-        """Of layers with them, `[pairs]` float64."""
+    def frequencies(self) -> Frequencies:
+        """What positions are turned by."""
         c = self.config
-        return inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn)
+        return Frequencies(
+            inverse_frequencies(c.qk_rope_head_dim, c.rope_theta),
+            inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn),
+        )
 
     def table(self, layer: int) -> int:
         """Which of the Engram tables a layer reads."""
@@ -66,43 +51,15 @@ class V41Parts:
         return self.kernels.route(self.kernels.linear(x, layer.gate), layer.gate_bias, self.config.routing)
 
 
-class V41Operations(BasicOperations[Value], Protocol[Value]):
-    """Streams are `[rows, hc * hidden]`."""
-
-    def at_layer(self, number: int | None) -> None:
-        """What follows is layer `number`'s, or no layer's."""
-        ...
-
-    def move(self, device: torch.device, *values: Value) -> Sequence[Value]:
-        """Values on a device."""
-        ...
+class V41Operations(StreamOperations[Value], Protocol[Value]):
+    """And what V4.1 alone has."""
 
     def streams(self, x: Value, n: int) -> tuple[Value, Value]:
         """x in n streams, and the mix that the first sublayer reads with: stream 0 alone."""
         ...
 
-    def mix(self, connection: HyperConnection, streams: Value) -> StreamMix[Value]:
-        """Section 3, from the streams."""
-        ...
-
-    def read_streams(self, streams: Value, pre: Value) -> Value:
-        """sum_i pre_i * stream_i."""
-        ...
-
-    def write_streams(self, streams: Value, y: Value, mix: StreamMix[Value]) -> Value:
-        """post_j * y + sum_i combine[i, j] * stream_i."""
-        ...
-
     def engram(self, number: int, streams: Value) -> Value:
         """The gated value of the tokens' table rows added to every stream (section 7)."""
-        ...
-
-    def rotate(self, x: Value, heads: int, *, compressed: bool, backwards: bool = False) -> Value:
-        """Heads turned by their rows' positions."""
-        ...
-
-    def blocks(self, x: Value, weights: Sequence[Weight]) -> Value:
-        """Weights of one shape, each times its own columns of x, side by side."""
         ...
 
     def compress(self, number: int, compressor: CompressorWeights, x: Value) -> None:
@@ -122,16 +79,4 @@ class V41Operations(BasicOperations[Value], Protocol[Value]):
     ) -> None:
         """Start prefetching the experts that layer `number` will probably choose, from the streams so far:
         with y, from what they will be when `mix` has written it to them."""
-        ...
-
-    def acquire(self, number: int, ids: Value) -> None:
-        """Begin the layer's routed experts: missing ones are on their way from now on."""
-        ...
-
-    def experts(self, number: int, x: Value, ids: Value, weights: Value) -> Value:
-        """The weighted sum of the chosen experts' outputs."""
-        ...
-
-    def trace(self, name: str, value: Value, *shape: int) -> None:
-        """Keep a value for whoever asked for it, each row in that shape."""
         ...

@@ -14,13 +14,12 @@ from engine.cache.sparse import SparseCache
 from engine.families.base import Batch
 from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.notes import V41Notes
-from engine.families.deepseek_v41.operations import StreamMix, V41Parts
+from engine.families.deepseek_v41.operations import V41Parts
+from engine.families.streams.operations import StreamMix
 from engine.layers.engram_lookup import StepRows
 from engine.layers.recorded_experts import RecordedExperts
 from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import Recorder
-
-MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
 
 class V41Recorded(V41Notes):

@@ -1,8 +1,4 @@
-"""The weights of a DeepSeek-V4.1 model, read from a verified checkpoint within a memory budget.
-
-Nothing is expanded: matrices stay packed; only norms, mixes and biases (a few values per layer)
-become float32.
-"""
+"""The weights of a DeepSeek-V4.1 model, read from a verified checkpoint within a memory budget."""
 
 from __future__ import annotations
 
@@ -12,37 +8,24 @@ import torch
 
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.shape import checkpoint_shape
-from engine.families.deepseek_v41.tensors import StoredFormats
 from engine.families.places import HOST, DensePlaces, place
+from engine.families.streams.reader import Reader, SharedExpert, StreamExpertFiles
 from engine.layers.engram import EngramMix
 from engine.layers.hyper_connections import HyperConnection
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.reads import RowsOnDisk
 from memory.engram.store import EngramStore, TableFiles
-from memory.experts.reader import APART
 from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from quant.formats.quantization_config import Role
-from quant.formats.stored import FLOAT_DTYPES, unpack, unpack_bytes
-from quant.kernels.interface import ExpertFormats, Kernels, Weight
-from quant.packed import Format, PackedTensor
+from quant.kernels.interface import Kernels, Weight
 
 # The share of DRAM left after dense weights that goes to hot rows of Engram tables if not everything fits.
 HOT_ROWS_SHARE = 0.05
 ROOM_FOR_ALIGNMENT = 1.01  # expert slots are aligned to cache lines
-
-
-@dataclass(frozen=True)
-class SharedExpert:
-    """The expert that every token uses; dense weights, so packed or plain."""
-
-    w1: Weight
-    w3: Weight
-    w2: Weight
 
 
 @dataclass(frozen=True)
@@ -106,102 +89,24 @@ class V41Weights:
     places: DensePlaces
 
 
-class _Reader:
-    """A verified checkpoint's tensors on `device`."""
-
-    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, device: torch.device = HOST) -> None:
-        self.checkpoint = checkpoint
-        self.kernels = kernels.on(device)
-        self.device = device
-        self.formats = StoredFormats(checkpoint)
-
-    def plain(self, name: str) -> torch.Tensor:
-        """A float tensor as it is stored."""
-        entry = self.checkpoint.entries[name]
-        stored = self.checkpoint.read(name).view(FLOAT_DTYPES[entry.dtype]).view(entry.shape)
-        return stored.to(self.device)
-
-    def on_disk(self, name: str) -> RowsOnDisk:
-        """A float matrix that stays in its file."""
-        entry = self.checkpoint.entries[name]
-        return RowsOnDisk(entry, FLOAT_DTYPES[entry.dtype])
-
-    def small(self, name: str) -> torch.Tensor:
-        """A norm, bias or mix as float32."""
-        return self.plain(name).float()
-
-    def dense(self, name: str, rows: int, cols: int) -> Weight:
-        """A dense `[rows, cols]` matrix in the kernels' layout."""
-        return self.kernels.prepare(self.stored(name, rows, cols))
-
-    def dense_groups(self, name: str, groups: int, rows: int, cols: int) -> tuple[Weight, ...]:
-        """A dense matrix cut into `groups` of `rows` rows."""
-        stored = self.stored(name, groups * rows, cols)
-        starts = range(0, groups * rows, rows)
-        if isinstance(stored, torch.Tensor):
-            return tuple(self.kernels.prepare(stored[start : start + rows]) for start in starts)
-        return tuple(self.kernels.prepare(stored.rows(start, start + rows)) for start in starts)
-
-    def stored(self, name: str, rows: int, cols: int) -> Weight:
-        """A dense matrix as the file has it."""
-        format_ = self.formats.of(Role.DENSE, name)
-        if format_ is None:
-            return self.plain(f"{name}.weight")
-        codes, scales = self.checkpoint.read(f"{name}.weight"), self.checkpoint.read(f"{name}.scale")
-        return unpack(format_, (rows, cols), codes, scales, self.checkpoint.entries[f"{name}.scale"].dtype)
-
-
-@dataclass(frozen=True)
-class V41ExpertFiles:
-    """Where the routed experts of a checkpoint are, for the expert store."""
-
-    checkpoint: Checkpoint
-    layers: int
-    experts: int
-    hidden: int
-    width: int
-    format: Format
-    together = APART
-
-    def formats(self, layer: int) -> ExpertFormats:
-        """The same in every layer."""
-        return self.format, self.format, self.format
-
-    def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
-        """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""
-        name = self._name(layer, expert, number)
-        return [self.checkpoint.entries[f"{name}.{part}"] for part in ("weight", "scale")]
-
-    def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
-        """The matrix from the raw bytes of its tensors, by name."""
-        name = self._name(layer, expert, number)
-        is_down = number == 2
-        shape = (self.hidden, self.width) if is_down else (self.width, self.hidden)
-        return unpack_bytes(self.format, shape, raw[f"{name}.weight"], raw[f"{name}.scale"])
-
-    def _name(self, layer: int, expert: int, number: int) -> str:
-        return f"layers.{layer}.ffn.experts.{expert}.{('w1', 'w3', 'w2')[number]}"
-
-
 def read_weights(
     config: V41Config, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget
 ) -> V41Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
     Dense weights are copied to where the plan places them, in the layout of the kernels there. Routed experts
-    get
-    what is left of each GPU; of DRAM they and the Engram tables do: where not everything fits, a small part
-    goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it needs
-    gigabytes). Raises BudgetError where not even the dense weights fit.
+    get what is left of each GPU; of DRAM they and the Engram tables do: where not everything fits, a small
+    part goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it
+    needs gigabytes). Raises BudgetError where not even the dense weights fit.
     """
     places = place(checkpoint_shape(config, checkpoint, checkpoint.path.name), checkpoint.path, budget)
     left = places.left["dram"]
     tables_bytes, experts_bytes = places.tables_bytes, places.experts_bytes
     everything_fits = tables_bytes + experts_bytes * ROOM_FOR_ALIGNMENT <= left
     hot_rows_bytes = tables_bytes if everything_fits else min(tables_bytes, int(left * HOT_ROWS_SHARE))
-    host = _Reader(checkpoint, kernels)
+    host = Reader(checkpoint, kernels)
     telemetry = Telemetry()
-    files = V41ExpertFiles(
+    files = StreamExpertFiles(
         checkpoint,
         config.num_hidden_layers,
         config.n_routed_experts,
@@ -213,13 +118,13 @@ def read_weights(
     hotness = trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
     dram = Tier("dram", left - hot_rows_bytes, HOST)
     gpus = [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus]
-    by_head = _Reader(checkpoint, kernels, places.head)
+    by_head = Reader(checkpoint, kernels, places.head)
     return V41Weights(
         embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
         norm=by_head.small("norm.weight"),
         head=by_head.plain("head.weight"),
         layers=tuple(
-            _read_layer(config, _Reader(checkpoint, kernels, device), n)
+            _read_layer(config, Reader(checkpoint, kernels, device), n)
             for n, device in enumerate(places.layers)
         ),
         experts=ExpertStore(
@@ -243,24 +148,21 @@ def read_weights(
     )
 
 
-def _table_files(c: V41Config, reader: _Reader, n: int) -> TableFiles:
+def _table_files(c: V41Config, reader: Reader, n: int) -> TableFiles:
     name = f"layers.{n}.engram.embed"
     entries = reader.checkpoint.entries
     format_ = reader.formats.packed(Role.ENGRAM, name)
     return TableFiles(entries[f"{name}.weight"], entries[f"{name}.scale"], format_, c.engram_head_dim)
 
 
-def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
+def _read_layer(c: V41Config, reader: Reader, n: int) -> LayerWeights:
     layer = f"layers.{n}"
 
     def connection(sub: str) -> HyperConnection:
-        prefix = f"{layer}.hc_{sub}"
-        scales = zip(reader.small(f"{prefix}_scale"), (c.hc_mult, c.hc_mult, c.hc_mult**2), strict=True)
-        return HyperConnection(
-            fn=reader.small(f"{prefix}_fn"),
-            base=reader.small(f"{prefix}_base"),
-            scale=torch.cat([scale.expand(size) for scale, size in scales]),
-            sinkhorn_iters=c.hc_sinkhorn_iters,
+        return reader.connection(
+            f"{layer}.hc_{sub}",
+            c.hc_mult,
+            iterations=c.hc_sinkhorn_iters,
             hc_eps=c.hc_eps,
             norm_eps=c.rms_norm_eps,
         )
@@ -271,7 +173,7 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
         columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads * c.engram_head_dim
         wkv = reader.dense(f"{layer}.engram.wkv", c.hidden_size * (c.hc_mult + 1), columns)
         engram = EngramMix(wkv, qk, c.rms_norm_eps)
-    shared, width = f"{layer}.ffn.shared_experts", c.moe_intermediate_size * c.n_shared_experts
+    width = c.moe_intermediate_size * c.n_shared_experts
     return LayerWeights(
         attn_norm=reader.small(f"{layer}.attn_norm.weight"),
         ffn_norm=reader.small(f"{layer}.ffn_norm.weight"),
@@ -280,16 +182,12 @@ def _read_layer(c: V41Config, reader: _Reader, n: int) -> LayerWeights:
         attn=_read_attention(c, reader, n),
         gate=reader.plain(f"{layer}.ffn.gate.weight"),
         gate_bias=reader.small(f"{layer}.ffn.gate.bias"),
-        shared_experts=SharedExpert(
-            reader.dense(f"{shared}.w1", width, c.hidden_size),
-            reader.dense(f"{shared}.w3", width, c.hidden_size),
-            reader.dense(f"{shared}.w2", c.hidden_size, width),
-        ),
+        shared_experts=reader.shared_expert(f"{layer}.ffn.shared_experts", width, c.hidden_size),
         engram=engram,
     )
 
 
-def _read_attention(c: V41Config, reader: _Reader, n: int) -> AttentionWeights:
+def _read_attention(c: V41Config, reader: Reader, n: int) -> AttentionWeights:
     attn = f"layers.{n}.attn"
     compressor = None
     if n in c.kv_source_layer_ids:

@@ -155,7 +155,8 @@ def _route(of: dict[str, Any]) -> RowTask:
     }  # fmt: skip
     if of.get("table") is not None:
         fields |= {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
-    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], {"TOP_K": of["rule"].top_k})
+    mail = None if of.get("box") is None else Mail(of["box"], of["number"], of["left"], of["guesses"])
+    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], {"TOP_K": of["rule"].top_k}, mail=mail)
 
 
 def _turns(of: dict[str, Any]) -> RowTask:
@@ -222,11 +223,6 @@ def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return Choice(**given).launches(places.step, rows, places.max_rows)
 
 
-def _mail(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
-    mail = Mail(of["box"], of["number"], of["x"], of["ids"], of["places"], of["guesses"])
-    return [mail.launch(places.step, rows)]
-
-
 def _experts(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     slots = of["slots"]
     return list(slots.launches(of["x"], of["places"], of["inner"], of["apart"], of["limit"], rows))
@@ -243,5 +239,4 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "attend": _attend,
     "select": _select,
     "experts": _experts,
-    "mail": _mail,
 }

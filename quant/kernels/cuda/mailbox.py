@@ -20,12 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quant.kernels.cuda.launch import Launch
-
 logger = logging.getLogger("loci.kernels")
 
 PAUSE_S = 20e-6  # between looks at a word
-BLOCK = 1024
 
 
 class StalledError(Exception):
@@ -119,63 +116,83 @@ class Mailbox:
         self._answered[number] = 1
 
 
+# Fields of a hand-over's line; rows that have arrived are counted in one of them.
+X: tl.constexpr = tl.constexpr(0)
+WIDTH: tl.constexpr = tl.constexpr(1)
+GUESSES: tl.constexpr = tl.constexpr(2)
+ARRIVED: tl.constexpr = tl.constexpr(3)
+MAIL_X: tl.constexpr = tl.constexpr(4)
+MAIL_IDS: tl.constexpr = tl.constexpr(5)
+MAIL_PLACES: tl.constexpr = tl.constexpr(6)
+MAIL_GUESSES: tl.constexpr = tl.constexpr(7)
+ANSWERED: tl.constexpr = tl.constexpr(8)
+FIELDS = 9
+ANY_MISSING: tl.constexpr = tl.constexpr(1 << 16)  # in ARRIVED, above the number of rows
+
+
 @triton.jit
-def leave_mail(
-    x, ids, places, guesses, step, mail_x, mail_ids, mail_places, mail_guesses, answered, width,
-    TOP_K: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, GUESSED: tl.constexpr,
-):  # fmt: skip
-    """Choices `[rows, TOP_K]` and, of rows that miss some, x `[rows, width]`, to a mailbox; where no row
-    does, the word `answered`. Grid (blocks of width, rows)."""
-    row = tl.program_id(1)
-    alive = tl.load(step)
-    pair = tl.arange(0, PAIRS)
-    inside = pair < alive * TOP_K
-    place = tl.load(places + pair, mask=inside, other=0)
-    is_own = (pair // TOP_K == row) & inside
-    missing = tl.sum(((place < 0) & is_own).to(tl.int32), axis=0)
-    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+def int64s_at(line, FIELD: tl.constexpr):
+    """Where a field says that int64 numbers are."""
+    return tl.load(line + FIELD).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def leave_row(line, step, row, idents, places, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's choices to a mailbox, and its x if some are missing; by the last row, the word `answered` where
+    no row misses any. Of idents and places `[BLOCK]`, the first TOP_K."""
+    each = tl.arange(0, BLOCK)
+    is_own = each < TOP_K
+    pair = row * TOP_K + each
+    tl.store(int64s_at(line, MAIL_IDS) + pair, idents, mask=is_own)
+    tl.store(int64s_at(line, MAIL_PLACES) + pair, places, mask=is_own)
+    if tl.load(line + GUESSES) != 0:
+        guesses = tl.load(int64s_at(line, GUESSES) + pair, mask=is_own, other=-1)
+        tl.store(int64s_at(line, MAIL_GUESSES) + pair, guesses, mask=is_own)
+    missing = tl.sum((is_own & (idents >= 0) & (places < 0)).to(tl.int32), axis=0)
     if missing > 0:
-        value = tl.load(x + row * width + col, mask=col < width, other=0.0)
-        tl.store(mail_x + row * width + col, value, mask=col < width)
-    if tl.program_id(0) == 0:
-        is_row = pair // TOP_K == row
-        ident = tl.load(ids + pair, mask=is_own, other=-1)
-        tl.store(mail_ids + pair, ident, mask=is_row)
-        tl.store(mail_places + pair, place, mask=is_row)
-        if GUESSED:
-            tl.store(mail_guesses + pair, tl.load(guesses + pair, mask=is_own, other=-1), mask=is_row)
-        if row == 0:
-            in_all = tl.sum(((place < 0) & inside).to(tl.int32), axis=0)
-            if in_all == 0:
-                tl.store(answered, 1)
+        width = tl.load(line + WIDTH).to(tl.int32)
+        x = tl.load(line + X).to(tl.pointer_type(tl.float32)) + row * width
+        to = tl.load(line + MAIL_X).to(tl.pointer_type(tl.float32)) + row * width
+        for first in range(0, width, BLOCK):
+            inside = first + each < width
+            tl.store(to + first + each, tl.load(x + first + each, mask=inside, other=0.0), mask=inside)
+    alive = tl.maximum(tl.load(step), 1).to(tl.int32)  # the first row speaks for a step of none
+    if row < alive:
+        arrived = (line + ARRIVED).to(tl.pointer_type(tl.int32))
+        own = 1 + tl.where(missing > 0, ANY_MISSING, 0)
+        total = tl.atomic_add(arrived, own) + own
+        if total % ANY_MISSING == alive:
+            tl.store(arrived, 0)
+            if total == alive:
+                tl.store(tl.load(line + ANSWERED).to(tl.pointer_type(tl.int32)), 1)
 
 
 @dataclass(frozen=True)
 class Mail:
-    """A hand-over of a program: what its rows leave in the mailbox.
+    """What the rows of a hand-over leave in the mailbox, once their experts are chosen.
 
-    x `[rows, hidden]`, ids, places and perhaps guesses `[rows, top_k]`
+    x        `[rows, hidden]`, what experts are to compute
+    guesses  `[rows, top_k]`, what a later layer is expected to choose
     """
 
     box: Mailbox
     number: int
     x: torch.Tensor
-    ids: torch.Tensor
-    places: torch.Tensor
-    guesses: torch.Tensor | None = None
+    guesses: torch.Tensor | None
 
-    def launch(self, step: torch.Tensor, rows: int) -> Launch:
-        """The launch that leaves it."""
-        width, n = self.x.shape[1], self.number
-        box = self.box
-        arguments = (
-            self.x, self.ids, self.places, self.ids if self.guesses is None else self.guesses, step,
-            box.inputs, box.ids[n], box.places[n], box.guesses[n], box.answered[n : n + 1], width,
-        )  # fmt: skip
-        pairs = int(triton.next_power_of_2(box.ids.shape[1]))
-        constants: dict[str, int | bool] = {"TOP_K": box.top_k, "PAIRS": pairs, "BLOCK_N": BLOCK}
-        constants["GUESSED"] = self.guesses is not None
-        return Launch(leave_mail, (-(-width // BLOCK), rows), arguments, constants, 4)
+    def line(self) -> list[int]:
+        """The hand-over's line."""
+        box, n = self.box, self.number
+        tensors = {
+            X: self.x, MAIL_X: box.inputs, MAIL_IDS: box.ids[n], MAIL_PLACES: box.places[n],
+            MAIL_GUESSES: box.guesses[n], ANSWERED: box.answered[n:],
+        }  # fmt: skip
+        numbers = [0] * FIELDS
+        numbers[WIDTH.value] = self.x.shape[1]
+        numbers[GUESSES.value] = 0 if self.guesses is None else self.guesses.data_ptr()
+        for field, tensor in tensors.items():
+            numbers[field.value] = tensor.data_ptr()
+        return numbers
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Noted:
         """The buffers among what goes in."""
         return [value for value in self.ins.values() if isinstance(value, Buffer)]
 
+    @property
+    def is_mailed(self) -> bool:
+        """Whether it leaves something in a mailbox."""
+        return self.kind == "route" and self.ins.get("box") is not None
+
     def is_plain(self, *without: str) -> bool:
         """Whether it has none of these."""
         return all(self.ins.get(name) is None for name in without)
@@ -79,6 +84,12 @@ class _Chains:
         at = self._at.get(id(value))
         op = None if at is None else self.ops[at]
         return op if op is not None and op.kind == kind and list(op.outs.values()) == [value] else None
+
+    def writer(self, buffer: Buffer) -> Noted:
+        """The operation that writes a buffer."""
+        op = self.ops[self._at[id(buffer)]]
+        assert op is not None
+        return op
 
     def drop(self, *ops: Noted) -> None:
         """Take away what has become part of another."""
@@ -205,6 +216,14 @@ def _write(op: Noted, chains: _Chains) -> Noted:
     return replace(op, ins=op.ins | total.ins, sees=(*op.sees, *total.sees))
 
 
+def _mail(op: Noted, chains: _Chains) -> Noted:
+    """What a mailbox is for, left by the router."""
+    route = chains.writer(op.ins["ids"])
+    chains.drop(route)
+    left = {name: value for name, value in op.ins.items() if name != "ids"}
+    return replace(route, ins=route.ins | left, changes=(*route.changes, *op.changes))
+
+
 def _sum(op: Noted, chains: _Chains) -> Noted:
     """Experts' outputs and the shared expert's."""
     total = chains.before(op.ins["x"], "add_up")
@@ -222,6 +241,7 @@ _RULES = {
     "attend": _attend,
     "select": _select,
     "write": _write,
+    "mail": _mail,
     "sum": _sum,
 }
 

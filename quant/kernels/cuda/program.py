@@ -25,8 +25,6 @@ from quant.kernels.cuda.schedule import give_lives, scheduled
 
 logger = logging.getLogger("loci.kernels")
 
-MAIL = ("mail", "await")  # operations with a word of a mailbox
-
 
 class GpuProgram:
     """A recorded step on one GPU. Used by one thread at a time.
@@ -100,8 +98,8 @@ class GpuProgram:
 
     def hand_overs(self, layer: int | None) -> int:
         """Places in a layer where a run comes back to its caller."""
-        kinds = [op.kind for group in self._groups for op in group if op.layer == layer]
-        return kinds.count("hand_over") + kinds.count("mail")
+        ops = [op for group in self._groups for op in group if op.layer == layer]
+        return sum(op.kind == "hand_over" or op.is_mailed for op in ops)
 
     def _segments(self, rows: int) -> list[Segment | Noted | Word]:
         """A step of so many rows: launches, and hand-overs between them."""
@@ -115,7 +113,12 @@ class GpuProgram:
             launches = [] if op.kind == "await" else self._places.launches(group, rows)
             self._counts[op.layer] += len(launches)
             steps: list[Launch | Word] = [*launches]
-            word = Word(op.ins["box"], op.ins["number"], op.kind == "await") if op.kind in MAIL else None
+            words = [
+                Word(op.ins["box"], op.ins["number"], is_wait=op.kind == "await")
+                for op in group
+                if op.is_mailed or op.kind == "await"
+            ]
+            word = words[0] if words else None
             if word is not None and has_stream_words(self.device):
                 steps.append(word)
             if steps and not (parts and isinstance(parts[-1], Segment)):

@@ -158,8 +158,7 @@ class GpuRecorder:
         slots.check()
         places, first = self._places[id(ids)], slots.sample.w1
         top_k, state = ids.width, (box.outputs,)
-        left: dict[str, Any] = {"x": x, "ids": ids, "places": places, "box": box, "number": number}
-        left["guesses"] = guesses
+        left: dict[str, Any] = {"left": x, "ids": ids, "box": box, "number": number, "guesses": guesses}
         self._note(Noted("mail", left, {}, changes=state))
         apart = self.buffer(top_k * x.width)
         inner = self.buffer(top_k * int(first.shape[0]))

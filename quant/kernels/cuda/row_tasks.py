@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from quant.kernels.cuda.launch import Launch
+from quant.kernels.cuda.mailbox import Mail, leave_row
 from quant.kernels.cuda.streams import finish_mix
 
 # Fields of a line, 24 numbers.
@@ -42,6 +43,7 @@ COMBINE: tl.constexpr = tl.constexpr(19)
 SPLITS: tl.constexpr = tl.constexpr(20)
 ITERATIONS: tl.constexpr = tl.constexpr(21)
 NORM_EPS: tl.constexpr = tl.constexpr(22)
+MAIL: tl.constexpr = tl.constexpr(23)
 FIELDS: tl.constexpr = tl.constexpr(24)
 
 LATENT: tl.constexpr = tl.constexpr(0)
@@ -152,7 +154,8 @@ def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
 @triton.jit
 def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """The experts that a row's logits choose, int64, best first, and their weights; none, -1, for a row that
-    is not alive. Where there is a table of places, the chosen experts' places in it too."""
+    is not alive. Where there is a table of places, the chosen experts' places in it too; where there is a
+    mailbox, what it is for."""
     experts = tl.load(line + WIDTH).to(tl.int32)
     each = tl.arange(0, BLOCK)
     inside = each < experts
@@ -169,18 +172,25 @@ def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     has_places = tl.load(line + STATE) != 0
     choices = tl.arange(0, BLOCK)
     chosen = tl.zeros([BLOCK], tl.float32)
+    idents = tl.full([BLOCK], -1, tl.int64)
     for choice in tl.static_range(TOP_K):
         best = tl.argmax(ranked, axis=0)  # the first of equals
         weight = tl.sum(tl.where(each == best, score, 0.0), axis=0)
         chosen = tl.where(choices == choice, weight, chosen)
-        tl.store(ids + choice, tl.where(is_alive, best, -1).to(tl.int64))
-        if has_places:
-            place = tl.load(tl.load(line + STATE).to(tl.pointer_type(tl.int64)) + best)
-            to = tl.load(line + COMBINE).to(tl.pointer_type(tl.int64)) + row * TOP_K + choice
-            tl.store(to, tl.where(is_alive, place, -1))
+        idents = tl.where((choices == choice) & is_alive, best.to(tl.int64), idents)
         ranked = tl.where(each == best, float("-inf"), ranked)
     share = chosen / (tl.sum(chosen, axis=0) + fraction(line, NORM_EPS)) * fraction(line, EPS)
-    tl.store(weights + choices, share, mask=choices < TOP_K)
+    is_choice = choices < TOP_K
+    tl.store(weights + choices, share, mask=is_choice)
+    tl.store(ids + choices, idents, mask=is_choice)
+    if has_places:
+        table = tl.load(line + STATE).to(tl.pointer_type(tl.int64))
+        places = tl.load(table + idents, mask=idents >= 0, other=-1)
+        to = tl.load(line + COMBINE).to(tl.pointer_type(tl.int64)) + row * TOP_K
+        tl.store(to + choices, places, mask=is_choice)
+        if tl.load(line + MAIL) != 0:
+            mail = line + tl.load(line + MAIL) * FIELDS
+            leave_row(mail, step, row, idents, places, TOP_K, BLOCK)
 
 
 @triton.jit
@@ -240,6 +250,7 @@ class RowTask:
     constants  of the kernel; tasks whose constants differ do not go together
     width      of the vector that a program holds
     heads      programs of a row
+    mail       what a router leaves in a mailbox
     """
 
     kind: int
@@ -247,6 +258,7 @@ class RowTask:
     width: int
     constants: dict[str, int | bool] = field(default_factory=dict)
     heads: int = 1
+    mail: Mail | None = None
 
     def line(self) -> list[int]:
         """Its line of the table."""
@@ -275,6 +287,12 @@ def row_tasks_launch(tasks: Sequence[RowTask], step: torch.Tensor, rows: int, ma
         "BLOCK": int(triton.next_power_of_2(max(2, *(task.width for task in tasks)))),
         "MAX": max_rows,
     }
-    table = torch.tensor([task.line() for task in tasks], dtype=torch.int64).to(step.device)
+    lines = [task.line() for task in tasks]
+    for at, task in enumerate(tasks):
+        if task.mail is not None:  # whose line is so many lines on
+            lines[at][MAIL.value] = len(lines) - at
+            line = task.mail.line()
+            lines.append(line + [0] * (FIELDS.value - len(line)))
+    table = torch.tensor(lines, dtype=torch.int64).to(step.device)
     grid = (len(tasks), rows, max(task.heads for task in tasks))
     return Launch(row_tasks, grid, (table, step), constants, 4)

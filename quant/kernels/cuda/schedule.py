@@ -2,6 +2,8 @@
 
 Operations are ordered by what they read and write, not by when they were noted. Of those that are ready, the
 one with the longest way to the step's end goes next, and takes along whatever its kernel can do beside it.
+But products that can wait do not delay those that a mailbox waits for: whoever answers works at the same
+time.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from quant.kernels.cuda.products import go_together
 
 TASKS = ("latent", "pool", "mix", "route", "turns")
 STREAMS = ("mixed", "read")
-# More than there are, for mail: the sooner it is sent, the sooner there is an answer.
-LAUNCHES = {"attend": 2, "experts": 2, "hand_over": 0, "mail": 8, "await": 0}
+LAUNCHES = {"attend": 2, "experts": 2, "hand_over": 0, "await": 0}
+MAIL = 8  # more than there are: the sooner it is sent, the sooner there is an answer
 MOST_TASKS = 64
 
 
@@ -24,6 +26,7 @@ def scheduled(noted: Sequence[Noted]) -> list[list[Noted]]:
     """Groups of operations; each group is launched together, and needs only what earlier ones have done."""
     needs = _needs(noted)
     heights = _heights(noted, needs)
+    mails = _mails(noted, needs)
     followers: dict[int, list[int]] = defaultdict(list)
     missing = [len(of) for of in needs]
     for at, of in enumerate(needs):
@@ -37,7 +40,8 @@ def scheduled(noted: Sequence[Noted]) -> list[list[Noted]]:
         ready.sort(key=lambda at: (not brings[at], -heights[at], at))
         chosen: list[int] = []
         for at in ready:
-            if not chosen or fit([noted[other] for other in chosen], noted[at]):
+            can_wait = noted[at].kind == "product" and chosen != [] and mails[at] > mails[chosen[0]]
+            if not chosen or (not can_wait and fit([noted[other] for other in chosen], noted[at])):
                 chosen.append(at)
         groups.append([noted[at] for at in chosen])
         ready = [at for at in ready if at not in set(chosen)]
@@ -102,10 +106,21 @@ def _heights(noted: Sequence[Noted], needs: Sequence[set[int]]) -> list[int]:
     """Launches from each operation to the step's end, itself included."""
     heights = [0] * len(noted)
     for at in reversed(range(len(noted))):
-        heights[at] += LAUNCHES.get(noted[at].kind, 1)
+        heights[at] += MAIL if noted[at].is_mailed else LAUNCHES.get(noted[at].kind, 1)
         for other in needs[at]:
             heights[other] = max(heights[other], heights[at])
     return heights
+
+
+def _mails(noted: Sequence[Noted], needs: Sequence[set[int]]) -> list[int]:
+    """The first operation that leaves mail and needs each; as many as there are operations, for none."""
+    first = [len(noted)] * len(noted)
+    for at in reversed(range(len(noted))):
+        if noted[at].is_mailed:
+            first[at] = at
+        for other in needs[at]:
+            first[other] = min(first[other], first[at])
+    return first
 
 
 def give_lives(groups: Sequence[Sequence[Noted]], kept: Sequence[Buffer]) -> list[Buffer]:

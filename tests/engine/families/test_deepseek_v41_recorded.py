@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engine.families.base import Batch
 from engine.families.deepseek_v41.family import FAMILY
 from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
-from engine.families.deepseek_v41.recorded import MAX_ROWS
+from engine.families.streams.operations import MAX_ROWS
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload

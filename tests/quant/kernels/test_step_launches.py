@@ -7,11 +7,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
-from memory.planner.launches import CHOICE, CHUNK, CHUNKS
+from memory.planner.launches import BESIDE, CHOICE, CHUNK, CHUNKS
 from memory.planner.placement import Workload, recorded_bytes
 from memory.planner.published import built_in
 from quant.kernels.cuda.noted import Noted
 from quant.kernels.cuda.program import arranged
+from quant.kernels.cuda.schedule import LAUNCHES
 from tests.quant.kernels.step_launches import Layer
 
 
@@ -29,6 +30,15 @@ def choices(entries: int) -> list[int]:
 def test_more_entries_than_one_program_looks_at_take_one_launch_more() -> None:
     assert choices(CHUNK)[0] == CHOICE
     assert choices(CHUNK + 1)[0] == CHOICE + CHUNKS
+
+
+def test_the_processor_is_asked_before_the_shared_expert_and_those_that_the_gpu_holds() -> None:
+    firsts = [group[0] for group in Layer().groups()]
+    mailed = next(at for at, op in enumerate(firsts) if isinstance(op, Noted) and op.is_mailed)
+    awaited = next(at for at, op in enumerate(firsts) if isinstance(op, Noted) and op.kind == "await")
+    kinds = [op.kind for op in firsts[mailed + 1 : awaited] if isinstance(op, Noted)]
+    assert sorted(kinds) == ["experts", "product", "product"]
+    assert sum(LAUNCHES.get(kind, 1) for kind in kinds) == BESIDE
 
 
 def test_a_plan_keeps_room_for_the_buffers_of_a_recorded_step() -> None:

@@ -1,0 +1,134 @@
+"""Operations on parallel streams, computed at once, for the tokens of some segments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+
+from engine.families.base import Batch, Segment, Trace
+from engine.families.streams.operations import Frequencies, StreamMix
+from engine.layers.hyper_connections import HyperConnection
+from engine.layers.operations import EagerBasics
+from engine.layers.rope import Rotation
+from engine.layers.routed_experts import EagerExperts
+from quant.kernels.interface import Kernels, Weight
+
+# What a segment (its number, itself, its rows) attends to: latents of its window `[n + L, dim]`, and perhaps
+# compressed entries `[G, dim]` with those that each token sees `[L, k]`, -1 for none.
+Seen = Callable[[int, Segment, slice], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+
+
+class EagerStreams(EagerBasics):
+    """`StreamOperations` for a batch. A context: experts that it has acquired are released at the end.
+
+    hc  streams of a token
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        batch: Batch,
+        trace: Trace,
+        frequencies: Frequencies,
+        hc: int,
+        experts: EagerExperts,
+    ) -> None:
+        super().__init__(kernels)
+        self._batch = batch
+        self._trace = trace
+        self._hc = hc
+        self._experts = experts
+        self._frequencies = frequencies
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
+        self._turns = {
+            (compressed, torch.device("cpu")): Rotation.at(
+                kernels, positions, frequencies.of(compressed=compressed)
+            )
+            for compressed in (False, True)
+        }
+        ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
+        bounds = zip([0, *ends[:-1]], ends, strict=True)
+        self._segments = [(s, slice(*bound)) for s, bound in zip(batch.segments, bounds, strict=True)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._experts.__exit__(*raised)
+
+    def at_layer(self, number: int | None) -> None:
+        """All layers are alike."""
+
+    def move(self, device: torch.device, *values: torch.Tensor) -> Sequence[torch.Tensor]:
+        return [value.to(device) for value in values]
+
+    def trace(self, name: str, value: torch.Tensor, *shape: int) -> None:
+        self._trace.add(name, value.view(-1, *shape) if shape else value)
+
+    # ---------------------------------------------------------------------------------------- streams
+
+    def mix(self, connection: HyperConnection, streams: torch.Tensor) -> StreamMix[torch.Tensor]:
+        mix = connection.mix(self._kernels, self._parallel(streams))
+        return StreamMix(mix.pre, mix.post, mix.combine.flatten(1))
+
+    def read_streams(self, streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+        return self._kernels.weighted_sum(self._parallel(streams), pre)
+
+    def write_streams(
+        self, streams: torch.Tensor, y: torch.Tensor, mix: StreamMix[torch.Tensor]
+    ) -> torch.Tensor:
+        parallel = self._parallel(streams)
+        combine = mix.combine.view(len(y), self._hc, self._hc)
+        return self._kernels.mix_streams(parallel, y, mix.post, combine).flatten(1)
+
+    def _parallel(self, streams: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hc, hidden]`; of no tokens too."""
+        return streams.view(len(streams), self._hc, streams.shape[1] // self._hc)
+
+    # -------------------------------------------------------------------------------------- attention
+
+    def rotate(
+        self, x: torch.Tensor, heads: int, *, compressed: bool, backwards: bool = False
+    ) -> torch.Tensor:
+        rotation = self._rotation(x.device, compressed=compressed)
+        if backwards:
+            rotation = rotation.inverse
+        return rotation.apply(self._kernels, x.view(len(x), heads, -1)).view(x.shape)
+
+    def blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+        groups = x.view(len(x), len(weights), -1)
+        parts = [self._kernels.linear(groups[:, n], weight) for n, weight in enumerate(weights)]
+        return torch.cat(parts, dim=-1)
+
+    def _attend(self, q: torch.Tensor, sink: torch.Tensor, window: int, seen: Seen) -> torch.Tensor:
+        """Attention of `[tokens, heads * head_dim]` queries, to the same."""
+        q = q.view(len(q), len(sink), -1)
+        attended = []
+        for i, (segment, at) in enumerate(self._segments):
+            window_kv, compressed, entries = seen(i, segment, at)
+            entries = None if entries is None else entries.to(q.device)
+            attended.append(self._kernels.attend_sparse(q[at], window_kv, sink, window, compressed, entries))
+        out = attended[0] if len(attended) == 1 else torch.cat(attended)
+        return out.flatten(1)
+
+    def _rotation(self, device: torch.device, *, compressed: bool) -> Rotation:
+        """The rotation of the batch's positions on `device`, copied there once."""
+        key = compressed, device
+        if key not in self._turns:
+            self._turns[key] = self._turns[compressed, torch.device("cpu")].to(device)
+        return self._turns[key]
+
+    def _group_rotation(self, first: int, count: int, ratio: int, device: torch.device) -> Rotation:
+        """That of the first positions of `count` groups of `ratio` tokens, from group `first` on."""
+        positions = torch.arange(first, first + count) * ratio
+        return Rotation.at(self._kernels, positions, self._frequencies.compressed).to(device)
+
+    # ---------------------------------------------------------------------------------------- experts
+
+    def acquire(self, number: int, ids: torch.Tensor) -> None:
+        self._experts.acquire(number, ids)
+
+    def experts(self, number: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._experts.run(number, x, ids, weights)

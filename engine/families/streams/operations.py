@@ -1,0 +1,87 @@
+"""Operations that a forward on parallel streams is written in, whichever of the families it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol
+
+import torch
+
+from engine.layers.hyper_connections import HyperConnection
+from engine.layers.operations import BasicOperations, Value
+from quant.kernels.interface import Weight
+
+MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
+
+
+@dataclass(frozen=True)
+class StreamMix(Generic[Value]):
+    """How streams are read for a sublayer, and its output is written to them.
+
+    pre, post `[rows, hc]`, combine `[rows, hc * hc]`: see `hyper_connections.Mix`
+    """
+
+    pre: Value
+    post: Value
+    combine: Value
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Radians per position of each channel pair, `[pairs]` float64.
+
+    plain       of layers that see nothing but their window
+    compressed  of layers that see compressed entries too, and of these
+    """
+
+    plain: torch.Tensor
+    compressed: torch.Tensor
+
+    def of(self, *, compressed: bool) -> torch.Tensor:
+        """Those of one kind of layer."""
+        return self.compressed if compressed else self.plain
+
+
+class StreamOperations(BasicOperations[Value], Protocol[Value]):
+    """Streams are `[rows, hc * hidden]`."""
+
+    def at_layer(self, number: int | None) -> None:
+        """What follows is layer `number`'s, or no layer's."""
+        ...
+
+    def move(self, device: torch.device, *values: Value) -> Sequence[Value]:
+        """Values on a device."""
+        ...
+
+    def mix(self, connection: HyperConnection, streams: Value) -> StreamMix[Value]:
+        """What a sublayer's hyper-connection makes of the streams."""
+        ...
+
+    def read_streams(self, streams: Value, pre: Value) -> Value:
+        """sum_i pre_i * stream_i."""
+        ...
+
+    def write_streams(self, streams: Value, y: Value, mix: StreamMix[Value]) -> Value:
+        """post_j * y + sum_i combine[i, j] * stream_i."""
+        ...
+
+    def rotate(self, x: Value, heads: int, *, compressed: bool, backwards: bool = False) -> Value:
+        """Heads turned by their rows' positions."""
+        ...
+
+    def blocks(self, x: Value, weights: Sequence[Weight]) -> Value:
+        """Weights of one shape, each times its own columns of x, side by side."""
+        ...
+
+    def acquire(self, number: int, ids: Value) -> None:
+        """Begin the layer's routed experts: missing ones are on their way from now on."""
+        ...
+
+    def experts(self, number: int, x: Value, ids: Value, weights: Value) -> Value:
+        """The weighted sum of the chosen experts' outputs."""
+        ...
+
+    def trace(self, name: str, value: Value, *shape: int) -> None:
+        """Keep a value for whoever asked for it, each row in that shape."""
+        ...
