@@ -92,6 +92,11 @@ class CallReader:
         return _name(self._raw("name"))
 
     @property
+    def first_key(self) -> str | None:
+        """The key of the first member, once its value begins."""
+        return next(iter(self._values), None)
+
+    @property
     def arguments_start(self) -> int | None:
         """Where the arguments begin, once there is something in them."""
         for key, value in self._values.items():

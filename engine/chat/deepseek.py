@@ -22,7 +22,7 @@ from engine.chat.format import ChatFormat, ChatPrompt
 from engine.chat.output_parser import END_THINK, THINK, MessageDelta, OutputParser, ToolCallDelta
 from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar, must_call
-from engine.grammar.tools import DSML, DsmlCalls
+from engine.grammar.call_spellings import DSML, ElementSpelling, dsml
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import RequestError
 
@@ -40,15 +40,15 @@ class Version:
 
     model_version: recipe.ModelVersion
     encoding: recipe.DeepseekV4Encoding | recipe.DeepseekV41Encoding
-    calls: DsmlCalls
+    calls: ElementSpelling
 
 
 VERSIONS = {
     "deepseek_v4": Version(
-        recipe.ModelVersion.DeepseekV4Pro, recipe.DeepseekV4Encoding(), DsmlCalls("", "tool_calls")
+        recipe.ModelVersion.DeepseekV4Pro, recipe.DeepseekV4Encoding(), dsml("tool_calls")
     ),
     "deepseek_v41": Version(
-        recipe.ModelVersion.DeepseekV41Flash, recipe.DeepseekV41Encoding(), DsmlCalls(" ", "calls")
+        recipe.ModelVersion.DeepseekV41Flash, recipe.DeepseekV41Encoding(), dsml("calls", gap=" ")
     ),
 }
 

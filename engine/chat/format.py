@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.chat.output_parser import OutputParser
+from engine.chat.output_parser import END_THINK, OutputParser
 from engine.grammar.lark import Grammar
 
 
@@ -21,6 +21,7 @@ class ChatPrompt:
                     context has room for
     stop_token_ids  tokens that end a turn in this dialect, beside those of the model's config
     grammar         what the answer must match, where the request says so
+    end_of_reasoning  spelling of the token that ends reasoning, where the dialect has reasoning
     """
 
     token_ids: list[int]
@@ -28,6 +29,7 @@ class ChatPrompt:
     max_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     grammar: Grammar | None = None
+    end_of_reasoning: str = END_THINK
 
 
 class ChatFormat(ABC):

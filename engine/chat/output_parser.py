@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from engine.chat.call_block import END_TOOL_CALL, TOOL_CALL, CallBlock, CallPiece
+from engine.chat.call_forms import CallBlock, CallForm, CallPiece, Schemas
 from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
 
 
@@ -69,26 +69,37 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 class TaggedParser(OutputParser):
-    """Reasoning between `<think>` tags and tool calls as `<tool_call>{"name", "arguments"}</tool_call>`.
+    """Reasoning between a pair of tags, and tool calls in one of the forms that tags set off.
 
-    reasoning     an answer may begin with `<think>`
+    reasoning     an answer may begin with the first of `think`
     in_reasoning  the prompt has opened it already
-    tools         tool calls are looked for
+    calls         how tool calls are written; None where none are looked for
+    schemas       of the tools that may be called
     tokens        spellings of the vocabulary's added tokens: a tag among them is that token
+    think         the tags around reasoning
 
     Nothing that may become a tag is let through, and line breaks next to a tag belong to it.
     """
 
     def __init__(
-        self, *, reasoning: bool, in_reasoning: bool, tools: bool, tokens: Collection[str] = ()
+        self,
+        *,
+        reasoning: bool,
+        in_reasoning: bool,
+        calls: CallForm | None,
+        schemas: Schemas | None = None,
+        tokens: Collection[str] = (),
+        think: tuple[str, str] = (THINK, END_THINK),
     ) -> None:
-        tags = [*((THINK, END_THINK) if reasoning else ()), *((TOOL_CALL, END_TOOL_CALL) if tools else ())]
-        self._finder = TagFinder(tags, tokens)
-        self._tools = tools
+        self._finder = TagFinder([*(think if reasoning else ()), *(calls.tags if calls else ())], tokens)
+        self._think, self._end_think = think
+        self._form = calls
+        self._schemas = schemas or {}
         self._state = "reasoning" if in_reasoning else "start" if reasoning else "content"
+        self._may_be_bare = calls is not None and calls.is_bare
         self._after_tag = in_reasoning
         self._held = ""  # white space that a tag may follow
-        self._block = CallBlock()
+        self._block: CallBlock | None = None
         self._calls = 0
 
     @property
@@ -100,8 +111,9 @@ class TaggedParser(OutputParser):
 
     def finish(self) -> list[MessageDelta]:
         deltas = self._read(self._finder.finish())
-        while self._state == "call":
-            deltas += self._told(*self._block.finish())
+        while self._block is not None:
+            pieces, rest = self._block.finish()
+            deltas += self._pieces(pieces) + self._read(rest)
         held, self._held = self._held, ""
         return deltas + self._text(held)
 
@@ -110,27 +122,42 @@ class TaggedParser(OutputParser):
         deltas: list[MessageDelta] = []
         while queue:
             item = queue.popleft()
-            if self._state == "call":
+            if self._block is not None:
                 pieces, rest = self._block.read(item)
                 deltas += self._pieces(pieces)
                 queue.extendleft(reversed(rest))
+            elif isinstance(item, Tag):
+                deltas += self._pass(item.spelling)
+            elif self._begins_bare_call(item):
+                space = item[: len(item) - len(item.lstrip())]
+                self._held = (self._held + space).lstrip("\n" if self._after_tag else "")
+                self._open("")
+                queue.appendleft(item.lstrip())
             else:
-                deltas += self._pass(item.spelling) if isinstance(item, Tag) else self._say(item)
+                deltas += self._say(item)
         return deltas
 
-    def _told(self, pieces: Iterable[CallPiece | str], rest: Iterable[Item]) -> list[MessageDelta]:
-        return self._pieces(pieces) + self._read(rest)
+    def _begins_bare_call(self, text: str) -> bool:
+        """Whether the answer begins with what may be a call without a tag."""
+        if not self._may_be_bare or self._state == "reasoning" or not (begun := text.lstrip()):
+            return False
+        self._may_be_bare = False
+        return begun.startswith("{")
+
+    def _open(self, opener: str) -> None:
+        assert self._form is not None
+        self._state, self._block = "content", self._form.block(opener, self._schemas)
 
     def _pass(self, tag: str) -> list[MessageDelta]:
         """Go over a tag into another state; one that means nothing here is text."""
-        if self._state == "start" and tag == THINK:
+        if self._state == "start" and tag == self._think:
             self._state = "reasoning"
-        elif self._state == "reasoning" and tag == END_THINK:
+        elif self._state == "reasoning" and tag == self._end_think:
             self._state = "content"
-        elif self._state != "reasoning" and tag == TOOL_CALL:
+        elif self._state != "reasoning" and self._form is not None and tag in self._form.openers:
             self._state = "content"
             deltas = self._say("")
-            self._state, self._block = "call", CallBlock()
+            self._open(tag)
             return deltas  # line breaks wait: they are text before what turns out to be no call
         else:
             return self._say(tag)
@@ -145,7 +172,7 @@ class TaggedParser(OutputParser):
                 self._held = text
                 return []
             self._state = "content"
-        if self._tools or self._state == "reasoning":
+        if self._form is not None or self._state == "reasoning":
             certain = text.rstrip("\n")
             text, self._held = certain, text[len(certain) :]
         return self._text(text)
@@ -161,18 +188,21 @@ class TaggedParser(OutputParser):
     def _pieces(self, pieces: Iterable[CallPiece | str]) -> list[MessageDelta]:
         """What a block of calls told; the state behind it, where it has ended."""
         deltas = []
+        ends_with_call = True
         for piece in pieces:
+            ends_with_call = isinstance(piece, CallPiece)
             if isinstance(piece, str):
                 deltas.append(MessageDelta(content=self._held + piece))
             elif piece.name is None:
                 deltas.append(_call(ToolCallDelta(self._calls - 1, piece.arguments)))
             else:
-                call_id = f"call_{uuid.uuid4().hex}"
+                call_id = piece.id or f"call_{uuid.uuid4().hex}"
                 deltas.append(_call(ToolCallDelta(self._calls, piece.arguments, call_id, piece.name)))
                 self._calls += 1
             self._held = ""
-        if self._block.has_ended:
-            self._state, self._after_tag = "content", self._block.has_calls
+        if self._block is not None and self._block.has_ended:
+            self._after_tag = self._block.has_calls and ends_with_call
+            self._block = None
         return deltas
 
 

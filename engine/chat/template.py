@@ -17,29 +17,36 @@ off with an error while it is rendered.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from functools import cached_property
+from typing import Any
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from engine.chat.call_block import TOOL_CALL
-from engine.chat.call_history import ArgumentsForm, WrittenArguments, tool_call
+from engine.chat.call_forms import schemas_of
+from engine.chat.dialects import (
+    HARMONY,
+    HARMONY_CONTENT,
+    HARMONY_REASONING,
+    calls_of,
+    think_tags_of,
+    writes_messages,
+)
 from engine.chat.format import ChatFormat, ChatPrompt
-from engine.chat.output_parser import END_THINK, THINK, OutputParser, PlainParser, TaggedParser
+from engine.chat.harmony import END, ENDS, HarmonyParser
+from engine.chat.marks import Marks
+from engine.chat.output_parser import OutputParser, PlainParser, TaggedParser
+from engine.chat.sandbox import ChatTemplate
+from engine.chat.template_messages import MessageShaper, begun_answer
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
-from engine.grammar.tools import TaggedCalls
-from engine.tokenizer.prompt import pattern_of, unused_character
+from engine.tokenizer.prompt import unused_character
 from engine.tokenizer.tokenizer import Tokenizer
-from quant.errors import ConfigError, RequestError
+from quant.errors import RequestError
 
 MAX_PROMPT_CHARS = 16 << 20
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
+# What gpt-oss makes of the efforts that it does not know.
+HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
+SAID = "zqxsaid"  # an answer that no template writes by itself
 
 
 class _TemplateError(RequestError):
@@ -47,61 +54,64 @@ class _TemplateError(RequestError):
 
 
 class TemplateChat(ChatFormat):
-    """`ChatFormat` of a Jinja chat template.
+    """`ChatFormat` of a Jinja chat template. How answers write calls and reasoning is told from its text.
 
-    Raises ConfigError where the template is not valid Jinja.
+    for_tools   the template for requests with tools, where a checkpoint has one of its own for them
+
+    Raises ConfigError where a template is not valid Jinja, or needs what there is not.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: str, now: Callable[[], datetime] = datetime.now
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        now: Callable[[], datetime] = datetime.now,
+        for_tools: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._source = template
-        environment = _environment(now)
-        try:
-            self._template = environment.from_string(template)
-            self._variables = meta.find_undeclared_variables(environment.parse(template))
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
-        self._marks = _Marks(tokenizer.control_tokens(template))
-        eos = tokenizer.eos_token_id
-        self._stop_token_ids = () if eos is None else (eos,)
+        self._template = ChatTemplate(template, now)
+        self._for_tools = None if for_tools is None else TemplateChat(tokenizer, for_tools, now)
+        self._marks = Marks(tokenizer.control_tokens(template))
+        self._messages = MessageShaper(template, self._says_the_same)
+        self._writes_messages = writes_messages(template)
+        self._calls = None if self._writes_messages else calls_of(template)
+        self._think = think_tags_of(template)
 
     def render(self, request: Mapping[str, Any]) -> ChatPrompt:
+        if self._for_tools is not None and request.get("tools") and request.get("tool_choice") != "none":
+            return self._for_tools.render(request)
         tools = self._tools(request)
         said = {
             "tools": tools,
             "documents": request.get("documents"),
             **self._switches(request),
         }
-        begun = _begun_answer(request["messages"])
+        begun = begun_answer(request["messages"])
         prompt, special_ranges = self._written(said, request["messages"], begun)
         reasoning = self._reasoning(prompt, special_ranges, begun)
-        calls = tools is not None and self._can_call
-        style = AnswerStyle(reasoning, TaggedCalls() if calls else None)
+        style = self._style(reasoning, may_call=tools is not None and self._can_call)
         return ChatPrompt(
-            self._tokenizer.encode_prompt(prompt, special_ranges, self._source),
-            lambda: self._parser(reasoning, calls),
+            self._tokenizer.encode_prompt(prompt, special_ranges, self._template.source),
+            lambda: self._parser(reasoning, tools, begun),
             stop_token_ids=self._stop_token_ids,
             grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
+            end_of_reasoning=END if self._writes_messages else (self._think or ("", ""))[1],
         )
 
     def _written(
-        self, said: Mapping[str, Any], messages: list[Mapping[str, Any]], begun: str | None
+        self, said: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], begun: str | None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The prompt and where its special tokens lie. Templates differ in how they read calls' arguments."""
-        has_calls = any(message.get("tool_calls") for message in messages)
+        """The prompt and where its special tokens lie. Templates differ in what they make of messages."""
         errors: list[_TemplateError] = []
-        for form in ArgumentsForm if has_calls else [ArgumentsForm.AS_WRITTEN]:
-            told = {"messages": [self._message(message, form) for message in messages], **said}
+        for shaped in self._messages.shapes(messages, is_begun=begun is not None):
             try:
-                return self._rendered(told, begun)
+                return self._rendered({"messages": shaped, **said}, begun)
             except _TemplateError as error:
                 errors.append(error)
         raise errors[0]
 
     def _rendered(self, said: Mapping[str, Any], begun: str | None) -> tuple[str, list[tuple[int, int]]]:
-        text = json.dumps(said, ensure_ascii=False) + self._source
+        text = json.dumps(said, ensure_ascii=False) + self._template.source
         mark = unused_character(text)
         variables = {name: self._marks.put(value, mark) for name, value in said.items()}
         variables |= self._tokenizer.special_tokens
@@ -125,15 +135,13 @@ class TemplateChat(ChatFormat):
     def _run(self, variables: Mapping[str, Any]) -> str:
         pieces, size = [], 0
         try:
-            for piece in self._template.generate(**variables):
+            for piece in self._template.pieces(dict(variables)):
                 size += len(piece)
                 if size > MAX_PROMPT_CHARS:
                     break
                 pieces.append(piece)
         except Exception as error:  # templates fail in any way that Python code can
-            raise _TemplateError(
-                f"the model's chat template rejects these messages: {error}", param="messages"
-            ) from None
+            raise _TemplateError(self._template.complaint(error), param="messages") from None
         if size > MAX_PROMPT_CHARS:
             raise RequestError(
                 f"the rendered prompt has more than {MAX_PROMPT_CHARS} characters; shorten the messages",
@@ -141,15 +149,66 @@ class TemplateChat(ChatFormat):
             )
         return "".join(pieces)
 
+    def _says_the_same(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
+        """Whether the template makes one prompt of these conversations."""
+        try:
+            prompts = {
+                self._rendered({"messages": list(each), "tools": None}, None)[0] for each in conversations
+            }
+        except RequestError:
+            return False
+        return len(prompts) == 1
+
+    @cached_property
+    def _stop_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's end, and the tokens that the template writes behind answers and calls."""
+        tokens, eos = self._tokenizer.added_tokens, self._tokenizer.eos_token_id
+        if self._writes_messages:
+            ends = [tokens[end] for end in ENDS if end in tokens]
+        else:
+            behind = (self._token_behind({"content": SAID}), self._token_behind(_called()))
+            ends = [tokens[token] for token in behind if token is not None]
+        return tuple(dict.fromkeys([*([] if eos is None else [eos]), *ends]))
+
+    def _token_behind(self, said: Mapping[str, Any]) -> str | None:
+        """The special token that ends an assistant's turn, or begins the next one where nothing ends it."""
+        is_call = "tool_calls" in said
+        following = {"role": "tool", "content": "x", "tool_call_id": "zqxsaid00"} if is_call else None
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", **said}]
+        messages = [*turns, following or {"role": "user", "content": "x"}]
+        try:
+            prompt, special_ranges = self._written({"tools": None}, messages, None)
+        except RequestError:
+            return None
+        end = prompt.rfind(SAID) + len(SAID)
+        own = {*(self._calls.form.tags if self._calls else ()), *(self._think or ())}
+        behind = next(((a, b) for a, b in special_ranges if a >= end and prompt[a:b] not in own), None)
+        if behind is None or end < len(SAID) or (not is_call and prompt[end : behind[0]].strip()):
+            return None
+        return prompt[slice(*behind)]
+
     @property
     def _can_call(self) -> bool:
-        """Whether the template teaches the spelling of tool calls that we read."""
-        return TOOL_CALL in self._source
+        """Whether the template teaches a spelling of tool calls that we read."""
+        return self._writes_messages or self._calls is not None
+
+    def _style(self, reasoning: Reasoning, *, may_call: bool) -> AnswerStyle:
+        if self._writes_messages:
+            calls = HARMONY if may_call else None
+            return AnswerStyle(reasoning, calls, think=HARMONY_REASONING, content=HARMONY_CONTENT)
+        if self._calls is None or not may_call:
+            return AnswerStyle(reasoning, think=self._think or ("", ""))
+        return AnswerStyle(
+            reasoning, self._calls.spelling, gap=self._calls.gap, think=self._think or ("", "")
+        )
 
     def _reasoning(self, prompt: str, special_ranges: list[tuple[int, int]], begun: str | None) -> Reasoning:
         """How the answer goes on behind the prompt, which ends with what was `begun` of it."""
-        if END_THINK not in self._source:
+        if self._writes_messages:
+            return Reasoning.MESSAGES if begun is None else Reasoning.NONE
+        if self._think is None:
             return Reasoning.NONE
+        think, end_think = self._think
         begun = begun or ""
         head = prompt[: len(prompt) - len(begun)].rstrip()
         last = next((prompt[a:b] for a, b in reversed(special_ranges) if b == len(head)), None)
@@ -158,19 +217,25 @@ class TemplateChat(ChatFormat):
         def opens(tag: str) -> bool:
             return last == tag if tag in tokens else head.endswith(tag)
 
-        is_open = opens(THINK) or begun.lstrip().startswith(THINK)
-        if is_open and END_THINK not in begun:
+        is_open = opens(think) or begun.lstrip().startswith(think)
+        if is_open and end_think not in begun:
             return Reasoning.OPEN
-        return Reasoning.NONE if is_open or opens(END_THINK) or begun.strip() else Reasoning.POSSIBLE
+        return Reasoning.NONE if is_open or opens(end_think) or begun.strip() else Reasoning.POSSIBLE
 
-    def _parser(self, reasoning: Reasoning, calls: bool) -> OutputParser:
-        if reasoning is Reasoning.NONE and not calls:
+    def _parser(self, reasoning: Reasoning, tools: Any, begun: str | None) -> OutputParser:
+        tokens = self._tokenizer.added_tokens
+        if self._writes_messages:
+            return HarmonyParser(tools=tools is not None, tokens=tokens, in_final=begun is not None)
+        form = self._calls.form if self._calls is not None and tools is not None else None
+        if reasoning is Reasoning.NONE and form is None:
             return PlainParser()
         return TaggedParser(
             reasoning=reasoning is not Reasoning.NONE,
             in_reasoning=reasoning is Reasoning.OPEN,
-            tools=calls,
-            tokens=self._tokenizer.added_tokens,
+            calls=form,
+            schemas=schemas_of(tools),
+            tokens=tokens,
+            think=self._think or ("", ""),
         )
 
     def _tools(self, request: Mapping[str, Any]) -> Any:
@@ -183,34 +248,22 @@ class TemplateChat(ChatFormat):
                 "tool_choice must be auto or none for this model: its tool call format is unknown",
                 param="tool_choice",
             )
-        if "tools" not in self._variables:
+        if "tools" not in self._template.variables:
             raise RequestError("this model's chat template does not support tools", param="tools")
         return tools
-
-    def _message(self, message: Mapping[str, Any], form: ArgumentsForm) -> dict[str, Any]:
-        """A message as templates expect it: content a string, calls' arguments in one of their forms."""
-        role = message.get("role")
-        if role not in ROLES:
-            raise RequestError(f"role must be one of {', '.join(ROLES)}, got {role!r}", param="messages")
-        if role == "developer" and "developer" not in self._source:
-            role = "system"
-        shaped = {**message, "role": role, "content": _content(message.get("content"))}
-        if message.get("tool_calls"):
-            shaped["tool_calls"] = [tool_call(call, form) for call in message["tool_calls"]]
-        return shaped
 
     def _switches(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Variables beside the messages: `chat_template_kwargs`, and reasoning switched on or off."""
         switches = dict(request.get("chat_template_kwargs") or {})
-        reserved = switches.keys() & {"messages", "tools", "documents", "add_generation_prompt"}
-        if reserved:
+        if reserved := switches.keys() & RESERVED:
             raise RequestError(
                 f"chat_template_kwargs must not set {', '.join(sorted(reserved))}",
                 param="chat_template_kwargs",
             )
         effort = request.get("reasoning_effort")
         if effort is not None:
-            switches.setdefault("reasoning_effort", effort)
+            known = HARMONY_EFFORTS.get(effort, effort) if self._writes_messages else effort
+            switches.setdefault("reasoning_effort", known)
         thinking = (request.get("thinking") or {}).get("type")
         if effort == "none" or thinking == "disabled":
             switches = {"enable_thinking": False, "thinking": False} | switches
@@ -219,127 +272,7 @@ class TemplateChat(ChatFormat):
         return switches
 
 
-class _Marks:
-    """Puts marks into what a request says, and takes them out of what the template made of it.
-
-    A control token of one character cannot be broken by a mark inside: it gets two in front.
-    """
-
-    def __init__(self, control_tokens: Iterable[str]) -> None:
-        tokens = list(control_tokens)
-        self._single = {token for token in tokens if len(token) == 1}
-        pattern = pattern_of(tokens)
-        self._token = re.compile(pattern)
-        self._token_start = re.compile(f"(?=({pattern}))(.)", re.DOTALL)
-        self._beginnings = {token[:n] for token in tokens for n in range(1, len(token))}
-        self._endings = {token[-n:] for token in tokens for n in range(1, len(token))}
-        self._longest = max(map(len, tokens), default=0)
-
-    def put(self, value: Any, mark: str) -> Any:
-        """`value` with its strings marked; roles are left alone, they were checked."""
-        if isinstance(value, str):
-            marked = self._marked(value, mark)
-            return WrittenArguments(marked) if isinstance(value, WrittenArguments) else marked
-        if isinstance(value, Mapping):
-            return {
-                self._break(key, mark): item if key == "role" else self.put(item, mark)
-                for key, item in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [self.put(item, mark) for item in value]
-        return value
-
-    def take_out(self, rendered: str, mark: str) -> tuple[str, list[tuple[int, int]]]:
-        """The prompt without marks, and the `[start, end)` ranges of its special tokens."""
-        parts: list[str] = []
-        ranges: list[tuple[int, int]] = []
-        done = size = 0
-        for match in self._token.finditer(rendered):
-            if match.group() in self._single and rendered.endswith(mark * 2, 0, match.start()):
-                continue
-            plain = rendered[done : match.start()].replace(mark, "")
-            parts += [plain, match.group()]
-            size += len(plain)
-            ranges.append((size, size + len(match.group())))
-            size, done = ranges[-1][1], match.end()
-        parts.append(rendered[done:].replace(mark, ""))
-        return "".join(parts), ranges
-
-    def _break(self, text: str, mark: str) -> str:
-        """A mark after the first character of every special token that is spelled in `text`."""
-
-        def broken(match: re.Match[str]) -> str:
-            front = mark * 2 if match.group(2) in self._single else ""
-            return front + match.group(2) + (mark if len(match.group(1)) > 1 else "")
-
-        return self._token_start.sub(broken, text)
-
-    def _marked(self, text: str, mark: str) -> str:
-        text = self._break(text, mark)
-        # The template may trim, so the edges are those of the trimmed text.
-        head, tail = text.lstrip(), text.rstrip()
-        lengths = range(1, self._longest)
-        if any(tail[-n:] in self._beginnings for n in lengths):
-            text = tail + mark + text[len(tail) :]
-        if any(head[:n] in self._endings for n in lengths):
-            text = text[: len(text) - len(text.lstrip())] + mark + text.lstrip()
-        return text
-
-
-class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, which marks assistant text for training: just its body."""
-
-    tags = {"generation"}  # noqa: RUF012  # as the base class has it
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda layout: now().strftime(layout)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models saw it in training: no HTML escapes, which Jinja's own filter makes."""
-    if isinstance(value, WrittenArguments):
-        return str(value)
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _begun_answer(messages: list[Mapping[str, Any]]) -> str | None:
-    """Text of the answer that the last message has begun (`prefix`), which the model is to go on with."""
-    last = messages[-1] if messages else {}
-    if last.get("role") != "assistant" or not last.get("prefix"):
-        return None
-    if last.get("tool_calls"):
-        raise RequestError("a message with tool_calls is complete and cannot be continued", param="messages")
-    return _content(last.get("content"))
-
-
-def _content(content: Any) -> str:
-    """Text of a message: a string, nothing, or a list of text parts (joined by a line break)."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = [part.get("text") for part in content if part.get("type") in ("text", "input_text", "refusal")]
-    if len(texts) != len(content) or not all(isinstance(text, str) for text in texts):
-        raise RequestError("this model reads text only; send content parts of type text", param="messages")
-    return "\n".join(texts)
+def _called() -> dict[str, Any]:
+    """An assistant's message with a call."""
+    function = {"name": "f", "arguments": json.dumps({"a": SAID})}
+    return {"content": None, "tool_calls": [{"id": "zqxsaid00", "type": "function", "function": function}]}

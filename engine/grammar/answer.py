@@ -22,6 +22,7 @@ class Reasoning(Enum):
     NONE = "content comes at once"
     POSSIBLE = "the model may open its reasoning"
     OPEN = "the prompt has opened it"
+    MESSAGES = "it is written in messages of its own"
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class AnswerStyle:
     calls       how it writes tool calls; None where it has no tools
     in_calls    True where the prompt has begun the first call already
     gap         what stands between content, perhaps none, and the first call
+    think       the tags around reasoning, or what messages of it begin and end with
+    content     what content begins with
     """
 
     reasoning: Reasoning = Reasoning.NONE
     calls: CallSpelling | None = None
     in_calls: bool = False
     gap: str = ""
+    think: tuple[str, str] = (THINK, END_THINK)
+    content: str = ""
 
 
 def content_grammar(request: Mapping[str, Any], added_tokens: Mapping[str, int]) -> Grammar | None:
@@ -58,20 +63,21 @@ def answer_grammar(
     calls = _calls(writer, request, style, content is not None)
     if content is None and calls is None:
         return None
-    if calls is None:
-        body = content
-    elif must_call(request):
+    if calls is not None and must_call(request):
         body = calls
     else:
-        assert style.calls is not None
-        body = f"({content or writer.text_without(style.calls.begin)} | {calls})"
+        free = content or writer.text_without(style.calls.begin if style.calls else "")
+        body = f"{writer.literal(style.content)} {free}" if style.content else free
+        body = body if calls is None else f"({body} | {calls})"
+    begin, end = style.think
     match style.reasoning:
         case Reasoning.OPEN:
-            return writer.finished(f"{writer.text_before(END_THINK)} {body}")
+            return writer.finished(f"{writer.text_before(end)} {body}")
         case Reasoning.POSSIBLE:
-            thinking = f"{writer.literal(THINK)} {writer.text_before(END_THINK)}"
-            return writer.finished(f"({thinking})? {body}")
-    return writer.finished(f"{body}")
+            return writer.finished(f"({writer.literal(begin)} {writer.text_before(end)})? {body}")
+        case Reasoning.MESSAGES:
+            return writer.finished(f"({writer.literal(begin)} {writer.text_before(end)})* {body}")
+    return writer.finished(body)
 
 
 def must_call(request: Mapping[str, Any]) -> bool:
@@ -129,6 +135,6 @@ def _calls(
     calls = style.calls.calls(writer, tools, several=several)
     if style.in_calls:
         return calls
-    if must or content_is_bound:
+    if must or content_is_bound or style.calls.alone:
         return f"{writer.literal(style.gap + style.calls.begin)} {calls}"
     return f"{writer.text_before(style.calls.begin)} {calls}"

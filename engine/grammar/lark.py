@@ -100,6 +100,10 @@ class GrammarWriter:
         match = self._token.search(tag)
         return self.terminal(f"{ANY_TEXT} & {_without(tag if match is None else match.group())}")
 
+    def no(self, tag: str) -> str:
+        """A pattern, for use in terminals, of texts in which `tag` does not occur."""
+        return _without(tag)
+
     def json(self, schema: Mapping[str, Any], field: str, *, lenient: bool = False) -> str:
         """JSON by a schema. `lenient` passes over keywords that cannot be enforced.
 

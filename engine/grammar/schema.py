@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+# What Python calls JSON's types.
+TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+
 # Keywords whose value is data, whatever it looks like, and those whose value names schemas.
 DATA = {"const", "enum", "default", "examples", "example"}
 NAMED = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
@@ -27,3 +30,27 @@ def with_each(schema: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[s
         elif isinstance(value, Mapping):
             changed[keyword] = change(value)
     return changed
+
+
+def types_of(schema: Any) -> set[str] | None:
+    """The types of JSON that a schema takes; None where that is not plain to see."""
+    if not isinstance(schema, Mapping):
+        return None
+    if "enum" in schema or "const" in schema:
+        values = schema.get("enum", [schema.get("const")])
+        return {type_of(value) for value in values} if isinstance(values, list) else None
+    types = schema.get("type")
+    if isinstance(types, str):
+        return {types}
+    if isinstance(types, list):
+        return {each for each in types if isinstance(each, str)}
+    for union in ("anyOf", "oneOf"):
+        if isinstance(schema.get(union), list):
+            each = [types_of(part) for part in schema[union]]
+            return None if None in each else {name for names in each for name in names or ()}
+    return None
+
+
+def type_of(value: Any) -> str:
+    """The JSON type of a value."""
+    return TYPES.get(type(value), "null")

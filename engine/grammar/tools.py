@@ -1,4 +1,4 @@
-"""Grammars for tool calls, in the spellings that the output parsers read."""
+"""What grammars for tool calls are made from: how a dialect spells calls, and the schemas of the tools."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from engine.chat.call_block import END_TOOL_CALL, TOOL_CALL
-from engine.grammar.lark import GrammarWriter, escaped
+from engine.grammar.lark import GrammarWriter
 from engine.grammar.schema import with_each
 from quant.errors import RequestError
 
@@ -27,8 +26,6 @@ ANNOTATIONS = {
 }
 DEFINITIONS = ("$defs", "definitions")
 WHOLE = "#/$defs/arguments"  # where the schema of all arguments stands beside one of a part of it
-DSML = "｜DSML｜"
-AS_TEXT, AS_JSON = '" string="true">', '" string="false">'
 OBJECT_KEYWORDS = {"type", "properties", "required", "additionalProperties"}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -37,9 +34,11 @@ class CallSpelling(ABC):
     """How a dialect writes calls.
 
     begin    what the first call begins with, after which nothing is content any more
+    alone    calls stand in place of content, never behind it
     """
 
     begin: str
+    alone: bool = False
 
     @abstractmethod
     def calls(self, writer: GrammarWriter, tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
@@ -47,78 +46,6 @@ class CallSpelling(ABC):
 
         Raises RequestError for a schema that cannot be written in this dialect.
         """
-
-
-class TaggedCalls(CallSpelling):
-    """`<tool_call>` with a JSON object of name and arguments, as `TaggedParser` reads it."""
-
-    begin = TOOL_CALL
-
-    def calls(self, writer: GrammarWriter, tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-        bodies = []
-        for i, tool in enumerate(tools):
-            head = '{"name": ' + json.dumps(tool["function"]["name"], ensure_ascii=False) + ', "arguments": '
-            arguments = writer.json(arguments_schema(tool), _field(i), lenient=not is_strict(tool))
-            bodies.append(f"{writer.plain(head)} {arguments} {writer.plain('}')}")
-        line = writer.plain("\n")
-        call = writer.rule(f"{line} ({' | '.join(bodies)}) {line} {writer.literal(END_TOOL_CALL)}")
-        return f"{call} ({line} {writer.literal(TOOL_CALL)} {call})*" if several else call
-
-
-class DsmlCalls(CallSpelling):
-    """DeepSeek's blocks of `invoke` elements, in which strings stand as they are and all else as JSON.
-
-    gap      what stands between the token `｜DSML｜` and an element's name
-    block    the name of the element around all calls
-    """
-
-    def __init__(self, gap: str, block: str) -> None:
-        self._gap = gap
-        self._block = block
-        self.begin = self._tag(block) + "\n"
-
-    def calls(self, writer: GrammarWriter, tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-        call = writer.rule(" | ".join(self._invocation(writer, i, tool) for i, tool in enumerate(tools)))
-        return f"{call}{'+' if several else ''} {writer.literal(self._end_tag(self._block))}"
-
-    def _invocation(self, writer: GrammarWriter, index: int, tool: Mapping[str, Any]) -> str:
-        """A call of one tool: its parameters in the schema's order, then others where it lets them in."""
-        field, schema, strict = _field(index), arguments_schema(tool), is_strict(tool)
-        properties, required = _properties(schema, field, strict)
-
-        def parameter(name: str, *place: str) -> str:
-            return writer.rule(self._parameter(writer, name, within(schema, *place), field, strict))
-
-        parts = [writer.literal(self._tag("invoke", _attribute(tool["function"]["name"], field)) + "\n")]
-        for name in properties:
-            element = parameter(writer.plain(_attribute(name, field)), "properties", name)
-            parts.append(element if name in required else f"{element}?")
-        if schema.setdefault("additionalProperties", True) is not False:
-            known = "".join(f" & ~/{escaped(name)}/" for name in properties)
-            other = writer.terminal(f"/[A-Za-z0-9_.-]{{1,64}}/{known}")
-            parts.append(parameter(other, "additionalProperties") + "*")
-        return writer.rule(" ".join([*parts, writer.literal(self._end_tag("invoke") + "\n")]))
-
-    def _parameter(self, writer: GrammarWriter, name: str, schema: Any, field: str, strict: bool) -> str:
-        """A parameter: as plain text where the schema takes strings, as JSON where it takes more."""
-        end_tag = self._end_tag("parameter") + "\n"
-        end = writer.literal(end_tag)
-        kinds = []
-        strings, takes_more = string_part(schema)
-        if strings is not None:
-            listed = " | ".join(f"{writer.plain(each)} {end}" for each in strings)
-            kinds.append(f"{writer.plain(AS_TEXT)} ({listed or writer.text_before(end_tag)})")
-        if takes_more:
-            value = schema if isinstance(schema, Mapping) else {}
-            kinds.append(f"{writer.plain(AS_JSON)} {writer.json(value, field, lenient=not strict)} {end}")
-        begin = writer.literal(f'<{DSML}{self._gap}parameter name="')
-        return f"{begin} {name} ({' | '.join(kinds)})"
-
-    def _tag(self, element: str, name: str | None = None) -> str:
-        return f"<{DSML}{self._gap}{element}" + ("" if name is None else f' name="{name}"') + ">"
-
-    def _end_tag(self, element: str) -> str:
-        return f"</{DSML}{self._gap}{element}>"
 
 
 def is_strict(tool: Mapping[str, Any]) -> bool:
@@ -175,7 +102,7 @@ def string_part(schema: Any) -> tuple[list[str] | None, bool]:
     return None, True
 
 
-def _properties(schema: Mapping[str, Any], field: str, strict: bool) -> tuple[Mapping[str, Any], list[str]]:
+def properties_of(schema: Mapping[str, Any], field: str, strict: bool) -> tuple[Mapping[str, Any], list[str]]:
     """The properties by name, and the names of those that must be there."""
     other = sorted(schema.keys() - ANNOTATIONS - {*DEFINITIONS, "$schema"} - OBJECT_KEYWORDS)
     properties, required = schema.get("properties", {}), schema.get("required", [])
@@ -186,12 +113,14 @@ def _properties(schema: Mapping[str, Any], field: str, strict: bool) -> tuple[Ma
     raise RequestError(f"{text}; {other} cannot be enforced" if other else text, param=field)
 
 
-def _attribute(name: str, field: str) -> str:
+def checked_name(name: str, field: str) -> str:
+    """A name as it may stand outside JSON. Raises RequestError for one that would not end where it does."""
     if re.search(r'["<>&\s｜\\\x00-\x1f]', name):
         text = f"{field}: the name {name!r} has a character that this model's tool calls cannot carry"
         raise RequestError(text, param=field)
     return name
 
 
-def _field(index: int) -> str:
+def field_of(index: int) -> str:
+    """The field of a request that has a tool's schema."""
     return f"tools[{index}].function.parameters"

@@ -18,8 +18,6 @@ from server.serving.generation import Generation
 from server.serving.service import Served
 from server.serving.streaming import DONE
 
-END_OF_REASONING = "</think>"
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -77,7 +75,7 @@ class ConversationReply(Reply):
         self._request = request
         self._prompt = prompt
         self._served = served
-        end = served.loaded.tokenizer.added_tokens.get(END_OF_REASONING)
+        end = served.loaded.tokenizer.added_tokens.get(prompt.end_of_reasoning)
         parallel = request.parallel_tool_calls is not False
         self.answers = [Answer(i, prompt.new_parser(), parallel, end) for i in range(request.choices)]
 

@@ -223,6 +223,8 @@ class Description:
     norm_offset    added to the weights of all norms but DeltaNet's own
     is_tied        the head is the embedding
     has_rope_factors  a tensor says what each rotary pair's frequency is divided by
+    is_reencoded   matrices of routed experts are not those of the checkpoint's own files, however they lie
+                   there, but tensors of their own: REENCODED in engine/families/decoder/names.py
     names          role -> tensor name, with {layer} and {expert}; NAMES in engine/families/decoder/names.py
     ignored        tensors of the file that text generation does not use
     """
@@ -240,6 +242,7 @@ class Description:
     norm_offset: float = 0.0
     is_tied: bool = False
     has_rope_factors: bool = False
+    is_reencoded: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
 

@@ -121,19 +121,19 @@ class Decoder(Model):
 
     # -------------------------------------------------------------------------------------- the forward
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, DecoderCache)
         for segment in batch.segments:
             cache.admit(segment)
         if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
-            logits = self._replay(cache.program, cache.routed, batch)
+            logits = self._replay(cache.program, cache, batch)
         else:
             logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
             cache.advance(segment)
         return logits
 
+    @torch.inference_mode()
     def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
@@ -143,13 +143,15 @@ class Decoder(Model):
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
 
-    def _replay(self, program: Program, routed: RecordedExperts | None, batch: Batch) -> torch.Tensor:
+    def _replay(self, program: Program, cache: DecoderCache, batch: Batch) -> torch.Tensor:
         """The logits of a batch of new tokens, by a recorded program: the same bits."""
-        rows = len(batch.token_ids)
-        program.source[:rows] = self._embedded(batch.token_ids)
-        with nullcontext() if routed is None else routed.running(program, rows):
-            program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return program.logits(batch.logit_rows)
+        rows, segments = len(batch.ids), batch.segments
+        if not isinstance(self.weights.embed, torch.Tensor):
+            program.source[:rows] = self._embedded(batch.token_ids)
+        with nullcontext() if cache.routed is None else cache.routed.running(program, rows):
+            program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
+        wanted = None if batch.wanted is None else batch.logit_rows
+        return program.logits(wanted, shared=cache.shares_logits)
 
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""
@@ -162,7 +164,11 @@ class Decoder(Model):
         ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
         if self._store is not None:
             cache.routed = RecordedExperts(recorder, self._store, self._limit)
-        source = recorder.input(self.description.hidden)
+        embed = self.weights.embed
+        if isinstance(embed, torch.Tensor):
+            source = recorder.embed(embed, self.description.embedding_factor)
+        else:
+            source = recorder.input(self.description.hidden)
         x = self._layers(ops, cache.routed, source, NO_TRACE)
         cache.program = recorder.finish(source, self._logits(ops, x))
 

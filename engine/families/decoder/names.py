@@ -40,6 +40,12 @@ HF_NAMES = {
     "shared_down": f"{LAYER}mlp.shared_experts.down_proj.weight",
 }
 
+# Of experts that were encoded again after the release, whatever their names were.
+REENCODED = {
+    "expert_gate": "reencoded.{layer}.{expert}.gate.weight",
+    "expert_up": "reencoded.{layer}.{expert}.up.weight",
+    "expert_down": "reencoded.{layer}.{expert}.down.weight",
+}
 
 # Mixtral's names for router and experts, which others took over.
 BLOCK = f"{LAYER}block_sparse_moe."

@@ -130,7 +130,7 @@ def read_weights(
     d = description
     if d.experts is None:
         budget = replace(budget, gpus=())
-    places = place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
+    places = _places(d, checkpoint, budget)
     source = _Source.of(d, checkpoint)
     host = _Reader(source, kernels, HOST)
     by_head = _Reader(source, kernels, places.head)
@@ -150,6 +150,15 @@ def read_weights(
         experts=None if d.experts is None else _expert_store(d, checkpoint, kernels, budget, places),
         places=places,
     )
+
+
+def check_room(description: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> None:
+    """Raise BudgetError where `read_weights` would for lack of room, from headers alone."""
+    _places(description, checkpoint, budget)
+
+
+def _places(d: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
+    return place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
 
 
 def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:

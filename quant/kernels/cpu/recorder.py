@@ -12,7 +12,6 @@ from itertools import groupby
 import torch
 
 from quant.kernels.cpu.native_layers import Routing
-from quant.kernels.cpu.notes import Notes
 from quant.kernels.cpu.panels import NativeWeight
 from quant.kernels.cpu.program import (
     DENSE_KINDS,
@@ -20,6 +19,7 @@ from quant.kernels.cpu.program import (
     HandOver,
     Operand,
 )
+from quant.kernels.cpu.row_notes import RowNotes
 from quant.kernels.interface import ExpertExtras, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 
@@ -77,7 +77,7 @@ class Selector:
     blocks: int
 
 
-class Recorder(Notes):
+class Recorder(RowNotes):
     """Notes operations; `finish` makes a program of them."""
 
     # -------------------------------------------------------------------------------------- any model

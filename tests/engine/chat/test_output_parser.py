@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.chat.call_block import JsonCalls
 from engine.chat.output_parser import MessageDelta, OutputParser, PlainParser, TaggedParser, ToolCallDelta
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
@@ -16,7 +17,7 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
 def parser(*, reasoning: bool = True, in_reasoning: bool = False, tools: bool = True) -> TaggedParser:
-    return TaggedParser(reasoning=reasoning, in_reasoning=in_reasoning, tools=tools)
+    return TaggedParser(reasoning=reasoning, in_reasoning=in_reasoning, calls=JsonCalls() if tools else None)
 
 
 def run(parser: OutputParser, *pieces: str) -> tuple[str, str, list[ToolCallDelta]]:

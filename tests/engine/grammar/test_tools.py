@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jsonschema_rs
@@ -13,16 +14,21 @@ import pytest
 import tokenizers
 
 from engine.chat.deepseek import DeepseekChat
+from engine.chat.dialects import calls_of
 from engine.chat.format import ChatFormat
+from engine.chat.harmony import TAGS
 from engine.chat.template import TemplateChat
+from engine.grammar.call_spellings import DSML
 from engine.grammar.constraint import GrammarCompiler
 from engine.grammar.tools import string_part
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import RequestError
 from tests.conftest import golden_path
+from tests.engine.chat.transcripts import TEMPLATES
 from tests.engine.grammar.random_answers import random_answer
 
 END = 1
+KIMI_TAGS = calls_of(TEMPLATES["Kimi-K2"]).form.tags  # type: ignore[union-attr]
 FORCED = {"tool_choice": "required"}
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -122,6 +128,26 @@ def tagged(template: str, *added: str) -> Dialect:
     return Dialect(TemplateChat(tokenizer, template), tokenizer, compiler, ['"', "</think>"])
 
 
+SPELLED = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}{% endif %}{# PATTERN #}"
+
+
+# What values and reasoning end with, and what of a template tells where they do.
+ENDS = {
+    "[/THINK]": ["[THINK]"],
+    "\n</parameter>\n": ["<parameter=", "<minimax:"],
+    "</arg_value>\n": ["<arg_value>"],
+    f"</{DSML}parameter>\n": [DSML],
+    "<|end|><|start|>assistant": ["<|channel|>"],
+}
+
+
+def spelled(family: str, *added: str) -> Dialect:
+    """The dialect of a family, told by the markers in its template."""
+    subject = tagged(SPELLED.replace("PATTERN", TEMPLATES[family].replace("<think></think>", "")), *added)
+    ends = [end for end in ENDS if any(part in TEMPLATES[family] for part in ENDS[end])]
+    return replace(subject, closers=['"', *ends])
+
+
 DIALECTS = {
     "V4.1": lambda: deepseek("deepseek_v41", "<｜System｜>", "｜DSML｜"),
     "V4.1, tag without a token": lambda: deepseek("deepseek_v41"),
@@ -130,6 +156,12 @@ DIALECTS = {
     "tagged, with tokens": lambda: tagged(TEMPLATE, "<tool_call>", "</tool_call>"),
     "tagged, reasoning": lambda: tagged(THINKING),
 }
+FAMILIES: dict[str, Callable[[], Dialect]] = {
+    **{family: partial(spelled, family) for family in TEMPLATES if family != "Qwen3"},
+    "gpt-oss, with tokens": lambda: spelled("gpt-oss", *TAGS),
+    "Kimi-K2, with tokens": lambda: spelled("Kimi-K2", *KIMI_TAGS),
+    "GLM-4.5, with tokens": lambda: spelled("GLM-4.5", "<tool_call>", "</tool_call>", "<arg_key>"),
+}
 
 
 @pytest.fixture(scope="module", params=DIALECTS)
@@ -137,9 +169,23 @@ def dialect(request: pytest.FixtureRequest) -> Dialect:
     return DIALECTS[request.param]()
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Dialect:
+    return FAMILIES[request.param]()
+
+
 @pytest.mark.parametrize("effort", ["none", "high"])
 @pytest.mark.parametrize("seed", range(6))
 def test_forced_calls_are_read_and_follow_their_schemas(dialect: Dialect, effort: str, seed: int) -> None:
+    check_forced_calls(dialect, seed, effort)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_calls_forced_in_each_familys_spelling_are_read(family: Dialect, seed: int) -> None:
+    check_forced_calls(family, seed)
+
+
+def check_forced_calls(dialect: Dialect, seed: int, effort: str = "none") -> None:
     _, content, calls = dialect.answer(seed, **FORCED, reasoning_effort=effort)
 
     assert content == ""
@@ -167,6 +213,14 @@ def test_without_parallel_calls_there_is_one(dialect: Dialect, seed: int) -> Non
 
 
 def test_strict_tools_may_be_called_or_not(dialect: Dialect) -> None:
+    check_free_calls(dialect)
+
+
+def test_strict_tools_may_be_called_or_not_in_each_familys_spelling(family: Dialect) -> None:
+    check_free_calls(family)
+
+
+def check_free_calls(dialect: Dialect) -> None:
     answers = [dialect.answer(seed, reasoning_effort="none", tools=[tool("now")]) for seed in range(30)]
 
     assert all(calls == [("now", {})] * len(calls) for _, _, calls in answers)

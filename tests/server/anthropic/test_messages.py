@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from engine.chat.call_block import JsonCalls
 from engine.chat.output_parser import TaggedParser
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason
@@ -362,7 +363,7 @@ def test_what_the_model_wrote_into_a_call_is_in_its_input(
 
 def tagged(subject: MessagesReply) -> MessagesReply:
     """The reply of a model that writes its calls as JSON between tags."""
-    parser = TaggedParser(reasoning=False, in_reasoning=False, tools=True)
+    parser = TaggedParser(reasoning=False, in_reasoning=False, calls=JsonCalls())
     subject.answers = [Answer(0, parser, parallel_calls=True, end_of_reasoning=None)]
     return subject
 

@@ -8,6 +8,7 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 
+from engine.chat.call_block import JsonCalls
 from engine.chat.output_parser import TaggedParser
 from engine.families.loader import Loaded, load
 from engine.output import FinishReason
@@ -79,7 +80,7 @@ def test_streamed_calls_add_up_to_the_whole_ones(loaded: Loaded) -> None:
 
 def test_tagged_calls_reach_openais_client_while_they_are_written(loaded: Loaded) -> None:
     subject = reply(loaded, stream=True)
-    parser = TaggedParser(reasoning=False, in_reasoning=False, tools=True)
+    parser = TaggedParser(reasoning=False, in_reasoning=False, calls=JsonCalls())
     subject.answers = [Answer(0, parser, parallel_calls=True, end_of_reasoning=None)]
     arguments = '{"city": "Zürich", "days": [1, 2, 3]}'
     text = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'

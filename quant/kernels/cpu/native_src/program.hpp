@@ -10,6 +10,7 @@ struct StepInput {
     int64_t rows;
     const int64_t* slots;      // [rows] of the cache
     const int64_t* positions;  // [rows]
+    const int64_t* tokens;     // [rows]
 };
 
 // In the order of KINDS in quant/kernels/cpu/program.py.
@@ -43,9 +44,15 @@ enum class Kind : int64_t {
     kExperts,
     kPart,
     kJoin,
+<<<<<<< HEAD
     kConvolve,
     kDeltaRule,
     kGate,
+=======
+    kEmbed,
+    kNgrams,
+    kTableRows,
+>>>>>>> main
     kHandOver,
     kKinds
 };
@@ -75,6 +82,11 @@ void run_entry(const Team& team, const Operation& op, const StepInput& step);
 void run_convolve(const Team& team, const Operation& op, const StepInput& step);
 void run_delta_rule(const Team& team, const Operation& op, const StepInput& step);
 void run_select(const Team& team, const Operation& op, const StepInput& step);
+
+// program_rows.cpp: rows of tables
+void run_embed(const Team& team, const Operation& op, const StepInput& step);
+void run_ngrams(const Team& team, const Operation& op, const StepInput& step);
+void run_table_rows(const Team& team, const Operation& op, const StepInput& step);
 
 inline const float* floats(const void* p) { return static_cast<const float*>(p); }
 inline float* floats(void* p) { return static_cast<float*>(p); }

@@ -1,0 +1,135 @@
+"""gpt-oss' answers ("harmony"): messages with a header each, which names a channel and perhaps a recipient.
+
+    <|channel|>analysis<|message|>REASONING<|end|>
+    <|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS<|call|>
+    <|start|>assistant<|channel|>final<|message|>TEXT<|return|>
+
+The prompt ends with `<|start|>assistant`, so an answer begins inside a header. `<|return|>` and `<|call|>`
+end it, `<|end|>` only ends a message. What is written in the commentary to nobody is for the user to read.
+
+OpenAI's library for this format takes its vocabulary from the network when it starts, so it is not used.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Collection, Iterable
+
+from engine.chat.output_parser import MessageDelta, OutputParser, ToolCallDelta
+from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
+
+START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
+END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
+TAGS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
+ENDS = (RETURN, CALL)  # of an answer
+
+_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+
+
+class HarmonyParser(OutputParser):
+    """Reads harmony's messages.
+
+    tools       calls of tools are looked for; else what is written to them is text
+    tokens      spellings of the vocabulary's added tokens: a tag among them is that token
+    in_final    the prompt has begun the text of the answer
+
+    Two messages of one kind are told with an empty line between them.
+    """
+
+    def __init__(self, *, tools: bool, tokens: Collection[str] = (), in_final: bool = False) -> None:
+        self._finder = TagFinder(TAGS, tokens)
+        self._tools = tools
+        self._state = "content" if in_final else "header"
+        self._header = ""
+        self._has_tags = in_final  # whether the model keeps to the format at all
+        self._told: set[str] = set()  # kinds of messages that have been told
+        self._is_new = False  # nothing of the message at hand has been told
+        self._name = ""  # of the call at hand
+        self._held = ""  # white space at the end of its arguments
+        self._calls = 0
+
+    @property
+    def has_tool_calls(self) -> bool:
+        return self._calls > 0
+
+    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
+        return self._read(self._finder.push(text, special_ranges))
+
+    def finish(self) -> list[MessageDelta]:
+        deltas = self._read(self._finder.finish())
+        if self._state == "header" and not self._has_tags and self._header.strip():
+            deltas.append(MessageDelta(content=self._header))
+        return deltas + self._end_message()
+
+    def _read(self, items: Iterable[Item]) -> list[MessageDelta]:
+        deltas: list[MessageDelta] = []
+        for item in items:
+            deltas += self._pass(item.spelling) if isinstance(item, Tag) else self._say(item)
+        return deltas
+
+    def _pass(self, tag: str) -> list[MessageDelta]:
+        self._has_tags = True
+        if tag == START:
+            deltas = self._end_message()
+            self._state, self._header = "header", ""
+            return deltas
+        if tag in (END, *ENDS):
+            return self._end_message()
+        if tag == MESSAGE and self._state == "header":
+            return self._begin_message()
+        if self._state == "between" and tag == CHANNEL:
+            self._state, self._header = "header", ""  # a model may leave out `<|start|>assistant`
+        if self._state == "header":
+            self._header += tag
+            return []
+        return self._say(tag)  # no place for a tag, so it is text
+
+    def _begin_message(self) -> list[MessageDelta]:
+        """Go by the header: reasoning, text, or a call, whose name is told with its first arguments."""
+        recipient = _RECIPIENT.search(self._header)
+        channel = self._header.partition(CHANNEL)[2].split(" ")[0].partition("<")[0].strip()
+        to = recipient.group(1) if recipient else ""
+        self._is_new = True
+        if self._tools and to and (to.startswith("functions.") or channel != "analysis"):
+            self._state, self._held = "call", ""
+            self._name = to.removeprefix("functions.")
+        else:
+            self._state = "reasoning" if channel == "analysis" else "content"
+        return []
+
+    def _say(self, text: str) -> list[MessageDelta]:
+        match self._state:
+            case "header":
+                self._header += text
+                return []
+            case "call":
+                text = (self._held + text).lstrip() if self._is_new else self._held + text
+                certain = text.rstrip()
+                self._held = text[len(certain) :]
+                return self._arguments(certain)
+            case "between":
+                if not text.strip():
+                    return []
+                self._state, self._is_new = "content", True
+        gap = "\n\n" if self._is_new and self._state in self._told else ""
+        self._told.add(self._state)
+        self._is_new = False
+        text = gap + text
+        return [MessageDelta(reasoning=text) if self._state == "reasoning" else MessageDelta(content=text)]
+
+    def _arguments(self, text: str) -> list[MessageDelta]:
+        if not text:
+            return []
+        if self._is_new:
+            self._is_new = False
+            call = ToolCallDelta(self._calls, text, f"call_{uuid.uuid4().hex}", self._name)
+            self._calls += 1
+        else:
+            call = ToolCallDelta(self._calls - 1, text)
+        return [MessageDelta(tool_calls=(call,))]
+
+    def _end_message(self) -> list[MessageDelta]:
+        deltas = self._arguments("{}") if self._state == "call" and self._is_new else []
+        self._state = "between"
+        return deltas
