@@ -65,14 +65,6 @@ _DEEPSEEK_V3 = {
     },
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }  # fmt: skip
-<<<<<<< HEAD
-_QWEN3_5 = {
-    "model_type": "qwen3_5_moe_text", "head_dim": 256, "num_key_value_heads": 2, "attn_output_gate": True,
-    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "rms_norm_eps": 1e-6, "vocab_size": 248320,
-    "max_position_embeddings": 262144, "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-=======
 _KIMI_K2: dict[str, Any] = _DEEPSEEK_V3 | {
     "model_type": "kimi_k2", "num_attention_heads": 64, "first_k_dense_replace": 1, "n_routed_experts": 384,
     "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0,
@@ -81,7 +73,13 @@ _KIMI_K2: dict[str, Any] = _DEEPSEEK_V3 | {
         "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
         "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
     },
->>>>>>> main
+}  # fmt: skip
+_QWEN3_5 = {
+    "model_type": "qwen3_5_moe_text", "head_dim": 256, "num_key_value_heads": 2, "attn_output_gate": True,
+    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "rms_norm_eps": 1e-6, "vocab_size": 248320,
+    "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }  # fmt: skip
 
 RELEASED: dict[str, dict[str, Any]] = {
@@ -179,7 +177,6 @@ RELEASED: dict[str, dict[str, Any]] = {
         "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 6144,
         "moe_intermediate_size": 768,
     },
-<<<<<<< HEAD
     "qwen3-next-80b-a3b": {
         "model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 16,
         "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_num_key_heads": 16,
@@ -204,12 +201,11 @@ RELEASED: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32, "linear_num_value_heads": 64,
         "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 1024,
         "shared_expert_intermediate_size": 1024,
-=======
+    },
     "qwen3-coder-480b-a35b": _QWEN3 | {
         "hidden_size": 6144, "num_hidden_layers": 62, "num_attention_heads": 96, "num_key_value_heads": 8,
         "intermediate_size": 8192, "moe_intermediate_size": 2560, "num_experts": 160, "rope_theta": 1e7,
         "max_position_embeddings": 262144,
->>>>>>> main
     },
 }  # fmt: skip
 

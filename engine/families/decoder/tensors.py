@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-<<<<<<< HEAD
 from engine.families.decoder.description import Attention, DeltaNet, Description, Experts, Mixer, Mla, Mlp
-=======
-from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
 from engine.families.decoder.names import REENCODED
->>>>>>> main
 
 Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
 

@@ -21,12 +21,8 @@ KINDS = (
     "bias", "clip", "scale",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
     "pool", "entry", "select", "route", "at_hand", "experts", "part", "join",
-<<<<<<< HEAD
-    "convolve", "delta_rule", "gate",
+    "convolve", "delta_rule", "gate", "embed", "ngrams", "table_rows",
     "hand_over",
-=======
-    "embed", "ngrams", "table_rows", "hand_over",
->>>>>>> main
 )  # fmt: skip
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64  # bytes

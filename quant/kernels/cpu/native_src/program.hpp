@@ -44,15 +44,12 @@ enum class Kind : int64_t {
     kExperts,
     kPart,
     kJoin,
-<<<<<<< HEAD
     kConvolve,
     kDeltaRule,
     kGate,
-=======
     kEmbed,
     kNgrams,
     kTableRows,
->>>>>>> main
     kHandOver,
     kKinds
 };
