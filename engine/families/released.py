@@ -74,6 +74,17 @@ _KIMI_K2: dict[str, Any] = _DEEPSEEK_V3 | {
         "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
     },
 }  # fmt: skip
+_GLM_5 = {
+    "model_type": "glm_moe_dsa", "hidden_size": 6144, "num_hidden_layers": 78, "num_attention_heads": 64,
+    "q_lora_rank": 2048, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+    "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048,
+    "intermediate_size": 12288, "moe_intermediate_size": 2048, "first_k_dense_replace": 3,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5,
+    "vocab_size": 154880, "max_position_embeddings": 202752, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+}  # fmt: skip
 _QWEN3_5 = {
     "model_type": "qwen3_5_moe_text", "head_dim": 256, "num_key_value_heads": 2, "attn_output_gate": True,
     "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
@@ -97,6 +108,10 @@ RELEASED: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
         },
     },
+    "deepseek-v3": _DEEPSEEK_V3,
+    "deepseek-v3.2": _DEEPSEEK_V3 | {
+        "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
+    },
     "deepseek-v2-lite": {
         "model_type": "deepseek_v2", "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
         "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -119,6 +134,11 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
     "glm-4.6": _GLM_355B | {"max_position_embeddings": 202752},
     "glm-4.7": _GLM_355B | {"max_position_embeddings": 202752},
+    "glm-5": _GLM_5,
+    "glm-5.2": _GLM_5 | {
+        "index_topk_freq": 4, "index_skip_topk_offset": 3, "max_position_embeddings": 1048576,
+        "rope_parameters": {"rope_theta": 8e6, "rope_type": "default"},
+    },
     "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
     "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
     "granite-3.1-1b-a400m": _GRANITE | {

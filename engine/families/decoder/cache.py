@@ -15,6 +15,7 @@ import torch
 
 from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Attention, DeltaNet, Description, Mixer, Mla
+from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
 from quant.kernels.cpu.recorder import KvPlace, StatePlace
 
@@ -70,22 +71,33 @@ def _kept_of(mixer: Mixer) -> KvRows | StateShape:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a cache holds: rows or a state of each layer, and the device that has them."""
+    """What a cache holds: rows or a state of each layer, and the device that has them.
+
+    index_dims  channels of each layer's index keys; 0 where it has no indexer
+    """
 
     kept: tuple[KvRows | StateShape, ...]
+    index_dims: tuple[int, ...]
     devices: tuple[torch.device, ...]
 
     @classmethod
     def of(cls, description: Description, devices: tuple[torch.device, ...]) -> CacheLayout:
         """The layout for a decoder whose layers are on `devices`."""
-        return cls(tuple(_kept_of(layer.attention) for layer in description.layers), devices)
+        mixers = [layer.attention for layer in description.layers]
+        return cls(tuple(map(_kept_of, mixers)), tuple(map(_index_dim, mixers)), devices)
+
+    @property
+    def has_index_keys(self) -> bool:
+        """Whether some layer has an indexer."""
+        return any(self.index_dims)
 
     def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
-        """Bytes of a layer's keys and values, or states."""
-        rows = self.kept[layer]
-        if isinstance(rows, StateShape):
-            return slots * rows.values * torch.float32.itemsize
-        return rows.sides * slots * capacity * rows.heads * rows.dim * torch.float32.itemsize
+        """Bytes of a layer's keys and values and of its index keys, or of its states."""
+        kept = self.kept[layer]
+        if isinstance(kept, StateShape):
+            return slots * kept.values * torch.float32.itemsize
+        values = kept.sides * kept.heads * kept.dim + self.index_dims[layer]
+        return slots * capacity * values * torch.float32.itemsize
 
     @property
     def has_states(self) -> bool:
@@ -103,7 +115,8 @@ class CacheLayout:
 class DecoderCache(KvCache):
     """Keys and values, or states, of every layer, float32.
 
-    routed  the experts of its program, if it has any
+    routed      the experts of its program, if it has any
+    index_keys  of the layers that have indexers
     """
 
     routed: RecordedExperts | None = None
@@ -127,15 +140,17 @@ class DecoderCache(KvCache):
             bank = _allocate(shape, layout.devices[layers[0]])
             self._banks.append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
+        self.index_keys = IndexKeys(layout.index_dims, layout.devices, slots, capacity, _allocate)
 
     @property
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
         states = sum(s.tails.nbytes + s.states.nbytes for s in self._states.values())
-        return sum(bank.nbytes for bank in self._banks) + states + program
+        return sum(bank.nbytes for bank in self._banks) + self.index_keys.nbytes + states + program
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
-        return tuple((1, bank[:, :, slot].permute(3, 0, 1, 2, 4)) for bank in self._banks)
+        rows = [bank[:, :, slot].permute(3, 0, 1, 2, 4) for bank in self._banks]
+        return tuple((1, held) for held in (*rows, *self.index_keys.appended(slot)))
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
         return tuple(part[slot] for s in self._states.values() for part in (s.tails, s.states))
@@ -171,6 +186,11 @@ class DecoderCache(KvCache):
         rows = self.layout.kept[layer]
         assert isinstance(rows, KvRows)
         return rows
+
+
+def _index_dim(attention: Mixer) -> int:
+    indexer = attention.own_indexer if isinstance(attention, Mla) else None
+    return 0 if indexer is None else indexer.dim
 
 
 def _allocate(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

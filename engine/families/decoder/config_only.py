@@ -29,10 +29,11 @@ from quant.formats.plain import PLAIN
 from quant.formats.quantization_config import QuantizationConfig
 from quant.packed import Format
 
-# Parts that no release packs, whatever its format.
+# Parts that no release packs, whatever its format; and a module, of indexers.
 PLAIN_PARTS = ("embedding", "head", "router")
 # Endings of the names of tensors in float32.
 SINGLE = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
+PLAIN_MODULE = "weights_proj"
 
 
 def config_shape(config: Mapping[str, Any], name: str, experts: str | None = None) -> ModelShape:
@@ -71,7 +72,9 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
 
 def _weights_of(config: Mapping[str, Any]) -> Callable[[Use], Weights]:
     quantization = config.get("quantization_config") or {}
-    unpacked = [*quantization.get("modules_to_not_convert", ()), *quantization.get("ignore", ())]
+    unpacked = [
+        PLAIN_MODULE, *quantization.get("modules_to_not_convert", ()), *quantization.get("ignore", ())
+    ]  # fmt: skip
     format_ = _format_of(config)
 
     def weights_of(use: Use) -> Weights:

@@ -11,7 +11,16 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 import torch
 
 from engine.families.decoder.delta_net import DeltaNetWeights, read_delta_net
-from engine.families.decoder.description import Attention, DeltaNet, Description, Experts, Layer, Mixer, Mla
+from engine.families.decoder.description import (
+    Attention,
+    DeltaNet,
+    Description,
+    Experts,
+    Indexer,
+    Layer,
+    Mixer,
+    Mla,
+)
 from engine.families.decoder.experts import ROLES as EXPERT_ROLES
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
@@ -47,8 +56,23 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class IndexerWeights:
+    """One layer's indexer.
+
+    q, k     of the queries' latent, and of the hidden state
+    weights  of each head, of the hidden state
+    """
+
+    q: Weight
+    k: Weight
+    k_norm: torch.Tensor
+    k_bias: torch.Tensor
+    weights: Weight
+
+
+@dataclass(frozen=True)
 class MlaWeights:
-    """One layer's latent attention; None where queries have no latent.
+    """One layer's latent attention; None where queries have no latent, and where it has no indexer.
 
     q         of the queries' latent, or of the hidden state
     to_latent, from_latent  of each head: queries into the latent's space `[heads, rank, plain_dim]`, values
@@ -63,6 +87,7 @@ class MlaWeights:
     to_latent: torch.Tensor
     from_latent: torch.Tensor
     o: Weight
+    indexer: IndexerWeights | None
 
 
 @dataclass(frozen=True)
@@ -305,6 +330,17 @@ class _Reader:
             to_latent=to_latent.contiguous().to(self._device),
             from_latent=from_latent.contiguous().to(self._device),
             o=self.matrix("o"),
+            indexer=None if a.own_indexer is None else self._indexer(a.own_indexer),
+        )
+
+    def _indexer(self, a: Indexer) -> IndexerWeights:
+        q_order, k_order = (a.rope.row_order(heads, a.dim) for heads in (a.heads, 1))
+        return IndexerWeights(
+            q=self.matrix("index_q", q_order),
+            k=self.matrix("index_k", k_order),
+            k_norm=_floats_in_order(self.floats("index_k_norm"), k_order),
+            k_bias=_floats_in_order(self.floats("index_k_norm", is_bias=True), k_order),
+            weights=self.matrix("index_weights"),
         )
 
     def _plain(self, role: str) -> torch.Tensor:

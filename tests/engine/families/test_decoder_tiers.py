@@ -19,7 +19,7 @@ from quant.kernels.choice import choose
 from tests.engine.families.golden_families import NAMES, PLENTY, Golden, assert_close, golden_family, loaded
 
 CPU = torch.device("cpu")
-WORKLOAD = Workload(context=128)
+WORKLOAD = Workload(context=160)
 
 
 def answer(model: Decoder, ids: list[int]) -> torch.Tensor:
