@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from engine.chat.output_parser import MessageDelta, OutputParser, ToolCallDelta
 from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
@@ -25,6 +25,17 @@ TAGS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 ENDS = (RETURN, CALL)  # of an answer
 
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+
+
+def ends_of(named: Sequence[int], added_tokens: Mapping[str, int]) -> tuple[int, ...]:
+    """The tokens that end an answer, of which `named` are what a checkpoint names.
+
+    A vocabulary with harmony's tokens has two ends, and files name one of them, or what only ends a message.
+    """
+    if not all(tag in added_tokens for tag in TAGS):
+        return tuple(named)
+    kept = (i for i in named if i != added_tokens[END])
+    return tuple(dict.fromkeys([*kept, *(added_tokens[end] for end in ENDS)]))
 
 
 class HarmonyParser(OutputParser):

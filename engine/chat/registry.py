@@ -21,5 +21,5 @@ def chat_format_for(model_type: str, config: Mapping[str, Any], tokenizer: Token
     if model_type in VERSIONS:
         return DeepseekChat(tokenizer, model_type, config.get("default_thinking_mode", True) is not False)
     if tokenizer.chat_template is not None:
-        return TemplateChat(tokenizer, tokenizer.chat_template)
+        return TemplateChat(tokenizer, tokenizer.chat_template, for_tools=tokenizer.tool_template)
     return None
