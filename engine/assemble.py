@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
-import torch
-
 from engine.families.base import Batch, Segment
 from engine.scheduler import Chunk
 
@@ -22,25 +17,14 @@ def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
     rows: list[int] = []
     counts: list[int] = []
     for chunk in chunks:
-        sequence = chunk.sequence
+        sequence, length = chunk.sequence, chunk.length
         assert sequence.slot is not None
-        start = len(ids)
-        ids += sequence.token_ids[sequence.computed : sequence.computed + chunk.length]
-        segments.append(Segment(sequence.slot, sequence.computed, chunk.length))
-        if sequence.is_prefilling and sequence.params.prompt_logprobs is not None:
-            wanted = list(range(start, len(ids)))
-        elif sequence.computed + chunk.length >= sequence.prompt_length:
-            wanted = [len(ids) - 1]
-        else:
-            wanted = []
-        rows += wanted
-        counts.append(len(wanted))
-    # Steps without prompts need all rows, and every new tensor costs time there, from NumPy the least.
-    wanted_rows = _all_rows(len(ids)) if len(rows) == len(ids) else torch.tensor(rows, dtype=torch.int64)
-    token_ids = torch.from_numpy(np.array(ids, dtype=np.int64))
-    return Batch(token_ids, tuple(segments), wanted_rows), counts
-
-
-@functools.lru_cache(maxsize=64)
-def _all_rows(count: int) -> torch.Tensor:
-    return torch.arange(count)
+        first, start, before = sequence.computed, len(ids), len(rows)
+        segments.append(Segment(sequence.slot, first, length))
+        ids += sequence.token_ids[first : first + length]
+        if first < sequence.prompt_length and sequence.params.prompt_logprobs is not None:
+            rows += range(start, len(ids))
+        elif first + length >= sequence.prompt_length:
+            rows.append(len(ids) - 1)
+        counts.append(len(rows) - before)
+    return Batch(ids, tuple(segments), None if len(rows) == len(ids) else rows), counts

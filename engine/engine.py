@@ -454,4 +454,6 @@ def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) 
             f"prefix cache {prefix_bytes / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory is "
             "free; lower --max-model-len, --max-num-seqs or --prefix-cache"
         )
-    return model.new_cache(slots, capacity)
+    cache = model.new_cache(slots, capacity)
+    cache.shares_logits = True  # a step's tokens are sampled before the next one begins
+    return cache

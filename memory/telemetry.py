@@ -7,6 +7,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -59,6 +61,7 @@ class Telemetry:
     _counts: dict[str, dict[str, float]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(float))
     )
+    _followed: list[tuple[str, str, torch.Tensor]] = field(default_factory=list)
 
     def add(self, counter: str, label: str, amount: float = 1) -> None:
         """Add to a counter of Snapshot."""
@@ -70,6 +73,12 @@ class Telemetry:
         with self._lock:
             self._counts[level][label] = value
 
+    def follow(self, counter: str, label: str, count: torch.Tensor) -> None:
+        """From now on, a counter of Snapshot includes `count` `[1]` int64, which native code adds to."""
+        with self._lock:
+            self._counts[counter][label] += 0
+            self._followed.append((counter, label, count))
+
     def snapshot(self) -> Snapshot:
         """A copy of all counters."""
         with self._lock:
@@ -77,4 +86,6 @@ class Telemetry:
                 name: {label: n if name in _SECONDS else int(n) for label, n in self._counts[name].items()}
                 for name in Snapshot.__dataclass_fields__
             }
+            for name, label, count in self._followed:
+                whole[name][label] += int(count)
             return Snapshot(**whole)

@@ -36,9 +36,11 @@ def _kind(name: str, annotation: Any) -> str:
     if name in SEVERAL:
         return "one or more texts"
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{kind}`" for kind in kinds)
-    return _KINDS[kinds[0]]
+    if get_origin(kinds[0]) is Literal:  # and None
+        kinds = list(get_args(kinds[0]))
+    elif get_origin(annotation) is not Literal:
+        return _KINDS[kinds[0]]
+    return ", ".join(f"`{kind}`" for kind in kinds)
 
 
 def profiles() -> str:

@@ -20,6 +20,7 @@ from quant.errors import ConfigError
 from server.http.logs import LogFormat
 
 SEVERAL = ("api_key", "allowed_hosts", "cors_origins")
+Experts = Literal["mxfp4", "nf4", "int4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -72,6 +73,12 @@ class Settings(BaseSettings):
         None,
         description="Memory for weights, e.g. 16GiB; what does not fit is read from disk when needed. "
         "Default: three quarters of free memory.",
+    )
+    experts: Experts | None = Field(
+        None,
+        description="Format for routed experts that are stored in BF16, F16, F32 or FP8: mxfp4, nf4 or int4, "
+        "four bits each. They are encoded once, when the model is first loaded, and kept in "
+        "~/.cache/loci/experts. Default: as stored.",
     )
     devices: str | None = Field(
         None,

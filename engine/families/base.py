@@ -9,21 +9,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
-from quant.errors import BudgetError
+from quant.errors import BudgetError, ConfigError
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive tokens of one sequence in a batch: cache slot, position of the first, how many."""
 
     slot: int
@@ -35,29 +35,36 @@ class Segment:
 class Batch:
     """What one step computes: the tokens of several sequences, laid end to end.
 
-    token_ids  `[tokens]` int64, the segments' tokens in order
-    segments   one per sequence; together they cover token_ids
-    logit_rows `[rows]` int64, the tokens (indices into token_ids) whose logits are wanted
+    ids        the segments' tokens in order
+    segments   one per sequence; together they cover ids
+    wanted     the tokens (indices into ids) whose logits are wanted, ascending; None for all
     """
 
-    token_ids: torch.Tensor
+    ids: Sequence[int]
     segments: tuple[Segment, ...]
-    logit_rows: torch.Tensor
+    wanted: Sequence[int] | None
+
+    @cached_property
+    def token_ids(self) -> torch.Tensor:
+        """The tokens, `[tokens]` int64."""
+        return torch.tensor(self.ids, dtype=torch.int64)
+
+    @cached_property
+    def logit_rows(self) -> torch.Tensor:
+        """The tokens whose logits are wanted, `[rows]` int64."""
+        return torch.tensor(range(len(self.ids)) if self.wanted is None else self.wanted, dtype=torch.int64)
 
     def is_decode(self, max_rows: int) -> bool:
         """Whether it is at least one and up to so many sequences with one new token each."""
-        return 0 < len(self.token_ids) == len(self.segments) <= max_rows
+        return 0 < len(self.ids) == len(self.segments) <= max_rows
 
     @classmethod
     def of(cls, parts: Sequence[tuple[int, int, Sequence[int]]], *, all_logits: bool = False) -> Batch:
         """A batch from `(slot, start, ids)` parts; logits of each part's last token, or of all."""
         segments = tuple(Segment(slot, start, len(ids)) for slot, start, ids in parts)
-        flat = torch.tensor([i for _, _, ids in parts for i in ids], dtype=torch.int64)
-        if all_logits:
-            rows = torch.arange(len(flat))
-        else:
-            rows = torch.tensor([end - 1 for end in accumulate(s.length for s in segments)])
-        return cls(flat, segments, rows)
+        flat = [i for _, _, ids in parts for i in ids]
+        ends = [end - 1 for end in accumulate(s.length for s in segments)]
+        return cls(flat, segments, None if all_logits or len(ends) == len(flat) else ends)
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,11 @@ class KvCache(ABC):
     `margin` tokens.
 
     program  the recorded step that decodes with it; None where operations are started one by one
+    shares_logits  a forward's results need not be valid any longer than until the next one
     """
 
     program: Program | None = None
+    shares_logits: bool = False
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
         self.slots = slots
@@ -216,6 +225,16 @@ class Family(ABC):
 
         Raises CheckpointError listing everything that is wrong.
         """
+
+    def reencoded(self, checkpoint: Checkpoint, experts: str) -> Checkpoint:
+        """The checkpoint with its routed experts in another format, `mxfp4`, `nf4` or `int4`.
+
+        Raises ConfigError where that makes no sense, or where this family cannot do it.
+        """
+        raise ConfigError(
+            f"--experts {experts}: experts of the {self.name} family are not encoded while loading; "
+            "`loci quantize` converts the checkpoint, or leave --experts out"
+        )
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:

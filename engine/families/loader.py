@@ -93,22 +93,27 @@ class OpenedModel:
         return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling)
 
 
-def load(path: Path, budget: MemoryBudget | None = None, context: int | None = None) -> Loaded:
+def load(
+    path: Path, budget: MemoryBudget | None = None, context: int | None = None, experts: str | None = None
+) -> Loaded:
     """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
 
-    Raises ConfigError if the model does not support `context` tokens.
+    Raises ConfigError if the model does not support `context` tokens, or experts in this format.
     """
-    return open_model(path, context).load(budget or MemoryBudget.of_this_machine())
+    return open_model(path, context, experts).load(budget or MemoryBudget.of_this_machine())
 
 
-def open_model(path: Path, context: int | None = None) -> OpenedModel:
+def open_model(path: Path, context: int | None = None, experts: str | None = None) -> OpenedModel:
     """The checkpoint directory or GGUF file at `path`, with everything except its weights.
 
-    Raises LociError for everything that loading would reject, except lack of memory. Raises ConfigError if
-    the model does not support `context` tokens.
+    experts: the format that its routed experts are encoded to when it is loaded; None leaves them as they
+    are. Raises LociError for everything that loading would reject, except lack of memory. Raises ConfigError
+    if the model does not support `context` tokens.
     """
     checkpoint = open_checkpoint(path)
     family = family_of(checkpoint)
+    if experts is not None:
+        checkpoint = family.reencoded(checkpoint, experts)
     info, components = family.describe(checkpoint)
     if context is not None and context > info.max_context:
         raise ConfigError(

@@ -12,6 +12,7 @@ from engine.families.decoder.config_only import config_shape
 from memory.planner.published import NAMES as HAND_WRITTEN
 from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
+from quant.errors import ConfigError
 
 _QWEN3 = {
     "model_type": "qwen3_moe", "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128,
@@ -33,6 +34,10 @@ _GLM = {
     "attention_bias": True, "partial_rotary_factor": 0.5, "num_experts_per_tok": 8, "n_shared_experts": 1,
     "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
     "vocab_size": 151552, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+_GLM_355B = _GLM | {
+    "hidden_size": 5120, "num_hidden_layers": 92, "intermediate_size": 12288, "first_k_dense_replace": 3,
+    "n_routed_experts": 160, "moe_intermediate_size": 1536, "routed_scaling_factor": 2.5, "use_qk_norm": True,
 }  # fmt: skip
 _GPT_OSS = {
     "model_type": "gpt_oss", "hidden_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -60,9 +65,46 @@ _DEEPSEEK_V3 = {
     },
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }  # fmt: skip
+_KIMI_K2: dict[str, Any] = _DEEPSEEK_V3 | {
+    "model_type": "kimi_k2", "num_attention_heads": 64, "first_k_dense_replace": 1, "n_routed_experts": 384,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0,
+    "rope_theta": 50000.0, "vocab_size": 163840, "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+_GLM_5 = {
+    "model_type": "glm_moe_dsa", "hidden_size": 6144, "num_hidden_layers": 78, "num_attention_heads": 64,
+    "q_lora_rank": 2048, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
+    "v_head_dim": 256, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048,
+    "intermediate_size": 12288, "moe_intermediate_size": 2048, "first_k_dense_replace": 3,
+    "n_routed_experts": 256, "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5,
+    "vocab_size": 154880, "max_position_embeddings": 202752, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+}  # fmt: skip
 
 RELEASED: dict[str, dict[str, Any]] = {
     "deepseek-r1": _DEEPSEEK_V3,
+    "deepseek-v2": {
+        "model_type": "deepseek_v2", "hidden_size": 5120, "num_hidden_layers": 60, "num_attention_heads": 128,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "intermediate_size": 12288, "moe_intermediate_size": 1536,
+        "first_k_dense_replace": 1, "n_routed_experts": 160, "num_experts_per_tok": 6, "n_shared_experts": 2,
+        "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy", "scoring_func": "softmax",
+        "norm_topk_prob": False, "routed_scaling_factor": 16.0, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+        "vocab_size": 102400, "max_position_embeddings": 163840, "tie_word_embeddings": False,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+        },
+    },
+    "deepseek-v3": _DEEPSEEK_V3,
+    "deepseek-v3.2": _DEEPSEEK_V3 | {
+        "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
+    },
     "deepseek-v2-lite": {
         "model_type": "deepseek_v2", "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
         "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -76,15 +118,19 @@ RELEASED: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
         },
     },
-    "glm-4.5": _GLM | {
-        "hidden_size": 5120, "num_hidden_layers": 92, "intermediate_size": 12288, "first_k_dense_replace": 3,
-        "n_routed_experts": 160, "moe_intermediate_size": 1536, "routed_scaling_factor": 2.5,
-        "use_qk_norm": True,
-    },
+    "deepseek-v3.1": _DEEPSEEK_V3,
+    "glm-4.5": _GLM_355B,
     "glm-4.5-air": _GLM | {
         "hidden_size": 4096, "num_hidden_layers": 46, "intermediate_size": 10944, "first_k_dense_replace": 1,
         "n_routed_experts": 128, "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0,
         "use_qk_norm": False,
+    },
+    "glm-4.6": _GLM_355B | {"max_position_embeddings": 202752},
+    "glm-4.7": _GLM_355B | {"max_position_embeddings": 202752},
+    "glm-5": _GLM_5,
+    "glm-5.2": _GLM_5 | {
+        "index_topk_freq": 4, "index_skip_topk_offset": 3, "max_position_embeddings": 1048576,
+        "rope_parameters": {"rope_theta": 8e6, "rope_type": "default"},
     },
     "gpt-oss-120b": _GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
     "gpt-oss-20b": _GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
@@ -96,15 +142,11 @@ RELEASED: dict[str, dict[str, Any]] = {
         "hidden_size": 1536, "num_hidden_layers": 32, "num_attention_heads": 24, "num_local_experts": 40,
         "logits_scaling": 6.0,
     },
-    "kimi-k2": _DEEPSEEK_V3 | {
-        "model_type": "kimi_k2", "num_attention_heads": 64, "first_k_dense_replace": 1,
-        "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827,
-        "num_nextn_predict_layers": 0, "rope_theta": 50000.0, "vocab_size": 163840,
-        "max_position_embeddings": 131072,
-        "rope_scaling": {
-            "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
-            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
-        },
+    "kimi-k2": _KIMI_K2,
+    "kimi-k2-thinking": _KIMI_K2 | {
+        "max_position_embeddings": 262144,
+        "rope_scaling": _KIMI_K2["rope_scaling"] | {"factor": 64.0},
+        "quantization_config": {"quant_method": "compressed-tensors"},
     },
     "minimax-m2": {
         "model_type": "minimax_m2", "hidden_size": 3072, "num_hidden_layers": 62, "num_attention_heads": 48,
@@ -125,6 +167,15 @@ RELEASED: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336,
         "max_position_embeddings": 32768,
     },
+    "moonlight-16b-a3b": {
+        "model_type": "deepseek_v3", "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "intermediate_size": 11264, "moe_intermediate_size": 1408, "first_k_dense_replace": 1,
+        "n_routed_experts": 64, "num_experts_per_tok": 6, "n_shared_experts": 2, "n_group": 1,
+        "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+        "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "rope_theta": 50000.0, "vocab_size": 163840,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    },
     "olmoe-1b-7b": {
         "model_type": "olmoe", "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
         "num_key_value_heads": 16, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8,
@@ -139,11 +190,24 @@ RELEASED: dict[str, dict[str, Any]] = {
         "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 6144,
         "moe_intermediate_size": 768,
     },
+    "qwen3-coder-480b-a35b": _QWEN3 | {
+        "hidden_size": 6144, "num_hidden_layers": 62, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "intermediate_size": 8192, "moe_intermediate_size": 2560, "num_experts": 160, "rope_theta": 1e7,
+        "max_position_embeddings": 262144,
+    },
 }  # fmt: skip
 
 NAMES = tuple(sorted((*HAND_WRITTEN, *RELEASED)))
 
 
-def released_shape(name: str) -> ModelShape:
-    """The shape of a model known by name. Raises ConfigError listing the names of those without one."""
-    return config_shape(RELEASED[name], name) if name in RELEASED else built_in(name)
+def released_shape(name: str, experts: str | None = None) -> ModelShape:
+    """The shape of a model known by name, its routed experts in the format `experts` where one is named.
+
+    Raises ConfigError listing the names of models that are known, or for experts that cannot be encoded.
+    """
+    if name in RELEASED:
+        return config_shape(RELEASED[name], name, experts)
+    shape = built_in(name)
+    if experts is not None:
+        raise ConfigError(f"--experts {experts}: {name} is planned as released only; leave it out")
+    return shape

@@ -8,7 +8,7 @@ back, and the store hears of it after the step. Otherwise the step hands over: t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from memory.experts.store import ExpertStore
 from quant.kernels.cpu.program import Buffer, HandOver, Program
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import NO_EXTRAS, ExpertExtras
+
+NOTHING = nullcontext()
 
 
 @dataclass
@@ -42,7 +44,10 @@ class RecordedExperts:
         self._limit = limit
         at_hand = store.at_hand
         self.is_native = store.is_still and at_hand is not None and bool(at_hand.addresses.all())
-        self._used = torch.zeros(1, dtype=torch.int64)  # different experts, computed natively
+        # Different experts, computed natively: of the step, or of all steps where the store follows it.
+        self._used = torch.zeros(1, dtype=torch.int64)
+        if self.is_native:
+            store.follow_uses(self._used)
         self._layers: dict[int, _Layer] = {}
         self._guesses: dict[int, list[tuple[Buffer, torch.Tensor]]] = {}
         self._acquired: ExpertStep | None = None
@@ -116,13 +121,15 @@ class RecordedExperts:
 
     # ------------------------------------------------------------------------------------------- running
 
-    @contextmanager
-    def running(self, program: Program, rows: int) -> Iterator[None]:
+    def running(self, program: Program, rows: int) -> AbstractContextManager[None]:
         """Around a run: nothing stays claimed, and the store hears of what it was not asked for."""
+        return NOTHING if self.is_native else self._running(program, rows)
+
+    @contextmanager
+    def _running(self, program: Program, rows: int) -> Iterator[None]:
         self._program = program
         self._used[0] = 0
-        if not self.is_native:
-            self._store.slots.settle()
+        self._store.slots.settle()
         try:
             yield
         except BaseException:
@@ -133,10 +140,7 @@ class RecordedExperts:
         self._report(rows)
 
     def _report(self, rows: int) -> None:
-        used = int(self._used)
-        if self.is_native:
-            self._store.count_uses(used)
-        elif used:
+        if int(self._used):
             for number, layer in self._layers.items():
                 if int(layer.at_hand):
                     skipped = [ids for ids, flag in layer.guesses if int(flag)]

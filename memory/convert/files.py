@@ -67,7 +67,7 @@ def convert_checkpoint(
         _check_disk(destination, missing)
         done_bytes = plan.source_bytes - sum(job_bytes(job) for shard in missing for job in shard.jobs)
         on_progress(done_bytes, plan.source_bytes)
-        with _worker_pool(workers or usable_cores()) as pool:
+        with worker_pool(workers or usable_cores()) as pool:
             for shard in missing:
                 for read in _write_shard(shard, destination, work, pool):
                     done_bytes += read
@@ -130,7 +130,7 @@ def _check_disk(destination: Path, missing: list[ShardPlan]) -> None:
 
 
 @contextmanager
-def _worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     """Threads that each compute alone: work is spread over units, not inside torch's operations."""
     threads_before = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "convert", initializer=lambda: torch.set_num_threads(1))

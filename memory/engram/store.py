@@ -168,6 +168,11 @@ class _Table:
         )
 
     @property
+    def whole(self) -> RowTable | None:
+        """The table, if all of it is in DRAM and its rows can be decoded natively."""
+        return self.native if self._decodes and self._codes is not None else None
+
+    @property
     def nbytes(self) -> int:
         held = [tensor.nbytes for tensor in (self._codes, self._scales) if tensor is not None]
         return sum(held) + self._hot.nbytes
@@ -213,6 +218,11 @@ class EngramStore:
         self._direct = DirectFiles()
         self._server: RowServer | None = None
         self._tables: dict[int, _Table] = {}
+        # Rows that native code has found in tables by itself: asked for, and different ones.
+        self.native_counts = torch.zeros(2, dtype=torch.int64)
+        asked, unique = (self.native_counts[n : n + 1] for n in range(2))
+        for label, count in (("asked", asked), ("unique", unique), ("cached", unique)):
+            telemetry.follow("rows", label, count)
         self._on_disk: dict[int, tuple[RowsOnDisk, RowsOnDisk]] = {}
         if not tables:
             return
@@ -234,6 +244,11 @@ class EngramStore:
     def nbytes(self) -> int:
         """Bytes of DRAM that tables and caches hold."""
         return sum(table.nbytes for table in self._tables.values())
+
+    def in_memory(self, layer: int) -> RowTable | None:
+        """A layer's table as native code reads it until `close`, if all of it is in DRAM and used there."""
+        table = self._tables.get(layer)
+        return None if table is None or layer in self._senders else table.whole
 
     def lookup(self, layer: int, rows: torch.Tensor) -> RowsTicket:
         """Request rows `[n]` int64 (repeats are fine) of a layer's table, delivered to the layer's device."""

@@ -117,6 +117,11 @@ class ExpertStore:
         for counter in ("hits", "computed"):
             self.telemetry.add(counter, self.slots.dram.tier.name, count)
 
+    def follow_uses(self, count: torch.Tensor) -> None:
+        """The same for uses that native code counts by itself, in `count` `[1]` int64."""
+        for counter in ("hits", "computed"):
+            self.telemetry.follow(counter, self.slots.dram.tier.name, count)
+
     def used_at_hand(self, layer: int, needed: list[int], guess: Sequence[int] | None) -> None:
         """A layer's step was computed without asking, with experts that were at hand; likewise `guess`, its
         prediction, if nothing had to be read for it."""

@@ -1,6 +1,6 @@
 """Shapes of the models that can be planned by name, from their published dimensions.
 
-Sources: the released configurations and checkpoint headers of DeepSeek V3, V3.2, V4 and V4.1
+Sources: the released configurations and checkpoint headers of DeepSeek V4 and V4.1
 (dimensions; which tensors there are; FP8 in tiles, FP4 experts in groups of 32, the rest bf16 or
 fp32). Draft stages and image encoders are left out: text generation does not use them.
 """
@@ -24,14 +24,13 @@ KV_MARGIN = 16
 class _Tally:
     """Adds up the tensors of a part."""
 
-    def __init__(self, tile: int, scale_bytes: int = 1) -> None:
+    def __init__(self, tile: int) -> None:
         self.tile = tile
-        self._scale_bytes = scale_bytes
         self.weights = Weights()
 
     def fp8(self, rows: int, cols: int) -> None:
-        """One byte a value, and a scale for each square tile."""
-        scales = -(-rows // self.tile) * -(-cols // self.tile) * self._scale_bytes
+        """One byte a value, and one for each square tile's scale."""
+        scales = -(-rows // self.tile) * -(-cols // self.tile)
         self._add(rows * cols + scales, rows * cols)
 
     def fp4(self, rows: int, cols: int) -> None:
@@ -252,56 +251,6 @@ def _latent_model(name: str, d: LatentDims, layers: Sequence[LayerShape]) -> Mod
     )
 
 
-def v3_shape(name: str, *, has_indexer: bool) -> ModelShape:
-    """DeepSeek V3 (all tokens attend to all) or V3.2 (an indexer chooses 2048 of them)."""
-    hidden, heads, q_lora, latent, rope = 7168, 128, 1536, 512, 64
-    nope, value_dim, index_heads, index_dim = 128, 128, 64, 128
-    kv = KvShape(
-        ratio=1,
-        entry_bytes=KV_VALUE_BYTES * (latent + rope + (index_dim if has_indexer else 0)),
-        seen_ratio=1,
-        scan_bytes=KV_VALUE_BYTES * index_dim if has_indexer else 0,
-        scan_flops=2 * index_heads * index_dim if has_indexer else 0,
-        selected=2048 if has_indexer else None,
-        selected_bytes=KV_VALUE_BYTES * (latent + rope),
-        selected_flops=2 * heads * (2 * latent + rope),
-    )
-    layers = []
-    for n in range(61):
-        dense = _Tally(tile=128, scale_bytes=4)
-        dense.fp8(q_lora, hidden)
-        dense.fp8(heads * (nope + rope), q_lora)
-        dense.fp8(latent + rope, hidden)
-        dense.fp8(heads * (nope + value_dim), latent)
-        dense.fp8(hidden, heads * value_dim)
-        dense.bf16(q_lora + latent + 2 * hidden)
-        if has_indexer:
-            dense.fp8(index_heads * index_dim, q_lora)
-            dense.fp8(index_dim, hidden)
-            dense.bf16(index_heads, hidden)
-            dense.bf16(2, index_dim)
-        if n < 3:
-            _expert(dense, 18432, hidden, dense.fp8)
-            layers.append(LayerShape(dense.weights, kv))
-            continue
-        dense.bf16(256, hidden)
-        dense.fp32(256)
-        expert = _Tally(tile=128, scale_bytes=4)
-        one = _expert(expert, 2048, hidden, expert.fp8)
-        layers.append(LayerShape(dense.weights, kv, shared=one, experts=256, expert=one))
-    return ModelShape(
-        name=name,
-        vocab_size=129280,
-        hidden=hidden,
-        max_context=163840,
-        top_k=8,
-        embedding=_plain(129280, hidden),
-        head=_plain(129280, hidden) + _plain(hidden),
-        layers=tuple(layers),
-        activation_bytes=4 * (2 * hidden + 2 * heads * (nope + rope)),
-    )
-
-
 V41_FLASH = V41Dims(
     hidden=5120, layers=40, heads=64, head_dim=512, q_lora=1280, o_groups=8, o_lora=1024,
     experts=384, width=2304, top_k=6, index_heads=32, index_dim=128, index_topk=512,
@@ -324,8 +273,6 @@ _BUILT_IN: dict[str, Callable[[str], ModelShape]] = {
     "deepseek-v4.1-flash": lambda name: v41_shape(name, V41_FLASH),
     "deepseek-v4-flash": lambda name: v4_shape(name, V4_FLASH),
     "deepseek-v4-pro": lambda name: v4_shape(name, V4_PRO),
-    "deepseek-v3.2": lambda name: v3_shape(name, has_indexer=True),
-    "deepseek-v3": lambda name: v3_shape(name, has_indexer=False),
 }
 NAMES = tuple(_BUILT_IN)
 

@@ -112,6 +112,11 @@ class DeviceKernels:
     ) -> torch.Tensor:
         return self.on(q.device).attend(q, keys, values, window, sinks)
 
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        return self.on(q.device).attend_chosen(q, rows, chosen, value_dim)
+
     def attend_sparse(
         self,
         q: torch.Tensor,

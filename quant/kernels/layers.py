@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 # Query tokens per block: bounds the score matrices to [block, heads, window + block + selected].
 QUERY_BLOCK = 64
+# Values of chosen rows that are gathered at a time: 64 MB.
+GATHERED_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,16 @@ class LayerOperations(Protocol):
         keys `[kv_heads, n + L, head_dim]`, values `[kv_heads, n + L, value_dim]`, which may be narrower: of
         the n tokens before, then of these; with a window a token sees that many, itself the last. sinks
         `[heads]`: the denominator of head h gains exp(sinks_h).
+        """
+        ...
+
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        """Attention of tokens `[L, heads, head_dim]`, each over its chosen rows: `[L, heads, value_dim]`.
+
+        rows `[n, head_dim]` are keys for all heads, and their first `value_dim` columns the values; chosen
+        `[L, k]` int64, ascending, -1 for none.
         """
         ...
 
@@ -275,6 +287,19 @@ class TorchLayers:
         )  # [1, kv_heads, heads / kv_heads * length, value_dim]
         attended = attended.view(kv_heads, -1, length, values.shape[-1])
         return attended.permute(2, 0, 1, 3).reshape(length, heads, -1)
+
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        block = max(1, GATHERED_VALUES // (chosen.shape[1] * rows.shape[1]))
+        outs = []
+        for start in range(0, len(q), block):
+            queries, of_queries = q[start : start + block], chosen[start : start + block]
+            keys = rows[of_queries.clamp(min=0)]  # [block, k, head_dim]
+            scores = (queries * q.shape[-1] ** -0.5) @ keys.transpose(1, 2)  # [block, heads, k]
+            weights = scores.masked_fill((of_queries < 0).unsqueeze(1), -torch.inf).softmax(-1)
+            outs.append(weights @ keys[..., :value_dim])
+        return torch.cat(outs)
 
     def attend_sparse(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -111,6 +111,15 @@ JsonFile = Annotated[
     ),
 ]
 
+
+ExpertsFormat = Annotated[
+    Literal["mxfp4", "nf4", "int4"] | None,
+    typer.Option(
+        "--experts",
+        help="Format for routed experts that are stored in BF16, F16, F32 or FP8. Default: as stored.",
+        show_default=False,
+    ),
+]
 Devices = Annotated[
     str | None, typer.Option(help="GPUs for the weights, e.g. cuda:22GiB. Default: none.", show_default=False)
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError, LociError
-from server.cli.arguments import Devices, DramBudget, NamedModel, OptionalNamedModel, Yes
+from server.cli.arguments import Devices, DramBudget, ExpertsFormat, NamedModel, OptionalNamedModel, Yes
 from server.cli.keyboard import messages
 from server.cli.terminal import is_terminal, write
 
@@ -46,6 +46,7 @@ def chat(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    experts: ExpertsFormat = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
     yes: Yes = False,
@@ -57,7 +58,7 @@ def chat(
 
     Example: loci chat --url http://127.0.0.1:8000
     """
-    if url is not None and (model, devices, dram_budget) != (None, None, None):
+    if url is not None and (model, experts, devices, dram_budget) != (None,) * 4:
         raise typer.BadParameter("give --url or a model, not both")
     from server.cli.talk import RemoteTalk, Sampling
 
@@ -68,7 +69,7 @@ def chat(
         from server.cli.fetch import fetched
         from server.cli.local_talk import LocalTalk
 
-        talk = LocalTalk(fetched(model, yes), devices=devices, dram_budget=dram_budget)
+        talk = LocalTalk(fetched(model, yes), experts=experts, devices=devices, dram_budget=dram_budget)
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -84,6 +85,7 @@ def run(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
     seed: Seed = None,
+    experts: ExpertsFormat = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
     yes: Yes = False,
@@ -99,7 +101,7 @@ def run(
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
-    talk = LocalTalk(fetched(model, yes), devices=devices, dram_budget=dram_budget)
+    talk = LocalTalk(fetched(model, yes), experts=experts, devices=devices, dram_budget=dram_budget)
     sampling = Sampling(temperature, max_tokens, seed)
     try:
         if talk.can_chat:

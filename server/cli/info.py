@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import Devices, DramBudget, OptionalNamedModel
+from server.cli.arguments import Devices, DramBudget, ExpertsFormat, OptionalNamedModel
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
     from engine.families.base import Component
+    from engine.families.loader import OpenedModel
     from memory.planner.budget import MemoryBudget
 
 # Loading maps files and then touches every weight once; up to here that takes seconds.
@@ -47,6 +47,7 @@ def info(
             "where it hands over.",
         ),
     ] = False,
+    experts: ExpertsFormat = None,
     devices: Devices = None,
     dram_budget: DramBudget = None,
 ) -> None:
@@ -61,7 +62,7 @@ def info(
     from server.cli.fetch import headers_of, is_here
 
     with headers_of(model) as path:
-        found = open_model(path)
+        found = open_model(path, experts=experts)
     about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
@@ -72,9 +73,9 @@ def info(
     if not is_here(model):
         print(f"\nNot on this machine; `loci pull {model}` downloads it.")
     elif program:
-        _print_program(path, MemoryBudget.of_this_machine(dram_budget, devices))
+        _print_program(found, MemoryBudget.of_this_machine(dram_budget, devices))
     elif total <= LOADED_UNASKED_BYTES if load is None else load:
-        _print_memory(path)
+        _print_memory(found, MemoryBudget.of_this_machine())
     else:
         print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
 
@@ -97,15 +98,13 @@ def _print_components(components: list[Component]) -> None:
     print_table(["part", "format", "parameters", "bytes", "", "possible tiers"], rows, right=(2, 3, 4))
 
 
-def _print_memory(path: Path) -> None:
+def _print_memory(opened: OpenedModel, budget: MemoryBudget) -> None:
     from engine.families.base import Batch
-    from engine.families.loader import load
     from memory.hardware.detect import peak_resident_bytes
     from server.serving.service import DEFAULT_CONTEXT
 
     before = peak_resident_bytes()
-    loaded = load(path)
-    model = loaded.model
+    model = opened.load(budget).model
     context = min(model.info.max_context, DEFAULT_CONTEXT)
     print()
     for tokens in sorted({context, model.info.max_context}):
@@ -120,12 +119,11 @@ def _print_memory(path: Path) -> None:
     )
 
 
-def _print_program(path: Path, budget: MemoryBudget) -> None:
-    from engine.families.loader import load
+def _print_program(opened: OpenedModel, budget: MemoryBudget) -> None:
     from engine.program_report import layer_kinds, operation_kinds
     from server.serving.service import DEFAULT_CONTEXT
 
-    model = load(path, budget).model
+    model = opened.load(budget).model
     recorded = model.new_cache(1, min(model.info.max_context, DEFAULT_CONTEXT)).program
     print()
     if recorded is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import BudgetError, ConfigError, RequestError
-from server.cli.arguments import Model, can_be_written
+from server.cli.arguments import ExpertsFormat, Model, can_be_written
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,7 @@ def logits(
         Path, typer.Option(help="safetensors file to write.", callback=can_be_written, show_default=False)
     ],
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 512,
+    experts: ExpertsFormat = None,
     greedy: Annotated[int, typer.Option(min=0, help="Tokens to generate greedily after the input.")] = 0,
 ) -> None:
     """Write the logits of every position and a greedy continuation to a safetensors file.
@@ -43,7 +44,7 @@ def logits(
     from engine.families.loader import load
     from memory.user_files import whole_file
 
-    loaded = load(model).model
+    loaded = load(model, experts=experts).model
     _check(ids, greedy, loaded)
     tensors = _compute(loaded, ids, chunk, greedy)
     with whole_file(out) as temporary:

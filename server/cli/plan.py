@@ -11,7 +11,7 @@ import typer
 
 from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
-from server.cli.arguments import complete_model
+from server.cli.arguments import ExpertsFormat, complete_model
 from server.cli.plan_report import DEFAULT_BATCH, DEFAULT_CHUNK, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def plan(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1, max=4096)] = DEFAULT_BATCH,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step.", min=1)] = DEFAULT_CHUNK,
+    experts: ExpertsFormat = None,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +74,7 @@ def plan(
     from memory.planner.placement import plan as make_plan
     from memory.planner.routing import of_trace
 
-    shape = _shape(model)
+    shape = _shape(model, experts)
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
@@ -89,7 +90,7 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _shape(model: str) -> ModelShape:
+def _shape(model: str, experts: str | None) -> ModelShape:
     from engine.families.released import NAMES, released_shape
 
     if model.endswith(".json") and Path(model).is_file():
@@ -97,16 +98,16 @@ def _shape(model: str) -> ModelShape:
         from memory.checkpoint.safetensors_files import read_json
 
         config = Path(model)
-        return config_shape(read_json(config), config.resolve().parent.name)
+        return config_shape(read_json(config), config.resolve().parent.name, experts)
     if model in NAMES and not Path(model).exists():
-        return released_shape(model)
+        return released_shape(model, experts)
     if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
         from engine.families.shapes import shape_of
         from server.cli.fetch import headers_of
 
         with headers_of(model) as path:
-            return shape_of(open_model(path).checkpoint)
+            return shape_of(open_model(path, experts=experts).checkpoint)
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 

@@ -81,7 +81,7 @@ def prepare(settings: Settings) -> Prepared:
     if notice := unused_gpus_notice(settings.devices):
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
-    opened = open_model(path, settings.max_model_len)
+    opened = open_model(path, settings.max_model_len, settings.experts)
     return Prepared(settings, name, opened, budget, prefix_bytes, free_bytes)
 
 

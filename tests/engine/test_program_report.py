@@ -38,8 +38,8 @@ def test_kinds_and_layers_are_two_views_of_the_same_operations(still: Program) -
     assert [kind.nbytes for kind in kinds] == sorted((kind.nbytes for kind in kinds), reverse=True)
 
 
-def test_where_nothing_moves_only_rows_that_are_late_are_handed_over(still: Program) -> None:
-    assert sum(len(each.layers) * each.hand_overs for each in layer_kinds(still)) == 2  # Engram layers
+def test_where_all_is_in_memory_nothing_is_handed_over(still: Program) -> None:
+    assert not any(each.hand_overs for each in layer_kinds(still))
 
 
 def test_where_experts_move_every_layer_may_hand_over() -> None:

@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.reencoded import check_has_experts, check_target, target_format
 from engine.families.decoder.shape import shape_with
 from engine.families.decoder.tensors import Use
 from engine.families.registry import family_of
@@ -21,17 +24,20 @@ from quant.errors import ConfigError
 from quant.formats.fp8 import Fp8
 from quant.formats.int4 import INT4_GROUPS
 from quant.formats.mxfp4 import MXFP4
+from quant.formats.plain import PLAIN
 from quant.formats.quantization_config import QuantizationConfig
 from quant.packed import Format
 
-# Parts that no release packs, whatever its format.
+# Parts that no release packs, whatever its format; and a module, of indexers.
 PLAIN_PARTS = ("embedding", "head", "router")
+PLAIN_MODULE = "weights_proj"
 
 
-def config_shape(config: Mapping[str, Any], name: str) -> ModelShape:
-    """The shape of the model of this config.json.
+def config_shape(config: Mapping[str, Any], name: str, experts: str | None = None) -> ModelShape:
+    """The shape of the model of this config.json, its routed experts in the format `experts` if one is named.
 
-    Raises ConfigError for a config that the family cannot run, and for a family that is not a decoder.
+    Raises ConfigError for a config that the family cannot run, for a family that is not a decoder, and for
+    experts that cannot be encoded in that format.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
@@ -42,12 +48,30 @@ def config_shape(config: Mapping[str, Any], name: str) -> ModelShape:
         raise ConfigError(
             f"{name}: the {family.name} family is planned from a checkpoint or by name, not by config"
         )
-    return shape_with(family.description(checkpoint), name, _weights_of(config))
+    description = family.description(checkpoint)
+    weights_of = _weights_of(config)
+    if experts is None:
+        return shape_with(description, name, weights_of)
+    check_has_experts(experts, description, name)
+    assert description.experts is not None
+    target = target_format(experts, QuantizationConfig.parse(config))
+    found = _format_of(config) or PLAIN[torch.bfloat16]
+    check_target(experts, target, [found], (description.hidden, description.experts.width))
+
+    def encoded(use: Use) -> Weights:
+        if use.part != "experts" or not use.is_matrix:
+            return weights_of(use)
+        *stacked, rows, cols = use.shape
+        return Weights(math.prod(stacked) * target.bytes_for(rows, cols), math.prod(use.shape))
+
+    return shape_with(description, name, encoded)
 
 
 def _weights_of(config: Mapping[str, Any]) -> Callable[[Use], Weights]:
     quantization = config.get("quantization_config") or {}
-    unpacked = [*quantization.get("modules_to_not_convert", ()), *quantization.get("ignore", ())]
+    unpacked = [
+        PLAIN_MODULE, *quantization.get("modules_to_not_convert", ()), *quantization.get("ignore", ())
+    ]  # fmt: skip
     format_ = _format_of(config)
 
     def weights_of(use: Use) -> Weights:

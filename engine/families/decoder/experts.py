@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.families.decoder.description import Description, Experts
+from engine.families.decoder.names import REENCODED
 from engine.families.decoder.stored import StoredMatrices
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
@@ -54,7 +55,7 @@ class DecoderExpertFiles:
 
     @property
     def together(self) -> tuple[tuple[int, ...], ...]:
-        return ((GATE, UP), (DOWN,)) if self._experts.layout == "interleaved" else APART
+        return APART if self._is_each or self._experts.layout != "interleaved" else ((GATE, UP), (DOWN,))
 
     def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
         """The tensors of one matrix of an expert, or the parts of larger ones that hold it."""
@@ -86,7 +87,7 @@ class DecoderExpertFiles:
 
     @property
     def _is_each(self) -> bool:
-        return self._experts.layout == "each"
+        return self.description.is_reencoded or self._experts.layout == "each"
 
     @property
     def _experts(self) -> Experts:
@@ -99,7 +100,9 @@ class DecoderExpertFiles:
 
     def _name(self, layer: int, expert: int, number: int) -> str:
         names = self.description.names
-        if self._experts.layout in ("each", "stacked"):
+        if self.description.is_reencoded:
+            name = REENCODED[ROLES[number]]
+        elif self._experts.layout in ("each", "stacked"):
             name = names[ROLES[number]]
         else:
             name = names["experts_down" if number == DOWN else "experts_up"]

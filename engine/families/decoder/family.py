@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.decoder.description import Description
 from engine.families.decoder.forward import Decoder
+from engine.families.decoder.reencoded import ReencodedCheckpoint, reencoded
 from engine.families.decoder.shape import checkpoint_shape, components
 from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import uses
-from engine.families.decoder.weights import expert_hotness, read_weights
+from engine.families.decoder.weights import check_room, expert_hotness, read_weights
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
@@ -28,7 +30,13 @@ class DecoderFamily(Family):
 
     def __init__(self, name: str, describe_config: Callable[[Checkpoint], Description]) -> None:
         self.name = name
-        self.description = describe_config
+        self._describe_config = describe_config
+
+    def description(self, checkpoint: Checkpoint) -> Description:
+        """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
+        if isinstance(checkpoint, ReencodedCheckpoint):
+            return replace(self._describe_config(checkpoint.source), is_reencoded=True)
+        return self._describe_config(checkpoint)
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         description = self.description(checkpoint)
@@ -48,6 +56,14 @@ class DecoderFamily(Family):
             expert_hotness(description, checkpoint)
         findings.raise_any()
 
+    def reencoded(self, checkpoint: Checkpoint, experts: str) -> Checkpoint:
+        """The checkpoint with its routed experts in another format, by name; it is encoded when it is loaded.
+
+        Raises ConfigError where that makes no sense, and what `check` does.
+        """
+        self.check(checkpoint)
+        return reencoded(self.description(checkpoint), checkpoint, experts)
+
     def shape(self, checkpoint: Checkpoint) -> ModelShape:
         """The checkpoint's shape for the planner."""
         return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name)
@@ -55,6 +71,9 @@ class DecoderFamily(Family):
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:
         self.check(checkpoint)
         description = self.description(checkpoint)
+        if isinstance(checkpoint, ReencodedCheckpoint):
+            check_room(description, checkpoint, budget)  # before minutes of encoding
+            checkpoint.prepare()
         weights = read_weights(description, checkpoint, kernels, budget)
         return Decoder(description, self._info(description, checkpoint), kernels, weights)
 

@@ -26,6 +26,10 @@ HF_NAMES = {
     "kv_a": f"{LAYER}self_attn.kv_a_proj_with_mqa.weight",
     "kv_a_norm": f"{LAYER}self_attn.kv_a_layernorm.weight",
     "kv_b": f"{LAYER}self_attn.kv_b_proj.weight",
+    "index_q": f"{LAYER}self_attn.indexer.wq_b.weight",
+    "index_k": f"{LAYER}self_attn.indexer.wk.weight",
+    "index_k_norm": f"{LAYER}self_attn.indexer.k_norm.weight",
+    "index_weights": f"{LAYER}self_attn.indexer.weights_proj.weight",
     "ffn_norm": f"{LAYER}post_attention_layernorm.weight",
     "gate": f"{LAYER}mlp.gate_proj.weight",
     "up": f"{LAYER}mlp.up_proj.weight",
@@ -40,6 +44,12 @@ HF_NAMES = {
     "shared_down": f"{LAYER}mlp.shared_experts.down_proj.weight",
 }
 
+# Of experts that were encoded again after the release, whatever their names were.
+REENCODED = {
+    "expert_gate": "reencoded.{layer}.{expert}.gate.weight",
+    "expert_up": "reencoded.{layer}.{expert}.up.weight",
+    "expert_down": "reencoded.{layer}.{expert}.down.weight",
+}
 
 # Mixtral's names for router and experts, which others took over.
 BLOCK = f"{LAYER}block_sparse_moe."

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
+from engine.families.decoder.description import Attention, Description, Experts, Indexer, Mla, Mlp
+from engine.families.decoder.names import REENCODED
 
 Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
 
@@ -89,6 +90,15 @@ class _Layer:
         else:
             yield self.decoded("kv_b", a.heads * (a.plain_dim + a.value_dim), a.rank)
         yield from self.matrix("o", hidden, a.heads * a.value_dim, "dense")
+        if a.own_indexer is not None and a.q_rank is not None:
+            yield from self.indexer(a.own_indexer, a.q_rank)
+
+    def indexer(self, a: Indexer, q_rank: int) -> Iterator[Use]:
+        yield from self.matrix("index_q", a.heads * a.dim, q_rank, "dense")
+        yield from self.matrix("index_k", a.dim, self.d.hidden, "dense")
+        yield self.floats("index_k_norm", a.dim)
+        yield self.floats("index_k_norm", a.dim, is_bias=True)
+        yield from self.matrix("index_weights", a.heads, self.d.hidden, "dense")
 
     def mlp(self, prefix: str, width: int, part: Part) -> Iterator[Use]:
         yield from self.matrix(f"{prefix}gate", width, self.d.hidden, part)
@@ -96,25 +106,30 @@ class _Layer:
         yield from self.matrix(f"{prefix}down", self.d.hidden, width, part)
 
     def experts(self, e: Experts) -> Iterator[Use]:
-        count, hidden, width = e.router.experts, self.d.hidden, e.width
-        yield from self.matrix("router", count, hidden, "router", has_bias=e.router.has_bias)
+        count, width = e.router.experts, e.width
+        yield from self.matrix("router", count, self.d.hidden, "router", has_bias=e.router.has_bias)
         if e.router.has_choice_bias:
             yield self.floats("choice_bias", count, part="router")
-        if e.layout == "each":
+        if self.d.is_reencoded:
             for expert in range(count):
                 for role, rows, cols in self._three(width):
-                    yield from self.matrix(role, rows, cols, "experts", expert, has_bias=e.has_biases)
+                    name = REENCODED[role].format(layer=self.number, expert=expert)
+                    yield Use(name, (rows, cols), "experts", self.number)
+        elif e.layout == "each":
+            for expert in range(count):
+                for role, rows, cols in self._three(width):
+                    yield from self.matrix(role, rows, cols, "experts", expert)
         elif e.layout == "stacked":
             for role, rows, cols in self._three(width):
                 yield Use(self.name(role), (count, rows, cols), "experts", self.number)
-                if e.has_biases:
-                    yield self.floats(role, count, rows, part="router", is_bias=True)
         else:
-            yield Use(self.name("experts_up"), (count, 2 * width, hidden), "experts", self.number)
-            yield Use(self.name("experts_down"), (count, hidden, width), "experts", self.number)
-            if e.has_biases:
-                yield self.floats("experts_up", count, 2 * width, part="router", is_bias=True)
-                yield self.floats("experts_down", count, hidden, part="router", is_bias=True)
+            for role, rows, cols in self._two(width):
+                yield Use(self.name(role), (count, rows, cols), "experts", self.number)
+        if e.has_biases:
+            assert e.layout != "each"
+            roles = self._three(width) if e.layout == "stacked" else self._two(width)
+            for role, rows, _ in roles:
+                yield self.floats(role, count, rows, part="router", is_bias=True)
         if e.shared is not None:
             yield from self.mlp("shared_", e.shared.width, "shared")
 
@@ -125,6 +140,9 @@ class _Layer:
             ("expert_up", width, hidden),
             ("expert_down", hidden, width),
         )
+
+    def _two(self, width: int) -> tuple[tuple[str, int, int], ...]:
+        return (("experts_up", 2 * width, self.d.hidden), ("experts_down", self.d.hidden, width))
 
     def name(self, role: str, expert: int = -1) -> str:
         return self.d.names[role].format(layer=self.number, expert=expert)

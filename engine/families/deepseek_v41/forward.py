@@ -31,6 +31,7 @@ from memory.telemetry import Telemetry
 from quant.errors import FormatError
 from quant.kernels.choice import recorder_of, recorder_on
 from quant.kernels.cpu.recorder import Recorder
+from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
 from quant.kernels.interface import Kernels
 from quant.kernels.recording import StepRecorder
 
@@ -73,7 +74,7 @@ class DeepseekV41(Model):
         self.engram: EngramLookup | None = None
         if hashing is not None:
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
-        self.parts = V41Parts(config, weights, kernels)
+        self.parts = V41Parts(config, weights, kernels, self._ngrams(hashing))
         self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self.cache_shape = CacheShape(
             layers=config.num_hidden_layers,
@@ -139,6 +140,25 @@ class DeepseekV41(Model):
         assert program is not None
         return program.nbytes
 
+    def _ngrams(self, hashing: EngramHash | None) -> Ngrams | None:
+        """How native code finds Engram rows, where all tables lie in DRAM and no prediction needs them."""
+        c = self.config
+        tables = [self.weights.engram.in_memory(layer) for layer in c.engram_layer_ids]
+        if hashing is None or None in tables or hashing.history > MOST_HISTORY:
+            return None
+        if not self.weights.experts.is_still or not isinstance(self.weights.embed, torch.Tensor):
+            return None
+        return Ngrams(
+            keys=self.token_map,
+            pad=int(self.token_map[c.engram_pad_token_id]),
+            multipliers=torch.from_numpy(hashing.multipliers),
+            primes=torch.from_numpy(hashing.primes),
+            offsets=torch.from_numpy(hashing.offsets),
+            heads=hashing.heads,
+            row_tables=[table for table in tables if table is not None],
+            row_width=c.engram_head_dim,
+        )
+
     @property
     def _devices(self) -> set[torch.device]:
         """Where layers and the head are."""
@@ -196,30 +216,40 @@ class DeepseekV41(Model):
         return ops, nbytes
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
-        if self.engram is None or not drawn:
+        if self.engram is None or self.parts.ngrams is not None or not drawn:
             return
         history, pad = self.cache_shape.history, self.config.engram_pad_token_id
         ids = [[*[pad] * (history - len(before)), *before[-history:], token] for before, token in drawn]
         self.engram.expect(self._token_keys[ids])
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
         for segment in batch.segments:
             cache.admit(segment)
-        embedded = self.weights.embed[batch.token_ids].float()  # [tokens, hidden]
         decoder = cache.decoder
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
-            logits = decoder.run(batch, embedded, self._request_rows(batch, cache))
+            logits = self._replay(decoder, batch, cache)
         else:
-            logits = self._compute(batch, embedded, cache, trace or NO_TRACE)
+            logits = self._compute(batch, cache, trace or NO_TRACE)
         for segment in batch.segments:
             cache.advance(segment)
         return logits
 
-    def _compute(self, batch: Batch, embedded: torch.Tensor, cache: V41Cache, trace: Trace) -> torch.Tensor:
+    def _replay(self, decoder: V41Recorded | V41OnGpus, batch: Batch, cache: V41Cache) -> torch.Tensor:
+        """The logits of a batch of new tokens, by recorded programs."""
+        if isinstance(decoder, V41Recorded) and decoder.takes_tokens:
+            return decoder.run_tokens(batch)
+        with torch.inference_mode():
+            return decoder.run(batch, self._embedded(batch), self._request_rows(batch, cache))
+
+    def _embedded(self, batch: Batch) -> torch.Tensor:
+        """`[tokens, hidden]` float32."""
+        return self.weights.embed[batch.token_ids].float()
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch, cache: V41Cache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
-        rows = self._request_rows(batch, cache)
+        embedded, rows = self._embedded(batch), self._request_rows(batch, cache)
         if rows is not None:
             trace.add("engram_rows", rows.rows)
         with V41Eager(self.parts, batch, cache, trace, rows) as ops:
@@ -230,7 +260,7 @@ class DeepseekV41(Model):
     def _record(self, recorder: Recorder, cache: SparseCache) -> V41Recorded:
         """A program that decodes with `cache`."""
         ops = V41Recorded(self.parts, recorder, cache)
-        source = recorder.input(self.config.hidden_size)
+        source = ops.begin()
         ops.finish(source, self._logits(ops, *self._layers(ops, source)))
         return ops
 

@@ -17,16 +17,21 @@ from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWei
 from engine.families.streams.operations import Frequencies, StreamMix, StreamOperations
 from engine.layers.operations import Value
 from engine.layers.rope import inverse_frequencies
+from quant.kernels.cpu.row_notes import Ngrams
 from quant.kernels.interface import Kernels
 
 
 @dataclass(frozen=True)
 class V41Parts:
-    """What operations need of a loaded model."""
+    """What operations need of a loaded model.
+
+    ngrams  how native code finds Engram rows; None where there are none, or not all in DRAM
+    """
 
     config: V41Config
     weights: V41Weights
     kernels: Kernels
+    ngrams: Ngrams | None
 
     @cached_property
     def frequencies(self) -> Frequencies:

@@ -30,11 +30,24 @@ class V41Recorded(V41Notes):
     def __init__(self, parts: V41Parts, recorder: Recorder, cache: SparseCache) -> None:
         super().__init__(parts, recorder, cache)
         self._experts = RecordedExperts(recorder, parts.weights.experts, parts.config.swiglu_limit)
+        # Whether a step needs nothing but token ids: their embedding and table rows are found natively.
+        self.takes_tokens = parts.ngrams is not None or (
+            isinstance(parts.weights.embed, torch.Tensor) and not parts.config.engram_layer_ids
+        )
+        self._addresses: Buffer | None = None  # of table rows
         self.late: dict[int, torch.Tensor] = {}  # by Engram table: see `Recorder.hand_over`
         self.rows: dict[int, Buffer] = {}
         self.program: Program | None = None
         self._guesses: Guesses | None = None
         self._step_rows: StepRows | None = None
+
+    def run_tokens(self, batch: Batch) -> torch.Tensor:
+        """Logits of `batch.logit_rows`, `[n, vocab_size]`."""
+        assert self.program is not None
+        segments = batch.segments
+        with self._experts.running(self.program, len(segments)):
+            self.program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
+        return self._logits(batch)
 
     def run(self, batch: Batch, embedded: torch.Tensor, rows: StepRows | None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
@@ -49,7 +62,21 @@ class V41Recorded(V41Notes):
                 self._fill(table, len(embedded))
         with self._experts.running(self.program, len(embedded)):
             self.program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return self.program.logits(batch.logit_rows)
+        return self._logits(batch)
+
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        assert self.program is not None
+        wanted = None if batch.wanted is None else batch.logit_rows
+        return self.program.logits(wanted, shared=self._cache.shares_logits)
+
+    def begin(self) -> Buffer:
+        """The embedded tokens, `[rows, hidden]`."""
+        embed, ngrams = self._parts.weights.embed, self._parts.ngrams
+        if not self.takes_tokens or not isinstance(embed, torch.Tensor):
+            return self._recorder.input(self._config.hidden_size)
+        if ngrams is not None:
+            self._addresses = self._recorder.ngrams(ngrams, self._cache.history)
+        return self._recorder.embed(embed)
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""
@@ -61,8 +88,12 @@ class V41Recorded(V41Notes):
     def engram(self, number: int, streams: Buffer) -> Buffer:
         layer, table = self._parts.weights.layers[number], self._parts.table(number)
         assert layer.engram is not None
-        wkv = layer.engram.wkv
-        if self._experts.wants_guesses(number):  # a prediction may have made them already
+        wkv, ngrams = layer.engram.wkv, self._parts.ngrams
+        if ngrams is not None and self._addresses is not None:
+            counts = self._parts.weights.engram.native_counts
+            rows = self._recorder.table_rows(ngrams, table, self._addresses, counts)
+            (kv,) = self.linears(rows, wkv)
+        elif self._experts.wants_guesses(number):  # a prediction may have made them already
             kv = self._recorder.buffer(int(wkv.shape[0]))
             self._recorder.hand_over(lambda rows: self._fill_kv(number, kv, rows), [], [kv])
         else:

@@ -297,6 +297,26 @@ class NativeLayers:
         sinks = None if sinks is None else floats(sinks)
         return self._attend(q, keys, values, window or keys.shape[1], sinks, None, None)
 
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        q, rows, chosen = floats(q), floats(rows), chosen.contiguous()
+        tokens, heads, dim = q.shape
+        out = q.new_empty(tokens, heads, value_dim)
+        call = AttendCall(
+            q=q.data_ptr(),
+            tokens=tokens,
+            heads=heads,
+            kv_heads=1,
+            dim=dim,
+            value_dim=value_dim,
+            more=rows.data_ptr(),
+            chosen=chosen.data_ptr(),
+            choices=chosen.shape[1],
+        )
+        self._library.loci_attend(self._level, self._threads(), ctypes.byref(call), out.data_ptr())
+        return out
+
     def attend_sparse(
         self,
         q: torch.Tensor,

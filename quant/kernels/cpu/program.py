@@ -21,7 +21,7 @@ KINDS = (
     "bias", "clip", "scale",
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
     "pool", "entry", "select", "route", "at_hand", "experts", "part", "join",
-    "hand_over",
+    "embed", "ngrams", "table_rows", "hand_over",
 )  # fmt: skip
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64  # bytes
@@ -44,7 +44,12 @@ class _Operation(ctypes.Structure):
 class _StepInput(ctypes.Structure):
     """`StepInput` of native_src/program.hpp."""
 
-    _fields_ = (("rows", ctypes.c_int64), ("slots", ctypes.c_void_p), ("positions", ctypes.c_void_p))
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+    )
 
 
 class Runner(Protocol):
@@ -154,7 +159,9 @@ class Program:
             to.factor = noted.factor
         self._slots = (ctypes.c_int64 * max_rows)()
         self._positions = (ctypes.c_int64 * max_rows)()
-        self._input = _StepInput(0, ctypes.addressof(self._slots), ctypes.addressof(self._positions))
+        self._tokens = (ctypes.c_int64 * max_rows)()
+        self._input = _StepInput(0, *map(ctypes.addressof, (self._slots, self._positions, self._tokens)))
+        self._results = [self.result[:rows] for rows in range(max_rows + 1)]
 
     def rows(self, buffer: Buffer) -> torch.Tensor:
         """A buffer's rows, `[rows, width]`: valid while it lives."""
@@ -163,22 +170,27 @@ class Program:
         nbytes = buffer.dtype.itemsize * rows * buffer.width
         return self._arena[at : at + nbytes].view(buffer.dtype).view(rows, buffer.width)
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """A copy of some of the last run's results, rows `[n]` int64 ascending: `[n, width]`."""
-        if len(rows) == self._input.rows:
-            return self.result[: len(rows)].clone()
-        return self.result[rows]
+    def logits(self, rows: torch.Tensor | None, *, shared: bool = False) -> torch.Tensor:
+        """Results of the last run, rows `[n]` int64 ascending or all of them: `[n, width]`. Shared, they need
+        not be valid any longer than until the next run."""
+        whole: torch.Tensor = self._results[self._input.rows]
+        if rows is not None and len(rows) < len(whole):
+            return self.result[rows]
+        return whole if shared else whole.clone()
 
-    def run(self, slots: Sequence[int], positions: Sequence[int]) -> None:
-        """Compute `result` from `source` for as many rows as there are slots."""
+    def run(self, slots: Sequence[int], positions: Sequence[int], tokens: Sequence[int] = ()) -> None:
+        """Compute `result` for as many rows as there are slots, from `source` and, where the program has
+        operations that read them, `tokens`."""
         rows = len(slots)
         self._input.rows = rows
         self._slots[:rows] = list(slots)
         self._positions[:rows] = list(positions)
+        self._tokens[: len(tokens)] = list(tokens)
         end = len(self._operations)
         at = self._runner.run(self._operations, 0, self._input)
         while at < end:
-            self.hand_overs[at](rows)
+            with torch.inference_mode():
+                self.hand_overs[at](rows)
             at = self._runner.run(self._operations, at + 1, self._input)
 
     def _address(self, place: Operand) -> int | None:

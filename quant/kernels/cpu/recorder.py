@@ -12,7 +12,6 @@ from itertools import groupby
 import torch
 
 from quant.kernels.cpu.native_layers import Routing
-from quant.kernels.cpu.notes import Notes
 from quant.kernels.cpu.panels import NativeWeight
 from quant.kernels.cpu.program import (
     DENSE_KINDS,
@@ -20,6 +19,7 @@ from quant.kernels.cpu.program import (
     HandOver,
     Operand,
 )
+from quant.kernels.cpu.row_notes import RowNotes
 from quant.kernels.interface import ExpertExtras, Weight
 from quant.kernels.layers import RoutingRule
 
@@ -66,7 +66,7 @@ class Selector:
     blocks: int
 
 
-class Recorder(Notes):
+class Recorder(RowNotes):
     """Notes operations; `finish` makes a program of them."""
 
     # -------------------------------------------------------------------------------------- any model
@@ -115,15 +115,24 @@ class Recorder(Notes):
         self._note("append", [keys, values], to, place.sizes)
 
     def attend(
-        self, q: Buffer, place: KvPlace, window: int | None = None, sinks: torch.Tensor | None = None
+        self,
+        q: Buffer,
+        place: KvPlace,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+        chosen: Buffer | None = None,
     ) -> Buffer:
-        """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`."""
+        """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`.
+
+        chosen  `[rows, k]` int64: these positions alone, of keys that all heads share and that begin with the
+                values; see `LayerOperations.attend_chosen`
+        """
         kv_heads, dim, head, slot = place.sizes
         heads, value_dim = q.width // dim, place.values.shape[3]
         out = self.buffer(heads * value_dim)
         at = None if sinks is None else self._weight(sinks)
-        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at]
-        sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim]
+        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at, chosen]
+        sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim, chosen.width if chosen else 0]
         self._note("attend", inputs, [out], sizes)
         return out
 

@@ -24,8 +24,8 @@ TOLERANCE = 1e-4
 PLENTY = MemoryBudget(1 << 30)
 SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
 SAFETENSORS = (
-    "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "granitemoe", "mixtral", "minimax_m2", "olmoe",
-    "qwen3_moe",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "gpt_oss", "granitemoe",
+    "mixtral", "minimax_m2", "olmoe", "qwen3_moe",
 )  # fmt: skip
 NAMES = (
     *SAFETENSORS, "gguf_deepseek2", "gguf_deepseek2_lite", "gguf_gpt_oss", "gguf_qwen3moe", "kimi_k2",

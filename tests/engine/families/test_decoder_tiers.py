@@ -13,12 +13,13 @@ from engine.families.loader import open_checkpoint
 from engine.families.shapes import shape_of
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload
+from memory.planner.shape import ModelShape
 from memory.tiers import Tier
 from quant.kernels.choice import choose
 from tests.engine.families.golden_families import NAMES, PLENTY, Golden, assert_close, golden_family, loaded
 
 CPU = torch.device("cpu")
-WORKLOAD = Workload(context=128)
+WORKLOAD = Workload(context=160)
 
 
 def answer(model: Decoder, ids: list[int]) -> torch.Tensor:
@@ -31,8 +32,12 @@ def answer(model: Decoder, ids: list[int]) -> torch.Tensor:
 
 
 def budget(golden: Golden, dram: int, *gpus: int, with_layers: bool = False) -> MemoryBudget:
+    """As `budget_of`."""
+    return budget_of(shape_of(open_checkpoint(golden.path)), dram, *gpus, with_layers=with_layers)
+
+
+def budget_of(shape: ModelShape, dram: int, *gpus: int, with_layers: bool = False) -> MemoryBudget:
     """Room for so many experts in DRAM and on virtual GPUs; with_layers: and for a layer on each of these."""
-    shape = shape_of(open_checkpoint(golden.path))
     size, layer = shape.expert_nbytes, max(layer.dense.nbytes + layer.shared.nbytes for layer in shape.layers)
     fixed = shape.nbytes - sum(layer.experts for layer in shape.layers) * size
     layer += shape.layers[0].kv.nbytes(WORKLOAD.context)

@@ -33,28 +33,38 @@ SLOTS, CONTEXT = 3, 64
 CPU = torch.device("cpu")
 
 
-def tight(path: Path, *, has_gpus: bool) -> MemoryBudget:
-    """Room for some of the experts in DRAM, perhaps some on two virtual GPUs, and for few Engram rows."""
+def tight(path: Path, held: str) -> MemoryBudget:
+    """Room for few Engram rows, and for some of the experts in DRAM, perhaps some on two virtual GPUs; or for
+    all experts in DRAM."""
     whole = FAMILY.load(open_safetensors(path), NativeKernels(), MemoryBudget(1 << 30))
     experts = whole.weights.experts.tier_bytes["dram"]
     dense = whole.weights.places.nbytes["dram"]
+    tables = whole.weights.engram.nbytes
     whole.close()
     workload = Workload(context=300, sequences=MAX_ROWS + 2)
-    if not has_gpus:
+    if held == "experts":
+        return MemoryBudget(dense + experts + tables // 2, workload=workload)
+    if held == "some":
         return MemoryBudget(dense + experts // 2, workload=workload)
     gpus = tuple(Tier(f"vram:{n}", experts // 12, CPU, link_bytes_per_s=1e9) for n in range(2))
     return MemoryBudget(dense + experts // 5, gpus, workload)
 
 
-@pytest.fixture(
-    scope="module", params=itertools.product(["v41-a", "v41-b", "v41-c"], ["all", "disk", "gpus"])
-)
+HELD = [
+    *itertools.product(["v41-a", "v41-b", "v41-c"], ["all", "some", "gpus"]),
+    ("v41-b", "experts"),
+    ("v41-c", "experts"),
+]
+
+
+@pytest.fixture(scope="module", params=HELD, ids="-".join)
 def model(request: pytest.FixtureRequest) -> Iterator[DeepseekV41]:
     name, held = request.param
     path = golden_path(name)
-    budget = MemoryBudget(1 << 30) if held == "all" else tight(path, has_gpus=held == "gpus")
+    budget = MemoryBudget(1 << 30) if held == "all" else tight(path, held)
     loaded = FAMILY.load(open_safetensors(path), NativeKernels(), budget)
-    assert loaded.weights.experts.is_still == (held == "all")
+    assert loaded.weights.experts.is_still == (held in ("all", "experts"))
+    assert (loaded.parts.ngrams is not None) == (held == "all")
     yield loaded
     loaded.close()
 
@@ -108,6 +118,21 @@ def test_uses_of_experts_are_counted_alike(model: DeepseekV41) -> None:
     replayed, eager = model.new_cache(2, 8), model.new_cache(2, 8)
     forget(eager)
     assert uses(replayed) == uses(eager) > 0
+
+
+def test_rows_of_engram_tables_are_counted_alike(model: DeepseekV41) -> None:
+    def counts(cache: V41Cache) -> tuple[int, ...]:
+        before = model.telemetry.snapshot().rows
+        for at in range(3):
+            model.forward(Batch.of([(0, at, [3]), (1, at, [3]), (2, at, [9])]), cache)
+        after = model.telemetry.snapshot().rows
+        return tuple(after[name] - before.get(name, 0) for name in ("asked", "unique"))
+
+    replayed, eager = model.new_cache(3, 8), model.new_cache(3, 8)
+    forget(eager)
+    asked, unique = counts(replayed)
+    assert (asked, unique) == counts(eager)
+    assert 0 < unique < asked
 
 
 def test_a_step_that_fails_at_any_hand_over_can_be_computed_again(model: DeepseekV41) -> None:

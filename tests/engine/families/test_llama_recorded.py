@@ -69,7 +69,7 @@ def test_only_the_rows_asked_for_get_logits_of_a_recorded_step(model: Decoder) -
     batch = Batch.of([(slot, 0, [slot + 5]) for slot in range(3)])
     whole = model.forward(batch, one)
 
-    assert torch.equal(model.forward(replace(batch, logit_rows=torch.tensor([2])), other), whole[2:])
+    assert torch.equal(model.forward(replace(batch, wanted=[2]), other), whole[2:])
 
 
 def test_a_step_that_does_not_fit_leaves_the_cache_as_it_was(model: Decoder) -> None:

@@ -19,11 +19,12 @@ PROMPTS = [[11, 40, 7, 300, 41], [9, 9, 200, 17], [77, 5, 6, 7, 8, 9, 10]]
 NEXT = [23, 19, 400]
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[DeepseekV41]:
+@pytest.fixture(scope="module", params=[1 << 30, 4_300_000], ids=["all in memory", "on disk"])
+def model(request: pytest.FixtureRequest) -> Iterator[DeepseekV41]:
     checkpoint = open_safetensors(golden_path("v41-a"))
-    model = family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(1 << 30))
+    model = family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(request.param))
     assert isinstance(model, DeepseekV41)
+    assert (model.parts.ngrams is None) == (request.param < 1 << 30)
     yield model
     model.close()
 

@@ -168,3 +168,19 @@ def test_a_format_that_the_kernels_do_not_read_is_refused() -> None:
 
     with pytest.raises(FormatError, match="fp8_row32: no kernel multiplies with it"):
         recorder.linears(recorder.input(WIDTH), [rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_tokens_are_embedded_as_torch_does_it(dtype: torch.dtype, factor: float) -> None:
+    table = values(3, 7, WIDTH)
+    table[2, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1e-7, -6e-8])
+    table = table.to(dtype)
+    recorder = Recorder(kernels(), ROWS)
+    source = recorder.embed(table, factor)
+    program = recorder.finish(source, source)
+    for tokens in ([2, 6, 0, 2, 5], [4]):
+        program.run(range(len(tokens)), range(len(tokens)), tokens)
+        expected = table[tokens].float() * factor
+        assert torch.equal(program.logits(None), expected)
+        assert torch.equal(program.logits(None).signbit(), expected.signbit())

@@ -175,3 +175,26 @@ def test_measurements_are_kept_for_the_planner(tmp_path: Path, monkeypatch: pyte
     plan = planned(str(golden_path("v41-c")))
     assert not any("DRAM" in line for line in plan["assumed"])
     cache_path().unlink()
+
+
+def test_experts_are_planned_in_the_format_that_they_will_be_encoded_to() -> None:
+    name, hardware = "qwen3-30b-a3b", ("--hardware", "4090-128g")
+    released, encoded = planned(name, *hardware), planned(name, "--experts", "nf4", *hardware)
+    experts = 48 * 128 * 3 * 2048 * 768
+    assert released["model_bytes"] - encoded["model_bytes"] == experts * 2 - experts // 2 - experts // 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("gpt-oss-20b", "--experts", "nf4"), "routed experts are mxfp4 already"),
+        (("kimi-k2-thinking", "--experts", "int4"), "routed experts are int4_32 already"),
+        ((FLASH, "--experts", "nf4"), "is planned as released only"),
+        (("smollm2", "--experts", "mxfp4"), "has no routed experts"),
+    ],
+)
+def test_experts_that_are_not_encoded_are_not_planned_so(arguments: tuple[str, ...], complaint: str) -> None:
+    refused = invoke("plan", *arguments, "--hardware", "4090-128g")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert complaint in refused.stderr

@@ -209,12 +209,13 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
 
 // In the order of Kind; null for what decides how to go on.
 constexpr OperationFunction kFunctions[] = {
-    norm,    linear,      dense,      blocks,     turns,
-    rotate,  run_append,  run_attend, gated,      add,
-    bias,    clip,        scale,      repeat,     weighted_sum,
-    mix,     mix_streams, engram,     run_ring,   run_attend_sparse,
-    nullptr, run_pool,    run_entry,  run_select, route,
-    at_hand, experts,     part,       join,       nullptr,
+    norm,       linear,         dense,      blocks,     turns,
+    rotate,     run_append,     run_attend, gated,      add,
+    bias,       clip,           scale,      repeat,     weighted_sum,
+    mix,        mix_streams,    engram,     run_ring,   run_attend_sparse,
+    nullptr,    run_pool,       run_entry,  run_select, route,
+    at_hand,    experts,        part,       join,       run_embed,
+    run_ngrams, run_table_rows, nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

@@ -10,6 +10,7 @@ struct StepInput {
     int64_t rows;
     const int64_t* slots;      // [rows] of the cache
     const int64_t* positions;  // [rows]
+    const int64_t* tokens;     // [rows]
 };
 
 // In the order of KINDS in quant/kernels/cpu/program.py.
@@ -43,6 +44,9 @@ enum class Kind : int64_t {
     kExperts,
     kPart,
     kJoin,
+    kEmbed,
+    kNgrams,
+    kTableRows,
     kHandOver,
     kKinds
 };
@@ -70,6 +74,11 @@ void run_attend_sparse(const Team& team, const Operation& op, const StepInput& s
 void run_pool(const Team& team, const Operation& op, const StepInput& step);
 void run_entry(const Team& team, const Operation& op, const StepInput& step);
 void run_select(const Team& team, const Operation& op, const StepInput& step);
+
+// program_rows.cpp: rows of tables
+void run_embed(const Team& team, const Operation& op, const StepInput& step);
+void run_ngrams(const Team& team, const Operation& op, const StepInput& step);
+void run_table_rows(const Team& team, const Operation& op, const StepInput& step);
 
 inline const float* floats(const void* p) { return static_cast<const float*>(p); }
 inline float* floats(void* p) { return static_cast<float*>(p); }

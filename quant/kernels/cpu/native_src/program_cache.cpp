@@ -31,9 +31,11 @@ void run_append(const Team& team, const Operation& op, const StepInput& step) {
 }
 
 // queries [rows][heads][dim] over what their slots hold in a layer's cache of keys and values: all, or the last rows
-// of a window; with sinks [heads] or none
+// of a window, or those chosen [rows][choices] where all heads share keys that begin with the values; with sinks
+// [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2], value_dim = op.sizes[6];
+    const int64_t choices = op.sizes[7];
     std::vector<Attend> calls(static_cast<size_t>(step.rows));
     std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
@@ -51,6 +53,12 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         call.before = step.positions[r];
         call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
         call.sink = floats(op.in[3]);
+        if (choices > 0) {
+            call.window = 0;
+            call.more = call.keys;
+            call.chosen = static_cast<const int64_t*>(op.in[4]) + r * choices;
+            call.choices = choices;
+        }
         outs.push_back(floats(op.out[0]) + r * heads * value_dim);
     }
     attend(team, calls.data(), outs.data(), step.rows);
@@ -137,6 +145,10 @@ void run_select(const Team& team, const Operation& op, const StepInput& step) {
     for (int64_t r = 0; r < step.rows; ++r) {
         auto* chosen = static_cast<int64_t*>(op.out[0]) + r * k;
         const int64_t visible = (step.positions[r] + 1) / ratio;
+        if (visible <= k && pool == nullptr && op.out[3] == nullptr) {  // all of them, whatever their scores
+            for (int64_t i = 0; i < k; ++i) chosen[i] = i < visible ? i : -1;
+            continue;
+        }
         Index call{};
         call.queries = floats(op.in[0]) + r * heads * dim;
         call.weights = floats(op.in[1]) + r * heads;
