@@ -128,6 +128,8 @@ class TaggedParser(OutputParser):
                 queue.extendleft(reversed(rest))
             elif isinstance(item, Tag):
                 deltas += self._pass(item.spelling)
+            elif self._may_be_bare and self._state != "reasoning" and not item.strip():
+                self._held += item
             elif self._begins_bare_call(item):
                 space = item[: len(item) - len(item.lstrip())]
                 self._held = (self._held + space).lstrip("\n" if self._after_tag else "")
