@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
@@ -118,8 +118,7 @@ class Sequence:
         if not self._reported:
             self._reported = True
             prompt_logprobs = None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs)
-            output = replace(
-                output,
+            output = output._replace(
                 prompt_logprobs=prompt_logprobs,
                 queue_s=self.queue_s,
                 cached_tokens=self.cached_tokens,

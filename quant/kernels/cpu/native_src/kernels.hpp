@@ -148,6 +148,8 @@ struct Level {
     void (*rotate)(const float* x, const float* turns, int64_t pairs, float* out);
     void (*pool_group)(const float* rows, const float* gates, int64_t n, int64_t dim, float* out);
     void (*gate_sums)(const float* a, const float* b, const float* c, int64_t n, double* sums);
+    float (*largest_value)(const float* x, int64_t n);
+    double (*exponentials)(const float* x, int64_t n, float most, float factor, float* out);
     uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
     uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
 };
