@@ -25,7 +25,7 @@ TAGS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 ENDS = (RETURN, CALL)  # of an answer
 
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
-_ROLE = re.compile(r"\s*(assistant)?(\s*to=\S*)?\s*")  # what may stand before a channel
+_ROLE = re.compile(r"(assistant)?\s*(to=\S*)?")  # what may stand before a channel
 
 
 def ends_of(named: Sequence[int], added_tokens: Mapping[str, int]) -> tuple[int, ...]:
@@ -144,7 +144,7 @@ class HarmonyParser(OutputParser):
 
     def _end_message(self) -> list[MessageDelta]:
         deltas = self._arguments("{}") if self._state == "call" and self._is_new else []
-        if self._state == "header" and not self._has_channel and not _ROLE.fullmatch(self._header):
+        if self._state == "header" and not self._has_channel and not _ROLE.fullmatch(self._header.strip()):
             self._state = "between"  # the model does not keep to the format, and what it says is text
             deltas = self._say(self._header)
         self._state = "between"
