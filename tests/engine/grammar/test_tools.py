@@ -303,7 +303,11 @@ def test_text_that_nothing_marks_as_a_string_can_only_be_limited_as_text(
     "name", ["Qwen3-Coder, Qwen3.5", "GLM-4.7, GLM-5", "GLM-4.5, with tokens", "MiniMax-M2"]
 )
 def test_text_is_limited_by_patterns_and_lengths(name: str, seed: int) -> None:
-    limits = ({"pattern": "^a"}, {"pattern": "[0-9]$", "maxLength": 9}, {"minLength": 2, "maxLength": 4})
+    limits: tuple[dict[str, Any], ...] = (
+        {"pattern": "^a"},
+        {"pattern": "[0-9]$", "maxLength": 9},
+        {"minLength": 2, "maxLength": 4},
+    )
     properties = {key: {"type": "string", **limit} for key, limit in zip("xyz", limits, strict=True)}
     parameters = {"type": "object", "properties": properties, "required": [*"xyz"]}
     function = {"name": "f", "parameters": parameters, "strict": True}
