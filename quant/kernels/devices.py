@@ -45,6 +45,9 @@ class DeviceKernels:
     def moe(self, call: MoeCall) -> torch.Tensor:
         return self.on(call.x.device).moe(call)
 
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        return self.on(call.x.device).moe_apart(call)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self.on(x.device).rms_norm(x, weight, eps)
 
