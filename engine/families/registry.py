@@ -15,6 +15,7 @@ FAMILIES = {
     "deepseek_v2": "engine.families.deepseek_v2",
     "deepseek_v3": "engine.families.deepseek_v3",
     "deepseek_v32": "engine.families.deepseek_v32",
+    "deepseek_v4": "engine.families.deepseek_v4.family",
     "deepseek_v41": "engine.families.deepseek_v41.family",
     "deepseek_v41_text": "engine.families.deepseek_v41.family",
     "glm-dsa": "engine.families.glm_moe_dsa",
