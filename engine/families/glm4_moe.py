@@ -30,7 +30,7 @@ def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
         heads,
         kv_heads,
         head_dim,
-        rope_of(read, head_dim, is_partial=True),
+        rope_of(read, head_dim, part=0.5),
         has_qkv_bias=read.flag("attention_bias"),
         qk_norm="head" if read.flag("use_qk_norm") else "none",
     )

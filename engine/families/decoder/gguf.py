@@ -12,6 +12,7 @@ from typing import Any, Literal
 from engine.families.decoder.description import Description, Layer
 from engine.families.decoder.hf import MOST_LAYERS
 from engine.families.decoder.keys import Keys
+from engine.families.decoder.plausible import problems_of
 from engine.families.decoder.rope import LinearScaling, Rope, yarn_attention_factor
 from engine.layers.rope import YarnScaling
 from memory.checkpoint.checkpoint import Checkpoint
@@ -210,6 +211,7 @@ def describe_gguf(
         bos_token_id=next(iter(tokens.token_ids("tokenizer.ggml.bos_token_id")), None),
         eos_token_ids=tokens.token_ids(*(f"tokenizer.ggml.{name}_token_id" for name in ENDS)),
     )
+    read.problems += problems_of(layers)
     read.check_unknown()
     read.check()
     return description

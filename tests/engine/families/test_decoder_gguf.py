@@ -129,6 +129,8 @@ REFUSED = [
     ("minimax_m2", {"expert_weights_scale": 2.0}, "expert_weights_scale is 2.0"),
     ("mixtral", {"attention.sliding_window": 24}, "llama.attention.sliding_window is 24"),
     ("mixtral", {"expert_feed_forward_length": 64}, "llama.expert_feed_forward_length is 64"),
+    ("glm4_moe", {"attention.causal": False}, "glm4moe.attention.causal is False"),
+    ("minimax_m2", {"expert_used_count": 7}, "a token uses 7 experts, but there are only 6"),
     ("olmoe", {"attention.clamp_kqv": 1.5}, "olmoe.attention.clamp_kqv is 1.5"),
     ("olmoe", {"feed_forward_length": 64, "expert_feed_forward_length": 32}, "feed_forward_length is 64"),
 ]
