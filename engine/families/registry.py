@@ -14,6 +14,7 @@ FAMILIES = {
     "deepseek_v2": "engine.families.deepseek_v2",
     "deepseek_v3": "engine.families.deepseek_v3",
     "deepseek_v32": "engine.families.deepseek_v32",
+    "deepseek_v4": "engine.families.deepseek_v4.family",
     "deepseek_v41": "engine.families.deepseek_v41.family",
     "deepseek_v41_text": "engine.families.deepseek_v41.family",
     "glm4_moe": "engine.families.glm4_moe",

@@ -81,6 +81,9 @@ class DeviceKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.on(logits.device).route(logits, bias, rule)
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return self.on(logits.device).weigh(logits, chosen, rule)
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)
 
