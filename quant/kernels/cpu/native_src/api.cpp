@@ -36,7 +36,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 16; }
+EXPORT int loci_interface() { return 17; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -137,6 +137,14 @@ EXPORT void loci_rotate(int level, int threads, const float* x, const float* tur
 EXPORT void loci_pool_groups(int level, int threads, const float* rows, const float* gates, int64_t groups, int64_t n,
                              int64_t dim, float* out) {
     pool_groups({*level_at(level), threads, false}, rows, gates, groups, n, dim, out);
+}
+
+EXPORT void loci_convolve(int level, int threads, const Convolve* call, float* out) {
+    convolve({*level_at(level), threads, false}, call, &out, 1);
+}
+
+EXPORT void loci_delta_rule(int level, int threads, const DeltaRule* call, float* out) {
+    delta_rule({*level_at(level), threads, false}, call, &out, 1);
 }
 
 EXPORT void loci_engram_gates(int level, int threads, const float* streams, const float* qk, const float* keys,
