@@ -24,6 +24,7 @@ from quant.kernels.interface import (
     ExpertFormats,
     ExpertWeights,
     MoeCall,
+    apart_by_moe,
     matrix_shapes,
 )
 from quant.kernels.reference import ReferenceKernels
@@ -114,6 +115,7 @@ def test_experts_equal_the_reference_and_need_no_company(level: str, formats: Ex
         for token in range(tokens):
             assert torch.equal(found[token : token + 1], kernels.moe(only(call, token)))
         assert torch.equal(found, NativeKernels(level=level, threads=1).moe(call))
+        assert torch.equal(kernels.moe_apart(call), apart_by_moe(kernels, call))
 
 
 @levels
@@ -132,6 +134,7 @@ def test_experts_that_differ_in_their_formats_are_computed_all_the_same() -> Non
     files = [*experts_in((Q4_K, Q4_K, Q6_K))[:2], *experts_in((Q8_0, Q4_K, Q6_K))[2:]]
     call = call_of(files, 7, ExpertExtras())
     assert difference(kernels.moe(call), REFERENCE.moe(call)) < 2e-5
+    assert difference(kernels.moe_apart(call), REFERENCE.moe_apart(call)) < 2e-5
 
 
 @mixes
