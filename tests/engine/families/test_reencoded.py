@@ -20,6 +20,7 @@ from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from engine.families.shapes import shape_of
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.convert.experts import remove_orphans
 from memory.convert.units import read_bytes
 from memory.planner.budget import MemoryBudget
 from quant.convert import convert_rows
@@ -142,6 +143,14 @@ def test_experts_are_encoded_once_and_again_only_for_other_files(cache: Path, tm
     sorted(copy.glob("model-*.safetensors"))[0].touch()
     logits_of(*reencoded(copy, "nf4"), ids)
     assert len(list(cache.iterdir())) == 2
+
+    assert remove_orphans(copy) == 0
+    shutil.rmtree(copy)
+    assert remove_orphans(tmp_path / "other") == 0
+    assert remove_orphans(copy) > 2 * sum(
+        entry.nbytes for name, entry in checkpoint.entries.items() if "encoded" in name
+    )
+    assert not list(cache.iterdir())
 
 
 def test_what_was_cut_short_is_finished(cache: Path) -> None:
