@@ -121,10 +121,10 @@ class EncodedExperts:
             with (self.folder / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
-        except PermissionError as error:
+        except OSError as error:
             raise ConfigError(
-                f"{error.filename}: cannot be written, and experts in another format are kept there; set "
-                "XDG_CACHE_HOME to a directory that can"
+                f"{error.filename or self.folder}: {error.strerror}; experts in another format are kept in "
+                f"{_all_folders()}; set XDG_CACHE_HOME to keep them elsewhere"
             ) from None
 
     def _check_disk(self, missing: list[int]) -> None:

@@ -180,6 +180,14 @@ def test_room_in_memory_and_on_disk_is_looked_at_first(cache: Path, monkeypatch:
     assert not list(cache.glob("*/*.safetensors"))
 
 
+def test_where_nothing_can_be_kept_a_line_says_how_to_keep_it_elsewhere(cache: Path) -> None:
+    family, checkpoint = reencoded(family_path("qwen3_moe_fp8"), "nf4")
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file")
+    with pytest.raises(ConfigError, match=r"Not a directory; experts .* are kept in .*; set XDG_CACHE_HOME"):
+        family.load(checkpoint, choose(), PLENTY)
+
+
 def test_experts_that_are_not_numbers_are_named_and_nothing_is_left(cache: Path, tmp_path: Path) -> None:
     copy = tmp_path / "model"
     shutil.copytree(family_path("mixtral"), copy)
