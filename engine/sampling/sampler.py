@@ -16,7 +16,7 @@ from engine.grammar.constraint import Constraint
 from engine.output import TokenLogprob
 from engine.sampling.draw import draw_tokens
 from engine.sampling.params import SamplingParams
-from quant.kernels.cpu.draws import NativeDraws, native_draws
+from quant.kernels.cpu.draws import native_draws
 
 SEED_MASK = (1 << 63) - 1
 
@@ -103,7 +103,10 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> lis
     """Log probabilities of tokens `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
     native = native_draws()
     if native is not None and logits.dtype == torch.float32 and logits.is_contiguous():
-        return [_logprob(native, row, token, top) for row, token in zip(logits, tokens, strict=True)]
+        top = min(top, logits.shape[1])
+        own = (native.best(logits, row, token, top) for row, token in enumerate(tokens))
+        pairs = zip(tokens, own, strict=True)
+        return [TokenLogprob(token, chosen, tuple(best)) for token, (chosen, best) in pairs]
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
     found = zip(logprobs, tokens, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -111,14 +114,6 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> lis
         TokenLogprob(token, float(row[token]), tuple(zip(ids, values, strict=True)))
         for row, token, ids, values in found
     ]
-
-
-def _logprob(native: NativeDraws, logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
-    """The same for one token under logits `[vocab]`."""
-    total, best = native.best(logits, min(top, len(logits)))
-    chosen, *values = logits[[token, *best]].tolist()
-    pairs = zip(best, (value - total for value in values), strict=True)
-    return TokenLogprob(token, chosen - total, tuple(pairs))
 
 
 def _bias_vector(params: SamplingParams, vocab_size: int) -> torch.Tensor | None:

@@ -48,14 +48,25 @@ class NativeDraws:
         )
         return list(found)
 
-    def best(self, logits: torch.Tensor, top: int) -> tuple[float, list[int]]:
-        """The logarithm of the sum of all exponentials of logits `[vocab]` float32, contiguous, and the `top`
-        best tokens, of equal ones the first; NaN where they are not numbers."""
-        found = (ctypes.c_int64 * top)()
-        total = self._library.loci_best_logits(
-            self._level, torch.get_num_threads(), logits.data_ptr(), len(logits), top, found
+    def best(
+        self, logits: torch.Tensor, row: int, token: int, top: int
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """Log probabilities in a row of logits `[rows, vocab]` float32, contiguous: of `token`, and of the
+        `top` best ones with their ids, of equal ones the first. NaN where there is a NaN."""
+        vocab = logits.shape[1]
+        ids, values = (ctypes.c_int64 * top)(), (ctypes.c_double * (top + 1))()
+        self._library.loci_log_probabilities(
+            self._level,
+            torch.get_num_threads(),
+            logits.data_ptr() + row * vocab * logits.itemsize,
+            vocab,
+            token,
+            top,
+            ids,
+            values,
         )
-        return float(total), list(found)
+        chosen, *best = values
+        return chosen, list(zip(ids, best, strict=True))
 
 
 @cache

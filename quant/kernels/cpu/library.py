@@ -54,7 +54,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
         [Int, Int, Pointer, Pointer, Pointer, Int64, Int64, Int64, Int64, ctypes.c_float, Pointer],
     ),
     "loci_draw": (None, [Int, Int, Pointer, Int64, Pointer, Int64, Pointer]),
-    "loci_best_logits": (ctypes.c_double, [Int, Int, Pointer, Int64, Int64, Pointer]),
+    "loci_log_probabilities": (None, [Int, Int, Pointer, Int64, Int64, Int64, Pointer, Pointer]),
     "loci_rows_open": (Pointer, [Int, Int]),
     "loci_rows_add": (Int64, [Pointer, Pointer]),
     "loci_rows_ask": (Pointer, [Pointer, Int64, Pointer, Int64, Pointer]),

@@ -16,8 +16,9 @@ struct Draw {
 // alone.
 void draw(const Team& team, const float* logits, int64_t vocab, const Draw* draws, int64_t n, int64_t* tokens);
 
-// The `top` best of logits [vocab] into ids [top], best first, of equal ones the first; returns the logarithm of the
-// sum of all exponentials, NaN where they are not numbers.
-double best_logits(const Team& team, const float* logits, int64_t vocab, int64_t top, int64_t* ids);
+// Log probabilities under logits [vocab]: values [1 + top] are those of `token` and of the `top` best tokens, whose ids
+// [top] are best first, of equal ones the first.
+void log_probabilities(const Team& team, const float* logits, int64_t vocab, int64_t token, int64_t top, int64_t* ids,
+                       double* values);
 
 }  // namespace loci
