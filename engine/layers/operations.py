@@ -13,8 +13,9 @@ import torch
 
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
+from engine.layers.sparse_attention import choose_tokens
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.cpu.recorder import KvPlace, Recorder, Selector
 from quant.kernels.interface import Kernels, Weight
 from quant.kernels.layers import RoutingRule
 from quant.kernels.recording import StepRecorder
@@ -24,6 +25,8 @@ Value = TypeVar("Value")
 # Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values
 # are columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+# Stores index keys `[length, dim]` of a layer's segment; returns all that its slot then holds, `[end, dim]`.
+ExtendIndex = Callable[[int, Segment, torch.Tensor], torch.Tensor]
 
 
 class BasicOperations(Protocol[Value]):
@@ -89,6 +92,20 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         """
         ...
 
+    def choose(self, layer: int, queries: Value, weights: Value, keys: Value, top_k: int) -> Value:
+        """Index keys appended to the layer's cache; the `top_k` tokens whose keys each row scores best,
+        itself and those before it: `[rows, top_k]` int64, ascending, -1 behind.
+
+        queries `[rows, heads * dim]`, weights `[rows, heads]`, keys `[rows, dim]`: see
+        `LayerOperations.index_scores`.
+        """
+        ...
+
+    def attend_chosen(self, layer: int, q: Value, k: Value, chosen: Value) -> Value:
+        """Keys appended to the layer's cache, one for all heads, of which values are the first columns; then
+        attention of the queries over the chosen tokens."""
+        ...
+
     def part(self, x: Value, parts: int, first: int, width: int) -> Value:
         """Columns first .. first + width of each of x's parts (heads, say), side by side."""
         ...
@@ -141,12 +158,18 @@ class Eager(EagerBasics):
     """`Operations` on tensors, computed at once, for the tokens of some segments."""
 
     def __init__(
-        self, kernels: Kernels, segments: Sequence[Segment], rotation: Rotation, extend: Extend
+        self,
+        kernels: Kernels,
+        segments: Sequence[Segment],
+        rotation: Rotation,
+        extend: Extend,
+        extend_index: ExtendIndex,
     ) -> None:
         super().__init__(kernels)
         self._segments = segments
         self._rotations = {rotation.turns.device: rotation}
         self._extend = extend
+        self._extend_index = extend_index
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._kernels.rms_norm(x.view(len(x), -1, len(weight)), weight, eps).view(x.shape)
@@ -179,6 +202,37 @@ class Eager(EagerBasics):
             keys, values = self._extend(layer, segment, k[start:stop], of_values)
             queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
             outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def choose(
+        self, layer: int, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        chosen = []
+        stop = 0
+        top_k = min(top_k, max(s.start + s.length for s in self._segments))
+        for segment in self._segments:
+            start, stop = stop, stop + segment.length
+            held = self._extend_index(layer, segment, keys[start:stop])
+            of_segment = queries[start:stop].view(segment.length, weights.shape[1], -1)
+            chosen.append(choose_tokens(self._kernels, of_segment, weights[start:stop], held, top_k))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+    def attend_chosen(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        outs = []
+        stop = 0
+        chosen = chosen.to(q.device)
+        for segment in self._segments:
+            start, stop = stop, stop + segment.length
+            keys, values = self._extend(layer, segment, k[start:stop], None)
+            queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
+            if keys.shape[1] <= chosen.shape[1]:  # all are
+                attended = self._kernels.attend(queries, keys, values)
+            else:
+                rows = chosen[start:stop]
+                attended = self._kernels.attend_chosen(queries, keys[0], rows, values.shape[-1])
+            outs.append(attended.flatten(1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def part(self, x: torch.Tensor, parts: int, first: int, width: int) -> torch.Tensor:
@@ -227,17 +281,24 @@ class Recorded(RecordedBasics):
 
     frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
     places       where each layer's keys and values lie
+    index_keys   where a layer's index keys lie, `[slots, capacity, dim]`
     """
 
     _recorder: Recorder
 
     def __init__(
-        self, recorder: Recorder, frequencies: torch.Tensor, factor: float, places: Sequence[KvPlace]
+        self,
+        recorder: Recorder,
+        frequencies: torch.Tensor,
+        factor: float,
+        places: Sequence[KvPlace],
+        index_keys: Callable[[int], torch.Tensor],
     ) -> None:
         super().__init__(recorder)
         turns = recorder.turns(frequencies)
         self._turns = turns if factor == 1 else recorder.scale(turns, factor)
         self._places = places
+        self._index_keys = index_keys
 
     def norm_heads(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
         return self._recorder.norm(x, weight, eps)
@@ -263,6 +324,18 @@ class Recorded(RecordedBasics):
         place = self._places[layer]
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place, window, sinks)
+
+    def choose(self, layer: int, queries: Buffer, weights: Buffer, keys: Buffer, top_k: int) -> Buffer:
+        held = self._index_keys(layer)
+        self._recorder.entry(keys, held, 1)
+        selector = Selector(min(top_k, held.shape[1]), 1, 0)
+        chosen, _ = self._recorder.select(queries, weights, held, 1, selector, None, makes_pool=False)
+        return chosen
+
+    def attend_chosen(self, layer: int, q: Buffer, k: Buffer, chosen: Buffer) -> Buffer:
+        place = self._places[layer]
+        self._recorder.append(k, None, place)
+        return self._recorder.attend(q, place, chosen=chosen)
 
     def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
         return self._recorder.part(x, parts, first, width)

@@ -81,6 +81,9 @@ class DeviceKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.on(logits.device).route(logits, bias, rule)
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return self.on(logits.device).weigh(logits, chosen, rule)
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)
 
@@ -111,6 +114,11 @@ class DeviceKernels:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.on(q.device).attend(q, keys, values, window, sinks)
+
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        return self.on(q.device).attend_chosen(q, rows, chosen, value_dim)
 
     def attend_sparse(
         self,

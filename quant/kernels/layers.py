@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 # Query tokens per block: bounds the score matrices to [block, heads, window + block + selected].
 QUERY_BLOCK = 64
+# Values of chosen rows that are gathered at a time: 64 MB.
+GATHERED_VALUES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class LayerOperations(Protocol):
         """
         ...
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        """The weights that logits `[tokens, experts]` give to experts which were chosen without them, both
+        `[tokens, top_k]`."""
+        ...
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Rows `[groups, n, dim]` summed over n, weighted by the softmax of gates over n: `[groups, dim]`."""
         ...
@@ -136,6 +143,16 @@ class LayerOperations(Protocol):
         keys `[kv_heads, n + L, head_dim]`, values `[kv_heads, n + L, value_dim]`, which may be narrower: of
         the n tokens before, then of these; with a window a token sees that many, itself the last. sinks
         `[heads]`: the denominator of head h gains exp(sinks_h).
+        """
+        ...
+
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        """Attention of tokens `[L, heads, head_dim]`, each over its chosen rows: `[L, heads, value_dim]`.
+
+        rows `[n, head_dim]` are keys for all heads, and their first `value_dim` columns the values; chosen
+        `[L, k]` int64, ascending, -1 for none.
         """
         ...
 
@@ -199,12 +216,7 @@ class TorchLayers:
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if rule.score == "sqrt softplus":
-            scores = F.softplus(logits).sqrt()
-        elif rule.score == "softmax":
-            scores = logits.softmax(-1)
-        else:
-            scores = logits.sigmoid() if rule.score == "sigmoid" else logits
+        scores = _scores(logits, rule)
         ranks = scores if bias is None else scores + bias
         if rule.groups is not None:
             count, kept, best_of = rule.groups
@@ -213,12 +225,10 @@ class TorchLayers:
             is_out = torch.ones_like(values, dtype=torch.bool).scatter_(1, _best(values, kept), False)
             ranks = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).view(ranks.shape)
         chosen = _best(ranks, rule.top_k)
-        weights = scores.gather(1, chosen)
-        if rule.score == "chosen softmax":
-            weights = weights.softmax(-1)
-        if rule.is_renormalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
-        return chosen, weights * rule.factor
+        return chosen, _weigh(scores, chosen, rule)
+
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return _weigh(_scores(logits, rule), chosen, rule)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return (rows * gates.softmax(dim=1)).sum(1)
@@ -276,6 +286,19 @@ class TorchLayers:
         attended = attended.view(kv_heads, -1, length, values.shape[-1])
         return attended.permute(2, 0, 1, 3).reshape(length, heads, -1)
 
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        block = max(1, GATHERED_VALUES // (chosen.shape[1] * rows.shape[1]))
+        outs = []
+        for start in range(0, len(q), block):
+            queries, of_queries = q[start : start + block], chosen[start : start + block]
+            keys = rows[of_queries.clamp(min=0)]  # [block, k, head_dim]
+            scores = (queries * q.shape[-1] ** -0.5) @ keys.transpose(1, 2)  # [block, heads, k]
+            weights = scores.masked_fill((of_queries < 0).unsqueeze(1), -torch.inf).softmax(-1)
+            outs.append(weights @ keys[..., :value_dim])
+        return torch.cat(outs)
+
     def attend_sparse(
         self,
         q: torch.Tensor,
@@ -328,6 +351,25 @@ def _attend_with_sinks(
     column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
     return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, -1)
+
+
+def _scores(logits: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Of all experts."""
+    if rule.score == "sqrt softplus":
+        return F.softplus(logits).sqrt()
+    if rule.score == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if rule.score == "sigmoid" else logits
+
+
+def _weigh(scores: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Weights of the chosen experts, from all scores."""
+    weights = scores.gather(1, chosen)
+    if rule.score == "chosen softmax":
+        weights = weights.softmax(-1)
+    if rule.is_renormalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
+    return weights * rule.factor
 
 
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the comp
 
 LENGTH = 60  # of the prompts
 SLOTS = 4
-FAMILIES = ("deepseek_v2", "deepseek_v3")  # of latent attention, with and without a latent of queries
+# Of latent attention, with and without a latent of queries, and over chosen tokens; windows and entries.
+FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4")
 NAMES = ("v41-a", "v41-c", "llama f32", "llama q8_0", *FAMILIES)
 
 

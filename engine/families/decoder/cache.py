@@ -14,6 +14,7 @@ import torch
 
 from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Attention, Description, Mla
+from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
 
 
@@ -43,20 +44,31 @@ class KvRows:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a cache holds: the rows of each layer, and the device that has them."""
+    """What a cache holds: the rows of each layer, and the device that has them.
+
+    index_dims  channels of each layer's index keys; 0 where it has no indexer
+    """
 
     rows: tuple[KvRows, ...]
+    index_dims: tuple[int, ...]
     devices: tuple[torch.device, ...]
 
     @classmethod
     def of(cls, description: Description, devices: tuple[torch.device, ...]) -> CacheLayout:
         """The layout for a decoder whose layers are on `devices`."""
-        return cls(tuple(KvRows.of(layer.attention) for layer in description.layers), devices)
+        attentions = [layer.attention for layer in description.layers]
+        return cls(tuple(KvRows.of(a) for a in attentions), tuple(_index_dim(a) for a in attentions), devices)
+
+    @property
+    def has_index_keys(self) -> bool:
+        """Whether some layer has an indexer."""
+        return any(self.index_dims)
 
     def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
-        """Bytes of a layer's keys and values."""
+        """Bytes of a layer's keys and values, and of its index keys."""
         rows = self.rows[layer]
-        return rows.sides * slots * capacity * rows.heads * rows.dim * torch.float32.itemsize
+        values = rows.sides * rows.heads * rows.dim + self.index_dims[layer]
+        return slots * capacity * values * torch.float32.itemsize
 
     def banks(self) -> list[list[int]]:
         """Layers of the same sizes on the same device, which share an allocation."""
@@ -69,7 +81,8 @@ class CacheLayout:
 class DecoderCache(KvCache):
     """Keys and values of every layer, float32.
 
-    routed  the experts of its program, if it has any
+    routed      the experts of its program, if it has any
+    index_keys  of the layers that have indexers
     """
 
     routed: RecordedExperts | None = None
@@ -85,14 +98,16 @@ class DecoderCache(KvCache):
             bank = _allocate(shape, layout.devices[layers[0]])
             self._banks.append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
+        self.index_keys = IndexKeys(layout.index_dims, layout.devices, slots, capacity, _allocate)
 
     @property
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
-        return sum(bank.nbytes for bank in self._banks) + program
+        return sum(bank.nbytes for bank in self._banks) + self.index_keys.nbytes + program
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
-        return tuple((1, bank[:, :, slot].permute(3, 0, 1, 2, 4)) for bank in self._banks)
+        rows = [bank[:, :, slot].permute(3, 0, 1, 2, 4) for bank in self._banks]
+        return tuple((1, held) for held in (*rows, *self.index_keys.appended(slot)))
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
         return ()
@@ -115,6 +130,11 @@ class DecoderCache(KvCache):
         """A layer's keys and values, `[slots, kv_heads, capacity, .]` each."""
         held, rows = self._layers[number], self.layout.rows[number]
         return held[0], held[1] if rows.latent is None else held[0][..., : rows.latent]
+
+
+def _index_dim(attention: Attention | Mla) -> int:
+    indexer = attention.own_indexer if isinstance(attention, Mla) else None
+    return 0 if indexer is None else indexer.dim
 
 
 def _allocate(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

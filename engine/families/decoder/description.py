@@ -50,6 +50,28 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Indexer:
+    """The "lightning indexer" (DeepSeek-V3.2-Exp's report, section 2.1): which tokens a token attends to.
+
+    It has queries of its own, made of the latent that attention makes its queries of, and one key for all of
+    them. A token sees the `top_k` tokens that score best: the sum over heads of weight * max(query . key, 0).
+
+    heads, dim     of its queries (index_n_heads, index_head_dim)
+    top_k          tokens that are chosen (index_topk)
+    rope           of queries and keys: their first `dims` channels turn, as fast as those of attention
+    is_shared      the layer has none, and attends to what the last indexer before it has chosen
+    eps            of the keys' norm, whatever that of other norms is
+    """
+
+    heads: int
+    dim: int
+    top_k: int
+    rope: Rope
+    is_shared: bool = False
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
 class Mla:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
@@ -66,6 +88,7 @@ class Mla:
     is_split       the file has two matrices for each head, of keys `[rank, plain_dim]` and of values
                    `[value_dim, rank]`, not one for all
     eps            of the latents' norms, whatever that of other norms is
+    indexer        chooses the tokens that are seen; None: all before it
     """
 
     heads: int
@@ -77,6 +100,12 @@ class Mla:
     scale: float
     is_split: bool = False
     eps: float = 1e-6
+    indexer: Indexer | None = None
+
+    @property
+    def own_indexer(self) -> Indexer | None:
+        """The indexer, if this layer has it."""
+        return None if self.indexer is None or self.indexer.is_shared else self.indexer
 
     @property
     def head_dim(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
 from engine.families.decoder.description import Attention, Description, Experts, Mla
+from engine.families.decoder.latent_forward import LatentAttention
 from engine.families.decoder.stored import RowsInFile
 from engine.families.decoder.weights import (
     AttentionWeights,
@@ -51,6 +52,7 @@ class Decoder(Model):
         self.kernels = kernels
         self.weights = weights
         self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
+        self._arenas: dict[int, int] = {}  # by capacity
 
     def close(self) -> None:
         if self.weights.experts is not None:
@@ -110,13 +112,14 @@ class Decoder(Model):
             for layer, device in enumerate(self.cache_layout.devices)
             if device == HOST
         )
-        return kv + self._arena_bytes
+        return kv + self._arena_bytes(capacity if self.cache_layout.has_index_keys else 1)
 
-    @cached_property
-    def _arena_bytes(self) -> int:
-        """Bytes of a program's buffers, whatever the cache."""
-        program = self.new_cache(slots=1, capacity=1).program
-        return 0 if program is None else program.nbytes
+    def _arena_bytes(self, capacity: int) -> int:
+        """Bytes of a program's buffers; an indexer's scores make them grow with the capacity."""
+        if capacity not in self._arenas:
+            program = self.new_cache(1, capacity).program
+            self._arenas[capacity] = 0 if program is None else program.nbytes
+        return self._arenas[capacity]
 
     # -------------------------------------------------------------------------------------- the forward
 
@@ -137,7 +140,7 @@ class Decoder(Model):
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
-        ops = Eager(self.kernels, batch.segments, rotation, cache.extend)
+        ops = Eager(self.kernels, batch.segments, rotation, cache.extend, cache.index_keys.extend)
         with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
@@ -160,7 +163,8 @@ class Decoder(Model):
     def _record(self, recorder: Recorder, cache: DecoderCache) -> None:
         """Give `cache` a program that decodes with it."""
         places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
-        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
+        index_keys = cache.index_keys.layer
+        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places, index_keys)
         if self._store is not None:
             cache.routed = RecordedExperts(recorder, self._store, self._limit)
         embed = self.weights.embed
@@ -176,6 +180,7 @@ class Decoder(Model):
     ) -> Value:
         """All layers: x `[tokens, hidden]` to the same."""
         eps, factor = self.description.eps, self.description.residual_factor
+        latent = LatentAttention(ops, trace)
         layers = zip(self.description.layers, self.weights.layers, strict=True)
         for number, (layer, weights) in enumerate(layers):
             ops.at_layer(number)
@@ -184,7 +189,7 @@ class Decoder(Model):
             if routed is not None and (number == 0 or weights.device == HOST):
                 self._prefetch(ops, routed, number, x)
             normed = ops.norm(x, weights.attn_norm, eps)
-            attended = self._attention(ops, number, layer.attention, weights.attention, normed)
+            attended = self._attention(ops, latent, number, layer.attention, weights.attention, normed)
             x = ops.add(x, _scaled(ops, attended, factor))
             if isinstance(weights.feed_forward, MlpWeights):
                 y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
@@ -199,6 +204,7 @@ class Decoder(Model):
     def _attention(
         self,
         ops: Operations[Value],
+        latent: LatentAttention[Value],
         number: int,
         a: Attention | Mla,
         w: AttentionWeights | MlaWeights,
@@ -207,7 +213,7 @@ class Decoder(Model):
         """Attention of normed x `[tokens, hidden]`, to the same."""
         if isinstance(a, Mla):
             assert isinstance(w, MlaWeights)
-            return _latent_attention(ops, number, a, w, x)
+            return latent.attend(number, a, w, x)
         assert isinstance(w, AttentionWeights)
         eps = self.description.eps
         q, k, v = (
@@ -321,23 +327,6 @@ class Decoder(Model):
         experts = self.description.experts
         assert experts is not None
         return experts.activation.limit
-
-
-def _latent_attention(ops: Operations[Value], number: int, a: Mla, w: MlaWeights, x: Value) -> Value:
-    """Attention of normed x `[tokens, hidden]` over latents, to the same."""
-    if w.q_a is None or w.q_a_norm is None:
-        q, kv = ops.linears(x, w.q, w.kv_a)
-    else:
-        q, kv = ops.linears(x, w.q_a, w.kv_a)
-        (q,) = ops.linears(ops.norm(q, w.q_a_norm, a.eps), w.q)
-    q = _scaled(ops, q, a.scale * math.sqrt(a.row_dim))  # kernels scale by its inverse
-    plain = ops.batched_linear(ops.part(q, a.heads, 0, a.plain_dim), w.to_latent)  # [tokens, heads * rank]
-    turned = ops.rotate(ops.part(q, a.heads, a.plain_dim, a.rope.dims), a.heads)
-    latent = ops.norm(ops.part(kv, 1, 0, a.rank), w.kv_a_norm, a.eps)
-    shared = ops.rotate(ops.part(kv, 1, a.rank, a.rope.dims), 1)
-    seen = ops.attend(number, ops.join(plain, turned, a.heads), ops.join(latent, shared, 1), None)
-    (out,) = ops.linears(ops.batched_linear(seen, w.from_latent), w.o)  # seen: [tokens, heads * rank]
-    return out
 
 
 def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:

@@ -85,16 +85,19 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
 
 def kv_shape(a: Attention | Mla) -> KvShape:
     """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
-    latents and the part of keys that turns."""
+    latents and the part of keys that turns, and index keys where it has an indexer."""
     if isinstance(a, Mla):
         entry_bytes = KV_VALUE_BYTES * a.row_dim
-        flops = 2 * a.heads * (a.row_dim + a.rank)
+        own = a.own_indexer
         return KvShape(
             ratio=1,
-            entry_bytes=entry_bytes,
+            entry_bytes=entry_bytes + (KV_VALUE_BYTES * own.dim if own else 0),
             seen_ratio=1,
+            scan_bytes=KV_VALUE_BYTES * own.dim if own else 0,
+            scan_flops=2 * own.heads * own.dim if own else 0,
+            selected=a.indexer.top_k if a.indexer else None,
             selected_bytes=entry_bytes,
-            selected_flops=flops,
+            selected_flops=2 * a.heads * (a.row_dim + a.rank),
         )
     entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
     return KvShape(

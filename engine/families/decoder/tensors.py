@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
+from engine.families.decoder.description import Attention, Description, Experts, Indexer, Mla, Mlp
 from engine.families.decoder.names import REENCODED
 
 Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
@@ -90,6 +90,15 @@ class _Layer:
         else:
             yield self.decoded("kv_b", a.heads * (a.plain_dim + a.value_dim), a.rank)
         yield from self.matrix("o", hidden, a.heads * a.value_dim, "dense")
+        if a.own_indexer is not None and a.q_rank is not None:
+            yield from self.indexer(a.own_indexer, a.q_rank)
+
+    def indexer(self, a: Indexer, q_rank: int) -> Iterator[Use]:
+        yield from self.matrix("index_q", a.heads * a.dim, q_rank, "dense")
+        yield from self.matrix("index_k", a.dim, self.d.hidden, "dense")
+        yield self.floats("index_k_norm", a.dim)
+        yield self.floats("index_k_norm", a.dim, is_bias=True)
+        yield from self.matrix("index_weights", a.heads, self.d.hidden, "dense")
 
     def mlp(self, prefix: str, width: int, part: Part) -> Iterator[Use]:
         yield from self.matrix(f"{prefix}gate", width, self.d.hidden, part)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
-from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla
+from engine.families.decoder.description import Attention, Description, Experts, Indexer, Layer, Mla
 from engine.families.decoder.experts import ROLES as EXPERT_ROLES
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
@@ -45,8 +45,23 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class IndexerWeights:
+    """One layer's indexer.
+
+    q, k     of the queries' latent, and of the hidden state
+    weights  of each head, of the hidden state
+    """
+
+    q: Weight
+    k: Weight
+    k_norm: torch.Tensor
+    k_bias: torch.Tensor
+    weights: Weight
+
+
+@dataclass(frozen=True)
 class MlaWeights:
-    """One layer's latent attention; None where queries have no latent.
+    """One layer's latent attention; None where queries have no latent, and where it has no indexer.
 
     q         of the queries' latent, or of the hidden state
     to_latent, from_latent  of each head: queries into the latent's space `[heads, rank, plain_dim]`, values
@@ -61,6 +76,7 @@ class MlaWeights:
     to_latent: torch.Tensor
     from_latent: torch.Tensor
     o: Weight
+    indexer: IndexerWeights | None
 
 
 @dataclass(frozen=True)
@@ -234,9 +250,9 @@ class _Reader:
             feed_forward=self._router(feed_forward) if isinstance(feed_forward, Experts) else self._mlp(""),
         )
 
-    def matrix(self, role: str) -> Weight:
-        """A matrix in the kernels' layout."""
-        return self._kernels.prepare(self._to_device(self.stored_matrix(role)))
+    def matrix(self, role: str, order: torch.Tensor | None = None) -> Weight:
+        """A matrix in the kernels' layout, perhaps with its rows in another order."""
+        return self._kernels.prepare(self._to_device(_in_order(self.stored_matrix(role), order)))
 
     def stored_matrix(self, role: str) -> Weight:
         """A matrix as the file has it, in host memory."""
@@ -257,8 +273,8 @@ class _Reader:
         of_norms = a.rope.row_order(1, a.head_dim) if a.qk_norm == "head" else None
         has_norms, has_biases = a.qk_norm != "none", a.has_qkv_bias
         return AttentionWeights(
-            q=self._kernels.prepare(self._to_device(_in_order(self.stored_matrix("q"), q_order))),
-            k=self._kernels.prepare(self._to_device(_in_order(self.stored_matrix("k"), k_order))),
+            q=self.matrix("q", q_order),
+            k=self.matrix("k", k_order),
             v=self.matrix("v"),
             o=self.matrix("o"),
             q_bias=_floats_in_order(self.floats("q", is_bias=True), q_order) if has_biases else None,
@@ -286,6 +302,17 @@ class _Reader:
             to_latent=to_latent.contiguous().to(self._device),
             from_latent=from_latent.contiguous().to(self._device),
             o=self.matrix("o"),
+            indexer=None if a.own_indexer is None else self._indexer(a.own_indexer),
+        )
+
+    def _indexer(self, a: Indexer) -> IndexerWeights:
+        q_order, k_order = (a.rope.row_order(heads, a.dim) for heads in (a.heads, 1))
+        return IndexerWeights(
+            q=self.matrix("index_q", q_order),
+            k=self.matrix("index_k", k_order),
+            k_norm=_floats_in_order(self.floats("index_k_norm"), k_order),
+            k_bias=_floats_in_order(self.floats("index_k_norm", is_bias=True), k_order),
+            weights=self.matrix("index_weights"),
         )
 
     def _plain(self, role: str) -> torch.Tensor:

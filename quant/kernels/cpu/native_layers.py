@@ -210,6 +210,21 @@ class NativeLayers:
         )
         return chosen, weights
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        logits, chosen = floats(logits), chosen.contiguous()
+        tokens, experts = logits.shape
+        weights = logits.new_empty(tokens, rule.top_k)
+        self._library.loci_weigh(
+            self._threads(),
+            logits.data_ptr(),
+            chosen.data_ptr(),
+            tokens,
+            experts,
+            ctypes.byref(Routing.of(rule)),
+            weights.data_ptr(),
+        )
+        return weights
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         rows, gates = floats(rows), floats(gates)
         groups, n, dim = rows.shape
@@ -296,6 +311,26 @@ class NativeLayers:
     ) -> torch.Tensor:
         sinks = None if sinks is None else floats(sinks)
         return self._attend(q, keys, values, window or keys.shape[1], sinks, None, None)
+
+    def attend_chosen(
+        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+    ) -> torch.Tensor:
+        q, rows, chosen = floats(q), floats(rows), chosen.contiguous()
+        tokens, heads, dim = q.shape
+        out = q.new_empty(tokens, heads, value_dim)
+        call = AttendCall(
+            q=q.data_ptr(),
+            tokens=tokens,
+            heads=heads,
+            kv_heads=1,
+            dim=dim,
+            value_dim=value_dim,
+            more=rows.data_ptr(),
+            chosen=chosen.data_ptr(),
+            choices=chosen.shape[1],
+        )
+        self._library.loci_attend(self._level, self._threads(), ctypes.byref(call), out.data_ptr())
+        return out
 
     def attend_sparse(
         self,

@@ -24,10 +24,11 @@ from memory.planner.budget import MemoryBudget
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
 from tests.engine.chat.answers import Answer
+from tests.engine.families.golden_families import family_path
 from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf
 
 PLENTY = 1 << 26
-NAMES = ("v41-a", "v41-c", "llama")
+NAMES = ("v41-a", "v41-c", "llama", "deepseek_v4")
 LENGTH = 60  # of the prompts here: several windows, groups of compressed entries, and query blocks' starts
 
 
@@ -37,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
     def checkpoint(name: str) -> Checkpoint:
         if name != "llama":
-            return open_safetensors(golden_path(name))
+            return open_safetensors(family_path(name) if name == "deepseek_v4" else golden_path(name))
         return open_gguf(write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_values(), "Q4_1"))
 
     def get(name: str) -> Model:
@@ -148,7 +149,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v41-a", "v41-c"])
+@pytest.mark.parametrize("name", ["v41-a", "v41-c", "deepseek_v4"])
 @pytest.mark.parametrize("taken_back", [1, 2, 3, 4, 7, 8, 15, 16])
 def test_a_state_can_be_taken_back_by_a_few_tokens(
     models: Callable[[str], Model], name: str, taken_back: int

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.families.base import Batch, Trace
+from engine.families.decoder.description import Mla
 from engine.families.decoder.forward import Decoder
 from quant.kernels.choice import choose
 from quant.kernels.reference import ReferenceKernels
@@ -90,6 +91,23 @@ def test_routers_choose_the_experts_of_the_reference_with_its_weights(subject: S
         expected = golden.expected[f"router_weights.{n}"]
         assert torch.equal(chosen.sort(dim=-1).values, golden.expected[f"router_ids.{n}"].sort(dim=-1).values)
         torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
+
+
+def test_indexers_choose_the_tokens_of_the_reference(subject: Subject) -> None:
+    golden, model, trace = subject.golden, subject.model, Trace()
+    ids = golden.ids()
+    cache = model.new_cache(1, len(ids))
+    for start in range(0, len(ids), 64):
+        model.forward(Batch.of([(0, start, ids[start : start + 64])]), cache, trace)
+    attentions = [layer.attention for layer in model.description.layers]
+    indexed = [n for n, a in enumerate(attentions) if isinstance(a, Mla) and a.own_indexer]
+    assert indexed == [n for n in range(len(attentions)) if f"index_selected.{n}" in golden.expected]
+    for n in indexed:
+        found = torch.zeros(len(ids), len(ids) + 1, dtype=torch.uint8)
+        parts = trace.values[f"index_selected.{n}"]
+        for part, rows in zip(parts, found.split(64), strict=True):
+            rows.scatter_(1, part.where(part >= 0, len(ids)), 1)
+        assert torch.equal(found[:, :-1], golden.expected[f"index_selected.{n}"])
 
 
 def test_the_cache_is_as_large_as_was_said(subject: Subject) -> None:

@@ -12,7 +12,6 @@ from engine.families.decoder.config_only import config_shape
 from engine.families.loader import open_checkpoint
 from engine.families.released import NAMES, RELEASED, released_shape
 from engine.families.shapes import shape_of
-from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
 from quant.errors import ConfigError
 from tests.engine.families.golden_families import family_path
@@ -43,6 +42,8 @@ PUBLISHED = {
 WITH_DRAFT = {
     "deepseek-r1": 684_531_386_000,
     "deepseek-v3.1": 684_531_386_000,
+    "deepseek-v3": 684_531_386_000,
+    "deepseek-v3.2": 685_400_000_000,
     "glm-4.5": 358_337_791_296,
     "glm-4.5-air": 110_468_824_832,
     "glm-4.6": 356_785_898_816 + 2 * 151_552 * 5120,  # its draft layer has no embedding and head of its own
@@ -50,6 +51,8 @@ WITH_DRAFT = {
 }
 # Without it: INTELLECT-3 of PrimeIntellect was trained from GLM-4.5-Air and is published like that.
 WITHOUT_DRAFT = {"glm-4.5-air": 106_852_251_264}
+# The same, where the draft layer's embedding and head are the model's.
+WITH_PARTS_OF_A_DRAFT = {"glm-5": 753_900_000_000, "glm-5.2": 753_900_000_000}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -78,23 +81,47 @@ def test_parameters_without_a_draft_layer_are_the_published_ones(name: str) -> N
     assert released_shape(name).parameters == WITHOUT_DRAFT[name]
 
 
+@pytest.mark.parametrize("name", WITH_PARTS_OF_A_DRAFT)
+def test_parameters_are_the_published_ones_less_what_is_stored_of_the_draft_layer(name: str) -> None:
+    shape = released_shape(name)
+    draft = draft_parameters(shape) - shape.embedding.parameters - shape.head.parameters
+    assert shape.parameters + draft == pytest.approx(WITH_PARTS_OF_A_DRAFT[name], rel=1e-3)
+
+
+def test_v32_has_the_published_bytes() -> None:
+    shape = released_shape("deepseek-v3.2")
+    last, both = shape.layers[-1], shape.embedding.nbytes + shape.head.nbytes
+    layer = last.dense.nbytes + last.shared.nbytes + last.experts * last.expert.nbytes
+    draft = layer + 4 * shape.hidden**2 + both
+    assert shape.nbytes + draft == pytest.approx(642.13 * (1 << 30), rel=1e-3)
+
+
 def test_every_released_configuration_is_checked() -> None:
-    assert PUBLISHED.keys() | WITH_DRAFT.keys() == RELEASED.keys()
+    checked = PUBLISHED.keys() | WITH_DRAFT.keys() | WITH_PARTS_OF_A_DRAFT.keys()
+    assert checked == RELEASED.keys()
     assert RELEASED.keys() <= set(NAMES)
-
-
-def test_v3_weighs_the_same_by_its_config_and_by_hand() -> None:
-    assert released_shape("deepseek-r1").layers == built_in("deepseek-v3").layers
 
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"],
-)
+    [
+        "qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3",
+        "glm_moe_dsa",
+    ],
+)  # fmt: skip
 def test_a_config_alone_weighs_what_the_checkpoint_does(name: str) -> None:
     path = family_path(name)
     alone = config_shape(json.loads((path / "config.json").read_text()), name)
     assert alone == shape_of(open_checkpoint(path))
+
+
+def test_only_norms_of_v32_weigh_more_than_a_config_alone_says() -> None:
+    path = family_path("deepseek_v32")
+    alone = config_shape(json.loads((path / "config.json").read_text()), "deepseek_v32")
+    stored = shape_of(open_checkpoint(path))
+    norms = 2 * 256 + 2 * 128 + 2 * 64  # of a layer, float32
+    assert stored.nbytes - alone.nbytes == 3 * 2 * norms
+    assert stored.parameters == alone.parameters
 
 
 def test_an_expert_of_gpt_oss_weighs_as_much_as_its_report_says() -> None:

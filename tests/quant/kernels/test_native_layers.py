@@ -120,6 +120,14 @@ def attend_latents(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> to
     return k.attend(2 * rows_of(1, ROWS, 6, 152, dtype=dtype)[a:b], rows, rows[..., :100])
 
 
+def attend_chosen(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    scores = rows_of(4, ROWS, 90)
+    scores[:, 40:] -= 9 * torch.arange(ROWS).remainder(2).unsqueeze(1)
+    chosen = scores.topk(60).indices.sort().values.masked_fill(torch.arange(60) > 50, -1)
+    rows = rows_of(2, 90, 152, dtype=dtype)
+    return k.attend_chosen(2 * rows_of(1, ROWS, 6, 152, dtype=dtype)[a:b], rows, chosen[a:b], 100)
+
+
 def attend_narrow_values(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
     keys = rows_of(2, 2, 60 + ROWS, 24, dtype=dtype)[:, : 60 + b]
     values = rows_of(3, 2, 60 + ROWS, 16, dtype=dtype)[:, : 60 + b]
@@ -162,6 +170,7 @@ OPERATIONS = (
     named_scores,
     attend,
     attend_latents,
+    attend_chosen,
     attend_narrow_values,
     batched_linear,
     attend_sparse,
@@ -210,6 +219,16 @@ def test_entries_that_were_fetched_from_elsewhere_give_the_same_bits() -> None:
     there = fetched(compressed, entries)
     assert len(there[0]) < entries.numel()
     assert torch.equal(kernels.attend_sparse(q, window_kv, sink, 4, *there), here)
+
+
+def test_attention_over_all_rows_is_that_over_chosen_ones_bit_for_bit() -> None:
+    q, rows = rows_of(1, ROWS, 6, 152), rows_of(2, 300, 152)
+    chosen = torch.arange(310).expand(ROWS, -1)
+    visible = torch.arange(300 - ROWS + 1, 301).unsqueeze(1)
+
+    found = NativeKernels().attend_chosen(q, rows, chosen.where(chosen < visible, -1), 100)
+
+    assert torch.equal(found, NativeKernels().attend(q, rows.unsqueeze(0), rows.unsqueeze(0)[..., :100]))
 
 
 def test_of_equal_scores_the_first_columns_win() -> None:

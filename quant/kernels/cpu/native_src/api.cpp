@@ -36,7 +36,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 15; }
+EXPORT int loci_interface() { return 16; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -103,6 +103,11 @@ EXPORT void loci_best_columns(int threads, const float* scores, int64_t rows, in
 EXPORT void loci_route(int threads, const float* logits, const float* bias, int64_t tokens, int64_t experts,
                        const Routing* rule, int64_t* chosen, float* weights) {
     route({kPortable, threads, false}, logits, bias, tokens, experts, *rule, chosen, weights);
+}
+
+EXPORT void loci_weigh(int threads, const float* logits, const int64_t* chosen, int64_t tokens, int64_t experts,
+                       const Routing* rule, float* weights) {
+    weigh({kPortable, threads, false}, logits, chosen, tokens, experts, *rule, weights);
 }
 
 EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows, int64_t n,
