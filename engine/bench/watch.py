@@ -31,6 +31,7 @@ LOOP = "loop"
 AROUND = {
     "loci_rows_wait": "waiting",
     "loci_draw": "sampling",
+    "loci_mask": "masks",
     "loci_log_probabilities": "log probabilities",
 }
 KERNELS = tuple(name for name in library.SIGNATURES if name not in AROUND)

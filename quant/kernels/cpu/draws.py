@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 
 from quant.kernels.cpu import library
@@ -27,11 +28,11 @@ class Draw(ctypes.Structure):
 
 
 class NativeDraws:
-    """Draws on the best instruction set of this machine."""
+    """Draws on an instruction-set level, by default the best of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: str | None = None) -> None:
         self._library = library.load()
-        self._level = library.LEVELS.index(library.available_levels()[-1])
+        self._level = library.LEVELS.index(level or library.available_levels()[-1])
 
     def tokens(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         """A token for each row of logits `[rows, vocab]` float32, contiguous; -1 where there is a NaN."""
@@ -67,6 +68,15 @@ class NativeDraws:
         )
         chosen, *best = values
         return chosen, list(zip(ids, best, strict=True))
+
+    def masked(self, logits: torch.Tensor, allowed: np.ndarray) -> torch.Tensor:
+        """Logits `[vocab]` float32, contiguous, with minus infinity where a token's bit in `allowed` (uint8)
+        is 0 or missing."""
+        out = torch.empty_like(logits)
+        self._library.loci_mask(
+            self._level, logits.data_ptr(), len(logits), allowed.ctypes.data, len(allowed), out.data_ptr()
+        )
+        return out
 
 
 @cache

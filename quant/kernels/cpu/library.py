@@ -56,6 +56,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "loci_draw": (None, [Int, Int, Pointer, Int64, Pointer, Int64, Pointer]),
     "loci_log_probabilities": (None, [Int, Int, Pointer, Int64, Int64, Int64, Pointer, Pointer]),
+    "loci_mask": (None, [Int, Pointer, Int64, Pointer, Int64, Pointer]),
     "loci_rows_open": (Pointer, [Int, Int]),
     "loci_rows_add": (Int64, [Pointer, Pointer]),
     "loci_rows_ask": (Pointer, [Pointer, Int64, Pointer, Int64, Pointer]),

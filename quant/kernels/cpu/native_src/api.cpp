@@ -154,6 +154,10 @@ EXPORT void loci_log_probabilities(int level, int threads, const float* logits, 
     log_probabilities({*level_at(level), threads, false}, logits, vocab, token, top, ids, values);
 }
 
+EXPORT void loci_mask(int level, const float* logits, int64_t vocab, const uint8_t* bits, int64_t bytes, float* out) {
+    mask(*level_at(level), logits, vocab, bits, bytes, out);
+}
+
 // Reads n bytes with as many threads, each its own part, in one or four streams; what a kernel is measured by.
 EXPORT uint64_t loci_read(int level, int threads, const uint8_t* bytes, int64_t n, int64_t streams) {
     const Level* found = level_at(level);

@@ -255,4 +255,14 @@ void log_probabilities(const Team& team, const float* logits, int64_t vocab, int
     }
 }
 
+void mask(const Level& level, const float* logits, int64_t vocab, const uint8_t* bits, int64_t bytes, float* out) {
+    thread_local std::vector<uint32_t> words;
+    words.assign(static_cast<size_t>(divide_up(vocab, 32)), 0);
+    std::memcpy(words.data(), bits, static_cast<size_t>(std::min(bytes, divide_up(vocab, 8))));
+    const int64_t whole = vocab / 32 * 32;
+    level.masked(logits, words.data(), whole, out);
+    for (int64_t c = whole; c < vocab; ++c)
+        out[c] = words[static_cast<size_t>(c / 32)] >> c % 32 & 1 ? logits[c] : -__builtin_inff();
+}
+
 }  // namespace loci

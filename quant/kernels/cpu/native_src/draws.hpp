@@ -21,4 +21,8 @@ void draw(const Team& team, const float* logits, int64_t vocab, const Draw* draw
 void log_probabilities(const Team& team, const float* logits, int64_t vocab, int64_t token, int64_t top, int64_t* ids,
                        double* values);
 
+// out [vocab] = logits where a token's bit is 1, minus infinity where it is 0 or missing: bits [bytes], the lowest
+// first.
+void mask(const Level& level, const float* logits, int64_t vocab, const uint8_t* bits, int64_t bytes, float* out);
+
 }  // namespace loci

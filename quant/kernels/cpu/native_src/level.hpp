@@ -71,6 +71,7 @@ constexpr Level make_level(const char* name) {
     level.gate_sums = gate_sums;
     level.largest_value = largest_value;
     level.exponentials = exponentials;
+    level.masked = masked;
     level.read = read_bytes;
     level.read_rows = read_rows;
     return level;
