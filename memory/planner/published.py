@@ -1,6 +1,6 @@
 """Shapes of the models that can be planned by name, from their published dimensions.
 
-Sources: the released configurations and checkpoint headers of DeepSeek V4 and V4.1
+Sources: the released configuration and checkpoint headers of DeepSeek V4.1
 (dimensions; which tensors there are; FP8 in tiles, FP4 experts in groups of 32, the rest bf16 or
 fp32). Draft stages and image encoders are left out: text generation does not use them.
 """
@@ -45,10 +45,6 @@ class _Tally:
         """Four bytes a value."""
         self._add(4 * math.prod(shape), math.prod(shape))
 
-    def table(self, nbytes: int) -> None:
-        """Bytes that are looked up, not multiplied with."""
-        self._add(nbytes, 0)
-
     def _add(self, nbytes: int, parameters: int) -> None:
         self.weights += Weights(nbytes, parameters)
 
@@ -69,8 +65,9 @@ def _plain(*shape: int) -> Weights:
 
 
 @dataclass(frozen=True)
-class LatentDims:
-    """What V4 and V4.1 have in common: one shared key=value latent, windows, streams, grouped output."""
+class V41Dims:
+    """V4.1: one shared key=value latent, windows, streams, grouped output; sources share their entries with
+    later layers; Engram before some layers."""
 
     hidden: int
     layers: int
@@ -90,23 +87,17 @@ class LatentDims:
     streams: int = 4
     vocab: int = 129280
     max_context: int = 1_048_576
-
-    @property
-    def activation_bytes(self) -> int:
-        """Streams twice, queries and attention output, in float32."""
-        return 4 * (2 * self.streams * self.hidden + 2 * self.heads * self.head_dim)
-
-
-@dataclass(frozen=True)
-class V41Dims(LatentDims):
-    """V4.1: sources share their entries with later layers; Engram before some layers."""
-
     kv_sources: tuple[int, ...] = ()
     index_sources: tuple[int, ...] = ()
     engram_rows: tuple[tuple[int, int], ...] = ()  # (layer, rows)
     engram_columns: int = 24
     engram_dim: int = 256
     has_image_bias: bool = True
+
+    @property
+    def activation_bytes(self) -> int:
+        """Streams twice, queries and attention output, in float32."""
+        return 4 * (2 * self.streams * self.hidden + 2 * self.heads * self.head_dim)
 
 
 def v41_shape(name: str, d: V41Dims) -> ModelShape:
@@ -172,7 +163,7 @@ def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:
     return tuple(found)
 
 
-def _latent_attention(dense: _Tally, d: LatentDims) -> None:
+def _latent_attention(dense: _Tally, d: V41Dims) -> None:
     """Projections, norms and stream mixes of a V4 or V4.1 layer."""
     query = d.heads * d.head_dim
     dense.fp8(d.q_lora, d.hidden)
@@ -185,7 +176,7 @@ def _latent_attention(dense: _Tally, d: LatentDims) -> None:
     dense.fp32(2 * (mixes * d.streams * d.hidden + mixes + 3) + d.heads)
 
 
-def _moe_layer(dense: _Tally, kv: KvShape, d: LatentDims, table: Table | None) -> LayerShape:
+def _moe_layer(dense: _Tally, kv: KvShape, d: V41Dims, table: Table | None) -> LayerShape:
     shared, routed = _Tally(dense.tile), _Tally(dense.tile)
     return LayerShape(
         dense=dense.weights,
@@ -197,7 +188,7 @@ def _moe_layer(dense: _Tally, kv: KvShape, d: LatentDims, table: Table | None) -
     )
 
 
-def _latent_model(name: str, d: LatentDims, layers: Sequence[LayerShape]) -> ModelShape:
+def _latent_model(name: str, d: V41Dims, layers: Sequence[LayerShape]) -> ModelShape:
     return ModelShape(
         name=name,
         vocab_size=d.vocab,
