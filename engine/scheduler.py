@@ -126,9 +126,8 @@ class Scheduler:
 
 def _wanted(sequence: Sequence) -> int:
     """Prompt tokens still to be computed, up to the next stop of the prefill."""
-    if sequence.divergence is not None and sequence.divergence > sequence.computed:
-        return sequence.divergence - sequence.computed
-    return sequence.pending
+    ahead = [stop - sequence.computed for stop in sequence.stops if stop > sequence.computed]
+    return min(ahead, default=sequence.pending)
 
 
 def _mean(mean: float | None, newest: float, weight: float = NEWEST) -> float:

@@ -119,7 +119,7 @@ class Steps:
             return  # log probabilities of the prompt need all of it computed
         prefix = self.prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
         sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
-        sequence.divergence = prefix.divergence
+        sequence.stops = prefix.stops
         if prefix.logits is not None:
             self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
 
@@ -140,7 +140,7 @@ class Steps:
                 logits[rows.start : rows.start + len(following)], following, params.prompt_logprobs
             )
         if sequence.is_prefilling:
-            if sequence.computed == sequence.divergence or sequence.computed >= sequence.saved + SAVE_EVERY:
+            if sequence.computed in sequence.stops or sequence.computed >= sequence.saved + SAVE_EVERY:
                 self._save_prefix(sequence)
             return False
         self._save_prefix(sequence, logits[rows[-1]])

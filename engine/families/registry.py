@@ -33,7 +33,10 @@ FAMILIES = {
     "mixtral": "engine.families.mixtral",
     "olmoe": "engine.families.olmoe",
     "qwen3": "engine.families.qwen3",
+    "qwen3_5_moe": "engine.families.qwen3_5_moe",
+    "qwen3_5_moe_text": "engine.families.qwen3_5_moe",
     "qwen3_moe": "engine.families.qwen3_moe",
+    "qwen3_next": "engine.families.qwen3_next",
     "qwen3moe": "engine.families.qwen3_moe",
 }
 

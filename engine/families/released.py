@@ -102,6 +102,13 @@ _DEEPSEEK_V4 = {
         "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
     },
 }  # fmt: skip
+_QWEN3_5 = {
+    "model_type": "qwen3_5_moe_text", "head_dim": 256, "num_key_value_heads": 2, "attn_output_gate": True,
+    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "rms_norm_eps": 1e-6, "vocab_size": 248320,
+    "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+}  # fmt: skip
 
 RELEASED: dict[str, dict[str, Any]] = {
     "deepseek-r1": _DEEPSEEK_V3,
@@ -216,6 +223,31 @@ RELEASED: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": _QWEN3 | {
         "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 6144,
         "moe_intermediate_size": 768,
+    },
+    "qwen3-next-80b-a3b": {
+        "model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "intermediate_size": 5120,
+        "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "norm_topk_prob": True, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7, "vocab_size": 151936, "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+    },
+    "qwen3.5-122b-a10b": _QWEN3_5 | {
+        "hidden_size": 3072, "num_hidden_layers": 48, "num_attention_heads": 32, "linear_num_value_heads": 64,
+        "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+    },
+    "qwen3.5-35b-a3b": _QWEN3_5 | {
+        "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16, "linear_num_value_heads": 32,
+        "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    "qwen3.5-397b-a17b": _QWEN3_5 | {
+        "hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32, "linear_num_value_heads": 64,
+        "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
     },
     "qwen3-coder-480b-a35b": _QWEN3 | {
         "hidden_size": 6144, "num_hidden_layers": 62, "num_attention_heads": 96, "num_key_value_heads": 8,

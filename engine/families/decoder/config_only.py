@@ -1,6 +1,7 @@
 """A decoder's shape from its config alone, with the bytes that its weights have in the format that it names.
 
-Matrices are bfloat16, biases for the choice of experts float32, unless `quantization_config` says otherwise.
+Matrices are bfloat16, biases for the choice of experts and what releases of DeltaNet keep so are float32,
+unless `quantization_config` says otherwise.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from quant.packed import Format
 
 # Parts that no release packs, whatever its format; and a module, of indexers.
 PLAIN_PARTS = ("embedding", "head", "router")
+# Endings of the names of tensors in float32.
+SINGLE = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
 PLAIN_MODULE = "weights_proj"
 
 
@@ -74,7 +77,7 @@ def _weights_of(config: Mapping[str, Any]) -> Callable[[Use], Weights]:
 
     def weights_of(use: Use) -> Weights:
         values = math.prod(use.shape)
-        if use.name.endswith("e_score_correction_bias"):
+        if use.name.endswith(SINGLE):
             return Weights(4 * values, values)
         is_packed = (
             format_ is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla, Mlp, Router
@@ -79,12 +79,14 @@ def rope_of(
     pairs: Literal["half", "adjacent"] = "half",
     part: float | None = None,
     theta: float = 10000.0,
+    unused: Set[str] = frozenset(),
 ) -> Rope:
     """Rotary embeddings of heads of `dims` channels, as `transformers` reads them.
 
     Of `rope_scaling`, or of `rope_parameters` as newer configs call it. part: of the channels that turn where
     `partial_rotary_factor` does not say so; None for a family of which all turn. theta: what
-    `transformers` takes for the family where `rope_theta` is not there.
+    `transformers` takes for the family where `rope_theta` is not there. unused: further keys that change
+    nothing.
     """
     given = _rope_object(read)
     inner = read.inner("rope_scaling", given)
@@ -95,9 +97,9 @@ def rope_of(
             f"{', '.join(ROPE_KEYS)}"
         )
         kind = "default"
-    elif unused := sorted(given.keys() - ROPE_KEYS[kind] - ROPE_COMMON):
+    elif unknown := sorted(given.keys() - ROPE_KEYS[kind] - ROPE_COMMON - unused):
         read.problems.append(
-            f"rope_scaling has {', '.join(unused)}, which rope scaling {kind!r} does not use"
+            f"rope_scaling has {', '.join(unknown)}, which rope scaling {kind!r} does not use"
         )
     if part is None:
         for keys in (inner, read):
@@ -166,6 +168,7 @@ def describe(
     embedding_factor: float = 1.0,
     residual_factor: float = 1.0,
     logits_factor: float = 1.0,
+    norm_offset: float = 0.0,
 ) -> Description:
     """The description with these layers, and the rest as config.json says.
 
@@ -188,6 +191,7 @@ def describe(
         embedding_factor=embedding_factor,
         residual_factor=residual_factor,
         logits_factor=logits_factor,
+        norm_offset=norm_offset,
         is_tied=is_tied,
         bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
         eos_token_ids=read.token_ids("eos_token_id"),

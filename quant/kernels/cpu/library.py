@@ -54,6 +54,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
         None,
         [Int, Int, Pointer, Pointer, Pointer, Int64, Int64, Int64, Int64, ctypes.c_float, Pointer],
     ),
+    "loci_convolve": (None, [Int, Int, Pointer, Pointer]),
+    "loci_delta_rule": (None, [Int, Int, Pointer, Pointer]),
     "loci_draw": (None, [Int, Int, Pointer, Int64, Pointer, Int64, Pointer]),
     "loci_log_probabilities": (None, [Int, Int, Pointer, Int64, Int64, Int64, Pointer, Pointer]),
     "loci_mask": (None, [Int, Pointer, Int64, Pointer, Int64, Pointer]),

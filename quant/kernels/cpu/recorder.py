@@ -21,7 +21,7 @@ from quant.kernels.cpu.program import (
 )
 from quant.kernels.cpu.row_notes import RowNotes
 from quant.kernels.interface import ExpertExtras, Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 
 GROUP = 3  # matrices of one operation at most
 
@@ -55,6 +55,17 @@ class KvPlace:
         """kv_heads, head_dim, and the strides of a head and of a slot."""
         slot, head, _, _ = self.keys.stride()
         return self.keys.shape[1], self.keys.shape[3], head, slot
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """Where a layer has its states, one for each slot, for `LayerOperations.convolve` and `delta_rule`.
+
+    tails `[slots, taps - 1, channels]`, states `[slots, value_heads, key_dim, value_dim]` float32
+    """
+
+    tails: torch.Tensor
+    states: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,31 @@ class Recorder(RowNotes):
         inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at, chosen]
         sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim, chosen.width if chosen else 0]
         self._note("attend", inputs, [out], sizes)
+        return out
+
+    def convolve(self, x: Buffer, weights: torch.Tensor, place: StatePlace) -> Buffer:
+        """Each row convolved with those before it in its slot: see `LayerOperations.convolve`."""
+        out, tails = self.buffer(x.width), place.tails
+        outputs: list[Operand] = [out, self._address(tails)]
+        sizes = [x.width, len(weights), tails.stride(0)]
+        self._note("convolve", [x, self._weight(weights)], outputs, sizes)
+        return out
+
+    def delta_rule(self, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule, place: StatePlace) -> Buffer:
+        """The state of each row's slot, changed and asked: see `LayerOperations.delta_rule`."""
+        states = place.states
+        _, heads, key_dim, value_dim = states.shape
+        out = self.buffer(heads * value_dim)
+        inputs: list[Operand] = [x, a, b, self._weight(rule.rates), self._weight(rule.biases)]
+        outputs: list[Operand] = [out, self._address(states)]
+        sizes = [rule.key_heads, heads, key_dim, value_dim, states.stride(0)]
+        self._note("delta_rule", inputs, outputs, sizes)
+        return out
+
+    def gate(self, x: Buffer, gates: Buffer) -> Buffer:
+        """Each of x's parts, of which there are as many as gates, times the sigmoid of its gate."""
+        out = self.buffer(x.width)
+        self._note("gate", [x, gates], [out], [gates.width, x.width // gates.width])
         return out
 
     def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:

@@ -25,7 +25,7 @@ PLENTY = MemoryBudget(1 << 30)
 SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
 SAFETENSORS = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "gpt_oss", "granitemoe",
-    "mixtral", "minimax_m2", "olmoe", "qwen3_moe",
+    "mixtral", "minimax_m2", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
 )  # fmt: skip
 NAMES = (
     *SAFETENSORS, "gguf_deepseek2", "gguf_deepseek2_lite", "gguf_gpt_oss", "gguf_qwen3moe", "kimi_k2",

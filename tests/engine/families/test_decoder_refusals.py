@@ -23,9 +23,12 @@ from tests.engine.families.golden_families import SAFETENSORS, family_path
 
 
 def with_changes(name: str, changes: dict[str, Any]) -> tuple[Family, Checkpoint]:
-    """A golden checkpoint as if its config had these values; None removes a key."""
+    """A golden checkpoint as if its config, or the part about text, had these values; None removes a key."""
     checkpoint = open_checkpoint(family_path(name))
-    config = {key: value for key, value in (dict(checkpoint.config) | changes).items() if value is not None}
+    config = dict(checkpoint.config)
+    whole = dict(config.get("text_config", config)) | changes
+    text = {key: value for key, value in whole.items() if value is not None}
+    config = config | {"text_config": text} if "text_config" in config else text
     changed = Checkpoint(checkpoint.path, checkpoint.model_type, config, checkpoint.entries, [])
     return family_of(changed), changed
 
@@ -139,6 +142,13 @@ def test_keys_that_are_switched_off_or_change_nothing_are_passed_over(name: str)
         ("glm4_moe", {"rope_parameters": {"mrope_section": [8, 12, 12]}}, "rope_scaling has mrope_section"),
         ("mixtral", {"num_experts_shared": 1}, "num_experts_shared is 1"),
         ("granitemoe", {"layer_types": ["mamba"] * 3}, "layer_types is"),
+        ("qwen3_next", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "3 value heads are not a multiple of 2 key heads"),
+        ("qwen3_next", {"linear_key_head_dim": 24}, "linear_key_head_dim is 24, expected a multiple of 16"),
+        ("qwen3_next", {"full_attention_interval": 9}, "no layer has full attention"),
+        ("qwen3_5_moe", {"attn_output_gate": False}, "text_config.attn_output_gate is False"),
+        ("qwen3_5_moe", {"layer_types": ["mamba"] * 4}, "layer_types is .*, expected 4 of linear_attention"),
+        ("qwen3_5_moe", {"tie_word_embeddings": True}, "tie_word_embeddings disagree"),
     ],
 )
 def test_what_a_family_does_not_compute_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
@@ -156,9 +166,11 @@ def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_i
     for file in copy.glob("model-*.safetensors"):
         tensors |= load_file(file)
         file.unlink()
-    del tensors["model.layers.1.self_attn.o_proj.weight"]
-    tensors["model.layers.0.input_layernorm.weight"] = torch.zeros(8, 8)
-    tensors["model.layers.0.post_feedforward_layernorm.weight"] = torch.zeros(8)
+    missing = next(key for key in tensors if re.search(r"layers\.1\..*\.(o|out)_proj\.weight$", key))
+    layer = missing.partition("layers.")[0] + "layers.0."
+    del tensors[missing]
+    tensors[f"{layer}input_layernorm.weight"] = torch.zeros(8, 8)
+    tensors[f"{layer}post_feedforward_layernorm.weight"] = torch.zeros(8)
     save_file(tensors, copy / "model.safetensors")
     checkpoint = open_checkpoint(copy)
 
@@ -166,9 +178,9 @@ def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_i
         family_of(checkpoint).check(checkpoint)
 
     for problem in (
-        "missing tensor model.layers.1.self_attn.o_proj.weight",
-        "model.layers.0.input_layernorm.weight: shape [8, 8], expected",
-        "unexpected tensor model.layers.0.post_feedforward_layernorm.weight [8]",
+        f"missing tensor {missing}",
+        f"{layer}input_layernorm.weight: shape [8, 8], expected",
+        f"unexpected tensor {layer}post_feedforward_layernorm.weight [8]",
     ):
         assert problem in str(caught.value)
 

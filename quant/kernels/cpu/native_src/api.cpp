@@ -139,6 +139,14 @@ EXPORT void loci_pool_groups(int level, int threads, const float* rows, const fl
     pool_groups({*level_at(level), threads, false}, rows, gates, groups, n, dim, out);
 }
 
+EXPORT void loci_convolve(int level, int threads, const Convolve* call, float* out) {
+    convolve({*level_at(level), threads, false}, call, &out, 1);
+}
+
+EXPORT void loci_delta_rule(int level, int threads, const DeltaRule* call, float* out) {
+    delta_rule({*level_at(level), threads, false}, call, &out, 1);
+}
+
 EXPORT void loci_engram_gates(int level, int threads, const float* streams, const float* qk, const float* keys,
                               int64_t key_stride, int64_t tokens, int64_t n, int64_t dim, float eps, float* gates) {
     engram_gates({*level_at(level), threads, false}, streams, qk, keys, key_stride, tokens, n, dim, eps, gates);

@@ -148,6 +148,18 @@ void route(const Team& team, const Operation& op, const StepInput& step) {
           static_cast<int64_t*>(op.out[0]), floats(op.out[1]));
 }
 
+// x [rows][gates][width] times the sigmoid of gates [rows][gates]
+void gate(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t gates = step.rows * op.sizes[0], width = op.sizes[1];
+    thread_local std::vector<float> shares;
+    shares.resize(static_cast<size_t>(gates));
+    sigmoid(team, floats(op.in[1]), gates, shares.data());
+    const float* x = floats(op.in[0]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < gates; ++i)
+        for (int64_t j = 0; j < width; ++j) out[i * width + j] = x[i * width + j] * shares[static_cast<size_t>(i)];
+}
+
 // Whether all chosen experts have matrices [experts][3], which come and go between runs.
 bool are_there(const int64_t* choice, int64_t count, const Matrix* const* matrices) {
     return std::all_of(choice, choice + count, [&](int64_t expert) { return matrices[3 * expert] != nullptr; });
@@ -215,13 +227,16 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
 
 // In the order of Kind; null for what decides how to go on.
 constexpr OperationFunction kFunctions[] = {
-    norm,       linear,         dense,        blocks,     turns,
-    rotate,     run_append,     run_attend,   gated,      add,
-    bias,       clip,           scale,        repeat,     weighted_sum,
-    mix,        mix_streams,    engram,       run_ring,   run_attend_sparse,
-    nullptr,    run_pool,       run_entry,    run_select, route,
-    at_hand,    experts,        part,         join,       run_embed,
-    run_ngrams, run_table_rows, run_by_token, nullptr,
+    norm,        linear,       dense,          blocks,
+    turns,       rotate,       run_append,     run_attend,
+    gated,       add,          bias,           clip,
+    scale,       repeat,       weighted_sum,   mix,
+    mix_streams, engram,       run_ring,       run_attend_sparse,
+    nullptr,     run_pool,     run_entry,      run_select,
+    route,       at_hand,      experts,        part,
+    join,        run_convolve, run_delta_rule, gate,
+    run_embed,   run_ngrams,   run_table_rows, run_by_token,
+    nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

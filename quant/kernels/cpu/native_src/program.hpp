@@ -44,6 +44,9 @@ enum class Kind : int64_t {
     kExperts,
     kPart,
     kJoin,
+    kConvolve,
+    kDeltaRule,
+    kGate,
     kEmbed,
     kNgrams,
     kTableRows,
@@ -74,6 +77,8 @@ void run_ring(const Team& team, const Operation& op, const StepInput& step);
 void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step);
 void run_pool(const Team& team, const Operation& op, const StepInput& step);
 void run_entry(const Team& team, const Operation& op, const StepInput& step);
+void run_convolve(const Team& team, const Operation& op, const StepInput& step);
+void run_delta_rule(const Team& team, const Operation& op, const StepInput& step);
 void run_select(const Team& team, const Operation& op, const StepInput& step);
 
 // program_rows.cpp: rows of tables

@@ -140,6 +140,49 @@ void run_entry(const Team&, const Operation& op, const StepInput& step) {
                         floats(op.in[0]) + r * dim, bytes_of(dim));
 }
 
+// x [rows][channels] convolved with the last rows of their sequences, which each joins
+void run_convolve(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t channels = op.sizes[0];
+    std::vector<Convolve> calls(static_cast<size_t>(step.rows));
+    std::vector<float*> outs;
+    for (int64_t r = 0; r < step.rows; ++r) {
+        Convolve& call = calls[static_cast<size_t>(r)];
+        call.x = floats(op.in[0]) + r * channels;
+        call.weights = floats(op.in[1]);
+        call.tail = floats(op.out[1]) + step.slots[r] * op.sizes[2];
+        call.tokens = 1;
+        call.channels = channels;
+        call.taps = op.sizes[1];
+        call.before = step.positions[r];
+        outs.push_back(floats(op.out[0]) + r * channels);
+    }
+    convolve(team, calls.data(), outs.data(), step.rows);
+}
+
+// queries, keys and values [rows][.] by the states of their slots, which each changes; in: these, a, b, rates, biases
+void run_delta_rule(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t key_heads = op.sizes[0], heads = op.sizes[1], key_dim = op.sizes[2], dim = op.sizes[3];
+    std::vector<DeltaRule> calls(static_cast<size_t>(step.rows));
+    std::vector<float*> outs;
+    for (int64_t r = 0; r < step.rows; ++r) {
+        DeltaRule& call = calls[static_cast<size_t>(r)];
+        call.x = floats(op.in[0]) + r * (2 * key_heads * key_dim + heads * dim);
+        call.a = floats(op.in[1]) + r * heads;
+        call.b = floats(op.in[2]) + r * heads;
+        call.rates = floats(op.in[3]);
+        call.biases = floats(op.in[4]);
+        call.state = floats(op.out[1]) + step.slots[r] * op.sizes[4];
+        call.tokens = 1;
+        call.key_heads = key_heads;
+        call.value_heads = heads;
+        call.key_dim = key_dim;
+        call.value_dim = dim;
+        call.is_first = step.positions[r] == 0;
+        outs.push_back(floats(op.out[0]) + r * heads * dim);
+    }
+    delta_rule(team, calls.data(), outs.data(), step.rows);
+}
+
 // Which compressed entries each row attends to. in: queries [rows][heads][dim], weights [rows][heads], index keys
 // [slots][.][dim], and perhaps blocks of entries [rows][most blocks] to choose from; out: entries [rows][k], scores
 // [columns] and named entries [columns] of a row at a time, and perhaps its best blocks
