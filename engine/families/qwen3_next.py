@@ -80,7 +80,7 @@ def gated_attention(read: Keys) -> Attention:
     read.only("hidden_act", "silu", None)
     read.only("attention_bias", False, None)
     heads, kv_heads, head_dim = head_sizes(read)
-    rope = rope_of(read, head_dim, is_partial=True, unused=MROPE)
+    rope = rope_of(read, head_dim, part=0.25, unused=MROPE)
     return Attention(heads, kv_heads, head_dim, rope, qk_norm="head", has_gate=True)
 
 

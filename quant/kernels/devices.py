@@ -45,6 +45,9 @@ class DeviceKernels:
     def moe(self, call: MoeCall) -> torch.Tensor:
         return self.on(call.x.device).moe(call)
 
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        return self.on(call.x.device).moe_apart(call)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self.on(x.device).rms_norm(x, weight, eps)
 
@@ -80,6 +83,9 @@ class DeviceKernels:
         self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.on(logits.device).route(logits, bias, rule)
+
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return self.on(logits.device).weigh(logits, chosen, rule)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)

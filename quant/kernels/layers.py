@@ -104,6 +104,11 @@ class LayerOperations(Protocol):
         """
         ...
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        """The weights that logits `[tokens, experts]` give to experts which were chosen without them, both
+        `[tokens, top_k]`."""
+        ...
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Rows `[groups, n, dim]` summed over n, weighted by the softmax of gates over n: `[groups, dim]`."""
         ...
@@ -255,12 +260,7 @@ class TorchLayers:
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if rule.score == "sqrt softplus":
-            scores = F.softplus(logits).sqrt()
-        elif rule.score == "softmax":
-            scores = logits.softmax(-1)
-        else:
-            scores = logits.sigmoid() if rule.score == "sigmoid" else logits
+        scores = _scores(logits, rule)
         ranks = scores if bias is None else scores + bias
         if rule.groups is not None:
             count, kept, best_of = rule.groups
@@ -269,12 +269,10 @@ class TorchLayers:
             is_out = torch.ones_like(values, dtype=torch.bool).scatter_(1, _best(values, kept), False)
             ranks = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).view(ranks.shape)
         chosen = _best(ranks, rule.top_k)
-        weights = scores.gather(1, chosen)
-        if rule.score == "chosen softmax":
-            weights = weights.softmax(-1)
-        if rule.is_renormalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
-        return chosen, weights * rule.factor
+        return chosen, _weigh(scores, chosen, rule)
+
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return _weigh(_scores(logits, rule), chosen, rule)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return (rows * gates.softmax(dim=1)).sum(1)
@@ -443,6 +441,25 @@ def _attend_with_sinks(
     column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
     return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, -1)
+
+
+def _scores(logits: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Of all experts."""
+    if rule.score == "sqrt softplus":
+        return F.softplus(logits).sqrt()
+    if rule.score == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if rule.score == "sigmoid" else logits
+
+
+def _weigh(scores: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Weights of the chosen experts, from all scores."""
+    weights = scores.gather(1, chosen)
+    if rule.score == "chosen softmax":
+        weights = weights.softmax(-1)
+    if rule.is_renormalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
+    return weights * rule.factor
 
 
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:

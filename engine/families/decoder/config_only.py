@@ -39,7 +39,7 @@ PLAIN_MODULE = "weights_proj"
 def config_shape(config: Mapping[str, Any], name: str, experts: str | None = None) -> ModelShape:
     """The shape of the model of this config.json, its routed experts in the format `experts` if one is named.
 
-    Raises ConfigError for a config that the family cannot run, for a family that is not a decoder, and for
+    Raises ConfigError for a config that the family cannot run, for a family that needs headers, and for
     experts that cannot be encoded in that format.
     """
     model_type = config.get("model_type")
@@ -48,9 +48,7 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
     checkpoint = Checkpoint(Path(name), model_type, config, {}, [])
     family = family_of(checkpoint)
     if not isinstance(family, DecoderFamily):
-        raise ConfigError(
-            f"{name}: the {family.name} family is planned from a checkpoint or by name, not by config"
-        )
+        return family.config_shape(checkpoint if experts is None else family.reencoded(checkpoint, experts))
     description = family.description(checkpoint)
     weights_of = _weights_of(config)
     if experts is None:

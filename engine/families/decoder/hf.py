@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla, Mlp, Router
 from engine.families.decoder.keys import HARMLESS, Keys
+from engine.families.decoder.plausible import problems_of
 from engine.families.decoder.rope import LinearScaling, Llama3Scaling, Rope, yarn_attention_factor
 from engine.layers.rope import YarnScaling
 from memory.checkpoint.checkpoint import Checkpoint
+from quant.errors import ConfigError
+from quant.formats.quantization_config import QuantizationConfig
 
 MOST_LAYERS = 10_000  # every layer's tensors are counted: a config that says more is damaged
 # Buffers that old checkpoints store besides the weights, and that every reader recomputes: frequencies
@@ -74,13 +77,16 @@ def rope_of(
     dims: int,
     *,
     pairs: Literal["half", "adjacent"] = "half",
-    is_partial: bool = False,
+    part: float | None = None,
+    theta: float = 10000.0,
     unused: Set[str] = frozenset(),
 ) -> Rope:
     """Rotary embeddings of heads of `dims` channels, as `transformers` reads them.
 
-    Of `rope_scaling`, or of `rope_parameters` as newer configs call it. is_partial: the family turns only a
-    part of the channels where `partial_rotary_factor` says so. unused: further keys that change nothing.
+    Of `rope_scaling`, or of `rope_parameters` as newer configs call it. part: of the channels that turn where
+    `partial_rotary_factor` does not say so; None for a family of which all turn. theta: what
+    `transformers` takes for the family where `rope_theta` is not there. unused: further keys that change
+    nothing.
     """
     given = _rope_object(read)
     inner = read.inner("rope_scaling", given)
@@ -95,15 +101,14 @@ def rope_of(
         read.problems.append(
             f"rope_scaling has {', '.join(unknown)}, which rope scaling {kind!r} does not use"
         )
-    for keys in (inner, read):
-        if not is_partial:
+    if part is None:
+        for keys in (inner, read):
             keys.only("partial_rotary_factor", 1, None)
-        elif keys.raw("partial_rotary_factor") is not None:
-            dims = int(dims * keys.number("partial_rotary_factor"))
-            break
+    else:
+        dims = int(dims * inner.number("partial_rotary_factor", read.number("partial_rotary_factor", part)))
     if dims % 2 or dims < 1:
         read.problems.append(f"head_dim is {dims}, expected an even number for rotary embedding")
-    theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
+    theta = inner.number("rope_theta", read.number("rope_theta", theta))
     original = read.raw("original_max_position_embeddings")
     if kind in ("default", "dynamic"):  # dynamic stretches only what is beyond the most that is served
         return Rope(theta, dims, pairs)
@@ -191,6 +196,11 @@ def describe(
         bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
         eos_token_ids=read.token_ids("eos_token_id"),
     )
+    try:
+        QuantizationConfig.parse(checkpoint.config)
+    except ConfigError as error:
+        read.problems.append(str(error))
+    read.problems += problems_of(layers)
     read.check_unknown(HARMLESS)
     read.check()
     return description
@@ -201,7 +211,10 @@ def keys_of(checkpoint: Checkpoint, family: str) -> Keys:
     return Keys(checkpoint.path, family, checkpoint.config)
 
 
-def plain_attention(read: Keys) -> Attention:
-    """Grouped-query attention with nothing beside it, its rotary embeddings over whole heads."""
+def plain_attention(read: Keys, theta: float = 10000.0) -> Attention:
+    """Grouped-query attention with nothing beside it, its rotary embeddings over whole heads.
+
+    theta: of `rope_of`.
+    """
     heads, kv_heads, head_dim = head_sizes(read)
-    return Attention(heads, kv_heads, head_dim, rope_of(read, head_dim))
+    return Attention(heads, kv_heads, head_dim, rope_of(read, head_dim, theta=theta))

@@ -40,6 +40,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_index_scores": (None, [Int, Int, Pointer, Pointer]),
     "loci_best_columns": (None, [Int, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_route": (None, [Int, Pointer, Pointer, Int64, Int64, Pointer, Pointer, Pointer]),
+    "loci_weigh": (None, [Int, Pointer, Pointer, Int64, Int64, Pointer, Pointer]),
     "loci_weighted_sum": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_mix_streams": (None, [Int, Int, Pointer, Pointer, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_sigmoid": (None, [Int, Int, Pointer, Int64, Pointer]),

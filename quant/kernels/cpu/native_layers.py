@@ -250,6 +250,21 @@ class NativeLayers:
         )
         return chosen, weights
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        logits, chosen = floats(logits), chosen.contiguous()
+        tokens, experts = logits.shape
+        weights = logits.new_empty(tokens, rule.top_k)
+        self._library.loci_weigh(
+            self._threads(),
+            logits.data_ptr(),
+            chosen.data_ptr(),
+            tokens,
+            experts,
+            ctypes.byref(Routing.of(rule)),
+            weights.data_ptr(),
+        )
+        return weights
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         rows, gates = floats(rows), floats(gates)
         groups, n, dim = rows.shape

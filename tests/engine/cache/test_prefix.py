@@ -29,7 +29,7 @@ from tests.engine.families.golden_families import family_path
 from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf
 
 PLENTY = 1 << 26
-FAMILIES = ("gpt_oss", "qwen3_next")  # with rings, with states
+FAMILIES = ("deepseek_v4", "gpt_oss", "qwen3_next")
 NAMES = ("v41-a", "v41-c", "llama", *FAMILIES)
 LENGTH = 60  # of the prompts here: several windows, groups of compressed entries, and query blocks' starts
 
@@ -153,7 +153,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v41-a", "v41-c", "gpt_oss"])
+@pytest.mark.parametrize("name", ["v41-a", "v41-c", "deepseek_v4", "gpt_oss"])
 @pytest.mark.parametrize("taken_back", [1, 2, 3, 4, 7, 8, 15, 16])
 def test_a_state_can_be_taken_back_by_a_few_tokens(
     models: Callable[[str], Model], name: str, taken_back: int

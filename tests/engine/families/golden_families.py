@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.families.base import Batch
+from engine.families.base import Batch, Model
 from engine.families.decoder.forward import Decoder
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
@@ -79,7 +79,7 @@ def loaded(path: Path, kernels: Kernels, budget: MemoryBudget = PLENTY) -> Itera
         model.close()
 
 
-def logits_in_chunks(model: Decoder, ids: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+def logits_in_chunks(model: Model, ids: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
     """Logits of every position, computed in chunks of `sizes`, repeated until the prompt ends."""
     cache = model.new_cache(1, len(ids))
     out: list[torch.Tensor] = []
@@ -93,7 +93,7 @@ def logits_in_chunks(model: Decoder, ids: Sequence[int], sizes: Sequence[int]) -
     return torch.cat(out)
 
 
-def greedy_ids(model: Decoder, ids: Sequence[int], count: int) -> list[int]:
+def greedy_ids(model: Model, ids: Sequence[int], count: int) -> list[int]:
     """The `count` likeliest tokens after `ids`, each after those before it."""
     cache = model.new_cache(1, len(ids) + count)
     found = [int(model.forward(Batch.of([(0, 0, ids)]), cache).argmax())]

@@ -75,6 +75,11 @@ def routed(rule: RoutingRule, has_bias: bool = False) -> Operation:
     return operation
 
 
+def weighed(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    chosen = torch.randint(20, (ROWS, 3), generator=torch.Generator().manual_seed(3))
+    return k.weigh(3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], chosen[a:b], PLAIN)
+
+
 def pool_groups(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
     return k.pool_groups(
         rows_of(1, ROWS, 4, DIM, dtype=dtype)[a:b], rows_of(2, ROWS, 4, DIM, dtype=dtype)[a:b]
@@ -188,6 +193,7 @@ OPERATIONS = (
     routed(RoutingRule(5, "sigmoid", (5, 3, 2), is_renormalised=True, epsilon=1e-20), has_bias=True),
     routed(RoutingRule(5, "softmax", (4, 2, 1), factor=16.0)),
     routed(RoutingRule(4, "chosen softmax")),
+    weighed,
     pool_groups,
     engram_gates,
     index_scores,
@@ -253,6 +259,13 @@ def test_attention_over_all_rows_is_that_over_chosen_ones_bit_for_bit() -> None:
     found = NativeKernels().attend_chosen(q, rows, chosen.where(chosen < visible, -1), 100)
 
     assert torch.equal(found, NativeKernels().attend(q, rows.unsqueeze(0), rows.unsqueeze(0)[..., :100]))
+
+
+def test_what_a_router_has_chosen_is_weighed_with_the_same_bits() -> None:
+    logits = rows_of(1, ROWS, 20)
+    chosen, weights = NativeKernels().route(logits, None, PLAIN)
+
+    assert torch.equal(NativeKernels().weigh(logits, chosen, PLAIN), weights)
 
 
 def test_of_equal_scores_the_first_columns_win() -> None:

@@ -105,6 +105,11 @@ EXPORT void loci_route(int threads, const float* logits, const float* bias, int6
     route({kPortable, threads, false}, logits, bias, tokens, experts, *rule, chosen, weights);
 }
 
+EXPORT void loci_weigh(int threads, const float* logits, const int64_t* chosen, int64_t tokens, int64_t experts,
+                       const Routing* rule, float* weights) {
+    weigh({kPortable, threads, false}, logits, chosen, tokens, experts, *rule, weights);
+}
+
 EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows, int64_t n,
                               int64_t dim, float* out) {
     weighted_sum({*level_at(level), threads, false}, parts, weights, rows, n, dim, out);

@@ -57,6 +57,9 @@ struct Routing {
 // of equal ones; and their weights. chosen, weights [tokens][top_k]
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
            const Routing& rule, int64_t* chosen, float* weights);
+// The weights [tokens][top_k] that a router gives experts which were chosen without it.
+void weigh(const Team& team, const float* logits, const int64_t* chosen, int64_t tokens, int64_t experts,
+           const Routing& rule, float* weights);
 
 // out [rows][dim] = sum over i of weights [rows][n] * parts [rows][n][dim]
 void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
@@ -75,7 +78,8 @@ void turns_at(const int64_t* positions, int64_t unit, const double* frequencies,
               bool backwards, float* out);
 
 // Of what was read off n streams for each row, x [rows][(2 + n) n], times scale plus base: pre [rows][n] and post
-// [rows][n] by sigmoid, combine [rows][n][n] by `iterations` of Sinkhorn's normalisation.
+// [rows][n] by sigmoid, combine [rows][n][n] by `iterations` of Sinkhorn's normalisation. Without post, of x [rows][n]
+// pre alone.
 void stream_mix(const Team& team, const float* x, const float* scale, const float* base, int64_t rows, int64_t n,
                 int64_t iterations, float eps, float* pre, float* post, float* combine);
 

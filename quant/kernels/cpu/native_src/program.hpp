@@ -50,6 +50,7 @@ enum class Kind : int64_t {
     kEmbed,
     kNgrams,
     kTableRows,
+    kByToken,
     kHandOver,
     kKinds
 };
@@ -82,6 +83,7 @@ void run_select(const Team& team, const Operation& op, const StepInput& step);
 
 // program_rows.cpp: rows of tables
 void run_embed(const Team& team, const Operation& op, const StepInput& step);
+void run_by_token(const Team& team, const Operation& op, const StepInput& step);
 void run_ngrams(const Team& team, const Operation& op, const StepInput& step);
 void run_table_rows(const Team& team, const Operation& op, const StepInput& step);
 
