@@ -11,7 +11,7 @@ from engine.families.decoder.description import DeltaNet, Description, Experts, 
 from engine.families.decoder.stored import StoredMatrices, decoded_value_bytes
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.planner.published import KV_VALUE_BYTES
+from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
 from quant.kernels.cpu.panels import PANEL_ROWS
@@ -98,7 +98,7 @@ def _is_plain(weights: Weights) -> bool:
 
 
 def kv_shape(a: Mixer) -> KvShape:
-    """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
+    """What a layer keeps: keys and values of every token, or of the last ones where only a window is seen; or
     latents and the part of keys that turns, and index keys where it has an indexer; or a state."""
     if isinstance(a, DeltaNet):
         values = a.value_width * a.key_dim
@@ -119,14 +119,12 @@ def kv_shape(a: Mixer) -> KvShape:
             selected_bytes=entry_bytes,
             selected_flops=2 * a.heads * (a.row_dim + a.rank),
         )
-    entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
+    entry_bytes, flops = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim, 4 * a.heads * a.head_dim
+    if a.window is not None:
+        kept = entry_bytes * (a.window + KV_MARGIN)
+        return KvShape(fixed_bytes=kept, seen_ratio=1, selected=a.window, selected_flops=flops)
     return KvShape(
-        ratio=1,
-        entry_bytes=entry_bytes,
-        seen_ratio=1,
-        selected=a.window,
-        selected_bytes=entry_bytes,
-        selected_flops=4 * a.heads * a.head_dim,
+        ratio=1, entry_bytes=entry_bytes, seen_ratio=1, selected_bytes=entry_bytes, selected_flops=flops
     )
 
 

@@ -11,6 +11,8 @@ import torch
 from engine.families.base import Batch, Trace
 from engine.families.decoder.description import Mla
 from engine.families.decoder.forward import Decoder
+from engine.families.loader import open_checkpoint
+from engine.families.shapes import shape_of
 from quant.kernels.choice import choose
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
@@ -125,6 +127,13 @@ def test_indexers_choose_the_tokens_of_the_reference(subject: Subject) -> None:
 
 def test_the_cache_is_as_large_as_was_said(subject: Subject) -> None:
     assert subject.model.cache_bytes(3, 50) == subject.model.new_cache(3, 50).nbytes
+
+
+def test_the_plan_knows_what_each_layer_keeps_of_a_sequence(subject: Subject) -> None:
+    layout = subject.model.cache_layout
+    for layer, shape in enumerate(shape_of(open_checkpoint(subject.golden.path)).layers):
+        for context in (10, 4000):
+            assert shape.kv.nbytes(context) == layout.layer_bytes(layer, 1, context)
 
 
 @pytest.mark.parametrize("name", NAMES)
