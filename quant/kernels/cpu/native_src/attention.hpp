@@ -68,30 +68,36 @@ void in_groups(int rows, const F& visit) {
     for (; r < rows; ++r) visit(std::integral_constant<int, 1>(), r);
 }
 
-typedef float Floats __attribute__((vector_size(64)));  // sixteen, at every level: sums have one order
-typedef int32_t Integers __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 
 // scores [kKeyBlock] to e^(score - the largest), zero from `seen` on; what the largest is, and the sum.
 void to_weights(float* scores, int64_t seen, float scale, float* most, float* sum) {
-    constexpr int kSide = 16;
-    const Integers number = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    constexpr int kSide = 16, kVectors = kSide / kLanes;  // sixteen sums at every level: they have one order
+    Integers number;
+    for (int i = 0; i < kLanes; ++i) number[i] = i;
     const Floats none = Floats{} - __builtin_inff();
-    Floats lanes = none, x;
-    for (int k = 0; k < kKeyBlock; k += kSide) {
+    Floats vectors[kVectors], x;
+    float lanes[kSide];
+    for (Floats& v : vectors) v = none;
+    for (int k = 0; k < kKeyBlock; k += kLanes) {
         __builtin_memcpy(&x, scores + k, sizeof x);
         x = number < static_cast<int>(seen) - k ? x * scale : none;
         __builtin_memcpy(scores + k, &x, sizeof x);
-        lanes = x > lanes ? x : lanes;
+        Floats& v = vectors[k / kLanes % kVectors];
+        v = x > v ? x : v;
     }
+    __builtin_memcpy(lanes, vectors, sizeof lanes);
     float largest = lanes[0];
     for (int i = 1; i < kSide; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-    lanes = Floats{};
-    for (int k = 0; k < kKeyBlock; k += kSide) {
+    for (Floats& v : vectors) v = Floats{};
+    for (int k = 0; k < kKeyBlock; k += kLanes) {
         __builtin_memcpy(&x, scores + k, sizeof x);
         x = number < static_cast<int>(seen) - k ? exp_negative_of<Floats, Integers>(largest - x) : Floats{};
         __builtin_memcpy(scores + k, &x, sizeof x);
-        lanes += x;
+        vectors[k / kLanes % kVectors] += x;
     }
+    __builtin_memcpy(lanes, vectors, sizeof lanes);
     for (int width = kSide / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     *most = largest;
