@@ -6,17 +6,18 @@ recorded) or buffers of a program (`Recorded`: decoding). Both run the same kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
+from engine.layers.sparse_attention import choose_tokens
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.cpu.recorder import KvPlace, Recorder, Selector, StatePlace
 from quant.kernels.interface import Kernels, Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
@@ -24,6 +25,12 @@ Value = TypeVar("Value")
 # Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values
 # are columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+# Stores index keys `[length, dim]` of a layer's segment; returns all that its slot then holds, `[end, dim]`.
+ExtendIndex = Callable[[int, Segment, torch.Tensor], torch.Tensor]
+
+
+# Where the states of a layer lie that has these instead of keys and values.
+States = Callable[[int], StatePlace]
 
 
 class BasicOperations(Protocol[Value]):
@@ -89,6 +96,32 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         """
         ...
 
+    def convolve(self, layer: int, x: Value, weights: torch.Tensor) -> Value:
+        """x after the layer's earlier rows, convolved: see `LayerOperations.convolve`."""
+        ...
+
+    def delta_rule(self, layer: int, x: Value, a: Value, b: Value, rule: DeltaRule) -> Value:
+        """The layer's state, changed and asked token by token: see `LayerOperations.delta_rule`."""
+        ...
+
+    def gate(self, x: Value, gates: Value) -> Value:
+        """Each of x's parts, of which there are as many as gates, times the sigmoid of its gate."""
+        ...
+
+    def choose(self, layer: int, queries: Value, weights: Value, keys: Value, top_k: int) -> Value:
+        """Index keys appended to the layer's cache; the `top_k` tokens whose keys each row scores best,
+        itself and those before it: `[rows, top_k]` int64, ascending, -1 behind.
+
+        queries `[rows, heads * dim]`, weights `[rows, heads]`, keys `[rows, dim]`: see
+        `LayerOperations.index_scores`.
+        """
+        ...
+
+    def attend_chosen(self, layer: int, q: Value, k: Value, chosen: Value) -> Value:
+        """Keys appended to the layer's cache, one for all heads, of which values are the first columns; then
+        attention of the queries over the chosen tokens."""
+        ...
+
     def part(self, x: Value, parts: int, first: int, width: int) -> Value:
         """Columns first .. first + width of each of x's parts (heads, say), side by side."""
         ...
@@ -141,12 +174,20 @@ class Eager(EagerBasics):
     """`Operations` on tensors, computed at once, for the tokens of some segments."""
 
     def __init__(
-        self, kernels: Kernels, segments: Sequence[Segment], rotation: Rotation, extend: Extend
+        self,
+        kernels: Kernels,
+        segments: Sequence[Segment],
+        rotation: Rotation,
+        extend: Extend,
+        extend_index: ExtendIndex,
+        states: States,
     ) -> None:
         super().__init__(kernels)
         self._segments = segments
         self._rotations = {rotation.turns.device: rotation}
         self._extend = extend
+        self._extend_index = extend_index
+        self._states = states
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._kernels.rms_norm(x.view(len(x), -1, len(weight)), weight, eps).view(x.shape)
@@ -172,13 +213,61 @@ class Eager(EagerBasics):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         outs = []
+        for segment, (of_q, of_k, *of_v) in self._by_segment(q, k, *(() if v is None else (v,))):
+            keys, values = self._extend(layer, segment, of_k, of_v[0] if of_v else None)
+            queries = of_q.view(segment.length, -1, keys.shape[-1])
+            outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def convolve(self, layer: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for segment, (rows,) in self._by_segment(x):
+            tail = self._states(layer).tails[segment.slot]
+            outs.append(self._kernels.convolve(rows, weights, tail, segment.start))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def delta_rule(
+        self, layer: int, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rule: DeltaRule
+    ) -> torch.Tensor:
+        outs = []
+        for segment, (rows, of_a, of_b) in self._by_segment(x, a, b):
+            state = self._states(layer).states[segment.slot]
+            outs.append(self._kernels.delta_rule(rows, of_a, of_b, rule, state, is_first=segment.start == 0))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def gate(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        shares = self._kernels.sigmoid(gates).unsqueeze(-1)
+        return (x.view(*gates.shape, -1) * shares).flatten(1)
+
+    def choose(
+        self, layer: int, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
+    ) -> torch.Tensor:
+        chosen = []
         stop = 0
+        top_k = min(top_k, max(s.start + s.length for s in self._segments))
         for segment in self._segments:
             start, stop = stop, stop + segment.length
-            of_values = None if v is None else v[start:stop]
-            keys, values = self._extend(layer, segment, k[start:stop], of_values)
+            held = self._extend_index(layer, segment, keys[start:stop])
+            of_segment = queries[start:stop].view(segment.length, weights.shape[1], -1)
+            chosen.append(choose_tokens(self._kernels, of_segment, weights[start:stop], held, top_k))
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+
+    def attend_chosen(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor
+    ) -> torch.Tensor:
+        outs = []
+        stop = 0
+        chosen = chosen.to(q.device)
+        for segment in self._segments:
+            start, stop = stop, stop + segment.length
+            keys, values = self._extend(layer, segment, k[start:stop], None)
             queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
-            outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
+            if keys.shape[1] <= chosen.shape[1]:  # all are
+                attended = self._kernels.attend(queries, keys, values)
+            else:
+                rows = chosen[start:stop]
+                attended = self._kernels.attend_chosen(queries, keys[0], rows, values.shape[-1])
+            outs.append(attended.flatten(1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def part(self, x: torch.Tensor, parts: int, first: int, width: int) -> torch.Tensor:
@@ -189,6 +278,12 @@ class Eager(EagerBasics):
 
     def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._kernels.batched_linear(x.view(len(x), len(weights), -1), weights).flatten(1)
+
+    def _by_segment(self, *values: torch.Tensor) -> Iterator[tuple[Segment, list[torch.Tensor]]]:
+        stop = 0
+        for segment in self._segments:
+            start, stop = stop, stop + segment.length
+            yield segment, [value[start:stop] for value in values]
 
     def at_layer(self, number: int | None) -> None:
         """Nothing is kept by layer."""
@@ -226,18 +321,25 @@ class Recorded(RecordedBasics):
     """`Operations` noted by a recorder.
 
     frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
-    places       where each layer's keys and values lie
+    places       where each layer's keys and values, or its states, lie
+    index_keys   where a layer's index keys lie, `[slots, capacity, dim]`
     """
 
     _recorder: Recorder
 
     def __init__(
-        self, recorder: Recorder, frequencies: torch.Tensor, factor: float, places: Sequence[KvPlace]
+        self,
+        recorder: Recorder,
+        frequencies: torch.Tensor,
+        factor: float,
+        places: Sequence[KvPlace | StatePlace],
+        index_keys: Callable[[int], torch.Tensor],
     ) -> None:
         super().__init__(recorder)
         turns = recorder.turns(frequencies)
         self._turns = turns if factor == 1 else recorder.scale(turns, factor)
         self._places = places
+        self._index_keys = index_keys
 
     def norm_heads(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
         return self._recorder.norm(x, weight, eps)
@@ -260,9 +362,30 @@ class Recorded(RecordedBasics):
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> Buffer:
-        place = self._places[layer]
+        place = self._kv_place(layer)
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place, window, sinks)
+
+    def convolve(self, layer: int, x: Buffer, weights: torch.Tensor) -> Buffer:
+        return self._recorder.convolve(x, weights, self._state(layer))
+
+    def delta_rule(self, layer: int, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule) -> Buffer:
+        return self._recorder.delta_rule(x, a, b, rule, self._state(layer))
+
+    def gate(self, x: Buffer, gates: Buffer) -> Buffer:
+        return self._recorder.gate(x, gates)
+
+    def choose(self, layer: int, queries: Buffer, weights: Buffer, keys: Buffer, top_k: int) -> Buffer:
+        held = self._index_keys(layer)
+        self._recorder.entry(keys, held, 1)
+        selector = Selector(min(top_k, held.shape[1]), 1, 0)
+        chosen, _ = self._recorder.select(queries, weights, held, 1, selector, None, makes_pool=False)
+        return chosen
+
+    def attend_chosen(self, layer: int, q: Buffer, k: Buffer, chosen: Buffer) -> Buffer:
+        place = self._kv_place(layer)
+        self._recorder.append(k, None, place)
+        return self._recorder.attend(q, place, chosen=chosen)
 
     def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
         return self._recorder.part(x, parts, first, width)
@@ -272,6 +395,16 @@ class Recorded(RecordedBasics):
 
     def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
         return self._recorder.batched_linear(x, weights)
+
+    def _kv_place(self, layer: int) -> KvPlace:
+        place = self._places[layer]
+        assert isinstance(place, KvPlace)
+        return place
+
+    def _state(self, layer: int) -> StatePlace:
+        place = self._places[layer]
+        assert isinstance(place, StatePlace)
+        return place
 
     def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number

@@ -1,4 +1,4 @@
-"""Which compressed entries each token attends to in sparse attention (spec section 4).
+"""Which compressed entries, or which tokens, each token attends to in sparse attention.
 
 Everything here works on one sequence's tokens; `L` is the number of query tokens.
 """
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from quant.kernels.interface import Kernels
+
+# Products of index queries and keys that are made at a time: 64 MB, where they are all kept.
+MOST_PRODUCTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,30 @@ def select_entries(
     best = kernels.best_columns(scores, top_k)
     chosen = entries.gather(1, best.clamp(min=0))
     return Selection(chosen.masked_fill(best < 0, -1)), scores
+
+
+def choose_tokens(
+    kernels: Kernels, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """The `top_k` tokens that each of the last `L` scores best among itself and those before it: `[L, top_k]`
+    int64, ascending, -1 behind.
+
+    queries `[L, heads, dim]`, weights `[L, heads]`, keys `[end, dim]`. Scores are made of some tokens at a
+    time, so a long prompt takes no more memory than a short one. Where there are no more tokens than are
+    chosen, none are made.
+    """
+    length, heads, _ = queries.shape
+    end, device = len(keys), queries.device
+    visible = torch.arange(end - length + 1, end + 1, device=device)  # [L]
+    chosen = torch.arange(top_k, device=device).repeat(length, 1)
+    chosen[chosen >= visible.unsqueeze(1)] = -1
+    choosing = max(0, min(length, top_k - (end - length)))  # the first that has to choose
+    block = max(1, MOST_PRODUCTS // (heads * end))
+    for start in range(choosing, length, block):
+        rows = slice(start, min(start + block, length))
+        found, _ = select_entries(kernels, queries[rows], weights[rows], keys, visible[rows], top_k)
+        chosen[rows] = found.entries
+    return chosen
 
 
 def candidate_blocks(

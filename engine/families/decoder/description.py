@@ -34,6 +34,8 @@ class Attention:
     clip           queries, keys and values are cut to this absolute value, after their norms
     window         tokens that a token sees, itself among them; None: all before it
     has_sinks      each head's softmax has one more term, a learned logit without a value
+    has_gate       heads' outputs are multiplied by the sigmoid of gates, whose rows are behind those of each
+                   head's queries
     """
 
     heads: int
@@ -47,6 +49,29 @@ class Attention:
     clip: float | None = None
     window: int | None = None
     has_sinks: bool = False
+    has_gate: bool = False
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The "lightning indexer" (DeepSeek-V3.2-Exp's report, section 2.1): which tokens a token attends to.
+
+    It has queries of its own, made of the latent that attention makes its queries of, and one key for all of
+    them. A token sees the `top_k` tokens that score best: the sum over heads of weight * max(query . key, 0).
+
+    heads, dim     of its queries (index_n_heads, index_head_dim)
+    top_k          tokens that are chosen (index_topk)
+    rope           of queries and keys: their first `dims` channels turn, as fast as those of attention
+    is_shared      the layer has none, and attends to what the last indexer before it has chosen
+    eps            of the keys' norm, whatever that of other norms is
+    """
+
+    heads: int
+    dim: int
+    top_k: int
+    rope: Rope
+    is_shared: bool = False
+    eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -66,6 +91,7 @@ class Mla:
     is_split       the file has two matrices for each head, of keys `[rank, plain_dim]` and of values
                    `[value_dim, rank]`, not one for all
     eps            of the latents' norms, whatever that of other norms is
+    indexer        chooses the tokens that are seen; None: all before it
     """
 
     heads: int
@@ -77,6 +103,12 @@ class Mla:
     scale: float
     is_split: bool = False
     eps: float = 1e-6
+    indexer: Indexer | None = None
+
+    @property
+    def own_indexer(self) -> Indexer | None:
+        """The indexer, if this layer has it."""
+        return None if self.indexer is None or self.indexer.is_shared else self.indexer
 
     @property
     def head_dim(self) -> int:
@@ -87,6 +119,40 @@ class Mla:
     def row_dim(self) -> int:
         """Channels that are kept of a token; so many do queries have in the latent's space."""
         return self.rank + self.rope.dims
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet (arXiv 2412.06464): heads with a state of fixed size instead of keys and values.
+
+    Queries, keys and values go through a short convolution; the state forgets, and is corrected by each
+    token's value. Heads' outputs are normed by themselves and gated.
+
+    key_heads, key_dim  of queries and keys; each such head serves as many consecutive value heads
+    taps           tokens that the convolution sees, the token itself among them
+    is_grouped     the file has the rows of queries, keys, values and gates of one key head together, and so
+                   those of decays and shares; else each by itself
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    is_grouped: bool = False
+
+    @property
+    def value_width(self) -> int:
+        """Channels of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels that are convolved: of queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_width
+
+
+Mixer = Attention | Mla | DeltaNet  # of a sequence's tokens with each other
 
 
 @dataclass(frozen=True)
@@ -157,6 +223,7 @@ class Experts:
     """A router, its experts, and the network beside them that every token uses, if there is one.
 
     has_biases     of every expert's three matrices
+    has_shared_gate  the shared network's output is multiplied by the sigmoid of a row times the input
     """
 
     router: Router
@@ -165,13 +232,14 @@ class Experts:
     activation: Activation = SILU
     has_biases: bool = False
     shared: Mlp | None = None
+    has_shared_gate: bool = False
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer."""
 
-    attention: Attention | Mla
+    attention: Mixer
     feed_forward: Mlp | Experts
 
 
@@ -181,6 +249,7 @@ class Description:
 
     embedding_factor, residual_factor, logits_factor  what the embedding, every sublayer's output and the
                    logits are multiplied by
+    norm_offset    added to the weights of all norms but DeltaNet's own
     is_tied        the head is the embedding
     has_rope_factors  a tensor says what each rotary pair's frequency is divided by
     is_reencoded   matrices of routed experts are not those of the checkpoint's own files, however they lie
@@ -199,11 +268,19 @@ class Description:
     embedding_factor: float = 1.0
     residual_factor: float = 1.0
     logits_factor: float = 1.0
+    norm_offset: float = 0.0
     is_tied: bool = False
     has_rope_factors: bool = False
     is_reencoded: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+
+    @cached_property
+    def rope(self) -> Rope:
+        """The rotary embeddings of the layers that have them, which are alike."""
+        return next(
+            layer.attention.rope for layer in self.layers if not isinstance(layer.attention, DeltaNet)
+        )
 
     @cached_property
     def expert_layers(self) -> tuple[int, ...]:

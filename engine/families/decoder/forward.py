@@ -14,7 +14,9 @@ import torch
 
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
-from engine.families.decoder.description import Attention, Description, Experts, Mla
+from engine.families.decoder.delta_net import DeltaNetWeights, delta_net
+from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla
+from engine.families.decoder.latent_forward import LatentAttention
 from engine.families.decoder.stored import RowsInFile
 from engine.families.decoder.weights import (
     AttentionWeights,
@@ -34,7 +36,7 @@ from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
-from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import ExpertExtras, Kernels
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
@@ -51,6 +53,7 @@ class Decoder(Model):
         self.kernels = kernels
         self.weights = weights
         self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
+        self._arenas: dict[int, int] = {}  # by capacity
 
     def close(self) -> None:
         if self.weights.experts is not None:
@@ -110,13 +113,14 @@ class Decoder(Model):
             for layer, device in enumerate(self.cache_layout.devices)
             if device == HOST
         )
-        return kv + self._arena_bytes
+        return kv + self._arena_bytes(capacity if self.cache_layout.has_index_keys else 1)
 
-    @cached_property
-    def _arena_bytes(self) -> int:
-        """Bytes of a program's buffers, whatever the cache."""
-        program = self.new_cache(slots=1, capacity=1).program
-        return 0 if program is None else program.nbytes
+    def _arena_bytes(self, capacity: int) -> int:
+        """Bytes of a program's buffers; an indexer's scores make them grow with the capacity."""
+        if capacity not in self._arenas:
+            program = self.new_cache(1, capacity).program
+            self._arenas[capacity] = 0 if program is None else program.nbytes
+        return self._arenas[capacity]
 
     # -------------------------------------------------------------------------------------- the forward
 
@@ -137,7 +141,9 @@ class Decoder(Model):
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
-        ops = Eager(self.kernels, batch.segments, rotation, cache.extend)
+        ops = Eager(
+            self.kernels, batch.segments, rotation, cache.extend, cache.index_keys.extend, cache.state
+        )
         with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
@@ -159,8 +165,9 @@ class Decoder(Model):
 
     def _record(self, recorder: Recorder, cache: DecoderCache) -> None:
         """Give `cache` a program that decodes with it."""
-        places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
-        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places)
+        places = [cache.place(number) for number in range(len(self.weights.layers))]
+        index_keys = cache.index_keys.layer
+        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places, index_keys)
         if self._store is not None:
             cache.routed = RecordedExperts(recorder, self._store, self._limit)
         embed = self.weights.embed
@@ -176,6 +183,7 @@ class Decoder(Model):
     ) -> Value:
         """All layers: x `[tokens, hidden]` to the same."""
         eps, factor = self.description.eps, self.description.residual_factor
+        latent = LatentAttention(ops, trace)
         layers = zip(self.description.layers, self.weights.layers, strict=True)
         for number, (layer, weights) in enumerate(layers):
             ops.at_layer(number)
@@ -184,7 +192,7 @@ class Decoder(Model):
             if routed is not None and (number == 0 or weights.device == HOST):
                 self._prefetch(ops, routed, number, x)
             normed = ops.norm(x, weights.attn_norm, eps)
-            attended = self._attention(ops, number, layer.attention, weights.attention, normed)
+            attended = self._attention(ops, latent, number, layer.attention, weights.attention, normed)
             x = ops.add(x, _scaled(ops, attended, factor))
             if isinstance(weights.feed_forward, MlpWeights):
                 y = _mlp(ops, ops.norm(x, weights.ffn_norm, eps), weights.feed_forward)
@@ -199,17 +207,21 @@ class Decoder(Model):
     def _attention(
         self,
         ops: Operations[Value],
+        latent: LatentAttention[Value],
         number: int,
-        a: Attention | Mla,
-        w: AttentionWeights | MlaWeights,
+        a: Mixer,
+        w: AttentionWeights | MlaWeights | DeltaNetWeights,
         x: Value,
     ) -> Value:
         """Attention of normed x `[tokens, hidden]`, to the same."""
         if isinstance(a, Mla):
             assert isinstance(w, MlaWeights)
-            return _latent_attention(ops, number, a, w, x)
-        assert isinstance(w, AttentionWeights)
+            return latent.attend(number, a, w, x)
         eps = self.description.eps
+        if isinstance(a, DeltaNet):
+            assert isinstance(w, DeltaNetWeights)
+            return delta_net(ops, number, a, w, x, eps)
+        assert isinstance(w, AttentionWeights)
         q, k, v = (
             value if bias is None else ops.add_bias(value, bias)
             for value, bias in zip(ops.linears(x, w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), strict=True)
@@ -222,7 +234,11 @@ class Decoder(Model):
         q, k = ops.rotate(q, a.heads), ops.rotate(k, a.kv_heads)
         if a.scale is not None:
             q = _scaled(ops, q, a.scale * math.sqrt(a.head_dim))  # kernels scale by its inverse
-        (out,) = ops.linears(ops.attend(number, q, k, v, a.window, w.sinks), w.o)
+        seen = ops.attend(number, q, k, v, a.window, w.sinks)
+        if w.gate is not None:
+            (gates,) = ops.linears(x, w.gate)
+            seen = ops.gate(seen, gates)
+        (out,) = ops.linears(seen, w.o)
         return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
 
     def _logits(self, ops: Operations[Value], x: Value) -> Value:
@@ -244,7 +260,7 @@ class Decoder(Model):
 
     @property
     def _turn_factor(self) -> float:
-        return self.description.layers[0].attention.rope.attention_factor
+        return self.description.rope.attention_factor
 
     # ------------------------------------------------------------------------------------------ experts
 
@@ -268,6 +284,8 @@ class Decoder(Model):
         y, ahead = None, x
         if weights.shared is not None:  # computed while missing experts arrive
             y = _mlp(ops, normed, weights.shared)
+            if weights.shared_share is not None:
+                y = ops.gate(y, *ops.linears(normed, weights.shared_share))
             ahead = ops.add(x, _scaled(ops, y, self.description.residual_factor))
         self._prefetch(ops, routed, number + 1, ahead)
         out = routed.run(at, normed, ids, shares, self._extras(number, weights))
@@ -321,23 +339,6 @@ class Decoder(Model):
         experts = self.description.experts
         assert experts is not None
         return experts.activation.limit
-
-
-def _latent_attention(ops: Operations[Value], number: int, a: Mla, w: MlaWeights, x: Value) -> Value:
-    """Attention of normed x `[tokens, hidden]` over latents, to the same."""
-    if w.q_a is None or w.q_a_norm is None:
-        q, kv = ops.linears(x, w.q, w.kv_a)
-    else:
-        q, kv = ops.linears(x, w.q_a, w.kv_a)
-        (q,) = ops.linears(ops.norm(q, w.q_a_norm, a.eps), w.q)
-    q = _scaled(ops, q, a.scale * math.sqrt(a.row_dim))  # kernels scale by its inverse
-    plain = ops.batched_linear(ops.part(q, a.heads, 0, a.plain_dim), w.to_latent)  # [tokens, heads * rank]
-    turned = ops.rotate(ops.part(q, a.heads, a.plain_dim, a.rope.dims), a.heads)
-    latent = ops.norm(ops.part(kv, 1, 0, a.rank), w.kv_a_norm, a.eps)
-    shared = ops.rotate(ops.part(kv, 1, a.rank, a.rope.dims), 1)
-    seen = ops.attend(number, ops.join(plain, turned, a.heads), ops.join(latent, shared, 1), None)
-    (out,) = ops.linears(ops.batched_linear(seen, w.from_latent), w.o)  # seen: [tokens, heads * rank]
-    return out
 
 
 def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:

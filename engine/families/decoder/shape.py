@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from engine.families.base import Component
-from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
+from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla, Mlp
 from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
@@ -83,18 +83,27 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
     )
 
 
-def kv_shape(a: Attention | Mla) -> KvShape:
+def kv_shape(a: Mixer) -> KvShape:
     """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
-    latents and the part of keys that turns."""
+    latents and the part of keys that turns, and index keys where it has an indexer; or a state."""
+    if isinstance(a, DeltaNet):
+        values = a.value_width * a.key_dim
+        return KvShape(
+            fixed_bytes=KV_VALUE_BYTES * (values + (a.taps - 1) * a.channels),
+            fixed_flops=7 * values + 2 * a.taps * a.channels,
+        )
     if isinstance(a, Mla):
         entry_bytes = KV_VALUE_BYTES * a.row_dim
-        flops = 2 * a.heads * (a.row_dim + a.rank)
+        own = a.own_indexer
         return KvShape(
             ratio=1,
-            entry_bytes=entry_bytes,
+            entry_bytes=entry_bytes + (KV_VALUE_BYTES * own.dim if own else 0),
             seen_ratio=1,
+            scan_bytes=KV_VALUE_BYTES * own.dim if own else 0,
+            scan_flops=2 * own.heads * own.dim if own else 0,
+            selected=a.indexer.top_k if a.indexer else None,
             selected_bytes=entry_bytes,
-            selected_flops=flops,
+            selected_flops=2 * a.heads * (a.row_dim + a.rank),
         )
     entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
     return KvShape(
@@ -137,8 +146,10 @@ def components(description: Description, checkpoint: Checkpoint) -> list[Compone
     ]
 
 
-def _query_width(a: Attention | Mla) -> int:
+def _query_width(a: Mixer) -> int:
     """Values of a token's queries as they meet what is kept."""
+    if isinstance(a, DeltaNet):
+        return a.channels
     return a.heads * (a.row_dim if isinstance(a, Mla) else a.head_dim)
 
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from engine.families.base import Batch, Trace
+from engine.families.decoder.description import Mla
 from engine.families.decoder.forward import Decoder
 from quant.kernels.choice import choose
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.reference import ReferenceKernels
 from tests.engine.families.golden_families import (
     NAMES,
@@ -22,6 +25,8 @@ from tests.engine.families.golden_families import (
     loaded,
     logits_in_chunks,
 )
+
+LEVELS = library.available_levels() if library.library_path() is not None else ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,11 @@ def test_the_greedy_continuation_is_the_references(subject: Subject, which: str)
 
 
 def test_sequences_of_different_lengths_share_a_batch_without_noticing(subject: Subject) -> None:
-    golden, model = subject.golden, subject.model
+    assert_right_in_a_batch(subject.golden, subject.model)
+
+
+def assert_right_in_a_batch(golden: Golden, model: Decoder) -> None:
+    """All sequences in one cache, in uneven chunks."""
     prompts = [golden.ids(which) for which in SEQUENCES]
     cache = model.new_cache(len(prompts), max(map(len, prompts)))
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -92,6 +101,23 @@ def test_routers_choose_the_experts_of_the_reference_with_its_weights(subject: S
         torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
 
 
+def test_indexers_choose_the_tokens_of_the_reference(subject: Subject) -> None:
+    golden, model, trace = subject.golden, subject.model, Trace()
+    ids = golden.ids()
+    cache = model.new_cache(1, len(ids))
+    for start in range(0, len(ids), 64):
+        model.forward(Batch.of([(0, start, ids[start : start + 64])]), cache, trace)
+    attentions = [layer.attention for layer in model.description.layers]
+    indexed = [n for n, a in enumerate(attentions) if isinstance(a, Mla) and a.own_indexer]
+    assert indexed == [n for n in range(len(attentions)) if f"index_selected.{n}" in golden.expected]
+    for n in indexed:
+        found = torch.zeros(len(ids), len(ids) + 1, dtype=torch.uint8)
+        parts = trace.values[f"index_selected.{n}"]
+        for part, rows in zip(parts, found.split(64), strict=True):
+            rows.scatter_(1, part.where(part >= 0, len(ids)), 1)
+        assert torch.equal(found[:, :-1], golden.expected[f"index_selected.{n}"])
+
+
 def test_the_cache_is_as_large_as_was_said(subject: Subject) -> None:
     assert subject.model.cache_bytes(3, 50) == subject.model.new_cache(3, 50).nbytes
 
@@ -101,3 +127,17 @@ def test_plain_torch_gives_the_logits_too(name: str) -> None:
     golden = golden_family(name)
     with loaded(golden.path, ReferenceKernels()) as model:
         assert_close(logits_in_chunks(model, golden.ids(), [64]), golden.logits())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["torch", *LEVELS])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_path_gives_the_logits_however_they_are_asked_for(name: str, kernels: str) -> None:
+    golden = golden_family(name)
+    ids = golden.ids()
+    chosen = ReferenceKernels() if kernels == "torch" else NativeKernels(level=kernels)
+    with loaded(golden.path, chosen) as model:
+        for size in (1, 7, 64, len(ids)):
+            assert_close(logits_in_chunks(model, ids, [size]), golden.logits())
+        assert_right_in_a_batch(golden, model)
+        assert greedy_ids(model, ids, 16) == golden.greedy()

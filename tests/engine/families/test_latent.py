@@ -47,9 +47,45 @@ def test_a_group_of_v2_is_as_good_as_its_best_expert() -> None:
     assert experts.router.groups == Groups(8, 3, best=1)
 
 
-@pytest.mark.parametrize(("name", "nbytes"), [("deepseek-r1", 140_544), ("deepseek-v2-lite", 62_208)])
-def test_a_token_takes_a_latent_and_a_rotated_part_in_each_layer(name: str, nbytes: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "nbytes"),
+    [
+        ("deepseek-r1", 140_544), ("deepseek-v2-lite", 62_208), ("deepseek-v3.2", 171_776),
+        ("glm-5.2", 4 * (78 * 576 + 21 * 128)),
+    ],
+)  # fmt: skip
+def test_a_token_takes_a_latent_a_rotated_part_and_perhaps_an_index_key_in_each_layer(
+    name: str, nbytes: int
+) -> None:
     assert released_shape(name).kv_bytes(1, 1) == nbytes
+
+
+SCHEDULE = [0, 1, *range(2, 78, 4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "own"),
+    [
+        ({}, SCHEDULE),
+        ({"index_topk_freq": None, "index_skip_topk_offset": None}, list(range(78))),
+        ({"index_topk_pattern": "FFS" * 26}, [n for n in range(78) if n % 3 < 2]),
+        ({"indexer_types": ["full", "shared"] * 39, "index_topk_pattern": "F" * 78}, list(range(0, 78, 2))),
+    ],
+)
+def test_layers_of_glm_5_have_indexers_as_their_config_says(changes: dict[str, Any], own: list[int]) -> None:
+    layers = described(RELEASED["glm-5.2"] | changes).layers
+    attentions = [layer.attention for layer in layers]
+    assert [n for n, a in enumerate(attentions) if isinstance(a, Mla) and a.own_indexer is not None] == own
+
+
+def test_an_indexer_turns_half_split_pairs_in_v32_and_adjacent_ones_in_glm_5() -> None:
+    pairs = {}
+    for name in ("deepseek-v3.2", "glm-5"):
+        attention = described(RELEASED[name]).layers[0].attention
+        assert isinstance(attention, Mla)
+        assert attention.own_indexer is not None
+        pairs[name] = attention.own_indexer.rope.pairs, attention.rope.pairs
+    assert pairs == {"deepseek-v3.2": ("half", "adjacent"), "glm-5": ("adjacent", "adjacent")}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +94,7 @@ def test_a_token_takes_a_latent_and_a_rotated_part_in_each_layer(name: str, nbyt
         ({"attention.key_length": 100}, "attention.key_length is 100; .* supports only 80"),
         ({"attention.key_length_mla": 16}, "a head of 16 channels has no place for 16 that turn"),
         ({"expert_gating_func": 3}, "expert_gating_func is 3"),
+        ({"nextn_predict_layers": 3}, "nextn_predict_layers is 3, expected fewer than the 3 layers"),
         ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor is 2.0"),
         ({"expert_group_count": 4}, "9 experts are not a multiple of 4 groups"),
     ],

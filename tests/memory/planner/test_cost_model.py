@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
 from memory.planner.cost_model import CPU, DISK, DRAM, LATENCY, LINK, VRAM, CostModel, Efficiency, StepCost
 from memory.planner.placement import Workload, plan
@@ -17,7 +18,7 @@ from memory.planner.routing import SKEWED, UNIFORM, Routing
 from memory.planner.shape import ModelShape, Weights
 from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes, workloads
 
-FLASH = built_in("deepseek-v4-flash")
+FLASH = released_shape("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
 IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0, 0.0)
 BLIND = replace(Efficiency(), guessed_share=0.0)
@@ -180,7 +181,7 @@ def test_sequences_together_cost_less_than_one_after_the_other() -> None:
 
 
 def test_a_long_context_costs_time_and_a_longer_one_more() -> None:
-    costs = model(built_in("deepseek-v3"), replace(MACHINE, dram_bytes=800 * GB), Workload(100_000, 1))
+    costs = model(released_shape("deepseek-v3"), replace(MACHINE, dram_bytes=800 * GB), Workload(100_000, 1))
     times = [costs.decode(1, held).total_s for held in (0, 10_000, 100_000)]
     assert times == sorted(set(times))
 

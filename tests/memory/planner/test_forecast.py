@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile
 from memory.planner.forecast import doublings, forecast, remedy
 from memory.planner.placement import Workload, plan
@@ -15,7 +16,7 @@ from memory.planner.routing import SKEWED, UNIFORM
 from tests.memory.planner.hardware_strategies import GB, MACHINE
 
 V41 = built_in("deepseek-v4.1-flash")
-V32 = built_in("deepseek-v3.2")
+V32 = released_shape("deepseek-v3.2")
 
 
 def test_skewed_routing_is_never_slower_than_uniform() -> None:

@@ -13,7 +13,7 @@ from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.native_layers import fetched
-from quant.kernels.layers import LayerOperations, RoutingRule, TorchLayers
+from quant.kernels.layers import DeltaRule, LayerOperations, RoutingRule, TorchLayers
 from tests.quant.kernels.kernel_cases import weight
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
@@ -75,6 +75,11 @@ def routed(rule: RoutingRule, has_bias: bool = False) -> Operation:
     return operation
 
 
+def weighed(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    chosen = torch.randint(20, (ROWS, 3), generator=torch.Generator().manual_seed(3))
+    return k.weigh(3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], chosen[a:b], PLAIN)
+
+
 def pool_groups(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
     return k.pool_groups(
         rows_of(1, ROWS, 4, DIM, dtype=dtype)[a:b], rows_of(2, ROWS, 4, DIM, dtype=dtype)[a:b]
@@ -120,6 +125,14 @@ def attend_latents(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> to
     return k.attend(2 * rows_of(1, ROWS, 6, 152, dtype=dtype)[a:b], rows, rows[..., :100])
 
 
+def attend_chosen(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    scores = rows_of(4, ROWS, 90)
+    scores[:, 40:] -= 9 * torch.arange(ROWS).remainder(2).unsqueeze(1)
+    chosen = scores.topk(60).indices.sort().values.masked_fill(torch.arange(60) > 50, -1)
+    rows = rows_of(2, 90, 152, dtype=dtype)
+    return k.attend_chosen(2 * rows_of(1, ROWS, 6, 152, dtype=dtype)[a:b], rows, chosen[a:b], 100)
+
+
 def attend_narrow_values(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
     keys = rows_of(2, 2, 60 + ROWS, 24, dtype=dtype)[:, : 60 + b]
     values = rows_of(3, 2, 60 + ROWS, 16, dtype=dtype)[:, : 60 + b]
@@ -143,7 +156,31 @@ def attend_sparse(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> tor
     )
 
 
+def convolve(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    x, weights = rows_of(1, ROWS, DIM, dtype=dtype), rows_of(2, 4, DIM, dtype=dtype)
+    tail = torch.full((3, DIM), 7.0, dtype=dtype)  # what another sequence left
+    if a:
+        k.convolve(x[:a], weights, tail, 0)
+    return k.convolve(x[a:b], weights, tail, a)
+
+
+def delta_rule(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    key_heads, heads, key_dim, value_dim = 2, 4, 48, 80
+    parts = [rows_of(seed, ROWS, heads, dtype=dtype) for seed in (1, 2)]
+    x = rows_of(3, ROWS, 2 * key_heads * key_dim + heads * value_dim, dtype=dtype)
+    rule = DeltaRule(key_heads, -rows_of(4, heads, dtype=dtype).exp(), rows_of(5, heads, dtype=dtype))
+    state = rows_of(6, heads, key_dim, value_dim, dtype=dtype)  # what another sequence left
+    found = x[:0]
+    for first, stop in ((0, a), (a, b)):
+        if first < stop:
+            of_a, of_b = (part[first:stop] for part in parts)
+            found = k.delta_rule(x[first:stop], of_a, of_b, rule, state, is_first=first == 0)
+    return found
+
+
 OPERATIONS = (
+    convolve,
+    delta_rule,
     gated,
     sigmoid,
     weighted_sum,
@@ -156,12 +193,14 @@ OPERATIONS = (
     routed(RoutingRule(5, "sigmoid", (5, 3, 2), is_renormalised=True, epsilon=1e-20), has_bias=True),
     routed(RoutingRule(5, "softmax", (4, 2, 1), factor=16.0)),
     routed(RoutingRule(4, "chosen softmax")),
+    weighed,
     pool_groups,
     engram_gates,
     index_scores,
     named_scores,
     attend,
     attend_latents,
+    attend_chosen,
     attend_narrow_values,
     batched_linear,
     attend_sparse,
@@ -210,6 +249,23 @@ def test_entries_that_were_fetched_from_elsewhere_give_the_same_bits() -> None:
     there = fetched(compressed, entries)
     assert len(there[0]) < entries.numel()
     assert torch.equal(kernels.attend_sparse(q, window_kv, sink, 4, *there), here)
+
+
+def test_attention_over_all_rows_is_that_over_chosen_ones_bit_for_bit() -> None:
+    q, rows = rows_of(1, ROWS, 6, 152), rows_of(2, 300, 152)
+    chosen = torch.arange(310).expand(ROWS, -1)
+    visible = torch.arange(300 - ROWS + 1, 301).unsqueeze(1)
+
+    found = NativeKernels().attend_chosen(q, rows, chosen.where(chosen < visible, -1), 100)
+
+    assert torch.equal(found, NativeKernels().attend(q, rows.unsqueeze(0), rows.unsqueeze(0)[..., :100]))
+
+
+def test_what_a_router_has_chosen_is_weighed_with_the_same_bits() -> None:
+    logits = rows_of(1, ROWS, 20)
+    chosen, weights = NativeKernels().route(logits, None, PLAIN)
+
+    assert torch.equal(NativeKernels().weigh(logits, chosen, PLAIN), weights)
 
 
 def test_of_equal_scores_the_first_columns_win() -> None:
