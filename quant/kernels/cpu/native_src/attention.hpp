@@ -26,9 +26,7 @@ void score_rows(const float* const* q, const float* const* keys, int64_t n, int6
                 for (int r = 0; r < R; ++r) sums[r][i] = fma(w, x[r], sums[r][i]);
             }
         }
-        for (int r = 0; r < R; ++r)
-            if constexpr (K == 4) reduce_four(sums[r], scores + r * kKeyBlock + k);
-            else scores[r * kKeyBlock + k] = reduce(sums[r][0]);
+        for (int r = 0; r < R; ++r) store_sums(scores + r * kKeyBlock + k, sums[r]);
     }
 }
 

@@ -109,13 +109,13 @@ ALWAYS_INLINE float reduce(F32 a) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-// out[i] = reduce(v[i]) of four vectors: each addition is one of those, of several vectors at a time.
-ALWAYS_INLINE void reduce_four(const F32* v, float* out) {
-    const F32 a = _mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31));
-    const F32 b = _mm256_add_ps(_mm256_permute2f128_ps(v[2], v[3], 0x20), _mm256_permute2f128_ps(v[2], v[3], 0x31));
-    F32 s = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
-    s = _mm256_add_ps(s, _mm256_permute_ps(s, 0xb1));  // sums of vectors 0, 0, 2, 2, 1, 1, 3, 3
-    _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0xa));
+// The sums of four vectors' lanes, side by side.
+ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[4]) {
+    const F32 first = add(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
+    const F32 second = add(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
+    const __m256d a = _mm256_castps_pd(first), b = _mm256_castps_pd(second);
+    const F32 sums = add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
 }
 ALWAYS_INLINE F32 load_half(const uint8_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

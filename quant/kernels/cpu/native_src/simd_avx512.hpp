@@ -74,18 +74,14 @@ ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) { return _mm512_reduce_add_ps(a); }
-// out[i] = reduce(v[i]) of four vectors: each addition is one of those, of several vectors at a time.
-ALWAYS_INLINE F32 add_quarters(const F32* v) {  // four lanes of each vector are left, side by side
-    const F32 a = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
-    const F32 b = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-ALWAYS_INLINE void reduce_four(const F32* v, float* out) {
-    F32 s = add_quarters(v);
-    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
-    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
-    const I32 first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, s)));
+// The sums of four vectors' lanes, side by side.
+ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[4]) {
+    const F32 first = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const F32 second = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
+    const F32 sums = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 ALWAYS_INLINE F32 load_half(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
