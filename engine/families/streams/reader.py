@@ -6,7 +6,7 @@ become float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,7 +69,7 @@ class Reader:
             return tuple(self.kernels.prepare(stored[start : start + rows]) for start in starts)
         if rows % stored.format.tile_rows:
             stored = _in_smaller_tiles(stored)
-        return tuple(self.kernels.prepare(stored.rows(start, start + rows)) for start in starts)
+        return _in_one_piece([self.kernels.prepare(stored.rows(start, start + rows)) for start in starts])
 
     def stored(self, name: str, rows: int, cols: int) -> Weight:
         """A dense matrix as the file has it."""
@@ -100,6 +100,16 @@ class Reader:
             self.dense(f"{prefix}.w3", width, hidden),
             self.dense(f"{prefix}.w2", hidden, width),
         )
+
+
+def _in_one_piece(weights: list[Weight]) -> tuple[Weight, ...]:
+    """The same weights, of one format and shape, with the codes of packed ones behind each other: huge pages
+    cover nearly all of one large piece of memory, but only half of each of several that are hardly larger."""
+    packed = [weight for weight in weights if isinstance(weight, PackedTensor)]
+    if len(packed) < len(weights):
+        return tuple(weights)
+    codes = torch.stack([weight.codes for weight in packed])
+    return tuple(replace(weight, codes=part) for weight, part in zip(packed, codes, strict=True))
 
 
 def _in_smaller_tiles(packed: PackedTensor) -> PackedTensor:

@@ -5,31 +5,28 @@
 namespace {
 
 // The vectors of a row's values that are summed at a time.
-constexpr int kValueVectors = kLanes == 16 && kSumRegisters > 16 ? 4 : 2;
+constexpr int kValueVectors = kSumRegisters > 1 ? 4 : 2;
 
-// scores [R][kKeyBlock]: products of R queries and n keys of `dim` columns, a multiple of kBlock / 2.
+// scores [R][kKeyBlock]: products of R queries and n keys of `dim` columns, a multiple of kBlock / 2; behind those of
+// the last key anything.
 template <int R>
 void score_rows(const float* const* q, const float* const* keys, int64_t n, int64_t dim, float* scores) {
-    constexpr int K = kDenseRows;
+    constexpr int K = kDenseRows;  // the block is a multiple of it
     for (int64_t k = 0; k < n; k += K) {
         const float* key[K];
         for (int i = 0; i < K; ++i) key[i] = keys[k + i < n ? k + i : n - 1];
-        F32 sums[K][R];
-        for (int i = 0; i < K; ++i)
-            for (int r = 0; r < R; ++r) sums[i][r] = zero();
+        F32 sums[R][K];
+        for (int r = 0; r < R; ++r)
+            for (int i = 0; i < K; ++i) sums[r][i] = zero();
         for (int64_t d = 0; d < dim; d += kLanes) {
             F32 x[R];
             for (int r = 0; r < R; ++r) x[r] = load_float(q[r] + d);
             for (int i = 0; i < K; ++i) {
                 const F32 w = load_float(key[i] + d);
-                for (int r = 0; r < R; ++r) sums[i][r] = fma(w, x[r], sums[i][r]);
+                for (int r = 0; r < R; ++r) sums[r][i] = fma(w, x[r], sums[r][i]);
             }
         }
-        for (int r = 0; r < R; ++r) {
-            F32 of_row[K];
-            for (int i = 0; i < K; ++i) of_row[i] = sums[i][r];
-            store_sums(scores + r * kKeyBlock + k, of_row);  // behind the n-th, what nobody reads
-        }
+        for (int r = 0; r < R; ++r) store_sums(scores + r * kKeyBlock + k, sums[r]);
     }
 }
 
@@ -69,20 +66,36 @@ void in_groups(int rows, const F& visit) {
     for (; r < rows; ++r) visit(std::integral_constant<int, 1>(), r);
 }
 
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+
 // scores [kKeyBlock] to e^(score - the largest), zero from `seen` on; what the largest is, and the sum.
 void to_weights(float* scores, int64_t seen, float scale, float* most, float* sum) {
-    constexpr int kSide = 16;
+    constexpr int kSide = 16, kVectors = kSide / kLanes;  // sixteen sums at every level: they have one order
+    Integers number;
+    for (int i = 0; i < kLanes; ++i) number[i] = i;
+    const Floats none = Floats{} - __builtin_inff();
+    Floats vectors[kVectors], x;
     float lanes[kSide];
-    for (int i = 0; i < kSide; ++i) lanes[i] = -__builtin_inff();
-    for (int64_t k = 0; k < kKeyBlock; ++k) scores[k] = k < seen ? scores[k] * scale : -__builtin_inff();
-    for (int64_t k = 0; k < kKeyBlock; k += kSide)
-        for (int i = 0; i < kSide; ++i) lanes[i] = scores[k + i] > lanes[i] ? scores[k + i] : lanes[i];
+    for (Floats& v : vectors) v = none;
+    for (int k = 0; k < kKeyBlock; k += kLanes) {
+        __builtin_memcpy(&x, scores + k, sizeof x);
+        x = number < static_cast<int>(seen) - k ? x * scale : none;
+        __builtin_memcpy(scores + k, &x, sizeof x);
+        Floats& v = vectors[k / kLanes % kVectors];
+        v = x > v ? x : v;
+    }
+    __builtin_memcpy(lanes, vectors, sizeof lanes);
     float largest = lanes[0];
     for (int i = 1; i < kSide; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-    for (int64_t k = 0; k < kKeyBlock; ++k) scores[k] = k < seen ? exp_negative(largest - scores[k]) : 0.0f;
-    for (int i = 0; i < kSide; ++i) lanes[i] = 0;
-    for (int64_t k = 0; k < kKeyBlock; k += kSide)
-        for (int i = 0; i < kSide; ++i) lanes[i] += scores[k + i];
+    for (Floats& v : vectors) v = Floats{};
+    for (int k = 0; k < kKeyBlock; k += kLanes) {
+        __builtin_memcpy(&x, scores + k, sizeof x);
+        x = number < static_cast<int>(seen) - k ? exp_negative_of<Floats, Integers>(largest - x) : Floats{};
+        __builtin_memcpy(scores + k, &x, sizeof x);
+        vectors[k / kLanes % kVectors] += x;
+    }
+    __builtin_memcpy(lanes, vectors, sizeof lanes);
     for (int width = kSide / 2; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
     *most = largest;

@@ -45,27 +45,31 @@ void to_digits(const float* x, int64_t cols, int offset, bool halves, Block<D>* 
     }
 }
 
-// e^-x for x clamped to +-87, within 2 ulp: 2^n times a polynomial in the remainder.
-ALWAYS_INLINE float exp_negative(float x) {
-    const float t = -(x > 87.0f ? 87.0f : x < -87.0f ? -87.0f : x);
-    const float shifted = t * 1.44269504f + 12582912.0f;
-    int32_t n;
-    __builtin_memcpy(&n, &shifted, 4);
+// e^-x for x clamped to +-87, within 2 ulp: 2^n times a polynomial in the remainder. F is float or a vector of floats,
+// N the integer or vector of integers of its size.
+template <class F, class N>
+ALWAYS_INLINE F exp_negative_of(F x) {
+    const F most = F{} + 87.0f;
+    const F t = -(x > most ? most : x < -most ? -most : x);
+    const F shifted = t * 1.44269504f + 12582912.0f;
+    N n;
+    __builtin_memcpy(&n, &shifted, sizeof n);
     n -= 0x4b400000;
-    const float whole = shifted - 12582912.0f;
-    const float r = (t - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+    const F whole = shifted - 12582912.0f;
+    const F r = (t - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    F p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const int32_t power = (n + 127) << 23;
-    float two_n;
-    __builtin_memcpy(&two_n, &power, 4);
+    const N power = (n + 127) << 23;
+    F two_n;
+    __builtin_memcpy(&two_n, &power, sizeof two_n);
     return p * two_n;
 }
+
+ALWAYS_INLINE float exp_negative(float x) { return exp_negative_of<float, int32_t>(x); }
 
 void swiglu(const float* gate, const float* up, const Gating& gating, int64_t n, float* h) {
     const float limit = gating.limit, alpha = gating.alpha, shift = gating.shift;
