@@ -42,12 +42,13 @@ def budget_of(
     """Room for so many experts in DRAM and on virtual GPUs; with_layers: and for a layer on each of these."""
     size, weights = shape.expert_nbytes, max(part.dense.nbytes + part.shared.nbytes for part in shape.layers)
     fixed = shape.nbytes - sum(layer.experts for layer in shape.layers) * size
-    layer = weights + max(layer.kv.nbytes(workload.context) for layer in shape.layers)
+    kv = [layer.kv.nbytes(workload.context) for layer in shape.layers]
+    layer = weights + max(kv)
     tiers = tuple(
         Tier(f"vram:{n}", experts * size + (layer if with_layers else 0), CPU, link_bytes_per_s=50e6)
         for n, experts in enumerate(gpus)
     )
-    on_gpus = weights * len(gpus) if with_layers else 0
+    on_gpus = (weights + min(kv)) * len(gpus) if with_layers else 0
     return MemoryBudget(
         max(shape.embedding.nbytes, fixed - on_gpus) + int(dram * size * 1.1), tiers, workload
     )
