@@ -40,14 +40,15 @@ def budget_of(
     shape: ModelShape, dram: int, *gpus: int, with_layers: bool = False, workload: Workload = WORKLOAD
 ) -> MemoryBudget:
     """Room for so many experts in DRAM and on virtual GPUs; with_layers: and for a layer on each of these."""
-    size, layer = shape.expert_nbytes, max(layer.dense.nbytes + layer.shared.nbytes for layer in shape.layers)
+    size, weights = shape.expert_nbytes, max(part.dense.nbytes + part.shared.nbytes for part in shape.layers)
     fixed = shape.nbytes - sum(layer.experts for layer in shape.layers) * size
-    layer += max(layer.kv.nbytes(workload.context) for layer in shape.layers)
+    kv = [layer.kv.nbytes(workload.context) for layer in shape.layers]
+    layer = weights + max(kv)
     tiers = tuple(
         Tier(f"vram:{n}", experts * size + (layer if with_layers else 0), CPU, link_bytes_per_s=50e6)
         for n, experts in enumerate(gpus)
     )
-    on_gpus = layer * len(gpus) if with_layers else 0
+    on_gpus = (weights + min(kv)) * len(gpus) if with_layers else 0
     return MemoryBudget(
         max(shape.embedding.nbytes, fixed - on_gpus) + int(dram * size * 1.1), tiers, workload
     )
