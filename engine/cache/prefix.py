@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.cache.stored_states import StoredStates
 from engine.families.base import KvCache
 
 Ids = NDArray[np.int32]
@@ -98,11 +99,13 @@ class PrefixCache:
     """Saves and restores the state of a cache's slots, within `budget_bytes`; the least recently used
     goes first. Used by one thread; `stats` may be read by others.
 
-    Prefixes saved under one `salt` are found under the same only.
+    Prefixes saved under one `salt` are found under the same only. With `stored`, they are saved to disk too,
+    and longer ones found there.
     """
 
-    def __init__(self, cache: KvCache, budget_bytes: int) -> None:
+    def __init__(self, cache: KvCache, budget_bytes: int, stored: StoredStates | None = None) -> None:
         self._cache = cache
+        self._stored = stored
         self._budget_bytes = budget_bytes
         self._roots: dict[str, _Node] = {}
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
@@ -127,6 +130,13 @@ class PrefixCache:
         last = len(ids) - 1
         shared = path[-1].stop if path else 0
         end, length = self._best_end(path, ids)
+        if self._stored is not None and self._stored.longest(ids, salt) >= length + MIN_GAIN:
+            found, logits = self._stored.restore(slot, ids, salt)
+            if found:
+                self._hits += 1
+                self._cached_tokens += found
+                return Prefix(found, logits)
+            self._cache.reset(slot)
         divergence = min(shared, last)
         is_worth_saving = divergence - length >= MIN_GAIN
         if end is None:
@@ -144,6 +154,8 @@ class PrefixCache:
         Does nothing where the budget could not hold it.
         """
         ids = np.asarray(tokens, dtype=np.int32)
+        if self._stored is not None:
+            self._stored.save(slot, ids, salt, logits)
         recent = self._cache.recent(slot, len(ids))
         at_end = sum(t.nbytes for t in recent) + (0 if logits is None else logits.nbytes)
         if self._edge_bytes(slot, 0, len(ids)) + at_end > self._budget_bytes:
