@@ -1,7 +1,6 @@
 """The engine: a step loop in its own thread that turns submitted prompts into tokens.
 
-One step: schedule chunks, run the model on them, sample and report. Submissions and aborts come
-from other threads through an inbox that is emptied between steps.
+Submissions and aborts come from other threads through an inbox that is emptied between steps (steps.py).
 """
 
 from __future__ import annotations
@@ -10,33 +9,25 @@ import itertools
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
-import torch
-
-from engine.assemble import assemble
 from engine.cache.prefix import PrefixCache, PrefixStats
 from engine.families.base import KvCache, Model
 from engine.grammar.constraint import GrammarCompiler
-from engine.output import FinishReason, TokenLogprob
-from engine.sampling.draw import draw_tokens
+from engine.output import FinishReason
 from engine.sampling.params import SamplingParams
-from engine.sampling.sampler import Sampler, token_logprobs
-from engine.scheduler import Chunk, Scheduler
+from engine.sampling.sampler import Sampler
+from engine.scheduler import Scheduler
 from engine.sequence import OnOutput, Sequence
+from engine.steps import Steps
 from engine.tokenizer.detokenizer import Detokenizer
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.hardware.detect import available_memory_bytes
-from quant.errors import BudgetError, CapacityError, LociError, RequestError
+from quant.errors import BudgetError, CapacityError, RequestError
 
 logger = logging.getLogger("loci.engine")
-
-# While a long prompt is computed, its state is saved every so many tokens, for prompts that share only its
-# beginning.
-SAVE_EVERY = 2048
 
 
 @dataclass(frozen=True)
@@ -97,10 +88,11 @@ class Engine:
         self._max_context = min(max_context, model.info.max_context)
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
-        self._prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
+        prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
         self._scheduler = Scheduler(
-            max_sequences, prefill_chunk, prefill_step_s, shares_prompts=self._prefixes is not None
+            max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
+        self._steps = Steps(model, self._cache, prefixes, self._scheduler, self._forget)
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []
@@ -109,11 +101,6 @@ class Engine:
         self._stopping = False
         self._thread = threading.Thread(target=self._loop, name="loci-engine", daemon=True)
         self.between_steps: Callable[[], None] = _nothing
-        self._prompt_tokens = 0
-        self._generated_tokens = 0
-        self._steps = 0
-        self._step_s = self._forward_s = 0.0
-        self._is_failing = False
 
     @property
     def max_context(self) -> int:
@@ -197,20 +184,20 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Current counters and gauges."""
-        running = list(self._scheduler.running)
+        running, steps = list(self._scheduler.running), self._steps
         return EngineStats(
             running=len(running),
             waiting=len(self._scheduler.waiting) + len(self._submitted),
-            prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            steps=self._steps,
+            prompt_tokens=steps.prompt_tokens,
+            generated_tokens=steps.generated_tokens,
+            steps=steps.count,
             kv_tokens_used=sum(s.computed for s in running),
             kv_tokens_capacity=self._cache.slots * self._cache.capacity,
             kv_bytes=self._cache.nbytes,
-            step_s=self._step_s,
-            forward_s=self._forward_s,
-            prefixes=None if self._prefixes is None else self._prefixes.stats,
-            is_failing=self._is_failing,
+            step_s=steps.step_s,
+            forward_s=steps.forward_s,
+            prefixes=None if steps.prefixes is None else steps.prefixes.stats,
+            is_failing=steps.is_failing,
         )
 
     def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
@@ -237,7 +224,7 @@ class Engine:
     def _loop(self) -> None:
         try:
             while self._drain_inbox():
-                self._step()
+                self._steps.run()
                 self.between_steps()
         except BaseException:
             logger.exception("the engine's step loop ended")
@@ -246,11 +233,13 @@ class Engine:
             with self._wake:
                 self._stopping = True
             for sequence in list(self._known.values()):
-                self._end(sequence, FinishReason.ABORT)
+                self._steps.end(sequence, FinishReason.ABORT)
             self.between_steps()
 
     def _drain_inbox(self) -> bool:
         """Process submissions and aborts, waiting for them when idle; False when it is time to stop."""
+        if self._scheduler.has_work and not (self._submitted or self._aborted or self._stopping):
+            return True  # as nearly always; what comes at this moment is seen after the step
         with self._wake:
             while not (self._submitted or self._aborted or self._scheduler.has_work or self._stopping):
                 self._wake.wait()
@@ -261,188 +250,26 @@ class Engine:
                 self._scheduler.add(sequence)
         for sequence in aborted:
             if sequence.sequence_id in self._known:
-                self._end(sequence, FinishReason.ABORT)
+                self._steps.end(sequence, FinishReason.ABORT)
         return not stopping
+
+    def _forget(self, sequence: Sequence) -> bool:
+        """Drop an ended sequence from the books; True if it was scheduled."""
+        with self._wake:
+            self._known.pop(sequence.sequence_id, None)
+            if sequence in self._submitted:
+                self._submitted.remove(sequence)
+                return False
+        return True
 
     def _unfinished(self) -> int:
         """Sequences that hold a slot or wait for one. Those that were aborted or have just finished leave
         before the next one is admitted, so they do not count. Holds the lock."""
         return sum(s.finish_reason is None and not s.is_aborted for s in self._known.values())
 
-    def _step(self) -> None:
-        """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
-        began = time.perf_counter()
-        for sequence in self._scheduler.admit():
-            with self._failing_alone(sequence):
-                self._begin(sequence)
-        chunks = self._scheduler.next_chunks()
-        if not chunks:
-            return
-        logits = None
-        with self._failing_alone(*(chunk.sequence for chunk in chunks)):
-            batch, counts = assemble(chunks)
-            forward_began = time.perf_counter()
-            logits = self.model.forward(batch, self._cache)
-            forward_s = time.perf_counter() - forward_began
-        if logits is None:
-            return
-        self._is_failing = False
-        self._scheduler.observe(chunks, forward_s)
-        ready: list[tuple[Sequence, int]] = []
-        stop = 0
-        for chunk, count in zip(chunks, counts, strict=True):
-            rows = range(stop, stop := stop + count)
-            with self._failing_alone(chunk.sequence):
-                if self._advance(chunk, logits, rows):
-                    ready.append((chunk.sequence, rows[-1]))
-        self._take_tokens(ready, logits)
-        self._steps += 1
-        self._forward_s += forward_s
-        self._step_s += time.perf_counter() - began
-
-    def _failing_alone(self, *sequences: Sequence) -> _FailingAlone:
-        """Exceptions inside fail `sequences` and no others."""
-        return _FailingAlone(self._fail, sequences)
-
-    def _fail(self, sequences: Ids[Sequence], error: Exception) -> None:
-        if isinstance(error, RequestError):
-            reason, text = FinishReason.REFUSED, str(error)
-        else:
-            self._is_failing = True
-            numbers = [sequence.sequence_id for sequence in sequences]
-            known = isinstance(error, LociError)
-            logger.error("sequences %s failed: %s", numbers, error, exc_info=None if known else error)
-            reason, text = (
-                FinishReason.ERROR,
-                str(error) if known else f"{type(error).__name__} in the engine",
-            )
-        for sequence in sequences:
-            self._end(sequence, reason, text)
-
-    def _begin(self, sequence: Sequence) -> None:
-        """Fill the slot of an admitted sequence with the cached prefix of its prompt."""
-        assert sequence.slot is not None
-        self._cache.reset(sequence.slot)
-        if self._prefixes is None or sequence.params.prompt_logprobs is not None:
-            return  # log probabilities of the prompt need all of it computed
-        prefix = self._prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
-        sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
-        sequence.divergence = prefix.divergence
-        if prefix.logits is not None:
-            self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
-
-    def _advance(self, chunk: Chunk, logits: torch.Tensor, rows: range) -> bool:
-        """Record what was computed; True if a token is to be sampled. `rows` of the logits are the
-        chunk's."""
-        sequence, params = chunk.sequence, chunk.sequence.params
-        was_prefilling = sequence.is_prefilling
-        first = sequence.computed
-        sequence.computed += chunk.length
-        if was_prefilling:
-            self._prompt_tokens += chunk.length
-            if params.prompt_logprobs is not None:
-                following = sequence.token_ids[first + 1 : sequence.computed + 1]
-                sequence.prompt_logprobs += token_logprobs(
-                    logits[rows.start : rows.start + len(following)],
-                    torch.tensor(following, dtype=torch.int64),
-                    params.prompt_logprobs,
-                )
-            if sequence.is_prefilling:
-                if (
-                    sequence.computed == sequence.divergence
-                    or sequence.computed >= sequence.saved + SAVE_EVERY
-                ):
-                    self._save_prefix(sequence)
-                return False
-            self._save_prefix(sequence, logits[rows[-1]])
-        return True
-
-    def _take_tokens(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
-        """Sample and report the next token of each sequence, whose logits are a row of `[rows, vocab]`."""
-        adjusted = []
-        for sequence, row in ready:
-            with self._failing_alone(sequence):
-                adjusted.append((sequence, row, sequence.sampler.adjusted(logits, row)))
-        if not adjusted:
-            return
-        is_untouched = len(adjusted) == logits.shape[0] and all(new is None for _, _, new in adjusted)
-        with self._failing_alone(*(sequence for sequence, _, _ in adjusted)):
-            tokens = draw_tokens(
-                logits
-                if is_untouched
-                else torch.stack([logits[row] if new is None else new for _, row, new in adjusted]),
-                [sequence.params for sequence, _, _ in adjusted],
-                [sequence.sampler.number() for sequence, _, _ in adjusted],
-            )
-            self.model.expect(
-                [
-                    (sequence.token_ids, token)
-                    for (sequence, _, _), token in zip(adjusted, tokens, strict=True)
-                    if token >= 0
-                ]
-            )
-            for (sequence, row, _), token in zip(adjusted, tokens, strict=True):
-                with self._failing_alone(sequence):
-                    self._take_token(sequence, logits, row, token)
-
-    def _take_token(self, sequence: Sequence, logits: torch.Tensor, row: int, token: int) -> None:
-        """Report a token that was drawn from a row of logits `[rows, vocab]`."""
-        params = sequence.params
-        if token < 0:
-            raise LociError("the model produced NaN; the server's log may say why")
-        sequence.sampler.remember(token)
-        self._generated_tokens += 1
-        logprobs: list[TokenLogprob] = []
-        if params.logprobs is not None:
-            logprobs = token_logprobs(logits[row : row + 1], torch.tensor([token]), params.logprobs)
-        sequence.append(token, tuple(logprobs))
-        if sequence.finish_reason is not None:
-            self._save_prefix(sequence)
-            self._forget(sequence)
-
-    def _save_prefix(self, sequence: Sequence, logits: torch.Tensor | None = None) -> None:
-        """Cache the current state of a sequence; `logits` `[vocab]` are those after its last token."""
-        if self._prefixes is not None and sequence.slot is not None:
-            tokens = sequence.token_ids[: sequence.computed]
-            self._prefixes.save(sequence.slot, tokens, sequence.cache_salt, logits)
-            sequence.saved = sequence.computed
-
-    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
-        self._forget(sequence)
-        if sequence.finish_reason is None:
-            sequence.finish(reason, error=error)
-
-    def _forget(self, sequence: Sequence) -> None:
-        with self._wake:
-            self._known.pop(sequence.sequence_id, None)
-            if sequence in self._submitted:
-                self._submitted.remove(sequence)
-                return
-        self._scheduler.release(sequence)
-
 
 def _nothing() -> None:
     pass
-
-
-class _FailingAlone:
-    """Passes exceptions from a `with` block to `fail`; a generator would do the same at five times the
-    cost."""
-
-    __slots__ = ("_fail", "_sequences")
-
-    def __init__(self, fail: Callable[[Ids[Sequence], Exception], None], sequences: Ids[Sequence]) -> None:
-        self._fail = fail
-        self._sequences = sequences
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        self._fail(self._sequences, error)
-        return True
 
 
 def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) -> KvCache:

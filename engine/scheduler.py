@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.sequence import Sequence
 
@@ -17,8 +17,7 @@ NEWEST = 0.3
 RISING = 0.6
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """The next `length` pending tokens of a sequence."""
 
     sequence: Sequence
@@ -57,6 +56,8 @@ class Scheduler:
 
     def admit(self) -> list[Sequence]:
         """Give free slots to waiting sequences; returns the newly admitted ones."""
+        if not self.waiting:
+            return []
         admitted: list[Sequence] = []
         held_back: list[Sequence] = []
         computed_now = {s.prompt_hash for s in self.running if s.is_prefilling}
@@ -80,8 +81,8 @@ class Scheduler:
         The oldest prompt gets at least half of the prefill budget, so that none starves; the rest goes to the
         shortest ones first, so that none waits for a long one to finish.
         """
-        decodes = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
-        prompts = [s for s in self.running if s.is_prefilling]
+        prompts = [s for s in self.running if s.computed < s.prompt_length]
+        decodes = [Chunk(s, 1) for s in self.running if s.computed >= s.prompt_length]
         if not prompts:
             return decodes
         budget = self._prefill_budget(len(decodes))
@@ -125,9 +126,8 @@ class Scheduler:
 
 def _wanted(sequence: Sequence) -> int:
     """Prompt tokens still to be computed, up to the next stop of the prefill."""
-    if sequence.divergence is not None and sequence.divergence > sequence.computed:
-        return sequence.divergence - sequence.computed
-    return sequence.pending
+    ahead = [stop - sequence.computed for stop in sequence.stops if stop > sequence.computed]
+    return min(ahead, default=sequence.pending)
 
 
 def _mean(mean: float | None, newest: float, weight: float = NEWEST) -> float:

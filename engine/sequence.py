@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
@@ -23,7 +23,7 @@ class Sequence:
 
     computed counts the tokens that the cache holds; slot is the cache slot, None while waiting.
     `max_tokens` is what the parameters and the context leave room for. Of the prompt, `cached_tokens`
-    came from the prefix cache; the prefill stops at `divergence`, for the state there to be saved.
+    came from the prefix cache; the prefill pauses at `stops`, for the states there to be saved.
     """
 
     sequence_id: int
@@ -42,7 +42,7 @@ class Sequence:
     slot: int | None = None
     computed: int = 0
     cached_tokens: int = 0
-    divergence: int | None = None
+    stops: tuple[int, ...] = ()
     saved: int = 0  # length of the last state saved to the prefix cache
     is_aborted: bool = False  # no reader any more; it ends before the next step
     finish_reason: FinishReason | None = None
@@ -118,8 +118,7 @@ class Sequence:
         if not self._reported:
             self._reported = True
             prompt_logprobs = None if self.params.prompt_logprobs is None else tuple(self.prompt_logprobs)
-            output = replace(
-                output,
+            output = output._replace(
                 prompt_logprobs=prompt_logprobs,
                 queue_s=self.queue_s,
                 cached_tokens=self.cached_tokens,

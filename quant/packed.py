@@ -54,13 +54,14 @@ class PackedTensor:
         return self.format.slice_rows(self, start, stop)
 
     def reordered(self, order: torch.Tensor) -> PackedTensor:
-        """The matrix with its rows in another order, `[rows]`; a tile's rows must stay in their tile."""
+        """The rows of these numbers, `[rows]`, in this order; those of a tile must come from one tile."""
         tile, scales = self.format.tile_rows, self.scales
-        if tile == 1:
-            scales = None if scales is None else scales[order]
-        elif not torch.equal(order // tile, torch.arange(len(order)) // tile):
+        tiles = order // tile
+        sources = tiles[::tile]  # of each tile
+        if not torch.equal(tiles, sources.repeat_interleave(tile)[: len(order)]):
             raise FormatError(f"{self.format.name}: rows that share a scale with others cannot be reordered")
-        return PackedTensor(self.format, self.shape, self.codes[order], scales)
+        scales = None if scales is None else scales[sources]
+        return PackedTensor(self.format, (len(order), self.shape[1]), self.codes[order], scales)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The whole matrix decoded, `[rows, cols]` of `dtype`."""

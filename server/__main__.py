@@ -1,5 +1,5 @@
 """`python -m server` is `loci`."""
 
-from server.cli.main import main
+from server.cli.main import process
 
-main()
+process()

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine import engine as engine_module
+from engine import steps as steps_module
 from engine.engine import Engine
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -64,12 +64,12 @@ class Watch:
             (Scheduler, "admit", "scheduling"),
             (Scheduler, "next_chunks", "scheduling"),
             (Scheduler, "observe", "scheduling"),
-            (engine_module, "assemble", "assembling"),
+            (steps_module, "assemble", "assembling"),
             (engine.model, "forward", "forward"),
             (Sampler, "adjusted", "sampling"),
             (Sampler, "number", "sampling"),
             (Sampler, "remember", "sampling"),
-            (engine_module, "draw_tokens", "sampling"),
+            (steps_module, "draw_tokens", "sampling"),
             (engine.model, "expect", "prefetching"),
             (Detokenizer, "push", "detokenising"),
             (Sequence, "append", "output"),

@@ -1,10 +1,11 @@
 """The prefix cache: a radix tree of token ids with the KV cache state of each prefix.
 
 Append-only state (keys and values, compressed entries) is stored on the tree's edges, so prompts with a
-common prefix share it. State that later tokens overwrite (window rings, unfinished groups) is stored at
-chosen positions only: the ends of prompts and answers, at intervals within a long prompt, and where two
-prompts were seen to diverge. Token ids are compared directly, not by hash, and everything is copied in and
-out, so a sequence never references the tree.
+common prefix share it. State that later tokens overwrite (window rings, unfinished groups, DeltaNet's) is
+stored at chosen positions only: the ends of prompts and answers, at intervals within a long prompt, where two
+prompts were seen to diverge, and, if it cannot be taken back from there, shortly before a prompt's end. Token
+ids are compared directly, not by hash, and everything is copied in and out, so a sequence never references
+the tree.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 
 from engine.cache.stored_states import StoredStates
 from engine.families.base import KvCache
+from memory.planner.published import KV_MARGIN
 
 Ids = NDArray[np.int32]
 Saved = tuple[torch.Tensor, ...]
 
-# The prefill stops where prompts diverge, to save the state there, if that spares at least this many tokens.
+# The prefill pauses to save a state if that may spare a later prompt so many tokens.
 MIN_GAIN = 32
 
 
@@ -32,12 +34,14 @@ class Prefix:
 
     length  tokens that the slot now holds, 0 where nothing fitted
     logits  `[vocab]` after the last of them, if that is the whole prompt
-    divergence where the prompt diverges from all cached ones, if the state there is worth saving; None if not
+    stops   where the prefill is to pause, for the state there to be saved: where the prompt diverges from all
+            cached ones, and before the tokens at a chat prompt's end that open the answer: the next turn
+            has others
     """
 
     length: int
     logits: torch.Tensor | None = None
-    divergence: int | None = None
+    stops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,18 @@ class PrefixCache:
                 return Prefix(found, logits)
             self._cache.reset(slot)
         divergence = min(shared, last)
-        is_worth_saving = divergence - length >= MIN_GAIN
+        wanted = {divergence}
+        if self._cache.margin < KV_MARGIN:
+            wanted.add(len(ids) - KV_MARGIN)
+        stops = tuple(stop for stop in sorted(wanted) if stop - length >= MIN_GAIN)
         if end is None:
-            return Prefix(0, None, divergence if is_worth_saving else None)
+            return Prefix(0, None, stops)
         self._hits += 1
         self._cached_tokens += length
         self._load(slot, path, end, length)
         self._ends.move_to_end(end)
         logits = end.logits if length > last else None
-        return Prefix(length, logits, divergence if is_worth_saving else None)
+        return Prefix(length, logits, stops)
 
     def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
         """Save the state of `slot`, which holds exactly `tokens`; `logits` `[vocab]` are those after them.

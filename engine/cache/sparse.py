@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
 
 
@@ -122,7 +123,7 @@ class SparseCache(KvCache):
     def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
         before = min(self.shape.window - 1, segment.start)
-        return _extend(self.windows[layer][segment.slot], segment.start, before, kv)
+        return extend_ring(self.windows[layer][segment.slot], segment.start, before, kv)
 
     def extend_group(
         self, layer: int, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
@@ -134,8 +135,8 @@ class SparseCache(KvCache):
             return kv, gate
         held = segment.start % source.ratio
         return (
-            _extend(source.open_kv[slot], segment.start, held, kv),
-            _extend(source.open_gate[slot], segment.start, held, gate),
+            extend_ring(source.open_kv[slot], segment.start, held, kv),
+            extend_ring(source.open_gate[slot], segment.start, held, gate),
         )
 
     def extend_history(self, segment: Segment, keys: np.ndarray) -> np.ndarray:
@@ -150,26 +151,3 @@ class SparseCache(KvCache):
         kept = min(size, len(keys))
         ring[np.arange(end - kept, end) % size] = keys[-kept:]
         return joined
-
-
-def _extend(ring: torch.Tensor, start: int, before: int, new: torch.Tensor) -> torch.Tensor:
-    """Write `new` `[L, ...]`, of tokens from `start` on, into a ring `[size, ...]` of the last tokens.
-
-    Returns it behind the `before` tokens that precede it, `[before + L, ...]`.
-    """
-    size, length = ring.shape[0], new.shape[0]
-    joined = torch.cat((*_slices(ring, start - before, before), new))
-    kept = min(size, length)
-    at = length - kept
-    for part in _slices(ring, start + at, kept):
-        part.copy_(new[at : at + len(part)])
-        at += len(part)
-    return joined
-
-
-def _slices(ring: torch.Tensor, start: int, length: int) -> list[torch.Tensor]:
-    """Rows of the `length` <= size tokens from `start` on, as views: two where they pass the ring's end."""
-    size = ring.shape[0]
-    first = start % size
-    parts = [ring[first : first + length], ring[: max(0, first + length - size)]]
-    return [part for part in parts if len(part)]

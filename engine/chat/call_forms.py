@@ -51,11 +51,13 @@ class CallForm(ABC):
     tags        spellings that are looked for in its answers, of which none begins inside another
     openers     those that open a block of calls
     is_bare     a call may also be all of the answer, with no tag before it
+    ends_reasoning  a call may begin while the model reasons, which ends the reasoning
     """
 
     tags: tuple[str, ...]
     openers: tuple[str, ...]
     is_bare: bool = False
+    ends_reasoning: bool = False
 
     @abstractmethod
     def block(self, opener: str, schemas: Schemas) -> CallBlock:

@@ -88,7 +88,7 @@ def _deepseek(*, fences: bool) -> Calls:
 def _kimi() -> Calls:
     call, separator, end_call = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
     begin, end = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
-    form = SectionCalls(begin, separator, call, end_call, end, numbers=True)
+    form = SectionCalls(begin, separator, call, end_call, end, numbers=True, ends_reasoning=True)
     spelling = SectionSpelling(
         begin, before=f"{call}functions.", behind=separator, end_call=end_call, end=end, numbers=True
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from engine.chat.output_parser import MessageDelta, OutputParser, ToolCallDelta
 from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
@@ -25,6 +25,18 @@ TAGS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 ENDS = (RETURN, CALL)  # of an answer
 
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
+_ROLE = re.compile(r"(assistant)?\s*(to=\S*)?")  # what may stand before a channel
+
+
+def ends_of(named: Sequence[int], added_tokens: Mapping[str, int]) -> tuple[int, ...]:
+    """The tokens that end an answer, of which `named` are what a checkpoint names.
+
+    A vocabulary with harmony's tokens has two ends, and files name one of them, or what only ends a message.
+    """
+    if not all(tag in added_tokens for tag in TAGS):
+        return tuple(named)
+    kept = (i for i in named if i != added_tokens[END])
+    return tuple(dict.fromkeys([*kept, *(added_tokens[end] for end in ENDS)]))
 
 
 class HarmonyParser(OutputParser):
@@ -42,7 +54,7 @@ class HarmonyParser(OutputParser):
         self._tools = tools
         self._state = "content" if in_final else "header"
         self._header = ""
-        self._has_tags = in_final  # whether the model keeps to the format at all
+        self._has_channel = False
         self._told: set[str] = set()  # kinds of messages that have been told
         self._is_new = False  # nothing of the message at hand has been told
         self._name = ""  # of the call at hand
@@ -57,10 +69,7 @@ class HarmonyParser(OutputParser):
         return self._read(self._finder.push(text, special_ranges))
 
     def finish(self) -> list[MessageDelta]:
-        deltas = self._read(self._finder.finish())
-        if self._state == "header" and not self._has_tags and self._header.strip():
-            deltas.append(MessageDelta(content=self._header))
-        return deltas + self._end_message()
+        return self._read(self._finder.finish()) + self._end_message()
 
     def _read(self, items: Iterable[Item]) -> list[MessageDelta]:
         deltas: list[MessageDelta] = []
@@ -69,31 +78,34 @@ class HarmonyParser(OutputParser):
         return deltas
 
     def _pass(self, tag: str) -> list[MessageDelta]:
-        self._has_tags = True
         if tag == START:
             deltas = self._end_message()
-            self._state, self._header = "header", ""
+            self._begin_header()
             return deltas
         if tag in (END, *ENDS):
             return self._end_message()
         if tag == MESSAGE and self._state == "header":
             return self._begin_message()
         if self._state == "between" and tag == CHANNEL:
-            self._state, self._header = "header", ""  # a model may leave out `<|start|>assistant`
+            self._begin_header()  # a model may leave out `<|start|>assistant`
         if self._state == "header":
             self._header += tag
+            self._has_channel |= tag == CHANNEL
             return []
         return self._say(tag)  # no place for a tag, so it is text
+
+    def _begin_header(self) -> None:
+        self._state, self._header, self._has_channel = "header", "", False
 
     def _begin_message(self) -> list[MessageDelta]:
         """Go by the header: reasoning, text, or a call, whose name is told with its first arguments."""
         recipient = _RECIPIENT.search(self._header)
         channel = self._header.partition(CHANNEL)[2].split(" ")[0].partition("<")[0].strip()
         to = recipient.group(1) if recipient else ""
+        self._name = to.removeprefix("functions.")
         self._is_new = True
-        if self._tools and to and (to.startswith("functions.") or channel != "analysis"):
+        if self._tools and self._name and (to.startswith("functions.") or channel != "analysis"):
             self._state, self._held = "call", ""
-            self._name = to.removeprefix("functions.")
         else:
             self._state = "reasoning" if channel == "analysis" else "content"
         return []
@@ -109,7 +121,8 @@ class HarmonyParser(OutputParser):
                 self._held = text[len(certain) :]
                 return self._arguments(certain)
             case "between":
-                if not text.strip():
+                text = text.lstrip()
+                if not text:
                     return []
                 self._state, self._is_new = "content", True
         gap = "\n\n" if self._is_new and self._state in self._told else ""
@@ -131,5 +144,8 @@ class HarmonyParser(OutputParser):
 
     def _end_message(self) -> list[MessageDelta]:
         deltas = self._arguments("{}") if self._state == "call" and self._is_new else []
+        if self._state == "header" and not self._has_channel and not _ROLE.fullmatch(self._header.strip()):
+            self._state = "between"  # the model does not keep to the format, and what it says is text
+            deltas = self._say(self._header)
         self._state = "between"
         return deltas

@@ -10,6 +10,26 @@ from engine.chat.call_history import WrittenArguments
 from engine.tokenizer.prompt import pattern_of
 
 
+class WithReasoning(str):
+    """An assistant's text that begins with its reasoning, between tags that are tags."""
+
+    tags: tuple[str, str]
+
+    @classmethod
+    def found_in(cls, text: str, tags: tuple[str, str]) -> str:
+        """`text`, as one of these where it begins with reasoning."""
+        if not text.lstrip().startswith(tags[0]) or tags[1] not in text:
+            return text
+        found = cls(text)
+        found.tags = tags
+        return found
+
+    def around(self) -> tuple[str, str, str]:
+        """What stands before the reasoning, in it, and behind it."""
+        before, _, rest = self.partition(self.tags[0])
+        return (before, *rest.partition(self.tags[1])[::2])
+
+
 class Marks:
     """Puts marks into what a request says, and takes them out of what the template made of it.
 
@@ -28,6 +48,9 @@ class Marks:
 
     def put(self, value: Any, mark: str) -> Any:
         """`value` with its strings marked; roles are left alone, they were checked."""
+        if isinstance(value, WithReasoning):
+            before, reasoning, rest = (self._marked(part, mark) for part in value.around())
+            return before + value.tags[0] + reasoning + value.tags[1] + rest
         if isinstance(value, str):
             marked = self._marked(value, mark)
             return WrittenArguments(marked) if isinstance(value, WrittenArguments) else marked

@@ -128,6 +128,8 @@ class TaggedParser(OutputParser):
                 queue.extendleft(reversed(rest))
             elif isinstance(item, Tag):
                 deltas += self._pass(item.spelling)
+            elif self._may_be_bare and self._state != "reasoning" and not item.strip():
+                self._held += item
             elif self._begins_bare_call(item):
                 space = item[: len(item) - len(item.lstrip())]
                 self._held = (self._held + space).lstrip("\n" if self._after_tag else "")
@@ -144,6 +146,12 @@ class TaggedParser(OutputParser):
         self._may_be_bare = False
         return begun.startswith("{")
 
+    def _opens_calls(self, tag: str) -> bool:
+        form = self._form
+        if form is None or tag not in form.openers:
+            return False
+        return form.ends_reasoning or self._state != "reasoning"
+
     def _open(self, opener: str) -> None:
         assert self._form is not None
         self._state, self._block = "content", self._form.block(opener, self._schemas)
@@ -154,7 +162,9 @@ class TaggedParser(OutputParser):
             self._state = "reasoning"
         elif self._state == "reasoning" and tag == self._end_think:
             self._state = "content"
-        elif self._state != "reasoning" and self._form is not None and tag in self._form.openers:
+        elif self._opens_calls(tag):
+            if self._state == "reasoning":
+                self._held, self._after_tag = "", True
             self._state = "content"
             deltas = self._say("")
             self._open(tag)

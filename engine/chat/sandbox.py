@@ -16,6 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from engine.chat.call_history import WrittenArguments
 from quant.errors import ConfigError
 
+NEEDS = "the model's chat template needs what neither Loci nor transformers gives to templates"
+
 
 class ChatTemplate:
     """A compiled template.
@@ -33,8 +35,7 @@ class ChatTemplate:
             self._compiled = environment.from_string(source)
             tree = environment.parse(source)
         except jinja2.TemplateAssertionError as error:
-            needs = "needs what neither Loci nor transformers gives to templates"
-            raise ConfigError(f"the model's chat template {needs}: {error}") from None
+            raise ConfigError(f"{NEEDS}: {error}") from None
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
         self.variables = meta.find_undeclared_variables(tree)
@@ -51,9 +52,9 @@ class ChatTemplate:
             (name for name in sorted(self._lacking) if f"'{name}' is undefined" in str(error)), None
         )
         if missing is not None:
-            return (
-                f"the model's chat template calls {missing}(), which it has neither here nor in transformers"
-            )
+            return f"the model's chat template calls {missing}(), which neither Loci nor transformers has"
+        if isinstance(error, jinja2.TemplateRuntimeError) and str(error).startswith("No "):
+            return f"{NEEDS}: {error}"  # a filter or test that is named where it may not be reached
         return f"the model's chat template rejects these messages: {error}"
 
 

@@ -34,6 +34,7 @@ class SectionCalls(CallForm):
     call_id: str | None = None
     numbers: bool = False
     fences: bool = False
+    ends_reasoning: bool = False
 
     @property
     def tags(self) -> tuple[str, ...]:  # type: ignore[override]

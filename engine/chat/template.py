@@ -6,7 +6,8 @@ that occurs nowhere else) put inside every place where a special token is spelle
 of one stands at the string's edge and could be completed by what the template writes next to it.
 In the rendered prompt a special token is one only where no mark breaks it; the marks are then taken
 out and everything else is encoded literally. Ordinary strings are handed over untouched, so that
-templates can inspect and trim them. Roles are part of the markup, so only known ones are let in.
+templates can inspect and trim them. Roles are part of the markup, so only known ones are let in, and so
+are the tags around the reasoning that an assistant's message begins with, which templates look for.
 (A template that writes both `<` before and `>` after a string means to build markup from it, and may.)
 
 **Bounds.** Templates run in Jinja's immutable sandbox: no attributes of Python objects, no changes
@@ -72,10 +73,10 @@ class TemplateChat(ChatFormat):
         self._template = ChatTemplate(template, now)
         self._for_tools = None if for_tools is None else TemplateChat(tokenizer, for_tools, now)
         self._marks = Marks(tokenizer.control_tokens(template))
-        self._messages = MessageShaper(template, self._says_the_same)
         self._writes_messages = writes_messages(template)
         self._calls = None if self._writes_messages else calls_of(template)
         self._think = think_tags_of(template)
+        self._messages = MessageShaper(template, self._think, self._says_the_same)
 
     def render(self, request: Mapping[str, Any]) -> ChatPrompt:
         if self._for_tools is not None and request.get("tools") and request.get("tool_choice") != "none":

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import Any
 
 from engine.chat.call_history import ArgumentsForm, tool_call
+from engine.chat.marks import WithReasoning
 from quant.errors import RequestError
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -26,10 +27,12 @@ class MessageShaper:
     """Shapes messages for one template.
 
     template        its Jinja source
+    think           the tags around reasoning, where the template has some
     says_the_same   whether the template makes one prompt of several conversations
     """
 
-    def __init__(self, template: str, says_the_same: SaysTheSame) -> None:
+    def __init__(self, template: str, think: tuple[str, str] | None, says_the_same: SaysTheSame) -> None:
+        self._think = think
         self._knows_developer = "developer" in template
         self._wants_short_ids = f"length != {SHORT_ID}" in template
         self._says_the_same = says_the_same
@@ -61,6 +64,8 @@ class MessageShaper:
         content = message.get("content")
         text = text_of(content)
         plain = {**message, "role": role, "content": None if _absent(message) else text}
+        if role == "assistant" and self._think is not None and not _absent(message):
+            plain["content"] = WithReasoning.found_in(text, self._think)
         if isinstance(content, list) and len(content) > 1 and self._takes_parts(role):
             plain["content"] = [{"type": "text", "text": part["text"]} for part in content]
         return plain

@@ -17,6 +17,7 @@ import torch
 
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
+from memory.planner.shape import ModelShape
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
 from quant.kernels.cpu.program import Program
@@ -225,6 +226,14 @@ class Family(ABC):
 
         Raises CheckpointError listing everything that is wrong.
         """
+
+    def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
+        """The planner's shape of what a config alone says: a checkpoint without tensors, its weights as
+        released. Raises ConfigError for a config that the family cannot run, or if it needs headers."""
+        raise ConfigError(
+            f"{checkpoint.path}: the {self.name} family is planned from a checkpoint or by name, "
+            "not by config"
+        )
 
     def reencoded(self, checkpoint: Checkpoint, experts: str) -> Checkpoint:
         """The checkpoint with its routed experts in another format, `mxfp4`, `nf4` or `int4`.

@@ -29,6 +29,8 @@ def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
     read.only("moe_layer_freq", 1, None)
+    for key in ("n_group", "topk_group", "routed_scaling_factor"):  # not 1 where they are missing
+        read.number(key)
     attention = latent_attention(read)
     shared = read.count_or_none("n_shared_experts")
     layers = layers_behind_dense(read, attention, sigmoid_router(read), shared)
@@ -43,31 +45,36 @@ def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
     read = gguf.gguf_keys(checkpoint, NAME)
-    names = gguf.GGUF_NAMES
-    is_split = names["kv_b"].format(layer=0) not in checkpoint.entries
+    is_sigmoid = read.raw("expert_gating_func") == SIGMOID
+    read.only("expert_gating_func", SIGMOID, SOFTMAX, None)
+    layers, ignored = gguf_layers(read, checkpoint, is_sigmoid=is_sigmoid)
+    return gguf.describe_gguf(read, checkpoint, layers, ignored=ignored)
+
+
+def gguf_layers(read: Keys, checkpoint: Checkpoint, *, is_sigmoid: bool) -> tuple[list[Layer], str]:
+    """Layers of latent attention as GGUF metadata says, and a regular expression of tensors that they do not
+    use.
+
+    is_sigmoid  of the router's scores
+    """
+    is_split = not gguf.has_tensor(checkpoint, "kv_b")
     attention = gguf_latent_attention(read, is_split=is_split)
-    layers, dense = gguf.layer_count(read), read.count_or_none("leading_dense_block_count") or 0
-    has_choice_bias = names["choice_bias"].format(layer=dense) in checkpoint.entries
+    dense = read.count_or_none("leading_dense_block_count") or 0
+    has_choice_bias = gguf.has_tensor(checkpoint, "choice_bias", "", dense)
     width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
     experts = Experts(
-        _gguf_router(read, has_choice_bias=has_choice_bias),
+        _gguf_router(read, is_sigmoid=is_sigmoid, has_choice_bias=has_choice_bias),
         width,
         "stacked",
         shared=Mlp(shared * width) if shared else None,
     )
     mlp = Mlp(read.count("feed_forward_length"))
-    return gguf.describe_gguf(
-        read,
-        checkpoint,
-        [Layer(attention, mlp if n < dense else experts) for n in range(layers)],
-        names,
-        ignored=None if is_split else SPLIT_KV_B,
-    )
+    count, drafts = gguf.layers_before_drafts(read)
+    layers = [Layer(attention, mlp if n < dense else experts) for n in range(count)]
+    return layers, "|".join(filter(None, (drafts, "" if is_split else SPLIT_KV_B)))
 
 
-def _gguf_router(read: Keys, *, has_choice_bias: bool) -> Router:
-    read.only("expert_gating_func", SIGMOID, SOFTMAX, None)
-    is_sigmoid = read.raw("expert_gating_func") == SIGMOID
+def _gguf_router(read: Keys, *, is_sigmoid: bool, has_choice_bias: bool) -> Router:
     experts, top_k = gguf.expert_counts(read)
     groups = Groups(
         read.count("expert_group_count", 1), read.count("expert_group_used_count", 1), 2 if is_sigmoid else 1

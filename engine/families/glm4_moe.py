@@ -30,7 +30,7 @@ def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
         heads,
         kv_heads,
         head_dim,
-        rope_of(read, head_dim, is_partial=True),
+        rope_of(read, head_dim, part=0.5),
         has_qkv_bias=read.flag("attention_bias"),
         qk_norm="head" if read.flag("use_qk_norm") else "none",
     )
@@ -70,13 +70,8 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
     experts = Experts(router, width, "stacked", shared=Mlp(shared * width) if shared else None)
     mlp, dense = Mlp(read.count("feed_forward_length")), read.count_or_none("leading_dense_block_count") or 0
-    drafts = read.count_or_none("nextn_predict_layers") or 0
-    blocks = gguf.layer_count(read)
-    if drafts >= blocks:
-        read.refuse("nextn_predict_layers", drafts, f"expected fewer than the {blocks} layers")
-        drafts = 0
-    layers = [Layer(attention, mlp if n < dense else experts) for n in range(blocks - drafts)]
-    ignored = "|".join(rf"blk\.{n}\..*" for n in range(len(layers), blocks))
+    count, ignored = gguf.layers_before_drafts(read)
+    layers = [Layer(attention, mlp if n < dense else experts) for n in range(count)]
     return gguf.describe_gguf(read, checkpoint, layers, GGUF_NAMES, ignored=ignored)
 
 

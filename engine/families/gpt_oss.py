@@ -51,7 +51,9 @@ def describe_gpt_oss(checkpoint: Checkpoint) -> Description:
         read.count("intermediate_size"),
         read.number("swiglu_limit", LIMIT),
     )
-    attention = _attention(plain_attention(read))
+    if not (read.raw("rope_scaling") or read.raw("rope_parameters")):
+        read.problems.append("rope_scaling is missing; the models of this family have YaRN")
+    attention = _attention(plain_attention(read, theta=150_000.0))
     return describe(
         read,
         checkpoint,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.chat.format import ChatFormat
+from engine.chat.harmony import ends_of
 from engine.chat.registry import chat_format_for
 from engine.embedded import EMBEDDED, embedded_sampling
 from engine.families.base import Component, Family, Model, ModelInfo
@@ -133,7 +134,7 @@ def open_model(path: Path, context: int | None = None, experts: str | None = Non
 
 def _end_token_ids(path: Path, info: ModelInfo, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end an answer: those of the model's config and of `generation_config.json` together;
-    the tokenizer's own where neither names one."""
+    the tokenizer's own where neither names one. gpt-oss' vocabulary has the ends of its format."""
     wrong = [i for i in info.eos_token_ids if not 0 <= i < info.vocab_size]
     if wrong:
         raise ConfigError(
@@ -142,4 +143,4 @@ def _end_token_ids(path: Path, info: ModelInfo, tokenizer: Tokenizer) -> tuple[i
     named = (*info.eos_token_ids, *end_token_ids(path, info.vocab_size))
     if not named and tokenizer.eos_token_id is not None:
         named = (tokenizer.eos_token_id,)
-    return tuple(dict.fromkeys(named))
+    return ends_of(tuple(dict.fromkeys(named)), tokenizer.added_tokens)

@@ -38,7 +38,7 @@ def describe_minimax_m2(checkpoint: Checkpoint) -> Description:
         heads,
         kv_heads,
         head_dim,
-        rope_of(read, read.count("rotary_dim", head_dim)),
+        rope_of(read, read.count("rotary_dim"), theta=5e6),
         qk_norm="whole",
     )
     router = _router(read.count("num_local_experts"), read.count("num_experts_per_tok"))

@@ -21,7 +21,8 @@ def describe_mistral(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
-    attention = replace(plain_attention(read), window=read.count_or_none("sliding_window"))
+    window = read.count_or_none("sliding_window") if "sliding_window" in read.config else 4096
+    attention = replace(plain_attention(read), window=window)
     layer = Layer(attention, Mlp(read.count("intermediate_size")))
     return describe(read, checkpoint, [layer] * layer_count(read), HF_NAMES)
 

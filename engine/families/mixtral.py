@@ -20,7 +20,7 @@ def describe_mixtral(checkpoint: Checkpoint) -> Description:
     """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
-    attention = replace(plain_attention(read), window=read.count_or_none("sliding_window"))
+    attention = replace(plain_attention(read, theta=1e6), window=read.count_or_none("sliding_window"))
     router = Router(
         experts=read.count("num_local_experts"),
         top_k=read.count("num_experts_per_tok"),

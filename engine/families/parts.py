@@ -43,7 +43,7 @@ def _part_of(name: str) -> tuple[str, int]:
 
 
 def _weights_of(name: str, entry: TensorEntry) -> Weights:
-    if name.endswith(".scale"):
+    if name.endswith(".scale") or entry.dtype == "I64":  # neither is multiplied with
         return Weights(entry.nbytes, 0)
     two_codes_a_byte = ".ffn.experts." in name and entry.dtype in ("I8", "U8")
     return Weights(entry.nbytes, math.prod(entry.shape) * (2 if two_codes_a_byte else 1))

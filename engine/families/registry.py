@@ -11,11 +11,14 @@ from quant.errors import ConfigError
 # model type in config.json, or architecture in GGUF metadata -> module that holds `FAMILY`
 FAMILIES = {
     "deepseek2": "engine.families.deepseek_v3",
+    "deepseek32": "engine.families.deepseek_v32",
     "deepseek_v2": "engine.families.deepseek_v2",
     "deepseek_v3": "engine.families.deepseek_v3",
     "deepseek_v32": "engine.families.deepseek_v32",
+    "deepseek_v4": "engine.families.deepseek_v4.family",
     "deepseek_v41": "engine.families.deepseek_v41.family",
     "deepseek_v41_text": "engine.families.deepseek_v41.family",
+    "glm-dsa": "engine.families.glm_moe_dsa",
     "glm4_moe": "engine.families.glm4_moe",
     "glm_moe_dsa": "engine.families.glm_moe_dsa",
     "glm4moe": "engine.families.glm4_moe",
@@ -30,7 +33,10 @@ FAMILIES = {
     "mixtral": "engine.families.mixtral",
     "olmoe": "engine.families.olmoe",
     "qwen3": "engine.families.qwen3",
+    "qwen3_5_moe": "engine.families.qwen3_5_moe",
+    "qwen3_5_moe_text": "engine.families.qwen3_5_moe",
     "qwen3_moe": "engine.families.qwen3_moe",
+    "qwen3_next": "engine.families.qwen3_next",
     "qwen3moe": "engine.families.qwen3_moe",
 }
 

@@ -65,15 +65,6 @@ _DEEPSEEK_V3 = {
     },
     "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]},
 }  # fmt: skip
-_KIMI_K2: dict[str, Any] = _DEEPSEEK_V3 | {
-    "model_type": "kimi_k2", "num_attention_heads": 64, "first_k_dense_replace": 1, "n_routed_experts": 384,
-    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0,
-    "rope_theta": 50000.0, "vocab_size": 163840, "max_position_embeddings": 131072,
-    "rope_scaling": {
-        "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
-        "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
-    },
-}  # fmt: skip
 _GLM_5 = {
     "model_type": "glm_moe_dsa", "hidden_size": 6144, "num_hidden_layers": 78, "num_attention_heads": 64,
     "q_lora_rank": 2048, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64,
@@ -84,6 +75,39 @@ _GLM_5 = {
     "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5,
     "vocab_size": 154880, "max_position_embeddings": 202752, "tie_word_embeddings": False,
     "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+}  # fmt: skip
+_KIMI_K2: dict[str, Any] = _DEEPSEEK_V3 | {
+    "model_type": "kimi_k2", "num_attention_heads": 64, "first_k_dense_replace": 1, "n_routed_experts": 384,
+    "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.827, "num_nextn_predict_layers": 0,
+    "rope_theta": 50000.0, "vocab_size": 163840, "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "type": "yarn", "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+
+_DEEPSEEK_V4 = {
+    "model_type": "deepseek_v4", "attention_bias": False, "compress_rope_theta": 160000, "head_dim": 512,
+    "hc_eps": 1e-6, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hidden_act": "silu", "index_head_dim": 128,
+    "index_n_heads": 64, "max_position_embeddings": 1048576, "n_shared_experts": 1, "norm_topk_prob": True,
+    "num_experts_per_tok": 6, "num_hash_layers": 3, "num_key_value_heads": 1, "num_nextn_predict_layers": 1,
+    "o_lora_rank": 1024, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000,
+    "scoring_func": "sqrtsoftplus", "sliding_window": 128, "swiglu_limit": 10.0,
+    "tie_word_embeddings": False, "topk_method": "noaux_tc", "vocab_size": 129280,
+    "rope_scaling": {
+        "type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1,
+        "original_max_position_embeddings": 65536,
+    },
+    "quantization_config": {
+        "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128],
+    },
+}  # fmt: skip
+_QWEN3_5 = {
+    "model_type": "qwen3_5_moe_text", "head_dim": 256, "num_key_value_heads": 2, "attn_output_gate": True,
+    "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "rms_norm_eps": 1e-6, "vocab_size": 248320,
+    "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
 }  # fmt: skip
 
 RELEASED: dict[str, dict[str, Any]] = {
@@ -101,10 +125,6 @@ RELEASED: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
         },
     },
-    "deepseek-v3": _DEEPSEEK_V3,
-    "deepseek-v3.2": _DEEPSEEK_V3 | {
-        "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
-    },
     "deepseek-v2-lite": {
         "model_type": "deepseek_v2", "hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
         "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
@@ -118,7 +138,21 @@ RELEASED: dict[str, dict[str, Any]] = {
             "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
         },
     },
+    "deepseek-v3": _DEEPSEEK_V3,
     "deepseek-v3.1": _DEEPSEEK_V3,
+    "deepseek-v3.2": _DEEPSEEK_V3 | {
+        "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
+    },
+    "deepseek-v4-flash": _DEEPSEEK_V4 | {
+        "hidden_size": 4096, "num_hidden_layers": 43, "num_attention_heads": 64, "q_lora_rank": 1024,
+        "o_groups": 8, "moe_intermediate_size": 2048, "n_routed_experts": 256, "routed_scaling_factor": 1.5,
+        "index_topk": 512, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    },
+    "deepseek-v4-pro": _DEEPSEEK_V4 | {
+        "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536,
+        "o_groups": 16, "moe_intermediate_size": 3072, "n_routed_experts": 384, "routed_scaling_factor": 2.5,
+        "index_topk": 1024, "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+    },
     "glm-4.5": _GLM_355B,
     "glm-4.5-air": _GLM | {
         "hidden_size": 4096, "num_hidden_layers": 46, "intermediate_size": 10944, "first_k_dense_replace": 1,
@@ -189,6 +223,31 @@ RELEASED: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": _QWEN3 | {
         "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "intermediate_size": 6144,
         "moe_intermediate_size": 768,
+    },
+    "qwen3-next-80b-a3b": {
+        "model_type": "qwen3_next", "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "head_dim": 256, "partial_rotary_factor": 0.25, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "intermediate_size": 5120,
+        "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "norm_topk_prob": True, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e7, "vocab_size": 151936, "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+    },
+    "qwen3.5-122b-a10b": _QWEN3_5 | {
+        "hidden_size": 3072, "num_hidden_layers": 48, "num_attention_heads": 32, "linear_num_value_heads": 64,
+        "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+    },
+    "qwen3.5-35b-a3b": _QWEN3_5 | {
+        "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16, "linear_num_value_heads": 32,
+        "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+    "qwen3.5-397b-a17b": _QWEN3_5 | {
+        "hidden_size": 4096, "num_hidden_layers": 60, "num_attention_heads": 32, "linear_num_value_heads": 64,
+        "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
     },
     "qwen3-coder-480b-a35b": _QWEN3 | {
         "hidden_size": 6144, "num_hidden_layers": 62, "num_attention_heads": 96, "num_key_value_heads": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.families.decoder.family import DecoderFamily
+from engine.families.deepseek_v4.family import DeepseekV4Family
 from engine.families.deepseek_v41.config import parse_config as parse_v41
 from engine.families.deepseek_v41.shape import checkpoint_shape
 from engine.families.registry import family_of
@@ -17,7 +18,7 @@ def shape_of(checkpoint: Checkpoint) -> ModelShape:
     Raises ConfigError for a family that cannot be planned yet, and for a config that it cannot run.
     """
     family = family_of(checkpoint)
-    if isinstance(family, DecoderFamily):
+    if isinstance(family, DecoderFamily | DeepseekV4Family):
         return family.shape(checkpoint)
     if family.name == "deepseek_v41":
         info, _ = family.describe(checkpoint)

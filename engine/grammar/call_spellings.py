@@ -139,8 +139,9 @@ class ElementSpelling(CallSpelling):
         strings, takes_more = string_part(schema)
         if self.as_text == self.as_json and types_of(schema) == {"string"} and strings is None:
             # Nothing would tell quotes from text, so what limits the string must limit the text.
-            text = writer.terminal(_limited(schema, field, strict) + f" & {writer.no(self.end_parameter)}")
-            kinds.append(f"{writer.literal(self.as_text)} {text} {end}")
+            limited = _limited(schema, field, strict)
+            text = writer.limited_before(self.end_parameter, limited, self.padding)
+            kinds.append(f"{writer.literal(self.as_text)} {text} {writer.literal(self.behind_parameter)}")
             takes_more = False
         elif strings is not None:
             listed = " | ".join(f"{writer.plain(each)} {end}" for each in strings)

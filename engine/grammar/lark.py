@@ -100,9 +100,17 @@ class GrammarWriter:
         match = self._token.search(tag)
         return self.terminal(f"{ANY_TEXT} & {_without(tag if match is None else match.group())}")
 
-    def no(self, tag: str) -> str:
-        """A pattern, for use in terminals, of texts in which `tag` does not occur."""
-        return _without(tag)
+    def limited_before(self, tag: str, pattern: str, padding: str) -> str:
+        """Text by `pattern` (regular expressions between slashes) that ends with the first `tag`, which is
+        part of it, perhaps behind `padding`."""
+        match = self._token.search(tag)
+        before = tag if match is None else tag[: match.start()]
+        # One terminal as far as the characters go: a lexer does not give back what it has taken.
+        parts = [f"({pattern} & {_without(tag if match is None else match.group())})"]
+        parts += [f"/({escaped(padding)})?/"] if padding else []
+        parts += [self.plain(before)] if before else []
+        rest = "" if match is None else f" {self.literal(tag[len(before) :])}"
+        return self.terminal(" ".join(parts)) + rest
 
     def json(self, schema: Mapping[str, Any], field: str, *, lenient: bool = False) -> str:
         """JSON by a schema. `lenient` passes over keywords that cannot be enforced.

@@ -1,11 +1,12 @@
-"""Manifold-constrained hyper-connections (mHC) with the lagged mix of V4.1 (spec section 3).
+"""Manifold-constrained hyper-connections (mHC) of DeepSeek-V4 and V4.1.
 
-The residual is `hc` parallel streams. Each sublayer reads one mix of them and writes to all; the
-mix it reads with (`pre`) was computed by the sublayer before it.
+The residual is `hc` parallel streams. Each sublayer reads one mix of them and writes to all. The mix that it
+reads with (`pre`) is its own in V4; in V4.1 it was computed by the sublayer before it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from quant.kernels.interface import Kernels
 class Mix:
     """What one sublayer's hyper-connection computed from the streams, for each token.
 
-    pre     `[tokens, hc]`      how the NEXT sublayer's input is mixed
+    pre     `[tokens, hc]`      how an input is mixed: V4's own, V4.1's of the next sublayer
     post    `[tokens, hc]`      how strongly each stream takes the sublayer's output
     combine `[tokens, hc, hc]`  how streams are mixed: new_j gets combine[i, j] of old_i
     """
@@ -25,6 +26,22 @@ class Mix:
     pre: torch.Tensor
     post: torch.Tensor
     combine: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ReadMix:
+    """Weights by which streams are read, and nothing else: fn `[hc, hc*hidden]`, base and scale `[hc]`."""
+
+    fn: torch.Tensor
+    base: torch.Tensor
+    scale: torch.Tensor
+    hc_eps: float
+    norm_eps: float
+
+    def pre(self, kernels: Kernels, streams: torch.Tensor) -> torch.Tensor:
+        """How streams `[tokens, hc * hidden]` are mixed, `[tokens, hc]`."""
+        m = kernels.linear(kernels.rms_norm(streams, None, self.norm_eps), self.fn)
+        return kernels.sigmoid(m * self.scale + self.base) + self.hc_eps
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,12 @@ class HyperConnection:
     sinkhorn_iters: int
     hc_eps: float
     norm_eps: float
+
+    @property
+    def reading(self) -> ReadMix:
+        """The part that gives `pre`."""
+        hc = math.isqrt(len(self.base) + 1) - 1
+        return ReadMix(self.fn[:hc], self.base[:hc], self.scale[:hc], self.hc_eps, self.norm_eps)
 
     def mix(self, kernels: Kernels, streams: torch.Tensor) -> Mix:
         """Mixing weights from streams `[tokens, hc, hidden]`."""

@@ -6,7 +6,7 @@ recorded) or buffers of a program (`Recorded`: decoding). Both run the same kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -15,9 +15,9 @@ from engine.families.base import Segment
 from engine.layers.rope import Rotation
 from engine.layers.sparse_attention import choose_tokens
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import KvPlace, Recorder, Selector
+from quant.kernels.cpu.recorder import KvPlace, Recorder, Selector, StatePlace
 from quant.kernels.interface import Kernels, Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.kernels.recording import StepRecorder
 
 Value = TypeVar("Value")
@@ -27,6 +27,10 @@ Value = TypeVar("Value")
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 # Stores index keys `[length, dim]` of a layer's segment; returns all that its slot then holds, `[end, dim]`.
 ExtendIndex = Callable[[int, Segment, torch.Tensor], torch.Tensor]
+
+
+# Where the states of a layer lie that has these instead of keys and values.
+States = Callable[[int], StatePlace]
 
 
 class BasicOperations(Protocol[Value]):
@@ -90,6 +94,18 @@ class Operations(BasicOperations[Value], Protocol[Value]):
         v: None where the values are the first columns of the keys, as many as the cache says. Window and
         sinks as in `LayerOperations.attend`.
         """
+        ...
+
+    def convolve(self, layer: int, x: Value, weights: torch.Tensor) -> Value:
+        """x after the layer's earlier rows, convolved: see `LayerOperations.convolve`."""
+        ...
+
+    def delta_rule(self, layer: int, x: Value, a: Value, b: Value, rule: DeltaRule) -> Value:
+        """The layer's state, changed and asked token by token: see `LayerOperations.delta_rule`."""
+        ...
+
+    def gate(self, x: Value, gates: Value) -> Value:
+        """Each of x's parts, of which there are as many as gates, times the sigmoid of its gate."""
         ...
 
     def choose(self, layer: int, queries: Value, weights: Value, keys: Value, top_k: int) -> Value:
@@ -164,12 +180,14 @@ class Eager(EagerBasics):
         rotation: Rotation,
         extend: Extend,
         extend_index: ExtendIndex,
+        states: States,
     ) -> None:
         super().__init__(kernels)
         self._segments = segments
         self._rotations = {rotation.turns.device: rotation}
         self._extend = extend
         self._extend_index = extend_index
+        self._states = states
 
     def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._kernels.rms_norm(x.view(len(x), -1, len(weight)), weight, eps).view(x.shape)
@@ -195,14 +213,31 @@ class Eager(EagerBasics):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         outs = []
-        stop = 0
-        for segment in self._segments:
-            start, stop = stop, stop + segment.length
-            of_values = None if v is None else v[start:stop]
-            keys, values = self._extend(layer, segment, k[start:stop], of_values)
-            queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
+        for segment, (of_q, of_k, *of_v) in self._by_segment(q, k, *(() if v is None else (v,))):
+            keys, values = self._extend(layer, segment, of_k, of_v[0] if of_v else None)
+            queries = of_q.view(segment.length, -1, keys.shape[-1])
             outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def convolve(self, layer: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for segment, (rows,) in self._by_segment(x):
+            tail = self._states(layer).tails[segment.slot]
+            outs.append(self._kernels.convolve(rows, weights, tail, segment.start))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def delta_rule(
+        self, layer: int, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rule: DeltaRule
+    ) -> torch.Tensor:
+        outs = []
+        for segment, (rows, of_a, of_b) in self._by_segment(x, a, b):
+            state = self._states(layer).states[segment.slot]
+            outs.append(self._kernels.delta_rule(rows, of_a, of_b, rule, state, is_first=segment.start == 0))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def gate(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        shares = self._kernels.sigmoid(gates).unsqueeze(-1)
+        return (x.view(*gates.shape, -1) * shares).flatten(1)
 
     def choose(
         self, layer: int, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
@@ -244,6 +279,12 @@ class Eager(EagerBasics):
     def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._kernels.batched_linear(x.view(len(x), len(weights), -1), weights).flatten(1)
 
+    def _by_segment(self, *values: torch.Tensor) -> Iterator[tuple[Segment, list[torch.Tensor]]]:
+        stop = 0
+        for segment in self._segments:
+            start, stop = stop, stop + segment.length
+            yield segment, [value[start:stop] for value in values]
+
     def at_layer(self, number: int | None) -> None:
         """Nothing is kept by layer."""
 
@@ -280,7 +321,7 @@ class Recorded(RecordedBasics):
     """`Operations` noted by a recorder.
 
     frequencies  `[pairs]` float64, radians per position; factor: that what turns is multiplied by
-    places       where each layer's keys and values lie
+    places       where each layer's keys and values, or its states, lie
     index_keys   where a layer's index keys lie, `[slots, capacity, dim]`
     """
 
@@ -291,7 +332,7 @@ class Recorded(RecordedBasics):
         recorder: Recorder,
         frequencies: torch.Tensor,
         factor: float,
-        places: Sequence[KvPlace],
+        places: Sequence[KvPlace | StatePlace],
         index_keys: Callable[[int], torch.Tensor],
     ) -> None:
         super().__init__(recorder)
@@ -321,9 +362,18 @@ class Recorded(RecordedBasics):
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> Buffer:
-        place = self._places[layer]
+        place = self._kv_place(layer)
         self._recorder.append(k, v, place)
         return self._recorder.attend(q, place, window, sinks)
+
+    def convolve(self, layer: int, x: Buffer, weights: torch.Tensor) -> Buffer:
+        return self._recorder.convolve(x, weights, self._state(layer))
+
+    def delta_rule(self, layer: int, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule) -> Buffer:
+        return self._recorder.delta_rule(x, a, b, rule, self._state(layer))
+
+    def gate(self, x: Buffer, gates: Buffer) -> Buffer:
+        return self._recorder.gate(x, gates)
 
     def choose(self, layer: int, queries: Buffer, weights: Buffer, keys: Buffer, top_k: int) -> Buffer:
         held = self._index_keys(layer)
@@ -333,7 +383,7 @@ class Recorded(RecordedBasics):
         return chosen
 
     def attend_chosen(self, layer: int, q: Buffer, k: Buffer, chosen: Buffer) -> Buffer:
-        place = self._places[layer]
+        place = self._kv_place(layer)
         self._recorder.append(k, None, place)
         return self._recorder.attend(q, place, chosen=chosen)
 
@@ -345,6 +395,16 @@ class Recorded(RecordedBasics):
 
     def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
         return self._recorder.batched_linear(x, weights)
+
+    def _kv_place(self, layer: int) -> KvPlace:
+        place = self._places[layer]
+        assert isinstance(place, KvPlace)
+        return place
+
+    def _state(self, layer: int) -> StatePlace:
+        place = self._places[layer]
+        assert isinstance(place, StatePlace)
+        return place
 
     def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.sampling.params import SamplingParams
+from quant.kernels.cpu.draws import Draw, native_draws
 
 # How many of the top tokens are considered first, and the factor by which that grows until it suffices.
 # top_k, top_p and min_p usually leave a few tokens; sorting the whole vocabulary takes milliseconds.
@@ -28,6 +29,28 @@ def draw_tokens(
 
     numbers are random, at least 0 and below 1; the same number draws the same token.
     """
+    native = native_draws()
+    if native is None or not logits.is_contiguous():
+        return draw_plainly(logits, params, numbers)
+    return native.tokens(
+        logits,
+        [
+            Draw(
+                0.0 if wanted.temperature < MIN_TEMPERATURE else wanted.temperature,
+                wanted.top_p,
+                wanted.min_p,
+                wanted.top_k,
+                number,
+            )
+            for wanted, number in zip(params, numbers, strict=True)
+        ],
+    )
+
+
+def draw_plainly(
+    logits: torch.Tensor, params: Sequence[SamplingParams], numbers: Sequence[float]
+) -> list[int]:
+    """The same where there are no compiled kernels; rounding may decide otherwise."""
     tokens = [0] * len(params)
     greedy, plain, cut = [], [], []
     for row, wanted in enumerate(params):

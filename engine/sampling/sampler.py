@@ -7,7 +7,7 @@ model's own distribution, before any of these.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from random import Random
 
 import torch
@@ -16,6 +16,7 @@ from engine.grammar.constraint import Constraint
 from engine.output import TokenLogprob
 from engine.sampling.draw import draw_tokens
 from engine.sampling.params import SamplingParams
+from quant.kernels.cpu.draws import NativeDraws, native_draws
 
 SEED_MASK = (1 << 63) - 1
 
@@ -98,19 +99,26 @@ class Sampler:
         return logits if self._constraint is None else self._constraint.mask(logits)
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprob]:
-    """Log probabilities of `tokens` `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
+def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log probabilities of tokens `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
+    native = native_draws()
+    if native is not None and logits.dtype == torch.float32 and logits.is_contiguous():
+        return [_logprob(native, row, token, top) for row, token in zip(logits, tokens, strict=True)]
     logprobs = logits.float().log_softmax(-1)
-    chosen = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-    ids = tokens.tolist()
-    if top == 0:
-        return [TokenLogprob(i, value) for i, value in zip(ids, chosen, strict=True)]
     best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    found = zip(logprobs, tokens, best.indices.tolist(), best.values.tolist(), strict=True)
     return [
-        TokenLogprob(i, value, tuple(zip(top_ids, top_values, strict=True)))
-        for i, value, (top_ids, top_values) in zip(ids, chosen, pairs, strict=True)
+        TokenLogprob(token, float(row[token]), tuple(zip(ids, values, strict=True)))
+        for row, token, ids, values in found
     ]
+
+
+def _logprob(native: NativeDraws, logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
+    """The same for one token under logits `[vocab]`."""
+    total, best = native.best(logits, min(top, len(logits)))
+    chosen, *values = logits[[token, *best]].tolist()
+    pairs = zip(best, (value - total for value in values), strict=True)
+    return TokenLogprob(token, chosen - total, tuple(pairs))
 
 
 def _bias_vector(params: SamplingParams, vocab_size: int) -> torch.Tensor | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Text that is final, and the stop string that ended it, if any.
 
     special_ranges  `[start, end)` offsets of the added tokens in it, whole ones only

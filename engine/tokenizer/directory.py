@@ -14,6 +14,7 @@ from quant.errors import CheckpointError
 
 MAX_FILE_BYTES = 256 << 20
 MAX_TEMPLATE_CHARS = 1 << 20
+DEFAULT, FOR_TOOLS = "default", "tool_use"  # names of chat templates
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -80,16 +81,25 @@ def add_tokens_of(config: Mapping[str, Any], backend: tokenizers.Tokenizer, file
     backend.add_special_tokens([text for text in missing if backend.token_to_id(text) is not None])
 
 
-def template_of(path: Path, config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja`, or the config's `chat_template`: a string, or a list with a `default`."""
-    file = path / "chat_template.jinja"
+def templates_of(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name: `default`, and `tool_use` for requests with tools where there is such a one.
+
+    They are `chat_template.jinja` and the files in `additional_chat_templates`, or else the config's
+    `chat_template`: a string, or a list.
+    """
+    found: dict[str, Any] = {}
+    source, file = path / "tokenizer_config.json", path / "chat_template.jinja"
     if file.is_file():
-        return bounded(_read_text(file), file)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return bounded(template, path / "tokenizer_config.json") if isinstance(template, str) else None
+        found[DEFAULT] = _read_text(file)
+        source, more = file, path / "additional_chat_templates" / f"{FOR_TOOLS}.jinja"
+        if more.is_file():
+            found[FOR_TOOLS] = _read_text(more)
+    elif isinstance(stated := config.get("chat_template"), list):
+        found = {str(t.get("name")): t.get("template") for t in stated if isinstance(t, dict)}
+    else:
+        found[DEFAULT] = stated
+    kept = {name: found.get(name) for name in (DEFAULT, FOR_TOOLS)}
+    return {name: bounded(text, source) for name, text in kept.items() if isinstance(text, str)}
 
 
 def bounded(template: str, source: Path) -> str:

@@ -29,7 +29,7 @@ def synthetic_tokenizer(vocab_size: int) -> Tokenizer:
     Raises ConfigError where there is not even room for the bytes, or more than there are runs.
     """
     vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *BYTE_OF_CHARACTER))}
-    merges = list(islice(_merges(), max(0, vocab_size - len(vocab))))
+    merges = merges_of(vocab_size)
     if len(vocab) + len(merges) != vocab_size:
         raise ConfigError(f"a vocabulary of {vocab_size} tokens: expected {len(vocab)} to 900000")
     for left, right in merges:
@@ -39,6 +39,11 @@ def synthetic_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
+
+
+def merges_of(vocab_size: int) -> list[tuple[str, str]]:
+    """The merges of `synthetic_tokenizer(vocab_size)`, in order."""
+    return list(islice(_merges(), max(0, vocab_size - len(SPECIAL_TOKENS) - len(BYTE_OF_CHARACTER))))
 
 
 def _merges() -> Iterator[tuple[str, str]]:

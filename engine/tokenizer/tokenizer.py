@@ -17,12 +17,14 @@ from typing import Any
 import tokenizers
 
 from engine.tokenizer.directory import (
+    DEFAULT,
+    FOR_TOOLS,
     add_tokens_of,
     bounded,
     named_tokens,
     read_backend,
     read_config,
-    template_of,
+    templates_of,
 )
 from engine.tokenizer.gguf import adds_bos, backend_from_gguf
 from engine.tokenizer.prompt import BYTE_TOKEN, PromptEncoder, encode_text, without_added_tokens
@@ -40,6 +42,7 @@ class Tokenizer:
                     chat templates write it themselves
     eos_token_id    the tokenizer's own end of sequence; a checkpoint's config may name more
     chat_template   Jinja source, where the checkpoint brings one
+    tool_template   the one for requests with tools, where it brings one of its own for them
     size            number of ids; a model's vocabulary may be padded beyond it
     special_tokens  named spellings for the template: `bos_token`, `eos_token`, `pad_token` ...
     """
@@ -51,6 +54,7 @@ class Tokenizer:
         bos_token_id: int | None,
         add_bos: bool,
         chat_template: str | None = None,
+        tool_template: str | None = None,
         eos_token_id: int | None = None,
         special_tokens: Mapping[str, str] | None = None,
     ) -> None:
@@ -59,6 +63,7 @@ class Tokenizer:
         self.eos_token_id = eos_token_id
         self.add_bos = add_bos
         self.chat_template = chat_template
+        self.tool_template = tool_template
         self.special_tokens = dict(special_tokens or {})
         self.size = max(backend.get_vocab().values(), default=-1) + 1
         self._prefix = _prefix(backend, bos_token_id, add_bos)
@@ -80,11 +85,13 @@ class Tokenizer:
         add_tokens_of(config, backend, config_file)
         special_tokens = named_tokens(config)
         bos_token_id = _id_of(backend, special_tokens.get("bos_token"), config_file)
+        templates = templates_of(path, config)
         return cls(
             backend,
             bos_token_id=bos_token_id,
             add_bos=_adds_bos(backend, config, bos_token_id),
-            chat_template=template_of(path, config),
+            chat_template=templates.get(DEFAULT),
+            tool_template=templates.get(FOR_TOOLS),
             eos_token_id=_id_of(backend, special_tokens.get("eos_token"), config_file),
             special_tokens=special_tokens,
         )
@@ -100,12 +107,18 @@ class Tokenizer:
         backend = backend_from_gguf(metadata, checkpoint.path)
         bos, eos = _special_id(checkpoint, "bos"), _special_id(checkpoint, "eos")
         named = {"bos_token": bos, "eos_token": eos, "unk_token": _special_id(checkpoint, "unknown")}
-        template = metadata.get("tokenizer.chat_template")
+        keys = {DEFAULT: "tokenizer.chat_template", FOR_TOOLS: f"tokenizer.chat_template.{FOR_TOOLS}"}
+        templates = {
+            name: bounded(text, checkpoint.path)
+            for name, key in keys.items()
+            if isinstance(text := metadata.get(key), str)
+        }
         return cls(
             backend,
             bos_token_id=bos,
             add_bos=adds_bos(metadata, checkpoint.path),
-            chat_template=bounded(template, checkpoint.path) if isinstance(template, str) else None,
+            chat_template=templates.get(DEFAULT),
+            tool_template=templates.get(FOR_TOOLS),
             eos_token_id=eos,
             special_tokens={
                 name: backend.decode([i], skip_special_tokens=False)

@@ -60,13 +60,20 @@ class Checkpoint:
             if ignored is None or not ignored.fullmatch(name)
         }
 
-    def verify(self, specs: Mapping[str, TensorSpec], ignored: re.Pattern[str] | None = None) -> None:
+    def verify(
+        self,
+        specs: Mapping[str, TensorSpec],
+        ignored: re.Pattern[str] | None = None,
+        unreadable: Mapping[str, str] | None = None,
+    ) -> None:
         """Compare the tensors with what a family expects; only headers are read.
 
-        Raises one CheckpointError that lists every problem: missing and unexpected tensors, wrong
-        shapes and dtypes, and what reading index and headers had found.
+        unreadable: names of matrices, without endings, that no format has, and why. Raises one
+        CheckpointError that lists every problem: missing and unexpected tensors, wrong shapes and dtypes, and
+        what reading index and headers had found.
         """
-        problems = list(self.problems)
+        unreadable = unreadable or {}
+        problems = [*self.problems, *unreadable.values()]
         for name, spec in specs.items():
             entry = self.entries.get(name)
             if entry is None:
@@ -79,6 +86,7 @@ class Checkpoint:
         problems.extend(
             f"unexpected tensor {name} {list(self.entries[name].shape)}"
             for name in sorted(self.used(ignored).keys() - specs.keys())
+            if name.rpartition(".")[0] not in unreadable
         )
         if problems:
             raise CheckpointError(_list_problems(self.path, problems))

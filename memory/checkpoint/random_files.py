@@ -13,11 +13,13 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -83,6 +85,21 @@ class RandomCheckpoint:
         return placed + sum(len(text.encode()) for text in self.texts.values())
 
 
+@dataclass(frozen=True)
+class Filling:
+    """The bytes of a tensor in its file, made in pieces.
+
+    content  at least so many bytes of it, uint8
+    unit     bytes of which a piece is a multiple
+    """
+
+    name: str
+    offset: int
+    nbytes: int
+    content: Callable[[int, np.random.Generator], np.ndarray]
+    unit: int = 1
+
+
 def write_checkpoint(
     plan: RandomCheckpoint, out: Path, on_progress: OnProgress, *, seed: int = 0, workers: int | None = None
 ) -> None:
@@ -91,28 +108,39 @@ def write_checkpoint(
     Raises ConfigError where `out` exists or has no parent directory, BudgetError where the disk has no
     room, CheckpointError if writing fails; in each case nothing is left behind.
     """
+    with written_at_once(out, plan.nbytes) as part:
+        part.mkdir()
+        _write_files(plan, part, on_progress, seed, workers or usable_cores())
+        part.chmod(0o755)
+
+
+@contextmanager
+def written_at_once(out: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary place beside `out` for about `nbytes` bytes, renamed to it at the end, or removed.
+
+    Raises as `write_checkpoint` does.
+    """
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"{out}: already exists; name a new directory (nothing is overwritten)")
+        raise ConfigError(f"{out}: already exists; name a new one (nothing is overwritten)")
     parent = out.absolute().parent
     if not parent.is_dir():
         raise ConfigError(f"{parent}: no such directory to write to")
-    needed, free = plan.nbytes + SPARE_BYTES, shutil.disk_usage(parent).free
+    needed, free = nbytes + SPARE_BYTES, shutil.disk_usage(parent).free
     if free < needed:
         raise BudgetError(
             f"{out}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free; free some space, "
             "write fewer layers, experts or rows, or name a directory on another disk"
         )
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=parent))
     try:
-        _write_files(plan, part, on_progress, seed, workers or usable_cores())
-        part.chmod(0o755)
-        part.rename(out)
+        yield folder / out.name
+        (folder / out.name).rename(out)
     except OSError as error:
         raise CheckpointError(
             f"{out}: cannot be written ({error.strerror}); the partial output was removed"
         ) from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_files(
@@ -144,51 +172,66 @@ def _place(shard: Mapping[str, RandomTensor]) -> tuple[bytes, dict[str, PlacedTe
 def _write_shard(shard: Mapping[str, RandomTensor], file: Path, seed: int, workers: int) -> Iterator[int]:
     """Write one file; yields the bytes of each piece that is written."""
     header, placed, _ = _place(shard)
-    # The threads end before the file is closed: none may still be writing to it then.
-    with file.open("wb") as stream, ThreadPoolExecutor(workers, "random") as pool:
+    with file.open("wb") as stream:
         stream.write(header)
-        stream.flush()
         yield len(header)
-        output = stream.fileno()
+        fillings = [
+            Filling(
+                tensor.name, tensor.offset, tensor.nbytes, partial(_piece, tensor.dtype, shard[name].fill)
+            )
+            for name, tensor in placed.items()
+        ]
+        yield from fill(stream, fillings, seed, workers)
 
-        def write(piece: tuple[PlacedTensor, Fill, int]) -> int:
-            tensor, fill, start = piece
-            nbytes = min(PIECE_BYTES, tensor.nbytes - start)
-            place = zlib.crc32(tensor.name.encode())
-            random = np.random.Generator(np.random.SFC64([seed, place, start // PIECE_BYTES]))
-            content = _piece(tensor.dtype, fill, nbytes, random).data
-            written = 0
-            while written < nbytes:
-                written += os.pwrite(output, content[written:nbytes], tensor.offset + start + written)
-            return nbytes
 
-        pieces = (
-            (tensor, shard[name].fill, start)
-            for name, tensor in sorted(placed.items(), key=lambda item: item[1].offset)
-            for start in range(0, tensor.nbytes, PIECE_BYTES)
-        )
+def fill(stream: BinaryIO, fillings: Iterable[Filling], seed: int, workers: int) -> Iterator[int]:
+    """Write tensors into an open file; yields the bytes of each piece that is written."""
+    stream.flush()
+    output = stream.fileno()
+
+    def write(piece: tuple[Filling, int, int]) -> int:
+        tensor, number, start = piece
+        nbytes = min(_piece_bytes(tensor), tensor.nbytes - start)
+        random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode()), number]))
+        content = tensor.content(nbytes, random).data
+        written = 0
+        while written < nbytes:
+            written += os.pwrite(output, content[written:nbytes], tensor.offset + start + written)
+        return nbytes
+
+    pieces = (
+        (tensor, number, start)
+        for tensor in sorted(fillings, key=lambda tensor: tensor.offset)
+        for number, start in enumerate(range(0, tensor.nbytes, _piece_bytes(tensor)))
+    )
+    # The threads end before the file is closed: none may still be writing to it then.
+    with ThreadPoolExecutor(workers, "random") as pool:
         yield from pool.map(write, pieces)
-        os.fsync(output)
-        # What is read next is to come from the disk, as it would with a checkpoint that was there before.
-        os.posix_fadvise(output, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.fsync(output)
+    # What is read next is to come from the disk, as it would with a checkpoint that was there before.
+    os.posix_fadvise(output, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _piece(dtype: str, fill: Fill, nbytes: int, random: np.random.Generator) -> np.ndarray:
+def _piece_bytes(tensor: Filling) -> int:
+    return PIECE_BYTES // tensor.unit * tensor.unit
+
+
+def _piece(dtype: str, content: Fill, nbytes: int, random: np.random.Generator) -> np.ndarray:
     """At least `nbytes` bytes of a tensor's content, uint8."""
-    if isinstance(fill, Normal):
+    if isinstance(content, Normal):
         kind = FLOAT_DTYPES[dtype]
         values = random.standard_normal(-(-nbytes // kind.itemsize), dtype=np.float32)
-        values *= fill.std
-        values += fill.mean
+        values *= content.std
+        values += content.mean
         return torch.from_numpy(values).to(kind).view(torch.uint8).numpy()
     words = random.integers(0, 1 << 64, -(-nbytes // 8), dtype=np.uint64)
-    if isinstance(fill, Codes):
+    if isinstance(content, Codes):
         if dtype == "F8_E4M3":
             words &= np.uint64(E4M3_MASK)
         return words.view(np.uint8)
     bits = words.view(np.uint8)
     bits &= 1
-    bits += np.uint8(127 + fill.exponent)
+    bits += np.uint8(127 + content.exponent)
     return bits
 
 

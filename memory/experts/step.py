@@ -16,8 +16,8 @@ class _Part:
     """Experts of one tier, and the tokens that chose them.
 
     rows    of the step's outputs that they give, `[n]`; None where it is all of them
-    ids     the expert of each, `[n, 1]`
-    inputs  the token of each, `[n, hidden]`, on the experts' device
+    ids     the expert of each, `[n, 1]`; or all that the step's tokens chose, `[tokens, top_k]`
+    inputs  the token of each row of ids, `[., hidden]`, on the experts' device
     """
 
     tier: str
@@ -68,7 +68,7 @@ class ExpertStep:
         outputs = x.new_empty(tokens * top_k, x.shape[1])
         try:
             while self._claimed:
-                self._compute_wave(x, outputs, swiglu_limit, extras)
+                outputs = self._compute_wave(x, outputs, swiglu_limit, extras)
                 self._release()
                 if self._waiting:
                     self._claimed, self._waiting = self._slots.claim(self._layer, self._waiting)
@@ -78,15 +78,16 @@ class ExpertStep:
 
     def _compute_wave(
         self, x: torch.Tensor, outputs: torch.Tensor, swiglu_limit: float, extras: ExpertExtras
-    ) -> None:
-        """Compute whatever has arrived, repeatedly, until everything is done."""
+    ) -> torch.Tensor:
+        """Compute whatever has arrived, repeatedly, until everything is done; all outputs so far."""
         left = self._claimed
         while left:
             here = [held for held in left if not held.entry.is_moving]
             if not here:
                 left = [self._slots.arrive(self._layer, left[0]), *left[1:]]
                 continue
-            left = [held for held in left if not any(held is other for other in here)]
+            arrived = set(map(id, here))
+            left = [held for held in left if id(held) not in arrived]
             here = [self._slots.arrive(self._layer, held) for held in here]  # raises if a transfer failed
             # Fetch the host's tokens first, or the copy would queue behind the GPU's kernels.
             parts = [
@@ -99,17 +100,17 @@ class ExpertStep:
             ]  # the CPU's part last: it blocks
             for rows, y in found:
                 if rows is None:
-                    outputs.copy_(y)
+                    outputs = y.to(outputs.device)
                 else:
                     outputs[rows.to(outputs.device)] = y.to(outputs.device)
+        return outputs
 
     def _part(self, table: SlotTable, experts: list[Claimed], x: torch.Tensor) -> _Part:
         """The work for the experts of one tier, on its device."""
         weights = {held.expert: table.weights(self._layer, held.entry) for held in experts}
         flat, top_k = self._ids.flatten(), self._ids.shape[1]
         if len(weights) == self._needed:
-            inputs = x.repeat_interleave(top_k, dim=0).to(table.tier.device)
-            return _Part(table.tier.name, weights, None, flat.unsqueeze(1), inputs)
+            return _Part(table.tier.name, weights, None, self._ids, x.to(table.tier.device))
         rows = torch.isin(flat, torch.tensor(list(weights))).nonzero().squeeze(1)
         inputs = x[(rows // top_k).to(x.device)].to(table.tier.device)
         return _Part(table.tier.name, weights, rows, flat[rows].unsqueeze(1), inputs)
@@ -119,8 +120,9 @@ class ExpertStep:
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Launch the experts of a part; returns the rows of the step's outputs they produce, and the
         outputs."""
-        ones = torch.ones(len(part.ids), 1, device=part.inputs.device)
-        outputs = self._kernels.moe(MoeCall(part.inputs, part.ids, ones, part.weights, swiglu_limit, extras))
+        ones = torch.ones(part.ids.shape, device=part.inputs.device)
+        call = MoeCall(part.inputs, part.ids, ones, part.weights, swiglu_limit, extras)
+        outputs = self._kernels.moe_apart(call).flatten(0, 1)
         self._slots.telemetry.add("computed", part.tier, len(part.weights))
         return part.rows, outputs
 

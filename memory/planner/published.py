@@ -1,6 +1,6 @@
 """Shapes of the models that can be planned by name, from their published dimensions.
 
-Sources: the released configurations and checkpoint headers of DeepSeek V4 and V4.1
+Sources: the released configuration and checkpoint headers of DeepSeek V4.1
 (dimensions; which tensors there are; FP8 in tiles, FP4 experts in groups of 32, the rest bf16 or
 fp32). Draft stages and image encoders are left out: text generation does not use them.
 """
@@ -45,10 +45,6 @@ class _Tally:
         """Four bytes a value."""
         self._add(4 * math.prod(shape), math.prod(shape))
 
-    def table(self, nbytes: int) -> None:
-        """Bytes that are looked up, not multiplied with."""
-        self._add(nbytes, 0)
-
     def _add(self, nbytes: int, parameters: int) -> None:
         self.weights += Weights(nbytes, parameters)
 
@@ -69,8 +65,9 @@ def _plain(*shape: int) -> Weights:
 
 
 @dataclass(frozen=True)
-class LatentDims:
-    """What V4 and V4.1 have in common: one shared key=value latent, windows, streams, grouped output."""
+class V41Dims:
+    """V4.1: one shared key=value latent, windows, streams, grouped output; sources share their entries with
+    later layers; Engram before some layers."""
 
     hidden: int
     layers: int
@@ -90,23 +87,17 @@ class LatentDims:
     streams: int = 4
     vocab: int = 129280
     max_context: int = 1_048_576
-
-    @property
-    def activation_bytes(self) -> int:
-        """Streams twice, queries and attention output, in float32."""
-        return 4 * (2 * self.streams * self.hidden + 2 * self.heads * self.head_dim)
-
-
-@dataclass(frozen=True)
-class V41Dims(LatentDims):
-    """V4.1: sources share their entries with later layers; Engram before some layers."""
-
     kv_sources: tuple[int, ...] = ()
     index_sources: tuple[int, ...] = ()
     engram_rows: tuple[tuple[int, int], ...] = ()  # (layer, rows)
     engram_columns: int = 24
     engram_dim: int = 256
     has_image_bias: bool = True
+
+    @property
+    def activation_bytes(self) -> int:
+        """Streams twice, queries and attention output, in float32."""
+        return 4 * (2 * self.streams * self.hidden + 2 * self.heads * self.head_dim)
 
 
 def v41_shape(name: str, d: V41Dims) -> ModelShape:
@@ -172,47 +163,7 @@ def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:
     return tuple(found)
 
 
-def v4_shape(name: str, d: LatentDims, hashed_layers: int = 3) -> ModelShape:
-    """A V4 model: every compressing layer owns its entries; ratio 4 has an indexer, ratio 128 sees all."""
-    value = KV_VALUE_BYTES
-    layers = []
-    for n, ratio in enumerate(d.ratios):
-        dense = _Tally(tile=128)
-        _latent_attention(dense, d)
-        if ratio:
-            overlap = 2 if ratio == 4 else 1
-            dense.bf16(2, overlap * d.head_dim, d.hidden)
-            dense.fp32(ratio, overlap * d.head_dim)
-            dense.bf16(d.head_dim)
-        has_indexer = ratio == 4
-        if has_indexer:
-            dense.fp8(d.index_heads * d.index_dim, d.q_lora)
-            dense.bf16(d.index_heads, d.hidden)
-            dense.bf16(2, 2 * d.index_dim, d.hidden)
-            dense.fp32(ratio, 2 * d.index_dim)
-            dense.bf16(d.index_dim)
-        dense.bf16(d.experts, d.hidden)
-        if n < hashed_layers:
-            dense.table(8 * d.vocab * d.top_k)
-        else:
-            dense.fp32(d.experts)
-        kv = KvShape(
-            fixed_bytes=value * d.head_dim * d.window,
-            fixed_flops=4 * d.heads * d.head_dim * d.window,
-            ratio=ratio,
-            entry_bytes=value * (d.head_dim + (d.index_dim if has_indexer else 0)),
-            seen_ratio=ratio,
-            scan_bytes=value * d.index_dim if has_indexer else 0,
-            scan_flops=2 * d.index_heads * d.index_dim if has_indexer else 0,
-            selected=d.index_topk if has_indexer else None,
-            selected_bytes=value * d.head_dim,
-            selected_flops=4 * d.heads * d.head_dim,
-        )
-        layers.append(_moe_layer(dense, kv, d, None))
-    return _latent_model(name, d, layers)
-
-
-def _latent_attention(dense: _Tally, d: LatentDims) -> None:
+def _latent_attention(dense: _Tally, d: V41Dims) -> None:
     """Projections, norms and stream mixes of a V4 or V4.1 layer."""
     query = d.heads * d.head_dim
     dense.fp8(d.q_lora, d.hidden)
@@ -225,7 +176,7 @@ def _latent_attention(dense: _Tally, d: LatentDims) -> None:
     dense.fp32(2 * (mixes * d.streams * d.hidden + mixes + 3) + d.heads)
 
 
-def _moe_layer(dense: _Tally, kv: KvShape, d: LatentDims, table: Table | None) -> LayerShape:
+def _moe_layer(dense: _Tally, kv: KvShape, d: V41Dims, table: Table | None) -> LayerShape:
     shared, routed = _Tally(dense.tile), _Tally(dense.tile)
     return LayerShape(
         dense=dense.weights,
@@ -237,7 +188,7 @@ def _moe_layer(dense: _Tally, kv: KvShape, d: LatentDims, table: Table | None) -
     )
 
 
-def _latent_model(name: str, d: LatentDims, layers: Sequence[LayerShape]) -> ModelShape:
+def _latent_model(name: str, d: V41Dims, layers: Sequence[LayerShape]) -> ModelShape:
     return ModelShape(
         name=name,
         vocab_size=d.vocab,
@@ -258,21 +209,9 @@ V41_FLASH = V41Dims(
     kv_sources=(2, 8, 14, 20), index_sources=(2, 8, 14, 20, 24, 28, 32, 36),
     engram_rows=((1, 384_006_168), (14, 384_016_682)),
 )  # fmt: skip
-V4_FLASH = LatentDims(
-    hidden=4096, layers=43, heads=64, head_dim=512, q_lora=1024, o_groups=8, o_lora=1024,
-    experts=256, width=2048, top_k=6, index_heads=64, index_dim=128, index_topk=512,
-    ratios=(0, 0, *(4, 128) * 20, 4),
-)  # fmt: skip
-V4_PRO = LatentDims(
-    hidden=7168, layers=61, heads=128, head_dim=512, q_lora=1536, o_groups=16, o_lora=1024,
-    experts=384, width=3072, top_k=6, index_heads=64, index_dim=128, index_topk=1024,
-    ratios=(128, 128, *(4, 128) * 29, 4),
-)  # fmt: skip
 
 _BUILT_IN: dict[str, Callable[[str], ModelShape]] = {
     "deepseek-v4.1-flash": lambda name: v41_shape(name, V41_FLASH),
-    "deepseek-v4-flash": lambda name: v4_shape(name, V4_FLASH),
-    "deepseek-v4-pro": lambda name: v4_shape(name, V4_PRO),
 }
 NAMES = tuple(_BUILT_IN)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, SlotLayout, Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.packed import Format, PackedTensor
 
 
@@ -45,6 +45,9 @@ class DeviceKernels:
     def moe(self, call: MoeCall) -> torch.Tensor:
         return self.on(call.x.device).moe(call)
 
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        return self.on(call.x.device).moe_apart(call)
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self.on(x.device).rms_norm(x, weight, eps)
 
@@ -81,6 +84,9 @@ class DeviceKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.on(logits.device).route(logits, bias, rule)
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return self.on(logits.device).weigh(logits, chosen, rule)
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return self.on(rows.device).pool_groups(rows, gates)
 
@@ -101,6 +107,23 @@ class DeviceKernels:
 
     def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
         return self.on(scores.device).best_columns(scores, top_k)
+
+    def convolve(
+        self, x: torch.Tensor, weights: torch.Tensor, tail: torch.Tensor, before: int
+    ) -> torch.Tensor:
+        return self.on(x.device).convolve(x, weights, tail, before)
+
+    def delta_rule(
+        self,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        rule: DeltaRule,
+        state: torch.Tensor,
+        *,
+        is_first: bool,
+    ) -> torch.Tensor:
+        return self.on(x.device).delta_rule(x, a, b, rule, state, is_first=is_first)
 
     def attend(
         self,

@@ -6,7 +6,7 @@ The `reference` back end is plain torch; all others are tested against it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -47,6 +47,10 @@ class Kernels(LayerOperations, Protocol):
 
     def moe(self, call: MoeCall) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`."""
+        ...
+
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        """The chosen experts' outputs for each token, not weighted: `[tokens, top_k, hidden]`."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -183,6 +187,14 @@ def moe_by_products(kernels: Kernels, call: MoeCall) -> torch.Tensor:
         y = _expert_output(kernels, x[tokens], expert_id, call)
         out.index_add_(0, tokens, y * call.expert_weights[tokens, choice].unsqueeze(-1))
     return out
+
+
+def apart_by_moe(kernels: Kernels, call: MoeCall) -> torch.Tensor:
+    """`Kernels.moe_apart` by `moe`: each choice as a token of its own."""
+    (tokens, top_k), ids = call.expert_ids.shape, call.expert_ids.reshape(-1, 1)
+    x = call.x.repeat_interleave(top_k, dim=0)
+    ones = torch.ones(ids.shape, device=x.device)
+    return kernels.moe(replace(call, x=x, expert_ids=ids, expert_weights=ones)).view(tokens, top_k, -1)
 
 
 def _expert_output(kernels: Kernels, x: torch.Tensor, expert_id: int, call: MoeCall) -> torch.Tensor:

@@ -38,6 +38,18 @@ class RoutingRule:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class DeltaRule:
+    """What a layer's gated delta rule has besides its activations; each key head serves as many value heads.
+
+    rates, biases  of the decay, `[value_heads]` float32
+    """
+
+    key_heads: int
+    rates: torch.Tensor
+    biases: torch.Tensor
+
+
 class LayerOperations(Protocol):
     """Operations on activations, float32; results are on the device of the first argument."""
 
@@ -92,6 +104,11 @@ class LayerOperations(Protocol):
         """
         ...
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        """The weights that logits `[tokens, experts]` give to experts which were chosen without them, both
+        `[tokens, top_k]`."""
+        ...
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Rows `[groups, n, dim]` summed over n, weighted by the softmax of gates over n: `[groups, dim]`."""
         ...
@@ -123,6 +140,38 @@ class LayerOperations(Protocol):
 
     def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
         """Columns of the top_k best scores of each row, `[L, min(top_k, G)]`; -1 where the score is -inf."""
+        ...
+
+    def convolve(
+        self, x: torch.Tensor, weights: torch.Tensor, tail: torch.Tensor, before: int
+    ) -> torch.Tensor:
+        """silu(sum_i weights_i * x_(t - taps + 1 + i)) of each channel, causal: `[tokens, channels]`.
+
+        x `[tokens, channels]`, weights `[taps, channels]`; tail `[taps - 1, channels]` has the last rows of
+        the `before` tokens before x, that of position p at p % (taps - 1), and then those of x.
+        """
+        ...
+
+    def delta_rule(
+        self,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        rule: DeltaRule,
+        state: torch.Tensor,
+        *,
+        is_first: bool,
+    ) -> torch.Tensor:
+        """The gated delta rule (arXiv 2412.06464, equation 10) over a sequence's next tokens:
+        `[tokens, value_heads * value_dim]`.
+
+        x      `[tokens, 2 * key_heads * key_dim + value_heads * value_dim]`: all queries, keys, values
+        a, b   `[tokens, value_heads]`, of the decay and of how much is written
+        state  `[value_heads, key_dim, value_dim]` S, changed; is_first: zero before, whatever it holds
+
+        For each token and value head, with q and k of its key head normed to length 1, q then divided by the
+        root of key_dim: S *= e^(rate * softplus(a + bias)), S += k (sigmoid(b) * (v - S^T k))^T, o = S^T q.
+        """
         ...
 
     def attend(
@@ -211,12 +260,7 @@ class TorchLayers:
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if rule.score == "sqrt softplus":
-            scores = F.softplus(logits).sqrt()
-        elif rule.score == "softmax":
-            scores = logits.softmax(-1)
-        else:
-            scores = logits.sigmoid() if rule.score == "sigmoid" else logits
+        scores = _scores(logits, rule)
         ranks = scores if bias is None else scores + bias
         if rule.groups is not None:
             count, kept, best_of = rule.groups
@@ -225,12 +269,10 @@ class TorchLayers:
             is_out = torch.ones_like(values, dtype=torch.bool).scatter_(1, _best(values, kept), False)
             ranks = grouped.masked_fill(is_out.unsqueeze(-1), -torch.inf).view(ranks.shape)
         chosen = _best(ranks, rule.top_k)
-        weights = scores.gather(1, chosen)
-        if rule.score == "chosen softmax":
-            weights = weights.softmax(-1)
-        if rule.is_renormalised:
-            weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
-        return chosen, weights * rule.factor
+        return chosen, _weigh(scores, chosen, rule)
+
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return _weigh(_scores(logits, rule), chosen, rule)
 
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return (rows * gates.softmax(dim=1)).sum(1)
@@ -261,6 +303,48 @@ class TorchLayers:
     def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
         values, columns = scores.topk(min(top_k, scores.shape[1]), dim=-1)
         return columns.masked_fill(values == -torch.inf, -1)
+
+    def convolve(
+        self, x: torch.Tensor, weights: torch.Tensor, tail: torch.Tensor, before: int
+    ) -> torch.Tensor:
+        kept, tokens = len(tail), len(x)
+        places = torch.arange(before - kept, before + tokens, device=x.device)
+        earlier = tail[places[:kept] % kept] * (places[:kept] >= 0).unsqueeze(1)
+        rows = torch.cat((earlier, x))
+        out = sum((row * rows[i : i + tokens] for i, row in enumerate(weights)), torch.zeros_like(x))
+        tail[places[-kept:] % kept] = rows[-kept:]
+        return F.silu(out)
+
+    def delta_rule(
+        self,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        rule: DeltaRule,
+        state: torch.Tensor,
+        *,
+        is_first: bool,
+    ) -> torch.Tensor:
+        heads, key_dim, value_dim = state.shape
+        keys = rule.key_heads * key_dim
+        q, k = (
+            _of_length_one(part.view(len(x), rule.key_heads, key_dim)).repeat_interleave(
+                heads // rule.key_heads, dim=1
+            )
+            for part in (x[:, :keys], x[:, keys : 2 * keys])
+        )
+        q = q * key_dim**-0.5
+        v = x[:, 2 * keys :].view(len(x), heads, value_dim)
+        decay, beta = (rule.rates * F.softplus(a + rule.biases)).exp(), b.sigmoid()
+        if is_first:
+            state.zero_()
+        out = torch.empty_like(v)
+        for t in range(len(x)):
+            state *= decay[t].view(heads, 1, 1)
+            known = (k[t].unsqueeze(1) @ state).squeeze(1)  # [heads, value_dim]
+            state += k[t].unsqueeze(2) * ((v[t] - known) * beta[t].unsqueeze(1)).unsqueeze(1)
+            out[t] = (q[t].unsqueeze(1) @ state).squeeze(1)
+        return out.flatten(1)
 
     def attend(
         self,
@@ -327,6 +411,10 @@ class TorchLayers:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
+def _of_length_one(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
 def _visible(length: int, end: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """Which of `end` keys the last `length` tokens see, `[length, end]`; None where a single one sees all."""
     if length == 1:
@@ -353,6 +441,25 @@ def _attend_with_sinks(
     column = sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat((column, scores), dim=-1).softmax(-1)[..., 1:]
     return (weights @ values.unsqueeze(1)).permute(2, 0, 1, 3).reshape(length, heads, -1)
+
+
+def _scores(logits: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Of all experts."""
+    if rule.score == "sqrt softplus":
+        return F.softplus(logits).sqrt()
+    if rule.score == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if rule.score == "sigmoid" else logits
+
+
+def _weigh(scores: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+    """Weights of the chosen experts, from all scores."""
+    weights = scores.gather(1, chosen)
+    if rule.score == "chosen softmax":
+        weights = weights.softmax(-1)
+    if rule.is_renormalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
+    return weights * rule.factor
 
 
 def _best(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import ExpertFormats, MoeCall, Weight, moe_by_products
+from quant.kernels.interface import ExpertFormats, MoeCall, Weight, apart_by_moe, moe_by_products
 from quant.kernels.layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
@@ -62,6 +62,9 @@ class ReferenceKernels(TorchLayers):
 
     def moe(self, call: MoeCall) -> torch.Tensor:
         return moe_by_products(self, call)
+
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        return apart_by_moe(self, call)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)

@@ -69,7 +69,9 @@ def chat(
         from server.cli.fetch import fetched
         from server.cli.local_talk import LocalTalk
 
-        talk = LocalTalk(fetched(model, yes), experts=experts, devices=devices, dram_budget=dram_budget)
+        talk = LocalTalk(
+            fetched(model, yes, experts), experts=experts, devices=devices, dram_budget=dram_budget
+        )
     try:
         _converse(talk, Sampling(temperature, max_tokens, seed), system)
     finally:
@@ -101,7 +103,7 @@ def run(
     from server.cli.local_talk import LocalTalk
     from server.cli.talk import Sampling
 
-    talk = LocalTalk(fetched(model, yes), experts=experts, devices=devices, dram_budget=dram_budget)
+    talk = LocalTalk(fetched(model, yes, experts), experts=experts, devices=devices, dram_budget=dram_budget)
     sampling = Sampling(temperature, max_tokens, seed)
     try:
         if talk.can_chat:

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 ASKED_BYTES = 1_000_000_000  # nobody is asked about less
 
 
-def fetched(model: str | None, yes: bool) -> Path:
+def fetched(model: str | None, yes: bool, experts: str | None = None) -> Path:
     """The path of a model as the user names it; one of the Hub that is not here is downloaded.
 
+    experts: the format that routed experts will be encoded to, for the plan.
     Downloads of gigabytes are described on stderr and asked about, unless `yes`. Raises ConfigError where
     they are not wanted, or where nobody can be asked.
     """
@@ -33,10 +34,10 @@ def fetched(model: str | None, yes: bool) -> Path:
     hub = hub_model(model)
     if hub is None:
         return model_path(model)
-    return cached_path(hub) or pulled(hub, yes)[0]
+    return cached_path(hub) or pulled(hub, yes, experts)[0]
 
 
-def pulled(model: HubModel, yes: bool) -> tuple[Path, bool]:
+def pulled(model: HubModel, yes: bool, experts: str | None = None) -> tuple[Path, bool]:
     """The path of a model in the Hub's cache, brought up to date, and whether anything had to be fetched.
 
     Asks as `fetched` does.
@@ -51,7 +52,7 @@ def pulled(model: HubModel, yes: bool) -> tuple[Path, bool]:
     if here is not None and cached_commit(model) == listing.commit:
         return here, False
     with stand_in(listing) as standing:
-        opened = _opened(model, standing)
+        opened = _opened(model, standing, experts)
         nbytes = missing_bytes(listing, standing.files)
         check_room(listing, nbytes)
         if nbytes >= ASKED_BYTES:
@@ -93,12 +94,12 @@ def is_here(model: str | None) -> bool:
     return hub is None or cached_path(hub) is not None
 
 
-def _opened(model: HubModel, standing: StandIn) -> OpenedModel:
+def _opened(model: HubModel, standing: StandIn, experts: str | None) -> OpenedModel:
     """What loading would find in config, tokenizer and headers; refuses what it would refuse."""
     from engine.families.loader import open_model
 
     with _told_of(model, standing):
-        return open_model(standing.path)
+        return open_model(standing.path, experts=experts)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from server.cli.process import (
     INTERRUPTED,
     TERMINATED,
     end_now,
+    exit_code,
     flush_stdout,
     handle_signals,
     ignore_signals,
@@ -18,6 +19,21 @@ from server.cli.process import (
     was_interrupted,
 )
 from server.cli.terminal import wants_plain_text
+
+
+def process() -> None:
+    """Run the command line as a process of its own: `main`, without taking the interpreter apart afterwards.
+
+    That takes half a second where torch is loaded, and several beside other programs.
+    """
+    codes: list[int] = []
+    atexit.register(lambda: end_now(codes[0]) if codes else None)  # the first one registered runs last
+    try:
+        main()
+        codes.append(0)
+    except SystemExit as end:
+        codes.append(exit_code(end))
+        raise
 
 
 def main() -> None:
@@ -90,7 +106,7 @@ def _lacks(error: ImportError) -> NoReturn:
 
 
 def _flush() -> None:
-    # While Python takes torch apart, it has no handlers any more: a signal would kill what is already done.
+    # What remains is to end threads: a signal would kill what is already done.
     atexit.register(ignore_signals)
     problem = flush_stdout()
     if problem is not None:
@@ -98,4 +114,4 @@ def _flush() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    process()

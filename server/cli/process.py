@@ -50,6 +50,13 @@ def end_now(code: int) -> NoReturn:
     os._exit(code)
 
 
+def exit_code(end: SystemExit) -> int:
+    """What the process returns that ends so; a message counts as failure, as for the interpreter."""
+    if end.code is None:
+        return 0
+    return end.code if isinstance(end.code, int) else 1
+
+
 def was_interrupted(error: BaseException | None) -> bool:
     """Whether `error` came of a KeyboardInterrupt, which some libraries answer with one of their own."""
     while error is not None:

@@ -102,7 +102,7 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     from server.metrics import Metrics
     from server.serving.service import Service, prepare
 
-    settings = settings.model_copy(update={"model": str(fetched(settings.model, yes))})
+    settings = settings.model_copy(update={"model": str(fetched(settings.model, yes, settings.experts))})
     prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()

@@ -32,9 +32,14 @@ pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the comp
 
 LENGTH = 60  # of the prompts
 SLOTS = 4
-# Of latent attention, with and without a latent of queries, and over chosen tokens.
-FAMILIES = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
-NAMES = ("v41-a", "v41-c", "llama f32", "llama q8_0", *FAMILIES)
+# Of latent attention: with and without a latent of queries, and over chosen tokens; windows and entries;
+# and of states.
+QUICK = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "deepseek_v4", "qwen3_5_moe")
+FAMILIES = (*QUICK, "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "qwen3_moe")
+NAMES = (
+    *("v41-a", "v41-c", "llama f32", "llama q8_0", *QUICK),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in QUICK),
+)
 
 
 @contextmanager

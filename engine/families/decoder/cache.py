@@ -1,7 +1,8 @@
-"""Keys and values of a decoder's layers, for a fixed number of sequences of fixed capacity.
+"""What a decoder's layers keep of sequences, for a fixed number of these, of fixed capacity.
 
-Every layer keeps the rows of all tokens, also one with a sliding window: so a slot can be taken back to any
-length, and a row's place is its position.
+Layers with attention keep the rows of all tokens, also those with a sliding window: so a slot can be taken
+back to any length, and a row's place is its position. Layers with a state keep that alone; a decoder that has
+some can be taken back to where the state was copied, no further.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from engine.families.base import KvCache, Segment
-from engine.families.decoder.description import Attention, Description, Mla
+from engine.families.decoder.description import Attention, DeltaNet, Description, Mixer, Mla
 from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
+from quant.kernels.cpu.recorder import KvPlace, StatePlace
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,46 @@ class KvRows:
 
 
 @dataclass(frozen=True)
+class StateShape:
+    """What a layer keeps of a sequence whatever its length: states, and the convolution's last rows."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    kept: int
+    channels: int
+
+    @classmethod
+    def of(cls, d: DeltaNet) -> StateShape:
+        """The state of this layer."""
+        return cls(d.value_heads, d.key_dim, d.value_dim, d.taps - 1, d.channels)
+
+    @property
+    def values(self) -> int:
+        """Values of a sequence."""
+        return self.heads * self.key_dim * self.value_dim + self.kept * self.channels
+
+
+def _kept_of(mixer: Mixer) -> KvRows | StateShape:
+    return StateShape.of(mixer) if isinstance(mixer, DeltaNet) else KvRows.of(mixer)
+
+
+@dataclass(frozen=True)
 class CacheLayout:
-    """What a cache holds: the rows of each layer, and the device that has them.
+    """What a cache holds: rows or a state of each layer, and the device that has them.
 
     index_dims  channels of each layer's index keys; 0 where it has no indexer
     """
 
-    rows: tuple[KvRows, ...]
+    kept: tuple[KvRows | StateShape, ...]
     index_dims: tuple[int, ...]
     devices: tuple[torch.device, ...]
 
     @classmethod
     def of(cls, description: Description, devices: tuple[torch.device, ...]) -> CacheLayout:
         """The layout for a decoder whose layers are on `devices`."""
-        attentions = [layer.attention for layer in description.layers]
-        return cls(tuple(KvRows.of(a) for a in attentions), tuple(_index_dim(a) for a in attentions), devices)
+        mixers = [layer.attention for layer in description.layers]
+        return cls(tuple(map(_kept_of, mixers)), tuple(map(_index_dim, mixers)), devices)
 
     @property
     def has_index_keys(self) -> bool:
@@ -65,21 +92,28 @@ class CacheLayout:
         return any(self.index_dims)
 
     def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
-        """Bytes of a layer's keys and values, and of its index keys."""
-        rows = self.rows[layer]
-        values = rows.sides * rows.heads * rows.dim + self.index_dims[layer]
+        """Bytes of a layer's keys and values and of its index keys, or of its states."""
+        kept = self.kept[layer]
+        if isinstance(kept, StateShape):
+            return slots * kept.values * torch.float32.itemsize
+        values = kept.sides * kept.heads * kept.dim + self.index_dims[layer]
         return slots * capacity * values * torch.float32.itemsize
+
+    @property
+    def has_states(self) -> bool:
+        """Whether some layer has a state."""
+        return any(isinstance(kept, StateShape) for kept in self.kept)
 
     def banks(self) -> list[list[int]]:
         """Layers of the same sizes on the same device, which share an allocation."""
         found: dict[object, list[int]] = {}
-        for layer, key in enumerate(zip(self.rows, self.devices, strict=True)):
+        for layer, key in enumerate(zip(self.kept, self.devices, strict=True)):
             found.setdefault(key, []).append(layer)
         return list(found.values())
 
 
 class DecoderCache(KvCache):
-    """Keys and values of every layer, float32.
+    """Keys and values, or states, of every layer, float32.
 
     routed      the experts of its program, if it has any
     index_keys  of the layers that have indexers
@@ -88,12 +122,20 @@ class DecoderCache(KvCache):
     routed: RecordedExperts | None = None
 
     def __init__(self, layout: CacheLayout, slots: int, capacity: int) -> None:
-        super().__init__(slots, capacity, margin=capacity)
+        super().__init__(slots, capacity, margin=0 if layout.has_states else capacity)
         self.layout = layout
         self._banks: list[torch.Tensor] = []  # [sides, layers, slots, kv_heads, capacity, head_dim]
         self._layers: dict[int, torch.Tensor] = {}  # [sides, slots, kv_heads, capacity, head_dim]
+        self._states: dict[int, StatePlace] = {}
         for layers in layout.banks():
-            rows = layout.rows[layers[0]]
+            rows = layout.kept[layers[0]]
+            if isinstance(rows, StateShape):
+                tails, states = (
+                    _allocate((len(layers), slots, *sizes), layout.devices[layers[0]])
+                    for sizes in ((rows.kept, rows.channels), (rows.heads, rows.key_dim, rows.value_dim))
+                )
+                self._states |= {n: StatePlace(tails[at], states[at]) for at, n in enumerate(layers)}
+                continue
             shape = (rows.sides, len(layers), slots, rows.heads, capacity, rows.dim)
             bank = _allocate(shape, layout.devices[layers[0]])
             self._banks.append(bank)
@@ -103,14 +145,15 @@ class DecoderCache(KvCache):
     @property
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
-        return sum(bank.nbytes for bank in self._banks) + self.index_keys.nbytes + program
+        states = sum(s.tails.nbytes + s.states.nbytes for s in self._states.values())
+        return sum(bank.nbytes for bank in self._banks) + self.index_keys.nbytes + states + program
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         rows = [bank[:, :, slot].permute(3, 0, 1, 2, 4) for bank in self._banks]
         return tuple((1, held) for held in (*rows, *self.index_keys.appended(slot)))
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        return ()
+        return tuple(part[slot] for s in self._states.values() for part in (s.tails, s.states))
 
     def extend(
         self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor | None
@@ -119,7 +162,7 @@ class DecoderCache(KvCache):
 
         v: None where the values are columns of the keys.
         """
-        end, rows = segment.start + segment.length, self.layout.rows[layer]
+        end, rows = segment.start + segment.length, self._rows(layer)
         for held, new in zip(self._layers[layer], (k,) if v is None else (k, v), strict=True):
             fresh = new.view(segment.length, rows.heads, rows.dim)
             held[segment.slot, :, segment.start : end] = fresh.transpose(0, 1)
@@ -128,11 +171,24 @@ class DecoderCache(KvCache):
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values, `[slots, kv_heads, capacity, .]` each."""
-        held, rows = self._layers[number], self.layout.rows[number]
+        held, rows = self._layers[number], self._rows(number)
         return held[0], held[1] if rows.latent is None else held[0][..., : rows.latent]
 
+    def state(self, number: int) -> StatePlace:
+        """A layer's states."""
+        return self._states[number]
 
-def _index_dim(attention: Attention | Mla) -> int:
+    def place(self, number: int) -> KvPlace | StatePlace:
+        """Where a recorded step finds what a layer keeps."""
+        return self._states[number] if number in self._states else KvPlace(*self.layer(number))
+
+    def _rows(self, layer: int) -> KvRows:
+        rows = self.layout.kept[layer]
+        assert isinstance(rows, KvRows)
+        return rows
+
+
+def _index_dim(attention: Mixer) -> int:
     indexer = attention.own_indexer if isinstance(attention, Mla) else None
     return 0 if indexer is None else indexer.dim
 

@@ -1,6 +1,7 @@
 """A decoder's shape from its config alone, with the bytes that its weights have in the format that it names.
 
-Matrices are bfloat16, biases for the choice of experts float32, unless `quantization_config` says otherwise.
+Matrices are bfloat16, biases for the choice of experts and what releases of DeltaNet keep so are float32,
+unless `quantization_config` says otherwise.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from quant.packed import Format
 
 # Parts that no release packs, whatever its format; and a module, of indexers.
 PLAIN_PARTS = ("embedding", "head", "router")
+# Endings of the names of tensors in float32.
+SINGLE = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weight")
 PLAIN_MODULE = "weights_proj"
 
 
 def config_shape(config: Mapping[str, Any], name: str, experts: str | None = None) -> ModelShape:
     """The shape of the model of this config.json, its routed experts in the format `experts` if one is named.
 
-    Raises ConfigError for a config that the family cannot run, for a family that is not a decoder, and for
+    Raises ConfigError for a config that the family cannot run, for a family that needs headers, and for
     experts that cannot be encoded in that format.
     """
     model_type = config.get("model_type")
@@ -45,9 +48,7 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
     checkpoint = Checkpoint(Path(name), model_type, config, {}, [])
     family = family_of(checkpoint)
     if not isinstance(family, DecoderFamily):
-        raise ConfigError(
-            f"{name}: the {family.name} family is planned from a checkpoint or by name, not by config"
-        )
+        return family.config_shape(checkpoint if experts is None else family.reencoded(checkpoint, experts))
     description = family.description(checkpoint)
     weights_of = _weights_of(config)
     if experts is None:
@@ -76,7 +77,7 @@ def _weights_of(config: Mapping[str, Any]) -> Callable[[Use], Weights]:
 
     def weights_of(use: Use) -> Weights:
         values = math.prod(use.shape)
-        if use.name.endswith("e_score_correction_bias"):
+        if use.name.endswith(SINGLE):
             return Weights(4 * values, values)
         is_packed = (
             format_ is not None

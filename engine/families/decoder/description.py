@@ -34,6 +34,8 @@ class Attention:
     clip           queries, keys and values are cut to this absolute value, after their norms
     window         tokens that a token sees, itself among them; None: all before it
     has_sinks      each head's softmax has one more term, a learned logit without a value
+    has_gate       heads' outputs are multiplied by the sigmoid of gates, whose rows are behind those of each
+                   head's queries
     """
 
     heads: int
@@ -47,6 +49,7 @@ class Attention:
     clip: float | None = None
     window: int | None = None
     has_sinks: bool = False
+    has_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,40 @@ class Mla:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Gated DeltaNet (arXiv 2412.06464): heads with a state of fixed size instead of keys and values.
+
+    Queries, keys and values go through a short convolution; the state forgets, and is corrected by each
+    token's value. Heads' outputs are normed by themselves and gated.
+
+    key_heads, key_dim  of queries and keys; each such head serves as many consecutive value heads
+    taps           tokens that the convolution sees, the token itself among them
+    is_grouped     the file has the rows of queries, keys, values and gates of one key head together, and so
+                   those of decays and shares; else each by itself
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    is_grouped: bool = False
+
+    @property
+    def value_width(self) -> int:
+        """Channels of all values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels that are convolved: of queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_width
+
+
+Mixer = Attention | Mla | DeltaNet  # of a sequence's tokens with each other
+
+
+@dataclass(frozen=True)
 class Activation:
     """What a feed-forward network does between its matrices: gate * sigmoid(alpha * gate) * (up + shift).
 
@@ -186,6 +223,7 @@ class Experts:
     """A router, its experts, and the network beside them that every token uses, if there is one.
 
     has_biases     of every expert's three matrices
+    has_shared_gate  the shared network's output is multiplied by the sigmoid of a row times the input
     """
 
     router: Router
@@ -194,13 +232,14 @@ class Experts:
     activation: Activation = SILU
     has_biases: bool = False
     shared: Mlp | None = None
+    has_shared_gate: bool = False
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer."""
 
-    attention: Attention | Mla
+    attention: Mixer
     feed_forward: Mlp | Experts
 
 
@@ -210,6 +249,7 @@ class Description:
 
     embedding_factor, residual_factor, logits_factor  what the embedding, every sublayer's output and the
                    logits are multiplied by
+    norm_offset    added to the weights of all norms but DeltaNet's own
     is_tied        the head is the embedding
     has_rope_factors  a tensor says what each rotary pair's frequency is divided by
     is_reencoded   matrices of routed experts are not those of the checkpoint's own files, however they lie
@@ -228,11 +268,19 @@ class Description:
     embedding_factor: float = 1.0
     residual_factor: float = 1.0
     logits_factor: float = 1.0
+    norm_offset: float = 0.0
     is_tied: bool = False
     has_rope_factors: bool = False
     is_reencoded: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+
+    @cached_property
+    def rope(self) -> Rope:
+        """The rotary embeddings of the layers that have them, which are alike."""
+        return next(
+            layer.attention.rope for layer in self.layers if not isinstance(layer.attention, DeltaNet)
+        )
 
     @cached_property
     def expert_layers(self) -> tuple[int, ...]:

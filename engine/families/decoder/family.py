@@ -17,7 +17,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
-from quant.errors import Findings
+from quant.errors import Findings, FormatError
 from quant.kernels.interface import Kernels
 
 
@@ -46,12 +46,15 @@ class DecoderFamily(Family):
         description = self.description(checkpoint)
         findings = Findings()
         specs: dict[str, TensorSpec] = {}
+        unreadable: dict[str, str] = {}
         with findings.checking():
             stored = StoredMatrices(checkpoint)
             for use in uses(description):
-                with findings.checking():
+                try:
                     specs |= stored.specs(use)
-            checkpoint.verify(specs, description.ignored)
+                except FormatError as error:
+                    unreadable[use.name.removesuffix(".weight")] = str(error)
+            checkpoint.verify(specs, description.ignored, unreadable)
         with findings.checking():
             expert_hotness(description, checkpoint)
         findings.raise_any()

@@ -14,7 +14,8 @@ import torch
 
 from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
-from engine.families.decoder.description import Attention, Description, Experts, Mla
+from engine.families.decoder.delta_net import DeltaNetWeights, delta_net
+from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla
 from engine.families.decoder.latent_forward import LatentAttention
 from engine.families.decoder.stored import RowsInFile
 from engine.families.decoder.weights import (
@@ -35,7 +36,7 @@ from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
-from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import ExpertExtras, Kernels
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
@@ -140,7 +141,9 @@ class Decoder(Model):
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
-        ops = Eager(self.kernels, batch.segments, rotation, cache.extend, cache.index_keys.extend)
+        ops = Eager(
+            self.kernels, batch.segments, rotation, cache.extend, cache.index_keys.extend, cache.state
+        )
         with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
@@ -162,7 +165,7 @@ class Decoder(Model):
 
     def _record(self, recorder: Recorder, cache: DecoderCache) -> None:
         """Give `cache` a program that decodes with it."""
-        places = [KvPlace(*cache.layer(number)) for number in range(len(self.weights.layers))]
+        places = [cache.place(number) for number in range(len(self.weights.layers))]
         index_keys = cache.index_keys.layer
         ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places, index_keys)
         if self._store is not None:
@@ -206,16 +209,19 @@ class Decoder(Model):
         ops: Operations[Value],
         latent: LatentAttention[Value],
         number: int,
-        a: Attention | Mla,
-        w: AttentionWeights | MlaWeights,
+        a: Mixer,
+        w: AttentionWeights | MlaWeights | DeltaNetWeights,
         x: Value,
     ) -> Value:
         """Attention of normed x `[tokens, hidden]`, to the same."""
         if isinstance(a, Mla):
             assert isinstance(w, MlaWeights)
             return latent.attend(number, a, w, x)
-        assert isinstance(w, AttentionWeights)
         eps = self.description.eps
+        if isinstance(a, DeltaNet):
+            assert isinstance(w, DeltaNetWeights)
+            return delta_net(ops, number, a, w, x, eps)
+        assert isinstance(w, AttentionWeights)
         q, k, v = (
             value if bias is None else ops.add_bias(value, bias)
             for value, bias in zip(ops.linears(x, w.q, w.k, w.v), (w.q_bias, w.k_bias, w.v_bias), strict=True)
@@ -228,7 +234,11 @@ class Decoder(Model):
         q, k = ops.rotate(q, a.heads), ops.rotate(k, a.kv_heads)
         if a.scale is not None:
             q = _scaled(ops, q, a.scale * math.sqrt(a.head_dim))  # kernels scale by its inverse
-        (out,) = ops.linears(ops.attend(number, q, k, v, a.window, w.sinks), w.o)
+        seen = ops.attend(number, q, k, v, a.window, w.sinks)
+        if w.gate is not None:
+            (gates,) = ops.linears(x, w.gate)
+            seen = ops.gate(seen, gates)
+        (out,) = ops.linears(seen, w.o)
         return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
 
     def _logits(self, ops: Operations[Value], x: Value) -> Value:
@@ -250,7 +260,7 @@ class Decoder(Model):
 
     @property
     def _turn_factor(self) -> float:
-        return self.description.layers[0].attention.rope.attention_factor
+        return self.description.rope.attention_factor
 
     # ------------------------------------------------------------------------------------------ experts
 
@@ -274,6 +284,8 @@ class Decoder(Model):
         y, ahead = None, x
         if weights.shared is not None:  # computed while missing experts arrive
             y = _mlp(ops, normed, weights.shared)
+            if weights.shared_share is not None:
+                y = ops.gate(y, *ops.linears(normed, weights.shared_share))
             ahead = ops.add(x, _scaled(ops, y, self.description.residual_factor))
         self._prefetch(ops, routed, number + 1, ahead)
         out = routed.run(at, normed, ids, shares, self._extras(number, weights))

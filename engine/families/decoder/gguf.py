@@ -12,6 +12,7 @@ from typing import Any, Literal
 from engine.families.decoder.description import Description, Layer
 from engine.families.decoder.hf import MOST_LAYERS
 from engine.families.decoder.keys import Keys
+from engine.families.decoder.plausible import problems_of
 from engine.families.decoder.rope import LinearScaling, Rope, yarn_attention_factor
 from engine.layers.rope import YarnScaling
 from memory.checkpoint.checkpoint import Checkpoint
@@ -37,6 +38,10 @@ GGUF_NAMES = {
     "kv_b": f"{BLOCK}attn_kv_b.weight",
     "k_b": f"{BLOCK}attn_k_b.weight",
     "v_b": f"{BLOCK}attn_v_b.weight",
+    "index_q": f"{BLOCK}indexer.attn_q_b.weight",
+    "index_k": f"{BLOCK}indexer.attn_k.weight",
+    "index_k_norm": f"{BLOCK}indexer.k_norm.weight",
+    "index_weights": f"{BLOCK}indexer.proj.weight",
     "ffn_norm": f"{BLOCK}ffn_norm.weight",
     "gate": f"{BLOCK}ffn_gate.weight",
     "up": f"{BLOCK}ffn_up.weight",
@@ -89,6 +94,16 @@ def layer_count(read: Keys) -> int:
         read.problems.append(f"the metadata says {layers} layers; no model has more than {MOST_LAYERS}")
         return 1
     return layers
+
+
+def layers_before_drafts(read: Keys) -> tuple[int, str]:
+    """Layers without the draft layers, which `block_count` includes; and a regular expression of the latter's
+    tensors."""
+    blocks, drafts = layer_count(read), read.count_or_none("nextn_predict_layers") or 0
+    if drafts >= blocks:
+        read.refuse("nextn_predict_layers", drafts, f"expected fewer than the {blocks} layers")
+        drafts = 0
+    return blocks - drafts, "|".join(rf"blk\.{n}\..*" for n in range(blocks - drafts, blocks))
 
 
 def head_sizes(read: Keys) -> tuple[int, int, int]:
@@ -196,6 +211,7 @@ def describe_gguf(
         bos_token_id=next(iter(tokens.token_ids("tokenizer.ggml.bos_token_id")), None),
         eos_token_ids=tokens.token_ids(*(f"tokenizer.ggml.{name}_token_id" for name in ENDS)),
     )
+    read.problems += problems_of(layers)
     read.check_unknown()
     read.check()
     return description

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Literal
 
 from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla, Mlp, Router
 from engine.families.decoder.keys import HARMLESS, Keys
+from engine.families.decoder.plausible import problems_of
 from engine.families.decoder.rope import LinearScaling, Llama3Scaling, Rope, yarn_attention_factor
 from engine.layers.rope import YarnScaling
 from memory.checkpoint.checkpoint import Checkpoint
+from quant.errors import ConfigError
+from quant.formats.quantization_config import QuantizationConfig
 
 MOST_LAYERS = 10_000  # every layer's tensors are counted: a config that says more is damaged
 # Buffers that old checkpoints store besides the weights, and that every reader recomputes: frequencies
@@ -70,12 +73,20 @@ def head_sizes(read: Keys) -> tuple[int, int, int]:
 
 
 def rope_of(
-    read: Keys, dims: int, *, pairs: Literal["half", "adjacent"] = "half", is_partial: bool = False
+    read: Keys,
+    dims: int,
+    *,
+    pairs: Literal["half", "adjacent"] = "half",
+    part: float | None = None,
+    theta: float = 10000.0,
+    unused: Set[str] = frozenset(),
 ) -> Rope:
     """Rotary embeddings of heads of `dims` channels, as `transformers` reads them.
 
-    Of `rope_scaling`, or of `rope_parameters` as newer configs call it. is_partial: the family turns only a
-    part of the channels where `partial_rotary_factor` says so.
+    Of `rope_scaling`, or of `rope_parameters` as newer configs call it. part: of the channels that turn where
+    `partial_rotary_factor` does not say so; None for a family of which all turn. theta: what
+    `transformers` takes for the family where `rope_theta` is not there. unused: further keys that change
+    nothing.
     """
     given = _rope_object(read)
     inner = read.inner("rope_scaling", given)
@@ -86,19 +97,18 @@ def rope_of(
             f"{', '.join(ROPE_KEYS)}"
         )
         kind = "default"
-    elif unused := sorted(given.keys() - ROPE_KEYS[kind] - ROPE_COMMON):
+    elif unknown := sorted(given.keys() - ROPE_KEYS[kind] - ROPE_COMMON - unused):
         read.problems.append(
-            f"rope_scaling has {', '.join(unused)}, which rope scaling {kind!r} does not use"
+            f"rope_scaling has {', '.join(unknown)}, which rope scaling {kind!r} does not use"
         )
-    for keys in (inner, read):
-        if not is_partial:
+    if part is None:
+        for keys in (inner, read):
             keys.only("partial_rotary_factor", 1, None)
-        elif keys.raw("partial_rotary_factor") is not None:
-            dims = int(dims * keys.number("partial_rotary_factor"))
-            break
+    else:
+        dims = int(dims * inner.number("partial_rotary_factor", read.number("partial_rotary_factor", part)))
     if dims % 2 or dims < 1:
         read.problems.append(f"head_dim is {dims}, expected an even number for rotary embedding")
-    theta = inner.number("rope_theta", read.number("rope_theta", 10000.0))
+    theta = inner.number("rope_theta", read.number("rope_theta", theta))
     original = read.raw("original_max_position_embeddings")
     if kind in ("default", "dynamic"):  # dynamic stretches only what is beyond the most that is served
         return Rope(theta, dims, pairs)
@@ -158,6 +168,7 @@ def describe(
     embedding_factor: float = 1.0,
     residual_factor: float = 1.0,
     logits_factor: float = 1.0,
+    norm_offset: float = 0.0,
 ) -> Description:
     """The description with these layers, and the rest as config.json says.
 
@@ -180,10 +191,16 @@ def describe(
         embedding_factor=embedding_factor,
         residual_factor=residual_factor,
         logits_factor=logits_factor,
+        norm_offset=norm_offset,
         is_tied=is_tied,
         bos_token_id=next(iter(read.token_ids("bos_token_id")), None),
         eos_token_ids=read.token_ids("eos_token_id"),
     )
+    try:
+        QuantizationConfig.parse(checkpoint.config)
+    except ConfigError as error:
+        read.problems.append(str(error))
+    read.problems += problems_of(layers)
     read.check_unknown(HARMLESS)
     read.check()
     return description
@@ -194,7 +211,10 @@ def keys_of(checkpoint: Checkpoint, family: str) -> Keys:
     return Keys(checkpoint.path, family, checkpoint.config)
 
 
-def plain_attention(read: Keys) -> Attention:
-    """Grouped-query attention with nothing beside it, its rotary embeddings over whole heads."""
+def plain_attention(read: Keys, theta: float = 10000.0) -> Attention:
+    """Grouped-query attention with nothing beside it, its rotary embeddings over whole heads.
+
+    theta: of `rope_of`.
+    """
     heads, kv_heads, head_dim = head_sizes(read)
-    return Attention(heads, kv_heads, head_dim, rope_of(read, head_dim))
+    return Attention(heads, kv_heads, head_dim, rope_of(read, head_dim, theta=theta))

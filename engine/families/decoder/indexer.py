@@ -39,6 +39,33 @@ def with_indexer(read: Keys, attention: Mla, *, is_interleaved: bool) -> Mla:
     return replace(attention, indexer=indexer)
 
 
+def with_gguf_indexer(read: Keys, attention: Mla, *, is_interleaved: bool) -> Mla:
+    """The attention with the indexer that GGUF metadata describes. is_interleaved: by architecture."""
+    indexer = Indexer(
+        heads=read.count("attention.indexer.head_count"),
+        dim=read.count("attention.indexer.key_length"),
+        top_k=read.count("attention.indexer.top_k"),
+        rope=replace(attention.rope, pairs="adjacent" if is_interleaved else "half"),
+        eps=read.number("attention.layer_norm_epsilon", 1e-6),
+    )
+    if indexer.dim < attention.rope.dims:
+        read.refuse("attention.indexer.key_length", indexer.dim, f"expected at least {attention.rope.dims}")
+    if attention.q_rank is None:
+        read.refuse("attention.q_lora_rank", None, "expected a number: index queries are made of that latent")
+    return replace(attention, indexer=indexer)
+
+
+def sharing(layers: Sequence[Layer], is_shared: Sequence[bool]) -> list[Layer]:
+    """Layers, those of which that share a choice without indexers of their own."""
+    found = []
+    for layer, shares in zip(layers, is_shared, strict=True):
+        assert isinstance(layer.attention, Mla)
+        assert layer.attention.indexer is not None
+        indexer = replace(layer.attention.indexer, is_shared=shares)
+        found.append(replace(layer, attention=replace(layer.attention, indexer=indexer)))
+    return found
+
+
 def check_layer_types(read: Keys, layers: Sequence[Layer]) -> None:
     """Refuse lists of layers' kinds that say something else than what the other keys do."""
     said = {

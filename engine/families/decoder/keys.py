@@ -32,6 +32,9 @@ HARMLESS = frozenset(
     )
 )  # fmt: skip
 
+# What is computed unless one of these is false: here false changes what is computed.
+ON = frozenset(("is_causal", "causal", "attention.causal", "use_rope"))
+
 
 class Keys:
     """Lookups in a config, or in an object within it; problems are collected until `check`.
@@ -124,7 +127,8 @@ class Keys:
     def check_unknown(self, harmless: Iterable[str] = ()) -> None:
         """Note every key that nobody asked for and that is neither harmless nor switched off."""
         for key in sorted(self.config.keys() - self._asked - set(harmless)):
-            if self.config[key]:
+            value = self.config[key]
+            if value is not True and value is not None if key in ON else value:
                 self._note(key, self.config[key], f"; the {self.family} family does not support it")
 
     def check(self) -> None:

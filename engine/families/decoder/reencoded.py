@@ -50,7 +50,7 @@ class ReencodedCheckpoint(Checkpoint):
         if not missing:
             return
         nbytes = sum(entry.nbytes for entry in self._experts.entries.values())
-        logger.info(
+        logger.warning(  # shown by every command: it may take long
             "encoding routed experts as %s, once: %.1f GB into %s",
             self._experts.format.name, nbytes / 1e9, self._experts.folder,
         )  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 
 from engine.layers.rope import YarnScaling, inverse_frequencies
 
+TILE = 128  # rows of FP8 that share a scale
+
 
 @dataclass(frozen=True)
 class LinearScaling:
@@ -75,7 +77,8 @@ class Rope:
             turning = turning.view(2, half).t().flatten()
         elif self.dims == head_dim:
             return None
-        channels = torch.cat((torch.arange(self.dims, head_dim), turning))
+        first = max(self.dims, min(TILE, head_dim))  # rows that share a scale stay together
+        channels = torch.cat((torch.arange(first, head_dim), torch.arange(self.dims, first), turning))
         return (torch.arange(heads).unsqueeze(1) * head_dim + channels).flatten()
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from engine.families.base import Component
-from engine.families.decoder.description import Attention, Description, Experts, Mla, Mlp
+from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla, Mlp
 from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
@@ -83,9 +83,15 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
     )
 
 
-def kv_shape(a: Attention | Mla) -> KvShape:
+def kv_shape(a: Mixer) -> KvShape:
     """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
-    latents and the part of keys that turns, and index keys where it has an indexer."""
+    latents and the part of keys that turns, and index keys where it has an indexer; or a state."""
+    if isinstance(a, DeltaNet):
+        values = a.value_width * a.key_dim
+        return KvShape(
+            fixed_bytes=KV_VALUE_BYTES * (values + (a.taps - 1) * a.channels),
+            fixed_flops=7 * values + 2 * a.taps * a.channels,
+        )
     if isinstance(a, Mla):
         entry_bytes = KV_VALUE_BYTES * a.row_dim
         own = a.own_indexer
@@ -140,8 +146,10 @@ def components(description: Description, checkpoint: Checkpoint) -> list[Compone
     ]
 
 
-def _query_width(a: Attention | Mla) -> int:
+def _query_width(a: Mixer) -> int:
     """Values of a token's queries as they meet what is kept."""
+    if isinstance(a, DeltaNet):
+        return a.channels
     return a.heads * (a.row_dim if isinstance(a, Mla) else a.head_dim)
 
 

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.families.decoder.description import Attention, Description, Experts, Indexer, Mla, Mlp
+from engine.families.decoder.description import (
+    Attention,
+    DeltaNet,
+    Description,
+    Experts,
+    Indexer,
+    Mixer,
+    Mla,
+    Mlp,
+)
 from engine.families.decoder.names import REENCODED
 
 Part = Literal["embedding", "head", "dense", "router", "shared", "experts"]
@@ -40,8 +49,7 @@ def uses(description: Description) -> Iterator[Use]:
         yield from _Layer(d, number).uses(layer.attention, layer.feed_forward)
     yield Use(d.names["norm"], (d.hidden,), "head", is_matrix=False)
     if d.has_rope_factors:
-        dims = d.layers[0].attention.rope.dims
-        yield Use(d.names["rope_factors"], (dims // 2,), "head", is_matrix=False)
+        yield Use(d.names["rope_factors"], (d.rope.dims // 2,), "head", is_matrix=False)
     if not d.is_tied:
         yield Use(d.names["head"], (d.vocab_size, d.hidden), "head")
 
@@ -51,10 +59,12 @@ class _Layer:
     d: Description
     number: int
 
-    def uses(self, attention: Attention | Mla, feed_forward: Mlp | Experts) -> Iterator[Use]:
+    def uses(self, attention: Mixer, feed_forward: Mlp | Experts) -> Iterator[Use]:
         yield self.floats("attn_norm", self.d.hidden)
         if isinstance(attention, Mla):
             yield from self.mla(attention)
+        elif isinstance(attention, DeltaNet):
+            yield from self.delta_net(attention)
         else:
             yield from self.attention(attention)
         yield self.floats("ffn_norm", self.d.hidden)
@@ -65,7 +75,7 @@ class _Layer:
 
     def attention(self, a: Attention) -> Iterator[Use]:
         hidden, queries, keys = self.d.hidden, a.heads * a.head_dim, a.kv_heads * a.head_dim
-        for role, rows in (("q", queries), ("k", keys), ("v", keys)):
+        for role, rows in (("q", 2 * queries if a.has_gate else queries), ("k", keys), ("v", keys)):
             yield from self.matrix(role, rows, hidden, "dense", has_bias=a.has_qkv_bias)
         yield from self.matrix("o", hidden, queries, "dense", has_bias=a.has_out_bias)
         if a.qk_norm != "none":
@@ -105,6 +115,18 @@ class _Layer:
         yield from self.matrix(f"{prefix}up", width, self.d.hidden, part)
         yield from self.matrix(f"{prefix}down", self.d.hidden, width, part)
 
+    def delta_net(self, a: DeltaNet) -> Iterator[Use]:
+        hidden, heads, width = self.d.hidden, a.value_heads, a.value_width
+        together = (("in_qkvz", a.channels + width), ("in_ba", 2 * heads))
+        apart = (("in_qkv", a.channels), ("in_z", width), ("in_b", heads), ("in_a", heads))
+        for role, rows in together if a.is_grouped else apart:
+            yield from self.matrix(role, rows, hidden, "dense")
+        yield self.floats("conv", a.channels, 1, a.taps)
+        yield self.floats("decay_rate", heads)
+        yield self.floats("decay_bias", heads)
+        yield self.floats("delta_norm", a.value_dim)
+        yield from self.matrix("delta_out", hidden, width, "dense")
+
     def experts(self, e: Experts) -> Iterator[Use]:
         count, width = e.router.experts, e.width
         yield from self.matrix("router", count, self.d.hidden, "router", has_bias=e.router.has_bias)
@@ -132,6 +154,8 @@ class _Layer:
                 yield self.floats(role, count, rows, part="router", is_bias=True)
         if e.shared is not None:
             yield from self.mlp("shared_", e.shared.width, "shared")
+        if e.has_shared_gate:
+            yield from self.matrix("shared_share", 1, self.d.hidden, "router")
 
     def _three(self, width: int) -> tuple[tuple[str, int, int], ...]:
         hidden = self.d.hidden

@@ -10,7 +10,17 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
-from engine.families.decoder.description import Attention, Description, Experts, Indexer, Layer, Mla
+from engine.families.decoder.delta_net import DeltaNetWeights, read_delta_net
+from engine.families.decoder.description import (
+    Attention,
+    DeltaNet,
+    Description,
+    Experts,
+    Indexer,
+    Layer,
+    Mixer,
+    Mla,
+)
 from engine.families.decoder.experts import ROLES as EXPERT_ROLES
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
@@ -42,6 +52,7 @@ class AttentionWeights:
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     sinks: torch.Tensor | None
+    gate: Weight | None
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,7 @@ class RouterWeights:
     choice_bias: torch.Tensor | None
     expert_biases: ExpertBiases | None
     shared: MlpWeights | None
+    shared_share: Weight | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class LayerWeights:
     """One layer; of its routed experts only the router."""
 
     attn_norm: torch.Tensor
-    attention: AttentionWeights | MlaWeights
+    attention: AttentionWeights | MlaWeights | DeltaNetWeights
     ffn_norm: torch.Tensor
     feed_forward: MlpWeights | RouterWeights
 
@@ -153,7 +165,7 @@ def read_weights(
         embed = host.embedding(in_memory=places.holds_embedding)
     return DecoderWeights(
         embed=embed,
-        norm=by_head.floats("norm"),
+        norm=by_head.norm("norm"),
         head=head,
         layers=tuple(
             _Reader(source, kernels, device, n).layer(layer)
@@ -205,7 +217,7 @@ def _expert_store(
 
 
 def _frequencies(d: Description, checkpoint: Checkpoint, reader: _Reader) -> torch.Tensor:
-    frequencies = d.layers[0].attention.rope.frequencies
+    frequencies = d.rope.frequencies
     if not d.has_rope_factors:
         return frequencies
     factors = reader.floats("rope_factors")
@@ -224,11 +236,12 @@ class _Source:
     stored: StoredMatrices
     names: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    norm_offset: float
 
     @classmethod
     def of(cls, description: Description, checkpoint: Checkpoint) -> _Source:
         shapes = {use.name: use.shape for use in uses(description) if use.part != "experts"}
-        return cls(StoredMatrices(checkpoint), description.names, shapes)
+        return cls(StoredMatrices(checkpoint), description.names, shapes, description.norm_offset)
 
 
 class _Reader:
@@ -244,14 +257,14 @@ class _Reader:
     def layer(self, layer: Layer) -> LayerWeights:
         attention, feed_forward = layer.attention, layer.feed_forward
         return LayerWeights(
-            attn_norm=self.floats("attn_norm"),
-            attention=self._mla(attention) if isinstance(attention, Mla) else self._attention(attention),
-            ffn_norm=self.floats("ffn_norm"),
+            attn_norm=self.norm("attn_norm"),
+            attention=self._mixer(attention),
+            ffn_norm=self.norm("ffn_norm"),
             feed_forward=self._router(feed_forward) if isinstance(feed_forward, Experts) else self._mlp(""),
         )
 
     def matrix(self, role: str, order: torch.Tensor | None = None) -> Weight:
-        """A matrix in the kernels' layout, perhaps with its rows in another order."""
+        """A matrix in the kernels' layout; `order` has the numbers of its rows, where not all in order."""
         return self._kernels.prepare(self._to_device(_in_order(self.stored_matrix(role), order)))
 
     def stored_matrix(self, role: str) -> Weight:
@@ -268,12 +281,26 @@ class _Reader:
         name = self._name(role)
         return self._stored.read_floats(bias_of(name) if is_bias else name).to(self._device)
 
+    def norm(self, role: str) -> torch.Tensor:
+        """A norm's weights, float32."""
+        return self.floats(role) + self._source.norm_offset
+
+    def _mixer(self, mixer: Mixer) -> AttentionWeights | MlaWeights | DeltaNetWeights:
+        if isinstance(mixer, DeltaNet):
+            return read_delta_net(self, mixer)
+        return self._mla(mixer) if isinstance(mixer, Mla) else self._attention(mixer)
+
     def _attention(self, a: Attention) -> AttentionWeights:
         q_order, k_order = (a.rope.row_order(heads, a.head_dim) for heads in (a.heads, a.kv_heads))
         of_norms = a.rope.row_order(1, a.head_dim) if a.qk_norm == "head" else None
+        q_rows, gate_rows = q_order, None
+        if a.has_gate:  # [heads, 2, head_dim]: queries, gates
+            gate_rows = _rows_of_gates(a)
+            q_rows = gate_rows - a.head_dim
+            q_rows = q_rows if q_order is None else q_rows[q_order]
         has_norms, has_biases = a.qk_norm != "none", a.has_qkv_bias
         return AttentionWeights(
-            q=self.matrix("q", q_order),
+            q=self.matrix("q", q_rows),
             k=self.matrix("k", k_order),
             v=self.matrix("v"),
             o=self.matrix("o"),
@@ -281,9 +308,10 @@ class _Reader:
             k_bias=_floats_in_order(self.floats("k", is_bias=True), k_order) if has_biases else None,
             v_bias=self.floats("v", is_bias=True) if has_biases else None,
             o_bias=self.floats("o", is_bias=True) if a.has_out_bias else None,
-            q_norm=_floats_in_order(self.floats("q_norm"), _first(of_norms, q_order)) if has_norms else None,
-            k_norm=_floats_in_order(self.floats("k_norm"), _first(of_norms, k_order)) if has_norms else None,
+            q_norm=_floats_in_order(self.norm("q_norm"), _first(of_norms, q_order)) if has_norms else None,
+            k_norm=_floats_in_order(self.norm("k_norm"), _first(of_norms, k_order)) if has_norms else None,
             sinks=self.floats("sinks") if a.has_sinks else None,
+            gate=self.matrix("q", gate_rows) if a.has_gate else None,
         )
 
     def _mla(self, a: Mla) -> MlaWeights:
@@ -332,6 +360,7 @@ class _Reader:
             choice_bias=self.floats("choice_bias") if router.has_choice_bias else None,
             expert_biases=self._expert_biases(experts) if experts.has_biases else None,
             shared=None if experts.shared is None else self._mlp("shared_"),
+            shared_share=self.matrix("shared_share") if experts.has_shared_gate else None,
         )
 
     def _expert_biases(self, experts: Experts) -> ExpertBiases:
@@ -356,6 +385,13 @@ class _Reader:
         return weight.to(self._device) if isinstance(weight, torch.Tensor) else weight
 
 
+def _rows_of_gates(a: Attention) -> torch.Tensor:
+    """The rows of gates in a projection that has them behind each head's queries."""
+    return (
+        torch.arange(a.heads).unsqueeze(1) * 2 * a.head_dim + torch.arange(a.head_dim, 2 * a.head_dim)
+    ).flatten()
+
+
 def _first(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
     return other if one is None else one
 
@@ -365,7 +401,7 @@ def _floats_in_order(values: torch.Tensor, order: torch.Tensor | None) -> torch.
 
 
 def _in_order(weight: Weight, order: torch.Tensor | None) -> Weight:
-    """A matrix with its rows in another order."""
+    """A matrix with its rows in another order, or some of them."""
     if order is None:
         return weight
     return weight[order] if isinstance(weight, torch.Tensor) else weight.reordered(order)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 16  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 17  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -40,6 +40,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_index_scores": (None, [Int, Int, Pointer, Pointer]),
     "loci_best_columns": (None, [Int, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_route": (None, [Int, Pointer, Pointer, Int64, Int64, Pointer, Pointer, Pointer]),
+    "loci_weigh": (None, [Int, Pointer, Pointer, Int64, Int64, Pointer, Pointer]),
     "loci_weighted_sum": (None, [Int, Int, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_mix_streams": (None, [Int, Int, Pointer, Pointer, Pointer, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_sigmoid": (None, [Int, Int, Pointer, Int64, Pointer]),
@@ -53,6 +54,10 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
         None,
         [Int, Int, Pointer, Pointer, Pointer, Int64, Int64, Int64, Int64, ctypes.c_float, Pointer],
     ),
+    "loci_convolve": (None, [Int, Int, Pointer, Pointer]),
+    "loci_delta_rule": (None, [Int, Int, Pointer, Pointer]),
+    "loci_draw": (None, [Int, Int, Pointer, Int64, Pointer, Int64, Pointer]),
+    "loci_best_logits": (ctypes.c_double, [Int, Int, Pointer, Int64, Int64, Pointer]),
     "loci_rows_open": (Pointer, [Int, Int]),
     "loci_rows_add": (Int64, [Pointer, Pointer]),
     "loci_rows_ask": (Pointer, [Pointer, Int64, Pointer, Int64, Pointer]),

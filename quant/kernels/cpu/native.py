@@ -202,20 +202,31 @@ class NativeKernels(NativeLayers):
         return out
 
     def moe(self, call: MoeCall) -> torch.Tensor:
-        x = call.x
+        flat = as_floats(call.x, call.x.shape[1])
+        out = torch.empty_like(flat)
+        if not self._moe(call, flat, contiguous(call.expert_weights, torch.float32), out):
+            return self._fallback.moe(call)
+        return out if flat is call.x else like(call.x, out)
+
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        flat = as_floats(call.x, call.x.shape[1])
+        out = flat.new_empty(*call.expert_ids.shape, flat.shape[1])
+        return out.to(call.x.dtype) if self._moe(call, flat, None, out) else self._fallback.moe_apart(call)
+
+    def _moe(self, call: MoeCall, x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> bool:
+        """Compute a call for x `[tokens, hidden]` float32, without factors each choice apart; False where no
+        kernel can."""
         used = sorted({expert for chosen in call.expert_ids.tolist() for expert in chosen})
         if not used:
-            return torch.zeros_like(x)
+            out.zero_()
+            return True
         weights = [native_weight(w) for e in map(call.experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
         addresses = [w.address for w in weights if w is not None]
         if len(addresses) < len(weights):
-            return self._fallback.moe(call)
+            return False
         matrices = (ctypes.c_void_p * len(addresses))(*addresses)
         ids = (ctypes.c_int64 * len(used))(*used)
         choice = contiguous(call.expert_ids, torch.int64)
-        factors = contiguous(call.expert_weights, torch.float32)
-        flat = as_floats(x, x.shape[1])
-        out = torch.empty_like(flat)
         biases = None
         if call.extras.biases is not None:
             rows = [at for expert in used for at in call.extras.biases.addresses(expert)]
@@ -225,24 +236,24 @@ class NativeKernels(NativeLayers):
             ctypes.addressof(ids),
             len(used),
             choice.data_ptr(),
-            factors.data_ptr(),
+            0 if factors is None else factors.data_ptr(),
             *choice.shape,
             call.swiglu_limit,
             call.extras.alpha,
             call.extras.shift,
             0 if biases is None else ctypes.addressof(biases),
         )
-        is_done = self._library.loci_moe(
-            self._level,
-            self._threads(),
-            self.activations == "int8",
-            ctypes.byref(native),
-            flat.data_ptr(),
-            out.data_ptr(),
+        # not done where experts differ in their formats
+        return bool(
+            self._library.loci_moe(
+                self._level,
+                self._threads(),
+                self.activations == "int8",
+                ctypes.byref(native),
+                x.data_ptr(),
+                out.data_ptr(),
+            )
         )
-        if not is_done:  # experts differ in their formats
-            return self._fallback.moe(call)
-        return out if flat is x else like(x, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         if x.dtype != torch.float32 or not (weight is None or weight.dtype == torch.float32):

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 
 SCORES = ("sqrt softplus", "softmax", "sigmoid", "chosen softmax")  # in the order of `Score` in layers.hpp
 
@@ -56,6 +56,39 @@ class IndexCall(ctypes.Structure):
     )
 
 
+class ConvolveCall(ctypes.Structure):
+    """`Convolve` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("tail", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("taps", ctypes.c_int64),
+        ("before", ctypes.c_int64),
+    )
+
+
+class DeltaRuleCall(ctypes.Structure):
+    """`DeltaRule` of native_src/layers.hpp."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("rates", ctypes.c_void_p),
+        ("biases", ctypes.c_void_p),
+        ("state", ctypes.c_void_p),
+        ("tokens", ctypes.c_int64),
+        ("key_heads", ctypes.c_int64),
+        ("value_heads", ctypes.c_int64),
+        ("key_dim", ctypes.c_int64),
+        ("value_dim", ctypes.c_int64),
+        ("is_first", ctypes.c_int64),
+    )
+
+
 class Routing(ctypes.Structure):
     """`Routing` of native_src/layers.hpp."""
 
@@ -86,6 +119,13 @@ class Routing(ctypes.Structure):
 def floats(x: torch.Tensor) -> torch.Tensor:
     """x as contiguous float32: unchanged if it already is, because torch calls take time."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+def _changed(state: torch.Tensor) -> int:
+    """Where a state lies that is changed in place."""
+    if state.dtype != torch.float32 or not state.is_contiguous():
+        raise ValueError("a state must be contiguous float32")
+    return state.data_ptr()
 
 
 def fetched(compressed: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,6 +250,21 @@ class NativeLayers:
         )
         return chosen, weights
 
+    def weigh(self, logits: torch.Tensor, chosen: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        logits, chosen = floats(logits), chosen.contiguous()
+        tokens, experts = logits.shape
+        weights = logits.new_empty(tokens, rule.top_k)
+        self._library.loci_weigh(
+            self._threads(),
+            logits.data_ptr(),
+            chosen.data_ptr(),
+            tokens,
+            experts,
+            ctypes.byref(Routing.of(rule)),
+            weights.data_ptr(),
+        )
+        return weights
+
     def pool_groups(self, rows: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         rows, gates = floats(rows), floats(gates)
         groups, n, dim = rows.shape
@@ -285,6 +340,41 @@ class NativeLayers:
             self._threads(), scores.data_ptr(), rows, columns, best.shape[1], best.data_ptr()
         )
         return best
+
+    def convolve(
+        self, x: torch.Tensor, weights: torch.Tensor, tail: torch.Tensor, before: int
+    ) -> torch.Tensor:
+        x, weights = floats(x), floats(weights)
+        out = torch.empty_like(x)
+        call = ConvolveCall(x.data_ptr(), weights.data_ptr(), _changed(tail), *x.shape, len(weights), before)
+        self._library.loci_convolve(self._level, self._threads(), ctypes.byref(call), out.data_ptr())
+        return out
+
+    def delta_rule(
+        self,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        rule: DeltaRule,
+        state: torch.Tensor,
+        *,
+        is_first: bool,
+    ) -> torch.Tensor:
+        x, a, b, rates, biases = map(floats, (x, a, b, rule.rates, rule.biases))
+        heads, key_dim, value_dim = state.shape
+        out = x.new_empty(len(x), heads * value_dim)
+        call = DeltaRuleCall(
+            *(part.data_ptr() for part in (x, a, b, rates, biases)),
+            _changed(state),
+            len(x),
+            rule.key_heads,
+            heads,
+            key_dim,
+            value_dim,
+            int(is_first),
+        )
+        self._library.loci_delta_rule(self._level, self._threads(), ctypes.byref(call), out.data_ptr())
+        return out
 
     def attend(
         self,

@@ -21,7 +21,7 @@ from quant.kernels.cpu.program import (
 )
 from quant.kernels.cpu.row_notes import RowNotes
 from quant.kernels.interface import ExpertExtras, Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 
 GROUP = 3  # matrices of one operation at most
 
@@ -55,6 +55,17 @@ class KvPlace:
         """kv_heads, head_dim, and the strides of a head and of a slot."""
         slot, head, _, _ = self.keys.stride()
         return self.keys.shape[1], self.keys.shape[3], head, slot
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """Where a layer has its states, one for each slot, for `LayerOperations.convolve` and `delta_rule`.
+
+    tails `[slots, taps - 1, channels]`, states `[slots, value_heads, key_dim, value_dim]` float32
+    """
+
+    tails: torch.Tensor
+    states: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,31 @@ class Recorder(RowNotes):
         self._note("attend", inputs, [out], sizes)
         return out
 
+    def convolve(self, x: Buffer, weights: torch.Tensor, place: StatePlace) -> Buffer:
+        """Each row convolved with those before it in its slot: see `LayerOperations.convolve`."""
+        out, tails = self.buffer(x.width), place.tails
+        outputs: list[Operand] = [out, self._address(tails)]
+        sizes = [x.width, len(weights), tails.stride(0)]
+        self._note("convolve", [x, self._weight(weights)], outputs, sizes)
+        return out
+
+    def delta_rule(self, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule, place: StatePlace) -> Buffer:
+        """The state of each row's slot, changed and asked: see `LayerOperations.delta_rule`."""
+        states = place.states
+        _, heads, key_dim, value_dim = states.shape
+        out = self.buffer(heads * value_dim)
+        inputs: list[Operand] = [x, a, b, self._weight(rule.rates), self._weight(rule.biases)]
+        outputs: list[Operand] = [out, self._address(states)]
+        sizes = [rule.key_heads, heads, key_dim, value_dim, states.stride(0)]
+        self._note("delta_rule", inputs, outputs, sizes)
+        return out
+
+    def gate(self, x: Buffer, gates: Buffer) -> Buffer:
+        """Each of x's parts, of which there are as many as gates, times the sigmoid of its gate."""
+        out = self.buffer(x.width)
+        self._note("gate", [x, gates], [out], [gates.width, x.width // gates.width])
+        return out
+
     def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
         """Columns first .. first + width of each of x's parts."""
         out = self.buffer(parts * width)
@@ -168,10 +204,10 @@ class Recorder(RowNotes):
         self._note("add", [x, y], [out], [x.width])
         return out
 
-    def bias(self, x: Buffer, row: torch.Tensor) -> Buffer:
-        """x + row `[width]`."""
+    def bias(self, x: Buffer, rows: torch.Tensor) -> Buffer:
+        """x + a row `[width]`; of several `[n, width]`, that of the position modulo n."""
         out = self.buffer(x.width)
-        self._note("bias", [x, self._weight(row)], [out], [x.width])
+        self._note("bias", [x, self._weight(rows)], [out], [x.width, rows.numel() // x.width])
         return out
 
     def clip(self, x: Buffer, limit: float) -> Buffer:
@@ -198,6 +234,14 @@ class Recorder(RowNotes):
         ]
         self._note("route", inputs, [ids, weights], [logits.width])
         return ids, weights
+
+    def weigh(self, logits: Buffer, ids: Buffer, rule: RoutingRule) -> Buffer:
+        """The weights of experts that were chosen otherwise: see `LayerOperations.weigh`."""
+        weights, native = self.buffer(rule.top_k), Routing.of(rule)
+        self._recording.held.append(native)
+        inputs: list[Operand] = [logits, None, ctypes.addressof(native), ids]
+        self._note("route", inputs, [None, weights], [logits.width])
+        return weights
 
     def at_hand(self, ids: Buffer, addresses: torch.Tensor, busy: torch.Tensor) -> torch.Tensor:
         """Whether all chosen experts are at hand and nothing is on its way that may have to be cancelled: a
@@ -283,6 +327,22 @@ class Recorder(RowNotes):
         self._note("mix", [x, self._weight(scale), self._weight(base)], [*outs], [n, iterations], eps)
         return outs
 
+    def read_mix(
+        self,
+        streams: Buffer,
+        fn: torch.Tensor,
+        scale: torch.Tensor,
+        base: torch.Tensor,
+        eps: float,
+        norm_eps: float,
+    ) -> Buffer:
+        """How n streams are read, `[rows, n]`: as `mix`, of fn `[n, streams]` and nothing else."""
+        (x,) = self.linears(self.norm(streams, None, norm_eps), [fn])
+        out = self.buffer(len(scale))
+        inputs: list[Operand] = [x, self._weight(scale), self._weight(base)]
+        self._note("mix", inputs, [out], [len(scale), 0], eps)
+        return out
+
     def mix_streams(self, streams: Buffer, y: Buffer, post: Buffer, combine: Buffer) -> Buffer:
         """post_j * y + sum_i combine[i, j] * stream_i."""
         out = self.buffer(streams.width)
@@ -324,16 +384,21 @@ class Recorder(RowNotes):
         window: int,
         compressed: torch.Tensor | None,
         chosen: Buffer | None,
+        every: int | None = None,
     ) -> Buffer:
         """Attention over the last `window` latents in rings `[slots, ring, dim]`, and over those `chosen` of
-        the compressed entries `[slots, entries, dim]`."""
+        the compressed entries `[slots, entries, dim]`; or over all that stand for `every` so many tokens."""
         _, places, dim = rings.shape
         out = self.buffer(q.width)
         inputs: list[Operand] = [q, self._address(rings), self._weight(sink)]
-        sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0]
-        if compressed is not None and chosen is not None:
+        sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0, 0]
+        if compressed is not None and every is not None:
+            entries = compressed.shape[1]
+            inputs += [self._address(compressed), self._address(torch.arange(entries))]
+            sizes[5:] = [entries, compressed.stride(0), every]
+        elif compressed is not None and chosen is not None:
             inputs += [self._address(compressed), chosen]
-            sizes[5:] = [chosen.width, compressed.stride(0)]
+            sizes[5:] = [chosen.width, compressed.stride(0), 0]
         self._note("attend_sparse", inputs, [out], sizes)
         return out
 
@@ -345,12 +410,16 @@ class Recorder(RowNotes):
         yield
         self._recording.noted[at].sizes[1] = len(self._recording.noted) - at - 1
 
-    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int) -> Buffer:
-        """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group."""
-        _, places, dim = rows.shape
+    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int, *, overlaps: bool = False) -> Buffer:
+        """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group.
+
+        overlaps: of the group's rows `[2 * dim]` the second halves, with the first ones of the group before.
+        """
+        _, places, width = rows.shape
+        dim = width // 2 if overlaps else width
         out = self.buffer(dim)
         inputs = [self._address(rows), self._address(gates)]
-        self._note("pool", inputs, [out], [dim, places, rows.stride(0), ratio])
+        self._note("pool", inputs, [out], [dim, places, rows.stride(0), ratio, int(overlaps)])
         return out
 
     def entry(self, x: Buffer, to: torch.Tensor, ratio: int) -> None:

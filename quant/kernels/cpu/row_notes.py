@@ -68,6 +68,12 @@ class RowNotes(Notes):
         self._note("embed", [self._weight(table)], [out], sizes, factor, nbytes=row_bytes)
         return out
 
+    def by_token(self, table: torch.Tensor) -> Buffer:
+        """The tokens' rows of a table `[vocabulary, width]` int64."""
+        out = self.buffer(table.shape[1], torch.int64)
+        self._note("by_token", [self._weight(table)], [out], [table.shape[1]])
+        return out
+
     def ngrams(self, ngrams: Ngrams, rings: torch.Tensor) -> Buffer:
         """The addresses of each token's rows, int64 `[rows, tables * columns]`. The tokens' keys are written
         to `rings` `[slots, ring]` of those of the last tokens."""

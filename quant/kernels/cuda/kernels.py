@@ -16,7 +16,7 @@ from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
-from quant.kernels.interface import NO_EXTRAS, ExpertFormats, MoeCall, Weight, moe_by_products
+from quant.kernels.interface import NO_EXTRAS, ExpertFormats, MoeCall, Weight, apart_by_moe, moe_by_products
 from quant.kernels.layers import TorchLayers
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.packed import Format, PackedTensor
@@ -87,6 +87,9 @@ class TritonKernels(TorchLayers):
         for launch in moe_launches(call, plan, out):
             self.launcher.start(launch)
         return out.view(tokens, top_k, -1).sum(1).to(x.dtype)
+
+    def moe_apart(self, call: MoeCall) -> torch.Tensor:
+        return apart_by_moe(self, call)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self._reference.rms_norm(x, weight, eps)  # one launch of torch's own

@@ -9,13 +9,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quant.errors import ConfigError
 from server.cli.arguments import JsonFile
 from server.cli.bench.figures import print_figures, results_of
-from server.cli.progress import progress
+from server.cli.progress import progress, transfer
 
 if TYPE_CHECKING:
     from engine.bench.streams import Timeline
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from server.cli.bench.client import Target
 
 STREAMS = 8
-DECODE_TARGET, PREFILL_TARGET = 1.05, 2.0
+DECODE_TARGET, PREFILL_TARGET, MIXTURE_TARGET = 1.05, 2.0, 1.0
+SMOLLM2 = "smollm2"
+# Mixtures with random weights, by what their figures are called: the shape, and so few layers that its file
+# is written in seconds.
+MIXTURES = {"gguf_moe": ("qwen3-30b-a3b", 4), "gguf_gpt_oss": ("gpt-oss-20b", 4)}
 # Threads that wait by spinning, as llama.cpp's do, come to a crawl beside a program that needs their core: a
 # round in which others took more than this says nothing about either server on its own. So each waits for
 # a quiet moment, but not for ever.
@@ -71,41 +77,58 @@ class Rates:
 
 
 def peers(
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="smollm2, gguf_moe, gguf_gpt_oss; may be repeated. Default: all."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are of quiet ones.")] = 9,
     threads: Annotated[int, typer.Option(min=1, help="Threads that each server computes with.")] = 2,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt when decoding.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer when decoding.")] = 64,
     long_prompt: Annotated[int, typer.Option(min=2, help="Tokens of the prompts for prefill.")] = 1500,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(help="Where mixtures' files are written, and removed again. Default: TMPDIR."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Compare Loci with llama.cpp on SmolLM2-135M (Q4_1), both as servers on this machine.
+    """Compare Loci with llama.cpp, both as servers on this machine, on the same GGUF files.
 
-    One stream, eight together, and a long prompt; both servers get the same prompts in each round, and take
-    turns at being first. Each waits a while for other programs to be idle; rounds in which they were busy all
-    the same do not count, unless all were like that. Needs the package xllamacpp (extra `bench`). Takes
-    about five minutes on two idle cores.
+    SmolLM2-135M (Q4_1): one stream, eight together, and a long prompt. Mixtures of experts with random
+    weights, as `loci synth` makes them, four layers of Qwen3-30B-A3B (Q4_K_M) and of gpt-oss-20b (MXFP4): one
+    stream and a long prompt; they take up to 2 GB on disk and 5 GB in memory.
+
+    Both servers get the same prompts in each round, and take turns at being first. Each waits a while for
+    other programs to be idle; rounds in which they were busy all the same do not count, unless all were like
+    that. Needs the package xllamacpp (extra `bench`). Takes about a quarter of an hour on two idle cores.
 
     Example: loci bench peers --json peers.json
     """
     from engine.distribution import DISTRIBUTION, version_of
-    from engine.embedded import model_path
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import write_results
     from quant.bench.timing import Figure, Neighbours
     from server.cli.bench.llama_cpp import check_installed, describe
 
     check_installed()
-    model = model_path(Path("smollm2"))
-    races = races_of(prompt_tokens, tokens, long_prompt)
-    context = max(race.prompt_tokens + race.tokens for race in races) + 1
-    with ExitStack() as stack:
-        loci, llama_cpp = _servers(stack, model, threads, context)
-        neighbours = Neighbours()
-        with progress("rounds") as on_progress:
-            found = run(races, loci, llama_cpp, rounds, on_progress)
-        meanwhile = Figure("cores_busy_elsewhere", neighbours.cores(), "cores")
+    known = (SMOLLM2, *MIXTURES)
+    if unknown := [name for name in models or () if name not in known]:
+        raise ConfigError(f"{unknown[0]}: no model to compare on; known: {', '.join(known)}")
+    races: list[Race] = []
+    found: dict[str, Rates] = {}
+    neighbours = Neighbours()
+    for name in dict.fromkeys(models or known):
+        of_model = races_of(name, prompt_tokens, tokens, long_prompt)
+        context = max(race.prompt_tokens + race.tokens for race in of_model) + 1
+        streams = max(race.streams for race in of_model)
+        with ExitStack() as stack:
+            loci, llama_cpp = _servers(stack, _model(stack, name, scratch), threads, streams, context)
+            with progress(f"{name}, rounds") as on_progress:
+                found |= run(of_model, loci, llama_cpp, rounds, on_progress)
+        races += of_model
+    meanwhile = Figure("cores_busy_elsewhere", neighbours.cores(), "cores")
     print(f"Loci {version_of(DISTRIBUTION) or 'from its source'}: {_instructions()}\n{describe()}")
-    print(f"{model.name}, {threads} threads each, {rounds} rounds; medians, also of the rounds' ratios\n")
+    print(f"{threads} threads each, {rounds} rounds; medians, also of the rounds' ratios\n")
     figures = [*_figures(races, found), meanwhile]
     print_figures("Loci beside llama.cpp", figures)
     print()
@@ -133,13 +156,19 @@ def _instructions() -> str:
     return kernels.describe()
 
 
-def races_of(prompt_tokens: int, tokens: int, long_prompt: int) -> list[Race]:
-    """What is run: decoding one stream, and several together, and the prefill of one long prompt."""
+def races_of(name: str, prompt_tokens: int, tokens: int, long_prompt: int) -> list[Race]:
+    """What is run on a model: decoding one stream, of SmolLM2 also several together, and a long prompt."""
     from engine.bench.streams import decode_rate
 
     def prefill_rate(timelines: Sequence[Timeline]) -> float:
         return long_prompt / timelines[0].ttft_s
 
+    if name != SMOLLM2:
+        decode, prefill = f"{name}_decode", f"{name}_prefill"
+        return [
+            Race(decode, f"{decode}_ratio", 1, prompt_tokens, tokens, decode_rate, MIXTURE_TARGET),
+            Race(prefill, f"{prefill}_ratio", 1, long_prompt, 1, prefill_rate, MIXTURE_TARGET),
+        ]
     return [
         *(
             Race(
@@ -157,17 +186,40 @@ def races_of(prompt_tokens: int, tokens: int, long_prompt: int) -> list[Race]:
     ]
 
 
-def _servers(stack: ExitStack, model: Path, threads: int, context: int) -> tuple[Target, Target]:
+def _model(stack: ExitStack, name: str, scratch: Path | None) -> Path:
+    """A model's file: the one that comes with Loci, or one that is written now and removed with the stack.
+
+    Raises ConfigError or BudgetError where it cannot be written.
+    """
+    from engine.embedded import model_path
+    from engine.synthetic_gguf import plan_gguf
+    from memory.checkpoint.random_gguf import write_gguf
+
+    if name == SMOLLM2:
+        return model_path(Path(SMOLLM2))
+    if scratch is not None and not scratch.is_dir():
+        raise ConfigError(f"{scratch}: no such directory to write to")
+    folder = stack.enter_context(TemporaryDirectory(prefix="loci-peers-", dir=scratch))
+    file = Path(folder) / f"{name}.gguf"
+    with transfer(f"{name}, writing") as on_progress:
+        write_gguf(plan_gguf(*MIXTURES[name]), file, on_progress)
+    return file
+
+
+def _servers(
+    stack: ExitStack, model: Path, threads: int, streams: int, context: int
+) -> tuple[Target, Target]:
     """Loci's server and llama.cpp's, each in a process of its own."""
     from server.cli.bench.client import Target
     from server.cli.bench.llama_cpp import serving_llama_cpp
     from server.cli.child import serving
 
-    flags = f"--max-num-seqs={STREAMS}", f"--max-model-len={context}", "--served-model-name=smollm2"
+    name = model.stem
+    flags = f"--max-num-seqs={streams}", f"--max-model-len={context}", f"--served-model-name={name}"
     variables = {"OMP_NUM_THREADS": str(threads)}
     loci = stack.enter_context(serving(str(model), *flags, variables=variables))
-    llama_cpp = stack.enter_context(serving_llama_cpp(model, threads, STREAMS, context))
-    return Target(loci, "smollm2"), Target(llama_cpp, "smollm2")
+    llama_cpp = stack.enter_context(serving_llama_cpp(model, threads, streams, context))
+    return Target(loci, name), Target(llama_cpp, name)
 
 
 def run(

@@ -21,13 +21,15 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.gguf_files import open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
+from memory.planner.published import KV_MARGIN
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
 from tests.engine.chat.answers import Answer
+from tests.engine.families.golden_families import family_path
 from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf
 
 PLENTY = 1 << 26
-NAMES = ("v41-a", "v41-c", "llama")
+NAMES = ("v41-a", "v41-c", "llama", "deepseek_v4", "qwen3_next")
 LENGTH = 60  # of the prompts here: several windows, groups of compressed entries, and query blocks' starts
 
 
@@ -36,6 +38,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     loaded: dict[str, Model] = {}
 
     def checkpoint(name: str) -> Checkpoint:
+        if name in ("deepseek_v4", "qwen3_next"):
+            return open_safetensors(family_path(name))
         if name != "llama":
             return open_safetensors(golden_path(name))
         return open_gguf(write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_values(), "Q4_1"))
@@ -134,7 +138,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
         prefix = prefixes.restore(0, ids, salt)
         start = prefix.length
         if prefix.logits is None:
-            cut = prefix.divergence or data.draw(st.integers(start + 1, LENGTH), label="cut")
+            cut = (*prefix.stops, None)[0] or data.draw(st.integers(start + 1, LENGTH), label="cut")
             logits = compute(model, cache, 0, start, ids[start:cut])
             prefixes.save(0, ids[:cut], salt, logits[-1] if data.draw(st.booleans()) else None)
             cache.reset(1)
@@ -148,7 +152,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v41-a", "v41-c"])
+@pytest.mark.parametrize("name", ["v41-a", "v41-c", "deepseek_v4"])
 @pytest.mark.parametrize("taken_back", [1, 2, 3, 4, 7, 8, 15, 16])
 def test_a_state_can_be_taken_back_by_a_few_tokens(
     models: Callable[[str], Model], name: str, taken_back: int
@@ -200,8 +204,8 @@ def test_prompts_that_part_are_told_where(models: Callable[[str], Model]) -> Non
     cache.reset(0)
     third = prefixes.restore(0, first[:40] + some_ids(3, 20))
 
-    assert (seen.length, seen.divergence) == (0, 40)
-    assert (third.length, third.divergence) == (40, None)
+    assert (seen.length, seen.stops) == (0, (40,))
+    assert (third.length, third.stops) == (40, ())
 
 
 def test_a_hash_that_agrees_is_not_enough_tokens_must(models: Callable[[str], Model]) -> None:
@@ -317,6 +321,19 @@ def test_a_prompt_asked_again_is_not_computed_again(engine: Engine, plain: Engin
     assert engine.stats().prompt_tokens == 150
     assert again.token_ids == first.token_ids == ask(plain, ids).token_ids
     assert again.outputs[0].logprobs == first.outputs[0].logprobs
+
+
+def test_the_next_turn_goes_on_where_a_state_that_cannot_be_taken_back_was_kept() -> None:
+    """A chat's prompt ends with tokens that open the answer; the next turn has others there."""
+    loaded = load(family_path("qwen3_next"))
+    first, second = some_ids(1, 100), [*some_ids(1, 96), *some_ids(2, 30)]
+    engines = [engine_of(loaded, size) for size in (PLENTY, 0)]
+    answers = [[ask(engine, ids) for ids in (first, second)] for engine in engines]
+    for engine in engines:
+        engine.stop()
+
+    assert [cached(answer) for answer in answers[0]] == [0, 100 - KV_MARGIN]
+    assert [a.token_ids for a in answers[0]] == [a.token_ids for a in answers[1]]
 
 
 def test_a_prompt_that_is_being_computed_is_not_begun_a_second_time(engine: Engine, plain: Engine) -> None:

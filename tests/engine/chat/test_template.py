@@ -311,6 +311,85 @@ def test_reasoning_can_be_switched(more: dict[str, Any], expected: str) -> None:
     assert render(template, user("x", **more)) == expected
 
 
+def test_efforts_that_gpt_oss_does_not_know_are_the_nearest_it_does() -> None:
+    template = "{{ reasoning_effort }}{# <|start|> <|channel|> <|message|> #}"
+
+    assert [render(template, user("x", reasoning_effort=e)) for e in ("none", "medium", "max")] == [
+        "low",
+        "medium",
+        "high",
+    ]
+
+
+def test_parts_are_handed_to_a_template_that_joins_them_itself() -> None:
+    joining = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "a <|im_end|>"}, {"type": "text", "text": "b"}]
+
+    assert render(joining, user(parts)) == "a <|im_end|>b"
+
+
+def test_reasoning_that_an_answer_begins_with_is_found_by_the_template() -> None:
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}{# <think> #}"
+    answer = "\n<think>\nHm. <|im_end|></think>\n2 </think> <think>"
+
+    messages = [{"role": "assistant", "content": answer}]
+    prompt = TemplateChat(TOKENIZER, template).render({"messages": messages})
+    assert TOKENIZER.decode(prompt.token_ids) == "\n2 </think> <think>"
+    assert special_tokens_in(prompt.token_ids) == []
+
+    kept = TemplateChat(TOKENIZER, "{{ messages[0].content }}{# </think> #}").render({"messages": messages})
+    assert TOKENIZER.decode(kept.token_ids) == answer
+    assert special_tokens_in(kept.token_ids) == ["<think>", "</think>"]
+    assert special_tokens_in(TemplateChat(TOKENIZER, template).render(user(answer)).token_ids) == []
+
+
+def test_ids_are_shortened_where_the_template_wants_nine_characters() -> None:
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id|length != 9 %}"
+        "{{ raise_exception('too long') }}{% endif %}{{ c.id }} {% endfor %}{{ m.tool_call_id }}{% endfor %}"
+    )
+
+    def ids(id_: str) -> list[str]:
+        call = {"id": id_, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        result = {"role": "tool", "tool_call_id": id_, "content": "x"}
+        return render(template, {"messages": [{"role": "assistant", "tool_calls": [call]}, result]}).split()
+
+    assert ids("abcDEF123") == ["abcDEF123"] * 2
+    first, second = ids("call_0123456789")
+    assert first == second
+    assert first.isalnum()
+    assert ids("call_9876543210")[0] != first
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, ["<|im_end|>"]),
+        ("{% for m in messages %}<s>{{ m.role }}{{ m.content }}{% endfor %}", ["<|im_end|>", "<s>"]),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["<|im_end|>"]),
+        (
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+            "{{ c.function.arguments | tojson }}</tool_call><s>{% endfor %}<|im_end|>{% endfor %}",
+            ["<|im_end|>", "<s>"],
+        ),
+    ],
+)
+def test_what_a_template_writes_behind_an_answer_ends_answers(template: str, ends: list[str]) -> None:
+    prompt = TemplateChat(TOKENIZER, template).render(user("x"))
+
+    assert prompt.stop_token_ids == tuple(TOKENIZER.added_tokens[end] for end in ends)
+
+
+def test_a_template_for_tools_serves_requests_with_tools() -> None:
+    chat = TemplateChat(TOKENIZER, "plain", for_tools="{{ tools[0].function.name }}<tool_call>")
+    prompts = [chat.render(user("x", tools=TOOLS, **more)) for more in ({}, {"tool_choice": "none"})]
+
+    assert [TOKENIZER.decode(prompt.token_ids) for prompt in prompts] == ["f<tool_call>", "plain"]
+
+
 def test_arguments_of_past_tool_calls_are_objects() -> None:
     call = {
         "id": "1",
@@ -411,6 +490,22 @@ def test_a_prompt_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_broken_template_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="not valid Jinja"):
         TemplateChat(TOKENIZER, "{% for %}")
+
+
+def test_a_template_that_needs_what_there_is_not_says_so() -> None:
+    needs = "needs what neither Loci nor transformers gives .*shuffled"
+    with pytest.raises(ConfigError, match=needs):
+        TemplateChat(TOKENIZER, "{{ messages | shuffled }}")
+    with pytest.raises(RequestError, match=needs):
+        render("{{ 1 if messages is shuffled }}", user("x"))
+
+
+def test_a_function_that_there_is_not_is_named_when_it_is_called() -> None:
+    template = "{% if tools %}{{ look_up(tools) }}{% endif %}{{ messages[0].content }}"
+
+    assert render(template, user("x")) == "x"
+    with pytest.raises(RequestError, match=r"calls look_up\(\), which neither Loci nor transformers has"):
+        render(template, user("x", tools=TOOLS))
 
 
 def test_a_request_may_not_use_up_the_private_use_area() -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Collection
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.chat.dialects import calls_of, think_tags_of, writes_messages
-from engine.chat.harmony import HarmonyParser
+from engine.chat.harmony import TAGS, HarmonyParser
 from engine.chat.output_parser import OutputParser, TaggedParser
 from tests.engine.chat.transcripts import BROKEN, CUT_OFF, SCHEMAS, TEMPLATES, TRANSCRIPTS, Transcript
 
 
-def parser(family: str, *, thinks: bool = False) -> OutputParser:
+def parser(family: str, *, thinks: bool = False, tokens: Collection[str] = ()) -> OutputParser:
     template = TEMPLATES[family]
     if writes_messages(template):
-        return HarmonyParser(tools=True)
+        return HarmonyParser(tools=True, tokens=tokens)
     calls = calls_of(template)
     assert calls is not None
     think = think_tags_of(template)
@@ -26,6 +28,7 @@ def parser(family: str, *, thinks: bool = False) -> OutputParser:
         in_reasoning=thinks,
         calls=calls.form,
         schemas=SCHEMAS,
+        tokens=tokens,
         think=think or ("", ""),
     )
 
@@ -87,6 +90,26 @@ def test_whatever_an_answer_is_cut_into_it_is_told_as_the_whole(data: st.DataObj
     subject = Transcript(transcript.family, text, thinks=transcript.thinks)
 
     assert told(subject, pieces)[:3] == told(subject, [text])[:3]
+
+
+@pytest.mark.parametrize("family", ["Kimi-K2", "DeepSeek-V3.1", "Mistral, newer", "GLM-4.5", "gpt-oss"])
+def test_tags_that_are_tokens_count_only_as_tokens(family: str) -> None:
+    transcript = next(t for t in TRANSCRIPTS if t.family == family and t.calls)
+    calls = calls_of(TEMPLATES[family])
+    tags = TAGS if calls is None else calls.form.tags
+    ranges = tuple(match.span() for match in re.finditer("|".join(map(re.escape, tags)), transcript.text))
+
+    written = parser(family, tokens=tags)
+    deltas = written.push(transcript.text, ranges) + written.finish()
+    assert "".join(delta.content for delta in deltas) == transcript.content
+    assert [c.name for delta in deltas for c in delta.tool_calls if c.name] == [
+        n for n, _ in transcript.calls
+    ]
+
+    spelled = parser(family, tokens=tags)
+    deltas = spelled.push(transcript.text, ()) + spelled.finish()
+    assert "".join(delta.content for delta in deltas).endswith(transcript.text[-20:])
+    assert not spelled.has_tool_calls
 
 
 @pytest.mark.parametrize(("family", "text", "arguments"), CUT_OFF)

@@ -127,6 +127,14 @@ TRANSCRIPTS = [
         [WEATHER, NOW],
         ids=["functions.weather:4", "functions.now:5"],
     ),
+    Transcript(  # the call ends the reasoning
+        "Kimi-K2",
+        "<think>Hm.\n<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}"
+        "<|tool_call_end|><|tool_calls_section_end|>",
+        "",
+        "Hm.",
+        [NOW],
+    ),
     Transcript(
         "MiniMax-M2",
         "Hm.\n</think>\n\nI look.\n<minimax:tool_call>\n"

@@ -20,12 +20,15 @@ from safetensors.torch import load_file
 
 # model type -> architecture
 ARCHITECTURES = {
+    "deepseek_v32": MODEL_ARCH.GLM_DSA,  # whose tensors are named alike; `gguf` has no table for it
     "glm4_moe": MODEL_ARCH.GLM4_MOE,
+    "glm_moe_dsa": MODEL_ARCH.GLM_DSA,
     "granitemoe": MODEL_ARCH.GRANITE_MOE,
     "minimax_m2": MODEL_ARCH.MINIMAXM2,
     "mixtral": MODEL_ARCH.LLAMA,
     "olmoe": MODEL_ARCH.OLMOE,
 }
+LATENT = ("deepseek_v32", "glm_moe_dsa")
 PERMUTED = ("granitemoe", "mixtral")  # rows of queries and keys, so that a pair's are neighbours
 EXPERT = re.compile(r"(model\.layers\.\d+\.(?:mlp|block_sparse_moe)\.experts)\.(\d+)\.(\w+)\.weight")
 TILE = 128
@@ -35,7 +38,8 @@ def write_as_gguf(source: Path, file: Path) -> Path:
     """The checkpoint in `source` as the GGUF file `file`."""
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
     kind = config["model_type"]
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[kind]])
+    architecture = "deepseek32" if kind == "deepseek_v32" else gguf.MODEL_ARCH_NAMES[ARCHITECTURES[kind]]
+    writer = gguf.GGUFWriter(file, architecture)
     _add_keys(writer, config)
     _add_vocabulary(writer, config["vocab_size"])
     for name, values in _tensors(source, config):
@@ -51,19 +55,21 @@ def _add_keys(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     kind = config["model_type"]
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim", config["hidden_size"] // heads)
-    drafts = config.get("num_nextn_predict_layers", 0) if kind == "glm4_moe" else 0
+    drafts = config.get("num_nextn_predict_layers", 0) if kind.startswith("glm") else 0
     writer.add_block_count(config["num_hidden_layers"] + drafts)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(1 if kind in LATENT else config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     writer.add_expert_count(next(config[key] for key in experts if key in config))
-    if "head_dim" in config:
+    if kind in LATENT:
+        _add_latent_keys(writer, config)
+    elif "head_dim" in config:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if kind in PERMUTED:
@@ -80,6 +86,7 @@ def _add_keys(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_rope_dimension_count(config["rotary_dim"])
     if kind == "glm4_moe":
         writer.add_rope_dimension_count(int(head_dim * config["partial_rotary_factor"]))
+    if kind == "glm4_moe" or kind in LATENT:
         writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
         writer.add_expert_group_count(config["n_group"])
         writer.add_expert_group_used_count(config["topk_group"])
@@ -89,6 +96,30 @@ def _add_keys(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_expert_weights_scale(config["routed_scaling_factor"])
         writer.add_expert_weights_norm(config["norm_topk_prob"])
         writer.add_nextn_predict_layers(drafts)
+
+
+def _add_latent_keys(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    rank, turning = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(rank + turning)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + turning)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(turning)
+    writer.add_indexer_head_count(config["index_n_heads"])
+    writer.add_indexer_key_length(config["index_head_dim"])
+    writer.add_indexer_top_k(config["index_topk"])
+    if "indexer_types" in config:
+        has_indexer = [kind == "full" for kind in config["indexer_types"]]
+        writer.add_array("glm-dsa.attention.indexer.types", has_indexer)
+    if "rope_scaling" in config:
+        scaling = config["rope_scaling"]
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, size: int) -> None:
@@ -118,11 +149,16 @@ def _tensors(source: Path, config: dict[str, Any]) -> list[tuple[str, torch.Tens
             gate, up = values.chunk(2, dim=1)
             found[name.replace("input_linear", "experts.w1")] = gate
             found[name.replace("input_linear", "experts.w3")] = up
+        elif name.endswith("kv_b_proj.weight"):
+            heads, plain = config["num_attention_heads"], config["qk_nope_head_dim"]
+            both = values.view(heads, plain + config["v_head_dim"], -1)
+            found[name.replace("kv_b_proj", "k_b_proj")] = both[:, :plain].transpose(1, 2)
+            found[name.replace("kv_b_proj", "v_b_proj")] = both[:, plain:]
         else:
             found[name] = values
     for name, stack in stacks.items():
         found[name] = torch.stack([stack[number] for number in sorted(stack)])
-    if config["tie_word_embeddings"]:
+    if config.get("tie_word_embeddings"):
         found.pop("lm_head.weight", None)
     if config["model_type"] in PERMUTED:
         for name in found:

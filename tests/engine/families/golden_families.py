@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.families.base import Batch
+from engine.families.base import Batch, Model
 from engine.families.decoder.forward import Decoder
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
@@ -25,7 +25,7 @@ PLENTY = MemoryBudget(1 << 30)
 SEQUENCES = ("", ".1", ".2")  # what the keys of the three sequences end in
 SAFETENSORS = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe", "glm_moe_dsa", "gpt_oss", "granitemoe",
-    "mixtral", "minimax_m2", "olmoe", "qwen3_moe",
+    "mixtral", "minimax_m2", "olmoe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
 )  # fmt: skip
 NAMES = (
     *SAFETENSORS, "gguf_deepseek2", "gguf_deepseek2_lite", "gguf_gpt_oss", "gguf_qwen3moe", "kimi_k2",
@@ -79,7 +79,7 @@ def loaded(path: Path, kernels: Kernels, budget: MemoryBudget = PLENTY) -> Itera
         model.close()
 
 
-def logits_in_chunks(model: Decoder, ids: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+def logits_in_chunks(model: Model, ids: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
     """Logits of every position, computed in chunks of `sizes`, repeated until the prompt ends."""
     cache = model.new_cache(1, len(ids))
     out: list[torch.Tensor] = []
@@ -93,7 +93,7 @@ def logits_in_chunks(model: Decoder, ids: Sequence[int], sizes: Sequence[int]) -
     return torch.cat(out)
 
 
-def greedy_ids(model: Decoder, ids: Sequence[int], count: int) -> list[int]:
+def greedy_ids(model: Model, ids: Sequence[int], count: int) -> list[int]:
     """The `count` likeliest tokens after `ids`, each after those before it."""
     cache = model.new_cache(1, len(ids) + count)
     found = [int(model.forward(Batch.of([(0, 0, ids)]), cache).argmax())]

@@ -35,7 +35,7 @@ def main(model: str, prompts: list[list[int]]) -> None:
     server = Server(params)
     found = []
     for prompt in prompts:
-        request = {"prompt": prompt, "n_predict": 1, "n_probs": 1 << 20, "ignore_eos": True}
+        request = {"prompt": prompt, "n_predict": 1, "n_probs": 1 << 20, "ignore_eos": True, "temperature": 0}
         answer = server.handle_completions(request)
         (token,) = answer["choices"][0]["logprobs"]["content"]
         by_id = {item["id"]: item["logprob"] for item in token["top_logprobs"]}

@@ -12,6 +12,8 @@ from engine.families.base import Batch, Trace
 from engine.families.decoder.description import Mla
 from engine.families.decoder.forward import Decoder
 from quant.kernels.choice import choose
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.reference import ReferenceKernels
 from tests.engine.families.golden_families import (
     NAMES,
@@ -23,6 +25,8 @@ from tests.engine.families.golden_families import (
     loaded,
     logits_in_chunks,
 )
+
+LEVELS = library.available_levels() if library.library_path() is not None else ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,11 @@ def test_the_greedy_continuation_is_the_references(subject: Subject, which: str)
 
 
 def test_sequences_of_different_lengths_share_a_batch_without_noticing(subject: Subject) -> None:
-    golden, model = subject.golden, subject.model
+    assert_right_in_a_batch(subject.golden, subject.model)
+
+
+def assert_right_in_a_batch(golden: Golden, model: Decoder) -> None:
+    """All sequences in one cache, in uneven chunks."""
     prompts = [golden.ids(which) for which in SEQUENCES]
     cache = model.new_cache(len(prompts), max(map(len, prompts)))
     found: list[list[torch.Tensor]] = [[] for _ in prompts]
@@ -119,3 +127,17 @@ def test_plain_torch_gives_the_logits_too(name: str) -> None:
     golden = golden_family(name)
     with loaded(golden.path, ReferenceKernels()) as model:
         assert_close(logits_in_chunks(model, golden.ids(), [64]), golden.logits())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["torch", *LEVELS])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kernel_path_gives_the_logits_however_they_are_asked_for(name: str, kernels: str) -> None:
+    golden = golden_family(name)
+    ids = golden.ids()
+    chosen = ReferenceKernels() if kernels == "torch" else NativeKernels(level=kernels)
+    with loaded(golden.path, chosen) as model:
+        for size in (1, 7, 64, len(ids)):
+            assert_close(logits_in_chunks(model, ids, [size]), golden.logits())
+        assert_right_in_a_batch(golden, model)
+        assert greedy_ids(model, ids, 16) == golden.greedy()

@@ -24,8 +24,8 @@ pytestmark = [
 
 SLOTS, CONTEXT = 3, 40
 # Softmax with norms per head, groups with a shared expert, biases with sinks and windows, latent attention,
-# the same over chosen tokens, and with layers that share a choice.
-NAMES = ("qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
+# the same over chosen tokens, and with layers that share a choice; states.
+NAMES = ("qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "qwen3_next")
 
 
 @pytest.fixture(scope="module", params=itertools.product(NAMES, ["all", "disk", "gpus"]))

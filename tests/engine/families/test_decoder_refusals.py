@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.families.base import Family
+from engine.families.decoder.family import DecoderFamily
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from memory.checkpoint.checkpoint import Checkpoint
@@ -22,9 +23,12 @@ from tests.engine.families.golden_families import SAFETENSORS, family_path
 
 
 def with_changes(name: str, changes: dict[str, Any]) -> tuple[Family, Checkpoint]:
-    """A golden checkpoint as if its config had these values; None removes a key."""
+    """A golden checkpoint as if its config, or the part about text, had these values; None removes a key."""
     checkpoint = open_checkpoint(family_path(name))
-    config = {key: value for key, value in (dict(checkpoint.config) | changes).items() if value is not None}
+    config = dict(checkpoint.config)
+    whole = dict(config.get("text_config", config)) | changes
+    text = {key: value for key, value in whole.items() if value is not None}
+    config = config | {"text_config": text} if "text_config" in config else text
     changed = Checkpoint(checkpoint.path, checkpoint.model_type, config, checkpoint.entries, [])
     return family_of(changed), changed
 
@@ -117,6 +121,34 @@ def test_keys_that_are_switched_off_or_change_nothing_are_passed_over(name: str)
             "layer_types is .*, expected 4 of sliding_attention, full",
         ),
         ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}, "layer_types is"),
+        # What a reader might take as 1 or as nothing, and `transformers` does not.
+        ("gpt_oss", {"rope_scaling": None}, "rope_scaling is missing"),
+        ("deepseek_v3", {"routed_scaling_factor": None}, "routed_scaling_factor is None"),
+        ("deepseek_v3", {"n_group": None}, "n_group is None"),
+        ("minimax_m2", {"rotary_dim": None}, "rotary_dim is None"),
+        # What cannot be.
+        ("qwen3_moe", {"num_experts_per_tok": 13}, "a token uses 13 experts, but there are only 12"),
+        ("deepseek_v3", {"topk_group": 5}, "5 groups of experts are kept, but there are only 4"),
+        ("deepseek_v3", {"topk_group": 1}, "a token uses 3 experts, but 1 groups have only 2"),
+        ("deepseek_v3", {"n_group": 8}, "groups are judged by 2 experts, but have only 1"),
+        ("mixtral", {"num_local_experts": 10**9}, r"3000000000 experts in all; no model has more than"),
+        # What looks like another kind of model.
+        ("qwen3_moe", {"is_causal": False}, "is_causal is False; the qwen3_moe family does not support it"),
+        (
+            "qwen3_moe",
+            {"vision_config": {"depth": 27}},
+            "vision_config is {'depth': 27}; the qwen3_moe family",
+        ),
+        ("glm4_moe", {"rope_parameters": {"mrope_section": [8, 12, 12]}}, "rope_scaling has mrope_section"),
+        ("mixtral", {"num_experts_shared": 1}, "num_experts_shared is 1"),
+        ("granitemoe", {"layer_types": ["mamba"] * 3}, "layer_types is"),
+        ("qwen3_next", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3_next", {"linear_num_value_heads": 3}, "3 value heads are not a multiple of 2 key heads"),
+        ("qwen3_next", {"linear_key_head_dim": 24}, "linear_key_head_dim is 24, expected a multiple of 16"),
+        ("qwen3_next", {"full_attention_interval": 9}, "no layer has full attention"),
+        ("qwen3_5_moe", {"attn_output_gate": False}, "text_config.attn_output_gate is False"),
+        ("qwen3_5_moe", {"layer_types": ["mamba"] * 4}, "layer_types is .*, expected 4 of linear_attention"),
+        ("qwen3_5_moe", {"tie_word_embeddings": True}, "tie_word_embeddings disagree"),
     ],
 )
 def test_what_a_family_does_not_compute_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
@@ -134,9 +166,11 @@ def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_i
     for file in copy.glob("model-*.safetensors"):
         tensors |= load_file(file)
         file.unlink()
-    del tensors["model.layers.1.self_attn.o_proj.weight"]
-    tensors["model.layers.0.input_layernorm.weight"] = torch.zeros(8, 8)
-    tensors["model.layers.0.post_feedforward_layernorm.weight"] = torch.zeros(8)
+    missing = next(key for key in tensors if re.search(r"layers\.1\..*\.(o|out)_proj\.weight$", key))
+    layer = missing.partition("layers.")[0] + "layers.0."
+    del tensors[missing]
+    tensors[f"{layer}input_layernorm.weight"] = torch.zeros(8, 8)
+    tensors[f"{layer}post_feedforward_layernorm.weight"] = torch.zeros(8)
     save_file(tensors, copy / "model.safetensors")
     checkpoint = open_checkpoint(copy)
 
@@ -144,9 +178,9 @@ def test_missing_misshapen_and_unknown_tensors_are_named_before_anything_large_i
         family_of(checkpoint).check(checkpoint)
 
     for problem in (
-        "missing tensor model.layers.1.self_attn.o_proj.weight",
-        "model.layers.0.input_layernorm.weight: shape [8, 8], expected",
-        "unexpected tensor model.layers.0.post_feedforward_layernorm.weight [8]",
+        f"missing tensor {missing}",
+        f"{layer}input_layernorm.weight: shape [8, 8], expected",
+        f"unexpected tensor {layer}post_feedforward_layernorm.weight [8]",
     ):
         assert problem in str(caught.value)
 
@@ -177,3 +211,54 @@ def test_draft_layers_are_met_and_not_counted() -> None:
     used = sum(component.nbytes for component in family.describe(checkpoint)[1])
     total = sum(entry.nbytes for entry in checkpoint.entries.values())
     assert used == total - sum(checkpoint.entries[name].nbytes for name in draft)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("mixtral", "rope_theta"), ("gpt_oss", "rope_theta"), ("glm4_moe", "partial_rotary_factor")],
+)
+def test_a_key_that_is_left_out_means_what_transformers_takes_for_it(name: str, key: str) -> None:
+    family, whole = with_changes(name, {})
+    assert isinstance(family, DecoderFamily)
+    _, without = with_changes(name, {key: None})
+    assert family.description(without) == family.description(whole)
+
+
+def test_how_weights_are_packed_is_refused_along_with_everything_else() -> None:
+    packed = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}
+    said = refusal("qwen3_moe", {"hidden_act": "relu", "quantization_config": packed})
+    assert "hidden_act is 'relu'" in said
+    assert "GPTQ with act-order (desc_act true) is not supported" in said
+    assert "\n" not in said
+
+
+def test_what_is_wrong_with_every_matrix_is_not_said_of_every_matrix() -> None:
+    checkpoint = open_checkpoint(family_path("qwen3_moe_fp8"))
+    config = dict(checkpoint.config) | {"quantization_config": {"quant_method": "fp8"}}
+    changed = Checkpoint(checkpoint.path, checkpoint.model_type, config, checkpoint.entries, [])
+    with pytest.raises(CheckpointError) as caught:
+        family_of(changed).check(changed)
+    first, *problems = str(caught.value).splitlines()
+    assert first == f"{checkpoint.path}: 66 problem(s) in the checkpoint; nothing was loaded:"
+    assert len(problems) == 41
+    assert "FP8 is read with one scale for each 32x32 tile" in problems[0]
+    assert problems[-1].strip() == "... and 26 more"
+
+
+def test_tensors_of_a_vision_tower_are_named(tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(family_path("mixtral"), copy)
+    (copy / "model.safetensors.index.json").unlink()
+    save_file(
+        {"model.visual.blocks.0.attn.qkv.weight": torch.zeros(8, 8)},
+        copy / "model-00003-of-00003.safetensors",
+    )
+    for number in (1, 2):
+        (copy / f"model-0000{number}-of-00002.safetensors").rename(
+            copy / f"model-0000{number}-of-00003.safetensors"
+        )
+    checkpoint = open_checkpoint(copy)
+    with pytest.raises(
+        CheckpointError, match=r"unexpected tensor model\.visual\.blocks\.0\.attn\.qkv\.weight \[8, 8\]"
+    ):
+        family_of(checkpoint).check(checkpoint)

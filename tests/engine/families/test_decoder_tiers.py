@@ -36,18 +36,20 @@ def budget(golden: Golden, dram: int, *gpus: int, with_layers: bool = False) -> 
     return budget_of(shape_of(open_checkpoint(golden.path)), dram, *gpus, with_layers=with_layers)
 
 
-def budget_of(shape: ModelShape, dram: int, *gpus: int, with_layers: bool = False) -> MemoryBudget:
+def budget_of(
+    shape: ModelShape, dram: int, *gpus: int, with_layers: bool = False, workload: Workload = WORKLOAD
+) -> MemoryBudget:
     """Room for so many experts in DRAM and on virtual GPUs; with_layers: and for a layer on each of these."""
     size, layer = shape.expert_nbytes, max(layer.dense.nbytes + layer.shared.nbytes for layer in shape.layers)
     fixed = shape.nbytes - sum(layer.experts for layer in shape.layers) * size
-    layer += shape.layers[0].kv.nbytes(WORKLOAD.context)
+    layer += max(layer.kv.nbytes(workload.context) for layer in shape.layers)
     tiers = tuple(
         Tier(f"vram:{n}", experts * size + (layer if with_layers else 0), CPU, link_bytes_per_s=50e6)
         for n, experts in enumerate(gpus)
     )
     on_gpus = layer * len(gpus) if with_layers else 0
     return MemoryBudget(
-        max(shape.embedding.nbytes, fixed - on_gpus) + int(dram * size * 1.1), tiers, WORKLOAD
+        max(shape.embedding.nbytes, fixed - on_gpus) + int(dram * size * 1.1), tiers, workload
     )
 
 

@@ -94,6 +94,7 @@ def test_an_indexer_turns_half_split_pairs_in_v32_and_adjacent_ones_in_glm_5() -
         ({"attention.key_length": 100}, "attention.key_length is 100; .* supports only 80"),
         ({"attention.key_length_mla": 16}, "a head of 16 channels has no place for 16 that turn"),
         ({"expert_gating_func": 3}, "expert_gating_func is 3"),
+        ({"nextn_predict_layers": 3}, "nextn_predict_layers is 3, expected fewer than the 3 layers"),
         ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor is 2.0"),
         ({"expert_group_count": 4}, "9 experts are not a multiple of 4 groups"),
     ],

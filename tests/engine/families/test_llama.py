@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.families.base import Batch, Trace
 from engine.families.decoder.cache import DecoderCache
 from engine.families.decoder.forward import Decoder
-from engine.families.decoder.weights import MlpWeights
+from engine.families.decoder.weights import AttentionWeights, MlpWeights
 from engine.families.llama import FAMILY
 from engine.families.registry import family_of
 from engine.families.shapes import shape_of
@@ -144,6 +144,7 @@ def test_a_trace_has_the_hidden_states_of_every_layer(model: Decoder) -> None:
 def test_matrices_stay_packed(model: Decoder) -> None:
     weights, layer = model.weights, model.weights.layers[0]
     assert isinstance(layer.feed_forward, MlpWeights)
+    assert isinstance(layer.attention, AttentionWeights)
     used = (weights.embed, layer.attention.q, layer.attention.o, layer.feed_forward.down)
 
     assert all(isinstance(weight, PackedTensor) for weight in used)

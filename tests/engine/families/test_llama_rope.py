@@ -107,7 +107,7 @@ def logits(checkpoint: Checkpoint) -> torch.Tensor:
 def test_frequencies_are_those_of_transformers(
     tmp_path: Path, config: dict[str, Any], frequencies: list[float], attention_factor: float
 ) -> None:
-    rope = describe_llama(in_directory(tmp_path, config)).layers[0].attention.rope
+    rope = describe_llama(in_directory(tmp_path, config)).rope
 
     expected = torch.tensor(frequencies, dtype=torch.float64)
     torch.testing.assert_close(rope.frequencies, expected, atol=6e-8, rtol=1e-6)

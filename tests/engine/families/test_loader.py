@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
+from engine.chat.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, TAGS
 from engine.engine import Engine
 from engine.families.loader import load, open_checkpoint
 from engine.families.registry import family_of
@@ -54,6 +55,29 @@ def test_where_no_config_names_an_end_the_tokenizers_counts(tmp_path: Path) -> N
     loaded = load(llama(tmp_path / "m", eos=None, tokenizer_config={"eos_token": "w7"}))
 
     assert loaded.model.info.eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize("eos", [None, 77, [77, 79, 78], [76, 77]])
+def test_gpt_oss_ends_with_its_own_tokens_whatever_its_files_name(tmp_path: Path, eos: object) -> None:
+    # `<|end|>` (76) ends a message, of which an answer has several; some files name it as an end.
+    path = llama(tmp_path / "m", eos)
+    names = {
+        "w73": START,
+        "w74": CHANNEL,
+        "w75": MESSAGE,
+        "w76": END,
+        "w77": RETURN,
+        "w78": CALL,
+        "w72": CONSTRAIN,
+    }
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({names.get(f"w{i}", f"w{i}"): i for i in range(VOCAB)}, unk_token="w0")
+    )
+    backend.add_special_tokens([*TAGS])
+    backend.save(str(path / "tokenizer.json"))
+
+    ends = load(path).model.info.eos_token_ids
+    assert {77, 78} <= set(ends) <= {77, 78, 79}
 
 
 def test_v41_reads_the_generation_config_too(checkpoint_copy: Path) -> None:

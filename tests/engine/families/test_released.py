@@ -38,21 +38,31 @@ PUBLISHED = {
     "qwen3-30b-a3b": (30_532_122_624, 61_064_245_248),
     "qwen3-coder-480b-a35b": (480_154_875_392, None),
 }
-# With a draft layer behind the last one, which is ignored here; V3 with its FP8 scales.
+FP8_SCALES = 41_540_496  # which the Hub counts for V3 and V3.1, and not for R1
+# With a draft layer behind the last one, which is ignored here.
 WITH_DRAFT = {
-    "deepseek-r1": 684_531_386_000,
-    "deepseek-v3.1": 684_531_386_000,
-    "deepseek-v3": 684_531_386_000,
-    "deepseek-v3.2": 685_400_000_000,
+    "deepseek-r1": 684_489_845_504,
+    "deepseek-v3": 684_531_386_000 - FP8_SCALES,
+    "deepseek-v3.1": 684_531_386_000 - FP8_SCALES,
+    "deepseek-v3.2": 685_355_329_792,
     "glm-4.5": 358_337_791_296,
     "glm-4.5-air": 110_468_824_832,
     "glm-4.6": 356_785_898_816 + 2 * 151_552 * 5120,  # its draft layer has no embedding and head of its own
     "glm-4.7": 358_337_791_296,
 }
+# The same, where the draft layer's embedding and head are the model's.
+WITH_PARTS_OF_A_DRAFT = {"glm-5": 753_864_139_008, "glm-5.2": 753_329_940_480}
+# With a draft layer that has no embedding of its own, and the last three with a tower for images: exactly.
+WITH_DRAFT_AND_TOWER = {
+    "qwen3-next-80b-a3b": 81_324_862_720,
+    "qwen3.5-35b-a3b": 35_951_822_704,
+    "qwen3.5-122b-a10b": 125_086_497_008,
+    "qwen3.5-397b-a17b": 403_397_928_944,
+}
 # Without it: INTELLECT-3 of PrimeIntellect was trained from GLM-4.5-Air and is published like that.
 WITHOUT_DRAFT = {"glm-4.5-air": 106_852_251_264}
-# The same, where the draft layer's embedding and head are the model's.
-WITH_PARTS_OF_A_DRAFT = {"glm-5": 753_900_000_000, "glm-5.2": 753_900_000_000}
+
+V4 = {"deepseek-v4-flash", "deepseek-v4-pro"}  # test_deepseek_v4_released.py
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -66,26 +76,50 @@ def test_parameters_and_bytes_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_DRAFT)
 def test_parameters_are_the_published_ones_less_the_draft_layer(name: str) -> None:
     shape = released_shape(name)
-    assert shape.parameters + draft_parameters(shape) == pytest.approx(WITH_DRAFT[name], rel=1e-4)
+    assert shape.parameters + draft_parameters(shape) == WITH_DRAFT[name]
+
+
+@pytest.mark.parametrize("name", WITH_DRAFT_AND_TOWER)
+def test_parameters_are_the_published_ones_less_what_is_not_text(name: str) -> None:
+    shape = released_shape(name)
+    draft = layer_parameters(shape) + 2 * shape.hidden**2 + 3 * shape.hidden
+    tower = 0 if "next" in name else tower_parameters(shape.hidden)
+    assert shape.parameters + draft + tower == WITH_DRAFT_AND_TOWER[name]
+
+
+def test_text_of_the_largest_weighs_as_many_bytes_as_its_files() -> None:
+    assert released_shape("qwen3.5-397b-a17b").nbytes == 792_692_717_952
+
+
+def tower_parameters(hidden: int) -> int:
+    """Of Qwen3.5's tower: patches of 2 x 16 x 16 x 3, their positions, 27 blocks, four patches to a token."""
+    dim, width = 1152, 4304
+    block = 4 * dim * (dim + 1) + 2 * dim * width + dim + width + 4 * dim
+    merger = 2 * dim + 4 * dim * (4 * dim + 1) + hidden * (4 * dim + 1)
+    return dim * (2 * 16 * 16 * 3 + 1) + 2304 * dim + 27 * block + merger
 
 
 def draft_parameters(shape: ModelShape) -> int:
     """A layer like the last, a projection of twice the width, an embedding and a head of its own, norms."""
+    outside = shape.embedding.parameters + shape.head.parameters + 2 * shape.hidden
+    return layer_parameters(shape) + 2 * shape.hidden**2 + outside
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Of the last layer."""
     last = shape.layers[-1]
-    layer = last.dense.parameters + last.shared.parameters + last.experts * last.expert.parameters
-    return layer + 2 * shape.hidden**2 + shape.embedding.parameters + shape.head.parameters + 2 * shape.hidden
-
-
-@pytest.mark.parametrize("name", WITHOUT_DRAFT)
-def test_parameters_without_a_draft_layer_are_the_published_ones(name: str) -> None:
-    assert released_shape(name).parameters == WITHOUT_DRAFT[name]
+    return last.dense.parameters + last.shared.parameters + last.experts * last.expert.parameters
 
 
 @pytest.mark.parametrize("name", WITH_PARTS_OF_A_DRAFT)
 def test_parameters_are_the_published_ones_less_what_is_stored_of_the_draft_layer(name: str) -> None:
     shape = released_shape(name)
-    draft = draft_parameters(shape) - shape.embedding.parameters - shape.head.parameters
-    assert shape.parameters + draft == pytest.approx(WITH_PARTS_OF_A_DRAFT[name], rel=1e-3)
+    with_indexer = max(
+        layer.dense.parameters + layer.shared.parameters + layer.experts * layer.expert.parameters
+        for layer in shape.layers
+    )
+    draft = with_indexer + 2 * shape.hidden**2 + 3 * shape.hidden
+    assert shape.parameters + draft == WITH_PARTS_OF_A_DRAFT[name]
 
 
 def test_v32_has_the_published_bytes() -> None:
@@ -96,19 +130,34 @@ def test_v32_has_the_published_bytes() -> None:
     assert shape.nbytes + draft == pytest.approx(642.13 * (1 << 30), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", WITHOUT_DRAFT)
+def test_parameters_without_a_draft_layer_are_the_published_ones(name: str) -> None:
+    assert released_shape(name).parameters == WITHOUT_DRAFT[name]
+
+
 def test_every_released_configuration_is_checked() -> None:
-    checked = PUBLISHED.keys() | WITH_DRAFT.keys() | WITH_PARTS_OF_A_DRAFT.keys()
-    assert checked == RELEASED.keys()
+    here = PUBLISHED.keys() | WITH_DRAFT.keys() | WITH_PARTS_OF_A_DRAFT.keys()
+    here |= WITH_DRAFT_AND_TOWER.keys()
+    assert here | V4 == RELEASED.keys()
     assert RELEASED.keys() <= set(NAMES)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "qwen3_moe", "mixtral", "olmoe", "granitemoe", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3",
+        "qwen3_moe",
+        "mixtral",
+        "olmoe",
+        "granitemoe",
+        "glm4_moe",
+        "gpt_oss",
+        "deepseek_v2",
+        "deepseek_v3",
         "glm_moe_dsa",
+        "qwen3_next",
+        "qwen3_5_moe",
     ],
-)  # fmt: skip
+)
 def test_a_config_alone_weighs_what_the_checkpoint_does(name: str) -> None:
     path = family_path(name)
     alone = config_shape(json.loads((path / "config.json").read_text()), name)

@@ -278,6 +278,55 @@ def test_what_deepseeks_calls_cannot_carry_is_refused(parameters: dict[str, Any]
     assert caught.value.param in ("tools[0].function.parameters", "tools")
 
 
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ({"format": "date"}, "'format'.* cannot be enforced"),
+        ({"maxLength": 5000}, "a length of more than 1000"),
+    ],
+)
+def test_text_that_nothing_marks_as_a_string_can_only_be_limited_as_text(
+    limit: dict[str, Any], message: str
+) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", **limit}}, "required": ["a"]}
+    function = {"name": "f", "parameters": parameters}
+    subject = spelled("Qwen3-Coder, Qwen3.5")
+
+    with pytest.raises(RequestError, match=message):
+        subject.answer(0, **FORCED, tools=[{"type": "function", "function": function | {"strict": True}}])
+    _, _, calls = subject.answer(0, **FORCED, tools=[{"type": "function", "function": function}])
+    assert calls[0][1].keys() == {"a"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "name", ["Qwen3-Coder, Qwen3.5", "GLM-4.7, GLM-5", "GLM-4.5, with tokens", "MiniMax-M2"]
+)
+def test_text_is_limited_by_patterns_and_lengths(name: str, seed: int) -> None:
+    limits: tuple[dict[str, Any], ...] = (
+        {"pattern": "^a"},
+        {"pattern": "[0-9]$", "maxLength": 9},
+        {"minLength": 2, "maxLength": 4},
+    )
+    properties = {key: {"type": "string", **limit} for key, limit in zip("xyz", limits, strict=True)}
+    parameters = {"type": "object", "properties": properties, "required": [*"xyz"]}
+    function = {"name": "f", "parameters": parameters, "strict": True}
+
+    _, _, calls = FAMILIES[name]().answer(seed, **FORCED, tools=[{"type": "function", "function": function}])
+
+    assert all(jsonschema_rs.is_valid(parameters, arguments) for _, arguments in calls)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_gpt_oss_answers_has_its_form_in_the_last_message(seed: int) -> None:
+    subject = spelled("gpt-oss", *TAGS)
+
+    _, content, calls = subject.answer(seed, structured_outputs={"regex": "[0-9]{2}"}, tools=[])
+
+    assert re.fullmatch("[0-9]{2}", content)
+    assert calls == []
+
+
 def test_a_template_whose_calls_are_not_known_cannot_be_forced() -> None:
     with pytest.raises(RequestError, match="its tool call format is unknown"):
         tagged("{{ tools }}").answer(0, **FORCED)

@@ -98,7 +98,7 @@ def test_repetition_penalty_counts_the_prompt() -> None:
 
 
 def test_logprobs_are_the_models_own() -> None:
-    reported = token_logprobs(LOGITS.unsqueeze(0), torch.tensor([2]), 2)[0]
+    reported = token_logprobs(LOGITS.unsqueeze(0), [2], 2)[0]
     expected = LOGITS.log_softmax(-1)
     assert reported.token_id == 2
     assert reported.logprob == pytest.approx(float(expected[2]))

@@ -197,10 +197,19 @@ def test_a_directory_gives_template_and_named_tokens(tmp_path: Path) -> None:
     assert tokenizer.chat_template == "{{ bos_token }}"
 
 
-def test_of_several_templates_the_default_one_counts(tmp_path: Path) -> None:
-    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+def test_of_several_templates_the_default_one_counts_and_one_for_tools(tmp_path: Path) -> None:
+    names = {"tool_use": "t", "default": "d", "rag": "r"}
+    templates = [{"name": name, "template": text} for name, text in names.items()]
+    write(tmp_path, {"chat_template": templates})
 
-    assert Tokenizer.from_directory(write(tmp_path, {"chat_template": templates})).chat_template == "d"
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("d", "t")
+
+    (tmp_path / "chat_template.jinja").write_text("file")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("for tools")
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("file", "for tools")
 
 
 def test_a_template_file_comes_before_the_config(tmp_path: Path) -> None:
@@ -327,6 +336,15 @@ def gguf(**changes: Any) -> Checkpoint:
     config = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
     config["tokenizer.chat_template"] = "{{ eos_token }}"
     return Checkpoint(Path("m.gguf"), "llama", config, {}, [])
+
+
+def test_a_gguf_file_may_have_a_template_for_tools() -> None:
+    checkpoint = gguf()
+    assert Tokenizer.from_gguf(checkpoint).tool_template is None
+
+    config = {**checkpoint.config, "tokenizer.chat_template.tool_use": "t"}
+    checkpoint = Checkpoint(checkpoint.path, "llama", config, {}, [])
+    assert Tokenizer.from_gguf(checkpoint).tool_template == "t"
 
 
 def test_a_gguf_file_carries_the_same_tokenizer() -> None:

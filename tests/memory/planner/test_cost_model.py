@@ -18,7 +18,7 @@ from memory.planner.routing import SKEWED, UNIFORM, Routing
 from memory.planner.shape import ModelShape, Weights
 from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes, workloads
 
-FLASH = built_in("deepseek-v4-flash")
+FLASH = released_shape("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
 IDEAL = Efficiency(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e18, 0.0, 0.0, 0.0)
 BLIND = replace(Efficiency(), guessed_share=0.0)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
+from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, shipped
 from memory.planner.placement import NOWHERE, Placement, Workload, plan
 from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
 from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes, workloads
 
-FLASH = built_in("deepseek-v4-flash")
+FLASH = released_shape("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 
+from engine.families.released import released_shape
 from memory.hardware.profiles import GIB, GpuSpec, HardwareProfile
 from memory.planner.cost_model import CostModel, Efficiency
 from memory.planner.forecast import forecast
 from memory.planner.placement import Workload, plan
-from memory.planner.published import built_in
 from memory.planner.routing import SKEWED, UNIFORM
 
-FLASH = built_in("deepseek-v4-flash")
+FLASH = released_shape("deepseek-v4-flash")
 WITHIN = 0.25
 # These engines replay a layer's kernels from a captured graph: about 20 of them at 5 us.
 GRAPHS = replace(Efficiency(), gpu_layer_s=100e-6)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.families.released import released_shape
 from memory.experts.traces import RoutingTrace
-from memory.planner.published import built_in
 from memory.planner.routing import (
     MEASURED_SKEW,
     SKEWED,
@@ -91,7 +91,7 @@ def trace_of(*tokens: list[list[int]]) -> RoutingTrace:
 
 def test_a_recorded_trace_counts_for_the_layers_that_have_experts() -> None:
     plain, mixed = LayerShape(Weights(), KvShape()), LayerShape(Weights(), KvShape(), experts=4)
-    shape = replace(built_in("deepseek-v4-flash"), layers=(plain, mixed, mixed), top_k=2)
+    shape = replace(released_shape("deepseek-v4-flash"), layers=(plain, mixed, mixed), top_k=2)
     routing = of_trace(trace_of([[0, 1], [2, 3]], [[0, 2], [2, 3]]), shape, "trace")
     assert routing.counts == ((), (0.5, 0.25, 0.25, 0.0), (0.0, 0.0, 0.5, 0.5))
     assert routing.picks(1, 4, 2).tolist() == pytest.approx([1.0, 0.5, 0.5, 0.0])
@@ -99,4 +99,4 @@ def test_a_recorded_trace_counts_for_the_layers_that_have_experts() -> None:
 
 def test_a_trace_of_another_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="covers 2 layers, but deepseek-v4-flash has 43"):
-        of_trace(trace_of([[0, 1], [2, 3]]), built_in("deepseek-v4-flash"), "trace")
+        of_trace(trace_of([[0, 1], [2, 3]]), released_shape("deepseek-v4-flash"), "trace")

@@ -13,7 +13,7 @@ from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.native_layers import fetched
-from quant.kernels.layers import LayerOperations, RoutingRule, TorchLayers
+from quant.kernels.layers import DeltaRule, LayerOperations, RoutingRule, TorchLayers
 from tests.quant.kernels.kernel_cases import weight
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
@@ -73,6 +73,11 @@ def routed(rule: RoutingRule, has_bias: bool = False) -> Operation:
 
     operation.__name__ = f"route by {rule.score}" + (" in groups" if rule.groups else "")
     return operation
+
+
+def weighed(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    chosen = torch.randint(20, (ROWS, 3), generator=torch.Generator().manual_seed(3))
+    return k.weigh(3 * rows_of(1, ROWS, 20, dtype=dtype)[a:b], chosen[a:b], PLAIN)
 
 
 def pool_groups(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
@@ -151,7 +156,31 @@ def attend_sparse(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> tor
     )
 
 
+def convolve(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    x, weights = rows_of(1, ROWS, DIM, dtype=dtype), rows_of(2, 4, DIM, dtype=dtype)
+    tail = torch.full((3, DIM), 7.0, dtype=dtype)  # what another sequence left
+    if a:
+        k.convolve(x[:a], weights, tail, 0)
+    return k.convolve(x[a:b], weights, tail, a)
+
+
+def delta_rule(k: LayerOperations, a: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    key_heads, heads, key_dim, value_dim = 2, 4, 48, 80
+    parts = [rows_of(seed, ROWS, heads, dtype=dtype) for seed in (1, 2)]
+    x = rows_of(3, ROWS, 2 * key_heads * key_dim + heads * value_dim, dtype=dtype)
+    rule = DeltaRule(key_heads, -rows_of(4, heads, dtype=dtype).exp(), rows_of(5, heads, dtype=dtype))
+    state = rows_of(6, heads, key_dim, value_dim, dtype=dtype)  # what another sequence left
+    found = x[:0]
+    for first, stop in ((0, a), (a, b)):
+        if first < stop:
+            of_a, of_b = (part[first:stop] for part in parts)
+            found = k.delta_rule(x[first:stop], of_a, of_b, rule, state, is_first=first == 0)
+    return found
+
+
 OPERATIONS = (
+    convolve,
+    delta_rule,
     gated,
     sigmoid,
     weighted_sum,
@@ -164,6 +193,7 @@ OPERATIONS = (
     routed(RoutingRule(5, "sigmoid", (5, 3, 2), is_renormalised=True, epsilon=1e-20), has_bias=True),
     routed(RoutingRule(5, "softmax", (4, 2, 1), factor=16.0)),
     routed(RoutingRule(4, "chosen softmax")),
+    weighed,
     pool_groups,
     engram_gates,
     index_scores,
@@ -229,6 +259,13 @@ def test_attention_over_all_rows_is_that_over_chosen_ones_bit_for_bit() -> None:
     found = NativeKernels().attend_chosen(q, rows, chosen.where(chosen < visible, -1), 100)
 
     assert torch.equal(found, NativeKernels().attend(q, rows.unsqueeze(0), rows.unsqueeze(0)[..., :100]))
+
+
+def test_what_a_router_has_chosen_is_weighed_with_the_same_bits() -> None:
+    logits = rows_of(1, ROWS, 20)
+    chosen, weights = NativeKernels().route(logits, None, PLAIN)
+
+    assert torch.equal(NativeKernels().weigh(logits, chosen, PLAIN), weights)
 
 
 def test_of_equal_scores_the_first_columns_win() -> None:

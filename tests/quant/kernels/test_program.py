@@ -16,6 +16,7 @@ from quant.kernels.cpu.panels import native_weight
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import KvPlace, Recorder
 from quant.kernels.interface import Weight
+from quant.kernels.layers import RoutingRule
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
 
@@ -184,3 +185,81 @@ def test_tokens_are_embedded_as_torch_does_it(dtype: torch.dtype, factor: float)
         expected = table[tokens].float() * factor
         assert torch.equal(program.logits(None), expected)
         assert torch.equal(program.logits(None).signbit(), expected.signbit())
+
+
+def test_groups_that_overlap_are_pooled_with_what_tokens_of_the_group_before_had_for_them() -> None:
+    ratio, dim, ring = 4, 24, 11
+    kv, gate, ape = values(1, 3, 40, 2 * dim), values(2, 3, 40, 2 * dim), values(3, ratio, 2 * dim)
+    rings = torch.zeros(3, ring, 2 * dim), torch.zeros(3, ring, 2 * dim)
+    recorder = Recorder(kernels(), 3)
+    source = recorder.input(4 * dim)
+    recorder.ring(recorder.part(source, 1, 0, 2 * dim), rings[0])
+    recorder.ring(recorder.bias(recorder.part(source, 1, 2 * dim, 2 * dim), ape), rings[1])
+    program = recorder.finish(source, recorder.pool(*rings, ratio, overlaps=True))
+    starts = [0, 2, 5]  # of slots that are at different places
+    gates = gate + ape[torch.arange(40) % ratio]
+
+    for step in range(30):
+        positions = [max(0, step - start) for start in starts]
+        for row, position in enumerate(positions):
+            program.source[row] = torch.cat((kv[row, position], gate[row, position]))
+        program.run(range(3), positions)
+        for row, position in enumerate(positions):
+            end = position + 1
+            if end % ratio:
+                assert not program.result[row].any()
+                continue
+            parts = [x[row, end - ratio : end, dim:] for x in (kv, gates)]
+            if end > ratio:
+                before = [x[row, end - 2 * ratio : end - ratio, :dim] for x in (kv, gates)]
+                parts = [torch.cat(halves) for halves in zip(before, parts, strict=True)]
+            expected = kernels().pool_groups(parts[0].unsqueeze(0), parts[1].unsqueeze(0))
+            assert torch.equal(program.result[row], expected[0])
+
+
+def test_a_row_attends_to_every_group_that_is_complete() -> None:
+    heads, dim, window, every = 3, 32, 6, 8
+    rings, entries, sink = values(1, ROWS, 9, dim), values(2, ROWS, 5, dim), values(3, heads)
+    recorder = Recorder(kernels(), ROWS)
+    source = recorder.input(heads * dim)
+    out = recorder.attend_sparse(source, rings, sink, window, entries, None, every)
+    program = recorder.finish(source, out)
+    x, positions = values(4, ROWS, heads * dim), [0, 6, 7, 24, 39]
+    program.source[:] = x
+    program.run(range(ROWS), positions)
+
+    for row, position in enumerate(positions):
+        held = torch.arange(max(0, position + 1 - window), position + 1) % 9
+        q, seen = x[row].view(1, heads, dim), torch.arange((position + 1) // every).unsqueeze(0)
+        expected = kernels().attend_sparse(q, rings[row, held], sink, window, entries[row], seen)
+        assert torch.equal(program.result[row], expected.flatten())
+
+
+def test_experts_that_token_ids_choose_are_weighed_by_the_router() -> None:
+    table = torch.randint(12, (7, 3), generator=torch.Generator().manual_seed(1))
+    rule = RoutingRule(3, "sqrt softplus", is_renormalised=True, factor=1.5)
+    recorder = Recorder(kernels(), ROWS)
+    source = recorder.input(12)
+    program = recorder.finish(source, recorder.weigh(source, recorder.by_token(table), rule))
+    program.source[:] = values(1, ROWS, 12)
+    tokens = [6, 0, 3, 3, 1]
+    program.run(range(ROWS), range(ROWS), tokens)
+
+    assert torch.equal(program.result, kernels().weigh(values(1, ROWS, 12), table[tokens], rule))
+
+
+def test_streams_are_read_as_the_whole_mix_reads_them() -> None:
+    hc, hidden, scale, base = 4, 24, values(2, 24), values(3, 24)
+    fn = values(4, 24, hc * hidden)
+    recorder = Recorder(kernels(), ROWS)
+    source = recorder.input(hc * hidden)
+    whole, _, _ = recorder.mix(source, fn, scale, base, 20, 1e-6, 1e-6)
+    alone = recorder.read_mix(source, fn[:hc], scale[:hc], base[:hc], 1e-6, 1e-6)
+    program = recorder.finish(source, recorder.join(whole, alone, 1))
+    program.source[:] = values(1, ROWS, hc * hidden)
+    program.run(range(ROWS), range(ROWS))
+
+    assert torch.equal(program.result[:, :hc], program.result[:, hc:])
+    m = kernels().linear(kernels().rms_norm(values(1, ROWS, hc * hidden), None, 1e-6), fn[:hc])
+    expected = kernels().sigmoid(m * scale[:hc] + base[:hc]) + 1e-6
+    assert torch.equal(program.result[:, hc:], expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,24 +22,29 @@ RATIOS = {
     "decode_8": "llama_cpp_decode_ratio_8",
     "prefill": "llama_cpp_prefill_ratio",
 }
+MIXTURES = ("gguf_moe", "gguf_gpt_oss")
 FEW = ("--rounds", "1", "--tokens", "24", "--prompt-tokens", "4", "--long-prompt", "40")
 
 
 @pytest.fixture(autouse=True)
 def _in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests do not wait for a quiet machine."""
+    """Tests do not wait for a quiet machine, nor for gigabytes to be written."""
     monkeypatch.setattr(peers, "MOST_WAITING_S", 0.0)
+    tiny = {"gguf_moe": ("qwen3-moe-tiny", 2), "gguf_gpt_oss": ("gpt-oss-tiny", 2)}
+    monkeypatch.setattr(peers, "MIXTURES", tiny)
 
 
-def check_report(text: str, file: Path) -> None:
+def check_report(text: str, file: Path, mixtures: Sequence[str]) -> None:
+    mixed = {f"{name}_{part}": 1.0 for name in mixtures for part in ("decode", "prefill")}
     found = {r["name"]: r for r in json.loads(file.read_text())["results"]}
-    for name, target in PROMISED.items():
-        ratio, ours, theirs = (found[n] for n in (RATIOS[name], f"loci_{name}", f"llama_cpp_{name}"))
+    for name, target in (PROMISED | mixed).items():
+        ratio_name = RATIOS.get(name, f"{name}_ratio")
+        ratio, ours, theirs = (found[n] for n in (ratio_name, f"loci_{name}", f"llama_cpp_{name}"))
         assert ours["unit"] == theirs["unit"] == "tokens/s"
         assert ratio["value"] == pytest.approx(ours["value"] / theirs["value"])  # of one round
         assert ratio["target"] == target
         assert ratio["met"] == (ratio["value"] >= target)
-        assert f"{RATIOS[name]}: " in text  # how far rounds differ
+        assert f"{ratio_name}: " in text  # how far rounds differ
     assert "cores_busy_elsewhere" in found
     assert "target  met" in text
 
@@ -50,7 +55,7 @@ def test_both_servers_are_measured_and_compared(tmp_path: Path, monkeypatch: pyt
 
     @contextmanager
     def serving_another(model: Path, threads: int, streams: int, context: int) -> Iterator[str]:
-        flags = f"--max-num-seqs={streams}", f"--max-model-len={context}", "--served-model-name=smollm2"
+        flags = f"--max-num-seqs={streams}", f"--max-model-len={context}", f"--served-model-name={model.stem}"
         with serving(str(model), *flags, variables={"OMP_NUM_THREADS": str(threads)}) as url:
             yield url
 
@@ -60,13 +65,15 @@ def test_both_servers_are_measured_and_compared(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("engine.embedded.model_path", lambda name: TINY)
     file = tmp_path / "peers.json"
 
-    result = invoke("bench", "peers", *FEW, "--threads", "1", "--json", file)
+    options = "--model", "smollm2", "--model", "gguf_moe", "--threads", "1", "--scratch", tmp_path
+    result = invoke("bench", "peers", *FEW, *options, "--json", file)
 
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("Loci ")
     assert "llama.cpp b0 (xllamacpp 0): AVX2" in result.stdout
-    assert result.stderr.splitlines()[-1] == "rounds: 100 %"
-    check_report(result.stdout, file)
+    assert result.stderr.splitlines()[-1] == "gguf_moe, rounds: 100 %"
+    check_report(result.stdout, file, ["gguf_moe"])
+    assert list(tmp_path.iterdir()) == [file]  # the mixtures' files are gone
 
 
 @pytest.mark.slow
@@ -78,7 +85,7 @@ def test_llama_cpp_itself_is_measured(tmp_path: Path) -> None:
 
     assert result.returncode == 0, result.stderr
     assert f"(xllamacpp {llama_cpp.VERSION}): " in result.stdout
-    check_report(result.stdout, file)
+    check_report(result.stdout, file, MIXTURES)
 
 
 def test_where_llama_cpp_is_missing_a_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +97,25 @@ def test_where_llama_cpp_is_missing_a_line_says_how_to_get_it(monkeypatch: pytes
     assert result.stderr.count("\n") == 1
     assert f"pip install xllamacpp=={llama_cpp.VERSION}" in result.stderr
     assert "extra `bench`" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--model", "gguf_moa"), "gguf_moa: no model to compare on"),
+        (("--scratch", "nowhere"), "nowhere: no such"),
+    ],
+)
+def test_what_cannot_be_compared_on_is_refused(
+    arguments: tuple[str, str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "check_installed", lambda: None)
+
+    result = invoke("bench", "peers", "--model", "gguf_moe", *arguments)
+
+    assert result.returncode == 1
+    assert problem in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_it_is_the_version_that_is_pinned() -> None:
@@ -121,7 +147,7 @@ def test_both_get_the_same_prompts_and_take_turns_at_being_first(monkeypatch: py
 
     monkeypatch.setattr("server.cli.bench.comparison.run_http", answered)
     loci, other = (Target("http://127.0.0.1:1", name) for name in ("loci", "other"))
-    races = peers.races_of(prompt_tokens=4, tokens=8, long_prompt=40)
+    races = peers.races_of(peers.SMOLLM2, prompt_tokens=4, tokens=8, long_prompt=40)
 
     found = peers.run(races, loci, other, rounds=2)
 

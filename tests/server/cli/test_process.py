@@ -43,10 +43,8 @@ def test_a_signal_while_modules_are_imported_is_never_swallowed(
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_after_the_work_is_done_changes_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "jinja2.py").write_text(
-        "import os, signal, sys\n"
-        "class Late:\n"
-        f"    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{name}): kill(own, number)\n"
-        "sys.late = Late()\n"
+        "import atexit, os, signal\n"
+        f"atexit.register(os.kill, os.getpid(), signal.{name})\n"
         "raise ImportError('for this test')\n"
     )
 
@@ -54,6 +52,24 @@ def test_a_signal_after_the_work_is_done_changes_nothing(tmp_path: Path, name: s
 
     assert result.returncode == 1
     assert result.stderr.startswith("loci: for this test")
+
+
+@pytest.mark.slow
+def test_the_interpreter_is_not_taken_apart_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "jinja2.py").write_text(
+        "import atexit, sys\n"
+        "class Late:\n"
+        "    def __del__(self, say=print, end=sys.stderr): say('taken apart', file=end)\n"
+        "sys.late = Late()\n"
+        "atexit.register(print, 'at exit', file=sys.stderr)\n"
+        "raise ImportError('for this test')\n"
+    )
+
+    result = harness.run("run", TINY, "Hello", PYTHONPATH=f"{tmp_path}:{ROOT}")
+
+    assert result.returncode == 1
+    assert result.stderr.startswith("loci: for this test")
+    assert result.stderr.endswith("\nat exit\n")
 
 
 @pytest.mark.slow

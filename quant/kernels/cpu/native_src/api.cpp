@@ -1,6 +1,7 @@
 // The C functions that quant/kernels/cpu/native.py calls through ctypes, and the choice of a level.
 #include <atomic>
 
+#include "draws.hpp"
 #include "layers.hpp"
 #include "pool.hpp"
 #include "program.hpp"
@@ -35,7 +36,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 16; }
+EXPORT int loci_interface() { return 17; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -104,6 +105,11 @@ EXPORT void loci_route(int threads, const float* logits, const float* bias, int6
     route({kPortable, threads, false}, logits, bias, tokens, experts, *rule, chosen, weights);
 }
 
+EXPORT void loci_weigh(int threads, const float* logits, const int64_t* chosen, int64_t tokens, int64_t experts,
+                       const Routing* rule, float* weights) {
+    weigh({kPortable, threads, false}, logits, chosen, tokens, experts, *rule, weights);
+}
+
 EXPORT void loci_weighted_sum(int level, int threads, const float* parts, const float* weights, int64_t rows, int64_t n,
                               int64_t dim, float* out) {
     weighted_sum({*level_at(level), threads, false}, parts, weights, rows, n, dim, out);
@@ -133,9 +139,26 @@ EXPORT void loci_pool_groups(int level, int threads, const float* rows, const fl
     pool_groups({*level_at(level), threads, false}, rows, gates, groups, n, dim, out);
 }
 
+EXPORT void loci_convolve(int level, int threads, const Convolve* call, float* out) {
+    convolve({*level_at(level), threads, false}, call, &out, 1);
+}
+
+EXPORT void loci_delta_rule(int level, int threads, const DeltaRule* call, float* out) {
+    delta_rule({*level_at(level), threads, false}, call, &out, 1);
+}
+
 EXPORT void loci_engram_gates(int level, int threads, const float* streams, const float* qk, const float* keys,
                               int64_t key_stride, int64_t tokens, int64_t n, int64_t dim, float eps, float* gates) {
     engram_gates({*level_at(level), threads, false}, streams, qk, keys, key_stride, tokens, n, dim, eps, gates);
+}
+
+EXPORT void loci_draw(int level, int threads, const float* logits, int64_t vocab, const Draw* draws, int64_t n,
+                      int64_t* tokens) {
+    draw({*level_at(level), threads, false}, logits, vocab, draws, n, tokens);
+}
+
+EXPORT double loci_best_logits(int level, int threads, const float* logits, int64_t vocab, int64_t top, int64_t* ids) {
+    return best_logits({*level_at(level), threads, false}, logits, vocab, top, ids);
 }
 
 // Reads n bytes with as many threads, each its own part, in one or four streams; what a kernel is measured by.

@@ -116,6 +116,22 @@ struct AttendBlock {
     float* const* out;                         // [rows] values weighted with that
 };
 
+constexpr int64_t kMostKeyDim = 256;
+
+// Some columns of a head's state in a gated delta rule, over the tokens of a sequence: S = decay * S, then
+// S += k (beta * (v - S^T k))^T, then out = S^T q; q and k are brought to length `scale` and 1.
+struct DeltaColumns {
+    const float *q, *k, *v;  // [key_dim], [key_dim], [columns] of the first token, others `apart`
+    int64_t apart;
+    const float *decay, *beta;                // of the first token, others `heads` apart
+    int64_t heads, tokens, key_dim, columns;  // columns: 16 to 64, key_dim at most kMostKeyDim, multiples of 16
+    float scale;
+    float* state;  // [key_dim][columns], rows state_apart
+    int64_t state_apart;
+    float* out;  // [columns] of the first token, others out_apart
+    int64_t out_apart;
+};
+
 // Products of a panel and tokens over all columns. x: one pointer per token (Block<D>* or float*); out: [tokens][32].
 // The result for a token never depends on what else is in the call.
 using PanelKernel = void (*)(const Panel& panel, const void* const* x, float* out);
@@ -147,7 +163,13 @@ struct Level {
     void (*sigmoid)(const float* x, int64_t n, float* out);
     void (*rotate)(const float* x, const float* turns, int64_t pairs, float* out);
     void (*pool_group)(const float* rows, const float* gates, int64_t n, int64_t dim, float* out);
+    // delta_net.hpp
+    void (*convolve)(const float* const* rows, const float* weights, int64_t apart, int64_t taps, int64_t n,
+                     float* out);
+    void (*delta_columns)(const DeltaColumns& call);
     void (*gate_sums)(const float* a, const float* b, const float* c, int64_t n, double* sums);
+    float (*largest_value)(const float* x, int64_t n);
+    double (*exponentials)(const float* x, int64_t n, float most, float factor, float* out);
     uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
     uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
 };

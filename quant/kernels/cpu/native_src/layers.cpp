@@ -99,6 +99,17 @@ void keep_best_groups(const Routing& rule, float* ranks, int64_t experts) {
         std::fill_n(ranks + column_of(order[i]) * size, size, -__builtin_inff());
 }
 
+// The weights of chosen experts from all experts' scores.
+void weigh_chosen(const Routing& rule, const float* scores, const int64_t* chosen, float* weight) {
+    float sum = 0;
+    for (int64_t i = 0; i < rule.top_k; ++i) sum += weight[i] = scores[chosen[i]];
+    if (rule.score == Score::kChosenSoftmax) softmax(weight, rule.top_k, weight);
+    for (int64_t i = 0; i < rule.top_k; ++i) {
+        if (rule.is_renormalised) weight[i] /= sum + rule.epsilon;
+        weight[i] *= rule.factor;
+    }
+}
+
 }  // namespace
 
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
@@ -115,18 +126,18 @@ void route(const Team& team, const float* logits, const float* bias, int64_t tok
         if (rule.groups > 0) keep_best_groups(rule, ranks.data(), experts);
         for (size_t e = 0; e < ranks.size(); ++e) order[e] = ranked(ranks[e], static_cast<int64_t>(e));
         std::partial_sort(order.begin(), order.begin() + top_k, order.end(), std::greater<>());
-        float* weight = weights + token * top_k;
-        float sum = 0;
-        for (int64_t i = 0; i < top_k; ++i) {
-            const int64_t expert = column_of(order[static_cast<size_t>(i)]);
-            chosen[token * top_k + i] = expert;
-            sum += weight[i] = scores[static_cast<size_t>(expert)];
-        }
-        if (rule.score == Score::kChosenSoftmax) softmax(weight, top_k, weight);
-        for (int64_t i = 0; i < top_k; ++i) {
-            if (rule.is_renormalised) weight[i] /= sum + rule.epsilon;
-            weight[i] *= rule.factor;
-        }
+        for (int64_t i = 0; i < top_k; ++i) chosen[token * top_k + i] = column_of(order[static_cast<size_t>(i)]);
+        weigh_chosen(rule, scores.data(), chosen + token * top_k, weights + token * top_k);
+    });
+}
+
+void weigh(const Team& team, const float* logits, const int64_t* chosen, int64_t tokens, int64_t experts,
+           const Routing& rule, float* weights) {
+    parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
+        thread_local std::vector<float> scores;
+        scores.resize(static_cast<size_t>(experts));
+        score(rule.score, logits + token * experts, experts, scores.data());
+        weigh_chosen(rule, scores.data(), chosen + token * rule.top_k, weights + token * rule.top_k);
     });
 }
 
@@ -195,17 +206,19 @@ void turns_at(const int64_t* positions, int64_t unit, const double* frequencies,
 
 void stream_mix(const Team& team, const float* x, const float* scale, const float* base, int64_t rows, int64_t n,
                 int64_t iterations, float eps, float* pre, float* post, float* combine) {
-    const int64_t width = (2 + n) * n;
+    const bool only_reads = post == nullptr;
+    const int64_t width = only_reads ? n : (2 + n) * n;
     thread_local std::vector<float> mixed;
     mixed.resize(static_cast<size_t>(width));
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < width; ++i) mixed[static_cast<size_t>(i)] = x[r * width + i] * scale[i] + base[i];
-        team.level.sigmoid(mixed.data(), 2 * n, mixed.data());
+        team.level.sigmoid(mixed.data(), only_reads ? n : 2 * n, mixed.data());
         for (int64_t i = 0; i < n; ++i) pre[r * n + i] = mixed[static_cast<size_t>(i)] + eps;
+        if (only_reads) continue;
         for (int64_t i = 0; i < n; ++i) post[r * n + i] = 2 * mixed[static_cast<size_t>(n + i)];
         std::copy_n(mixed.data() + 2 * n, n * n, combine + r * n * n);
     }
-    sinkhorn(combine, rows, n, iterations, eps);
+    if (!only_reads) sinkhorn(combine, rows, n, iterations, eps);
 }
 
 void pool_groups(const Team& team, const float* rows, const float* gates, int64_t groups, int64_t n, int64_t dim,

@@ -57,6 +57,9 @@ struct Routing {
 // of equal ones; and their weights. chosen, weights [tokens][top_k]
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
            const Routing& rule, int64_t* chosen, float* weights);
+// The weights [tokens][top_k] that a router gives experts which were chosen without it.
+void weigh(const Team& team, const float* logits, const int64_t* chosen, int64_t tokens, int64_t experts,
+           const Routing& rule, float* weights);
 
 // out [rows][dim] = sum over i of weights [rows][n] * parts [rows][n][dim]
 void weighted_sum(const Team& team, const float* parts, const float* weights, int64_t rows, int64_t n, int64_t dim,
@@ -75,7 +78,8 @@ void turns_at(const int64_t* positions, int64_t unit, const double* frequencies,
               bool backwards, float* out);
 
 // Of what was read off n streams for each row, x [rows][(2 + n) n], times scale plus base: pre [rows][n] and post
-// [rows][n] by sigmoid, combine [rows][n][n] by `iterations` of Sinkhorn's normalisation.
+// [rows][n] by sigmoid, combine [rows][n][n] by `iterations` of Sinkhorn's normalisation. Without post, of x [rows][n]
+// pre alone.
 void stream_mix(const Team& team, const float* x, const float* scale, const float* base, int64_t rows, int64_t n,
                 int64_t iterations, float eps, float* pre, float* post, float* combine);
 
@@ -96,6 +100,32 @@ void rotate(const Team& team, const float* x, const float* turns, int64_t tokens
 // out [groups][dim] of rows and gates [groups][n][dim]
 void pool_groups(const Team& team, const float* rows, const float* gates, int64_t groups, int64_t n, int64_t dim,
                  float* out);
+
+// A causal convolution of each channel by itself, then silu; `tail` has the last taps - 1 rows of x before the first
+// token, that of position p at p % (taps - 1), and then those before the next one.
+struct Convolve {
+    const float* x;        // [tokens][channels]
+    const float* weights;  // [taps][channels], the last of the token itself
+    float* tail;           // [taps - 1][channels]
+    int64_t tokens, channels, taps;
+    int64_t before;  // tokens of the sequence
+};
+
+// outs [tokens][channels] of several calls with as many channels
+void convolve(const Team& team, const Convolve* calls, float* const* outs, int64_t n);
+
+// The gated delta rule (arXiv 2412.06464) over the next tokens of a sequence; quant/kernels/layers.py says what it is.
+struct DeltaRule {
+    const float* x;               // [tokens] of queries and keys [key_heads][key_dim], values [value_heads][value_dim]
+    const float *a, *b;           // [tokens][value_heads]
+    const float *rates, *biases;  // [value_heads]
+    float* state;                 // [value_heads][key_dim][value_dim]
+    int64_t tokens, key_heads, value_heads, key_dim, value_dim;
+    int64_t is_first;  // the state before is zero, whatever it holds
+};
+
+// outs [tokens][value_heads][value_dim] of several calls of the same sizes
+void delta_rule(const Team& team, const DeltaRule* calls, float* const* outs, int64_t n);
 
 // Gates [tokens][n] of streams [tokens][n][dim], qk [n][dim] and keys, those of a token key_stride behind the last's.
 void engram_gates(const Team& team, const float* streams, const float* qk, const float* keys, int64_t key_stride,

@@ -69,6 +69,10 @@ constexpr Level make_level(const char* name) {
     level.rotate = rotate;
     level.pool_group = pool_group;
     level.gate_sums = gate_sums;
+    level.convolve = convolve;
+    level.delta_columns = delta_columns;
+    level.largest_value = largest_value;
+    level.exponentials = exponentials;
     level.read = read_bytes;
     level.read_rows = read_rows;
     return level;

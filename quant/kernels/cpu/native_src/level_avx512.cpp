@@ -23,6 +23,7 @@ namespace loci {
 #include "digits.hpp"
 #include "attention.hpp"
 #include "rows.hpp"
+#include "delta_net.hpp"
 #include "level.hpp"
 
 extern const Level kAvx512 = make_level("avx512");

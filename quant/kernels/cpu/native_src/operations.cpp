@@ -364,14 +364,17 @@ bool moe(const Team& team, const Moe& call, const float* x, float* out) {
     });
 
     // Down, some experts at a time: all their products first, each matrix read in sequence; then the weighted sums,
-    // in the order of the experts.
-    std::fill_n(out, call.tokens * (call.weights != nullptr ? 1 : call.top_k) * hidden, 0.0f);
+    // in the order of the experts. Without weights, products are results, of all experts at once.
+    const bool apart = call.weights == nullptr;
+    if (!apart) std::fill_n(out, call.tokens * hidden, 0.0f);
     const int64_t y_panels = divide_up(hidden, kPanelRows);
     constexpr int64_t kProducts = 1024 * 1024, kColumns = 512;  // floats
     for (int64_t first = 0, last = 0; first < call.used; first = last) {
-        for (++last; last < call.used && (pairs.end(last) - pairs.begin(first)) * hidden <= kProducts;) ++last;
+        for (++last; last < call.used && (apart || (pairs.end(last) - pairs.begin(first)) * hidden <= kProducts);)
+            ++last;
         const int64_t begin = pairs.begin(first), count = pairs.begin(last) - begin;
-        float* products = reinterpret_cast<float*>(caller_y.get(count * hidden * static_cast<int64_t>(sizeof(float))));
+        const int64_t bytes = count * hidden * static_cast<int64_t>(sizeof(float));
+        float* products = apart ? out : reinterpret_cast<float*>(caller_y.get(bytes));
         parallel_for((last - first) * y_panels, team.threads, [&](const Turn& turn) {
             const int64_t e = first + turn.item / y_panels, p = turn.item % y_panels;
             const Panels panels(*call.experts[3 * e + 2]);
@@ -388,19 +391,21 @@ bool moe(const Team& team, const Moe& call, const float* x, float* out) {
                 for (int64_t k = 0; k < n; ++k) {
                     if (call.biases != nullptr)
                         add_to(y[k], call.biases[3 * e + 2] + p * kPanelRows, panels.rows_in(p));
-                    std::memcpy(products + (i - begin + k) * hidden + p * kPanelRows, y[k],
+                    const int64_t place = apart ? pairs.at(i + k) : i - begin + k;
+                    std::memcpy(products + place * hidden + p * kPanelRows, y[k],
                                 static_cast<size_t>(panels.rows_in(p)) * sizeof(float));
                 }
             }
         });
+        if (apart) break;
         const int threads = count * hidden < kWorthSharing ? 1 : team.threads;
         parallel_for(divide_up(hidden, kColumns), threads, [&](int64_t item) {
             const int64_t c = item * kColumns, columns = std::min(kColumns, hidden - c);
             for (int64_t i = 0; i < count; ++i) {
                 const int64_t pair = pairs.at(begin + i);
-                const float weight = call.weights != nullptr ? call.weights[pair] : 1;
+                const float weight = call.weights[pair];
                 const float* from = products + i * hidden + c;
-                float* to = out + (call.weights != nullptr ? pair / call.top_k : pair) * hidden + c;
+                float* to = out + pair / call.top_k * hidden + c;
                 for (int64_t k = 0; k < columns; ++k) to[k] += weight * from[k];
             }
         });

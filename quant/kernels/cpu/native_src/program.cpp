@@ -64,11 +64,14 @@ void add(const Team&, const Operation& op, const StepInput& step) {
     for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i];
 }
 
-// x [rows][width] and the same row y in each
+// x [rows][width] and, of some rows y in turn, that of each row's position
 void bias(const Team&, const Operation& op, const StepInput& step) {
-    const float *x = floats(op.in[0]), *y = floats(op.in[1]);
-    float* out = floats(op.out[0]);
-    for (int64_t i = 0; i < step.rows * op.sizes[0]; ++i) out[i] = x[i] + y[i % op.sizes[0]];
+    const int64_t width = op.sizes[0], turn = op.sizes[1];
+    for (int64_t r = 0; r < step.rows; ++r) {
+        const float *x = floats(op.in[0]) + r * width, *y = floats(op.in[1]) + step.positions[r] % turn * width;
+        float* out = floats(op.out[0]) + r * width;
+        for (int64_t i = 0; i < width; ++i) out[i] = x[i] + y[i];
+    }
 }
 
 void clip(const Team&, const Operation& op, const StepInput& step) {
@@ -113,7 +116,7 @@ void weighted_sum(const Team& team, const Operation& op, const StepInput& step) 
 }
 
 // how n streams are read, written and mixed (pre and post [rows][n], combine [rows][n][n]), of what was read off them
-// [rows][(2 + n) n], its scale and its base
+// [rows][(2 + n) n], its scale and its base; or only how they are read, of [rows][n]
 void mix(const Team& team, const Operation& op, const StepInput& step) {
     stream_mix(team, floats(op.in[0]), floats(op.in[1]), floats(op.in[2]), step.rows, op.sizes[0], op.sizes[1],
                op.factor, floats(op.out[0]), floats(op.out[1]), floats(op.out[2]));
@@ -136,10 +139,25 @@ void engram(const Team& team, const Operation& op, const StepInput& step) {
     }
 }
 
-// logits [rows][experts], bias or none, and a rule
+// logits [rows][experts], bias or none, a rule, and perhaps who was chosen without them, whose weights are wanted
 void route(const Team& team, const Operation& op, const StepInput& step) {
+    if (op.in[3] != nullptr)
+        return weigh(team, floats(op.in[0]), static_cast<const int64_t*>(op.in[3]), step.rows, op.sizes[0],
+                     *static_cast<const Routing*>(op.in[2]), floats(op.out[1]));
     route(team, floats(op.in[0]), floats(op.in[1]), step.rows, op.sizes[0], *static_cast<const Routing*>(op.in[2]),
           static_cast<int64_t*>(op.out[0]), floats(op.out[1]));
+}
+
+// x [rows][gates][width] times the sigmoid of gates [rows][gates]
+void gate(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t gates = step.rows * op.sizes[0], width = op.sizes[1];
+    thread_local std::vector<float> shares;
+    shares.resize(static_cast<size_t>(gates));
+    sigmoid(team, floats(op.in[1]), gates, shares.data());
+    const float* x = floats(op.in[0]);
+    float* out = floats(op.out[0]);
+    for (int64_t i = 0; i < gates; ++i)
+        for (int64_t j = 0; j < width; ++j) out[i * width + j] = x[i * width + j] * shares[static_cast<size_t>(i)];
 }
 
 // Whether all chosen experts have matrices [experts][3], which come and go between runs.
@@ -209,13 +227,16 @@ void experts(const Team& team, const Operation& op, const StepInput& step) {
 
 // In the order of Kind; null for what decides how to go on.
 constexpr OperationFunction kFunctions[] = {
-    norm,       linear,         dense,      blocks,     turns,
-    rotate,     run_append,     run_attend, gated,      add,
-    bias,       clip,           scale,      repeat,     weighted_sum,
-    mix,        mix_streams,    engram,     run_ring,   run_attend_sparse,
-    nullptr,    run_pool,       run_entry,  run_select, route,
-    at_hand,    experts,        part,       join,       run_embed,
-    run_ngrams, run_table_rows, nullptr,
+    norm,        linear,       dense,          blocks,
+    turns,       rotate,       run_append,     run_attend,
+    gated,       add,          bias,           clip,
+    scale,       repeat,       weighted_sum,   mix,
+    mix_streams, engram,       run_ring,       run_attend_sparse,
+    nullptr,     run_pool,     run_entry,      run_select,
+    route,       at_hand,      experts,        part,
+    join,        run_convolve, run_delta_rule, gate,
+    run_embed,   run_ngrams,   run_table_rows, run_by_token,
+    nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

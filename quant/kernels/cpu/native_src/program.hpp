@@ -44,9 +44,13 @@ enum class Kind : int64_t {
     kExperts,
     kPart,
     kJoin,
+    kConvolve,
+    kDeltaRule,
+    kGate,
     kEmbed,
     kNgrams,
     kTableRows,
+    kByToken,
     kHandOver,
     kKinds
 };
@@ -73,10 +77,13 @@ void run_ring(const Team& team, const Operation& op, const StepInput& step);
 void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step);
 void run_pool(const Team& team, const Operation& op, const StepInput& step);
 void run_entry(const Team& team, const Operation& op, const StepInput& step);
+void run_convolve(const Team& team, const Operation& op, const StepInput& step);
+void run_delta_rule(const Team& team, const Operation& op, const StepInput& step);
 void run_select(const Team& team, const Operation& op, const StepInput& step);
 
 // program_rows.cpp: rows of tables
 void run_embed(const Team& team, const Operation& op, const StepInput& step);
+void run_by_token(const Team& team, const Operation& op, const StepInput& step);
 void run_ngrams(const Team& team, const Operation& op, const StepInput& step);
 void run_table_rows(const Team& team, const Operation& op, const StepInput& step);
 

@@ -73,10 +73,11 @@ void run_ring(const Team&, const Operation& op, const StepInput& step) {
 }
 
 // queries [rows][heads][dim] over the last tokens in their slots' rings and, of compressed entries [slots][.][dim],
-// those chosen [rows][choices]; with sinks [heads]
+// those chosen [rows][choices]; or over all that stand for `every` so many tokens, of which choices [entries] then
+// names the first ones; with sinks [heads]
 void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], window = op.sizes[2], ring = op.sizes[3];
-    const int64_t choices = op.sizes[5];
+    const int64_t choices = op.sizes[5], every = op.sizes[7];
     std::vector<Attend> calls(static_cast<size_t>(step.rows));
     std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
@@ -94,33 +95,39 @@ void run_attend_sparse(const Team& team, const Operation& op, const StepInput& s
         call.sink = floats(op.in[2]);
         if (choices > 0) {
             call.more = floats(op.in[3]) + step.slots[r] * op.sizes[6];
-            call.chosen = static_cast<const int64_t*>(op.in[4]) + r * choices;
-            call.choices = choices;
+            call.chosen = static_cast<const int64_t*>(op.in[4]) + (every > 0 ? 0 : r * choices);
+            call.choices = every > 0 ? std::min(choices, (step.positions[r] + 1) / every) : choices;
         }
         outs.push_back(floats(op.out[0]) + r * heads * dim);
     }
     attend(team, calls.data(), outs.data(), step.rows);
 }
 
-// Rows and gates in rings of the last tokens [ring][dim]: those of the group that a row completes, pooled; zeros for
-// other rows.
+// Rows and gates in rings of the last tokens [ring][width]: those of the group that a row completes, pooled to [dim];
+// zeros for other rows. Where groups overlap, width is 2 dim: the group's second halves, and before them the first
+// halves of the group before it, if there is one.
 void run_pool(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t dim = op.sizes[0], ring = op.sizes[1], slot_stride = op.sizes[2], ratio = op.sizes[3];
+    const bool overlaps = op.sizes[4] != 0;
+    const int64_t width = overlaps ? 2 * dim : dim;
     thread_local std::vector<float> rows, gates;
-    rows.resize(static_cast<size_t>(ratio * dim));
-    gates.resize(static_cast<size_t>(ratio * dim));
+    rows.resize(static_cast<size_t>(2 * ratio * dim));
+    gates.resize(static_cast<size_t>(2 * ratio * dim));
     for (int64_t r = 0; r < step.rows; ++r) {
         float* out = floats(op.out[0]) + r * dim;
         if (!completes(step.positions[r], ratio)) {
             std::fill_n(out, dim, 0.0f);
             continue;
         }
-        for (int64_t i = 0; i < ratio; ++i) {
-            const int64_t from = step.slots[r] * slot_stride + (step.positions[r] + 1 - ratio + i) % ring * dim;
-            std::memcpy(rows.data() + i * dim, floats(op.in[0]) + from, bytes_of(dim));
-            std::memcpy(gates.data() + i * dim, floats(op.in[1]) + from, bytes_of(dim));
+        const int64_t first = step.positions[r] + 1 - ratio;
+        int64_t n = 0;
+        for (int64_t p = overlaps ? std::max<int64_t>(0, first - ratio) : first; p < first + ratio; ++p, ++n) {
+            const int64_t half = overlaps && p >= first ? dim : 0;
+            const int64_t from = step.slots[r] * slot_stride + p % ring * width + half;
+            std::memcpy(rows.data() + n * dim, floats(op.in[0]) + from, bytes_of(dim));
+            std::memcpy(gates.data() + n * dim, floats(op.in[1]) + from, bytes_of(dim));
         }
-        pool_groups(team, rows.data(), gates.data(), 1, ratio, dim, out);
+        pool_groups(team, rows.data(), gates.data(), 1, n, dim, out);
     }
 }
 
@@ -131,6 +138,49 @@ void run_entry(const Team&, const Operation& op, const StepInput& step) {
         if (completes(step.positions[r], ratio))
             std::memcpy(floats(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] / ratio * dim,
                         floats(op.in[0]) + r * dim, bytes_of(dim));
+}
+
+// x [rows][channels] convolved with the last rows of their sequences, which each joins
+void run_convolve(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t channels = op.sizes[0];
+    std::vector<Convolve> calls(static_cast<size_t>(step.rows));
+    std::vector<float*> outs;
+    for (int64_t r = 0; r < step.rows; ++r) {
+        Convolve& call = calls[static_cast<size_t>(r)];
+        call.x = floats(op.in[0]) + r * channels;
+        call.weights = floats(op.in[1]);
+        call.tail = floats(op.out[1]) + step.slots[r] * op.sizes[2];
+        call.tokens = 1;
+        call.channels = channels;
+        call.taps = op.sizes[1];
+        call.before = step.positions[r];
+        outs.push_back(floats(op.out[0]) + r * channels);
+    }
+    convolve(team, calls.data(), outs.data(), step.rows);
+}
+
+// queries, keys and values [rows][.] by the states of their slots, which each changes; in: these, a, b, rates, biases
+void run_delta_rule(const Team& team, const Operation& op, const StepInput& step) {
+    const int64_t key_heads = op.sizes[0], heads = op.sizes[1], key_dim = op.sizes[2], dim = op.sizes[3];
+    std::vector<DeltaRule> calls(static_cast<size_t>(step.rows));
+    std::vector<float*> outs;
+    for (int64_t r = 0; r < step.rows; ++r) {
+        DeltaRule& call = calls[static_cast<size_t>(r)];
+        call.x = floats(op.in[0]) + r * (2 * key_heads * key_dim + heads * dim);
+        call.a = floats(op.in[1]) + r * heads;
+        call.b = floats(op.in[2]) + r * heads;
+        call.rates = floats(op.in[3]);
+        call.biases = floats(op.in[4]);
+        call.state = floats(op.out[1]) + step.slots[r] * op.sizes[4];
+        call.tokens = 1;
+        call.key_heads = key_heads;
+        call.value_heads = heads;
+        call.key_dim = key_dim;
+        call.value_dim = dim;
+        call.is_first = step.positions[r] == 0;
+        outs.push_back(floats(op.out[0]) + r * heads * dim);
+    }
+    delta_rule(team, calls.data(), outs.data(), step.rows);
 }
 
 // Which compressed entries each row attends to. in: queries [rows][heads][dim], weights [rows][heads], index keys

@@ -1,4 +1,5 @@
 // Operations of a program on tables: the embedding's rows, and those that a token's n-grams address.
+#include <algorithm>
 #include <cstring>
 
 #include "pool.hpp"
@@ -64,6 +65,14 @@ void run_embed(const Team&, const Operation& op, const StepInput& step) {
         else
             for (int64_t c = 0; c < cols; ++c) out[c] = reinterpret_cast<const float*>(row)[c] * op.factor;
     }
+}
+
+// The tokens' rows of a matrix of so many whole numbers each.
+void run_by_token(const Team&, const Operation& op, const StepInput& step) {
+    const int64_t cols = op.sizes[0];
+    for (int64_t r = 0; r < step.rows; ++r)
+        std::copy_n(static_cast<const int64_t*>(op.in[0]) + step.tokens[r] * cols, cols,
+                    static_cast<int64_t*>(op.out[0]) + r * cols);
 }
 
 // The addresses [rows][tables][columns] of the tokens' n-grams, off rings [slots][ring] of the keys of the last tokens,

@@ -83,4 +83,49 @@ void gate_sums(const float* a, const float* b, const float* c, int64_t n, double
     fold();
 }
 
+// The largest of n values, NaN if there is one.
+float largest_value(const float* x, int64_t n) {
+    constexpr int kSide = 32;
+    float most[kSide];
+    int32_t odd[kSide] = {};
+    for (int i = 0; i < kSide; ++i) most[i] = -__builtin_inff();
+    int64_t k = 0;
+    for (; k + kSide <= n; k += kSide)
+        for (int i = 0; i < kSide; ++i) {
+            most[i] = x[k + i] > most[i] ? x[k + i] : most[i];
+            odd[i] |= x[k + i] != x[k + i];
+        }
+    for (int i = 0; k < n; ++k, ++i) {
+        most[i] = x[k] > most[i] ? x[k] : most[i];
+        odd[i] |= x[k] != x[k];
+    }
+    for (int i = 1; i < kSide; ++i) {
+        most[0] = most[i] > most[0] ? most[i] : most[0];
+        odd[0] |= odd[i];
+    }
+    return odd[0] ? __builtin_nanf("") : most[0];
+}
+
+// out [n] = e^((x - most) * factor), for x of at most `most`: 0 where that is nearly nothing. Their sum.
+double exponentials(const float* x, int64_t n, float most, float factor, float* out) {
+    constexpr int kSide = 32;
+    constexpr float kNothing = 80.0f;
+    float lanes[kSide] = {};
+    int64_t k = 0;
+    for (; k + kSide <= n; k += kSide)
+        for (int i = 0; i < kSide; ++i) {
+            const float below = (most - x[k + i]) * factor;
+            out[k + i] = below > kNothing ? 0.0f : exp_negative(below);
+            lanes[i] += out[k + i];
+        }
+    for (int i = 0; k < n; ++k, ++i) {
+        const float below = (most - x[k]) * factor;
+        out[k] = below > kNothing ? 0.0f : exp_negative(below);
+        lanes[i] += out[k];
+    }
+    double sum = 0;
+    for (int i = 0; i < kSide; ++i) sum += static_cast<double>(lanes[i]);
+    return sum;
+}
+
 }  // namespace

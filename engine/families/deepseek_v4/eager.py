@@ -1,0 +1,126 @@
+"""V4's operations on tensors, computed at once, for the tokens of some segments."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.cache.grouped import GroupedCache, GroupState
+from engine.families.base import Batch, Segment, Trace
+from engine.families.deepseek_v4.operations import V4Parts
+from engine.families.deepseek_v4.weights import AttentionWeights, Compressor
+from engine.families.streams.eager import EagerStreams
+from engine.layers.hyper_connections import ReadMix
+from engine.layers.routed_experts import EagerExperts
+from engine.layers.sparse_attention import select_entries
+from quant.kernels.layers import RoutingRule
+
+
+class V4Eager(EagerStreams):
+    """`V4Operations` for a batch. A context: experts that it has acquired are released at the end."""
+
+    def __init__(self, parts: V4Parts, batch: Batch, cache: GroupedCache, trace: Trace) -> None:
+        experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
+        super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
+        self._config = parts.config
+        self._cache = cache
+        self._selections: list[torch.Tensor] = []  # of each segment, of the layer that is being computed
+
+    def streams(self, x: torch.Tensor, n: int) -> torch.Tensor:
+        return x.repeat(1, n)
+
+    def reading(self, mix: ReadMix, streams: torch.Tensor) -> torch.Tensor:
+        return mix.pre(self._kernels, streams)
+
+    def norm_heads(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._kernels.rms_norm(x.view(len(x), -1, len(weight)), weight, eps).view(x.shape)
+
+    # -------------------------------------------------------------------------------------- attention
+
+    def compress(self, number: int, kind: int, compressor: Compressor, x: torch.Tensor) -> None:
+        state = self._cache.states[number][kind]
+        ratio, eps = state.groups.ratio, self._config.rms_norm_eps
+        kv, gate = self.linears(x, compressor.wkv, compressor.wgate)
+        for segment, at in self._segments:
+            positions = torch.arange(segment.start, segment.start + segment.length, device=x.device)
+            gates = gate[at] + compressor.ape[positions % ratio]
+            rows, gates = state.extend(segment, kv[at], gates)
+            first, count = segment.start // ratio, (segment.start + segment.length) // ratio
+            count -= first
+            if count == 0:
+                continue
+            pooled = self._pooled(state, rows, gates, first, count)
+            latent = self._kernels.rms_norm(pooled, compressor.norm, eps)
+            rotation = self._group_rotation(first, count, ratio, x.device)
+            state.entries[segment.slot, first : first + count] = rotation.apply(self._kernels, latent)
+
+    def _pooled(
+        self, state: GroupState, rows: torch.Tensor, gates: torch.Tensor, first: int, count: int
+    ) -> torch.Tensor:
+        """`count` groups from number `first` on, pooled, `[count, dim]`; rows and gates `[tokens, width]` of
+        these, and of what overlaps with the first of them."""
+        groups, pool = state.groups, self._kernels.pool_groups
+        if not groups.overlaps:
+            shape = count, groups.ratio, groups.dim
+            return pool(rows[: count * groups.ratio].view(shape), gates[: count * groups.ratio].view(shape))
+        before = int(first > 0)
+        tokens = (before + count) * groups.ratio
+        shape = before + count, groups.ratio, groups.width
+        kv, gate = rows[:tokens].view(shape), gates[:tokens].view(shape)
+        own, last = slice(groups.dim, None), slice(groups.dim)  # which half is for a token's own group
+        found = []
+        if not before:  # nothing overlaps with the very first group
+            found.append(pool(kv[:1, :, own], gate[:1, :, own]))
+        if len(kv) > 1:
+            both = [torch.cat((half[:-1, :, last], half[1:, :, own]), dim=1) for half in (kv, gate)]
+            found.append(pool(*both))
+        return torch.cat(found)
+
+    def select(self, number: int, queries: torch.Tensor, weights: torch.Tensor) -> None:
+        state = self._cache.states[number][1]
+        queries = queries.view(len(queries), self._config.index_n_heads, -1)
+        self._selections = []
+        for segment, at in self._segments:
+            keys = state.entries[segment.slot, : (segment.start + segment.length) // state.groups.ratio]
+            seen, top = self._visible(segment, state, queries.device), self._config.index_topk
+            selection, _ = select_entries(self._kernels, queries[at], weights[at], keys, seen, top)
+            self._selections.append(selection.entries)
+            self._trace.add(f"index_selected.{number}", selection.entries)
+
+    def attend(self, number: int, attn: AttentionWeights, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        states = self._cache.states[number]
+
+        def seen(
+            i: int, segment: Segment, at: slice
+        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+            window_kv = self._cache.extend_window(number, segment, kv[at])
+            if not states:
+                return window_kv, None, None
+            entries = self._selections[i] if attn.indexer else self._all_visible(segment, states[0])
+            return window_kv, states[0].entries[segment.slot], entries
+
+        return self._attend(q, attn.sink, self._config.sliding_window, seen)
+
+    def _all_visible(self, segment: Segment, state: GroupState) -> torch.Tensor:
+        """Every entry that each token sees, `[L, entries]`, -1 behind."""
+        visible = self._visible(segment, state, state.entries.device).unsqueeze(1)
+        entries = torch.arange(int(visible[-1]), device=visible.device)
+        return torch.where(entries < visible, entries, -1)
+
+    def _visible(self, segment: Segment, state: GroupState, device: torch.device) -> torch.Tensor:
+        """How many entries, from the first, each token sees, `[L]`."""
+        end = segment.start + segment.length
+        return torch.arange(segment.start + 1, end + 1, device=device) // state.groups.ratio
+
+    # ---------------------------------------------------------------------------------------- experts
+
+    def by_token(self, number: int, table: torch.Tensor) -> torch.Tensor:
+        return table[self._batch.token_ids]
+
+    def weigh(self, logits: torch.Tensor, ids: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
+        return self._kernels.weigh(logits, ids.to(logits.device), rule)
+
+    def wants_guesses(self, number: int) -> bool:
+        return self._experts.wants_guesses(number)
+
+    def prefetch(self, number: int, ids: torch.Tensor) -> None:
+        self._experts.prefetch(number, ids)

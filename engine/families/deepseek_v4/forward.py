@@ -1,0 +1,219 @@
+"""DeepSeek-V4: the forward pass.
+
+Parallel residual streams (mHC, each sublayer's own mix), one shared key=value latent per token, sliding
+windows with compressed entries that every layer makes for itself: of eight tokens, every four, which an
+indexer chooses among, or of 128. Routed experts in every layer; the first layers' are chosen by token ids.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.cache.grouped import GroupedCache
+from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
+from engine.families.deepseek_v4.config import V4Config
+from engine.families.deepseek_v4.eager import V4Eager
+from engine.families.deepseek_v4.operations import V4Operations, V4Parts
+from engine.families.deepseek_v4.recorded import V4Recorded
+from engine.families.deepseek_v4.shape import cache_shape
+from engine.families.deepseek_v4.weights import AttentionWeights, V4Weights
+from engine.families.places import HOST
+from engine.families.streams.operations import MAX_ROWS, StreamMix
+from engine.layers.operations import Value
+from memory.telemetry import Telemetry
+from quant.kernels.choice import recorder_of
+from quant.kernels.cpu.recorder import Recorder
+from quant.kernels.interface import Kernels
+
+
+class V4Cache(GroupedCache):
+    """A cache, and the recorded step that decodes with it; None where nothing is recorded."""
+
+    decoder: V4Recorded | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.program is None else self.program.nbytes)
+
+
+class DeepseekV4(Model):
+    """A loaded V4 model."""
+
+    def __init__(self, config: V4Config, info: ModelInfo, weights: V4Weights, kernels: Kernels) -> None:
+        self.config = config
+        self.info = info
+        self.weights = weights
+        self.kernels = kernels
+        self.parts = V4Parts(config, weights, kernels)
+        self.cache_shape = cache_shape(config, tuple(layer.device for layer in weights.layers))
+
+    def close(self) -> None:
+        self.weights.experts.close()
+
+    @property
+    def tier_bytes(self) -> dict[str, int]:
+        dense = self.weights.places.nbytes
+        return {tier: nbytes + dense.get(tier, 0) for tier, nbytes in self.weights.experts.tier_bytes.items()}
+
+    def expert_tiers(self) -> list[list[str]]:
+        return self.weights.experts.expert_locations()
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self.weights.experts.telemetry
+
+    def new_cache(self, slots: int, capacity: int) -> V4Cache:
+        """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
+        self.weights.places.check_kv(slots, capacity, self.cache_shape.layer_bytes)
+        cache = V4Cache(self.cache_shape, slots, capacity)
+        recorder = self._recorder()
+        if recorder is not None:
+            cache.decoder = self._record(recorder, cache)
+            cache.program = cache.decoder.program
+        return cache
+
+    def cache_bytes(self, slots: int, capacity: int) -> int:
+        on_gpus = sum(
+            self.cache_shape.layer_bytes(layer, slots, capacity)
+            for layer, weights in enumerate(self.weights.layers)
+            if weights.device != HOST
+        )
+        return self.cache_shape.nbytes(slots, capacity) - on_gpus + self._arena_bytes(capacity)
+
+    def _arena_bytes(self, capacity: int) -> int:
+        """Bytes of a program's buffers; scores of compressed entries make them grow with the capacity."""
+        recorder = self._recorder()
+        if recorder is None:
+            return 0
+        program = self._record(recorder, GroupedCache(self.cache_shape, 1, capacity)).program
+        assert program is not None
+        return program.nbytes
+
+    def _recorder(self) -> Recorder | None:
+        """Notes steps, where all that every token reads lies in host memory."""
+        devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
+        return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
+
+    def _record(self, recorder: Recorder, cache: GroupedCache) -> V4Recorded:
+        """A program that decodes with `cache`."""
+        ops = V4Recorded(self.parts, recorder, cache)
+        source = ops.begin()
+        ops.finish(source, self._logits(ops, self._layers(ops, source)))
+        return ops
+
+    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+        assert isinstance(cache, V4Cache)
+        for segment in batch.segments:
+            cache.admit(segment)
+        if trace is None and cache.decoder is not None and batch.is_decode(MAX_ROWS):
+            logits = cache.decoder.run(batch)
+        else:
+            logits = self._compute(batch, cache, trace or NO_TRACE)
+        for segment in batch.segments:
+            cache.advance(segment)
+        return logits
+
+    @torch.inference_mode()
+    def _compute(self, batch: Batch, cache: V4Cache, trace: Trace) -> torch.Tensor:
+        """The logits of any batch, operation by operation."""
+        embedded = self.weights.embed[batch.token_ids].float()  # [tokens, hidden]
+        with V4Eager(self.parts, batch, cache, trace) as ops:
+            streams = self._layers(ops, embedded)
+            return self._logits(ops, streams[batch.logit_rows.to(streams.device)]).float().cpu()
+
+    def _layers(self, ops: V4Operations[Value], embedded: Value) -> Value:
+        """All layers: the streams, `[rows, hc * hidden]`."""
+        c, weights = self.config, self.weights
+        streams = ops.streams(embedded, c.hc_mult)
+        self._foresee(ops, 0, streams, None)  # the disk has nothing to do until then
+        for number, layer in enumerate(weights.layers):
+            ops.at_layer(number)
+            (streams,) = ops.move(layer.device, streams)
+            if number >= c.hashed_layers and number > 0 and layer.device == HOST:
+                self._foresee(ops, number, streams, None)  # on a GPU, attention leaves no time to use it
+
+            mix = ops.mix(layer.hc_attn, streams)
+            x = ops.norm(ops.read_streams(streams, mix.pre), layer.attn_norm, c.rms_norm_eps)
+            y = self._attention(ops, number, layer.attn, x)
+            ops.trace(f"attn_out.{number}", y)
+            streams = ops.write_streams(streams, y, mix)
+
+            mix = ops.mix(layer.hc_ffn, streams)
+            y = self._experts(ops, number, streams, mix)
+            streams = ops.write_streams(streams, y, mix)
+            ops.trace(f"streams.{number}", streams, c.hc_mult, c.hidden_size)
+        ops.at_layer(None)
+        return streams
+
+    def _logits(self, ops: V4Operations[Value], streams: Value) -> Value:
+        weights = self.weights
+        (streams,) = ops.move(weights.norm.device, streams)
+        x = ops.read_streams(streams, ops.reading(weights.hc_head, streams))
+        (logits,) = ops.linears(ops.norm(x, weights.norm, self.config.rms_norm_eps), weights.head)
+        return logits
+
+    def _attention(self, ops: V4Operations[Value], number: int, attn: AttentionWeights, x: Value) -> Value:
+        """`[rows, hidden]` to the same."""
+        c, eps = self.config, self.config.rms_norm_eps
+        compressed = c.ratios[number] > 0
+        qr, kv = ops.linears(x, attn.wq_a, attn.wkv)
+        qr, kv = ops.norm(qr, attn.q_norm, eps), ops.norm(kv, attn.kv_norm, eps)
+        (q,) = ops.linears(qr, attn.wq_b)
+        q = ops.norm_heads(q, attn.head_norm, eps)
+        q = ops.rotate(q, c.num_attention_heads, compressed=compressed)
+        kv = ops.rotate(kv, 1, compressed=compressed)
+        if attn.compressor is not None:
+            ops.compress(number, 0, attn.compressor, x)
+        if attn.indexer is not None:
+            ops.compress(number, 1, attn.indexer.compressor, x)
+            (queries,), (weights,) = ops.linears(qr, attn.indexer.wq_b), ops.linears(x, attn.indexer.weights)
+            queries = ops.rotate(queries, c.index_n_heads, compressed=True)
+            ops.select(number, queries, ops.scale(weights, (c.index_head_dim * c.index_n_heads) ** -0.5))
+        out = ops.attend(number, attn, q, kv)
+        out = ops.rotate(out, c.num_attention_heads, compressed=compressed, backwards=True)
+        (y,) = ops.linears(ops.blocks(out, attn.wo_a), attn.wo_b)
+        return y
+
+    def _experts(self, ops: V4Operations[Value], number: int, streams: Value, mix: StreamMix[Value]) -> Value:
+        """Routed experts and the shared one, `[rows, hidden]`, which `mix` reads and will write."""
+        c, layer = self.config, self.weights.layers[number]
+        x = ops.norm(ops.read_streams(streams, mix.pre), layer.ffn_norm, c.rms_norm_eps)
+        (logits,) = ops.linears(x, layer.gate)
+        if layer.token_experts is None:
+            ids, weights = ops.route(logits, layer.gate_bias, c.routing)
+        else:
+            ids = ops.by_token(number, layer.token_experts)
+            weights = ops.weigh(logits, ids, c.routing)
+        ops.trace(f"router_ids.{number}", ids)
+        ops.trace(f"router_weights.{number}", weights)
+        ops.acquire(number, ids)
+        shared = layer.shared_experts  # computed while missing experts arrive
+        gate, up = ops.linears(x, shared.w1, shared.w3)
+        (y,) = ops.linears(ops.gated(gate, up, c.swiglu_limit), shared.w2)
+        ops.trace(f"shared_out.{number}", y)
+        if number + 1 < c.layers:
+            self._foresee(ops, number + 1, streams, (y, mix))
+        return ops.add(ops.experts(number, x, ids, weights), y)
+
+    def _foresee(
+        self,
+        ops: V4Operations[Value],
+        number: int,
+        streams: Value,
+        written: tuple[Value, StreamMix[Value]] | None,
+    ) -> None:
+        """Prefetch the experts that a layer will need: as the token ids say, or as its router would choose
+        from the streams so far, with what will be written to them where that is known."""
+        if not ops.wants_guesses(number):
+            return
+        c, layer = self.config, self.weights.layers[number]
+        if layer.token_experts is not None:
+            return ops.prefetch(number, ops.by_token(number, layer.token_experts))
+        if written is not None:
+            y, mix = written
+            streams = ops.write_streams(streams, y, mix)
+        (streams,) = ops.move(layer.device, streams)
+        x = ops.read_streams(streams, ops.reading(layer.hc_ffn.reading, streams))
+        (logits,) = ops.linears(ops.norm(x, layer.ffn_norm, c.rms_norm_eps), layer.gate)
+        ids, _ = ops.route(logits, layer.gate_bias, c.routing)
+        ops.prefetch(number, ids)

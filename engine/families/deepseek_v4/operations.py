@@ -1,0 +1,85 @@
+"""What V4's forward is written in: operations on streams, windows, entries of each layer's own, and experts.
+
+`eager.py` computes them at once, for prompts, on GPUs and where something is to be traced; `recorded.py`
+notes them for a program that decodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from engine.families.deepseek_v4.config import V4Config
+from engine.families.deepseek_v4.weights import AttentionWeights, Compressor, V4Weights
+from engine.families.streams.operations import Frequencies, StreamOperations
+from engine.layers.hyper_connections import ReadMix
+from engine.layers.operations import Value
+from engine.layers.rope import inverse_frequencies
+from quant.kernels.interface import Kernels
+from quant.kernels.layers import RoutingRule
+
+
+@dataclass(frozen=True)
+class V4Parts:
+    """What operations need of a loaded model."""
+
+    config: V4Config
+    weights: V4Weights
+    kernels: Kernels
+
+    @cached_property
+    def frequencies(self) -> Frequencies:
+        """What positions are turned by."""
+        c = self.config
+        return Frequencies(
+            inverse_frequencies(c.qk_rope_head_dim, c.rope_theta),
+            inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn),
+        )
+
+
+class V4Operations(StreamOperations[Value], Protocol[Value]):
+    """And what V4 alone has."""
+
+    def streams(self, x: Value, n: int) -> Value:
+        """x in n streams."""
+        ...
+
+    def reading(self, mix: ReadMix, streams: Value) -> Value:
+        """How streams are read, `[rows, hc]`."""
+        ...
+
+    def norm_heads(self, x: Value, weight: torch.Tensor, eps: float) -> Value:
+        """RMSNorm of each head by itself; weight `[head_dim]`."""
+        ...
+
+    def compress(self, number: int, kind: int, compressor: Compressor, x: Value) -> None:
+        """Append the entries of one kind (see `V4Config.groups`) whose groups these tokens complete."""
+        ...
+
+    def select(self, number: int, queries: Value, weights: Value) -> None:
+        """Choose which of the layer's entries each token attends to."""
+        ...
+
+    def attend(self, number: int, attn: AttentionWeights, q: Value, kv: Value) -> Value:
+        """Latents stored in the layer's window, then attention over it and over entries: those chosen, or all
+        where the layer does not choose."""
+        ...
+
+    def by_token(self, number: int, table: torch.Tensor) -> Value:
+        """The experts that the tokens' ids choose, `[rows, top_k]`, from a table `[vocab, top_k]`."""
+        ...
+
+    def weigh(self, logits: Value, ids: Value, rule: RoutingRule) -> Value:
+        """The weights of experts that were not chosen by the logits: see `LayerOperations.weigh`."""
+        ...
+
+    def wants_guesses(self, number: int) -> bool:
+        """Whether it can help to predict layer `number`'s experts."""
+        ...
+
+    def prefetch(self, number: int, ids: Value) -> None:
+        """Start prefetching the experts that layer `number` will probably need, or will for certain."""
+        ...

@@ -1,0 +1,92 @@
+"""A V4 model's shape for the planner: its actual bytes, part by part, or those of its release."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from engine.cache.grouped import GroupedShape
+from engine.families.deepseek_v4.config import V4Config
+from engine.families.deepseek_v4.tensors import IGNORED, expected_tensors
+from engine.families.parts import Parts
+from engine.families.places import HOST
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.entries import TensorEntry
+from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
+from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}  # a value, of what releases have
+
+
+def checkpoint_shape(c: V4Config, checkpoint: Checkpoint, name: str) -> ModelShape:
+    """The shape of a checkpoint called `name` with this config."""
+    return _shape(c, Parts(checkpoint, IGNORED), name, c.n_routed_experts)
+
+
+def config_shape(c: V4Config, alone: Checkpoint) -> ModelShape:
+    """The shape of the model of a config, that of a checkpoint without tensors: these are as released."""
+    entries = {}
+    for name, spec in expected_tensors(c, alone, experts=1).items():
+        nbytes = math.prod(spec.shape) * BYTES[spec.dtypes[0]]
+        entries[name] = TensorEntry(name, spec.dtypes[0], spec.shape, alone.path, 0, nbytes)
+    whole = Checkpoint(alone.path, alone.model_type, alone.config, entries, [])
+    return _shape(c, Parts(whole, IGNORED), str(alone.path), 1)
+
+
+def cache_shape(c: V4Config, devices: tuple[torch.device, ...]) -> GroupedShape:
+    """The sizes of a cache whose layers' state is on these devices."""
+    return GroupedShape(
+        window=c.sliding_window,
+        head_dim=c.head_dim,
+        groups=tuple(c.groups(layer) for layer in range(c.layers)),
+        margin=KV_MARGIN,
+        devices=devices,
+    )
+
+
+def _shape(c: V4Config, parts: Parts, name: str, counted: int) -> ModelShape:
+    """The shape; of each layer, `counted` experts are among the parts."""
+    cache = cache_shape(c, (HOST,) * c.layers)
+    layers = []
+    for n in range(c.layers):
+        experts = parts.of("experts", n)
+        layers.append(
+            LayerShape(
+                dense=parts.of("dense", n),
+                kv=_kv(c, cache, n),
+                shared=parts.of("shared", n),
+                experts=c.n_routed_experts,
+                expert=Weights(experts.nbytes // counted, experts.parameters // counted),
+            )
+        )
+    query_dim = c.num_attention_heads * c.head_dim
+    return ModelShape(
+        name=name,
+        vocab_size=c.vocab_size,
+        hidden=c.hidden_size,
+        max_context=c.max_position_embeddings,
+        top_k=c.num_experts_per_tok,
+        embedding=parts.of("embedding"),
+        head=parts.of("head"),
+        layers=tuple(layers),
+        activation_bytes=4 * (2 * c.hc_mult * c.hidden_size + 2 * query_dim),
+    )
+
+
+def _kv(c: V4Config, cache: GroupedShape, n: int) -> KvShape:
+    """What a layer keeps of a sequence, and what the next token reads of it."""
+    ratio, groups = c.ratios[n], c.groups(n)
+    is_indexed = len(groups) > 1
+    return KvShape(
+        fixed_bytes=cache.fixed_bytes(n),
+        fixed_flops=4 * c.num_attention_heads * c.head_dim * c.sliding_window,
+        ratio=ratio,
+        entry_bytes=KV_VALUE_BYTES * sum(kind.dim for kind in groups),
+        seen_ratio=ratio,
+        scan_bytes=KV_VALUE_BYTES * c.index_head_dim if is_indexed else 0,
+        scan_flops=2 * c.index_n_heads * c.index_head_dim if is_indexed else 0,
+        selected=c.index_topk if is_indexed else None,
+        selected_bytes=KV_VALUE_BYTES * c.head_dim,
+        selected_flops=4 * c.num_attention_heads * c.head_dim,
+    )

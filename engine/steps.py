@@ -1,0 +1,207 @@
+"""A step of the engine: schedule chunks, run the model on them, sample and report.
+
+Everything here is called from the engine's thread. What fails for one sequence fails no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+
+import torch
+
+from engine.assemble import assemble
+from engine.cache.prefix import PrefixCache
+from engine.families.base import KvCache, Model
+from engine.output import FinishReason, TokenLogprob
+from engine.sampling.draw import draw_tokens
+from engine.sampling.sampler import token_logprobs
+from engine.scheduler import Chunk, Scheduler
+from engine.sequence import Sequence
+from quant.errors import LociError, RequestError
+
+logger = logging.getLogger("loci.engine")
+
+# While a long prompt is computed, its state is saved every so many tokens, for prompts that share only its
+# beginning.
+SAVE_EVERY = 2048
+
+
+class Steps:
+    """Runs the sequences of a scheduler, step by step.
+
+    forget  takes a sequence that has ended off the books; False if it was never scheduled
+    count, prompt_tokens, generated_tokens, step_s, forward_s  see `EngineStats`
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KvCache,
+        prefixes: PrefixCache | None,
+        scheduler: Scheduler,
+        forget: Callable[[Sequence], bool],
+    ) -> None:
+        self.prefixes = prefixes
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.count = 0
+        self.step_s = self.forward_s = 0.0
+        self.is_failing = False
+        self._model = model
+        self._cache = cache
+        self._scheduler = scheduler
+        self._forget = forget
+
+    def run(self) -> None:
+        """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
+        began = time.perf_counter()
+        for sequence in self._scheduler.admit():
+            try:
+                self._begin(sequence)
+            except Exception as error:
+                self._fail([sequence], error)
+        chunks = self._scheduler.next_chunks()
+        if not chunks:
+            return
+        try:
+            batch, counts = assemble(chunks)
+            forward_began = time.perf_counter()
+            logits = self._model.forward(batch, self._cache)
+            forward_s = time.perf_counter() - forward_began
+        except Exception as error:
+            self._fail([chunk.sequence for chunk in chunks], error)
+            return
+        self.is_failing = False
+        self._scheduler.observe(chunks, forward_s)
+        ready: list[tuple[Sequence, int]] = []
+        stop = 0
+        for chunk, count in zip(chunks, counts, strict=True):
+            rows = range(stop, stop := stop + count)
+            try:
+                if self._advance(chunk, logits, rows):
+                    ready.append((chunk.sequence, rows[-1]))
+            except Exception as error:
+                self._fail([chunk.sequence], error)
+        self._take_tokens(ready, logits)
+        self.count += 1
+        self.forward_s += forward_s
+        self.step_s += time.perf_counter() - began
+
+    def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        """Take a sequence out, and report its end if that was not reported."""
+        self._release(sequence)
+        if sequence.finish_reason is None:
+            sequence.finish(reason, error=error)
+
+    def _fail(self, sequences: Ids[Sequence], error: Exception) -> None:
+        if isinstance(error, RequestError):
+            reason, text = FinishReason.REFUSED, str(error)
+        else:
+            self.is_failing = True
+            numbers = [sequence.sequence_id for sequence in sequences]
+            known = isinstance(error, LociError)
+            logger.error("sequences %s failed: %s", numbers, error, exc_info=None if known else error)
+            reason, text = (
+                FinishReason.ERROR,
+                str(error) if known else f"{type(error).__name__} in the engine",
+            )
+        for sequence in sequences:
+            self.end(sequence, reason, text)
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Fill the slot of an admitted sequence with the cached prefix of its prompt."""
+        assert sequence.slot is not None
+        self._cache.reset(sequence.slot)
+        if self.prefixes is None or sequence.params.prompt_logprobs is not None:
+            return  # log probabilities of the prompt need all of it computed
+        prefix = self.prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
+        sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
+        sequence.stops = prefix.stops
+        if prefix.logits is not None:
+            self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
+
+    def _advance(self, chunk: Chunk, logits: torch.Tensor, rows: range) -> bool:
+        """Record what was computed; True if a token is to be sampled. `rows` of the logits are the
+        chunk's."""
+        sequence = chunk.sequence
+        first = sequence.computed
+        was_prefilling = first < sequence.prompt_length
+        sequence.computed = first + chunk.length
+        if not was_prefilling:
+            return True
+        params = sequence.params
+        self.prompt_tokens += chunk.length
+        if params.prompt_logprobs is not None:
+            following = sequence.token_ids[first + 1 : sequence.computed + 1]
+            sequence.prompt_logprobs += token_logprobs(
+                logits[rows.start : rows.start + len(following)], following, params.prompt_logprobs
+            )
+        if sequence.is_prefilling:
+            if sequence.computed in sequence.stops or sequence.computed >= sequence.saved + SAVE_EVERY:
+                self._save_prefix(sequence)
+            return False
+        self._save_prefix(sequence, logits[rows[-1]])
+        return True
+
+    def _take_tokens(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
+        """Sample and report the next token of each sequence, whose logits are a row of `[rows, vocab]`."""
+        drawn: list[tuple[Sequence, int]] = []
+        rows: list[torch.Tensor | None] = []  # None: the model's own logits
+        for sequence, row in ready:
+            try:
+                rows.append(sequence.sampler.adjusted(logits, row))
+                drawn.append((sequence, row))
+            except Exception as error:
+                self._fail([sequence], error)
+        if not drawn:
+            return
+        try:
+            if len(drawn) == len(logits) and not any(row is not None for row in rows):
+                of_all = logits
+            else:
+                pairs = zip(drawn, rows, strict=True)
+                of_all = torch.stack([logits[at] if row is None else row for (_, at), row in pairs])
+            tokens = draw_tokens(
+                of_all,
+                [sequence.params for sequence, _ in drawn],
+                [sequence.sampler.number() for sequence, _ in drawn],
+            )
+            known = zip(drawn, tokens, strict=True)
+            self._model.expect([(s.token_ids, token) for (s, _), token in known if token >= 0])
+        except Exception as error:
+            self._fail([sequence for sequence, _ in drawn], error)
+            return
+        for (sequence, row), token in zip(drawn, tokens, strict=True):
+            try:
+                self._take_token(sequence, logits, row, token)
+            except Exception as error:
+                self._fail([sequence], error)
+
+    def _take_token(self, sequence: Sequence, logits: torch.Tensor, row: int, token: int) -> None:
+        """Report a token that was drawn from a row of logits `[rows, vocab]`."""
+        top = sequence.params.logprobs
+        if token < 0:
+            raise LociError("the model produced NaN; the server's log may say why")
+        sequence.sampler.remember(token)
+        self.generated_tokens += 1
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if top is not None:
+            logprobs = tuple(token_logprobs(logits[row : row + 1], [token], top))
+        sequence.append(token, logprobs)
+        if sequence.finish_reason is not None:
+            self._save_prefix(sequence)
+            self._release(sequence)
+
+    def _save_prefix(self, sequence: Sequence, logits: torch.Tensor | None = None) -> None:
+        """Cache the current state of a sequence; `logits` `[vocab]` are those after its last token."""
+        if self.prefixes is not None and sequence.slot is not None:
+            tokens = sequence.token_ids[: sequence.computed]
+            self.prefixes.save(sequence.slot, tokens, sequence.cache_salt, logits)
+            sequence.saved = sequence.computed
+
+    def _release(self, sequence: Sequence) -> None:
+        if self._forget(sequence):
+            self._scheduler.release(sequence)

@@ -1,0 +1,23 @@
+// Tokens drawn from logits, and their log probabilities: what quant/kernels/cpu/draws.py calls.
+#pragma once
+#include "operations.hpp"
+
+namespace loci {
+
+// How a row's token is drawn; quant/kernels/cpu/draws.py has the same struct.
+struct Draw {
+    double temperature;  // 0: the best token
+    double top_p, min_p;
+    int64_t top_k;  // 0 for all
+    double number;  // random, at least 0 and below 1
+};
+
+// A token for each of n rows of logits [n][vocab]; -1 where they are not numbers. A row's token depends on that row
+// alone.
+void draw(const Team& team, const float* logits, int64_t vocab, const Draw* draws, int64_t n, int64_t* tokens);
+
+// The `top` best of logits [vocab] into ids [top], best first, of equal ones the first; returns the logarithm of the
+// sum of all exponentials, NaN where they are not numbers.
+double best_logits(const Team& team, const float* logits, int64_t vocab, int64_t top, int64_t* ids);
+
+}  // namespace loci

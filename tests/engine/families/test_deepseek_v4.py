@@ -1,0 +1,235 @@
+"""The V4 family against the reference logits of its golden checkpoint, however it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+
+from engine.cache.prefix import PrefixCache
+from engine.families.base import Batch, Trace
+from engine.families.deepseek_v4.family import FAMILY
+from engine.families.deepseek_v4.forward import DeepseekV4
+from engine.families.loader import open_checkpoint
+from engine.families.shapes import shape_of
+from memory.planner.budget import MemoryBudget
+from memory.planner.placement import Workload
+from quant.kernels.choice import choose
+from quant.kernels.cpu import library
+from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.interface import Kernels
+from quant.kernels.reference import ReferenceKernels
+from tests.engine.families.golden_families import (
+    PLENTY,
+    SEQUENCES,
+    Golden,
+    assert_close,
+    golden_family,
+    greedy_ids,
+    logits_in_chunks,
+)
+from tests.engine.families.test_decoder_tiers import budget, budget_of
+
+LEVELS = library.available_levels() if library.library_path() is not None else ()
+
+
+@contextmanager
+def loaded(golden: Golden, kernels: Kernels, limits: MemoryBudget = PLENTY) -> Iterator[DeepseekV4]:
+    model = FAMILY.load(open_checkpoint(golden.path), kernels, limits)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+@pytest.fixture(scope="module")
+def golden() -> Golden:
+    return golden_family("deepseek_v4")
+
+
+@pytest.fixture(scope="module")
+def model(golden: Golden) -> Iterator[DeepseekV4]:
+    with loaded(golden, choose()) as found:
+        yield found
+
+
+@pytest.mark.parametrize("which", SEQUENCES)
+def test_logits_of_a_whole_prompt_match_at_every_position(
+    golden: Golden, model: DeepseekV4, which: str
+) -> None:
+    found = logits_in_chunks(model, golden.ids(which), [len(golden.ids(which))])
+    assert_close(found, golden.logits(which))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [[1], [7], [64], [1, 64, 7, 3, 2, 33]], ids=["1", "7", "64", "mixed"])
+def test_logits_do_not_depend_on_how_the_prompt_is_cut(
+    golden: Golden, model: DeepseekV4, sizes: list[int]
+) -> None:
+    assert_close(logits_in_chunks(model, golden.ids(), sizes), golden.logits())
+
+
+@pytest.mark.parametrize("which", SEQUENCES)
+def test_the_greedy_continuation_is_the_references(golden: Golden, model: DeepseekV4, which: str) -> None:
+    expected = golden.greedy(which)
+    assert greedy_ids(model, golden.ids(which), len(expected)) == expected
+
+
+@pytest.mark.slow
+def test_sequences_of_different_lengths_share_a_batch_without_noticing(
+    golden: Golden, model: DeepseekV4
+) -> None:
+    prompts = [golden.ids(which) for which in SEQUENCES]
+    cache = model.new_cache(len(prompts), max(map(len, prompts)))
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for step in range(max(map(len, prompts))):
+        parts = []
+        for slot, ids in enumerate(prompts):
+            start = cache.length(slot)
+            part = ids[start : start + (1, 5, 16, 31)[(slot + step) % 4]]
+            if part:
+                parts.append((slot, start, part))
+        if not parts:
+            break
+        logits = model.forward(Batch.of(parts, all_logits=True), cache)
+        for (slot, _, _), rows in zip(parts, logits.split([len(p) for _, _, p in parts]), strict=True):
+            found[slot].append(rows)
+    for which, rows in zip(SEQUENCES, found, strict=True):
+        assert_close(torch.cat(rows), golden.logits(which))
+
+
+def test_routers_and_token_ids_choose_the_experts_of_the_reference_with_its_weights(
+    golden: Golden, model: DeepseekV4
+) -> None:
+    trace, ids = Trace(), golden.ids()
+    model.forward(Batch.of([(0, 0, ids)]), model.new_cache(1, len(ids)), trace)
+    assert model.config.hashed_layers == 2
+    for n in range(model.config.layers):
+        (chosen,), (weights,) = trace.values[f"router_ids.{n}"], trace.values[f"router_weights.{n}"]
+        assert torch.equal(chosen.sort(dim=-1).values, golden.expected[f"router_ids.{n}"].sort(dim=-1).values)
+        falling = weights.argsort(dim=-1, descending=True)
+        expected = golden.expected[f"router_weights.{n}"]
+        torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [300, 7])
+def test_indexers_choose_the_entries_of_the_reference(golden: Golden, model: DeepseekV4, size: int) -> None:
+    trace, ids = Trace(), golden.ids()
+    cache = model.new_cache(1, len(ids))
+    for start in range(0, len(ids), size):
+        model.forward(Batch.of([(0, start, ids[start : start + size])]), cache, trace)
+    compared = 0
+    for key, expected in golden.expected.items():
+        if not key.startswith("index_selected."):
+            continue
+        selected, row = torch.zeros_like(expected), 0
+        for entries in trace.values[key]:
+            for of_token in entries:
+                selected[row, of_token[of_token >= 0]] = 1
+                row += 1
+        assert torch.equal(selected, expected)
+        compared += 1
+    assert compared == 2
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_gives_the_logits(golden: Golden, level: str) -> None:
+    with loaded(golden, NativeKernels(level=level)) as model:
+        assert_close(logits_in_chunks(model, golden.ids(".2"), [100, 1]), golden.logits(".2"))
+
+
+@pytest.mark.slow
+def test_plain_torch_gives_the_logits_and_the_greedy_continuation(golden: Golden) -> None:
+    with loaded(golden, ReferenceKernels()) as model:
+        assert_close(logits_in_chunks(model, golden.ids(), [64]), golden.logits())
+        assert_close(logits_in_chunks(model, golden.ids(".1"), [1]), golden.logits(".1"))
+        expected = golden.greedy(".1")
+        assert greedy_ids(model, golden.ids(".1"), len(expected)) == expected
+        assert model.cache_bytes(2, 50) == model.new_cache(2, 50).nbytes
+
+
+def test_the_cache_is_as_large_as_was_said(model: DeepseekV4) -> None:
+    cache = model.new_cache(3, 300)
+    tensors = [*cache.windows]
+    for state in (state for of_layer in cache.states for state in of_layer):
+        tensors += [state.entries, state.open_kv, state.open_gate]
+    assert cache.program is not None
+    assert model.cache_bytes(3, 300) == cache.nbytes == sum(t.nbytes for t in tensors) + cache.program.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taken_back", [1, 4, 16])
+@pytest.mark.parametrize("length", [20, 128, 130, 260])
+def test_a_state_can_be_taken_back_past_the_ends_of_groups(
+    golden: Golden, model: DeepseekV4, length: int, taken_back: int
+) -> None:
+    """To behind and before entries of four and of 128 tokens; the next tokens' logits are the very same."""
+    ids, kept = golden.ids()[:length], length - taken_back
+    others = golden.ids()[length : length + 20]
+    cache = model.new_cache(2, 300)
+    prefixes = PrefixCache(cache, 1 << 26)
+    for at in range(0, length, 50):
+        model.forward(Batch.of([(0, at, ids[at : min(at + 50, length)])]), cache)
+    prefixes.save(0, ids)
+    assert prefixes.restore(1, ids[:kept] + others).length == kept
+    found = model.forward(Batch.of([(1, kept, others)], all_logits=True), cache)
+
+    cache.reset(0)
+    model.forward(Batch.of([(0, 0, ids[:kept])]), cache)
+    expected = model.forward(Batch.of([(0, kept, others)], all_logits=True), cache)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+def test_logits_are_the_same_bits_in_dram_on_disk_and_on_two_virtual_gpus(golden: Golden) -> None:
+    cuts = [0, 100, 250, *range(251, 280)]
+
+    def answer(model: DeepseekV4) -> torch.Tensor:
+        cache = model.new_cache(1, 280)
+        parts = [(0, a, golden.ids()[a:b]) for a, b in pairwise(cuts)]
+        return torch.cat([model.forward(Batch.of([part], all_logits=True), cache) for part in parts])
+
+    with loaded(golden, choose()) as model:
+        in_dram = answer(model)
+    assert_close(in_dram, golden.logits()[: cuts[-1]])
+    tiers: set[str] = set()
+    on_gpus = budget_of(
+        shape_of(open_checkpoint(golden.path)), 6, 5, 6, with_layers=True, workload=Workload(context=280)
+    )
+    for limits in (budget(golden, 6), budget(golden, 6, 4, 5), on_gpus):
+        with loaded(golden, choose(), limits) as model:
+            found = answer(model)
+            experts_in = {tier for layer in model.expert_tiers() for tier in layer}
+            used, kv, seen = model.tier_bytes, model.weights.places.kv_room, model.telemetry.snapshot()
+        assert torch.equal(found, in_dram)
+        assert experts_in >= {"nvme", "dram"}
+        tiers |= experts_in
+        assert seen.hits["nvme"] > 0
+        assert sum(seen.hits.values()) == sum(seen.computed.values())
+        assert used["dram"] <= limits.dram_bytes
+        for gpu in limits.gpus:
+            assert used[gpu.name] + kv.get(gpu.name, 0) <= gpu.budget_bytes
+    assert tiers == {"nvme", "dram", "vram:0", "vram:1"}
+    assert set(model.weights.places.tiers) & {"vram:0", "vram:1"}
+
+
+@pytest.mark.slow
+def test_experts_that_token_ids_choose_are_foreseen_without_fail(golden: Golden) -> None:
+    guesses: dict[int, set[int]] = {}
+    with loaded(golden, choose(), budget(golden, 12)) as model:
+        store = model.weights.experts
+        prefetch = store.prefetch
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(
+                store,
+                "prefetch",
+                lambda layer, ids: (guesses.update({layer: set(ids)}), prefetch(layer, ids)),
+            )
+            trace = Trace()
+            model.forward(Batch.of([(0, 0, golden.ids(".1"))]), model.new_cache(1, 8), trace)
+    assert guesses.keys() == set(range(model.config.layers))
+    for layer in range(model.config.hashed_layers):
+        assert guesses[layer] == set(trace.values[f"router_ids.{layer}"][0].flatten().tolist())
