@@ -134,26 +134,21 @@ class PrefixCache:
         last = len(ids) - 1
         shared = path[-1].stop if path else 0
         end, length = self._best_end(path, ids)
+        logits, on_disk = None, 0
         if self._stored is not None and self._stored.longest(ids, salt) >= length + MIN_GAIN:
-            found, logits = self._stored.restore(slot, ids, salt)
-            if found:
-                self._hits += 1
-                self._cached_tokens += found
-                return Prefix(found, logits)
-            self._cache.reset(slot)
-        divergence = min(shared, last)
-        wanted = {divergence}
+            on_disk, logits = self._stored.restore(slot, ids, salt)
+        if on_disk:
+            length = on_disk
+        elif end is not None:
+            self._load(slot, path, end, length)
+            self._ends.move_to_end(end)
+            logits = end.logits if length > last else None
+        self._hits += length > 0
+        self._cached_tokens += length
+        wanted = {min(shared, last)}
         if self._cache.margin < KV_MARGIN:
             wanted.add(len(ids) - KV_MARGIN)
-        stops = tuple(stop for stop in sorted(wanted) if stop - length >= MIN_GAIN)
-        if end is None:
-            return Prefix(0, None, stops)
-        self._hits += 1
-        self._cached_tokens += length
-        self._load(slot, path, end, length)
-        self._ends.move_to_end(end)
-        logits = end.logits if length > last else None
-        return Prefix(length, logits, stops)
+        return Prefix(length, logits, tuple(stop for stop in sorted(wanted) if stop - length >= MIN_GAIN))
 
     def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
         """Save the state of `slot`, which holds exactly `tokens`; `logits` `[vocab]` are those after them.

@@ -12,6 +12,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,14 +122,14 @@ def read_state(path: Path) -> State:
     return State(header, parts["rows"], parts["recent"], logits)
 
 
-def _metadata(path: Path, opened: safe_open) -> dict[str, str]:
+def _metadata(path: Path, opened: Any) -> dict[str, str]:
     found = opened.metadata() or {}
     if found.get("format") != FORMAT:
         raise StateFileError(f"{path}: not a saved state")
     return dict(found)
 
 
-def _checked(path: Path, opened: safe_open, metadata: dict[str, str], name: str) -> torch.Tensor:
+def _checked(path: Path, opened: Any, metadata: dict[str, str], name: str) -> torch.Tensor:
     tensor: torch.Tensor = opened.get_tensor(name)
     if json.loads(metadata["checksums"])[name] != _checksum(tensor):
         raise StateFileError(f"{path}: {name} is not what was written")
@@ -136,4 +137,5 @@ def _checked(path: Path, opened: safe_open, metadata: dict[str, str], name: str)
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy())
+    values: Any = tensor.flatten().view(torch.uint8).numpy()
+    return int(zlib.crc32(values))

@@ -16,16 +16,18 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 
 from engine.cache.state_files import (
     ENDING,
+    FORMAT,
     Ids,
     State,
     StateFileError,
@@ -35,12 +37,19 @@ from engine.cache.state_files import (
     write_state,
 )
 from engine.families.base import KvCache
+from memory.user_files import user_cache
 from quant.errors import ConfigError
 
 log = logging.getLogger("loci.prefixes")
 
+MODEL = "model"  # a file with the model's name, in its folder
 BLOCK = 64  # tokens between places where a file may go on from the rows of another
 LEFT_ON_DISK = 1 << 30  # bytes that others keep, whatever the budget
+
+
+def states_folder() -> Path:
+    """Where states are unless told otherwise."""
+    return user_cache() / "states"
 
 
 @dataclass(eq=False)
@@ -86,23 +95,35 @@ class StoredStats:
     budget_bytes: int
 
 
+@dataclass(frozen=True)
+class StatesOnDisk:
+    """Where states are, and whose.
+
+    budget_bytes  of all states in the folder, other models' too
+    identity      of the model's weights and what computes with them: states of others are not found
+    model         its name, for people
+    """
+
+    folder: Path
+    budget_bytes: int
+    identity: str
+    model: str
+
+
 class StoredStates:
     """Saves states of a cache's slots in `folder`, and restores them. Used by one thread, which `expect` need
     not be.
 
-    fingerprint    of everything that states depend on; only those of the same are found
-    budget_bytes   of all states in the folder, other models' too
     pending_bytes  of host memory, for states that are not written yet; what does not fit is not saved
 
     Raises ConfigError where the folder cannot be used.
     """
 
-    def __init__(
-        self, cache: KvCache, folder: Path, fingerprint: str, budget_bytes: int, pending_bytes: int
-    ) -> None:
+    def __init__(self, cache: KvCache, of: StatesOnDisk, pending_bytes: int) -> None:
         self._cache = cache
-        self._root, self._folder = folder, folder / fingerprint
-        self._budget_bytes, self._pending_room = budget_bytes, pending_bytes
+        folder = of.folder
+        self._root, self._folder = folder, folder / _fingerprint(cache, of.identity)
+        self._budget_bytes, self._pending_room = of.budget_bytes, pending_bytes
         self._lock = threading.Lock()
         self._ends: dict[bytes, _Record] = {}
         self._lengths: Counter[int] = Counter()  # of the texts in `_ends`
@@ -111,6 +132,7 @@ class StoredStates:
         self._hits = self._cached_tokens = self._written = self._evictions = self._refused = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (self._folder / MODEL).write_text(of.model)
         except OSError as error:
             raise ConfigError(f"{folder}: no states can be kept there ({error.strerror})") from None
         self._find()
@@ -139,10 +161,10 @@ class StoredStates:
         with self._lock:
             return self._best(prompt, salt)[1]
 
-    def expect(self, prompt: Ids, salt: str) -> None:
+    def expect(self, prompt: Sequence[int], salt: str) -> None:
         """Let the system read ahead what `restore` will ask for."""
         with self._lock:
-            record, _ = self._best(prompt, salt)
+            record, _ = self._best(np.asarray(prompt, dtype=np.int32), salt)
         for each in [] if record is None else record.chain():
             with suppress(OSError), each.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -238,8 +260,8 @@ class StoredStates:
                 self._refused += 1
                 if self._refused == 1:
                     log.warning(
-                        "a state of %.0f MB was not saved to disk: memory for those that are not written yet is "
-                        "full; raise --prefix-cache", nbytes / 1e6,
+                        "a state of %.0f MB was not saved to disk: the memory for those that are not written "
+                        "yet is full; raise --prefix-cache", nbytes / 1e6,
                     )  # fmt: skip
                 return
             self._pending_room -= nbytes
@@ -262,8 +284,9 @@ class StoredStates:
         return rows + recent + 4 * stop + (0 if logits is None else logits.nbytes)
 
     def _known_rows(self, ids: Ids, salt: str) -> tuple[int, _Record | None, list[bytes]]:
-        """Up to where files have the rows of a text, the last of them, and the digests of blocks after that."""
-        start, parent, digests = 0, None, []
+        """Up to where files have the rows of a text, the last of them, and digests of the blocks after that."""
+        start, parent = 0, None
+        digests: list[bytes] = []
         at = Hashes(salt)
         for first in range(0, len(ids) - BLOCK + 1, BLOCK):
             at = at.then(ids[first : first + BLOCK])
@@ -403,8 +426,60 @@ class Hashes:
         return self._of.digest()
 
 
+def _fingerprint(cache: KvCache, identity: str) -> str:
+    """Of a model and how its cache is laid out."""
+    appended = [(ratio, *view.shape[1:], str(view.dtype)) for ratio, view in cache.appended(0)]
+    recent = [(*part.shape, str(part.dtype)) for part in cache.recent(0, cache.capacity)]
+    parts = identity, FORMAT, type(cache).__name__, cache.margin, appended, recent
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
 def _salt_digest(salt: str) -> str:
     return hashlib.blake2b(salt.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """What a folder holds of a model.
+
+    model      its name; folders of other files or back ends than today's may have the same
+    used       when the last of them was, in seconds
+    """
+
+    folder: Path
+    model: str
+    states: int
+    nbytes: int
+    used: float
+
+
+def states_in(root: Path) -> list[ModelStates]:
+    """The models that have states in a folder, the last used first."""
+    found: dict[Path, list[tuple[float, int]]] = {}
+    for path, used, nbytes in _files(root):
+        found.setdefault(path.parent, []).append((used, nbytes))
+    models = []
+    for folder, states in found.items():
+        name = folder / MODEL
+        models.append(
+            ModelStates(
+                folder,
+                name.read_text() if name.exists() else folder.name,
+                len(states),
+                sum(nbytes for _, nbytes in states),
+                max(used for used, _ in states),
+            )
+        )
+    return sorted(models, key=lambda of: -of.used)
+
+
+def remove_states(of: ModelStates) -> None:
+    """Remove all states of a model. Raises OSError."""
+    for path in of.folder.glob(f"*{ENDING}"):
+        path.unlink(missing_ok=True)
+    (of.folder / MODEL).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's files
+        of.folder.rmdir()
 
 
 def _files(root: Path) -> Iterator[tuple[Path, float, int]]:
