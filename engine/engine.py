@@ -162,7 +162,7 @@ class Engine:
             params=params,
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset(stop_ids),
-            sampler=Sampler(params, ids, vocab_size, constraint, stop_ids),
+            sampler=Sampler(params, ids, constraint, stop_ids),
             detokenizer=Detokenizer(
                 self.tokenizer,
                 params.stop,

@@ -29,8 +29,8 @@ BLOCK = 16
 PAIR = 2 * BLOCK
 # What the host does in a step, as reports list it; the forward's part is what it does outside kernels.
 PARTS = (
-    "forward", "waiting", "scheduling", "assembling", "sampling", "prefetching", "detokenising", "output",
-    LOOP,
+    "forward", "waiting", "policy", "scheduling", "assembling", "sampling", "masks", "log probabilities",
+    "prefetching", "detokenising", "output", LOOP,
 )  # fmt: skip
 
 
@@ -81,14 +81,8 @@ class StepTimes:
         return median(watched.step_s - plain.step_s for watched, plain in pairs)
 
     def part_s(self, part: str) -> float:
-        """Seconds of a step that go to `part`. The forward's is what all others leave of a step."""
-        if part != "forward":
-            return median(steps.seconds.get(part, 0.0) for steps in self.watched)
-        others = [sum(steps.seconds.get(other, 0.0) for other in PARTS[1:]) for steps in self.watched]
-        return median(
-            plain.step_s - watched.kernels_s - rest
-            for plain, watched, rest in zip(self.plain, self.watched, others, strict=True)
-        )
+        """Seconds of a watched step that go to `part`."""
+        return median(steps.seconds.get(part, 0.0) for steps in self.watched)
 
     def kernels(self) -> list[tuple[str, float, float]]:
         """Name, seconds and calls of each kernel in a step, the longest first."""

@@ -14,18 +14,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine import steps as steps_module
+from engine.cache.sparse import SparseCache
 from engine.engine import Engine
+from engine.grammar.constraint import Constraint
+from engine.layers.engram_lookup import EngramLookup
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.tokenizer.detokenizer import Detokenizer
+from memory.experts.store import ExpertStore
 from quant.kernels.cpu import library
 
 # Where time goes that no function below takes: the step loop itself, its locks and its bookkeeping.
 LOOP = "loop"
-# The one call of the library that computes nothing; every other is a kernel, and its name there a part's.
-WAIT = "loci_rows_wait"
-KERNELS = tuple(name for name in library.SIGNATURES if name != WAIT)
+# Calls of the library that are no part of a model's computation; every other is a kernel, a part by its name.
+AROUND = {
+    "loci_rows_wait": "waiting",
+    "loci_draw": "sampling",
+    "loci_mask": "masks",
+    "loci_log_probabilities": "log probabilities",
+}
+KERNELS = tuple(name for name in library.SIGNATURES if name not in AROUND)
 
 
 @dataclass
@@ -67,14 +76,19 @@ class Watch:
             (steps_module, "assemble", "assembling"),
             (engine.model, "forward", "forward"),
             (Sampler, "adjusted", "sampling"),
+            (Constraint, "mask", "masks"),
+            (Constraint, "advance", "masks"),
             (Sampler, "number", "sampling"),
             (Sampler, "remember", "sampling"),
             (steps_module, "draw_tokens", "sampling"),
+            (steps_module, "token_logprobs", "log probabilities"),
             (engine.model, "expect", "prefetching"),
+            (EngramLookup, "begin", "prefetching"),
+            (SparseCache, "extend_history", "prefetching"),
+            (ExpertStore, "used_at_hand", "policy"),
             (Detokenizer, "push", "detokenising"),
             (Sequence, "append", "output"),
-            *((compiled, name, name) for name in KERNELS),
-            (compiled, WAIT, "waiting"),
+            *((compiled, name, AROUND.get(name, name)) for name in library.SIGNATURES),
         ]
         with ExitStack() as stack:
             for owner, name, part in places:

@@ -11,6 +11,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.chat.call_history import WrittenArguments
@@ -59,13 +60,20 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, which marks assistant text for training: just its body."""
+    """`{% generation %} ... {% endgeneration %}`, which marks assistant text for training: just its body.
+
+    As in transformers, what the body sets is not set behind it.
+    """
 
     tags = {"generation"}  # noqa: RUF012  # as the base class has it
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Macro) -> str:
+        return caller()
 
 
 def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:

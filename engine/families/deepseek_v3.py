@@ -29,11 +29,9 @@ def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
     read = keys_of(checkpoint, NAME)
     read.only("hidden_act", "silu", None)
     read.only("moe_layer_freq", 1, None)
-    for key in ("n_group", "topk_group", "routed_scaling_factor"):  # not 1 where they are missing
-        read.number(key)
     attention = latent_attention(read)
     shared = read.count_or_none("n_shared_experts")
-    layers = layers_behind_dense(read, attention, sigmoid_router(read), shared)
+    layers = layers_behind_dense(read, attention, sigmoid_router(read, has_defaults=False), shared)
     return describe(
         read,
         checkpoint,

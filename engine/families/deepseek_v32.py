@@ -46,7 +46,7 @@ def describe_with_indexers(
     read.only("moe_router_dtype", "float32", None)
     read.only("mlp_bias", False, None)
     layers = layers_behind_dense(
-        read, attention, sigmoid_router(read), read.count_or_none("n_shared_experts")
+        read, attention, sigmoid_router(read, has_defaults=False), read.count_or_none("n_shared_experts")
     )
     check_layer_types(read, layers)
     if is_shared:

@@ -75,11 +75,15 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     return gguf.describe_gguf(read, checkpoint, layers, GGUF_NAMES, ignored=ignored)
 
 
-def sigmoid_router(read: Keys) -> Router:
-    """The router of DeepSeek-V3 and its relatives: sigmoid scores, a bias for the choice, groups."""
+def sigmoid_router(read: Keys, *, has_defaults: bool = True) -> Router:
+    """The router of DeepSeek-V3 and its relatives: sigmoid scores, a bias for the choice, groups.
+
+    has_defaults: there are no groups and no factor where the config is silent; else it must speak.
+    """
+    default = 1 if has_defaults else None
     read.only("scoring_func", "sigmoid", None)
     read.only("topk_method", "noaux_tc", None)
-    groups = Groups(read.count("n_group", 1), read.count("topk_group", 1), best=2)
+    groups = Groups(read.count("n_group", default), read.count("topk_group", default), best=2)
     router = Router(
         experts=read.count("n_routed_experts"),
         top_k=read.count("num_experts_per_tok"),
@@ -88,7 +92,7 @@ def sigmoid_router(read: Keys) -> Router:
         groups=groups if groups.count > 1 else None,
         is_renormalised=read.flag("norm_topk_prob", default=True),
         epsilon=1e-20,
-        factor=read.number("routed_scaling_factor", 1.0),
+        factor=read.number("routed_scaling_factor", default),
     )
     if router.experts % groups.count:
         read.problems.append(f"{router.experts} experts are not a multiple of {groups.count} groups")

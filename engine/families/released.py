@@ -50,7 +50,7 @@ _GPT_OSS = {
     },
     "quantization_config": {"quant_method": "mxfp4"},
 }  # fmt: skip
-_DEEPSEEK_V3 = {
+_DEEPSEEK_V3: dict[str, Any] = {
     "model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128,
     "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
     "v_head_dim": 128, "intermediate_size": 18432, "moe_intermediate_size": 2048,
@@ -142,6 +142,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     "deepseek-v3.1": _DEEPSEEK_V3,
     "deepseek-v3.2": _DEEPSEEK_V3 | {
         "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048,
+        "quantization_config": _DEEPSEEK_V3["quantization_config"] | {"scale_fmt": "ue8m0"},
     },
     "deepseek-v4-flash": _DEEPSEEK_V4 | {
         "hidden_size": 4096, "num_hidden_layers": 43, "num_attention_heads": 64, "q_lora_rank": 1024,

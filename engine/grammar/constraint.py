@@ -19,6 +19,7 @@ import torch
 from engine.grammar.lark import MAX_BYTES, Grammar
 from engine.tokenizer.tokenizer import Tokenizer
 from quant.errors import CapacityError, RequestError
+from quant.kernels.cpu.draws import native_draws
 
 KEPT = 32  # compiled grammars, each of some kB; hostile ones some dozen MB
 MAX_COMPILING = 16  # at once, most of them waiting for a thread
@@ -140,33 +141,39 @@ class Constraint:
         self._matcher = matcher
         self._threads = threads
         self._vocab_size = vocab_size
-        self._forbidden = threads.submit(self._compute)
+        self._allowed = threads.submit(self._compute)
 
     def mask(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits `[vocab_size]` with those of forbidden tokens at minus infinity.
 
         Raises RequestError where no token is left, or the grammar became too ambiguous to follow.
         """
-        return logits.masked_fill(self._forbidden.result(), -torch.inf)
+        allowed, native = self._allowed.result(), native_draws()
+        if native is not None and logits.dtype == torch.float32 and logits.is_contiguous():
+            return native.masked(logits, allowed)
+        known = min(self._vocab_size, 8 * len(allowed))
+        bits = np.zeros(self._vocab_size, dtype=bool)
+        bits[:known] = np.unpackbits(allowed, count=known, bitorder="little")
+        return logits.masked_fill(~torch.from_numpy(bits), -torch.inf)
 
     def advance(self, token_id: int) -> None:
         """Take the token that was chosen and begin with the next mask."""
-        self._forbidden = self._threads.submit(self._compute, token_id)
+        self._allowed = self._threads.submit(self._compute, token_id)
 
-    def _compute(self, token_id: int | None = None) -> torch.Tensor:
-        """The forbidden tokens `[vocab_size]` bool behind `token_id`."""
+    def _compute(self, token_id: int | None = None) -> np.ndarray:
+        """The tokens that may follow behind `token_id`, a bit for each, uint8 `[vocab_size / 8]` or fewer."""
         if token_id is not None:
             self._matcher.consume_token(token_id)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.zeros(self._vocab_size, dtype=np.uint8)
-        known = np.unpackbits(bits, count=min(self._vocab_size, 8 * len(bits)), bitorder="little")
-        allowed[: len(known)] = known
-        if self._matcher.is_error() or not allowed.any():
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)[: self._vocab_size // 8 + 1]
+        if self._vocab_size < 8 * len(bits):
+            bits = bits.copy()
+            bits[-1] &= (1 << self._vocab_size % 8) - 1
+        if self._matcher.is_error() or not bits.any():
             reason = _reason(self._matcher)
             raise RequestError(
                 f"no token can continue the answer under its grammar: {reason}", code="invalid_grammar"
             )
-        return torch.from_numpy(allowed) == 0
+        return bits
 
 
 def vocabulary_of(tokenizer: Tokenizer, end_token_ids: Sequence[int]) -> llguidance.LLTokenizer:

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from random import Random
 
+import numpy as np
 import torch
 
 from engine.grammar.constraint import Constraint
 from engine.output import TokenLogprob
+from engine.sampling.counts import TokenCounts
 from engine.sampling.draw import draw_tokens
 from engine.sampling.params import SamplingParams
-from quant.kernels.cpu.draws import NativeDraws, native_draws
+from quant.kernels.cpu.draws import native_draws
 
 SEED_MASK = (1 << 63) - 1
 
@@ -32,24 +34,20 @@ class Sampler:
         self,
         params: SamplingParams,
         prompt_ids: list[int],
-        vocab_size: int,
         constraint: Constraint | None = None,
         ending: Collection[int] = (),
     ) -> None:
         self.params = params
         self._constraint = constraint
         self._random = Random(None if params.seed is None else params.seed & SEED_MASK)
-        self._bias = _bias_vector(params, vocab_size)
+        self._biased = np.array(list(params.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
         counts_output = params.frequency_penalty != 0 or params.presence_penalty != 0
-        self._counts = torch.zeros(vocab_size) if counts_output else None  # tokens of the answer
-        self._seen: torch.Tensor | None = None  # tokens of prompt and answer
-        if params.repetition_penalty != 1:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
-            self._seen[torch.tensor(prompt_ids, dtype=torch.int64)] = True
+        self._output = TokenCounts() if counts_output else None  # tokens of the answer
+        self._seen = TokenCounts(prompt_ids) if params.repetition_penalty != 1 else None  # and of the prompt
         self._early = params.min_tokens if ending else 0  # tokens left until one of `ending` is allowed
-        self._ending = torch.tensor(sorted(ending), dtype=torch.int64)
-        adjustments = (self._bias, self._counts, self._seen, constraint)
-        self._adjusts = any(adjustment is not None for adjustment in adjustments)
+        self._ending = np.array(sorted(ending), dtype=np.int64)
+        self._adjusts = bool(params.logit_bias) or self._output is not None or self._seen is not None
 
     def sample(self, logits: torch.Tensor) -> int:
         """Choose the next token from logits `[vocab_size]` float32 and remember it.
@@ -72,38 +70,48 @@ class Sampler:
         self._early = max(0, self._early - 1)
         if self._constraint is not None:
             self._constraint.advance(token)
-        if self._counts is not None:
-            self._counts[token] += 1
+        if self._output is not None:
+            self._output.add(token)
         if self._seen is not None:
-            self._seen[token] = True
+            self._seen.add(token)
 
     def adjusted(self, logits: torch.Tensor, row: int) -> torch.Tensor | None:
         """A row of logits `[rows, vocab_size]` with bias, penalties and mask applied; None if there are none.
 
         Raises RequestError if the answer's grammar allows no token.
         """
-        if not (self._adjusts or self._early):
+        if self._adjusts or self._early:
+            changed = logits[row].clone()
+            self._adjust(changed.numpy())
+        elif self._constraint is not None:
+            changed = logits[row]
+        else:
             return None
-        params, logits = self.params, logits[row]
-        if self._bias is not None:
-            logits = logits + self._bias
+        return changed if self._constraint is None else self._constraint.mask(changed)
+
+    def _adjust(self, logits: np.ndarray) -> None:
+        """Apply bias and penalties to logits `[vocab_size]`: few tokens have any."""
+        params = self.params
+        logits[self._biased] += self._bias
         if self._seen is not None:
-            penalty = params.repetition_penalty
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(self._seen, penalised, logits)
-        if self._counts is not None:
-            logits = logits - params.frequency_penalty * self._counts
-            logits = logits - params.presence_penalty * (self._counts > 0)
+            seen = logits[self._seen.ids]
+            factor = np.float32(params.repetition_penalty)
+            logits[self._seen.ids] = np.where(seen > 0, seen / factor, seen * factor)
+        if self._output is not None:
+            logits[self._output.ids] -= np.float32(params.frequency_penalty) * self._output.counts
+            logits[self._output.ids] -= np.float32(params.presence_penalty)
         if self._early:
-            logits = logits.index_fill(0, self._ending, -torch.inf)
-        return logits if self._constraint is None else self._constraint.mask(logits)
+            logits[self._ending] = -np.inf
 
 
 def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
     """Log probabilities of tokens `[n]` under `logits` `[n, vocab]`, with the `top` best of each row."""
     native = native_draws()
     if native is not None and logits.dtype == torch.float32 and logits.is_contiguous():
-        return [_logprob(native, row, token, top) for row, token in zip(logits, tokens, strict=True)]
+        top = min(top, logits.shape[1])
+        own = (native.best(logits, row, token, top) for row, token in enumerate(tokens))
+        pairs = zip(tokens, own, strict=True)
+        return [TokenLogprob(token, chosen, tuple(best)) for token, (chosen, best) in pairs]
     logprobs = logits.float().log_softmax(-1)
     best = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
     found = zip(logprobs, tokens, best.indices.tolist(), best.values.tolist(), strict=True)
@@ -111,20 +119,3 @@ def token_logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> lis
         TokenLogprob(token, float(row[token]), tuple(zip(ids, values, strict=True)))
         for row, token, ids, values in found
     ]
-
-
-def _logprob(native: NativeDraws, logits: torch.Tensor, token: int, top: int) -> TokenLogprob:
-    """The same for one token under logits `[vocab]`."""
-    total, best = native.best(logits, min(top, len(logits)))
-    chosen, *values = logits[[token, *best]].tolist()
-    pairs = zip(best, (value - total for value in values), strict=True)
-    return TokenLogprob(token, chosen - total, tuple(pairs))
-
-
-def _bias_vector(params: SamplingParams, vocab_size: int) -> torch.Tensor | None:
-    if not params.logit_bias:
-        return None
-    bias = torch.zeros(vocab_size)
-    for token_id, value in params.logit_bias.items():
-        bias[token_id] = value
-    return bias

@@ -35,6 +35,7 @@ from quant.formats.stored import stored_as
 from quant.packed import PackedTensor
 
 WAY_OF_ENCODING = 1  # counted up when other bits come out, so that files of an earlier way are not used
+SOURCES_NAME = "sources.txt"  # in each folder: the files that its experts come from, one a line
 SPARE_BYTES = 64 << 20
 SOURCE_BYTES = 1 << 30  # of matrices that are held at once while they are encoded
 # Called from one thread with layers that are done, and those that there are to do.
@@ -75,6 +76,8 @@ class EncodedExperts:
         FormatError for damaged weights.
         """
         with self._alone():
+            sources = "".join(f"{file}\n" for file in _sources_of(self.files))
+            (self.folder / SOURCES_NAME).write_text(sources)
             missing = self.missing()
             self._check_disk(missing)
             with worker_pool(workers or self._bounded_workers()) as pool:
@@ -118,10 +121,10 @@ class EncodedExperts:
             with (self.folder / "lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
-        except PermissionError as error:
+        except OSError as error:
             raise ConfigError(
-                f"{error.filename}: cannot be written, and experts in another format are kept there; set "
-                "XDG_CACHE_HOME to a directory that can"
+                f"{error.filename or self.folder}: {error.strerror}; experts in another format are kept in "
+                f"{_all_folders()}; set XDG_CACHE_HOME to keep them elsewhere"
             ) from None
 
     def _check_disk(self, missing: list[int]) -> None:
@@ -212,15 +215,39 @@ def folder_of(name: str, files: ExpertFiles, format_: FourBit) -> Path:
 
     Another folder for every state of the files that they come from, and for every way of encoding.
     """
-    sources = {
-        entry.file
+    digest = hashlib.sha256(f"{WAY_OF_ENCODING} {format_.name}".encode())
+    for file in _sources_of(files):
+        found = file.stat()
+        digest.update(f"\n{file} {found.st_size} {found.st_mtime_ns}".encode())
+    return _all_folders() / f"{name.replace('/', '--')}-{format_.name}-{digest.hexdigest()[:16]}"
+
+
+def remove_orphans(of: Path) -> int:
+    """Remove encoded experts of models that were in directory `of` and are not any more.
+
+    Returns the bytes freed.
+    """
+    freed, folder = 0, of.resolve()
+    for listed in sorted(_all_folders().glob(f"*/{SOURCES_NAME}")):
+        sources = [Path(line) for line in listed.read_text().splitlines()]
+        if any(source.exists() or not source.is_relative_to(folder) for source in sources):
+            continue
+        freed += sum(file.stat().st_size for file in listed.parent.iterdir())
+        shutil.rmtree(listed.parent)
+    return freed
+
+
+def _all_folders() -> Path:
+    return user_cache() / "experts"
+
+
+def _sources_of(files: ExpertFiles) -> list[Path]:
+    """The files that hold experts, without links on the way to them."""
+    entries = (
+        entry
         for layer in range(files.layers)
         for number in range(MATRICES)
         for expert in range(files.experts)
         for entry in files.entries(layer, expert, number)
-    }
-    digest = hashlib.sha256(f"{WAY_OF_ENCODING} {format_.name}".encode())
-    for file in sorted(sources):
-        found = file.stat()
-        digest.update(f"\n{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode())
-    return user_cache() / "experts" / f"{name.replace('/', '--')}-{format_.name}-{digest.hexdigest()[:16]}"
+    )
+    return sorted({file.resolve() for file in {entry.file for entry in entries}})

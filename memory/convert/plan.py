@@ -23,7 +23,7 @@ from quant.formats.quantization_config import QuantizationConfig, Role, describe
 from quant.formats.stored import DTYPE_NAMES, FLOAT_DTYPES, Stored, format_of, stored_as
 from quant.packed import Format
 
-MODEL_TYPES = ("deepseek_v41",)
+MODEL_TYPES = ("deepseek_v4", "deepseek_v41")
 EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight$")
 ENGRAM = re.compile(r"\.engram\.embed\.weight$")
 # What the released checkpoints store in FP8.

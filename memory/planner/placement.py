@@ -7,6 +7,7 @@ Engram tables go to DRAM if they fit next to the experts, otherwise to NVMe with
 
 from __future__ import annotations
 
+from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -261,14 +262,16 @@ def _put_head(room: _Room, shape: ModelShape, gpus: list[str]) -> None:
 
 def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[str]) -> None:
     """Consecutive layers to each GPU in proportion to its room, the rest to DRAM."""
+    kv = [workload.sequences * layer.kv.nbytes(workload.context) for layer in shape.layers]
     sizes = [
-        layer.dense.nbytes + layer.shared.nbytes + workload.sequences * layer.kv.nbytes(workload.context)
-        for layer in shape.layers
+        layer.dense.nbytes + layer.decoded + layer.shared.nbytes + of_kv
+        for layer, of_kv in zip(shape.layers, kv, strict=True)
     ]
     on_gpus = sum(room.left[gpu] for gpu in gpus)
     share = min(1.0, sum(sizes) / on_gpus) if on_gpus else 1.0
     kept_free = {gpu: room.left[gpu] * (1.0 - share) for gpu in gpus}
     ahead = list(gpus)
+    decoded: dict[str, int] = defaultdict(int)
     for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
         while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
             ahead.pop(0)
@@ -276,8 +279,15 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[s
         why = "every token reads it" + ("; the GPUs are full" if gpus and tier == "dram" else "")
         room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
-        kv = size - layer.dense.nbytes - layer.shared.nbytes
-        room.put(f"KV, layer {n}", "kv", n, tier, kv, "on its layer's device")
+        room.put(f"KV, layer {n}", "kv", n, tier, kv[n], "on its layer's device")
+        if tier != NOWHERE:  # taken now, so that the next layer finds what is left
+            decoded[tier] += layer.decoded
+            room.left[tier] -= layer.decoded
+    room.reserves += [
+        Reserve("decoded weights", tier, nbytes, "held as plain numbers, beside what the file has of them")
+        for tier, nbytes in decoded.items()
+        if nbytes
+    ]
 
 
 def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:

@@ -92,6 +92,8 @@ class LayerShape:
     experts  number of routed experts (0: none), of `expert` weights each
     operations  of a recorded decode step on the CPU
     launches    of one on a GPU; None where the family's step is not recorded there
+    decoded     bytes that packed weights take in memory beyond those of the file: they are held as plain
+                numbers
     """
 
     dense: Weights
@@ -102,6 +104,7 @@ class LayerShape:
     table: Table | None = None
     operations: int = 40
     launches: int | None = None
+    decoded: int = 0
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class QuantizationConfig:
     method          `quant_method`, None where there is none
     has_zeros       of GPTQ and AWQ: groups have zero points of their own (not `sym`)
     zeros_less_one  of GPTQ: zero points are stored less one (`checkpoint_format` is not `gptq_v2`)
+    is_exact_in_bfloat16  scales of FP8 matrices are powers of two (`scale_fmt`), so bfloat16 has their values
     """
 
     dense: Fp8 = FP8_32
@@ -50,6 +51,7 @@ class QuantizationConfig:
     method: str | None = None
     has_zeros: bool = False
     zeros_less_one: bool = False
+    is_exact_in_bfloat16: bool = False
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> QuantizationConfig:
@@ -81,6 +83,7 @@ class QuantizationConfig:
             method,
             has_zeros=method == "awq" or (method == "gptq" and raw.get("sym") is not True),
             zeros_less_one=method == "gptq" and raw.get("checkpoint_format") != "gptq_v2",
+            is_exact_in_bfloat16=method == "fp8" and raw.get("scale_fmt") == "ue8m0",
         )
 
 

@@ -69,11 +69,11 @@ def rm(
     """Remove a model of the Hugging Face Hub from this machine.
 
     ORG/MODEL is all that is here of it, ORG/MODEL@REVISION one revision, ORG/MODEL:FILE one GGUF file. Files
-    that other revisions share are kept.
+    that other revisions share are kept. Experts that --experts encoded go with the last file they came from.
 
     Example: loci rm Qwen/Qwen3-30B-A3B
     """
-    from memory.hub.cache import cache_folder, removal
+    from memory.hub.cache import cache_folder, removal, repo_folder
 
     hub = _parsed(model)
     planned = removal(hub)
@@ -87,6 +87,10 @@ def rm(
             raise ConfigError(f"{hub} was not removed")
     planned.execute()
     print(f"Removed {what}")
+    from memory.convert.experts import remove_orphans
+
+    if freed := remove_orphans(repo_folder(hub)):
+        print(f"Removed its experts in other formats too, {bytes_text(freed)}")
 
 
 def _parsed(text: str) -> HubModel:

@@ -1,8 +1,8 @@
 """What a decoder's layers keep of sequences, for a fixed number of these, of fixed capacity.
 
-Layers with attention keep the rows of all tokens, also those with a sliding window: so a slot can be taken
-back to any length, and a row's place is its position. Layers with a state keep that alone; a decoder that has
-some can be taken back to where the state was copied, no further.
+Layers with attention keep the rows of all tokens, each in the place of its position; those with a sliding
+window a ring of the last rows, some more than a token sees, so that a slot can be taken back by as many.
+Layers with a state keep that alone; a decoder that has some can be taken back to where the state was copied.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Attention, DeltaNet, Description, Mixer, Mla
 from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
+from memory.planner.published import KV_MARGIN
 from quant.kernels.cpu.recorder import KvPlace, StatePlace
 
 
@@ -25,18 +26,25 @@ class KvRows:
     """What a layer keeps of a token.
 
     latent  None: keys and values; else keys alone, whose first so many columns are the values
+    ring    places of the last tokens' rows, that of position p at p % ring; None: of all tokens'
+    before  tokens that a token sees before itself, if there is a ring
     """
 
     heads: int
     dim: int
     latent: int | None = None
+    ring: int | None = None
+    before: int = 0
 
     @classmethod
     def of(cls, attention: Attention | Mla) -> KvRows:
         """The rows of a layer with this attention."""
         if isinstance(attention, Mla):
             return cls(1, attention.row_dim, attention.rank)
-        return cls(attention.kv_heads, attention.head_dim)
+        if attention.window is None:
+            return cls(attention.kv_heads, attention.head_dim)
+        ring = attention.window + KV_MARGIN
+        return cls(attention.kv_heads, attention.head_dim, ring=ring, before=attention.window - 1)
 
     @property
     def sides(self) -> int:
@@ -97,12 +105,13 @@ class CacheLayout:
         if isinstance(kept, StateShape):
             return slots * kept.values * torch.float32.itemsize
         values = kept.sides * kept.heads * kept.dim + self.index_dims[layer]
-        return slots * capacity * values * torch.float32.itemsize
+        return slots * (kept.ring or capacity) * values * torch.float32.itemsize
 
-    @property
-    def has_states(self) -> bool:
-        """Whether some layer has a state."""
-        return any(isinstance(kept, StateShape) for kept in self.kept)
+    def margin(self, capacity: int) -> int:
+        """Tokens by which a slot can be taken back."""
+        if any(isinstance(kept, StateShape) for kept in self.kept):
+            return 0
+        return KV_MARGIN if any(isinstance(kept, KvRows) and kept.ring for kept in self.kept) else capacity
 
     def banks(self) -> list[list[int]]:
         """Layers of the same sizes on the same device, which share an allocation."""
@@ -122,10 +131,11 @@ class DecoderCache(KvCache):
     routed: RecordedExperts | None = None
 
     def __init__(self, layout: CacheLayout, slots: int, capacity: int) -> None:
-        super().__init__(slots, capacity, margin=0 if layout.has_states else capacity)
+        super().__init__(slots, capacity, margin=layout.margin(capacity))
         self.layout = layout
         self._banks: list[torch.Tensor] = []  # [sides, layers, slots, kv_heads, capacity, head_dim]
-        self._layers: dict[int, torch.Tensor] = {}  # [sides, slots, kv_heads, capacity, head_dim]
+        self._rings: list[torch.Tensor] = []  # [sides, layers, slots, kv_heads, ring, head_dim]
+        self._layers: dict[int, torch.Tensor] = {}  # [sides, slots, kv_heads, capacity or ring, head_dim]
         self._states: dict[int, StatePlace] = {}
         for layers in layout.banks():
             rows = layout.kept[layers[0]]
@@ -136,9 +146,9 @@ class DecoderCache(KvCache):
                 )
                 self._states |= {n: StatePlace(tails[at], states[at]) for at, n in enumerate(layers)}
                 continue
-            shape = (rows.sides, len(layers), slots, rows.heads, capacity, rows.dim)
+            shape = (rows.sides, len(layers), slots, rows.heads, rows.ring or capacity, rows.dim)
             bank = _allocate(shape, layout.devices[layers[0]])
-            self._banks.append(bank)
+            (self._rings if rows.ring else self._banks).append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
         self.index_keys = IndexKeys(layout.index_dims, layout.devices, slots, capacity, _allocate)
 
@@ -146,23 +156,37 @@ class DecoderCache(KvCache):
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
         states = sum(s.tails.nbytes + s.states.nbytes for s in self._states.values())
-        return sum(bank.nbytes for bank in self._banks) + self.index_keys.nbytes + states + program
+        return (
+            sum(bank.nbytes for bank in (*self._banks, *self._rings))
+            + self.index_keys.nbytes
+            + states
+            + program
+        )
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         rows = [bank[:, :, slot].permute(3, 0, 1, 2, 4) for bank in self._banks]
         return tuple((1, held) for held in (*rows, *self.index_keys.appended(slot)))
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        return tuple(part[slot] for s in self._states.values() for part in (s.tails, s.states))
+        rings = [ring[:, :, slot, :, : min(length, ring.shape[4])] for ring in self._rings]
+        return *rings, *(part[slot] for s in self._states.values() for part in (s.tails, s.states))
 
     def extend(
         self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k and v `[tokens, kv_heads * head_dim]`; return the slot, `[kv_heads, end, head_dim]`.
+        """Store k and v `[tokens, kv_heads * head_dim]`; return the slot, `[kv_heads, end, head_dim]`; of a
+        ring, what these tokens see.
 
         v: None where the values are columns of the keys.
         """
         end, rows = segment.start + segment.length, self._rows(layer)
+        if rows.ring is not None:
+            assert v is not None
+            held = self._layers[layer][:, segment.slot]
+            keys, values = (
+                _extend(ring, new, segment.start, rows) for ring, new in zip(held, (k, v), strict=True)
+            )
+            return keys, values
         for held, new in zip(self._layers[layer], (k,) if v is None else (k, v), strict=True):
             fresh = new.view(segment.length, rows.heads, rows.dim)
             held[segment.slot, :, segment.start : end] = fresh.transpose(0, 1)
@@ -170,7 +194,7 @@ class DecoderCache(KvCache):
         return keys[segment.slot, :, :end], values[segment.slot, :, :end]
 
     def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, `[slots, kv_heads, capacity, .]` each."""
+        """A layer's keys and values, `[slots, kv_heads, capacity, .]` each, or a ring's places."""
         held, rows = self._layers[number], self._rows(number)
         return held[0], held[1] if rows.latent is None else held[0][..., : rows.latent]
 
@@ -180,12 +204,30 @@ class DecoderCache(KvCache):
 
     def place(self, number: int) -> KvPlace | StatePlace:
         """Where a recorded step finds what a layer keeps."""
-        return self._states[number] if number in self._states else KvPlace(*self.layer(number))
+        if number in self._states:
+            return self._states[number]
+        return KvPlace(*self.layer(number), self._rows(number).ring)
 
     def _rows(self, layer: int) -> KvRows:
         rows = self.layout.kept[layer]
         assert isinstance(rows, KvRows)
         return rows
+
+
+def _extend(ring: torch.Tensor, new: torch.Tensor, start: int, rows: KvRows) -> torch.Tensor:
+    """Write rows `[tokens, kv_heads * head_dim]`, from position `start` on, to `[kv_heads, ring, head_dim]`.
+
+    Returns them behind those before them that the first one sees, `[kv_heads, before + tokens, head_dim]`.
+    """
+    length, places = len(new), ring.shape[1]
+    fresh = new.view(length, rows.heads, rows.dim).transpose(0, 1)
+    earlier = torch.arange(max(0, start - rows.before), start, device=ring.device) % places
+    joined = torch.cat((ring[:, earlier], fresh), dim=1)
+    kept = min(length, places)
+    ring[:, torch.arange(start + length - kept, start + length, device=ring.device) % places] = fresh[
+        :, -kept:
+    ]
+    return joined
 
 
 def _index_dim(attention: Mixer) -> int:

@@ -17,6 +17,7 @@ import torch
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.reencoded import check_has_experts, check_target, target_format
 from engine.families.decoder.shape import shape_with
+from engine.families.decoder.stored import decoded_value_bytes
 from engine.families.decoder.tensors import Use
 from engine.families.registry import family_of
 from memory.checkpoint.checkpoint import Checkpoint
@@ -52,7 +53,7 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
     description = family.description(checkpoint)
     weights_of = _weights_of(config)
     if experts is None:
-        return shape_with(description, name, weights_of)
+        return shape_with(description, name, weights_of, decoded_value_bytes(config))
     check_has_experts(experts, description, name)
     assert description.experts is not None
     target = target_format(experts, QuantizationConfig.parse(config))
@@ -65,7 +66,7 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
         *stacked, rows, cols = use.shape
         return Weights(math.prod(stacked) * target.bytes_for(rows, cols), math.prod(use.shape))
 
-    return shape_with(description, name, encoded)
+    return shape_with(description, name, encoded, decoded_value_bytes(config))
 
 
 def _weights_of(config: Mapping[str, Any]) -> Callable[[Use], Weights]:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from engine.families.base import Component
 from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla, Mlp
-from engine.families.decoder.stored import StoredMatrices
+from engine.families.decoder.stored import StoredMatrices, decoded_value_bytes
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.planner.published import KV_VALUE_BYTES
+from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
 from quant.kernels.cpu.panels import PANEL_ROWS
@@ -19,36 +19,45 @@ from quant.kernels.cpu.panels import PANEL_ROWS
 
 def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
     """The shape of a checkpoint called `name`, with its own bytes. Missing tensors count nothing."""
-    return shape_with(description, name, _weights_of(checkpoint))
+    return shape_with(description, name, _weights_of(checkpoint), decoded_value_bytes(checkpoint.config))
 
 
 def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
     """The same with the bytes that it takes in memory.
 
-    Norms and biases are float32 there, and so is what is decoded unless it is plain already; packed matrices
-    have whole panels of rows.
+    Norms and biases are float32 there; what is decoded is, unless it is plain already, float32 or bfloat16;
+    packed matrices have whole panels of rows.
     """
-    weights_of = _weights_of(checkpoint)
+    weights_of, of_value = _weights_of(checkpoint), decoded_value_bytes(checkpoint.config)
 
     def in_memory(use: Use) -> Weights:
         weights = weights_of(use)
-        is_plain = weights.nbytes >= 2 * weights.parameters
-        if not use.is_matrix or (use.is_decoded and not is_plain):
+        is_plain = _is_plain(weights)
+        if not use.is_matrix:
             return Weights(4 * weights.parameters, weights.parameters)
+        if use.is_decoded and not is_plain:
+            return Weights(of_value * weights.parameters, weights.parameters)
         if is_plain or use.part in ("experts", "embedding"):
             return weights
         panels = -(-use.shape[0] // PANEL_ROWS)
         return Weights(weights.nbytes * panels * PANEL_ROWS // use.shape[0], weights.parameters)
 
-    return shape_with(description, name, in_memory)
+    return shape_with(description, name, in_memory, of_value)
 
 
-def shape_with(description: Description, name: str, weights_of: Callable[[Use], Weights]) -> ModelShape:
-    """The shape of a decoder; `weights_of` says what a tensor weighs."""
+def shape_with(
+    description: Description, name: str, weights_of: Callable[[Use], Weights], decoded: int
+) -> ModelShape:
+    """The shape of a decoder; `weights_of` says what a tensor weighs, `decoded` how many bytes a value has of
+    what is packed there and held as plain numbers."""
     d = description
     parts: dict[tuple[Part, int | None], Weights] = defaultdict(Weights)
+    more: dict[int | None, int] = defaultdict(int)
     for use in uses(d):
-        parts[use.part, use.layer] += weights_of(use)
+        weights = weights_of(use)
+        parts[use.part, use.layer] += weights
+        if use.is_decoded and not _is_plain(weights):
+            more[use.layer] += decoded * weights.parameters - weights.nbytes
     embedding, head = parts["embedding", None], parts["head", None]
     if d.is_tied:  # every token multiplies with the embedding, so it is planned as the head
         embedding, head = Weights(), head + embedding
@@ -65,6 +74,7 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
                 expert=Weights(
                     -(-all_experts.nbytes // max(1, experts)), all_experts.parameters // max(1, experts)
                 ),
+                decoded=more[n],
             )
         )
     return ModelShape(
@@ -83,8 +93,12 @@ def shape_with(description: Description, name: str, weights_of: Callable[[Use], 
     )
 
 
+def _is_plain(weights: Weights) -> bool:
+    return weights.nbytes >= 2 * weights.parameters
+
+
 def kv_shape(a: Mixer) -> KvShape:
-    """What a layer keeps: keys and values of every token, also where only a window of them is seen; or
+    """What a layer keeps: keys and values of every token, or of the last ones where only a window is seen; or
     latents and the part of keys that turns, and index keys where it has an indexer; or a state."""
     if isinstance(a, DeltaNet):
         values = a.value_width * a.key_dim
@@ -105,14 +119,12 @@ def kv_shape(a: Mixer) -> KvShape:
             selected_bytes=entry_bytes,
             selected_flops=2 * a.heads * (a.row_dim + a.rank),
         )
-    entry_bytes = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim
+    entry_bytes, flops = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim, 4 * a.heads * a.head_dim
+    if a.window is not None:
+        kept = entry_bytes * (a.window + KV_MARGIN)
+        return KvShape(fixed_bytes=kept, seen_ratio=1, selected=a.window, selected_flops=flops)
     return KvShape(
-        ratio=1,
-        entry_bytes=entry_bytes,
-        seen_ratio=1,
-        selected=a.window,
-        selected_bytes=entry_bytes,
-        selected_flops=4 * a.heads * a.head_dim,
+        ratio=1, entry_bytes=entry_bytes, seen_ratio=1, selected_bytes=entry_bytes, selected_flops=flops
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from engine.families.decoder.tensors import Use
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry, TensorSpec
 from memory.checkpoint.reads import RowsOnDisk
-from quant.errors import FormatError
+from quant.errors import CheckpointError, FormatError
 from quant.formats.gguf import FORMATS, weight_from_bytes
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.plain import PLAIN, as_packed
@@ -41,6 +42,11 @@ class RowsInFile:
     def decoded(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[n]` int64 as `[n, cols]` float32."""
         return self._format.decode(PackedTensor(self._format, (len(rows), self._cols), self._rows[rows]))
+
+
+def decoded_value_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes that a value of a packed matrix takes where it is held as a plain number."""
+    return 2 if QuantizationConfig.parse(config).is_exact_in_bfloat16 else 4
 
 
 class StoredMatrices:
@@ -91,7 +97,8 @@ class StoredMatrices:
         return values.float()
 
     def read_plain(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A matrix, or a stack of them `[n, rows, cols]`, as plain numbers: float32 where it is packed."""
+        """A matrix, or a stack of them `[n, rows, cols]`, as plain numbers: where it is packed float32, or
+        bfloat16 if that is as exact."""
         if len(shape) == 2:
             weight = self.read(name, (shape[0], shape[1]))
         else:
@@ -99,7 +106,18 @@ class StoredMatrices:
             weight = weight_from_bytes(
                 self._entries[name].dtype, (math.prod(stacked), cols), self._checkpoint.read(name)
             )
-        return (weight if isinstance(weight, torch.Tensor) else weight.decode()).view(shape)
+        if isinstance(weight, torch.Tensor):
+            return weight.view(shape)
+        values = weight.decode().view(shape)
+        if not self._config.is_exact_in_bfloat16:
+            return values
+        narrow = values.bfloat16()
+        if not torch.equal(narrow.float(), values):
+            raise CheckpointError(
+                f"{self._checkpoint.path}: scales of {name} are no powers of two, although scale_fmt is "
+                "'ue8m0'; remove scale_fmt from quantization_config"
+            )
+        return narrow
 
     def in_file(self, name: str, shape: tuple[int, int]) -> RowsInFile | None:
         """A matrix that stays where it is; None where its rows do not lie one behind the other."""

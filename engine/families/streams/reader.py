@@ -19,7 +19,7 @@ from memory.checkpoint.reads import RowsOnDisk
 from memory.experts.reader import APART
 from quant.formats.fp8 import FP8_32, Fp8
 from quant.formats.quantization_config import Role
-from quant.formats.stored import FLOAT_DTYPES, unpack, unpack_bytes
+from quant.formats.stored import FLOAT_DTYPES, unpack
 from quant.kernels.interface import ExpertFormats, Kernels, Weight
 from quant.packed import Format, PackedTensor
 
@@ -138,7 +138,8 @@ class StreamExpertFiles:
         name = self._name(layer, expert, number)
         is_down = number == 2
         shape = (self.hidden, self.width) if is_down else (self.width, self.hidden)
-        return unpack_bytes(self.format, shape, raw[f"{name}.weight"], raw[f"{name}.scale"])
+        scale_dtype = self.checkpoint.entries[f"{name}.scale"].dtype
+        return unpack(self.format, shape, raw[f"{name}.weight"], raw[f"{name}.scale"], scale_dtype)
 
     def _name(self, layer: int, expert: int, number: int) -> str:
         return f"layers.{layer}.ffn.experts.{expert}.{('w1', 'w3', 'w2')[number]}"

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 
 from quant.kernels.cpu import library
@@ -27,11 +28,11 @@ class Draw(ctypes.Structure):
 
 
 class NativeDraws:
-    """Draws on the best instruction set of this machine."""
+    """Draws on an instruction-set level, by default the best of this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, level: str | None = None) -> None:
         self._library = library.load()
-        self._level = library.LEVELS.index(library.available_levels()[-1])
+        self._level = library.LEVELS.index(level or library.available_levels()[-1])
 
     def tokens(self, logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
         """A token for each row of logits `[rows, vocab]` float32, contiguous; -1 where there is a NaN."""
@@ -48,14 +49,34 @@ class NativeDraws:
         )
         return list(found)
 
-    def best(self, logits: torch.Tensor, top: int) -> tuple[float, list[int]]:
-        """The logarithm of the sum of all exponentials of logits `[vocab]` float32, contiguous, and the `top`
-        best tokens, of equal ones the first; NaN where they are not numbers."""
-        found = (ctypes.c_int64 * top)()
-        total = self._library.loci_best_logits(
-            self._level, torch.get_num_threads(), logits.data_ptr(), len(logits), top, found
+    def best(
+        self, logits: torch.Tensor, row: int, token: int, top: int
+    ) -> tuple[float, list[tuple[int, float]]]:
+        """Log probabilities in a row of logits `[rows, vocab]` float32, contiguous: of `token`, and of the
+        `top` best ones with their ids, of equal ones the first. NaN where there is a NaN."""
+        vocab = logits.shape[1]
+        ids, values = (ctypes.c_int64 * top)(), (ctypes.c_double * (top + 1))()
+        self._library.loci_log_probabilities(
+            self._level,
+            torch.get_num_threads(),
+            logits.data_ptr() + row * vocab * logits.itemsize,
+            vocab,
+            token,
+            top,
+            ids,
+            values,
         )
-        return float(total), list(found)
+        chosen, *best = values
+        return chosen, list(zip(ids, best, strict=True))
+
+    def masked(self, logits: torch.Tensor, allowed: np.ndarray) -> torch.Tensor:
+        """Logits `[vocab]` float32, contiguous, with minus infinity where a token's bit in `allowed` (uint8)
+        is 0 or missing."""
+        out = torch.empty_like(logits)
+        self._library.loci_mask(
+            self._level, logits.data_ptr(), len(logits), allowed.ctypes.data, len(allowed), out.data_ptr()
+        )
+        return out
 
 
 @cache

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 17  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 18  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -57,7 +57,8 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_convolve": (None, [Int, Int, Pointer, Pointer]),
     "loci_delta_rule": (None, [Int, Int, Pointer, Pointer]),
     "loci_draw": (None, [Int, Int, Pointer, Int64, Pointer, Int64, Pointer]),
-    "loci_best_logits": (ctypes.c_double, [Int, Int, Pointer, Int64, Int64, Pointer]),
+    "loci_log_probabilities": (None, [Int, Int, Pointer, Int64, Int64, Int64, Pointer, Pointer]),
+    "loci_mask": (None, [Int, Pointer, Int64, Pointer, Int64, Pointer]),
     "loci_rows_open": (Pointer, [Int, Int]),
     "loci_rows_add": (Int64, [Pointer, Pointer]),
     "loci_rows_ask": (Pointer, [Pointer, Int64, Pointer, Int64, Pointer]),

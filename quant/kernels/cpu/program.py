@@ -37,7 +37,7 @@ class _Operation(ctypes.Structure):
         ("kind", ctypes.c_int64),
         ("inputs", ctypes.c_void_p * 6),
         ("outputs", ctypes.c_void_p * 4),
-        ("sizes", ctypes.c_int64 * 8),
+        ("sizes", ctypes.c_int64 * 9),
         ("factor", ctypes.c_float),
     )
 

@@ -44,11 +44,13 @@ class KvPlace:
     """Where a layer's keys and values lie: row `position` of head h of a slot, strides in floats.
 
     keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger;
-    values may be the first columns of the keys.
+    values may be the first columns of the keys. ring: None, or how many places there are instead of a
+    capacity; the row is that of position % ring.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    ring: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -123,7 +125,7 @@ class Recorder(RowNotes):
         """Write keys and values to the cache, each row at its slot and position; keys alone where the values
         are columns of theirs."""
         to = [self._address(place.keys), self._address(place.values)]
-        self._note("append", [keys, values], to, place.sizes)
+        self._note("append", [keys, values], to, [*place.sizes, place.ring or 0])
 
     def attend(
         self,
@@ -143,7 +145,8 @@ class Recorder(RowNotes):
         out = self.buffer(heads * value_dim)
         at = None if sinks is None else self._weight(sinks)
         inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at, chosen]
-        sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim, chosen.width if chosen else 0]
+        choices = 0 if chosen is None else chosen.width
+        sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim, choices, place.ring or 0]
         self._note("attend", inputs, [out], sizes)
         return out
 

@@ -21,11 +21,13 @@ KERNEL_TARGET = 0.80  # for the demonstration model
 READ_TARGET = 0.90  # for models whose tokens read more than caches hold
 BEYOND_CACHES = 512 << 20
 SHOWN_KERNELS = 6
+ENDLESS = r"/(.|\n)*the very end of all text/"  # a grammar of texts that no model ends
 NAMES = {
     "forward": "forward, outside kernels",
     "waiting": "waiting for Engram rows",
     "assembling": "assembling the batch",
-    "prefetching": "requesting Engram rows",
+    "policy": "the policy's books",
+    "prefetching": "Engram addresses, requests",
     "loop": "step loop, locks",
 }
 
@@ -38,6 +40,12 @@ def step(
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; medians are reported.")] = 9,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="As in requests.")] = 1.0,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, max=20, help="Log probabilities of so many best tokens, too.")
+    ] = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Under a grammar, which masks tokens in each step.")
+    ] = False,
     dram_budget: Annotated[
         str | None,
         typer.Option(help="Memory for weights, e.g. 4GiB. Default: three quarters of free memory."),
@@ -56,6 +64,7 @@ def step(
     from engine.embedded import embedded_name, model_path
     from engine.families.loader import open_checkpoint
     from engine.families.shapes import shape_of
+    from engine.grammar.lark import GrammarWriter
     from engine.sampling.params import SamplingParams
     from memory.hardware.detect import detect
     from memory.hardware.measure import working_bytes
@@ -72,7 +81,14 @@ def step(
     if not isinstance(kernels, NativeKernels):
         raise ConfigError(f"nothing to measure: {kernels.describe()}")
     length = answer_tokens(tokens)
-    params = SamplingParams(max_tokens=length, temperature=temperature, top_p=top_p, ignore_eos=True)
+    params = SamplingParams(
+        max_tokens=length,
+        temperature=temperature,
+        top_p=top_p,
+        logprobs=logprobs,
+        ignore_eos=not masked,
+        grammar=GrammarWriter({}).finished(ENDLESS) if masked else None,
+    )
     served = bring_up(
         prepare(
             resolve_settings(
@@ -129,12 +145,16 @@ def _print_parts(times: StepTimes) -> None:
     print_table(
         ["part of a step", "us", "share"],
         [
-            *((NAMES.get(part, part), f"{1e6 * s:.0f}", f"{s / times.step_s:.1%}") for part, s in rows),
+            *(
+                (NAMES.get(part, part), f"{1e6 * s:.0f}", f"{s / times.step_s:.1%}")
+                for part, s in rows
+                if s != 0
+            ),
             ("step", f"{1e6 * times.step_s:.0f}", ""),
         ],
         right=(1, 2),
     )
-    print(f"\nwatching made a step {1e6 * times.watching_s:.0f} us longer, which is not in the table\n")
+    print(f"\nthe parts contain {1e6 * times.watching_s:.0f} us of watching, by which a step was longer\n")
     print_table(
         ["kernel", "us", "calls"],
         [(name, f"{1e6 * s:.0f}", f"{calls:.1f}") for name, s, calls in kernels[:SHOWN_KERNELS]],
@@ -169,7 +189,7 @@ def _parts(times: StepTimes) -> list[Figure]:
     from quant.bench.timing import Figure
 
     return [
-        *(Figure(f"step_{part}_us", 1e6 * times.part_s(part), "us") for part in PARTS),
+        *(Figure(f"step_{part.replace(' ', '_')}_us", 1e6 * times.part_s(part), "us") for part in PARTS),
         Figure("step_kernel_calls", sum(calls for _, _, calls in times.kernels()), "calls"),
         Figure("step_watching_us", 1e6 * times.watching_s, "us"),
     ]

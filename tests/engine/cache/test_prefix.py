@@ -29,7 +29,8 @@ from tests.engine.families.golden_families import family_path
 from tests.engine.families.tiny_llama import VOCAB, tiny_values, write_gguf
 
 PLENTY = 1 << 26
-NAMES = ("v41-a", "v41-c", "llama", "deepseek_v4", "qwen3_next")
+FAMILIES = ("deepseek_v4", "gpt_oss", "qwen3_next")
+NAMES = ("v41-a", "v41-c", "llama", *FAMILIES)
 LENGTH = 60  # of the prompts here: several windows, groups of compressed entries, and query blocks' starts
 
 
@@ -38,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
     loaded: dict[str, Model] = {}
 
     def checkpoint(name: str) -> Checkpoint:
-        if name in ("deepseek_v4", "qwen3_next"):
+        if name in FAMILIES:
             return open_safetensors(family_path(name))
         if name != "llama":
             return open_safetensors(golden_path(name))
@@ -152,7 +153,7 @@ def test_whatever_was_saved_and_evicted_the_state_that_comes_back_is_the_prompts
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v41-a", "v41-c", "deepseek_v4"])
+@pytest.mark.parametrize("name", ["v41-a", "v41-c", "deepseek_v4", "gpt_oss"])
 @pytest.mark.parametrize("taken_back", [1, 2, 3, 4, 7, 8, 15, 16])
 def test_a_state_can_be_taken_back_by_a_few_tokens(
     models: Callable[[str], Model], name: str, taken_back: int

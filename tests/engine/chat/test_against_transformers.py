@@ -179,3 +179,38 @@ def test_documents_are_rendered_as_transformers_does() -> None:
 
     expected = theirs(TEMPLATES["granite"], [ASKED], documents=documents)
     assert ours(TEMPLATES["granite"], request) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% for m in messages %}{% generation %}{{ loop.index }}{% endgeneration %}{% endfor %}",
+        "{{ namespace(a=1).a }}{{ dict(a=messages[0].role) }}{{ messages[0] | tojson(indent=2) }}",
+        "{{ bos_token }}{{ eos_token }}{{ pad_token is defined }}{{ tools is none }}{{ documents }}",
+    ],
+)
+def test_details_are_those_of_transformers(template: str) -> None:
+    messages: list[dict[str, Any]] = [ASKED, {**SILENT, "content": None}]
+
+    assert ours(template, {"messages": as_text(messages)}) == theirs(template, messages)
+
+
+ENDS = {
+    "glm": ["<|user|>", "<|observation|>"],
+    "gpt-oss": ["<|call|>"],
+    "granite": ["<|end_of_text|>"],
+    "kimi": ["<|im_end|>"],
+    "llama": ["<|eot_id|>"],
+    "minimax": ["[e~["],
+    "qwen3": ["<|im_end|>"],
+    "qwen3.5": ["<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_answers_end_where_the_template_ends_turns(family: str) -> None:
+    prompt = chat(TEMPLATES[family]).render({"messages": [ASKED]})
+
+    ends = [backend().id_to_token(i) for i in prompt.stop_token_ids]
+    assert ends == [EOS, *ENDS.get(family, [])]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,13 @@ from engine.families.deepseek_v4.family import FAMILY
 from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.loader import open_checkpoint
 from engine.families.shapes import shape_of
+from memory.checkpoint.reads import read_tensor
+from memory.convert.files import convert_checkpoint
+from memory.convert.plan import Choices
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload
+from quant.formats.fp8 import FP8_128
+from quant.formats.int4 import INT4_GROUPS
 from quant.kernels.choice import choose
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
@@ -32,6 +40,7 @@ from tests.engine.families.golden_families import (
     logits_in_chunks,
 )
 from tests.engine.families.test_decoder_tiers import budget, budget_of
+from tests.engine.families.test_deepseek_v4_refusals import rewrite
 
 LEVELS = library.available_levels() if library.library_path() is not None else ()
 
@@ -233,3 +242,52 @@ def test_experts_that_token_ids_choose_are_foreseen_without_fail(golden: Golden)
     assert guesses.keys() == set(range(model.config.layers))
     for layer in range(model.config.hashed_layers):
         assert guesses[layer] == set(trace.values[f"router_ids.{layer}"][0].flatten().tolist())
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint_answers_as_exactly_as_its_formats_allow(
+    golden: Golden, model: DeepseekV4, tmp_path: Path
+) -> None:
+    """FP8 fits into bfloat16. INT4 experts are 6 % off in each matrix, so 10 % in three; a wrong layout is
+    140 %."""
+    choices = Choices(dense=torch.bfloat16, experts=INT4_GROUPS[32])
+    convert_checkpoint(golden.path, tmp_path / "converted", choices, lambda done, total: None, 1)
+    converted = FAMILY.load(open_checkpoint(tmp_path / "converted"), choose(), PLENTY)
+    ids, weights = torch.arange(32).view(16, 2) % 6, torch.ones(16, 2)
+    x = torch.randn(16, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    found, expected = (m.weights.experts.acquire(2, ids).run(x, weights, 10.0) for m in (converted, model))
+    assert 0.01 < (found - expected).norm() / expected.norm() < 0.25
+    dense = [layer.attn.wo_b for layer in converted.weights.layers]
+    assert all(isinstance(weight, torch.Tensor) and weight.dtype == torch.bfloat16 for weight in dense)
+    logits = logits_in_chunks(converted, golden.ids(".2"), [100, 1])
+    assert (logits - golden.logits(".2")).norm() / golden.logits(".2").norm() < 0.5
+    converted.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_float_scales", [True, False])
+def test_experts_in_fp8_are_read_with_either_kind_of_scales(
+    golden: Golden, model: DeepseekV4, tmp_path: Path, has_float_scales: bool
+) -> None:
+    path, files = tmp_path / "fp8", model.weights.experts._files
+    shutil.copytree(golden.path, path)
+    changes: dict[str, torch.Tensor | None] = {}
+    for layer, expert, number in itertools.product(range(model.config.layers), range(6), range(3)):
+        weight, scale = files.entries(layer, expert, number)
+        raw = {entry.name: read_tensor(entry) for entry in (weight, scale)}
+        values = files.matrix(layer, expert, number, raw).decode()
+        packed = FP8_128.encode(values, FP8_128.float_scales(values) if has_float_scales else None)
+        assert packed.scales is not None
+        changes[weight.name] = packed.codes.view(torch.float8_e4m3fn)
+        changes[scale.name] = packed.scales if has_float_scales else packed.scales.view(torch.float8_e8m0fnu)
+    rewrite(path, changes)
+    ids, weights = torch.arange(32).view(16, 2) % 6, torch.ones(16, 2)
+    x = torch.randn(16, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    with loaded(Golden(path, golden.expected), choose()) as found:
+        ours, theirs = (m.weights.experts.acquire(2, ids).run(x, weights, 10.0) for m in (found, model))
+        assert (ours - theirs).norm() / theirs.norm() < 0.1
+        logits = logits_in_chunks(found, golden.ids(".2"), [100, 1])
+    if not has_float_scales:  # FP8 holds these FP4 values exactly
+        assert_close(logits, golden.logits(".2"))
+    with loaded(Golden(path, golden.expected), ReferenceKernels()) as plain:
+        assert_close(logits_in_chunks(plain, golden.ids(".2"), [120]), logits)

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.families.decoder.description import Description, Groups, Mla
 from engine.families.decoder.family import DecoderFamily
+from engine.families.decoder.weights import MlaWeights
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from engine.families.released import RELEASED, released_shape
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.errors import ConfigError
-from tests.engine.families.golden_families import golden_family
+from quant.errors import CheckpointError, ConfigError
+from quant.kernels.reference import ReferenceKernels
+from tests.engine.families.golden_families import PLENTY, golden_family, loaded
+from tests.engine.families.test_decoder_refusals import with_changes
 
 
 def described(config: dict[str, Any]) -> Description:
@@ -58,6 +62,32 @@ def test_a_token_takes_a_latent_a_rotated_part_and_perhaps_an_index_key_in_each_
     name: str, nbytes: int
 ) -> None:
     assert released_shape(name).kv_bytes(1, 1) == nbytes
+
+
+def test_decoded_matrices_are_counted_in_memory_beside_the_file() -> None:
+    of_layer = 128 * (128 + 128) * 512  # values, one byte each in the file
+    scales = 4 * 256 * 4
+    v3, v32, glm = (
+        released_shape(name).layers[0].decoded for name in ("deepseek-r1", "deepseek-v3.2", "glm-5")
+    )
+    assert v3 == 3 * of_layer - scales
+    assert v32 == of_layer - scales
+    assert glm == 0
+
+
+def test_where_scales_are_powers_of_two_decoded_matrices_are_bfloat16() -> None:
+    for name, dtype in (("deepseek_v32", torch.bfloat16), ("deepseek_v3", torch.float32)):
+        with loaded(golden_family(name).path, ReferenceKernels()) as model:
+            attentions = [layer.attention for layer in model.weights.layers]
+        assert {a.to_latent.dtype for a in attentions if isinstance(a, MlaWeights)} == {dtype}
+
+
+def test_scales_that_are_not_what_the_config_says_are_refused() -> None:
+    _, checkpoint = with_changes("deepseek_v3", {})
+    quantization = dict(checkpoint.config["quantization_config"]) | {"scale_fmt": "ue8m0"}
+    family, checkpoint = with_changes("deepseek_v3", {"quantization_config": quantization})
+    with pytest.raises(CheckpointError, match=r"kv_b_proj.* no powers of two, although scale_fmt is 'ue8m0'"):
+        family.load(checkpoint, ReferenceKernels(), PLENTY)
 
 
 SCHEDULE = [0, 1, *range(2, 78, 4)]

@@ -20,6 +20,7 @@ from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from engine.families.shapes import shape_of
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.convert.experts import remove_orphans
 from memory.convert.units import read_bytes
 from memory.planner.budget import MemoryBudget
 from quant.convert import convert_rows
@@ -143,6 +144,14 @@ def test_experts_are_encoded_once_and_again_only_for_other_files(cache: Path, tm
     logits_of(*reencoded(copy, "nf4"), ids)
     assert len(list(cache.iterdir())) == 2
 
+    assert remove_orphans(copy) == 0
+    shutil.rmtree(copy)
+    assert remove_orphans(tmp_path / "other") == 0
+    assert remove_orphans(copy) > 2 * sum(
+        entry.nbytes for name, entry in checkpoint.entries.items() if "encoded" in name
+    )
+    assert not list(cache.iterdir())
+
 
 def test_what_was_cut_short_is_finished(cache: Path) -> None:
     family, checkpoint = reencoded(family_path("qwen3_moe_fp8"), "int4")
@@ -169,6 +178,14 @@ def test_room_in_memory_and_on_disk_is_looked_at_first(cache: Path, monkeypatch:
     ):
         family.load(checkpoint, choose(), PLENTY)
     assert not list(cache.glob("*/*.safetensors"))
+
+
+def test_where_nothing_can_be_kept_a_line_says_how_to_keep_it_elsewhere(cache: Path) -> None:
+    family, checkpoint = reencoded(family_path("qwen3_moe_fp8"), "nf4")
+    cache.parent.parent.mkdir()
+    cache.parent.write_text("a file")
+    with pytest.raises(ConfigError, match=r"Not a directory; experts .* are kept in .*; set XDG_CACHE_HOME"):
+        family.load(checkpoint, choose(), PLENTY)
 
 
 def test_experts_that_are_not_numbers_are_named_and_nothing_is_left(cache: Path, tmp_path: Path) -> None:

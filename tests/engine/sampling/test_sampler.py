@@ -17,7 +17,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.9])
 
 
 def sampler(prompt: list[int] | None = None, **params: Any) -> Sampler:
-    return Sampler(SamplingParams(**params), prompt or [], len(LOGITS))
+    return Sampler(SamplingParams(**params), prompt or [])
 
 
 def drawn(count: int = 300, **params: Any) -> set[int]:
@@ -70,7 +70,7 @@ def test_without_a_seed_draws_differ() -> None:
 
 
 def test_what_ends_an_answer_is_not_drawn_before_min_tokens() -> None:
-    chosen = Sampler(SamplingParams(temperature=0, min_tokens=3), [], len(LOGITS), ending={0, 4})
+    chosen = Sampler(SamplingParams(temperature=0, min_tokens=3), [], ending={0, 4})
     assert [chosen.sample(LOGITS) for _ in range(5)] == [1, 1, 1, 0, 0]
 
 
@@ -127,3 +127,31 @@ def test_logprobs_are_the_models_own() -> None:
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**{field: value})
+
+
+def test_penalties_are_those_of_a_computation_over_the_whole_vocabulary() -> None:
+    vocab, generator = 500, torch.Generator().manual_seed(4)
+    prompt = torch.randint(0, vocab, (300,), generator=generator).tolist()
+    answer = torch.randint(0, vocab, (200,), generator=generator).tolist()
+    params = SamplingParams(
+        repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=-0.25, logit_bias={3: 2.0, 499: -1.0}
+    )
+    subject = Sampler(params, prompt)
+    for token in answer:
+        subject.remember(token)
+    logits = torch.randn(2, vocab, generator=generator)
+    before = logits.clone()
+
+    adjusted = subject.adjusted(logits, 1)
+
+    expected = logits[1].clone()
+    expected[3] += 2.0
+    expected[499] -= 1.0
+    seen = torch.zeros(vocab, dtype=torch.bool)
+    seen[prompt + answer] = True
+    expected = torch.where(seen, torch.where(expected > 0, expected / 1.3, expected * 1.3), expected)
+    counts = torch.bincount(torch.tensor(answer), minlength=vocab)
+    expected = expected - 0.5 * counts + 0.25 * (counts > 0)
+    assert adjusted is not None
+    assert torch.allclose(adjusted, expected, atol=1e-6)
+    assert torch.equal(logits, before)

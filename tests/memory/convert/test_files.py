@@ -310,7 +310,7 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN, source)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(ConfigError, match="can convert deepseek_v41, not llama"):
+    with pytest.raises(ConfigError, match="can convert deepseek_v4, deepseek_v41, not llama"):
         convert(source, tmp_path / "out", Choices(experts=NF4))
 
 

@@ -105,7 +105,11 @@ def test_more_vram_makes_nothing_slower_than_the_cpus_lost_help(
     e = Efficiency()
     help_of_cpu = machine.dram_bytes_per_s * e.bus_share / (gpus[0].memory_bytes_per_s * e.vram_share)
     times = [m.decode(workload.sequences, workload.context).total_s for m in (before, after)]
-    assert times[1] <= times[0] * (1 + help_of_cpu) + len(shape.layers) * e.gpu_hop_s
+    starting = sum(  # layers on a GPU, where none may have been before
+        e.gpu_layer_s + e.round_trip_s if n.launches is None else n.launches * e.launch_s + e.hand_over_s
+        for n in shape.layers
+    )
+    assert times[1] <= times[0] * (1 + help_of_cpu) + len(shape.layers) * e.gpu_hop_s + starting
 
 
 def steps(workload: Workload) -> list[Callable[[CostModel], StepCost]]:

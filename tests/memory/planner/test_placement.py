@@ -137,3 +137,19 @@ def test_an_embedding_makes_room_for_experts_on_their_way(gigabytes: float) -> N
 def test_what_every_token_reads_must_not_lie_on_disk() -> None:
     placement = plan(FLASH, replace(MACHINE, dram_bytes=6 * GB, gpus=()), Workload(8192, 1))
     assert "dense" in missing_kinds(placement)
+
+
+def test_what_weights_take_beyond_their_file_is_set_aside_where_they_lie() -> None:
+    v3 = released_shape("deepseek-v3")
+    more = sum(layer.decoded for layer in v3.layers)
+    machine = load_profile("2x4090-256g")
+    placed = plan(v3, machine, Workload(8192))
+    aside = [reserve for reserve in placed.reserves if reserve.name == "decoded weights"]
+    assert sum(reserve.nbytes for reserve in aside) == more > 3e9
+    assert {reserve.tier for reserve in aside} == {p.tier for p in placed.places if p.kind == "dense"}
+    plain = replace(v3, layers=tuple(replace(layer, decoded=0) for layer in v3.layers))
+    experts = [
+        sum(p.experts(n).get("nvme", 0) for n in range(61))
+        for p in (placed, plan(plain, machine, Workload(8192)))
+    ]
+    assert experts[0] - experts[1] == pytest.approx(more / v3.expert_nbytes, abs=4)

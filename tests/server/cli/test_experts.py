@@ -60,6 +60,12 @@ def test_a_model_of_the_hub_is_run_with_its_experts_encoded(
     (folder,) = cache.iterdir()
     assert folder.name.startswith("org--moe-mxfp4-")
 
+    removed = invoke("rm", "org/moe", "--yes")
+
+    assert removed.returncode == 0
+    assert removed.stdout.splitlines()[-1].startswith("Removed its experts in other formats too, ")
+    assert not list(cache.iterdir())
+
 
 @pytest.mark.slow
 def test_what_cannot_be_encoded_is_not_downloaded(hub: Hub) -> None:

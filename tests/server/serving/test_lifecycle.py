@@ -60,7 +60,7 @@ def test_while_it_drains_new_requests_are_told_so_and_probes_are_answered(start_
     server = start_server(TINY).await_ready()
     with (
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
-        client.completions.create(**LONG | {"max_tokens": 400}, stream=True) as running,
+        client.completions.create(**LONG, stream=True) as running,
     ):
         next(running)
         server.signal(signal.SIGTERM)

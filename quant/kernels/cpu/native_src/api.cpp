@@ -36,7 +36,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 17; }
+EXPORT int loci_interface() { return 18; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -157,8 +157,13 @@ EXPORT void loci_draw(int level, int threads, const float* logits, int64_t vocab
     draw({*level_at(level), threads, false}, logits, vocab, draws, n, tokens);
 }
 
-EXPORT double loci_best_logits(int level, int threads, const float* logits, int64_t vocab, int64_t top, int64_t* ids) {
-    return best_logits({*level_at(level), threads, false}, logits, vocab, top, ids);
+EXPORT void loci_log_probabilities(int level, int threads, const float* logits, int64_t vocab, int64_t token,
+                                   int64_t top, int64_t* ids, double* values) {
+    log_probabilities({*level_at(level), threads, false}, logits, vocab, token, top, ids, values);
+}
+
+EXPORT void loci_mask(int level, const float* logits, int64_t vocab, const uint8_t* bits, int64_t bytes, float* out) {
+    mask(*level_at(level), logits, vocab, bits, bytes, out);
 }
 
 // Reads n bytes with as many threads, each its own part, in one or four streams; what a kernel is measured by.

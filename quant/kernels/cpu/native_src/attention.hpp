@@ -25,8 +25,11 @@ void score_rows(const float* const* q, const float* const* keys, int64_t n, int6
                 for (int r = 0; r < R; ++r) sums[i][r] = fma(w, x[r], sums[i][r]);
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int i = 0; i < K && k + i < n; ++i) scores[r * kKeyBlock + k + i] = reduce(sums[i][r]);
+        for (int r = 0; r < R; ++r) {
+            F32 of_row[K];
+            for (int i = 0; i < K; ++i) of_row[i] = sums[i][r];
+            store_sums(scores + r * kKeyBlock + k, of_row);  // behind the n-th, what nobody reads
+        }
     }
 }
 

@@ -203,22 +203,24 @@ void draw(const Team& team, const float* logits, int64_t vocab, const Draw* draw
     });
 }
 
-double best_logits(const Team& team, const float* logits, int64_t vocab, int64_t top, int64_t* ids) {
-    thread_local std::vector<float> values_of_caller;
+void log_probabilities(const Team& team, const float* logits, int64_t vocab, int64_t token, int64_t top, int64_t* ids,
+                       double* values) {
+    thread_local std::vector<float> exponentials_of_caller;
     thread_local std::vector<double> sums_of_caller;
-    std::vector<float>& values = values_of_caller;
+    std::vector<float>& exponentials = exponentials_of_caller;
     std::vector<double>& sums = sums_of_caller;
     const int64_t blocks = divide_up(vocab, kSpan);
     float most;
     largest_values(team, logits, 1, vocab, &most);
-    if (!std::isfinite(most)) return __builtin_nan("");
-    values.resize(static_cast<size_t>(vocab));
+    exponentials.resize(static_cast<size_t>(vocab));
     sums.resize(static_cast<size_t>(blocks));
     turns(team, 1, vocab, [&](int64_t, int64_t first, int64_t last) {
         for (int64_t at = first; at < last; at += kSpan)
             sums[static_cast<size_t>(at / kSpan)] =
-                team.level.exponentials(logits + at, std::min(last - at, kSpan), most, 1, values.data() + at);
+                team.level.exponentials(logits + at, std::min(last - at, kSpan), most, 1, exponentials.data() + at);
     });
+    const double total = static_cast<double>(most) + std::log(sum_of(sums.data(), blocks));  // NaN with any NaN
+    values[0] = static_cast<double>(logits[token]) - total;
     if (top > 0) {
         // The best so far, the worst of them in front: hardly any column gets behind the first comparison.
         thread_local std::vector<uint64_t> best;
@@ -246,9 +248,21 @@ double best_logits(const Team& team, const float* logits, int64_t vocab, int64_t
             }
         }
         std::sort(best.begin(), best.end(), std::greater<>());
-        for (size_t i = 0; i < best.size(); ++i) ids[i] = column_of(best[i]);
+        for (size_t i = 0; i < best.size(); ++i) {
+            ids[i] = column_of(best[i]);
+            values[1 + i] = static_cast<double>(logits[ids[i]]) - total;
+        }
     }
-    return static_cast<double>(most) + std::log(sum_of(sums.data(), blocks));
+}
+
+void mask(const Level& level, const float* logits, int64_t vocab, const uint8_t* bits, int64_t bytes, float* out) {
+    thread_local std::vector<uint32_t> words;
+    words.assign(static_cast<size_t>(divide_up(vocab, 32)), 0);
+    std::memcpy(words.data(), bits, static_cast<size_t>(std::min(bytes, divide_up(vocab, 8))));
+    const int64_t whole = vocab / 32 * 32;
+    level.masked(logits, words.data(), whole, out);
+    for (int64_t c = whole; c < vocab; ++c)
+        out[c] = words[static_cast<size_t>(c / 32)] >> c % 32 & 1 ? logits[c] : -__builtin_inff();
 }
 
 }  // namespace loci

@@ -16,8 +16,13 @@ struct Draw {
 // alone.
 void draw(const Team& team, const float* logits, int64_t vocab, const Draw* draws, int64_t n, int64_t* tokens);
 
-// The `top` best of logits [vocab] into ids [top], best first, of equal ones the first; returns the logarithm of the
-// sum of all exponentials, NaN where they are not numbers.
-double best_logits(const Team& team, const float* logits, int64_t vocab, int64_t top, int64_t* ids);
+// Log probabilities under logits [vocab]: values [1 + top] are those of `token` and of the `top` best tokens, whose ids
+// [top] are best first, of equal ones the first.
+void log_probabilities(const Team& team, const float* logits, int64_t vocab, int64_t token, int64_t top, int64_t* ids,
+                       double* values);
+
+// out [vocab] = logits where a token's bit is 1, minus infinity where it is 0 or missing: bits [bytes], the lowest
+// first.
+void mask(const Level& level, const float* logits, int64_t vocab, const uint8_t* bits, int64_t bytes, float* out);
 
 }  // namespace loci

@@ -170,6 +170,7 @@ struct Level {
     void (*gate_sums)(const float* a, const float* b, const float* c, int64_t n, double* sums);
     float (*largest_value)(const float* x, int64_t n);
     double (*exponentials)(const float* x, int64_t n, float most, float factor, float* out);
+    void (*masked)(const float* x, const uint32_t* bits, int64_t n, float* out);
     uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
     uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
 };

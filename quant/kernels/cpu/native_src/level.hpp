@@ -73,6 +73,7 @@ constexpr Level make_level(const char* name) {
     level.delta_columns = delta_columns;
     level.largest_value = largest_value;
     level.exponentials = exponentials;
+    level.masked = masked;
     level.read = read_bytes;
     level.read_rows = read_rows;
     return level;

@@ -15,13 +15,20 @@ ALWAYS_INLINE void ask_ahead(const Panel& panel, int64_t at, int64_t bytes) {
 // Two vectors of rows share each activation that is broadcast, as long as registers hold all sums.
 constexpr int vectors_at_once(int sums) { return 2 * sums <= kSumRegisters ? 2 : 1; }
 
-// Sums of descending weight together, in units of the last (of the first of three). Each counts 128 times the next; the
-// first comes multiplied with that.
-template <int S>
+// Whether the three sums of a part of a block fit an integer together: those of codes of up to six bits.
+template <class Format>
+constexpr bool fits_integer() {
+    constexpr int64_t kMost = int64_t{Format::kLargest} * 64 * kBlock / Format::kParts;
+    return Format::kDigits == 1 && kMost * (128 * 128 + 128 + 1) < int64_t{1} << 31;
+}
+
+// Sums of descending weight together, in units of the last. Each counts 128 times the next; the first comes multiplied
+// with that.
+template <int S, bool FitsInteger>
 ALWAYS_INLINE F32 combine(const I32* sums) {
     if constexpr (S == 1) return to_float(sums[0]);
     else if constexpr (S == 2) return to_float(add(sums[0], sums[1]));
-    // the upper two fit the 24 bits of a float for four-bit codes, 31 for others
+    else if constexpr (FitsInteger) return to_float(add(shift_left_7(add(sums[0], sums[1])), sums[2]));
     else return fma(to_float(add(sums[0], sums[1])), splat(128.0f), to_float(sums[2]));
 }
 
@@ -111,7 +118,7 @@ void integer_panel(const Panel& panel, const void* const* x, float* out) {
                                 sums[s] = dots[t][s][r].end(s == 0 && S > 1 ? 128 : 1);
                             }
                             F32& sum = y[t][v + r];
-                            sum = fma(mul(combine<S>(sums), splat(xs[t]->scale)), scale, sum);
+                            sum = fma(mul(combine<S, fits_integer<Format>()>(sums), splat(xs[t]->scale)), scale, sum);
                             if (Format::kConstant)
                                 sum = format.constant(header, blocks, b, part, row, totals[t][part], sum);
                         }

@@ -60,7 +60,7 @@ struct Operation {
     Kind kind;
     const void* in[6];
     void* out[4];
-    int64_t sizes[8];
+    int64_t sizes[9];
     float factor;
 };
 

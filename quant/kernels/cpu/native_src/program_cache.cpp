@@ -21,8 +21,10 @@ bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio 
 // keys and values [rows][kv_heads][dim] to their places in a layer's cache; or keys alone, of which values are a part
 void run_append(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], head_stride = op.sizes[2], slot_stride = op.sizes[3];
+    const int64_t ring = op.sizes[4];  // places, or 0: as many as there are positions
     parallel_for(step.rows, step.rows < kRowsWorthSharing ? 1 : team.threads, [&](int64_t r) {
-        const int64_t to = step.slots[r] * slot_stride + step.positions[r] * dim;
+        const int64_t place = ring > 0 ? step.positions[r] % ring : step.positions[r];
+        const int64_t to = step.slots[r] * slot_stride + place * dim;
         for (int side = 0; side < 2 && op.in[side] != nullptr; ++side)
             for (int64_t h = 0; h < heads; ++h)
                 std::memcpy(floats(op.out[side]) + to + h * head_stride, floats(op.in[side]) + (r * heads + h) * dim,
@@ -35,7 +37,7 @@ void run_append(const Team& team, const Operation& op, const StepInput& step) {
 // [heads] or none
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2], value_dim = op.sizes[6];
-    const int64_t choices = op.sizes[7];
+    const int64_t choices = op.sizes[7], ring = op.sizes[8];
     std::vector<Attend> calls(static_cast<size_t>(step.rows));
     std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
@@ -53,6 +55,11 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         call.before = step.positions[r];
         call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
         call.sink = floats(op.in[3]);
+        if (ring > 0) {
+            call.ring = ring;
+            call.before = std::min(call.window - 1, call.before);
+            call.first = step.positions[r] - call.before;
+        }
         if (choices > 0) {
             call.window = 0;
             call.more = call.keys;

@@ -128,4 +128,10 @@ double exponentials(const float* x, int64_t n, float most, float factor, float* 
     return sum;
 }
 
+// out [n] = x where its bit is 1, minus infinity where it is 0; n is a multiple of 32.
+void masked(const float* x, const uint32_t* bits, int64_t n, float* out) {
+    for (int64_t k = 0; k < n; k += 32)
+        for (uint32_t i = 0; i < 32; ++i) out[k + i] = bits[k / 32] >> i & 1 ? x[k + i] : -__builtin_inff();
+}
+
 }  // namespace

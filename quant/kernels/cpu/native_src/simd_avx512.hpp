@@ -74,6 +74,15 @@ ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) { return _mm512_reduce_add_ps(a); }
+// The sums of four vectors' lanes, side by side.
+ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[4]) {
+    const F32 first = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    const F32 second = add(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    const __m512d a = _mm512_castps_pd(first), b = _mm512_castps_pd(second);
+    const F32 sums = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 ALWAYS_INLINE F32 load_half(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

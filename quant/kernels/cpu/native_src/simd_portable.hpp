@@ -136,6 +136,11 @@ ALWAYS_INLINE float reduce(F32 a) {
     for (int i = 0; i < 16; ++i) s += a[i];
     return s;
 }
+// The sums of vectors' lanes, side by side.
+template <int N>
+ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[N]) {
+    for (int i = 0; i < N; ++i) to[i] = reduce(v[i]);
+}
 // fp16 bits to float: the magnitude shifted into place is off by 2^112, which a product mends, subnormals
 // included; infinities and NaN keep their exponent of all ones.
 ALWAYS_INLINE F32 half_to_float(U32 h) {
