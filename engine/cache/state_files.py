@@ -1,9 +1,9 @@
 """One saved state as a file: what a cache's slot held after a text.
 
-A safetensors file, so nothing in it can be executed. It has all token ids of the text; the rows that the cache
-appended for its last part, from `start` on; what the cache held at the end besides; perhaps the logits there.
-Rows before `start` are in the file of a shorter text. A checksum of each tensor is among the metadata: a file
-that was cut short or changed is found out before anything of it is used.
+A safetensors file, so nothing in it can be executed. It has all token ids of the text; the rows that the
+cache appended for its last part, from `start` on; what the cache held at the end besides; perhaps the logits
+there. Rows before `start` are in the file of a shorter text. A checksum of each tensor is among the metadata:
+a file that was cut short or changed is found out before anything of it is used.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class State:
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         logits = () if self.logits is None else (self.logits,)
-        return self.header.tokens.nbytes + sum(t.nbytes for t in (*self.rows, *self.recent, *logits))
+        tensors = (*self.rows, *self.recent, *logits)
+        return 4 * len(self.header.tokens) + sum(int(tensor.nbytes) for tensor in tensors)
 
 
 def write_state(path: Path, state: State) -> None:

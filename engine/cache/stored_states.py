@@ -241,12 +241,12 @@ class StoredStates:
 
     # ---------------------------------------------------------------------------------------- writing
 
-    def save(self, slot: int, tokens: Ids, salt: str, logits: torch.Tensor | None) -> None:
+    def save(self, slot: int, tokens: Sequence[int] | Ids, salt: str, logits: torch.Tensor | None) -> None:
         """Write the state of `slot`, which holds exactly `tokens`, soon; `logits` are those after them.
 
         Does nothing where it is there, or where the memory for what is not written yet is full.
         """
-        ids = tokens
+        ids = np.asarray(tokens, dtype=np.int32)
         key = _salt_digest(salt)
         end = Hashes(key).then(ids).digest
         path = self._folder / f"{end.hex()}{ENDING}"
@@ -284,7 +284,7 @@ class StoredStates:
         return rows + recent + 4 * stop + (0 if logits is None else logits.nbytes)
 
     def _known_rows(self, ids: Ids, salt: str) -> tuple[int, _Record | None, list[bytes]]:
-        """Up to where files have the rows of a text, the last of them, and digests of the blocks after that."""
+        """Up to where files have a text's rows, the last of them, and digests of the blocks after that."""
         start, parent = 0, None
         digests: list[bytes] = []
         at = Hashes(salt)

@@ -13,16 +13,21 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
 from engine.cache.state_files import ENDING
 from engine.cache.stored_states import StatesOnDisk, StoredStates, remove_states, states_in
+from engine.engine import Engine
 from engine.families.base import Batch, KvCache, Model
+from engine.families.loader import load as load_all
 from engine.families.registry import family_of
+from engine.sampling.params import SamplingParams
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
+from tests.engine.chat.answers import Answer
 from tests.engine.families.golden_families import family_path
 
 CAPACITY = 300
@@ -231,6 +236,35 @@ def test_states_are_listed_and_removed_by_model(bench: Bench) -> None:
     assert of.nbytes == bench.files()[0].stat().st_size
     remove_states(of)
     assert states_in(bench.folder) == []
+
+
+def test_a_model_whose_files_or_arithmetic_differ_is_another(tmp_path: Path) -> None:
+    budget = MemoryBudget(1 << 30)
+    original = golden_path("v41-a")
+    identity = identity_of(open_safetensors(original), budget)
+    assert identity_of(open_safetensors(original), budget) == identity
+    copy = shutil.copytree(original, tmp_path / "copy", copy_function=shutil.copy)
+    assert identity_of(open_safetensors(copy), budget) != identity
+
+
+def test_an_engine_that_starts_again_goes_on_where_it_was(bench: Bench) -> None:
+    loaded = load_all(golden_path("v41-a"))
+    on_disk = StatesOnDisk(bench.folder, PLENTY, "this", "tiny")
+    ids, texts, cached = some_ids(20, 150), [], []
+    for _ in range(2):
+        engine = Engine(
+            loaded.model, loaded.tokenizer, max_sequences=2, max_context=CAPACITY,
+            prefix_cache_bytes=1 << 26, on_disk=on_disk,
+        )  # fmt: skip
+        engine.start()
+        answer = Answer()
+        engine.submit(ids, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), answer)
+        texts.append(answer.wait().token_ids)
+        cached.append(answer.outputs[0].cached_tokens)
+        engine.stop()
+    loaded.model.close()
+    assert cached == [0, 150]
+    assert texts[0] == texts[1]
 
 
 def test_a_folder_that_cannot_be_made_is_named(bench: Bench) -> None:
