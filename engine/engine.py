@@ -14,6 +14,7 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
 from engine.cache.prefix import PrefixCache, PrefixStats
+from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
 from engine.families.base import KvCache, Model
 from engine.grammar.constraint import GrammarCompiler
 from engine.output import FinishReason
@@ -28,6 +29,9 @@ from memory.hardware.detect import available_memory_bytes
 from quant.errors import BudgetError, CapacityError, RequestError
 
 logger = logging.getLogger("loci.engine")
+
+# Of the prefix cache's memory, for states on their way to disk.
+PENDING_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class EngineStats:
     step_s: float
     forward_s: float
     prefixes: PrefixStats | None = None
+    stored: StoredStats | None = None
     is_failing: bool = False
 
 
@@ -66,8 +71,8 @@ class Engine:
     for them is allocated here. A step computes at most `prefill_chunk` tokens; while answers run, prompts get
     only what takes about `prefill_step_s`. Up to `max_waiting` more sequences are queued, further ones
     refused. The states of prompts and answers are cached for later prompts with the same beginning, in up to
-    `prefix_cache_bytes` (0 turns this off). After each step, whose outputs are reported one by one, the
-    engine's thread calls `between_steps`.
+    `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. After each step, whose
+    outputs are reported one by one, the engine's thread calls `between_steps`.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Engine:
         prefill_step_s: float = math.inf,
         max_waiting: int = 256,
         prefix_cache_bytes: int = 0,
+        on_disk: StatesOnDisk | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -88,7 +94,10 @@ class Engine:
         self._max_context = min(max_context, model.info.max_context)
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
         self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
-        prefixes = PrefixCache(self._cache, prefix_cache_bytes) if prefix_cache_bytes else None
+        pending = int(prefix_cache_bytes * PENDING_SHARE) if on_disk is not None else 0
+        self._stored = None if on_disk is None else StoredStates(self._cache, on_disk, pending)
+        in_memory = prefix_cache_bytes - pending
+        prefixes = PrefixCache(self._cache, in_memory, self._stored) if prefix_cache_bytes else None
         self._scheduler = Scheduler(
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
@@ -123,6 +132,8 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        if self._stored is not None:
+            self._stored.close()
         self.grammars.close()
 
     def submit(
@@ -161,6 +172,8 @@ class Engine:
             on_output=on_output,
             cache_salt=cache_salt,
         )
+        if self._stored is not None:
+            self._stored.expect(ids, cache_salt)
         with self._wake:
             if self._stopping or not self.is_alive:
                 raise CapacityError("the engine is not running; ask the server's operator to restart it")
@@ -197,6 +210,7 @@ class Engine:
             step_s=steps.step_s,
             forward_s=steps.forward_s,
             prefixes=None if steps.prefixes is None else steps.prefixes.stats,
+            stored=None if self._stored is None else self._stored.stats,
             is_failing=steps.is_failing,
         )
 

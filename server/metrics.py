@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.cache.stored_states import StoredStats
 from engine.engine import EngineStats
 from engine.families.base import Model
 from engine.output import Output
@@ -140,6 +141,7 @@ class _EngineCollector(Collector):
                 "Budget of the prefix cache in bytes.",
                 prefixes.budget_bytes,
             )
+        yield from _states_on_disk(now.stored)
         tiers = GaugeMetricFamily(
             "loci_tier_memory_bytes",
             "Bytes allocated in a memory tier, by content.",
@@ -195,6 +197,21 @@ def _movements(seen: Snapshot) -> Iterator[Metric]:
         "loci_stall_seconds", "Time computation stalled on transfers, by link and reason.", seen.stalled_s
     )
     yield counter("loci_engram_rows", "Engram rows, by where they were found.", "rows", seen.rows)
+
+
+def _states_on_disk(now: StoredStats | None) -> Iterator[Metric]:
+    if now is None:
+        return
+    for name, text, count in (
+        ("hits", "Prompts of which a state was read from disk.", now.hits),
+        ("tokens", "Prompt tokens served from states on disk.", now.cached_tokens),
+        ("written", "States written to disk.", now.written),
+        ("evictions", "States removed from disk to make room for newer ones.", now.evictions),
+        ("refused", "States not written: memory or disk were full.", now.refused),
+    ):
+        yield CounterMetricFamily(f"loci_prefix_disk_{name}", text, count)
+    yield GaugeMetricFamily("loci_prefix_disk_bytes", "Size of the states on disk in bytes.", now.nbytes)
+    yield GaugeMetricFamily("loci_prefix_disk_budget_bytes", "Budget of these states.", now.budget_bytes)
 
 
 class _ProcessCollector(Collector):

@@ -69,6 +69,15 @@ class Settings(BaseSettings):
         description="Memory for the prefix cache, e.g. 2GiB: prompts that begin like an earlier prompt or "
         "answer skip that part. 0 turns it off. Default: a tenth of the remaining memory.",
     )
+    prefix_disk: str | None = Field(
+        None,
+        description="Disk space for the prefix cache, e.g. 50GiB: states of prompts and answers are written "
+        "there too, and found again after a restart. They can be read back as text: keep the directory "
+        "private. Default: none.",
+    )
+    prefix_dir: Path | None = Field(
+        None, description="Directory of these states. Default: ~/.cache/loci/states."
+    )
     dram_budget: str | None = Field(
         None,
         description="Memory for weights, e.g. 16GiB; what does not fit is read from disk when needed. "

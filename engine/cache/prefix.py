@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.cache.stored_states import StoredStates
 from engine.families.base import KvCache
 from memory.planner.published import KV_MARGIN
 
@@ -102,11 +103,13 @@ class PrefixCache:
     """Saves and restores the state of a cache's slots, within `budget_bytes`; the least recently used
     goes first. Used by one thread; `stats` may be read by others.
 
-    Prefixes saved under one `salt` are found under the same only.
+    Prefixes saved under one `salt` are found under the same only. With `stored`, they are saved to disk too,
+    and longer ones found there.
     """
 
-    def __init__(self, cache: KvCache, budget_bytes: int) -> None:
+    def __init__(self, cache: KvCache, budget_bytes: int, stored: StoredStates | None = None) -> None:
         self._cache = cache
+        self._stored = stored
         self._budget_bytes = budget_bytes
         self._roots: dict[str, _Node] = {}
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
@@ -131,19 +134,21 @@ class PrefixCache:
         last = len(ids) - 1
         shared = path[-1].stop if path else 0
         end, length = self._best_end(path, ids)
-        divergence = min(shared, last)
-        wanted = {divergence}
+        logits, on_disk = None, 0
+        if self._stored is not None and self._stored.longest(ids, salt) >= length + MIN_GAIN:
+            on_disk, logits = self._stored.restore(slot, ids, salt)
+        if on_disk:
+            length = on_disk
+        elif end is not None:
+            self._load(slot, path, end, length)
+            self._ends.move_to_end(end)
+            logits = end.logits if length > last else None
+        self._hits += length > 0
+        self._cached_tokens += length
+        wanted = {min(shared, last)}
         if self._cache.margin < KV_MARGIN:
             wanted.add(len(ids) - KV_MARGIN)
-        stops = tuple(stop for stop in sorted(wanted) if stop - length >= MIN_GAIN)
-        if end is None:
-            return Prefix(0, None, stops)
-        self._hits += 1
-        self._cached_tokens += length
-        self._load(slot, path, end, length)
-        self._ends.move_to_end(end)
-        logits = end.logits if length > last else None
-        return Prefix(length, logits, stops)
+        return Prefix(length, logits, tuple(stop for stop in sorted(wanted) if stop - length >= MIN_GAIN))
 
     def save(self, slot: int, tokens: list[int], salt: str = "", logits: torch.Tensor | None = None) -> None:
         """Save the state of `slot`, which holds exactly `tokens`; `logits` `[vocab]` are those after them.
@@ -151,6 +156,8 @@ class PrefixCache:
         Does nothing where the budget could not hold it.
         """
         ids = np.asarray(tokens, dtype=np.int32)
+        if self._stored is not None:
+            self._stored.save(slot, ids, salt, logits)
         recent = self._cache.recent(slot, len(ids))
         at_end = sum(t.nbytes for t in recent) + (0 if logits is None else logits.nbytes)
         if self._edge_bytes(slot, 0, len(ids)) + at_end > self._budget_bytes:

@@ -18,6 +18,7 @@ from server.cli.profile import profile
 from server.cli.pull import list_models, pull, rm
 from server.cli.quantize import quantize
 from server.cli.serve import serve
+from server.cli.states import cache
 from server.cli.synth import synth
 from server.cli.top import top
 
@@ -35,6 +36,7 @@ app.command()(demo)
 app.command()(pull)
 app.command("list")(list_models)
 app.command()(rm)
+app.command()(cache)
 app.command()(info)
 app.command()(logits)
 app.command()(plan)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from engine.cache.identity import identity_of
+from engine.cache.stored_states import StatesOnDisk, states_folder
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.base import Model
@@ -20,6 +22,7 @@ from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
 from memory.planner.budget import MemoryBudget, unused_gpus_notice
 from memory.planner.placement import Workload
+from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.serving.generation import Generation, Wakeups
@@ -109,6 +112,7 @@ def bring_up(prepared: Prepared) -> Served:
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
+        on_disk=_states_on_disk(prepared, prefix_bytes),
     )
     engine.start()
     return Served(prepared.name, loaded, engine)
@@ -129,6 +133,21 @@ def _parsed_prefix_cache(settings: Settings) -> int | None:
     if text is None:
         return None
     return 0 if text.strip() == "0" else parse_bytes(text)
+
+
+def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | None:
+    """Where states of prompts are written, if anywhere. Raises ConfigError."""
+    settings = prepared.settings
+    if settings.prefix_disk is None or settings.prefix_disk.strip() == "0":
+        return None
+    if not prefix_bytes:
+        raise ConfigError("--prefix-disk needs memory for states on their way to disk: raise --prefix-cache")
+    return StatesOnDisk(
+        settings.prefix_dir or states_folder(),
+        parse_bytes(settings.prefix_disk),
+        identity_of(prepared.opened.checkpoint, prepared.budget),
+        prepared.name,
+    )
 
 
 class Service:

@@ -1,0 +1,274 @@
+"""States on disk survive a restart, are never misread, and keep to their budget."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import stat
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from engine.cache.identity import identity_of
+from engine.cache.prefix import PrefixCache
+from engine.cache.state_files import ENDING
+from engine.cache.stored_states import StatesOnDisk, StoredStates, remove_states, states_in
+from engine.engine import Engine
+from engine.families.base import Batch, KvCache, Model
+from engine.families.loader import load as load_all
+from engine.families.registry import family_of
+from engine.sampling.params import SamplingParams
+from memory.checkpoint.safetensors_files import open_safetensors
+from memory.planner.budget import MemoryBudget
+from quant.errors import ConfigError
+from quant.kernels.choice import choose
+from tests.conftest import golden_path
+from tests.engine.chat.answers import Answer
+from tests.engine.families.golden_families import family_path
+
+CAPACITY = 300
+PLENTY = 1 << 30
+
+
+class Bench(NamedTuple):
+    model: Model
+    folder: Path
+
+    def cache(self) -> KvCache:
+        return self.model.new_cache(1, CAPACITY)
+
+    def stored(
+        self, cache: KvCache, budget: int = PLENTY, identity: str = "this", pending: int = PLENTY
+    ) -> StoredStates:
+        return StoredStates(cache, StatesOnDisk(self.folder, budget, identity, "tiny"), pending)
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"*/*{ENDING}"), key=lambda path: path.stat().st_mtime)
+
+
+def load(path: Path) -> Model:
+    checkpoint = open_safetensors(path)
+    return family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(1 << 30))
+
+
+@pytest.fixture(scope="module")
+def v41() -> Iterator[Model]:
+    model = load(golden_path("v41-a"))
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def bench(v41: Model, tmp_path: Path) -> Bench:
+    return Bench(v41, tmp_path / "states")
+
+
+def some_ids(seed: int, count: int) -> list[int]:
+    return torch.randint(2, 250, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def compute(model: Model, cache: KvCache, ids: list[int]) -> torch.Tensor:
+    """All logits of a slot's next tokens."""
+    return model.forward(Batch.of([(0, cache.length(0), ids)], all_logits=True), cache)
+
+
+def write(bench: Bench, *texts: list[int], budget: int = PLENTY, salt: str = "") -> None:
+    """What a server does that computes these texts and ends."""
+    cache = bench.cache()
+    stored = bench.stored(cache, budget)
+    prefixes = PrefixCache(cache, PLENTY, stored)
+    for ids in texts:
+        cache.reset(0)
+        prefix = prefixes.restore(0, ids, salt)
+        logits = compute(bench.model, cache, ids[prefix.length :])
+        prefixes.save(0, ids, salt, logits[-1])
+    stored.close()
+
+
+def found(bench: Bench, prompt: list[int], salt: str = "", identity: str = "this") -> int:
+    """How many tokens of a prompt a server finds that starts now."""
+    cache = bench.cache()
+    stored = bench.stored(cache, identity=identity)
+    cache.reset(0)
+    length = PrefixCache(cache, PLENTY, stored).restore(0, prompt, salt).length
+    stored.close()
+    assert cache.length(0) == length
+    return length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v41-a", "deepseek_v4", "qwen3_next", "deepseek_v32"])
+def test_after_a_restart_the_same_bits_follow_wherever_a_conversation_had_paused(
+    name: str, tmp_path: Path
+) -> None:
+    model = load(golden_path(name) if name == "v41-a" else family_path(name))
+    bench = Bench(model, tmp_path)
+    ids = some_ids(1, 290)
+    cuts = [0, 40, 64, 130, 131, 256, 289]
+    cache = bench.cache()
+    stored, cache_2 = bench.stored(cache), bench.cache()
+    logits = []
+    for start, stop in pairwise(cuts):
+        logits.append(compute(model, cache, ids[start:stop]))
+        PrefixCache(cache, PLENTY, stored).save(0, ids[:stop])
+    stored.close()
+    again = bench.stored(cache_2)
+    for start, stop in pairwise(cuts):
+        cache_2.reset(0)
+        length = PrefixCache(cache_2, PLENTY, again).restore(0, ids[: start + 1]).length
+        assert length == start
+        rest = compute(model, cache_2, ids[start:stop])
+        assert torch.equal(rest, logits[cuts.index(start)])
+    again.close()
+    model.close()
+
+
+def test_a_prompt_that_was_answered_needs_no_computing_after_a_restart(bench: Bench) -> None:
+    ids = some_ids(2, 100)
+    write(bench, ids)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    prefix = PrefixCache(cache, PLENTY, stored).restore(0, ids)
+    expected = compute(bench.model, bench.cache(), ids)[-1]
+    assert prefix.length == 100
+    assert prefix.logits is not None
+    assert torch.equal(prefix.logits, expected)
+    stored.close()
+
+
+def test_the_end_of_a_text_can_be_taken_back_as_far_as_in_memory(bench: Bench) -> None:
+    ids = some_ids(3, 120)
+    write(bench, ids)
+    assert found(bench, [*ids[:110], 7, 8, 9]) == 110
+    assert found(bench, [*ids[:70], 7, 8, 9]) == 0
+
+
+def test_a_turn_writes_its_own_rows_only(bench: Bench) -> None:
+    turn = some_ids(4, 280)
+    write(bench, turn[:140], turn)
+    first, second = bench.files()
+    alone = bench._replace(folder=bench.folder / "alone")
+    write(alone, turn)
+    assert second.stat().st_size < alone.files()[0].stat().st_size
+    assert found(bench, [*turn, 1]) == 280
+    first.unlink()
+    assert found(bench, [*turn, 1]) == 0  # its first rows are gone
+    assert not second.exists()
+
+
+def test_others_cannot_find_or_read_a_state(bench: Bench) -> None:
+    ids = some_ids(5, 100)
+    write(bench, ids, salt="mine")
+    assert found(bench, ids, salt="mine") == 100
+    assert found(bench, ids, salt="yours") == 0
+    assert found(bench, ids, salt="mine", identity="another model") == 0
+    (state,) = bench.files()
+    assert stat.S_IMODE(state.stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "foreign", "empty"])
+def test_a_damaged_file_is_ignored_with_a_line_and_removed(
+    bench: Bench, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = some_ids(6, 100)
+    write(bench, ids)
+    (state,) = bench.files()
+    content = bytearray(state.read_bytes())
+    content[-100] ^= 1
+    state.write_bytes(
+        {
+            "cut": bytes(content[: len(content) // 2]),
+            "changed": bytes(content),
+            "foreign": b"text",
+            "empty": b"",
+        }[damage]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert found(bench, ids) == 0
+    assert len([line for line in caplog.messages if "a saved state is ignored" in line]) == 1
+    assert not state.exists()
+
+
+def test_the_least_recently_used_states_make_room(bench: Bench) -> None:
+    texts = [some_ids(seed, 100) for seed in range(10, 15)]
+    write(bench, texts[0])
+    size = bench.files()[0].stat().st_size
+    write(bench, *texts[1:3], budget=int(3.5 * size))
+    assert found(bench, texts[0]) == 100  # and so used last
+    write(bench, *texts[3:], budget=int(3.5 * size))
+    assert sum(path.stat().st_size for path in bench.files()) <= 3.5 * size
+    assert [found(bench, text) for text in texts] == [100, 0, 0, 100, 100]
+
+
+def test_a_full_disk_costs_a_line_and_nothing_else(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = shutil.disk_usage(bench.folder.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    ids = some_ids(7, 100)
+    with caplog.at_level(logging.WARNING):
+        write(bench, ids)
+    assert bench.files() == []
+    assert len([line for line in caplog.messages if "a state was not saved to disk" in line]) == 1
+
+
+def test_states_wait_in_bounded_memory(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    cache = bench.cache()
+    stored = bench.stored(cache, pending=1000)
+    compute(bench.model, cache, some_ids(8, 100))
+    with caplog.at_level(logging.WARNING):
+        PrefixCache(cache, PLENTY, stored).save(0, some_ids(8, 100))
+    stored.close()
+    assert stored.stats.refused == 1
+    assert bench.files() == []
+    assert "raise --prefix-cache" in caplog.text
+
+
+def test_states_are_listed_and_removed_by_model(bench: Bench) -> None:
+    write(bench, some_ids(9, 100))
+    (of,) = states_in(bench.folder)
+    assert (of.model, of.states) == ("tiny", 1)
+    assert of.nbytes == bench.files()[0].stat().st_size
+    remove_states(of)
+    assert states_in(bench.folder) == []
+
+
+def test_a_model_whose_files_or_arithmetic_differ_is_another(tmp_path: Path) -> None:
+    budget = MemoryBudget(1 << 30)
+    original = golden_path("v41-a")
+    identity = identity_of(open_safetensors(original), budget)
+    assert identity_of(open_safetensors(original), budget) == identity
+    copy = shutil.copytree(original, tmp_path / "copy", copy_function=shutil.copy)
+    assert identity_of(open_safetensors(copy), budget) != identity
+
+
+def test_an_engine_that_starts_again_goes_on_where_it_was(bench: Bench) -> None:
+    loaded = load_all(golden_path("v41-a"))
+    on_disk = StatesOnDisk(bench.folder, PLENTY, "this", "tiny")
+    ids, texts, cached = some_ids(20, 150), [], []
+    for _ in range(2):
+        engine = Engine(
+            loaded.model, loaded.tokenizer, max_sequences=2, max_context=CAPACITY,
+            prefix_cache_bytes=1 << 26, on_disk=on_disk,
+        )  # fmt: skip
+        engine.start()
+        answer = Answer()
+        engine.submit(ids, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), answer)
+        texts.append(answer.wait().token_ids)
+        cached.append(answer.outputs[0].cached_tokens)
+        engine.stop()
+    loaded.model.close()
+    assert cached == [0, 150]
+    assert texts[0] == texts[1]
+
+
+def test_a_folder_that_cannot_be_made_is_named(bench: Bench) -> None:
+    bench.folder.parent.mkdir(exist_ok=True)
+    bench.folder.write_text("a file")
+    with pytest.raises(ConfigError, match="no states can be kept there"):
+        bench.stored(bench.cache())
