@@ -2,9 +2,7 @@
 
 A state is a file (state_files.py) in a folder for its model, formats and cache layout: another model's states
 are never looked at. Rows of a text that an earlier file has already are not written again, so a conversation
-grows by a file a turn. Files are written behind, by a thread, and the least recently used go first. An index
-of digests says where a prompt goes on from: of texts' ends, and of every `BLOCK` tokens of what files hold
-rows of. Who may find a state is part of the digest (`salt`).
+grows by a file a turn. Files are written behind, by a thread, and the least recently used go first.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -36,50 +33,15 @@ from engine.cache.state_files import (
     read_state,
     write_state,
 )
+from engine.cache.state_folders import MODEL, state_files
+from engine.cache.state_index import Hashes, Record, StateIndex
 from engine.families.base import KvCache
-from memory.user_files import user_cache
 from quant.errors import ConfigError
 
 log = logging.getLogger("loci.prefixes")
 
-MODEL = "model"  # a file with the model's name, in its folder
-BLOCK = 64  # tokens between places where a file may go on from the rows of another
+ABANDONED_S = 3600  # after which a file that is not finished will not be
 LEFT_ON_DISK = 1 << 30  # bytes that others keep, whatever the budget
-
-
-def states_folder() -> Path:
-    """Where states are unless told otherwise."""
-    return user_cache() / "states"
-
-
-@dataclass(eq=False)
-class _Record:
-    """A file that is there, or is about to be.
-
-    blocks  digests of the beginnings, a block longer each, whose last rows are here
-    ends    digests of the texts whose state it gives, and their lengths: its end, and those just before it
-    parent  has the rows before `start`; children go on from rows here
-    """
-
-    path: Path
-    start: int
-    stop: int
-    shortest: int
-    has_logits: bool
-    nbytes: int
-    used: float
-    blocks: list[bytes]
-    ends: dict[bytes, int]
-    parent: _Record | None
-    children: set[_Record] = field(default_factory=set)
-    is_written: bool = True
-
-    def chain(self) -> list[_Record]:
-        """The files with all rows up to the state's end, from the first on."""
-        found: list[_Record] = [self]
-        while found[-1].parent is not None:
-            found.append(found[-1].parent)
-        return found[::-1]
 
 
 @dataclass(frozen=True)
@@ -125,10 +87,7 @@ class StoredStates:
         self._root, self._folder = folder, folder / _fingerprint(cache, of.identity)
         self._budget_bytes, self._pending_room = of.budget_bytes, pending_bytes
         self._lock = threading.Lock()
-        self._ends: dict[bytes, _Record] = {}
-        self._lengths: Counter[int] = Counter()  # of the texts in `_ends`
-        self._blocks: dict[bytes, _Record] = {}
-        self._records: dict[Path, _Record] = {}
+        self._index = StateIndex()
         self._hits = self._cached_tokens = self._written = self._evictions = self._refused = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -136,8 +95,8 @@ class StoredStates:
         except OSError as error:
             raise ConfigError(f"{folder}: no states can be kept there ({error.strerror})") from None
         self._find()
-        self._nbytes = sum(nbytes for _, _, nbytes in _files(self._root))
-        self._queue: SimpleQueue[tuple[_Record, State] | None] = SimpleQueue()
+        self._nbytes = sum(nbytes for _, _, nbytes in state_files(self._root))
+        self._queue: SimpleQueue[tuple[Record, State] | None] = SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="loci-states", daemon=True)
         self._writer.start()
 
@@ -159,12 +118,12 @@ class StoredStates:
     def longest(self, prompt: Ids, salt: str) -> int:
         """How many tokens of the prompt the best state has; 0 where there is none."""
         with self._lock:
-            return self._best(prompt, salt)[1]
+            return self._index.best(prompt, _salt_digest(salt))[1]
 
     def expect(self, prompt: Sequence[int], salt: str) -> None:
         """Let the system read ahead what `restore` will ask for."""
         with self._lock:
-            record, _ = self._best(np.asarray(prompt, dtype=np.int32), salt)
+            record, _ = self._index.best(np.asarray(prompt, dtype=np.int32), _salt_digest(salt))
         for each in [] if record is None else record.chain():
             with suppress(OSError), each.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -176,7 +135,7 @@ class StoredStates:
         where a file turned out to be damaged.
         """
         with self._lock:
-            record, length = self._best(prompt, salt)
+            record, length = self._index.best(prompt, _salt_digest(salt))
         if record is None:
             return 0, None
         logits: torch.Tensor | None = None
@@ -202,26 +161,7 @@ class StoredStates:
         self._cached_tokens += length
         return length, logits
 
-    def _best(self, ids: Ids, salt: str) -> tuple[_Record | None, int]:
-        """The state with the longest beginning of a prompt, and how much of it: all but the last token,
-        unless it has the logits behind that."""
-        hashes = [Hashes(_salt_digest(salt))]  # of the beginnings whose rows are in files, block by block
-        for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-            hashes.append(hashes[-1].then(ids[start : start + BLOCK]))
-            if hashes[-1].digest not in self._blocks:
-                break
-        most = min(len(ids), len(hashes) * BLOCK)
-        for length in sorted((length for length in self._lengths if length <= most), reverse=True):
-            blocks = min(length // BLOCK, len(hashes) - 1)
-            digest = hashes[blocks].then(ids[blocks * BLOCK : length]).digest
-            record = self._ends.get(digest)
-            if record is None or not record.is_written:
-                continue
-            if length < len(ids) or (record.has_logits and length == record.stop):
-                return record, length
-        return None, 0
-
-    def _check(self, state: State, record: _Record) -> None:
+    def _check(self, state: State, record: Record) -> None:
         """Raise StateFileError where a file has another layout than the cache."""
         wanted = [
             (record.stop // ratio - record.start // ratio, *view.shape[1:], view.dtype)
@@ -251,9 +191,9 @@ class StoredStates:
         end = Hashes(key).then(ids).digest
         path = self._folder / f"{end.hex()}{ENDING}"
         with self._lock:
-            if path in self._records:
+            if path in self._index.records:
                 return
-            start, parent, blocks = self._known_rows(ids, key)
+            start, parent, blocks = self._index.known_rows(ids, key)
             shortest = self._cache.shortest(slot)
             nbytes = self._state_bytes(slot, start, len(ids), logits)
             if nbytes > self._pending_room:
@@ -273,7 +213,7 @@ class StoredStates:
         recent = tuple(part.to("cpu", copy=True) for part in self._cache.recent(slot, len(ids)))
         state = State(header, rows, recent, None if logits is None else logits.clone())
         with self._lock:
-            record = self._add(path, header, nbytes, parent, blocks, is_written=False)
+            record = self._index.add(path, header, nbytes, parent, blocks, is_written=False)
         self._queue.put((record, state))
 
     def _state_bytes(self, slot: int, start: int, stop: int, logits: torch.Tensor | None) -> int:
@@ -282,53 +222,6 @@ class StoredStates:
         )
         recent = sum(part.nbytes for part in self._cache.recent(slot, stop))
         return rows + recent + 4 * stop + (0 if logits is None else logits.nbytes)
-
-    def _known_rows(self, ids: Ids, salt: str) -> tuple[int, _Record | None, list[bytes]]:
-        """Up to where files have a text's rows, the last of them, and digests of the blocks after that."""
-        start, parent = 0, None
-        digests: list[bytes] = []
-        at = Hashes(salt)
-        for first in range(0, len(ids) - BLOCK + 1, BLOCK):
-            at = at.then(ids[first : first + BLOCK])
-            found = self._blocks.get(at.digest)
-            if found is not None and not digests:
-                start, parent = first + BLOCK, found
-            else:
-                digests.append(at.digest)
-        return start, parent, digests
-
-    def _add(
-        self,
-        path: Path,
-        header: StateHeader,
-        nbytes: int,
-        parent: _Record | None,
-        blocks: list[bytes],
-        *,
-        is_written: bool,
-    ) -> _Record:
-        """Index a state: its blocks, its end, and the places before that it can be taken back to."""
-        stop = len(header.tokens)
-        first = max(header.shortest, 1)
-        at = Hashes(header.salt).then(header.tokens[:first])
-        ends = {at.digest: first}
-        for length in range(first + 1, stop + 1):
-            at = at.then(header.tokens[length - 1 : length])
-            ends[at.digest] = length
-        record = _Record(
-            path, header.start, stop, header.shortest, header.has_logits, nbytes, time.time(), blocks, ends,
-            parent, is_written=is_written,
-        )  # fmt: skip
-        for digest in blocks:
-            self._blocks.setdefault(digest, record)
-        for digest, length in ends.items():
-            if digest not in self._ends or length == stop:
-                self._lengths[length] += digest not in self._ends
-                self._ends[digest] = record
-        if parent is not None:
-            parent.children.add(record)
-        self._records[path] = record
-        return record
 
     def _write(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -351,13 +244,16 @@ class StoredStates:
 
     def _make_room(self, needed: int) -> None:
         """Remove states until `needed` bytes more are within the budget, and on the disk. Raises OSError."""
+        free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
+        if needed > min(self._budget_bytes, free + self._nbytes):
+            raise OSError(f"{needed / 1e6:.0f} MB do not fit on the disk, or in --prefix-disk")
         while True:
             free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
             if self._nbytes + needed <= self._budget_bytes and needed <= free:
                 return
             with self._lock:
-                own = [r for r in self._records.values() if r.is_written and not r.children]
-                foreign = [f for f in _files(self._root) if f[0].parent != self._folder]
+                own = [r for r in self._index.records.values() if r.is_written and not r.children]
+                foreign = [f for f in state_files(self._root) if f[0].parent != self._folder]
                 oldest = min(own, key=lambda r: r.used, default=None)
                 other = min(foreign, key=lambda f: f[1], default=None)
                 if other is not None and (oldest is None or other[1] < oldest.used):
@@ -369,28 +265,18 @@ class StoredStates:
                     raise OSError(f"{needed / 1e6:.0f} MB do not fit on the disk, or in --prefix-disk")
                 self._evictions += 1
 
-    def _forget(self, record: _Record) -> None:
-        """Remove a state, and those that go on from its rows."""
-        for child in list(record.children):
-            self._forget(child)
-        self._records.pop(record.path, None)
-        for digest in record.blocks:
-            if self._blocks.get(digest) is record:
-                del self._blocks[digest]
-        for digest, length in record.ends.items():
-            if self._ends.get(digest) is record:
-                del self._ends[digest]
-                self._lengths[length] -= 1
-                if not self._lengths[length]:
-                    del self._lengths[length]
-        if record.parent is not None:
-            record.parent.children.discard(record)
-        if record.is_written:
-            self._nbytes -= record.nbytes
-            record.path.unlink(missing_ok=True)
+    def _forget(self, record: Record) -> None:
+        """Remove a state, and those that go on from its rows. Holds the lock."""
+        for gone in self._index.remove(record):
+            if gone.is_written:
+                self._nbytes -= gone.nbytes
+                gone.path.unlink(missing_ok=True)
 
     def _find(self) -> None:
         """Index the folder's files, shorter texts first; those that cannot be used are removed."""
+        for path in self._folder.glob(".*.tmp"):
+            if path.stat().st_mtime < time.time() - ABANDONED_S:
+                path.unlink(missing_ok=True)
         headers: list[tuple[Path, StateHeader]] = []
         for path in self._folder.glob(f"*{ENDING}"):
             try:
@@ -399,31 +285,12 @@ class StoredStates:
                 log.warning("a saved state is ignored and removed: %s", error)
                 path.unlink(missing_ok=True)
         for path, header in sorted(headers, key=lambda found: len(found[1].tokens)):
-            start, parent, blocks = self._known_rows(header.tokens, header.salt)
+            start, parent, blocks = self._index.known_rows(header.tokens, header.salt)
             if start < header.start:
                 path.unlink(missing_ok=True)  # the rows before are gone
                 continue
-            record = self._add(path, header, path.stat().st_size, parent, blocks, is_written=True)
+            record = self._index.add(path, header, path.stat().st_size, parent, blocks, is_written=True)
             record.used = path.stat().st_mtime
-
-
-class Hashes:
-    """A digest of a client's salt and a text so far."""
-
-    def __init__(self, salt: str, of: hashlib.blake2b | None = None) -> None:
-        self._salt = salt
-        self._of = of or hashlib.blake2b(salt.encode(), digest_size=16)
-
-    def then(self, ids: Ids) -> Hashes:
-        """That of a longer text."""
-        longer = self._of.copy()
-        longer.update(ids.tobytes())
-        return Hashes(self._salt, longer)
-
-    @property
-    def digest(self) -> bytes:
-        """16 bytes."""
-        return self._of.digest()
 
 
 def _fingerprint(cache: KvCache, identity: str) -> str:
@@ -436,55 +303,3 @@ def _fingerprint(cache: KvCache, identity: str) -> str:
 
 def _salt_digest(salt: str) -> str:
     return hashlib.blake2b(salt.encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class ModelStates:
-    """What a folder holds of a model.
-
-    model      its name; folders of other files or back ends than today's may have the same
-    used       when the last of them was, in seconds
-    """
-
-    folder: Path
-    model: str
-    states: int
-    nbytes: int
-    used: float
-
-
-def states_in(root: Path) -> list[ModelStates]:
-    """The models that have states in a folder, the last used first."""
-    found: dict[Path, list[tuple[float, int]]] = {}
-    for path, used, nbytes in _files(root):
-        found.setdefault(path.parent, []).append((used, nbytes))
-    models = []
-    for folder, states in found.items():
-        name = folder / MODEL
-        models.append(
-            ModelStates(
-                folder,
-                name.read_text() if name.exists() else folder.name,
-                len(states),
-                sum(nbytes for _, nbytes in states),
-                max(used for used, _ in states),
-            )
-        )
-    return sorted(models, key=lambda of: -of.used)
-
-
-def remove_states(of: ModelStates) -> None:
-    """Remove all states of a model. Raises OSError."""
-    for path in of.folder.glob(f"*{ENDING}"):
-        path.unlink(missing_ok=True)
-    (of.folder / MODEL).unlink(missing_ok=True)
-    with suppress(OSError):  # somebody else's files
-        of.folder.rmdir()
-
-
-def _files(root: Path) -> Iterator[tuple[Path, float, int]]:
-    """All states in a folder, of any model: when they were used last, and their bytes."""
-    for path in root.glob(f"*/*{ENDING}"):
-        with suppress(OSError):
-            found = path.stat()
-            yield path, found.st_mtime, found.st_size

@@ -27,7 +27,7 @@ def cache(
 
     Example: loci cache --clear
     """
-    from engine.cache.stored_states import remove_states, states_folder, states_in
+    from engine.cache.state_folders import remove_states, states_folder, states_in
 
     folder = prefix_dir or states_folder()
     found = states_in(folder)

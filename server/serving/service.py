@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from engine.cache.identity import identity_of
-from engine.cache.stored_states import StatesOnDisk, states_folder
+from engine.cache.state_folders import states_folder
+from engine.cache.stored_states import StatesOnDisk
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.base import Model

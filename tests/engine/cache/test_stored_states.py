@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ import torch
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
 from engine.cache.state_files import ENDING
-from engine.cache.stored_states import StatesOnDisk, StoredStates, remove_states, states_in
+from engine.cache.state_folders import remove_states, states_in
+from engine.cache.stored_states import StatesOnDisk, StoredStates
 from engine.engine import Engine
 from engine.families.base import Batch, KvCache, Model
 from engine.families.loader import load as load_all
@@ -203,6 +205,26 @@ def test_the_least_recently_used_states_make_room(bench: Bench) -> None:
     write(bench, *texts[3:], budget=int(3.5 * size))
     assert sum(path.stat().st_size for path in bench.files()) <= 3.5 * size
     assert [found(bench, text) for text in texts] == [100, 0, 0, 100, 100]
+
+
+def test_a_state_that_can_never_fit_displaces_none(bench: Bench) -> None:
+    short, long = some_ids(16, 70), some_ids(17, 290)
+    write(bench, short)
+    size = bench.files()[0].stat().st_size
+    write(bench, long, budget=size + 1000)
+    assert found(bench, short) == 70
+
+
+def test_files_that_a_killed_server_did_not_finish_are_removed(bench: Bench) -> None:
+    ids = some_ids(18, 70)
+    write(bench, ids)
+    (state,) = bench.files()
+    left = [state.with_name(f".{state.name}.{pid}.tmp") for pid in (1, 2)]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[0], (0, 0))
+    assert found(bench, ids) == 70
+    assert [path.exists() for path in left] == [False, True]  # the other may be another server's
 
 
 def test_a_full_disk_costs_a_line_and_nothing_else(
