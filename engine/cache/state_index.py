@@ -1,9 +1,9 @@
 """Where saved states are found: by digests of the texts that they belong to.
 
 A text's state is in a file; the rows that the cache appended for its beginning may be in files of shorter
-texts. So there is a digest for each place that a prompt may go on from (texts' ends, and the few tokens before
-them that a state can be taken back by), and one for every `BLOCK` tokens of what files hold rows of. Who may
-find a state is part of the digests, as a salt.
+texts. So there is a digest for each place that a prompt may go on from (texts' ends, and the few tokens
+before them that a state can be taken back by), and one for every `BLOCK` tokens of what files hold rows of.
+Who may find a state is part of the digests, as a salt.
 """
 
 from __future__ import annotations

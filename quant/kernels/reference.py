@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
 from quant.kernels.interface import ExpertFormats, MoeCall, Weight, apart_by_moe, moe_by_products
-from quant.kernels.layers import TorchLayers
+from quant.kernels.torch_layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
 # Largest decoded block, in values: 4 Mi float32 values are 16 MiB.

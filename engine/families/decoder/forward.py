@@ -28,7 +28,9 @@ from engine.families.decoder.weights import (
     tensors_in,
 )
 from engine.families.places import HOST
-from engine.layers.operations import Eager, Operations, Recorded, Value
+from engine.layers.eager import Eager
+from engine.layers.operations import Operations, Value
+from engine.layers.recorded import Recorded
 from engine.layers.recorded_experts import RecordedExperts
 from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts, RoutedExperts

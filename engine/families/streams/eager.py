@@ -9,8 +9,8 @@ import torch
 
 from engine.families.base import Batch, Segment, Trace
 from engine.families.streams.operations import Frequencies, StreamMix
+from engine.layers.eager import EagerBasics
 from engine.layers.hyper_connections import HyperConnection
-from engine.layers.operations import EagerBasics
 from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts
 from quant.kernels.interface import Kernels, Weight

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.families.streams.operations import Frequencies, StreamMix
 from engine.layers.hyper_connections import HyperConnection
-from engine.layers.operations import RecordedBasics
+from engine.layers.recorded import RecordedBasics
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.interface import Weight
 from quant.kernels.recording import StepRecorder

@@ -17,8 +17,8 @@ from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
 from quant.kernels.interface import NO_EXTRAS, ExpertFormats, MoeCall, Weight, apart_by_moe, moe_by_products
-from quant.kernels.layers import TorchLayers
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
+from quant.kernels.torch_layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
 

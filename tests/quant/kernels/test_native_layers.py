@@ -13,7 +13,8 @@ from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.native_layers import fetched
-from quant.kernels.layers import DeltaRule, LayerOperations, RoutingRule, TorchLayers
+from quant.kernels.layers import DeltaRule, LayerOperations, RoutingRule
+from quant.kernels.torch_layers import TorchLayers
 from tests.quant.kernels.kernel_cases import weight
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
