@@ -9,7 +9,7 @@ import torch
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
 from engine.layers.sparse_attention import choose_tokens
-from quant.kernels.cpu.recorder import StatePlace
+from quant.kernels.cpu.cache_notes import StatePlace
 from quant.kernels.interface import Kernels, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 

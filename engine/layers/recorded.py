@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from quant.kernels.cpu.cache_notes import KvPlace, Selector, StatePlace
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import KvPlace, Recorder, Selector, StatePlace
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.kernels.recording import StepRecorder

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
+from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
-from quant.kernels.cpu.recorder import Selector
 from quant.kernels.interface import Weight
 from quant.kernels.layers import RoutingRule
 

@@ -18,7 +18,7 @@ from engine.families.decoder.description import Attention, DeltaNet, Description
 from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
 from memory.planner.published import KV_MARGIN
-from quant.kernels.cpu.recorder import KvPlace, StatePlace
+from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from engine.families.deepseek_v4.weights import AttentionWeights, Compressor
 from engine.families.streams.notes import StreamNotes
 from engine.layers.hyper_connections import ReadMix
 from engine.layers.recorded_experts import RecordedExperts
+from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, Program
-from quant.kernels.cpu.recorder import Recorder, Selector
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.layers import RoutingRule
 
 

@@ -8,8 +8,8 @@ from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights
 from engine.families.streams.notes import StreamNotes
 from engine.layers.hyper_connections import first_mix
+from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import Selector
 from quant.kernels.recording import StepRecorder
 
 

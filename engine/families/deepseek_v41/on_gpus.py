@@ -24,8 +24,8 @@ from engine.families.streams.operations import StreamMix
 from engine.layers.engram_lookup import StepRows
 from memory.experts.coordinator import Coordinator, Round
 from memory.experts.step import ExpertStep
+from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import Selector
 from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu

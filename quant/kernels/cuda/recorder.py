@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from quant.errors import FormatError
+from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
-from quant.kernels.cpu.recorder import Selector
 from quant.kernels.cuda.attention import splits_of
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.mailbox import Mailbox

@@ -9,8 +9,8 @@ import torch
 from quant.formats.four_bit import FourBit
 from quant.formats.fp8 import FP8_32, Fp8
 from quant.formats.mxfp4 import MXFP4
+from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import Selector
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.lowering import Places

@@ -11,10 +11,11 @@ from quant.errors import FormatError
 from quant.formats.fp8 import FP8_32, FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu import library
+from quant.kernels.cpu.cache_notes import KvPlace
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panels import native_weight
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import KvPlace, Recorder
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Weight
 from quant.kernels.layers import RoutingRule
 
