@@ -8,11 +8,11 @@ from dataclasses import replace
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.decoder.description import Description
 from engine.families.decoder.forward import Decoder
+from engine.families.decoder.read_weights import check_room, expert_hotness, read_weights
 from engine.families.decoder.reencoded import ReencodedCheckpoint, reencoded
 from engine.families.decoder.shape import checkpoint_shape, components
 from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import uses
-from engine.families.decoder.weights import check_room, expert_hotness, read_weights
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
