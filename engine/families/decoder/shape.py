@@ -14,7 +14,8 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
-from quant.kernels.cpu.panels import PANEL_ROWS
+from quant.formats.fp8 import Fp8
+from quant.kernels.cpu.panels import panel_bytes
 
 
 def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
@@ -26,9 +27,10 @@ def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) ->
     """The same with the bytes that it takes in memory.
 
     Norms and biases are float32 there; what is decoded is, unless it is plain already, float32 or bfloat16;
-    packed matrices have whole panels of rows.
+    packed matrices are in panels.
     """
     weights_of, of_value = _weights_of(checkpoint), decoded_value_bytes(checkpoint.config)
+    stored = StoredMatrices(checkpoint)
 
     def in_memory(use: Use) -> Weights:
         weights = weights_of(use)
@@ -39,8 +41,12 @@ def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) ->
             return Weights(of_value * weights.parameters, weights.parameters)
         if is_plain or use.part in ("experts", "embedding"):
             return weights
-        panels = -(-use.shape[0] // PANEL_ROWS)
-        return Weights(weights.nbytes * panels * PANEL_ROWS // use.shape[0], weights.parameters)
+        rows, cols = use.shape
+        form = stored.format_of(use.name, use.shape)
+        nbytes = panel_bytes(weights.nbytes, form, rows, cols)
+        if isinstance(form, Fp8):  # whose scales become float32
+            nbytes += sum(entry.nbytes for entry in stored.entries(use) if entry.dtype == "BF16")
+        return Weights(nbytes, weights.parameters)
 
     return shape_with(description, name, in_memory, of_value)
 

@@ -128,6 +128,13 @@ TILED: dict[str, Tiled] = {
 }
 
 
+def panel_bytes(nbytes: int, form: Format, rows: int, cols: int) -> int:
+    """Bytes in memory of a matrix that takes `nbytes` in its file: panels are whole, and some formats' scales
+    take more room in them."""
+    whole = -(-rows // PANEL_ROWS) * PANEL_ROWS
+    return nbytes * whole // rows + whole * cols // form.tile_cols * UNPACKED_BYTES.get(form.name, 0)
+
+
 def tiled_format(packed: PackedTensor) -> Tiled | None:
     """The panel layout of a weight's format, whether or not it is tiled already; None if there is none."""
     if isinstance(packed.format, Tiled):

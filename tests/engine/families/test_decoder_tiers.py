@@ -9,6 +9,8 @@ import torch
 
 from engine.families.base import Batch
 from engine.families.decoder.forward import Decoder
+from engine.families.decoder.shape import loaded_shape
+from engine.families.decoder.weights import tensors_in
 from engine.families.loader import open_checkpoint
 from engine.families.shapes import shape_of
 from memory.planner.budget import MemoryBudget
@@ -16,6 +18,7 @@ from memory.planner.placement import Workload
 from memory.planner.shape import ModelShape
 from memory.tiers import Tier
 from quant.kernels.choice import choose
+from quant.kernels.cpu import library
 from tests.engine.families.golden_families import NAMES, PLENTY, Golden, assert_close, golden_family, loaded
 
 CPU = torch.device("cpu")
@@ -92,6 +95,17 @@ def test_experts_are_read_ahead_of_need_and_guesses_are_often_right(name: str) -
         seen = model.telemetry.snapshot()
     assert seen.moves["nvme prefetch"] > 0
     assert seen.guesses["right"] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
+def test_a_layer_takes_the_memory_that_a_plan_counts(name: str) -> None:
+    golden = golden_family(name)
+    with loaded(golden.path, choose(), PLENTY) as model:
+        planned = loaded_shape(model.description, open_checkpoint(golden.path), name).layers
+        for layer, shape in zip(model.weights.layers, planned, strict=True):
+            used = sum(tensor.nbytes for tensor in tensors_in(layer))
+            assert used == shape.dense.nbytes + shape.shared.nbytes
 
 
 def test_a_machine_with_everything_in_dram_reads_each_expert_once() -> None:
