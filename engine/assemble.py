@@ -10,21 +10,25 @@ def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
     """The batch of these chunks, and how many logit rows each gets.
 
     A chunk needs the logits of its last token once its prompt is complete, and those of every prompt token if
-    their log probabilities were requested.
+    their log probabilities were requested. Otherwise, what a prompt's tokens have before the prefill's next
+    stop is of use to those after them only.
     """
     ids: list[int] = []
     segments: list[Segment] = []
     rows: list[int] = []
     counts: list[int] = []
+    to_come: list[int | None] = []
     for chunk in chunks:
         sequence, length = chunk.sequence, chunk.length
         assert sequence.slot is not None
         first, start, before = sequence.computed, len(ids), len(rows)
         segments.append(Segment(sequence.slot, first, length))
         ids += sequence.token_ids[first : first + length]
-        if first < sequence.prompt_length and sequence.params.prompt_logprobs is not None:
+        is_whole = first < sequence.prompt_length and sequence.params.prompt_logprobs is not None
+        if is_whole:
             rows += range(start, len(ids))
         elif first + length >= sequence.prompt_length:
             rows.append(len(ids) - 1)
         counts.append(len(rows) - before)
-    return Batch(ids, tuple(segments), None if len(rows) == len(ids) else rows), counts
+        to_come.append(None if is_whole else sequence.next_stop - first - length)
+    return Batch(ids, tuple(segments), None if len(rows) == len(ids) else rows, tuple(to_come)), counts

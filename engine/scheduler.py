@@ -126,8 +126,7 @@ class Scheduler:
 
 def _wanted(sequence: Sequence) -> int:
     """Prompt tokens still to be computed, up to the next stop of the prefill."""
-    ahead = [stop - sequence.computed for stop in sequence.stops if stop > sequence.computed]
-    return min(ahead, default=sequence.pending)
+    return sequence.next_stop - sequence.computed
 
 
 def _mean(mean: float | None, newest: float, weight: float = NEWEST) -> float:

@@ -61,6 +61,11 @@ class Sequence:
         return len(self.token_ids) - self.computed
 
     @property
+    def next_stop(self) -> int:
+        """How many tokens will have been computed when its state is next saved, or a token sampled."""
+        return min((stop for stop in self.stops if stop > self.computed), default=len(self.token_ids))
+
+    @property
     def is_prefilling(self) -> bool:
         """True until the whole prompt has been computed."""
         return self.computed < self.prompt_length

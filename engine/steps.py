@@ -25,7 +25,7 @@ from quant.errors import LociError, RequestError
 logger = logging.getLogger("loci.engine")
 
 # While a long prompt is computed, its state is saved every so many tokens, for prompts that share only its
-# beginning.
+# beginning; not of a model that leaves out, amid a prompt, what only its end needs.
 SAVE_EVERY = 2048
 
 
@@ -140,7 +140,8 @@ class Steps:
                 logits[rows.start : rows.start + len(following)], following, params.prompt_logprobs
             )
         if sequence.is_prefilling:
-            if sequence.computed in sequence.stops or sequence.computed >= sequence.saved + SAVE_EVERY:
+            is_due = self._model.keeps_whole_states and sequence.computed >= sequence.saved + SAVE_EVERY
+            if is_due or sequence.computed in sequence.stops:
                 self._save_prefix(sequence)
             return False
         self._save_prefix(sequence, logits[rows[-1]])

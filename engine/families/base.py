@@ -39,11 +39,15 @@ class Batch:
     ids        the segments' tokens in order
     segments   one per sequence; together they cover ids
     wanted     the tokens (indices into ids) whose logits are wanted, ascending; None for all
+    to_come    tokens of each segment's sequence that follow in later batches before its state is saved or its
+               next logits are wanted; None where every state and every token's result is wanted. A model may
+               leave out what nothing later looks back on
     """
 
     ids: Sequence[int]
     segments: tuple[Segment, ...]
     wanted: Sequence[int] | None
+    to_come: tuple[int | None, ...] | None = None
 
     @cached_property
     def token_ids(self) -> torch.Tensor:
@@ -170,6 +174,7 @@ class Model(ABC):
     """A loaded model: weights in place, ready to run batches."""
 
     info: ModelInfo
+    keeps_whole_states = True  # also of sequences whose tokens are still to come
 
     def close(self) -> None:  # noqa: B027 - most models have nothing to close
         """Release threads and files; the model cannot run afterwards."""

@@ -25,6 +25,10 @@ class Selection:
         """The same on `device`."""
         return Selection(self.entries.to(device))
 
+    def last(self, tokens: int) -> Selection:
+        """Those of the last tokens."""
+        return Selection(self.entries[len(self.entries) - tokens :])
+
 
 @dataclass(frozen=True)
 class CandidatePool:
@@ -36,6 +40,10 @@ class CandidatePool:
     def to(self, device: torch.device) -> CandidatePool:
         """The same on `device`."""
         return CandidatePool(self.blocks.to(device), self.block_size)
+
+    def last(self, tokens: int) -> CandidatePool:
+        """Those of the last tokens."""
+        return CandidatePool(self.blocks[len(self.blocks) - tokens :], self.block_size)
 
     def entries(self, visible: torch.Tensor) -> torch.Tensor:
         """The pool's entries for each token, `[L, blocks * block_size]`, -1 where not visible."""

@@ -113,6 +113,17 @@ class V41Config:
             return None
         return max(source for source in self.kv_source_layer_ids if source <= layer)
 
+    @property
+    def first_tail_layer(self) -> int:
+        """From this layer on, layers look back on earlier tokens through their windows alone."""
+        return max(self.kv_source_layer_ids, default=-1) + 1
+
+    def tail_of(self, layer: int) -> int:
+        """Of how many last tokens a layer from `first_tail_layer` on must have the input, for the state after
+        them to be exact (docs/deepseek-v41.md, exact tail), without any to take back."""
+        later = self.num_hidden_layers - 1 - layer
+        return self.sliding_window + (self.sliding_window - 1) * later
+
     def _contradictions(self) -> list[str]:
         found = []
         layers = self.num_hidden_layers

@@ -31,7 +31,8 @@ class V41Eager(EagerStreams):
         self._parts = parts
         self._config = parts.config
         self._cache = cache
-        self._guesses = Guesses(parts, rows)
+        self._guesses = Guesses(parts, rows, torch.arange(len(batch.ids)))
+        self._ends = _ends_of(batch)  # of each segment's prompt, as far as its tokens depend on one another
         self._selections: list[Selection] = []  # of each segment, from the last source layer on
         self._pools: list[CandidatePool] | None = None
 
@@ -39,6 +40,42 @@ class V41Eager(EagerStreams):
 
     def streams(self, x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         return x.repeat(1, n), first_mix(len(x), n)
+
+    def narrow(
+        self, number: int, streams: torch.Tensor, pre: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if number < self._config.first_tail_layer or self._ends is None:
+            return streams, pre
+        needed = self._config.tail_of(number) + self._cache.margin
+        lengths = [
+            min(s.length, max(0, s.start + s.length + needed - end))
+            for (s, _), end in zip(self._segments, self._ends, strict=True)
+        ]
+        if not any(lengths):
+            return None
+        if lengths == [s.length for s, _ in self._segments]:
+            return streams, pre
+        rows = torch.cat(
+            [torch.arange(at.stop - n, at.stop) for (_, at), n in zip(self._segments, lengths, strict=True)]
+        )
+        left = [i for i, n in enumerate(lengths) if n]
+        segments = [
+            Segment(s.slot, s.start + s.length - n, n)
+            for (s, _), n in zip(self._segments, lengths, strict=True)
+            if n
+        ]
+        self._guesses.kept, self._ends = self._guesses.kept[rows], [self._ends[i] for i in left]
+        if self._selections:
+            self._selections = [self._selections[i].last(lengths[i]) for i in left]
+        if self._pools is not None:
+            self._pools = [self._pools[i].last(lengths[i]) for i in left]
+        self._work_on(segments)
+        rows = rows.to(streams.device)
+        return streams[rows], pre[rows]
+
+    def rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Where values have the rows of these of the batch's tokens, which must be there."""
+        return torch.searchsorted(self._guesses.kept, tokens)
 
     def engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
         layer = self._parts.weights.layers[number]
@@ -128,3 +165,15 @@ class V41Eager(EagerStreams):
         mix: StreamMix[torch.Tensor] | None,
     ) -> None:
         self._guesses.prefetch(number, streams, pre, y, mix)
+
+
+def _ends_of(batch: Batch) -> list[int] | None:
+    """Where what is computed of each segment's sequence ends, as far as its results are wanted; None where
+    all are. A segment all of whose tokens are wanted counts as ending where it begins."""
+    if batch.to_come is None:
+        return None
+    ends = []
+    for segment, to_come in zip(batch.segments, batch.to_come, strict=True):
+        end = segment.start + segment.length
+        ends.append(segment.start if to_come is None else end + to_come)
+    return ends

@@ -71,6 +71,7 @@ class DeepseekV41(Model):
         self.kernels = kernels
         self.token_map = token_map
         self._token_keys = token_map.numpy()
+        self.keeps_whole_states = config.first_tail_layer >= config.num_hidden_layers
         self.engram: EngramLookup | None = None
         if hashing is not None:
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
@@ -254,7 +255,7 @@ class DeepseekV41(Model):
             trace.add("engram_rows", rows.rows)
         with V41Eager(self.parts, batch, cache, trace, rows) as ops:
             streams, pre = self._layers(ops, embedded)
-            wanted = batch.logit_rows.to(streams.device)
+            wanted = ops.rows_of(batch.logit_rows).to(streams.device)
             return self._logits(ops, streams[wanted], pre[wanted]).float().cpu()
 
     def _record(self, recorder: Recorder, cache: SparseCache) -> V41Recorded:
@@ -281,7 +282,10 @@ class DeepseekV41(Model):
         ops.prefetch(0, streams, pre, None, None)  # the disk has nothing to do until then
         for number, layer in enumerate(weights.layers):
             ops.at_layer(number)
-            streams, pre = ops.move(layer.device, streams, pre)
+            narrowed = ops.narrow(number, streams, pre)
+            if narrowed is None:
+                break  # amid a prompt, nothing later looks back on what these layers would make
+            streams, pre = ops.move(layer.device, *narrowed)
             if layer.engram is not None:
                 streams = ops.engram(number, streams)
 

@@ -16,13 +16,16 @@ from engine.layers.engram_lookup import StepRows
 class Guesses:
     """The predictions of one step, on tensors of its tokens.
 
-    engram_kv  keys and values of table rows by layer, until the layer uses them: made for a prediction
+    kept       which of the step's tokens the tensors have rows of, ascending
+    engram_kv  keys and values of table rows by layer, and of which tokens, until the layer uses them: made
+               for a prediction
     """
 
-    def __init__(self, parts: V41Parts, rows: StepRows | None) -> None:
+    def __init__(self, parts: V41Parts, rows: StepRows | None, kept: torch.Tensor) -> None:
         self._parts = parts
         self._rows = rows
-        self.engram_kv: dict[int, torch.Tensor] = {}
+        self.kept = kept
+        self.engram_kv: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def prefetch(
         self,
@@ -50,13 +53,17 @@ class Guesses:
 
     def wait_for_kv(self, number: int) -> torch.Tensor:
         """Keys and value of the tokens' rows for a layer, `[tokens, (hc + 1) * hidden]`."""
-        return self.engram_kv.pop(number) if number in self.engram_kv else self._kv(number)
+        if number not in self.engram_kv:
+            return self._kv(number)
+        kv, kept = self.engram_kv.pop(number)
+        return kv if len(kept) == len(self.kept) else kv[torch.searchsorted(kept, self.kept).to(kv.device)]
 
     def _kv(self, number: int) -> torch.Tensor:
         layer = self._parts.weights.layers[number]
         assert layer.engram is not None
         assert self._rows is not None
-        values = self._rows.wait(self._parts.table(number)).to(layer.device)  # [tokens, columns * dim]
+        values = self._rows.wait(self._parts.table(number))  # [tokens, columns * dim]
+        values = (values if len(values) == len(self.kept) else values[self.kept]).to(layer.device)
         return layer.engram.keys_and_value(self._parts.kernels, values)
 
     def _with_engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
@@ -67,6 +74,7 @@ class Guesses:
         if not self._rows.is_there(self._parts.table(number)):
             return streams
         streams = streams.to(layer.device)
-        self.engram_kv[number] = self._kv(number)
-        gates, value = layer.engram.gates_and_value(self._parts.kernels, streams, self.engram_kv[number])
+        kv = self._kv(number)
+        self.engram_kv[number] = kv, self.kept
+        gates, value = layer.engram.gates_and_value(self._parts.kernels, streams, kv)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)

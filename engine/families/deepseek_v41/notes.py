@@ -24,6 +24,10 @@ class V41Notes(StreamNotes):
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
 
+    def narrow(self, number: int, streams: Buffer, pre: Buffer) -> tuple[Buffer, Buffer]:
+        """All: each row is a sequence's newest token."""
+        return streams, pre
+
     def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
         return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])
 

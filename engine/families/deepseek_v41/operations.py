@@ -63,6 +63,10 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
         """x in n streams, and the mix that the first sublayer reads with: stream 0 alone."""
         ...
 
+    def narrow(self, number: int, streams: Value, pre: Value) -> tuple[Value, Value] | None:
+        """The rows that layer `number` and those after it need: None where it is none at all."""
+        ...
+
     def engram(self, number: int, streams: Value) -> Value:
         """The gated value of the tokens' table rows added to every stream (section 7)."""
         ...

@@ -52,7 +52,7 @@ class V41Recorded(V41Notes):
     def run(self, batch: Batch, embedded: torch.Tensor, rows: StepRows | None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
         assert self.program is not None
-        self._guesses = Guesses(self._parts, rows)
+        self._guesses = Guesses(self._parts, rows, torch.arange(len(batch.ids)))
         self._step_rows = rows
         self.program.source[: len(embedded)] = embedded
         for table, skip in self.late.items():

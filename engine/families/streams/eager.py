@@ -41,22 +41,26 @@ class EagerStreams(EagerBasics):
         self._hc = hc
         self._experts = experts
         self._frequencies = frequencies
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
-        self._turns = {
-            (compressed, torch.device("cpu")): Rotation.at(
-                kernels, positions, frequencies.of(compressed=compressed)
-            )
-            for compressed in (False, True)
-        }
-        ends = torch.tensor([s.length for s in batch.segments]).cumsum(0).tolist()
-        bounds = zip([0, *ends[:-1]], ends, strict=True)
-        self._segments = [(s, slice(*bound)) for s, bound in zip(batch.segments, bounds, strict=True)]
+        self._work_on(batch.segments)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._experts.__exit__(*raised)
+
+    def _work_on(self, segments: Sequence[Segment]) -> None:
+        """The tokens that values have rows of, from now on."""
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
+        self._turns = {
+            (compressed, torch.device("cpu")): Rotation.at(
+                self._kernels, positions, self._frequencies.of(compressed=compressed)
+            )
+            for compressed in (False, True)
+        }
+        ends = torch.tensor([s.length for s in segments]).cumsum(0).tolist()
+        bounds = zip([0, *ends[:-1]], ends, strict=True)
+        self._segments = [(s, slice(*bound)) for s, bound in zip(segments, bounds, strict=True)]
 
     def at_layer(self, number: int | None) -> None:
         """All layers are alike."""
