@@ -83,6 +83,14 @@ class StepCost:
 
     disk_idle_s: float = 0.0
 
+    def add(self, part: StepCost, share: float) -> None:
+        """Add a part of the step, of which a share is done."""
+        for resource, seconds in part.seconds.items():
+            self.seconds[resource] += share * seconds
+        for tier, nbytes in part.nbytes.items():
+            self.nbytes[tier] += share * nbytes
+        self.disk_idle_s = part.disk_idle_s
+
     @property
     def total_s(self) -> float:
         """Duration of the step."""
@@ -134,24 +142,27 @@ class CostModel:
         """One token for each of `sequences` sequences that hold `held` tokens."""
         return self._step(sequences, sequences, held)
 
-    def prefill(self, chunk: int, held: int) -> StepCost:
-        """`chunk` prompt tokens of one sequence that holds `held` tokens before them."""
-        return self._step(chunk, 1, held + chunk // 2)
+    def prefill(self, chunk: int, held: int, prompt: int = 0) -> StepCost:
+        """`chunk` prompt tokens of one sequence that holds `held` tokens before them; on the average of the
+        chunks of a prompt of so many tokens, if that is given."""
+        return self._step(chunk, 1, held + chunk // 2, prompt)
 
-    def _step(self, tokens: int, sequences: int, held: int) -> StepCost:
+    def _step(self, tokens: int, sequences: int, held: int, prompt: int = 0) -> StepCost:
         """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
         cost = StepCost(tokens)
         hits: dict[str, float] = defaultdict(float)
         is_prefetched = True  # the first layer's experts are guessed from the embedding
         for n, layer in enumerate(self.shape.layers):
+            part = StepCost(tokens, disk_idle_s=cost.disk_idle_s)
             if layer.table is not None:
                 self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)
-            self._dense(cost, n, layer, tokens, sequences, held)
+            self._dense(part, n, layer, tokens, sequences, held)
             if not is_prefetched:
-                cost.disk_idle_s = 0.0
+                part.disk_idle_s = 0.0
             is_prefetched = layer.experts > 0
             if layer.experts:
-                self._routed(cost, hits, n, layer, tokens)
+                self._routed(part, hits, n, layer, tokens)
+            cost.add(part, _computed_share(layer, tokens, prompt))
         head_tier = self.placement.tier_of("head", None)
         time, resource = self._on(
             head_tier, self.shape.head.nbytes, 2 * self.shape.head.parameters * sequences
@@ -319,3 +330,10 @@ class CostModel:
         for i, gpu in enumerate(hardware.gpus):
             if gpu.kind == "cuda" and links:
                 cost.nbytes[f"link:{i}"] += x * moved * gpu.link_together_bytes_per_s / links
+
+
+def _computed_share(layer: LayerShape, chunk: int, prompt: int) -> float:
+    """Of a prompt's chunks, those in which a layer computes anything."""
+    if not prompt or layer.tail is None:
+        return 1.0
+    return min(1.0, -(-layer.tail // chunk) * chunk / prompt)

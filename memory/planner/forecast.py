@@ -37,7 +37,10 @@ def forecast(
     half = workload.context // 2
     chunk = min(workload.prefill_chunk, workload.context)
     return Forecast(
-        routing, model.decode(1, half), model.decode(workload.sequences, half), model.prefill(chunk, half)
+        routing,
+        model.decode(1, half),
+        model.decode(workload.sequences, half),
+        model.prefill(chunk, half, workload.context),
     )
 
 

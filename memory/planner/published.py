@@ -128,7 +128,8 @@ def v41_shape(name: str, d: V41Dims) -> ModelShape:
             dense.fp32(2, d.streams, d.hidden)
             table = Table(rows[n], d.engram_dim + d.engram_dim // 32, d.engram_columns)
         layer = _moe_layer(dense, kv[n], d, table)
-        layers.append(replace(layer, launches=v41_launches(d, n, has_table=n in rows)))
+        launches = v41_launches(d, n, has_table=n in rows)
+        layers.append(replace(layer, launches=launches, tail=v41_tail(d, n)))
     return _latent_model(name, d, layers)
 
 
@@ -136,6 +137,13 @@ def v41_launches(d: V41Dims, layer: int, *, has_table: bool) -> int:
     """Kernels that a recorded step launches for a layer on a GPU."""
     chooses = d.max_context // d.ratios[layer] if layer in d.index_sources else 0
     return gpu_launches(owns_entries=layer in d.kv_sources, chooses_among=chooses, has_table=has_table)
+
+
+def v41_tail(d: V41Dims, layer: int) -> int | None:
+    """How many tokens at a prompt's end a layer computes; None for all: see `V41Config.tail_of`."""
+    if layer <= max(d.kv_sources, default=-1):
+        return None
+    return d.window + (d.window - 1) * (d.layers - 1 - layer) + KV_MARGIN
 
 
 def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:

@@ -94,6 +94,7 @@ class LayerShape:
     launches    of one on a GPU; None where the family's step is not recorded there
     decoded     bytes that packed weights take in memory beyond those of the file: they are held as plain
                 numbers
+    tail        at most so many tokens at a prompt's end are computed; None where all are
     """
 
     dense: Weights
@@ -105,6 +106,7 @@ class LayerShape:
     operations: int = 40
     launches: int | None = None
     decoded: int = 0
+    tail: int | None = None
 
 
 @dataclass(frozen=True)

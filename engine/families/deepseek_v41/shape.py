@@ -6,7 +6,7 @@ from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.tensors import IGNORED
 from engine.families.parts import Parts
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.planner.published import V41Dims, v41_kv, v41_launches
+from memory.planner.published import V41Dims, v41_kv, v41_launches, v41_tail
 from memory.planner.shape import LayerShape, ModelShape, Table, Weights
 
 
@@ -51,6 +51,7 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelSh
                 ),
                 table=Table(rows[n], parts.of("table", n).nbytes // rows[n], columns) if n in rows else None,
                 launches=v41_launches(dims, n, has_table=n in rows),
+                tail=v41_tail(dims, n),
             )
         )
     return ModelShape(

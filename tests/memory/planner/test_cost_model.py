@@ -232,3 +232,16 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     assert cost.total_s == pytest.approx(0.04)
     assert cost.tokens_per_s == pytest.approx(200)
     assert cost.bound == DRAM
+
+
+def test_layers_that_compute_a_prompts_end_alone_cost_that_share_of_its_chunks() -> None:
+    machine = load_profile("2x4090-256g")
+    whole = replace(V41, layers=tuple(replace(layer, tail=None) for layer in V41.layers))
+    costs, all_of_it = model(V41, machine), model(whole, machine)
+    early = sum(layer.tail is None for layer in V41.layers)
+    assert early == 21
+    assert costs.prefill(512, 0, 512).total_s == pytest.approx(all_of_it.prefill(512, 0, 512).total_s)
+    gain = all_of_it.prefill(512, 0, 1 << 20).total_s / costs.prefill(512, 0, 1 << 20).total_s
+    assert gain == pytest.approx(len(V41.layers) / early, rel=0.05)
+    tails = [layer.tail for layer in V41.layers if layer.tail is not None]
+    assert (tails[0], tails[-1]) == (128 + 127 * 18 + 16, 128 + 16)
