@@ -122,7 +122,9 @@ def test_description_names_each_role_and_keeps_the_rest() -> None:
         "dense_dtype": "fp8",
         "engram_dtype": "fp4",
     }
-    assert QuantizationConfig.parse(described) == QuantizationConfig(FP8_32, INT4_OFFSET_64, "fp8")
+    assert QuantizationConfig.parse(described) == QuantizationConfig(
+        FP8_32, INT4_OFFSET_64, "fp8", is_exact_in_bfloat16=True
+    )
 
 
 def test_groups_of_formats_that_are_gone_are_not_described() -> None:
