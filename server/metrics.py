@@ -141,7 +141,7 @@ class _EngineCollector(Collector):
                 "Budget of the prefix cache in bytes.",
                 prefixes.budget_bytes,
             )
-        yield from _states_on_disk(now.stored)
+        yield from _states_on_disk(now.stored or StoredStats())
         tiers = GaugeMetricFamily(
             "loci_tier_memory_bytes",
             "Bytes allocated in a memory tier, by content.",
@@ -199,9 +199,7 @@ def _movements(seen: Snapshot) -> Iterator[Metric]:
     yield counter("loci_engram_rows", "Engram rows, by where they were found.", "rows", seen.rows)
 
 
-def _states_on_disk(now: StoredStats | None) -> Iterator[Metric]:
-    if now is None:
-        return
+def _states_on_disk(now: StoredStats) -> Iterator[Metric]:
     for name, text, count in (
         ("hits", "Prompts of which a state was read from disk.", now.hits),
         ("tokens", "Prompt tokens served from states on disk.", now.cached_tokens),

@@ -48,13 +48,13 @@ LEFT_ON_DISK = 1 << 30  # bytes that others keep, whatever the budget
 class StoredStats:
     """A snapshot for metrics; all but nbytes and budget_bytes only grow."""
 
-    hits: int
-    cached_tokens: int
-    written: int
-    evictions: int
-    refused: int
-    nbytes: int
-    budget_bytes: int
+    hits: int = 0
+    cached_tokens: int = 0
+    written: int = 0
+    evictions: int = 0
+    refused: int = 0
+    nbytes: int = 0
+    budget_bytes: int = 0
 
 
 @dataclass(frozen=True)
