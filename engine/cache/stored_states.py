@@ -294,10 +294,10 @@ class StoredStates:
 
 
 def _fingerprint(cache: KvCache, identity: str) -> str:
-    """Of a model and how its cache is laid out."""
+    """Of a model and how its cache is laid out, whatever the capacity."""
     appended = [(ratio, *view.shape[1:], str(view.dtype)) for ratio, view in cache.appended(0)]
     recent = [(*part.shape, str(part.dtype)) for part in cache.recent(0, cache.capacity)]
-    parts = identity, FORMAT, type(cache).__name__, cache.margin, appended, recent
+    parts = identity, FORMAT, type(cache).__name__, appended, recent
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

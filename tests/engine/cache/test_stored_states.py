@@ -142,6 +142,19 @@ def test_a_prompt_that_was_answered_needs_no_computing_after_a_restart(bench: Be
     stored.close()
 
 
+@pytest.mark.parametrize("name", ["v41-a", "qwen3_moe", "gpt_oss"])
+def test_a_server_for_longer_texts_finds_what_another_has_saved(name: str, tmp_path: Path) -> None:
+    model = load(golden_path(name) if name == "v41-a" else family_path(name))
+    ids = some_ids(19, 150)
+    write(Bench(model, tmp_path), ids[:90], ids)
+    cache = model.new_cache(1, 2 * CAPACITY)
+    stored = StoredStates(cache, StatesOnDisk(tmp_path, PLENTY, "this", "tiny"), PLENTY)
+    cache.reset(0)
+    assert PrefixCache(cache, PLENTY, stored).restore(0, [*ids, 7]).length == 150
+    stored.close()
+    model.close()
+
+
 def test_the_end_of_a_text_can_be_taken_back_as_far_as_in_memory(bench: Bench) -> None:
     ids = some_ids(3, 120)
     write(bench, ids)
