@@ -204,13 +204,22 @@ class Model(ABC):
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
 
-    @abstractmethod
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch.
 
         The answer for a sequence does not depend on what else is in the batch, nor on how its
         tokens were cut into chunks.
         """
+        for segment in batch.segments:
+            cache.admit(segment)
+        logits = self._step(batch, cache, trace)
+        for segment in batch.segments:
+            cache.advance(segment)
+        return logits
+
+    @abstractmethod
+    def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
+        """What `forward` returns, of segments that the cache has admitted; every layer stores them in it."""
 
 
 class Family(ABC):

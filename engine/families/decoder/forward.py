@@ -126,17 +126,11 @@ class Decoder(Model):
 
     # -------------------------------------------------------------------------------------- the forward
 
-    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+    def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, DecoderCache)
-        for segment in batch.segments:
-            cache.admit(segment)
         if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
-            logits = self._replay(cache.program, cache, batch)
-        else:
-            logits = self._compute(batch, cache, trace or NO_TRACE)
-        for segment in batch.segments:
-            cache.advance(segment)
-        return logits
+            return self._replay(cache.program, cache, batch)
+        return self._compute(batch, cache, trace or NO_TRACE)
 
     @torch.inference_mode()
     def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:

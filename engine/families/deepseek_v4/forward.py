@@ -101,17 +101,11 @@ class DeepseekV4(Model):
         ops.finish(source, self._logits(ops, self._layers(ops, source)))
         return ops
 
-    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+    def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V4Cache)
-        for segment in batch.segments:
-            cache.admit(segment)
         if trace is None and cache.decoder is not None and batch.is_decode(MAX_ROWS):
-            logits = cache.decoder.run(batch)
-        else:
-            logits = self._compute(batch, cache, trace or NO_TRACE)
-        for segment in batch.segments:
-            cache.advance(segment)
-        return logits
+            return cache.decoder.run(batch)
+        return self._compute(batch, cache, trace or NO_TRACE)
 
     @torch.inference_mode()
     def _compute(self, batch: Batch, cache: V4Cache, trace: Trace) -> torch.Tensor:

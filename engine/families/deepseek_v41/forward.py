@@ -223,18 +223,12 @@ class DeepseekV41(Model):
         ids = [[*[pad] * (history - len(before)), *before[-history:], token] for before, token in drawn]
         self.engram.expect(self._token_keys[ids])
 
-    def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
+    def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
-        for segment in batch.segments:
-            cache.admit(segment)
         decoder = cache.decoder
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
-            logits = self._replay(decoder, batch, cache)
-        else:
-            logits = self._compute(batch, cache, trace or NO_TRACE)
-        for segment in batch.segments:
-            cache.advance(segment)
-        return logits
+            return self._replay(decoder, batch, cache)
+        return self._compute(batch, cache, trace or NO_TRACE)
 
     def _replay(self, decoder: V41Recorded | V41OnGpus, batch: Batch, cache: V41Cache) -> torch.Tensor:
         """The logits of a batch of new tokens, by recorded programs."""
