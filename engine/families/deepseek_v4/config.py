@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from engine.cache.grouped import Groups
 from engine.families.decoder.hf import MOST_LAYERS
 from engine.families.decoder.keys import HARMLESS, Keys
+from engine.families.streams.config import StreamConfig
 from engine.layers.rope import YarnScaling
 from memory.checkpoint.checkpoint import Checkpoint
-from quant.kernels.layers import RoutingRule
 
 INDEXED = 4  # the ratio whose groups overlap, and whose entries an indexer chooses among
 ALL_SEEN = 128  # the ratio whose entries are all attended to
@@ -23,59 +23,20 @@ MOST = {"vocab_size": 100_000_000, "n_routed_experts": 100_000, "hc_mult": 1_000
 
 
 @dataclass(frozen=True)
-class V4Config:
-    """Fields are named as in the released config.json.
+class V4Config(StreamConfig):
+    """And what V4 alone has.
 
     ratios         of each layer, tokens per compressed entry; 0 where it sees its window alone
     hashed_layers  how many of the first layers choose experts by the token's id
     """
 
-    vocab_size: int
-    hidden_size: int
-    moe_intermediate_size: int
-    num_attention_heads: int
-    head_dim: int
-    qk_rope_head_dim: int
-    q_lora_rank: int
-    o_groups: int
-    o_lora_rank: int
-    rms_norm_eps: float
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    routed_scaling_factor: float
-    swiglu_limit: float
-    sliding_window: int
     ratios: tuple[int, ...]
     hashed_layers: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    rope_theta: float
-    compress_rope_theta: float
-    yarn: YarnScaling | None
-    max_position_embeddings: int
-    hc_mult: int
-    hc_sinkhorn_iters: int
-    hc_eps: float
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
 
     @property
     def layers(self) -> int:
         """How many there are."""
         return len(self.ratios)
-
-    @property
-    def routing(self) -> RoutingRule:
-        """How routers choose, and weigh what they or token ids have chosen."""
-        return RoutingRule(
-            self.num_experts_per_tok,
-            "sqrt softplus",
-            is_renormalised=True,
-            epsilon=1e-20,
-            factor=self.routed_scaling_factor,
-        )
 
     def groups(self, layer: int) -> tuple[Groups, ...]:
         """The kinds of entries that a layer makes: what it attends to, and keys by which it chooses."""
@@ -181,14 +142,7 @@ def _yarn(read: Keys) -> YarnScaling | None:
 
 def _contradictions(c: V4Config) -> list[str]:
     """What fields say against each other."""
-    found = [
-        f"{name} is {getattr(c, name)}; no model has more than {most}"
-        for name, most in MOST.items()
-        if getattr(c, name) > most
-    ]
-    least = min(c.head_dim, c.index_head_dim)
-    if c.qk_rope_head_dim % 2 or c.qk_rope_head_dim > least:
-        found.append(f"qk_rope_head_dim is {c.qk_rope_head_dim}, expected an even number up to {least}")
+    found = c.implausible(MOST, min(c.head_dim, c.index_head_dim))
     if c.num_attention_heads % c.o_groups:
         found.append(f"o_groups {c.o_groups} does not divide {c.num_attention_heads} heads")
     if c.num_experts_per_tok > c.n_routed_experts:

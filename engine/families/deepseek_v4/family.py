@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.families.base import Component, Family, ModelInfo
-from engine.families.deepseek_v4.config import V4Config, parse_config
+from engine.families.deepseek_v4.config import parse_config
 from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.deepseek_v4.shape import checkpoint_shape, config_shape
 from engine.families.deepseek_v4.tensors import IGNORED, expected_tensors
@@ -24,7 +24,7 @@ class DeepseekV4Family(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint)
-        return self._info(config, checkpoint), components(checkpoint, IGNORED)
+        return config.info(self.name, checkpoint.name), components(checkpoint, IGNORED)
 
     def check(self, checkpoint: Checkpoint) -> None:
         config = parse_config(checkpoint)
@@ -46,17 +46,7 @@ class DeepseekV4Family(Family):
         self.check(checkpoint)
         config = parse_config(checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
-        return DeepseekV4(config, self._info(config, checkpoint), weights, kernels)
-
-    def _info(self, config: V4Config, checkpoint: Checkpoint) -> ModelInfo:
-        return ModelInfo(
-            family=self.name,
-            name=checkpoint.name,
-            vocab_size=config.vocab_size,
-            max_context=config.max_position_embeddings,
-            bos_token_id=config.bos_token_id,
-            eos_token_ids=config.eos_token_ids,
-        )
+        return DeepseekV4(config, config.info(self.name, checkpoint.name), weights, kernels)
 
 
 FAMILY = DeepseekV4Family()

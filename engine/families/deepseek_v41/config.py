@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.families.streams.config import StreamConfig
 from engine.layers.rope import YarnScaling
 from quant.errors import ConfigError
-from quant.kernels.layers import RoutingRule
 
 # our name -> the other dialect's spelling
 SPELLINGS = {
@@ -43,42 +43,16 @@ MOST = {
 
 
 @dataclass(frozen=True)
-class V41Config:
-    """Fields are named as in the released config.json; see the specification for their meaning."""
+class V41Config(StreamConfig):
+    """And what V4.1 alone has; see the specification for the meaning of fields."""
 
-    vocab_size: int
-    hidden_size: int
-    moe_intermediate_size: int
     num_hidden_layers: int
-    num_attention_heads: int
-    head_dim: int
-    qk_rope_head_dim: int
-    q_lora_rank: int
-    o_groups: int
-    o_lora_rank: int
-    rms_norm_eps: float
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    routed_scaling_factor: float
-    swiglu_limit: float
-    sliding_window: int
     compress_ratios: tuple[int, ...]
     kv_source_layer_ids: tuple[int, ...]
     index_source_layer_ids: tuple[int, ...]
     candidate_source_layer_id: int
     candidate_topk_blocks: int
     candidate_block_size: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    rope_theta: float
-    compress_rope_theta: float
-    yarn: YarnScaling | None
-    max_position_embeddings: int
-    hc_mult: int
-    hc_sinkhorn_iters: int
-    hc_eps: float
     engram_layer_ids: tuple[int, ...]
     engram_max_ngram_size: int
     engram_vocab_size: int
@@ -87,25 +61,12 @@ class V41Config:
     engram_pad_token_id: int
     engram_compressed_vocab_size: int
     engram_num_embeddings: tuple[int, ...]
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
 
     def check(self) -> None:
         """Raise ConfigError listing all inconsistencies between fields."""
         problems = self._contradictions()
         if problems:
             raise ConfigError("config.json is inconsistent:\n  " + "\n  ".join(problems))
-
-    @property
-    def routing(self) -> RoutingRule:
-        """How routers choose (section 5)."""
-        return RoutingRule(
-            self.num_experts_per_tok,
-            "sqrt softplus",
-            is_renormalised=True,
-            epsilon=1e-20,
-            factor=self.routed_scaling_factor,
-        )
 
     def kv_source_of(self, layer: int) -> int | None:
         """The layer whose compressed entries `layer` sees; None for window-only layers."""
@@ -140,16 +101,8 @@ class V41Config:
             for name in positive
             if getattr(self, name) <= 0
         ]
-        found += [
-            f"{name} is {getattr(self, name)}; no model has more than {most}"
-            for name, most in MOST.items()
-            if getattr(self, name) > most
-        ]
-        least = min([self.head_dim, *([self.index_head_dim] if self.index_source_layer_ids else [])])
-        if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > least:
-            found.append(
-                f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected an even number up to {least}"
-            )
+        narrowest = min([self.head_dim, *([self.index_head_dim] if self.index_source_layer_ids else [])])
+        found += self.implausible(MOST, narrowest)
         if found:
             return found
         if len(self.compress_ratios) < layers:

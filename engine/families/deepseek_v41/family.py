@@ -37,7 +37,7 @@ class DeepseekV41Family(Family):
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
         config = parse_config(checkpoint.config)
-        return self._info(config, checkpoint), components(checkpoint, IGNORED)
+        return config.info(self.name, checkpoint.name), components(checkpoint, IGNORED)
 
     def check(self, checkpoint: Checkpoint) -> None:
         config = parse_config(checkpoint.config)
@@ -56,16 +56,8 @@ class DeepseekV41Family(Family):
         token_map = self._token_map(config, checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
         hashing = hashing_of(config) if config.engram_layer_ids else None
-        return DeepseekV41(config, self._info(config, checkpoint), weights, token_map, kernels, hashing)
-
-    def _info(self, config: V41Config, checkpoint: Checkpoint) -> ModelInfo:
-        return ModelInfo(
-            family=self.name,
-            name=checkpoint.name,
-            vocab_size=config.vocab_size,
-            max_context=config.max_position_embeddings,
-            bos_token_id=config.bos_token_id,
-            eos_token_ids=config.eos_token_ids,
+        return DeepseekV41(
+            config, config.info(self.name, checkpoint.name), weights, token_map, kernels, hashing
         )
 
     def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
