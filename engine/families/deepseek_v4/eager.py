@@ -7,8 +7,9 @@ import torch
 from engine.cache.grouped import GroupedCache, GroupState
 from engine.families.base import Batch, Segment, Trace
 from engine.families.deepseek_v4.operations import V4Parts
-from engine.families.deepseek_v4.weights import AttentionWeights, Compressor
+from engine.families.deepseek_v4.weights import Compressor
 from engine.families.streams.eager import EagerStreams
+from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import ReadMix
 from engine.layers.routed_experts import EagerExperts
 from engine.layers.sparse_attention import select_entries
@@ -86,7 +87,7 @@ class V4Eager(EagerStreams):
             self._selections.append(selection.entries)
             self._trace.add(f"index_selected.{number}", selection.entries)
 
-    def attend(self, number: int, attn: AttentionWeights, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         states = self._cache.states[number]
 
         def seen(
@@ -95,7 +96,7 @@ class V4Eager(EagerStreams):
             window_kv = self._cache.extend_window(number, segment, kv[at])
             if not states:
                 return window_kv, None, None
-            entries = self._selections[i] if attn.indexer else self._all_visible(segment, states[0])
+            entries = self._selections[i] if len(states) > 1 else self._all_visible(segment, states[0])
             return window_kv, states[0].entries[segment.slot], entries
 
         return self._attend(q, attn.sink, self._config.sliding_window, seen)

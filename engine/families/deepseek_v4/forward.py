@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import torch
 
-from engine.cache.grouped import GroupedCache
-from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
+from engine.cache.grouped import GroupedCache, GroupedShape
+from engine.families.base import NO_TRACE, Batch, KvCache, ModelInfo, Trace
 from engine.families.deepseek_v4.config import V4Config
 from engine.families.deepseek_v4.eager import V4Eager
 from engine.families.deepseek_v4.operations import V4Operations, V4Parts
 from engine.families.deepseek_v4.recorded import V4Recorded
 from engine.families.deepseek_v4.shape import cache_shape
-from engine.families.deepseek_v4.weights import AttentionWeights, V4Weights
+from engine.families.deepseek_v4.weights import LayerWeights, V4Weights
 from engine.families.places import HOST
+from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix
 from engine.layers.operations import Value
-from memory.telemetry import Telemetry
-from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 
@@ -36,31 +35,17 @@ class V4Cache(GroupedCache):
         return super().nbytes + (0 if self.program is None else self.program.nbytes)
 
 
-class DeepseekV4(Model):
+class DeepseekV4(StreamModel):
     """A loaded V4 model."""
 
+    config: V4Config
+    weights: V4Weights
+    cache_shape: GroupedShape
+
     def __init__(self, config: V4Config, info: ModelInfo, weights: V4Weights, kernels: Kernels) -> None:
-        self.config = config
-        self.info = info
-        self.weights = weights
-        self.kernels = kernels
+        super().__init__(config, info, weights, kernels)
         self.parts = V4Parts(config, weights, kernels)
         self.cache_shape = cache_shape(config, tuple(layer.device for layer in weights.layers))
-
-    def close(self) -> None:
-        self.weights.experts.close()
-
-    @property
-    def tier_bytes(self) -> dict[str, int]:
-        dense = self.weights.places.nbytes
-        return {tier: nbytes + dense.get(tier, 0) for tier, nbytes in self.weights.experts.tier_bytes.items()}
-
-    def expert_tiers(self) -> list[list[str]]:
-        return self.weights.experts.expert_locations()
-
-    @property
-    def telemetry(self) -> Telemetry:
-        return self.weights.experts.telemetry
 
     def new_cache(self, slots: int, capacity: int) -> V4Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
@@ -72,27 +57,13 @@ class DeepseekV4(Model):
             cache.program = cache.decoder.program
         return cache
 
-    def cache_bytes(self, slots: int, capacity: int) -> int:
-        on_gpus = sum(
-            self.cache_shape.layer_bytes(layer, slots, capacity)
-            for layer, weights in enumerate(self.weights.layers)
-            if weights.device != HOST
-        )
-        return self.cache_shape.nbytes(slots, capacity) - on_gpus + self._arena_bytes(capacity)
-
     def _arena_bytes(self, capacity: int) -> int:
-        """Bytes of a program's buffers; scores of compressed entries make them grow with the capacity."""
         recorder = self._recorder()
         if recorder is None:
             return 0
         program = self._record(recorder, GroupedCache(self.cache_shape, 1, capacity)).program
         assert program is not None
         return program.nbytes
-
-    def _recorder(self) -> Recorder | None:
-        """Notes steps, where all that every token reads lies in host memory."""
-        devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
-        return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
 
     def _record(self, recorder: Recorder, cache: GroupedCache) -> V4Recorded:
         """A program that decodes with `cache`."""
@@ -128,7 +99,7 @@ class DeepseekV4(Model):
 
             mix = ops.mix(layer.hc_attn, streams)
             x = ops.norm(ops.read_streams(streams, mix.pre), layer.attn_norm, c.rms_norm_eps)
-            y = self._attention(ops, number, layer.attn, x)
+            y = self._attention(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams = ops.write_streams(streams, y, mix)
 
@@ -146,26 +117,22 @@ class DeepseekV4(Model):
         (logits,) = ops.linears(ops.norm(x, weights.norm, self.config.rms_norm_eps), weights.head)
         return logits
 
-    def _attention(self, ops: V4Operations[Value], number: int, attn: AttentionWeights, x: Value) -> Value:
+    def _attention(self, ops: V4Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """`[rows, hidden]` to the same."""
-        c, eps = self.config, self.config.rms_norm_eps
-        compressed = c.ratios[number] > 0
-        qr, kv = ops.linears(x, attn.wq_a, attn.wkv)
-        qr, kv = ops.norm(qr, attn.q_norm, eps), ops.norm(kv, attn.kv_norm, eps)
-        (q,) = ops.linears(qr, attn.wq_b)
-        q = ops.norm_heads(q, attn.head_norm, eps)
+        c, compressed = self.config, self.config.ratios[number] > 0
+        qr, q, kv = self._latents(ops, layer.attn, x)
+        q = ops.norm_heads(q, layer.head_norm, c.rms_norm_eps)
         q = ops.rotate(q, c.num_attention_heads, compressed=compressed)
         kv = ops.rotate(kv, 1, compressed=compressed)
-        if attn.compressor is not None:
-            ops.compress(number, 0, attn.compressor, x)
-        if attn.indexer is not None:
-            ops.compress(number, 1, attn.indexer.compressor, x)
-            (queries,), (weights,) = ops.linears(qr, attn.indexer.wq_b), ops.linears(x, attn.indexer.weights)
-            queries = ops.rotate(queries, c.index_n_heads, compressed=True)
-            ops.select(number, queries, ops.scale(weights, (c.index_head_dim * c.index_n_heads) ** -0.5))
-        out = ops.attend(number, attn, q, kv)
+        if layer.compressor is not None:
+            ops.compress(number, 0, layer.compressor, x)
+        if layer.index_compressor is not None:
+            ops.compress(number, 1, layer.index_compressor, x)
+        if layer.indexer is not None:
+            self._select(ops, number, layer.indexer, qr, x)
+        out = ops.attend(number, layer.attn, q, kv)
         out = ops.rotate(out, c.num_attention_heads, compressed=compressed, backwards=True)
-        (y,) = ops.linears(ops.blocks(out, attn.wo_a), attn.wo_b)
+        (y,) = ops.linears(ops.blocks(out, layer.attn.wo_a), layer.attn.wo_b)
         return y
 
     def _experts(self, ops: V4Operations[Value], number: int, streams: Value, mix: StreamMix[Value]) -> Value:
@@ -181,10 +148,7 @@ class DeepseekV4(Model):
         ops.trace(f"router_ids.{number}", ids)
         ops.trace(f"router_weights.{number}", weights)
         ops.acquire(number, ids)
-        shared = layer.shared_experts  # computed while missing experts arrive
-        gate, up = ops.linears(x, shared.w1, shared.w3)
-        (y,) = ops.linears(ops.gated(gate, up, c.swiglu_limit), shared.w2)
-        ops.trace(f"shared_out.{number}", y)
+        y = self._shared(ops, number, x)  # computed while missing experts arrive
         if number + 1 < c.layers:
             self._foresee(ops, number + 1, streams, (y, mix))
         return ops.add(ops.experts(number, x, ids, weights), y)

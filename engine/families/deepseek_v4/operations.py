@@ -13,11 +13,10 @@ from typing import Protocol
 import torch
 
 from engine.families.deepseek_v4.config import V4Config
-from engine.families.deepseek_v4.weights import AttentionWeights, Compressor, V4Weights
+from engine.families.deepseek_v4.weights import Compressor, V4Weights
 from engine.families.streams.operations import Frequencies, StreamOperations
 from engine.layers.hyper_connections import ReadMix
 from engine.layers.operations import Value
-from engine.layers.rope import inverse_frequencies
 from quant.kernels.interface import Kernels
 from quant.kernels.layers import RoutingRule
 
@@ -33,11 +32,7 @@ class V4Parts:
     @cached_property
     def frequencies(self) -> Frequencies:
         """What positions are turned by."""
-        c = self.config
-        return Frequencies(
-            inverse_frequencies(c.qk_rope_head_dim, c.rope_theta),
-            inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn),
-        )
+        return Frequencies.by(self.config)
 
 
 class V4Operations(StreamOperations[Value], Protocol[Value]):
@@ -57,15 +52,6 @@ class V4Operations(StreamOperations[Value], Protocol[Value]):
 
     def compress(self, number: int, kind: int, compressor: Compressor, x: Value) -> None:
         """Append the entries of one kind (see `V4Config.groups`) whose groups these tokens complete."""
-        ...
-
-    def select(self, number: int, queries: Value, weights: Value) -> None:
-        """Choose which of the layer's entries each token attends to."""
-        ...
-
-    def attend(self, number: int, attn: AttentionWeights, q: Value, kv: Value) -> Value:
-        """Latents stored in the layer's window, then attention over it and over entries: those chosen, or all
-        where the layer does not choose."""
         ...
 
     def by_token(self, number: int, table: torch.Tensor) -> Value:

@@ -13,8 +13,9 @@ import torch
 from engine.cache.grouped import GroupedCache
 from engine.families.base import Batch
 from engine.families.deepseek_v4.operations import V4Parts
-from engine.families.deepseek_v4.weights import AttentionWeights, Compressor
+from engine.families.deepseek_v4.weights import Compressor
 from engine.families.streams.notes import StreamNotes
+from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import ReadMix
 from engine.layers.recorded_experts import RecordedExperts
 from quant.kernels.cpu.cache_notes import Selector
@@ -91,12 +92,13 @@ class V4Recorded(StreamNotes):
             queries, weights, keys.entries, keys.groups.ratio, selector, None, makes_pool=False
         )
 
-    def attend(self, number: int, attn: AttentionWeights, q: Buffer, kv: Buffer) -> Buffer:
+    def attend(self, number: int, attn: StreamAttention, q: Buffer, kv: Buffer) -> Buffer:
         window, states = self._cache.windows[number], self._cache.states[number]
         self._recorder.ring(kv, window)
+        is_indexed = len(states) > 1
         entries = states[0].entries if states else None
-        chosen = self._selected if attn.indexer else None
-        every = states[0].groups.ratio if states and not attn.indexer else None
+        chosen = self._selected if is_indexed else None
+        every = states[0].groups.ratio if states and not is_indexed else None
         size = self._config.sliding_window
         return self._recorder.attend_sparse(q, window, attn.sink, size, entries, chosen, every)
 

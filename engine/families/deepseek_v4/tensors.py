@@ -22,17 +22,13 @@ def expected_tensors(
     """
     expect = Expectations(checkpoint)
     hidden = c.hidden_size
-    expect.floats("embed.weight", c.vocab_size, hidden)
-    expect.floats("head.weight", c.vocab_size, hidden)
-    expect.floats("norm.weight", hidden)
+    expect.outside(c)
     expect.floats("hc_head_fn", c.hc_mult, c.hc_mult * hidden, released="F32")
     expect.floats("hc_head_base", c.hc_mult, released="F32")
     expect.floats("hc_head_scale", 1, released="F32")
     for n in range(c.layers):
         layer = f"layers.{n}"
-        for sub in ("attn", "ffn"):
-            expect.floats(f"{layer}.{sub}_norm.weight", hidden)
-            expect.connection(f"{layer}.hc_{sub}", c.hc_mult, hidden)
+        expect.sublayers(c, layer)
         _expect_attention(c, expect, n)
         gate = f"{layer}.ffn.gate"
         expect.floats(f"{gate}.weight", c.n_routed_experts, hidden)
@@ -40,28 +36,18 @@ def expected_tensors(
             expect.specs[f"{gate}.tid2eid"] = TensorSpec((c.vocab_size, c.num_experts_per_tok), ("I64",))
         else:
             expect.floats(f"{gate}.bias", c.n_routed_experts, released="F32")
-        width = c.moe_intermediate_size
-        expect.experts(f"{layer}.ffn.experts", experts or c.n_routed_experts, width, hidden)
-        expect.shared_expert(f"{layer}.ffn.shared_experts", width * c.n_shared_experts, hidden)
+        expect.experts(c, layer, experts or c.n_routed_experts)
     return expect.specs
 
 
 def _expect_attention(c: V4Config, expect: Expectations, n: int) -> None:
     attn = f"layers.{n}.attn"
-    query_dim = c.num_attention_heads * c.head_dim
-    expect.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size)
-    expect.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank)
-    expect.dense(f"{attn}.wkv", c.head_dim, c.hidden_size)
-    expect.dense(f"{attn}.wo_a", c.o_groups * c.o_lora_rank, query_dim // c.o_groups)
-    expect.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
-    expect.floats(f"{attn}.q_norm.weight", c.q_lora_rank)
-    expect.floats(f"{attn}.kv_norm.weight", c.head_dim)
+    expect.attention(c, attn)
     expect.floats(f"{attn}.attn_sink", c.num_attention_heads, released="F32")
     for prefix, groups in zip((attn, f"{attn}.indexer"), c.groups(n), strict=False):
         _expect_compressor(c, expect, f"{prefix}.compressor", groups)
     if c.ratios[n] == INDEXED:
-        expect.dense(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
-        expect.floats(f"{attn}.indexer.weights_proj.weight", c.index_n_heads, c.hidden_size)
+        expect.indexer(c, attn)
 
 
 def _expect_compressor(c: V4Config, expect: Expectations, name: str, groups: Groups) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from engine.families.deepseek_v4.config import INDEXED, V4Config
 from engine.families.deepseek_v4.shape import checkpoint_shape
-from engine.families.places import HOST, DensePlaces, place
-from engine.families.streams.reader import Reader, SharedExpert, StreamExpertFiles
-from engine.layers.hyper_connections import HyperConnection, ReadMix
+from engine.families.expert_store import expert_store
+from engine.families.places import place
+from engine.families.streams.experts import StreamExpertFiles
+from engine.families.streams.reader import Reader
+from engine.families.streams.weights import StreamLayer, StreamWeights
+from engine.layers.hyper_connections import ReadMix
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.checkpoint.reads import RowsOnDisk
-from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
-from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
-from memory.tiers import Tier
 from quant.errors import CheckpointError
 from quant.kernels.interface import Kernels, Weight
 
@@ -32,69 +31,29 @@ class Compressor:
 
 
 @dataclass(frozen=True)
-class Indexer:
-    """What chooses among entries, by keys that its own compressor makes."""
+class LayerWeights(StreamLayer):
+    """And what V4 alone has.
 
-    wq_b: Weight
-    weights: Weight
-    compressor: Compressor
-
-
-@dataclass(frozen=True)
-class AttentionWeights:
-    """One layer's attention; wo_a holds one `[o_lora_rank, heads * head_dim / groups]` weight per group.
-
-    head_norm  ones, by which each query head is normalised
+    head_norm         ones, by which each query head is normalised
+    compressor        where the layer sees entries
+    index_compressor  where it chooses among them: makes the keys that it chooses by
+    gate_bias         for the choice of experts; None where token ids choose
+    token_experts     `[vocab, top_k]` int64, in host memory: the experts that each token id chooses, or None
     """
 
-    wq_a: Weight
-    q_norm: torch.Tensor
-    wq_b: Weight
     head_norm: torch.Tensor
-    wkv: Weight
-    kv_norm: torch.Tensor
-    sink: torch.Tensor
-    wo_a: tuple[Weight, ...]
-    wo_b: Weight
     compressor: Compressor | None
-    indexer: Indexer | None
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One layer: attention, feed-forward, and the connections around both.
-
-    gate_bias      for the choice of experts; None where token ids choose
-    token_experts  `[vocab, top_k]` int64, in host memory: the experts that each token id chooses, or None
-    """
-
-    attn_norm: torch.Tensor
-    ffn_norm: torch.Tensor
-    hc_attn: HyperConnection
-    hc_ffn: HyperConnection
-    attn: AttentionWeights
-    gate: Weight
+    index_compressor: Compressor | None
     gate_bias: torch.Tensor | None
     token_experts: torch.Tensor | None
-    shared_experts: SharedExpert
-
-    @property
-    def device(self) -> torch.device:
-        """The device of these weights, where the layer is computed."""
-        return self.attn_norm.device
 
 
 @dataclass(frozen=True)
-class V4Weights:
+class V4Weights(StreamWeights):
     """The whole model."""
 
-    embed: torch.Tensor | RowsOnDisk
     hc_head: ReadMix
-    norm: torch.Tensor
-    head: Weight
     layers: tuple[LayerWeights, ...]
-    experts: ExpertStore
-    places: DensePlaces
 
 
 def read_weights(c: V4Config, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> V4Weights:
@@ -107,14 +66,7 @@ def read_weights(c: V4Config, checkpoint: Checkpoint, kernels: Kernels, budget: 
     host = Reader(checkpoint, kernels)
     by_head = Reader(checkpoint, kernels, places.head)
     tables = [_token_experts(c, host, n) for n in range(c.layers)]
-    files = StreamExpertFiles(
-        checkpoint,
-        c.layers,
-        c.n_routed_experts,
-        c.hidden_size,
-        c.moe_intermediate_size,
-        host.formats.experts,
-    )
+    files = StreamExpertFiles.of(c, checkpoint, c.layers)
     return V4Weights(
         embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
         hc_head=ReadMix(
@@ -130,14 +82,7 @@ def read_weights(c: V4Config, checkpoint: Checkpoint, kernels: Kernels, budget: 
             _read_layer(c, Reader(checkpoint, kernels, device), n, tables[n])
             for n, device in enumerate(places.layers)
         ),
-        experts=ExpertStore(
-            files,
-            kernels,
-            Tier("dram", places.left["dram"], HOST),
-            [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus],
-            hotness=trace_of_checkpoint(checkpoint.path, c.layers, c.n_routed_experts),
-            cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
-        ),
+        experts=expert_store(files, checkpoint.path, kernels, budget, places),
         places=places,
     )
 
@@ -159,52 +104,21 @@ def _token_experts(c: V4Config, reader: Reader, n: int) -> torch.Tensor | None:
 
 def _read_layer(c: V4Config, reader: Reader, n: int, token_experts: torch.Tensor | None) -> LayerWeights:
     layer = f"layers.{n}"
-
-    def connection(sub: str) -> HyperConnection:
-        return reader.connection(
-            f"{layer}.hc_{sub}",
-            c.hc_mult,
-            iterations=c.hc_sinkhorn_iters,
-            hc_eps=c.hc_eps,
-            norm_eps=c.rms_norm_eps,
-        )
-
-    width = c.moe_intermediate_size * c.n_shared_experts
+    attn, is_indexed = f"{layer}.attn", c.ratios[n] == INDEXED
     return LayerWeights(
         attn_norm=reader.small(f"{layer}.attn_norm.weight"),
         ffn_norm=reader.small(f"{layer}.ffn_norm.weight"),
-        hc_attn=connection("attn"),
-        hc_ffn=connection("ffn"),
-        attn=_read_attention(c, reader, n),
+        hc_attn=reader.connection(c, f"{layer}.hc_attn"),
+        hc_ffn=reader.connection(c, f"{layer}.hc_ffn"),
+        attn=reader.attention(c, attn),
+        head_norm=torch.ones(c.head_dim, device=reader.device),
+        compressor=_read_compressor(reader, f"{attn}.compressor") if c.ratios[n] else None,
+        indexer=reader.indexer(c, attn) if is_indexed else None,
+        index_compressor=_read_compressor(reader, f"{attn}.indexer.compressor") if is_indexed else None,
         gate=reader.plain(f"{layer}.ffn.gate.weight"),
         gate_bias=reader.small(f"{layer}.ffn.gate.bias") if token_experts is None else None,
         token_experts=token_experts,
-        shared_experts=reader.shared_expert(f"{layer}.ffn.shared_experts", width, c.hidden_size),
-    )
-
-
-def _read_attention(c: V4Config, reader: Reader, n: int) -> AttentionWeights:
-    attn = f"layers.{n}.attn"
-    query_dim = c.num_attention_heads * c.head_dim
-    indexer = None
-    if c.ratios[n] == INDEXED:
-        indexer = Indexer(
-            reader.dense(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank),
-            reader.plain(f"{attn}.indexer.weights_proj.weight"),
-            _read_compressor(reader, f"{attn}.indexer.compressor"),
-        )
-    return AttentionWeights(
-        wq_a=reader.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size),
-        q_norm=reader.small(f"{attn}.q_norm.weight"),
-        wq_b=reader.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank),
-        head_norm=torch.ones(c.head_dim, device=reader.device),
-        wkv=reader.dense(f"{attn}.wkv", c.head_dim, c.hidden_size),
-        kv_norm=reader.small(f"{attn}.kv_norm.weight"),
-        sink=reader.small(f"{attn}.attn_sink"),
-        wo_a=reader.dense_groups(f"{attn}.wo_a", c.o_groups, c.o_lora_rank, query_dim // c.o_groups),
-        wo_b=reader.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank),
-        compressor=_read_compressor(reader, f"{attn}.compressor") if c.ratios[n] else None,
-        indexer=indexer,
+        shared_experts=reader.shared_expert(c, layer),
     )
 
 

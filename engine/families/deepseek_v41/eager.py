@@ -8,9 +8,10 @@ from engine.cache.sparse import SparseCache
 from engine.families.base import Batch, Segment, Trace
 from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.operations import V41Parts
-from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights
+from engine.families.deepseek_v41.weights import CompressorWeights
 from engine.families.streams.eager import EagerStreams
 from engine.families.streams.operations import StreamMix
+from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
 from engine.layers.hyper_connections import first_mix
 from engine.layers.routed_experts import EagerExperts
@@ -141,7 +142,7 @@ class V41Eager(EagerStreams):
         if makes_pool:
             self._pools = pools
 
-    def attend(self, number: int, attn: AttentionWeights, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         source = self._config.kv_source_of(number)
 
         def seen(

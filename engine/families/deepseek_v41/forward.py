@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.cache.sparse import CacheShape, SparseCache
-from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
+from engine.families.base import NO_TRACE, Batch, KvCache, ModelInfo, Trace
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.eager import V41Eager
 from engine.families.deepseek_v41.operations import V41Operations, V41Parts
 from engine.families.deepseek_v41.recorded import V41Recorded
-from engine.families.deepseek_v41.weights import AttentionWeights, V41Weights
+from engine.families.deepseek_v41.weights import LayerWeights, V41Weights
 from engine.families.places import HOST
+from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix
 from engine.layers.engram_hash import EngramHash
 from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
-from memory.telemetry import Telemetry
 from quant.errors import FormatError
-from quant.kernels.choice import recorder_of, recorder_on
+from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
 from quant.kernels.interface import Kernels
@@ -53,8 +53,12 @@ class V41Cache(SparseCache):
         return super().nbytes + (self.on_host if self.program is None else self.program.nbytes)
 
 
-class DeepseekV41(Model):
+class DeepseekV41(StreamModel):
     """A loaded V4.1 model."""
+
+    config: V41Config
+    weights: V41Weights
+    cache_shape: CacheShape
 
     def __init__(
         self,
@@ -65,10 +69,7 @@ class DeepseekV41(Model):
         kernels: Kernels,
         hashing: EngramHash | None,
     ) -> None:
-        self.config = config
-        self.info = info
-        self.weights = weights
-        self.kernels = kernels
+        super().__init__(config, info, weights, kernels)
         self.token_map = token_map
         self._token_keys = token_map.numpy()
         self.keeps_whole_states = config.first_tail_layer >= config.num_hidden_layers
@@ -92,23 +93,14 @@ class DeepseekV41(Model):
     def close(self) -> None:
         if self._coordinator is not None:
             self._coordinator.close()
-        self.weights.experts.close()
+        super().close()
         self.weights.engram.close()
 
     @property
     def tier_bytes(self) -> dict[str, int]:
-        dense, engram = self.weights.places.nbytes, self.weights.engram.nbytes
-        return {
-            tier: nbytes + dense.get(tier, 0) + (engram if tier == "dram" else 0)
-            for tier, nbytes in self.weights.experts.tier_bytes.items()
-        }
-
-    def expert_tiers(self) -> list[list[str]]:
-        return self.weights.experts.expert_locations()
-
-    @property
-    def telemetry(self) -> Telemetry:
-        return self.weights.experts.telemetry
+        found = super().tier_bytes
+        found["dram"] += self.weights.engram.nbytes
+        return found
 
     def new_cache(self, slots: int, capacity: int) -> V41Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
@@ -123,16 +115,7 @@ class DeepseekV41(Model):
             cache.on_host = nbytes[HOST]
         return cache
 
-    def cache_bytes(self, slots: int, capacity: int) -> int:
-        on_gpus = sum(
-            self.cache_shape.layer_bytes(layer, slots, capacity)
-            for layer, weights in enumerate(self.weights.layers)
-            if weights.device != HOST
-        )
-        return self.cache_shape.nbytes(slots, capacity) - on_gpus + self._arena_bytes(capacity)
-
     def _arena_bytes(self, capacity: int) -> int:
-        """Bytes of a program's buffers; scores of compressed entries make them grow with the capacity."""
         recorder = self._recorder()
         if recorder is None:
             cache = SparseCache(self.cache_shape, 1, capacity)
@@ -159,19 +142,6 @@ class DeepseekV41(Model):
             row_tables=[table for table in tables if table is not None],
             row_width=c.engram_head_dim,
         )
-
-    @property
-    def _devices(self) -> set[torch.device]:
-        """Where layers and the head are."""
-        return {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
-
-    @property
-    def _is_on_gpus(self) -> bool:
-        return self._devices != {HOST}
-
-    def _recorder(self) -> Recorder | None:
-        """Notes steps, where all that every token reads lies in host memory."""
-        return None if self._is_on_gpus else recorder_of(self.kernels, MAX_ROWS)
 
     def _record_on_gpus(
         self, cache: SparseCache, *, only_look: bool = False
@@ -287,7 +257,7 @@ class DeepseekV41(Model):
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
                 ops.prefetch(number, streams, mix.pre, None, None)
             x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
-            y = self._attention(ops, number, layer.attn, x)
+            y = self._attention(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
 
@@ -303,24 +273,19 @@ class DeepseekV41(Model):
         (logits,) = ops.linears(ops.norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head)
         return logits
 
-    def _attention(self, ops: V41Operations[Value], number: int, attn: AttentionWeights, x: Value) -> Value:
+    def _attention(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """Sections 4.1 to 4.7, `[rows, hidden]` to the same."""
-        c, eps = self.config, self.config.rms_norm_eps
-        compressed = self.parts.is_compressed(number)
-        qr, kv = ops.linears(x, attn.wq_a, attn.wkv)
-        qr, kv = ops.norm(qr, attn.q_norm, eps), ops.norm(kv, attn.kv_norm, eps)
-        (q,) = ops.linears(qr, attn.wq_b)
+        c, compressed = self.config, self.parts.is_compressed(number)
+        qr, q, kv = self._latents(ops, layer.attn, x)
         q = ops.rotate(q, c.num_attention_heads, compressed=compressed)
         kv = ops.rotate(kv, 1, compressed=compressed)
-        if attn.compressor is not None:
-            ops.compress(number, attn.compressor, x)
-        if attn.indexer_wq_b is not None and attn.indexer_weights is not None:
-            (queries,), (weights,) = ops.linears(qr, attn.indexer_wq_b), ops.linears(x, attn.indexer_weights)
-            queries = ops.rotate(queries, c.index_n_heads, compressed=True)
-            ops.select(number, queries, ops.scale(weights, (c.index_head_dim * c.index_n_heads) ** -0.5))
-        out = ops.attend(number, attn, q, kv)
+        if layer.compressor is not None:
+            ops.compress(number, layer.compressor, x)
+        if layer.indexer is not None:
+            self._select(ops, number, layer.indexer, qr, x)
+        out = ops.attend(number, layer.attn, q, kv)
         out = ops.rotate(out, c.num_attention_heads, compressed=compressed, backwards=True)
-        (y,) = ops.linears(ops.blocks(out, attn.wo_a), attn.wo_b)
+        (y,) = ops.linears(ops.blocks(out, layer.attn.wo_a), layer.attn.wo_b)
         return y
 
     def _experts(
@@ -337,10 +302,7 @@ class DeepseekV41(Model):
         ops.trace(f"router_ids.{number}", ids)
         ops.trace(f"router_weights.{number}", weights)
         ops.acquire(number, ids)
-        shared = layer.shared_experts  # computed while missing experts arrive
-        gate, up = ops.linears(x, shared.w1, shared.w3)
-        (y,) = ops.linears(ops.gated(gate, up, c.swiglu_limit), shared.w2)
-        ops.trace(f"shared_out.{number}", y)
+        y = self._shared(ops, number, x)  # computed while missing experts arrive
         if number + 1 < c.num_hidden_layers:
             ops.prefetch(number + 1, streams, pre, y, mix)
         return ops.add(ops.experts(number, x, ids, weights), y)

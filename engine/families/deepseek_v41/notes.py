@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from engine.cache.sparse import SparseCache
 from engine.families.deepseek_v41.operations import V41Parts
-from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights
+from engine.families.deepseek_v41.weights import CompressorWeights
 from engine.families.streams.notes import StreamNotes
+from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import first_mix
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
@@ -66,7 +67,7 @@ class V41Notes(StreamNotes):
         )
         self._pool = pool or self._pool
 
-    def attend(self, number: int, attn: AttentionWeights, q: Buffer, kv: Buffer) -> Buffer:
+    def attend(self, number: int, attn: StreamAttention, q: Buffer, kv: Buffer) -> Buffer:
         window, source = self._cache.windows[number], self._config.kv_source_of(number)
         self._recorder.ring(kv, window)
         entries = None if source is None else self._cache.sources[source].entries

@@ -19,8 +19,8 @@ from engine.cache.sparse import SparseCache
 from engine.families.base import Batch
 from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import V41Parts
-from engine.families.deepseek_v41.weights import AttentionWeights
 from engine.families.streams.operations import StreamMix
+from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
 from memory.experts.coordinator import Coordinator, Round
 from memory.experts.step import ExpertStep
@@ -241,7 +241,7 @@ class V41OnGpus(V41Notes):
         self._selected, *pools = outs
         self._pool = pools[0] if pools else self._pool
 
-    def attend(self, number: int, attn: AttentionWeights, q: Buffer, kv: Buffer) -> Buffer:
+    def attend(self, number: int, attn: StreamAttention, q: Buffer, kv: Buffer) -> Buffer:
         source = self._config.kv_source_of(number)
         if source is None or self._cache.sources[source].entries.device == self._recorder.device:
             return super().attend(number, attn, q, kv)

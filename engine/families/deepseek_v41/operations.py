@@ -13,10 +13,9 @@ from typing import Protocol
 import torch
 
 from engine.families.deepseek_v41.config import V41Config
-from engine.families.deepseek_v41.weights import AttentionWeights, CompressorWeights, LayerWeights, V41Weights
+from engine.families.deepseek_v41.weights import CompressorWeights, LayerWeights, V41Weights
 from engine.families.streams.operations import Frequencies, StreamMix, StreamOperations
 from engine.layers.operations import Value
-from engine.layers.rope import inverse_frequencies
 from quant.kernels.cpu.row_notes import Ngrams
 from quant.kernels.interface import Kernels
 
@@ -36,11 +35,7 @@ class V41Parts:
     @cached_property
     def frequencies(self) -> Frequencies:
         """What positions are turned by."""
-        c = self.config
-        return Frequencies(
-            inverse_frequencies(c.qk_rope_head_dim, c.rope_theta),
-            inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn),
-        )
+        return Frequencies.by(self.config)
 
     def table(self, layer: int) -> int:
         """Which of the Engram tables a layer reads."""
@@ -73,14 +68,6 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
 
     def compress(self, number: int, compressor: CompressorWeights, x: Value) -> None:
         """Append the entries and index keys of the groups that these tokens complete (section 4.3)."""
-        ...
-
-    def select(self, number: int, queries: Value, weights: Value) -> None:
-        """Choose which compressed entries each token sees from this layer on (sections 4.4, 4.5)."""
-        ...
-
-    def attend(self, number: int, attn: AttentionWeights, q: Value, kv: Value) -> Value:
-        """Latents stored in the layer's window, then attention over it and the chosen entries (4.6)."""
         ...
 
     def prefetch(

@@ -21,22 +21,16 @@ def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, Ten
     """Every tensor that text generation needs, with its shape and the dtypes it may have."""
     c = config
     expect = Expectations(checkpoint)
-    expect.floats("embed.weight", c.vocab_size, c.hidden_size)
-    expect.floats("head.weight", c.vocab_size, c.hidden_size)
-    expect.floats("norm.weight", c.hidden_size)
+    expect.outside(c)
     for n in range(c.num_hidden_layers):
         layer = f"layers.{n}"
-        for sub in ("attn", "ffn"):
-            expect.floats(f"{layer}.{sub}_norm.weight", c.hidden_size)
-            expect.connection(f"{layer}.hc_{sub}", c.hc_mult, c.hidden_size)
+        expect.sublayers(c, layer)
         _expect_attention(c, expect, n)
         expect.floats(f"{layer}.ffn.gate.weight", c.n_routed_experts, c.hidden_size)
         expect.floats(f"{layer}.ffn.gate.bias", c.n_routed_experts)
         if f"{layer}.ffn.gate.bias_vl" in checkpoint.entries:  # only models that see images have it
             expect.floats(f"{layer}.ffn.gate.bias_vl", c.n_routed_experts)
-        expect.experts(f"{layer}.ffn.experts", c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
-        width = c.moe_intermediate_size * c.n_shared_experts
-        expect.shared_expert(f"{layer}.ffn.shared_experts", width, c.hidden_size)
+        expect.experts(c, layer, c.n_routed_experts)
     for n, rows in zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True):
         engram = f"layers.{n}.engram"
         columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
@@ -50,14 +44,7 @@ def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, Ten
 
 def _expect_attention(c: V41Config, expect: Expectations, n: int) -> None:
     attn = f"layers.{n}.attn"
-    query_dim = c.num_attention_heads * c.head_dim
-    expect.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size)
-    expect.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank)
-    expect.dense(f"{attn}.wkv", c.head_dim, c.hidden_size)
-    expect.dense(f"{attn}.wo_a", c.o_groups * c.o_lora_rank, query_dim // c.o_groups)
-    expect.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
-    expect.floats(f"{attn}.q_norm.weight", c.q_lora_rank)
-    expect.floats(f"{attn}.kv_norm.weight", c.head_dim)
+    expect.attention(c, attn)
     expect.floats(f"{attn}.attn_sink", c.num_attention_heads)
     if n in c.kv_source_layer_ids:
         expect.floats(f"{attn}.compressor.wkv.weight", c.head_dim, c.hidden_size)
@@ -67,5 +54,4 @@ def _expect_attention(c: V41Config, expect: Expectations, n: int) -> None:
         expect.floats(f"{attn}.indexer.wk.weight", c.index_head_dim, c.head_dim)
         expect.floats(f"{attn}.indexer.k_norm.weight", c.index_head_dim)
     if n in c.index_source_layer_ids:
-        expect.dense(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
-        expect.floats(f"{attn}.indexer.weights_proj.weight", c.index_n_heads, c.hidden_size)
+        expect.indexer(c, attn)

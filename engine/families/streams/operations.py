@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol
+from typing import Generic, Protocol, Self
 
 import torch
 
+from engine.families.streams.config import StreamConfig
+from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import HyperConnection
 from engine.layers.operations import BasicOperations, Value
+from engine.layers.rope import inverse_frequencies
 from quant.kernels.interface import Weight
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
@@ -37,6 +40,14 @@ class Frequencies:
 
     plain: torch.Tensor
     compressed: torch.Tensor
+
+    @classmethod
+    def by(cls, c: StreamConfig) -> Self:
+        """Those of a config."""
+        return cls(
+            inverse_frequencies(c.qk_rope_head_dim, c.rope_theta),
+            inverse_frequencies(c.qk_rope_head_dim, c.compress_rope_theta, c.yarn),
+        )
 
     def of(self, *, compressed: bool) -> torch.Tensor:
         """Those of one kind of layer."""
@@ -72,6 +83,15 @@ class StreamOperations(BasicOperations[Value], Protocol[Value]):
 
     def blocks(self, x: Value, weights: Sequence[Weight]) -> Value:
         """Weights of one shape, each times its own columns of x, side by side."""
+        ...
+
+    def select(self, number: int, queries: Value, weights: Value) -> None:
+        """Choose which entries each token attends to, from this layer until another one chooses."""
+        ...
+
+    def attend(self, number: int, attn: StreamAttention, q: Value, kv: Value) -> Value:
+        """Latents stored in the layer's window, then attention over it and over entries: those chosen, or all
+        where no layer chooses."""
         ...
 
     def acquire(self, number: int, ids: Value) -> None:

@@ -6,31 +6,22 @@ become float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from engine.families.places import HOST
+from engine.families.streams.config import StreamConfig
 from engine.families.streams.stored import StoredFormats
+from engine.families.streams.weights import SharedExpert, StreamAttention, StreamIndexer
 from engine.layers.hyper_connections import HyperConnection
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.reads import RowsOnDisk
-from memory.experts.reader import APART
 from quant.formats.fp8 import FP8_32, Fp8
 from quant.formats.quantization_config import Role
 from quant.formats.stored import FLOAT_DTYPES, unpack
-from quant.kernels.interface import ExpertFormats, Kernels, Weight
-from quant.packed import Format, PackedTensor
-
-
-@dataclass(frozen=True)
-class SharedExpert:
-    """The expert that every token uses; dense weights, so packed or plain."""
-
-    w1: Weight
-    w3: Weight
-    w2: Weight
+from quant.kernels.interface import Kernels, Weight
+from quant.packed import PackedTensor
 
 
 class Reader:
@@ -79,22 +70,44 @@ class Reader:
         codes, scales = self.checkpoint.read(f"{name}.weight"), self.checkpoint.read(f"{name}.scale")
         return unpack(format_, (rows, cols), codes, scales, self.checkpoint.entries[f"{name}.scale"].dtype)
 
-    def connection(
-        self, prefix: str, hc: int, *, iterations: int, hc_eps: float, norm_eps: float
-    ) -> HyperConnection:
+    def connection(self, c: StreamConfig, prefix: str) -> HyperConnection:
         """A sublayer's hyper-connection, its three scales spread out."""
+        hc = c.hc_mult
         scales = zip(self.small(f"{prefix}_scale"), (hc, hc, hc**2), strict=True)
         return HyperConnection(
             fn=self.small(f"{prefix}_fn"),
             base=self.small(f"{prefix}_base"),
             scale=torch.cat([scale.expand(size) for scale, size in scales]),
-            sinkhorn_iters=iterations,
-            hc_eps=hc_eps,
-            norm_eps=norm_eps,
+            sinkhorn_iters=c.hc_sinkhorn_iters,
+            hc_eps=c.hc_eps,
+            norm_eps=c.rms_norm_eps,
         )
 
-    def shared_expert(self, prefix: str, width: int, hidden: int) -> SharedExpert:
+    def attention(self, c: StreamConfig, attn: str) -> StreamAttention:
+        """What attention has in every layer."""
+        query_dim = c.num_attention_heads * c.head_dim
+        return StreamAttention(
+            wq_a=self.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size),
+            q_norm=self.small(f"{attn}.q_norm.weight"),
+            wq_b=self.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank),
+            wkv=self.dense(f"{attn}.wkv", c.head_dim, c.hidden_size),
+            kv_norm=self.small(f"{attn}.kv_norm.weight"),
+            sink=self.small(f"{attn}.attn_sink"),
+            wo_a=self.dense_groups(f"{attn}.wo_a", c.o_groups, c.o_lora_rank, query_dim // c.o_groups),
+            wo_b=self.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank),
+        )
+
+    def indexer(self, c: StreamConfig, attn: str) -> StreamIndexer:
+        """What a layer that chooses among entries asks with."""
+        return StreamIndexer(
+            self.dense(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank),
+            self.plain(f"{attn}.indexer.weights_proj.weight"),
+        )
+
+    def shared_expert(self, c: StreamConfig, layer: str) -> SharedExpert:
         """The expert that every token uses."""
+        prefix, hidden = f"{layer}.ffn.shared_experts", c.hidden_size
+        width = c.moe_intermediate_size * c.n_shared_experts
         return SharedExpert(
             self.dense(f"{prefix}.w1", width, hidden),
             self.dense(f"{prefix}.w3", width, hidden),
@@ -120,36 +133,3 @@ def _in_smaller_tiles(packed: PackedTensor) -> PackedTensor:
     tall, wide = packed.format.tile_rows // 32, packed.format.tile_cols // 32
     scales = packed.scales.repeat_interleave(tall, 0)[:rows].repeat_interleave(wide, 1)[:, :cols]
     return PackedTensor(FP8_32, packed.shape, packed.codes, scales.contiguous())
-
-
-@dataclass(frozen=True)
-class StreamExpertFiles:
-    """Where the routed experts of a checkpoint are, for the expert store."""
-
-    checkpoint: Checkpoint
-    layers: int
-    experts: int
-    hidden: int
-    width: int
-    format: Format
-    together = APART
-
-    def formats(self, layer: int) -> ExpertFormats:
-        """The same in every layer."""
-        return self.format, self.format, self.format
-
-    def entries(self, layer: int, expert: int, number: int) -> list[TensorEntry]:
-        """The tensors of one matrix of an expert: number 0 is w1, 1 is w3, 2 is w2."""
-        name = self._name(layer, expert, number)
-        return [self.checkpoint.entries[f"{name}.{part}"] for part in ("weight", "scale")]
-
-    def matrix(self, layer: int, expert: int, number: int, raw: dict[str, torch.Tensor]) -> PackedTensor:
-        """The matrix from the raw bytes of its tensors, by name."""
-        name = self._name(layer, expert, number)
-        is_down = number == 2
-        shape = (self.hidden, self.width) if is_down else (self.width, self.hidden)
-        scale_dtype = self.checkpoint.entries[f"{name}.scale"].dtype
-        return unpack(self.format, shape, raw[f"{name}.weight"], raw[f"{name}.scale"], scale_dtype)
-
-    def _name(self, layer: int, expert: int, number: int) -> str:
-        return f"layers.{layer}.ffn.experts.{expert}.{('w1', 'w3', 'w2')[number]}"

@@ -9,6 +9,7 @@ import math
 import re
 
 from engine.families.base import Component
+from engine.families.streams.config import StreamConfig
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
 from quant.errors import CheckpointError
@@ -84,26 +85,51 @@ class Expectations:
         self.specs[f"{name}.weight"] = TensorSpec(weight.shape, weight.dtypes)
         self.specs[f"{name}.scale"] = TensorSpec(scale.shape, scale.dtypes)
 
-    def connection(self, prefix: str, hc: int, hidden: int) -> None:
-        """A sublayer's hyper-connection."""
-        mixes = (2 + hc) * hc
-        self.floats(f"{prefix}_fn", mixes, hc * hidden, released="F32")
-        self.floats(f"{prefix}_base", mixes, released="F32")
-        self.floats(f"{prefix}_scale", 3, released="F32")
+    def outside(self, c: StreamConfig) -> None:
+        """The embedding, and what makes logits."""
+        self.floats("embed.weight", c.vocab_size, c.hidden_size)
+        self.floats("head.weight", c.vocab_size, c.hidden_size)
+        self.floats("norm.weight", c.hidden_size)
 
-    def experts(self, prefix: str, count: int, width: int, hidden: int) -> None:
-        """Routed experts, all in the format of the first layer's first."""
+    def sublayers(self, c: StreamConfig, layer: str) -> None:
+        """The norms and hyper-connections of attention and feed-forward."""
+        mixes = (2 + c.hc_mult) * c.hc_mult
+        for sub in ("attn", "ffn"):
+            self.floats(f"{layer}.{sub}_norm.weight", c.hidden_size)
+            connection = f"{layer}.hc_{sub}"
+            self.floats(f"{connection}_fn", mixes, c.hc_mult * c.hidden_size, released="F32")
+            self.floats(f"{connection}_base", mixes, released="F32")
+            self.floats(f"{connection}_scale", 3, released="F32")
+
+    def attention(self, c: StreamConfig, attn: str) -> None:
+        """Matrices and norms that attention has in every layer."""
+        query_dim = c.num_attention_heads * c.head_dim
+        self.dense(f"{attn}.wq_a", c.q_lora_rank, c.hidden_size)
+        self.dense(f"{attn}.wq_b", query_dim, c.q_lora_rank)
+        self.dense(f"{attn}.wkv", c.head_dim, c.hidden_size)
+        self.dense(f"{attn}.wo_a", c.o_groups * c.o_lora_rank, query_dim // c.o_groups)
+        self.dense(f"{attn}.wo_b", c.hidden_size, c.o_groups * c.o_lora_rank)
+        self.floats(f"{attn}.q_norm.weight", c.q_lora_rank)
+        self.floats(f"{attn}.kv_norm.weight", c.head_dim)
+
+    def indexer(self, c: StreamConfig, attn: str) -> None:
+        """What a layer that chooses among entries asks with."""
+        self.dense(f"{attn}.indexer.wq_b", c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+        self.floats(f"{attn}.indexer.weights_proj.weight", c.index_n_heads, c.hidden_size)
+
+    def experts(self, c: StreamConfig, layer: str, count: int) -> None:
+        """`count` routed experts, all in the format of the first layer's first, and the shared one."""
         format_ = self.formats.experts
         for e in range(count):
-            self.packed(f"{prefix}.{e}.w1", format_, width, hidden)
-            self.packed(f"{prefix}.{e}.w3", format_, width, hidden)
-            self.packed(f"{prefix}.{e}.w2", format_, hidden, width)
+            for name, rows, cols in _matrices(c.moe_intermediate_size, c.hidden_size):
+                self.packed(f"{layer}.ffn.experts.{e}.{name}", format_, rows, cols)
+        for name, rows, cols in _matrices(c.moe_intermediate_size * c.n_shared_experts, c.hidden_size):
+            self.dense(f"{layer}.ffn.shared_experts.{name}", rows, cols)
 
-    def shared_expert(self, prefix: str, width: int, hidden: int) -> None:
-        """The expert that every token uses."""
-        self.dense(f"{prefix}.w1", width, hidden)
-        self.dense(f"{prefix}.w3", width, hidden)
-        self.dense(f"{prefix}.w2", hidden, width)
+
+def _matrices(width: int, hidden: int) -> tuple[tuple[str, int, int], ...]:
+    """Name, rows and columns of an expert's matrices."""
+    return ("w1", width, hidden), ("w3", width, hidden), ("w2", hidden, width)
 
 
 # (dtype of codes, dtype of scales) -> what reports call it
