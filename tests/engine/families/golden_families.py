@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.families.base import Batch, Model
+from engine.families.base import Batch, Model, Trace
 from engine.families.decoder.forward import Decoder
+from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from memory.planner.budget import MemoryBudget
@@ -106,3 +107,49 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within the tolerance at every logit."""
     assert found.shape == expected.shape
     assert (found - expected).abs().max().item() < TOLERANCE
+
+
+def assert_right_in_a_batch(golden: Golden, model: Model) -> None:
+    """All sequences in one cache, in uneven chunks."""
+    prompts = [golden.ids(which) for which in SEQUENCES]
+    cache = model.new_cache(len(prompts), max(map(len, prompts)))
+    found: list[list[torch.Tensor]] = [[] for _ in prompts]
+    for step in range(max(map(len, prompts))):
+        parts = []
+        for slot, ids in enumerate(prompts):
+            start = cache.length(slot)
+            part = ids[start : start + (1, 5, 16, 31)[(slot + step) % 4]]
+            if part:
+                parts.append((slot, start, part))
+        if not parts:
+            break
+        logits = model.forward(Batch.of(parts, all_logits=True), cache)
+        for (slot, _, _), rows in zip(parts, logits.split([len(p) for _, _, p in parts]), strict=True):
+            found[slot].append(rows)
+    for which, rows in zip(SEQUENCES, found, strict=True):
+        assert_close(torch.cat(rows), golden.logits(which))
+
+
+def assert_right_experts(golden: Golden, trace: Trace, layers: Iterable[int]) -> None:
+    """Routers of these layers chose what the reference's do for the first sequence, with its weights."""
+    for n in layers:
+        (chosen,), (weights,) = trace.values[f"router_ids.{n}"], trace.values[f"router_weights.{n}"]
+        falling = weights.argsort(dim=-1, descending=True)
+        expected = golden.expected[f"router_weights.{n}"]
+        assert torch.equal(chosen.sort(dim=-1).values, golden.expected[f"router_ids.{n}"].sort(dim=-1).values)
+        torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
+
+
+def tiers_in_use(model: Decoder | DeepseekV4, limits: MemoryBudget) -> set[str]:
+    """Where experts of a model that has computed something lie, and on disk; it must be within its limits."""
+    experts_in = {tier for layer in model.expert_tiers() for tier in layer}
+    assert experts_in >= {"nvme", "dram"}
+    assert model.telemetry is not None
+    seen = model.telemetry.snapshot()
+    assert seen.hits["nvme"] > 0
+    assert sum(seen.hits.values()) == sum(seen.computed.values())
+    used, kv = model.tier_bytes, model.weights.places.kv_room
+    assert used["dram"] <= limits.dram_bytes
+    for gpu in limits.gpus:
+        assert used[gpu.name] + kv.get(gpu.name, 0) <= gpu.budget_bytes
+    return experts_in

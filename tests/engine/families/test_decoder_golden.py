@@ -22,6 +22,8 @@ from tests.engine.families.golden_families import (
     SEQUENCES,
     Golden,
     assert_close,
+    assert_right_experts,
+    assert_right_in_a_batch,
     family_path,
     golden_family,
     greedy_ids,
@@ -73,39 +75,13 @@ def test_sequences_of_different_lengths_share_a_batch_without_noticing(subject: 
     assert_right_in_a_batch(subject.golden, subject.model)
 
 
-def assert_right_in_a_batch(golden: Golden, model: Decoder) -> None:
-    """All sequences in one cache, in uneven chunks."""
-    prompts = [golden.ids(which) for which in SEQUENCES]
-    cache = model.new_cache(len(prompts), max(map(len, prompts)))
-    found: list[list[torch.Tensor]] = [[] for _ in prompts]
-    for step in range(max(map(len, prompts))):
-        parts = []
-        for slot, ids in enumerate(prompts):
-            start = cache.length(slot)
-            part = ids[start : start + (1, 5, 16, 31)[(slot + step) % 4]]
-            if part:
-                parts.append((slot, start, part))
-        if not parts:
-            break
-        logits = model.forward(Batch.of(parts, all_logits=True), cache)
-        for (slot, _, _), rows in zip(parts, logits.split([len(p) for _, _, p in parts]), strict=True):
-            found[slot].append(rows)
-    for which, rows in zip(SEQUENCES, found, strict=True):
-        assert_close(torch.cat(rows), golden.logits(which))
-
-
 def test_routers_choose_the_experts_of_the_reference_with_its_weights(subject: Subject) -> None:
     golden, trace = subject.golden, Trace()
     ids = golden.ids()
     subject.model.forward(Batch.of([(0, 0, ids)]), subject.model.new_cache(1, len(ids)), trace)
     layers = subject.model.description.expert_layers
     assert [f"router_ids.{n}" in golden.expected for n in layers] == [True] * len(layers)
-    for n in layers:
-        (chosen,), (weights,) = trace.values[f"router_ids.{n}"], trace.values[f"router_weights.{n}"]
-        falling = weights.argsort(dim=-1, descending=True)
-        expected = golden.expected[f"router_weights.{n}"]
-        assert torch.equal(chosen.sort(dim=-1).values, golden.expected[f"router_ids.{n}"].sort(dim=-1).values)
-        torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
+    assert_right_experts(golden, trace, layers)
 
 
 def test_indexers_choose_the_tokens_of_the_reference(subject: Subject) -> None:

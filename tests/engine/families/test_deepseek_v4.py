@@ -35,9 +35,12 @@ from tests.engine.families.golden_families import (
     SEQUENCES,
     Golden,
     assert_close,
+    assert_right_experts,
+    assert_right_in_a_batch,
     golden_family,
     greedy_ids,
     logits_in_chunks,
+    tiers_in_use,
 )
 from tests.engine.families.test_decoder_tiers import budget, budget_of
 from tests.engine.families.test_deepseek_v4_refusals import rewrite
@@ -91,23 +94,7 @@ def test_the_greedy_continuation_is_the_references(golden: Golden, model: Deepse
 def test_sequences_of_different_lengths_share_a_batch_without_noticing(
     golden: Golden, model: DeepseekV4
 ) -> None:
-    prompts = [golden.ids(which) for which in SEQUENCES]
-    cache = model.new_cache(len(prompts), max(map(len, prompts)))
-    found: list[list[torch.Tensor]] = [[] for _ in prompts]
-    for step in range(max(map(len, prompts))):
-        parts = []
-        for slot, ids in enumerate(prompts):
-            start = cache.length(slot)
-            part = ids[start : start + (1, 5, 16, 31)[(slot + step) % 4]]
-            if part:
-                parts.append((slot, start, part))
-        if not parts:
-            break
-        logits = model.forward(Batch.of(parts, all_logits=True), cache)
-        for (slot, _, _), rows in zip(parts, logits.split([len(p) for _, _, p in parts]), strict=True):
-            found[slot].append(rows)
-    for which, rows in zip(SEQUENCES, found, strict=True):
-        assert_close(torch.cat(rows), golden.logits(which))
+    assert_right_in_a_batch(golden, model)
 
 
 def test_routers_and_token_ids_choose_the_experts_of_the_reference_with_its_weights(
@@ -116,12 +103,7 @@ def test_routers_and_token_ids_choose_the_experts_of_the_reference_with_its_weig
     trace, ids = Trace(), golden.ids()
     model.forward(Batch.of([(0, 0, ids)]), model.new_cache(1, len(ids)), trace)
     assert model.config.hashed_layers == 2
-    for n in range(model.config.layers):
-        (chosen,), (weights,) = trace.values[f"router_ids.{n}"], trace.values[f"router_weights.{n}"]
-        assert torch.equal(chosen.sort(dim=-1).values, golden.expected[f"router_ids.{n}"].sort(dim=-1).values)
-        falling = weights.argsort(dim=-1, descending=True)
-        expected = golden.expected[f"router_weights.{n}"]
-        torch.testing.assert_close(weights.gather(1, falling), expected, atol=1e-4, rtol=0)
+    assert_right_experts(golden, trace, range(model.config.layers))
 
 
 @pytest.mark.parametrize("size", [300, 7])
@@ -211,16 +193,8 @@ def test_logits_are_the_same_bits_in_dram_on_disk_and_on_two_virtual_gpus(golden
     for limits in (budget(golden, 6), budget(golden, 6, 4, 5), on_gpus):
         with loaded(golden, choose(), limits) as model:
             found = answer(model)
-            experts_in = {tier for layer in model.expert_tiers() for tier in layer}
-            used, kv, seen = model.tier_bytes, model.weights.places.kv_room, model.telemetry.snapshot()
+            tiers |= tiers_in_use(model, limits)
         assert torch.equal(found, in_dram)
-        assert experts_in >= {"nvme", "dram"}
-        tiers |= experts_in
-        assert seen.hits["nvme"] > 0
-        assert sum(seen.hits.values()) == sum(seen.computed.values())
-        assert used["dram"] <= limits.dram_bytes
-        for gpu in limits.gpus:
-            assert used[gpu.name] + kv.get(gpu.name, 0) <= gpu.budget_bytes
     assert tiers == {"nvme", "dram", "vram:0", "vram:1"}
     assert set(model.weights.places.tiers) & {"vram:0", "vram:1"}
 

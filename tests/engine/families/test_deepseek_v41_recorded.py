@@ -19,13 +19,18 @@ from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Workload
 from memory.tiers import Tier
-from quant.errors import CheckpointError
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.program import HandOver
 from quant.kernels.reference import ReferenceKernels
 from tests.conftest import golden_path
 from tests.engine.families.recorded_pairs import Pair
+from tests.engine.families.recorded_streams import (
+    assert_any_number_of_sequences_is_computed,
+    failures,
+    forget,
+    program_of,
+)
 
 pytestmark = pytest.mark.skipif(library.library_path() is None, reason="the compiled kernels were not built")
 
@@ -69,11 +74,6 @@ def model(request: pytest.FixtureRequest) -> Iterator[DeepseekV41]:
     loaded.close()
 
 
-def forget(cache: V41Cache) -> None:
-    assert cache.decoder is not None
-    cache.decoder = None
-
-
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: DeepseekV41, data: st.DataObject) -> None:
@@ -94,12 +94,7 @@ def test_long_sequences_pass_windows_groups_and_choices(model: DeepseekV41) -> N
 
 
 def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: DeepseekV41) -> None:
-    rows = MAX_ROWS + 2
-    cache, eager = model.new_cache(rows, 8), model.new_cache(rows, 8)
-    forget(eager)
-    batch = Batch.of([(slot, 0, [slot]) for slot in range(rows)])
-
-    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
+    assert_any_number_of_sequences_is_computed(model)
 
 
 def test_a_programs_buffers_are_counted_with_the_cache(model: DeepseekV41) -> None:
@@ -136,28 +131,11 @@ def test_rows_of_engram_tables_are_counted_alike(model: DeepseekV41) -> None:
 
 
 def test_a_step_that_fails_at_any_hand_over_can_be_computed_again(model: DeepseekV41) -> None:
-    cache, eager = model.new_cache(1, 16), model.new_cache(1, 16)
-    forget(eager)
-    for each in (cache, eager):
-        model.forward(Batch.of([(0, 0, [5, 6, 7])]), each)
-    batch = Batch.of([(0, 3, [8])])
-    assert cache.program is not None
-    places = [at for at, noted in enumerate(cache.program.noted) if noted.kind == "hand_over"]
-    failed = 0
-    for at in places:
-        with pytest.MonkeyPatch.context() as broken:
-            broken.setitem(cache.program.hand_overs, at, _gone)
-            try:
-                model.forward(batch, cache)
-            except CheckpointError:
-                failed += 1
-            else:  # rows had arrived, so nothing was handed over
-                cache.resume(0, 3, 0)
-        assert cache.length(0) == 3
-        assert not model.weights.experts.slots.claims
+    cache = model.new_cache(1, 16)
+    noted = enumerate(program_of(cache).noted)
+    failed = failures(model, cache, [at for at, of in noted if of.kind == "hand_over"])
     if not model.weights.experts.is_still:  # else only rows that are late are handed over
         assert failed > model.config.num_hidden_layers
-    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
 
 
 def test_a_step_comes_back_only_for_experts_that_are_not_at_hand(model: DeepseekV41) -> None:
@@ -187,10 +165,6 @@ def test_a_step_comes_back_only_for_experts_that_are_not_at_hand(model: Deepseek
     assert uses == 20 * layers * model.config.num_experts_per_tok
     if model.weights.experts.at_hand is not None:  # with GPUs, the store decides in each layer
         assert len(computed) < 20 * layers * 3 / 4
-
-
-def _gone(rows: int) -> None:
-    raise CheckpointError("shard: cannot be read at byte 0 (Input/output error)")
 
 
 def test_plain_torch_records_nothing() -> None:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.families.base import Batch
 from engine.families.deepseek_v4.family import FAMILY
-from engine.families.deepseek_v4.forward import DeepseekV4, V4Cache
+from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.loader import open_checkpoint
-from engine.families.streams.operations import MAX_ROWS
-from quant.errors import CheckpointError
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.reference import ReferenceKernels
 from tests.engine.families.golden_families import PLENTY, golden_family
 from tests.engine.families.recorded_pairs import Pair
+from tests.engine.families.recorded_streams import (
+    assert_any_number_of_sequences_is_computed,
+    failures,
+    forget,
+    program_of,
+)
 from tests.engine.families.test_decoder_tiers import budget
 
 pytestmark = [
@@ -40,11 +42,6 @@ def model(request: pytest.FixtureRequest) -> Iterator[DeepseekV4]:
     found.close()
 
 
-def forget(cache: V4Cache) -> None:
-    assert cache.decoder is not None
-    cache.decoder = None
-
-
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_prompts_decodes_aborts_and_prefixes_in_any_order(model: DeepseekV4, data: st.DataObject) -> None:
@@ -63,12 +60,7 @@ def test_long_sequences_pass_windows_groups_and_choices(model: DeepseekV4) -> No
 
 
 def test_more_sequences_than_a_program_takes_are_computed_all_the_same(model: DeepseekV4) -> None:
-    rows = MAX_ROWS + 2
-    cache, eager = model.new_cache(rows, 8), model.new_cache(rows, 8)
-    forget(eager)
-    batch = Batch.of([(slot, 0, [slot]) for slot in range(rows)])
-
-    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
+    assert_any_number_of_sequences_is_computed(model)
 
 
 def test_where_experts_stay_in_dram_nothing_is_handed_over(model: DeepseekV4) -> None:
@@ -81,28 +73,8 @@ def test_where_experts_stay_in_dram_nothing_is_handed_over(model: DeepseekV4) ->
 
 
 def test_a_step_that_fails_at_any_hand_over_can_be_computed_again(model: DeepseekV4) -> None:
-    cache, eager = model.new_cache(1, 16), model.new_cache(1, 16)
-    forget(eager)
-    for each in (cache, eager):
-        model.forward(Batch.of([(0, 0, [5, 6, 7])]), each)
-    batch = Batch.of([(0, 3, [8])])
-    assert cache.program is not None
-    for at in list(cache.program.hand_overs):
-        with pytest.MonkeyPatch.context() as broken:
-            broken.setitem(cache.program.hand_overs, at, _gone)
-            try:
-                model.forward(batch, cache)
-            except CheckpointError:
-                pass
-            else:  # everything was at hand there
-                cache.resume(0, 3, 0)
-        assert cache.length(0) == 3
-        assert not model.weights.experts.slots.claims
-    assert torch.equal(model.forward(batch, cache), model.forward(batch, eager))
-
-
-def _gone(rows: int) -> None:
-    raise CheckpointError("shard: cannot be read at byte 0 (Input/output error)")
+    cache = model.new_cache(1, 16)
+    failures(model, cache, list(program_of(cache).hand_overs))
 
 
 def test_plain_torch_records_nothing() -> None:
