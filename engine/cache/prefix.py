@@ -187,8 +187,8 @@ class PrefixCache:
     def _from_disk(
         self, slot: int, ids: Ids, salt: str, least: int
     ) -> tuple[int, torch.Tensor | None] | None:
-        """Restore what is on disk, if it is of at least so many tokens: its length, and the logits behind it if
-        that is the whole prompt."""
+        """Restore what is on disk, if it is of at least so many tokens: its length, and the logits behind it
+        if that is the whole prompt."""
         found = None if self._stored is None else self._stored.find(ids, salt)
         if self._stored is None or found is None or found.length < least:
             return None

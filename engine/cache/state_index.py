@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.cache.state_files import Ids, StateHeader
+from memory.planner.published import KV_MARGIN
 
 BLOCK = 64  # tokens between places where a file may go on from the rows of another
 
@@ -90,7 +91,9 @@ class StateIndex:
             if hashes[-1].digest() not in self._blocks:
                 break
         most = min(len(ids), len(hashes) * BLOCK)
-        for length in sorted((length for length in self._lengths if length <= most), reverse=True):
+        for length in range(most, 0, -1):
+            if length not in self._lengths:
+                continue
             blocks = min(length // BLOCK, len(hashes) - 1)
             record = self._ends.get(then(hashes[blocks], ids[blocks * BLOCK : length]).digest())
             if record is None or not record.is_written:
@@ -123,9 +126,10 @@ class StateIndex:
         *,
         is_written: bool,
     ) -> Record:
-        """Index a state: its blocks, its end, and the places before that it can be taken back to."""
+        """Index a state: its blocks, its end, and the places before that it can be taken back to. To places
+        long before its own rows, the state whose rows they are can be taken back as well."""
         stop = len(header.tokens)
-        first = max(header.shortest, 1)
+        first = max(header.shortest, header.start - KV_MARGIN, 1)
         at = then(text_hash(header.salt), header.tokens[:first])
         ends = {at.digest(): first}
         for length in range(first + 1, stop + 1):
