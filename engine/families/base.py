@@ -241,6 +241,13 @@ class Family(ABC):
         Raises CheckpointError listing everything that is wrong.
         """
 
+    def shape(self, checkpoint: Checkpoint) -> ModelShape:
+        """The checkpoint's shape for the planner, from its config and headers.
+
+        Raises ConfigError for a config that the family cannot run, and if it cannot be planned yet.
+        """
+        raise ConfigError(f"{checkpoint.path}: checkpoints of the {self.name} family cannot be planned yet")
+
     def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
         """The planner's shape of what a config alone says: a checkpoint without tensors, its weights as
         released. Raises ConfigError for a config that the family cannot run, or if it needs headers."""

@@ -68,7 +68,6 @@ class DecoderFamily(Family):
         return reencoded(self.description(checkpoint), checkpoint, experts)
 
     def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        """The checkpoint's shape for the planner."""
         return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:

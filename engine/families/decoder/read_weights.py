@@ -32,12 +32,11 @@ from engine.families.decoder.weights import (
     MlpWeights,
     RouterWeights,
 )
+from engine.families.expert_store import expert_store
 from engine.families.places import HOST, DensePlaces, place
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
-from memory.tiers import Tier
 from quant.errors import CheckpointError
 from quant.kernels.interface import ExpertBiases, Kernels, Weight
 
@@ -70,7 +69,9 @@ def read_weights(
             for n, (layer, device) in enumerate(zip(d.layers, places.layers, strict=True))
         ),
         frequencies=_frequencies(d, checkpoint, host),
-        experts=None if d.experts is None else _expert_store(d, checkpoint, kernels, budget, places),
+        experts=None
+        if d.experts is None
+        else expert_store(DecoderExpertFiles.of(d, checkpoint), checkpoint.path, kernels, budget, places),
         places=places,
     )
 
@@ -90,19 +91,6 @@ def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Te
         return None
     layers, experts = len(description.expert_layers), description.experts.router.experts
     return trace_of_checkpoint(checkpoint.path, layers, experts)
-
-
-def _expert_store(
-    d: Description, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget, places: DensePlaces
-) -> ExpertStore:
-    return ExpertStore(
-        DecoderExpertFiles.of(d, checkpoint),
-        kernels,
-        Tier("dram", places.left["dram"], HOST),
-        [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus],
-        hotness=expert_hotness(d, checkpoint),
-        cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
-    )
 
 
 def _frequencies(d: Description, checkpoint: Checkpoint, reader: _Reader) -> torch.Tensor:

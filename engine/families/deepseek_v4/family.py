@@ -36,7 +36,6 @@ class DeepseekV4Family(Family):
         findings.raise_any()
 
     def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        """The checkpoint's shape for the planner."""
         return checkpoint_shape(parse_config(checkpoint), checkpoint, checkpoint.name)
 
     def config_shape(self, checkpoint: Checkpoint) -> ModelShape:

@@ -7,6 +7,7 @@ import torch
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.forward import DeepseekV41
+from engine.families.deepseek_v41.shape import checkpoint_shape
 from engine.families.deepseek_v41.tensors import IGNORED, expected_tensors
 from engine.families.deepseek_v41.weights import read_weights
 from engine.families.streams.stored import components
@@ -14,6 +15,7 @@ from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
+from memory.planner.shape import ModelShape
 from quant.errors import ConfigError, Findings
 from quant.kernels.interface import Kernels
 
@@ -49,6 +51,9 @@ class DeepseekV41Family(Family):
         with findings.checking():
             trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
         findings.raise_any()
+
+    def shape(self, checkpoint: Checkpoint) -> ModelShape:
+        return checkpoint_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
         self.check(checkpoint)
