@@ -28,6 +28,7 @@ from engine.families.decoder.weights import (
     tensors_in,
 )
 from engine.families.places import HOST
+from engine.families.replay import replay
 from engine.layers.eager import Eager
 from engine.layers.operations import Operations, Value
 from engine.layers.recorded import Recorded
@@ -146,13 +147,9 @@ class Decoder(Model):
 
     def _replay(self, program: Program, cache: DecoderCache, batch: Batch) -> torch.Tensor:
         """The logits of a batch of new tokens, by a recorded program: the same bits."""
-        rows, segments = len(batch.ids), batch.segments
         if not isinstance(self.weights.embed, torch.Tensor):
-            program.source[:rows] = self._embedded(batch.token_ids)
-        with nullcontext() if cache.routed is None else cache.routed.running(program, rows):
-            program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
-        wanted = None if batch.wanted is None else batch.logit_rows
-        return program.logits(wanted, shared=cache.shares_logits)
+            program.source[: len(batch.ids)] = self._embedded(batch.token_ids)
+        return replay(program, cache.routed, batch, cache)
 
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""

@@ -14,6 +14,7 @@ from engine.cache.grouped import GroupedCache
 from engine.families.base import Batch
 from engine.families.deepseek_v4.operations import V4Parts
 from engine.families.deepseek_v4.weights import Compressor
+from engine.families.replay import replay
 from engine.families.streams.notes import StreamNotes
 from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import ReadMix
@@ -42,13 +43,9 @@ class V4Recorded(StreamNotes):
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`."""
         assert self.program is not None
-        segments, rows = batch.segments, len(batch.ids)
         if not isinstance(self._embed, torch.Tensor):  # its rows are read from disk
-            self.program.source[:rows] = self._embed[batch.token_ids].float()
-        with self._experts.running(self.program, rows):
-            self.program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
-        wanted = None if batch.wanted is None else batch.logit_rows
-        return self.program.logits(wanted, shared=self._cache.shares_logits)
+            self.program.source[: len(batch.ids)] = self._embed[batch.token_ids].float()
+        return replay(self.program, self._experts, batch, self._cache)
 
     def begin(self) -> Buffer:
         """The embedded tokens, `[rows, hidden]`."""

@@ -48,7 +48,8 @@ class Guesses:
             parallel = self._with_engram(number, parallel)
         # `pre` was made before; the layer's experts will read with its attention's mix, which is like it.
         x = kernels.weighted_sum(parallel, pre.to(parallel.device)).to(layer.device)
-        ids, _ = self._parts.route(layer, kernels.rms_norm(x, layer.ffn_norm, config.rms_norm_eps))
+        logits = kernels.linear(kernels.rms_norm(x, layer.ffn_norm, config.rms_norm_eps), layer.gate)
+        ids, _ = kernels.route(logits, layer.gate_bias, config.routing)
         store.prefetch(number, ids.t().flatten().cpu().tolist())  # every token's top choice first
 
     def wait_for_kv(self, number: int) -> torch.Tensor:

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-import torch
-
 from engine.families.deepseek_v41.config import V41Config
-from engine.families.deepseek_v41.weights import CompressorWeights, LayerWeights, V41Weights
+from engine.families.deepseek_v41.weights import CompressorWeights, V41Weights
 from engine.families.streams.operations import Frequencies, StreamMix, StreamOperations
 from engine.layers.operations import Value
 from quant.kernels.cpu.row_notes import Ngrams
@@ -44,11 +42,6 @@ class V41Parts:
     def is_compressed(self, layer: int) -> bool:
         """Whether a layer sees compressed entries, and so turns by their frequencies."""
         return self.config.compress_ratios[layer] > 0
-
-    def route(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts that a layer's router chooses for x `[tokens, hidden]`, and their weights,
-        `[tokens, top_k]`."""
-        return self.kernels.route(self.kernels.linear(x, layer.gate), layer.gate_bias, self.config.routing)
 
 
 class V41Operations(StreamOperations[Value], Protocol[Value]):

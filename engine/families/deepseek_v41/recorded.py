@@ -15,6 +15,7 @@ from engine.families.base import Batch
 from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import V41Parts
+from engine.families.replay import replay
 from engine.families.streams.operations import StreamMix
 from engine.layers.engram_lookup import StepRows
 from engine.layers.recorded_experts import RecordedExperts
@@ -44,10 +45,7 @@ class V41Recorded(V41Notes):
     def run_tokens(self, batch: Batch) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`."""
         assert self.program is not None
-        segments = batch.segments
-        with self._experts.running(self.program, len(segments)):
-            self.program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
-        return self._logits(batch)
+        return replay(self.program, self._experts, batch, self._cache)
 
     def run(self, batch: Batch, embedded: torch.Tensor, rows: StepRows | None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`; the batch's tokens embedded, `[rows, hidden]`."""
@@ -60,14 +58,7 @@ class V41Recorded(V41Notes):
             skip[0] = int(rows.is_there(table))
             if skip[0]:
                 self._fill(table, len(embedded))
-        with self._experts.running(self.program, len(embedded)):
-            self.program.run([s.slot for s in batch.segments], [s.start for s in batch.segments])
-        return self._logits(batch)
-
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        assert self.program is not None
-        wanted = None if batch.wanted is None else batch.logit_rows
-        return self.program.logits(wanted, shared=self._cache.shares_logits)
+        return replay(self.program, self._experts, batch, self._cache)
 
     def begin(self) -> Buffer:
         """The embedded tokens, `[rows, hidden]`."""
