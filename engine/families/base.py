@@ -31,6 +31,10 @@ class Segment(NamedTuple):
     start: int
     length: int
 
+    def last(self, count: int) -> Segment:
+        """Its last `count` tokens."""
+        return self._replace(start=self.start + self.length - count, length=count)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -60,11 +60,7 @@ class V41Eager(EagerStreams):
             [torch.arange(at.stop - n, at.stop) for (_, at), n in zip(self._segments, lengths, strict=True)]
         )
         left = [i for i, n in enumerate(lengths) if n]
-        segments = [
-            Segment(s.slot, s.start + s.length - n, n)
-            for (s, _), n in zip(self._segments, lengths, strict=True)
-            if n
-        ]
+        segments = [self._segments[i][0].last(lengths[i]) for i in left]
         self._guesses.kept, self._ends = self._guesses.kept[rows], [self._ends[i] for i in left]
         if self._selections:
             self._selections = [self._selections[i].last(lengths[i]) for i in left]
