@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from engine.embedded import EMBEDDED, model_path
 from quant.errors import ConfigError, LociError
+from server.settings import Experts
 
 _NAMES = ", ".join(EMBEDDED)
 _WHAT = (
@@ -113,7 +114,7 @@ JsonFile = Annotated[
 
 
 ExpertsFormat = Annotated[
-    Literal["mxfp4", "nf4", "int4"] | None,
+    Experts | None,
     typer.Option(
         "--experts",
         help="Format for routed experts that are stored in BF16, F16, F32 or FP8. Default: as stored.",

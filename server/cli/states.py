@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quant.errors import ConfigError
 from server.cli.arguments import Yes
-from server.cli.terminal import bytes_text, print_table
+from server.cli.terminal import bytes_text, confirm, print_table
 
 
 def cache(
@@ -34,12 +32,9 @@ def cache(
     total = bytes_text(sum(of.nbytes for of in found))
     if clear:
         if found and not yes:
-            if not (sys.stdin.isatty() and sys.stderr.isatty()):
-                raise ConfigError("nothing is removed unasked; pass --yes")
-            from server.cli.fetch import agrees
-
-            if not agrees(f"Remove {total} of states from {folder}?"):
-                raise ConfigError("nothing was removed")
+            unasked = "nothing is removed unasked; pass --yes"
+            question = f"Remove {total} of states from {folder}?"
+            confirm(question, unasked=unasked, refused="nothing was removed")
         for of in found:
             remove_states(of)
         print(f"Removed {total} from {folder}")
