@@ -111,8 +111,6 @@ JsonFile = Annotated[
         "--json", help="Also write the results to this file.", callback=can_be_written, show_default=False
     ),
 ]
-
-
 ExpertsFormat = Annotated[
     Experts | None,
     typer.Option(

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from server.cli.arguments import Yes
 from server.cli.terminal import bytes_text, confirm, print_table
 
 
@@ -18,7 +17,7 @@ def cache(
         Path | None, typer.Option("--prefix-dir", help="Their directory. Default: ~/.cache/loci/states.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove all of them.")] = False,
-    yes: Yes = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove them without asking.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the states of prompts and answers on disk (`loci serve --prefix-disk`), or remove them.
