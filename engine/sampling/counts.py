@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
-ROOM = 64  # different tokens at first
+ROOM = 64  # for different tokens that are added, at first
 
 
 class TokenCounts:
     """Counts tokens; adding one takes no time worth mentioning, whatever the vocabulary."""
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
-        found = Counter(tokens)
-        room = max(ROOM, len(found))
-        self._places = {token: place for place, token in enumerate(found)}
-        self._ids = np.zeros(room, dtype=np.int64)
-        self._counts = np.zeros(room, dtype=np.float32)
-        self._ids[: len(found)] = list(found)
-        self._counts[: len(found)] = list(found.values())
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        ids, counts = np.unique(np.asarray(tokens, dtype=np.int64), return_counts=True)
+        self._places = {token: place for place, token in enumerate(ids.tolist())}
+        self._ids = np.concatenate((ids, np.zeros(ROOM, dtype=np.int64)))
+        self._counts = np.concatenate((counts, np.zeros(ROOM))).astype(np.float32)
 
     def add(self, token: int) -> None:
         """Count a token once more."""
