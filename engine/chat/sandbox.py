@@ -33,11 +33,11 @@ class ChatTemplate:
         environment = _environment(now)
         self.source = source
         try:
-            self._compiled = environment.from_string(source)
             tree = environment.parse(source)
+            self._compiled = environment.from_string(tree)
         except jinja2.TemplateAssertionError as error:
             raise ConfigError(f"{NEEDS}: {error}") from None
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError) as error:  # some mistakes show when it becomes Python
             raise ConfigError(f"the model's chat template is not valid Jinja: {error}") from None
         self.variables = meta.find_undeclared_variables(tree)
         called = {call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name)}

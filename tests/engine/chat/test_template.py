@@ -487,9 +487,10 @@ def test_a_prompt_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> Non
         render(template, user("hello"))
 
 
-def test_a_broken_template_is_a_config_error() -> None:
+@pytest.mark.parametrize("template", ["{% for %}", "{% break %}", "{% macro twice(a, a) %}{% endmacro %}"])
+def test_a_broken_template_is_a_config_error(template: str) -> None:
     with pytest.raises(ConfigError, match="not valid Jinja"):
-        TemplateChat(TOKENIZER, "{% for %}")
+        TemplateChat(TOKENIZER, template)
 
 
 def test_a_template_that_needs_what_there_is_not_says_so() -> None:
