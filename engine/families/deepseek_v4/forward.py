@@ -19,7 +19,7 @@ from engine.families.deepseek_v4.shape import cache_shape
 from engine.families.deepseek_v4.weights import LayerWeights, V4Weights
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
-from engine.families.streams.operations import MAX_ROWS, StreamMix
+from engine.families.streams.operations import MAX_ROWS, StreamMix, Written
 from engine.layers.operations import Value
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
@@ -158,7 +158,7 @@ class DeepseekV4(StreamModel):
         ops: V4Operations[Value],
         number: int,
         streams: Value,
-        written: tuple[Value, StreamMix[Value]] | None,
+        written: Written[Value],
     ) -> None:
         """Prefetch the experts that a layer will need: as the token ids say, or as its router would choose
         from the streams so far, with what will be written to them where that is known."""

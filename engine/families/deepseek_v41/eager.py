@@ -10,7 +10,7 @@ from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import CompressorWeights
 from engine.families.streams.eager import EagerStreams
-from engine.families.streams.operations import StreamMix
+from engine.families.streams.operations import Written
 from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
 from engine.layers.hyper_connections import first_mix
@@ -158,10 +158,9 @@ class V41Eager(EagerStreams):
         number: int,
         streams: torch.Tensor,
         pre: torch.Tensor,
-        y: torch.Tensor | None,
-        mix: StreamMix[torch.Tensor] | None,
+        written: Written[torch.Tensor],
     ) -> None:
-        self._guesses.prefetch(number, streams, pre, y, mix)
+        self._guesses.prefetch(number, streams, pre, written)
 
 
 def _ends_of(batch: Batch) -> list[int] | None:

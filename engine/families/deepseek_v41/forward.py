@@ -243,7 +243,7 @@ class DeepseekV41(StreamModel):
         """All layers: the streams, `[rows, hc * hidden]`, and the mix that the head reads with."""
         c, weights = self.config, self.weights
         streams, pre = ops.streams(embedded, c.hc_mult)
-        ops.prefetch(0, streams, pre, None, None)  # the disk has nothing to do until then
+        ops.prefetch(0, streams, pre, None)  # the disk has nothing to do until then
         for number, layer in enumerate(weights.layers):
             ops.at_layer(number)
             narrowed = ops.narrow(number, streams, pre)
@@ -255,7 +255,7 @@ class DeepseekV41(StreamModel):
 
             mix = ops.mix(layer.hc_attn, streams)
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
-                ops.prefetch(number, streams, mix.pre, None, None)
+                ops.prefetch(number, streams, mix.pre, None)
             x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
             y = self._attention(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
@@ -304,5 +304,5 @@ class DeepseekV41(StreamModel):
         ops.acquire(number, ids)
         y = self._shared(ops, number, x)  # computed while missing experts arrive
         if number + 1 < c.num_hidden_layers:
-            ops.prefetch(number + 1, streams, pre, y, mix)
+            ops.prefetch(number + 1, streams, pre, (y, mix))
         return ops.add(ops.experts(number, x, ids, weights), y)

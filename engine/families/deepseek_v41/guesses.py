@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from engine.families.deepseek_v41.operations import V41Parts
-from engine.families.streams.operations import StreamMix
+from engine.families.streams.operations import Written
 from engine.layers.engram_lookup import StepRows
 
 
@@ -32,18 +32,17 @@ class Guesses:
         number: int,
         streams: torch.Tensor,
         pre: torch.Tensor,
-        y: torch.Tensor | None,
-        mix: StreamMix[torch.Tensor] | None,
+        written: Written[torch.Tensor],
     ) -> None:
-        """See `V41Operations.prefetch`: streams `[tokens, hc * hidden]`, pre `[tokens, hc]`, y
-        `[tokens, hidden]`."""
+        """See `V41Operations.prefetch`: streams `[tokens, hc * hidden]`, pre `[tokens, hc]`."""
         store, kernels, config = self._parts.weights.experts, self._parts.kernels, self._parts.config
         if not store.wants_guesses(number):
             return
         layer = self._parts.weights.layers[number]
         tokens, hc = pre.shape
         parallel = streams.view(tokens, hc, -1)
-        if y is not None and mix is not None:
+        if written is not None:
+            y, mix = written
             parallel = kernels.mix_streams(parallel, y, mix.post, mix.combine.view(tokens, hc, hc))
             parallel = self._with_engram(number, parallel)
         # `pre` was made before; the layer's experts will read with its attention's mix, which is like it.

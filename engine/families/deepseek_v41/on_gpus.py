@@ -19,7 +19,7 @@ from engine.cache.sparse import SparseCache
 from engine.families.base import Batch
 from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import V41Parts
-from engine.families.streams.operations import StreamMix
+from engine.families.streams.operations import Written
 from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
 from memory.experts.coordinator import Coordinator, Round
@@ -308,16 +308,14 @@ class V41OnGpus(V41Notes):
         (kv,) = self.linears(rows_of, layer.engram.wkv)
         return kv
 
-    def prefetch(
-        self, number: int, streams: Buffer, pre: Buffer, y: Buffer | None, mix: StreamMix[Buffer] | None
-    ) -> None:
+    def prefetch(self, number: int, streams: Buffer, pre: Buffer, written: Written[Buffer]) -> None:
         layer, store = self._parts.weights.layers[number], self._parts.weights.experts
-        if y is None or mix is None or store.slots.keeps_copies:
+        if written is None or store.slots.keeps_copies:
             return
         if layer.device != self._recorder.device:
             return  # its router is on another one
         c = self._config
-        x = self.read_streams(self.write_streams(streams, y, mix), pre)
+        x = self.read_streams(self.write_streams(streams, *written), pre)
         x = self.norm(x, layer.ffn_norm, c.rms_norm_eps)
         (logits,) = self.linears(x, layer.gate)
         ids, _ = self._recorder.route(logits, layer.gate_bias, c.routing)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.weights import CompressorWeights, V41Weights
-from engine.families.streams.operations import Frequencies, StreamMix, StreamOperations
+from engine.families.streams.operations import Frequencies, StreamOperations, Written
 from engine.layers.operations import Value
 from quant.kernels.cpu.row_notes import Ngrams
 from quant.kernels.interface import Kernels
@@ -63,9 +63,7 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
         """Append the entries and index keys of the groups that these tokens complete (section 4.3)."""
         ...
 
-    def prefetch(
-        self, number: int, streams: Value, pre: Value, y: Value | None, mix: StreamMix[Value] | None
-    ) -> None:
-        """Start prefetching the experts that layer `number` will probably choose, from the streams so far:
-        with y, from what they will be when `mix` has written it to them."""
+    def prefetch(self, number: int, streams: Value, pre: Value, written: Written[Value]) -> None:
+        """Start prefetching the experts that layer `number` will probably choose, from the streams so far,
+        with what will be written to them where that is known."""
         ...

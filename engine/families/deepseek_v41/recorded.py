@@ -16,7 +16,7 @@ from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.replay import replay
-from engine.families.streams.operations import StreamMix
+from engine.families.streams.operations import StreamMix, Written
 from engine.layers.engram_lookup import StepRows
 from engine.layers.recorded_experts import RecordedExperts
 from quant.kernels.cpu.program import Buffer, Program
@@ -107,13 +107,12 @@ class V41Recorded(V41Notes):
 
     # ---------------------------------------------------------------------------------------- experts
 
-    def prefetch(
-        self, number: int, streams: Buffer, pre: Buffer, y: Buffer | None, mix: StreamMix[Buffer] | None
-    ) -> None:
+    def prefetch(self, number: int, streams: Buffer, pre: Buffer, written: Written[Buffer]) -> None:
         if not self._experts.wants_guesses(number):
             return
         layer = self._parts.weights.layers[number]
-        if y is not None and mix is not None:
+        if written is not None:
+            y, mix = written
             if layer.engram is not None:
                 return self._prefetch_behind_engram(number, streams, pre, y, mix)
             streams = self.write_streams(streams, y, mix)
@@ -131,7 +130,7 @@ class V41Recorded(V41Notes):
             assert self._guesses is not None
             at = self._tensors(rows)
             found = StreamMix(at(mix.pre), at(mix.post), at(mix.combine))
-            self._guesses.prefetch(number, at(streams), at(pre), at(y), found)
+            self._guesses.prefetch(number, at(streams), at(pre), (at(y), found))
 
         self._recorder.hand_over(work, [streams, pre, y, mix.pre, mix.post, mix.combine], [])
 

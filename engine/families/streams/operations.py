@@ -30,6 +30,10 @@ class StreamMix(Generic[Value]):
     combine: Value
 
 
+# A sublayer's output `[rows, hidden]`, and how it will be written to the streams; None for nothing.
+Written = tuple[Value, StreamMix[Value]] | None
+
+
 @dataclass(frozen=True)
 class Frequencies:
     """Radians per position of each channel pair, `[pairs]` float64.
