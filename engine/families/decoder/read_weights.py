@@ -43,17 +43,17 @@ from quant.kernels.interface import ExpertBiases, Kernels, Weight
 
 
 def read_weights(
-    description: Description, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget
+    description: Description,
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    budget: MemoryBudget,
+    places: DensePlaces,
 ) -> DecoderWeights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    What every token reads is copied to where the plan places it; a model without routed experts stays in host
-    memory. Experts get what is left of each tier. Raises BudgetError where not even the former fits.
+    What every token reads is copied to its place of `dense_places`; experts get what is left of each tier.
     """
     d = description
-    if d.experts is None:
-        budget = replace(budget, gpus=())
-    places = _places(d, checkpoint, budget)
     source = _Source.of(d, checkpoint)
     host = _Reader(source, kernels, HOST)
     by_head = _Reader(source, kernels, places.head)
@@ -75,13 +75,12 @@ def read_weights(
     )
 
 
-def check_room(description: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> None:
-    """Raise BudgetError where `read_weights` would for lack of room, from headers alone."""
-    _places(description, checkpoint, budget)
-
-
-def _places(d: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
-    return place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
+def dense_places(description: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
+    """Where the plan places what every token reads, from headers alone; a model without routed experts stays
+    in host memory. Raises BudgetError where there is too little room."""
+    if description.experts is None:
+        budget = replace(budget, gpus=())
+    return place(loaded_shape(description, checkpoint, checkpoint.name), checkpoint.path, budget)
 
 
 def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:
