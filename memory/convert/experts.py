@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.safetensors_layout import PlacedTensor, place_tensors
-from memory.convert.files import worker_pool
-from memory.convert.units import UNIT_VALUES, Written, is_intact, read_bytes, write_bytes
+from memory.convert.units import UNIT_VALUES, Written, read_bytes, write_bytes
+from memory.convert.verified import in_parallel, verified_file, worker_pool
 from memory.experts.reader import MATRICES, ExpertFiles
 from memory.hardware.detect import usable_cores
 from memory.user_files import user_cache
 from quant.convert import convert_rows
-from quant.errors import BudgetError, CheckpointError, ConfigError, FormatError
+from quant.errors import BudgetError, ConfigError, FormatError
 from quant.formats.four_bit import FourBit
 from quant.formats.stored import stored_as
 from quant.packed import PackedTensor
@@ -146,33 +145,14 @@ class EncodedExperts:
     def _write_layer(self, layer: int, pool: ThreadPoolExecutor) -> None:
         plan, file = self._plans[layer], self._file(layer)
         part = file.with_suffix(".part")
-        with part.open("wb+") as output:
-            descriptor = output.fileno()
-            os.truncate(descriptor, plan.nbytes)
-            output.write(plan.header)
-            output.flush()
-            written: list[Written] = []
-            jobs = [
-                (expert, numbers) for expert in range(self.files.experts) for numbers in self.files.together
-            ]
-            running: set[Future[list[Written]]] = {
-                pool.submit(self._encode, layer, expert, numbers, descriptor) for expert, numbers in jobs
-            }
-            try:
-                while running:
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        written += future.result()
-            finally:  # the file is about to be closed: nothing may still be writing to it
-                for future in running:
-                    future.cancel()
-                wait(running)
-            os.fsync(descriptor)
-            os.posix_fadvise(
-                descriptor, 0, 0, os.POSIX_FADV_DONTNEED
-            )  # read back from the disk, not from memory
-            if not all(is_intact(descriptor, piece) for piece in written):
-                raise CheckpointError(f"{part}: reads back differently from what was written; check the disk")
+        with verified_file(part, plan.header, plan.nbytes, pool) as (output, written):
+            jobs = (
+                partial(self._encode, layer, expert, numbers, output)
+                for expert in range(self.files.experts)
+                for numbers in self.files.together
+            )
+            for pieces in in_parallel(pool, jobs):
+                written += pieces
         part.replace(file)
 
     def _encode(self, layer: int, expert: int, numbers: tuple[int, ...], output: int) -> list[Written]:
