@@ -172,8 +172,6 @@ class Engine:
             on_output=on_output,
             cache_salt=cache_salt,
         )
-        if self._stored is not None:
-            self._stored.expect(ids, cache_salt)
         with self._wake:
             if self._stopping or not self.is_alive:
                 raise CapacityError("the engine is not running; ask the server's operator to restart it")
@@ -184,6 +182,8 @@ class Engine:
             self._submitted.append(sequence)
             self._known[sequence.sequence_id] = sequence
             self._wake.notify()
+        if self._stored is not None:
+            self._stored.expect(ids, cache_salt)
         return Submission(sequence.sequence_id)
 
     def abort(self, ticket: Submission) -> None:

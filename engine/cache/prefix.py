@@ -134,11 +134,10 @@ class PrefixCache:
         last = len(ids) - 1
         shared = path[-1].stop if path else 0
         end, length = self._best_end(path, ids)
-        logits, on_disk = None, 0
-        if self._stored is not None and self._stored.longest(ids, salt) >= length + MIN_GAIN:
-            on_disk, logits = self._stored.restore(slot, ids, salt)
-        if on_disk:
-            length = on_disk
+        logits = None
+        on_disk = self._from_disk(slot, ids, salt, length + MIN_GAIN)
+        if on_disk is not None:
+            length, logits = on_disk
         elif end is not None:
             self._load(slot, path, end, length)
             self._ends.move_to_end(end)
@@ -184,6 +183,17 @@ class PrefixCache:
         self._nbytes += node.end_bytes
         self._ends[node] = None
         self._ends.move_to_end(node)
+
+    def _from_disk(
+        self, slot: int, ids: Ids, salt: str, least: int
+    ) -> tuple[int, torch.Tensor | None] | None:
+        """Restore what is on disk, if it is of at least so many tokens: its length, and the logits behind it
+        if that is the whole prompt."""
+        found = None if self._stored is None else self._stored.find(ids, salt)
+        if self._stored is None or found is None or found.length < least:
+            return None
+        state = self._stored.restore(slot, found)
+        return None if state is None else (found.length, state.logits if found.length == len(ids) else None)
 
     def _best_end(self, path: list[_Step], ids: Ids) -> tuple[_Node | None, int]:
         """The node that restores the longest prefix of `ids`, and the prefix length.

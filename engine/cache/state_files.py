@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,52 +91,61 @@ def write_state(path: Path, state: State) -> None:
 
 def read_header(path: Path) -> StateHeader:
     """What a file holds. Raises StateFileError."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = _metadata(path, opened)
-            tokens = _checked(path, opened, metadata, "tokens").numpy()
-            header = StateHeader(
-                tokens, int(metadata["start"]), int(metadata["shortest"]), metadata["salt"],
-                "logits" in opened.keys(),  # noqa: SIM118 - not a dict
-            )  # fmt: skip
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise StateFileError(f"{path}: not a saved state ({error})") from None
-    if tokens.dtype != np.int32 or tokens.ndim != 1 or not 0 <= header.start < len(tokens):
-        raise StateFileError(f"{path}: not a saved state (its token ids make no sense)")
-    return header
+    with _opened(path) as file:
+        return file.header()
 
 
 def read_state(path: Path) -> State:
     """All of a file, checked. Raises StateFileError."""
-    header = read_header(path)
+    with _opened(path) as file:
+        header = file.header()
+        logits = file.tensor("logits") if header.has_logits else None
+        return State(header, file.tensors("rows"), file.tensors("recent"), logits)
+
+
+class _File:
+    """An open file of a state."""
+
+    def __init__(self, path: Path, opened: Any) -> None:
+        self._path, self._opened = path, opened
+        self._metadata = opened.metadata() or {}
+        if self._metadata.get("format") != FORMAT:
+            raise StateFileError(f"{path}: not a saved state")
+        self._checksums = json.loads(self._metadata["checksums"])
+
+    def header(self) -> StateHeader:
+        tokens, metadata = self.tensor("tokens").numpy(), self._metadata
+        header = StateHeader(
+            tokens,
+            int(metadata["start"]),
+            int(metadata["shortest"]),
+            metadata["salt"],
+            "logits" in self._checksums,
+        )
+        if tokens.dtype != np.int32 or tokens.ndim != 1 or not 0 <= header.start < len(tokens):
+            raise StateFileError(f"{self._path}: not a saved state (its token ids make no sense)")
+        return header
+
+    def tensors(self, kind: str) -> tuple[torch.Tensor, ...]:
+        """Those of a kind, in order."""
+        count = sum(name.startswith(f"{kind}.") for name in self._checksums)
+        return tuple(self.tensor(f"{kind}.{i}") for i in range(count))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._opened.get_tensor(name)
+        if self._checksums[name] != _checksum(tensor):
+            raise StateFileError(f"{self._path}: {name} is not what was written")
+        return tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_File]:
+    """A file, whatever goes wrong with it told as a StateFileError."""
     try:
         with safe_open(path, framework="pt") as opened:
-            metadata, names = _metadata(path, opened), set(opened.keys())
-            parts = {
-                kind: tuple(
-                    _checked(path, opened, metadata, f"{kind}.{i}")
-                    for i in range(sum(name.startswith(f"{kind}.") for name in names))
-                )
-                for kind in ("rows", "recent")
-            }
-            logits = _checked(path, opened, metadata, "logits") if header.has_logits else None
+            yield _File(path, opened)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise StateFileError(f"{path}: not a saved state ({error})") from None
-    return State(header, parts["rows"], parts["recent"], logits)
-
-
-def _metadata(path: Path, opened: Any) -> dict[str, str]:
-    found = opened.metadata() or {}
-    if found.get("format") != FORMAT:
-        raise StateFileError(f"{path}: not a saved state")
-    return dict(found)
-
-
-def _checked(path: Path, opened: Any, metadata: dict[str, str], name: str) -> torch.Tensor:
-    tensor: torch.Tensor = opened.get_tensor(name)
-    if json.loads(metadata["checksums"])[name] != _checksum(tensor):
-        raise StateFileError(f"{path}: {name} is not what was written")
-    return tensor
 
 
 def _checksum(tensor: torch.Tensor) -> int:

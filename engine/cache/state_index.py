@@ -15,27 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.cache.state_files import Ids, StateHeader
+from memory.planner.published import KV_MARGIN
 
 BLOCK = 64  # tokens between places where a file may go on from the rows of another
 
 
-class Hashes:
-    """A digest of a client's salt and a text so far."""
+def text_hash(salt: str) -> hashlib.blake2b:
+    """Of a client's salt, and no text yet."""
+    return hashlib.blake2b(salt.encode(), digest_size=16)
 
-    def __init__(self, salt: str, of: hashlib.blake2b | None = None) -> None:
-        self._salt = salt
-        self._of = of or hashlib.blake2b(salt.encode(), digest_size=16)
 
-    def then(self, ids: Ids) -> Hashes:
-        """That of a longer text."""
-        longer = self._of.copy()
-        longer.update(ids.tobytes())
-        return Hashes(self._salt, longer)
-
-    @property
-    def digest(self) -> bytes:
-        """16 bytes."""
-        return self._of.digest()
+def then(before: hashlib.blake2b, ids: Ids) -> hashlib.blake2b:
+    """That of a longer text."""
+    longer = before.copy()
+    longer.update(ids.tobytes())
+    return longer
 
 
 @dataclass(eq=False)
@@ -68,6 +62,14 @@ class Record:
         return found[::-1]
 
 
+@dataclass(frozen=True)
+class Found:
+    """A state, and how many tokens of a prompt it gives."""
+
+    record: Record
+    length: int
+
+
 class StateIndex:
     """The states of a folder.
 
@@ -80,37 +82,38 @@ class StateIndex:
         self._lengths: Counter[int] = Counter()  # of the texts in `_ends`
         self._blocks: dict[bytes, Record] = {}
 
-    def best(self, ids: Ids, salt: str) -> tuple[Record | None, int]:
-        """The state with the longest beginning of a prompt, and how much of it: all but the last token,
-        unless it has the logits behind that."""
-        hashes = [Hashes(salt)]  # of the beginnings whose rows are in files, block by block
+    def best(self, ids: Ids, salt: str) -> Found | None:
+        """The state with the longest beginning of a prompt: of all but the last token, unless it has the
+        logits behind that."""
+        hashes = [text_hash(salt)]  # of the beginnings whose rows are in files, block by block
         for start in range(0, len(ids) - BLOCK + 1, BLOCK):
-            hashes.append(hashes[-1].then(ids[start : start + BLOCK]))
-            if hashes[-1].digest not in self._blocks:
+            hashes.append(then(hashes[-1], ids[start : start + BLOCK]))
+            if hashes[-1].digest() not in self._blocks:
                 break
         most = min(len(ids), len(hashes) * BLOCK)
-        for length in sorted((length for length in self._lengths if length <= most), reverse=True):
+        for length in range(most, 0, -1):
+            if length not in self._lengths:
+                continue
             blocks = min(length // BLOCK, len(hashes) - 1)
-            digest = hashes[blocks].then(ids[blocks * BLOCK : length]).digest
-            record = self._ends.get(digest)
+            record = self._ends.get(then(hashes[blocks], ids[blocks * BLOCK : length]).digest())
             if record is None or not record.is_written:
                 continue
             if length < len(ids) or (record.has_logits and length == record.stop):
-                return record, length
-        return None, 0
+                return Found(record, length)
+        return None
 
     def known_rows(self, ids: Ids, salt: str) -> tuple[int, Record | None, list[bytes]]:
         """Up to where files have a text's rows, the last of them, and digests of the blocks after that."""
         start, parent = 0, None
         digests: list[bytes] = []
-        at = Hashes(salt)
+        at = text_hash(salt)
         for first in range(0, len(ids) - BLOCK + 1, BLOCK):
-            at = at.then(ids[first : first + BLOCK])
-            found = self._blocks.get(at.digest)
+            at = then(at, ids[first : first + BLOCK])
+            found = self._blocks.get(at.digest())
             if found is not None and not digests:
                 start, parent = first + BLOCK, found
             else:
-                digests.append(at.digest)
+                digests.append(at.digest())
         return start, parent, digests
 
     def add(
@@ -123,14 +126,15 @@ class StateIndex:
         *,
         is_written: bool,
     ) -> Record:
-        """Index a state: its blocks, its end, and the places before that it can be taken back to."""
+        """Index a state: its blocks, its end, and the places before that it can be taken back to. To places
+        long before its own rows, the state whose rows they are can be taken back as well."""
         stop = len(header.tokens)
-        first = max(header.shortest, 1)
-        at = Hashes(header.salt).then(header.tokens[:first])
-        ends = {at.digest: first}
+        first = max(header.shortest, header.start - KV_MARGIN, 1)
+        at = then(text_hash(header.salt), header.tokens[:first])
+        ends = {at.digest(): first}
         for length in range(first + 1, stop + 1):
-            at = at.then(header.tokens[length - 1 : length])
-            ends[at.digest] = length
+            at = then(at, header.tokens[length - 1 : length])
+            ends[at.digest()] = length
         record = Record(
             path, header.start, stop, header.shortest, header.has_logits, nbytes, time.time(), blocks, ends,
             parent, is_written=is_written,

@@ -34,7 +34,7 @@ from engine.cache.state_files import (
     write_state,
 )
 from engine.cache.state_folders import MODEL, state_files
-from engine.cache.state_index import Hashes, Record, StateIndex
+from engine.cache.state_index import Found, Record, StateIndex, text_hash, then
 from engine.families.base import KvCache
 from quant.errors import ConfigError
 
@@ -115,30 +115,21 @@ class StoredStates:
 
     # ---------------------------------------------------------------------------------------- reading
 
-    def longest(self, prompt: Ids, salt: str) -> int:
-        """How many tokens of the prompt the best state has; 0 where there is none."""
+    def find(self, prompt: Sequence[int] | Ids, salt: str) -> Found | None:
+        """The state with the longest beginning of a prompt."""
         with self._lock:
-            return self._index.best(prompt, _salt_digest(salt))[1]
+            return self._index.best(np.asarray(prompt, dtype=np.int32), _salt_digest(salt))
 
     def expect(self, prompt: Sequence[int], salt: str) -> None:
         """Let the system read ahead what `restore` will ask for."""
-        with self._lock:
-            record, _ = self._index.best(np.asarray(prompt, dtype=np.int32), _salt_digest(salt))
-        for each in [] if record is None else record.chain():
+        found = self.find(prompt, salt)
+        for each in [] if found is None else found.record.chain():
             with suppress(OSError), each.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def restore(self, slot: int, prompt: Ids, salt: str) -> tuple[int, torch.Tensor | None]:
-        """Restore the longest state that is a beginning of the prompt into the empty slot.
-
-        Returns its length, and the logits behind it if that is the whole prompt; 0 where there is none, or
-        where a file turned out to be damaged.
-        """
-        with self._lock:
-            record, length = self._index.best(prompt, _salt_digest(salt))
-        if record is None:
-            return 0, None
-        logits: torch.Tensor | None = None
+    def restore(self, slot: int, found: Found) -> State | None:
+        """Restore a state that was found into the empty slot; None where a file turned out to be damaged."""
+        record = found.record
         for each in record.chain():
             try:
                 state = read_state(each.path)
@@ -147,19 +138,17 @@ class StoredStates:
                 log.warning("a saved state is ignored: %s", error)
                 with self._lock:
                     self._forget(each)
-                return 0, None
-            self._fill(slot, state, length)
-            if each is record:
-                for view, saved in zip(self._cache.recent(slot, record.stop), state.recent, strict=True):
-                    view.copy_(saved)
-                logits = state.logits if length == len(prompt) else None
+                return None
+            self._fill(slot, state, found.length)
             each.used = time.time()
             with suppress(OSError):
                 os.utime(each.path)  # for the next server
-        self._cache.resume(slot, length, record.shortest)
+        for view, saved in zip(self._cache.recent(slot, record.stop), state.recent, strict=True):
+            view.copy_(saved)
+        self._cache.resume(slot, found.length, record.shortest)
         self._hits += 1
-        self._cached_tokens += length
-        return length, logits
+        self._cached_tokens += found.length
+        return state
 
     def _check(self, state: State, record: Record) -> None:
         """Raise StateFileError where a file has another layout than the cache."""
@@ -188,7 +177,7 @@ class StoredStates:
         """
         ids = np.asarray(tokens, dtype=np.int32)
         key = _salt_digest(salt)
-        end = Hashes(key).then(ids).digest
+        end = then(text_hash(key), ids).digest()
         path = self._folder / f"{end.hex()}{ENDING}"
         with self._lock:
             if path in self._index.records:
@@ -247,18 +236,22 @@ class StoredStates:
         free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
         if needed > min(self._budget_bytes, free + self._nbytes):
             raise OSError(f"{needed / 1e6:.0f} MB do not fit on the disk, or in --prefix-disk")
+        foreign = sorted(
+            (used, path, nbytes)
+            for path, used, nbytes in state_files(self._root)
+            if path.parent != self._folder
+        )
         while True:
             free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
             if self._nbytes + needed <= self._budget_bytes and needed <= free:
                 return
             with self._lock:
                 own = [r for r in self._index.records.values() if r.is_written and not r.children]
-                foreign = [f for f in state_files(self._root) if f[0].parent != self._folder]
                 oldest = min(own, key=lambda r: r.used, default=None)
-                other = min(foreign, key=lambda f: f[1], default=None)
-                if other is not None and (oldest is None or other[1] < oldest.used):
-                    other[0].unlink(missing_ok=True)
-                    self._nbytes -= other[2]
+                if foreign and (oldest is None or foreign[0][0] < oldest.used):
+                    _, path, nbytes = foreign.pop(0)
+                    path.unlink(missing_ok=True)
+                    self._nbytes -= nbytes
                 elif oldest is not None:
                     self._forget(oldest)
                 else:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
-ROOM = 64  # different tokens at first
+ROOM = 64  # for different tokens that are added, at first
 
 
 class TokenCounts:
     """Counts tokens; adding one takes no time worth mentioning, whatever the vocabulary."""
 
-    def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._places: dict[int, int] = {}
-        self._ids = np.zeros(ROOM, dtype=np.int64)
-        self._counts = np.zeros(ROOM, dtype=np.float32)
-        for token in tokens:
-            self.add(token)
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        ids, counts = np.unique(np.asarray(tokens, dtype=np.int64), return_counts=True)
+        self._places = {token: place for place, token in enumerate(ids.tolist())}
+        self._ids = np.concatenate((ids, np.zeros(ROOM, dtype=np.int64)))
+        self._counts = np.concatenate((counts, np.zeros(ROOM))).astype(np.float32)
 
     def add(self, token: int) -> None:
         """Count a token once more."""

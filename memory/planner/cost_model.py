@@ -195,34 +195,29 @@ class CostModel:
     ) -> None:
         """Attention, router, shared experts, and fixed costs; the disk reads ahead meanwhile."""
         before = cost.total_s
-        tier, beside = self._tiers[n], self._beside(n, layer, tokens)
-        weights = layer.dense if beside else layer.dense + layer.shared
+        tier, is_beside = self._tiers[n], self._is_shared_beside(n, layer, tokens)
+        weights = layer.dense if is_beside else layer.dense + layer.shared
         nbytes = weights.nbytes + layer.kv.read_bytes(held) * sequences
         flops = tokens * (2 * weights.parameters + layer.kv.flops(held))
         time, resource = self._on(tier, nbytes, flops)
         cost.seconds[resource] += time
         cost.nbytes[tier] += nbytes
-        cost.seconds[LATENCY] += self._starting_s(layer, tokens, on_gpu=self._is_real_gpu(tier))
-        if beside:
-            cost.seconds[LATENCY] -= BESIDE * self.efficiency.launch_s
-            cost.nbytes[tier] += layer.shared.nbytes
+        cost.seconds[LATENCY] += self._starting_s(layer, tokens, tier, BESIDE if is_beside else 0)
         cost.disk_idle_s += cost.total_s - before
 
-    def _beside(self, n: int, layer: LayerShape, tokens: int) -> float:
-        """Seconds of what a recorded step on a GPU does while others compute the experts that it lacks: the
-        shared expert, and starting that and its own."""
-        is_recorded = tokens <= MAX_RECORDED_ROWS and layer.launches is not None
-        if not (is_recorded and layer.experts and self._is_real_gpu(self._tiers[n])):
-            return 0.0
-        shared, _ = self._on(self._tiers[n], layer.shared.nbytes, 2 * layer.shared.parameters * tokens)
-        return shared + BESIDE * self.efficiency.launch_s
+    def _is_shared_beside(self, n: int, layer: LayerShape, tokens: int) -> bool:
+        """Whether the shared expert is computed while others compute the experts that a GPU lacks: a recorded
+        step does so."""
+        return layer.experts > 0 and self._is_real_gpu(self._tiers[n]) and _is_recorded(layer, tokens)
 
-    def _starting_s(self, layer: LayerShape, tokens: int, *, on_gpu: bool) -> float:
-        """What starting a layer's operations takes: recorded, or one by one."""
-        e, is_recorded = self.efficiency, tokens <= MAX_RECORDED_ROWS
-        if on_gpu:
-            return layer.launches * e.launch_s if is_recorded and layer.launches else e.gpu_layer_s
-        return layer.operations * e.operation_s if is_recorded else e.host_layer_s
+    def _starting_s(self, layer: LayerShape, tokens: int, tier: str, less: int) -> float:
+        """What starting a layer's operations takes, without so many launches: recorded, or one by one."""
+        e = self.efficiency
+        if not self._is_real_gpu(tier):
+            return layer.operations * e.operation_s if tokens <= MAX_RECORDED_ROWS else e.host_layer_s
+        if layer.launches is not None and _is_recorded(layer, tokens):
+            return (layer.launches - less) * e.launch_s
+        return e.gpu_layer_s
 
     def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
         """Engram rows: fetched from the step's start on, so only what layers 0..n-1 do not hide counts."""
@@ -257,18 +252,19 @@ class CostModel:
                 cpu_s += time
             elif time > gpu_s:
                 gpu_s, gpu_bound = time, resource
+        if self._is_shared_beside(n, layer, tokens):
+            tier, shared = self._tiers[n], layer.shared
+            gpu_s += self._on(tier, shared.nbytes, 2 * shared.parameters * tokens)[0] + BESIDE * e.launch_s
+            cost.nbytes[tier] += shared.nbytes
         if np.any(chances[in_vram:] > 0):
             read = size * distinct(cold, tokens)
             moved = size * distinct(warm, tokens) + read
             outside = tokens * float(chances[in_vram:].sum())
-            gpu_s += self._beside(n, layer, tokens)
             self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound)
             on_gpu = self._is_real_gpu(self._tiers[n])
-            is_recorded = tokens <= MAX_RECORDED_ROWS and layer.launches is not None
-            wait = e.hand_over_s if is_recorded else e.round_trip_s
+            wait = e.hand_over_s if _is_recorded(layer, tokens) else e.round_trip_s
             cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * wait * on_gpu
         else:
-            gpu_s += self._beside(n, layer, tokens)
             cost.seconds[gpu_bound if gpu_s >= cpu_s else DRAM] += max(gpu_s, cpu_s)
             cost.disk_idle_s += max(gpu_s, cpu_s)
         if sum(self._is_real_gpu(tier) for tier in gpus) > 1:
@@ -330,6 +326,11 @@ class CostModel:
         for i, gpu in enumerate(hardware.gpus):
             if gpu.kind == "cuda" and links:
                 cost.nbytes[f"link:{i}"] += x * moved * gpu.link_together_bytes_per_s / links
+
+
+def _is_recorded(layer: LayerShape, tokens: int) -> bool:
+    """Whether a GPU runs the layer in a recorded step."""
+    return tokens <= MAX_RECORDED_ROWS and layer.launches is not None
 
 
 def _computed_share(layer: LayerShape, chunk: int, prompt: int) -> float:

@@ -8,7 +8,6 @@ The bound counts rows of layers, as if all layers cost the same and nothing else
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -19,7 +18,10 @@ from engine.embedded import model_path
 from engine.families.base import Batch, KvCache, Segment
 from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.loader import load
-from memory.user_files import whole_file
+from memory.hardware.detect import detect
+from memory.hardware.this_machine import write_results
+from quant.bench.timing import Figure
+from server.cli.bench.figures import print_figures, results_of
 
 
 def prefill_s(model: DeepseekV41, cache: KvCache, ids: list[int], chunk: int, *, whole: bool) -> float:
@@ -66,18 +68,15 @@ def main() -> None:
         )
         for _ in range(asked.rounds + 1)
     ][1:]
-    found = {
-        "exact_tail_gain": statistics.median(a / b for a, b in pairs),
-        "bound": bound(model, asked.tokens),
-        "whole_s": statistics.median(a for a, _ in pairs),
-        "tail_s": statistics.median(b for _, b in pairs),
-        "tokens": asked.tokens,
-        "chunk": asked.chunk,
-    }
-    print("\n".join(f"{name:16} {value:.3f}" for name, value in found.items()))
+    figures = [
+        Figure("exact_tail_gain", statistics.median(a / b for a, b in pairs), "ratio"),
+        Figure("exact_tail_bound", bound(model, asked.tokens), "ratio"),
+        Figure("whole", statistics.median(a for a, _ in pairs), "s"),
+        Figure("tail", statistics.median(b for _, b in pairs), "s"),
+    ]
+    print_figures("a prompt's end", figures)
     if asked.json is not None:
-        with whole_file(asked.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=1))
+        write_results(asked.json, detect(), results_of(figures))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ one token more than what was saved, as the next turn of a conversation has.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import threading
@@ -25,7 +24,10 @@ from engine.engine import Engine
 from engine.families.loader import Loaded, load
 from engine.output import Output
 from engine.sampling.params import SamplingParams
-from memory.user_files import whole_file
+from memory.hardware.detect import detect
+from memory.hardware.this_machine import write_results
+from quant.bench.timing import Figure
+from server.cli.bench.figures import print_figures, results_of
 
 MEMORY = 1 << 30
 
@@ -86,17 +88,20 @@ def main() -> None:
             assert cached == asked.tokens
             restored.append(took)
             reads.append(read_s(folder))
-    found = {
-        "restored_over_read": statistics.median(a / b for a, b in zip(restored, reads, strict=True)),
-        "restored_s": statistics.median(restored),
-        "read_s": statistics.median(reads),
-        "computed_s": computed,
-        "state_mb": nbytes / 1e6,
-    }
-    print("\n".join(f"{name:20} {value:.4f}" for name, value in found.items()))
+    figures = [
+        Figure(
+            "restored_over_read",
+            statistics.median(a / b for a, b in zip(restored, reads, strict=True)),
+            "ratio",
+        ),
+        Figure("restored_s", statistics.median(restored), "s"),
+        Figure("read_s", statistics.median(reads), "s"),
+        Figure("computed_s", computed, "s"),
+        Figure("state", nbytes / 1e6, "MB"),
+    ]
+    print_figures("a prompt from disk", figures)
     if asked.json is not None:
-        with whole_file(asked.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=1))
+        write_results(asked.json, detect(), results_of(figures))
 
 
 if __name__ == "__main__":

@@ -162,6 +162,18 @@ def test_the_end_of_a_text_can_be_taken_back_as_far_as_in_memory(bench: Bench) -
     assert found(bench, [*ids[:70], 7, 8, 9]) == 0
 
 
+def test_a_model_that_keeps_every_position_goes_on_from_any(tmp_path: Path) -> None:
+    model = load(family_path("qwen3_moe"))
+    bench = Bench(model, tmp_path)
+    ids = some_ids(21, 290)
+    write(bench, ids[:100], ids[:200], ids)
+    assert len(bench.files()) == 3
+    for length in (1, 33, 63, 64, 99, 100, 127, 128, 129, 199, 200, 250, 289):
+        expected = length if length >= 32 else 0  # less is not worth it
+        assert found(bench, [*ids[:length], 1]) == expected
+    model.close()
+
+
 def test_a_turn_writes_its_own_rows_only(bench: Bench) -> None:
     turn = some_ids(4, 280)
     write(bench, turn[:140], turn)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quant.formats.fp8 import FP8_ROW
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.cpu.native_layers import fetched
+from quant.kernels.cpu.native_attention import fetched
 from quant.kernels.layers import DeltaRule, LayerOperations, RoutingRule
 from quant.kernels.torch_layers import TorchLayers
 from tests.quant.kernels.kernel_cases import weight
