@@ -31,9 +31,11 @@ from quant.convert import convert_rows
 from quant.errors import BudgetError, ConfigError, FormatError
 from quant.formats.four_bit import FourBit
 from quant.formats.stored import stored_as
+from quant.kernels.interface import matrix_shapes
 from quant.packed import PackedTensor
 
 WAY_OF_ENCODING = 1  # counted up when other bits come out, so that files of an earlier way are not used
+ENDINGS = (".weight", ".scale")  # of a matrix's tensors: codes and scales
 SOURCES_NAME = "sources.txt"  # in each folder: the files that its experts come from, one a line
 SPARE_BYTES = 64 << 20
 SOURCE_BYTES = 1 << 30  # of matrices that are held at once while they are encoded
@@ -91,19 +93,16 @@ class EncodedExperts:
 
     def _plan(self, layer: int) -> _LayerPlan:
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        parts = [stored_as(self.format, rows, cols) for rows, cols in self._shapes]
         for expert in range(self.files.experts):
-            for number in range(MATRICES):
-                name, stored = (
-                    self.name_of(layer, expert, number),
-                    stored_as(self.format, *self._shape(number)),
-                )
-                for ending, part in zip((".weight", ".scale"), stored, strict=True):
-                    tensors[name + ending] = part.dtypes[0], part.shape
+            for number, stored in enumerate(parts):
+                for ending, part in zip(ENDINGS, stored, strict=True):
+                    tensors[self.name_of(layer, expert, number) + ending] = part.dtypes[0], part.shape
         return _LayerPlan(*place_tensors(tensors))
 
-    def _shape(self, number: int) -> tuple[int, int]:
-        hidden, width = self.files.hidden, self.files.width
-        return (hidden, width) if number == MATRICES - 1 else (width, hidden)
+    @property
+    def _shapes(self) -> tuple[tuple[int, int], ...]:
+        return matrix_shapes(self.files.hidden, self.files.width)
 
     def _file(self, layer: int) -> Path:
         return self.folder / f"experts-{layer + 1:05}-of-{self.files.layers:05}.safetensors"
@@ -161,9 +160,9 @@ class EncodedExperts:
         raw = {entry.name: read_bytes(entry, 0, entry.nbytes) for entry in entries}
         written: list[Written] = []
         for number in numbers:
-            name, (rows, cols) = self.name_of(layer, expert, number), self._shape(number)
+            name, (rows, cols) = self.name_of(layer, expert, number), self._shapes[number]
             matrix = self.files.matrix(layer, expert, number, raw)
-            places = [self._plans[layer].places[name + ending] for ending in (".weight", ".scale")]
+            places = [self._plans[layer].places[name + ending] for ending in ENDINGS]
             tile = matrix.format.tile_rows
             step = max(tile, UNIT_VALUES // cols // tile * tile)
             for start in range(0, rows, step):
