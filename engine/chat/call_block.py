@@ -25,11 +25,11 @@ class JsonCalls(CallForm):
     is_bare: bool = False
 
     @property
-    def tags(self) -> tuple[str, ...]:  # type: ignore[override]
+    def tags(self) -> tuple[str, ...]:
         return (self.begin,) if self.end is None else (self.begin, self.end)
 
     @property
-    def openers(self) -> tuple[str, ...]:  # type: ignore[override]
+    def openers(self) -> tuple[str, ...]:
         return (self.begin,)
 
     def block(self, opener: str, schemas: Schemas) -> JsonBlock:

@@ -4,7 +4,7 @@ calls as it is written."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +44,35 @@ class CallBlock(ABC):
     def finish(self) -> tuple[list[CallPiece | str], list[Item]]:
         """The same at the end of the answer."""
 
+    def _end_with(self, text: str, tags: Iterable[str]) -> list[CallPiece | str]:
+        """End the block, of which `text` is no call; without its `tags` where there were calls."""
+        self.has_ended = True
+        if self.has_calls:
+            for tag in tags:
+                text = text.replace(tag, "")
+            text = text.strip()
+        return [text] if text else []
+
 
 class CallForm(ABC):
     """How a model writes calls.
 
-    tags        spellings that are looked for in its answers, of which none begins inside another
-    openers     those that open a block of calls
     is_bare     a call may also be all of the answer, with no tag before it
     ends_reasoning  a call may begin while the model reasons, which ends the reasoning
     """
 
-    tags: tuple[str, ...]
-    openers: tuple[str, ...]
     is_bare: bool = False
     ends_reasoning: bool = False
+
+    @property
+    @abstractmethod
+    def tags(self) -> tuple[str, ...]:
+        """Spellings that are looked for in its answers, of which none begins inside another."""
+
+    @property
+    @abstractmethod
+    def openers(self) -> tuple[str, ...]:
+        """Those that open a block of calls."""
 
     @abstractmethod
     def block(self, opener: str, schemas: Schemas) -> CallBlock:

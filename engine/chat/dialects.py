@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.chat.call_block import JsonCalls
+from engine.chat.call_block import END_TOOL_CALL, TOOL_CALL, JsonCalls
 from engine.chat.call_forms import CallForm
 from engine.chat.element_calls import ElementCalls
 from engine.chat.harmony import CHANNEL, CONSTRAIN, END, MESSAGE, START
@@ -52,35 +52,37 @@ HARMONY = SectionSpelling(
 HARMONY_REASONING = (f"{CHANNEL}analysis{MESSAGE}", f"{END}{START}assistant")
 HARMONY_CONTENT = f"{CHANNEL}final{MESSAGE}"
 
-_TOOL_CALL, _END_TOOL_CALL = "<tool_call>", "</tool_call>"
+
+def _invokes(spelling: ElementSpelling, gap: str) -> Calls:
+    # The reader looks for the tags that are written, without the white space around them.
+    form = ElementCalls(
+        spelling.begin.strip(),
+        spelling.end,
+        spelling.parameter,
+        spelling.end_parameter,
+        spelling.call,
+        spelling.end_call.strip(),
+    )
+    return Calls(form, spelling, gap)
 
 
 def _dsml(block: str) -> Calls:
     # DeepSeek V3.2, and V4 where a GGUF file brings a template for it.
-    form = ElementCalls(
-        f"<{DSML}{block}>",
-        f"</{DSML}{block}>",
-        parameter=f'<{DSML}parameter name="',
-        end_parameter=f"</{DSML}parameter>",
-        call=f'<{DSML}invoke name="',
-        end_call=f"</{DSML}invoke>",
-    )
-    return Calls(form, dsml(block), gap="\n\n")
+    return _invokes(dsml(block), gap="\n\n")
 
 
 def _deepseek(*, fences: bool) -> Calls:
     # V3 and R1 put the arguments into fences, V3.1 does not.
     call, separator, end_call = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-    form = SectionCalls(
-        "<｜tool▁calls▁begin｜>", separator, call, end_call, "<｜tool▁calls▁end｜>", fences=True
-    )
+    begin, end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+    form = SectionCalls(begin, separator, call, end_call, end, fences=True)
     spelling = SectionSpelling(
-        form.begin,
+        begin,
         before=f"{call}function{separator}" if fences else call,
         behind="\n```json\n" if fences else separator,
         end_call="\n```" + end_call if fences else end_call,
         between="\n" if fences else "",
-        end="<｜tool▁calls▁end｜>",
+        end=end,
     )
     return Calls(form, spelling)
 
@@ -96,23 +98,21 @@ def _kimi() -> Calls:
 
 
 def _minimax() -> Calls:
-    begin, end, end_parameter = "<minimax:tool_call>", "</minimax:tool_call>", "</parameter>"
-    call, parameter = '<invoke name="', '<parameter name="'
-    form = ElementCalls(begin, end, parameter, end_parameter, call, "</invoke>")
     spelling = ElementSpelling(
-        f"{begin}\n", call, '">\n', parameter, '">', '">', end_parameter, "</invoke>\n", end
-    )
-    return Calls(form, spelling, gap="\n")
+        "<minimax:tool_call>\n", '<invoke name="', '">\n', '<parameter name="', '">', '">',
+        "</parameter>", "</invoke>\n", "</minimax:tool_call>",
+    )  # fmt: skip
+    return _invokes(spelling, gap="\n")
 
 
 def _qwen_elements() -> Calls:
     call, parameter, end_parameter = "<function=", "<parameter=", "</parameter>"
     form = ElementCalls(
-        _TOOL_CALL, _END_TOOL_CALL, parameter, end_parameter, call, "</function>", padded=True, may_skip=True
+        TOOL_CALL, END_TOOL_CALL, parameter, end_parameter, call, "</function>", padded=True, may_skip=True
     )
     spelling = ElementSpelling(
-        _TOOL_CALL, f"\n{call}", ">\n", parameter, ">\n", ">\n", end_parameter, "</function>\n",
-        end=_END_TOOL_CALL, padding="\n", between=f"{_END_TOOL_CALL}\n{_TOOL_CALL}",
+        TOOL_CALL, f"\n{call}", ">\n", parameter, ">\n", ">\n", end_parameter, "</function>\n",
+        end=END_TOOL_CALL, padding="\n", between=f"{END_TOOL_CALL}\n{TOOL_CALL}",
     )  # fmt: skip
     return Calls(form, spelling)
 
@@ -121,12 +121,12 @@ def _glm(*, breaks: bool) -> Calls:
     # GLM-4.5 and 4.6 put everything on a line of its own, later ones put nothing between.
     line = "\n" if breaks else ""
     form = ElementCalls(
-        _TOOL_CALL, _END_TOOL_CALL, "<arg_key>", "</arg_value>", end_key="</arg_key>", value="<arg_value>"
+        TOOL_CALL, END_TOOL_CALL, "<arg_key>", "</arg_value>", end_key="</arg_key>", value="<arg_value>"
     )
     behind_key = f"</arg_key>{line}<arg_value>"
     spelling = ElementSpelling(
-        _TOOL_CALL, "", line, "<arg_key>", behind_key, behind_key, "</arg_value>", "",
-        end=_END_TOOL_CALL, behind_parameter=line, between=f"{_END_TOOL_CALL}{line}{_TOOL_CALL}",
+        TOOL_CALL, "", line, "<arg_key>", behind_key, behind_key, "</arg_value>", "",
+        end=END_TOOL_CALL, behind_parameter=line, between=f"{END_TOOL_CALL}{line}{TOOL_CALL}",
     )  # fmt: skip
     return Calls(form, spelling)
 
@@ -143,18 +143,18 @@ _BY_MARKERS: tuple[tuple[tuple[str, ...], Calls], ...] = (
     (("<｜tool▁calls▁begin｜>",), _deepseek(fences=False)),
     (("<|tool_calls_section_begin|>",), _kimi()),
     (("<minimax:tool_call>",), _minimax()),
-    ((_TOOL_CALL, "<function="), _qwen_elements()),
-    ((_TOOL_CALL, "<arg_key>", "</arg_key><arg_value>"), _glm(breaks=False)),
-    ((_TOOL_CALL, "<arg_key>"), _glm(breaks=True)),
+    ((TOOL_CALL, "<function="), _qwen_elements()),
+    ((TOOL_CALL, "<arg_key>", "</arg_key><arg_value>"), _glm(breaks=False)),
+    ((TOOL_CALL, "<arg_key>"), _glm(breaks=True)),
     (
-        (_TOOL_CALL,),
+        (TOOL_CALL,),
         Calls(
             JsonCalls(),
             JsonSpelling(
-                _TOOL_CALL,
+                TOOL_CALL,
                 before="\n",
-                between=f"\n{_END_TOOL_CALL}\n{_TOOL_CALL}\n",
-                after=f"\n{_END_TOOL_CALL}",
+                between=f"\n{END_TOOL_CALL}\n{TOOL_CALL}\n",
+                after=f"\n{END_TOOL_CALL}",
             ),
         ),
     ),

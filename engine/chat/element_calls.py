@@ -11,6 +11,8 @@ from engine.chat.tags import Item, Tag
 from engine.chat.written_arguments import ArgumentsWriter
 
 MAX_HEAD = 256  # a name or key, and what belongs to it
+# What follows the quote before a name or key: DeepSeek V3.2 says of parameters whether they are strings.
+_QUOTED = re.compile(r'([^"]+)"(?:\s+string="(true|false)")?')
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ElementCalls(CallForm):
     may_skip: bool = False
 
     @property
-    def tags(self) -> tuple[str, ...]:  # type: ignore[override]
+    def tags(self) -> tuple[str, ...]:
         every = (
             self.begin, self.end, self.call, self.end_call,
             self.parameter, self.end_key, self.value, self.end_parameter,
@@ -43,7 +45,7 @@ class ElementCalls(CallForm):
         return tuple(tag for tag in every if tag is not None)
 
     @property
-    def openers(self) -> tuple[str, ...]:  # type: ignore[override]
+    def openers(self) -> tuple[str, ...]:
         return (self.begin, self.call) if self.may_skip and self.call is not None else (self.begin,)
 
     def block(self, opener: str, schemas: Schemas) -> ElementBlock:
@@ -109,7 +111,7 @@ class ElementBlock(CallBlock):
         head, self._head = self._head.strip(), ""
         is_text: bool | None = None
         if self._form.parameter.endswith('"'):
-            found = re.fullmatch(r'([^"]+)"(?:\s+string="(true|false)")?', head)
+            found = _QUOTED.fullmatch(head)
             head = found.group(1) if found else ""
             is_text = None if found is None or found.group(2) is None else found.group(2) == "true"
         if not head or len(head) > MAX_HEAD or "\n" in head:
@@ -168,10 +170,4 @@ class ElementBlock(CallBlock):
 
     def _end(self) -> list[CallPiece | str]:
         """End the block; what of it is no call is text."""
-        self.has_ended = True
-        text = self._others + self._written
-        if self.has_calls:
-            for spelling in self._form.tags:
-                text = text.replace(spelling, "")
-            text = text.strip()
-        return [text] if text else []
+        return self._end_with(self._others + self._written, self._form.tags)

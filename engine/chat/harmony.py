@@ -13,11 +13,10 @@ OpenAI's library for this format takes its vocabulary from the network when it s
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from engine.chat.output_parser import MessageDelta, OutputParser, ToolCallDelta
-from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
+from engine.chat.output_parser import MessageDelta, TagParser
+from engine.chat.tags import Item, Tag
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -39,7 +38,7 @@ def ends_of(named: Sequence[int], added_tokens: Mapping[str, int]) -> tuple[int,
     return tuple(dict.fromkeys([*kept, *(added_tokens[end] for end in ENDS)]))
 
 
-class HarmonyParser(OutputParser):
+class HarmonyParser(TagParser):
     """Reads harmony's messages.
 
     tools       calls of tools are looked for; else what is written to them is text
@@ -50,7 +49,7 @@ class HarmonyParser(OutputParser):
     """
 
     def __init__(self, *, tools: bool, tokens: Collection[str] = (), in_final: bool = False) -> None:
-        self._finder = TagFinder(TAGS, tokens)
+        super().__init__(TAGS, tokens)
         self._tools = tools
         self._state = "content" if in_final else "header"
         self._header = ""
@@ -59,14 +58,6 @@ class HarmonyParser(OutputParser):
         self._is_new = False  # nothing of the message at hand has been told
         self._name = ""  # of the call at hand
         self._held = ""  # white space at the end of its arguments
-        self._calls = 0
-
-    @property
-    def has_tool_calls(self) -> bool:
-        return self._calls > 0
-
-    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
-        return self._read(self._finder.push(text, special_ranges))
 
     def finish(self) -> list[MessageDelta]:
         return self._read(self._finder.finish()) + self._end_message()
@@ -85,7 +76,8 @@ class HarmonyParser(OutputParser):
         if tag in (END, *ENDS):
             return self._end_message()
         if tag == MESSAGE and self._state == "header":
-            return self._begin_message()
+            self._begin_message()
+            return []
         if self._state == "between" and tag == CHANNEL:
             self._begin_header()  # a model may leave out `<|start|>assistant`
         if self._state == "header":
@@ -97,7 +89,7 @@ class HarmonyParser(OutputParser):
     def _begin_header(self) -> None:
         self._state, self._header, self._has_channel = "header", "", False
 
-    def _begin_message(self) -> list[MessageDelta]:
+    def _begin_message(self) -> None:
         """Go by the header: reasoning, text, or a call, whose name is told with its first arguments."""
         recipient = _RECIPIENT.search(self._header)
         channel = self._header.partition(CHANNEL)[2].split(" ")[0].partition("<")[0].strip()
@@ -108,7 +100,6 @@ class HarmonyParser(OutputParser):
             self._state, self._held = "call", ""
         else:
             self._state = "reasoning" if channel == "analysis" else "content"
-        return []
 
     def _say(self, text: str) -> list[MessageDelta]:
         match self._state:
@@ -134,13 +125,9 @@ class HarmonyParser(OutputParser):
     def _arguments(self, text: str) -> list[MessageDelta]:
         if not text:
             return []
-        if self._is_new:
-            self._is_new = False
-            call = ToolCallDelta(self._calls, text, f"call_{uuid.uuid4().hex}", self._name)
-            self._calls += 1
-        else:
-            call = ToolCallDelta(self._calls - 1, text)
-        return [MessageDelta(tool_calls=(call,))]
+        name = self._name if self._is_new else None
+        self._is_new = False
+        return [self._call(text, name)]
 
     def _end_message(self) -> list[MessageDelta]:
         deltas = self._arguments("{}") if self._state == "call" and self._is_new else []

@@ -65,10 +65,36 @@ class PlainParser(OutputParser):
         return False
 
 
+class TagParser(OutputParser):
+    """A parser that goes by tags, and numbers the calls that it tells."""
+
+    def __init__(self, tags: Collection[str], tokens: Collection[str]) -> None:
+        self._finder = TagFinder(tags, tokens)
+        self._calls = 0
+
+    @property
+    def has_tool_calls(self) -> bool:
+        return self._calls > 0
+
+    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
+        return self._read(self._finder.push(text, special_ranges))
+
+    @abstractmethod
+    def _read(self, items: Iterable[Item]) -> list[MessageDelta]:
+        """What is certain after these items."""
+
+    def _call(self, arguments: str, name: str | None = None, call_id: str | None = None) -> MessageDelta:
+        """A piece of a call; one with a name begins the next call, whose id is made where it has none."""
+        if name is not None:
+            self._calls += 1
+            call_id = call_id or f"call_{uuid.uuid4().hex}"
+        return MessageDelta(tool_calls=(ToolCallDelta(self._calls - 1, arguments, call_id, name),))
+
+
 THINK, END_THINK = "<think>", "</think>"
 
 
-class TaggedParser(OutputParser):
+class TaggedParser(TagParser):
     """Reasoning between a pair of tags, and tool calls in one of the forms that tags set off.
 
     reasoning     an answer may begin with the first of `think`
@@ -91,7 +117,7 @@ class TaggedParser(OutputParser):
         tokens: Collection[str] = (),
         think: tuple[str, str] = (THINK, END_THINK),
     ) -> None:
-        self._finder = TagFinder([*(think if reasoning else ()), *(calls.tags if calls else ())], tokens)
+        super().__init__([*(think if reasoning else ()), *(calls.tags if calls else ())], tokens)
         self._think, self._end_think = think
         self._form = calls
         self._schemas = schemas or {}
@@ -100,14 +126,6 @@ class TaggedParser(OutputParser):
         self._after_tag = in_reasoning
         self._held = ""  # white space that a tag may follow
         self._block: CallBlock | None = None
-        self._calls = 0
-
-    @property
-    def has_tool_calls(self) -> bool:
-        return self._calls > 0
-
-    def push(self, text: str, special_ranges: SpecialRanges | None = None) -> list[MessageDelta]:
-        return self._read(self._finder.push(text, special_ranges))
 
     def finish(self) -> list[MessageDelta]:
         deltas = self._read(self._finder.finish())
@@ -203,18 +221,10 @@ class TaggedParser(OutputParser):
             ends_with_call = isinstance(piece, CallPiece)
             if isinstance(piece, str):
                 deltas.append(MessageDelta(content=self._held + piece))
-            elif piece.name is None:
-                deltas.append(_call(ToolCallDelta(self._calls - 1, piece.arguments)))
             else:
-                call_id = piece.id or f"call_{uuid.uuid4().hex}"
-                deltas.append(_call(ToolCallDelta(self._calls, piece.arguments, call_id, piece.name)))
-                self._calls += 1
+                deltas.append(self._call(piece.arguments, piece.name, piece.id))
             self._held = ""
         if self._block is not None and self._block.has_ended:
             self._after_tag = self._block.has_calls and ends_with_call
             self._block = None
         return deltas
-
-
-def _call(delta: ToolCallDelta) -> MessageDelta:
-    return MessageDelta(tool_calls=(delta,))

@@ -33,8 +33,8 @@ class ChatTemplate:
         environment = _environment(now)
         self.source = source
         try:
-            self._compiled = environment.from_string(source)
             tree = environment.parse(source)
+            self._compiled = environment.from_string(tree)
         except jinja2.TemplateAssertionError as error:
             raise ConfigError(f"{NEEDS}: {error}") from None
         except jinja2.TemplateError as error:

@@ -37,12 +37,12 @@ class SectionCalls(CallForm):
     ends_reasoning: bool = False
 
     @property
-    def tags(self) -> tuple[str, ...]:  # type: ignore[override]
+    def tags(self) -> tuple[str, ...]:
         every = (self.begin, self.call, self.call_id, self.separator, self.end_call, self.end)
         return tuple(tag for tag in every if tag is not None)
 
     @property
-    def openers(self) -> tuple[str, ...]:  # type: ignore[override]
+    def openers(self) -> tuple[str, ...]:
         """Models leave out the token around all calls at times."""
         return tuple(tag for tag in (self.begin, self.call) if tag is not None)
 
@@ -86,13 +86,10 @@ class SectionBlock(CallBlock):
         form, spelling = self._form, tag.spelling
         if self._state == "arguments" and spelling in (form.separator, form.call_id):
             return self.read(spelling)  # no place for a tag, so it is text
-        pieces: list[CallPiece | str] = []
-        if self._state == "arguments":
-            pieces = self._end_call()
-        if spelling == form.end:
-            self._written += spelling
-            return pieces + self._end(), []
+        pieces = self._end_call() if self._state == "arguments" else []
         self._written += spelling
+        if spelling == form.end:
+            return pieces + self._end(), []
         if spelling == self._call_tag:
             self._state, self._head, self._id, self._name, self._arguments = "head", "", None, None, ""
         elif spelling == form.separator and self._state == "head":
@@ -149,10 +146,4 @@ class SectionBlock(CallBlock):
         return pieces
 
     def _end(self) -> list[CallPiece | str]:
-        self.has_ended = True
-        text = self._written
-        if self.has_calls:
-            for tag in self._form.tags:
-                text = text.replace(tag, "")
-            text = text.strip()
-        return [text] if text else []
+        return self._end_with(self._written, self._form.tags)

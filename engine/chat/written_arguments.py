@@ -58,7 +58,7 @@ class ArgumentsWriter:
     def end(self) -> str:
         """End the parameter."""
         held = self._held.removesuffix("\n") if self._padded else self._held
-        return f"{_string(held)[1:]}" if self._is_text else meant(held, self._value_schema)
+        return _string(held)[1:] if self._is_text else meant(held, self._value_schema)
 
     def close(self) -> str:
         """End the object."""

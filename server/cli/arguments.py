@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from engine.embedded import EMBEDDED, model_path
 from quant.errors import ConfigError, LociError
+from server.settings import Experts
 
 _NAMES = ", ".join(EMBEDDED)
 _WHAT = (
@@ -110,10 +111,8 @@ JsonFile = Annotated[
         "--json", help="Also write the results to this file.", callback=can_be_written, show_default=False
     ),
 ]
-
-
 ExpertsFormat = Annotated[
-    Literal["mxfp4", "nf4", "int4"] | None,
+    Experts | None,
     typer.Option(
         "--experts",
         help="Format for routed experts that are stored in BF16, F16, F32 or FP8. Default: as stored.",

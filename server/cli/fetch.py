@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from engine.embedded import hub_model, model_path
 from quant.errors import ConfigError, LociError
 from server.cli.progress import transfer
-from server.cli.terminal import bytes_text
+from server.cli.terminal import bytes_text, confirm
 
 if TYPE_CHECKING:
     from engine.families.loader import OpenedModel
@@ -150,16 +150,8 @@ def _print_plan(opened: OpenedModel) -> None:
 
 def _ask(model: HubModel, nbytes: int) -> None:
     """Raises ConfigError unless the user agrees."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ConfigError(
-            f"{model} is not here, and downloading {bytes_text(nbytes)} is not begun unasked; pass --yes, or "
-            f"run `loci pull {model}` in a terminal"
-        )
-    if not agrees(f"Download {bytes_text(nbytes)}?"):
-        raise ConfigError(f"{model} was not downloaded")
-
-
-def agrees(question: str) -> bool:
-    """Ask on stderr for a yes or no; no is the default, and what the end of input means."""
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    unasked = (
+        f"{model} is not here, and downloading {bytes_text(nbytes)} is not begun unasked; pass --yes, or run "
+        f"`loci pull {model}` in a terminal"
+    )
+    confirm(f"Download {bytes_text(nbytes)}?", unasked=unasked, refused=f"{model} was not downloaded")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from memory.hub.names import HubModel, parse_hub_name
 from quant.errors import ConfigError
 from server.cli.arguments import HubName, Yes
-from server.cli.terminal import bytes_text, print_table
+from server.cli.terminal import bytes_text, confirm, print_table
 
 
 def pull(model: HubName, yes: Yes = False) -> None:
@@ -79,12 +78,8 @@ def rm(
     planned = removal(hub)
     what = f"{hub}, {bytes_text(planned.expected_freed_size)}, from {cache_folder()}"
     if not yes:
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
-            raise ConfigError(f"{hub} is not removed unasked; pass --yes")
-        from server.cli.fetch import agrees
-
-        if not agrees(f"Remove {what}?"):
-            raise ConfigError(f"{hub} was not removed")
+        unasked = f"{hub} is not removed unasked; pass --yes"
+        confirm(f"Remove {what}?", unasked=unasked, refused=f"{hub} was not removed")
     planned.execute()
     print(f"Removed {what}")
     from memory.convert.experts import remove_orphans

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quant.errors import ConfigError
-from server.cli.arguments import Yes
-from server.cli.terminal import bytes_text, print_table
+from server.cli.terminal import bytes_text, confirm, print_table
 
 
 def cache(
@@ -20,7 +17,7 @@ def cache(
         Path | None, typer.Option("--prefix-dir", help="Their directory. Default: ~/.cache/loci/states.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove all of them.")] = False,
-    yes: Yes = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove them without asking.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the states of prompts and answers on disk (`loci serve --prefix-disk`), or remove them.
@@ -34,12 +31,9 @@ def cache(
     total = bytes_text(sum(of.nbytes for of in found))
     if clear:
         if found and not yes:
-            if not (sys.stdin.isatty() and sys.stderr.isatty()):
-                raise ConfigError("nothing is removed unasked; pass --yes")
-            from server.cli.fetch import agrees
-
-            if not agrees(f"Remove {total} of states from {folder}?"):
-                raise ConfigError("nothing was removed")
+            unasked = "nothing is removed unasked; pass --yes"
+            question = f"Remove {total} of states from {folder}?"
+            confirm(question, unasked=unasked, refused="nothing was removed")
         for of in found:
             remove_states(of)
         print(f"Removed {total} from {folder}")

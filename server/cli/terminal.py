@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from quant.errors import ConfigError
+
 
 def is_terminal() -> bool:
     """True where a person reads stdout."""
@@ -21,6 +23,18 @@ def can_draw(stream: TextIO | None = None) -> bool:
 def wants_plain_text() -> bool:
     """True where the environment says that terminals get nothing but text."""
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "") in ("", "dumb", "unknown")
+
+
+def confirm(question: str, *, unasked: str, refused: str) -> None:
+    """Ask on stderr for a yes or no; no is the default, and what the end of input means.
+
+    Raises ConfigError saying `unasked` where nobody can be asked, and `refused` where the answer is no.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(unasked)
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigError(refused)
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
