@@ -7,7 +7,7 @@ GGUF, V2's files too: what llama.cpp's converter writes for the architecture `de
 from __future__ import annotations
 
 from engine.families.decoder import gguf
-from engine.families.decoder.description import Description, Experts, Groups, Layer, Mlp, Router
+from engine.families.decoder.description import Description, Groups, Layer, Router
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, keys_of, layers_behind_dense
 from engine.families.decoder.keys import Keys
@@ -17,7 +17,6 @@ from engine.families.glm4_moe import sigmoid_router
 from memory.checkpoint.checkpoint import Checkpoint
 
 NAME = "deepseek_v3"
-SOFTMAX, SIGMOID = 1, 2  # numbers of expert_gating_func
 # What some files have besides the matrix that it is made of.
 SPLIT_KV_B = r"blk\.\d+\.attn_[kv]_b\.weight"
 
@@ -43,8 +42,8 @@ def describe_deepseek_v3(checkpoint: Checkpoint) -> Description:
 
 def _describe_gguf(checkpoint: Checkpoint) -> Description:
     read = gguf.gguf_keys(checkpoint, NAME)
-    is_sigmoid = read.raw("expert_gating_func") == SIGMOID
-    read.only("expert_gating_func", SIGMOID, SOFTMAX, None)
+    is_sigmoid = read.raw("expert_gating_func") == gguf.SIGMOID
+    read.only("expert_gating_func", gguf.SIGMOID, gguf.SOFTMAX, None)
     layers, ignored = gguf_layers(read, checkpoint, is_sigmoid=is_sigmoid)
     return gguf.describe_gguf(read, checkpoint, layers, ignored=ignored)
 
@@ -59,16 +58,8 @@ def gguf_layers(read: Keys, checkpoint: Checkpoint, *, is_sigmoid: bool) -> tupl
     attention = gguf_latent_attention(read, is_split=is_split)
     dense = read.count_or_none("leading_dense_block_count") or 0
     has_choice_bias = gguf.has_tensor(checkpoint, "choice_bias", "", dense)
-    width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
-    experts = Experts(
-        _gguf_router(read, is_sigmoid=is_sigmoid, has_choice_bias=has_choice_bias),
-        width,
-        "stacked",
-        shared=Mlp(shared * width) if shared else None,
-    )
-    mlp = Mlp(read.count("feed_forward_length"))
-    count, drafts = gguf.layers_before_drafts(read)
-    layers = [Layer(attention, mlp if n < dense else experts) for n in range(count)]
+    router = _gguf_router(read, is_sigmoid=is_sigmoid, has_choice_bias=has_choice_bias)
+    layers, drafts = gguf.layers_behind_dense(read, attention, router, dense)
     return layers, "|".join(filter(None, (drafts, "" if is_split else SPLIT_KV_B)))
 
 

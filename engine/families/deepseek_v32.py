@@ -16,7 +16,7 @@ from engine.families.decoder.indexer import check_layer_types, sharing, with_ggu
 from engine.families.decoder.keys import Keys
 from engine.families.decoder.latent import latent_attention
 from engine.families.decoder.names import HF_NAMES, draft_layers
-from engine.families.deepseek_v3 import SIGMOID, gguf_layers
+from engine.families.deepseek_v3 import gguf_layers
 from engine.families.glm4_moe import sigmoid_router
 from memory.checkpoint.checkpoint import Checkpoint
 
@@ -59,7 +59,7 @@ def gguf_indexed_layers(
     read: Keys, checkpoint: Checkpoint, *, is_interleaved: bool
 ) -> tuple[list[Layer], str]:
     """As `gguf_layers`, each with an indexer. is_interleaved: of `with_gguf_indexer`."""
-    read.only("expert_gating_func", SIGMOID, None)
+    read.only("expert_gating_func", gguf.SIGMOID, None)
     layers, ignored = gguf_layers(read, checkpoint, is_sigmoid=True)
     attention = layers[0].attention
     assert isinstance(attention, Mla)

@@ -7,7 +7,7 @@ what llama.cpp's converter writes for the architecture `glm4moe`, whose layers i
 from __future__ import annotations
 
 from engine.families.decoder import gguf
-from engine.families.decoder.description import Attention, Description, Experts, Groups, Layer, Mlp, Router
+from engine.families.decoder.description import Attention, Description, Groups, Router
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.hf import describe, head_sizes, keys_of, layers_behind_dense, rope_of
 from engine.families.decoder.keys import Keys
@@ -16,7 +16,6 @@ from memory.checkpoint.checkpoint import Checkpoint
 
 NAME = "glm4_moe"
 GGUF_NAMES = {**gguf.GGUF_NAMES, "ffn_norm": f"{gguf.BLOCK}post_attention_norm.weight"}
-SIGMOID = 2  # number of expert_gating_func
 
 
 def describe_glm4_moe(checkpoint: Checkpoint) -> Description:
@@ -56,7 +55,7 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
         has_qkv_bias=gguf.has_tensor(checkpoint, "q", ".bias"),
         qk_norm="head" if gguf.has_tensor(checkpoint, "q_norm") else "none",
     )
-    read.only("expert_gating_func", SIGMOID, None)
+    read.only("expert_gating_func", gguf.SIGMOID, None)
     for groups in ("expert_group_count", "expert_group_used_count"):
         read.only(groups, 1, None)
     router = Router(
@@ -67,11 +66,8 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
         epsilon=1e-20,
         factor=read.number("expert_weights_scale", 1.0),
     )
-    width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
-    experts = Experts(router, width, "stacked", shared=Mlp(shared * width) if shared else None)
-    mlp, dense = Mlp(read.count("feed_forward_length")), read.count_or_none("leading_dense_block_count") or 0
-    count, ignored = gguf.layers_before_drafts(read)
-    layers = [Layer(attention, mlp if n < dense else experts) for n in range(count)]
+    dense = read.count_or_none("leading_dense_block_count") or 0
+    layers, ignored = gguf.layers_behind_dense(read, attention, router, dense)
     return gguf.describe_gguf(read, checkpoint, layers, GGUF_NAMES, ignored=ignored)
 
 

@@ -14,7 +14,6 @@ from engine.families.decoder.names import W123_NAMES
 from memory.checkpoint.checkpoint import Checkpoint
 
 NAME = "minimax_m2"
-SIGMOID = 2  # number of expert_gating_func
 
 
 def describe_minimax_m2(checkpoint: Checkpoint) -> Description:
@@ -53,7 +52,7 @@ def _describe_gguf(checkpoint: Checkpoint) -> Description:
     heads, kv_heads, head_dim = gguf.head_sizes(read)
     rope = gguf.rope_of(read, read.count("rope.dimension_count", head_dim), "half")
     attention = Attention(heads, kv_heads, head_dim, rope, qk_norm="whole")
-    read.only("expert_gating_func", SIGMOID)
+    read.only("expert_gating_func", gguf.SIGMOID)
     read.only("expert_weights_norm", True, None)
     read.only("expert_weights_scale", 1.0, None)
     experts = Experts(_router(*gguf.expert_counts(read)), gguf.expert_width(read), "stacked")

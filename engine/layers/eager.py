@@ -18,8 +18,6 @@ from quant.kernels.layers import DeltaRule, RoutingRule
 Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 # Stores index keys `[length, dim]` of a layer's segment; returns all that its slot then holds, `[end, dim]`.
 ExtendIndex = Callable[[int, Segment, torch.Tensor], torch.Tensor]
-
-
 # Where the states of a layer lie that has these instead of keys and values.
 States = Callable[[int], StatePlace]
 
@@ -98,14 +96,14 @@ class Eager(EagerBasics):
             keys, values = self._extend(layer, segment, of_k, of_v[0] if of_v else None)
             queries = of_q.view(segment.length, -1, keys.shape[-1])
             outs.append(self._kernels.attend(queries, keys, values, window, sinks).flatten(1))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _joined(outs)
 
     def convolve(self, layer: int, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         outs = []
         for segment, (rows,) in self._by_segment(x):
             tail = self._states(layer).tails[segment.slot]
             outs.append(self._kernels.convolve(rows, weights, tail, segment.start))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _joined(outs)
 
     def delta_rule(
         self, layer: int, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rule: DeltaRule
@@ -114,7 +112,7 @@ class Eager(EagerBasics):
         for segment, (rows, of_a, of_b) in self._by_segment(x, a, b):
             state = self._states(layer).states[segment.slot]
             outs.append(self._kernels.delta_rule(rows, of_a, of_b, rule, state, is_first=segment.start == 0))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _joined(outs)
 
     def gate(self, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         shares = self._kernels.sigmoid(gates).unsqueeze(-1)
@@ -124,32 +122,27 @@ class Eager(EagerBasics):
         self, layer: int, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
     ) -> torch.Tensor:
         chosen = []
-        stop = 0
         top_k = min(top_k, max(s.start + s.length for s in self._segments))
-        for segment in self._segments:
-            start, stop = stop, stop + segment.length
-            held = self._extend_index(layer, segment, keys[start:stop])
-            of_segment = queries[start:stop].view(segment.length, weights.shape[1], -1)
-            chosen.append(choose_tokens(self._kernels, of_segment, weights[start:stop], held, top_k))
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
+        for segment, (rows, of_rows, of_keys) in self._by_segment(queries, weights, keys):
+            held = self._extend_index(layer, segment, of_keys)
+            of_heads = rows.view(segment.length, weights.shape[1], -1)
+            chosen.append(choose_tokens(self._kernels, of_heads, of_rows, held, top_k))
+        return _joined(chosen)
 
     def attend_chosen(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, chosen: torch.Tensor
     ) -> torch.Tensor:
         outs = []
-        stop = 0
         chosen = chosen.to(q.device)
-        for segment in self._segments:
-            start, stop = stop, stop + segment.length
-            keys, values = self._extend(layer, segment, k[start:stop], None)
-            queries = q[start:stop].view(segment.length, -1, keys.shape[-1])
+        for segment, (of_q, of_k, rows) in self._by_segment(q, k, chosen):
+            keys, values = self._extend(layer, segment, of_k, None)
+            queries = of_q.view(segment.length, -1, keys.shape[-1])
             if keys.shape[1] <= chosen.shape[1]:  # all are
                 attended = self._kernels.attend(queries, keys, values)
             else:
-                rows = chosen[start:stop]
                 attended = self._kernels.attend_chosen(queries, keys[0], rows, values.shape[-1])
             outs.append(attended.flatten(1))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _joined(outs)
 
     def part(self, x: torch.Tensor, parts: int, first: int, width: int) -> torch.Tensor:
         return x.view(len(x), parts, -1)[..., first : first + width].reshape(len(x), -1)
@@ -171,3 +164,8 @@ class Eager(EagerBasics):
 
     def move(self, x: torch.Tensor, device: torch.device) -> torch.Tensor:
         return x.to(device)
+
+
+def _joined(outs: list[torch.Tensor]) -> torch.Tensor:
+    """The rows of all segments; a single one's are not copied."""
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

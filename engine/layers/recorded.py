@@ -13,9 +13,6 @@ from quant.kernels.interface import Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.kernels.recording import StepRecorder
 
-# Where the states of a layer lie that has these instead of keys and values.
-States = Callable[[int], StatePlace]
-
 
 class RecordedBasics:
     """`BasicOperations` noted by a recorder: each row is the newest token of a sequence of its own."""

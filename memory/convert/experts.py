@@ -10,31 +10,32 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.safetensors_layout import PlacedTensor, place_tensors
-from memory.convert.files import worker_pool
-from memory.convert.units import UNIT_VALUES, Written, is_intact, read_bytes, write_bytes
+from memory.convert.units import UNIT_VALUES, Written, read_bytes, write_bytes
+from memory.convert.verified import in_parallel, verified_file, worker_pool
 from memory.experts.reader import MATRICES, ExpertFiles
 from memory.hardware.detect import usable_cores
 from memory.user_files import user_cache
 from quant.convert import convert_rows
-from quant.errors import BudgetError, CheckpointError, ConfigError, FormatError
+from quant.errors import BudgetError, ConfigError, FormatError
 from quant.formats.four_bit import FourBit
 from quant.formats.stored import stored_as
+from quant.kernels.interface import matrix_shapes
 from quant.packed import PackedTensor
 
 WAY_OF_ENCODING = 1  # counted up when other bits come out, so that files of an earlier way are not used
+ENDINGS = (".weight", ".scale")  # of a matrix's tensors: codes and scales
 SOURCES_NAME = "sources.txt"  # in each folder: the files that its experts come from, one a line
 SPARE_BYTES = 64 << 20
 SOURCE_BYTES = 1 << 30  # of matrices that are held at once while they are encoded
@@ -92,19 +93,16 @@ class EncodedExperts:
 
     def _plan(self, layer: int) -> _LayerPlan:
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        parts = [stored_as(self.format, rows, cols) for rows, cols in self._shapes]
         for expert in range(self.files.experts):
-            for number in range(MATRICES):
-                name, stored = (
-                    self.name_of(layer, expert, number),
-                    stored_as(self.format, *self._shape(number)),
-                )
-                for ending, part in zip((".weight", ".scale"), stored, strict=True):
-                    tensors[name + ending] = part.dtypes[0], part.shape
+            for number, stored in enumerate(parts):
+                for ending, part in zip(ENDINGS, stored, strict=True):
+                    tensors[self.name_of(layer, expert, number) + ending] = part.dtypes[0], part.shape
         return _LayerPlan(*place_tensors(tensors))
 
-    def _shape(self, number: int) -> tuple[int, int]:
-        hidden, width = self.files.hidden, self.files.width
-        return (hidden, width) if number == MATRICES - 1 else (width, hidden)
+    @property
+    def _shapes(self) -> tuple[tuple[int, int], ...]:
+        return matrix_shapes(self.files.hidden, self.files.width)
 
     def _file(self, layer: int) -> Path:
         return self.folder / f"experts-{layer + 1:05}-of-{self.files.layers:05}.safetensors"
@@ -146,33 +144,14 @@ class EncodedExperts:
     def _write_layer(self, layer: int, pool: ThreadPoolExecutor) -> None:
         plan, file = self._plans[layer], self._file(layer)
         part = file.with_suffix(".part")
-        with part.open("wb+") as output:
-            descriptor = output.fileno()
-            os.truncate(descriptor, plan.nbytes)
-            output.write(plan.header)
-            output.flush()
-            written: list[Written] = []
-            jobs = [
-                (expert, numbers) for expert in range(self.files.experts) for numbers in self.files.together
-            ]
-            running: set[Future[list[Written]]] = {
-                pool.submit(self._encode, layer, expert, numbers, descriptor) for expert, numbers in jobs
-            }
-            try:
-                while running:
-                    finished, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        written += future.result()
-            finally:  # the file is about to be closed: nothing may still be writing to it
-                for future in running:
-                    future.cancel()
-                wait(running)
-            os.fsync(descriptor)
-            os.posix_fadvise(
-                descriptor, 0, 0, os.POSIX_FADV_DONTNEED
-            )  # read back from the disk, not from memory
-            if not all(is_intact(descriptor, piece) for piece in written):
-                raise CheckpointError(f"{part}: reads back differently from what was written; check the disk")
+        with verified_file(part, plan.header, plan.nbytes, pool) as (output, written):
+            jobs = (
+                partial(self._encode, layer, expert, numbers, output)
+                for expert in range(self.files.experts)
+                for numbers in self.files.together
+            )
+            for pieces in in_parallel(pool, jobs):
+                written += pieces
         part.replace(file)
 
     def _encode(self, layer: int, expert: int, numbers: tuple[int, ...], output: int) -> list[Written]:
@@ -181,9 +160,9 @@ class EncodedExperts:
         raw = {entry.name: read_bytes(entry, 0, entry.nbytes) for entry in entries}
         written: list[Written] = []
         for number in numbers:
-            name, (rows, cols) = self.name_of(layer, expert, number), self._shape(number)
+            name, (rows, cols) = self.name_of(layer, expert, number), self._shapes[number]
             matrix = self.files.matrix(layer, expert, number, raw)
-            places = [self._plans[layer].places[name + ending] for ending in (".weight", ".scale")]
+            places = [self._plans[layer].places[name + ending] for ending in ENDINGS]
             tile = matrix.format.tile_rows
             step = max(tile, UNIT_VALUES // cols // tile * tile)
             for start in range(0, rows, step):

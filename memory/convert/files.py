@@ -10,12 +10,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import torch
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.safetensors_files import INDEX_NAME, open_safetensors
 from memory.convert.plan import Choices, Convert, Plan, ShardPlan, job_bytes, make_plan
-from memory.convert.units import Done, is_intact, run_unit, units_of
+from memory.convert.units import Done, run_unit, units_of
+from memory.convert.verified import in_parallel, verified_file, worker_pool
 from memory.hardware.detect import usable_cores
 from quant.convert import Error
-from quant.errors import BudgetError, CheckpointError, ConfigError
+from quant.errors import BudgetError, ConfigError
 from quant.packed import Format
 
 WORK_NAME = ".conversion"
@@ -129,63 +130,18 @@ def _check_disk(destination: Path, missing: list[ShardPlan]) -> None:
         )
 
 
-@contextmanager
-def worker_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that each compute alone: work is spread over units, not inside torch's operations."""
-    threads_before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, "convert", initializer=lambda: torch.set_num_threads(1))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads_before)
-
-
 def _write_shard(shard: ShardPlan, destination: Path, work: Path, pool: ThreadPoolExecutor) -> Iterator[int]:
     """Write one shard; yields the source bytes of each unit as it is done."""
     part = work / f"{shard.name}.part"
-    with part.open("wb+") as file:
-        output = file.fileno()
-        os.truncate(output, shard.nbytes)
-        file.write(shard.header)
-        file.flush()
-        results: list[Done] = []
-        for done in _in_parallel(pool, shard, output):
+    results: list[Done] = []
+    with verified_file(part, shard.header, shard.nbytes, pool) as (output, written):
+        for done in in_parallel(pool, (partial(run_unit, unit, output) for unit in units_of(shard))):
             results.append(done)
+            written += done.written
             yield done.read_bytes
-        os.fsync(output)
-        # What is read back must come from the disk, not from the page cache.
-        os.posix_fadvise(output, 0, 0, os.POSIX_FADV_DONTNEED)
-        written = [(output, piece) for done in results for piece in done.written]
-        intact = pool.map(lambda piece: is_intact(*piece), written)
-        if os.pread(output, len(shard.header), 0) != shard.header or not all(intact):
-            raise CheckpointError(f"{part}: reads back differently from what was written; check the disk")
     errors = [asdict(error) for error in _tensor_errors(results)]
     (work / f"{shard.name}.json").write_text(json.dumps(errors))
     part.rename(destination / shard.name)
-
-
-def _in_parallel(pool: ThreadPoolExecutor, shard: ShardPlan, output: int) -> Iterator[Done]:
-    """Run a shard's units, a bounded number at a time."""
-    units = units_of(shard)
-    running: set[Future[Done]] = set()
-    window = 4 * usable_cores()
-    try:
-        while True:
-            for unit in units:
-                running.add(pool.submit(run_unit, unit, output))
-                if len(running) >= window:
-                    break
-            if not running:
-                return
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield future.result()
-    finally:
-        # The file is about to be closed: nothing may still be writing to it.
-        for future in running:
-            future.cancel()
-        wait(running)
 
 
 def _tensor_errors(results: list[Done]) -> list[TensorError]:

@@ -19,18 +19,18 @@ KV_VALUE_BYTES = 4  # the engine's caches hold float32
 # Tokens by which the engine's rings exceed what attention reads: a chat prompt ends with a few tokens
 # that open the answer, and the next turn's prompt, which has others there, can still go on from it.
 KV_MARGIN = 16
+TILE = 32  # rows and columns of FP8 that share a scale
 
 
 class _Tally:
     """Adds up the tensors of a part."""
 
-    def __init__(self, tile: int) -> None:
-        self.tile = tile
+    def __init__(self) -> None:
         self.weights = Weights()
 
     def fp8(self, rows: int, cols: int) -> None:
         """One byte a value, and one for each square tile's scale."""
-        scales = -(-rows // self.tile) * -(-cols // self.tile)
+        scales = -(-rows // TILE) * -(-cols // TILE)
         self._add(rows * cols + scales, rows * cols)
 
     def fp4(self, rows: int, cols: int) -> None:
@@ -59,7 +59,7 @@ def _expert(tally: _Tally, width: int, hidden: int, matrix: Callable[[int, int],
 
 def _plain(*shape: int) -> Weights:
     """A bf16 tensor."""
-    tally = _Tally(1)
+    tally = _Tally()
     tally.bf16(*shape)
     return tally.weights
 
@@ -106,7 +106,7 @@ def v41_shape(name: str, d: V41Dims) -> ModelShape:
     rows = dict(d.engram_rows)
     layers = []
     for n in range(d.layers):
-        dense = _Tally(tile=32)
+        dense = _Tally()
         _latent_attention(dense, d)
         if n in d.kv_sources:
             dense.bf16(d.head_dim, d.hidden)
@@ -172,7 +172,7 @@ def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:
 
 
 def _latent_attention(dense: _Tally, d: V41Dims) -> None:
-    """Projections, norms and stream mixes of a V4 or V4.1 layer."""
+    """Projections, norms and stream mixes of a layer."""
     query = d.heads * d.head_dim
     dense.fp8(d.q_lora, d.hidden)
     dense.fp8(query, d.q_lora)
@@ -185,7 +185,7 @@ def _latent_attention(dense: _Tally, d: V41Dims) -> None:
 
 
 def _moe_layer(dense: _Tally, kv: KvShape, d: V41Dims, table: Table | None) -> LayerShape:
-    shared, routed = _Tally(dense.tile), _Tally(dense.tile)
+    shared, routed = _Tally(), _Tally()
     return LayerShape(
         dense=dense.weights,
         kv=kv,

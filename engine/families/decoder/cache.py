@@ -26,25 +26,25 @@ class KvRows:
     """What a layer keeps of a token.
 
     latent  None: keys and values; else keys alone, whose first so many columns are the values
-    ring    places of the last tokens' rows, that of position p at p % ring; None: of all tokens'
-    before  tokens that a token sees before itself, if there is a ring
+    window  tokens that a token sees, itself among them, if not all
     """
 
     heads: int
     dim: int
     latent: int | None = None
-    ring: int | None = None
-    before: int = 0
+    window: int | None = None
 
     @classmethod
     def of(cls, attention: Attention | Mla) -> KvRows:
         """The rows of a layer with this attention."""
         if isinstance(attention, Mla):
             return cls(1, attention.row_dim, attention.rank)
-        if attention.window is None:
-            return cls(attention.kv_heads, attention.head_dim)
-        ring = attention.window + KV_MARGIN
-        return cls(attention.kv_heads, attention.head_dim, ring=ring, before=attention.window - 1)
+        return cls(attention.kv_heads, attention.head_dim, window=attention.window)
+
+    @property
+    def ring(self) -> int | None:
+        """Places of the last tokens' rows, that of position p at p % ring; None: of all tokens'."""
+        return None if self.window is None else self.window + KV_MARGIN
 
     @property
     def sides(self) -> int:
@@ -180,11 +180,11 @@ class DecoderCache(KvCache):
         v: None where the values are columns of the keys.
         """
         end, rows = segment.start + segment.length, self._rows(layer)
-        if rows.ring is not None:
+        if rows.window is not None:
             assert v is not None
             held = self._layers[layer][:, segment.slot]
             keys, values = (
-                _extend(ring, new, segment.start, rows) for ring, new in zip(held, (k, v), strict=True)
+                _extend(ring, new, segment.start, rows.window) for ring, new in zip(held, (k, v), strict=True)
             )
             return keys, values
         for held, new in zip(self._layers[layer], (k,) if v is None else (k, v), strict=True):
@@ -214,14 +214,14 @@ class DecoderCache(KvCache):
         return rows
 
 
-def _extend(ring: torch.Tensor, new: torch.Tensor, start: int, rows: KvRows) -> torch.Tensor:
+def _extend(ring: torch.Tensor, new: torch.Tensor, start: int, window: int) -> torch.Tensor:
     """Write rows `[tokens, kv_heads * head_dim]`, from position `start` on, to `[kv_heads, ring, head_dim]`.
 
     Returns them behind those before them that the first one sees, `[kv_heads, before + tokens, head_dim]`.
     """
-    length, places = len(new), ring.shape[1]
-    fresh = new.view(length, rows.heads, rows.dim).transpose(0, 1)
-    earlier = torch.arange(max(0, start - rows.before), start, device=ring.device) % places
+    length, (heads, places, dim) = len(new), ring.shape
+    fresh = new.view(length, heads, dim).transpose(0, 1)
+    earlier = torch.arange(max(0, start - window + 1), start, device=ring.device) % places
     joined = torch.cat((ring[:, earlier], fresh), dim=1)
     kept = min(length, places)
     ring[:, torch.arange(start + length - kept, start + length, device=ring.device) % places] = fresh[

@@ -40,8 +40,12 @@ class DeltaNetWeights:
 class Reader(Protocol):
     """Reads a layer's tensors by role."""
 
-    def matrix(self, role: str, order: torch.Tensor | None = None) -> Weight:
-        """A matrix in the kernels' layout, or some of its rows."""
+    def matrix(self, role: str) -> Weight:
+        """A matrix in the kernels' layout."""
+        ...
+
+    def matrices(self, role: str, *orders: torch.Tensor) -> list[Weight]:
+        """Matrices of some rows each of one matrix."""
         ...
 
     def floats(self, role: str) -> torch.Tensor:
@@ -53,8 +57,8 @@ def read_delta_net(read: Reader, a: DeltaNet) -> DeltaNetWeights:
     """A layer's weights. Raises FormatError where rows that share a scale would have to part."""
     if a.is_grouped:
         qkv_rows, z_rows, b_rows, a_rows = _grouped_rows(a)
-        qkv, z = read.matrix("in_qkvz", qkv_rows), read.matrix("in_qkvz", z_rows)
-        of_b, of_a = read.matrix("in_ba", b_rows), read.matrix("in_ba", a_rows)
+        qkv, z = read.matrices("in_qkvz", qkv_rows, z_rows)
+        of_b, of_a = read.matrices("in_ba", b_rows, a_rows)
     else:
         qkv, z, of_b, of_a = (read.matrix(role) for role in ("in_qkv", "in_z", "in_b", "in_a"))
     return DeltaNetWeights(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.decoder.description import Description
 from engine.families.decoder.forward import Decoder
-from engine.families.decoder.read_weights import check_room, expert_hotness, read_weights
+from engine.families.decoder.read_weights import dense_places, expert_hotness, read_weights
 from engine.families.decoder.reencoded import ReencodedCheckpoint, reencoded
 from engine.families.decoder.shape import checkpoint_shape, components
 from engine.families.decoder.stored import StoredMatrices
@@ -73,10 +73,10 @@ class DecoderFamily(Family):
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:
         self.check(checkpoint)
         description = self.description(checkpoint)
+        places = dense_places(description, checkpoint, budget)
         if isinstance(checkpoint, ReencodedCheckpoint):
-            check_room(description, checkpoint, budget)  # before minutes of encoding
-            checkpoint.prepare()
-        weights = read_weights(description, checkpoint, kernels, budget)
+            checkpoint.prepare()  # minutes, so only what has room is encoded
+        weights = read_weights(description, checkpoint, kernels, budget, places)
         return Decoder(description, self._info(description, checkpoint), kernels, weights)
 
     def _info(self, description: Description, checkpoint: Checkpoint) -> ModelInfo:

@@ -119,10 +119,13 @@ class Decoder(Model):
         return kv + self._arena_bytes(capacity if self.cache_layout.has_index_keys else 1)
 
     def _arena_bytes(self, capacity: int) -> int:
-        """Bytes of a program's buffers; an indexer's scores make them grow with the capacity."""
+        """Bytes of a program's buffers, if there is one; with indexers, they grow with the capacity."""
+        if self._recorder() is None:
+            return 0
         if capacity not in self._arenas:
             program = self.new_cache(1, capacity).program
-            self._arenas[capacity] = 0 if program is None else program.nbytes
+            assert program is not None
+            self._arenas[capacity] = program.nbytes
         return self._arenas[capacity]
 
     # -------------------------------------------------------------------------------------- the forward

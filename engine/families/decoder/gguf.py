@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.families.decoder.description import Description, Layer
+from engine.families.decoder.description import Attention, Description, Experts, Layer, Mla, Mlp, Router
 from engine.families.decoder.hf import MOST_LAYERS
 from engine.families.decoder.keys import Keys
 from engine.families.decoder.plausible import problems_of
@@ -57,6 +57,7 @@ GGUF_NAMES = {
     "rope_factors": "rope_freqs.weight",
 }
 # Tokens that end an answer: of a sequence, of a turn, of a message.
+SOFTMAX, SIGMOID = 1, 2  # numbers of expert_gating_func
 ENDS = ("eos", "eot", "eom")
 ROPE_KEYS = (
     "dimension_count", "freq_base", "scale_linear", "scaling.type", "scaling.factor", "scaling.attn_factor",
@@ -104,6 +105,18 @@ def layers_before_drafts(read: Keys) -> tuple[int, str]:
         read.refuse("nextn_predict_layers", drafts, f"expected fewer than the {blocks} layers")
         drafts = 0
     return blocks - drafts, "|".join(rf"blk\.{n}\..*" for n in range(blocks - drafts, blocks))
+
+
+def layers_behind_dense(
+    read: Keys, attention: Attention | Mla, router: Router, dense: int
+) -> tuple[list[Layer], str]:
+    """`dense` layers with a plain feed-forward part, then those with experts and perhaps a network beside
+    them; and the regular expression of `layers_before_drafts`."""
+    width, shared = read.count("expert_feed_forward_length"), read.count_or_none("expert_shared_count")
+    experts = Experts(router, width, "stacked", shared=Mlp(shared * width) if shared else None)
+    mlp = Mlp(read.count("feed_forward_length"))
+    count, drafts = layers_before_drafts(read)
+    return [Layer(attention, mlp if n < dense else experts) for n in range(count)], drafts
 
 
 def head_sizes(read: Keys) -> tuple[int, int, int]:

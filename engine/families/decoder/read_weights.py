@@ -42,17 +42,17 @@ from quant.kernels.interface import ExpertBiases, Kernels, Weight
 
 
 def read_weights(
-    description: Description, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget
+    description: Description,
+    checkpoint: Checkpoint,
+    kernels: Kernels,
+    budget: MemoryBudget,
+    places: DensePlaces,
 ) -> DecoderWeights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    What every token reads is copied to where the plan places it; a model without routed experts stays in host
-    memory. Experts get what is left of each tier. Raises BudgetError where not even the former fits.
+    What every token reads is copied to its place of `dense_places`; experts get what is left of each tier.
     """
     d = description
-    if d.experts is None:
-        budget = replace(budget, gpus=())
-    places = _places(d, checkpoint, budget)
     source = _Source.of(d, checkpoint)
     host = _Reader(source, kernels, HOST)
     by_head = _Reader(source, kernels, places.head)
@@ -76,13 +76,12 @@ def read_weights(
     )
 
 
-def check_room(description: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> None:
-    """Raise BudgetError where `read_weights` would for lack of room, from headers alone."""
-    _places(description, checkpoint, budget)
-
-
-def _places(d: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
-    return place(loaded_shape(d, checkpoint, checkpoint.name), checkpoint.path, budget)
+def dense_places(description: Description, checkpoint: Checkpoint, budget: MemoryBudget) -> DensePlaces:
+    """Where the plan places what every token reads, from headers alone; a model without routed experts stays
+    in host memory. Raises BudgetError where there is too little room."""
+    if description.experts is None:
+        budget = replace(budget, gpus=())
+    return place(loaded_shape(description, checkpoint, checkpoint.name), checkpoint.path, budget)
 
 
 def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:
@@ -142,7 +141,14 @@ class _Reader:
 
     def matrix(self, role: str, order: torch.Tensor | None = None) -> Weight:
         """A matrix in the kernels' layout; `order` has the numbers of its rows, where not all in order."""
-        return self._kernels.prepare(self._to_device(_in_order(self.stored_matrix(role), order)))
+        (matrix,) = self.matrices(role, order)
+        return matrix
+
+    def matrices(self, role: str, *orders: torch.Tensor | None) -> list[Weight]:
+        """Matrices in the kernels' layout that are one in the file, which is read once: as `matrix`, of each
+        order."""
+        stored = self.stored_matrix(role)
+        return [self._kernels.prepare(self._to_device(_in_order(stored, order))) for order in orders]
 
     def stored_matrix(self, role: str) -> Weight:
         """A matrix as the file has it, in host memory."""
@@ -170,14 +176,15 @@ class _Reader:
     def _attention(self, a: Attention) -> AttentionWeights:
         q_order, k_order = (a.rope.row_order(heads, a.head_dim) for heads in (a.heads, a.kv_heads))
         of_norms = a.rope.row_order(1, a.head_dim) if a.qk_norm == "head" else None
-        q_rows, gate_rows = q_order, None
         if a.has_gate:  # [heads, 2, head_dim]: queries, gates
             gate_rows = _rows_of_gates(a)
             q_rows = gate_rows - a.head_dim
-            q_rows = q_rows if q_order is None else q_rows[q_order]
+            q, gate = self.matrices("q", q_rows if q_order is None else q_rows[q_order], gate_rows)
+        else:
+            q, gate = self.matrix("q", q_order), None
         has_norms, has_biases = a.qk_norm != "none", a.has_qkv_bias
         return AttentionWeights(
-            q=self.matrix("q", q_rows),
+            q=q,
             k=self.matrix("k", k_order),
             v=self.matrix("v"),
             o=self.matrix("o"),
@@ -188,7 +195,7 @@ class _Reader:
             q_norm=_floats_in_order(self.norm("q_norm"), _first(of_norms, q_order)) if has_norms else None,
             k_norm=_floats_in_order(self.norm("k_norm"), _first(of_norms, k_order)) if has_norms else None,
             sinks=self.floats("sinks") if a.has_sinks else None,
-            gate=self.matrix("q", gate_rows) if a.has_gate else None,
+            gate=gate,
         )
 
     def _mla(self, a: Mla) -> MlaWeights:

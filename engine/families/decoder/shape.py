@@ -20,7 +20,8 @@ from quant.kernels.cpu.panels import panel_bytes
 
 def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
     """The shape of a checkpoint called `name`, with its own bytes. Missing tensors count nothing."""
-    return shape_with(description, name, _weights_of(checkpoint), decoded_value_bytes(checkpoint.config))
+    weights_of = _weights_of(StoredMatrices(checkpoint))
+    return shape_with(description, name, weights_of, decoded_value_bytes(checkpoint.config))
 
 
 def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
@@ -29,8 +30,8 @@ def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) ->
     Norms and biases are float32 there; what is decoded is, unless it is plain already, float32 or bfloat16;
     packed matrices are in panels.
     """
-    weights_of, of_value = _weights_of(checkpoint), decoded_value_bytes(checkpoint.config)
-    stored = StoredMatrices(checkpoint)
+    stored, of_value = StoredMatrices(checkpoint), decoded_value_bytes(checkpoint.config)
+    weights_of = _weights_of(stored)
 
     def in_memory(use: Use) -> Weights:
         weights = weights_of(use)
@@ -145,7 +146,8 @@ KINDS: dict[Part, tuple[str, str]] = {
 
 def components(description: Description, checkpoint: Checkpoint) -> list[Component]:
     """The model's parts with their bytes, from headers alone."""
-    weights_of, stored = _weights_of(checkpoint), StoredMatrices(checkpoint)
+    stored = StoredMatrices(checkpoint)
+    weights_of = _weights_of(stored)
     found: dict[tuple[str, str], Weights] = defaultdict(Weights)
     formats: dict[tuple[str, str], set[str]] = defaultdict(set)
     for use in uses(description):
@@ -179,9 +181,7 @@ def _width(feed_forward: Mlp | Experts) -> int:
     return max(shared, feed_forward.width * feed_forward.router.top_k)
 
 
-def _weights_of(checkpoint: Checkpoint) -> Callable[[Use], Weights]:
-    stored = StoredMatrices(checkpoint)
-
+def _weights_of(stored: StoredMatrices) -> Callable[[Use], Weights]:
     def weights_of(use: Use) -> Weights:
         try:
             entries = stored.entries(use)

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quant.kernels.cpu.program import (
-    Buffer,
-    Operand,
-)
+from quant.kernels.cpu.program import Buffer, Operand
 from quant.kernels.cpu.row_notes import RowNotes
 from quant.kernels.layers import DeltaRule
 

@@ -12,12 +12,7 @@ import torch
 from quant.kernels.cpu.cache_notes import CacheNotes
 from quant.kernels.cpu.native_layers import Routing
 from quant.kernels.cpu.panels import NativeWeight
-from quant.kernels.cpu.program import (
-    DENSE_KINDS,
-    Buffer,
-    HandOver,
-    Operand,
-)
+from quant.kernels.cpu.program import DENSE_KINDS, Buffer, HandOver, Operand
 from quant.kernels.interface import ExpertExtras, Weight
 from quant.kernels.layers import RoutingRule
 

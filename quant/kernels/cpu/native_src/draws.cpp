@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "pool.hpp"
+#include "ranks.hpp"
 
 namespace loci {
 namespace {
@@ -27,20 +28,6 @@ struct Likely {
     int64_t blocks() const { return divide_up(count, kSpan); }
     int64_t end(int64_t block) const { return std::min(count, (block + 1) * kSpan); }
 };
-
-// A value above 0 and, below it, its column: the larger number is the larger value or, of equal ones, the first column.
-uint64_t ranked(float value, int64_t column) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(column));
-}
-int64_t column_of(uint64_t rank) { return static_cast<int64_t>(~static_cast<uint32_t>(rank)); }
-double value_of(uint64_t rank) {
-    const auto bits = static_cast<uint32_t>(rank >> 32);
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return static_cast<double>(value);
-}
 
 double sum_of(const double* sums, int64_t n) {
     double sum = 0;
@@ -225,19 +212,13 @@ void log_probabilities(const Team& team, const float* logits, int64_t vocab, int
         // The best so far, the worst of them in front: hardly any column gets behind the first comparison.
         thread_local std::vector<uint64_t> best;
         best.clear();
-        const auto order = [](float x, int64_t column) {
-            uint32_t bits;
-            std::memcpy(&bits, &x, 4);
-            bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-            return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(column));
-        };
         const auto is_full = [&] { return static_cast<int64_t>(best.size()) == top; };
         for (int64_t first = 0; first < vocab; first += kSpan) {
             const int64_t last = std::min(vocab, first + kSpan);
-            if (is_full() && order(team.level.largest_value(logits + first, last - first), first) < best.front())
+            if (is_full() && ranked(team.level.largest_value(logits + first, last - first), first) < best.front())
                 continue;
             for (int64_t c = first; c < last; ++c) {
-                const uint64_t rank = order(logits[c], c);
+                const uint64_t rank = ranked(logits[c], c);
                 if (is_full()) {
                     if (rank <= best.front()) continue;
                     std::pop_heap(best.begin(), best.end(), std::greater<>());

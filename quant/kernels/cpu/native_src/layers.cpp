@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "pool.hpp"
+#include "ranks.hpp"
 
 namespace loci {
 namespace {
@@ -16,19 +17,6 @@ namespace {
 constexpr int64_t kWorthSharing = 4 * 1024;
 
 int threads_for(const Team& team, int64_t floats) { return floats < kWorthSharing ? 1 : team.threads; }
-
-// Floats in the order of their values, NaN above all.
-uint32_t in_order(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// A score and, below it, its column: the larger number is the larger score or, of equal ones, the earlier column.
-uint64_t ranked(float score, int64_t column) {
-    return static_cast<uint64_t>(in_order(score)) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(column));
-}
-int64_t column_of(uint64_t rank) { return static_cast<int64_t>(~static_cast<uint32_t>(rank)); }
 
 }  // namespace
 
