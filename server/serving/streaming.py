@@ -18,9 +18,10 @@ log = logging.getLogger("loci")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-# A line that clients ignore. Proxies close silent connections, and a long prompt takes minutes.
-KEEP_ALIVE = b": still here\n\n"
+# Proxies close silent connections, and clients give up on streams without events, while a long prompt takes
+# minutes: an event that says nothing is sent after so many seconds.
 KEEP_ALIVE_S = 15.0
+PULSE_S = 0.5  # how often progress is looked for
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it
 
 
@@ -33,8 +34,9 @@ def frame(data: dict[str, Any]) -> bytes:
 class EventStream(Response):
     """Sends `events` as they come, then the bytes `last`; an error becomes the last event.
 
-    `failure` builds the protocol's error event. `close` is called in any case: at the end, after an
-    error, and when the client disconnects.
+    `failure` builds the protocol's error event, `pulse` one to send while there is nothing else: it is told
+    whether one is due, and has None where there is nothing to tell. `close` is called in any case: at the end,
+    after an error, and when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -44,6 +46,7 @@ class EventStream(Response):
         events: AsyncIterator[dict[str, Any]],
         last: bytes,
         failure: Callable[[ApiError], dict[str, Any]],
+        pulse: Callable[[bool], dict[str, Any] | None],
         close: Callable[[], None],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -51,6 +54,7 @@ class EventStream(Response):
         self._events = events
         self._last = last
         self._failure = failure
+        self._pulse = pulse
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,20 +66,21 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
-        is_silent = True
+        silent_s = 0.0
 
         async def put(body: bytes) -> None:
-            nonlocal is_silent
-            is_silent = False
+            nonlocal silent_s
+            silent_s = 0.0
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
         async def keep_alive() -> None:
-            nonlocal is_silent
+            nonlocal silent_s
             while True:
-                await asyncio.sleep(KEEP_ALIVE_S)
-                if is_silent:
-                    await put(KEEP_ALIVE)
-                is_silent = True
+                await asyncio.sleep(min(PULSE_S, KEEP_ALIVE_S))
+                silent_s += PULSE_S
+                event = self._pulse(silent_s >= KEEP_ALIVE_S)
+                if event is not None:
+                    await put(frame(event))
 
         beat = asyncio.ensure_future(keep_alive())
         try:

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from server.serving import streaming
-from server.serving.streaming import DONE, KEEP_ALIVE, EventStream, frame
+from server.serving.streaming import DONE, EventStream, frame
+
+
+WAITING = {"type": "ping"}
 
 
 def test_a_silent_stream_shows_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,17 +29,20 @@ def test_a_silent_stream_shows_that_it_is_there(monkeypatch: pytest.MonkeyPatch)
 
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
-            if sent.count(KEEP_ALIVE) == 2:
+            if sent.count(frame(WAITING)) == 2:
                 two_signs.set()
 
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        stream = EventStream(events(), DONE, lambda error: error.body, lambda: None)
+        def pulse(is_due: bool) -> dict[str, Any] | None:
+            return WAITING if is_due else None
+
+        stream = EventStream(events(), DONE, lambda error: error.body, pulse, lambda: None)
         await asyncio.wait_for(stream({"type": "http"}, receive, send), timeout=30)
 
     asyncio.run(run())
 
     assert sent[1] == frame({"n": 1})
-    assert sent[2:4] == [KEEP_ALIVE, KEEP_ALIVE]
+    assert sent[2:4] == [frame(WAITING), frame(WAITING)]
     assert sent[-3:] == [frame({"n": 2}), DONE, b""]
