@@ -26,7 +26,8 @@ from memory.planner.placement import Workload
 from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
-from server.serving.generation import Generation, Wakeups
+from server.serving.generation import Generation
+from server.serving.wakeups import Wakeups
 from server.settings import Settings
 
 log = logging.getLogger("loci")
@@ -230,7 +231,7 @@ class Service:
     def new_generation(self) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
         if self._wakeups is None:
-            self._wakeups = Wakeups()
+            self._wakeups = Wakeups(self.settings.stream_interval_ms / 1000)
             self.served.engine.between_steps = self._wakeups.flush
         return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 
