@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import pytest
