@@ -47,8 +47,14 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="Maximum tokens of a sequence, prompt and answer together. Memory for them is allocated "
-        "at startup. Default: the model's context length, at most 8192, less if memory is short.",
+        description="Maximum tokens of a sequence, prompt and answer together. Default: the model's context "
+        "length, or as much of it as the KV pool holds.",
+    )
+    kv_budget: str | None = Field(
+        None,
+        description="Memory for keys and values, e.g. 4GiB: the pool from which sequences take pages as they "
+        "grow. Default: a quarter of the memory that weights leave free; on GPUs a tenth of theirs, at most "
+        "what the longest sequence, or 8192 tokens of each, needs.",
     )
     max_num_seqs: int = Field(
         8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
