@@ -22,6 +22,7 @@ DONE = b"data: [DONE]\n\n"
 # minutes: an event that says nothing is sent after so many seconds.
 KEEP_ALIVE_S = 15.0
 PULSE_S = 0.5  # how often progress is looked for
+OUTBOX_BYTES = 1 << 16  # of events that wait for a client to read
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it
 
 
@@ -31,12 +32,15 @@ def frame(data: dict[str, Any]) -> bytes:
     return b"%bdata: %b\n\n" % (name, to_json(data))
 
 
+Pulse = Callable[[bool], dict[str, Any] | None]
+
+
 class EventStream(Response):
     """Sends `events` as they come, then the bytes `last`; an error becomes the last event.
 
     `failure` builds the protocol's error event, `pulse` one to send while there is nothing else: it is told
-    whether one is due, and has None where there is nothing to tell. `close` is called in any case: at the end,
-    after an error, and when the client disconnects.
+    whether one is due, and has None where there is nothing to tell. `close` is called in any case: at the
+    end, after an error, and when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -46,7 +50,7 @@ class EventStream(Response):
         events: AsyncIterator[dict[str, Any]],
         last: bytes,
         failure: Callable[[ApiError], dict[str, Any]],
-        pulse: Callable[[bool], dict[str, Any] | None],
+        pulse: Pulse,
         close: Callable[[], None],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -65,37 +69,89 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        outbox = _Outbox(self._pulse)
+        writing = asyncio.ensure_future(self._write_all(scope, outbox))
+        try:
+            while not outbox.is_complete:
+                body = await outbox.take()
+                await send({"type": "http.response.body", "body": body, "more_body": not outbox.is_complete})
+        finally:
+            outbox.close()
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
 
-        silent_s = 0.0
-
-        async def put(body: bytes) -> None:
-            nonlocal silent_s
-            silent_s = 0.0
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
-        async def keep_alive() -> None:
-            nonlocal silent_s
-            while True:
-                await asyncio.sleep(min(PULSE_S, KEEP_ALIVE_S))
-                silent_s += PULSE_S
-                event = self._pulse(silent_s >= KEEP_ALIVE_S)
-                if event is not None:
-                    await put(frame(event))
-
-        beat = asyncio.ensure_future(keep_alive())
+    async def _write_all(self, scope: Scope, outbox: _Outbox) -> None:
+        """Put all events into the outbox, and what the stream ends with."""
         try:
             async for event in self._events:
-                await put(frame(event))
-            await put(self._last)
+                await outbox.put(frame(event))
+            outbox.end(self._last)
         except ApiError as error:
-            await put(frame(self._failure(error)))
+            outbox.end(frame(self._failure(error)))
         except Exception:
             request_id = scope["state"]["request_id"]
             log.exception("%s: a stream failed", request_id)
-            await put(frame(self._failure(internal(request_id))))
-        finally:
-            beat.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            outbox.end(frame(self._failure(internal(request_id))))
+
+
+class _Outbox:
+    """Bytes on their way to the client: what is put in without waiting is taken out together.
+
+    `is_complete` once nothing follows what was taken. Where nothing is put in, what `pulse` makes is.
+    """
+
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self.is_complete = False
+        self._parts: list[bytes] = []
+        self._nbytes = 0
+        self._silent_s = 0.0
+        self._has_ended = False
+        self._filled, self._emptied = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._beat: asyncio.Handle = self._loop.call_soon(self._show_life)
+
+    async def put(self, part: bytes) -> None:
+        """Add bytes; waits only for a client that does not read."""
+        while self._nbytes > OUTBOX_BYTES:
+            self._emptied.clear()
+            await self._emptied.wait()
+        self._add(part)
+
+    def end(self, part: bytes) -> None:
+        """Add the last bytes."""
+        self._has_ended = True
+        self._add(part)
+
+    async def take(self) -> bytes:
+        """All bytes, once there are any."""
+        await self._filled.wait()
+        self._filled.clear()
+        taken = b"".join(self._parts)
+        self._parts.clear()
+        self._nbytes = 0
+        self._emptied.set()
+        self.is_complete = self._has_ended
+        return taken
+
+    def close(self) -> None:
+        """Nobody takes any more."""
+        self._beat.cancel()
+
+    def _add(self, part: bytes) -> None:
+        self._parts.append(part)
+        self._nbytes += len(part)
+        self._silent_s = 0.0
+        self._filled.set()
+
+    def _show_life(self) -> None:
+        if self._has_ended:
+            return
+        self._silent_s += PULSE_S
+        event = self._pulse(self._silent_s >= KEEP_ALIVE_S)
+        if event is not None:
+            self._add(frame(event))
+        self._beat = self._loop.call_later(PULSE_S, self._show_life)
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T | Response:
