@@ -16,14 +16,23 @@ from server.http.errors import ApiError, from_loci, from_validation
 from server.http.keys import KeyRing
 from server.http.middleware import BodyLimit, RequestLog
 from server.http.rate_limits import RATE_LIMIT_HEADERS
+from server.native import llama_cpp
 from server.native import routes as native_api
+from server.ollama import routes as ollama_api
 from server.openai import routes as openai_api
 from server.responses import routes as responses_api
 from server.responses.store import ResponseStore
 from server.serving.running import RunningAnswers
 from server.serving.service import Service
 
-ROUTERS = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
+ROUTERS = (
+    openai_api.router,
+    responses_api.router,
+    messages_api.router,
+    ollama_api.router,
+    native_api.router,
+    llama_cpp.router,
+)
 # What scripts of other origins may read beside the body.
 EXPOSED_HEADERS = ("X-Request-Id", "X-Ignored-Tools", "Retry-After", *RATE_LIMIT_HEADERS)
 

@@ -338,8 +338,5 @@ TOKENIZE_REFUSED = {
     "continue_final_message": unless("use prefix in the last message"),
     "chat_template": unless(_OWN_TEMPLATE),
     "chat_template_kwargs": unless("the model's defaults are used", {}),
-    "content": unless("use prompt or messages"),
-    "add_special": only("use add_special_tokens"),
     "parse_special": only("special tokens in a prompt are always parsed", True),
-    "with_pieces": unless("use return_token_strs"),
 }
