@@ -70,6 +70,9 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(RequireHost, allowed=settings.host_names)
     app.add_middleware(RequestLog, metrics=service.metrics, routes=routes)
 
+    for route in routes:
+        if isinstance(route, APIRoute) and route.methods:
+            service.metrics.expect_requests(route.path, computes="POST" in route.methods)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(LociError, _on_loci_error)
     app.add_exception_handler(ValidationError, _on_validation_error)

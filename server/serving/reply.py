@@ -134,5 +134,6 @@ class ConversationReply(Reply):
             self._prompt.stop_token_ids,
             max_tokens=None if max_tokens == UNLIMITED else max_tokens,
             grammar=self.grammar,
+            prompt_logprobs=self._request.prompt_logprobs,
             logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
         )
