@@ -232,7 +232,7 @@ THINKS = {"type": "enabled", "budget_tokens": 1024}
         (RESPONSES, {"n": 2}, "n"),
         (RESPONSES, {"messages": SAY}, "messages"),
         (TOKENIZE, {"add_generation_prompt": False}, "add_generation_prompt"),
-        (TOKENIZE, {"with_pieces": True}, "with_pieces"),
+        (TOKENIZE, {"with_pieces": True}, None),
         (TOKENIZE, {"parse_special": True, "model": "x"}, None),
     ],
 )
