@@ -196,6 +196,8 @@ class DeepseekV41(StreamModel):
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
         decoder = cache.decoder
+        if decoder is not None and not isinstance(decoder, V41Recorded):
+            decoder.check()
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
             return self._replay(decoder, batch, cache)
         return self._compute(batch, cache, trace or NO_TRACE)
