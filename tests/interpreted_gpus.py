@@ -13,7 +13,6 @@ from quant.kernels.interface import MoeCall, Weight
 from quant.packed import PackedTensor
 from tests.pretend_gpus import OnGpu
 
-
 _one_at_a_time = threading.Lock()  # the interpreter keeps the program's number in one place
 
 
