@@ -113,6 +113,7 @@ class DeepseekV41(StreamModel):
         elif self._is_on_gpus:
             cache.decoder, nbytes = self._record_on_gpus(cache)
             cache.on_host = nbytes[HOST]
+            cache.step_parts = [] if cache.decoder is None else cache.decoder.parts()
         return cache
 
     def _arena_bytes(self, capacity: int) -> int:

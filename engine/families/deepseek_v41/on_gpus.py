@@ -25,6 +25,7 @@ from engine.families.deepseek_v41.stays import GRACE_S, Helping, Stay, comes_to_
 from engine.families.streams.operations import Written
 from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
+from engine.program_report import StepPart
 from memory.experts.coordinator import Coordinator, Round
 from memory.experts.gpu_places import publish
 from memory.experts.step import ExpertStep
@@ -194,6 +195,10 @@ class V41OnGpus(V41Notes):
         for (_, device), copy in self._copies.items():
             found[device] += copy.nbytes
         return found
+
+    def parts(self) -> list[StepPart]:
+        """What each device does."""
+        return [part for stay in self.stays for part in stay.parts()]
 
     # --------------------------------------------------------------------------------- between devices
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from quant.kernels.cpu.program import Buffer
+from engine.program_report import LayerWork, StepPart
+from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cuda.helper import Helper, comes_true
 from quant.kernels.cuda.mailbox import Mailbox
+from quant.kernels.cuda.program import GpuProgram
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.recording import StepProgram, StepRecorder
@@ -63,6 +66,15 @@ class Stay:
         self.source = self.source or to
         return to
 
+    def parts(self) -> list[StepPart]:
+        """What its device does, and what others do for it, layer by layer."""
+        found = [StepPart(str(self.recorder.device), None, _work(self.program))]
+        for helping in self.helping:
+            assert helping.helper is not None
+            work = _work(helping.helper.program)
+            found.append(StepPart(str(helping.recorder.device), str(self.recorder.device), work))
+        return found
+
     def rows(self, buffer: Buffer, rows: int) -> torch.Tensor:
         """The rows of a buffer that are alive, on its device."""
         assert self.program is not None
@@ -70,6 +82,16 @@ class Stay:
 
     def _copy(self, to: Buffer, origin: Stay, value: Buffer, rows: int) -> None:
         self.rows(to, rows).copy_(origin.rows(value, rows))
+
+
+def _work(program: StepProgram | None) -> tuple[LayerWork, ...]:
+    if isinstance(program, GpuProgram):
+        counts = program.launches, program.hand_overs, program.exchanges
+        return tuple(LayerWork(layer, *(count(layer) for count in counts)) for layer in program.layers)
+    assert isinstance(program, Program)
+    hand_overs = Counter(noted.layer for noted in program.noted if noted.kind == "hand_over")
+    layers = dict.fromkeys(noted.layer for noted in program.noted)
+    return tuple(LayerWork(layer, None, hand_overs[layer]) for layer in layers)
 
 
 def helpers_of(stays: Sequence[Stay]) -> list[Helper]:
