@@ -70,6 +70,14 @@ class Settings(BaseSettings):
         "chunks small enough for it (or for twice the time of a step without prompts, if that is longer). "
         "Larger values process prompts faster.",
     )
+    stream_interval_ms: float = Field(
+        10.0,
+        ge=0,
+        le=1000,
+        description="Shortest time between two events of a stream: tokens that come faster are sent "
+        "together, none of them later than this; the first one and the end of an answer are sent at once. "
+        "0 sends tokens as they come.",
+    )
     prefix_cache: str | None = Field(
         None,
         description="Memory for the prefix cache, e.g. 2GiB: prompts that begin like an earlier prompt or "

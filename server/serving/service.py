@@ -29,7 +29,8 @@ from memory.planner.placement import Workload
 from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
-from server.serving.generation import Generation, Wakeups
+from server.serving.generation import Generation
+from server.serving.wakeups import Wakeups
 from server.settings import Settings
 
 log = logging.getLogger("loci")
@@ -277,7 +278,7 @@ class Service:
     def new_generation(self) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
         if self._wakeups is None:
-            self._wakeups = Wakeups()
+            self._wakeups = Wakeups(self.settings.stream_interval_ms / 1000)
             self.served.engine.between_steps = self._wakeups.flush
         return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 
