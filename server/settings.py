@@ -101,7 +101,13 @@ class Settings(BaseSettings):
         "private. Default: none.",
     )
     prefix_dir: Path | None = Field(
-        None, description="Directory of these states. Default: ~/.cache/loci/states."
+        None, description="Directory of states on disk. Default: ~/.cache/loci/states."
+    )
+    aside_disk: str | None = Field(
+        None,
+        description="Disk space for sequences that are put aside while the KV pool is short, e.g. 20GiB, in "
+        "files without a name in --prefix-dir, which are gone when the server ends. Default: none. They are "
+        "put aside in the prefix cache's memory; what finds no place is computed again.",
     )
     dram_budget: str | None = Field(
         None,

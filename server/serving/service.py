@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
 from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
@@ -137,6 +138,7 @@ def bring_up(prepared: Prepared) -> Served:
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
+        aside=_aside_on_disk(settings),
     )
     log.info("%s", _about(engine, context))
     engine.start()
@@ -205,6 +207,13 @@ def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | Non
         identity_of(prepared.opened.checkpoint, prepared.budget),
         prepared.names[0],
     )
+
+
+def _aside_on_disk(settings: Settings) -> AsideOnDisk | None:
+    """Where sequences are put aside on disk, if anywhere. Raises ConfigError."""
+    if settings.aside_disk is None or settings.aside_disk.strip() == "0":
+        return None
+    return AsideOnDisk(settings.prefix_dir or states_folder(), parse_bytes(settings.aside_disk))
 
 
 class Service:
