@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.cache.identity import identity_of
 from engine.cache.state_folders import states_folder
@@ -86,6 +86,7 @@ def prepare(settings: Settings) -> Prepared:
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
     opened = open_model(path, settings.max_model_len, settings.experts)
+    budget = replace(budget, kv_format=opened.family.kv_format(opened.checkpoint, settings.kv_format))
     return Prepared(settings, name, opened, budget, prefix_bytes, free_bytes)
 
 
