@@ -3,8 +3,8 @@
 Per slot and layer: a ring with the latents of the last tokens; and of each kind of entries that the layer
 makes (what it attends to, and perhaps keys by which it chooses), all that are complete, and rings with the
 projections of the last tokens, whose group may not be complete. Rings are a few tokens longer than their
-readers need, so that a slot can go back that far. All is allocated once; untouched pages of a long, unused
-slot cost no physical memory.
+readers need, so that a slot can go back that far. Entries take memory as a sequence grows (pages.py); the
+rest is allocated at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 
 from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
+from memory.pages.spaces import zeros
 from quant.formats.kv import EXACT, GroupedRows
-from quant.formats.rows import RowFormat, Rows, bytes_of, like, new_rows, row_bytes
+from quant.formats.rows import RowFormat, Rows, bytes_of, like, row_bytes, rows_in, stored_as
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,9 @@ class GroupedCache(KvCache):
     def __init__(self, shape: GroupedShape, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
+        width, dtype = stored_as(shape.head_dim, shape.rows.window)
         self.windows = [
-            new_rows((slots, shape.window + shape.margin), shape.head_dim, shape.rows.window, device)
+            rows_in(zeros((slots, shape.window + shape.margin, width), device, dtype), shape.rows.window)
             for device in shape.devices
         ]
         self.states = [
@@ -136,7 +138,7 @@ class GroupedCache(KvCache):
 
     @property
     def nbytes(self) -> int:
-        return self.shape.nbytes(self.slots, self.capacity)
+        return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple((state.groups.ratio, bytes_of(state.entries)[slot]) for state in self._all)
@@ -156,6 +158,8 @@ class GroupedCache(KvCache):
         return [state for of_layer in self.states for state in of_layer]
 
     def _state(self, groups: Groups, form: RowFormat | None, device: torch.device) -> GroupState:
-        entries = new_rows((self.slots, self.capacity // groups.ratio), groups.dim, form, device)
+        width, dtype = stored_as(groups.dim, form)
+        size = self.slots, self.capacity // groups.ratio, width
+        entries = self.pages.reserve(size, slot_axis=0, ratio=groups.ratio, device=device, dtype=dtype)
         ring = self.slots, self.shape.open_rows(groups), groups.width
-        return GroupState(groups, entries, torch.zeros(ring, device=device), torch.zeros(ring, device=device))
+        return GroupState(groups, rows_in(entries, form), zeros(ring, device), zeros(ring, device))

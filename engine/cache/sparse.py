@@ -3,8 +3,8 @@
 Per slot: rings with the latents of every layer's last tokens; for every kv source layer the compressed
 entries, their index keys, and a ring with the projections of the last tokens, whose group may not be
 complete; and a ring with the token keys that n-gram hashing looks back on. Rings are a few tokens longer
-than their readers need, so that a slot can go back that far. The layers' tensors are allocated once;
-untouched pages of a long, unused slot cost no physical memory.
+than their readers need, so that a slot can go back that far. Entries and index keys take memory as a
+sequence grows (pages.py); the rest is allocated at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 
 from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
+from memory.pages.spaces import zeros
 from quant.formats.kv import EXACT, GroupedRows
-from quant.formats.rows import Rows, bytes_of, like, new_rows, row_bytes
+from quant.formats.rows import RowFormat, Rows, bytes_of, like, row_bytes, rows_in, stored_as
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,20 @@ class SparseCache(KvCache):
     def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
+        width, dtype = stored_as(shape.head_dim, shape.rows.window)
         self.windows = [
-            new_rows((slots, shape.window + shape.margin), shape.head_dim, shape.rows.window, device)
+            rows_in(zeros((slots, shape.window + shape.margin, width), device, dtype), shape.rows.window)
             for device in shape.devices
         ]
-        self.sources = {layer: self._source(layer, ratio) for layer, ratio in shape.sources.items()}
+        self.sources = {
+            layer: self._source(ratio, shape.devices[layer]) for layer, ratio in shape.sources.items()
+        }
         self.history = torch.zeros(slots, shape.history_rows, dtype=torch.int64)
         self._history = self.history.numpy()  # the same memory: between steps, NumPy's calls cost less
 
     @property
     def nbytes(self) -> int:
-        return self.shape.nbytes(self.slots, self.capacity)
+        return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple(
@@ -131,17 +135,17 @@ class SparseCache(KvCache):
             extend_ring(source.open_gate[slot], segment.start, held, gate),
         )
 
-    def _source(self, layer: int, ratio: int) -> SourceState:
-        shape, slots, device = self.shape, self.slots, self.shape.devices[layer]
-        entries = slots, self.capacity // ratio
-        ring = slots, shape.open_rows(ratio), shape.head_dim
-        return SourceState(
-            ratio,
-            new_rows(entries, shape.head_dim, shape.rows.entries, device),
-            new_rows(entries, shape.index_dim, shape.rows.index_keys, device),
-            torch.zeros(ring, device=device),
-            torch.zeros(ring, device=device),
-        )
+    def _source(self, ratio: int, device: torch.device) -> SourceState:
+        shape = self.shape
+        kinds = (shape.head_dim, shape.rows.entries), (shape.index_dim, shape.rows.index_keys)
+        entries, index_keys = (self._appended(ratio, dim, form, device) for dim, form in kinds)
+        ring = self.slots, shape.open_rows(ratio), shape.head_dim
+        return SourceState(ratio, entries, index_keys, zeros(ring, device), zeros(ring, device))
+
+    def _appended(self, ratio: int, dim: int, form: RowFormat | None, device: torch.device) -> Rows:
+        width, dtype = stored_as(dim, form)
+        size = self.slots, self.capacity // ratio, width
+        return rows_in(self.pages.reserve(size, slot_axis=0, ratio=ratio, device=device, dtype=dtype), form)
 
     def extend_history(self, segment: Segment, keys: np.ndarray) -> np.ndarray:
         """Store the segment's token keys `[L]` int64; return them behind the `history` ones before them."""

@@ -244,12 +244,6 @@ def rows_in(kept: torch.Tensor, form: RowFormat | None) -> Rows:
     return kept if form is None else EncodedRows(kept, form)
 
 
-def new_rows(sizes: tuple[int, ...], dim: int, form: RowFormat | None, device: torch.device) -> Rows:
-    """Zeros `[*sizes, dim]` as a format, or none, keeps them."""
-    width, dtype = stored_as(dim, form)
-    return rows_in(torch.zeros(*sizes, width, dtype=dtype, device=device), form)
-
-
 def row_bytes(dim: int, form: RowFormat | None) -> int:
     """Bytes of a row of `dim` columns."""
     return dim * torch.float32.itemsize if form is None else form.row_bytes

@@ -40,7 +40,8 @@ CASES: list[tuple[str, KvFormat]] = [
     ("deepseek_v32", "vendor"), ("gpt_oss", "fp8"), ("mixtral", "int8"), ("qwen3_5_moe", "bf16"),
 ]  # fmt: skip
 REST: list[tuple[str, KvFormat]] = [
-    ("v41-a", "bf16"), ("v41-a", "int8"), ("v41-c", "vendor"), ("deepseek_v4", "bf16"), ("deepseek_v4", "int8"),
+    ("v41-a", "bf16"), ("v41-a", "int8"), ("v41-c", "vendor"), ("deepseek_v4", "bf16"),
+    ("deepseek_v4", "int8"),
     ("deepseek_v2", "vendor"), ("glm_moe_dsa", "vendor"), ("deepseek_v32", "int8"), ("gpt_oss", "int8"),
 ]  # fmt: skip
 ALL = [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]

@@ -7,8 +7,6 @@ Layers with a state keep that alone; a decoder that has some can be taken back t
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +16,7 @@ from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Attention, DeltaNet, Description, Mixer, Mla
 from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
+from memory.pages.spaces import zeros
 from memory.planner.published import KV_MARGIN
 from quant.formats.kv import KvFormat, index_key_rows, latent_rows, plain_rows
 from quant.formats.rows import RowFormat, Rows, bytes_of, first_columns, row_bytes, rows_in, stored_as
@@ -161,29 +160,30 @@ class DecoderCache(KvCache):
             rows = layout.kept[layers[0]]
             if isinstance(rows, StateShape):
                 tails, states = (
-                    _allocate((len(layers), slots, *sizes), layout.devices[layers[0]])
+                    zeros((len(layers), slots, *sizes), layout.devices[layers[0]])
                     for sizes in ((rows.kept, rows.channels), (rows.heads, rows.key_dim, rows.value_dim))
                 )
                 self._states |= {n: StatePlace(tails[at], states[at]) for at, n in enumerate(layers)}
                 continue
             width, dtype = stored_as(rows.dim, rows.form)
             shape = (rows.sides, len(layers), slots, rows.heads, rows.ring or capacity, width)
-            bank = _allocate(shape, layout.devices[layers[0]], dtype)
+            device = layout.devices[layers[0]]
+            if rows.ring:
+                bank = zeros(shape, device, dtype)
+            else:
+                bank = self.pages.reserve(shape, slot_axis=2, ratio=1, device=device, dtype=dtype)
             (self._rings if rows.ring else self._banks).append(bank)
             self._layers |= {layer: rows_in(bank[:, at], rows.form) for at, layer in enumerate(layers)}
         self.index_keys = IndexKeys(
-            layout.index_dims, layout.devices, layout.index_keys_as, slots, capacity, _allocate
+            layout.index_dims, layout.devices, layout.index_keys_as, slots, capacity, self.pages
         )
 
     @property
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
-        states = sum(s.tails.nbytes + s.states.nbytes for s in self._states.values())
-        return (
-            sum(bank.nbytes for bank in (*self._banks, *self._rings))
-            + self.index_keys.nbytes
-            + states
-            + program
+        layers = range(len(self.layout.kept))
+        return program + self.planned_bytes(
+            lambda capacity: sum(self.layout.layer_bytes(layer, self.slots, capacity) for layer in layers)
         )
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
@@ -259,17 +259,3 @@ def _extend(ring: torch.Tensor, new: torch.Tensor, start: int, window: int) -> t
 def _index_dim(attention: Mixer) -> int:
     indexer = attention.own_indexer if isinstance(attention, Mla) else None
     return 0 if indexer is None else indexer.dim
-
-
-def _allocate(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Zeros. In host memory, untouched pages cost none.
-
-    Torch would use huge pages there, of which even a short sequence needs one per layer and head.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device, dtype=dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(mapped, dtype=dtype).view(shape)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.cache.pages import Pages
 from engine.families.base import Segment
 from quant.formats.rows import RowFormat, Rows, bytes_of, row_format_of, rows_in, stored_as
 
@@ -15,7 +16,7 @@ class IndexKeys:
 
     dims, devices  of each layer: channels, 0 for none, and where they lie
     form           how keys of so many channels are kept
-    allocate       gives zeros of a shape on a device, in bytes where they are encoded
+    pages          where their memory comes from
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class IndexKeys:
         form: Callable[[int], RowFormat | None],
         slots: int,
         capacity: int,
-        allocate: Callable[[tuple[int, ...], torch.device, torch.dtype], torch.Tensor],
+        pages: Pages,
     ) -> None:
         alike: dict[tuple[int, torch.device], list[int]] = {}
         for layer, (dim, device) in enumerate(zip(dims, devices, strict=True)):
@@ -35,14 +36,11 @@ class IndexKeys:
         self._layers: dict[int, Rows] = {}
         for (dim, device), layers in alike.items():
             width, dtype = stored_as(dim, form(dim))
-            bank = rows_in(allocate((len(layers), slots, capacity, width), device, dtype), form(dim))
+            size = len(layers), slots, capacity, width
+            kept = pages.reserve(size, slot_axis=1, ratio=1, device=device, dtype=dtype)
+            bank = rows_in(kept, form(dim))
             self._banks.append(bank)
             self._layers |= {layer: bank[at] for at, layer in enumerate(layers)}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(bank.nbytes for bank in self._banks)
 
     def appended(self, slot: int) -> list[torch.Tensor]:
         """A slot's rows as the prefix cache keeps them, `[capacity, layers, dim]`."""
