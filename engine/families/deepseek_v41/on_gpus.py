@@ -105,7 +105,8 @@ class V41OnGpus(V41Notes):
                 for helper in helpers_of([stay]):
                     helper.start(len(embedded), self._coordinator.fail)
                 stay.program.run(self._slots, self._positions)
-            self._wait_for_the_last()
+            if helpers_of(self.stays):
+                self._wait_for_the_last()
             logits = last.result[: len(embedded)].cpu()
             self._coordinator.end()
             for helper in helpers_of(self.stays):  # they have answered, and only have to come to their end
