@@ -159,6 +159,25 @@ def test_experts_that_move_between_steps_are_found_where_they_are(
     machine.close()
 
 
+def test_an_expert_that_cannot_be_read_fails_the_step_and_no_gpu_waits(
+    gpus: tuple[torch.device, torch.device], files: ExpertsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(files, gpus, 4, 20)
+    x = torch.randn(2, HIDDEN, generator=of(9))
+    expected = machine.step(x)
+
+    def broken(*asked: object) -> torch.Tensor:
+        raise OSError("the drive is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.store, "outputs", broken)
+        with pytest.raises(OSError, match="the drive is gone"):
+            machine.step(x)
+    assert comes_true(machine.helpers[0].is_done, 10)
+    assert torch.equal(machine.step(x), expected)
+    machine.close()
+
+
 @pytest.mark.parametrize("how", ["hangs", "fails"])
 def test_a_gpu_that_does_not_answer_fails_the_step_and_no_other(
     gpus: tuple[torch.device, torch.device], files: ExpertsOnDisk, how: str
