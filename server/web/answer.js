@@ -82,7 +82,7 @@ export class Answer {
     const { note, error } = this.#turn;
     this.#error.textContent = error ?? "";
     this.#error.hidden = !error;
-    const left = isUnanswered(this.#turn) ? "not part of what the model is sent" : "";
+    const left = isUnanswered(this.#turn) ? "the model is not sent this nor its question" : "";
     this.#figures.textContent = [note, paceOf(this.#turn), left].filter(Boolean).join(" · ");
   }
 
