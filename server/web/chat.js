@@ -93,6 +93,17 @@ export class Chat {
     this.#answer(this.conversation, question);
   }
 
+  /** Go on with an answer that ended early. */
+  resume(answer) {
+    if (this.isBusy) return;
+    const { conversation } = this;
+    const path = conversation.pathTo(answer);
+    delete answer.error;
+    this.#run(conversation, answer, () => ({
+      ...settings.request(messagesOf(path)), continue_final_message: true, add_generation_prompt: false,
+    }));
+  }
+
   /** Show another version of a turn. */
   choose(turn) {
     if (this.isBusy) return;
@@ -173,17 +184,22 @@ export class Chat {
     this.#answer(this.conversation, this.conversation.add(question, before));
   }
 
-  async #answer(conversation, question) {
+  #answer(conversation, question) {
     const path = question ? conversation.pathTo(question) : [];
+    const turn = conversation.add({ role: "assistant", content: "", reasoning: "" }, question);
+    this.#run(conversation, turn, () => settings.request(messagesOf(path)));
+  }
+
+  async #run(conversation, turn, request) {
     // Where the page is closed before the end, and in other tabs until then, this is what is known of it.
-    const turn = conversation.add({ role: "assistant", content: "", reasoning: "", note: "not finished" }, question);
+    turn.note = "not finished";
     const run = new Run(conversation, turn);
     this.#runs.set(turn.id, run);
     this.#hooks.onShow();
     this.#hooks.onBusy();
     this.#keep(conversation);
     try {
-      await this.#grow(run, settings.request(messagesOf(path)));
+      await this.#grow(run, request());
     } catch (error) {
       turn.note = run.abort.signal.aborted ? "stopped" : "";
       if (!run.abort.signal.aborted) {

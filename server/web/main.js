@@ -57,6 +57,7 @@ const messages = new Messages(chat, {
   rephrase: (turn, text) => text && chat.rephrase(turn, text),
   reword: (turn, text) => text && chat.reword(turn, text),
   repeat: (turn) => chat.repeat(turn),
+  resume: (turn) => chat.resume(turn),
   choose: (turn) => chat.choose(turn),
   remove(turn) {
     const more = chat.conversation.versions(turn).length > 1 && chat.conversation.hasMoreAfter(turn);

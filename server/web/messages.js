@@ -30,7 +30,7 @@ export class Messages {
   #shown = []; // `{turn, state, item, answer}`
   #conversation = null;
 
-  /** `actions` are what the buttons of a message do: `rephrase`, `reword`, `remove`, `repeat`, `choose`. */
+  /** `actions` are what the buttons of a message do: `rephrase`, `reword`, `remove`, `repeat`, `resume`, `choose`. */
   constructor(chat, actions) {
     this.#chat = chat;
     this.#actions = actions;

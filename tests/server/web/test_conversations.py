@@ -166,6 +166,21 @@ def test_nothing_that_was_said_is_lost_by_saying_it_anew(page: Page) -> None:
 
 @pytest.mark.slow
 @needs_chromium
+def test_an_answer_that_ended_early_is_continued(page: Page, server: LociServer) -> None:
+    set_up(page, server.url, limited(more="reasoning_effort: 'none', ignore_eos: 'true'"))
+    say(page, "Hello")
+    before = page.locator(".answer > .text").inner_text()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator(".answer > .text")).not_to_have_text(before)
+    expect(page.locator(".figures")).to_contain_text("12 tokens")
+
+    assert page.locator(".answer > .text").inner_text().startswith(before[:40])
+    expect(page.locator(".answer")).to_have_count(1)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_single_messages_are_changed_and_deleted_and_the_model_is_sent_what_is_left(page: Page) -> None:
     show(page, "One", "Two")
     answer = page.locator(".answer")
