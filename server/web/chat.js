@@ -6,7 +6,7 @@ import { Conversation, isUnanswered, messagesOf } from "./conversation.js";
 import * as settings from "./settings.js";
 
 const KEEP_MS = 2000; // how often a growing answer is kept
-const LEAST_MS = 250; // a shorter time makes no honest figure of tokens per second
+const LEAST_MS = 100; // a shorter time makes no honest figure of tokens per second
 const ENDS = { length: "stopped at the token limit" };
 
 /** A growing answer: its `turn`, the tokens of its prompt that were read (`progress`, where the server tells). */
