@@ -163,7 +163,8 @@ class DeepseekV41(StreamModel):
             assert recorder is not None
             return recorder
 
-        from engine.families.deepseek_v41.on_gpus import V41OnGpus, coordinator_of
+        from engine.families.deepseek_v41.answers import coordinator_of
+        from engine.families.deepseek_v41.on_gpus import V41OnGpus
 
         if self._coordinator is None:
             self._coordinator = coordinator_of(self.parts)

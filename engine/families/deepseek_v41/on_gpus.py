@@ -42,21 +42,6 @@ from quant.kernels.recording import StepRecorder
 RecorderOn = Callable[[torch.device], StepRecorder]
 
 
-def coordinator_of(parts: V41Parts) -> Coordinator:
-    """Answers what GPUs do not hold from the expert store."""
-    store, limit = parts.weights.experts, parts.config.swiglu_limit
-
-    @torch.inference_mode()
-    def answer(layer: int, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return store.outputs(layer, ids, x, limit)
-
-    def foresee(layer: int, guess: list[int]) -> None:
-        if store.wants_guesses(layer):
-            store.prefetch(layer, guess)
-
-    return Coordinator(answer, foresee)
-
-
 class V41OnGpus(V41Notes):
     """`V41Operations` noted by a recorder for each device, for steps with `cache`."""
 
@@ -85,6 +70,7 @@ class V41OnGpus(V41Notes):
         self._rounds: dict[int, tuple[Mailbox, list[int]]] = {}  # by the id of a stay's recorder
         self._on_gpus = parts.weights.experts.on_gpus
         self._tiers = {str(device): places.tier for device, places in self._on_gpus.items()}
+        self._between: list[Callable[[int], None]] = []  # what torch does between two devices' programs
         self._busy: list[tuple[torch.device, Callable[[], bool]]] = []  # still, with a step that has failed
 
     # ------------------------------------------------------------------------------------------- running
@@ -183,6 +169,11 @@ class V41OnGpus(V41Notes):
             stay.program = stay.recorder.finish(stay.source, stay.result or stay.source)
             for helping in stay.helping:
                 helping.finish()
+        if helpers_of(self.stays) and self._recorder.device.type == "cuda":
+            # A kernel is loaded when it is first used, and that may wait for a GPU which waits for another.
+            self._slots, self._positions = [0], [0]
+            for work in self._between:
+                work(1)
 
     def nbytes(self, result: Buffer) -> dict[torch.device, int]:
         """Bytes that the programs would hold, by device."""
@@ -261,6 +252,7 @@ class V41OnGpus(V41Notes):
             for value, to in zip(found, outs, strict=True):
                 here.rows(to, rows).copy_(there.rows(value, rows))
 
+        self._between.append(work)
         self._recorder.hand_over(work, given, outs)
         self._selected, *pools = outs
         self._pool = pools[0] if pools else self._pool
@@ -298,6 +290,7 @@ class V41OnGpus(V41Notes):
             numbers = torch.arange(selected.width, device=copy.device).expand(rows, -1)
             here.rows(copied, rows).copy_(torch.where(chosen.to(copy.device) < 0, -1, numbers))
 
+        self._between.append(work)
         self._recorder.hand_over(work, [selected], [copied])
         self._copied = copied
         return like(held, copy), copied
