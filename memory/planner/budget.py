@@ -31,6 +31,7 @@ class MemoryBudget:
     gpus        with what may be allocated on each, for weights and KV
     workload    for which GPUs must have KV and work space
     cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
+    cpu_flops   that it reaches on many tokens, where that is known
     """
 
     dram_bytes: int
@@ -38,6 +39,7 @@ class MemoryBudget:
     workload: Workload = field(default_factory=lambda: Workload(context=8192))
 
     cpu_bytes_per_s: float | None = None
+    cpu_flops: float | None = None
 
     @property
     def profile(self) -> HardwareProfile:
@@ -93,7 +95,11 @@ class MemoryBudget:
                 f"the budgets for DRAM and virtual GPUs add up to {asked / 1e9:.1f} GB, but only "
                 f"{free / 1e9:.1f} GB of memory is free; lower them"
             )
-        budget = cls(dram_bytes, gpus, cpu_bytes_per_s=machine.expert_bytes_per_s if machine else None)
+        budget = cls(dram_bytes, gpus)
+        if machine is not None:
+            budget = replace(
+                budget, cpu_bytes_per_s=machine.expert_bytes_per_s, cpu_flops=machine.cpu_matmul_flops
+            )
         return replace(budget, workload=workload) if workload else budget
 
 

@@ -20,7 +20,9 @@ class V4Eager(EagerStreams):
     """`V4Operations` for a batch. A context: experts that it has acquired are released at the end."""
 
     def __init__(self, parts: V4Parts, batch: Batch, cache: GroupedCache, trace: Trace) -> None:
-        experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
+        c = parts.config
+        tokens = [len(batch.ids)] * c.layers
+        experts = EagerExperts(parts.weights.experts, c.swiglu_limit, tokens, c.routing.top_k)
         super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
         self._config = parts.config
         self._cache = cache

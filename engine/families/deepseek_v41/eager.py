@@ -6,6 +6,7 @@ import torch
 
 from engine.cache.sparse import SparseCache
 from engine.families.base import Batch, Segment, Trace
+from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import CompressorWeights
@@ -27,7 +28,9 @@ class V41Eager(EagerStreams):
     def __init__(
         self, parts: V41Parts, batch: Batch, cache: SparseCache, trace: Trace, rows: StepRows | None
     ) -> None:
-        experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
+        c = parts.config
+        tokens = _tokens_by_layer(c, batch, cache.margin)
+        experts = EagerExperts(parts.weights.experts, c.swiglu_limit, tokens, c.num_experts_per_tok)
         super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
         self._parts = parts
         self._config = parts.config
@@ -48,10 +51,7 @@ class V41Eager(EagerStreams):
         if number < self._config.first_tail_layer or self._ends is None:
             return streams, pre
         needed = self._config.tail_of(number) + self._cache.margin
-        lengths = [
-            min(s.length, max(0, s.start + s.length + needed - end))
-            for (s, _), end in zip(self._pieces, self._ends, strict=True)
-        ]
+        lengths = [_computed(s, end, needed) for (s, _), end in zip(self._pieces, self._ends, strict=True)]
         if not any(lengths):
             return None
         if lengths == [s.length for s, _ in self._pieces]:
@@ -159,6 +159,27 @@ class V41Eager(EagerStreams):
         written: Written[torch.Tensor],
     ) -> None:
         self._guesses.prefetch(number, streams, pre, written)
+
+
+def _tokens_by_layer(config: V41Config, batch: Batch, margin: int) -> list[int]:
+    """How many of a batch's tokens each layer computes: see `V41Eager.narrow`."""
+    ends = _ends_of(batch)
+    if ends is None:
+        return [len(batch.ids)] * config.num_hidden_layers
+    pieces = [piece for segment in batch.segments for piece in pieces_of(segment)]
+    counts = []
+    for layer in range(config.num_hidden_layers):
+        if layer < config.first_tail_layer:
+            counts.append(len(batch.ids))
+        else:
+            needed = config.tail_of(layer) + margin
+            counts.append(sum(_computed(s, end, needed) for s, end in zip(pieces, ends, strict=True)))
+    return counts
+
+
+def _computed(piece: Segment, end: int, needed: int) -> int:
+    """How many of a piece's tokens are among the last `needed` before `end`."""
+    return min(piece.length, max(0, piece.start + piece.length + needed - end))
 
 
 def _ends_of(batch: Batch) -> list[int] | None:

@@ -54,8 +54,8 @@ class Guesses:
         store.prefetch(number, ids.t().flatten().cpu().tolist())  # every token's top choice first
 
     def wait_for_kv(self, number: int, rows: slice = ALL) -> torch.Tensor:
-        """Keys and value of the tokens' table rows for a layer, `[rows, (hc + 1) * hidden]`: of all tokens, or
-        of some after the other."""
+        """Keys and value of the tokens' table rows for a layer, `[rows, (hc + 1) * hidden]`: of all, or of
+        some after the other."""
         if number not in self.engram_kv:
             return self._kv(number, rows)
         kv, kept = self.engram_kv[number]

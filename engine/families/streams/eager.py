@@ -65,6 +65,7 @@ class EagerStreams(EagerBasics):
         self._work_on(batch.segments)
 
     def __enter__(self) -> Self:
+        self._experts.__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
