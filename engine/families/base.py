@@ -7,7 +7,7 @@ its model types.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -21,6 +21,7 @@ from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
+from quant.formats.kv import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 
@@ -101,6 +102,20 @@ class Component:
     format: str
     nbytes: int
     parameters: int
+
+
+@dataclass(frozen=True)
+class KvRooms:
+    """What was kept free for KV when a model was loaded; None where nothing limits it.
+
+    tokens     of all sequences together
+    longest    of one sequence
+    by_device  bytes for rows, of GPUs
+    """
+
+    tokens: int | None = None
+    longest: int | None = None
+    by_device: Mapping[torch.device, int] = field(default_factory=dict)
 
 
 class KvCache(ABC):
@@ -194,6 +209,7 @@ class Model(ABC):
     """A loaded model: weights in place, ready to run batches."""
 
     info: ModelInfo
+    kv_format: KvFormat = "float32"  # of its caches
     keeps_whole_states = True  # also of sequences whose tokens are still to come
 
     def close(self) -> None:  # noqa: B027 - most models have nothing to close
@@ -219,7 +235,11 @@ class Model(ABC):
 
     @abstractmethod
     def cache_bytes(self, slots: int, capacity: int) -> int:
-        """Bytes that `new_cache` would allocate in host memory."""
+        """Bytes that `new_cache` could take in host memory, were all slots full."""
+
+    def kv_rooms(self, slots: int) -> KvRooms:
+        """What was kept free for the KV of so many sequences."""
+        return KvRooms()
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
@@ -261,14 +281,22 @@ class Family(ABC):
         Raises CheckpointError listing everything that is wrong.
         """
 
-    def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        """The checkpoint's shape for the planner, from its config and headers.
+    def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
+        """The formats that a cache of this model can be kept in, the default first."""
+        return ("float32",)
+
+    def kv_format(self, checkpoint: Checkpoint, asked: KvChoice) -> KvFormat:
+        """The one asked for. Raises ConfigError for one that this model cannot have."""
+        return resolve(asked, self.kv_formats(checkpoint), checkpoint.name)
+
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        """The checkpoint's shape for the planner, from its config and headers, with KV in this format.
 
         Raises ConfigError for a config that the family cannot run, and if it cannot be planned yet.
         """
         raise ConfigError(f"{checkpoint.path}: checkpoints of the {self.name} family cannot be planned yet")
 
-    def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
+    def config_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         """The planner's shape of what a config alone says: a checkpoint without tensors, its weights as
         released. Raises ConfigError for a config that the family cannot run, or if it needs headers."""
         raise ConfigError(
