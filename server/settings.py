@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from quant.errors import ConfigError
+from quant.formats.kv import KvChoice
 from server.http.logs import LogFormat
 
 SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
@@ -119,6 +120,11 @@ class Settings(BaseSettings):
         description="Format for routed experts that are stored in BF16, F16, F32 or FP8: mxfp4, nf4 or int4, "
         "four bits each. They are encoded once, when the model is first loaded, and kept in "
         "~/.cache/loci/experts. Default: as stored.",
+    )
+    kv_format: KvChoice = Field(
+        "auto",
+        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model was "
+        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32.",
     )
     devices: str | None = Field(
         None,

@@ -105,6 +105,8 @@ def prepare(settings: Settings) -> Prepared:
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
+    kv_format = opened.family.kv_format(opened.checkpoint, settings.kv_format)
+    budget = replace(budget, kv_format=kv_format)
     budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
     return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
@@ -155,7 +157,7 @@ def _workload(
     context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
     if not budget.gpus:
         return Workload(context, sequences, settings.prefill_chunk)
-    shape = opened.family.shape(opened.checkpoint)
+    shape = opened.family.shape(opened.checkpoint, budget.kv_format)
 
     def nbytes(tokens: int) -> int:
         return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
