@@ -83,9 +83,9 @@ export class Sidebar {
 
   #entry({ id, name }, isUnfolded) {
     const isShown = id === this.#chat.conversation.id;
-    const open = button(name, () => this.#actions.open(id), { className: "open" });
+    const open = button(element("span", { className: "name" }, name), () => this.#actions.open(id), { className: "open" });
     if (isShown) open.setAttribute("aria-current", "true");
-    if (this.#chat.isAnswering(id)) open.append(element("span", { className: "answering" }, " answering"));
+    if (this.#chat.isAnswering(id)) open.append(element("span", { className: "answering" }, "answering"));
     const rename = () => {
       this.#renamed = id;
       this.#state = "";
