@@ -205,4 +205,6 @@ class Steps:
 
     def _release(self, sequence: Sequence) -> None:
         if self._forget(sequence):
+            if sequence.slot is not None:
+                self._cache.release(sequence.slot)
             self._scheduler.release(sequence)

@@ -3,8 +3,8 @@
 Per slot and layer: a ring with the latents of the last tokens; and of each kind of entries that the layer
 makes (what it attends to, and perhaps keys by which it chooses), all that are complete, and rings with the
 projections of the last tokens, whose group may not be complete. Rings are a few tokens longer than their
-readers need, so that a slot can go back that far. All is allocated once; untouched pages of a long, unused
-slot cost no physical memory.
+readers need, so that a slot can go back that far. Entries take memory as a sequence grows (pages.py); the
+rest is allocated at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
+from memory.pages.spaces import zeros
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,7 @@ class GroupedCache(KvCache):
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
         self.windows = [
-            torch.zeros(slots, shape.window + shape.margin, shape.head_dim, device=device)
-            for device in shape.devices
+            zeros((slots, shape.window + shape.margin, shape.head_dim), device) for device in shape.devices
         ]
         self.states = [
             tuple(self._state(kind, device) for kind in kinds)
@@ -122,7 +122,7 @@ class GroupedCache(KvCache):
 
     @property
     def nbytes(self) -> int:
-        return self.shape.nbytes(self.slots, self.capacity)
+        return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple((state.groups.ratio, state.entries[slot]) for state in self._all)
@@ -142,6 +142,7 @@ class GroupedCache(KvCache):
         return [state for of_layer in self.states for state in of_layer]
 
     def _state(self, groups: Groups, device: torch.device) -> GroupState:
-        entries = self.slots, self.capacity // groups.ratio, groups.dim
+        size = self.slots, self.capacity // groups.ratio, groups.dim
+        entries = self.pages.reserve(size, slot_axis=0, ratio=groups.ratio, device=device)
         ring = self.slots, self.shape.open_rows(groups), groups.width
-        return GroupState(groups, *(torch.zeros(size, device=device) for size in (entries, ring, ring)))
+        return GroupState(groups, entries, zeros(ring, device), zeros(ring, device))

@@ -251,6 +251,7 @@ class PrefixCache:
 
     def _load(self, slot: int, path: list[_Step], end: _Node, length: int) -> None:
         """Fill a slot with the rows along `path` and what the cache held at `end`, taken back to `length`."""
+        self._cache.pages.hold(slot, length)
         for node in [step.node for step in path if step.node.start < length]:
             for (ratio, view), saved in zip(self._cache.appended(slot), node.rows, strict=True):
                 first, stop = node.start // ratio, min(node.stop, length) // ratio

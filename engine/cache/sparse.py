@@ -3,8 +3,8 @@
 Per slot: rings with the latents of every layer's last tokens; for every kv source layer the compressed
 entries, their index keys, and a ring with the projections of the last tokens, whose group may not be
 complete; and a ring with the token keys that n-gram hashing looks back on. Rings are a few tokens longer
-than their readers need, so that a slot can go back that far. The layers' tensors are allocated once;
-untouched pages of a long, unused slot cost no physical memory.
+than their readers need, so that a slot can go back that far. Entries and index keys take memory as a
+sequence grows (pages.py); the rest is allocated at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
+from memory.pages.spaces import zeros
 
 
 @dataclass(frozen=True)
@@ -82,30 +83,17 @@ class SparseCache(KvCache):
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
         self.windows = [
-            torch.zeros(slots, shape.window + shape.margin, shape.head_dim, device=device)
-            for device in shape.devices
+            zeros((slots, shape.window + shape.margin, shape.head_dim), device) for device in shape.devices
         ]
         self.sources = {
-            layer: SourceState(
-                ratio,
-                *(
-                    torch.zeros(slots, rows, dim, device=shape.devices[layer])
-                    for rows, dim in (
-                        (capacity // ratio, shape.head_dim),
-                        (capacity // ratio, shape.index_dim),
-                        (shape.open_rows(ratio), shape.head_dim),
-                        (shape.open_rows(ratio), shape.head_dim),
-                    )
-                ),
-            )
-            for layer, ratio in shape.sources.items()
+            layer: self._source(ratio, shape.devices[layer]) for layer, ratio in shape.sources.items()
         }
         self.history = torch.zeros(slots, shape.history_rows, dtype=torch.int64)
         self._history = self.history.numpy()  # the same memory: between steps, NumPy's calls cost less
 
     @property
     def nbytes(self) -> int:
-        return self.shape.nbytes(self.slots, self.capacity)
+        return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple(
@@ -138,6 +126,16 @@ class SparseCache(KvCache):
             extend_ring(source.open_kv[slot], segment.start, held, kv),
             extend_ring(source.open_gate[slot], segment.start, held, gate),
         )
+
+    def _source(self, ratio: int, device: torch.device) -> SourceState:
+        entries, index_keys = (
+            self.pages.reserve(
+                (self.slots, self.capacity // ratio, dim), slot_axis=0, ratio=ratio, device=device
+            )
+            for dim in (self.shape.head_dim, self.shape.index_dim)
+        )
+        ring = self.slots, self.shape.open_rows(ratio), self.shape.head_dim
+        return SourceState(ratio, entries, index_keys, zeros(ring, device), zeros(ring, device))
 
     def extend_history(self, segment: Segment, keys: np.ndarray) -> np.ndarray:
         """Store the segment's token keys `[L]` int64; return them behind the `history` ones before them."""

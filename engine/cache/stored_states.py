@@ -130,6 +130,7 @@ class StoredStates:
     def restore(self, slot: int, found: Found) -> State | None:
         """Restore a state that was found into the empty slot; None where a file turned out to be damaged."""
         record = found.record
+        self._cache.pages.hold(slot, found.length)
         for each in record.chain():
             try:
                 state = read_state(each.path)

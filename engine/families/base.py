@@ -7,7 +7,7 @@ its model types.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from engine.cache.pages import Pages
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
@@ -103,12 +104,13 @@ class Component:
 
 
 class KvCache(ABC):
-    """State of up to `slots` sequences of up to `capacity` tokens; allocated once, of fixed size.
+    """State of up to `slots` sequences of up to `capacity` tokens, at fixed addresses.
 
     A slot is empty after `reset`; `forward` appends to it. Positions must follow each other: the
     `start` of a segment is the number of tokens that its slot holds. A slot can be rolled back by up to
-    `margin` tokens.
+    `margin` tokens. Rows take memory as their sequence grows.
 
+    pages   of the rows that are appended
     program  the recorded step that decodes with it; None where operations are started one by one
     shares_logits  a forward's results need not be valid any longer than until the next one
     """
@@ -120,6 +122,7 @@ class KvCache(ABC):
         self.slots = slots
         self.capacity = capacity
         self.margin = margin
+        self.pages = Pages(slots)
         self._lengths = [0] * slots
         self._shortest = [0] * slots
 
@@ -127,12 +130,18 @@ class KvCache(ABC):
         """Clear `slot`."""
         self.resume(slot, 0, 0)
 
+    def release(self, slot: int) -> None:
+        """Clear `slot`, and give back its pages."""
+        self.reset(slot)
+        self.pages.release(slot)
+
     def length(self, slot: int) -> int:
         """Tokens that `slot` holds."""
         return self._lengths[slot]
 
     def admit(self, segment: Segment) -> None:
-        """Check that `segment` continues its slot and fits. Raises BudgetError where it does not fit."""
+        """Check that `segment` continues its slot and fits, and take the pages that it needs. Raises
+        BudgetError where it does not fit."""
         held = self._lengths[segment.slot]
         if segment.start != held:
             raise ValueError(
@@ -141,6 +150,7 @@ class KvCache(ABC):
         needed = segment.start + segment.length
         if needed > self.capacity:
             raise BudgetError(f"{needed} tokens do not fit in a cache of {self.capacity} tokens per sequence")
+        self.pages.hold(segment.slot, needed)
 
     def advance(self, segment: Segment) -> None:
         """Count the segment's tokens as held; called when every layer has stored them."""
@@ -171,7 +181,13 @@ class KvCache(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes that it may take, program and pages included."""
+
+    def planned_bytes(self, of_capacity: Callable[[int], int]) -> int:
+        """Bytes of all slots, given those for any capacity: what does not grow, and the pages' budgets.
+        Without budgets, those of all slots at the capacity."""
+        budget = self.pages.budget_bytes
+        return of_capacity(self.capacity) if budget is None else of_capacity(0) + budget
 
 
 class Model(ABC):

@@ -7,8 +7,6 @@ Layers with a state keep that alone; a decoder that has some can be taken back t
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +15,7 @@ from engine.families.base import KvCache, Segment
 from engine.families.decoder.description import Attention, DeltaNet, Description, Mixer, Mla
 from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
+from memory.pages.spaces import zeros
 from memory.planner.published import KV_MARGIN
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 
@@ -141,26 +140,27 @@ class DecoderCache(KvCache):
             rows = layout.kept[layers[0]]
             if isinstance(rows, StateShape):
                 tails, states = (
-                    _allocate((len(layers), slots, *sizes), layout.devices[layers[0]])
+                    zeros((len(layers), slots, *sizes), layout.devices[layers[0]])
                     for sizes in ((rows.kept, rows.channels), (rows.heads, rows.key_dim, rows.value_dim))
                 )
                 self._states |= {n: StatePlace(tails[at], states[at]) for at, n in enumerate(layers)}
                 continue
             shape = (rows.sides, len(layers), slots, rows.heads, rows.ring or capacity, rows.dim)
-            bank = _allocate(shape, layout.devices[layers[0]])
+            device = layout.devices[layers[0]]
+            if rows.ring:
+                bank = zeros(shape, device)
+            else:
+                bank = self.pages.reserve(shape, slot_axis=2, ratio=1, device=device)
             (self._rings if rows.ring else self._banks).append(bank)
             self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
-        self.index_keys = IndexKeys(layout.index_dims, layout.devices, slots, capacity, _allocate)
+        self.index_keys = IndexKeys(layout.index_dims, layout.devices, slots, capacity, self.pages)
 
     @property
     def nbytes(self) -> int:
         program = 0 if self.program is None else self.program.nbytes
-        states = sum(s.tails.nbytes + s.states.nbytes for s in self._states.values())
-        return (
-            sum(bank.nbytes for bank in (*self._banks, *self._rings))
-            + self.index_keys.nbytes
-            + states
-            + program
+        layers = range(len(self.layout.kept))
+        return program + self.planned_bytes(
+            lambda capacity: sum(self.layout.layer_bytes(layer, self.slots, capacity) for layer in layers)
         )
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
@@ -233,15 +233,3 @@ def _extend(ring: torch.Tensor, new: torch.Tensor, start: int, window: int) -> t
 def _index_dim(attention: Mixer) -> int:
     indexer = attention.own_indexer if isinstance(attention, Mla) else None
     return 0 if indexer is None else indexer.dim
-
-
-def _allocate(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Zeros. In host memory, untouched pages cost none.
-
-    Torch would use huge pages there, of which even a short sequence needs one per layer and head.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, device=device)
-    nbytes = math.prod(shape) * torch.float32.itemsize
-    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(mapped, dtype=torch.float32).view(shape)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from engine.cache.pages import Pages
 from engine.families.base import Segment
 
 
@@ -13,7 +14,7 @@ class IndexKeys:
     """The index keys of all layers that have indexers, float32.
 
     dims, devices  of each layer: channels, 0 for none, and where they lie
-    allocate       gives zeros of a shape on a device
+    pages          where their memory comes from
     """
 
     def __init__(
@@ -22,7 +23,7 @@ class IndexKeys:
         devices: Sequence[torch.device],
         slots: int,
         capacity: int,
-        allocate: Callable[[tuple[int, ...], torch.device], torch.Tensor],
+        pages: Pages,
     ) -> None:
         alike: dict[tuple[int, torch.device], list[int]] = {}
         for layer, (dim, device) in enumerate(zip(dims, devices, strict=True)):
@@ -31,14 +32,9 @@ class IndexKeys:
         self._banks: list[torch.Tensor] = []  # [layers, slots, capacity, dim]
         self._layers: dict[int, torch.Tensor] = {}
         for (dim, device), layers in alike.items():
-            bank = allocate((len(layers), slots, capacity, dim), device)
+            bank = pages.reserve((len(layers), slots, capacity, dim), slot_axis=1, ratio=1, device=device)
             self._banks.append(bank)
             self._layers |= {layer: bank[at] for at, layer in enumerate(layers)}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(bank.nbytes for bank in self._banks)
 
     def appended(self, slot: int) -> list[torch.Tensor]:
         """A slot's rows as the prefix cache keeps them, `[capacity, layers, dim]`."""

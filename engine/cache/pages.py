@@ -1,0 +1,213 @@
+"""Memory of a cache's rows, taken as sequences grow and given back when they end.
+
+Addresses are reserved for every slot at the cache's capacity, so rows lie at fixed addresses with fixed
+strides. Memory is taken in pages, within a budget for each device, and counted to the byte.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from memory.pages.space import Space
+from memory.pages.spaces import new_space, page_bytes_of
+from quant.errors import BudgetError
+
+# Of an ended sequence, as many tokens' pages stay with its slot while nothing else needs them: taking fresh
+# ones costs the next sequence more than its rows.
+KEPT_TOKENS = 4096
+
+
+class PoolShortError(BudgetError):
+    """The pool has too few pages left now; it may have enough when a sequence has ended."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one kind of all slots: in each slot several runs of consecutive rows.
+
+    runs    of each slot, where they begin, in bytes
+    ratio   tokens of a row
+    """
+
+    space: Space
+    device: torch.device
+    runs: tuple[tuple[int, ...], ...]
+    ratio: int
+    row_bytes: int
+
+    def run_bytes(self, tokens: int) -> int:
+        """Bytes of a run's pages for so many tokens."""
+        page = self.space.page_bytes
+        return -(-(tokens // self.ratio) * self.row_bytes // page) * page
+
+    def covers(self, run_bytes: int) -> int:
+        """Tokens for which a run of so many bytes is enough."""
+        return (run_bytes // self.row_bytes + 1) * self.ratio - 1
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of a slot's pages for so many tokens."""
+        return len(self.runs[0]) * self.run_bytes(tokens)
+
+
+class Pages:
+    """Pages of a cache of `slots` slots.
+
+    budgets  bytes of pages by device; None for all that the slots could take
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.budgets: Mapping[torch.device, int] | None = None
+        self._rows: list[_Rows] = []
+        self._tokens = [0] * slots  # what each slot has pages for
+        self._covered = [0] * slots  # up to this length no more are needed
+        self._idle: dict[int, None] = {}  # slots without a sequence that still have pages, the oldest first
+        self._taken: dict[torch.device, int] = {}
+        self._peak = 0
+
+    def reserve(
+        self,
+        shape: Sequence[int],
+        *,
+        slot_axis: int,
+        ratio: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Zeros `[..., rows, width]` of all slots, which are dimension `slot_axis`; a row holds `ratio`
+        tokens. Memory is behind the rows of `hold` only. Raises BudgetError without addresses for them."""
+        *outer, rows, width = shape
+        row_bytes, page = width * dtype.itemsize, page_bytes_of(device)
+        if not math.prod(shape):
+            return torch.zeros(*shape, dtype=dtype, device=device)
+        step = page // math.gcd(page, row_bytes)  # runs are whole pages, so that none is of two slots
+        padded = -(-rows // step) * step
+        space = new_space(math.prod(outer) * padded * row_bytes, device)
+        whole = space.whole.view(dtype).view(*outer, padded, width)
+        starts: list[list[int]] = [[] for _ in range(outer[slot_axis])]
+        for number, place in enumerate(product(*map(range, outer))):
+            starts[place[slot_axis]].append(number * padded * row_bytes)
+        self._rows.append(_Rows(space, device, tuple(map(tuple, starts)), ratio, row_bytes))
+        self._taken.setdefault(device, 0)
+        return whole[..., :rows, :]
+
+    # ---------------------------------------------------------------------------------------- a slot's pages
+
+    def hold(self, slot: int, tokens: int) -> None:
+        """Take the pages that a sequence of so many tokens needs; those of slots without a sequence are given
+        back first. Raises PoolShortError, and takes none, where the pool has too few."""
+        self._idle.pop(slot, None)
+        if tokens <= self._covered[slot]:
+            return
+        more = {device: self.nbytes(tokens, device) - self.nbytes(self._tokens[slot], device)
+                for device in self._taken}  # fmt: skip
+        while not self._has(more):
+            if not self._idle:
+                raise PoolShortError(
+                    f"the KV pool has no room for {tokens} tokens of a sequence now; it is {self._state()}"
+                )
+            self._trim(next(iter(self._idle)), 0)
+        self._resize(slot, tokens)
+
+    def has_room(self, tokens: int) -> bool:
+        """Whether a new sequence of so many tokens would fit now."""
+        idle = list(self._idle)
+        return self._has({
+            device: self.nbytes(tokens, device)
+            - sum(self.nbytes(self._tokens[slot], device) for slot in idle)
+            for device in self._taken
+        })  # fmt: skip
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence has ended: give back its pages, but for a few (KEPT_TOKENS) that stay until
+        another sequence needs them."""
+        self._trim(slot, KEPT_TOKENS)
+        if self._tokens[slot]:
+            self._idle[slot] = None
+
+    def held_bytes(self, slot: int) -> int:
+        """Bytes of a slot's pages."""
+        return self.nbytes(self._tokens[slot])
+
+    # ------------------------------------------------------------------------------------------ in all
+
+    def nbytes(self, tokens: int, device: torch.device | None = None) -> int:
+        """Bytes of pages of one sequence of so many tokens, on a device or on all."""
+        return sum(rows.nbytes(tokens) for rows in self._rows if device is None or rows.device == device)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where there are rows."""
+        return tuple(self._taken)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes of all pages that slots have."""
+        return sum(self._taken.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that they ever had."""
+        return self._peak
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes of all devices' budgets; None where there is none."""
+        return None if self.budgets is None else sum(self.budgets.values())
+
+    def longest(self, most: int) -> int:
+        """Tokens of the longest sequence that fits into the budgets by itself, at most `most`."""
+        return self._largest(most, self.budgets or {})
+
+    def fit(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
+        """Set the budgets to what one sequence of as many tokens as possible takes, `most` of them at most:
+        within `rooms` by device, and `total` bytes of all; returns the tokens."""
+        tokens = self._largest(most, rooms, total)
+        self.budgets = {device: self.nbytes(tokens, device) for device in self._taken}
+        return tokens
+
+    def _largest(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = all(self.nbytes(middle, device) <= room for device, room in rooms.items())
+            if fits and (total is None or self.nbytes(middle) <= total):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _has(self, more: Mapping[torch.device, int]) -> bool:
+        return self.budgets is None or all(
+            self._taken[device] + nbytes <= self.budgets[device] for device, nbytes in more.items()
+        )
+
+    def _state(self) -> str:
+        return f"{self.taken_bytes / 1e6:,.1f} of {(self.budget_bytes or 0) / 1e6:,.1f} MB full"
+
+    def _trim(self, slot: int, tokens: int) -> None:
+        if tokens < self._tokens[slot]:
+            self._resize(slot, tokens)
+        if not self._tokens[slot]:
+            self._idle.pop(slot, None)
+
+    def _resize(self, slot: int, tokens: int) -> None:
+        """Take or give back pages, until the slot has those for so many tokens."""
+        before = self._tokens[slot]
+        for rows in self._rows:
+            old, new = rows.run_bytes(before), rows.run_bytes(tokens)
+            for start in rows.runs[slot] if new != old else ():
+                if new > old:
+                    rows.space.take(start + old, new - old)
+                else:
+                    rows.space.give_back(start + new, old - new)
+            self._taken[rows.device] += len(rows.runs[slot]) * (new - old)
+        self._tokens[slot] = tokens
+        self._covered[slot] = min(
+            (rows.covers(rows.run_bytes(tokens)) for rows in self._rows), default=1 << 62
+        )
+        self._peak = max(self._peak, self.taken_bytes)
