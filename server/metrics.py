@@ -124,6 +124,7 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "loci_kv_tokens_capacity", "Capacity of the KV cache in tokens.", now.kv_tokens_capacity
         )
+        yield from _kv_bytes(now)
         prefixes = now.prefixes
         if prefixes is not None:
             for name, text, count in (
@@ -162,6 +163,24 @@ class _EngineCollector(Collector):
         yield experts
         if self._model.telemetry is not None:
             yield from _movements(self._model.telemetry.snapshot())
+
+
+def _kv_bytes(now: EngineStats) -> Iterator[Metric]:
+    """The pages of the KV pool."""
+    of_slots = GaugeMetricFamily(
+        "loci_kv_slot_bytes",
+        "Memory that the sequence in a slot has taken from the KV pool.",
+        labels=["slot"],
+    )
+    for slot, nbytes in enumerate(now.kv_taken):
+        of_slots.add_metric([str(slot)], nbytes)
+    yield of_slots
+    yield GaugeMetricFamily("loci_kv_bytes", "Memory taken from the KV pool.", sum(now.kv_taken))
+    yield GaugeMetricFamily(
+        "loci_kv_peak_bytes", "The most that was ever taken from the KV pool.", now.kv_peak_bytes
+    )
+    if now.kv_budget_bytes is not None:
+        yield GaugeMetricFamily("loci_kv_budget_bytes", "Size of the KV pool.", now.kv_budget_bytes)
 
 
 def _movements(seen: Snapshot) -> Iterator[Metric]:

@@ -47,8 +47,14 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="Maximum tokens of a sequence, prompt and answer together. Memory for them is allocated "
-        "at startup. Default: the model's context length, at most 8192, less if memory is short.",
+        description="Maximum tokens of a sequence, prompt and answer together. Default: the model's context "
+        "length, or as much of it as the KV pool holds.",
+    )
+    kv_budget: str | None = Field(
+        None,
+        description="Memory for keys and values, e.g. 4GiB: the pool from which sequences take pages as they "
+        "grow. Default: a quarter of the memory that weights leave free; on GPUs a tenth of theirs, at most "
+        "what the longest sequence, or 8192 tokens of each, needs.",
     )
     max_num_seqs: int = Field(
         8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
@@ -63,6 +69,14 @@ class Settings(BaseSettings):
         description="Target duration of a step while answers are being generated: prompts are computed in "
         "chunks small enough for it (or for twice the time of a step without prompts, if that is longer). "
         "Larger values process prompts faster.",
+    )
+    stream_interval_ms: float = Field(
+        10.0,
+        ge=0,
+        le=1000,
+        description="Shortest time between two events of a stream: tokens that come faster are sent "
+        "together, none of them later than this; the first one and the end of an answer are sent at once. "
+        "0 sends tokens as they come.",
     )
     prefix_cache: str | None = Field(
         None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,7 +11,7 @@ from server.openai.chat import ChatReply
 from server.openai.completion_requests import CompletionRequest
 from server.openai.completions import CompletionReply, tokenize_prompts
 from server.openai.requests import ChatRequest
-from server.serving.handling import read_body, render, respond, service_of
+from server.serving.handling import aside, read_body, render, respond, service_of
 from server.serving.service import Served
 
 router = APIRouter(prefix="/v1")
@@ -45,7 +44,7 @@ async def completions(request: Request) -> Response:
     """Continuations of one or more prompts."""
     body = await read_body(request, CompletionRequest)
     served = service_of(request).named(body.model)
-    prompts = await asyncio.to_thread(tokenize_prompts, body, served)
+    prompts = await aside(len(await request.body()), tokenize_prompts, body, served)
     return await respond(request, CompletionReply(body, prompts, served), body.stream)
 
 

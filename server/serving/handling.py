@@ -4,10 +4,12 @@ stream."""
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 
 from engine.chat.format import ChatPrompt
 from engine.grammar.constraint import GrammarCompiler
@@ -23,7 +25,9 @@ from server.serving.service import Served, Service
 from server.serving.streaming import EventStream, answer
 
 COMPILE_TIMEOUT_S = 5
+SHORT_BYTES = 4096
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 def service_of(request: Request) -> Service:
@@ -74,7 +78,18 @@ async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
     if served.loaded.chat is None:
         text = f"{served.name} has no chat template; use /v1/completions"
         raise ApiError(400, text, param="messages", code="no_chat_template")
-    return await asyncio.to_thread(served.loaded.chat.render, chat.as_prompt())
+    conversation = chat.as_prompt()
+    return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation)
+
+
+async def aside(length: int, work: Callable[..., T], *arguments: Any) -> T:
+    """Do `work` on a text of about `length` bytes: in another thread, unless it is short.
+
+    With all cores busy, a thread may begin milliseconds late, which is longer than short work takes.
+    """
+    if length <= SHORT_BYTES:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Response:

@@ -8,33 +8,37 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.cache.identity import identity_of
+from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
 from engine.embedded import model_path
 from engine.engine import Engine
-from engine.families.base import Model
 from engine.families.loader import Loaded, OpenedModel, open_model
+from engine.kv_pool import MIN_CONTEXT, PoolSize, written
 from engine.warm_up import warm_up
 from memory.checkpoint.checkpoint import name_of
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
+from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget, unused_gpus_notice
 from memory.planner.placement import Workload
-from quant.errors import ConfigError
+from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
-from server.serving.generation import Generation, Wakeups
+from server.serving.generation import Generation
+from server.serving.wakeups import Wakeups
 from server.settings import Settings
 
 log = logging.getLogger("loci")
 
-# Default: this many tokens, or fewer if the KV cache would take more than this share of free memory.
+# Tokens of a sequence that is neither short nor long.
 DEFAULT_CONTEXT = 8192
-MIN_CONTEXT = 512
+# The KV pool's share of the memory that weights leave free, and of GPUs' memory.
 KV_SHARE = 0.25
+KV_SHARE_OF_GPUS = 0.1
 # The prefix cache's share of the memory left by weights and KV cache.
 PREFIX_SHARE = 0.1
 
@@ -67,6 +71,7 @@ class Prepared:
     opened: OpenedModel
     budget: MemoryBudget
     prefix_bytes: int | None
+    kv_bytes: int | None
     free_bytes: int
 
 
@@ -79,14 +84,13 @@ def prepare(settings: Settings) -> Prepared:
     name = settings.served_model_name or name_of(path)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
-    workload = Workload(
-        settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
-    )
+    kv_bytes = None if settings.kv_budget is None else parse_bytes(settings.kv_budget)
     if notice := unused_gpus_notice(settings.devices):
         log.warning("%s", notice)
-    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
+    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
-    return Prepared(settings, name, opened, budget, prefix_bytes, free_bytes)
+    budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
+    return Prepared(settings, name, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
 
 def bring_up(prepared: Prepared) -> Served:
@@ -96,12 +100,15 @@ def bring_up(prepared: Prepared) -> Served:
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
         warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
-    context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
+    context = settings.max_model_len or loaded.model.info.max_context
+    kv_bytes = prepared.kv_bytes
+    if kv_bytes is None:
+        kv_bytes = int(available_memory_bytes() * KV_SHARE)
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.
         elsewhere = {gpu.name for gpu in budget.gpus if not gpu.is_virtual}
         weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
-        kv = loaded.model.cache_bytes(settings.max_num_seqs, context)
+        kv = min(loaded.model.cache_bytes(settings.max_num_seqs, context), kv_bytes)
         left = min(prepared.free_bytes - weights - kv, available_memory_bytes())
         prefix_bytes = max(0, int(left * PREFIX_SHARE))
     engine = Engine(
@@ -109,23 +116,55 @@ def bring_up(prepared: Prepared) -> Served:
         loaded.tokenizer,
         max_sequences=settings.max_num_seqs,
         max_context=context,
+        pool=PoolSize(kv_bytes, prepared.kv_bytes is not None, settings.max_model_len is None),
         prefill_chunk=settings.prefill_chunk,
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
     )
+    log.info("%s", _about(engine, context))
     engine.start()
     return Served(prepared.name, loaded, engine)
 
 
-def _modest_context(model: Model, sequences: int) -> int:
-    """The default context length: DEFAULT_CONTEXT, halved until the KV cache fits its share."""
-    context = min(model.info.max_context, DEFAULT_CONTEXT)
-    room = available_memory_bytes() * KV_SHARE
-    while context > MIN_CONTEXT and model.cache_bytes(sequences, context) > room:
-        context //= 2
-    return context
+def _workload(
+    settings: Settings, opened: OpenedModel, budget: MemoryBudget, kv_bytes: int | None
+) -> Workload:
+    """What GPUs keep room for when the model is loaded. Raises BudgetError where `--kv-budget` has no room
+    for one sequence."""
+    context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
+    if not budget.gpus:
+        return Workload(context, sequences, settings.prefill_chunk)
+    shape = opened.family.shape(opened.checkpoint)
+
+    def nbytes(tokens: int) -> int:
+        return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+
+    room = kv_bytes
+    if room is None:
+        share = KV_SHARE_OF_GPUS * sum(gpu.budget_bytes for gpu in budget.gpus)
+        wanted = max(context, min(context, DEFAULT_CONTEXT) * sequences)
+        room = max(min(int(share), nbytes(wanted)), nbytes(settings.max_model_len or MIN_CONTEXT))
+    tokens = largest(lambda count: nbytes(count) <= room, sequences * context)
+    of_one = tokens if all(is_paged(gpu.device) for gpu in budget.gpus) else tokens // sequences
+    if settings.max_model_len is not None and of_one < context:
+        raise BudgetError(
+            f"a sequence of {context:,} tokens needs {nbytes(context) / 1e6:,.1f} MB of KV cache, but the "
+            f"pool has {room / 1e6:,.1f} MB: raise --kv-budget to {written(nbytes(context))}, or lower "
+            f"--max-model-len to {of_one}"
+        )
+    return Workload(min(context, of_one), sequences, settings.prefill_chunk, tokens)
+
+
+def _about(engine: Engine, wanted: int) -> str:
+    """The pool in a line; and what would help where it holds no sequence as long as wanted."""
+    pages, tokens, longest = engine.pool.cache.pages, engine.pool.tokens, engine.pool.context
+    text = f"KV pool: {pages.nbytes(tokens) / 1e6:,.1f} MB, {tokens:,} tokens in all"
+    text += f", up to {longest:,} in a sequence"
+    if longest < wanted:
+        text += f"; --kv-budget {written(pages.nbytes(wanted))} would hold the {wanted:,} that the model can"
+    return text
 
 
 def _parsed_prefix_cache(settings: Settings) -> int | None:
@@ -230,7 +269,7 @@ class Service:
     def new_generation(self) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
         if self._wakeups is None:
-            self._wakeups = Wakeups()
+            self._wakeups = Wakeups(self.settings.stream_interval_ms / 1000)
             self.served.engine.between_steps = self._wakeups.flush
         return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 
