@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from engine.cache.prefix import PrefixCache, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
-from engine.families.base import Model
+from engine.families.base import Model, PromptProducts
 from engine.grammar.constraint import GrammarCompiler
 from engine.kv_pool import WHOLE, PoolSize, new_pool
 from engine.output import FinishReason
@@ -76,8 +76,9 @@ class Engine:
     pool whose size is planned here. A step computes at most `prefill_chunk` tokens; while answers run,
     prompts get only what takes about `prefill_step_s`. Up to `max_waiting` more sequences are queued, further
     ones refused. The states of prompts and answers are cached for later prompts with the same beginning, in
-    up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. After each step,
-    whose outputs are reported one by one, the engine's thread calls `between_steps`.
+    up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where.
+    `prompt_products`: how prompts are multiplied, where not exactly. After each step, whose outputs are
+    reported one by one, the engine's thread calls `between_steps`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Engine:
         max_waiting: int = 256,
         prefix_cache_bytes: int = 0,
         on_disk: StatesOnDisk | None = None,
+        prompt_products: PromptProducts | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -108,7 +110,7 @@ class Engine:
         self._scheduler = Scheduler(
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
-        self._steps = Steps(model, self._cache, prefixes, self._scheduler, self._forget)
+        self._steps = Steps(model, self._cache, prefixes, self._scheduler, self._forget, prompt_products)
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -23,6 +24,9 @@ from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
+
+# A context in which a model's products are those of prompts (`Kernels.multiplying`).
+PromptProducts = Callable[[], AbstractContextManager[None]]
 
 
 class Segment(NamedTuple):

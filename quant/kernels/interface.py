@@ -35,9 +35,9 @@ class Kernels(LayerOperations, Protocol):
         ...
 
     def multiplying(self, products: Products) -> AbstractContextManager[None]:
-        """While it lasts, products with weights are `exact` (to float32) or `bf16`: activations are rounded to
-        bfloat16, and weights too that are not finer on purpose (float32). Either way a token's result depends on
-        itself alone. Recorded steps stay exact. Raises ConfigError where there are no such kernels."""
+        """While it lasts, products with weights are `exact` (to float32), or `bf16`: activations are rounded
+        to bfloat16, and weights too, but for float32 and float16. Either way, on processors, a token's result
+        depends on itself alone. Raises ConfigError where there are no such kernels."""
         ...
 
     def prepare(self, weight: Weight) -> Weight:

@@ -84,9 +84,8 @@ def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 class NativeKernels(NativeLayers):
     """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
 
-    activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits, `bf16`
-    rounds activations and weights to bfloat16 (those in float32, float16 and formats without panels stay as they
-    are). Recorded steps are exact where these are `bf16`.
+    activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits. `bf16`
+    rounds them and weights to bfloat16; products with float32, float16 and formats without panels stay exact.
     Raises library.LibraryMissingError where the compiled part is missing, ConfigError for a level that the
     machine lacks, or bfloat16 products that it lacks.
     """
@@ -125,7 +124,7 @@ class NativeKernels(NativeLayers):
     def _set(self, activations: Activations) -> None:
         if activations == "bf16" and not self._library.loci_has_bf16(self._level):
             raise ConfigError(
-                f"bfloat16 products need a processor with AVX-512 BF16, and this one computes with {self.level}; "
+                f"bfloat16 products need a processor with AVX-512 BF16; this one computes with {self.level}: "
                 "use exact products"
             )
         self.activations: Activations = activations
@@ -150,7 +149,7 @@ class NativeKernels(NativeLayers):
             self._library.loci_run_program(
                 self._level,
                 self._threads(),
-                self.activations == "int8",
+                self._activations,
                 operations,
                 first,
                 len(operations),

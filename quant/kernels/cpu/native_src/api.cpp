@@ -92,9 +92,9 @@ EXPORT void loci_rms_norm(int threads, const float* x, const float* weight, int6
     rms_norm({kPortable, threads, false}, x, weight, rows, cols, eps, out);
 }
 
-EXPORT int64_t loci_run_program(int level, int threads, int int8, const Operation* operations, int64_t first,
+EXPORT int64_t loci_run_program(int level, int threads, int activations, const Operation* operations, int64_t first,
                                 int64_t count, const StepInput* step) {
-    return run_program({*level_at(level), threads, int8 != 0}, operations, first, count, *step);
+    return run_program(team_of(level, threads, activations), operations, first, count, *step);
 }
 
 EXPORT void loci_sinkhorn(float* matrices, int64_t count, int64_t n, int64_t iterations, float eps) {
