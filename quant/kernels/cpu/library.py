@@ -38,6 +38,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
     "loci_turns": (None, [Pointer, Pointer, Int64, Int64, Pointer]),
     "loci_attend": (None, [Int, Int, Pointer, Pointer]),
+    "loci_encode_rows": (None, [Int, Int, Pointer, Pointer, Int64, Pointer]),
     "loci_index_scores": (None, [Int, Int, Pointer, Pointer]),
     "loci_best_columns": (None, [Int, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_route": (None, [Int, Pointer, Pointer, Int64, Int64, Pointer, Pointer, Pointer]),

@@ -109,6 +109,10 @@ EXPORT void loci_attend(int level, int threads, const Attend* call, float* out) 
     attend({*level_at(level), threads, false}, *call, out);
 }
 
+EXPORT void loci_encode_rows(int level, int threads, const RowFormat* format, const float* x, int64_t n, uint8_t* out) {
+    encode_rows({*level_at(level), threads, false}, *format, x, n, out);
+}
+
 EXPORT void loci_index_scores(int level, int threads, const Index* call, float* out) {
     index_scores({*level_at(level), threads, false}, *call, out);
 }
