@@ -7,11 +7,14 @@ from functools import partial
 import pytest
 import torch
 
+from engine.cache.aside import Kept
 from engine.engine import Engine
 from engine.families.base import Batch, Model
 from engine.families.loader import Loaded, open_model
 from engine.families.registry import family_of
+from engine.kv_pool import WHOLE, PoolSize
 from engine.sampling.params import SamplingParams
+from engine.sequence import Sequence
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
@@ -55,7 +58,9 @@ def test_a_prompts_logits_do_not_depend_on_its_chunks(
     assert not torch.equal(exact, whole)
 
 
-def answers(model: Model, kernels: NativeKernels, *, together: int) -> list[list[int]]:
+def answers(
+    model: Model, kernels: NativeKernels, *, together: int, tokens: int = 20, pool: PoolSize = WHOLE
+) -> list[list[int]]:
     """Seeded answers to prompts that are computed in bfloat16, so many sequences at a time."""
     opened = open_model(golden_path("v41-a"))
     loaded = Loaded(model, opened.tokenizer, opened.chat, opened.components, opened.sampling)
@@ -64,6 +69,7 @@ def answers(model: Model, kernels: NativeKernels, *, together: int) -> list[list
         loaded.tokenizer,
         max_sequences=together,
         max_context=120,
+        pool=pool,
         prefill_chunk=64 if together == 1 else 9,
         prompt_products=partial(kernels.multiplying, "bf16"),
     )
@@ -72,7 +78,7 @@ def answers(model: Model, kernels: NativeKernels, *, together: int) -> list[list
         found = []
         for number in range(8):
             answer = Answer()
-            params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, seed=number)
+            params = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, seed=number)
             engine.submit([*IDS[: 5 + 6 * number], 9], params, answer)
             found.append(answer)
             if together == 1:
@@ -82,8 +88,27 @@ def answers(model: Model, kernels: NativeKernels, *, together: int) -> list[list
         engine.stop()
 
 
+@pytest.mark.slow
 def test_a_seeded_answer_is_the_same_beside_prompts_as_alone(model: Model, kernels: NativeKernels) -> None:
     assert answers(model, kernels, together=4) == answers(model, kernels, together=1)
+
+
+@pytest.mark.slow
+def test_an_answer_that_was_put_aside_and_is_computed_again_is_the_same(
+    model: Model, kernels: NativeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def put_aside(sequence: Sequence, kept: Kept | None) -> None:
+        held.append(sequence.generated)
+        original(sequence, kept)
+
+    original = Sequence.put_aside
+    monkeypatch.setattr(Sequence, "put_aside", put_aside)
+    short = PoolSize(model.new_cache(1, 120).pages.nbytes(160), is_given=True)
+    found = answers(model, kernels, together=4, tokens=60, pool=short)
+    assert found == answers(model, kernels, together=1, tokens=60)
+    assert any(held)  # it had an answer's tokens, too
 
 
 def test_a_machine_without_such_kernels_says_so_before_weights_are_read(
