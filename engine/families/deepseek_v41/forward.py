@@ -261,7 +261,7 @@ class DeepseekV41(StreamModel):
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
                 ops.prefetch(number, streams, mix.pre, None)
             x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
-            y = self._attention(ops, number, layer, x)
+            y = self._attend(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
 
@@ -276,6 +276,10 @@ class DeepseekV41(StreamModel):
         (x,) = ops.move(self.weights.norm.device, ops.read_streams(streams, pre))
         (logits,) = ops.linears(ops.norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head)
         return logits
+
+    def _attend(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
+        """Attention of all rows, `[rows, hidden]` to the same, whose buffers are those of some at a time."""
+        return ops.by_rows(lambda rows: self._attention(ops, number, layer, rows), x)
 
     def _attention(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """Sections 4.1 to 4.7, `[rows, hidden]` to the same."""
