@@ -17,10 +17,12 @@ from pydantic_settings import (
 )
 
 from quant.errors import ConfigError
+from quant.formats.kv import KvChoice
 from server.http.logs import LogFormat
 
 SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
 Experts = Literal["mxfp4", "nf4", "int4"]
+Products = Literal["exact", "bf16"]
 Overflow = Literal["cut", "refuse"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -89,6 +91,11 @@ class Settings(BaseSettings):
         "together, none of them later than this; the first one and the end of an answer are sent at once. "
         "0 sends tokens as they come.",
     )
+    prompt_products: Products = Field(
+        "exact",
+        description="How prompts are multiplied: exact, or bf16, with activations and weights rounded to "
+        "bfloat16: faster on processors that have AVX-512 with BF16. Answers are decoded exactly either way.",
+    )
     prefix_cache: str | None = Field(
         None,
         description="Memory for the prefix cache, e.g. 2GiB: prompts that begin like an earlier prompt or "
@@ -101,7 +108,13 @@ class Settings(BaseSettings):
         "private. Default: none.",
     )
     prefix_dir: Path | None = Field(
-        None, description="Directory of these states. Default: ~/.cache/loci/states."
+        None, description="Directory of states on disk. Default: ~/.cache/loci/states."
+    )
+    aside_disk: str | None = Field(
+        None,
+        description="Disk space for sequences that are put aside while the KV pool is short, e.g. 20GiB, in "
+        "files without a name in --prefix-dir, which are gone when the server ends. Default: none. They are "
+        "put aside in the prefix cache's memory; what finds no place is computed again.",
     )
     dram_budget: str | None = Field(
         None,
@@ -113,6 +126,11 @@ class Settings(BaseSettings):
         description="Format for routed experts that are stored in BF16, F16, F32 or FP8: mxfp4, nf4 or int4, "
         "four bits each. They are encoded once, when the model is first loaded, and kept in "
         "~/.cache/loci/experts. Default: as stored.",
+    )
+    kv_format: KvChoice = Field(
+        "auto",
+        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model was "
+        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32.",
     )
     devices: str | None = Field(
         None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -16,13 +17,18 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cache.pages import Pages
+from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
+from quant.formats.kv import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
+
+# A context in which a model's products are those of prompts (`Kernels.multiplying`).
+PromptProducts = Callable[[], AbstractContextManager[None]]
 
 
 class Segment(NamedTuple):
@@ -125,11 +131,14 @@ class KvCache(ABC):
     `margin` tokens. Rows take memory as their sequence grows.
 
     pages   of the rows that are appended
-    program  the recorded step that decodes with it; None where operations are started one by one
+    program  the recorded step that decodes with it; None where operations are started one by one, or several
+             devices have a part
+    step_parts  those of a step recorded on several devices, or on a GPU
     shares_logits  a forward's results need not be valid any longer than until the next one
     """
 
     program: Program | None = None
+    step_parts: Sequence[StepPart] = ()
     shares_logits: bool = False
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
@@ -208,6 +217,7 @@ class Model(ABC):
     """A loaded model: weights in place, ready to run batches."""
 
     info: ModelInfo
+    kv_format: KvFormat = "float32"  # of its caches
     keeps_whole_states = True  # also of sequences whose tokens are still to come
 
     def close(self) -> None:  # noqa: B027 - most models have nothing to close
@@ -279,14 +289,22 @@ class Family(ABC):
         Raises CheckpointError listing everything that is wrong.
         """
 
-    def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        """The checkpoint's shape for the planner, from its config and headers.
+    def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
+        """The formats that a cache of this model can be kept in, the default first."""
+        return ("float32",)
+
+    def kv_format(self, checkpoint: Checkpoint, asked: KvChoice) -> KvFormat:
+        """The one asked for. Raises ConfigError for one that this model cannot have."""
+        return resolve(asked, self.kv_formats(checkpoint), checkpoint.name)
+
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        """The checkpoint's shape for the planner, from its config and headers, with KV in this format.
 
         Raises ConfigError for a config that the family cannot run, and if it cannot be planned yet.
         """
         raise ConfigError(f"{checkpoint.path}: checkpoints of the {self.name} family cannot be planned yet")
 
-    def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
+    def config_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         """The planner's shape of what a config alone says: a checkpoint without tensors, its weights as
         released. Raises ConfigError for a config that the family cannot run, or if it needs headers."""
         raise ConfigError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 
-from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, SlotLayout, Weight
+from quant.formats.rows import RowFormat, Rows
+from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, Products, SlotLayout, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.packed import Format, PackedTensor
 
@@ -29,6 +31,13 @@ class DeviceKernels:
 
     def on(self, device: torch.device) -> Kernels:
         return self._gpus.get(device, self._host)
+
+    @contextmanager
+    def multiplying(self, products: Products) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kernels in (self._host, *self._gpus.values()):
+                stack.enter_context(kernels.multiplying(products))
+            yield
 
     def prepare(self, weight: Weight) -> Weight:
         return self._host.prepare(weight)
@@ -95,11 +104,14 @@ class DeviceKernels:
     ) -> torch.Tensor:
         return self.on(streams.device).engram_gates(streams, qk, keys, eps)
 
+    def encode_rows(self, x: torch.Tensor, form: RowFormat | None) -> Rows:
+        return self.on(x.device).encode_rows(x, form)
+
     def index_scores(
         self,
         queries: torch.Tensor,
         weights: torch.Tensor,
-        keys: torch.Tensor,
+        keys: Rows,
         visible: torch.Tensor,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -128,25 +140,25 @@ class DeviceKernels:
     def attend(
         self,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Rows,
+        values: Rows,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.on(q.device).attend(q, keys, values, window, sinks)
 
     def attend_chosen(
-        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+        self, q: torch.Tensor, rows: Rows, chosen: torch.Tensor, value_dim: int
     ) -> torch.Tensor:
         return self.on(q.device).attend_chosen(q, rows, chosen, value_dim)
 
     def attend_sparse(
         self,
         q: torch.Tensor,
-        window_kv: torch.Tensor,
+        window_kv: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None = None,
+        compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.on(q.device).attend_sparse(q, window_kv, sink, window, compressed, entries)

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import Devices, DramBudget, ExpertsFormat, OptionalNamedModel
+from server.cli.arguments import Devices, DramBudget, ExpertsFormat, KvFormatOption, OptionalNamedModel
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engine.families.base import Component
     from engine.families.loader import OpenedModel
+    from engine.program_report import StepPart
     from memory.planner.budget import MemoryBudget
 
 # Loading maps files and then touches every weight once; up to here that takes seconds.
@@ -48,6 +51,7 @@ def info(
         ),
     ] = False,
     experts: ExpertsFormat = None,
+    kv_format: KvFormatOption = "auto",
     devices: Devices = None,
     dram_budget: DramBudget = None,
 ) -> None:
@@ -63,19 +67,20 @@ def info(
 
     with headers_of(model) as path:
         found = open_model(path, experts=experts)
+    form = found.family.kv_format(found.checkpoint, kv_format)
     about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
     print(f"{about.name}: family {about.family}, {_count(parameters)} parameters, {bytes_text(total)}")
-    print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens")
+    print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens, KV in {form}")
     print()
     _print_components(components)
     if not is_here(model):
         print(f"\nNot on this machine; `loci pull {model}` downloads it.")
     elif program:
-        _print_program(found, MemoryBudget.of_this_machine(dram_budget, devices))
+        _print_program(found, MemoryBudget.of_this_machine(dram_budget, devices, kv_format=form))
     elif total <= LOADED_UNASKED_BYTES if load is None else load:
-        _print_memory(found, MemoryBudget.of_this_machine())
+        _print_memory(found, MemoryBudget.of_this_machine(kv_format=form))
     else:
         print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
 
@@ -124,8 +129,12 @@ def _print_program(opened: OpenedModel, budget: MemoryBudget) -> None:
     from server.serving.service import DEFAULT_CONTEXT
 
     model = opened.load(budget).model
-    recorded = model.new_cache(1, min(model.info.max_context, DEFAULT_CONTEXT)).program
+    cache = model.new_cache(1, min(model.info.max_context, DEFAULT_CONTEXT))
+    recorded = cache.program
     print()
+    if cache.step_parts:
+        _print_parts(cache.step_parts)
+        return
     if recorded is None:
         print("The decode step is not recorded: operations are started one by one.")
         return
@@ -145,6 +154,27 @@ def _print_program(opened: OpenedModel, budget: MemoryBudget) -> None:
         right=(1, 2, 3),
     )
     print("\nA hand-over is skipped unless bytes must arrive first.")
+
+
+def _print_parts(parts: Sequence[StepPart]) -> None:
+    """What each device does in a step that several have a part in."""
+    print("A decode step is recorded for each device; those that help another run at the same time as it.\n")
+    print_table(
+        ["device", "computes", "layers", "kernels each", "hand-overs each", "answers of GPUs each"],
+        [
+            (
+                part.device,
+                "layers" if part.helps is None else f"experts for {part.helps}",
+                name,
+                "" if work.launches is None else str(work.launches),
+                str(work.hand_overs),
+                str(work.exchanges),
+            )
+            for part in parts
+            for name, work in part.kinds()
+        ],
+        right=(3, 4, 5),
+    )
 
 
 def _count(number: int) -> str:

@@ -88,8 +88,8 @@ class Generation:
         self._inbox.append((index, output))
         is_first, is_last = output.cached_tokens is not None, output.finish_reason is not None
         self._wakeups.add(self._arrived, at_once=is_first or is_last)
-        if is_last:
-            self._wakeups.flush()  # what the engine does with its state is nothing to wait for
+        if is_first or is_last:
+            self._wakeups.flush()  # what the engine does with the state now is nothing to wait for
 
     def _expire(self, timeout_s: float) -> None:
         message = f"the request took longer than {timeout_s:g} s and was ended; ask for fewer tokens"

@@ -28,9 +28,9 @@ from server.serving.service import Served, Service
 from server.serving.streaming import EventStream, answer
 
 COMPILE_TIMEOUT_S = 5
+SHORT_BYTES = 4096
 MAX_REPORTED = 100  # clients choose what stands in these lines
 log = logging.getLogger("loci")
-SHORT_BYTES = 4096
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
 from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
@@ -104,6 +105,8 @@ def prepare(settings: Settings) -> Prepared:
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
+    kv_format = opened.family.kv_format(opened.checkpoint, settings.kv_format)
+    budget = replace(budget, kv_format=kv_format)
     budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
     return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
@@ -111,7 +114,7 @@ def prepare(settings: Settings) -> Prepared:
 def bring_up(prepared: Prepared) -> Served:
     """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
     settings, budget, prefix_bytes = prepared.settings, prepared.budget, prepared.prefix_bytes
-    loaded = prepared.opened.load(budget)
+    loaded = prepared.opened.load(budget, settings.prompt_products)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
         warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
@@ -137,6 +140,8 @@ def bring_up(prepared: Prepared) -> Served:
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
+        aside=_aside_on_disk(settings),
+        prompt_products=loaded.prompt_products,
     )
     log.info("%s", _about(engine, context))
     engine.start()
@@ -153,7 +158,7 @@ def _workload(
     context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
     if not budget.gpus:
         return Workload(context, sequences, settings.prefill_chunk)
-    shape = opened.family.shape(opened.checkpoint)
+    shape = opened.family.shape(opened.checkpoint, budget.kv_format)
 
     def nbytes(tokens: int) -> int:
         return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
@@ -202,9 +207,16 @@ def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | Non
     return StatesOnDisk(
         settings.prefix_dir or states_folder(),
         parse_bytes(settings.prefix_disk),
-        identity_of(prepared.opened.checkpoint, prepared.budget),
+        identity_of(prepared.opened.checkpoint, prepared.budget, settings.prompt_products),
         prepared.names[0],
     )
+
+
+def _aside_on_disk(settings: Settings) -> AsideOnDisk | None:
+    """Where sequences are put aside on disk, if anywhere. Raises ConfigError."""
+    if settings.aside_disk is None or settings.aside_disk.strip() == "0":
+        return None
+    return AsideOnDisk(settings.prefix_dir or states_folder(), parse_bytes(settings.aside_disk))
 
 
 class Service:

@@ -29,6 +29,7 @@ from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
 from quant.errors import FormatError
+from quant.formats.kv import KvFormat, v41_rows
 from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
@@ -68,8 +69,10 @@ class DeepseekV41(StreamModel):
         token_map: torch.Tensor,
         kernels: Kernels,
         hashing: EngramHash | None,
+        kv_format: KvFormat,
     ) -> None:
         super().__init__(config, info, weights, kernels)
+        self.kv_format = kv_format
         self.token_map = token_map
         self._token_keys = token_map.numpy()
         self.keeps_whole_states = config.first_tail_layer >= config.num_hidden_layers
@@ -88,6 +91,7 @@ class DeepseekV41(StreamModel):
             history_pad=int(token_map[config.engram_pad_token_id]) if config.engram_layer_ids else 0,
             margin=KV_MARGIN,
             devices=tuple(layer.device for layer in weights.layers),
+            rows=v41_rows(kv_format, config.head_dim, config.qk_rope_head_dim, config.index_head_dim),
         )
 
     def close(self) -> None:
@@ -113,6 +117,7 @@ class DeepseekV41(StreamModel):
         elif self._is_on_gpus:
             cache.decoder, nbytes = self._record_on_gpus(cache)
             cache.on_host = nbytes[HOST]
+            cache.step_parts = [] if cache.decoder is None else cache.decoder.parts()
         return cache
 
     def _arena_bytes(self, capacity: int) -> int:
@@ -158,7 +163,8 @@ class DeepseekV41(StreamModel):
             assert recorder is not None
             return recorder
 
-        from engine.families.deepseek_v41.on_gpus import V41OnGpus, coordinator_of
+        from engine.families.deepseek_v41.answers import coordinator_of
+        from engine.families.deepseek_v41.on_gpus import V41OnGpus
 
         if self._coordinator is None:
             self._coordinator = coordinator_of(self.parts)
@@ -196,6 +202,8 @@ class DeepseekV41(StreamModel):
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
         decoder = cache.decoder
+        if decoder is not None and not isinstance(decoder, V41Recorded):
+            decoder.check()
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
             return self._replay(decoder, batch, cache)
         return self._compute(batch, cache, trace or NO_TRACE)
@@ -257,7 +265,7 @@ class DeepseekV41(StreamModel):
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
                 ops.prefetch(number, streams, mix.pre, None)
             x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
-            y = self._attention(ops, number, layer, x)
+            y = self._attend(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
 
@@ -272,6 +280,10 @@ class DeepseekV41(StreamModel):
         (x,) = ops.move(self.weights.norm.device, ops.read_streams(streams, pre))
         (logits,) = ops.linears(ops.norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head)
         return logits
+
+    def _attend(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
+        """Attention of all rows, `[rows, hidden]` to the same, whose buffers are those of some at a time."""
+        return ops.by_rows(lambda rows: self._attention(ops, number, layer, rows), x)
 
     def _attention(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """Sections 4.1 to 4.7, `[rows, hidden]` to the same."""
