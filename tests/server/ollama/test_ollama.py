@@ -61,7 +61,8 @@ def test_a_text_is_answered_or_continued(http: httpx.Client) -> None:
 
 @pytest.mark.slow
 def test_the_format_binds_the_answer(http: httpx.Client) -> None:
-    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}
+    properties = {"a": {"enum": [1]}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
 
     answer = http.post("/api/chat", json=CHAT | {"format": schema, "stream": False, "options": {}}).json()
 
