@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -97,7 +98,8 @@ async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
         text = f"{served.name} has no chat template; use /v1/completions"
         raise ApiError(400, text, param="messages", code="no_chat_template")
     conversation = chat.as_prompt()
-    return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation)
+    foresee = partial(served.engine.foresee, chat.cache_salt or "")
+    return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation, foresee)
 
 
 async def aside(length: int, work: Callable[..., T], *arguments: Any) -> T:
