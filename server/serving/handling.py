@@ -146,7 +146,9 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
             account.spend(reply.counts.prompt, reply.counts.generated)
 
     if is_stream:
-        return EventStream(reply.events(generation), reply.last, reply.failure, close)
+        return EventStream(
+            reply.events(generation), reply.last, reply.failure, partial(reply.pulse, generation), close
+        )
     result = await answer(request, reply.whole(generation), close)
     return result if isinstance(result, Response) else JSONResponse(result)
 
