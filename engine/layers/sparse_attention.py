@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.formats.rows import Rows
 from quant.kernels.interface import Kernels
 
 # Products of index queries and keys that are made at a time: 64 MB, where they are all kept.
@@ -57,7 +58,7 @@ def select_entries(
     kernels: Kernels,
     queries: torch.Tensor,
     weights: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Rows,
     visible: torch.Tensor,
     top_k: int,
     pool: CandidatePool | None = None,
@@ -78,7 +79,7 @@ def select_entries(
 
 
 def choose_tokens(
-    kernels: Kernels, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
+    kernels: Kernels, queries: torch.Tensor, weights: torch.Tensor, keys: Rows, top_k: int
 ) -> torch.Tensor:
     """The `top_k` tokens that each of the last `L` scores best among itself and those before it: `[L, top_k]`
     int64, ascending, -1 behind.

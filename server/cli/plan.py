@@ -11,7 +11,8 @@ import typer
 
 from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
-from server.cli.arguments import ExpertsFormat, complete_model
+from quant.formats.kv import KvChoice
+from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
 from server.cli.plan_report import DEFAULT_BATCH, DEFAULT_CHUNK, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1, max=4096)] = DEFAULT_BATCH,
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step.", min=1)] = DEFAULT_CHUNK,
     experts: ExpertsFormat = None,
+    kv_format: KvFormatOption = "auto",
     devices: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +76,7 @@ def plan(
     from memory.planner.placement import plan as make_plan
     from memory.planner.routing import of_trace
 
-    shape = _shape(model, experts)
+    shape = _shape(model, experts, kv_format)
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
@@ -90,7 +92,7 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _shape(model: str, experts: str | None) -> ModelShape:
+def _shape(model: str, experts: str | None, kv_format: KvChoice) -> ModelShape:
     from engine.families.released import NAMES, released_shape
 
     if model.endswith(".json") and Path(model).is_file():
@@ -98,16 +100,16 @@ def _shape(model: str, experts: str | None) -> ModelShape:
         from memory.checkpoint.safetensors_files import read_json
 
         config = Path(model)
-        return config_shape(read_json(config), config.resolve().parent.name, experts)
+        return config_shape(read_json(config), config.resolve().parent.name, experts, kv_format)
     if model in NAMES and not Path(model).exists():
-        return released_shape(model, experts)
+        return released_shape(model, experts, kv_format)
     if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
         from engine.families.shapes import shape_of
         from server.cli.fetch import headers_of
 
         with headers_of(model) as path:
-            return shape_of(open_model(path, experts=experts).checkpoint)
+            return shape_of(open_model(path, experts=experts).checkpoint, kv_format)
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 

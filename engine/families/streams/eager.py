@@ -13,11 +13,12 @@ from engine.layers.eager import EagerBasics
 from engine.layers.hyper_connections import HyperConnection
 from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts
+from quant.formats.rows import Rows
 from quant.kernels.interface import Kernels, Weight
 
 # What a segment (its number, itself, its rows) attends to: latents of its window `[n + L, dim]`, and perhaps
 # compressed entries `[G, dim]` with those that each token sees `[L, k]`, -1 for none.
-Seen = Callable[[int, Segment, slice], tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]
+Seen = Callable[[int, Segment, slice], tuple[Rows, Rows | None, torch.Tensor | None]]
 
 
 class EagerStreams(EagerBasics):
