@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import ConfigError
-from server.cli.arguments import DramBudget, JsonFile, OptionalModel, can_be_written
+from server.cli.arguments import DramBudget, JsonFile, KvFormatOption, OptionalModel, can_be_written
 from server.cli.bench.figures import print_figures
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
@@ -40,6 +40,7 @@ def context(
         int, typer.Option(min=0, help="Depth up to which prefill is measured.")
     ] = QUARTER,
     dram_budget: DramBudget = None,
+    kv_format: KvFormatOption = "auto",
     json_file: JsonFile = None,
     plot: Annotated[
         Path | None,
@@ -58,7 +59,7 @@ def context(
     Example: loci bench context ./slice --json context.json --plot context.png
     """
     from engine.bench.context import WARM_STEPS, run_context
-    from engine.families.loader import load
+    from engine.families.loader import open_model
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import write_results
     from memory.planner.budget import MemoryBudget
@@ -66,7 +67,9 @@ def context(
     assert model is not None
     if plot is not None:
         _matplotlib()
-    loaded = load(model, MemoryBudget.of_this_machine(dram_budget))
+    opened = open_model(model)
+    form = opened.family.kv_format(opened.checkpoint, kv_format)
+    loaded = opened.load(MemoryBudget.of_this_machine(dram_budget, kv_format=form))
     try:
         most = loaded.model.info.max_context - chunk - WARM_STEPS - steps
         asked = _parsed(depths) if depths is not None else _default_depths(most)
@@ -81,7 +84,7 @@ def context(
             )
     finally:
         loaded.model.close()
-    _print_depths(run)
+    _print_depths(run, form)
     figures = _figures(run)
     print()
     print_figures("context", figures)
@@ -159,7 +162,7 @@ def _by_depth(run: ContextRun) -> list[Result]:
     return found
 
 
-def _print_depths(run: ContextRun) -> None:
+def _print_depths(run: ContextRun, kv_format: str) -> None:
     first = run.depths[0]
     print_table(
         ["depth", "its rows", "decode ms", "", "prefill tokens/s", "", "KV", "planned", "taken"],
@@ -179,7 +182,9 @@ def _print_depths(run: ContextRun) -> None:
         ],
         right=(0, 2, 3, 4, 5, 6, 7, 8),
     )
-    print(f"prefill in chunks of {run.chunk}; planned: KV of that depth, and what does not grow")
+    print(
+        f"KV as {kv_format}; prefill in chunks of {run.chunk}; planned: KV of that depth, and what does not grow"
+    )
 
 
 def _matplotlib() -> None:
