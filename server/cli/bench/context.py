@@ -182,9 +182,8 @@ def _print_depths(run: ContextRun, kv_format: str) -> None:
         ],
         right=(0, 2, 3, 4, 5, 6, 7, 8),
     )
-    print(
-        f"KV as {kv_format}; prefill in chunks of {run.chunk}; planned: KV of that depth, and what does not grow"
-    )
+    print(f"KV in {kv_format}; prefill in chunks of {run.chunk}")
+    print("planned: KV of that depth, and what does not grow")
 
 
 def _matplotlib() -> None:
