@@ -17,6 +17,7 @@ from quant.errors import ConfigError
 SEED = 0
 WARM_STEPS = 2
 PREFILLS = 3
+TOLD = 16 << 20  # bytes
 MUCH = 1 << 20  # of the prompt is still to come where prefill is measured
 
 
@@ -55,6 +56,16 @@ class ContextRun:
     def at(self, tokens: int) -> Depth | None:
         """The run at a depth."""
         return next((depth for depth in self.depths if depth.tokens == tokens), None)
+
+    @property
+    def growth_of_plan(self) -> float | None:
+        """What the process took more at the deepest than at the depth before, by what was planned: the work
+        space of steps is there at both. None where that is too little to be told from other things."""
+        if len(self.depths) < 2:
+            return None
+        before, last = self.depths[-2:]
+        planned = last.planned_bytes - before.planned_bytes
+        return None if planned < TOLD else (last.grown_bytes - before.grown_bytes) / planned
 
     def decode_ratio(self, deep: int, base: int) -> float | None:
         """How much longer a token takes at one depth than at another."""
