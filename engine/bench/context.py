@@ -112,7 +112,7 @@ def run_context(
     fixed = cache.nbytes - pages.nbytes(last)
     for number, depth in enumerate(depths):
         if depth > base:
-            _repeat(cache, base, depth)
+            repeat_rows(cache, base, depth)
         prefill_s = None
         if depth <= deepest_prefill:
             prefill_s = _timed_prefill(model, cache, depth, ids[depth : depth + chunk])
@@ -136,14 +136,14 @@ def _amid(start: int, ids: list[int], to_come: int) -> Batch:
     return Batch(ids, (Segment(0, start, len(ids)),), [], (to_come,))
 
 
-def _repeat(cache: KvCache, base: int, depth: int) -> None:
-    """Give the slot, of which `base` tokens were computed, a state of `depth` tokens."""
-    cache.pages.hold(0, depth)
-    for ratio, view in cache.appended(0):
+def repeat_rows(cache: KvCache, base: int, depth: int, slot: int = 0) -> None:
+    """Give a slot, of which `base` tokens were computed, a state of `depth`: their rows over and over."""
+    cache.pages.hold(slot, depth)
+    for ratio, view in cache.appended(slot):
         rows, stop = base // ratio, depth // ratio
         for at in range(rows, stop, max(rows, 1)):
             view[at : min(at + rows, stop)] = view[: min(rows, stop - at)]
-    cache.resume(0, depth, depth)
+    cache.resume(slot, depth, depth)
 
 
 def _timed_prefill(model: Model, cache: KvCache, depth: int, ids: list[int]) -> float:
