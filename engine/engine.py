@@ -13,10 +13,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
+from engine.cache.aside import Aside, AsideOnDisk, AsideStats
 from engine.cache.prefix import PrefixCache, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
-from engine.families.base import KvCache, Model
+from engine.families.base import Model
 from engine.grammar.constraint import GrammarCompiler
+from engine.kv_pool import WHOLE, PoolSize, new_pool
 from engine.output import FinishReason
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import Sampler
@@ -25,8 +27,7 @@ from engine.sequence import OnOutput, Sequence
 from engine.steps import Steps
 from engine.tokenizer.detokenizer import Detokenizer
 from engine.tokenizer.tokenizer import Tokenizer
-from memory.hardware.detect import available_memory_bytes
-from quant.errors import BudgetError, CapacityError, RequestError
+from quant.errors import CapacityError, RequestError
 
 logger = logging.getLogger("loci.engine")
 
@@ -39,7 +40,9 @@ class EngineStats:
     """A snapshot for metrics; prompt_tokens, generated_tokens, steps and seconds only grow.
 
     step_s is the time spent in steps, forward_s the model's part of it. is_failing: the last step failed its
-    requests through no fault of theirs.
+    requests through no fault of theirs. kv_bytes may be taken in all, programs and what does not grow
+    included; kv_taken are the bytes of rows that each slot has now, of kv_budget_bytes, and kv_peak_bytes
+    the most that they had together.
     """
 
     running: int
@@ -55,6 +58,11 @@ class EngineStats:
     prefixes: PrefixStats | None = None
     stored: StoredStats | None = None
     is_failing: bool = False
+    kv_taken: tuple[int, ...] = ()
+    kv_peak_bytes: int = 0
+    kv_budget_bytes: int | None = None
+    sequences_aside: int = 0
+    aside: AsideStats | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,14 @@ class Submission:
 class Engine:
     """Runs sequences on a model. Thread-safe: submit and abort may be called from any thread.
 
-    Up to max_sequences run at once, each of at most `max_context` tokens (prompt and answer); the cache
-    for them is allocated here. A step computes at most `prefill_chunk` tokens; while answers run, prompts get
-    only what takes about `prefill_step_s`. Up to `max_waiting` more sequences are queued, further ones
-    refused. The states of prompts and answers are cached for later prompts with the same beginning, in up to
-    `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. After each step, whose
-    outputs are reported one by one, the engine's thread calls `between_steps`.
+    Up to max_sequences run at once, each of at most `max_context` tokens (prompt and answer), with KV from a
+    pool whose size is planned here. A step computes at most `prefill_chunk` tokens; while answers run,
+    prompts get only what takes about `prefill_step_s`. Up to `max_waiting` more sequences are queued, further
+    ones refused. The states of prompts and answers are cached for later prompts with the same beginning, in
+    up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. While the pool is
+    short, the youngest sequence is put aside: in that memory, or to disk if `aside` says where; with neither,
+    it is computed again. After each step, whose outputs are reported one by one, the engine's thread calls
+    `between_steps`.
     """
 
     def __init__(
@@ -82,18 +92,21 @@ class Engine:
         *,
         max_sequences: int,
         max_context: int,
+        pool: PoolSize = WHOLE,
         prefill_chunk: int = 512,
         prefill_step_s: float = math.inf,
         max_waiting: int = 256,
         prefix_cache_bytes: int = 0,
         on_disk: StatesOnDisk | None = None,
+        aside: AsideOnDisk | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, model.info.eos_token_ids, model.info.vocab_size)
-        self._max_context = min(max_context, model.info.max_context)
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
-        self._cache = _allocate_cache(model, max_sequences, self._max_context, prefix_cache_bytes)
+        context = min(max_context, model.info.max_context)
+        self.pool = new_pool(model, max_sequences, context, pool, prefix_cache_bytes)
+        self._cache, self._max_context = self.pool.cache, self.pool.context
         pending = int(prefix_cache_bytes * PENDING_SHARE) if on_disk is not None else 0
         self._stored = None if on_disk is None else StoredStates(self._cache, on_disk, pending)
         in_memory = prefix_cache_bytes - pending
@@ -101,7 +114,8 @@ class Engine:
         self._scheduler = Scheduler(
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
-        self._steps = Steps(model, self._cache, prefixes, self._scheduler, self._forget)
+        places = Aside(self._cache, prefixes, aside)
+        self._steps = Steps(model, self._cache, prefixes, places, self._scheduler, self._forget)
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []
@@ -197,21 +211,26 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Current counters and gauges."""
-        running, steps = list(self._scheduler.running), self._steps
+        running, waiting, steps = list(self._scheduler.running), list(self._scheduler.waiting), self._steps
         return EngineStats(
             running=len(running),
-            waiting=len(self._scheduler.waiting) + len(self._submitted),
+            waiting=len(waiting) + len(self._submitted),
             prompt_tokens=steps.prompt_tokens,
             generated_tokens=steps.generated_tokens,
             steps=steps.count,
             kv_tokens_used=sum(s.computed for s in running),
-            kv_tokens_capacity=self._cache.slots * self._cache.capacity,
+            kv_tokens_capacity=self.pool.tokens,
             kv_bytes=self._cache.nbytes,
+            kv_taken=self._cache.pages.of_slots(),
+            kv_peak_bytes=self._cache.pages.peak_bytes,
+            kv_budget_bytes=self._cache.pages.budget_bytes,
             step_s=steps.step_s,
             forward_s=steps.forward_s,
             prefixes=None if steps.prefixes is None else steps.prefixes.stats,
             stored=None if self._stored is None else self._stored.stats,
             is_failing=steps.is_failing,
+            sequences_aside=sum(sequence.was_aside for sequence in waiting),
+            aside=steps.aside.stats,
         )
 
     def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
@@ -284,17 +303,3 @@ class Engine:
 
 def _nothing() -> None:
     pass
-
-
-def _allocate_cache(model: Model, slots: int, capacity: int, prefix_bytes: int) -> KvCache:
-    """The cache for `slots` sequences, leaving room for the prefix cache. Raises BudgetError."""
-    needed, available = model.cache_bytes(slots, capacity), available_memory_bytes()
-    if needed + prefix_bytes > available:
-        raise BudgetError(
-            f"the KV cache of {slots} sequences of {capacity} tokens needs {needed / 1e9:.1f} GB and the "
-            f"prefix cache {prefix_bytes / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory is "
-            "free; lower --max-model-len, --max-num-seqs or --prefix-cache"
-        )
-    cache = model.new_cache(slots, capacity)
-    cache.shares_logits = True  # a step's tokens are sampled before the next one begins
-    return cache

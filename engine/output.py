@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import NamedTuple
 
 
@@ -53,22 +55,32 @@ class Output(NamedTuple):
     cached_tokens: int | None = None
     special_ranges: tuple[tuple[int, int], ...] | None = None
 
-    def joined(self, then: Output) -> Output:
-        """This output and the next one of the same sequence, merged."""
-        special = None
-        if self.special_ranges is not None and then.special_ranges is not None:
-            shift = len(self.text)
-            shifted = ((start + shift, end + shift) for start, end in then.special_ranges)
-            special = (*self.special_ranges, *shifted)
-        return Output(
-            text=self.text + then.text,
-            token_ids=self.token_ids + then.token_ids,
-            logprobs=self.logprobs + then.logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-            finish_reason=then.finish_reason,
-            error=then.error,
-            stop_match=then.stop_match,
-            queue_s=self.queue_s,
-            cached_tokens=self.cached_tokens,
-            special_ranges=special,
-        )
+
+def joined(outputs: Sequence[Output]) -> Output:
+    """Outputs of one sequence, which followed each other, as one."""
+    first, last = outputs[0], outputs[-1]
+    if first is last:
+        return first
+    return Output(
+        text="".join(output.text for output in outputs),
+        token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
+        logprobs=tuple(chain.from_iterable(output.logprobs for output in outputs)),
+        prompt_logprobs=first.prompt_logprobs,
+        finish_reason=last.finish_reason,
+        error=last.error,
+        stop_match=last.stop_match,
+        queue_s=first.queue_s,
+        cached_tokens=first.cached_tokens,
+        special_ranges=_joined_ranges(outputs),
+    )
+
+
+def _joined_ranges(outputs: Sequence[Output]) -> tuple[tuple[int, int], ...] | None:
+    ranges: list[tuple[int, int]] = []
+    before = 0  # characters
+    for output in outputs:
+        if output.special_ranges is None:
+            return None
+        ranges += ((before + start, before + end) for start, end in output.special_ranges)
+        before += len(output.text)
+    return tuple(ranges)

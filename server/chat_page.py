@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 
 router = APIRouter()
 
+_FOLDER = Path(__file__).with_name("web")
 # Looked up by name, so that no path of a request ever reaches the file system.
-_FILES = {path.name: path for path in Path(__file__).with_name("web").iterdir()}
+_FILES = {path.relative_to(_FOLDER).as_posix(): path for path in sorted(_FOLDER.rglob("*")) if path.is_file()}
 PAGE_PATHS = ("/", *(f"/web/{name}" for name in _FILES))
 
 _HEADERS = {
@@ -35,7 +36,7 @@ async def show_page() -> FileResponse:
     return _file("index.html")
 
 
-@router.get("/web/{name}")
+@router.get("/web/{name:path}")
 async def show_file(name: str) -> FileResponse:
     """A script, style sheet or image of the page."""
     return _file(name)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.cache.aside import AsideStats
 from engine.cache.stored_states import StoredStats
 from engine.engine import EngineStats
 from engine.families.base import Model
@@ -124,6 +125,7 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "loci_kv_tokens_capacity", "Capacity of the KV cache in tokens.", now.kv_tokens_capacity
         )
+        yield from _kv_bytes(now)
         prefixes = now.prefixes
         if prefixes is not None:
             for name, text, count in (
@@ -162,6 +164,39 @@ class _EngineCollector(Collector):
         yield experts
         if self._model.telemetry is not None:
             yield from _movements(self._model.telemetry.snapshot())
+
+
+def _kv_bytes(now: EngineStats) -> Iterator[Metric]:
+    """The pages of the KV pool."""
+    of_slots = GaugeMetricFamily(
+        "loci_kv_slot_bytes",
+        "Memory that the sequence in a slot has taken from the KV pool.",
+        labels=["slot"],
+    )
+    for slot, nbytes in enumerate(now.kv_taken):
+        of_slots.add_metric([str(slot)], nbytes)
+    yield of_slots
+    yield GaugeMetricFamily("loci_kv_bytes", "Memory taken from the KV pool.", sum(now.kv_taken))
+    yield GaugeMetricFamily(
+        "loci_kv_peak_bytes", "The most that was ever taken from the KV pool.", now.kv_peak_bytes
+    )
+    yield GaugeMetricFamily(
+        "loci_sequences_aside", "Waiting sequences that were put aside.", now.sequences_aside
+    )
+    aside = now.aside or AsideStats()
+    times = CounterMetricFamily(
+        "loci_put_aside",
+        "Sequences put aside while the KV pool was short, by where their state went (again: nowhere).",
+        labels=["place"],
+    )
+    held = GaugeMetricFamily("loci_aside_bytes", "States of sequences put aside.", labels=["place"])
+    for place, count in (("dram", aside.dram), ("disk", aside.disk), ("again", aside.again)):
+        times.add_metric([place], count)
+    held.add_metric(["dram"], aside.dram_bytes)
+    held.add_metric(["disk"], aside.disk_bytes)
+    yield from (times, held)
+    if now.kv_budget_bytes is not None:
+        yield GaugeMetricFamily("loci_kv_budget_bytes", "Size of the KV pool.", now.kv_budget_bytes)
 
 
 def _movements(seen: Snapshot) -> Iterator[Metric]:

@@ -20,8 +20,9 @@ from quant.errors import ConfigError
 from quant.formats.kv import KvChoice
 from server.http.logs import LogFormat
 
-SEVERAL = ("api_key", "allowed_hosts", "cors_origins")
+SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
 Experts = Literal["mxfp4", "nf4", "int4"]
+Overflow = Literal["cut", "refuse"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -40,16 +41,32 @@ class Settings(BaseSettings):
         description="Address to listen on; 0.0.0.0 accepts connections from the network, :: also over IPv6.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    served_model_name: str | None = Field(
-        None,
-        min_length=1,
-        description="Model name that clients use. Default: the name of the directory or file.",
+    served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Model name that clients use. For several, repeat the flag or separate them with commas: "
+        "answers carry the first. What was given as the model always answers too. Default: the name of the "
+        "directory or file.",
+    )
+    any_model: bool = Field(
+        False,
+        description="Answer to any model name, for clients that send names of their own vendor's models.",
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="Maximum tokens of a sequence, prompt and answer together. Memory for them is allocated "
-        "at startup. Default: the model's context length, at most 8192, less if memory is short.",
+        description="Maximum tokens of a sequence, prompt and answer together. Default: the model's context "
+        "length, or as much of it as the KV pool holds.",
+    )
+    kv_budget: str | None = Field(
+        None,
+        description="Memory for keys and values, e.g. 4GiB: the pool from which sequences take pages as they "
+        "grow. Default: a quarter of the memory that weights leave free; on GPUs a tenth of theirs, at most "
+        "what the longest sequence, or 8192 tokens of each, needs.",
+    )
+    max_tokens_overflow: Overflow = Field(
+        "cut",
+        description="What becomes of a max_tokens that does not fit into the context behind the prompt: cut "
+        "to what is left, or refuse. /v1/messages always refuses, in words that its clients understand.",
     )
     max_num_seqs: int = Field(
         8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
@@ -65,6 +82,14 @@ class Settings(BaseSettings):
         "chunks small enough for it (or for twice the time of a step without prompts, if that is longer). "
         "Larger values process prompts faster.",
     )
+    stream_interval_ms: float = Field(
+        10.0,
+        ge=0,
+        le=1000,
+        description="Shortest time between two events of a stream: tokens that come faster are sent "
+        "together, none of them later than this; the first one and the end of an answer are sent at once. "
+        "0 sends tokens as they come.",
+    )
     prefix_cache: str | None = Field(
         None,
         description="Memory for the prefix cache, e.g. 2GiB: prompts that begin like an earlier prompt or "
@@ -77,7 +102,13 @@ class Settings(BaseSettings):
         "private. Default: none.",
     )
     prefix_dir: Path | None = Field(
-        None, description="Directory of these states. Default: ~/.cache/loci/states."
+        None, description="Directory of states on disk. Default: ~/.cache/loci/states."
+    )
+    aside_disk: str | None = Field(
+        None,
+        description="Disk space for sequences that are put aside while the KV pool is short, e.g. 20GiB, in "
+        "files without a name in --prefix-dir, which are gone when the server ends. Default: none. They are "
+        "put aside in the prefix cache's memory; what finds no place is computed again.",
     )
     dram_budget: str | None = Field(
         None,

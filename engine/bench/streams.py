@@ -37,7 +37,7 @@ class Timeline:
 
     @property
     def itl_s(self) -> list[float]:
-        """Inter-token latencies: the gaps between pieces."""
+        """Inter-token latencies: the gaps between pieces, each of which may have several tokens."""
         return [later - earlier for earlier, later in itertools.pairwise(self.arrivals_s)]
 
     @property
@@ -67,9 +67,10 @@ def decode_rate(timelines: Sequence[Timeline]) -> float:
     ended = min(t.arrivals_s[-1] for t in timelines)
     if ended <= began:
         raise LociError("the streams did not run at the same time; let them generate more tokens")
-    # A piece may have several tokens, or none.
+    # A first token comes by itself; other pieces may have several, or none.
     tokens = (
-        t.tokens / len(t.arrivals_s) * sum(began < at <= ended for at in t.arrivals_s) for t in timelines
+        (t.tokens - 1) / (len(t.arrivals_s) - 1) * sum(began < at <= ended for at in t.arrivals_s[1:])
+        for t in timelines
     )
     return sum(tokens) / (ended - began)
 

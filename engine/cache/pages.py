@@ -7,7 +7,7 @@ strides. Memory is taken in pages, within a budget for each device, and counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -54,6 +54,15 @@ class _Rows:
         return len(self.runs[0]) * self.run_bytes(tokens)
 
 
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, where all smaller ones do; 0 where none does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 class Pages:
     """Pages of a cache of `slots` slots.
 
@@ -61,7 +70,7 @@ class Pages:
     """
 
     def __init__(self, slots: int) -> None:
-        self.budgets: Mapping[torch.device, int] | None = None
+        self.budgets: dict[torch.device, int] | None = None
         self._rows: list[_Rows] = []
         self._tokens = [0] * slots  # what each slot has pages for
         self._covered = [0] * slots  # up to this length no more are needed
@@ -100,6 +109,7 @@ class Pages:
     def hold(self, slot: int, tokens: int) -> None:
         """Take the pages that a sequence of so many tokens needs; those of slots without a sequence are given
         back first. Raises PoolShortError, and takes none, where the pool has too few."""
+        was_idle = slot in self._idle
         self._idle.pop(slot, None)
         if tokens <= self._covered[slot]:
             return
@@ -107,20 +117,13 @@ class Pages:
                 for device in self._taken}  # fmt: skip
         while not self._has(more):
             if not self._idle:
+                if was_idle:
+                    self._idle[slot] = None
                 raise PoolShortError(
                     f"the KV pool has no room for {tokens} tokens of a sequence now; it is {self._state()}"
                 )
             self._trim(next(iter(self._idle)), 0)
         self._resize(slot, tokens)
-
-    def has_room(self, tokens: int) -> bool:
-        """Whether a new sequence of so many tokens would fit now."""
-        idle = list(self._idle)
-        return self._has({
-            device: self.nbytes(tokens, device)
-            - sum(self.nbytes(self._tokens[slot], device) for slot in idle)
-            for device in self._taken
-        })  # fmt: skip
 
     def release(self, slot: int) -> None:
         """The slot's sequence has ended: give back its pages, but for a few (KEPT_TOKENS) that stay until
@@ -128,6 +131,10 @@ class Pages:
         self._trim(slot, KEPT_TOKENS)
         if self._tokens[slot]:
             self._idle[slot] = None
+
+    def of_slots(self) -> tuple[int, ...]:
+        """Bytes of each slot's pages."""
+        return tuple(map(self.nbytes, self._tokens))
 
     def held_bytes(self, slot: int) -> int:
         """Bytes of a slot's pages."""
@@ -164,22 +171,24 @@ class Pages:
         return self._largest(most, self.budgets or {})
 
     def fit(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
-        """Set the budgets to what one sequence of as many tokens as possible takes, `most` of them at most:
-        within `rooms` by device, and `total` bytes of all; returns the tokens."""
+        """Set the budgets to what as many tokens as possible take, `most` of them at most: within `rooms` by
+        device, and `total` bytes of all; returns the tokens. Where neither limits them, each slot may have
+        pages that are not full."""
         tokens = self._largest(most, rooms, total)
         self.budgets = {device: self.nbytes(tokens, device) for device in self._taken}
+        if total is None:
+            for rows in self._rows:
+                if rows.device not in rooms:
+                    unfilled = (len(rows.runs) - 1) * len(rows.runs[0]) * rows.space.page_bytes
+                    self.budgets[rows.device] += unfilled
         return tokens
 
     def _largest(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = all(self.nbytes(middle, device) <= room for device, room in rooms.items())
-            if fits and (total is None or self.nbytes(middle) <= total):
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        def fits(tokens: int) -> bool:
+            of_each = all(self.nbytes(tokens, device) <= room for device, room in rooms.items())
+            return of_each and (total is None or self.nbytes(tokens) <= total)
+
+        return largest(fits, most)
 
     def _has(self, more: Mapping[torch.device, int]) -> bool:
         return self.budgets is None or all(

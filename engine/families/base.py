@@ -7,7 +7,7 @@ its model types.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -102,6 +102,20 @@ class Component:
     format: str
     nbytes: int
     parameters: int
+
+
+@dataclass(frozen=True)
+class KvRooms:
+    """What was kept free for KV when a model was loaded; None where nothing limits it.
+
+    tokens     of all sequences together
+    longest    of one sequence
+    by_device  bytes for rows, of GPUs
+    """
+
+    tokens: int | None = None
+    longest: int | None = None
+    by_device: Mapping[torch.device, int] = field(default_factory=dict)
 
 
 class KvCache(ABC):
@@ -221,7 +235,11 @@ class Model(ABC):
 
     @abstractmethod
     def cache_bytes(self, slots: int, capacity: int) -> int:
-        """Bytes that `new_cache` would allocate in host memory."""
+        """Bytes that `new_cache` could take in host memory, were all slots full."""
+
+    def kv_rooms(self, slots: int) -> KvRooms:
+        """What was kept free for the KV of so many sequences."""
+        return KvRooms()
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 
+from engine.cache.pages import largest
+from engine.families.base import KvRooms
+from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Placement, embedding_fits, plan, recorded_bytes
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")
+NO_LIMIT = 1 << 40  # tokens
 LayerBytes = Callable[[int, int, int], int]  # of a layer's KV: (layer, slots, capacity)
 
 
@@ -46,16 +50,43 @@ class DensePlaces:
     tables_bytes: int
 
     def check_kv(self, slots: int, capacity: int, layer_bytes: LayerBytes) -> None:
-        """Raises BudgetError where a GPU's part of a cache is more than was kept free there when loading."""
-        needed: dict[str, int] = defaultdict(int)
-        for layer, tier in enumerate(self.tiers):
-            needed[tier] += layer_bytes(layer, slots, capacity)
+        """Raises BudgetError where a GPU's part of a cache is more than was kept free there when loading: one
+        whole sequence and what the others have at their beginning; all whole, where nothing grows."""
         for tier, room in self.kv_room.items():
-            if needed[tier] > room:
+            one = self._of_tier(tier, capacity, layer_bytes)
+            others = one if not self._grows(tier) else self._of_tier(tier, 0, layer_bytes)
+            if (needed := one + (slots - 1) * others) > room:
+                which = " of" if others == one else ", one of them of"
                 raise BudgetError(
-                    f"{tier}: the KV cache of {slots} sequences of {capacity} tokens needs "
-                    f"{needed[tier] / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
+                    f"{tier}: the KV cache of {slots} sequences{which} {capacity} tokens needs "
+                    f"{needed / 1e6:,.1f} MB, but only {room / 1e6:,.1f} MB was reserved for it"
                 )
+
+    def kv_rooms(self, slots: int, layer_bytes: LayerBytes) -> KvRooms:
+        """What was kept free for the KV of so many sequences."""
+        in_all, longest, by_device = NO_LIMIT, NO_LIMIT, {}
+        for tier, room in self.kv_room.items():
+            others = (slots - 1) * self._of_tier(tier, 0, layer_bytes)
+            device = self.layers[self.tiers.index(tier)]
+
+            def fits(tokens: int, tier: str = tier, room: int = room - others) -> bool:
+                return self._of_tier(tier, tokens, layer_bytes) <= room
+
+            tokens = largest(fits, NO_LIMIT)
+            in_all = min(in_all, tokens)
+            longest = min(longest, tokens if self._grows(tier) else tokens // slots)
+            if device != HOST:
+                by_device[device] = max(0, room - others - self._of_tier(tier, 0, layer_bytes))
+        if in_all == NO_LIMIT:
+            return KvRooms()
+        return KvRooms(in_all, longest, by_device)
+
+    def _of_tier(self, tier: str, tokens: int, layer_bytes: LayerBytes) -> int:
+        """Bytes of a sequence's KV in a tier."""
+        return sum(layer_bytes(n, 1, tokens) for n, at in enumerate(self.tiers) if at == tier)
+
+    def _grows(self, tier: str) -> bool:
+        return tier in self.tiers and is_paged(self.layers[self.tiers.index(tier)])
 
 
 def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:

@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 from memory.hardware.profiles import GpuSpec, HardwareProfile
-from memory.planner.shape import ModelShape
+from memory.planner.shape import KvShape, ModelShape
 
 NOWHERE = "nowhere"
 # A CUDA context with its libraries takes about half a gigabyte on each GPU.
@@ -37,11 +37,15 @@ HOT_ROWS_OF_DRAM = 0.05
 
 @dataclass(frozen=True)
 class Workload:
-    """The workload: `sequences` of up to `context` tokens; prompts in chunks."""
+    """The workload: `sequences` of up to `context` tokens; prompts in chunks.
+
+    kv_tokens  whose KV has room in all; None: all sequences may be as long as the context
+    """
 
     context: int
     sequences: int = 1
     prefill_chunk: int = 512
+    kv_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -262,7 +266,7 @@ def _put_head(room: _Room, shape: ModelShape, gpus: list[str]) -> None:
 
 def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[str]) -> None:
     """Consecutive layers to each GPU in proportion to its room, the rest to DRAM."""
-    kv = [workload.sequences * layer.kv.nbytes(workload.context) for layer in shape.layers]
+    kv = [_kv_bytes(layer.kv, workload) for layer in shape.layers]
     sizes = [
         layer.dense.nbytes + layer.decoded + layer.shared.nbytes + of_kv
         for layer, of_kv in zip(shape.layers, kv, strict=True)
@@ -288,6 +292,13 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[s
         for tier, nbytes in decoded.items()
         if nbytes
     ]
+
+
+def _kv_bytes(kv: KvShape, workload: Workload) -> int:
+    """Of a layer, for all sequences."""
+    if workload.kv_tokens is None:
+        return workload.sequences * kv.nbytes(workload.context)
+    return kv.nbytes(workload.kv_tokens) + (workload.sequences - 1) * kv.fixed_bytes
 
 
 def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:

@@ -54,10 +54,11 @@ def bind(host: str, port: int) -> Address:
     """
     asked_for = f"{_bracketed(host)}:{port}"
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        taken = socket.socket(family, kind)
+        # With its protocol: asyncio sends small pieces at once on sockets that are known to be TCP's.
+        taken = socket.socket(family, kind, protocol)
         try:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

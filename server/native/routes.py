@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,7 +14,7 @@ from server.http.errors import RETRY_AFTER_S, ApiError
 from server.native.requests import DetokenizeRequest, TokenizeRequest
 from server.openai.completion_requests import check_ids
 from server.openapi import document
-from server.serving.handling import owner_of, read_body, running_of, service_of
+from server.serving.handling import aside, owner_of, read_body, running_of, service_of
 from server.serving.service import Served
 
 router = APIRouter()
@@ -82,7 +81,8 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a text, or of a conversation rendered as a prompt."""
     body = await read_body(request, TokenizeRequest)
     served = service_of(request).served
-    return Response(await asyncio.to_thread(_tokenized, body, served), media_type="application/json")
+    answer = await aside(len(await request.body()), _tokenized, body, served)
+    return Response(answer, media_type="application/json")
 
 
 @router.post("/detokenize")
@@ -90,7 +90,8 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     body = await read_body(request, DetokenizeRequest)
     served = service_of(request).served
-    return Response(await asyncio.to_thread(_detokenized, body, served), media_type="application/json")
+    answer = await aside(len(await request.body()), _detokenized, body, served)
+    return Response(answer, media_type="application/json")
 
 
 def _tokenized(body: TokenizeRequest, served: Served) -> bytes:

@@ -1,8 +1,7 @@
 """From the engine's thread to the event loop: the sequences of one request, read as they are generated.
 
-The engine calls back from its own thread; `Generation` collects outputs, and between steps `Wakeups` wakes
-the event loop once for all requests with new output. Leaving a Generation early aborts its sequences, which
-frees their slots.
+The engine calls back from its own thread; `Generation` collects outputs, and `Wakeups` (wakeups.py) tells its
+reader when to look. Leaving a Generation early aborts its sequences, which frees their slots.
 """
 
 from __future__ import annotations
@@ -10,37 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from functools import partial
 
 from engine.engine import Engine, Submission
-from engine.output import FinishReason, Output
+from engine.output import FinishReason, Output, joined
 from engine.sampling.params import SamplingParams
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
 from server.serving.streaming import CLIENT_CLOSED_REQUEST
-
-
-class Wakeups:
-    """Sets events of the running event loop from the engine's thread, between steps and all together."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._due: deque[asyncio.Event] = deque()
-
-    def add(self, event: asyncio.Event) -> None:
-        """Have `event` set by the next `flush`."""
-        self._due.append(event)
-
-    def flush(self) -> None:
-        """Set all due events, waking the loop once."""
-        if self._due:
-            with suppress(RuntimeError):  # the loop has closed: nobody is left to read
-                self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        while self._due:
-            self._due.popleft().set()
+from server.serving.wakeups import Wakeups
 
 
 class Generation:
@@ -68,13 +45,14 @@ class Generation:
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """(sequence number, new output) until all sequences have ended.
 
-        Several Outputs of a sequence that are ready together come as one. Raises ApiError where a
-        sequence fails, is ended from outside or takes longer than the time limit.
+        Several Outputs of a sequence that are ready together come as one, except that log probabilities stay
+        with the text of their token. Raises ApiError where a sequence fails, is ended from outside or takes
+        longer than the time limit.
         """
         while self._running:
             await self._arrived.wait()
             self._arrived.clear()
-            for index, output in self._drain().items():
+            for index, output in self._drain():
                 yield index, self._checked(index, output)
             if self._running and self._ended_by is not None:
                 raise self._ended_by
@@ -102,19 +80,26 @@ class Generation:
         # Runs in the engine's thread.
         timer.observe(output)
         self._inbox.append((index, output))
-        self._wakeups.add(self._arrived)
+        is_first, is_last = output.cached_tokens is not None, output.finish_reason is not None
+        self._wakeups.add(self._arrived, at_once=is_first or is_last)
+        if is_last:
+            self._wakeups.flush()  # what the engine does with its state is nothing to wait for
 
     def _expire(self, timeout_s: float) -> None:
         message = f"the request took longer than {timeout_s:g} s and was ended; ask for fewer tokens"
         self._ended_by = ApiError(504, message, code="request_timeout")
         self._arrived.set()
 
-    def _drain(self) -> dict[int, Output]:
-        merged: dict[int, Output] = {}
+    def _drain(self) -> list[tuple[int, Output]]:
+        arrived: dict[int, list[Output]] = {}
         while self._inbox:
             index, output = self._inbox.popleft()
-            merged[index] = merged[index].joined(output) if index in merged else output
-        return merged
+            arrived.setdefault(index, []).append(output)
+        return [
+            (index, output)
+            for index, outputs in arrived.items()
+            for output in (outputs if outputs[-1].logprobs else [joined(outputs)])
+        ]
 
     def _checked(self, index: int, output: Output) -> Output:
         if output.finish_reason is not None:

@@ -4,10 +4,13 @@ stream."""
 from __future__ import annotations
 
 import asyncio
-from typing import TypeVar
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 
 from engine.chat.format import ChatPrompt
 from engine.grammar.constraint import GrammarCompiler
@@ -17,13 +20,18 @@ from server.http.errors import ApiError
 from server.http.rate_limits import Account
 from server.openai.messages import Body
 from server.openai.requests import ChatRequest
+from server.openai.tools import listed
 from server.serving.reply import Reply
 from server.serving.running import RunningAnswers
 from server.serving.service import Served, Service
 from server.serving.streaming import EventStream, answer
 
 COMPILE_TIMEOUT_S = 5
+SHORT_BYTES = 4096
+MAX_REPORTED = 100  # clients choose what stands in these lines
+log = logging.getLogger("loci")
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
 
 
 def service_of(request: Request) -> Service:
@@ -68,13 +76,38 @@ async def read_body(request: Request, kind: type[B]) -> B:
     return kind.model_validate_json(await request.body())
 
 
+_reported: set[str] = set()
+
+
+def report_ignored_tools(request: Request, types: Iterable[str]) -> None:
+    """Say in a header of the answer which kinds of tools the model is not shown, and in the log once each."""
+    text = listed(types)
+    if not text:
+        return
+    request.scope["state"]["ignored_tools"] = text
+    if text not in _reported and len(_reported) < MAX_REPORTED:
+        _reported.add(text)
+        log.info("tools that this server does not run are not shown to the model: %s", text)
+
+
 async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
     """The rendered prompt of the conversation. Raises RequestError for what the model's format cannot
     express."""
     if served.loaded.chat is None:
         text = f"{served.name} has no chat template; use /v1/completions"
         raise ApiError(400, text, param="messages", code="no_chat_template")
-    return await asyncio.to_thread(served.loaded.chat.render, chat.as_prompt())
+    conversation = chat.as_prompt()
+    return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation)
+
+
+async def aside(length: int, work: Callable[..., T], *arguments: Any) -> T:
+    """Do `work` on a text of about `length` bytes: in another thread, unless it is short.
+
+    With all cores busy, a thread may begin milliseconds late, which is longer than short work takes.
+    """
+    if length <= SHORT_BYTES:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Response:

@@ -10,43 +10,54 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
+from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
 from engine.embedded import model_path
 from engine.engine import Engine
-from engine.families.base import Model
 from engine.families.loader import Loaded, OpenedModel, open_model
+from engine.kv_pool import MIN_CONTEXT, PoolSize, written
 from engine.warm_up import warm_up
 from memory.checkpoint.checkpoint import name_of
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
+from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget, unused_gpus_notice
 from memory.planner.placement import Workload
-from quant.errors import ConfigError
+from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
-from server.serving.generation import Generation, Wakeups
+from server.serving.generation import Generation
+from server.serving.wakeups import Wakeups
 from server.settings import Settings
 
 log = logging.getLogger("loci")
 
-# Default: this many tokens, or fewer if the KV cache would take more than this share of free memory.
+# Tokens of a sequence that is neither short nor long.
 DEFAULT_CONTEXT = 8192
-MIN_CONTEXT = 512
+# The KV pool's share of the memory that weights leave free, and of GPUs' memory.
 KV_SHARE = 0.25
+KV_SHARE_OF_GPUS = 0.1
 # The prefix cache's share of the memory left by weights and KV cache.
 PREFIX_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded model: its public name, its parts, and its start time (seconds since 1970)."""
+    """A loaded model: its public name, its parts, and its start time (seconds since 1970).
+
+    aliases       further names that are listed
+    cuts_answers  answers asked to be longer than the context are as long as it allows, not refused
+    """
 
     name: str
     loaded: Loaded
     engine: Engine
     created: int = field(default_factory=lambda: int(time.time()))
+    aliases: tuple[str, ...] = ()
+    cuts_answers: bool = True
 
     @property
     def vocab_size(self) -> int:
@@ -57,16 +68,26 @@ class Served:
         """The default length of answers, limited to the context left after the prompt."""
         return None if wanted is None else max(1, min(wanted, self.engine.max_context - prompt_tokens))
 
+    def answer_limit(self, wanted: int | None, prompt_tokens: int) -> int | None:
+        """The length of an answer that a client has set, None for what the context holds.
+
+        What does not fit is cut to the room that is left, unless answers are not to be cut or there is no
+        room: the engine refuses those.
+        """
+        room = self.engine.max_context - prompt_tokens if wanted is not None and self.cuts_answers else 0
+        return min(wanted, room) if wanted is not None and room > 0 else wanted
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A model about to be loaded, whose settings, headers and small files have been checked."""
 
     settings: Settings
-    name: str
+    names: tuple[str, ...]
     opened: OpenedModel
     budget: MemoryBudget
     prefix_bytes: int | None
+    kv_bytes: int | None
     free_bytes: int
 
 
@@ -76,18 +97,18 @@ def prepare(settings: Settings) -> Prepared:
     Raises LociError.
     """
     path = model_path(settings.model)
-    name = settings.served_model_name or name_of(path)
+    names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
-    workload = Workload(
-        settings.max_model_len or DEFAULT_CONTEXT, settings.max_num_seqs, settings.prefill_chunk
-    )
+    kv_bytes = None if settings.kv_budget is None else parse_bytes(settings.kv_budget)
     if notice := unused_gpus_notice(settings.devices):
         log.warning("%s", notice)
-    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices, workload)
+    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
-    budget = replace(budget, kv_format=opened.family.kv_format(opened.checkpoint, settings.kv_format))
-    return Prepared(settings, name, opened, budget, prefix_bytes, free_bytes)
+    kv_format = opened.family.kv_format(opened.checkpoint, settings.kv_format)
+    budget = replace(budget, kv_format=kv_format)
+    budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
+    return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
 
 def bring_up(prepared: Prepared) -> Served:
@@ -97,12 +118,15 @@ def bring_up(prepared: Prepared) -> Served:
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
         warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
-    context = settings.max_model_len or _modest_context(loaded.model, settings.max_num_seqs)
+    context = settings.max_model_len or loaded.model.info.max_context
+    kv_bytes = prepared.kv_bytes
+    if kv_bytes is None:
+        kv_bytes = int(available_memory_bytes() * KV_SHARE)
     if prefix_bytes is None:
         # Weights and KV cache may not have been touched yet, so the system does not count them all.
         elsewhere = {gpu.name for gpu in budget.gpus if not gpu.is_virtual}
         weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
-        kv = loaded.model.cache_bytes(settings.max_num_seqs, context)
+        kv = min(loaded.model.cache_bytes(settings.max_num_seqs, context), kv_bytes)
         left = min(prepared.free_bytes - weights - kv, available_memory_bytes())
         prefix_bytes = max(0, int(left * PREFIX_SHARE))
     engine = Engine(
@@ -110,23 +134,58 @@ def bring_up(prepared: Prepared) -> Served:
         loaded.tokenizer,
         max_sequences=settings.max_num_seqs,
         max_context=context,
+        pool=PoolSize(kv_bytes, prepared.kv_bytes is not None, settings.max_model_len is None),
         prefill_chunk=settings.prefill_chunk,
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
+        aside=_aside_on_disk(settings),
     )
+    log.info("%s", _about(engine, context))
     engine.start()
-    return Served(prepared.name, loaded, engine)
+    name, *aliases = prepared.names
+    cuts = settings.max_tokens_overflow == "cut"
+    return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts)
 
 
-def _modest_context(model: Model, sequences: int) -> int:
-    """The default context length: DEFAULT_CONTEXT, halved until the KV cache fits its share."""
-    context = min(model.info.max_context, DEFAULT_CONTEXT)
-    room = available_memory_bytes() * KV_SHARE
-    while context > MIN_CONTEXT and model.cache_bytes(sequences, context) > room:
-        context //= 2
-    return context
+def _workload(
+    settings: Settings, opened: OpenedModel, budget: MemoryBudget, kv_bytes: int | None
+) -> Workload:
+    """What GPUs keep room for when the model is loaded. Raises BudgetError where `--kv-budget` has no room
+    for one sequence."""
+    context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
+    if not budget.gpus:
+        return Workload(context, sequences, settings.prefill_chunk)
+    shape = opened.family.shape(opened.checkpoint, budget.kv_format)
+
+    def nbytes(tokens: int) -> int:
+        return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+
+    room = kv_bytes
+    if room is None:
+        share = KV_SHARE_OF_GPUS * sum(gpu.budget_bytes for gpu in budget.gpus)
+        wanted = max(context, min(context, DEFAULT_CONTEXT) * sequences)
+        room = max(min(int(share), nbytes(wanted)), nbytes(settings.max_model_len or MIN_CONTEXT))
+    tokens = largest(lambda count: nbytes(count) <= room, sequences * context)
+    of_one = tokens if all(is_paged(gpu.device) for gpu in budget.gpus) else tokens // sequences
+    if settings.max_model_len is not None and of_one < context:
+        raise BudgetError(
+            f"a sequence of {context:,} tokens needs {nbytes(context) / 1e6:,.1f} MB of KV cache, but the "
+            f"pool has {room / 1e6:,.1f} MB: raise --kv-budget to {written(nbytes(context))}, or lower "
+            f"--max-model-len to {of_one}"
+        )
+    return Workload(min(context, of_one), sequences, settings.prefill_chunk, tokens)
+
+
+def _about(engine: Engine, wanted: int) -> str:
+    """The pool in a line; and what would help where it holds no sequence as long as wanted."""
+    pages, tokens, longest = engine.pool.cache.pages, engine.pool.tokens, engine.pool.context
+    text = f"KV pool: {pages.nbytes(tokens) / 1e6:,.1f} MB, {tokens:,} tokens in all"
+    text += f", up to {longest:,} in a sequence"
+    if longest < wanted:
+        text += f"; --kv-budget {written(pages.nbytes(wanted))} would hold the {wanted:,} that the model can"
+    return text
 
 
 def _parsed_prefix_cache(settings: Settings) -> int | None:
@@ -148,15 +207,26 @@ def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | Non
         settings.prefix_dir or states_folder(),
         parse_bytes(settings.prefix_disk),
         identity_of(prepared.opened.checkpoint, prepared.budget),
-        prepared.name,
+        prepared.names[0],
     )
 
 
-class Service:
-    """Holds the model once it is loaded. Handlers ask it for a Generation."""
+def _aside_on_disk(settings: Settings) -> AsideOnDisk | None:
+    """Where sequences are put aside on disk, if anywhere. Raises ConfigError."""
+    if settings.aside_disk is None or settings.aside_disk.strip() == "0":
+        return None
+    return AsideOnDisk(settings.prefix_dir or states_folder(), parse_bytes(settings.aside_disk))
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+
+class Service:
+    """Holds the model once it is loaded. Handlers ask it for a Generation.
+
+    typed   what the operator called the model, which it answers to as well
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, typed: str | None = None) -> None:
         self.settings = settings
+        self._typed = typed
         self.metrics = metrics
         self.failure: Exception | None = None
         self.is_draining = False
@@ -216,10 +286,11 @@ class Service:
             )
         return self._served
 
-    def named(self, model: str) -> Served:
-        """The model if that is its name. Raises ApiError 404 for any other name."""
+    def named(self, model: str | None) -> Served:
+        """The model if that is one of its names, or if none is given. Raises ApiError 404 for any other."""
         served = self.served
-        if model != served.name:
+        known = (None, served.name, *served.aliases, self._typed)
+        if model not in known and not self.settings.any_model:
             raise ApiError(
                 404,
                 f"the model {model!r} does not exist; this server serves {served.name!r}",
@@ -231,7 +302,7 @@ class Service:
     def new_generation(self) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
         if self._wakeups is None:
-            self._wakeups = Wakeups()
+            self._wakeups = Wakeups(self.settings.stream_interval_ms / 1000)
             self.served.engine.between_steps = self._wakeups.flush
         return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
 

@@ -21,6 +21,7 @@ DONE = b"data: [DONE]\n\n"
 # A line that clients ignore. Proxies close silent connections, and a long prompt takes minutes.
 KEEP_ALIVE = b": still here\n\n"
 KEEP_ALIVE_S = 15.0
+OUTBOX_BYTES = 1 << 16  # of events that wait for a client to read
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it
 
 
@@ -61,36 +62,86 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        outbox = _Outbox()
+        writing = asyncio.ensure_future(self._write_all(scope, outbox))
+        try:
+            while not outbox.is_complete:
+                body = await outbox.take()
+                await send({"type": "http.response.body", "body": body, "more_body": not outbox.is_complete})
+        finally:
+            outbox.close()
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
 
-        is_silent = True
-
-        async def put(body: bytes) -> None:
-            nonlocal is_silent
-            is_silent = False
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
-        async def keep_alive() -> None:
-            nonlocal is_silent
-            while True:
-                await asyncio.sleep(KEEP_ALIVE_S)
-                if is_silent:
-                    await put(KEEP_ALIVE)
-                is_silent = True
-
-        beat = asyncio.ensure_future(keep_alive())
+    async def _write_all(self, scope: Scope, outbox: _Outbox) -> None:
+        """Put all events into the outbox, and what the stream ends with."""
         try:
             async for event in self._events:
-                await put(frame(event))
-            await put(self._last)
+                await outbox.put(frame(event))
+            outbox.end(self._last)
         except ApiError as error:
-            await put(frame(self._failure(error)))
+            outbox.end(frame(self._failure(error)))
         except Exception:
             request_id = scope["state"]["request_id"]
             log.exception("%s: a stream failed", request_id)
-            await put(frame(self._failure(internal(request_id))))
-        finally:
-            beat.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            outbox.end(frame(self._failure(internal(request_id))))
+
+
+class _Outbox:
+    """Bytes on their way to the client: what is put in without waiting is taken out together.
+
+    `is_complete` once nothing follows what was taken. Where nothing is put in, a comment is from time to
+    time.
+    """
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        self._parts: list[bytes] = []
+        self._nbytes = 0
+        self._is_silent = True
+        self._has_ended = False
+        self._filled, self._emptied = asyncio.Event(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._beat = self._loop.call_later(KEEP_ALIVE_S, self._show_life)
+
+    async def put(self, part: bytes) -> None:
+        """Add bytes; waits only for a client that does not read."""
+        while self._nbytes > OUTBOX_BYTES:
+            self._emptied.clear()
+            await self._emptied.wait()
+        self._add(part)
+
+    def end(self, part: bytes) -> None:
+        """Add the last bytes."""
+        self._has_ended = True
+        self._add(part)
+
+    async def take(self) -> bytes:
+        """All bytes, once there are any."""
+        await self._filled.wait()
+        self._filled.clear()
+        taken = b"".join(self._parts)
+        self._parts.clear()
+        self._nbytes = 0
+        self._emptied.set()
+        self.is_complete = self._has_ended
+        return taken
+
+    def close(self) -> None:
+        """Nobody takes any more."""
+        self._beat.cancel()
+
+    def _add(self, part: bytes) -> None:
+        self._parts.append(part)
+        self._nbytes += len(part)
+        self._is_silent = False
+        self._filled.set()
+
+    def _show_life(self) -> None:
+        if self._is_silent:
+            self._add(KEEP_ALIVE)
+        self._is_silent = True
+        self._beat = self._loop.call_later(KEEP_ALIVE_S, self._show_life)
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T | Response:

@@ -1,5 +1,7 @@
 // The server's interface as this page uses it. Paths are relative, so the page also works behind a prefix.
 
+const LOST = "The connection was lost before the answer was complete. What has arrived is above.";
+
 /** An answer that is an error: what the server said, and its HTTP status (0: it could not be reached). */
 export class ServerError extends Error {
   constructor(status, message) {
@@ -41,30 +43,44 @@ export async function metrics(key) {
   return (await ask("metrics", key)).text();
 }
 
+/** How the server is: "ok", "failing" (its last step failed) or "dead" (its engine has ended). */
+export async function health() {
+  try {
+    return (await (await ask("health", "")).json()).status;
+  } catch (error) {
+    if (error.status === 503) return "dead";
+    throw error;
+  }
+}
+
 /**
- * Streams an answer: yields `{reasoning, content, finish, usage}`, each of them only where the server sent it.
- * Ends early when `signal` aborts; throws ServerError where the server refuses or fails on the way.
+ * Streams an answer: yields `{reasoning, content, finish, usage, progress}`, each of them only where the server sent
+ * it; `progress` is `{total, cache, processed, time_ms}`, tokens of the prompt. Throws what `fetch` throws when
+ * `signal` aborts, and ServerError where the server refuses, fails on the way or is gone.
  */
 export async function* chat(body, key, signal) {
   const response = await ask("v1/chat/completions", key, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({
+      ...body, stream: true, stream_options: { include_usage: true }, return_progress: true,
+    }),
     signal,
   });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(500, chunk.error.message);
-    const choice = chunk.choices[0];
+    const choice = chunk.choices?.[0];
     yield {
-      reasoning: choice?.delta.reasoning_content,
-      content: choice?.delta.content,
+      reasoning: choice?.delta?.reasoning_content,
+      content: choice?.delta?.content,
       finish: choice?.finish_reason,
       usage: chunk.usage,
+      progress: chunk.prompt_progress,
     };
   }
-  throw new ServerError(0, "The connection was lost before the answer was complete.");
+  throw new ServerError(0, LOST);
 }
 
 /** The data of server-sent events, one string each. */
@@ -72,12 +88,22 @@ async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await read(reader);
     if (done) return;
-    const parts = (rest + value).split("\n\n");
+    const parts = (rest + value).split(/\r?\n\r?\n/);
     rest = parts.pop();
     for (const part of parts) {
-      if (part.startsWith("data: ")) yield part.slice("data: ".length);
+      const lines = part.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+      if (lines.length) yield lines.map((line) => line.slice("data:".length).trimStart()).join("\n");
     }
+  }
+}
+
+async function read(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError(0, LOST); // browsers call it a network error, or nothing at all
   }
 }

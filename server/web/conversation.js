@@ -1,129 +1,142 @@
-// The conversation: what was said so far, asking for the next answer, editing, repeating, stopping.
-// It is kept for this tab, so that a reload loses nothing.
+// A conversation as data: a tree of turns. Another answer to a question, or a question put differently, is another
+// child of the same turn, so nothing that was said is lost; the path of chosen children is what the page shows.
 
-import { ServerError, chat } from "./api.js";
-import { Answer, addQuestion, dropFrom } from "./messages.js";
-import * as settings from "./settings.js";
-
-const PLACE = "loci.conversation";
-const ENDS = { length: "stopped at the token limit" };
-
-/** Turns alternate: `{role: "user", content}` and `{role: "assistant", content, reasoning, note, tokens}`. */
+/**
+ * Turns are `{id, parent, role, content}`, where `parent` is the id of the turn before, or "" at the beginning.
+ * Questions (`role: "user"`) may have `files: [{name, text}]`; answers (`role: "assistant"`) have `reasoning`, `note`
+ * (why they ended, where that is not obvious), `error`, `usage` as the server counted, and `firstMs` and `ms`.
+ */
 export class Conversation {
-  #turns = [];
-  #abort = null;
-  #hooks;
-
-  /** hooks: `onBusy(isBusy)`, `onSaid(text)` for screen readers, `onEdit(index, text)`, `onKeyNeeded(why)`. */
-  constructor(hooks) {
-    this.#hooks = hooks;
-    for (const turn of stored()) this.#show(turn);
+  constructor({ id = newId(), title = "", changed = 0, turns = [], chosen = {} } = {}) {
+    Object.assign(this, { id, title, changed, turns, chosen });
   }
 
-  /** True while an answer is growing. */
-  get isBusy() {
-    return this.#abort !== null;
+  /** The shown turns, from first to last. */
+  get path() {
+    const path = [];
+    for (let next = this.#shownBelow(""); next; next = this.#shownBelow(next.id)) path.push(next);
+    return path;
   }
 
-  /** Forget everything. */
-  clear() {
-    this.stop();
-    this.#truncate(0);
+  /** What lists call it: its title, or how its first question begins. */
+  get name() {
+    const first = this.path[0];
+    const text = this.title || first?.content || first?.files?.[0]?.name || "";
+    return text.replace(/\s+/g, " ").trim().slice(0, 80) || "Empty conversation";
   }
 
-  /** End the growing answer; what there is of it stays. */
-  stop() {
-    this.#abort?.abort();
+  /** The turns in the place of this one, oldest first: all versions of an answer, or of a question. */
+  versions(turn) {
+    return this.turns.filter((each) => each.parent === turn.parent);
   }
 
-  /** Say `text`, as the turn at `index` (the end unless told), and get an answer. */
-  async say(text, index = this.#turns.length) {
-    this.#truncate(index);
-    this.#show({ role: "user", content: text });
-    await this.#answer();
+  /** True where anything was said after this turn, in whatever version. */
+  hasMoreAfter(turn) {
+    return this.turns.some((each) => each.parent === turn.id);
   }
 
-  async #repeat(index) {
-    if (this.isBusy) return;
-    this.#truncate(index);
-    await this.#answer();
+  /** The shown turns up to this one. */
+  pathTo(turn) {
+    const path = this.path;
+    return path.slice(0, path.indexOf(turn) + 1);
   }
 
-  async #answer() {
-    const abort = new AbortController();
-    this.#abort = abort;
-    this.#hooks.onBusy(true);
-    const answer = this.#newAnswer();
-    const body = settings.request(this.#answered().map(({ role, content }) => ({ role, content })));
-    const turn = { role: "assistant", content: "", reasoning: "", note: "", tokens: null };
-    try {
-      for await (const piece of chat(body, settings.apiKey(), abort.signal)) {
-        answer.push(piece);
-        if (piece.finish) turn.note = ENDS[piece.finish] ?? "";
-        if (piece.usage) turn.tokens = piece.usage.completion_tokens;
-      }
-      answer.finish(turn.note, turn.tokens);
-    } catch (error) {
-      if (abort.signal.aborted) {
-        turn.note = "stopped";
-        answer.finish(turn.note);
-      } else {
-        answer.fail(error.message);
-        if (!(error instanceof ServerError)) console.error(error);
-        if (error.status === 401) this.#hooks.onKeyNeeded(error.message);
-      }
+  /** Put a turn after `before` (a turn, or null at the beginning) and show it; returns it. */
+  add(turn, before) {
+    const added = { id: newId(), parent: before?.id ?? "", ...turn };
+    this.turns.push(added);
+    this.choose(added);
+    return added;
+  }
+
+  /** Show this version among its siblings, and what was said after it. */
+  choose(turn) {
+    this.chosen[turn.parent] = turn.id;
+  }
+
+  /**
+   * Take out one turn. Where it is the only version, what follows it stays and moves up; otherwise the version goes
+   * with what was said after it. Returns the function that undoes it.
+   */
+  remove(turn) {
+    const before = this.turns.map((each) => [each, each.parent]);
+    const chosen = { ...this.chosen };
+    this.#remove(turn);
+    return () => {
+      const known = new Set(before.map(([each]) => each));
+      for (const [each, parent] of before) each.parent = parent;
+      this.turns = [...known, ...this.turns.filter((each) => !known.has(each))];
+      this.chosen = chosen;
+    };
+  }
+
+  #remove(turn) {
+    const versions = this.versions(turn);
+    if (versions.length === 1) {
+      for (const each of this.turns) if (each.parent === turn.id) each.parent = turn.parent;
+      this.chosen[turn.parent] = this.chosen[turn.id];
+      this.#forget(new Set([turn.id]));
+      return;
     }
-    this.#abort = null;
-    const isGone = !answer.item.isConnected; // the conversation was cleared meanwhile
-    if (!isGone && (answer.content || turn.note)) {
-      this.#turns.push({ ...turn, content: answer.content, reasoning: answer.reasoning });
-      this.#keep();
-    }
-    this.#hooks.onBusy(false);
-    if (!isGone) this.#hooks.onSaid(answer.text.innerText || turn.note);
+    const gone = new Set([turn.id]);
+    // Children stand behind their parents, except those that moved up, which stand behind an older one all the same.
+    for (const each of this.turns) if (gone.has(each.parent)) gone.add(each.id);
+    this.#forget(gone);
+    const left = versions.filter((each) => each !== turn);
+    this.chosen[turn.parent] = left[Math.min(versions.indexOf(turn), left.length - 1)].id;
   }
 
-  /** The turns without questions that got no answer: templates want roles to alternate. */
-  #answered() {
-    return this.#turns.filter((turn, i, all) => turn.role !== "user" || all[i + 1]?.role !== "user");
+  #forget(ids) {
+    this.turns = this.turns.filter((each) => !ids.has(each.id));
+    for (const id of ids) delete this.chosen[id];
   }
 
-  #newAnswer() {
-    const index = this.#turns.length;
-    return new Answer(() => this.#repeat(index));
-  }
-
-  #show(turn) {
-    const index = this.#turns.length;
-    if (turn.role === "user") addQuestion(turn.content, () => this.#hooks.onEdit(index, turn.content));
-    else {
-      const answer = this.#newAnswer();
-      answer.push(turn);
-      answer.finish(turn.note);
-    }
-    this.#turns.push(turn);
-    this.#keep();
-  }
-
-  #truncate(index) {
-    dropFrom(index);
-    this.#turns.length = Math.min(index, this.#turns.length);
-    this.#keep();
-  }
-
-  #keep() {
-    try {
-      sessionStorage.setItem(PLACE, JSON.stringify(this.#turns));
-    } catch {
-      // Full storage: the conversation goes on, a reload would lose it.
-    }
+  #shownBelow(id) {
+    const below = this.turns.filter((each) => each.parent === id);
+    return below.find((each) => each.id === this.chosen[id]) ?? below.at(-1);
   }
 }
 
-function stored() {
-  try {
-    return JSON.parse(sessionStorage.getItem(PLACE)) ?? [];
-  } catch {
-    return [];
-  }
+/**
+ * The messages that the model is sent for a path of turns. A question that got no answer is left out with it (it may
+ * be the reason of the failure), except the last, which is to be answered. Where a deletion left two turns of one role
+ * side by side they become one message, because templates want roles to alternate.
+ */
+export function messagesOf(path) {
+  const messages = [];
+  path.forEach((turn, i) => {
+    if (isUnanswered(turn) || (turn.role === "user" && path[i + 1] && isUnanswered(path[i + 1]))) return;
+    const content = turn.files?.length ? withFiles(turn) : turn.content;
+    const last = messages.at(-1);
+    if (last?.role === turn.role) last.content += `\n\n${content}`;
+    else messages.push({ role: turn.role, content });
+  });
+  return messages;
+}
+
+/** True for an answer without a word. */
+export const isUnanswered = (turn) => turn.role === "assistant" && !turn.content;
+
+/** The attached files, each in a fence longer than any within it, then the question. */
+function withFiles({ content, files }) {
+  const blocks = files.map(({ name, text }) => {
+    const longest = Math.max(2, ...[...text.matchAll(/`+/g)].map(([run]) => run.length));
+    const fence = "`".repeat(longest + 1);
+    return `${name}\n${fence}\n${text.replace(/\n$/, "")}\n${fence}`;
+  });
+  return [...blocks, content].filter(Boolean).join("\n\n");
+}
+
+/** The conversation as Markdown, as it is shown. */
+export function asMarkdown(conversation) {
+  const turns = conversation.path.map((turn) => {
+    const text = turn.files?.length ? withFiles(turn) : turn.content;
+    return `## ${turn.role === "user" ? "Question" : "Answer"}\n\n${text.trim() || `(${turn.error || turn.note})`}\n`;
+  });
+  return [`# ${conversation.name}\n`, ...turns].join("\n");
+}
+
+/** A name of its own. (`crypto.randomUUID` is missing on pages served over plain http to another machine.) */
+function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

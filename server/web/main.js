@@ -1,106 +1,147 @@
-// The page: puts together settings, conversation, composer and the strip of tiers.
+// The page: puts its parts together.
 
-import { models } from "./api.js";
-import { Conversation } from "./conversation.js";
-import { markEdited } from "./messages.js";
+import { Chat } from "./chat.js";
+import { Composer, forgetDraft } from "./composer.js";
+import { Connection } from "./connection.js";
+import { Library } from "./library.js";
+import { Messages } from "./messages.js";
+import { hide, say } from "./notices.js";
 import * as settings from "./settings.js";
-import { watchTiers } from "./strip.js";
+import { Sidebar } from "./sidebar.js";
+import { showStrip } from "./strip.js";
 
-const RETRY_MS = 2000;
+const [modelLine, strip, list, announcer] = ["#model", "#strip", "#messages", "#announcer"].map((selector) =>
+  document.querySelector(selector),
+);
+const PHASES = {
+  connecting: "connecting…",
+  loading: "loading the model…",
+  locked: "needs an API key",
+  lost: "the server does not answer; trying again…",
+  dead: "the server's engine has ended; it must be restarted",
+};
 
-const [modelLine, composer, prompt, send, stop, editing, announcer] = [
-  "#model", "#composer", "#prompt", "#send", "#stop", "#editing", "#announcer",
-].map((selector) => document.querySelector(selector));
-
-let edited = null; // index of the turn that is being edited
-
-const conversation = new Conversation({
-  onBusy(isBusy) {
-    send.hidden = isBusy;
-    stop.hidden = !isBusy;
-    tellStrip(isBusy);
-    if (isBusy) announcer.textContent = "Answering";
-    prompt.focus();
+const library = await Library.open();
+const connection = new Connection(settings.apiKey);
+const chat = new Chat(library, {
+  onShow() {
+    messages.show();
+    sidebar.show();
+    showFigures();
+    const { id, path } = chat.conversation;
+    // The address names the conversation, so that a reload or a bookmark finds it.
+    if (path.length > 0 && location.hash !== `#${id}`) {
+      history.pushState(null, "", `#${id}`);
+      composer.adopt(id);
+    }
   },
-  onSaid(text) {
-    announcer.textContent = text;
+  onGrow: (turn) => messages.grow(turn),
+  onEnd(turn) {
+    announcer.textContent = messages.end(turn);
+    showFigures();
   },
-  onEdit(index, text) {
-    if (conversation.isBusy) return;
-    edit(index, text);
+  onBusy() {
+    composer.setBusy(chat.isBusy);
+    list.classList.toggle("busy", chat.isBusy);
+    if (chat.isBusy) announcer.textContent = "Answering";
+    connection.setBusy(chat.isAnyBusy);
+    sidebar.show();
+    composer.focus();
   },
-  onKeyNeeded(why) {
-    settings.open(why, "api_key");
+  onRefused: () => connection.look(),
+  onTrouble: (text) => say(text),
+});
+const messages = new Messages(chat, {
+  rephrase: (turn, text) => text && chat.rephrase(turn, text),
+  reword: (turn, text) => text && chat.reword(turn, text),
+  repeat: (turn) => chat.repeat(turn),
+  choose: (turn) => chat.choose(turn),
+  remove(turn) {
+    const more = chat.conversation.versions(turn).length > 1 && chat.conversation.hasMoreAfter(turn);
+    say(more ? "This version and what was said after it are deleted." : "The message is deleted.", chat.remove(turn));
+    composer.focus();
+  },
+});
+const composer = new Composer((text, files) => {
+  if (!connection.isOpen) {
+    connection.look();
+    if (connection.phase === "locked") askForKey();
+    else say(`Not sent: ${modelLine.textContent}`);
+    return false;
+  }
+  hide();
+  chat.say(text, files);
+  return true;
+});
+const sidebar = new Sidebar(library, chat, {
+  open(id) {
+    go(`#${id}`);
+    sidebar.leave();
+  },
+  async remove(id, name) {
+    const undo = await chat.delete(id);
+    if (location.hash === `#${id}`) go("", true);
+    say(`“${name}” is deleted.`, undo);
+    setTimeout(async () => (await library.get(id)) ?? forgetDraft(id), 60_000);
   },
 });
 
-function edit(index, text) {
-  edited = index;
-  editing.hidden = index === null;
-  markEdited(index);
-  prompt.value = text;
-  fit();
-  prompt.focus();
+/** Show the conversation that the address names. */
+async function follow() {
+  const id = location.hash.slice(1);
+  if (id) await chat.open(id);
+  else chat.begin();
+  composer.turnTo(chat.conversation.path.length > 0 ? chat.conversation.id : null);
 }
 
-/** As high as its text, within what the style sheet allows. */
-function fit() {
-  prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight}px`;
+function go(hash, isInstead = false) {
+  const address = `${location.pathname}${location.search}${hash}`;
+  if (isInstead) history.replaceState(null, "", address);
+  else history.pushState(null, "", address);
+  return follow();
 }
 
-function submit() {
-  const text = prompt.value.trim();
-  if (!text || conversation.isBusy) return;
-  if (!settings.model()) {
-    connect();
-    return;
-  }
-  const at = edited ?? undefined;
-  edit(null, "");
-  conversation.say(text, at);
+let askedWith = null; // the key that was refused when the dialog opened by itself
+
+function askForKey() {
+  askedWith = settings.apiKey();
+  const why = askedWith ? "The server does not accept this API key." : "This server requires an API key.";
+  settings.open(why, "api_key");
 }
 
-/** Find out what is served; again until it is there. */
-async function connect() {
-  try {
-    const served = await models(settings.apiKey());
-    settings.offerModels(served);
-    const chosen = served.find((each) => each.id === settings.model());
-    modelLine.textContent = chosen.id;
-    modelLine.title = `${chosen.max_model_len} tokens of context`;
-  } catch (error) {
-    modelLine.textContent = error.status === 503 ? "loading the model…" : "not connected";
-    modelLine.title = error.message;
-    if (error.status === 401) settings.open("This server requires an API key.", "api_key");
-    else setTimeout(connect, RETRY_MS);
-  }
+function showFigures() {
+  const served = connection.models.find((each) => each.id === settings.model());
+  const room = served?.max_model_len ?? 0;
+  showStrip(strip, connection, chat.usedTokens, room);
+  messages.tellQueue(connection.now?.sum("loci_sequences_waiting") ?? 0);
 }
 
-composer.addEventListener("submit", (event) => {
-  event.preventDefault();
-  submit();
+connection.onLook(() => {
+  const { phase, problem, models } = connection;
+  if (connection.isOpen) settings.offerModels(models);
+  const failing = problem || "the server's last step failed";
+  modelLine.className = phase;
+  modelLine.textContent = phase === "ready" ? settings.model() : phase === "failing" ? failing : PHASES[phase];
+  modelLine.title = problem;
+  showFigures();
+  // Once for each key; whoever closes the dialog is left alone until they send something.
+  if (phase === "locked" && askedWith !== settings.apiKey()) askForKey();
 });
-prompt.addEventListener("input", fit);
-prompt.addEventListener("keydown", (event) => {
-  // On phones the return key begins a line. While an input method composes, it belongs to it.
-  const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-  if (!sends || matchMedia("(pointer: coarse)").matches) return;
-  event.preventDefault();
-  submit();
+library.onChange((id) => {
+  sidebar.show();
+  if (id) chat.refresh(id);
+});
+settings.onSave(() => connection.look());
+document.querySelector("#stop").addEventListener("click", () => chat.stop());
+document.querySelector("#new").addEventListener("click", () => {
+  go("");
+  sidebar.leave();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
-  if (conversation.isBusy) conversation.stop();
-  else if (edited !== null) edit(null, "");
+  if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();
 });
-stop.addEventListener("click", () => conversation.stop());
-document.querySelector("#cancel-edit").addEventListener("click", () => edit(null, ""));
-document.querySelector("#new").addEventListener("click", () => {
-  conversation.clear();
-  edit(null, "");
-});
-settings.onSave(connect);
+addEventListener("popstate", follow);
 
-connect();
-const tellStrip = watchTiers(document.querySelector("#strip"), settings.apiKey);
+if (!library.isKept) say("This browser does not let pages keep anything: conversations end when the page is closed.");
+await follow();
+connection.watch();

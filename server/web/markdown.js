@@ -2,14 +2,17 @@
 // text node, HTML in the text stays text, links go to http, https and mailto, and nothing is loaded.
 
 import { copyButton, element } from "./dom.js";
+import { formula } from "./formula.js";
+import { highlight } from "./highlight.js";
+import { inline } from "./inline.js";
 
-const DEEPEST = 12; // of quotes, lists and emphasis within each other; deeper ones stay text
+const DEEPEST = 12; // of quotes and lists within each other; deeper ones stay text
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*)$/;
 const RULE = /^ {0,3}([-*_])([ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
+const FORMULA = /^ {0,3}(\\\[|\$\$)/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)/;
-const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
 
 /**
  * Shows `text` in `parent`. Called again with a longer text it rebuilds only the blocks that changed, so that
@@ -53,6 +56,8 @@ function blockAt(lines, at) {
   if (QUOTE.test(line)) return quoted(lines, at);
   if (ITEM.test(line)) return listed(lines, at);
   if (isTable(lines, at)) return tabled(lines, at);
+  const found = FORMULA.test(line) ? displayed(lines, at) : null;
+  if (found) return found;
   let end = at + 1;
   while (end < lines.length && !interruptsParagraph(lines, end)) end += 1;
   return [{ kind: "paragraph", text: lines.slice(at, end).join("\n") }, end];
@@ -61,7 +66,8 @@ function blockAt(lines, at) {
 function interruptsParagraph(lines, at) {
   const line = lines[at];
   const begins = [FENCE, HEADING, RULE, QUOTE, ITEM].some((pattern) => pattern.test(line));
-  return line.trim() === "" || begins || isTable(lines, at);
+  const isFormula = () => FORMULA.test(line) && displayed(lines, at) !== null;
+  return line.trim() === "" || begins || isTable(lines, at) || isFormula();
 }
 
 function fenced(lines, at, [, marks, language]) {
@@ -72,7 +78,25 @@ function fenced(lines, at, [, marks, language]) {
   };
   while (end < lines.length && !closes(lines[end])) end += 1;
   const code = lines.slice(at + 1, end).join("\n");
-  return [{ kind: "code", language: language.trim().split(/\s/)[0], code }, Math.min(end + 1, lines.length)];
+  const isWhole = end < lines.length;
+  return [{ kind: "code", language: language.trim().split(/\s/)[0], code, isWhole }, Math.min(end + 1, lines.length)];
+}
+
+/** A formula on lines of its own, null where it does not end so. TeX allows no empty line within one. */
+function displayed(lines, at) {
+  const [begin, mark] = FORMULA.exec(lines[at]);
+  const close = mark === "$$" ? "$$" : "\\]";
+  const inner = [lines[at].slice(begin.length)];
+  for (let end = at; ; inner.push(lines[end])) {
+    const found = inner.at(-1).indexOf(close);
+    if (found >= 0) {
+      if (inner.at(-1).slice(found + close.length).trim()) return null;
+      inner[inner.length - 1] = inner.at(-1).slice(0, found);
+      return [{ kind: "formula", tex: inner.join("\n") }, end + 1];
+    }
+    end += 1;
+    if (end >= lines.length || lines[end].trim() === "") return null;
+  }
 }
 
 function quoted(lines, at) {
@@ -140,6 +164,8 @@ function built(block, depth) {
       return element("hr");
     case "code":
       return codeBlock(block);
+    case "formula":
+      return formula(block.tex, true);
     case "quote":
       return element("blockquote", {}, ...within(block.lines, depth));
     case "list": {
@@ -169,10 +195,12 @@ function listItem(lines, depth) {
   ));
 }
 
-function codeBlock({ language, code }) {
+function codeBlock({ language, code, isWhole }) {
   const bar = element("div", { className: "code-bar" }, element("span", {}, language), copyButton(() => code));
   // Long lines scroll, and what scrolls must be reachable by keyboard.
-  const pre = element("pre", { tabIndex: 0 }, element("code", {}, code));
+  const text = element("code", {}, code);
+  const pre = element("pre", { tabIndex: 0 }, text);
+  if (isWhole) highlight(text, code, language); // not anew for every line that it grows by
   return element("div", { className: "code" }, bar, pre);
 }
 
@@ -186,111 +214,4 @@ function table({ head, align, rows }) {
   const body = element("tbody", {}, ...rows.map((texts) => row("td", texts)));
   const whole = element("table", {}, element("thead", {}, row("th", head)), body);
   return element("div", { className: "table", tabIndex: 0 }, whole);
-}
-
-// Text within a block.
-
-const SPAN = { "**": "strong", __: "strong", "~~": "del", "*": "em", _: "em" };
-const LINK = /!?\[([^[\]\n]{0,999})\]\(\s{0,9}<?([^\s()<>]{1,2000}(?:\([^\s()<>]{0,999}\)[^\s()<>]{0,999}){0,9})>?(?:\s{1,9}"[^"\n]{0,999}")?\s{0,9}\)/y;
-const ADDRESS = /https?:\/\/[^\s<>"'`]{1,2000}/y;
-
-function inline(text, depth = 0) {
-  const out = document.createDocumentFragment();
-  const hopeless = new Set(); // marks without a partner further on: each is searched for once, not at each place
-  let plain = "";
-  let at = 0;
-  const put = (node, next) => {
-    if (plain) out.append(plain);
-    plain = "";
-    out.append(node);
-    at = next;
-  };
-  while (at < text.length) {
-    const c = text[at];
-    if (c === "\\" && /[!-/:-@[-`{-~]/.test(text[at + 1] ?? "")) {
-      plain += text[at + 1];
-      at += 2;
-      continue;
-    }
-    const found =
-      c === "`" ? code(text, at, hopeless)
-      : c === "[" || c === "!" ? link(text, at)
-      : c === "h" ? address(text, at)
-      : c === "*" || c === "_" || c === "~" ? span(text, at, depth, hopeless)
-      : c === "\n" ? [element("br"), at + 1]
-      : null;
-    if (found) put(...found);
-    else {
-      // A run of marks that means nothing is passed over as a whole.
-      const run = /[`*_~]/.test(c) ? runLength(text, at) : 1;
-      plain += text.slice(at, at + run);
-      at += run;
-    }
-  }
-  if (plain) out.append(plain);
-  return out;
-}
-
-function runLength(text, at) {
-  let end = at;
-  while (text[end] === text[at]) end += 1;
-  return end - at;
-}
-
-function code(text, at, hopeless) {
-  const marks = text.slice(at, at + runLength(text, at));
-  if (hopeless.has(marks)) return null;
-  let end = at + marks.length;
-  for (;;) {
-    end = text.indexOf("`", end);
-    if (end < 0) {
-      hopeless.add(marks);
-      return null;
-    }
-    const run = runLength(text, end);
-    if (run === marks.length) break;
-    end += run;
-  }
-  let inner = text.slice(at + marks.length, end).replaceAll("\n", " ");
-  if (/^ .*[^ ].* $/.test(inner)) inner = inner.slice(1, -1);
-  return [element("code", {}, inner), end + marks.length];
-}
-
-function link(text, at) {
-  LINK.lastIndex = at;
-  const found = LINK.exec(text);
-  if (!found || !SAFE_LINK.test(found[2])) return null;
-  return [anchor(found[2], found[1] || found[2]), LINK.lastIndex];
-}
-
-function address(text, at) {
-  ADDRESS.lastIndex = at;
-  const found = ADDRESS.exec(text)?.[0].replace(/[.,:;!?*_~\])]{1,9}$/, "");
-  return found ? [anchor(found, found), at + found.length] : null;
-}
-
-function anchor(href, content) {
-  return element("a", { href, target: "_blank", rel: "noopener noreferrer" }, content);
-}
-
-function span(text, at, depth, hopeless) {
-  const two = text.slice(at, at + 2);
-  const marks = two in SPAN ? two : text[at];
-  if (!(marks in SPAN) || depth >= DEEPEST || hopeless.has(marks)) return null;
-  const begin = at + marks.length;
-  const isWord = (character) => /[\p{L}\p{N}]/u.test(character ?? "");
-  if (/\s|^$/.test(text[begin] ?? "")) return null;
-  if (marks[0] === "_" && isWord(text[at - 1])) return null;
-  for (let end = text.indexOf(marks, begin + 1); end >= 0; end = text.indexOf(marks, end + 1)) {
-    const run = runLength(text, end);
-    const fits = marks.length === 2 ? run >= 2 : run !== 2;
-    const closes = fits && !/\s/.test(text[end - 1]) && !(marks[0] === "_" && isWord(text[end + run]));
-    if (closes) {
-      const last = end + (run - marks.length); // of a longer run the outer marks belong to us
-      return [element(SPAN[marks], {}, inline(text.slice(begin, last), depth + 1)), last + marks.length];
-    }
-    end += run - 1;
-  }
-  hopeless.add(marks);
-  return null;
 }

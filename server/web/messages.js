@@ -1,7 +1,7 @@
-// Messages on the page: what a person wrote, and answers as they grow.
+// The shown conversation as a list of messages that grows at its end.
 
-import { copyButton, element } from "./dom.js";
-import { render } from "./markdown.js";
+import { Answer } from "./answer.js";
+import { question } from "./question.js";
 
 const list = document.querySelector("#messages");
 const scroller = document.querySelector("#scroller");
@@ -9,15 +9,8 @@ const welcome = document.querySelector("#welcome");
 
 const NEAR_END_PX = 80; // whoever has scrolled up further wants to stay there
 
-function add(item) {
-  welcome.hidden = true;
-  list.append(item);
-  toEnd();
-  return item;
-}
-
 /** Scroll to the end. */
-export function toEnd() {
+function toEnd() {
   scroller.scrollTop = scroller.scrollHeight;
 }
 
@@ -30,95 +23,88 @@ new ResizeObserver(() => {
   if (wasNearEnd) toEnd();
 }).observe(scroller);
 
-/** Remove all messages from the one at `index` on. */
-export function dropFrom(index) {
-  while (list.children.length > index) list.lastChild.remove();
-  welcome.hidden = list.children.length > 0;
-}
+/** Keeps the list as the state says. Items of turns that did not change stay, with what is selected in them. */
+export class Messages {
+  #chat;
+  #actions;
+  #shown = []; // `{turn, state, item, answer}`
+  #conversation = null;
 
-/** Mark the message at `index` as being edited, or none where index is null. */
-export function markEdited(index) {
-  [...list.children].forEach((item, i) => item.classList.toggle("edited", i === index));
-}
-
-/** Show what a person wrote. `onEdit` is called when they want to change it. */
-export function addQuestion(text, onEdit) {
-  const edit = element("button", { type: "button" }, "Edit");
-  edit.addEventListener("click", onEdit);
-  add(
-    element("li", { className: "question" },
-      element("span", { className: "unseen" }, "You: "),
-      element("div", { className: "text" }, text),
-      element("div", { className: "actions" }, edit, copyButton(() => text)),
-    ),
-  );
-}
-
-/** An answer on the page. */
-export class Answer {
-  #frame = 0;
-
-  /** `onRepeat` is called when a person wants another answer instead. */
-  constructor(onRepeat) {
-    this.content = "";
-    this.reasoning = "";
-    this.began = performance.now();
-    this.firstAfter = null; // milliseconds until the first text
-    this.text = element("div", { className: "text" });
-    this.thoughts = element("div", { className: "text" });
-    this.summary = element("summary", {}, "Thinking");
-    this.folded = element("details", { className: "reasoning", hidden: true }, this.summary, this.thoughts);
-    this.figures = element("span", { className: "figures" });
-    const repeat = element("button", { type: "button", className: "repeat" }, "Retry");
-    repeat.addEventListener("click", onRepeat);
-    this.actions = element("div", { className: "actions", hidden: true },
-      copyButton(() => this.content), repeat, this.figures);
-    this.item = add(
-      element("li", { className: "answer growing" },
-        element("span", { className: "unseen" }, "Answer: "), this.folded, this.text, this.actions),
-    );
+  /** `actions` are what the buttons of a message do: `rephrase`, `reword`, `remove`, `repeat`, `choose`. */
+  constructor(chat, actions) {
+    this.#chat = chat;
+    this.#actions = actions;
   }
 
-  /** Add pieces of reasoning and content. The page is drawn at most once a frame. */
-  push({ reasoning, content }) {
-    if (!reasoning && !content) return;
-    this.firstAfter ??= performance.now() - this.began;
-    this.reasoning += reasoning ?? "";
-    this.content += content ?? "";
-    this.#frame ||= requestAnimationFrame(() => this.#draw());
+  /** Show the path of the conversation as it is now. */
+  show() {
+    const { conversation } = this.#chat;
+    const isOther = conversation !== this.#conversation;
+    if (isOther) this.#cut(0);
+    this.#conversation = conversation;
+    const { path } = conversation;
+    const states = path.map((turn) => this.#stateOf(turn));
+    const same = this.#shown.findIndex(({ turn, state }, i) => turn !== path[i] || state !== states[i]);
+    this.#cut(same < 0 ? this.#shown.length : same);
+    const kept = this.#shown.length;
+    path.slice(kept).forEach((turn, i) => this.#add(turn, states[kept + i]));
+    welcome.hidden = path.length > 0;
+    if (isOther || this.#chat.isBusy) toEnd();
   }
 
-  /** Show the end: `note` says why it ended where that is not obvious, `tokens` how many there were. */
-  finish(note = "", tokens = null) {
-    cancelAnimationFrame(this.#frame);
-    this.#draw();
-    this.item.classList.remove("growing");
-    this.actions.hidden = false;
-    this.figures.textContent = [note, this.#pace(tokens)].filter(Boolean).join(" · ");
-    if (this.reasoning) this.summary.textContent = "Thoughts";
+  /** Show more of a growing answer. */
+  grow(turn) {
+    const answer = this.#find(turn)?.answer;
+    answer?.grow(() => this.#following(() => answer.draw()));
   }
 
-  /** Show an error below what there is of the answer. */
-  fail(message) {
-    this.finish();
-    this.actions.before(element("p", { className: "error", role: "alert" }, message));
+  /** Show that an answer has ended; returns its text for those who hear it. */
+  end(turn) {
+    const shown = this.#find(turn);
+    if (!shown) return "";
+    this.#following(() => shown.answer.finish());
+    shown.state = this.#stateOf(turn);
+    return shown.answer.spoken;
   }
 
-  #draw() {
-    this.#frame = 0;
+  /** Show how long growing answers have to wait. */
+  tellQueue(waiting) {
+    for (const { answer } of this.#shown) answer?.tellQueue(waiting);
+  }
+
+  /** Whoever sees the end goes on seeing it while `draw()` lengthens the page. */
+  #following(draw) {
     const follows = isNearEnd();
-    this.folded.hidden = !this.reasoning;
-    // Models begin with line breaks that are no part of what they say.
-    render(this.thoughts, this.reasoning.trimStart());
-    render(this.text, this.content.trimStart());
+    draw();
     if (follows) toEnd();
   }
 
-  #pace(tokens) {
-    if (!tokens || this.firstAfter === null) return "";
-    const seconds = (performance.now() - this.began - this.firstAfter) / 1000;
-    const speed = tokens > 1 && seconds > 0 ? ` · ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-    const first = ` · first after ${(this.firstAfter / 1000).toFixed(1)} s`;
-    return `${tokens} ${tokens === 1 ? "token" : "tokens"}${speed}${first}`;
+  #find(turn) {
+    return this.#shown.find((each) => each.turn === turn);
+  }
+
+  /** What makes an item be built anew when it changes. */
+  #stateOf(turn) {
+    const versions = this.#conversation.versions(turn);
+    const isGrowing = this.#chat.runOf(turn) !== undefined;
+    return `${versions.indexOf(turn)}/${versions.length} ${isGrowing || turn.content}`;
+  }
+
+  #cut(length) {
+    for (const { item } of this.#shown.splice(length)) item.remove();
+  }
+
+  #add(turn, state) {
+    const versions = this.#conversation.versions(turn);
+    if (turn.role === "user") this.#append(turn, state, question(turn, versions, this.#actions));
+    else {
+      const answer = new Answer(turn, versions, this.#actions, this.#chat.runOf(turn));
+      this.#append(turn, state, answer.item, answer);
+    }
+  }
+
+  #append(turn, state, item, answer = null) {
+    list.append(item);
+    this.#shown.push({ turn, state, item, answer });
   }
 }

@@ -1,88 +1,21 @@
-// The strip below the title: what lies in which tier, where experts were found lately, what was waited for.
-// It reads the same metrics as Prometheus and shows what changed between two readings.
+// The strip below the title: what lies in which tier, where experts were found lately, what was waited for, and how
+// much of its context the conversation has used. It shows what changed between two readings of the metrics.
 
-import { metrics } from "./api.js";
 import { element } from "./dom.js";
 
-const BUSY_MS = 1000;
-const IDLE_MS = 5000;
-
-/**
- * Keeps `strip` up to date while the page is seen: now and then, each second while an answer grows, and at once
- * when one begins or ends. Returns the function that is to be told `isBusy` then.
- */
-export function watchTiers(strip, apiKey) {
-  let isBusy = false;
-  let seen = []; // the last readings, oldest first
-  let isDue = false; // also while a reading is under way, which may be from before
-  let wake = () => {};
-
-  async function look() {
-    try {
-      const now = new Reading(await metrics(apiKey()));
-      const before = seen.findLast((each) => now.readAt - each.readAt > BUSY_MS * 0.9) ?? seen[0] ?? now;
-      strip.replaceChildren(...figures(now, before).map(cell));
-      strip.hidden = strip.children.length === 0;
-      seen = [...seen.slice(-2), now];
-    } catch {
-      strip.hidden = true; // the line of the model says what is wrong
-    }
-  }
-
-  async function watch() {
-    for (;;) {
-      isDue = false;
-      if (!document.hidden) await look();
-      if (isDue) continue;
-      await new Promise((resolve) => {
-        wake = resolve;
-        setTimeout(resolve, isBusy ? BUSY_MS : IDLE_MS);
-      });
-    }
-  }
-
-  watch();
-  return (isBusyNow) => {
-    isBusy = isBusyNow;
-    if (isBusy) seen = []; // what is shown of an answer is about nothing before it
-    isDue = true;
-    wake();
-  };
-}
-
-/** One page of metrics: samples by name and labels, and when it was read. */
-export class Reading {
-  constructor(text, readAt = performance.now()) {
-    this.readAt = readAt;
-    this.samples = text
-      .split("\n")
-      .filter((line) => line && !line.startsWith("#"))
-      .map((line) => /^([a-z_]+)(?:\{(.*)\})? (\S+)/.exec(line))
-      .filter(Boolean)
-      .map(([, name, labels, value]) => ({ name, labels: labelsOf(labels ?? ""), value: Number(value) }));
-  }
-
-  /** The sum of the samples of this name that have these labels. */
-  sum(name, labels = {}) {
-    const wanted = Object.entries(labels);
-    return this.samples
-      .filter((each) => each.name === name && wanted.every(([key, value]) => each.labels[key] === value))
-      .reduce((total, each) => total + each.value, 0);
-  }
-
-  /** The values that a label of this metric has. */
-  values(name, label) {
-    return [...new Set(this.samples.filter((each) => each.name === name).map((each) => each.labels[label]))];
-  }
-}
-
-function labelsOf(text) {
-  return Object.fromEntries([...text.matchAll(/(\w+)="([^"]*)"/g)].map(([, key, value]) => [key, value]));
+/** Show a connection's readings, and `used` of `room` tokens of context, in `strip`. */
+export function showStrip(strip, { now, before }, used, room) {
+  strip.hidden = now === null;
+  if (now === null) return; // the line of the model says what is wrong
+  const cells = figures(now, before);
+  if (room > 0) cells.push(context(used, room));
+  strip.replaceChildren(...cells.map(cell));
 }
 
 /** The cells of the strip: `{name, value, share, kind, title}`. `share` is 0 to 1 where there is a bar. */
 export function figures(now, before) {
-  const elapsed = (now.readAt - before.readAt) / 1000;
+  // From before the one was asked for to after the other had come: a rate may be too low by that, never too high.
+  const elapsed = (now.readAt - before.askedAt) / 1000;
   const grown = (name, labels) => now.sum(name, labels) - before.sum(name, labels);
   // While nothing is computed, what counts is the whole time since the start.
   const isQuiet = grown("loci_experts_computed_total") <= 0;
@@ -126,22 +59,30 @@ export function figures(now, before) {
         `${now.sum("loci_stall_seconds_total").toFixed(1)} s since startup.`,
     });
   }
-  const room = now.sum("loci_kv_tokens_capacity");
-  if (room > 0) {
-    const used = now.sum("loci_kv_tokens_used");
-    const speed = elapsed > 0 ? grown("loci_generated_tokens_total") / elapsed : 0;
-    cells.push(
-      {
-        name: "Context", value: percent(used / room), share: used / room, kind: "kv",
-        title: `The KV cache holds ${used} of ${room} tokens.`,
-      },
-      {
-        name: "Tokens/s", value: speed > 0 ? speed.toFixed(1) : "–", share: null, kind: "speed",
-        title: "Tokens generated per second, for all clients of this server.",
-      },
-    );
+  const speed = elapsed > 0 ? grown("loci_generated_tokens_total") / elapsed : 0;
+  cells.push({
+    name: "Tokens/s", value: speed > 0 ? speed.toFixed(1) : "–", share: null, kind: "speed",
+    title: "Tokens generated per second, for all clients of this server.",
+  });
+  const waiting = now.sum("loci_sequences_waiting");
+  if (waiting > 0) {
+    const running = now.sum("loci_sequences_running");
+    cells.push({
+      name: "Waiting", value: `${waiting}`, share: null, kind: "waiting",
+      title: `Requests in the queue, while ${running} are being answered, for all clients of this server.`,
+    });
   }
   return cells;
+}
+
+/** The cell of the context: tokens of this conversation, of what the model may have. */
+function context(used, room) {
+  return {
+    name: "Context", value: percent(used / room), share: Math.min(used / room, 1), kind: "context",
+    title: used > 0
+      ? `This conversation has used ${used} of ${room} tokens of context.`
+      : `The model has ${room} tokens of context; the first answer tells how many this conversation uses.`,
+  };
 }
 
 function cell({ name, value, share, kind, title: explanation }) {

@@ -1,11 +1,15 @@
 """A prompt of 32768 tokens beside four running streams: the demonstration model with a longer context.
 
 Run: python tests/bench/long_prompt.py [TOKENS] [options of `loci bench serve`, such as --json FILE].
+
+The server sends every token by itself, so that gaps are the times between tokens. What to look at is
+`itl_ms_p99_during_long_prompt` and `long_prompt_itl_p99_ratio`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +35,8 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = with_context(Path(folder), int(tokens) + 2)
         command = [sys.executable, "-m", "server", "bench", "serve", str(model), "--long-prompt", tokens]
-        return subprocess.call([*command, "--streams", "1", "--rounds", "1", *options])
+        one_by_one = {**os.environ, "LOCI_STREAM_INTERVAL_MS": "0"}
+        return subprocess.call([*command, "--streams", "1", "--rounds", "1", *options], env=one_by_one)
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ def test_counters_add_up(engine: Engine) -> None:
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_allocated(loaded: Loaded) -> None:
-    with pytest.raises(BudgetError, match="lower --max-model-len, --max-num-seqs or --prefix-cache"):
+    with pytest.raises(BudgetError, match="lower --kv-budget, --max-model-len, --max-num-seqs or"):
         Engine(loaded.model, loaded.tokenizer, max_sequences=10**9, max_context=2000)
 
 

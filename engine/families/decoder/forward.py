@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 import torch
 
-from engine.families.base import NO_TRACE, Batch, KvCache, Model, ModelInfo, Trace
+from engine.families.base import NO_TRACE, Batch, KvCache, KvRooms, Model, ModelInfo, Trace
 from engine.families.decoder.cache import CacheLayout, DecoderCache
 from engine.families.decoder.delta_net import DeltaNetWeights, delta_net
 from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla
@@ -117,6 +117,9 @@ class Decoder(Model):
         if recorder is not None:
             self._record(recorder, cache)
         return cache
+
+    def kv_rooms(self, slots: int) -> KvRooms:
+        return self.weights.places.kv_rooms(slots, self.cache_layout.layer_bytes)
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
         kv = sum(

@@ -8,7 +8,7 @@ import torch
 
 from engine.cache.grouped import GroupedShape
 from engine.cache.sparse import CacheShape
-from engine.families.base import Model, ModelInfo
+from engine.families.base import KvRooms, Model, ModelInfo
 from engine.families.places import HOST
 from engine.families.streams.config import StreamConfig
 from engine.families.streams.operations import MAX_ROWS, StreamOperations
@@ -49,6 +49,9 @@ class StreamModel(Model):
     @property
     def telemetry(self) -> Telemetry:
         return self.weights.experts.telemetry
+
+    def kv_rooms(self, slots: int) -> KvRooms:
+        return self.weights.places.kv_rooms(slots, self.cache_shape.layer_bytes)
 
     def cache_bytes(self, slots: int, capacity: int) -> int:
         on_gpus = sum(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,7 +37,7 @@ class Target:
 
 
 class CompletionStream(asyncio.Protocol):
-    """One answer as it is received.
+    """One answer as it is received, on a connection of its own.
 
     What arrives is only noted with its time, and read when somebody looks at the timeline: client and
     server share the machine, and what the client computes in between is taken from the server.
@@ -45,6 +45,7 @@ class CompletionStream(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.ended = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.Transport | None = None
         self._received: list[tuple[float, bytes]] = []
         self._connection = h11.Connection(h11.CLIENT)
         self._text = b""
@@ -53,14 +54,23 @@ class CompletionStream(asyncio.Protocol):
         self._is_complete = False
 
     def request(self, target: Target, fields: Mapping[str, Any]) -> bytes:
-        """The bytes that ask for a completion; the clock starts here."""
+        """The bytes that ask for a completion."""
         body = {"model": target.model, "stream": True, "stream_options": {"include_usage": True}, **fields}
         payload = json.dumps(body).encode()
         headers = [*target.headers, ("Content-Length", str(len(payload)))]
         head = h11.Request(method="POST", target=target.path, headers=headers)
         parts = [self._connection.send(part) for part in (head, h11.Data(data=payload), h11.EndOfMessage())]
-        self._timeline.sent_s = time.perf_counter()
         return b"".join(part or b"" for part in parts)
+
+    def send(self, request: bytes) -> None:
+        """Send the request; the clock starts here, as clients keep their connections open."""
+        assert self.transport is not None
+        self._timeline.sent_s = time.perf_counter()
+        self.transport.write(request)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._received.append((time.perf_counter(), data))
@@ -131,17 +141,32 @@ async def stream_completion(
 
     A `stream` that is passed in can be watched while it grows.
     """
-    stream = stream or CompletionStream()
+    (timeline,) = await stream_completions(target, [fields], [stream or CompletionStream()])
+    return timeline
+
+
+async def stream_completions(
+    target: Target, requests: Sequence[Mapping[str, Any]], streams: Sequence[CompletionStream] | None = None
+) -> list[Timeline]:
+    """Ask for completions all at once, and read them when all have ended. Raises LociError for whatever is
+    not an answer."""
+    streams = streams or [CompletionStream() for _ in requests]
     loop = asyncio.get_running_loop()
-    request = stream.request(target, fields)
-    transport, _ = await loop.create_connection(lambda: stream, target.host, target.port, ssl=target.tls)
     try:
-        transport.write(request)
-        await stream.ended
-        timeline = stream.timeline
-        stream.check_complete()
+        for stream in streams:
+            await loop.create_connection(lambda s=stream: s, target.host, target.port, ssl=target.tls)
+        encoded = [stream.request(target, fields) for stream, fields in zip(streams, requests, strict=True)]
+        for stream, request in zip(streams, encoded, strict=True):
+            stream.send(request)
+        for stream in streams:
+            await stream.ended
+        timelines = [stream.timeline for stream in streams]
+        for stream in streams:
+            stream.check_complete()
     except LociError as error:
         raise LociError(f"{target.url}: {error}") from None
     finally:
-        transport.close()
-    return timeline
+        for stream in streams:
+            if stream.transport is not None:
+                stream.transport.close()
+    return timelines

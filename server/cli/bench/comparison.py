@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from engine.bench.streams import TOKEN_IDS, StepCost, Timeline, run_engine, throughput
+from engine.bench.streams import TOKEN_IDS, StepCost, Timeline, percentile, run_engine, throughput
 from engine.engine import Engine
 from engine.sampling.params import SamplingParams
 from quant.errors import LociError
-from server.cli.bench.client import CompletionStream, Target, stream_completion
+from server.cli.bench.client import CompletionStream, Target, stream_completion, stream_completions
 
-# Tokens that every running stream has before a long prompt comes, and gaps are taken from.
+# Tokens of the running streams' prompts, and pieces that each has sent before a long prompt comes.
 BEFORE_TOKENS = 16
 
 
@@ -95,11 +95,7 @@ def compare(
 
 def run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:
     """Ask for an answer of so many tokens to each prompt at once, and wait for all."""
-    return asyncio.run(_run_http(target, prompts, tokens))
-
-
-async def _run_http(target: Target, prompts: Sequence[list[int]], tokens: int) -> list[Timeline]:
-    return await asyncio.gather(*(stream_completion(target, _fields(prompt, tokens)) for prompt in prompts))
+    return asyncio.run(stream_completions(target, [_fields(prompt, tokens) for prompt in prompts]))
 
 
 @dataclass(frozen=True)
@@ -110,6 +106,11 @@ class Interference:
     ttft_s: float
     before_s: list[float]
     during_s: list[float]
+
+    @property
+    def p99_ratio(self) -> float:
+        """How many times as long the longest gaps are while the prompt is computed."""
+        return percentile(self.during_s, 99) / percentile(self.before_s, 99)
 
 
 def interfere(target: Target, streams: int, prompt_tokens: int, answer_tokens: int) -> Interference:

@@ -20,7 +20,7 @@ def test_streams_count_while_all_of_them_generate() -> None:
 
 
 def test_pieces_of_several_tokens_count_as_many() -> None:
-    assert decode_rate([Timeline(0.0, [1.0, 2.0, 3.0], tokens=6)]) == pytest.approx(4 / 2.0)
+    assert decode_rate([Timeline(0.0, [1.0, 2.0, 3.0], tokens=6)]) == pytest.approx(5 / 2.0)
 
 
 def test_streams_that_never_ran_together_have_no_rate() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache, reduce
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from engine.chat.deepseek import DeepseekChat
 from engine.chat.format import ChatFormat
 from engine.chat.output_parser import MessageDelta, OutputParser
 from engine.chat.template import TemplateChat
-from engine.output import FinishReason, Output
+from engine.output import FinishReason, Output, joined
 from engine.sampling.params import SamplingParams
 from engine.sequence import Sequence
 from engine.tokenizer.detokenizer import Detokenizer
@@ -187,9 +187,9 @@ def test_outputs_that_are_read_together_say_the_same(pieces: list[str], cuts: li
         if is_cut and groups[-1]:
             groups.append([])
         groups[-1].append(output)
-    joined = [reduce(Output.joined, group) for group in groups if group]
+    together = [joined(group) for group in groups if group]
 
-    assert answer(parser("tagged", *TAGS), joined) == answer(parser("tagged", *TAGS), told)
+    assert answer(parser("tagged", *TAGS), together) == answer(parser("tagged", *TAGS), told)
 
 
 @given(pieces=PIECES, stop=st.sampled_from([(), ("a<",), ("k>",), ("</think>a",), ("ll>é",)]))

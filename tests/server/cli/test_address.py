@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import pytest
@@ -75,3 +76,25 @@ def test_a_port_that_is_taken_is_said() -> None:
         first.listen()
         with pytest.raises(ConfigError, match="Address already in use"):
             bind("127.0.0.1", port_of(first))
+
+
+def test_small_pieces_wait_for_no_acknowledgement() -> None:
+    # Where the system holds them back, every other answer on a kept connection is 40 ms late.
+    async def accepted() -> bool:
+        made: asyncio.Future[asyncio.BaseTransport] = asyncio.get_running_loop().create_future()
+
+        class Noted(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                made.set_result(transport)
+
+        address = bind("127.0.0.1", 0)
+        address.listen()
+        async with await asyncio.get_running_loop().create_server(Noted, sock=address.socket):
+            with socket.create_connection(address.socket.getsockname()):
+                transport = await asyncio.wait_for(made, 20)
+                found: socket.socket = transport.get_extra_info("socket")
+                no_delay = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                transport.close()
+        return bool(no_delay)
+
+    assert asyncio.run(accepted())

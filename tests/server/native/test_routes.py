@@ -125,7 +125,7 @@ def test_unknown_paths_share_one_label(server: LociServer, http: httpx.Client) -
         ("POST", "/v1/responses/input_tokens", {"Host": "evil.example"}, "/v1/responses/input_tokens", "403"),
         ("DELETE", "/v1/messages", {"Host": "evil.example"}, "/v1/messages", "403"),
         ("GET", "/v1/chat/completions", {}, "/v1/chat/completions", "405"),
-        ("GET", "/web/style.css", {"Host": "evil.example"}, "/web/{name}", "403"),
+        ("GET", "/web/style.css", {"Host": "evil.example"}, "/web/{name:path}", "403"),
         ("GET", "/nowhere", {"Host": "evil.example"}, "unmatched", "403"),
     ],
 )

@@ -1,0 +1,96 @@
+"""The pool that sequences take their KV from: how large it is, and how long a sequence may be in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.families.base import KvCache, Model
+from memory.hardware.detect import available_memory_bytes
+from quant.errors import BudgetError
+
+MIN_CONTEXT = 512  # a pool of no given size holds this much at least
+USELESS = 16  # shorter sequences are of no use to anybody
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """What is asked for.
+
+    nbytes       of rows in all; None for what all slots could take
+    is_given     False: it may be more, where the longest sequence needs it
+    may_shorten  sequences may be shorter than asked for, where the pool holds no longer one
+    """
+
+    nbytes: int | None = None
+    is_given: bool = False
+    may_shorten: bool = False
+
+
+WHOLE = PoolSize()  # all slots may be full
+
+
+@dataclass(frozen=True)
+class KvPool:
+    """A cache with its budgets.
+
+    tokens   of all sequences together
+    context  of one sequence at most
+    """
+
+    cache: KvCache
+    tokens: int
+    context: int
+
+
+def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_bytes: int) -> KvPool:
+    """A pool for up to `slots` sequences of up to `context` tokens, beside a prefix cache.
+
+    Raises BudgetError where memory has no room for it, or the pool none for one sequence.
+    """
+    rooms = model.kv_rooms(slots)
+    if size.may_shorten and rooms.longest is not None:
+        context = min(context, rooms.longest)
+    _check_memory(model, slots, context, size, prefix_bytes)
+    cache = model.new_cache(slots, context)
+    cache.shares_logits = True  # a step's tokens are sampled before the next one begins
+    pages, most = cache.pages, slots * context
+    if size.nbytes is None and rooms.tokens is None:
+        return KvPool(cache, most, context)
+    nbytes = size.nbytes
+    if nbytes is not None and not size.is_given:
+        nbytes = max(nbytes, pages.nbytes(min(context, MIN_CONTEXT) if size.may_shorten else context))
+    tokens = pages.fit(most if rooms.tokens is None else min(most, rooms.tokens), rooms.by_device, nbytes)
+    longest = pages.longest(context)
+    if longest < context and not size.may_shorten:
+        needed = pages.nbytes(context)
+        raise BudgetError(
+            f"a sequence of {context:,} tokens needs {needed / 1e6:,.1f} MB of KV cache, but the pool has "
+            f"{(nbytes or pages.budget_bytes or 0) / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, "
+            f"or lower --max-model-len to {longest}"
+        )
+    if longest < min(context, USELESS):
+        raise BudgetError(
+            f"the KV pool of {(nbytes or 0) / 1e6:,.1f} MB has no room for a sequence; raise --kv-budget to "
+            f"{written(pages.nbytes(min(context, MIN_CONTEXT)))}"
+        )
+    return KvPool(cache, tokens, longest)
+
+
+def written(nbytes: int) -> str:
+    """So many bytes, or a little more, as settings take them."""
+    return f"{-(-nbytes // 2**20)}MiB" if nbytes < 2**33 else f"{-(-nbytes // 2**30)}GiB"
+
+
+def _check_memory(model: Model, slots: int, context: int, size: PoolSize, prefix_bytes: int) -> None:
+    """Raises BudgetError where the host has no room."""
+    needed, available = model.cache_bytes(slots, context), available_memory_bytes()
+    if size.nbytes is not None:
+        needed = min(needed, model.cache_bytes(slots, 1) + size.nbytes)
+        if not size.is_given and not size.may_shorten:
+            needed = max(needed, model.cache_bytes(1, context))
+    if needed + prefix_bytes > available:
+        raise BudgetError(
+            f"the KV cache of {slots} sequences needs {needed / 1e9:.1f} GB and the prefix cache "
+            f"{prefix_bytes / 1e9:.1f} GB, but only {available / 1e9:.1f} GB of memory is free; lower "
+            "--kv-budget, --max-model-len, --max-num-seqs or --prefix-cache"
+        )

@@ -1,0 +1,27 @@
+// Short words above the composer: what went wrong outside of an answer, and what can still be undone.
+
+import { button } from "./actions.js";
+
+const UNDO_MS = 12_000;
+
+const place = document.querySelector("#notice");
+let timer = 0;
+
+/** Say something. With `undo` there is a button that takes it back, for a while; without, it stays until closed. */
+export function say(text, undo = null) {
+  clearTimeout(timer);
+  const act = () => {
+    hide();
+    undo?.();
+  };
+  place.replaceChildren(text, button(undo ? "Undo" : "Close", act));
+  place.hidden = false;
+  if (undo) timer = setTimeout(hide, UNDO_MS);
+}
+
+/** Say nothing any more. */
+export function hide() {
+  clearTimeout(timer);
+  place.hidden = true;
+  place.replaceChildren();
+}
