@@ -26,7 +26,7 @@ from engine.families.base import Batch, Model
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from memory.planner.budget import MemoryBudget
-from quant.formats.kv import KvFormat
+from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
 from tests.engine.families.golden_families import family_path
