@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.families.places import HOST, DensePlaces
 from memory.experts.reader import ExpertFiles
-from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ExpertStore
+from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ASSUMED_CPU_FLOPS, ExpertStore
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
@@ -35,6 +35,7 @@ def expert_store(
         telemetry=telemetry,
         hotness=trace_of_checkpoint(path, files.layers, files.experts),
         cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
+        cpu_flops=budget.cpu_flops or ASSUMED_CPU_FLOPS,
     )
 
 

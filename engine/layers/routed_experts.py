@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from engine.layers.operations import Value
 from memory.experts.step import ExpertStep
 from memory.experts.store import ExpertStore
+from memory.experts.streamed import StreamedStep
 from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 
 
@@ -38,20 +40,24 @@ class RoutedExperts(Protocol[Value]):
 class EagerExperts:
     """`RoutedExperts` computed at once. A context: what it has acquired is released at the end.
 
-    limit  of the activation: see `MoeCall.swiglu_limit`
+    limit   of the activation: see `MoeCall.swiglu_limit`
+    tokens  that each layer will compute
     """
 
-    def __init__(self, store: ExpertStore, limit: float) -> None:
+    def __init__(self, store: ExpertStore, limit: float, tokens: Sequence[int], top_k: int) -> None:
         self._store = store
         self._limit = limit
-        self._acquired: ExpertStep | None = None
+        self._tokens, self._top_k = tokens, top_k
+        self._acquired: ExpertStep | StreamedStep | None = None
 
     def __enter__(self) -> EagerExperts:
+        self._store.begin(self._tokens, self._top_k)
         return self
 
     def __exit__(self, *raised: object) -> None:
         if self._acquired is not None:
             self._acquired.__exit__(*raised)
+        self._store.end()
 
     def wants_guesses(self, layer: int) -> bool:
         return self._store.wants_guesses(layer)
@@ -60,7 +66,8 @@ class EagerExperts:
         self._store.prefetch(layer, ids.t().flatten().cpu().tolist())
 
     def acquire(self, layer: int, ids: torch.Tensor) -> None:
-        self._acquired = self._store.acquire(layer, ids.cpu())
+        ids = ids.cpu()
+        self._acquired = self._store.stream(layer, ids) or self._store.acquire(layer, ids)
 
     def run(
         self,

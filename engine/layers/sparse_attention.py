@@ -12,8 +12,8 @@ import torch
 from quant.formats.rows import Rows
 from quant.kernels.interface import Kernels
 
-# Products of index queries and keys that are made at a time: 64 MB, where they are all kept.
-MOST_PRODUCTS = 1 << 24
+# Scores that are made at a time: 64 MB, and some copies of them.
+MOST_SCORES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,56 @@ def select_entries(
     return Selection(chosen.masked_fill(best < 0, -1)), scores
 
 
+def choose_entries(
+    kernels: Kernels,
+    queries: torch.Tensor,
+    weights: torch.Tensor,
+    keys: Rows,
+    visible: torch.Tensor,
+    top_k: int,
+    pool: CandidatePool | None = None,
+    blocks: tuple[int, int] | None = None,
+) -> tuple[Selection, CandidatePool | None]:
+    """`select_entries` for any number of tokens: scores are made of some at a time, so a long prompt takes no
+    more memory than a short one.
+
+    blocks: size and number of those that `candidate_blocks` shall find for each token, returned as well.
+    """
+    columns = keys.shape[0] if pool is None else pool.blocks.shape[1] * pool.block_size
+    most = max(1, MOST_SCORES // max(1, columns))
+    chosen: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
+    for start in range(0, len(queries), most):
+        rows = slice(start, start + most)
+        of_rows = None if pool is None else CandidatePool(pool.blocks[rows], pool.block_size)
+        selection, scores = select_entries(
+            kernels, queries[rows], weights[rows], keys, visible[rows], top_k, of_rows
+        )
+        chosen.append(selection.entries)
+        if blocks is not None:
+            found.append(candidate_blocks(kernels, scores, visible[rows], *blocks).blocks)
+    made = None if blocks is None else CandidatePool(torch.cat(found), blocks[0])
+    return Selection(chosen[0] if len(chosen) == 1 else torch.cat(chosen)), made
+
+
 def choose_tokens(
     kernels: Kernels, queries: torch.Tensor, weights: torch.Tensor, keys: Rows, top_k: int
 ) -> torch.Tensor:
     """The `top_k` tokens that each of the last `L` scores best among itself and those before it: `[L, top_k]`
     int64, ascending, -1 behind.
 
-    queries `[L, heads, dim]`, weights `[L, heads]`, keys `[end, dim]`. Scores are made of some tokens at a
-    time, so a long prompt takes no more memory than a short one. Where there are no more tokens than are
-    chosen, none are made.
+    queries `[L, heads, dim]`, weights `[L, heads]`, keys `[end, dim]`. Where there are no more tokens than
+    are chosen, no scores are made.
     """
-    length, heads, _ = queries.shape
+    length = len(queries)
     end, device = len(keys), queries.device
     visible = torch.arange(end - length + 1, end + 1, device=device)  # [L]
     chosen = torch.arange(top_k, device=device).repeat(length, 1)
     chosen[chosen >= visible.unsqueeze(1)] = -1
     choosing = max(0, min(length, top_k - (end - length)))  # the first that has to choose
-    block = max(1, MOST_PRODUCTS // (heads * end))
-    for start in range(choosing, length, block):
-        rows = slice(start, min(start + block, length))
-        found, _ = select_entries(kernels, queries[rows], weights[rows], keys, visible[rows], top_k)
+    if choosing < length:
+        rows = slice(choosing, length)
+        found, _ = choose_entries(kernels, queries[rows], weights[rows], keys, visible[rows], top_k)
         chosen[rows] = found.entries
     return chosen
 

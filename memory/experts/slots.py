@@ -26,6 +26,7 @@ from quant.kernels.interface import Kernels, SlotLayout
 
 logger = logging.getLogger(__name__)
 
+REFILLS = 4  # transfers at once
 MIN_SLOTS = 2  # in DRAM: one expert in use, one being replaced
 
 
@@ -64,7 +65,7 @@ class ExpertSlots:
         self.telemetry = telemetry
         self._layers = files.layers
         self._policies = policies
-        self._cpu_bytes_per_s = cpu_bytes_per_s
+        self.cpu_bytes_per_s = cpu_bytes_per_s
         total = files.layers * files.experts
 
         def table(tier: Tier) -> SlotTable:
@@ -99,6 +100,7 @@ class ExpertSlots:
         self._claimed: set[Key] = set()  # pinned by the current step
         self._predicted: Set[Key] = frozenset()  # expected by a coming step; evicted last
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
+        self._lent: list[tuple[SlotTable, Key]] = []  # experts that gave way to a prompt
 
     def close(self) -> None:
         """Stop the links and close the files."""
@@ -227,7 +229,7 @@ class ExpertSlots:
         if not self.keeps_copies:
             speed /= 2  # another expert comes back
         ranked = sorted(in_dram, key=lambda expert: -self.score((layer, expert)))
-        for expert in ranked[: fetch_count(len(ranked), speed, self._cpu_bytes_per_s)]:
+        for expert in ranked[: fetch_count(len(ranked), speed, self.cpu_bytes_per_s)]:
             self.move_to_gpu((layer, expert))
         for expert, at in in_dram.items():
             found = self.find((layer, expert))
@@ -354,6 +356,86 @@ class ExpertSlots:
         if self.at_hand is not None:
             self.at_hand.publish()
 
+    # ------------------------------------------------------------------------------ passing prompts
+
+    def pin(self, key: Key) -> None:
+        """No step may evict the expert until it is unpinned."""
+        self._claimed.add(key)
+
+    def unpin(self, key: Key) -> None:
+        """The expert may be evicted."""
+        self._claimed.discard(key)
+
+    def borrow(self, table: SlotTable, count: int) -> list[int]:
+        """Up to so many slots of a table, for a prompt to pass through: free ones, then those of the experts
+        of least value, which come back by `refill` after `give_back`."""
+        self.settle()
+        slots: list[int] = []
+        has_waited = False
+        while len(slots) < count:
+            slot = table.arena.take()
+            if slot is None:
+                fullest = max(range(self._layers), key=table.count)
+                leaving = self._victim(table, fullest, self._claimed)
+                if leaving is None and has_waited:
+                    break
+                if leaving is None:
+                    self._wait_for_transfers()
+                    has_waited = True
+                    continue
+                slot = self._evict(table, leaving)
+                self._lent.append((table, leaving))
+            slots.append(slot)
+        return slots
+
+    def give_back(self, table: SlotTable, slots: Iterable[int]) -> None:
+        """What was borrowed is free again."""
+        for slot in slots:
+            table.arena.give_back(slot)
+
+    def refill(self) -> None:
+        """Bring back experts that gave way to a prompt, the most valuable first and a few at a time; called
+        between a step's own transfers, until all are back."""
+        at = len(self._lent) - 1  # the least valuable ones left first
+        under_way = 0
+        while at >= 0 and under_way < REFILLS:
+            table, key = self._lent[at]
+            found = self.find(key)
+            may_move = table is not self.dram and table.arena.free and not self.gpus_rest
+            if found is not None and found[1].is_moving:
+                under_way += 1
+            elif found is not None and found[0] is self.dram and may_move:
+                self.move_to_gpu(key, Priority.PREFETCH)
+                under_way += 1
+            elif found is not None or (table is not self.dram and not table.arena.free):
+                del self._lent[at]
+            elif self.dram.arena.free > self.reserved:
+                self.read(key, Priority.PREFETCH)
+                # not a guess: no better one cancels it
+                self.dram.by_layer[key[0]][key[1]].is_unused_prefetch = False
+                under_way += 1
+            else:
+                break
+            at -= 1
+
+    def read_again(self, key: Key, entry: SlotEntry) -> Ticket:
+        """Read an expert into a slot that was borrowed, or whose read has failed."""
+        return self._read_into(key, entry, Priority.DEMAND)
+
+    def cancel_read(self, ticket: Ticket) -> None:
+        """Nobody needs it any more."""
+        self._reader.link.cancel(ticket)
+
+    def upload(self, at: int, layer: int, slot: int, source: int) -> Ticket:
+        """Copy an expert of `layer` from a slot in DRAM to one of a GPU, beside what the tables say."""
+        copier = self._copiers[at]
+        inside, outside = self.gpus[at].arena.slot(slot), self.dram.arena.slot(source)
+        fence = copier.fence()
+        nbytes = self.dram.layouts[layer].nbytes
+        return self._links[at].submit(
+            [lambda: copier.upload(layer, inside, outside, fence)], nbytes, Priority.DEMAND
+        )
+
     # ------------------------------------------------------------------------------------------ room
 
     def protect(self, predicted: Set[Key]) -> None:
@@ -379,14 +461,19 @@ class ExpertSlots:
 
     def _wait_for_room(self, layer: int) -> None:
         """Like `make_room`, after all transfers in flight have ended. Raises BudgetError."""
-        self.settle(wait=True)
-        for entries in self.dram.by_layer:
-            for entry in entries.values():
-                if entry.ticket is not None:
-                    with suppress(Exception):  # the error surfaces where the expert is needed
-                        entry.ticket.wait()
+        self._wait_for_transfers()
         if not self.make_room(layer):
             raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
+
+    def _wait_for_transfers(self) -> None:
+        """Until all that are in flight have ended."""
+        self.settle(wait=True)
+        for table in self.tables:
+            for entries in table.by_layer:
+                for entry in entries.values():
+                    if entry.ticket is not None:
+                        with suppress(Exception):  # the error surfaces where the expert is needed
+                            entry.ticket.wait()
 
     def _evict(self, table: SlotTable, key: Key) -> int:
         """Remove an expert from a table and return its slot."""

@@ -13,7 +13,7 @@ added in the router's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from memory.experts.reader import ExpertFiles, default_readers
 from memory.experts.slot_table import Key
 from memory.experts.slots import ExpertSlots
 from memory.experts.step import ExpertStep
+from memory.experts.streamed import StreamedPass, StreamedStep, is_streamed
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from memory.transfer import Priority, Ticket
@@ -37,6 +38,7 @@ FILL_BATCH = 64  # experts in flight at once while filling
 
 # Default rate at which the CPU computes experts in DRAM, bytes per second, if it was not measured.
 ASSUMED_CPU_BYTES_PER_S = 40e9
+ASSUMED_CPU_FLOPS = 500e9  # on many tokens
 
 
 class ExpertStore:
@@ -46,6 +48,7 @@ class ExpertStore:
     dram      the tier of host memory; a BudgetError says how much it must have at least
     kernels   compute in all tiers, and define the slot layout
     readers   threads that read experts from disk and repack them; default: `default_readers`
+    cpu_flops  that the CPU reaches with many tokens
     hotness   `[layers, experts]`, shares of uses from a routing trace: hot experts are loaded first
     """
 
@@ -60,6 +63,7 @@ class ExpertStore:
         hotness: torch.Tensor | None = None,
         readers: int | None = None,
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
+        cpu_flops: float = ASSUMED_CPU_FLOPS,
     ) -> None:
         self._files = files
         self._kernels = kernels
@@ -72,6 +76,8 @@ class ExpertStore:
             files, kernels, dram, gpus, self._policies, self.telemetry,
             readers=readers or default_readers(), cpu_bytes_per_s=cpu_bytes_per_s,
         )  # fmt: skip
+        self._cpu_flops = cpu_flops
+        self._passing: StreamedPass | None = None  # a prompt that is being computed
         self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
         self._predicted: set[Key] = set()  # guessed for a step to come
         self._guesses: list[set[int]] = [set() for _ in range(files.layers)]  # not compared yet
@@ -141,22 +147,54 @@ class ExpertStore:
     def on_gpus(self) -> dict[torch.device, GpuPlaces]:
         """The experts of GPUs that can find them by themselves, by device; needs Triton. For recorded steps,
         which are the first to ask for them."""
-        from memory.experts.gpu_places import GpuPlaces
+        from memory.experts.gpu_places import GpuPlaces, publish
 
         found = {}
         for table in self.slots.gpus:
             if table.arena.slots and not table.tier.is_virtual:
                 places = found[table.tier.device] = GpuPlaces(table, self._files.layers, self._files.experts)
                 table.observer = places
+        publish(list(found.values()))
         return found
+
+    def begin(self, tokens: Sequence[int], top_k: int) -> None:
+        """A forward begins that computes so many tokens in each layer. Where these are many, nearly all
+        experts are needed: they stream past, and nothing has to be guessed. `end` ends it."""
+        many = [n for n, count in enumerate(tokens) if is_streamed(count, top_k, self._files.experts)]
+        if not many or not (self.slots.gpus or not self.slots.keeps_copies):
+            return
+        rankings = [self._policies[layer].ranking() for layer in many]
+        flops = 2.0 * 3 * self._files.hidden * self._files.width
+        self._passing = StreamedPass(self.slots, self._kernels, many, rankings, flops, self._cpu_flops)
+
+    def end(self) -> None:
+        """The forward has ended; does nothing where none has begun."""
+        passing, self._passing = self._passing, None
+        if passing is not None:
+            passing.close()
+            self.slots.refill()
+            self.slots.settle()
+            self.slots.report_free()
 
     def wants_guesses(self, layer: int) -> bool:
         """True if prefetching experts of `layer` can help: from disk, or from DRAM to a GPU."""
+        if self._passing is not None and layer in self._passing.layers:
+            return False
         nearer = self.slots.gpus if self.slots.keeps_copies else self.slots.tables
         return bool(nearer) and sum(table.count(layer) for table in nearer) < self._files.experts
 
+    def stream(self, layer: int, expert_ids: torch.Tensor) -> StreamedStep | None:
+        """Like `acquire`, for a layer whose experts stream past; None where they do not. Of a prompt that
+        uses everything, policies learn nothing."""
+        if self._passing is None or layer not in self._passing.layers:
+            return None
+        self._give_up_guesses(layer, range(self._files.experts))
+        return StreamedStep(self._passing, layer, expert_ids)
+
     def acquire(self, layer: int, expert_ids: torch.Tensor) -> ExpertStep:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
+        self.end()  # the last layers may compute a few tokens alone, with experts in slots of their own
+        self.slots.refill()
         needed = sorted(set(expert_ids.flatten().tolist()))
         if self.slots.gpus or not self.slots.keeps_copies:  # else nothing ever moves
             self._policies[layer].used(needed, neighbours_of(self._used, layer))
@@ -174,14 +212,18 @@ class ExpertStore:
         with ExpertStep(self.slots, self._kernels, layer, ids, needed) as step:
             return step.run(x, torch.ones(ids.shape), limit)
 
-    def used_in_step(self, layer: int, needed: list[int], elsewhere: Sequence[int], on_gpu: str) -> None:
-        """A layer's step is over: GPU `on_gpu` has found all it needed but `elsewhere`, ascending.
+    def used_in_step(
+        self, layer: int, needed: list[int], elsewhere: Sequence[int], on_gpus: Mapping[str, int]
+    ) -> None:
+        """A layer's step is over: GPUs have computed so many of what it needed by themselves, all but
+        `elsewhere`, ascending.
 
         Between steps, the best of the others move to their GPUs, one at a time over each link.
         """
-        here = len(needed) - len(elsewhere)
-        for counter in ("hits", "computed"):
-            self.telemetry.add(counter, on_gpu, here)
+        self.slots.refill()
+        for tier, count in on_gpus.items():
+            for counter in ("hits", "computed"):
+                self.telemetry.add(counter, tier, count)
         self._policies[layer].used(needed, neighbours_of(self._used, layer))
         self._used[layer] = needed
         for expert in elsewhere:

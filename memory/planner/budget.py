@@ -33,6 +33,7 @@ class MemoryBudget:
     workload    for which GPUs must have KV and work space
     cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
     kv_format   of caches
+    cpu_flops   that it reaches on many tokens, where that is known
     """
 
     dram_bytes: int
@@ -41,6 +42,7 @@ class MemoryBudget:
 
     cpu_bytes_per_s: float | None = None
     kv_format: KvFormat = "float32"
+    cpu_flops: float | None = None
 
     @property
     def profile(self) -> HardwareProfile:
@@ -100,8 +102,11 @@ class MemoryBudget:
                 f"the budgets for DRAM and virtual GPUs add up to {asked / 1e9:.1f} GB, but only "
                 f"{free / 1e9:.1f} GB of memory is free; lower them"
             )
-        speed = machine.expert_bytes_per_s if machine else None
-        budget = cls(dram_bytes, gpus, cpu_bytes_per_s=speed, kv_format=kv_format)
+        budget = cls(dram_bytes, gpus, kv_format=kv_format)
+        if machine is not None:
+            budget = replace(
+                budget, cpu_bytes_per_s=machine.expert_bytes_per_s, cpu_flops=machine.cpu_matmul_flops
+            )
         return replace(budget, workload=workload) if workload else budget
 
 

@@ -94,6 +94,17 @@ class TorchLayers:
         visible: torch.Tensor,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        # Products of all heads are kept until they are added up, and keys are copied for each token.
+        each = keys.shape[0] * queries.shape[1] if entries is None else entries.shape[1] * keys.shape[1]
+        most = max(1, GATHERED_VALUES // max(1, each))
+        if len(queries) > most:
+            starts = [slice(at, at + most) for at in range(0, len(queries), most)]
+            return torch.cat([
+                self.index_scores(
+                    queries[at], weights[at], keys, visible[at], None if entries is None else entries[at]
+                )
+                for at in starts
+            ])  # fmt: skip
         if isinstance(keys, EncodedRows) and keys.format.turned:
             queries = hadamard(queries)
         if entries is None:
@@ -161,6 +172,14 @@ class TorchLayers:
         kv_heads, end, _ = keys.shape
         first = 0 if window is None else max(0, end - length - window + 1)
         keys, values, end = values_of(keys[:, first:]), values_of(values[:, first:]), end - first
+        most = max(1, GATHERED_VALUES // (end * heads))
+        if length > most:  # of some tokens at a time: who sees what is a mask, and scores may be kept
+            parts = []
+            for start in range(0, length, most):
+                stop = min(start + most, length)
+                seen = slice(end - length + stop)
+                parts.append(self.attend(q[start:stop], keys[:, seen], values[:, seen], window, sinks))
+            return torch.cat(parts)
         if sinks is not None:  # a key that scores sinks_h with every query of head h, and a value of zero
             return _attend_with_sinks(q, keys, values, _visible(length, end, window, q.device), sinks)
         # Query heads that share a key-value head become extra rows of one query.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 
 import torch
@@ -155,9 +155,16 @@ class Decoder(Model):
         extend = partial(cache.extend, self.kernels.encode_rows)
         extend_index = partial(cache.index_keys.extend, self.kernels.encode_rows)
         ops = Eager(self.kernels, batch.segments, rotation, extend, extend_index, cache.state)
-        with nullcontext() if self._store is None else EagerExperts(self._store, self._limit) as routed:
+        with self._eager_experts(len(batch.ids)) as routed:
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
+
+    def _eager_experts(self, tokens: int) -> AbstractContextManager[EagerExperts | None]:
+        experts = self.description.experts
+        if self._store is None or experts is None:
+            return nullcontext()
+        counts = [tokens] * len(self.description.expert_layers)
+        return EagerExperts(self._store, self._limit, counts, experts.router.top_k)
 
     def _replay(self, program: Program, cache: DecoderCache, batch: Batch) -> torch.Tensor:
         """The logits of a batch of new tokens, by a recorded program: the same bits."""

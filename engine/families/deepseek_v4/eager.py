@@ -12,7 +12,7 @@ from engine.families.streams.eager import EagerStreams
 from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import ReadMix
 from engine.layers.routed_experts import EagerExperts
-from engine.layers.sparse_attention import select_entries
+from engine.layers.sparse_attention import choose_entries
 from quant.formats.rows import Rows, bytes_of, row_format_of
 from quant.kernels.layers import RoutingRule
 
@@ -21,11 +21,13 @@ class V4Eager(EagerStreams):
     """`V4Operations` for a batch. A context: experts that it has acquired are released at the end."""
 
     def __init__(self, parts: V4Parts, batch: Batch, cache: GroupedCache, trace: Trace) -> None:
-        experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
+        c = parts.config
+        tokens = [len(batch.ids)] * c.layers
+        experts = EagerExperts(parts.weights.experts, c.swiglu_limit, tokens, c.routing.top_k)
         super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
         self._config = parts.config
         self._cache = cache
-        self._selections: list[torch.Tensor] = []  # of each segment, of the layer that is being computed
+        self._selections: dict[int, torch.Tensor] = {}  # of each piece, of the layer that is being computed
 
     def streams(self, x: torch.Tensor, n: int) -> torch.Tensor:
         return x.repeat(1, n)
@@ -42,7 +44,7 @@ class V4Eager(EagerStreams):
         state = self._cache.states[number][kind]
         ratio, eps = state.groups.ratio, self._config.rms_norm_eps
         kv, gate = self.linears(x, compressor.wkv, compressor.wgate)
-        for segment, at in self._segments:
+        for _, segment, at in self._pieces_here():
             positions = torch.arange(segment.start, segment.start + segment.length, device=x.device)
             gates = gate[at] + compressor.ape[positions % ratio]
             rows, gates = state.extend(segment, kv[at], gates)
@@ -82,12 +84,11 @@ class V4Eager(EagerStreams):
     def select(self, number: int, queries: torch.Tensor, weights: torch.Tensor) -> None:
         state = self._cache.states[number][1]
         queries = queries.view(len(queries), self._config.index_n_heads, -1)
-        self._selections = []
-        for segment, at in self._segments:
+        for i, segment, at in self._pieces_here():
             keys = state.entries[segment.slot, : (segment.start + segment.length) // state.groups.ratio]
             seen, top = self._visible(segment, state, queries.device), self._config.index_topk
-            selection, _ = select_entries(self._kernels, queries[at], weights[at], keys, seen, top)
-            self._selections.append(selection.entries)
+            selection, _ = choose_entries(self._kernels, queries[at], weights[at], keys, seen, top)
+            self._selections[i] = selection.entries
             self._trace.add(f"index_selected.{number}", selection.entries)
 
     def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,7 @@ class DeepseekV4(StreamModel):
 
             mix = ops.mix(layer.hc_attn, streams)
             x = ops.norm(ops.read_streams(streams, mix.pre), layer.attn_norm, c.rms_norm_eps)
-            y = self._attention(ops, number, layer, x)
+            y = self._attend(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams = ops.write_streams(streams, y, mix)
 
@@ -126,6 +126,10 @@ class DeepseekV4(StreamModel):
         x = ops.read_streams(streams, ops.reading(weights.hc_head, streams))
         (logits,) = ops.linears(ops.norm(x, weights.norm, self.config.rms_norm_eps), weights.head)
         return logits
+
+    def _attend(self, ops: V4Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
+        """Attention of all rows, `[rows, hidden]` to the same, whose buffers are those of some at a time."""
+        return ops.by_rows(lambda rows: self._attention(ops, number, layer, rows), x)
 
     def _attention(self, ops: V4Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """`[rows, hidden]` to the same."""

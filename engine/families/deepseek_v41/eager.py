@@ -6,16 +6,17 @@ import torch
 
 from engine.cache.sparse import SparseCache
 from engine.families.base import Batch, Segment, Trace
+from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.guesses import Guesses
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import CompressorWeights
-from engine.families.streams.eager import EagerStreams
+from engine.families.streams.eager import BLOCK, EagerStreams, pieces_of
 from engine.families.streams.operations import Written
 from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
 from engine.layers.hyper_connections import first_mix
 from engine.layers.routed_experts import EagerExperts
-from engine.layers.sparse_attention import CandidatePool, Selection, candidate_blocks, select_entries
+from engine.layers.sparse_attention import CandidatePool, Selection, choose_entries
 from quant.formats.rows import Rows, bytes_of, row_format_of
 
 
@@ -28,15 +29,17 @@ class V41Eager(EagerStreams):
     def __init__(
         self, parts: V41Parts, batch: Batch, cache: SparseCache, trace: Trace, rows: StepRows | None
     ) -> None:
-        experts = EagerExperts(parts.weights.experts, parts.config.swiglu_limit)
+        c = parts.config
+        tokens = _tokens_by_layer(c, batch, cache.margin)
+        experts = EagerExperts(parts.weights.experts, c.swiglu_limit, tokens, c.num_experts_per_tok)
         super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
         self._parts = parts
         self._config = parts.config
         self._cache = cache
         self._guesses = Guesses(parts, rows, torch.arange(len(batch.ids)))
-        self._ends = _ends_of(batch)  # of each segment's prompt, as far as its tokens depend on one another
-        self._selections: list[Selection] = []  # of each segment, from the last source layer on
-        self._pools: list[CandidatePool] | None = None
+        self._ends = _ends_of(batch)  # of each piece's prompt, as far as its tokens depend on one another
+        self._selections: dict[int, Selection] = {}  # of each piece, from the last source layer on
+        self._pools: dict[int, CandidatePool] = {}
 
     # ---------------------------------------------------------------------------------------- streams
 
@@ -49,25 +52,22 @@ class V41Eager(EagerStreams):
         if number < self._config.first_tail_layer or self._ends is None:
             return streams, pre
         needed = self._config.tail_of(number) + self._cache.margin
-        lengths = [
-            min(s.length, max(0, s.start + s.length + needed - end))
-            for (s, _), end in zip(self._segments, self._ends, strict=True)
-        ]
+        lengths = [_computed(s, end, needed) for (s, _), end in zip(self._pieces, self._ends, strict=True)]
         if not any(lengths):
             return None
-        if lengths == [s.length for s, _ in self._segments]:
+        if lengths == [s.length for s, _ in self._pieces]:
             return streams, pre
         rows = torch.cat(
-            [torch.arange(at.stop - n, at.stop) for (_, at), n in zip(self._segments, lengths, strict=True)]
+            [torch.arange(at.stop - n, at.stop) for (_, at), n in zip(self._pieces, lengths, strict=True)]
         )
         left = [i for i, n in enumerate(lengths) if n]
-        segments = [self._segments[i][0].last(lengths[i]) for i in left]
+        pieces = [self._pieces[i][0].last(lengths[i]) for i in left]
         self._guesses.kept, self._ends = self._guesses.kept[rows], [self._ends[i] for i in left]
         if self._selections:
-            self._selections = [self._selections[i].last(lengths[i]) for i in left]
-        if self._pools is not None:
-            self._pools = [self._pools[i].last(lengths[i]) for i in left]
-        self._work_on(segments)
+            self._selections = {n: self._selections[i].last(lengths[i]) for n, i in enumerate(left)}
+        if self._pools:
+            self._pools = {n: self._pools[i].last(lengths[i]) for n, i in enumerate(left)}
+        self._work_on(pieces)
         rows = rows.to(streams.device)
         return streams[rows], pre[rows]
 
@@ -78,12 +78,16 @@ class V41Eager(EagerStreams):
     def engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
         layer = self._parts.weights.layers[number]
         assert layer.engram is not None
-        kv = self._guesses.wait_for_kv(number)
-        self._trace.add(f"engram_kv.{number}", kv)
-        parallel = self._parallel(streams)
-        gates, value = layer.engram.gates_and_value(self._kernels, parallel, kv)
-        self._trace.add(f"engram_gate.{number}", gates)
-        return (parallel + gates.unsqueeze(-1) * value.unsqueeze(1)).flatten(1)
+        out = torch.empty_like(streams)
+        for start in range(0, len(streams), BLOCK):
+            rows = slice(start, start + BLOCK)
+            kv = self._guesses.wait_for_kv(number, rows)
+            self._trace.add(f"engram_kv.{number}", kv)
+            parallel = self._parallel(streams[rows])
+            gates, value = layer.engram.gates_and_value(self._kernels, parallel, kv)
+            self._trace.add(f"engram_gate.{number}", gates)
+            torch.add(parallel, gates.unsqueeze(-1) * value.unsqueeze(1), out=self._parallel(out[rows]))
+        return out
 
     # -------------------------------------------------------------------------------------- attention
 
@@ -93,7 +97,7 @@ class V41Eager(EagerStreams):
         ratio = state.ratio
         kv = self._kernels.linear(x, compressor.wkv)  # [tokens, head_dim]
         gate = kv if compressor.wgate is None else self._kernels.linear(x, compressor.wgate)
-        for segment, at in self._segments:
+        for _, segment, at in self._pieces_here():
             first = segment.start // ratio
             count = (segment.start + segment.length) // ratio - first
             latent, gates = self._cache.extend_group(number, segment, kv[at], gate[at])
@@ -120,25 +124,19 @@ class V41Eager(EagerStreams):
         queries = queries.view(len(queries), config.index_n_heads, -1).to(device)
         weights = weights.to(device)
         makes_pool = number == config.candidate_source_layer_id
-        pools: list[CandidatePool] = []
-        self._selections = []
-        for i, (segment, at) in enumerate(self._segments):
+        blocks = (config.candidate_block_size, config.candidate_topk_blocks) if makes_pool else None
+        for i, segment, at in self._pieces_here():
             end = segment.start + segment.length
             seen = torch.arange(segment.start + 1, end + 1, device=device) // state.ratio  # [L]
             keys = state.index_keys[segment.slot, : end // state.ratio]
-            pool = self._pools[i].to(device) if self._pools is not None else None
-            selection, scores = select_entries(
-                self._kernels, queries[at], weights[at], keys, seen, config.index_topk, pool
+            pool = self._pools[i].to(device) if i in self._pools else None
+            selection, made = choose_entries(
+                self._kernels, queries[at], weights[at], keys, seen, config.index_topk, pool, blocks
             )
-            self._selections.append(selection)
+            self._selections[i] = selection
             self._trace.add(f"index_selected.{number}", selection.entries)
-            if makes_pool:
-                blocks = config.candidate_topk_blocks
-                pools.append(
-                    candidate_blocks(self._kernels, scores, seen, config.candidate_block_size, blocks)
-                )
-        if makes_pool:
-            self._pools = pools
+            if made is not None:
+                self._pools[i] = made
 
     def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         source = self._config.kv_source_of(number)
@@ -164,13 +162,34 @@ class V41Eager(EagerStreams):
         self._guesses.prefetch(number, streams, pre, written)
 
 
+def _tokens_by_layer(config: V41Config, batch: Batch, margin: int) -> list[int]:
+    """How many of a batch's tokens each layer computes: see `V41Eager.narrow`."""
+    ends = _ends_of(batch)
+    if ends is None:
+        return [len(batch.ids)] * config.num_hidden_layers
+    pieces = [piece for segment in batch.segments for piece in pieces_of(segment)]
+    counts = []
+    for layer in range(config.num_hidden_layers):
+        if layer < config.first_tail_layer:
+            counts.append(len(batch.ids))
+        else:
+            needed = config.tail_of(layer) + margin
+            counts.append(sum(_computed(s, end, needed) for s, end in zip(pieces, ends, strict=True)))
+    return counts
+
+
+def _computed(piece: Segment, end: int, needed: int) -> int:
+    """How many of a piece's tokens are among the last `needed` before `end`."""
+    return min(piece.length, max(0, piece.start + piece.length + needed - end))
+
+
 def _ends_of(batch: Batch) -> list[int] | None:
-    """Where what is computed of each segment's sequence ends, as far as its results are wanted; None where
+    """Where what is computed of each piece's sequence ends, as far as its results are wanted; None where
     all are. A segment all of whose tokens are wanted counts as ending where it begins."""
     if batch.to_come is None:
         return None
     ends = []
     for segment, to_come in zip(batch.segments, batch.to_come, strict=True):
         end = segment.start + segment.length
-        ends.append(segment.start if to_come is None else end + to_come)
+        ends += [segment.start if to_come is None else end + to_come] * len(pieces_of(segment))
     return ends

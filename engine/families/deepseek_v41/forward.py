@@ -118,6 +118,7 @@ class DeepseekV41(StreamModel):
         elif self._is_on_gpus:
             cache.decoder, nbytes = self._record_on_gpus(cache)
             cache.on_host = nbytes[HOST]
+            cache.step_parts = [] if cache.decoder is None else cache.decoder.parts()
         return cache
 
     def _arena_bytes(self, capacity: int) -> int:
@@ -163,7 +164,8 @@ class DeepseekV41(StreamModel):
             assert recorder is not None
             return recorder
 
-        from engine.families.deepseek_v41.on_gpus import V41OnGpus, coordinator_of
+        from engine.families.deepseek_v41.answers import coordinator_of
+        from engine.families.deepseek_v41.on_gpus import V41OnGpus
 
         if self._coordinator is None:
             self._coordinator = coordinator_of(self.parts)
@@ -201,6 +203,8 @@ class DeepseekV41(StreamModel):
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
         decoder = cache.decoder
+        if decoder is not None and not isinstance(decoder, V41Recorded):
+            decoder.check()
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
             return self._replay(decoder, batch, cache)
         return self._compute(batch, cache, trace or NO_TRACE)
@@ -262,7 +266,7 @@ class DeepseekV41(StreamModel):
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
                 ops.prefetch(number, streams, mix.pre, None)
             x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
-            y = self._attention(ops, number, layer, x)
+            y = self._attend(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
 
@@ -277,6 +281,10 @@ class DeepseekV41(StreamModel):
         (x,) = ops.move(self.weights.norm.device, ops.read_streams(streams, pre))
         (logits,) = ops.linears(ops.norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head)
         return logits
+
+    def _attend(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
+        """Attention of all rows, `[rows, hidden]` to the same, whose buffers are those of some at a time."""
+        return ops.by_rows(lambda rows: self._attention(ops, number, layer, rows), x)
 
     def _attention(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """Sections 4.1 to 4.7, `[rows, hidden]` to the same."""

@@ -12,6 +12,8 @@ from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.streams.operations import Written
 from engine.layers.engram_lookup import StepRows
 
+ALL = slice(None)
+
 
 class Guesses:
     """The predictions of one step, on tensors of its tokens.
@@ -51,19 +53,24 @@ class Guesses:
         ids, _ = kernels.route(logits, layer.gate_bias, config.routing)
         store.prefetch(number, ids.t().flatten().cpu().tolist())  # every token's top choice first
 
-    def wait_for_kv(self, number: int) -> torch.Tensor:
-        """Keys and value of the tokens' rows for a layer, `[tokens, (hc + 1) * hidden]`."""
+    def wait_for_kv(self, number: int, rows: slice = ALL) -> torch.Tensor:
+        """Keys and value of the tokens' table rows for a layer, `[rows, (hc + 1) * hidden]`: of all, or of
+        some after the other."""
         if number not in self.engram_kv:
-            return self._kv(number)
-        kv, kept = self.engram_kv.pop(number)
-        return kv if len(kept) == len(self.kept) else kv[torch.searchsorted(kept, self.kept).to(kv.device)]
+            return self._kv(number, rows)
+        kv, kept = self.engram_kv[number]
+        if rows == ALL or rows.stop >= len(self.kept):
+            del self.engram_kv[number]
+        if len(kept) == len(self.kept):
+            return kv[rows]
+        return kv[torch.searchsorted(kept, self.kept[rows]).to(kv.device)]
 
-    def _kv(self, number: int) -> torch.Tensor:
+    def _kv(self, number: int, rows: slice) -> torch.Tensor:
         layer = self._parts.weights.layers[number]
         assert layer.engram is not None
         assert self._rows is not None
         values = self._rows.wait(self._parts.table(number))  # [tokens, columns * dim]
-        values = (values if len(values) == len(self.kept) else values[self.kept]).to(layer.device)
+        values = (values[rows] if len(values) == len(self.kept) else values[self.kept[rows]]).to(layer.device)
         return layer.engram.keys_and_value(self._parts.kernels, values)
 
     def _with_engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
@@ -74,7 +81,7 @@ class Guesses:
         if not self._rows.is_there(self._parts.table(number)):
             return streams
         streams = streams.to(layer.device)
-        kv = self._kv(number)
+        kv = self._kv(number, ALL)
         self.engram_kv[number] = kv, self.kept
         gates, value = layer.engram.gates_and_value(self._parts.kernels, streams, kv)
         return streams + gates.unsqueeze(-1) * value.unsqueeze(1)

@@ -1,8 +1,13 @@
-"""Operations on parallel streams, computed at once, for the tokens of some segments."""
+"""Operations on parallel streams, computed at once, for the tokens of some segments.
+
+What attention makes of a token (queries, index queries, scores) is many times what the token has between
+layers: it is made of `BLOCK` tokens at a time, so a long chunk needs no more memory for it than a short one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -16,9 +21,25 @@ from engine.layers.routed_experts import EagerExperts
 from quant.formats.rows import Rows
 from quant.kernels.interface import Kernels, Weight
 
-# What a segment (its number, itself, its rows) attends to: latents of its window `[n + L, dim]`, and perhaps
+BLOCK = 512  # tokens
+
+# What a piece (its number, itself, its rows) attends to: latents of its window `[n + L, dim]`, and perhaps
 # compressed entries `[G, dim]` with those that each token sees `[L, k]`, -1 for none.
 Seen = Callable[[int, Segment, slice], tuple[Rows, Rows | None, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows whose attention is computed together.
+
+    rows    of all that values have
+    pieces  the numbers of those that they are
+    turns   of their positions, by kind of layer and device
+    """
+
+    rows: slice
+    pieces: range
+    turns: dict[tuple[bool, torch.device], Rotation]
 
 
 class EagerStreams(EagerBasics):
@@ -45,23 +66,60 @@ class EagerStreams(EagerBasics):
         self._work_on(batch.segments)
 
     def __enter__(self) -> Self:
+        self._experts.__enter__()
         return self
 
     def __exit__(self, *raised: object) -> None:
         self._experts.__exit__(*raised)
 
     def _work_on(self, segments: Sequence[Segment]) -> None:
-        """The tokens that values have rows of, from now on."""
-        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in segments])
-        self._turns = {
+        """The tokens that values have rows of, from now on: in pieces that are computed like segments."""
+        self._pieces: list[tuple[Segment, slice]] = []  # with its rows of all
+        self._blocks: list[RowBlock] = []
+        row = 0
+        for segment in segments:
+            for piece in pieces_of(segment):
+                self._pieces.append((piece, slice(row, row := row + piece.length)))
+        first = 0
+        while first < len(self._pieces):
+            start, stop = self._pieces[first][1].start, first + 1
+            while stop < len(self._pieces) and self._pieces[stop][1].stop - start <= BLOCK:
+                stop += 1
+            pieces = range(first, stop)
+            rows = slice(start, self._pieces[stop - 1][1].stop)
+            self._blocks.append(RowBlock(rows, pieces, self._turns_of(pieces)))
+            first = stop
+        self._block = self._blocks[0]
+
+    def _turns_of(self, pieces: range) -> dict[tuple[bool, torch.device], Rotation]:
+        of_pieces = [self._pieces[i][0] for i in pieces]
+        positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in of_pieces])
+        return {
             (compressed, torch.device("cpu")): Rotation.at(
                 self._kernels, positions, self._frequencies.of(compressed=compressed)
             )
             for compressed in (False, True)
         }
-        ends = torch.tensor([s.length for s in segments]).cumsum(0).tolist()
-        bounds = zip([0, *ends[:-1]], ends, strict=True)
-        self._segments = [(s, slice(*bound)) for s, bound in zip(segments, bounds, strict=True)]
+
+    def by_rows(self, work: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if len(self._blocks) == 1:
+            return work(x)
+        outs: torch.Tensor | None = None
+        for block in self._blocks:
+            self._block = block
+            out = work(x[block.rows])
+            if outs is None:
+                outs = out.new_empty(len(x), out.shape[1])
+            outs[block.rows] = out
+        assert outs is not None
+        return outs
+
+    def _pieces_here(self) -> Iterator[tuple[int, Segment, slice]]:
+        """The block's pieces: the number of each, itself, and its rows of the block's."""
+        first = self._block.rows.start
+        for i in self._block.pieces:
+            piece, at = self._pieces[i]
+            yield i, piece, slice(at.start - first, at.stop - first)
 
     def at_layer(self, number: int | None) -> None:
         """All layers are alike."""
@@ -111,7 +169,7 @@ class EagerStreams(EagerBasics):
         """Attention of `[tokens, heads * head_dim]` queries, to the same."""
         q = q.view(len(q), len(sink), -1)
         attended = []
-        for i, (segment, at) in enumerate(self._segments):
+        for i, segment, at in self._pieces_here():
             window_kv, compressed, entries = seen(i, segment, at)
             entries = None if entries is None else entries.to(q.device)
             attended.append(self._kernels.attend_sparse(q[at], window_kv, sink, window, compressed, entries))
@@ -119,11 +177,11 @@ class EagerStreams(EagerBasics):
         return out.flatten(1)
 
     def _rotation(self, device: torch.device, *, compressed: bool) -> Rotation:
-        """The rotation of the batch's positions on `device`, copied there once."""
-        key = compressed, device
-        if key not in self._turns:
-            self._turns[key] = self._turns[compressed, torch.device("cpu")].to(device)
-        return self._turns[key]
+        """The rotation of the block's positions on `device`, copied there once."""
+        key, turns = (compressed, device), self._block.turns
+        if key not in turns:
+            turns[key] = turns[compressed, torch.device("cpu")].to(device)
+        return turns[key]
 
     def _group_rotation(self, first: int, count: int, ratio: int, device: torch.device) -> Rotation:
         """That of the first positions of `count` groups of `ratio` tokens, from group `first` on."""
@@ -137,3 +195,11 @@ class EagerStreams(EagerBasics):
 
     def experts(self, number: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._experts.run(number, x, ids, weights)
+
+
+def pieces_of(segment: Segment) -> list[Segment]:
+    """A segment cut into pieces of at most `BLOCK` tokens."""
+    return [
+        Segment(segment.slot, segment.start + at, min(BLOCK, segment.length - at))
+        for at in range(0, segment.length, BLOCK)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.families.streams.operations import Frequencies, StreamMix
 from engine.layers.hyper_connections import HyperConnection
@@ -39,6 +39,9 @@ class StreamNotes(RecordedBasics):
 
     def rotate(self, x: Buffer, heads: int, *, compressed: bool, backwards: bool = False) -> Buffer:
         return self._recorder.rotate(x, self._turn(compressed, backwards), heads)
+
+    def by_rows(self, work: Callable[[Buffer], Buffer], x: Buffer) -> Buffer:
+        return work(x)
 
     def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
         return self._recorder.blocks(x, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self
 
@@ -83,6 +83,10 @@ class StreamOperations(BasicOperations[Value], Protocol[Value]):
 
     def rotate(self, x: Value, heads: int, *, compressed: bool, backwards: bool = False) -> Value:
         """Heads turned by their rows' positions."""
+        ...
+
+    def by_rows(self, work: Callable[[Value], Value], x: Value) -> Value:
+        """work(x), perhaps of some rows at a time: attention, whose operations know which rows these are."""
         ...
 
     def blocks(self, x: Value, weights: Sequence[Weight]) -> Value:
