@@ -93,6 +93,7 @@ class Steps:
             except Exception as error:
                 self._fail([chunk.sequence], error)
         self._take_tokens(ready, logits)
+        self._keep_states(ready, logits)
         self.count += 1
         self.forward_s += forward_s
         self.step_s += time.perf_counter() - began
@@ -186,7 +187,9 @@ class Steps:
             sequence.cached_tokens = prefix.length
         sequence.stops = prefix.stops
         if prefix.logits is not None:
-            self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
+            logits = prefix.logits.unsqueeze(0)
+            self._take_tokens([(sequence, 0)], logits)
+            self._keep_states([(sequence, 0)], logits)
 
     def _advance(self, chunk: Chunk, logits: torch.Tensor, rows: range) -> bool:
         """Record what was computed; True if a token is to be sampled. `rows` of the logits are the
@@ -210,8 +213,6 @@ class Steps:
             if is_due or sequence.computed in sequence.stops:
                 self._save_prefix(sequence)
             return False
-        if sequence.computed == sequence.prompt_length:
-            self._save_prefix(sequence, logits[rows[-1]])
         return True
 
     def _take_tokens(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
@@ -259,9 +260,21 @@ class Steps:
         if top is not None:
             logprobs = tuple(token_logprobs(logits[row : row + 1], [token], top))
         sequence.append(token, logprobs)
-        if sequence.finish_reason is not None:
-            self._save_prefix(sequence)
-            self._release(sequence)
+
+    def _keep_states(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
+        """Save the states after prompts that are computed and after answers that have ended, and release the
+        latter. Their tokens are on their way by then: a long state takes longer to copy than a step."""
+        for sequence, row in ready:
+            if sequence.slot is None:  # it failed
+                continue
+            try:
+                if sequence.saved < sequence.computed == sequence.prompt_length:
+                    self._save_prefix(sequence, logits[row])
+                if sequence.finish_reason is not None:
+                    self._save_prefix(sequence)
+                    self._release(sequence)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def _save_prefix(self, sequence: Sequence, logits: torch.Tensor | None = None) -> None:
         """Cache the current state of a sequence; `logits` `[vocab]` are those after its last token."""
