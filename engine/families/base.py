@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -25,6 +26,9 @@ from quant.errors import BudgetError, ConfigError
 from quant.formats.kv import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
+
+# A context in which a model's products are those of prompts (`Kernels.multiplying`).
+PromptProducts = Callable[[], AbstractContextManager[None]]
 
 
 class Segment(NamedTuple):
