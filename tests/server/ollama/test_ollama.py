@@ -102,6 +102,7 @@ def test_a_request_without_a_prompt_asks_for_the_model_to_be_loaded(http: httpx.
         ),
         ({"template": "{{ .Prompt }}"}, 400, "template is not supported"),
         ({"messages": 5}, 400, "messages: "),
+        ({"format": {"const": 2**64}}, 400, "outside the JSON number range"),
     ],
 )
 def test_errors_have_ollamas_shape(
