@@ -51,6 +51,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_TOKEN = {"anyOf": [_COUNT, _object(id=_COUNT, piece=_TEXT)]}
 _LIST: dict[str, Any] = {"type": "array", "items": {"type": "object"}}
 _MODEL = _object(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
 _USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
@@ -104,7 +105,7 @@ OPERATIONS = {
     ("POST", MESSAGES_PATH): Operation(_MESSAGE, MessagesRequest, READING, True),
     ("POST", f"{MESSAGES_PATH}/count_tokens"): Operation(_object(input_tokens=_COUNT), CountRequest, READING),
     ("POST", "/tokenize"): Operation(
-        _object(tokens={"type": "array", "items": _COUNT}, count=_COUNT, max_model_len=_COUNT),
+        _object(tokens={"type": "array", "items": _TOKEN}, count=_COUNT, max_model_len=_COUNT),
         TokenizeRequest,
         READING,
     ),
