@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.cache.aside import Aside, AsideOnDisk, AsideStats
 from engine.cache.prefix import PrefixCache, PrefixStats
@@ -70,6 +71,14 @@ class Submission:
     """A submitted sequence; `Engine.abort` takes it."""
 
     sequence_id: int
+
+
+class PromptProgress(NamedTuple):
+    """Tokens of a prompt: all of it, what was cached, and what the cache holds by now."""
+
+    total: int
+    cached: int
+    processed: int
 
 
 class Engine:
@@ -211,6 +220,13 @@ class Engine:
                 sequence.is_aborted = True
                 self._aborted.append(sequence)
                 self._wake.notify()
+
+    def prompt_progress(self, ticket: Submission) -> PromptProgress | None:
+        """How much of a sequence's prompt has been computed; None once it is done, or the sequence ended."""
+        sequence = self._known.get(ticket.sequence_id)
+        if sequence is None or not sequence.is_prefilling:
+            return None
+        return PromptProgress(sequence.prompt_length, sequence.cached_tokens, sequence.computed)
 
     def stats(self) -> EngineStats:
         """Current counters and gauges."""

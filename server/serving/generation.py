@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
-from engine.engine import Engine, Submission
+from engine.engine import Engine, PromptProgress, Submission
 from engine.output import FinishReason, Output, joined
 from engine.sampling.params import SamplingParams
 from server.http.errors import ApiError, unavailable
@@ -56,6 +56,12 @@ class Generation:
                 yield index, self._checked(index, output)
             if self._running and self._ended_by is not None:
                 raise self._ended_by
+
+    def prompt_progress(self) -> PromptProgress | None:
+        """How much of the prompts has been computed; None once nothing more of them is to come."""
+        found = [self._engine.prompt_progress(ticket) for ticket in self._running.values()]
+        known = [each for each in found if each is not None]
+        return None if not known else PromptProgress(*map(sum, zip(*known, strict=True)))
 
     def cancel(self) -> None:
         """Abort whatever still runs, and report the cancellation to the reader."""
