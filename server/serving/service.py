@@ -105,8 +105,7 @@ def prepare(settings: Settings) -> Prepared:
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
-    kv_format = opened.family.kv_format(opened.checkpoint, settings.kv_format)
-    budget = replace(budget, kv_format=kv_format)
+    budget = replace(budget, kv_format=opened.kv_format(settings.kv_format))
     budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
     return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
