@@ -28,6 +28,7 @@ from engine.sampling.params import SamplingParams
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
+from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
 from tests.engine.chat.answers import Answer
@@ -127,6 +128,26 @@ def test_after_a_restart_the_same_bits_follow_wherever_a_conversation_had_paused
         rest = compute(model, cache_2, ids[start:stop])
         assert torch.equal(rest, logits[cuts.index(start)])
     again.close()
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("v41-a", "vendor"), ("v41-a", "fp8"), ("mixtral", "int8"), ("gpt_oss", "bf16")]
+)
+def test_a_cache_of_any_format_goes_on_after_a_restart_with_the_same_bits(
+    name: str, form: KvFormat, tmp_path: Path
+) -> None:
+    checkpoint = open_safetensors(golden_path(name) if name == "v41-a" else family_path(name))
+    model = family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(1 << 30, kv_format=form))
+    bench = Bench(model, tmp_path)
+    ids = some_ids(33, 200)
+    write(bench, ids[:90], ids[:170])
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    assert PrefixCache(cache, PLENTY, stored).restore(0, ids).length == 170
+    expected = compute(model, bench.cache(), ids)[170:]
+    assert torch.equal(compute(model, cache, ids[170:]), expected)
+    stored.close()
     model.close()
 
 
@@ -244,6 +265,35 @@ def test_where_a_file_turns_out_to_be_damaged_the_prompt_is_computed_as_if_nothi
     assert prefixes.restore(0, ids).length == 140
     stored.close()
     assert (first.exists(), second.exists()) == (True, False)
+
+
+def test_of_a_long_prompt_s_beginning_the_conversation_that_was_last_is_read_ahead(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, one, other = some_ids(26, 140), some_ids(27, 60), some_ids(28, 60)
+    write(bench, begun + one, begun + other, begun + other + some_ids(29, 64))
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, *_: asked.append(Path(f"/proc/self/fd/{file}").readlink())
+    )
+    stored = bench.stored(bench.cache())
+    stored.foresee(begun[:130], "")
+    assert sorted(asked) == sorted({bench.files()[i] for i in (0, 1, 2)})
+    asked.clear()
+    stored.foresee(begun[:130], "another's")
+    stored.foresee(some_ids(30, 130), "")
+    assert asked == []
+    stored.close()
+
+
+def test_a_short_text_that_goes_on_from_the_rows_of_a_longer_one_is_found_after_a_restart(
+    bench: Bench,
+) -> None:
+    long = some_ids(31, 280)
+    short = [*long[:140], *some_ids(32, 40)]
+    write(bench, long, short)
+    assert found(bench, [*short, 1]) == 180
+    assert found(bench, [*long, 1]) == 280
 
 
 def test_rows_of_a_text_that_goes_another_way_are_not_mixed_in(tmp_path: Path) -> None:
