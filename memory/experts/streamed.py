@@ -2,8 +2,8 @@
 
 Where a GPU holds an expert, it is computed there. The others go to the GPUs over all links at once, those
 with the most tokens first, while the processor computes those with the fewest; what DRAM does not hold is
-read from disk in the same order, layer after layer, ahead of need. All this passes through rings of slots that
-are borrowed for the pass and given back after it, so a prompt displaces nothing else that decoding uses.
+read from disk in the same order, layer after layer, ahead of need. All this passes through rings of slots
+that are borrowed for the pass and given back after it, so a prompt displaces nothing else that decoding uses.
 """
 
 from __future__ import annotations

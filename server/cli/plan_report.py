@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-DEFAULT_CHUNK = 512
 WORTH_SAYING = 1.02  # a gain of less is within the model's own error
 
 
-def workload_of(shape: ModelShape, context: int | None, batch: int, prefill_chunk: int) -> Workload:
-    """What a plan is made for; the context is as long as the model's, at most 8192, unless given."""
+def workload_of(
+    shape: ModelShape, machine: HardwareProfile, context: int | None, batch: int, prefill_chunk: int | None
+) -> Workload:
+    """What a plan is made for; the context is as long as the model's, at most 8192, and a chunk as large as
+    pays, unless given."""
     from memory.planner.placement import Workload
+    from memory.planner.prefill import planned_chunk
 
-    return Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
+    asked = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch)
+    return replace(asked, prefill_chunk=prefill_chunk or planned_chunk(shape, machine, asked))
 
 
 def print_plan(

@@ -28,6 +28,7 @@ from memory.planner.placement import Workload
 from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
+from server.serving.chunk import chunk_here
 from server.serving.generation import Generation
 from server.serving.wakeups import Wakeups
 from server.settings import Settings
@@ -89,7 +90,9 @@ def prepare(settings: Settings) -> Prepared:
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
-    budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
+    workload = _workload(settings, opened, budget, kv_bytes)
+    chunk = settings.prefill_chunk or chunk_here(opened, budget, workload, settings.devices)
+    budget = replace(budget, workload=replace(workload, prefill_chunk=chunk))
     return Prepared(settings, name, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
 
@@ -99,7 +102,7 @@ def bring_up(prepared: Prepared) -> Served:
     loaded = prepared.opened.load(budget)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
-        warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
+        warm_up(loaded.model, min(budget.workload.prefill_chunk, budget.workload.context))
     context = settings.max_model_len or loaded.model.info.max_context
     kv_bytes = prepared.kv_bytes
     if kv_bytes is None:
@@ -117,13 +120,14 @@ def bring_up(prepared: Prepared) -> Served:
         max_sequences=settings.max_num_seqs,
         max_context=context,
         pool=PoolSize(kv_bytes, prepared.kv_bytes is not None, settings.max_model_len is None),
-        prefill_chunk=settings.prefill_chunk,
+        prefill_chunk=budget.workload.prefill_chunk,
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
     )
     log.info("%s", _about(engine, context))
+    log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
     engine.start()
     return Served(prepared.name, loaded, engine)
 
@@ -135,7 +139,7 @@ def _workload(
     for one sequence."""
     context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
     if not budget.gpus:
-        return Workload(context, sequences, settings.prefill_chunk)
+        return Workload(context, sequences)
     shape = opened.family.shape(opened.checkpoint)
 
     def nbytes(tokens: int) -> int:
@@ -154,7 +158,7 @@ def _workload(
             f"pool has {room / 1e6:,.1f} MB: raise --kv-budget to {written(nbytes(context))}, or lower "
             f"--max-model-len to {of_one}"
         )
-    return Workload(min(context, of_one), sequences, settings.prefill_chunk, tokens)
+    return Workload(min(context, of_one), sequences, kv_tokens=tokens)
 
 
 def _about(engine: Engine, wanted: int) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from quant.bench.timing import Figure
 
 
-def print_figures(topic: str, figures: Sequence[Figure]) -> None:
+def print_figures(topic: str, figures: Sequence[Figure | Result]) -> None:
     """A table of figures, with their targets and whether they were met."""
     print_table(
         [topic, "measured", "", "target", "met"],

@@ -91,7 +91,12 @@ def test_what_does_not_fit_is_said_with_a_remedy_and_an_exit_code() -> None:
 def test_a_checkpoint_is_planned_from_its_headers() -> None:
     report = planned(str(golden_path("v41-c")), "--context", "512", "--batch", "2")
     assert report["fits"]
-    assert report["workload"] == {"context": 512, "sequences": 2, "prefill_chunk": 512}
+    assert report["workload"] == {
+        "context": 512,
+        "sequences": 2,
+        "prefill_chunk": 512,
+        "kv_tokens": None,
+    }
     assert {place["tier"] for place in report["places"]} == {"dram"}
 
 
