@@ -27,7 +27,7 @@ def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
         is_whole = first < sequence.prompt_length and sequence.params.prompt_logprobs is not None
         if is_whole:
             rows += range(start, len(ids))
-        elif first + length >= sequence.prompt_length:
+        elif first + length >= sequence.prefill_length:
             rows.append(len(ids) - 1)
         counts.append(len(rows) - before)
         to_come.append(None if is_whole else sequence.next_stop - first - length)

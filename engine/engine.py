@@ -13,6 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
+from engine.cache.aside import Aside, AsideOnDisk, AsideStats
 from engine.cache.prefix import PrefixCache, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
 from engine.families.base import Model
@@ -60,6 +61,8 @@ class EngineStats:
     kv_taken: tuple[int, ...] = ()
     kv_peak_bytes: int = 0
     kv_budget_bytes: int | None = None
+    sequences_aside: int = 0
+    aside: AsideStats | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,10 @@ class Engine:
     pool whose size is planned here. A step computes at most `prefill_chunk` tokens; while answers run,
     prompts get only what takes about `prefill_step_s`. Up to `max_waiting` more sequences are queued, further
     ones refused. The states of prompts and answers are cached for later prompts with the same beginning, in
-    up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. After each step,
-    whose outputs are reported one by one, the engine's thread calls `between_steps`.
+    up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. While the pool is
+    short, the youngest sequence is put aside: in that memory, or to disk if `aside` says where; with neither,
+    it is computed again. After each step, whose outputs are reported one by one, the engine's thread calls
+    `between_steps`.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Engine:
         max_waiting: int = 256,
         prefix_cache_bytes: int = 0,
         on_disk: StatesOnDisk | None = None,
+        aside: AsideOnDisk | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -108,7 +114,8 @@ class Engine:
         self._scheduler = Scheduler(
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
-        self._steps = Steps(model, self._cache, prefixes, self._scheduler, self._forget)
+        places = Aside(self._cache, prefixes, aside)
+        self._steps = Steps(model, self._cache, prefixes, places, self._scheduler, self._forget)
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []
@@ -204,10 +211,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Current counters and gauges."""
-        running, steps = list(self._scheduler.running), self._steps
+        running, waiting, steps = list(self._scheduler.running), list(self._scheduler.waiting), self._steps
         return EngineStats(
             running=len(running),
-            waiting=len(self._scheduler.waiting) + len(self._submitted),
+            waiting=len(waiting) + len(self._submitted),
             prompt_tokens=steps.prompt_tokens,
             generated_tokens=steps.generated_tokens,
             steps=steps.count,
@@ -222,6 +229,8 @@ class Engine:
             prefixes=None if steps.prefixes is None else steps.prefixes.stats,
             stored=None if self._stored is None else self._stored.stats,
             is_failing=steps.is_failing,
+            sequences_aside=sum(sequence.was_aside for sequence in waiting),
+            aside=steps.aside.stats,
         )
 
     def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ MIN_PREFILL = 16
 # that lagged would let steps grow with it.
 NEWEST = 0.3
 RISING = 0.6
+
+
+HasPages = Callable[[Sequence, int], bool]
 
 
 class Chunk(NamedTuple):
@@ -54,8 +58,12 @@ class Scheduler:
         """Queue a sequence."""
         self.waiting.append(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Give free slots to waiting sequences; returns the newly admitted ones."""
+    def admit(self, has_pages: HasPages | None = None) -> list[Sequence]:
+        """Give free slots to waiting sequences; returns the newly admitted ones.
+
+        has_pages  takes what a sequence needs to begin in a slot; where that is not there, it waits, and all
+                   behind it
+        """
         if not self.waiting:
             return []
         admitted: list[Sequence] = []
@@ -64,12 +72,16 @@ class Scheduler:
         while self.waiting and self._free:
             sequence = self.waiting.popleft()
             may_share = self.shares_prompts and sequence.params.prompt_logprobs is None
-            if may_share and sequence.prompt_hash in computed_now:
+            if may_share and sequence.prompt_hash in computed_now and not sequence.was_aside:
                 held_back.append(sequence)
                 continue
+            if has_pages is not None and not has_pages(sequence, self._free[-1]):
+                held_back.append(sequence)
+                break
             computed_now.add(sequence.prompt_hash)
             sequence.slot = self._free.pop()
-            sequence.queue_s = time.perf_counter() - sequence.submitted_s
+            if sequence.queue_s is None:
+                sequence.queue_s = time.perf_counter() - sequence.submitted_s
             self.running.append(sequence)
             admitted.append(sequence)
         self.waiting.extendleft(reversed(held_back))
@@ -81,8 +93,8 @@ class Scheduler:
         The oldest prompt gets at least half of the prefill budget, so that none starves; the rest goes to the
         shortest ones first, so that none waits for a long one to finish.
         """
-        prompts = [s for s in self.running if s.computed < s.prompt_length]
-        decodes = [Chunk(s, 1) for s in self.running if s.computed >= s.prompt_length]
+        prompts = [s for s in self.running if s.is_prefilling]
+        decodes = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
         if not prompts:
             return decodes
         budget = self._prefill_budget(len(decodes))
@@ -114,6 +126,11 @@ class Scheduler:
         self.running.remove(sequence)
         self._free.append(sequence.slot)
         sequence.slot = None
+
+    def put_aside(self, sequence: Sequence) -> None:
+        """Take a running sequence's slot; it is the next to get one."""
+        self.release(sequence)
+        self.waiting.appendleft(sequence)
 
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens that the next step may compute alongside this many decodes."""

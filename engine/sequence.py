@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.cache.aside import Kept
 from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import Sampler
@@ -23,7 +24,8 @@ class Sequence:
 
     computed counts the tokens that the cache holds; slot is the cache slot, None while waiting.
     `max_tokens` is what the parameters and the context leave room for. Of the prompt, `cached_tokens`
-    came from the prefix cache; the prefill pauses at `stops`, for the states there to be saved.
+    came from the prefix cache; the prefill pauses at `stops`, for the states there to be saved. A sequence
+    that was put aside begins again with a prefill of `prefill_length` tokens, of which `kept` has a part.
     """
 
     sequence_id: int
@@ -41,6 +43,8 @@ class Sequence:
     queue_s: float | None = None
     slot: int | None = None
     computed: int = 0
+    prefill_length: int = field(init=False)
+    kept: Kept | None = None
     cached_tokens: int = 0
     stops: tuple[int, ...] = ()
     saved: int = 0  # length of the last state saved to the prefix cache
@@ -50,7 +54,7 @@ class Sequence:
     _reported: bool = False
 
     def __post_init__(self) -> None:
-        self.prompt_length = len(self.token_ids)
+        self.prompt_length = self.prefill_length = len(self.token_ids)
         self.prompt_hash = hash((self.cache_salt, tuple(self.token_ids)))
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs.append(None)  # nothing predicts the first token
@@ -67,8 +71,18 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """True until the whole prompt has been computed."""
-        return self.computed < self.prompt_length
+        """True until the whole prompt has been computed, or all that was known when it was put aside."""
+        return self.computed < self.prefill_length
+
+    @property
+    def was_aside(self) -> bool:
+        """True where it has had a slot before, and gave it up."""
+        return self.queue_s is not None and self.slot is None
+
+    def put_aside(self, kept: Kept | None) -> None:
+        """It has no slot any more, and goes on from `kept`, or from the beginning."""
+        self.kept, self.computed, self.stops = kept, 0, () if kept is None else self.stops
+        self.prefill_length = len(self.token_ids)
 
     @property
     def generated(self) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Sequence as Ids
 import torch
 
 from engine.assemble import assemble
+from engine.cache.aside import Aside
+from engine.cache.pages import PoolShortError
 from engine.cache.prefix import PrefixCache
 from engine.families.base import KvCache, Model
 from engine.output import FinishReason, TokenLogprob
@@ -27,6 +29,9 @@ logger = logging.getLogger("loci.engine")
 # While a long prompt is computed, its state is saved every so many tokens, for prompts that share only its
 # beginning; not of a model that leaves out, amid a prompt, what only its end needs.
 SAVE_EVERY = 2048
+# Tokens for which a sequence that was put aside finds pages when it goes on, or it would soon be put aside
+# again.
+RETURN_ROOM = 512
 
 
 class Steps:
@@ -41,10 +46,12 @@ class Steps:
         model: Model,
         cache: KvCache,
         prefixes: PrefixCache | None,
+        aside: Aside,
         scheduler: Scheduler,
         forget: Callable[[Sequence], bool],
     ) -> None:
         self.prefixes = prefixes
+        self.aside = aside
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.count = 0
@@ -58,12 +65,12 @@ class Steps:
     def run(self) -> None:
         """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
         began = time.perf_counter()
-        for sequence in self._scheduler.admit():
+        for sequence in self._scheduler.admit(self._take_first_pages):
             try:
                 self._begin(sequence)
             except Exception as error:
                 self._fail([sequence], error)
-        chunks = self._scheduler.next_chunks()
+        chunks = self._with_pages(self._scheduler.next_chunks())
         if not chunks:
             return
         try:
@@ -111,14 +118,72 @@ class Steps:
         for sequence in sequences:
             self.end(sequence, reason, text)
 
+    # ------------------------------------------------------------------------------- the pool of pages
+
+    def _take_first_pages(self, sequence: Sequence, slot: int) -> bool:
+        """Take pages for a waiting sequence's tokens, and for some more if it was put aside: it would not get
+        far otherwise. False where there are too few."""
+        tokens = len(sequence.token_ids)
+        if sequence.was_aside:
+            tokens += min(RETURN_ROOM, sequence.max_tokens - sequence.generated)
+        try:
+            self._cache.pages.hold(slot, tokens)
+        except PoolShortError:
+            return False
+        return True
+
+    def _with_pages(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks whose sequences have pages for them, the oldest first.
+
+        Where the pool is short, the youngest sequence waits; where that is not enough, it is put aside.
+        """
+        pages, waiting = self._cache.pages, []
+        for chunk in sorted(chunks, key=lambda chunk: chunk.sequence.sequence_id):
+            while chunk.sequence.slot is not None:
+                try:
+                    pages.hold(chunk.sequence.slot, chunk.sequence.computed + chunk.length)
+                    break
+                except PoolShortError as error:
+                    youngest = max(self._scheduler.running, key=lambda sequence: sequence.sequence_id)
+                    if youngest is not chunk.sequence:
+                        self._put_aside(youngest)
+                    elif len(self._scheduler.running) == 1:
+                        self._fail([youngest], error)
+                    else:
+                        waiting.append(chunk)
+                        break
+        return [chunk for chunk in chunks if chunk.sequence.slot is not None and chunk not in waiting]
+
+    def _put_aside(self, sequence: Sequence) -> None:
+        """Take a sequence's slot and pages; it goes on when there is room."""
+        assert sequence.slot is not None
+        slot = sequence.slot
+        sequence.put_aside(self.aside.put(slot))
+        self._cache.release(slot)
+        self._scheduler.put_aside(sequence)
+
+    def _bring_back(self, sequence: Sequence) -> bool:
+        """Fill the slot of an admitted sequence with what was put aside of it, if that is there."""
+        assert sequence.slot is not None
+        kept, sequence.kept = sequence.kept, None
+        if kept is None or not self.aside.bring_back(sequence.slot, kept):
+            return False
+        sequence.computed = kept.length
+        return True
+
     def _begin(self, sequence: Sequence) -> None:
-        """Fill the slot of an admitted sequence with the cached prefix of its prompt."""
+        """Fill the slot of an admitted sequence with its own state, or the cached prefix of its prompt."""
         assert sequence.slot is not None
         self._cache.reset(sequence.slot)
-        if self.prefixes is None or sequence.params.prompt_logprobs is not None:
+        if self._bring_back(sequence):
+            return
+        lacks_logprobs = 0 < len(sequence.prompt_logprobs) < sequence.prompt_length
+        if self.prefixes is None or lacks_logprobs:
             return  # log probabilities of the prompt need all of it computed
         prefix = self.prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
-        sequence.computed = sequence.cached_tokens = sequence.saved = prefix.length
+        sequence.computed = sequence.saved = prefix.length
+        if sequence.prefill_length == sequence.prompt_length:
+            sequence.cached_tokens = prefix.length
         sequence.stops = prefix.stops
         if prefix.logits is not None:
             self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
@@ -128,23 +193,25 @@ class Steps:
         chunk's."""
         sequence = chunk.sequence
         first = sequence.computed
-        was_prefilling = first < sequence.prompt_length
+        was_prefilling = sequence.is_prefilling
         sequence.computed = first + chunk.length
         if not was_prefilling:
             return True
-        params = sequence.params
         self.prompt_tokens += chunk.length
-        if params.prompt_logprobs is not None:
-            following = sequence.token_ids[first + 1 : sequence.computed + 1]
+        wanted, known = sequence.params.prompt_logprobs, len(sequence.prompt_logprobs)
+        following = sequence.token_ids[known : min(sequence.computed + 1, sequence.prompt_length)]
+        if wanted is not None and following:
+            begin = rows.start + known - first - 1
             sequence.prompt_logprobs += token_logprobs(
-                logits[rows.start : rows.start + len(following)], following, params.prompt_logprobs
+                logits[begin : begin + len(following)], following, wanted
             )
         if sequence.is_prefilling:
             is_due = self._model.keeps_whole_states and sequence.computed >= sequence.saved + SAVE_EVERY
             if is_due or sequence.computed in sequence.stops:
                 self._save_prefix(sequence)
             return False
-        self._save_prefix(sequence, logits[rows[-1]])
+        if sequence.computed == sequence.prompt_length:
+            self._save_prefix(sequence, logits[rows[-1]])
         return True
 
     def _take_tokens(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
@@ -207,4 +274,6 @@ class Steps:
         if self._forget(sequence):
             if sequence.slot is not None:
                 self._cache.release(sequence.slot)
+            if sequence.kept is not None:
+                self.aside.drop(sequence.kept)
             self._scheduler.release(sequence)

@@ -25,7 +25,7 @@ from server.serving.service import Service
 
 ROUTERS = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
 # What scripts of other origins may read beside the body.
-EXPOSED_HEADERS = ("X-Request-Id", "Retry-After", *RATE_LIMIT_HEADERS)
+EXPOSED_HEADERS = ("X-Request-Id", "X-Ignored-Tools", "Retry-After", *RATE_LIMIT_HEADERS)
 
 
 def create_app(service: Service) -> FastAPI:

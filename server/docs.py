@@ -16,7 +16,7 @@ from memory.hardware.profiles import GIB, load_profile, shipped
 from server.settings import SEVERAL, Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
-_KINDS = {str: "text", int: "whole number", float: "number", Path: "path"}
+_KINDS = {bool: "true or false", str: "text", int: "whole number", float: "number", Path: "path"}
 
 
 def settings() -> str:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.cache.aside import AsideStats
 from engine.cache.stored_states import StoredStats
 from engine.engine import EngineStats
 from engine.families.base import Model
@@ -179,6 +180,21 @@ def _kv_bytes(now: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "loci_kv_peak_bytes", "The most that was ever taken from the KV pool.", now.kv_peak_bytes
     )
+    yield GaugeMetricFamily(
+        "loci_sequences_aside", "Waiting sequences that were put aside.", now.sequences_aside
+    )
+    aside = now.aside or AsideStats()
+    times = CounterMetricFamily(
+        "loci_put_aside",
+        "Sequences put aside while the KV pool was short, by where their state went (again: nowhere).",
+        labels=["place"],
+    )
+    held = GaugeMetricFamily("loci_aside_bytes", "States of sequences put aside.", labels=["place"])
+    for place, count in (("dram", aside.dram), ("disk", aside.disk), ("again", aside.again)):
+        times.add_metric([place], count)
+    held.add_metric(["dram"], aside.dram_bytes)
+    held.add_metric(["disk"], aside.disk_bytes)
+    yield from (times, held)
     if now.kv_budget_bytes is not None:
         yield GaugeMetricFamily("loci_kv_budget_bytes", "Size of the KV pool.", now.kv_budget_bytes)
 

@@ -171,7 +171,7 @@ def _schemas(model: str | None) -> dict[str, Any]:
     for body in bodies:
         name = schemas[body.__name__]["properties"].get("model")
         if name is not None and model is not None:
-            name["enum"] = [model]
+            name["enum"] = [model, None]
     nullable = {"type": ["string", "null"]}
     error = _object(message=_TEXT, type=_TEXT, param=nullable, code=nullable)
     schemas["Error"] = _object(error=error)

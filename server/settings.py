@@ -17,10 +17,12 @@ from pydantic_settings import (
 )
 
 from quant.errors import ConfigError
+from quant.formats.kv import KvChoice
 from server.http.logs import LogFormat
 
-SEVERAL = ("api_key", "allowed_hosts", "cors_origins")
+SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
 Experts = Literal["mxfp4", "nf4", "int4"]
+Overflow = Literal["cut", "refuse"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -39,10 +41,15 @@ class Settings(BaseSettings):
         description="Address to listen on; 0.0.0.0 accepts connections from the network, :: also over IPv6.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    served_model_name: str | None = Field(
-        None,
-        min_length=1,
-        description="Model name that clients use. Default: the name of the directory or file.",
+    served_model_name: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Model name that clients use. For several, repeat the flag or separate them with commas: "
+        "answers carry the first. What was given as the model always answers too. Default: the name of the "
+        "directory or file.",
+    )
+    any_model: bool = Field(
+        False,
+        description="Answer to any model name, for clients that send names of their own vendor's models.",
     )
     max_model_len: int | None = Field(
         None,
@@ -55,6 +62,11 @@ class Settings(BaseSettings):
         description="Memory for keys and values, e.g. 4GiB: the pool from which sequences take pages as they "
         "grow. Default: a quarter of the memory that weights leave free; on GPUs a tenth of theirs, at most "
         "what the longest sequence, or 8192 tokens of each, needs.",
+    )
+    max_tokens_overflow: Overflow = Field(
+        "cut",
+        description="What becomes of a max_tokens that does not fit into the context behind the prompt: cut "
+        "to what is left, or refuse. /v1/messages always refuses, in words that its clients understand.",
     )
     max_num_seqs: int = Field(
         8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
@@ -95,7 +107,13 @@ class Settings(BaseSettings):
         "private. Default: none.",
     )
     prefix_dir: Path | None = Field(
-        None, description="Directory of these states. Default: ~/.cache/loci/states."
+        None, description="Directory of states on disk. Default: ~/.cache/loci/states."
+    )
+    aside_disk: str | None = Field(
+        None,
+        description="Disk space for sequences that are put aside while the KV pool is short, e.g. 20GiB, in "
+        "files without a name in --prefix-dir, which are gone when the server ends. Default: none. They are "
+        "put aside in the prefix cache's memory; what finds no place is computed again.",
     )
     dram_budget: str | None = Field(
         None,
@@ -107,6 +125,11 @@ class Settings(BaseSettings):
         description="Format for routed experts that are stored in BF16, F16, F32 or FP8: mxfp4, nf4 or int4, "
         "four bits each. They are encoded once, when the model is first loaded, and kept in "
         "~/.cache/loci/experts. Default: as stored.",
+    )
+    kv_format: KvChoice = Field(
+        "auto",
+        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model was "
+        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32.",
     )
     devices: str | None = Field(
         None,

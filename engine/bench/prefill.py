@@ -87,7 +87,7 @@ def run_prefill(
     Raises ConfigError for a model without routed experts, and what loading raises.
     """
     opened = open_model(path)
-    shape = opened.family.shape(opened.checkpoint)
+    shape = opened.family.shape(opened.checkpoint, budget.kv_format)
     asked = Workload(tokens, 1, chunk)
     model = opened.load(replace(budget, workload=asked)).model
     try:

@@ -16,6 +16,8 @@ import torch
 from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
 from memory.pages.spaces import zeros
+from quant.formats.kv import EXACT, GroupedRows
+from quant.formats.rows import RowFormat, Rows, bytes_of, like, row_bytes, rows_in, stored_as
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class GroupedShape:
     groups   of each layer, the kinds of entries that it makes
     margin   how many of its last tokens a slot can roll back
     devices  of each layer's state
+    rows     how windows, entries and index keys are kept
     """
 
     window: int
@@ -54,6 +57,15 @@ class GroupedShape:
     groups: tuple[tuple[Groups, ...], ...]
     margin: int
     devices: tuple[torch.device, ...]
+    rows: GroupedRows = EXACT
+
+    def row_format(self, kind: int) -> RowFormat | None:
+        """How the entries of a layer's first kind, or the index keys that are its second, are kept."""
+        return self.rows.index_keys if kind else self.rows.entries
+
+    def entry_bytes(self, layer: int) -> tuple[int, ...]:
+        """Bytes of an entry of each kind that a layer makes."""
+        return tuple(row_bytes(g.dim, self.row_format(kind)) for kind, g in enumerate(self.groups[layer]))
 
     def open_rows(self, groups: Groups) -> int:
         """Tokens whose projections are kept."""
@@ -65,26 +77,28 @@ class GroupedShape:
 
     def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
         """Bytes of one layer's part."""
-        entries = sum(capacity // groups.ratio * groups.dim for groups in self.groups[layer])
-        return slots * (self.fixed_bytes(layer) + torch.float32.itemsize * entries)
+        kinds = zip(self.groups[layer], self.entry_bytes(layer), strict=True)
+        return slots * (
+            self.fixed_bytes(layer) + sum(capacity // groups.ratio * nbytes for groups, nbytes in kinds)
+        )
 
     def fixed_bytes(self, layer: int) -> int:
         """Bytes of a slot's part that do not grow with its sequence."""
-        floats = (self.window + self.margin) * self.head_dim
-        floats += sum(2 * self.open_rows(groups) * groups.width for groups in self.groups[layer])
-        return torch.float32.itemsize * floats
+        floats = sum(2 * self.open_rows(groups) * groups.width for groups in self.groups[layer])
+        window = (self.window + self.margin) * row_bytes(self.head_dim, self.rows.window)
+        return window + torch.float32.itemsize * floats
 
 
 @dataclass(frozen=True)
 class GroupState:
     """Entries of one kind, of one layer; the first dimension is the slot.
 
-    entries             `[slots, capacity // ratio, dim]`
+    entries             `[slots, capacity // ratio, dim]`, float32 or encoded
     open_kv, open_gate  `[slots, open_rows, width]`: rings of the last tokens' projections
     """
 
     groups: Groups
-    entries: torch.Tensor
+    entries: Rows
     open_kv: torch.Tensor
     open_gate: torch.Tensor
 
@@ -112,11 +126,13 @@ class GroupedCache(KvCache):
     def __init__(self, shape: GroupedShape, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
+        width, dtype = stored_as(shape.head_dim, shape.rows.window)
         self.windows = [
-            zeros((slots, shape.window + shape.margin, shape.head_dim), device) for device in shape.devices
+            rows_in(zeros((slots, shape.window + shape.margin, width), device, dtype), shape.rows.window)
+            for device in shape.devices
         ]
         self.states = [
-            tuple(self._state(kind, device) for kind in kinds)
+            tuple(self._state(groups, shape.row_format(kind), device) for kind, groups in enumerate(kinds))
             for kinds, device in zip(shape.groups, shape.devices, strict=True)
         ]
 
@@ -125,24 +141,25 @@ class GroupedCache(KvCache):
         return self.planned_bytes(lambda capacity: self.shape.nbytes(self.slots, capacity))
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
-        return tuple((state.groups.ratio, state.entries[slot]) for state in self._all)
+        return tuple((state.groups.ratio, bytes_of(state.entries)[slot]) for state in self._all)
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        rings = [window[slot] for window in self.windows]
+        rings = [bytes_of(window)[slot] for window in self.windows]
         rings += [ring[slot] for state in self._all for ring in (state.open_kv, state.open_gate)]
         return tuple(ring[: min(length, len(ring))] for ring in rings)
 
-    def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
+    def extend_window(self, layer: int, segment: Segment, kv: Rows) -> Rows:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
-        before = min(self.shape.window - 1, segment.start)
-        return extend_ring(self.windows[layer][segment.slot], segment.start, before, kv)
+        before, ring = min(self.shape.window - 1, segment.start), bytes_of(self.windows[layer])
+        return like(kv, extend_ring(ring[segment.slot], segment.start, before, bytes_of(kv)))
 
     @property
     def _all(self) -> list[GroupState]:
         return [state for of_layer in self.states for state in of_layer]
 
-    def _state(self, groups: Groups, device: torch.device) -> GroupState:
-        size = self.slots, self.capacity // groups.ratio, groups.dim
-        entries = self.pages.reserve(size, slot_axis=0, ratio=groups.ratio, device=device)
+    def _state(self, groups: Groups, form: RowFormat | None, device: torch.device) -> GroupState:
+        width, dtype = stored_as(groups.dim, form)
+        size = self.slots, self.capacity // groups.ratio, width
+        entries = self.pages.reserve(size, slot_axis=0, ratio=groups.ratio, device=device, dtype=dtype)
         ring = self.slots, self.shape.open_rows(groups), groups.width
-        return GroupState(groups, entries, zeros(ring, device), zeros(ring, device))
+        return GroupState(groups, rows_in(entries, form), zeros(ring, device), zeros(ring, device))

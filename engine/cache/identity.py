@@ -13,8 +13,9 @@ from quant.kernels.cpu.native import NativeKernels
 
 
 def identity_of(checkpoint: Checkpoint, budget: MemoryBudget) -> str:
-    """A digest of a model's files (headers, sizes and times, not all of their contents), of the back end and
-    of the GPUs that compute. A copy of the files counts as another model: rather compute than misread."""
+    """A digest of a model's files (headers, sizes and times, not all of their contents), of the back end, of
+    the GPUs that compute and of the KV format. A copy of the files counts as another model: rather compute
+    than misread."""
     entries = [
         (entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
         for entry in checkpoint.entries.values()
@@ -25,5 +26,5 @@ def identity_of(checkpoint: Checkpoint, budget: MemoryBudget) -> str:
     arithmetic = (host.level, host.activations) if isinstance(host, NativeKernels) else (host.name,)
     gpus = [(gpu.name, gpu.budget_bytes) for gpu in budget.gpus if not gpu.is_virtual]
     config = json.dumps(checkpoint.config, sort_keys=True, default=str)
-    parts = version_of(DISTRIBUTION), config, sorted(entries), stats, arithmetic, gpus
+    parts = version_of(DISTRIBUTION), config, sorted(entries), stats, arithmetic, gpus, budget.kv_format
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -109,6 +109,7 @@ class Pages:
     def hold(self, slot: int, tokens: int) -> None:
         """Take the pages that a sequence of so many tokens needs; those of slots without a sequence are given
         back first. Raises PoolShortError, and takes none, where the pool has too few."""
+        was_idle = slot in self._idle
         self._idle.pop(slot, None)
         if tokens <= self._covered[slot]:
             return
@@ -116,20 +117,13 @@ class Pages:
                 for device in self._taken}  # fmt: skip
         while not self._has(more):
             if not self._idle:
+                if was_idle:
+                    self._idle[slot] = None
                 raise PoolShortError(
                     f"the KV pool has no room for {tokens} tokens of a sequence now; it is {self._state()}"
                 )
             self._trim(next(iter(self._idle)), 0)
         self._resize(slot, tokens)
-
-    def has_room(self, tokens: int) -> bool:
-        """Whether a new sequence of so many tokens would fit now."""
-        idle = list(self._idle)
-        return self._has({
-            device: self.nbytes(tokens, device)
-            - sum(self.nbytes(self._tokens[slot], device) for slot in idle)
-            for device in self._taken
-        })  # fmt: skip
 
     def release(self, slot: int) -> None:
         """The slot's sequence has ended: give back its pages, but for a few (KEPT_TOKENS) that stay until

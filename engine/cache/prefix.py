@@ -113,15 +113,34 @@ class PrefixCache:
         self._budget_bytes = budget_bytes
         self._roots: dict[str, _Node] = {}
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
-        self._nbytes = 0
+        self._nbytes = self._lent = 0
         self._queries = self._hits = self._cached_tokens = self._evictions = 0
 
     @property
     def stats(self) -> PrefixStats:
         """Current counters and gauges."""
         return PrefixStats(
-            self._queries, self._hits, self._cached_tokens, self._evictions, self._nbytes, self._budget_bytes
+            self._queries,
+            self._hits,
+            self._cached_tokens,
+            self._evictions,
+            self._nbytes + self._lent,
+            self._budget_bytes,
         )
+
+    def lend(self, nbytes: int) -> bool:
+        """Give up so much of the budget until `take_back`, and the states that are then too many; False, and
+        no state is lost, where it has not so much."""
+        if nbytes > self._budget_bytes - self._lent:
+            return False
+        self._lent += nbytes
+        while self._nbytes + self._lent > self._budget_bytes:
+            self._evict()
+        return True
+
+    def take_back(self, nbytes: int) -> None:
+        """So much that was lent is free again."""
+        self._lent -= nbytes
 
     def restore(self, slot: int, prompt: list[int], salt: str = "") -> Prefix:
         """Restore the longest cached prefix of `prompt` into the empty `slot`.
@@ -159,7 +178,8 @@ class PrefixCache:
             self._stored.save(slot, ids, salt, logits)
         recent = self._cache.recent(slot, len(ids))
         at_end = sum(t.nbytes for t in recent) + (0 if logits is None else logits.nbytes)
-        if self._edge_bytes(slot, 0, len(ids)) + at_end > self._budget_bytes:
+        budget = self._budget_bytes - self._lent
+        if self._edge_bytes(slot, 0, len(ids)) + at_end > budget:
             return
         while True:
             path = self._walk(ids, salt)
@@ -167,7 +187,7 @@ class PrefixCache:
             if shared == len(ids) and self._adds_nothing(path[-1], logits):
                 return
             needed = self._edge_bytes(slot, shared, len(ids)) + at_end
-            if self._nbytes + needed <= self._budget_bytes:
+            if self._nbytes + needed <= budget:
                 break
             self._evict()
         if path:

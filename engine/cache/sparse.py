@@ -17,6 +17,8 @@ import torch
 from engine.cache.rings import extend_ring
 from engine.families.base import KvCache, Segment
 from memory.pages.spaces import zeros
+from quant.formats.kv import EXACT, GroupedRows
+from quant.formats.rows import RowFormat, Rows, bytes_of, like, row_bytes, rows_in, stored_as
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class CacheShape:
 
     sources maps a kv source layer to its compression ratio; history is how many earlier token keys
     n-gram hashing needs, history_pad what stands before a sequence's start; margin is how many of
-    its last tokens a slot can roll back; devices has the device of each layer's state.
+    its last tokens a slot can roll back; devices has the device of each layer's state; rows says how
+    windows, entries and index keys are kept.
     """
 
     layers: int
@@ -37,6 +40,7 @@ class CacheShape:
     history_pad: int
     margin: int
     devices: tuple[torch.device, ...]
+    rows: GroupedRows = EXACT
 
     def open_rows(self, ratio: int) -> int:
         """Tokens whose projections are kept: of the unfinished group, and of those before it."""
@@ -54,24 +58,26 @@ class CacheShape:
 
     def layer_bytes(self, layer: int, slots: int, capacity: int) -> int:
         """Bytes of one layer's part."""
-        floats = (self.window + self.margin) * self.head_dim
+        nbytes = (self.window + self.margin) * row_bytes(self.head_dim, self.rows.window)
         if (ratio := self.sources.get(layer)) is not None:
-            floats += (capacity // ratio) * (self.head_dim + self.index_dim)
-            floats += 2 * self.open_rows(ratio) * self.head_dim
-        return 4 * slots * floats
+            entry = row_bytes(self.head_dim, self.rows.entries)
+            nbytes += capacity // ratio * (entry + row_bytes(self.index_dim, self.rows.index_keys))
+            nbytes += 2 * self.open_rows(ratio) * row_bytes(self.head_dim, None)
+        return slots * nbytes
 
 
 @dataclass(frozen=True)
 class SourceState:
     """One kv source layer's compressed state; the first dimension is the slot.
 
-    entries `[slots, capacity // ratio, head_dim]`   index_keys `[slots, capacity // ratio, index_dim]`
+    entries `[slots, capacity // ratio, head_dim]`   index_keys `[slots, capacity // ratio, index_dim]`,
+    float32 or encoded
     open_kv, open_gate `[slots, open_rows, head_dim]`: rings of the last tokens' projections
     """
 
     ratio: int
-    entries: torch.Tensor
-    index_keys: torch.Tensor
+    entries: Rows
+    index_keys: Rows
     open_kv: torch.Tensor
     open_gate: torch.Tensor
 
@@ -82,8 +88,10 @@ class SparseCache(KvCache):
     def __init__(self, shape: CacheShape, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=shape.margin)
         self.shape = shape
+        width, dtype = stored_as(shape.head_dim, shape.rows.window)
         self.windows = [
-            zeros((slots, shape.window + shape.margin, shape.head_dim), device) for device in shape.devices
+            rows_in(zeros((slots, shape.window + shape.margin, width), device, dtype), shape.rows.window)
+            for device in shape.devices
         ]
         self.sources = {
             layer: self._source(ratio, shape.devices[layer]) for layer, ratio in shape.sources.items()
@@ -97,21 +105,21 @@ class SparseCache(KvCache):
 
     def appended(self, slot: int) -> tuple[tuple[int, torch.Tensor], ...]:
         return tuple(
-            (source.ratio, rows[slot])
+            (source.ratio, bytes_of(rows)[slot])
             for source in self.sources.values()
             for rows in (source.entries, source.index_keys)
         )
 
     def recent(self, slot: int, length: int) -> tuple[torch.Tensor, ...]:
-        rings = [window[slot] for window in self.windows]
+        rings = [bytes_of(window)[slot] for window in self.windows]
         rings += [ring[slot] for s in self.sources.values() for ring in (s.open_kv, s.open_gate)]
         rings.append(self.history[slot])
         return tuple(ring[: min(length, len(ring))] for ring in rings)
 
-    def extend_window(self, layer: int, segment: Segment, kv: torch.Tensor) -> torch.Tensor:
+    def extend_window(self, layer: int, segment: Segment, kv: Rows) -> Rows:
         """Store the segment's latents `[L, head_dim]`; return them behind the up to window-1 before them."""
-        before = min(self.shape.window - 1, segment.start)
-        return extend_ring(self.windows[layer][segment.slot], segment.start, before, kv)
+        before, ring = min(self.shape.window - 1, segment.start), bytes_of(self.windows[layer])
+        return like(kv, extend_ring(ring[segment.slot], segment.start, before, bytes_of(kv)))
 
     def extend_group(
         self, layer: int, segment: Segment, kv: torch.Tensor, gate: torch.Tensor
@@ -128,14 +136,16 @@ class SparseCache(KvCache):
         )
 
     def _source(self, ratio: int, device: torch.device) -> SourceState:
-        entries, index_keys = (
-            self.pages.reserve(
-                (self.slots, self.capacity // ratio, dim), slot_axis=0, ratio=ratio, device=device
-            )
-            for dim in (self.shape.head_dim, self.shape.index_dim)
-        )
-        ring = self.slots, self.shape.open_rows(ratio), self.shape.head_dim
+        shape = self.shape
+        kinds = (shape.head_dim, shape.rows.entries), (shape.index_dim, shape.rows.index_keys)
+        entries, index_keys = (self._appended(ratio, dim, form, device) for dim, form in kinds)
+        ring = self.slots, shape.open_rows(ratio), shape.head_dim
         return SourceState(ratio, entries, index_keys, zeros(ring, device), zeros(ring, device))
+
+    def _appended(self, ratio: int, dim: int, form: RowFormat | None, device: torch.device) -> Rows:
+        width, dtype = stored_as(dim, form)
+        size = self.slots, self.capacity // ratio, width
+        return rows_in(self.pages.reserve(size, slot_axis=0, ratio=ratio, device=device, dtype=dtype), form)
 
     def extend_history(self, segment: Segment, keys: np.ndarray) -> np.ndarray:
         """Store the segment's token keys `[L]` int64; return them behind the `history` ones before them."""

@@ -131,6 +131,18 @@ def _glm(*, breaks: bool) -> Calls:
     return Calls(form, spelling)
 
 
+# One object between a pair of tags, as Qwen3 and Hermes write it; taught where a template teaches nothing.
+TAUGHT = Calls(
+    JsonCalls(),
+    JsonSpelling(
+        TOOL_CALL,
+        before="\n",
+        between=f"\n{END_TOOL_CALL}\n{TOOL_CALL}\n",
+        after=f"\n{END_TOOL_CALL}",
+    ),
+)
+
+
 def _list(begin: str) -> Calls:
     return Calls(JsonCalls(begin, None), JsonSpelling(begin, before="[", after="]"))
 
@@ -146,18 +158,7 @@ _BY_MARKERS: tuple[tuple[tuple[str, ...], Calls], ...] = (
     ((TOOL_CALL, "<function="), _qwen_elements()),
     ((TOOL_CALL, "<arg_key>", "</arg_key><arg_value>"), _glm(breaks=False)),
     ((TOOL_CALL, "<arg_key>"), _glm(breaks=True)),
-    (
-        (TOOL_CALL,),
-        Calls(
-            JsonCalls(),
-            JsonSpelling(
-                TOOL_CALL,
-                before="\n",
-                between=f"\n{END_TOOL_CALL}\n{TOOL_CALL}\n",
-                after=f"\n{END_TOOL_CALL}",
-            ),
-        ),
-    ),
+    ((TOOL_CALL,), TAUGHT),
     (
         ("[TOOL_CALLS]", "[ARGS]"),
         Calls(

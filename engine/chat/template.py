@@ -23,11 +23,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from engine.chat import taught_calls
 from engine.chat.call_forms import schemas_of
 from engine.chat.dialects import (
     HARMONY,
     HARMONY_CONTENT,
     HARMONY_REASONING,
+    TAUGHT,
+    Calls,
     calls_of,
     think_tags_of,
     writes_messages,
@@ -83,21 +86,41 @@ class TemplateChat(ChatFormat):
             return self._for_tools.render(request)
         tools = self._tools(request)
         said = {
-            "tools": tools,
+            "tools": tools if self._teaches_calls else None,
             "documents": request.get("documents"),
             **self._switches(request),
         }
         begun = begun_answer(request["messages"])
-        prompt, special_ranges = self._written(said, request["messages"], begun)
+        prompt, special_ranges = self._told(said, request["messages"], tools, begun)
         reasoning = self._reasoning(prompt, special_ranges, begun)
-        style = self._style(reasoning, may_call=tools is not None and self._can_call)
         return ChatPrompt(
             self._tokenizer.encode_prompt(prompt, special_ranges, self._template.source),
             lambda: self._parser(reasoning, tools, begun),
             stop_token_ids=self._stop_token_ids,
-            grammar=answer_grammar(request, self._tokenizer.added_tokens, style),
+            grammar=answer_grammar(
+                request, self._tokenizer.added_tokens, self._style(reasoning, may_call=tools is not None)
+            ),
             end_of_reasoning=END if self._writes_messages else (self._think or ("", ""))[1],
         )
+
+    def _told(
+        self,
+        said: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any,
+        begun: str | None,
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """As `_written`; where the template has no place for tools, they stand in the messages."""
+        tells_history = "tool_calls" not in self._template.source and taught_calls.needs_telling(messages)
+        if self._teaches_calls or not (tools or tells_history):
+            return self._written(said, messages, begun)
+        errors: list[_TemplateError] = []
+        for told in taught_calls.conversations(messages, tools):
+            try:
+                return self._written(said, told, begun)
+            except _TemplateError as error:
+                errors.append(error)
+        raise errors[0]
 
     def _written(
         self, said: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], begun: str | None
@@ -188,19 +211,26 @@ class TemplateChat(ChatFormat):
             return None
         return prompt[slice(*behind)]
 
+    @cached_property
+    def _teaches_calls(self) -> bool:
+        """Whether the template has a place for tools, and teaches a spelling of calls that we read."""
+        return "tools" in self._template.variables and (self._writes_messages or self._calls is not None)
+
     @property
-    def _can_call(self) -> bool:
-        """Whether the template teaches a spelling of tool calls that we read."""
-        return self._writes_messages or self._calls is not None
+    def _read_calls(self) -> Calls:
+        """How answers write calls: as the template teaches it, or as we do."""
+        return self._calls if self._teaches_calls and self._calls is not None else TAUGHT
 
     def _style(self, reasoning: Reasoning, *, may_call: bool) -> AnswerStyle:
         if self._writes_messages:
-            calls = HARMONY if may_call else None
-            return AnswerStyle(reasoning, calls, think=HARMONY_REASONING, content=HARMONY_CONTENT)
-        if self._calls is None or not may_call:
-            return AnswerStyle(reasoning, think=self._think or ("", ""))
+            spelling = HARMONY if may_call else None
+            return AnswerStyle(reasoning, spelling, think=HARMONY_REASONING, content=HARMONY_CONTENT)
+        think = self._think or ("", "")
+        if not may_call:
+            return AnswerStyle(reasoning, think=think)
+        calls = self._read_calls
         return AnswerStyle(
-            reasoning, self._calls.spelling, gap=self._calls.gap, think=self._think or ("", "")
+            reasoning, calls.spelling, gap=calls.gap, think=think, binds_calls=not self._teaches_calls
         )
 
     def _reasoning(self, prompt: str, special_ranges: list[tuple[int, int]], begun: str | None) -> Reasoning:
@@ -227,7 +257,7 @@ class TemplateChat(ChatFormat):
         tokens = self._tokenizer.added_tokens
         if self._writes_messages:
             return HarmonyParser(tools=tools is not None, tokens=tokens, in_final=begun is not None)
-        form = self._calls.form if self._calls is not None and tools is not None else None
+        form = None if tools is None else self._read_calls.form
         if reasoning is Reasoning.NONE and form is None:
             return PlainParser()
         return TaggedParser(
@@ -240,18 +270,7 @@ class TemplateChat(ChatFormat):
         )
 
     def _tools(self, request: Mapping[str, Any]) -> Any:
-        choice = request.get("tool_choice")
-        tools = request.get("tools") or None
-        if choice == "none" or tools is None:
-            return None
-        if choice not in (None, "auto") and not self._can_call:
-            raise RequestError(
-                "tool_choice must be auto or none for this model: its tool call format is unknown",
-                param="tool_choice",
-            )
-        if "tools" not in self._template.variables:
-            raise RequestError("this model's chat template does not support tools", param="tools")
-        return tools
+        return None if request.get("tool_choice") == "none" else request.get("tools") or None
 
     def _switches(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Variables beside the messages: `chat_template_kwargs`, and reasoning switched on or off."""

@@ -21,6 +21,7 @@ from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
+from quant.formats.kv import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 
@@ -208,6 +209,7 @@ class Model(ABC):
     """A loaded model: weights in place, ready to run batches."""
 
     info: ModelInfo
+    kv_format: KvFormat = "float32"  # of its caches
     keeps_whole_states = True  # also of sequences whose tokens are still to come
 
     def close(self) -> None:  # noqa: B027 - most models have nothing to close
@@ -279,14 +281,22 @@ class Family(ABC):
         Raises CheckpointError listing everything that is wrong.
         """
 
-    def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        """The checkpoint's shape for the planner, from its config and headers.
+    def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
+        """The formats that a cache of this model can be kept in, the default first."""
+        return ("float32",)
+
+    def kv_format(self, checkpoint: Checkpoint, asked: KvChoice) -> KvFormat:
+        """The one asked for. Raises ConfigError for one that this model cannot have."""
+        return resolve(asked, self.kv_formats(checkpoint), checkpoint.name)
+
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        """The checkpoint's shape for the planner, from its config and headers, with KV in this format.
 
         Raises ConfigError for a config that the family cannot run, and if it cannot be planned yet.
         """
         raise ConfigError(f"{checkpoint.path}: checkpoints of the {self.name} family cannot be planned yet")
 
-    def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
+    def config_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         """The planner's shape of what a config alone says: a checkpoint without tensors, its weights as
         released. Raises ConfigError for a config that the family cannot run, or if it needs headers."""
         raise ConfigError(

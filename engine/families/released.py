@@ -13,6 +13,7 @@ from memory.planner.published import NAMES as HAND_WRITTEN
 from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
 from quant.errors import ConfigError
+from quant.formats.kv import KvChoice
 
 _QWEN3 = {
     "model_type": "qwen3_moe", "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128,
@@ -260,14 +261,14 @@ RELEASED: dict[str, dict[str, Any]] = {
 NAMES = tuple(sorted((*HAND_WRITTEN, *RELEASED)))
 
 
-def released_shape(name: str, experts: str | None = None) -> ModelShape:
+def released_shape(name: str, experts: str | None = None, kv_format: KvChoice = "float32") -> ModelShape:
     """The shape of a model known by name, its routed experts in the format `experts` where one is named.
 
     Raises ConfigError listing the names of models that are known, or for experts that cannot be encoded.
     """
     if name in RELEASED:
-        return config_shape(RELEASED[name], name, experts)
-    shape = built_in(name)
+        return config_shape(RELEASED[name], name, experts, kv_format)
+    shape = built_in(name, kv_format)
     if experts is not None:
         raise ConfigError(f"--experts {experts}: {name} is planned as released only; leave it out")
     return shape

@@ -5,11 +5,13 @@ from __future__ import annotations
 from engine.families.registry import family_of
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.shape import ModelShape
+from quant.formats.kv import KvChoice
 
 
-def shape_of(checkpoint: Checkpoint) -> ModelShape:
-    """The shape of a checkpoint, from its config and headers.
+def shape_of(checkpoint: Checkpoint, kv_format: KvChoice = "float32") -> ModelShape:
+    """The shape of a checkpoint, from its config and headers, with KV in this format.
 
     Raises ConfigError for a family that cannot be planned yet, and for a config that it cannot run.
     """
-    return family_of(checkpoint).shape(checkpoint)
+    family = family_of(checkpoint)
+    return family.shape(checkpoint, family.kv_format(checkpoint, kv_format))

@@ -34,6 +34,7 @@ class AnswerStyle:
     gap         what stands between content, perhaps none, and the first call
     think       the tags around reasoning, or what messages of it begin and end with
     content     what content begins with
+    binds_calls calls follow the tools' schemas even where no tool asks for it
     """
 
     reasoning: Reasoning = Reasoning.NONE
@@ -42,6 +43,7 @@ class AnswerStyle:
     gap: str = ""
     think: tuple[str, str] = (THINK, END_THINK)
     content: str = ""
+    binds_calls: bool = False
 
 
 def content_grammar(request: Mapping[str, Any], added_tokens: Mapping[str, int]) -> Grammar | None:
@@ -128,7 +130,7 @@ def _calls(
     if not tools or style.calls is None:
         return None
     must = must_call(request)
-    if not (must or content_is_bound or any(map(is_strict, tools))):
+    if not (must or content_is_bound or style.binds_calls or any(map(is_strict, tools))):
         return None
     is_named = isinstance(request.get("tool_choice"), Mapping)
     several = request.get("parallel_tool_calls") is not False and not is_named

@@ -9,15 +9,16 @@ import torch
 from engine.families.base import Segment
 from engine.layers.rope import Rotation
 from engine.layers.sparse_attention import choose_tokens
+from quant.formats.rows import Rows
 from quant.kernels.cpu.cache_notes import StatePlace
 from quant.kernels.interface import Kernels, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 
 # Stores keys and values `[length, kv_heads * head_dim]` of a layer's segment, or keys alone where the values
 # are columns of theirs; returns all that its slot then holds, `[kv_heads, end, .]` each.
-Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+Extend = Callable[[int, Segment, torch.Tensor, torch.Tensor | None], tuple[Rows, Rows]]
 # Stores index keys `[length, dim]` of a layer's segment; returns all that its slot then holds, `[end, dim]`.
-ExtendIndex = Callable[[int, Segment, torch.Tensor], torch.Tensor]
+ExtendIndex = Callable[[int, Segment, torch.Tensor], Rows]
 # Where the states of a layer lie that has these instead of keys and values.
 States = Callable[[int], StatePlace]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from quant.formats.rows import Rows
 from quant.kernels.cpu.cache_notes import KvPlace, Selector, StatePlace
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Recorder
@@ -55,7 +56,7 @@ class Recorded(RecordedBasics):
         frequencies: torch.Tensor,
         factor: float,
         places: Sequence[KvPlace | StatePlace],
-        index_keys: Callable[[int], torch.Tensor],
+        index_keys: Callable[[int], Rows],
     ) -> None:
         super().__init__(recorder)
         turns = recorder.turns(frequencies)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quant.formats.rows import Rows
 from quant.kernels.interface import Kernels
 
 # Scores that are made at a time: 64 MB, and some copies of them.
@@ -57,7 +58,7 @@ def select_entries(
     kernels: Kernels,
     queries: torch.Tensor,
     weights: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Rows,
     visible: torch.Tensor,
     top_k: int,
     pool: CandidatePool | None = None,
@@ -81,7 +82,7 @@ def choose_entries(
     kernels: Kernels,
     queries: torch.Tensor,
     weights: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Rows,
     visible: torch.Tensor,
     top_k: int,
     pool: CandidatePool | None = None,
@@ -92,7 +93,7 @@ def choose_entries(
 
     blocks: size and number of those that `candidate_blocks` shall find for each token, returned as well.
     """
-    columns = len(keys) if pool is None else pool.blocks.shape[1] * pool.block_size
+    columns = keys.shape[0] if pool is None else pool.blocks.shape[1] * pool.block_size
     most = max(1, MOST_SCORES // max(1, columns))
     chosen: list[torch.Tensor] = []
     found: list[torch.Tensor] = []
@@ -110,7 +111,7 @@ def choose_entries(
 
 
 def choose_tokens(
-    kernels: Kernels, queries: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, top_k: int
+    kernels: Kernels, queries: torch.Tensor, weights: torch.Tensor, keys: Rows, top_k: int
 ) -> torch.Tensor:
     """The `top_k` tokens that each of the last `L` scores best among itself and those before it: `[L, top_k]`
     int64, ascending, -1 behind.

@@ -414,7 +414,8 @@ class ExpertSlots:
 
     def take_back(self) -> bool:
         """Slots that were lent are for experts again; False while something else has their memory."""
-        return all([table.arena.take_back() for table in self.gpus])
+        are_back = [table.arena.take_back() for table in self.gpus]
+        return all(are_back)
 
     def give_back(self, table: SlotTable, slots: Iterable[int]) -> None:
         """What was borrowed is free again."""

@@ -14,6 +14,7 @@ from memory.hardware.this_machine import this_machine
 from memory.planner.placement import Workload
 from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
+from quant.formats.kv import KvFormat
 
 logger = logging.getLogger("loci.memory")
 
@@ -31,6 +32,7 @@ class MemoryBudget:
     gpus        with what may be allocated on each, for weights and KV
     workload    for which GPUs must have KV and work space
     cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
+    kv_format   of caches
     cpu_flops   that it reaches on many tokens, where that is known
     """
 
@@ -39,6 +41,7 @@ class MemoryBudget:
     workload: Workload = field(default_factory=lambda: Workload(context=8192))
 
     cpu_bytes_per_s: float | None = None
+    kv_format: KvFormat = "float32"
     cpu_flops: float | None = None
 
     @property
@@ -74,7 +77,11 @@ class MemoryBudget:
 
     @classmethod
     def of_this_machine(
-        cls, dram: str | None = None, devices: str | None = None, workload: Workload | None = None
+        cls,
+        dram: str | None = None,
+        devices: str | None = None,
+        workload: Workload | None = None,
+        kv_format: KvFormat = "float32",
     ) -> MemoryBudget:
         """Budgets as a person writes them: `dram` like `16GiB`, `devices` like `virtual:24GiB@12.5GB/s`.
 
@@ -95,7 +102,7 @@ class MemoryBudget:
                 f"the budgets for DRAM and virtual GPUs add up to {asked / 1e9:.1f} GB, but only "
                 f"{free / 1e9:.1f} GB of memory is free; lower them"
             )
-        budget = cls(dram_bytes, gpus)
+        budget = cls(dram_bytes, gpus, kv_format=kv_format)
         if machine is not None:
             budget = replace(
                 budget, cpu_bytes_per_s=machine.expert_bytes_per_s, cpu_flops=machine.cpu_matmul_flops

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from memory.planner.launches import gpu_launches
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Table, Weights
 from quant.errors import ConfigError
+from quant.formats.kv import V41_FORMATS, KvChoice, KvFormat, resolve, v41_rows
+from quant.formats.rows import row_bytes
 
-KV_VALUE_BYTES = 4  # the engine's caches hold float32
+KV_VALUE_BYTES = 4  # of what a cache keeps exactly whatever its format
 # Tokens by which the engine's rings exceed what attention reads: a chat prompt ends with a few tokens
 # that open the answer, and the next turn's prompt, which has others there, can still go on from it.
 KV_MARGIN = 16
@@ -92,6 +94,7 @@ class V41Dims:
     engram_rows: tuple[tuple[int, int], ...] = ()  # (layer, rows)
     engram_columns: int = 24
     engram_dim: int = 256
+    rope_dim: int = 64
     has_image_bias: bool = True
 
     @property
@@ -105,9 +108,9 @@ class V41Dims:
         return 4 * self.hidden * (2 * self.streams + self.top_k + 4)
 
 
-def v41_shape(name: str, d: V41Dims) -> ModelShape:
+def v41_shape(name: str, d: V41Dims, kv_format: KvFormat = "float32") -> ModelShape:
     """A V4.1 model of these dimensions."""
-    kv = v41_kv(d)
+    kv = v41_kv(d, kv_format)
     rows = dict(d.engram_rows)
     layers = []
     for n in range(d.layers):
@@ -151,9 +154,11 @@ def v41_tail(d: V41Dims, layer: int) -> int | None:
     return d.window + (d.window - 1) * (d.layers - 1 - layer) + KV_MARGIN
 
 
-def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:
+def v41_kv(d: V41Dims, kv_format: KvFormat = "float32") -> tuple[KvShape, ...]:
     """What V4.1's layers keep and read; the sizes are those of the engine's SparseCache."""
-    value = KV_VALUE_BYTES
+    rows = v41_rows(kv_format, d.head_dim, d.rope_dim, d.index_dim)
+    latent, entry = row_bytes(d.head_dim, rows.window), row_bytes(d.head_dim, rows.entries)
+    index_key = row_bytes(d.index_dim, rows.index_keys)
     found = []
     for n in range(d.layers):
         source = max((s for s in d.kv_sources if s <= n), default=None) if d.ratios[n] else None
@@ -161,15 +166,15 @@ def v41_kv(d: V41Dims) -> tuple[KvShape, ...]:
         open_rows = d.ratios[n] - 1 + KV_MARGIN if is_source and d.ratios[n] > 1 else 0
         found.append(
             KvShape(
-                fixed_bytes=value * d.head_dim * (d.window + KV_MARGIN + 2 * open_rows),
+                fixed_bytes=latent * (d.window + KV_MARGIN) + KV_VALUE_BYTES * d.head_dim * 2 * open_rows,
                 fixed_flops=4 * d.heads * d.head_dim * d.window,
                 ratio=d.ratios[n] if is_source else 0,
-                entry_bytes=value * (d.head_dim + d.index_dim) if is_source else 0,
+                entry_bytes=entry + index_key if is_source else 0,
                 seen_ratio=d.ratios[source] if source is not None else 0,
-                scan_bytes=value * d.index_dim if scans else 0,
+                scan_bytes=index_key if scans else 0,
                 scan_flops=2 * d.index_heads * d.index_dim if scans else 0,
                 selected=d.index_topk,
-                selected_bytes=value * d.head_dim,
+                selected_bytes=entry,
                 selected_flops=4 * d.heads * d.head_dim,
             )
         )
@@ -224,14 +229,12 @@ V41_FLASH = V41Dims(
     engram_rows=((1, 384_006_168), (14, 384_016_682)),
 )  # fmt: skip
 
-_BUILT_IN: dict[str, Callable[[str], ModelShape]] = {
-    "deepseek-v4.1-flash": lambda name: v41_shape(name, V41_FLASH),
-}
+_BUILT_IN = {"deepseek-v4.1-flash": V41_FLASH}
 NAMES = tuple(_BUILT_IN)
 
 
-def built_in(name: str) -> ModelShape:
+def built_in(name: str, kv_format: KvChoice = "float32") -> ModelShape:
     """The shape of a model known by name. Raises ConfigError listing the names."""
     if name not in _BUILT_IN:
         raise ConfigError(f"{name}: unknown model; known: {', '.join(NAMES)}")
-    return _BUILT_IN[name](name)
+    return v41_shape(name, _BUILT_IN[name], resolve(kv_format, V41_FORMATS, name))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from quant.formats.rows import RowFormat, Rows
 from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, SlotLayout, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.packed import Format, PackedTensor
@@ -95,11 +96,14 @@ class DeviceKernels:
     ) -> torch.Tensor:
         return self.on(streams.device).engram_gates(streams, qk, keys, eps)
 
+    def encode_rows(self, x: torch.Tensor, form: RowFormat | None) -> Rows:
+        return self.on(x.device).encode_rows(x, form)
+
     def index_scores(
         self,
         queries: torch.Tensor,
         weights: torch.Tensor,
-        keys: torch.Tensor,
+        keys: Rows,
         visible: torch.Tensor,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -128,25 +132,25 @@ class DeviceKernels:
     def attend(
         self,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Rows,
+        values: Rows,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.on(q.device).attend(q, keys, values, window, sinks)
 
     def attend_chosen(
-        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+        self, q: torch.Tensor, rows: Rows, chosen: torch.Tensor, value_dim: int
     ) -> torch.Tensor:
         return self.on(q.device).attend_chosen(q, rows, chosen, value_dim)
 
     def attend_sparse(
         self,
         q: torch.Tensor,
-        window_kv: torch.Tensor,
+        window_kv: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None = None,
+        compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return self.on(q.device).attend_sparse(q, window_kv, sink, window, compressed, entries)

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from quant.formats.rows import RowFormat, Rows
+
 
 @dataclass(frozen=True)
 class RoutingRule:
@@ -40,7 +42,8 @@ class DeltaRule:
 
 
 class LayerOperations(Protocol):
-    """Operations on activations, float32; results are on the device of the first argument."""
+    """Operations on activations, float32; results are on the device of the first argument. Keys, values and
+    entries may be encoded (quant/formats/rows.py): they are decoded as they are read."""
 
     def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """`x_n @ weights_n^T` for each n: x `[tokens, n, cols]`, plain weights `[n, rows, cols]` ->
@@ -112,11 +115,15 @@ class LayerOperations(Protocol):
         """
         ...
 
+    def encode_rows(self, x: torch.Tensor, form: RowFormat | None) -> Rows:
+        """Rows `[..., dim]` as a cache keeps them; x itself where there is no format."""
+        ...
+
     def index_scores(
         self,
         queries: torch.Tensor,
         weights: torch.Tensor,
-        keys: torch.Tensor,
+        keys: Rows,
         visible: torch.Tensor,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -166,8 +173,8 @@ class LayerOperations(Protocol):
     def attend(
         self,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Rows,
+        values: Rows,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -180,7 +187,7 @@ class LayerOperations(Protocol):
         ...
 
     def attend_chosen(
-        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+        self, q: torch.Tensor, rows: Rows, chosen: torch.Tensor, value_dim: int
     ) -> torch.Tensor:
         """Attention of tokens `[L, heads, head_dim]`, each over its chosen rows: `[L, heads, value_dim]`.
 
@@ -192,10 +199,10 @@ class LayerOperations(Protocol):
     def attend_sparse(
         self,
         q: torch.Tensor,
-        window_kv: torch.Tensor,
+        window_kv: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None = None,
+        compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of `L` new tokens, `[L, heads, head_dim]`, over one latent per token for all heads.

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from quant.formats.rows import Rows
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.interface import Weight
@@ -148,17 +149,17 @@ class StepRecorder(Protocol):
         """Weights of one shape, each times its own columns of x, side by side."""
         ...
 
-    def ring(self, x: Buffer, to: torch.Tensor) -> None:
+    def ring(self, x: Buffer, to: Rows) -> None:
         """Write x into the rings `[slots, ring, width]`, each row at its slot and position."""
         ...
 
     def attend_sparse(
         self,
         q: Buffer,
-        rings: torch.Tensor,
+        rings: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None,
+        compressed: Rows | None,
         chosen: Buffer | None,
     ) -> Buffer:
         """Attention over the last `window` latents in rings `[slots, ring, dim]`, and over those `chosen` of
@@ -173,7 +174,7 @@ class StepRecorder(Protocol):
         """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group."""
         ...
 
-    def entry(self, x: Buffer, to: torch.Tensor, ratio: int) -> None:
+    def entry(self, x: Buffer, to: Rows, ratio: int) -> None:
         """Write x, of rows that complete a group, among the entries `[slots, groups, width]`."""
         ...
 
@@ -181,7 +182,7 @@ class StepRecorder(Protocol):
         self,
         queries: Buffer,
         weights: Buffer,
-        keys: torch.Tensor,
+        keys: Rows,
         ratio: int,
         selector: Selector,
         pool: Buffer | None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from quant.formats.rows import EncodedRows, RowFormat, Rows, hadamard, values_of
 from quant.kernels.layers import DeltaRule, RoutingRule
 
 # Query tokens per block: bounds the score matrices to [block, heads, window + block + selected].
@@ -82,11 +83,14 @@ class TorchLayers:
         dot = dot * torch.rsqrt(keys.square().mean(-1) + eps) * streams.shape[-1] ** -0.5
         return torch.sigmoid(dot.sign() * dot.abs().clamp(min=1e-6).sqrt())
 
+    def encode_rows(self, x: torch.Tensor, form: RowFormat | None) -> Rows:
+        return x if form is None else EncodedRows(form.encode(x), form)
+
     def index_scores(
         self,
         queries: torch.Tensor,
         weights: torch.Tensor,
-        keys: torch.Tensor,
+        keys: Rows,
         visible: torch.Tensor,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -101,11 +105,13 @@ class TorchLayers:
                 )
                 for at in starts
             ])  # fmt: skip
+        if isinstance(keys, EncodedRows) and keys.format.turned:
+            queries = hadamard(queries)
         if entries is None:
             hidden = torch.arange(keys.shape[0], device=keys.device) >= visible.unsqueeze(1)
         else:
             hidden, keys = entries < 0, keys[entries.clamp(min=0)]  # [L, n, index_dim]
-        dots = queries @ keys.transpose(-2, -1)  # [L, index_heads, G]
+        dots = queries @ values_of(keys).transpose(-2, -1)  # [L, index_heads, G]
         return torch.einsum("lh,lhg->lg", weights, dots.relu()).masked_fill(hidden, -torch.inf)
 
     def best_columns(self, scores: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -157,16 +163,15 @@ class TorchLayers:
     def attend(
         self,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Rows,
+        values: Rows,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         length, heads, head_dim = q.shape
         kv_heads, end, _ = keys.shape
-        if window is not None:
-            first = max(0, end - length - window + 1)
-            keys, values, end = keys[:, first:], values[:, first:], end - first
+        first = 0 if window is None else max(0, end - length - window + 1)
+        keys, values, end = values_of(keys[:, first:]), values_of(values[:, first:]), end - first
         most = max(1, GATHERED_VALUES // (end * heads))
         if length > most:  # of some tokens at a time: who sees what is a mask, and scores may be kept
             parts = []
@@ -189,13 +194,13 @@ class TorchLayers:
         return attended.permute(2, 0, 1, 3).reshape(length, heads, -1)
 
     def attend_chosen(
-        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+        self, q: torch.Tensor, rows: Rows, chosen: torch.Tensor, value_dim: int
     ) -> torch.Tensor:
         block = max(1, GATHERED_VALUES // (chosen.shape[1] * rows.shape[1]))
         outs = []
         for start in range(0, len(q), block):
             queries, of_queries = q[start : start + block], chosen[start : start + block]
-            keys = rows[of_queries.clamp(min=0)]  # [block, k, head_dim]
+            keys = values_of(rows[of_queries.clamp(min=0)])  # [block, k, head_dim]
             scores = (queries * q.shape[-1] ** -0.5) @ keys.transpose(1, 2)  # [block, heads, k]
             weights = scores.masked_fill((of_queries < 0).unsqueeze(1), -torch.inf).softmax(-1)
             outs.append(weights @ keys[..., :value_dim])
@@ -204,10 +209,10 @@ class TorchLayers:
     def attend_sparse(
         self,
         q: torch.Tensor,
-        window_kv: torch.Tensor,
+        window_kv: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None = None,
+        compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         before = window_kv.shape[0] - q.shape[0]
@@ -215,8 +220,9 @@ class TorchLayers:
         for start in range(0, q.shape[0], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, q.shape[0])
             first = max(0, start + before - window + 1)
-            keys = window_kv[first : stop + before]
-            chosen, hidden = None, None
+            keys = values_of(window_kv[first : stop + before])
+            chosen: tuple[Rows, torch.Tensor] | None = None
+            hidden = None
             if compressed is not None and entries is not None:
                 chosen = compressed, entries[start:stop]
             if stop - start > 1:  # a single query sees all of these keys
@@ -288,7 +294,7 @@ def _attend_block(
     keys: torch.Tensor,
     hidden: torch.Tensor | None,
     sink: torch.Tensor,
-    chosen: tuple[torch.Tensor, torch.Tensor] | None,
+    chosen: tuple[Rows, torch.Tensor] | None,
 ) -> torch.Tensor:
     """One block of queries `[block, heads, head_dim]` over `[keys, head_dim]` and gathered entries.
 
@@ -302,7 +308,8 @@ def _attend_block(
     parts = [sink.view(1, heads, 1).expand(block, heads, 1), scores]
     if chosen is not None:
         compressed, entries = chosen
-        latents = compressed[entries.clamp(min=0).to(compressed.device)].to(q.device)  # [block, k, head_dim]
+        found = compressed[entries.clamp(min=0).to(compressed.device)].to(q.device)
+        latents = values_of(found)  # [block, k, head_dim]
         selected = (q @ latents.transpose(1, 2)).masked_fill((entries < 0).unsqueeze(1), -torch.inf)
         parts.append(selected)
     weights = torch.cat(parts, dim=-1).softmax(-1)

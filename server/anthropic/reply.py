@@ -8,10 +8,10 @@ from typing import Any
 
 from engine.chat.format import ChatPrompt
 from engine.output import FinishReason
-from server.anthropic.call_input import ControlCharacters, call_input
 from server.http.errors import ApiError
 from server.openai.requests import ChatRequest
 from server.serving.answer import Answer
+from server.serving.call_input import ControlCharacters, call_input
 from server.serving.generation import Generation
 from server.serving.reply import ConversationReply
 from server.serving.segments import AnswerSegment, Event, SegmentWriter
@@ -23,10 +23,12 @@ class MessagesReply(ConversationReply):
 
     last = b""
 
-    def __init__(self, chat: ChatRequest, prompt: ChatPrompt, served: Served) -> None:
+    def __init__(
+        self, chat: ChatRequest, prompt: ChatPrompt, served: Served, *, hides_thinking: bool = False
+    ) -> None:
         super().__init__(chat, prompt, served)
         self.id = f"msg_{uuid.uuid4().hex}"
-        self._blocks = ContentBlocks()
+        self._blocks = ContentBlocks(hides_thinking=hides_thinking)
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished message."""
@@ -83,10 +85,14 @@ class MessagesReply(ConversationReply):
 
 
 class ContentBlocks(SegmentWriter):
-    """A segment is a content block; `done` holds those that are finished."""
+    """A segment is a content block; `done` holds those that are finished.
 
-    def __init__(self) -> None:
+    hides_thinking  blocks of reasoning are empty
+    """
+
+    def __init__(self, *, hides_thinking: bool = False) -> None:
         super().__init__()
+        self._hides_thinking = hides_thinking
         self.done: list[dict[str, Any]] = []
         self._raw = ControlCharacters()
 
@@ -95,6 +101,9 @@ class ContentBlocks(SegmentWriter):
         yield {"type": "content_block_start", "index": segment.index, "content_block": _block(segment, {})}
 
     def grown(self, segment: AnswerSegment, text: str) -> Iterator[Event]:
+        if segment.kind == "reasoning" and self._hides_thinking:
+            segment.pieces.clear()
+            return
         kind, field = {
             "reasoning": ("thinking_delta", "thinking"),
             "text": ("text_delta", "text"),

@@ -8,22 +8,23 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
-from server.anthropic.call_input import written_input
+from server.anthropic.tools import AnyMessagesTool, functions_of, others_in
 from server.openai.messages import (
     Body,
     Content,
     FunctionCall,
-    FunctionDefinition,
     Items,
     Message,
     TextPart,
-    Tool,
     ToolCall,
     check_parts,
     required,
+    seen,
+    unsupported,
 )
-from server.openai.refused import MESSAGES_REFUSED, OUTPUT_REFUSED, TOOL_REFUSED, refuse_fields
-from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
+from server.openai.refused import MESSAGES_REFUSED, OUTPUT_REFUSED, refuse_fields
+from server.openai.requests import MAX_SALT, UNLIMITED, ChatRequest, ReasoningEffort, SamplingFields
+from server.serving.call_input import written_input
 
 
 class Block(Body):
@@ -52,21 +53,6 @@ class Turn(Body):
     content: _Blocks
 
 
-class MessagesTool(Body):
-    """A function that the model may call; `input_schema` is a JSON schema."""
-
-    type: Literal["custom"] | None = None
-    name: str = Field(min_length=1, max_length=64)
-    description: str | None = None
-    input_schema: dict[str, Any]
-    strict: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_other_callers(cls, data: Any) -> Any:
-        return refuse_fields(data, TOOL_REFUSED, "tools.")
-
-
 class MessagesToolChoice(Body):
     """Whether the model calls tools, and which."""
 
@@ -79,7 +65,7 @@ class Thinking(Body):
     """Whether the model reasons first. Without this field it does not."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    display: Literal["summarized"] | None = None
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class OutputFormat(Body):
@@ -104,10 +90,10 @@ class OutputConfig(Body):
 class CountRequest(Body):
     """Body of /v1/messages/count_tokens: what makes the prompt."""
 
-    model: str
+    model: str | None = None
     messages: Items[Turn] = Field(min_length=1)
     system: Content | None = None
-    tools: Items[MessagesTool] | None = None
+    tools: Items[AnyMessagesTool] | None = None
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -116,6 +102,11 @@ class CountRequest(Body):
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
         return refuse_fields(data, MESSAGES_REFUSED)
+
+    @property
+    def ignored_tools(self) -> list[str]:
+        """Types of the tools that the model is not shown."""
+        return others_in(self.tools)
 
     def as_chat(self) -> ChatRequest:
         """The same request in the terms of Chat Completions.
@@ -131,7 +122,7 @@ class CountRequest(Body):
         return {
             "model": self.model,
             "messages": self._conversation(),
-            "tools": [_tool(tool) for tool in self.tools or []] or None,
+            "tools": functions_of(self.tools) or None,
             "tool_choice": _choice(choice) if self.tool_choice else None,
             "parallel_tool_calls": not choice.disable_parallel_tool_use,
             "thinking": {"type": "enabled" if reasons else "disabled"},
@@ -158,10 +149,15 @@ class CountRequest(Body):
 class MessagesRequest(CountRequest, SamplingFields):
     """Body of /v1/messages."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(ge=UNLIMITED)
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     cache_salt: str | None = Field(None, max_length=MAX_SALT)
+
+    @property
+    def hides_thinking(self) -> bool:
+        """True where the blocks of the reasoning are to be empty."""
+        return self.thinking is not None and self.thinking.display == "omitted"
 
     def _chat_fields(self) -> dict[str, Any]:
         return (
@@ -184,7 +180,7 @@ def _user_messages(
     messages: list[Message] = []
     for i, block in enumerate(content):
         if block.type == "tool_result":
-            result = block.content or ""
+            result = seen(block.content) or ""
             check_parts(result, f"{path}[{i}].content")
             call_id = required(block.tool_use_id, f"{path}[{i}].tool_use_id")
             messages.append(Message(role="tool", tool_call_id=call_id, content=result))
@@ -226,18 +222,11 @@ def _assistant_message(content: str | list[Block], path: str) -> Message:
 def _text_part(block: Block, path: str) -> TextPart:
     if block.type != "text":
         raise RequestError(
-            f"{path}: blocks of type {block.type!r} are not supported here; send text",
+            f"{path}: {unsupported(block.type).replace('parts', 'blocks')}",
             param=f"{path}.type",
             code="unsupported_content_part",
         )
     return TextPart(type="text", text=required(block.text, f"{path}.text"))
-
-
-def _tool(tool: MessagesTool) -> Tool:
-    definition = FunctionDefinition(
-        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-    )
-    return Tool(type="function", function=definition)
 
 
 def _choice(choice: MessagesToolChoice) -> Any:

@@ -11,6 +11,7 @@ import typer
 
 from engine.embedded import EMBEDDED, model_path
 from quant.errors import ConfigError, LociError
+from quant.formats.kv import KvChoice
 from server.settings import Experts
 
 _NAMES = ", ".join(EMBEDDED)
@@ -109,6 +110,13 @@ JsonFile = Annotated[
     Path | None,
     typer.Option(
         "--json", help="Also write the results to this file.", callback=can_be_written, show_default=False
+    ),
+]
+KvFormatOption = Annotated[
+    KvChoice,
+    typer.Option(
+        "--kv-format",
+        help="Format of the KV cache: float32, bf16, fp8, int8, or vendor, what the model was trained for.",
     ),
 ]
 ExpertsFormat = Annotated[

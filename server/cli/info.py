@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import Devices, DramBudget, ExpertsFormat, OptionalNamedModel
+from server.cli.arguments import Devices, DramBudget, ExpertsFormat, KvFormatOption, OptionalNamedModel
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def info(
         ),
     ] = False,
     experts: ExpertsFormat = None,
+    kv_format: KvFormatOption = "auto",
     devices: Devices = None,
     dram_budget: DramBudget = None,
 ) -> None:
@@ -63,19 +64,20 @@ def info(
 
     with headers_of(model) as path:
         found = open_model(path, experts=experts)
+    form = found.family.kv_format(found.checkpoint, kv_format)
     about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)
     print(f"{about.name}: family {about.family}, {_count(parameters)} parameters, {bytes_text(total)}")
-    print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens")
+    print(f"vocabulary {about.vocab_size}, context up to {about.max_context} tokens, KV in {form}")
     print()
     _print_components(components)
     if not is_here(model):
         print(f"\nNot on this machine; `loci pull {model}` downloads it.")
     elif program:
-        _print_program(found, MemoryBudget.of_this_machine(dram_budget, devices))
+        _print_program(found, MemoryBudget.of_this_machine(dram_budget, devices, kv_format=form))
     elif total <= LOADED_UNASKED_BYTES if load is None else load:
-        _print_memory(found, MemoryBudget.of_this_machine())
+        _print_memory(found, MemoryBudget.of_this_machine(kv_format=form))
     else:
         print("\nNot loaded; use --load to load it and print KV cache and peak memory.")
 

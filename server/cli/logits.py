@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quant.errors import BudgetError, ConfigError, RequestError
-from server.cli.arguments import ExpertsFormat, Model, can_be_written
+from server.cli.arguments import ExpertsFormat, KvFormatOption, Model, can_be_written
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ def logits(
     ],
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 512,
     experts: ExpertsFormat = None,
+    kv_format: KvFormatOption = "float32",
     greedy: Annotated[int, typer.Option(min=0, help="Tokens to generate greedily after the input.")] = 0,
 ) -> None:
     """Write the logits of every position and a greedy continuation to a safetensors file.
@@ -41,10 +42,13 @@ def logits(
 
     from safetensors.torch import save_file
 
-    from engine.families.loader import load
+    from engine.families.loader import open_model
+    from memory.planner.budget import MemoryBudget
     from memory.user_files import whole_file
 
-    loaded = load(model, experts=experts).model
+    opened = open_model(model, experts=experts)
+    form = opened.family.kv_format(opened.checkpoint, kv_format)
+    loaded = opened.load(MemoryBudget.of_this_machine(kv_format=form)).model
     _check(ids, greedy, loaded)
     tensors = _compute(loaded, ids, chunk, greedy)
     with whole_file(out) as temporary:

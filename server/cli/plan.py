@@ -11,7 +11,8 @@ import typer
 
 from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
-from server.cli.arguments import ExpertsFormat, complete_model
+from quant.formats.kv import KvChoice
+from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
 from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def plan(
         typer.Option(help="Prompt tokens per step. Default: as many as pay.", min=1, show_default=False),
     ] = None,
     experts: ExpertsFormat = None,
+    kv_format: KvFormatOption = "auto",
     devices: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +79,7 @@ def plan(
     from memory.planner.placement import plan as make_plan
     from memory.planner.routing import of_trace
 
-    shape = _shape(model, experts)
+    shape = _shape(model, experts, kv_format)
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
@@ -93,7 +95,7 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _shape(model: str, experts: str | None) -> ModelShape:
+def _shape(model: str, experts: str | None, kv_format: KvChoice) -> ModelShape:
     from engine.families.released import NAMES, released_shape
 
     if model.endswith(".json") and Path(model).is_file():
@@ -101,16 +103,16 @@ def _shape(model: str, experts: str | None) -> ModelShape:
         from memory.checkpoint.safetensors_files import read_json
 
         config = Path(model)
-        return config_shape(read_json(config), config.resolve().parent.name, experts)
+        return config_shape(read_json(config), config.resolve().parent.name, experts, kv_format)
     if model in NAMES and not Path(model).exists():
-        return released_shape(model, experts)
+        return released_shape(model, experts, kv_format)
     if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
         from engine.families.shapes import shape_of
         from server.cli.fetch import headers_of
 
         with headers_of(model) as path:
-            return shape_of(open_model(path, experts=experts).checkpoint)
+            return shape_of(open_model(path, experts=experts).checkpoint, kv_format)
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 

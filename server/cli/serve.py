@@ -102,11 +102,12 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     from server.metrics import Metrics
     from server.serving.service import Service, prepare
 
+    typed = settings.model
     settings = settings.model_copy(update={"model": str(fetched(settings.model, yes, settings.experts))})
     prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()
-    service = Service(settings, metrics)
+    service = Service(settings, metrics, typed)
     server = _Server(create_app(service), service, prepared, address)
     address.listen()
     try:

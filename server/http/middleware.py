@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.http.encoding import decoded
 from server.http.errors import ApiError, internal, speaks_messages
 from server.metrics import Metrics
 from server.serving.streaming import CLIENT_CLOSED_REQUEST
@@ -54,6 +55,8 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if ignored := scope["state"].get("ignored_tools"):
+                    headers["X-Ignored-Tools"] = ignored
                 if speaks_messages(scope):
                     headers["Request-Id"] = request_id
             await send(message)
@@ -131,8 +134,10 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, None if the client disconnects. Raises ApiError 413 if it is too large."""
-        declared = Headers(scope=scope).get("content-length", "0")
+        """The whole body, None if the client disconnects. Raises ApiError 413 if it is too large, and what
+        `decoded` raises."""
+        headers = Headers(scope=scope)
+        declared, encoding = headers.get("content-length", "0"), headers.get("content-encoding", "")
         body = bytearray()
         is_complete = False
         too_large = declared.isdecimal() and int(declared) > self._limit_bytes
@@ -143,7 +148,8 @@ class BodyLimit:
             body += message.get("body", b"")
             is_complete = not message.get("more_body", False)
             too_large = len(body) > self._limit_bytes
-        if too_large:
+        plain = None if too_large else decoded(bytes(body), encoding, self._limit_bytes)
+        if plain is None:
             text = f"the body is larger than this server's limit of {self._limit_bytes} bytes; send less"
             raise ApiError(413, text, code="body_too_large", headers=CLOSING)
-        return bytes(body)
+        return plain

@@ -12,7 +12,8 @@ from engine.chat.output_parser import MessageDelta
 from engine.output import TokenLogprob
 from server.openai.logprobs import chat_logprobs
 from server.openai.requests import ChatRequest
-from server.serving.answer import Answer
+from server.openai.tools import custom_input
+from server.serving.answer import Answer, Call
 from server.serving.generation import Generation
 from server.serving.reply import ConversationReply, Counts
 from server.serving.service import Served
@@ -42,8 +43,12 @@ class ChatReply(ConversationReply):
                 begun.add(answer.index)
                 yield self._chunk(answer, {"role": "assistant", "content": ""}, [])
             for delta in deltas:
-                yield self._chunk(answer, _delta_fields(delta), answer.new_logprobs())
+                if fields := self._delta_fields(answer, delta):
+                    yield self._chunk(answer, fields, answer.new_logprobs())
             if answer.finish_reason is not None:
+                calls = [{"index": i, **call} for i, call in enumerate(self._calls(answer))]
+                if custom := [call for call in calls if call["type"] == "custom"]:
+                    yield self._chunk(answer, {"tool_calls": custom}, answer.new_logprobs())
                 yield self._chunk(answer, {}, answer.new_logprobs())
         if self._request.wants_usage:
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
@@ -65,10 +70,28 @@ class ChatReply(ConversationReply):
     def _whole_choice(self, answer: Answer) -> dict[str, Any]:
         return {
             "index": answer.index,
-            "message": answer.message,
+            "message": answer.message | ({"tool_calls": self._calls(answer)} if answer.calls else {}),
             "logprobs": self._logprobs(answer.new_logprobs()),
             "finish_reason": _finish_reason(answer),
         }
+
+    def _delta_fields(self, answer: Answer, delta: MessageDelta) -> dict[str, Any]:
+        """The delta as clients see it; calls of tools that take text come at the end, whole."""
+        custom = self._request.custom_tools
+        if custom and delta.tool_calls:
+            kept = tuple(call for call in delta.tool_calls if answer.calls[call.index].name not in custom)
+            delta = MessageDelta(delta.content, delta.reasoning, kept)
+        return _delta_fields(delta)
+
+    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
+        """The answer's calls so far; those of tools that take text with it."""
+        custom = self._request.custom_tools
+        return [
+            {"id": call.id, "type": "custom", "custom": _custom_call(call)}
+            if call.name in custom
+            else {"id": call.id, "type": "function", "function": call.function}
+            for call in answer.calls
+        ]
 
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
@@ -85,6 +108,10 @@ def usage(counts: Counts) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": counts.cached},
         "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
     }
+
+
+def _custom_call(call: Call) -> dict[str, str]:
+    return {"name": call.name, "input": custom_input(call.arguments)}
 
 
 def _finish_reason(answer: Answer) -> str | None:

@@ -131,9 +131,11 @@ class CompletionReply(Reply):
     def _sampling(self, index: int) -> SamplingParams:
         request = self._request
         max_tokens = 1 if self._scores_only else request.max_tokens
+        prompt_tokens = len(self._choices[index].prompt.token_ids)
         if max_tokens is None:
-            prompt = self._choices[index].prompt
-            max_tokens = self._served.default_max_tokens(DEFAULT_MAX_TOKENS, len(prompt.token_ids))
+            max_tokens = self._served.default_max_tokens(DEFAULT_MAX_TOKENS, prompt_tokens)
+        elif max_tokens != UNLIMITED:
+            max_tokens = self._served.answer_limit(max_tokens, prompt_tokens)
         return request.sampling(
             self._served.vocab_size,
             index % request.choices,
@@ -159,7 +161,10 @@ class CompletionReply(Reply):
         if self._request.echo and not choice.has_begun:
             text = choice.prompt.text
             told = zip(choice.prompt.token_ids, output.prompt_logprobs or (), strict=False)
-            lists = echoed_logprobs(self._served.loaded.tokenizer, text, list(told)[choice.prompt.added :])
+            shown = list(told)[choice.prompt.added :]
+            # As in OpenAI's API: what the first token followed, if anything, is not part of the text.
+            first = [(shown[0][0], None)] if shown else []
+            lists = echoed_logprobs(self._served.loaded.tokenizer, text, first + shown[1:])
         choice.has_begun = True
         choice.cached_tokens += output.cached_tokens or 0
         if not self._scores_only:

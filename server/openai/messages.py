@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from quant.errors import RequestError
 from server.openai.refused import MESSAGE_REFUSED, refuse_fields
+from server.openai.tools import MAX_NAME, custom_arguments
 
 T = TypeVar("T")
 
@@ -60,17 +61,40 @@ def missing(path: str) -> RequestError:
     return RequestError(f"{path} is required", param=path, code="missing_required_parameter")
 
 
+def unsupported(kind: str) -> str:
+    """What to say of a part that is no text. Claude Code drops an image at these words."""
+    if "image" in kind:
+        return f"Could not process image: parts of type {kind!r} are not supported, this model reads text"
+    return f"parts of type {kind!r} are not supported; send text"
+
+
 def check_parts(content: str | list[TextPart] | None, path: str) -> None:
     """Raise RequestError naming a part that is no text."""
     for i, part in enumerate(content) if isinstance(content, list) else ():
         if part.type != "text":
             raise RequestError(
-                f"{path}[{i}]: parts of type {part.type!r} are not supported; send text",
+                f"{path}[{i}]: {unsupported(part.type)}",
                 param=f"{path}[{i}].type",
                 code="unsupported_content_part",
             )
         if part.text is None:
             raise missing(f"{path}[{i}].text")
+
+
+_NOTED = {"image": "an image", "file": "a file", "document": "a document", "audio": "a recording"}
+NOT_SHOWN = "[{kind} that cannot be shown: this model reads text only]"
+
+
+def seen(content: str | list[TextPart] | None) -> str | list[TextPart] | None:
+    """A tool's result as far as a model sees it that reads text: a note stands for what else is in it."""
+    if not isinstance(content, list):
+        return content
+    return [part if part.type == "text" else _note(part.type) for part in content]
+
+
+def _note(kind: str) -> TextPart:
+    what = next((text for name, text in _NOTED.items() if name in kind), "a part")
+    return TextPart(type="text", text=NOT_SHOWN.format(kind=what))
 
 
 def _as_text(arguments: Any) -> Any:
@@ -94,6 +118,16 @@ class ToolCall(Body):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+
+    @model_validator(mode="before")
+    @classmethod
+    def _call_a_function(cls, data: Any) -> Any:
+        """A tool that takes text is a function of one argument."""
+        custom = data.get("custom") if isinstance(data, dict) and data.get("type") == "custom" else None
+        if not isinstance(custom, dict) or not isinstance(custom.get("input"), str):
+            return data
+        function = {"name": custom.get("name"), "arguments": custom_arguments(custom["input"])}
+        return {"id": data.get("id"), "type": "function", "function": function}
 
 
 class Message(Body):
@@ -129,6 +163,8 @@ class Message(Body):
         """Raise RequestError where role and fields do not fit together."""
         given = {name: getattr(self, name) for name in MESSAGE_REFUSED}
         refuse_fields(given, MESSAGE_REFUSED, f"{path}.")
+        if self.role == "tool":
+            self.content = seen(self.content)
         check_parts(self.content, f"{path}.content")
         if self.content is None and self.role != "assistant":
             raise missing(f"{path}.content")
@@ -139,7 +175,7 @@ class Message(Body):
 class FunctionDefinition(Body):
     """A function that the model may call; `parameters` is a JSON schema."""
 
-    name: str = Field(min_length=1, max_length=64)
+    name: str = Field(min_length=1, max_length=MAX_NAME)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None

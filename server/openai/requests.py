@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, ModelWrapValidatorHandler, PrivateAttr, Tag, model_validator
 
 from engine.sampling.params import SamplingParams
 from quant.errors import RequestError
@@ -30,6 +30,7 @@ from server.openai.refused import (
     refuse_windows,
     unless,
 )
+from server.openai.tools import shown_tools
 
 MAX_STOP = 16
 MAX_N = 128
@@ -148,7 +149,7 @@ class GenerationRequest(SamplingFields):
 
     refused: ClassVar[Mapping[str, Refused]]
 
-    model: str
+    model: str | None = None
     max_tokens: int | None = None
     n: int | None = Field(None, ge=1, le=MAX_N)
     stream: bool | None = None
@@ -209,19 +210,24 @@ class GenerationRequest(SamplingFields):
         """
         # Other servers draw a new seed for -1.
         seed = None if self.seed in (None, -1) else self.seed + choice
+        # The smallest share of the probability is that of the likeliest token.
+        is_greedy = self.top_p == 0
         implied = () if self.ignore_eos else tuple(stop_token_ids)
         fields = {
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0 if self.top_k == -1 else self.top_k,  # off, as vLLM and SGLang write it
+            "top_p": 1.0 if is_greedy else self.top_p,
+            "top_k": 1 if is_greedy else 0 if self.top_k == -1 else self.top_k,  # -1 is off in vLLM, SGLang
             "min_p": self.min_p,
             "seed": seed,
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "repetition_penalty": self.repetition_penalty,
             "logit_bias": self._logit_bias(vocab_size),
-            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            # Forms send an empty field where nothing was filled in.
+            "stop": tuple(
+                text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or ()) if text
+            ),
             "stop_token_ids": tuple(self.stop_token_ids or ()) + implied,
             "include_stop": self.include_stop_str_in_output,
             "ignore_eos": self.ignore_eos,
@@ -264,6 +270,28 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+
+    _ignored_tools: list[str] = PrivateAttr(default_factory=list)
+    _custom_tools: set[str] = PrivateAttr(default_factory=set)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _show_functions_only(cls, data: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
+        """Tools that take text become functions, those that the vendor's servers run are left out."""
+        shown, ignored, custom = shown_tools(data)
+        request = read(shown)
+        request._ignored_tools, request._custom_tools = ignored, custom
+        return request
+
+    @property
+    def ignored_tools(self) -> list[str]:
+        """Types of the tools that the model is not shown."""
+        return self._ignored_tools
+
+    @property
+    def custom_tools(self) -> set[str]:
+        """Names of the functions that stand for tools which take text."""
+        return self._custom_tools
 
     @model_validator(mode="after")
     def _check_chat_fields(self) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,24 +10,24 @@ from server.openai.chat import ChatReply
 from server.openai.completion_requests import CompletionRequest
 from server.openai.completions import CompletionReply, tokenize_prompts
 from server.openai.requests import ChatRequest
-from server.serving.handling import aside, read_body, render, respond, service_of
-from server.serving.service import Served
+from server.serving.handling import aside, read_body, render, report_ignored_tools, respond, service_of
+from server.serving.model_cards import card, cards
 
 router = APIRouter(prefix="/v1")
 
 
 @router.get("/models")
 async def list_models(request: Request) -> dict[str, Any]:
-    """The model that this server serves."""
-    card = _card(service_of(request).served)
-    pages = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}
-    return {"object": "list", "data": [card]} | pages
+    """The model that this server serves, once for each of its names."""
+    listed = cards(service_of(request).served)
+    pages = {"has_more": False, "first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
+    return {"object": "list", "data": listed} | pages
 
 
 @router.get("/models/{model:path}")
 async def get_model(request: Request, model: str) -> dict[str, Any]:
     """The model, if that is its name."""
-    return _card(service_of(request).named(model))
+    return card(service_of(request).named(model), model)
 
 
 @router.post("/chat/completions")
@@ -36,6 +35,7 @@ async def chat_completions(request: Request) -> Response:
     """One or more assistant messages that continue a conversation."""
     body = await read_body(request, ChatRequest)
     served = service_of(request).named(body.model)
+    report_ignored_tools(request, body.ignored_tools)
     return await respond(request, ChatReply(body, await render(body, served), served), body.stream)
 
 
@@ -46,17 +46,3 @@ async def completions(request: Request) -> Response:
     served = service_of(request).named(body.model)
     prompts = await aside(len(await request.body()), tokenize_prompts, body, served)
     return await respond(request, CompletionReply(body, prompts, served), body.stream)
-
-
-def _card(served: Served) -> dict[str, Any]:
-    # OpenAI's and Anthropic's clients ask the same route and read different fields.
-    return {
-        "id": served.name,
-        "object": "model",
-        "type": "model",
-        "display_name": served.name,
-        "created": served.created,
-        "created_at": datetime.fromtimestamp(served.created, UTC).isoformat(),
-        "owned_by": "loci",
-        "max_model_len": served.engine.max_context,
-    }

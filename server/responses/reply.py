@@ -42,7 +42,7 @@ class ResponsesReply(ConversationReply):
         self._keep = keep
         self.id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._items = OutputItems()
+        self._items = OutputItems(body.origins, summarizes=body.wants_summary)
         self._events_sent = 0
         self._unclaimed: list[TokenLogprob] = []
 
@@ -128,7 +128,7 @@ class ResponsesReply(ConversationReply):
             "tools": given["tools"] or [],
             "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
-            "truncation": "disabled",
+            "truncation": body.truncation or "disabled",
             "usage": None if status == "in_progress" else _usage(self.counts),
         }
 

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from quant.errors import RequestError
-from server.openai.messages import Body, FunctionDefinition, Items, Message, Tool, choice_kind
-from server.openai.refused import RESPONSES_REFUSED, TOOL_REFUSED, only, refuse_fields, unless
-from server.openai.requests import MAX_SALT, ChatRequest, ReasoningEffort, SamplingFields
+from server.openai.messages import Body, Items, Message, choice_kind
+from server.openai.refused import RESPONSES_REFUSED, only, refuse_fields, unless
+from server.openai.requests import MAX_SALT, UNLIMITED, ChatRequest, ReasoningEffort, SamplingFields
+from server.openai.tools import Origin
 from server.responses.input import InputItem, messages_of
+from server.responses.tools import NamedTool, ResponsesTool, chosen, functions_of, others_in
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` calls them
 
@@ -21,36 +23,17 @@ _Input = Annotated[
 ]
 
 
-class _OfFunctionType(Body):
-    type: Literal["function"]
-
-
-class ResponsesTool(FunctionDefinition, _OfFunctionType):
-    """A function that the model may call; its type is looked at first."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_other_callers(cls, data: Any) -> Any:
-        return refuse_fields(data, TOOL_REFUSED, "tools.")
-
-
-class NamedFunction(_OfFunctionType):
-    """`{"type": "function", "name": ...}`."""
-
-    name: str
-
-
 class AllowedFunctions(Body):
     """Which of the functions may be called, and whether one must be."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[NamedFunction] = Field(min_length=1)
+    tools: list[NamedTool] = Field(min_length=1)
 
 
 _Choice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
-    | Annotated[NamedFunction, Tag("<named>")]
+    | Annotated[NamedTool, Tag("<named>")]
     | Annotated[AllowedFunctions, Tag("<allowed>")],
     Discriminator(choice_kind),
 ]
@@ -67,7 +50,9 @@ class TextFormat(Body):
 
     @model_validator(mode="after")
     def _check_schema(self) -> Self:
-        if self.type != "json_schema" and self.json_schema is not None:
+        if self.type == "json_object" and self.json_schema is not None:
+            self.type = "json_schema"  # as llama.cpp and others write it
+        if self.type == "text" and self.json_schema is not None:
             text = f"text.format has a schema, which type {self.type!r} does not take; use json_schema"
             raise RequestError(text, param="text.format.type")
         return self
@@ -83,6 +68,7 @@ class Reasoning(Body):
     """How much the model reasons."""
 
     effort: ReasoningEffort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -100,10 +86,10 @@ class Reasoning(Body):
 class ResponsesRequest(SamplingFields):
     """Body of /v1/responses."""
 
-    model: str
+    model: str | None = None
     input: _Input
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: int | None = Field(None, ge=UNLIMITED)
     tools: Items[ResponsesTool] | None = None
     tool_choice: _Choice | None = None
     parallel_tool_calls: bool | None = None
@@ -112,7 +98,7 @@ class ResponsesRequest(SamplingFields):
     stream: bool | None = None
     store: bool | None = None
     previous_response_id: str | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
     metadata: dict[str, str] | None = None
     include: list[str] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -143,18 +129,12 @@ class ResponsesRequest(SamplingFields):
         messages = [*earlier, *self.messages]
         if self.instructions is not None:
             messages.insert(0, Message(role="system", content=self.instructions))
-        choice: Any = self.tool_choice
-        if isinstance(choice, NamedFunction):
-            choice = _named(choice)
-        elif isinstance(choice, AllowedFunctions):
-            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
-            choice = {"type": "allowed_tools", "allowed_tools": allowed}
         fields = {
             "model": self.model,
             "messages": messages,
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [Tool(type="function", function=tool) for tool in self.tools or []] or None,
-            "tool_choice": choice,
+            "tools": [tool for _, tool in functions_of(self.tools)] or None,
+            "tool_choice": self._choice(),
             "parallel_tool_calls": self.parallel_tool_calls,
             "reasoning_effort": self.reasoning and self.reasoning.effort,
             "response_format": _response_format(self.text.format if self.text else None),
@@ -165,9 +145,38 @@ class ResponsesRequest(SamplingFields):
         } | {name: getattr(self, name) for name in SamplingFields.model_fields}
         return ChatRequest.model_validate(fields)
 
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """What the client calls each function of the model."""
+        return {origin.function: origin for origin, _ in functions_of(self.tools)}
 
-def _named(function: NamedFunction) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": function.name}}
+    @property
+    def ignored_tools(self) -> list[str]:
+        """Types of the tools that the model is not shown."""
+        return list(others_in(self.tools))
+
+    @property
+    def wants_summary(self) -> bool:
+        """True where reasoning is to come as its summary."""
+        return self.reasoning is not None and self.reasoning.summary is not None
+
+    def _choice(self) -> Any:
+        """The tool choice as Chat Completions has it; of the tools allowed, those that can be called."""
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool):
+            return chosen(choice)
+        if not isinstance(choice, AllowedFunctions):
+            if choice == "required" and self.tools and not self.origins:
+                others = ", ".join(self.ignored_tools)
+                text = f"tool_choice needs tools that the model can call, got only {others}"
+                raise RequestError(text, param="tool_choice")
+            return choice
+        is_known = self.origins.keys()
+        callable_ = [tool for tool in choice.tools if tool.type in ("function", "custom")]
+        named = [chosen(tool) for tool in callable_ or (choice.tools if choice.mode == "required" else [])]
+        if not named:
+            return "none" if is_known else None
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": named}}
 
 
 def _response_format(wanted: TextFormat | None) -> dict[str, Any] | None:
@@ -176,7 +185,7 @@ def _response_format(wanted: TextFormat | None) -> dict[str, Any] | None:
     if wanted.type != "json_schema":
         return {"type": wanted.type}
     schema = {
-        "name": wanted.name,
+        "name": wanted.name or "answer",
         "description": wanted.description,
         "schema": wanted.json_schema,
         "strict": wanted.strict,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from quant.errors import RequestError
 from server.http.errors import ApiError
 from server.openai.messages import Message
-from server.responses.input import kept_items
+from server.responses.input import kept_items, resolved
 from server.responses.reply import ResponsesReply
 from server.responses.requests import ResponsesRequest
 from server.responses.store import ResponseStore, StoredResponse
-from server.serving.handling import owner_of, read_body, render, respond, running_of, service_of
+from server.serving.handling import (
+    owner_of,
+    read_body,
+    render,
+    report_ignored_tools,
+    respond,
+    running_of,
+    service_of,
+)
+from server.serving.naming import own_names
 
 router = APIRouter(prefix="/v1/responses")
 
@@ -25,19 +31,22 @@ MAX_ITEMS = 100  # of one page
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    r"tools\[(\d+)\]\.function": r"tools[\1]",
     "reasoning_effort": "reasoning.effort",
+    r"response_format\.json_schema\.schema": "text.format.schema",
     "response_format": "text.format",
-    "response_format.json_schema.schema": "text.format.schema",
 }
 
 
 @router.post("")
 async def create_response(request: Request) -> Response:
     """An answer, as items, to a conversation given as items."""
-    body = await read_body(request, ResponsesRequest)
+    body = await _read(request)
     served = service_of(request).named(body.model)
     store, owner = store_of(request), owner_of(request)
-    with _own_names():
+    report_ignored_tools(request, body.ignored_tools)
+    with own_names(_NAMES):
         earlier = _earlier(body, store, owner)
         chat = body.as_chat(earlier)
 
@@ -53,9 +62,9 @@ async def create_response(request: Request) -> Response:
 @router.post("/input_tokens")
 async def count_input_tokens(request: Request) -> dict[str, Any]:
     """Number of prompt tokens of the same body."""
-    body = await read_body(request, ResponsesRequest)
+    body = await _read(request)
     served = service_of(request).named(body.model)
-    with _own_names():
+    with own_names(_NAMES):
         prompt = await render(body.as_chat(_earlier(body, store_of(request), owner_of(request))), served)
     return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
 
@@ -113,6 +122,15 @@ async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
     return {"id": response_id, "object": "response", "deleted": True}
 
 
+async def _read(request: Request) -> ResponsesRequest:
+    """The body, with the items that it refers to. Raises what `read_body` and `resolved` do."""
+    body = await read_body(request, ResponsesRequest)
+    if isinstance(body.input, list):
+        store, owner = store_of(request), owner_of(request)
+        body.input = resolved(body.input, lambda item_id: store.item(item_id, owner))
+    return body
+
+
 def _stored(request: Request, response_id: str) -> StoredResponse:
     """Raises ApiError 404 where it is not kept, or belongs to another key."""
     stored = store_of(request).get(response_id, owner_of(request))
@@ -148,14 +166,3 @@ def _not_found(response_id: str) -> ApiError:
     return ApiError(
         404, f"the response {response_id!r} is not stored on this server", code="response_not_found"
     )
-
-
-@contextmanager
-def _own_names() -> Generator[None]:
-    """Errors about fields of the chat request name what the client has sent instead."""
-    try:
-        yield
-    except RequestError as error:
-        raise RequestError(
-            str(error), param=_NAMES.get(error.param or "", error.param), code=error.code
-        ) from None

@@ -57,6 +57,16 @@ class ResponseStore:
         self._stored.move_to_end(response_id)
         return stored
 
+    def item(self, item_id: str, owner: str | None) -> dict[str, Any] | None:
+        """The item of that id of an answer or of what it answers, if it is kept and belongs to `owner`."""
+        for response_id, (stored, _) in reversed(self._stored.items()):
+            items = (*stored.response["output"], *stored.input_items)
+            found = next((item for item in items if item["id"] == item_id), None)
+            if stored.owner == owner and found is not None:
+                self._stored.move_to_end(response_id)
+                return dict(found)
+        return None
+
     def remove(self, response_id: str, owner: str | None) -> bool:
         """Forget the answer of that id; False where `owner` has none."""
         if self.get(response_id, owner) is None:

@@ -19,7 +19,7 @@ TYPICAL_PROMPT = 32_768
 def chunk_here(opened: OpenedModel, budget: MemoryBudget, workload: Workload, devices: str | None) -> int:
     """What the planner takes on this machine, within the budgets; the smallest for what it cannot plan."""
     try:
-        shape = opened.family.shape(opened.checkpoint)
+        shape = opened.family.shape(opened.checkpoint, budget.kv_format)
     except ConfigError:
         return SMALLEST_CHUNK
     machine = this_machine().with_devices(parse_devices(devices) if devices else ())

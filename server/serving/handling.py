@@ -4,7 +4,8 @@ stream."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -19,6 +20,7 @@ from server.http.errors import ApiError
 from server.http.rate_limits import Account
 from server.openai.messages import Body
 from server.openai.requests import ChatRequest
+from server.openai.tools import listed
 from server.serving.reply import Reply
 from server.serving.running import RunningAnswers
 from server.serving.service import Served, Service
@@ -26,6 +28,8 @@ from server.serving.streaming import EventStream, answer
 
 COMPILE_TIMEOUT_S = 5
 SHORT_BYTES = 4096
+MAX_REPORTED = 100  # clients choose what stands in these lines
+log = logging.getLogger("loci")
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
@@ -70,6 +74,20 @@ async def read_body(request: Request, kind: type[B]) -> B:
             415, f"send Content-Type: application/json, got {found}", code="unsupported_media_type"
         )
     return kind.model_validate_json(await request.body())
+
+
+_reported: set[str] = set()
+
+
+def report_ignored_tools(request: Request, types: Iterable[str]) -> None:
+    """Say in a header of the answer which kinds of tools the model is not shown, and in the log once each."""
+    text = listed(types)
+    if not text:
+        return
+    request.scope["state"]["ignored_tools"] = text
+    if text not in _reported and len(_reported) < MAX_REPORTED:
+        _reported.add(text)
+        log.info("tools that this server does not run are not shown to the model: %s", text)
 
 
 async def render(chat: ChatRequest, served: Served) -> ChatPrompt:

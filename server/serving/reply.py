@@ -113,10 +113,11 @@ class ConversationReply(Reply):
             pass
 
     def _sampling(self, choice: int) -> SamplingParams:
-        max_tokens = self._request.answer_tokens
+        max_tokens, prompt_tokens = self._request.answer_tokens, len(self._prompt.token_ids)
         if max_tokens is None:
-            prompt = self._prompt
-            max_tokens = self._served.default_max_tokens(prompt.max_tokens, len(prompt.token_ids))
+            max_tokens = self._served.default_max_tokens(self._prompt.max_tokens, prompt_tokens)
+        elif max_tokens != UNLIMITED:
+            max_tokens = self._served.answer_limit(max_tokens, prompt_tokens)
         return self._request.sampling(
             self._served.vocab_size,
             choice,

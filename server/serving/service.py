@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
 from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
@@ -46,12 +47,18 @@ PREFIX_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Served:
-    """A loaded model: its public name, its parts, and its start time (seconds since 1970)."""
+    """A loaded model: its public name, its parts, and its start time (seconds since 1970).
+
+    aliases       further names that are listed
+    cuts_answers  answers asked to be longer than the context are as long as it allows, not refused
+    """
 
     name: str
     loaded: Loaded
     engine: Engine
     created: int = field(default_factory=lambda: int(time.time()))
+    aliases: tuple[str, ...] = ()
+    cuts_answers: bool = True
 
     @property
     def vocab_size(self) -> int:
@@ -62,13 +69,22 @@ class Served:
         """The default length of answers, limited to the context left after the prompt."""
         return None if wanted is None else max(1, min(wanted, self.engine.max_context - prompt_tokens))
 
+    def answer_limit(self, wanted: int | None, prompt_tokens: int) -> int | None:
+        """The length of an answer that a client has set, None for what the context holds.
+
+        What does not fit is cut to the room that is left, unless answers are not to be cut or there is no
+        room: the engine refuses those.
+        """
+        room = self.engine.max_context - prompt_tokens if wanted is not None and self.cuts_answers else 0
+        return min(wanted, room) if wanted is not None and room > 0 else wanted
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A model about to be loaded, whose settings, headers and small files have been checked."""
 
     settings: Settings
-    name: str
+    names: tuple[str, ...]
     opened: OpenedModel
     budget: MemoryBudget
     prefix_bytes: int | None
@@ -82,7 +98,7 @@ def prepare(settings: Settings) -> Prepared:
     Raises LociError.
     """
     path = model_path(settings.model)
-    name = settings.served_model_name or name_of(path)
+    names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
     prefix_bytes = _parsed_prefix_cache(settings)
     free_bytes = available_memory_bytes()
     kv_bytes = None if settings.kv_budget is None else parse_bytes(settings.kv_budget)
@@ -90,10 +106,12 @@ def prepare(settings: Settings) -> Prepared:
         log.warning("%s", notice)
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
+    kv_format = opened.family.kv_format(opened.checkpoint, settings.kv_format)
+    budget = replace(budget, kv_format=kv_format)
     workload = _workload(settings, opened, budget, kv_bytes)
     chunk = settings.prefill_chunk or chunk_here(opened, budget, workload, settings.devices)
     budget = replace(budget, workload=replace(workload, prefill_chunk=chunk))
-    return Prepared(settings, name, opened, budget, prefix_bytes, kv_bytes, free_bytes)
+    return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
 
 def bring_up(prepared: Prepared) -> Served:
@@ -125,11 +143,14 @@ def bring_up(prepared: Prepared) -> Served:
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
+        aside=_aside_on_disk(settings),
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
     engine.start()
-    return Served(prepared.name, loaded, engine)
+    name, *aliases = prepared.names
+    cuts = settings.max_tokens_overflow == "cut"
+    return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts)
 
 
 def _workload(
@@ -140,7 +161,7 @@ def _workload(
     context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
     if not budget.gpus:
         return Workload(context, sequences)
-    shape = opened.family.shape(opened.checkpoint)
+    shape = opened.family.shape(opened.checkpoint, budget.kv_format)
 
     def nbytes(tokens: int) -> int:
         return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
@@ -190,15 +211,26 @@ def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | Non
         settings.prefix_dir or states_folder(),
         parse_bytes(settings.prefix_disk),
         identity_of(prepared.opened.checkpoint, prepared.budget),
-        prepared.name,
+        prepared.names[0],
     )
 
 
-class Service:
-    """Holds the model once it is loaded. Handlers ask it for a Generation."""
+def _aside_on_disk(settings: Settings) -> AsideOnDisk | None:
+    """Where sequences are put aside on disk, if anywhere. Raises ConfigError."""
+    if settings.aside_disk is None or settings.aside_disk.strip() == "0":
+        return None
+    return AsideOnDisk(settings.prefix_dir or states_folder(), parse_bytes(settings.aside_disk))
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+
+class Service:
+    """Holds the model once it is loaded. Handlers ask it for a Generation.
+
+    typed   what the operator called the model, which it answers to as well
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, typed: str | None = None) -> None:
         self.settings = settings
+        self._typed = typed
         self.metrics = metrics
         self.failure: Exception | None = None
         self.is_draining = False
@@ -258,10 +290,11 @@ class Service:
             )
         return self._served
 
-    def named(self, model: str) -> Served:
-        """The model if that is its name. Raises ApiError 404 for any other name."""
+    def named(self, model: str | None) -> Served:
+        """The model if that is one of its names, or if none is given. Raises ApiError 404 for any other."""
         served = self.served
-        if model != served.name:
+        known = (None, served.name, *served.aliases, self._typed)
+        if model not in known and not self.settings.any_model:
             raise ApiError(
                 404,
                 f"the model {model!r} does not exist; this server serves {served.name!r}",

@@ -21,6 +21,7 @@ export class Answer {
   #error = element("p", { className: "error", role: "alert", hidden: true });
   #figures = element("span", { className: "figures" });
   #row;
+  #resume;
 
   /** `run` is what is known of its growing, undefined for one that is complete. */
   constructor(turn, versions, actions, run) {
@@ -29,7 +30,8 @@ export class Answer {
     const startEdit = () =>
       editInPlace(this.#text, turn.content, [["Save", (content) => actions.reword(turn, content)]]);
     const repeat = button("Retry", () => actions.repeat(turn), { className: "changes" });
-    this.#row = actionRow(turn, versions, actions, startEdit, repeat);
+    this.#resume = button("Continue", () => actions.resume(turn), { className: "changes resume" });
+    this.#row = actionRow(turn, versions, actions, startEdit, repeat, this.#resume);
     this.#row.append(this.#figures);
     this.item = element("li", { className: "answer" },
       element("span", { className: "unseen" }, "Answer: "),
@@ -82,7 +84,8 @@ export class Answer {
     const { note, error } = this.#turn;
     this.#error.textContent = error ?? "";
     this.#error.hidden = !error;
-    const left = isUnanswered(this.#turn) ? "not part of what the model is sent" : "";
+    this.#resume.hidden = !this.#turn.content || !(note || error);
+    const left = isUnanswered(this.#turn) ? "the model is not sent this nor its question" : "";
     this.#figures.textContent = [note, paceOf(this.#turn), left].filter(Boolean).join(" · ");
   }
 

@@ -2,11 +2,11 @@
 // Everything else shows this state, or asks for a change of it.
 
 import { ServerError, chat } from "./api.js";
-import { Conversation, messagesOf } from "./conversation.js";
+import { Conversation, isUnanswered, messagesOf } from "./conversation.js";
 import * as settings from "./settings.js";
 
 const KEEP_MS = 2000; // how often a growing answer is kept
-const LEAST_MS = 250; // a shorter time makes no honest figure of tokens per second
+const LEAST_MS = 100; // a shorter time makes no honest figure of tokens per second
 const ENDS = { length: "stopped at the token limit" };
 
 /** A growing answer: its `turn`, the tokens of its prompt that were read (`progress`, where the server tells). */
@@ -70,8 +70,7 @@ export class Chat {
 
   /** Show the conversation of this id; an empty one where there is none. */
   async open(id) {
-    const running = [...this.#runs.values()].find((run) => run.conversation.id === id);
-    this.#show(running?.conversation ?? (await this.#library.get(id)) ?? new Conversation());
+    this.#show((await this.#find(id)) ?? new Conversation());
   }
 
   /** Say something at the end of the shown conversation. */
@@ -86,11 +85,23 @@ export class Chat {
     this.#ask({ role: "user", content, files: question.files }, before);
   }
 
-  /** Another version of an answer. */
+  /** Another version of an answer; instead of it, where it has no word and nothing follows. */
   repeat(answer) {
     if (this.isBusy) return;
     const question = this.conversation.turns.find((each) => each.id === answer.parent) ?? null;
+    if (isUnanswered(answer) && !this.conversation.hasMoreAfter(answer)) this.conversation.remove(answer);
     this.#answer(this.conversation, question);
+  }
+
+  /** Go on with an answer that ended early. */
+  resume(answer) {
+    if (this.isBusy) return;
+    const { conversation } = this;
+    const path = conversation.pathTo(answer);
+    delete answer.error;
+    this.#run(conversation, answer, () => ({
+      ...settings.request(messagesOf(path)), continue_final_message: true, add_generation_prompt: false,
+    }));
   }
 
   /** Show another version of a turn. */
@@ -135,7 +146,6 @@ export class Chat {
     return async () => {
       this.#gone.delete(id);
       await this.#keep(conversation, conversation.changed);
-      await this.open(id);
     };
   }
 
@@ -144,18 +154,19 @@ export class Chat {
     for (const run of this.#runs.values()) if (run.conversation === this.conversation) run.abort.abort();
   }
 
-  /** Another tab changed the conversation of this id: show it as it is now, unless it is growing here. */
+  /** Another tab changed the conversation of this id: take over what it did. */
   async refresh(id) {
-    if (id !== this.conversation.id || this.isBusy) return;
-    const now = await this.#library.get(id);
-    if (now && id === this.conversation.id && !this.isBusy) this.#show(now);
+    const [here, there] = [await this.#find(id, false), await this.#library.get(id)];
+    if (!here || !there) return;
+    here.take(there, (turn) => this.#runs.has(turn.id));
+    if (here === this.conversation) this.#hooks.onShow();
   }
 
   /** The conversation of this id, the very one that is shown or growing where it is. */
-  async #find(id) {
+  async #find(id, isWanted = true) {
     if (id === this.conversation.id) return this.conversation;
     const running = [...this.#runs.values()].find((run) => run.conversation.id === id);
-    return running?.conversation ?? (await this.#library.get(id));
+    return running?.conversation ?? (isWanted ? this.#library.get(id) : null);
   }
 
   #show(conversation) {
@@ -173,17 +184,22 @@ export class Chat {
     this.#answer(this.conversation, this.conversation.add(question, before));
   }
 
-  async #answer(conversation, question) {
+  #answer(conversation, question) {
     const path = question ? conversation.pathTo(question) : [];
-    // Where the page is closed before the end, this is what was known of it.
-    const turn = conversation.add({ role: "assistant", content: "", reasoning: "", note: "interrupted" }, question);
+    const turn = conversation.add({ role: "assistant", content: "", reasoning: "" }, question);
+    this.#run(conversation, turn, () => settings.request(messagesOf(path)));
+  }
+
+  async #run(conversation, turn, request) {
+    // Where the page is closed before the end, and in other tabs until then, this is what is known of it.
+    turn.note = "not finished";
     const run = new Run(conversation, turn);
     this.#runs.set(turn.id, run);
     this.#hooks.onShow();
     this.#hooks.onBusy();
     this.#keep(conversation);
     try {
-      await this.#grow(run, settings.request(messagesOf(path)));
+      await this.#grow(run, request());
     } catch (error) {
       turn.note = run.abort.signal.aborted ? "stopped" : "";
       if (!run.abort.signal.aborted) {

@@ -7,6 +7,7 @@ import { Unreadable, readText, sizeOf } from "./files.js";
 import { hide, say } from "./notices.js";
 
 const PLACE = "loci.draft:";
+const isTouched = matchMedia("(pointer: coarse)");
 
 const form = document.querySelector("#composer");
 const prompt = document.querySelector("#prompt");
@@ -38,7 +39,7 @@ export class Composer {
     prompt.addEventListener("keydown", (event) => {
       // On phones the return key begins a line. While an input method composes, it belongs to it.
       const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
-      if (!sends || matchMedia("(pointer: coarse)").matches) return;
+      if (!sends || isTouched.matches) return;
       event.preventDefault();
       submit();
     });
@@ -70,9 +71,15 @@ export class Composer {
     stop.hidden = !isBusy;
   }
 
-  /** Put the keyboard here. */
+  /** Put the keyboard here. Not on phones, where it would cover half of the conversation. */
   focus() {
-    prompt.focus();
+    if (!isTouched.matches) prompt.focus();
+  }
+
+  /** Put the keyboard here if what had it is gone, so that it is never taken out of anybody's hands. */
+  focusIfLost() {
+    const at = document.activeElement;
+    if (!at || at === document.body || !at.checkVisibility()) this.focus();
   }
 
   #fill({ text, files }) {

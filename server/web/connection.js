@@ -74,9 +74,7 @@ export class Connection {
     const key = this.#key();
     try {
       if (!this.isOpen) this.models = await api.models(key);
-      const askedAt = performance.now();
-      const [page, health] = await Promise.all([api.metrics(key), api.health()]);
-      this.#take(new Reading(page, performance.now(), askedAt));
+      const [health] = await Promise.all([api.health(), this.#measure(key)]);
       this.phase = { ok: "ready", failing: "failing" }[health] ?? "dead";
       this.problem = "";
     } catch (error) {
@@ -84,6 +82,17 @@ export class Connection {
       this.problem = error.message;
       this.now = null;
       this.#readings = [];
+    }
+  }
+
+  async #measure(key) {
+    const askedAt = performance.now();
+    try {
+      const page = await api.metrics(key);
+      this.#take(new Reading(page, performance.now(), askedAt));
+    } catch (error) {
+      if (error.status === 0 || error.status === 401) throw error;
+      this.now = null; // a proxy keeps them to itself
     }
   }
 

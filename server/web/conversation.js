@@ -70,6 +70,19 @@ export class Conversation {
     };
   }
 
+  /**
+   * Become what `other` is, the same conversation as another page has left it, except for turns that grow here
+   * (`isGrowing(turn)`). Turns that both have stay the same objects.
+   */
+  take(other, isGrowing) {
+    const mine = new Map(this.turns.map((each) => [each.id, each]));
+    const growing = this.turns.filter(isGrowing);
+    const theirs = other.turns.filter((each) => !growing.some(({ id }) => id === each.id));
+    this.turns = [...theirs.map((each) => Object.assign(mine.get(each.id) ?? {}, each)), ...growing];
+    this.chosen = growing.length > 0 ? { ...other.chosen, ...this.chosen } : other.chosen;
+    this.title = other.title;
+  }
+
   #remove(turn) {
     const versions = this.versions(turn);
     if (versions.length === 1) {

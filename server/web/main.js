@@ -17,6 +17,7 @@ const PHASES = {
   connecting: "connecting…",
   loading: "loading the model…",
   locked: "needs an API key",
+  failing: "the server's last step failed",
   lost: "the server does not answer; trying again…",
   dead: "the server's engine has ended; it must be restarted",
 };
@@ -28,7 +29,8 @@ const chat = new Chat(library, {
     messages.show();
     sidebar.show();
     showFigures();
-    const { id, path } = chat.conversation;
+    const { id, path, name } = chat.conversation;
+    document.title = path.length > 0 ? `${name} – Loci` : "Loci";
     // The address names the conversation, so that a reload or a bookmark finds it.
     if (path.length > 0 && location.hash !== `#${id}`) {
       history.pushState(null, "", `#${id}`);
@@ -46,7 +48,7 @@ const chat = new Chat(library, {
     if (chat.isBusy) announcer.textContent = "Answering";
     connection.setBusy(chat.isAnyBusy);
     sidebar.show();
-    composer.focus();
+    composer.focusIfLost();
   },
   onRefused: () => connection.look(),
   onTrouble: (text) => say(text),
@@ -55,11 +57,12 @@ const messages = new Messages(chat, {
   rephrase: (turn, text) => text && chat.rephrase(turn, text),
   reword: (turn, text) => text && chat.reword(turn, text),
   repeat: (turn) => chat.repeat(turn),
+  resume: (turn) => chat.resume(turn),
   choose: (turn) => chat.choose(turn),
   remove(turn) {
     const more = chat.conversation.versions(turn).length > 1 && chat.conversation.hasMoreAfter(turn);
     say(more ? "This version and what was said after it are deleted." : "The message is deleted.", chat.remove(turn));
-    composer.focus();
+    composer.focusIfLost();
   },
 });
 const composer = new Composer((text, files) => {
@@ -77,12 +80,16 @@ const sidebar = new Sidebar(library, chat, {
   open(id) {
     go(`#${id}`);
     sidebar.leave();
+    composer.focus();
   },
   async remove(id, name) {
     const undo = await chat.delete(id);
+    forgetDraft(id);
     if (location.hash === `#${id}`) go("", true);
-    say(`“${name}” is deleted.`, undo);
-    setTimeout(async () => (await library.get(id)) ?? forgetDraft(id), 60_000);
+    say(`“${name}” is deleted.`, async () => {
+      await undo();
+      go(`#${id}`);
+    });
   },
 });
 
@@ -119,9 +126,8 @@ function showFigures() {
 connection.onLook(() => {
   const { phase, problem, models } = connection;
   if (connection.isOpen) settings.offerModels(models);
-  const failing = problem || "the server's last step failed";
   modelLine.className = phase;
-  modelLine.textContent = phase === "ready" ? settings.model() : phase === "failing" ? failing : PHASES[phase];
+  modelLine.textContent = phase === "ready" ? settings.model() : PHASES[phase];
   modelLine.title = problem;
   showFigures();
   // Once for each key; whoever closes the dialog is left alone until they send something.
@@ -136,6 +142,7 @@ document.querySelector("#stop").addEventListener("click", () => chat.stop());
 document.querySelector("#new").addEventListener("click", () => {
   go("");
   sidebar.leave();
+  composer.focus();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) chat.stop();

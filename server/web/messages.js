@@ -30,7 +30,7 @@ export class Messages {
   #shown = []; // `{turn, state, item, answer}`
   #conversation = null;
 
-  /** `actions` are what the buttons of a message do: `rephrase`, `reword`, `remove`, `repeat`, `choose`. */
+  /** `actions` are what the buttons of a message do: `rephrase`, `reword`, `remove`, `repeat`, `resume`, `choose`. */
   constructor(chat, actions) {
     this.#chat = chat;
     this.#actions = actions;
@@ -86,8 +86,9 @@ export class Messages {
   /** What makes an item be built anew when it changes. */
   #stateOf(turn) {
     const versions = this.#conversation.versions(turn);
-    const isGrowing = this.#chat.runOf(turn) !== undefined;
-    return `${versions.indexOf(turn)}/${versions.length} ${isGrowing || turn.content}`;
+    const { content, reasoning, note, error, usage } = turn;
+    const words = this.#chat.runOf(turn) ? ["growing"] : [note, error, usage?.total_tokens, reasoning, content];
+    return [versions.indexOf(turn), versions.length, ...words].join("\n");
   }
 
   #cut(length) {

@@ -1,6 +1,7 @@
 // Short words above the composer: what went wrong outside of an answer, and what can still be undone.
 
 import { button } from "./actions.js";
+import { element } from "./dom.js";
 
 const UNDO_MS = 12_000;
 
@@ -14,14 +15,12 @@ export function say(text, undo = null) {
     hide();
     undo?.();
   };
-  place.replaceChildren(text, button(undo ? "Undo" : "Close", act));
-  place.hidden = false;
+  place.replaceChildren(element("span", {}, text), button(undo ? "Undo" : "Close", act));
   if (undo) timer = setTimeout(hide, UNDO_MS);
 }
 
 /** Say nothing any more. */
 export function hide() {
   clearTimeout(timer);
-  place.hidden = true;
   place.replaceChildren();
 }

@@ -75,6 +75,7 @@ function sampling(texts) {
 /** Offer `served` (`[{id}]`) and choose the first unless the choice of earlier is among them. */
 export function offerModels(served) {
   const names = served.map((each) => each.id);
+  if (names.join("\n") === [...form.model.options].map((each) => each.value).join("\n")) return;
   form.model.replaceChildren(...names.map((name) => new Option(name, name)));
   if (!names.includes(values.model)) values.model = names[0];
 }

@@ -1,9 +1,8 @@
 // The list of conversations: open, search, rename, export, delete.
 
 import { button } from "./actions.js";
-import { asMarkdown } from "./conversation.js";
 import { element } from "./dom.js";
-import { download } from "./files.js";
+import { exportAll, exportOne, importAll } from "./exchange.js";
 
 const SEARCH_MS = 200; // after the last key
 
@@ -41,7 +40,13 @@ export class Sidebar {
       clearTimeout(this.#timer);
       this.#timer = setTimeout(() => this.#search(), SEARCH_MS);
     });
-    document.querySelector("#export-all").addEventListener("click", () => this.#exportAll());
+    document.querySelector("#export-all").addEventListener("click", () => exportAll(library));
+    const chooser = document.querySelector("#choose-import");
+    document.querySelector("#import").addEventListener("click", () => chooser.click());
+    chooser.addEventListener("change", async () => {
+      await importAll(library, chooser.files[0]);
+      chooser.value = "";
+    });
     this.#fold();
   }
 
@@ -86,7 +91,7 @@ export class Sidebar {
       element("summary", { ariaLabel: `More for ${name}` }, "⋯"),
       element("div", { className: "menu" },
         button("Rename", rename),
-        button("Export", () => this.#export(id)),
+        button("Export", async () => exportOne(await this.#library.get(id))),
         button("Delete", () => this.#actions.remove(id, name))));
     const item = element("li", {}, open, menu);
     item.dataset.id = id;
@@ -113,15 +118,6 @@ export class Sidebar {
     const item = element("li", {}, field);
     item.dataset.id = id;
     return item;
-  }
-
-  async #export(id) {
-    const conversation = await this.#library.get(id);
-    download(`${conversation.name}.md`, asMarkdown(conversation), "text/markdown");
-  }
-
-  async #exportAll() {
-    download("conversations.json", JSON.stringify(await this.#library.all(), null, 1), "application/json");
   }
 
   #fold() {

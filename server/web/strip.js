@@ -3,6 +3,8 @@
 
 import { element } from "./dom.js";
 
+const NEARLY_FULL = 0.9;
+
 /** Show a connection's readings, and `used` of `room` tokens of context, in `strip`. */
 export function showStrip(strip, { now, before }, used, room) {
   strip.hidden = now === null;
@@ -78,7 +80,8 @@ export function figures(now, before) {
 /** The cell of the context: tokens of this conversation, of what the model may have. */
 function context(used, room) {
   return {
-    name: "Context", value: percent(used / room), share: Math.min(used / room, 1), kind: "context",
+    name: "Context", value: percent(used / room), share: Math.min(used / room, 1),
+    kind: used > room * NEARLY_FULL ? "context full" : "context",
     title: used > 0
       ? `This conversation has used ${used} of ${room} tokens of context.`
       : `The model has ${room} tokens of context; the first answer tells how many this conversation uses.`,

@@ -50,7 +50,7 @@ def test_keys_come_as_a_list_or_separated_by_commas(file: Path, value: object) -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prot = 1", "prot: no such setting; known: allowed_hosts, api_key, "),
+        ("prot = 1", "prot: no such setting; known: allowed_hosts, any_model, api_key, "),
         ("port = 70000", "port: Input should be less than or equal to 65535, got 70000"),
         ("max_num_seqs = 'many'", "max_num_seqs: Input should be a valid integer"),
         (

@@ -7,6 +7,7 @@ Layers with a state keep that alone; a decoder that has some can be taken back t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,12 @@ from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
 from memory.pages.spaces import zeros
 from memory.planner.published import KV_MARGIN
+from quant.formats.kv import KvFormat, index_key_rows, latent_rows, plain_rows
+from quant.formats.rows import RowFormat, Rows, bytes_of, first_columns, row_bytes, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
+
+# Encodes rows `[..., dim]`, or leaves them as they are: `LayerOperations.encode_rows`.
+Encode = Callable[[torch.Tensor, RowFormat | None], Rows]
 
 
 @dataclass(frozen=True)
@@ -26,19 +32,23 @@ class KvRows:
 
     latent  None: keys and values; else keys alone, whose first so many columns are the values
     window  tokens that a token sees, itself among them, if not all
+    form    how a head's row is encoded; None: float32
     """
 
     heads: int
     dim: int
     latent: int | None = None
     window: int | None = None
+    form: RowFormat | None = None
 
     @classmethod
-    def of(cls, attention: Attention | Mla) -> KvRows:
+    def of(cls, attention: Attention | Mla, kv_format: KvFormat) -> KvRows:
         """The rows of a layer with this attention."""
         if isinstance(attention, Mla):
-            return cls(1, attention.row_dim, attention.rank)
-        return cls(attention.kv_heads, attention.head_dim, window=attention.window)
+            form = latent_rows(kv_format, attention.rank, attention.rope.dims)
+            return cls(1, attention.row_dim, attention.rank, form=form)
+        form, window = plain_rows(kv_format, attention.head_dim), attention.window
+        return cls(attention.kv_heads, attention.head_dim, window=window, form=form)
 
     @property
     def ring(self) -> int | None:
@@ -72,8 +82,8 @@ class StateShape:
         return self.heads * self.key_dim * self.value_dim + self.kept * self.channels
 
 
-def _kept_of(mixer: Mixer) -> KvRows | StateShape:
-    return StateShape.of(mixer) if isinstance(mixer, DeltaNet) else KvRows.of(mixer)
+def _kept_of(mixer: Mixer, kv_format: KvFormat) -> KvRows | StateShape:
+    return StateShape.of(mixer) if isinstance(mixer, DeltaNet) else KvRows.of(mixer, kv_format)
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,16 @@ class CacheLayout:
     kept: tuple[KvRows | StateShape, ...]
     index_dims: tuple[int, ...]
     devices: tuple[torch.device, ...]
+    kv_format: KvFormat
 
     @classmethod
-    def of(cls, description: Description, devices: tuple[torch.device, ...]) -> CacheLayout:
+    def of(
+        cls, description: Description, devices: tuple[torch.device, ...], kv_format: KvFormat
+    ) -> CacheLayout:
         """The layout for a decoder whose layers are on `devices`."""
         mixers = [layer.attention for layer in description.layers]
-        return cls(tuple(map(_kept_of, mixers)), tuple(map(_index_dim, mixers)), devices)
+        kept = tuple(_kept_of(mixer, kv_format) for mixer in mixers)
+        return cls(kept, tuple(map(_index_dim, mixers)), devices, kv_format)
 
     @property
     def has_index_keys(self) -> bool:
@@ -103,8 +117,14 @@ class CacheLayout:
         kept = self.kept[layer]
         if isinstance(kept, StateShape):
             return slots * kept.values * torch.float32.itemsize
-        values = kept.sides * kept.heads * kept.dim + self.index_dims[layer]
-        return slots * (kept.ring or capacity) * values * torch.float32.itemsize
+        nbytes = kept.sides * kept.heads * row_bytes(kept.dim, kept.form)
+        if dim := self.index_dims[layer]:
+            nbytes += row_bytes(dim, self.index_keys_as(dim))
+        return slots * (kept.ring or capacity) * nbytes
+
+    def index_keys_as(self, dim: int) -> RowFormat | None:
+        """How index keys of so many channels are kept."""
+        return index_key_rows(self.kv_format, dim)
 
     def margin(self, capacity: int) -> int:
         """Tokens by which a slot can be taken back."""
@@ -121,7 +141,7 @@ class CacheLayout:
 
 
 class DecoderCache(KvCache):
-    """Keys and values, or states, of every layer, float32.
+    """Keys and values, or states, of every layer.
 
     routed      the experts of its program, if it has any
     index_keys  of the layers that have indexers
@@ -134,7 +154,7 @@ class DecoderCache(KvCache):
         self.layout = layout
         self._banks: list[torch.Tensor] = []  # [sides, layers, slots, kv_heads, capacity, head_dim]
         self._rings: list[torch.Tensor] = []  # [sides, layers, slots, kv_heads, ring, head_dim]
-        self._layers: dict[int, torch.Tensor] = {}  # [sides, slots, kv_heads, capacity or ring, head_dim]
+        self._layers: dict[int, Rows] = {}  # [sides, slots, kv_heads, capacity or ring, head_dim]
         self._states: dict[int, StatePlace] = {}
         for layers in layout.banks():
             rows = layout.kept[layers[0]]
@@ -145,15 +165,18 @@ class DecoderCache(KvCache):
                 )
                 self._states |= {n: StatePlace(tails[at], states[at]) for at, n in enumerate(layers)}
                 continue
-            shape = (rows.sides, len(layers), slots, rows.heads, rows.ring or capacity, rows.dim)
+            width, dtype = stored_as(rows.dim, rows.form)
+            shape = (rows.sides, len(layers), slots, rows.heads, rows.ring or capacity, width)
             device = layout.devices[layers[0]]
             if rows.ring:
-                bank = zeros(shape, device)
+                bank = zeros(shape, device, dtype)
             else:
-                bank = self.pages.reserve(shape, slot_axis=2, ratio=1, device=device)
+                bank = self.pages.reserve(shape, slot_axis=2, ratio=1, device=device, dtype=dtype)
             (self._rings if rows.ring else self._banks).append(bank)
-            self._layers |= {layer: bank[:, at] for at, layer in enumerate(layers)}
-        self.index_keys = IndexKeys(layout.index_dims, layout.devices, slots, capacity, self.pages)
+            self._layers |= {layer: rows_in(bank[:, at], rows.form) for at, layer in enumerate(layers)}
+        self.index_keys = IndexKeys(
+            layout.index_dims, layout.devices, layout.index_keys_as, slots, capacity, self.pages
+        )
 
     @property
     def nbytes(self) -> int:
@@ -172,31 +195,34 @@ class DecoderCache(KvCache):
         return *rings, *(part[slot] for s in self._states.values() for part in (s.tails, s.states))
 
     def extend(
-        self, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, encode: Encode, layer: int, segment: Segment, k: torch.Tensor, v: torch.Tensor | None
+    ) -> tuple[Rows, Rows]:
         """Store k and v `[tokens, kv_heads * head_dim]`; return the slot, `[kv_heads, end, head_dim]`; of a
         ring, what these tokens see.
 
         v: None where the values are columns of the keys.
         """
         end, rows = segment.start + segment.length, self._rows(layer)
+        held = bytes_of(self._layers[layer])[:, segment.slot]
+        fresh = [
+            bytes_of(encode(new.view(segment.length, rows.heads, rows.dim), rows.form))
+            for new in ((k,) if v is None else (k, v))
+        ]  # [tokens, kv_heads, .]
         if rows.window is not None:
-            assert v is not None
-            held = self._layers[layer][:, segment.slot]
-            keys, values = (
-                _extend(ring, new, segment.start, rows.window) for ring, new in zip(held, (k, v), strict=True)
-            )
-            return keys, values
-        for held, new in zip(self._layers[layer], (k,) if v is None else (k, v), strict=True):
-            fresh = new.view(segment.length, rows.heads, rows.dim)
-            held[segment.slot, :, segment.start : end] = fresh.transpose(0, 1)
+            seen = [
+                rows_in(_extend(ring, new, segment.start, rows.window), rows.form)
+                for ring, new in zip(held, fresh, strict=True)
+            ]
+            return seen[0], seen[1]
+        for side, new in zip(held, fresh, strict=True):
+            side[:, segment.start : end] = new.transpose(0, 1)
         keys, values = self.layer(layer)
         return keys[segment.slot, :, :end], values[segment.slot, :, :end]
 
-    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, number: int) -> tuple[Rows, Rows]:
         """A layer's keys and values, `[slots, kv_heads, capacity, .]` each, or a ring's places."""
         held, rows = self._layers[number], self._rows(number)
-        return held[0], held[1] if rows.latent is None else held[0][..., : rows.latent]
+        return held[0], held[1] if rows.latent is None else first_columns(held[0], rows.latent)
 
     def state(self, number: int) -> StatePlace:
         """A layer's states."""
@@ -215,12 +241,12 @@ class DecoderCache(KvCache):
 
 
 def _extend(ring: torch.Tensor, new: torch.Tensor, start: int, window: int) -> torch.Tensor:
-    """Write rows `[tokens, kv_heads * head_dim]`, from position `start` on, to `[kv_heads, ring, head_dim]`.
+    """Write rows `[tokens, kv_heads, head_dim]`, from position `start` on, to `[kv_heads, ring, head_dim]`.
 
     Returns them behind those before them that the first one sees, `[kv_heads, before + tokens, head_dim]`.
     """
-    length, (heads, places, dim) = len(new), ring.shape
-    fresh = new.view(length, heads, dim).transpose(0, 1)
+    length, places = len(new), ring.shape[1]
+    fresh = new.transpose(0, 1)
     earlier = torch.arange(max(0, start - window + 1), start, device=ring.device) % places
     joined = torch.cat((ring[:, earlier], fresh), dim=1)
     kept = min(length, places)

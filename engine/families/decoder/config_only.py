@@ -25,6 +25,7 @@ from memory.planner.shape import ModelShape, Weights
 from quant.errors import ConfigError
 from quant.formats.fp8 import Fp8
 from quant.formats.int4 import INT4_GROUPS
+from quant.formats.kv import KvChoice
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.plain import PLAIN
 from quant.formats.quantization_config import QuantizationConfig
@@ -37,7 +38,9 @@ SINGLE = ("e_score_correction_bias", "linear_attn.A_log", "linear_attn.norm.weig
 PLAIN_MODULE = "weights_proj"
 
 
-def config_shape(config: Mapping[str, Any], name: str, experts: str | None = None) -> ModelShape:
+def config_shape(
+    config: Mapping[str, Any], name: str, experts: str | None = None, kv_format: KvChoice = "float32"
+) -> ModelShape:
     """The shape of the model of this config.json, its routed experts in the format `experts` if one is named.
 
     Raises ConfigError for a config that the family cannot run, for a family that needs headers, and for
@@ -48,12 +51,14 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
         raise ConfigError(f"{name}: no model_type; this is not a model's config")
     checkpoint = Checkpoint(Path(name), model_type, config, {}, [])
     family = family_of(checkpoint)
+    kv = family.kv_format(checkpoint, kv_format)
     if not isinstance(family, DecoderFamily):
-        return family.config_shape(checkpoint if experts is None else family.reencoded(checkpoint, experts))
+        alone = checkpoint if experts is None else family.reencoded(checkpoint, experts)
+        return family.config_shape(alone, kv)
     description = family.description(checkpoint)
     weights_of = _weights_of(config)
     if experts is None:
-        return shape_with(description, name, weights_of, decoded_value_bytes(config))
+        return shape_with(description, name, weights_of, decoded_value_bytes(config), kv)
     check_has_experts(experts, description, name)
     assert description.experts is not None
     target = target_format(experts, QuantizationConfig.parse(config))
@@ -66,7 +71,7 @@ def config_shape(config: Mapping[str, Any], name: str, experts: str | None = Non
         *stacked, rows, cols = use.shape
         return Weights(math.prod(stacked) * target.bytes_for(rows, cols), math.prod(use.shape))
 
-    return shape_with(description, name, encoded, decoded_value_bytes(config))
+    return shape_with(description, name, encoded, decoded_value_bytes(config), kv)
 
 
 def _weights_of(config: Mapping[str, Any]) -> Callable[[Use], Weights]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from engine.families.base import Component, Family, ModelInfo
-from engine.families.decoder.description import Description
+from engine.families.decoder.description import Description, Mla
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.read_weights import dense_places, expert_hotness, read_weights
 from engine.families.decoder.reencoded import ReencodedCheckpoint, reencoded
@@ -18,6 +18,7 @@ from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import Findings, FormatError
+from quant.formats.kv import HEAD_FORMATS, LATENT_FORMATS, KvFormat
 from quant.kernels.interface import Kernels
 
 
@@ -67,8 +68,13 @@ class DecoderFamily(Family):
         self.check(checkpoint)
         return reencoded(self.description(checkpoint), checkpoint, experts)
 
-    def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name)
+    def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
+        layers = self.description(checkpoint).layers
+        has_latents = any(isinstance(layer.attention, Mla) for layer in layers)
+        return LATENT_FORMATS if has_latents else HEAD_FORMATS
+
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name, kv_format)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:
         self.check(checkpoint)
@@ -77,7 +83,8 @@ class DecoderFamily(Family):
         if isinstance(checkpoint, ReencodedCheckpoint):
             checkpoint.prepare()  # minutes, so only what has room is encoded
         weights = read_weights(description, checkpoint, kernels, budget, places)
-        return Decoder(description, self._info(description, checkpoint), kernels, weights)
+        info = self._info(description, checkpoint)
+        return Decoder(description, info, kernels, weights, budget.kv_format)
 
     def _info(self, description: Description, checkpoint: Checkpoint) -> ModelInfo:
         name = checkpoint.config.get("general.name")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -37,6 +37,7 @@ from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
+from quant.formats.kv import KvFormat
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import Recorder
@@ -49,13 +50,20 @@ class Decoder(Model):
     """A loaded model of any of these families."""
 
     def __init__(
-        self, description: Description, info: ModelInfo, kernels: Kernels, weights: DecoderWeights
+        self,
+        description: Description,
+        info: ModelInfo,
+        kernels: Kernels,
+        weights: DecoderWeights,
+        kv_format: KvFormat,
     ) -> None:
         self.description = description
         self.info = info
         self.kernels = kernels
         self.weights = weights
-        self.cache_layout = CacheLayout.of(description, tuple(layer.device for layer in weights.layers))
+        self.kv_format = kv_format
+        devices = tuple(layer.device for layer in weights.layers)
+        self.cache_layout = CacheLayout.of(description, devices, kv_format)
         self._arenas: dict[int, int] = {}  # by capacity
 
     def close(self) -> None:
@@ -144,9 +152,9 @@ class Decoder(Model):
         """The logits of any batch, operation by operation."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
-        ops = Eager(
-            self.kernels, batch.segments, rotation, cache.extend, cache.index_keys.extend, cache.state
-        )
+        extend = partial(cache.extend, self.kernels.encode_rows)
+        extend_index = partial(cache.index_keys.extend, self.kernels.encode_rows)
+        ops = Eager(self.kernels, batch.segments, rotation, extend, extend_index, cache.state)
         with self._eager_experts(len(batch.ids)) as routed:
             x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
         return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()

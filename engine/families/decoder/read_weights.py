@@ -81,7 +81,8 @@ def dense_places(description: Description, checkpoint: Checkpoint, budget: Memor
     in host memory. Raises BudgetError where there is too little room."""
     if description.experts is None:
         budget = replace(budget, gpus=())
-    return place(loaded_shape(description, checkpoint, checkpoint.name), checkpoint.path, budget)
+    shape = loaded_shape(description, checkpoint, checkpoint.name, budget.kv_format)
+    return place(shape, checkpoint.path, budget)
 
 
 def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:

@@ -15,16 +15,22 @@ from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
 from quant.formats.fp8 import Fp8
+from quant.formats.kv import KvFormat, index_key_rows, latent_rows, plain_rows
+from quant.formats.rows import row_bytes
 from quant.kernels.cpu.panels import panel_bytes
 
 
-def checkpoint_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
+def checkpoint_shape(
+    description: Description, checkpoint: Checkpoint, name: str, kv_format: KvFormat
+) -> ModelShape:
     """The shape of a checkpoint called `name`, with its own bytes. Missing tensors count nothing."""
     weights_of = _weights_of(StoredMatrices(checkpoint))
-    return shape_with(description, name, weights_of, decoded_value_bytes(checkpoint.config))
+    return shape_with(description, name, weights_of, decoded_value_bytes(checkpoint.config), kv_format)
 
 
-def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) -> ModelShape:
+def loaded_shape(
+    description: Description, checkpoint: Checkpoint, name: str, kv_format: KvFormat = "float32"
+) -> ModelShape:
     """The same with the bytes that it takes in memory.
 
     Norms and biases are float32 there; what is decoded is, unless it is plain already, float32 or bfloat16;
@@ -49,11 +55,15 @@ def loaded_shape(description: Description, checkpoint: Checkpoint, name: str) ->
             nbytes += sum(entry.nbytes for entry in stored.entries(use) if entry.dtype == "BF16")
         return Weights(nbytes, weights.parameters)
 
-    return shape_with(description, name, in_memory, of_value)
+    return shape_with(description, name, in_memory, of_value, kv_format)
 
 
 def shape_with(
-    description: Description, name: str, weights_of: Callable[[Use], Weights], decoded: int
+    description: Description,
+    name: str,
+    weights_of: Callable[[Use], Weights],
+    decoded: int,
+    kv_format: KvFormat,
 ) -> ModelShape:
     """The shape of a decoder; `weights_of` says what a tensor weighs, `decoded` how many bytes a value has of
     what is packed there and held as plain numbers."""
@@ -75,7 +85,7 @@ def shape_with(
         layers.append(
             LayerShape(
                 dense=parts["dense", n] + parts["router", n],
-                kv=kv_shape(layer.attention),
+                kv=kv_shape(layer.attention, kv_format),
                 shared=parts["shared", n],
                 experts=experts,
                 expert=Weights(
@@ -104,7 +114,7 @@ def _is_plain(weights: Weights) -> bool:
     return weights.nbytes >= 2 * weights.parameters
 
 
-def kv_shape(a: Mixer) -> KvShape:
+def kv_shape(a: Mixer, kv_format: KvFormat) -> KvShape:
     """What a layer keeps: keys and values of every token, or of the last ones where only a window is seen; or
     latents and the part of keys that turns, and index keys where it has an indexer; or a state."""
     if isinstance(a, DeltaNet):
@@ -114,19 +124,21 @@ def kv_shape(a: Mixer) -> KvShape:
             fixed_flops=7 * values + 2 * a.taps * a.channels,
         )
     if isinstance(a, Mla):
-        entry_bytes = KV_VALUE_BYTES * a.row_dim
+        entry_bytes = row_bytes(a.row_dim, latent_rows(kv_format, a.rank, a.rope.dims))
         own = a.own_indexer
+        index_key = row_bytes(own.dim, index_key_rows(kv_format, own.dim)) if own else 0
         return KvShape(
             ratio=1,
-            entry_bytes=entry_bytes + (KV_VALUE_BYTES * own.dim if own else 0),
+            entry_bytes=entry_bytes + index_key,
             seen_ratio=1,
-            scan_bytes=KV_VALUE_BYTES * own.dim if own else 0,
+            scan_bytes=index_key,
             scan_flops=2 * own.heads * own.dim if own else 0,
             selected=a.indexer.top_k if a.indexer else None,
             selected_bytes=entry_bytes,
             selected_flops=2 * a.heads * (a.row_dim + a.rank),
         )
-    entry_bytes, flops = 2 * KV_VALUE_BYTES * a.kv_heads * a.head_dim, 4 * a.heads * a.head_dim
+    row = row_bytes(a.head_dim, plain_rows(kv_format, a.head_dim))
+    entry_bytes, flops = 2 * a.kv_heads * row, 4 * a.heads * a.head_dim
     if a.window is not None:
         kept = entry_bytes * (a.window + KV_MARGIN)
         return KvShape(fixed_bytes=kept, seen_ratio=1, selected=a.window, selected_flops=flops)

@@ -13,6 +13,7 @@ from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import ReadMix
 from engine.layers.routed_experts import EagerExperts
 from engine.layers.sparse_attention import choose_entries
+from quant.formats.rows import Rows, bytes_of, row_format_of
 from quant.kernels.layers import RoutingRule
 
 
@@ -54,7 +55,9 @@ class V4Eager(EagerStreams):
             pooled = self._pooled(state, rows, gates, first, count)
             latent = self._kernels.rms_norm(pooled, compressor.norm, eps)
             rotation = self._group_rotation(first, count, ratio, x.device)
-            state.entries[segment.slot, first : first + count] = rotation.apply(self._kernels, latent)
+            entries = rotation.apply(self._kernels, latent)
+            new = self._kernels.encode_rows(entries, row_format_of(state.entries))
+            bytes_of(state.entries)[segment.slot, first : first + count] = bytes_of(new)
 
     def _pooled(
         self, state: GroupState, rows: torch.Tensor, gates: torch.Tensor, first: int, count: int
@@ -90,11 +93,10 @@ class V4Eager(EagerStreams):
 
     def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         states = self._cache.states[number]
+        latents = self._kernels.encode_rows(kv, row_format_of(self._cache.windows[number]))
 
-        def seen(
-            i: int, segment: Segment, at: slice
-        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-            window_kv = self._cache.extend_window(number, segment, kv[at])
+        def seen(i: int, segment: Segment, at: slice) -> tuple[Rows, Rows | None, torch.Tensor | None]:
+            window_kv = self._cache.extend_window(number, segment, latents[at])
             if not states:
                 return window_kv, None, None
             entries = self._selections[i] if len(states) > 1 else self._all_visible(segment, states[0])

@@ -14,6 +14,7 @@ from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import Findings
+from quant.formats.kv import V4_FORMATS, KvFormat
 from quant.kernels.interface import Kernels
 
 
@@ -35,17 +36,21 @@ class DeepseekV4Family(Family):
             trace_of_checkpoint(checkpoint.path, config.layers, config.n_routed_experts)
         findings.raise_any()
 
-    def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        return checkpoint_shape(parse_config(checkpoint), checkpoint, checkpoint.name)
+    def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
+        return V4_FORMATS
 
-    def config_shape(self, checkpoint: Checkpoint) -> ModelShape:
-        return config_shape(parse_config(checkpoint), checkpoint)
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return checkpoint_shape(parse_config(checkpoint), checkpoint, checkpoint.name, kv_format)
+
+    def config_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return config_shape(parse_config(checkpoint), checkpoint, kv_format)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV4:
         self.check(checkpoint)
         config = parse_config(checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
-        return DeepseekV4(config, config.info(self.name, checkpoint.name), weights, kernels)
+        info = config.info(self.name, checkpoint.name)
+        return DeepseekV4(config, info, weights, kernels, budget.kv_format)
 
 
 FAMILY = DeepseekV4Family()

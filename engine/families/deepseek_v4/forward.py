@@ -21,6 +21,7 @@ from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix, Written
 from engine.layers.operations import Value
+from quant.formats.kv import KvFormat
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 
@@ -42,10 +43,19 @@ class DeepseekV4(StreamModel):
     weights: V4Weights
     cache_shape: GroupedShape
 
-    def __init__(self, config: V4Config, info: ModelInfo, weights: V4Weights, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        config: V4Config,
+        info: ModelInfo,
+        weights: V4Weights,
+        kernels: Kernels,
+        kv_format: KvFormat,
+    ) -> None:
         super().__init__(config, info, weights, kernels)
+        self.kv_format = kv_format
         self.parts = V4Parts(config, weights, kernels)
-        self.cache_shape = cache_shape(config, tuple(layer.device for layer in weights.layers))
+        devices = tuple(layer.device for layer in weights.layers)
+        self.cache_shape = cache_shape(config, devices, kv_format)
 
     def new_cache(self, slots: int, capacity: int) -> V4Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""

@@ -13,41 +13,45 @@ from engine.families.parts import Parts
 from engine.families.places import HOST
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
-from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
+from memory.planner.published import KV_MARGIN
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from quant.formats.kv import KvFormat, v4_rows
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}  # a value, of what releases have
 
 
-def checkpoint_shape(c: V4Config, checkpoint: Checkpoint, name: str) -> ModelShape:
+def checkpoint_shape(c: V4Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
     """The shape of a checkpoint called `name` with this config."""
-    return _shape(c, Parts(checkpoint, IGNORED), name, c.n_routed_experts)
+    return _shape(c, Parts(checkpoint, IGNORED), name, c.n_routed_experts, kv_format)
 
 
-def config_shape(c: V4Config, alone: Checkpoint) -> ModelShape:
+def config_shape(c: V4Config, alone: Checkpoint, kv_format: KvFormat) -> ModelShape:
     """The shape of the model of a config, that of a checkpoint without tensors: these are as released."""
     entries = {}
     for name, spec in expected_tensors(c, alone, experts=1).items():
         nbytes = math.prod(spec.shape) * BYTES[spec.dtypes[0]]
         entries[name] = TensorEntry(name, spec.dtypes[0], spec.shape, alone.path, 0, nbytes)
     whole = Checkpoint(alone.path, alone.model_type, alone.config, entries, [])
-    return _shape(c, Parts(whole, IGNORED), str(alone.path), 1)
+    return _shape(c, Parts(whole, IGNORED), str(alone.path), 1, kv_format)
 
 
-def cache_shape(c: V4Config, devices: tuple[torch.device, ...]) -> GroupedShape:
-    """The sizes of a cache whose layers' state is on these devices."""
+def cache_shape(
+    c: V4Config, devices: tuple[torch.device, ...], kv_format: KvFormat = "float32"
+) -> GroupedShape:
+    """The sizes of a cache in this format, whose layers' state is on these devices."""
     return GroupedShape(
         window=c.sliding_window,
         head_dim=c.head_dim,
         groups=tuple(c.groups(layer) for layer in range(c.layers)),
         margin=KV_MARGIN,
         devices=devices,
+        rows=v4_rows(kv_format, c.head_dim, c.qk_rope_head_dim, c.index_head_dim),
     )
 
 
-def _shape(c: V4Config, parts: Parts, name: str, counted: int) -> ModelShape:
+def _shape(c: V4Config, parts: Parts, name: str, counted: int, kv_format: KvFormat) -> ModelShape:
     """The shape; of each layer, `counted` experts are among the parts."""
-    cache = cache_shape(c, (HOST,) * c.layers)
+    cache = cache_shape(c, (HOST,) * c.layers, kv_format)
     layers = []
     for n in range(c.layers):
         experts = parts.of("experts", n)
@@ -78,15 +82,16 @@ def _kv(c: V4Config, cache: GroupedShape, n: int) -> KvShape:
     """What a layer keeps of a sequence, and what the next token reads of it."""
     ratio, groups = c.ratios[n], c.groups(n)
     is_indexed = len(groups) > 1
+    entry, *index_keys = cache.entry_bytes(n) or (0,)
     return KvShape(
         fixed_bytes=cache.fixed_bytes(n),
         fixed_flops=4 * c.num_attention_heads * c.head_dim * c.sliding_window,
         ratio=ratio,
-        entry_bytes=KV_VALUE_BYTES * sum(kind.dim for kind in groups),
+        entry_bytes=sum(cache.entry_bytes(n)),
         seen_ratio=ratio,
-        scan_bytes=KV_VALUE_BYTES * c.index_head_dim if is_indexed else 0,
+        scan_bytes=sum(index_keys),
         scan_flops=2 * c.index_n_heads * c.index_head_dim if is_indexed else 0,
         selected=c.index_topk if is_indexed else None,
-        selected_bytes=KV_VALUE_BYTES * c.head_dim,
+        selected_bytes=entry,
         selected_flops=4 * c.num_attention_heads * c.head_dim,
     )

@@ -62,7 +62,9 @@ def read_weights(c: V4Config, checkpoint: Checkpoint, kernels: Kernels, budget: 
     Dense weights are copied to where the plan places them, in the layout of the kernels there; routed experts
     get what is left of each GPU and of DRAM. Raises BudgetError where not even the dense weights fit.
     """
-    places = place(checkpoint_shape(c, checkpoint, checkpoint.path.name), checkpoint.path, budget)
+    places = place(
+        checkpoint_shape(c, checkpoint, checkpoint.path.name, budget.kv_format), checkpoint.path, budget
+    )
     host = Reader(checkpoint, kernels)
     by_head = Reader(checkpoint, kernels, places.head)
     tables = [_token_experts(c, host, n) for n in range(c.layers)]

@@ -17,6 +17,7 @@ from engine.layers.engram_lookup import StepRows
 from engine.layers.hyper_connections import first_mix
 from engine.layers.routed_experts import EagerExperts
 from engine.layers.sparse_attention import CandidatePool, Selection, choose_entries
+from quant.formats.rows import Rows, bytes_of, row_format_of
 
 
 class V41Eager(EagerStreams):
@@ -110,8 +111,9 @@ class V41Eager(EagerStreams):
             rotation = self._group_rotation(first, count, ratio, x.device)
             index_key = self._kernels.linear(latent, compressor.index_wk)
             index_key = self._kernels.rms_norm(index_key, compressor.index_norm, config.rms_norm_eps)
-            state.entries[segment.slot, first : first + count] = rotation.apply(self._kernels, latent)
-            state.index_keys[segment.slot, first : first + count] = rotation.apply(self._kernels, index_key)
+            for rows, made in ((state.entries, latent), (state.index_keys, index_key)):
+                new = self._kernels.encode_rows(rotation.apply(self._kernels, made), row_format_of(rows))
+                bytes_of(rows)[segment.slot, first : first + count] = bytes_of(new)
 
     def select(self, number: int, queries: torch.Tensor, weights: torch.Tensor) -> None:
         config = self._config
@@ -138,11 +140,10 @@ class V41Eager(EagerStreams):
 
     def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         source = self._config.kv_source_of(number)
+        latents = self._kernels.encode_rows(kv, row_format_of(self._cache.windows[number]))
 
-        def seen(
-            i: int, segment: Segment, at: slice
-        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-            window_kv = self._cache.extend_window(number, segment, kv[at])
+        def seen(i: int, segment: Segment, at: slice) -> tuple[Rows, Rows | None, torch.Tensor | None]:
+            window_kv = self._cache.extend_window(number, segment, latents[at])
             if source is None:
                 return window_kv, None, None
             return window_kv, self._cache.sources[source].entries[segment.slot], self._selections[i].entries

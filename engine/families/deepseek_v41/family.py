@@ -17,6 +17,7 @@ from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import ConfigError, Findings
+from quant.formats.kv import V41_FORMATS, KvFormat
 from quant.kernels.interface import Kernels
 
 
@@ -52,8 +53,11 @@ class DeepseekV41Family(Family):
             trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
         findings.raise_any()
 
-    def shape(self, checkpoint: Checkpoint) -> ModelShape:
-        return checkpoint_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name)
+    def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
+        return V41_FORMATS
+
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return checkpoint_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name, kv_format)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
         self.check(checkpoint)
@@ -61,9 +65,8 @@ class DeepseekV41Family(Family):
         token_map = self._token_map(config, checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
         hashing = hashing_of(config) if config.engram_layer_ids else None
-        return DeepseekV41(
-            config, config.info(self.name, checkpoint.name), weights, token_map, kernels, hashing
-        )
+        info, kv_format = config.info(self.name, checkpoint.name), budget.kv_format
+        return DeepseekV41(config, info, weights, token_map, kernels, hashing, kv_format)
 
     def _token_map(self, config: V41Config, checkpoint: Checkpoint) -> torch.Tensor:
         """What Engram lookups fold token ids to; empty where there are none."""

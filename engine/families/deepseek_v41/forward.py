@@ -29,6 +29,7 @@ from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
 from quant.errors import FormatError
+from quant.formats.kv import KvFormat, v41_rows
 from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
@@ -68,8 +69,10 @@ class DeepseekV41(StreamModel):
         token_map: torch.Tensor,
         kernels: Kernels,
         hashing: EngramHash | None,
+        kv_format: KvFormat,
     ) -> None:
         super().__init__(config, info, weights, kernels)
+        self.kv_format = kv_format
         self.token_map = token_map
         self._token_keys = token_map.numpy()
         self.keeps_whole_states = config.first_tail_layer >= config.num_hidden_layers
@@ -88,6 +91,7 @@ class DeepseekV41(StreamModel):
             history_pad=int(token_map[config.engram_pad_token_id]) if config.engram_layer_ids else 0,
             margin=KV_MARGIN,
             devices=tuple(layer.device for layer in weights.layers),
+            rows=v41_rows(kv_format, config.head_dim, config.qk_rope_head_dim, config.index_head_dim),
         )
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
 from memory.experts.coordinator import Coordinator, Round
 from memory.experts.step import ExpertStep
+from quant.formats.rows import Rows, bytes_of, like
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.mailbox import Mailbox
@@ -252,17 +253,18 @@ class V41OnGpus(V41Notes):
             q, window, attn.sink, self._config.sliding_window, entries, chosen
         )
 
-    def _entries_from(self, source: int) -> tuple[torch.Tensor, Buffer]:
+    def _entries_from(self, source: int) -> tuple[Rows, Buffer]:
         """The chosen entries of another device, copied to this one: `[slots, k, dim]`, and which of them."""
-        here, selected, entries = self._stay, self._selected, self._cache.sources[source].entries
+        here, selected, held = self._stay, self._selected, self._cache.sources[source].entries
+        entries = bytes_of(held)
         assert selected is not None
         key = source, self._recorder.device
         if key not in self._copies:
             shape = len(entries), selected.width, entries.shape[2]
-            self._copies[key] = torch.zeros(shape, device=self._recorder.device)
+            self._copies[key] = torch.zeros(shape, dtype=entries.dtype, device=self._recorder.device)
         copy = self._copies[key]
         if self._copied is not None:
-            return copy, self._copied
+            return like(held, copy), self._copied
         copied = self._recorder.buffer(selected.width, torch.int64)
 
         def work(rows: int) -> None:
@@ -275,7 +277,7 @@ class V41OnGpus(V41Notes):
 
         self._recorder.hand_over(work, [selected], [copied])
         self._copied = copied
-        return copy, copied
+        return like(held, copy), copied
 
     # ---------------------------------------------------------------------------- Engram and experts
 

@@ -8,9 +8,10 @@ from engine.families.parts import Parts
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import V41Dims, v41_kv, v41_launches, v41_tail
 from memory.planner.shape import LayerShape, ModelShape, Table, Weights
+from quant.formats.kv import KvFormat
 
 
-def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelShape:
+def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
     """The shape of a checkpoint called `name` with this config."""
     dims = V41Dims(
         hidden=c.hidden_size,
@@ -33,12 +34,13 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str) -> ModelSh
         max_context=c.max_position_embeddings,
         kv_sources=c.kv_source_layer_ids,
         index_sources=c.index_source_layer_ids,
+        rope_dim=c.qk_rope_head_dim,
     )
     parts = Parts(checkpoint, IGNORED)
     rows = dict(zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True))
     columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
     layers = []
-    for n, kv in enumerate(v41_kv(dims)):
+    for n, kv in enumerate(v41_kv(dims, kv_format)):
         experts = parts.of("experts", n)
         layers.append(
             LayerShape(

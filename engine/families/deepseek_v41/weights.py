@@ -64,7 +64,9 @@ def read_weights(
     part goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it
     needs gigabytes). Raises BudgetError where not even the dense weights fit.
     """
-    places = place(checkpoint_shape(config, checkpoint, checkpoint.path.name), checkpoint.path, budget)
+    places = place(
+        checkpoint_shape(config, checkpoint, checkpoint.path.name, budget.kv_format), checkpoint.path, budget
+    )
     left = places.left["dram"]
     tables_bytes, experts_bytes = places.tables_bytes, places.experts_bytes
     everything_fits = tables_bytes + experts_bytes * ROOM_FOR_ALIGNMENT <= left

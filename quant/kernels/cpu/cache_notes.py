@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from quant.formats.rows import Rows, bytes_of
+from quant.kernels.cpu.native_rows import format_address
 from quant.kernels.cpu.program import Buffer, Operand
 from quant.kernels.cpu.row_notes import RowNotes
 from quant.kernels.layers import DeltaRule
@@ -15,22 +18,29 @@ from quant.kernels.layers import DeltaRule
 
 @dataclass(frozen=True)
 class KvPlace:
-    """Where a layer's keys and values lie: row `position` of head h of a slot, strides in floats.
+    """Where a layer's keys and values lie: row `position` of head h of a slot.
 
-    keys, values `[slots, kv_heads, capacity, head_dim]` float32, perhaps views of something larger;
-    values may be the first columns of the keys. ring: None, or how many places there are instead of a
-    capacity; the row is that of position % ring.
+    keys, values `[slots, kv_heads, capacity, head_dim]`, perhaps views of something larger; values may be the
+    first columns of the keys. ring: None, or how many places there are instead of a capacity; the row is that
+    of position % ring.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Rows
+    values: Rows
     ring: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """kv_heads, head_dim, and the strides of a head and of a slot."""
-        slot, head, _, _ = self.keys.stride()
-        return self.keys.shape[1], self.keys.shape[3], head, slot
+        """kv_heads, head_dim, and the strides of a head and of a slot in bytes."""
+        held = bytes_of(self.keys)
+        slot, head, _, _ = held.stride()
+        return self.keys.shape[1], self.keys.shape[3], head * held.itemsize, slot * held.itemsize
+
+
+def slot_bytes(rows: Rows) -> int:
+    """From a slot's rows to the next one's, where the first dimension is the slot."""
+    held = bytes_of(rows)
+    return held.stride(0) * held.itemsize
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,15 @@ class Selector:
 class CacheNotes(RowNotes):
     """Notes operations on what a cache's slots hold."""
 
+    def _at(self, rows: Rows) -> int:
+        """Where rows of a cache lie."""
+        return self._address(bytes_of(rows))
+
     def append(self, keys: Buffer, values: Buffer | None, place: KvPlace) -> None:
         """Write keys and values to the cache, each row at its slot and position; keys alone where the values
         are columns of theirs."""
-        to = [self._address(place.keys), self._address(place.values)]
-        self._note("append", [keys, values], to, [*place.sizes, place.ring or 0])
+        to = [self._at(place.keys), self._at(place.values)]
+        self._note("append", [keys, values, format_address(place.keys)], to, [*place.sizes, place.ring or 0])
 
     def attend(
         self,
@@ -79,7 +93,8 @@ class CacheNotes(RowNotes):
         heads, value_dim = q.width // dim, place.values.shape[3]
         out = self.buffer(heads * value_dim)
         at = None if sinks is None else self._weight(sinks)
-        inputs: list[Operand] = [q, self._address(place.keys), self._address(place.values), at, chosen]
+        inputs: list[Operand] = [q, self._at(place.keys), self._at(place.values), at, chosen]
+        inputs.append(format_address(place.keys))
         choices = 0 if chosen is None else chosen.width
         sizes = [heads, kv_heads, dim, head, slot, window or 0, value_dim, choices, place.ring or 0]
         self._note("attend", inputs, [out], sizes)
@@ -106,18 +121,18 @@ class CacheNotes(RowNotes):
 
     # ------------------------------------------------------------- windows and compressed entries
 
-    def ring(self, x: Buffer, to: torch.Tensor) -> None:
+    def ring(self, x: Buffer, to: Rows) -> None:
         """Write x into the rings `[slots, ring, width]`, each row at its slot and position."""
         _, places, width = to.shape
-        self._note("ring", [x], [self._address(to)], [width, places, to.stride(0)])
+        self._note("ring", [x, format_address(to)], [self._at(to)], [width, places, slot_bytes(to)])
 
     def attend_sparse(
         self,
         q: Buffer,
-        rings: torch.Tensor,
+        rings: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None,
+        compressed: Rows | None,
         chosen: Buffer | None,
         every: int | None = None,
     ) -> Buffer:
@@ -125,15 +140,18 @@ class CacheNotes(RowNotes):
         the compressed entries `[slots, entries, dim]`; or over all that stand for `every` so many tokens."""
         _, places, dim = rings.shape
         out = self.buffer(q.width)
-        inputs: list[Operand] = [q, self._address(rings), self._weight(sink)]
-        sizes = [q.width // dim, dim, window, places, rings.stride(0), 0, 0, 0]
+        formats = (ctypes.c_void_p * 2)(format_address(rings), format_address(compressed))
+        self._recording.held.append(formats)
+        inputs: list[Operand] = [q, self._at(rings), self._weight(sink), None, None]
+        inputs.append(ctypes.addressof(formats))
+        sizes = [q.width // dim, dim, window, places, slot_bytes(rings), 0, 0, 0]
         if compressed is not None and every is not None:
             entries = compressed.shape[1]
-            inputs += [self._address(compressed), self._address(torch.arange(entries))]
-            sizes[5:] = [entries, compressed.stride(0), every]
+            inputs[3:5] = [self._at(compressed), self._address(torch.arange(entries))]
+            sizes[5:] = [entries, slot_bytes(compressed), every]
         elif compressed is not None and chosen is not None:
-            inputs += [self._address(compressed), chosen]
-            sizes[5:] = [chosen.width, compressed.stride(0), 0]
+            inputs[3:5] = [self._at(compressed), chosen]
+            sizes[5:] = [chosen.width, slot_bytes(compressed), 0]
         self._note("attend_sparse", inputs, [out], sizes)
         return out
 
@@ -157,15 +175,15 @@ class CacheNotes(RowNotes):
         self._note("pool", inputs, [out], [dim, places, rows.stride(0), ratio, int(overlaps)])
         return out
 
-    def entry(self, x: Buffer, to: torch.Tensor, ratio: int) -> None:
+    def entry(self, x: Buffer, to: Rows, ratio: int) -> None:
         """Write x, of rows that complete a group, among the entries `[slots, groups, width]`."""
-        self._note("entry", [x], [self._address(to)], [x.width, to.stride(0), ratio])
+        self._note("entry", [x, format_address(to)], [self._at(to)], [x.width, slot_bytes(to), ratio])
 
     def select(
         self,
         queries: Buffer,
         weights: Buffer,
-        keys: torch.Tensor,
+        keys: Rows,
         ratio: int,
         selector: Selector,
         pool: Buffer | None,
@@ -182,8 +200,8 @@ class CacheNotes(RowNotes):
         blocks = self.buffer(selector.blocks, torch.int64) if makes_pool else None
         self._note(
             "select",
-            [queries, weights, self._address(keys), pool],
+            [queries, weights, self._at(keys), pool, format_address(keys)],
             [chosen, scores, names, blocks],
-            [weights.width, dim, ratio, keys.stride(0), selector.top_k, selector.block, selector.blocks],
+            [weights.width, dim, ratio, slot_bytes(keys), selector.top_k, selector.block, selector.blocks],
         )
         return chosen, blocks

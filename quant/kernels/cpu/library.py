@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 19  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 20  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -37,6 +37,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
     "loci_turns": (None, [Pointer, Pointer, Int64, Int64, Pointer]),
     "loci_attend": (None, [Int, Int, Pointer, Pointer]),
+    "loci_encode_rows": (None, [Int, Int, Pointer, Pointer, Int64, Pointer]),
     "loci_index_scores": (None, [Int, Int, Pointer, Pointer]),
     "loci_best_columns": (None, [Int, Pointer, Int64, Int64, Int64, Pointer]),
     "loci_route": (None, [Int, Pointer, Pointer, Int64, Int64, Pointer, Pointer, Pointer]),

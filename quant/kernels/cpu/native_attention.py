@@ -7,7 +7,9 @@ import ctypes
 import torch
 from torch.nn import functional as F
 
-from quant.kernels.cpu.native_calls import NativeCalls, floats
+from quant.formats.rows import Rows, bytes_of, like
+from quant.kernels.cpu.native_calls import floats
+from quant.kernels.cpu.native_rows import NativeRows, format_address, in_order
 
 
 class AttendCall(ctypes.Structure):
@@ -17,6 +19,7 @@ class AttendCall(ctypes.Structure):
         ("q", ctypes.c_void_p),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
+        ("format", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("kv_heads", ctypes.c_int64),
@@ -28,6 +31,7 @@ class AttendCall(ctypes.Structure):
         ("ring", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("more", ctypes.c_void_p),
+        ("more_format", ctypes.c_void_p),
         ("chosen", ctypes.c_void_p),
         ("choices", ctypes.c_int64),
         ("sink", ctypes.c_void_p),
@@ -41,6 +45,7 @@ class IndexCall(ctypes.Structure):
         ("queries", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("keys", ctypes.c_void_p),
+        ("format", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("dim", ctypes.c_int64),
@@ -50,7 +55,7 @@ class IndexCall(ctypes.Structure):
     )
 
 
-def fetched(compressed: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fetched(compressed: Rows, entries: torch.Tensor) -> tuple[Rows, torch.Tensor]:
     """The selected entries `[chosen, dim]`, copied from another device to that of `entries`, and their new
     indices.
 
@@ -63,18 +68,23 @@ def fetched(compressed: torch.Tensor, entries: torch.Tensor) -> tuple[torch.Tens
     return latents, places
 
 
-class NativeAttention(NativeCalls):
+class NativeAttention(NativeRows):
     """The part of `LayerOperations` that attends to tokens and entries."""
 
     def index_scores(
         self,
         queries: torch.Tensor,
         weights: torch.Tensor,
-        keys: torch.Tensor,
+        keys: Rows,
         visible: torch.Tensor,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        queries, weights, keys, visible = floats(queries), floats(weights), floats(keys), visible.contiguous()
+        queries, weights, held, visible = (
+            floats(queries),
+            floats(weights),
+            in_order(keys),
+            visible.contiguous(),
+        )
         if entries is not None:
             entries = entries.contiguous()
         columns = keys.shape[0] if entries is None else entries.shape[1]
@@ -82,7 +92,8 @@ class NativeAttention(NativeCalls):
         call = IndexCall(
             queries.data_ptr(),
             weights.data_ptr(),
-            keys.data_ptr(),
+            held.data_ptr(),
+            format_address(keys),
             *queries.shape,
             visible.data_ptr(),
             0 if entries is None else entries.data_ptr(),
@@ -103,8 +114,8 @@ class NativeAttention(NativeCalls):
     def attend(
         self,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Rows,
+        values: Rows,
         window: int | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -112,9 +123,9 @@ class NativeAttention(NativeCalls):
         return self._attend(q, keys, values, window or keys.shape[1], sinks, None, None)
 
     def attend_chosen(
-        self, q: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor, value_dim: int
+        self, q: torch.Tensor, rows: Rows, chosen: torch.Tensor, value_dim: int
     ) -> torch.Tensor:
-        q, rows, chosen = floats(q), floats(rows), chosen.contiguous()
+        q, held, chosen = floats(q), in_order(rows), chosen.contiguous()
         tokens, heads, dim = q.shape
         out = q.new_empty(tokens, heads, value_dim)
         call = AttendCall(
@@ -124,7 +135,8 @@ class NativeAttention(NativeCalls):
             kv_heads=1,
             dim=dim,
             value_dim=value_dim,
-            more=rows.data_ptr(),
+            more=held.data_ptr(),
+            more_format=format_address(rows),
             chosen=chosen.data_ptr(),
             choices=chosen.shape[1],
         )
@@ -134,25 +146,25 @@ class NativeAttention(NativeCalls):
     def attend_sparse(
         self,
         q: torch.Tensor,
-        window_kv: torch.Tensor,
+        window_kv: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None = None,
+        compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if compressed is not None and entries is not None and compressed.device != q.device:
             compressed, entries = fetched(compressed, entries)
-        kv = floats(window_kv).unsqueeze(0)
+        kv = like(window_kv, in_order(window_kv).unsqueeze(0))
         return self._attend(q, kv, kv, window, floats(sink), compressed, entries)
 
     def _attend(
         self,
         q: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Rows,
+        values: Rows,
         window: int,
         sink: torch.Tensor | None,
-        compressed: torch.Tensor | None,
+        compressed: Rows | None,
         entries: torch.Tensor | None,
     ) -> torch.Tensor:
         """Of the last tokens, q `[tokens, heads, dim]`; keys `[kv_heads, before + tokens, dim]`, values
@@ -160,32 +172,32 @@ class NativeAttention(NativeCalls):
         q = floats(q)
         tokens, heads, dim = q.shape
         kv_heads, end, value_dim = values.shape
-        if keys.stride()[1:] != (dim, 1) or values.stride() != keys.stride():
-            keys, values = floats(keys), floats(F.pad(values, (0, dim - value_dim)))
-        if compressed is None or entries is None:
-            more, chosen, choices = 0, 0, 0
-        else:
-            compressed, entries = floats(compressed), entries.contiguous()
-            more, chosen, choices = compressed.data_ptr(), entries.data_ptr(), entries.shape[1]
+        of_keys, of_values = bytes_of(keys), bytes_of(values)
+        width = of_keys.shape[-1]
+        if of_keys.stride()[1:] != (width, 1) or of_values.stride() != of_keys.stride():
+            of_keys, of_values = of_keys.contiguous(), of_values.contiguous()
+            of_values = F.pad(of_values, (0, width - of_values.shape[-1]))
+        if of_keys.dtype != torch.uint8:
+            of_keys, of_values = of_keys.float(), of_values.float()
         out = q.new_empty(tokens, heads, value_dim)
         call = AttendCall(
-            q.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            tokens,
-            heads,
-            kv_heads,
-            dim,
-            value_dim,
-            keys.stride(0),
-            end - tokens,
-            window,
-            0,
-            0,
-            more,
-            chosen,
-            choices,
-            0 if sink is None else sink.data_ptr(),
+            q=q.data_ptr(),
+            keys=of_keys.data_ptr(),
+            values=of_values.data_ptr(),
+            format=format_address(keys),
+            tokens=tokens,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            value_dim=value_dim,
+            head_stride=of_keys.stride(0) * of_keys.itemsize,
+            before=end - tokens,
+            window=window,
+            sink=0 if sink is None else sink.data_ptr(),
         )
+        if compressed is not None and entries is not None:
+            held, entries = in_order(compressed), entries.contiguous()
+            call.more, call.more_format = held.data_ptr(), format_address(compressed)
+            call.chosen, call.choices = entries.data_ptr(), entries.shape[1]
         self._library.loci_attend(self._level, self._threads(), ctypes.byref(call), out.data_ptr())
         return out

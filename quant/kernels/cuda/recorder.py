@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from quant.errors import FormatError
+from quant.formats.rows import Rows
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
@@ -230,13 +231,13 @@ class GpuRecorder:
             self._note(Noted("product", ins, {"out": out}))
         return out
 
-    def ring(self, x: Buffer, to: torch.Tensor) -> None:
+    def ring(self, x: Buffer, to: Rows) -> None:
         """Write x into the rings `[slots, ring, width]`, each row at its slot and position."""
-        self._store(x, to, IN_RING, 1)
+        self._store(x, _exact(to), IN_RING, 1)
 
-    def entry(self, x: Buffer, to: torch.Tensor, ratio: int) -> None:
+    def entry(self, x: Buffer, to: Rows, ratio: int) -> None:
         """Write x, of rows that complete a group, among the entries `[slots, groups, width]`."""
-        self._store(x, to, AS_ENTRY, ratio)
+        self._store(x, _exact(to), AS_ENTRY, ratio)
 
     @contextmanager
     def if_complete(self, ratio: int) -> Iterator[None]:
@@ -253,15 +254,15 @@ class GpuRecorder:
     def attend_sparse(
         self,
         q: Buffer,
-        rings: torch.Tensor,
+        rings: Rows,
         sink: torch.Tensor,
         window: int,
-        compressed: torch.Tensor | None,
+        compressed: Rows | None,
         chosen: Buffer | None,
     ) -> Buffer:
         """Attention over windows and chosen entries: see `StepRecorder.attend_sparse`."""
-        dim = rings.shape[2]
-        entries = compressed if chosen is not None else None
+        rings, dim = _exact(rings), rings.shape[2]
+        entries = _exact(compressed) if compressed is not None and chosen is not None else None
         splits = splits_of(window, 0 if chosen is None else chosen.width)
         ins = {
             "q": q, "rings": rings, "sink": self._floats(sink), "window": window, "entries": entries,
@@ -277,7 +278,7 @@ class GpuRecorder:
         self,
         queries: Buffer,
         weights: Buffer,
-        keys: torch.Tensor,
+        keys: Rows,
         ratio: int,
         selector: Selector,
         pool: Buffer | None,
@@ -285,7 +286,7 @@ class GpuRecorder:
         makes_pool: bool,
     ) -> tuple[Buffer, Buffer | None]:
         """The entries that each row attends to, and the best blocks: see `StepRecorder.select`."""
-        block = selector.block
+        keys, block = _exact(keys), selector.block
         columns = max(1, keys.shape[1] if pool is None else block * selector.blocks)
         if selector.top_k > TILE:
             raise FormatError(f"{selector.top_k} entries are more than a kernel chooses")
@@ -323,3 +324,10 @@ class GpuRecorder:
     def _floats(self, values: torch.Tensor | None) -> Any:
         """Values on the device as kernels read them: float32, one behind the other."""
         return None if values is None else values.to(self.device).float().contiguous()
+
+
+def _exact(rows: Rows) -> torch.Tensor:
+    """Rows that are not encoded. Raises FormatError for others."""
+    if isinstance(rows, torch.Tensor):
+        return rows
+    raise FormatError(f"no kernel reads a KV cache of {rows.format.code}")

@@ -8,7 +8,6 @@ import pytest
 
 from engine.chat.registry import chat_format_for
 from engine.tokenizer.tokenizer import Tokenizer
-from quant.errors import RequestError
 from tests.engine.grammar.test_tools import tiny_tokenizer
 
 TOKENS = (
@@ -80,8 +79,7 @@ def test_answers_begin_inside_reasoning(tokenizer: Tokenizer) -> None:
     assert [(delta.reasoning, delta.content) for delta in deltas] == [("Hm.", ""), ("", "Two.")]
 
 
-def test_tools_need_the_vendors_wording(tokenizer: Tokenizer) -> None:
+def test_tools_are_taught_in_a_spelling_of_ours(tokenizer: Tokenizer) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 
-    with pytest.raises(RequestError, match="does not support tools"):
-        rendered(tokenizer, HELLO, tools=tools)
+    assert '<tools>\n{"name": "add"}\n</tools>' in rendered(tokenizer, HELLO, tools=tools)

@@ -205,6 +205,7 @@ def test_no_combination_of_strings_makes_a_special_token(name: str, content: str
         "{% for m in messages %}"
         "<|im_start|>{{ m.name }}{{ m.content | trim }}{{ m.name | trim }}{{ m.content }}"
         "{% endfor %}<|im_{{ messages[0].content }} {{ tools | tojson }}{{ messages[1].content }}|>"
+        "{# <tool_call> #}"
     )
     request = {
         "messages": [
@@ -268,7 +269,7 @@ def test_the_conventions_of_transformers_hold() -> None:
         "   {% set x = 1 %}\n"
         "{% generation %}{{ bos_token }}{% endgeneration %}\n"
         "{% endif %}{{ strftime_now('%d %b %Y') }} {{ tools | tojson }} "
-        "{{ {'b': 1, 'a': [2]} | tojson(indent=1) }}"
+        "{{ {'b': 1, 'a': [2]} | tojson(indent=1) }}{# <tool_call> #}"
     )
 
     assert render(template, user("x", tools=TOOLS)) == (
@@ -441,21 +442,6 @@ def test_arguments_with_raw_line_breaks_are_an_object() -> None:
     assert call_in_history(AS_ITEMS, '{"code": "a\n\tb"}') == "<code>a\n\tb</code>"
 
 
-@pytest.mark.parametrize(
-    ("more", "param", "message"),
-    [
-        ({"tools": TOOLS}, "tools", "does not support tools"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice", "must be auto or none"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "must be auto or none"),
-    ],
-)
-def test_tools_the_dialect_cannot_offer_are_refused(more: dict[str, Any], param: str, message: str) -> None:
-    with pytest.raises(RequestError, match=message) as caught:
-        render(CHATML, user("x", **more))
-
-    assert caught.value.param == param
-
-
 def test_tools_that_must_not_be_called_are_not_shown() -> None:
     assert render("{{ tools }}", user("x", tools=TOOLS, tool_choice="none")) == "None"
 
@@ -502,7 +488,7 @@ def test_a_template_that_needs_what_there_is_not_says_so() -> None:
 
 
 def test_a_function_that_there_is_not_is_named_when_it_is_called() -> None:
-    template = "{% if tools %}{{ look_up(tools) }}{% endif %}{{ messages[0].content }}"
+    template = "{% if tools %}{{ look_up(tools) }}{% endif %}{{ messages[0].content }}{# <tool_call> #}"
 
     assert render(template, user("x")) == "x"
     with pytest.raises(RequestError, match=r"calls look_up\(\), which neither Loci nor transformers has"):

@@ -327,9 +327,16 @@ def test_what_gpt_oss_answers_has_its_form_in_the_last_message(seed: int) -> Non
     assert calls == []
 
 
-def test_a_template_whose_calls_are_not_known_cannot_be_forced() -> None:
-    with pytest.raises(RequestError, match="its tool call format is unknown"):
-        tagged("{{ tools }}").answer(0, **FORCED)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", "{{ tools }}{{ messages[0].content }}"], ids=["none", "unknown"]
+)
+def test_a_template_that_teaches_no_calls_we_read_is_taught_them(template: str, seed: int) -> None:
+    _, content, calls = tagged(template).answer(seed, **FORCED)
+
+    assert content == ""
+    assert calls
+    assert {name for name, _ in calls} <= SCHEMAS.keys()
 
 
 @pytest.mark.parametrize(

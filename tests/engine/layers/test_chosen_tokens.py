@@ -7,6 +7,7 @@ import torch
 
 from engine.layers import sparse_attention
 from engine.layers.sparse_attention import choose_tokens
+from quant.formats.rows import Rows
 from quant.kernels.choice import choose
 from quant.kernels.interface import Kernels
 from quant.kernels.reference import ReferenceKernels
@@ -54,7 +55,7 @@ def test_scores_are_made_of_as_many_tokens_at_a_time_as_memory_allows(
             self,
             queries: torch.Tensor,
             weights: torch.Tensor,
-            keys: torch.Tensor,
+            keys: Rows,
             visible: torch.Tensor,
             entries: torch.Tensor | None = None,
         ) -> torch.Tensor:

@@ -191,12 +191,12 @@ def test_the_model_is_listed_for_this_sdk_too(claude: anthropic.Anthropic) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: Input should be 'user'"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-            "messages[0].content[0]: blocks of type 'image' are not supported here; send text",
+            "messages[0].content[0]: Could not process image: blocks of type 'image' are not supported",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content[0].text is required"),
         (
@@ -207,12 +207,12 @@ def test_the_model_is_listed_for_this_sdk_too(claude: anthropic.Anthropic) -> No
             {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "t"}]}]},
             "messages[0].content[0].input is required",
         ),
-        ({"system": [{"type": "image"}]}, "system[0]: parts of type 'image' are not supported"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type: "),
+        ({"system": [{"type": "image"}]}, "system[0]: Could not process image"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "tools[0].input_schema is required"),
         ({"tool_choice": {"type": "any"}}, "tool_choice needs tools"),
         ({"tool_choice": {"type": "tool"}, "tools": TOOLS}, "tool_choice.name is required"),
         ({"mcp_servers": [{}]}, "mcp_servers is not supported: this server does not call other servers"),
-        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "maximum context length is 2048"),
+        ({"messages": [{"role": "user", "content": "word " * 3000}]}, "prompt is too long: "),
     ],
 )
 def test_a_wrong_field_is_named(http: httpx.Client, fields: dict[str, Any], message: str) -> None:
@@ -407,3 +407,28 @@ def test_blocks_are_rendered_as_the_vendors_library_does(loaded: Loaded) -> None
     ours = loaded.chat.render(MessagesRequest.model_validate(body).as_chat().as_prompt())
 
     assert loaded.tokenizer.decode(ours.token_ids) == expected.prompt
+
+
+def test_an_answer_too_long_for_the_context_is_refused_in_the_words_that_clients_read(
+    http: httpx.Client,
+) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 32_000}
+    prompt = http.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+
+    answer = http.post("/v1/messages", json=body)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        f"input length and `max_tokens` exceed context limit: {prompt} + 32000 > 2048, "
+        "decrease input length or `max_tokens` and try again"
+    )
+
+
+def test_errors_use_the_names_of_this_protocol(http: httpx.Client) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    too_many = http.post("/v1/messages", json=body | {"stop_sequences": ["x"] * 17}).json()
+    tool = {"name": "f", "input_schema": {"type": "object", "not": {}}, "strict": True}
+    schema = http.post("/v1/messages", json=body | {"tools": [tool]}).json()
+
+    assert too_many["error"]["message"].startswith("stop_sequences takes up to 16 strings")
+    assert schema["error"]["message"].startswith("tools[0].input_schema: ")

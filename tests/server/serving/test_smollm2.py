@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -70,11 +71,17 @@ def test_characters_of_several_tokens_arrive_whole(client: openai.OpenAI) -> Non
     assert not any("\ufffd" in piece for piece in pieces[:-1])
 
 
-def test_tools_are_refused_where_the_template_has_no_place_for_them(client: openai.OpenAI) -> None:
+def test_tools_can_be_called_though_the_template_has_no_place_for_them(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
-    tool: Any = {"type": "function", "function": {"name": "f"}}
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": schema}}
 
-    with pytest.raises(openai.BadRequestError, match="does not support tools") as caught:
-        client.chat.completions.create(model=model.id, messages=QUESTION, tools=[tool])
+    (choice,) = client.chat.completions.create(
+        model=model.id, messages=QUESTION, tools=[tool], tool_choice="required", parallel_tool_calls=False
+    ).choices
 
-    assert caught.value.param == "tools"
+    assert choice.finish_reason == "tool_calls"
+    (call, *_) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")

@@ -44,6 +44,12 @@ def say(page: Page, text: str) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
+def slow_down(page: Page) -> None:
+    """From now on answers arrive slowly, so that there is time to do something while they grow."""
+    network = {"offline": False, "latency": 0, "downloadThroughput": 30_000, "uploadThroughput": -1}
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", network)
+
+
 def await_words(page: Page) -> None:
     """Wait until the growing answer has any."""
     expect(page.locator(".growing :is(.reasoning:not([hidden]), .text:not(:empty))").first).to_be_attached()

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import FilePayload, Page, expect
+from playwright.sync_api import Browser, FilePayload, Page, expect
 
 from tests.server.harness import LociServer
-from tests.server.web.pages import await_words, limited, needs_chromium, say, set_up, show, write
+from tests.server.web.pages import await_words, limited, needs_chromium, say, set_up, show, slow_down, write
 
 
 def entries(page: Page) -> list[str]:
@@ -71,8 +71,71 @@ def test_conversations_are_found_renamed_exported_and_deleted(page: Page, tmp_pa
     expect(page.locator("#conversations .open")).to_have_count(2)
     with page.expect_download() as all_of_them:
         page.get_by_role("button", name="Export all").click()
-    taken = json.loads(Path(all_of_them.value.path()).read_text())
-    assert {each["turns"][1]["content"] for each in taken} == {"They *fly*.", "They swim."}
+    taken = all_of_them.value.path()
+    texts = [each["turns"][1]["content"] for each in json.loads(Path(taken).read_text())]
+    assert sorted(texts) == ["They *fly*.", "They swim."]
+    page.locator("#conversations summary").last.click()
+    page.get_by_role("button", name="Delete", exact=True).first.click()
+    expect(page.locator("#conversations .open")).to_have_count(1)
+    page.locator("#choose-import").set_input_files(taken)
+    expect(page.locator("#notice")).to_contain_text("1 of 2 conversations")
+    expect(page.locator("#conversations .open")).to_have_count(2)
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "{}", "[1]", '["turns"]', '"parent": "zzz"', '"content": 7', '"role": "system"', '"chosen": null'],
+)
+def test_what_is_no_export_is_not_imported(renderer: Page, damage: str) -> None:
+    turn = '{"id": "a", "parent": "", "role": "user", "content": "x"}'
+    record = f'{{"id": "{"0" * 24}", "title": "", "changed": 1, "turns": [{turn}], "chosen": {{}}}}'
+    text = f"[{record}]" if damage.startswith('"') else damage
+    for field in ('"parent": ""', '"content": "x"', '"role": "user"', '"chosen": {}'):
+        if damage.startswith(field.partition(":")[0]):
+            text = text.replace(field, damage)
+    script = """async (text) => {
+        const { Library } = await import("/web/library.js");
+        const { importAll } = await import("/web/exchange.js");
+        const library = await Library.open();
+        await importAll(library, new File([text], "taken.json"));
+        return [library.summaries.length, document.querySelector("#notice").textContent];
+    }"""
+    kept, said = renderer.evaluate(script, text)
+
+    assert kept == 0
+    assert "taken.json cannot be imported" in said
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_two_tabs_with_one_conversation_lose_nothing(browser: Browser, server: LociServer) -> None:
+    context = browser.new_context()
+    page, other = context.new_page(), context.new_page()
+    set_up(page, server.url)
+    show(page, "One", "Two")
+    other.goto(page.url)
+    say(page, "Three")
+    expect(other.locator("li > .text").nth(2)).to_have_text("Three")
+    expect(other.locator(".figures").last).to_contain_text("12 tokens")
+    set_up(other, server.url, limited(1900, "ignore_eos: 'true'"))
+    other.get_by_role("button", name="One", exact=True).click()
+    slow_down(other)
+    write(other, "Four")
+    await_words(other)
+    page.locator(".question").first.hover()
+    page.locator(".question").first.get_by_role("button", name="Edit").click()
+    page.get_by_label("Edit message").fill("One, changed")
+    page.get_by_role("button", name="Save").click()
+    expect(other.locator(".question .text").first).to_have_text("One, changed")
+    other.keyboard.press("Escape")
+    expect(other.locator(".figures").last).to_contain_text("stopped")
+    page.reload()
+
+    expect(page.locator(".question .text")).to_have_text(["One, changed", "Three", "Four"])
+    expect(page.locator(".figures").last).to_contain_text("stopped")
+    context.close()
 
 
 @pytest.mark.slow
@@ -99,6 +162,21 @@ def test_nothing_that_was_said_is_lost_by_saying_it_anew(page: Page) -> None:
     expect(page.locator(".question .text")).to_have_text(["Goodbye"])
     page.get_by_role("button", name="Earlier version").click()
     expect(page.locator(".question .text")).to_have_text(["Hello", "More"])
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_an_answer_that_ended_early_is_continued(page: Page, server: LociServer) -> None:
+    set_up(page, server.url, limited(more="reasoning_effort: 'none', ignore_eos: 'true'"))
+    say(page, "Hello")
+    before = page.locator(".answer > .text").inner_text()
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator(".answer > .text")).not_to_have_text(before)
+    expect(page.locator(".figures")).to_contain_text("12 tokens")
+
+    assert page.locator(".answer > .text").inner_text().startswith(before[:40])
+    expect(page.locator(".answer")).to_have_count(1)
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 @pytest.mark.slow
@@ -151,6 +229,7 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(page: Page, serve
     set_up(page, server.url, limited(1900, "ignore_eos: 'true'"))
     show(page, "Fish", "swim")
     page.get_by_role("button", name="New").click()
+    slow_down(page)
     write(page, "Hello")
     await_words(page)
     page.get_by_role("button", name="Fish", exact=True).click()

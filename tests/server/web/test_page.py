@@ -13,7 +13,7 @@ from server.chat_page import PAGE_PATHS
 from server.openai.requests import SamplingFields
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer, eventually
-from tests.server.web.pages import await_words, limited, needs_chromium, say, set_up, show, write
+from tests.server.web.pages import await_words, limited, needs_chromium, say, set_up, show, slow_down, write
 
 
 def test_the_page_and_its_files_are_served_under_a_strict_policy(http: httpx.Client) -> None:
@@ -35,6 +35,7 @@ def test_the_page_and_its_files_are_served_under_a_strict_policy(http: httpx.Cli
 @needs_chromium
 def test_escape_stops_an_answer_and_its_sequence(page: Page, server: LociServer) -> None:
     set_up(page, server.url, limited(1900, "ignore_eos: 'true'"))
+    slow_down(page)
     write(page, "Hello")
     await_words(page)
     page.keyboard.press("Escape")
@@ -67,10 +68,11 @@ def test_everything_can_be_done_without_a_mouse(page: Page, server: LociServer) 
     page.keyboard.press("Escape")
     expect(page.get_by_label("System prompt")).not_to_be_visible()
     page.keyboard.press("Enter")
-    page.get_by_label("Maximum tokens per answer").focus()
+    page.get_by_label("Maximum tokens").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("1900")
     page.keyboard.press("Enter")
+    slow_down(page)
     move_to("Retry", "Tab")
     page.keyboard.press("Enter")
     await_words(page)
@@ -130,7 +132,7 @@ def test_what_a_model_writes_cannot_act_on_the_page(page: Page) -> None:
 def test_settings_reach_the_server(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
-    page.get_by_label("Maximum tokens per answer").fill("3")
+    page.get_by_label("Maximum tokens").fill("3")
     page.get_by_text("More sampling settings").click()
     page.get_by_label("Stop at these texts").fill("End.\n\tStop")
     page.get_by_label("Token biases").fill("nothing")
@@ -188,9 +190,12 @@ def test_nothing_hinders_who_sees_or_types_otherwise(page: Page, scheme: Literal
     )
     expect(page.locator(".hljs-keyword").first).to_be_visible()
     expect(page.locator("math")).to_have_count(2)
-    say(page, "word " * 3000)  # an error
-    page.get_by_role("button", name="Retry").last.click()  # and versions
-    expect(page.locator(".versions")).to_be_visible()
+    page.get_by_role("button", name="Retry").click()
+    expect(page.locator(".figures")).to_contain_text("12 tokens")
+    page.get_by_role("button", name="Earlier version").click()
+    expect(page.locator(".versions")).to_contain_text("1/2")
+    say(page, "word " * 3000)
+    expect(page.get_by_role("alert")).to_be_visible()
     page.locator("#conversations summary").first.click()
     page.locator("#choose-files").set_input_files({"name": "a.txt", "mimeType": "", "buffer": b"one"})
     expect(page.locator("#files li")).to_have_count(1)

@@ -36,7 +36,7 @@ EXPORT const char* loci_level_name(int level) {
 }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 19; }
+EXPORT int loci_interface() { return 20; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -89,6 +89,10 @@ EXPORT void loci_turns(const int64_t* positions, const double* frequencies, int6
 
 EXPORT void loci_attend(int level, int threads, const Attend* call, float* out) {
     attend({*level_at(level), threads, false}, *call, out);
+}
+
+EXPORT void loci_encode_rows(int level, int threads, const RowFormat* format, const float* x, int64_t n, uint8_t* out) {
+    encode_rows({*level_at(level), threads, false}, *format, x, n, out);
 }
 
 EXPORT void loci_index_scores(int level, int threads, const Index* call, float* out) {

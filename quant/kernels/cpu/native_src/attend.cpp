@@ -11,25 +11,19 @@ namespace loci {
 namespace {
 
 constexpr float kNone = -__builtin_inff();
+constexpr int64_t kWorthSharing = 32 * 1024;  // values of queries
 
-// Rows of floats as the kernels want them: with a multiple of 16 columns, copied where they have others.
-class Padded {
-  public:
-    explicit Padded(int64_t dim) : dim_(dim), columns_((dim + 15) / 16 * 16) {}
-    int64_t columns() const { return columns_; }
-    void of(const float** rows, int64_t n, std::vector<float>& copies) const {
-        if (columns_ == dim_) return;
-        copies.assign(static_cast<size_t>(n * columns_), 0.0f);
-        for (int64_t i = 0; i < n; ++i) {
-            float* copy = copies.data() + i * columns_;
-            std::memcpy(copy, rows[i], static_cast<size_t>(dim_) * sizeof(float));
-            rows[i] = copy;
-        }
-    }
+// What the kernels take: a multiple of 16 columns.
+int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
-  private:
-    int64_t dim_, columns_;
-};
+// Room for rows that are decoded, or copied to have as many columns; each thread has its own.
+float* room_for(int64_t rows, int64_t columns, int which) {
+    thread_local std::vector<float> rooms[3];
+    auto& room = rooms[which];
+    const auto floats = static_cast<size_t>(rows * columns);
+    if (room.size() < floats) room.resize(floats);
+    return room.data();
+}
 
 // What some rows of queries have seen so far.
 struct Sums {
@@ -60,13 +54,14 @@ class Tiles {
     explicit Tiles(const Attend& call)
         : c_(call), group_(call.heads / call.kv_heads),
           shares_(call.more == nullptr && call.window >= call.before + call.tokens),
-          most_rows_(call.dim > 128 ? kMostRows / 2 : kMostRows), padded_(call.dim), padded_values_(call.value_dim) {
+          most_rows_(call.dim > 128 ? kMostRows / 2 : kMostRows), columns_(padded(call.dim)),
+          value_columns_(padded(call.value_dim)) {
         const int64_t rows = shares_ ? call.tokens * group_ : group_;
         per_list_ = (rows + most_rows_ - 1) / most_rows_;
         rows_ = rows;
     }
     int64_t count() const { return per_list_ * (shares_ ? 1 : c_.tokens) * c_.kv_heads; }
-    int64_t value_columns() const { return padded_values_.columns(); }
+    int64_t value_columns() const { return value_columns_; }
     int64_t most_rows() const { return most_rows_; }
     // blocks of keys that a tile has at most
     int64_t blocks() const {
@@ -83,8 +78,14 @@ class Tiles {
             token_ = number / t_.per_list_ % lists;
             head_ = number / t_.per_list_ / lists;
             rows_ = static_cast<int>(std::min(t_.most_rows_, t_.rows_ - first_));
-            for (int r = 0; r < rows_; ++r) q_[r] = c_.q + at(r) * c_.dim;
-            t_.padded_.of(q_, rows_, q_copies_);
+            if (t_.columns_ != c_.dim) q_copies_.assign(static_cast<size_t>(rows_ * t_.columns_), 0.0f);
+            for (int r = 0; r < rows_; ++r) {
+                q_[r] = c_.q + at(r) * c_.dim;
+                if (t_.columns_ == c_.dim) continue;
+                float* copy = q_copies_.data() + r * t_.columns_;
+                std::memcpy(copy, q_[r], static_cast<size_t>(c_.dim) * sizeof(float));
+                q_[r] = copy;
+            }
             const int64_t last = token(rows_ - 1);
             begin_ = std::max<int64_t>(0, c_.before + last + 1 - c_.window);
             near_ = c_.before + last + 1 - begin_;
@@ -99,16 +100,27 @@ class Tiles {
         // What the rows make of a block of keys.
         void compute(const Level& level, int64_t block, const Sums& to) {
             const float *keys[kKeyBlock], *values[kKeyBlock];
+            const uint8_t *key_rows[kKeyBlock], *value_rows[kKeyBlock];
             const int64_t first = block * kKeyBlock, n = std::min(kKeyBlock, this->keys() - first);
-            for (int64_t k = 0; k < n; ++k) {
-                const bool is_near = first + k < near_;
-                const int64_t row = is_near ? begin_ + first + k : more_[static_cast<size_t>(first + k - near_)];
-                const int64_t place = c_.ring > 0 && is_near ? (c_.first + row) % c_.ring : row;
-                keys[k] = is_near ? c_.keys + head_ * c_.head_stride + place * c_.dim : c_.more + row * c_.dim;
-                values[k] = is_near ? c_.values + head_ * c_.head_stride + place * c_.dim : keys[k];
+            const int64_t near = std::clamp<int64_t>(near_ - first, 0, n);
+            const int64_t near_bytes = row_bytes(c_.format, c_.dim), more_bytes = row_bytes(c_.more_format, c_.dim);
+            for (int64_t k = 0; k < near; ++k) {
+                const int64_t row = begin_ + first + k;
+                const int64_t place = c_.ring > 0 ? (c_.first + row) % c_.ring : row;
+                const int64_t at = head_ * c_.head_stride + place * near_bytes;
+                key_rows[k] = c_.keys + at;
+                value_rows[k] = c_.values + at;
             }
-            t_.padded_.of(keys, n, key_copies_);
-            t_.padded_values_.of(values, n, value_copies_);
+            for (int64_t k = near; k < n; ++k)
+                key_rows[k] = c_.more + more_[static_cast<size_t>(first + k - near_)] * more_bytes;
+            const int64_t columns = t_.columns_;
+            float* room = room_for(kKeyBlock, columns, 0);
+            read_rows(level, c_.format, c_.dim, columns, key_rows, near, room, keys);
+            read_rows(level, c_.more_format, c_.dim, columns, key_rows + near, n - near, room + near * columns,
+                      keys + near);
+            std::copy(keys, keys + n, values);  // a value is its key, or the beginning of it
+            if (c_.values != c_.keys)
+                read_rows(level, c_.format, c_.dim, columns, value_rows, near, room_for(kKeyBlock, columns, 1), values);
             int64_t seen[kMostRows];
             float* out[kMostRows];
             for (int r = 0; r < rows_; ++r) {
@@ -117,8 +129,8 @@ class Tiles {
                 out[r] = to.out + r * t_.value_columns();
             }
             const float scale = 1.0f / std::sqrt(static_cast<float>(c_.dim));
-            level.attend_block({rows_, n, t_.padded_.columns(), t_.value_columns(), scale, q_, seen, keys, values,
-                                to.most, to.sum, out});
+            level.attend_block(
+                {rows_, n, columns, t_.value_columns(), scale, q_, seen, keys, values, to.most, to.sum, out});
         }
 
       private:
@@ -130,7 +142,7 @@ class Tiles {
         int rows_;
         const float* q_[kMostRows];
         std::vector<int64_t> more_;
-        std::vector<float> q_copies_, key_copies_, value_copies_;
+        std::vector<float> q_copies_;
     };
 
   private:
@@ -138,7 +150,7 @@ class Tiles {
     int64_t group_;
     bool shares_;
     int64_t most_rows_, per_list_, rows_;
-    Padded padded_, padded_values_;
+    int64_t columns_, value_columns_;
 };
 
 // A place for what a tile's rows make of a block of keys.
@@ -235,34 +247,40 @@ void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n
 void attend(const Team& team, const Attend& call, float* out) { attend(team, &call, &out, 1); }
 
 void index_scores(const Team& team, const Index& c, float* out) {
-    const Padded padded(c.dim);
-    const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock;
+    const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, columns = padded(c.dim);
+    const int64_t key_bytes = row_bytes(c.format, c.dim), rows = c.tokens * c.heads;
+    const bool is_turned = c.format != nullptr && c.format->is_turned != 0;
+    const float* all_queries = c.queries;
+    std::vector<float> copies;  // of queries
+    if (columns != c.dim || is_turned) {
+        copies.assign(static_cast<size_t>(rows * columns), 0.0f);
+        const auto copy = [&](int64_t row) {
+            float* to = copies.data() + row * columns;
+            std::memcpy(to, c.queries + row * c.dim, static_cast<size_t>(c.dim) * sizeof(float));
+            if (is_turned) turn_rows(team.level, to, 1, c.dim);
+        };
+        parallel_for(rows, rows * c.dim < kWorthSharing ? 1 : team.threads, copy);
+        all_queries = copies.data();
+    }
     parallel_for(c.tokens * blocks, team.threads, [&](int64_t item) {
         const int64_t token = item / blocks, first = item % blocks * kKeyBlock;
         const int64_t n = std::min(kKeyBlock, c.columns - first);
         float* to = out + token * c.columns + first;
         std::fill_n(to, n, kNone);
+        const uint8_t* key_rows[kKeyBlock];
         const float* keys[kKeyBlock];
         int64_t places[kKeyBlock], seen = 0;
         for (int64_t k = 0; k < n; ++k) {
             const int64_t entry = c.entries ? c.entries[token * c.columns + first + k] : first + k;
             if (entry < 0 || (c.entries == nullptr && entry >= c.visible[token])) continue;
-            keys[seen] = c.keys + entry * c.dim;
+            key_rows[seen] = c.keys + entry * key_bytes;
             places[seen++] = k;
         }
         if (seen == 0) return;
-        std::vector<float> key_copies, query_copies;
-        padded.of(keys, seen, key_copies);
-        const float* queries = c.queries + token * c.heads * c.dim;
-        if (padded.columns() != c.dim) {
-            std::vector<const float*> rows(static_cast<size_t>(c.heads));
-            for (int64_t h = 0; h < c.heads; ++h) rows[static_cast<size_t>(h)] = queries + h * c.dim;
-            padded.of(rows.data(), c.heads, query_copies);
-            queries = query_copies.data();
-        }
+        read_rows(team.level, c.format, c.dim, columns, key_rows, seen, room_for(kKeyBlock, columns, 2), keys);
         float scores[kKeyBlock];
-        team.level.index_block(queries, static_cast<int>(c.heads), c.weights + token * c.heads, keys, seen,
-                               padded.columns(), scores);
+        team.level.index_block(all_queries + token * c.heads * columns, static_cast<int>(c.heads),
+                               c.weights + token * c.heads, keys, seen, columns, scores);
         for (int64_t k = 0; k < seen; ++k) to[places[k]] = scores[k];
     });
 }

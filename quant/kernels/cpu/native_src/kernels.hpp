@@ -56,6 +56,13 @@ struct Matrix {
     int64_t float_scales;          // FP8: scales are float32, not ue8m0
 };
 
+// How rows of a cache are encoded; quant/formats/rows.py says what it means and has the numbers in the same order.
+enum RowCode : int64_t { kRowBf16, kRowE4m3, kRowE2m1, kRowInt8 };
+enum RowScale : int64_t { kScaleUe8m0, kScaleE4m3, kScaleFloat };
+struct RowFormat {
+    int64_t dim, code, scale, group, tail, is_turned, row_bytes;
+};
+
 constexpr int64_t kPanelRows = 32;  // rows interleaved in a panel
 constexpr int64_t kBlock = 32;      // columns that share an activation scale
 constexpr int64_t kMaxTokens = 8;   // tokens a panel kernel takes at most
@@ -171,6 +178,10 @@ struct Level {
     float (*largest_value)(const float* x, int64_t n);
     double (*exponentials)(const float* x, int64_t n, float most, float factor, float* out);
     void (*masked)(const float* x, const uint32_t* bits, int64_t n, float* out);
+    // row_codes.hpp
+    void (*decode_row)(const RowFormat& format, const uint8_t* row, float* out);
+    void (*encode_row)(const RowFormat& format, const float* x, uint8_t* row);
+    void (*hadamard)(float* x, int64_t n, float factor);
     uint64_t (*read)(const uint8_t* bytes, int64_t n, int64_t streams);
     uint64_t (*read_rows)(const uint8_t* bytes, int64_t row_bytes, const int64_t* rows, int64_t n);
 };

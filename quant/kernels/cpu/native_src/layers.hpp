@@ -4,19 +4,35 @@
 
 namespace loci {
 
+// Rows of a cache: float32 where the format is null. out: a row of format->row_bytes, or of floats.
+void encode_row(const Level& level, const RowFormat* format, const float* x, int64_t dim, uint8_t* out);
+// x [n][dim] to out [n][row_bytes]
+void encode_rows(const Team& team, const RowFormat& format, const float* x, int64_t n, uint8_t* out);
+// Rows as floats with `columns` >= dim columns, zeros behind: out[i] is the row itself, or lies in buffer [n][columns].
+void read_rows(const Level& level, const RowFormat* format, int64_t dim, int64_t columns, const uint8_t* const* rows,
+               int64_t n, float* buffer, const float** out);
+// x [n][dim] turned as rows of formats are that say so.
+void turn_rows(const Level& level, float* x, int64_t n, int64_t dim);
+
+inline int64_t row_bytes(const RowFormat* format, int64_t dim) {
+    return format != nullptr ? format->row_bytes : dim * static_cast<int64_t>(sizeof(float));
+}
+
 // Causal attention of the last `tokens` of `before + tokens` rows of keys and values; each token also sees the rows of
 // `more` (keys and values at once) that it has chosen. Scores are divided by the root of `dim`. A value may have fewer
 // columns than a key, of whose rows the values then are the beginnings.
 struct Attend {
-    const float* q;              // [tokens][heads][dim]
-    const float *keys, *values;  // row r of key-value head g at g * head_stride + r * dim
+    const float* q;                // [tokens][heads][dim]
+    const uint8_t *keys, *values;  // row r of key-value head g at g * head_stride + r * row_bytes
+    const RowFormat* format;       // of keys and values; null: float32
     int64_t tokens, heads, kv_heads, dim, value_dim, head_stride;
     int64_t before;
     int64_t window;  // rows that a token sees, the last of them its own
     int64_t ring;    // 0, or how many places the rows have: row r lies at (first + r) % ring
     int64_t first;
-    const float* more;      // [.][dim], or null
-    const int64_t* chosen;  // [tokens][choices], -1 for none
+    const uint8_t* more;           // rows, or null
+    const RowFormat* more_format;  // null: float32
+    const int64_t* chosen;         // [tokens][choices], -1 for none
     int64_t choices;
     const float* sink;  // [heads], or null: the denominator gains e^sink
 };
@@ -26,9 +42,11 @@ void attend(const Team& team, const Attend& call, float* out);
 // Several calls of as many heads and columns at once.
 void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n);
 
-// How well entries match each token: queries [tokens][heads][dim], weights [tokens][heads], keys [.][dim].
+// How well entries match each token: queries [tokens][heads][dim], weights [tokens][heads], rows of keys.
 struct Index {
-    const float *queries, *weights, *keys;
+    const float *queries, *weights;
+    const uint8_t* keys;
+    const RowFormat* format;  // of keys; null: float32
     int64_t tokens, heads, dim;
     const int64_t* visible;  // [tokens] of the first entries; null where entries are named
     const int64_t* entries;  // [tokens][columns], -1 for none; or null: the first `columns`

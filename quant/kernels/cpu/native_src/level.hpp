@@ -74,6 +74,9 @@ constexpr Level make_level(const char* name) {
     level.largest_value = largest_value;
     level.exponentials = exponentials;
     level.masked = masked;
+    level.decode_row = decode_row;
+    level.encode_row = encode_row;
+    level.hadamard = hadamard;
     level.read = read_bytes;
     level.read_rows = read_rows;
     return level;

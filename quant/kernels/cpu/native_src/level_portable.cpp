@@ -13,6 +13,7 @@ namespace loci {
 #include "digits.hpp"
 #include "attention.hpp"
 #include "rows.hpp"
+#include "row_codes.hpp"
 #include "delta_net.hpp"
 #include "level.hpp"
 

@@ -14,21 +14,28 @@ constexpr int64_t kRowsWorthSharing = 4;  // of a cache, whose lines are far awa
 
 size_t bytes_of(int64_t floats) { return static_cast<size_t>(floats) * sizeof(float); }
 
+const uint8_t* octets(const void* p) { return static_cast<const uint8_t*>(p); }
+uint8_t* octets(void* p) { return static_cast<uint8_t*>(p); }
+const RowFormat* format_at(const void* p) { return static_cast<const RowFormat*>(p); }  // null: float32
+
 bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio == 0; }
 
 }  // namespace
+
+// Strides of caches are in bytes, and in[] names the format of their rows.
 
 // keys and values [rows][kv_heads][dim] to their places in a layer's cache; or keys alone, of which values are a part
 void run_append(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], head_stride = op.sizes[2], slot_stride = op.sizes[3];
     const int64_t ring = op.sizes[4];  // places, or 0: as many as there are positions
+    const RowFormat* format = format_at(op.in[2]);
     parallel_for(step.rows, step.rows < kRowsWorthSharing ? 1 : team.threads, [&](int64_t r) {
         const int64_t place = ring > 0 ? step.positions[r] % ring : step.positions[r];
-        const int64_t to = step.slots[r] * slot_stride + place * dim;
+        const int64_t to = step.slots[r] * slot_stride + place * row_bytes(format, dim);
         for (int side = 0; side < 2 && op.in[side] != nullptr; ++side)
             for (int64_t h = 0; h < heads; ++h)
-                std::memcpy(floats(op.out[side]) + to + h * head_stride, floats(op.in[side]) + (r * heads + h) * dim,
-                            bytes_of(dim));
+                encode_row(team.level, format, floats(op.in[side]) + (r * heads + h) * dim, dim,
+                           octets(op.out[side]) + to + h * head_stride);
     });
 }
 
@@ -44,8 +51,9 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         const int64_t slot = step.slots[r] * op.sizes[4];
         Attend& call = calls[static_cast<size_t>(r)];
         call.q = floats(op.in[0]) + r * heads * dim;
-        call.keys = floats(op.in[1]) + slot;
-        call.values = floats(op.in[2]) + slot;
+        call.keys = octets(op.in[1]) + slot;
+        call.values = octets(op.in[2]) + slot;
+        call.format = format_at(op.in[5]);
         call.tokens = 1;
         call.heads = heads;
         call.kv_heads = kv_heads;
@@ -63,6 +71,7 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         if (choices > 0) {
             call.window = 0;
             call.more = call.keys;
+            call.more_format = call.format;
             call.chosen = static_cast<const int64_t*>(op.in[4]) + r * choices;
             call.choices = choices;
         }
@@ -72,26 +81,29 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
 }
 
 // x [rows][dim], each row to its position's place in a ring [ring][dim] of its slot
-void run_ring(const Team&, const Operation& op, const StepInput& step) {
+void run_ring(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t dim = op.sizes[0], ring = op.sizes[1], slot_stride = op.sizes[2];
+    const RowFormat* format = format_at(op.in[1]);
     for (int64_t r = 0; r < step.rows; ++r)
-        std::memcpy(floats(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] % ring * dim,
-                    floats(op.in[0]) + r * dim, bytes_of(dim));
+        encode_row(team.level, format, floats(op.in[0]) + r * dim, dim,
+                   octets(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] % ring * row_bytes(format, dim));
 }
 
 // queries [rows][heads][dim] over the last tokens in their slots' rings and, of compressed entries [slots][.][dim],
 // those chosen [rows][choices]; or over all that stand for `every` so many tokens, of which choices [entries] then
-// names the first ones; with sinks [heads]
+// names the first ones; with sinks [heads]; in[5] has the formats of the rings' rows and of entries
 void run_attend_sparse(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], dim = op.sizes[1], window = op.sizes[2], ring = op.sizes[3];
     const int64_t choices = op.sizes[5], every = op.sizes[7];
+    const auto* formats = static_cast<const RowFormat* const*>(op.in[5]);
     std::vector<Attend> calls(static_cast<size_t>(step.rows));
     std::vector<float*> outs;
     for (int64_t r = 0; r < step.rows; ++r) {
         const int64_t seen = std::min(window, step.positions[r] + 1);
         Attend& call = calls[static_cast<size_t>(r)];
         call.q = floats(op.in[0]) + r * heads * dim;
-        call.keys = call.values = floats(op.in[1]) + step.slots[r] * op.sizes[4];
+        call.keys = call.values = octets(op.in[1]) + step.slots[r] * op.sizes[4];
+        call.format = formats[0];
         call.ring = ring;
         call.first = step.positions[r] + 1 - seen;
         call.tokens = call.kv_heads = 1;
@@ -101,7 +113,8 @@ void run_attend_sparse(const Team& team, const Operation& op, const StepInput& s
         call.window = window;
         call.sink = floats(op.in[2]);
         if (choices > 0) {
-            call.more = floats(op.in[3]) + step.slots[r] * op.sizes[6];
+            call.more = octets(op.in[3]) + step.slots[r] * op.sizes[6];
+            call.more_format = formats[1];
             call.chosen = static_cast<const int64_t*>(op.in[4]) + (every > 0 ? 0 : r * choices);
             call.choices = every > 0 ? std::min(choices, (step.positions[r] + 1) / every) : choices;
         }
@@ -139,12 +152,14 @@ void run_pool(const Team& team, const Operation& op, const StepInput& step) {
 }
 
 // x [rows][dim], of rows that complete a group, to the group's place among its slot's entries
-void run_entry(const Team&, const Operation& op, const StepInput& step) {
+void run_entry(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t dim = op.sizes[0], slot_stride = op.sizes[1], ratio = op.sizes[2];
+    const RowFormat* format = format_at(op.in[1]);
     for (int64_t r = 0; r < step.rows; ++r)
         if (completes(step.positions[r], ratio))
-            std::memcpy(floats(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] / ratio * dim,
-                        floats(op.in[0]) + r * dim, bytes_of(dim));
+            encode_row(
+                team.level, format, floats(op.in[0]) + r * dim, dim,
+                octets(op.out[0]) + step.slots[r] * slot_stride + step.positions[r] / ratio * row_bytes(format, dim));
 }
 
 // x [rows][channels] convolved with the last rows of their sequences, which each joins
@@ -209,7 +224,8 @@ void run_select(const Team& team, const Operation& op, const StepInput& step) {
         Index call{};
         call.queries = floats(op.in[0]) + r * heads * dim;
         call.weights = floats(op.in[1]) + r * heads;
-        call.keys = floats(op.in[2]) + step.slots[r] * slot_stride;
+        call.keys = octets(op.in[2]) + step.slots[r] * slot_stride;
+        call.format = format_at(op.in[4]);
         call.tokens = 1;
         call.heads = heads;
         call.dim = dim;

@@ -149,6 +149,15 @@ ALWAYS_INLINE F32 load_high_nibbles(const uint8_t* p) {
     const I32 v = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm256_cvtepi32_ps(_mm256_srli_epi32(v, 4));
 }
+// Sixteen e2m1 codes of eight bytes, low nibbles first, as twice their values.
+ALWAYS_INLINE void load_twice_e2m1(const uint8_t* p, F32 (&w)[2]) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i codes = _mm_and_si128(_mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4)), _mm_set1_epi8(15));
+    const __m128i values =
+        _mm_shuffle_epi8(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), codes);
+    w[0] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values));
+    w[1] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(values, values)));
+}
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const I32 c = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));

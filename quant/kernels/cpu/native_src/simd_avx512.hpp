@@ -114,6 +114,13 @@ ALWAYS_INLINE F32 load_high_nibbles(const uint8_t* p) {
     const I32 v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm512_cvtepi32_ps(_mm512_srli_epi32(v, 4));
 }
+// Sixteen e2m1 codes of eight bytes, low nibbles first, as twice their values.
+ALWAYS_INLINE void load_twice_e2m1(const uint8_t* p, F32 (&w)[1]) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const __m128i codes = _mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4));
+    const F32 values = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+    w[0] = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), values);  // looks at four bits
+}
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const I32 c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -170,6 +170,11 @@ ALWAYS_INLINE F32 load_low_nibbles(const uint8_t* p) {
     return to_float(reinterpret_cast<I32>(load_octets(p) & splat_bits(15)));
 }
 ALWAYS_INLINE F32 load_high_nibbles(const uint8_t* p) { return to_float(reinterpret_cast<I32>(load_octets(p) >> 4)); }
+// Sixteen e2m1 codes of eight bytes, low nibbles first, as twice their values.
+ALWAYS_INLINE void load_twice_e2m1(const uint8_t* p, F32 (&w)[1]) {
+    constexpr float kValues[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    for (int i = 0; i < 16; ++i) w[0][i] = kValues[p[i / 2] >> (i % 2 * 4) & 15];
+}
 // ue8m0 to float; code 0 is the subnormal 2^-127
 ALWAYS_INLINE F32 load_ue8m0(const uint8_t* p) {
     const U32 codes = load_octets(p);
