@@ -25,7 +25,7 @@ DISK_BYTES = 1 << 30
 PAUSE_S = 0.25  # for each depth of reads
 # As many layers after the last source as the released model has, in a model that is small otherwise.
 TAIL_LAYERS, TAIL_CONTEXT, TAIL_TOKENS, TAIL_CHUNK = 40, 16_384, 6000, 512
-RESTORED_TOKENS = 4000
+RESTORED_MODEL, RESTORED_TOKENS = Path("smollm2"), 4000
 
 
 def prefill(
@@ -177,7 +177,7 @@ def _restored(rounds: int) -> list[Result]:
     from engine.families.loader import load
     from memory.hardware.this_machine import Result
 
-    run = restore(load(model_path(Path("smollm2"))), RESTORED_TOKENS, rounds)
+    run = restore(load(model_path(RESTORED_MODEL)), RESTORED_TOKENS, rounds)
     ratio = median(a / b for a, b in zip(run.restored_s, run.read_s, strict=True))
     return [
         Result("restored_over_read", ratio, "ratio", RESTORED_TARGET, ratio <= RESTORED_TARGET),
