@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.cache.aside import Aside, AsideOnDisk, AsideStats
 from engine.cache.prefix import PrefixCache, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
-from engine.families.base import Model
+from engine.families.base import Model, PromptProducts
 from engine.grammar.constraint import GrammarCompiler
 from engine.kv_pool import WHOLE, PoolSize, new_pool
 from engine.output import FinishReason
@@ -72,6 +73,14 @@ class Submission:
     sequence_id: int
 
 
+class PromptProgress(NamedTuple):
+    """Tokens of a prompt: all of it, what was cached, and what the cache holds by now."""
+
+    total: int
+    cached: int
+    processed: int
+
+
 class Engine:
     """Runs sequences on a model. Thread-safe: submit and abort may be called from any thread.
 
@@ -81,8 +90,8 @@ class Engine:
     ones refused. The states of prompts and answers are cached for later prompts with the same beginning, in
     up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. While the pool is
     short, the youngest sequence is put aside: in that memory, or to disk if `aside` says where; with neither,
-    it is computed again. After each step, whose outputs are reported one by one, the engine's thread calls
-    `between_steps`.
+    it is computed again. `prompt_products` says how prompts are multiplied, where not exactly. After each
+    step, whose outputs are reported one by one, the engine's thread calls `between_steps`.
     """
 
     def __init__(
@@ -99,6 +108,7 @@ class Engine:
         prefix_cache_bytes: int = 0,
         on_disk: StatesOnDisk | None = None,
         aside: AsideOnDisk | None = None,
+        prompt_products: PromptProducts | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -115,7 +125,9 @@ class Engine:
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
         places = Aside(self._cache, prefixes, aside)
-        self._steps = Steps(model, self._cache, prefixes, places, self._scheduler, self._forget)
+        self._steps = Steps(
+            model, self._cache, prefixes, places, self._scheduler, self._forget, prompt_products
+        )
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
         self._submitted: list[Sequence] = []
@@ -208,6 +220,13 @@ class Engine:
                 sequence.is_aborted = True
                 self._aborted.append(sequence)
                 self._wake.notify()
+
+    def prompt_progress(self, ticket: Submission) -> PromptProgress | None:
+        """How much of a sequence's prompt has been computed; None once it is done, or the sequence ended."""
+        sequence = self._known.get(ticket.sequence_id)
+        if sequence is None or not sequence.is_prefilling:
+            return None
+        return PromptProgress(sequence.prompt_length, sequence.cached_tokens, sequence.computed)
 
     def stats(self) -> EngineStats:
         """Current counters and gauges."""

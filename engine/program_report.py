@@ -1,10 +1,11 @@
-"""What a recorded decode step consists of: operations, the bytes they read, and where it hands over."""
+"""What a recorded decode step consists of: operations, the bytes they read, and where it hands over; or, on
+GPUs, what each device launches and waits for."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quant.kernels.cpu.program import Noted, Program
 
@@ -32,6 +33,40 @@ class LayerKind:
         """`0 to 3, 5`, or what is outside all layers."""
         numbers = [layer for layer in self.layers if layer is not None]
         return _ranges(numbers) if numbers else "before and after"
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What a device does for a layer (None: for none), with these numbers.
+
+    launches   of kernels; None where the device is a processor
+    exchanges  answers of other GPUs that it waits for
+    """
+
+    layer: int | None
+    launches: int | None
+    hand_overs: int = 0
+    exchanges: int = 0
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """A program of a recorded step on several devices.
+
+    helps  the device whose layers' experts it shares; None where it computes layers of its own
+    """
+
+    device: str
+    helps: str | None
+    layers: tuple[LayerWork, ...]
+
+    def kinds(self) -> list[tuple[str, LayerWork]]:
+        """Its layers, equal ones together, named; what belongs to none is last."""
+        equal: dict[tuple[LayerWork, bool], list[int | None]] = defaultdict(list)
+        for work in self.layers:
+            equal[replace(work, layer=None), work.layer is None].append(work.layer)
+        ordered = sorted(equal.items(), key=lambda of: (of[0][1], of[1][0] or 0))
+        return [(LayerKind(tuple(layers), 0, 0, 0).name, work) for (work, _), layers in ordered]
 
 
 def operation_kinds(program: Program) -> list[OperationKind]:

@@ -27,6 +27,11 @@ class Chunk(NamedTuple):
     sequence: Sequence
     length: int
 
+    @property
+    def is_of_prompt(self) -> bool:
+        """Whether its tokens are a prompt's; no chunk has both those and an answer's."""
+        return self.sequence.computed < self.sequence.prompt_length
+
 
 class Scheduler:
     """First come, first served: waiting sequences get slots as they become free.

@@ -66,8 +66,10 @@ class Sequence:
 
     @property
     def next_stop(self) -> int:
-        """How many tokens will have been computed when its state is next saved, or a token sampled."""
-        return min((stop for stop in self.stops if stop > self.computed), default=len(self.token_ids))
+        """How many tokens will have been computed when its state is next saved, its prompt is done or a token
+        is sampled."""
+        stops = (*self.stops, self.prompt_length)
+        return min((stop for stop in stops if stop > self.computed), default=len(self.token_ids))
 
     @property
     def is_prefilling(self) -> bool:

@@ -16,7 +16,7 @@ from engine.assemble import assemble
 from engine.cache.aside import Aside
 from engine.cache.pages import PoolShortError
 from engine.cache.prefix import PrefixCache
-from engine.families.base import KvCache, Model
+from engine.families.base import KvCache, Model, PromptProducts
 from engine.output import FinishReason, TokenLogprob
 from engine.sampling.draw import draw_tokens
 from engine.sampling.sampler import token_logprobs
@@ -38,6 +38,7 @@ class Steps:
     """Runs the sequences of a scheduler, step by step.
 
     forget  takes a sequence that has ended off the books; False if it was never scheduled
+    prompt_products  how prompts are multiplied, where not exactly
     count, prompt_tokens, generated_tokens, step_s, forward_s  see `EngineStats`
     """
 
@@ -49,6 +50,7 @@ class Steps:
         aside: Aside,
         scheduler: Scheduler,
         forget: Callable[[Sequence], bool],
+        prompt_products: PromptProducts | None = None,
     ) -> None:
         self.prefixes = prefixes
         self.aside = aside
@@ -61,6 +63,7 @@ class Steps:
         self._cache = cache
         self._scheduler = scheduler
         self._forget = forget
+        self._prompt_products = prompt_products
 
     def run(self) -> None:
         """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
@@ -73,10 +76,10 @@ class Steps:
         chunks = self._with_pages(self._scheduler.next_chunks())
         if not chunks:
             return
+        chunks.sort(key=lambda chunk: chunk.is_of_prompt)
         try:
-            batch, counts = assemble(chunks)
             forward_began = time.perf_counter()
-            logits = self._model.forward(batch, self._cache)
+            logits, counts = self._forward(chunks)
             forward_s = time.perf_counter() - forward_began
         except Exception as error:
             self._fail([chunk.sequence for chunk in chunks], error)
@@ -93,9 +96,29 @@ class Steps:
             except Exception as error:
                 self._fail([chunk.sequence], error)
         self._take_tokens(ready, logits)
+        self._keep_states(ready, logits)
         self.count += 1
         self.forward_s += forward_s
         self.step_s += time.perf_counter() - began
+
+    def _forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
+        """Logits of these chunks, those of answers first, `[rows, vocab]`, and how many rows each has.
+
+        Where prompts have products of their own, they are computed by themselves, so that an answer's tokens
+        are always exact, also of one that was put aside and is computed again.
+        """
+        answers = sum(not chunk.is_of_prompt for chunk in chunks)
+        if self._prompt_products is None or answers == len(chunks):
+            batch, counts = assemble(chunks)
+            return self._model.forward(batch, self._cache), counts
+        batch, counts = assemble(chunks[answers:])
+        with self._prompt_products():
+            logits = self._model.forward(batch, self._cache)
+        if not answers:
+            return logits, counts
+        logits = logits.clone()  # of a recorded step, they need not outlast the next one
+        batch, of_answers = assemble(chunks[:answers])
+        return torch.cat([self._model.forward(batch, self._cache), logits]), of_answers + counts
 
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Take a sequence out, and report its end if that was not reported."""
@@ -186,7 +209,9 @@ class Steps:
             sequence.cached_tokens = prefix.length
         sequence.stops = prefix.stops
         if prefix.logits is not None:
-            self._take_tokens([(sequence, 0)], prefix.logits.unsqueeze(0))
+            logits = prefix.logits.unsqueeze(0)
+            self._take_tokens([(sequence, 0)], logits)
+            self._keep_states([(sequence, 0)], logits)
 
     def _advance(self, chunk: Chunk, logits: torch.Tensor, rows: range) -> bool:
         """Record what was computed; True if a token is to be sampled. `rows` of the logits are the
@@ -210,8 +235,6 @@ class Steps:
             if is_due or sequence.computed in sequence.stops:
                 self._save_prefix(sequence)
             return False
-        if sequence.computed == sequence.prompt_length:
-            self._save_prefix(sequence, logits[rows[-1]])
         return True
 
     def _take_tokens(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
@@ -259,9 +282,21 @@ class Steps:
         if top is not None:
             logprobs = tuple(token_logprobs(logits[row : row + 1], [token], top))
         sequence.append(token, logprobs)
-        if sequence.finish_reason is not None:
-            self._save_prefix(sequence)
-            self._release(sequence)
+
+    def _keep_states(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
+        """Save the states after prompts that are computed and after answers that have ended, and release the
+        latter. Their tokens are on their way by then: a long state takes longer to copy than a step."""
+        for sequence, row in ready:
+            if sequence.slot is None:  # it failed
+                continue
+            try:
+                if sequence.saved < sequence.computed == sequence.prompt_length:
+                    self._save_prefix(sequence, logits[row])
+                if sequence.finish_reason is not None:
+                    self._save_prefix(sequence)
+                    self._release(sequence)
+            except Exception as error:
+                self._fail([sequence], error)
 
     def _save_prefix(self, sequence: Sequence, logits: torch.Tensor | None = None) -> None:
         """Cache the current state of a sequence; `logits` `[vocab]` are those after its last token."""

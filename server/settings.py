@@ -22,6 +22,7 @@ from server.http.logs import LogFormat
 
 SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
 Experts = Literal["mxfp4", "nf4", "int4"]
+Products = Literal["exact", "bf16"]
 Overflow = Literal["cut", "refuse"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -94,6 +95,11 @@ class Settings(BaseSettings):
         description="Shortest time between two events of a stream: tokens that come faster are sent "
         "together, none of them later than this; the first one and the end of an answer are sent at once. "
         "0 sends tokens as they come.",
+    )
+    prompt_products: Products = Field(
+        "exact",
+        description="How prompts are multiplied: exact, or bf16, with activations and weights rounded to "
+        "bfloat16: faster on processors that have AVX-512 with BF16. Answers are decoded exactly either way.",
     )
     prefix_cache: str | None = Field(
         None,

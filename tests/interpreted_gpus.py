@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import torch
@@ -12,6 +13,8 @@ from quant.kernels.interface import MoeCall, Weight
 from quant.packed import PackedTensor
 from tests.pretend_gpus import OnGpu
 
+_one_at_a_time = threading.Lock()  # the interpreter keeps the program's number in one place
+
 
 class PretendLauncher(Launcher):
     """Runs kernels in the interpreter; counts them."""
@@ -20,9 +23,10 @@ class PretendLauncher(Launcher):
         self.started = 0
 
     def start(self, launch: Launch) -> None:
-        self.started += 1
         arguments = tuple(a.held if isinstance(a, OnGpu) else a for a in launch.arguments)
-        super().start(replace(launch, arguments=arguments))
+        with _one_at_a_time:
+            self.started += 1
+            super().start(replace(launch, arguments=arguments))
 
 
 class InterpretedGpu(TritonKernels):

@@ -10,12 +10,13 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from quant.kernels.choice import choose
 from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.interface import Products
 
 
-def identity_of(checkpoint: Checkpoint, budget: MemoryBudget) -> str:
+def identity_of(checkpoint: Checkpoint, budget: MemoryBudget, prompt_products: Products = "exact") -> str:
     """A digest of a model's files (headers, sizes and times, not all of their contents), of the back end, of
-    the GPUs that compute and of the KV format. A copy of the files counts as another model: rather compute
-    than misread."""
+    prompts' products, the GPUs that compute and the KV format. A copy of the files counts as another model:
+    rather compute than misread."""
     entries = [
         (entry.name, entry.dtype, entry.shape, entry.offset, entry.nbytes)
         for entry in checkpoint.entries.values()
@@ -26,5 +27,6 @@ def identity_of(checkpoint: Checkpoint, budget: MemoryBudget) -> str:
     arithmetic = (host.level, host.activations) if isinstance(host, NativeKernels) else (host.name,)
     gpus = [(gpu.name, gpu.budget_bytes) for gpu in budget.gpus if not gpu.is_virtual]
     config = json.dumps(checkpoint.config, sort_keys=True, default=str)
-    parts = version_of(DISTRIBUTION), config, sorted(entries), stats, arithmetic, gpus, budget.kv_format
+    computed = arithmetic, prompt_products, gpus, budget.kv_format
+    parts = version_of(DISTRIBUTION), config, sorted(entries), stats, computed
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -2,32 +2,42 @@
 
 A safetensors file, so nothing in it can be executed. It has all token ids of the text; the rows that the
 cache appended for its last part, from `start` on; what the cache held at the end besides; perhaps the logits
-there. Rows before `start` are in the file of a shorter text. A checksum of each tensor is among the metadata:
-a file that was cut short or changed is found out before anything of it is used.
+there. Rows before `start` are in the file of a shorter text. Tensors are bytes as the cache has them, whose
+layout is among the metadata, with a checksum of each piece: a file that was cut short or changed is found out
+before anything of it is used.
+
+Pieces are read by several threads, each straight to where the state is wanted, and checked while they are in
+the processor's cache.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from engine.cache.state_layout import Target, whole_target
 from memory.user_files import whole_file
 from quant.errors import LociError
 
 Ids = NDArray[np.int32]
-FORMAT = "loci state 1"
+FORMAT = "loci state 2"
 ENDING = ".state.safetensors"
+PIECE = 1 << 20  # bytes that are read and checked at once
+MAX_HEADER_BYTES = 100 << 20
+MAX_PARTS = 1000  # of one system call; Linux takes 1024
 
 
 class StateFileError(LociError):
@@ -53,7 +63,8 @@ class StateHeader:
 
 @dataclass(frozen=True)
 class State:
-    """A header and the tensors: rows and recent as `KvCache.appended` and `recent` have them."""
+    """A header and the tensors: rows and recent as `KvCache.appended` and `recent` have them, copied as they
+    lie (state_layout.py)."""
 
     header: StateHeader
     rows: tuple[torch.Tensor, ...]
@@ -61,93 +72,161 @@ class State:
     logits: torch.Tensor | None
 
     @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By the names that they have in the file."""
+        found = {"tokens": torch.from_numpy(self.header.tokens)}
+        found |= {f"rows.{i}": part for i, part in enumerate(self.rows)}
+        found |= {f"recent.{i}": part for i, part in enumerate(self.recent)}
+        return found if self.logits is None else found | {"logits": self.logits}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        logits = () if self.logits is None else (self.logits,)
-        tensors = (*self.rows, *self.recent, *logits)
-        return 4 * len(self.header.tokens) + sum(int(tensor.nbytes) for tensor in tensors)
+        return sum(int(tensor.nbytes) for tensor in self.tensors.values())
 
 
 def write_state(path: Path, state: State) -> None:
     """Write a state to a temporary file and rename that. Raises OSError."""
-    tensors = {"tokens": torch.from_numpy(state.header.tokens)}
-    tensors |= {f"rows.{i}": part for i, part in enumerate(state.rows)}
-    tensors |= {f"recent.{i}": part for i, part in enumerate(state.recent)}
-    if state.logits is not None:
-        tensors["logits"] = state.logits
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = state.tensors
+    in_bytes = {name: tensor.contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()}
     header = state.header
+    layouts = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "start": str(header.start),
         "shortest": str(header.shortest),
         "salt": header.salt,
-        "checksums": json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()}),
+        "layouts": json.dumps(layouts),
+        "checksums": json.dumps({name: _checksums(values) for name, values in in_bytes.items()}),
     }
     with whole_file(path) as temporary:
         temporary.touch(mode=0o600)  # it is somebody's text
-        save_file(tensors, temporary, metadata)
+        save_file(in_bytes, temporary, metadata)
 
 
 def read_header(path: Path) -> StateHeader:
     """What a file holds. Raises StateFileError."""
-    with _opened(path) as file:
-        return file.header()
+    with StateFile(path) as file:
+        return file.header
 
 
-def read_state(path: Path) -> State:
-    """All of a file, checked. Raises StateFileError."""
-    with _opened(path) as file:
-        header = file.header()
-        logits = file.tensor("logits") if header.has_logits else None
-        return State(header, file.tensors("rows"), file.tensors("recent"), logits)
+class StateFile:
+    """An open file of a state; everything that is wrong with it is told as a StateFileError.
 
+    layouts  of each tensor by name: dtype and shape
+    """
 
-class _File:
-    """An open file of a state."""
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise StateFileError(f"{path}: cannot be opened ({error.strerror})") from None
+        try:
+            self._read_index()
+            self.header = self._header()
+        except BaseException as error:
+            self.close()
+            if isinstance(
+                error, KeyError | ValueError | TypeError | AttributeError | RecursionError | OSError
+            ):
+                raise StateFileError(f"{path}: not a saved state ({error})") from None
+            raise
 
-    def __init__(self, path: Path, opened: Any) -> None:
-        self._path, self._opened = path, opened
-        self._metadata = opened.metadata() or {}
-        if self._metadata.get("format") != FORMAT:
-            raise StateFileError(f"{path}: not a saved state")
-        self._checksums = json.loads(self._metadata["checksums"])
+    def __enter__(self) -> StateFile:
+        return self
 
-    def header(self) -> StateHeader:
-        tokens, metadata = self.tensor("tokens").numpy(), self._metadata
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._descriptor)
+
+    def pieces(self, name: str, target: Target) -> list[Callable[[], None]]:
+        """What reads a tensor, piece by piece, in any order and by any threads. Each raises StateFileError
+        where it is not what was written."""
+        checksums = self._checksums.get(name, [])
+        if target.nbytes != self._nbytes.get(name) or len(checksums) != math.ceil(target.nbytes / PIECE):
+            raise StateFileError(f"{self._path}: {name} has another size than the cache wants")
+        return [
+            partial(self._read_piece, name, target, number * PIECE, checksum)
+            for number, checksum in enumerate(checksums)
+        ]
+
+    def _read_piece(self, name: str, target: Target, start: int, checksum: int) -> None:
+        stop = min(start + PIECE, target.nbytes)
+        unwanted = memoryview(bytearray(stop - start if target.run_bytes < target.file_bytes else 0))
+        parts = target.parts(start, stop, unwanted)
+        if not parts:
+            return
+        self._fill(parts, self._begins[name] + start, stop - start)
+        found = 0
+        for part in parts:
+            found = zlib.crc32(part, found)
+        if found != checksum:
+            raise StateFileError(f"{self._path}: {name} is not what was written")
+
+    def _fill(self, parts: list[memoryview], at: int, nbytes: int) -> None:
+        try:
+            got = sum(
+                os.preadv(self._descriptor, parts[i : i + MAX_PARTS], at + _length(parts[:i]))
+                for i in range(0, len(parts), MAX_PARTS)
+            )
+        except OSError as error:
+            raise StateFileError(f"{self._path}: cannot be read ({error.strerror})") from None
+        if got != nbytes:
+            raise StateFileError(f"{self._path}: ends too early")
+
+    def _read_index(self) -> None:
+        """Where the tensors are. Raises KeyError, ValueError, TypeError, AttributeError for what makes no
+        sense, OSError."""
+        prefix = os.pread(self._descriptor, 8, 0)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        size = os.fstat(self._descriptor).st_size
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{size} bytes")
+        index = json.loads(os.pread(self._descriptor, length, 8))
+        metadata: Mapping[str, Any] = index.pop("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise ValueError("of another format")
+        self._metadata = metadata
+        self.layouts: dict[str, list[Any]] = json.loads(metadata["layouts"])
+        self._checksums: dict[str, list[int]] = json.loads(metadata["checksums"])
+        self._begins: dict[str, int] = {}
+        self._nbytes: dict[str, int] = {}
+        for name, fields in index.items():
+            begin, end = map(int, fields["data_offsets"])
+            if not 0 <= begin <= end <= size - 8 - length:
+                raise ValueError("it was cut short")
+            self._begins[name], self._nbytes[name] = 8 + length + begin, end - begin
+
+    def _header(self) -> StateHeader:
+        metadata, nbytes = self._metadata, self._nbytes["tokens"]
+        tokens = np.empty(nbytes // 4, np.int32)
+        target = whole_target(torch.from_numpy(tokens))
+        if target.nbytes != nbytes or not nbytes:
+            raise ValueError("its token ids make no sense")
+        for read in self.pieces("tokens", target):
+            read()
         header = StateHeader(
             tokens,
             int(metadata["start"]),
             int(metadata["shortest"]),
-            metadata["salt"],
-            "logits" in self._checksums,
+            str(metadata["salt"]),
+            "logits" in self._nbytes,
         )
-        if tokens.dtype != np.int32 or tokens.ndim != 1 or not 0 <= header.start < len(tokens):
-            raise StateFileError(f"{self._path}: not a saved state (its token ids make no sense)")
+        if not 0 <= header.start < len(tokens):
+            raise ValueError("its token ids make no sense")
         return header
 
-    def tensors(self, kind: str) -> tuple[torch.Tensor, ...]:
-        """Those of a kind, in order."""
-        count = sum(name.startswith(f"{kind}.") for name in self._checksums)
-        return tuple(self.tensor(f"{kind}.{i}") for i in range(count))
 
-    def tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._opened.get_tensor(name)
-        if self._checksums[name] != _checksum(tensor):
-            raise StateFileError(f"{self._path}: {name} is not what was written")
-        return tensor
+def _checksums(values: torch.Tensor) -> list[int]:
+    """Of each piece of the bytes."""
+    shared: Any = values.numpy()
+    view = memoryview(shared)
+    return [zlib.crc32(view[at : at + PIECE]) for at in range(0, len(view), PIECE)]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[_File]:
-    """A file, whatever goes wrong with it told as a StateFileError."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            yield _File(path, opened)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise StateFileError(f"{path}: not a saved state ({error})") from None
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    values: Any = tensor.flatten().view(torch.uint8).numpy()
-    return int(zlib.crc32(values))
+def _length(parts: list[memoryview]) -> int:
+    return sum(part.nbytes for part in parts)

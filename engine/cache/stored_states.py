@@ -22,6 +22,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
+from engine.cache.restoring import DamagedStateError, StateReader
 from engine.cache.state_files import (
     ENDING,
     FORMAT,
@@ -30,11 +31,11 @@ from engine.cache.state_files import (
     StateFileError,
     StateHeader,
     read_header,
-    read_state,
     write_state,
 )
 from engine.cache.state_folders import MODEL, state_files
 from engine.cache.state_index import Found, Record, StateIndex, text_hash, then
+from engine.cache.state_layout import copied, layout_of
 from engine.families.base import KvCache
 from quant.errors import ConfigError
 
@@ -72,6 +73,13 @@ class StatesOnDisk:
     model: str
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What came with a state: `logits` `[vocab]` behind its last token, where they were saved."""
+
+    logits: torch.Tensor | None
+
+
 class StoredStates:
     """Saves states of a cache's slots in `folder`, and restores them. Used by one thread, which `expect` need
     not be.
@@ -94,6 +102,7 @@ class StoredStates:
             (self._folder / MODEL).write_text(of.model)
         except OSError as error:
             raise ConfigError(f"{folder}: no states can be kept there ({error.strerror})") from None
+        self._reader = StateReader(cache)
         self._find()
         self._nbytes = sum(nbytes for _, _, nbytes in state_files(self._root))
         self._queue: SimpleQueue[tuple[Record, State] | None] = SimpleQueue()
@@ -112,6 +121,7 @@ class StoredStates:
         """Return once everything is written."""
         self._queue.put(None)
         self._writer.join()
+        self._reader.close()
 
     # ---------------------------------------------------------------------------------------- reading
 
@@ -127,47 +137,23 @@ class StoredStates:
             with suppress(OSError), each.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
-    def restore(self, slot: int, found: Found) -> State | None:
-        """Restore a state that was found into the empty slot; None where a file turned out to be damaged."""
-        record = found.record
-        self._cache.pages.hold(slot, found.length)
-        for each in record.chain():
-            try:
-                state = read_state(each.path)
-                self._check(state, each)
-            except (StateFileError, OSError) as error:
-                log.warning("a saved state is ignored: %s", error)
-                with self._lock:
-                    self._forget(each)
-                return None
-            self._fill(slot, state, found.length)
-            each.used = time.time()
+    def restore(self, slot: int, found: Found) -> Restored | None:
+        """Restore a state that was found into the empty slot; None, and the slot stays empty, where a file
+        turned out to be damaged."""
+        try:
+            logits = self._reader.restore(slot, found)
+        except DamagedStateError as error:
+            log.warning("a saved state is ignored: %s", error)
+            with self._lock:
+                self._forget(error.record)
+            return None
+        for record in found.record.chain():
+            record.used = time.time()
             with suppress(OSError):
-                os.utime(each.path)  # for the next server
-        for view, saved in zip(self._cache.recent(slot, record.stop), state.recent, strict=True):
-            view.copy_(saved)
-        self._cache.resume(slot, found.length, record.shortest)
+                os.utime(record.path)  # for the next server
         self._hits += 1
         self._cached_tokens += found.length
-        return state
-
-    def _check(self, state: State, record: Record) -> None:
-        """Raise StateFileError where a file has another layout than the cache."""
-        wanted = [
-            (record.stop // ratio - record.start // ratio, *view.shape[1:], view.dtype)
-            for ratio, view in self._cache.appended(0)
-        ]
-        if [(*rows.shape, rows.dtype) for rows in state.rows] != wanted:
-            raise StateFileError(f"{record.path}: rows of other shapes than the cache has")
-        recent = [(view.shape, view.dtype) for view in self._cache.recent(0, record.stop)]
-        if [(part.shape, part.dtype) for part in state.recent] != recent:
-            raise StateFileError(f"{record.path}: a state of other shapes than the cache has")
-
-    def _fill(self, slot: int, state: State, length: int) -> None:
-        start, stop = state.header.start, min(len(state.header.tokens), length)
-        for (ratio, view), saved in zip(self._cache.appended(slot), state.rows, strict=True):
-            first, last = start // ratio, stop // ratio
-            view[first:last] = saved[: last - first]
+        return Restored(logits)
 
     # ---------------------------------------------------------------------------------------- writing
 
@@ -197,10 +183,9 @@ class StoredStates:
             self._pending_room -= nbytes
         header = StateHeader(ids, start, shortest, key, logits is not None)
         rows = tuple(
-            view[start // ratio : len(ids) // ratio].to("cpu", copy=True)
-            for ratio, view in self._cache.appended(slot)
+            copied(view[start // ratio : len(ids) // ratio]) for ratio, view in self._cache.appended(slot)
         )
-        recent = tuple(part.to("cpu", copy=True) for part in self._cache.recent(slot, len(ids)))
+        recent = tuple(copied(part) for part in self._cache.recent(slot, len(ids)))
         state = State(header, rows, recent, None if logits is None else logits.clone())
         with self._lock:
             record = self._index.add(path, header, nbytes, parent, blocks, is_written=False)
@@ -289,8 +274,8 @@ class StoredStates:
 
 def _fingerprint(cache: KvCache, identity: str) -> str:
     """Of a model and how its cache is laid out, whatever the capacity."""
-    appended = [(ratio, *view.shape[1:], str(view.dtype)) for ratio, view in cache.appended(0)]
-    recent = [(*part.shape, str(part.dtype)) for part in cache.recent(0, cache.capacity)]
+    appended = [(ratio, layout_of(view, 0)) for ratio, view in cache.appended(0)]
+    recent = [layout_of(part) for part in cache.recent(0, cache.capacity)]
     parts = identity, FORMAT, type(cache).__name__, appended, recent
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cache.pages import Pages
+from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
@@ -24,6 +26,9 @@ from quant.errors import BudgetError, ConfigError
 from quant.formats.kv import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
+
+# A context in which a model's products are those of prompts (`Kernels.multiplying`).
+PromptProducts = Callable[[], AbstractContextManager[None]]
 
 
 class Segment(NamedTuple):
@@ -126,11 +131,14 @@ class KvCache(ABC):
     `margin` tokens. Rows take memory as their sequence grows.
 
     pages   of the rows that are appended
-    program  the recorded step that decodes with it; None where operations are started one by one
+    program  the recorded step that decodes with it; None where operations are started one by one, or several
+             devices have a part
+    step_parts  those of a step recorded on several devices, or on a GPU
     shares_logits  a forward's results need not be valid any longer than until the next one
     """
 
     program: Program | None = None
+    step_parts: Sequence[StepPart] = ()
     shares_logits: bool = False
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine.chat.format import ChatFormat
 from engine.chat.harmony import ends_of
 from engine.chat.registry import chat_format_for
 from engine.embedded import EMBEDDED, embedded_sampling
-from engine.families.base import Component, Family, Model, ModelInfo
+from engine.families.base import Component, Family, Model, ModelInfo, PromptProducts
 from engine.families.registry import family_of
 from engine.sampling.defaults import end_token_ids, sampling_defaults
 from engine.tokenizer.tokenizer import Tokenizer
@@ -24,13 +25,15 @@ from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import CheckpointError, ConfigError, Findings
 from quant.kernels.choice import choose
+from quant.kernels.interface import Products
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model with everything needed to serve it.
 
-    sampling has the model's default sampling parameters, by name.
+    sampling has the model's default sampling parameters, by name. prompt_products: how prompts are
+    multiplied; None for exactly.
     """
 
     model: Model
@@ -38,6 +41,7 @@ class Loaded:
     chat: ChatFormat | None
     components: list[Component]
     sampling: Mapping[str, Any]
+    prompt_products: PromptProducts | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -85,12 +89,17 @@ class OpenedModel:
     chat: ChatFormat | None
     sampling: Mapping[str, Any]
 
-    def load(self, budget: MemoryBudget) -> Loaded:
-        """Read its weights, within `budget`."""
+    def load(self, budget: MemoryBudget, prompt_products: Products = "exact") -> Loaded:
+        """Read its weights, within `budget`. Raises ConfigError for products that this machine has no kernels
+        for."""
         kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
+        of_prompts = None if prompt_products == "exact" else partial(kernels.multiplying, prompt_products)
+        if of_prompts is not None:
+            with of_prompts():  # refused before weights are read
+                pass
         model = self.family.load(self.checkpoint, kernels, budget)
         model.info = replace(model.info, eos_token_ids=self.info.eos_token_ids)
-        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling)
+        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling, of_prompts)
 
 
 def load(

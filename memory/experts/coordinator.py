@@ -1,8 +1,9 @@
 """The thread that answers GPUs' mailboxes while a recorded step runs, and what ends a wait that nobody ends.
 
-It polls the mailboxes of all GPUs, computes what they miss and writes the answers. If that fails, or an
-answer takes longer than anybody's patience, the mailboxes are abandoned: the GPUs finish the step with
-numbers that mean nothing, and whoever waits for the step gets the error.
+It polls the mailboxes of all GPUs, computes what is left to the processor and writes the answers. If that
+fails, or an answer, its own or another GPU's, takes longer than anybody's patience, the mailboxes are
+abandoned: the GPUs finish the step with numbers that mean nothing, and whoever waits for the step gets the
+error.
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ class Coordinator:
         if error is not None:
             raise error
 
+    def fail(self, error: BaseException) -> None:
+        """The step that runs, if one does, has failed: no GPU waits any more, and `end` raises this."""
+        with self._changed:
+            if self._rounds is not None:
+                self._fail(error)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the step that runs has."""
+        return self._error is not None
+
     def give_up(self) -> None:
         """The step has failed elsewhere: no GPU waits for an answer any more."""
         with self._changed:
@@ -141,7 +153,7 @@ class Coordinator:
 
     def _watch(self) -> None:
         """End waits for one and the same answer that last longer than anybody's patience."""
-        waiting: list[int | None] = [None]
+        waiting: list[tuple[int, tuple[str, ...]] | None] = [None]
         since = 0.0
         with self._changed:
             while not self._is_closed:
@@ -151,12 +163,14 @@ class Coordinator:
                     continue
                 self._changed.wait(min(1.0, self._patience_s / 4))
                 now = [each.box.unanswered() for each in self._rounds or ()]
-                if now != waiting or all(number is None for number in now):
+                if now != waiting or not any(now):
                     waiting, since = now, time.monotonic()
                 elif time.monotonic() - since > self._patience_s:
+                    missing = sorted({name for found in now if found is not None for name in found[1]})
                     self._fail(
                         StalledError(
-                            f"experts that a GPU does not hold were not there after {self._patience_s:.0f} s"
+                            f"experts that a GPU does not hold were not there after {self._patience_s:.0f} "
+                            f"s: no answer from {' and '.join(missing)}"
                         )
                     )
 

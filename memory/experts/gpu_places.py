@@ -1,7 +1,9 @@
-"""Where a GPU's experts are, as the GPU itself looks them up: a table in its memory that changes between
+"""Where a GPU's experts are, as GPUs themselves look them up: tables in their memory that change between
 steps only."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -16,20 +18,24 @@ class GpuPlaces:
     """
 
     def __init__(self, table: SlotTable, layers: int, experts: int) -> None:
-        self._places = torch.full((layers, experts), -1, dtype=torch.int64)
+        self._places = torch.full((layers, experts), -1, dtype=torch.int64)  # in this GPU's arena
         self._numbers = self._places.numpy()  # the same memory
         self._coming: dict[Key, SlotEntry] = {}
         self._is_new = True
         self._table = table
-        device = table.tier.device
-        self._on_gpu = self._places.to(device)
+        self._on_gpu = self._places.to(table.tier.device)
         for layer, entries in enumerate(table.by_layer):
             for expert, entry in entries.items():
                 self.put((layer, expert), entry)
-        self.publish()
+
+    @property
+    def tier(self) -> str:
+        """Of the GPU."""
+        return self._table.tier.name
 
     def slots(self, layer: int) -> SlotsOnGpu:
-        """What kernels need to compute a layer's experts."""
+        """What kernels need to compute a layer's experts. Others' places are negative: -1 less the number of
+        the GPU among the others, from 1; -1 for experts on none."""
         first = self._table.arena.slot(0)
         sample = self._table.layouts[layer].views(first)
         return SlotsOnGpu(first, self._on_gpu, sample, first.data_ptr())
@@ -44,8 +50,12 @@ class GpuPlaces:
         self._numbers[key[0], key[1]] = -1
         self._is_new = True
 
-    def publish(self) -> None:
-        """Between two steps: tell the GPU what has arrived and what has left."""
+    def holds(self, layer: int, expert: int) -> bool:
+        """Whether the GPU knows of an expert."""
+        return bool(self._numbers[layer, expert] >= 0)
+
+    def _take_in(self) -> bool:
+        """Note what has arrived; whether anything has changed since the last time."""
         for key, entry in list(self._coming.items()):
             if entry.is_moving:
                 continue
@@ -53,10 +63,20 @@ class GpuPlaces:
             if entry.ticket is None or not entry.ticket.has_failed:
                 self._numbers[key[0], key[1]] = self._table.arena.place(entry.slot)
                 self._is_new = True
-        if self._is_new:
-            self._on_gpu.copy_(self._places)
-            self._is_new = False
+        is_new, self._is_new = self._is_new, False
+        return is_new
 
-    def holds(self, layer: int, expert: int) -> bool:
-        """Whether the GPU knows of an expert."""
-        return bool(self._numbers[layer, expert] >= 0)
+    def _tell(self, others: Sequence[GpuPlaces]) -> None:
+        """Write the table in the GPU's memory."""
+        told = self._places.clone()
+        for number, other in enumerate(others, 1):
+            told[(self._places < 0) & (other._places >= 0)] = -1 - number
+        self._on_gpu.copy_(told)
+
+
+def publish(gpus: Sequence[GpuPlaces]) -> None:
+    """Between two steps: tell all GPUs what each has got and lost."""
+    changes = [gpu._take_in() for gpu in gpus]
+    if any(changes):
+        for gpu in gpus:
+            gpu._tell([other for other in gpus if other is not gpu])

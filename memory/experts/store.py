@@ -13,7 +13,7 @@ added in the router's order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -151,13 +151,14 @@ class ExpertStore:
     def on_gpus(self) -> dict[torch.device, GpuPlaces]:
         """The experts of GPUs that can find them by themselves, by device; needs Triton. For recorded steps,
         which are the first to ask for them."""
-        from memory.experts.gpu_places import GpuPlaces
+        from memory.experts.gpu_places import GpuPlaces, publish
 
         found = {}
         for table in self.slots.gpus:
             if table.arena.slots and not table.tier.is_virtual:
                 places = found[table.tier.device] = GpuPlaces(table, self._files.layers, self._files.experts)
                 table.observer = places
+        publish(list(found.values()))
         return found
 
     def begin(self, tokens: Sequence[int], top_k: int) -> None:
@@ -217,15 +218,18 @@ class ExpertStore:
         with ExpertStep(self.slots, self._kernels, layer, ids, needed) as step:
             return step.run(x, torch.ones(ids.shape), limit)
 
-    def used_in_step(self, layer: int, needed: list[int], elsewhere: Sequence[int], on_gpu: str) -> None:
-        """A layer's step is over: GPU `on_gpu` has found all it needed but `elsewhere`, ascending.
+    def used_in_step(
+        self, layer: int, needed: list[int], elsewhere: Sequence[int], on_gpus: Mapping[str, int]
+    ) -> None:
+        """A layer's step is over: GPUs have computed so many of what it needed by themselves, all but
+        `elsewhere`, ascending.
 
         Between steps, the best of the others move to their GPUs, one at a time over each link.
         """
         self.slots.refill()
-        here = len(needed) - len(elsewhere)
-        for counter in ("hits", "computed"):
-            self.telemetry.add(counter, on_gpu, here)
+        for tier, count in on_gpus.items():
+            for counter in ("hits", "computed"):
+                self.telemetry.add(counter, tier, count)
         self._policies[layer].used(needed, neighbours_of(self._used, layer))
         self._used[layer] = needed
         for expert in elsewhere:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memory.hardware.profiles import HardwareProfile
-from memory.planner.launches import BESIDE
+from memory.planner.launches import BESIDE, SHARE
 from memory.planner.placement import Placement
 from memory.planner.routing import Routing, any_used, distinct
-from memory.planner.shape import LayerShape, ModelShape
+from memory.planner.shape import LayerShape, ModelShape, Weights
 
 # Steps of more sequences, and prompts, are not recorded.
 MAX_RECORDED_ROWS = 16
@@ -47,7 +47,8 @@ class Efficiency:
     rearranged_per_core bytes a second that a core brings from file order into the kernels' order
     round_trip_s        GPU to CPU and back, in a layer that needs experts outside VRAM
     hand_over_s         the same through a mailbox, in a recorded step
-    gpu_hop_s          GPU to GPU and back, in a layer whose experts lie on several
+    gpu_hop_s           GPU to GPU and back, in a layer whose experts lie on several
+    exchange_s          the same through a mailbox, in a recorded step, beside what crosses the links
     """
 
     vram_share: float = 0.8
@@ -63,6 +64,7 @@ class Efficiency:
     round_trip_s: float = 100e-6
     hand_over_s: float = 30e-6
     gpu_hop_s: float = 52e-6
+    exchange_s: float = 10e-6
 
 
 @dataclass
@@ -237,6 +239,7 @@ class CostModel:
         for tier, part in (("vram", hot), ("dram", warm), ("nvme", cold)):
             hits[tier] += tokens * float(part.sum())
 
+        is_recorded = self._is_real_gpu(self._tiers[n]) and _is_recorded(layer, tokens)
         cpu_s, gpu_s, gpu_bound = 0.0, 0.0, VRAM
         for tier, count in gpus.items():
             share = count / in_vram
@@ -245,25 +248,48 @@ class CostModel:
             cost.nbytes[tier] += nbytes
             if not self._is_real_gpu(tier):
                 cpu_s += time
-            elif time > gpu_s:
+                continue
+            if is_recorded and tier == self._tiers[n]:
+                time += self._beside(cost, tier, layer.shared, tokens)
+            elif is_recorded:
+                time += self._exchange(cost, self._tiers[n], tier, tokens, tokens * float(hot.sum()) * share)
+            if time > gpu_s:
                 gpu_s, gpu_bound = time, resource
-        if self._is_shared_beside(n, layer, tokens):
-            tier, shared = self._tiers[n], layer.shared
-            gpu_s += self._on(tier, shared.nbytes, 2 * shared.parameters * tokens)[0] + BESIDE * e.launch_s
-            cost.nbytes[tier] += shared.nbytes
+        if is_recorded and self._tiers[n] not in gpus:
+            gpu_s = max(gpu_s, self._beside(cost, self._tiers[n], layer.shared, tokens))
         if np.any(chances[in_vram:] > 0):
             read = size * distinct(cold, tokens)
             moved = size * distinct(warm, tokens) + read
             outside = tokens * float(chances[in_vram:].sum())
-            self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound)
+            brings = not is_recorded  # in a recorded step, experts move to GPUs between steps only
+            self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound, brings=brings)
             on_gpu = self._is_real_gpu(self._tiers[n])
-            wait = e.hand_over_s if _is_recorded(layer, tokens) else e.round_trip_s
+            wait = e.hand_over_s if is_recorded else e.round_trip_s
             cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * wait * on_gpu
         else:
             cost.seconds[gpu_bound if gpu_s >= cpu_s else DRAM] += max(gpu_s, cpu_s)
             cost.disk_idle_s += max(gpu_s, cpu_s)
-        if sum(self._is_real_gpu(tier) for tier in gpus) > 1:
+        if sum(self._is_real_gpu(tier) for tier in gpus) > 1 and not is_recorded:
             cost.seconds[LATENCY] += e.gpu_hop_s
+
+    def _beside(self, cost: StepCost, tier: str, shared: Weights, tokens: int) -> float:
+        """What a GPU computes beside its routed experts in a recorded step: the shared one."""
+        cost.nbytes[tier] += shared.nbytes
+        return (
+            self._on(tier, shared.nbytes, 2 * shared.parameters * tokens)[0]
+            + BESIDE * self.efficiency.launch_s
+        )
+
+    def _exchange(self, cost: StepCost, asking: str, asked: str, tokens: int, picks: float) -> float:
+        """What another GPU's part in a recorded layer takes beside its experts: inputs and outputs go by way
+        of host memory, over both links."""
+        nbytes = 4 * self.shape.hidden * (tokens + picks)
+        time = self.efficiency.exchange_s + SHARE * self.efficiency.launch_s
+        for tier in (asking, asked):
+            number = int(tier.partition(":")[2])
+            cost.nbytes[f"link:{number}"] += nbytes
+            time += nbytes / self.hardware.gpus[number].link_bytes_per_s
+        return time
 
     def _outside_vram(
         self,
@@ -274,8 +300,11 @@ class CostModel:
         cpu_s: float,
         gpu_s: float,
         gpu_bound: str,
+        *,
+        brings: bool,
     ) -> None:
-        """`moved` bytes of experts in DRAM, `read` of them from NVMe: to the CPU, or over links to GPUs.
+        """`moved` bytes of experts in DRAM, `read` of them from NVMe: to the CPU, or over links to GPUs where
+        these bring any.
 
         The split x (share over the links) makes CPU, links and GPUs finish together; disk and the DRAM
         bus, which everything crosses, work meanwhile.
@@ -286,7 +315,7 @@ class CostModel:
         disk -= e.guessed_share * min(disk, cost.disk_idle_s)
         cpu_s += read / (e.rearranged_per_core * hardware.cores)
         by_cpu, cpu_bound = self._on("dram", moved, flops)
-        real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda"]
+        real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda" and brings]
         links = sum(gpu.link_together_bytes_per_s for gpu in real)
         x, by_link, on_gpu = 0.0, 0.0, 0.0
         if links and moved:

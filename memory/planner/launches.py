@@ -14,6 +14,7 @@ ENTRY = 1  # index keys on their way to the others
 TABLE = 1  # gated values of table rows; their product goes along with others
 STEP = 4  # the streams' beginning, rotations, the last norm and the head
 HAND_OVERS = 1  # of a layer; one more where the next layer waits for table rows
+SHARE = 3  # of another GPU, for the experts of a layer that it holds: their inputs fetched, and two as above
 
 
 def gpu_launches(*, owns_entries: bool, chooses_among: int, has_table: bool) -> int:

@@ -186,15 +186,17 @@ def lent_bytes(shape: ModelShape, workload: Workload) -> int:
 
 def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
     """Buffers of a recorded decode step on a GPU, for all rows that it may have: what a token has in hand,
-    logits,
-    a score of each entry that a sequence may have, and attention, in parts of some latents for each head."""
+    logits, a score of each entry that a sequence may have, and attention, in parts of some latents for each
+    head; and for its share of another GPU's layers, a token's inputs twice, and its experts' inner values."""
     kv = [layer.kv for layer in shape.layers]
     scores = 6 * workload.context // min((k.seen_ratio for k in kv if k.scan_bytes), default=workload.context)
     attention = max(
         (k.fixed_flops + (k.selected or 0) * k.selected_flops for k in kv), default=0
     )  # x 4 bytes
     in_hand = RECORDED_ACTIVATIONS * shape.activation_bytes + 4 * shape.vocab_size
-    return RECORDED_ROWS * (in_hand + scores + attention // RECORDED_LATENTS)
+    inner = shape.top_k * max(layer.expert.parameters // (3 * shape.hidden) for layer in shape.layers)
+    share = 4 * (2 * shape.hidden + inner + 2 * shape.top_k)
+    return RECORDED_ROWS * (in_hand + scores + attention // RECORDED_LATENTS + share)
 
 
 def _reserve_workspace(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from quant.formats.rows import RowFormat, Rows
-from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, SlotLayout, Weight
+from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, Products, SlotLayout, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.packed import Format, PackedTensor
 
@@ -30,6 +31,13 @@ class DeviceKernels:
 
     def on(self, device: torch.device) -> Kernels:
         return self._gpus.get(device, self._host)
+
+    @contextmanager
+    def multiplying(self, products: Products) -> Iterator[None]:
+        with ExitStack() as stack:
+            for kernels in (self._host, *self._gpus.values()):
+                stack.enter_context(kernels.multiplying(products))
+            yield
 
     def prepare(self, weight: Weight) -> Weight:
         return self._host.prepare(weight)

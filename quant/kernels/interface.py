@@ -6,9 +6,10 @@ The `reference` back end is plain torch; all others are tested against it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -16,6 +17,7 @@ from quant.kernels.layers import LayerOperations
 from quant.packed import Format, PackedTensor
 
 Weight = torch.Tensor | PackedTensor
+Products = Literal["exact", "bf16"]
 ExpertFormats = tuple[Format, Format, Format]  # of w1, w3 and w2
 
 
@@ -30,6 +32,12 @@ class Kernels(LayerOperations, Protocol):
 
     def on(self, device: torch.device) -> Kernels:
         """The back end for weights on `device`: its `prepare` moves weights there."""
+        ...
+
+    def multiplying(self, products: Products) -> AbstractContextManager[None]:
+        """While it lasts, products with weights are `exact` (to float32), or `bf16`: activations are rounded
+        to bfloat16, and weights too, but for float32 and float16. Either way, on processors, a token's result
+        depends on itself alone. Raises ConfigError where there are no such kernels."""
         ...
 
     def prepare(self, weight: Weight) -> Weight:

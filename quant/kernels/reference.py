@@ -6,12 +6,15 @@ weight is ever expanded as a whole.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch.nn import functional as F
 
+from quant.errors import ConfigError
 from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import ExpertFormats, MoeCall, Weight, apart_by_moe, moe_by_products
+from quant.kernels.interface import ExpertFormats, MoeCall, Products, Weight, apart_by_moe, moe_by_products
 from quant.kernels.torch_layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
@@ -32,6 +35,11 @@ class ReferenceKernels(TorchLayers):
 
     def on(self, device: torch.device) -> ReferenceKernels:
         return self
+
+    def multiplying(self, products: Products) -> AbstractContextManager[None]:
+        if products != "exact":
+            raise ConfigError(f"{products} products need the compiled kernels; use exact products")
+        return nullcontext()
 
     def prepare(self, weight: Weight) -> Weight:
         return weight

@@ -49,6 +49,9 @@ class MessagesReply(ConversationReply):
         yield {"type": "message_delta", "delta": self._ending(self.answers[0]), "usage": self._usage()}
         yield {"type": "message_stop"}
 
+    def waiting(self) -> dict[str, Any]:
+        return {"type": "ping"}
+
     def failure(self, error: ApiError) -> dict[str, Any]:
         return error.messages_body
 

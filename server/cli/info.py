@@ -11,8 +11,11 @@ from server.cli.arguments import Devices, DramBudget, ExpertsFormat, KvFormatOpt
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engine.families.base import Component
     from engine.families.loader import OpenedModel
+    from engine.program_report import StepPart
     from memory.planner.budget import MemoryBudget
 
 # Loading maps files and then touches every weight once; up to here that takes seconds.
@@ -126,8 +129,12 @@ def _print_program(opened: OpenedModel, budget: MemoryBudget) -> None:
     from server.serving.service import DEFAULT_CONTEXT
 
     model = opened.load(budget).model
-    recorded = model.new_cache(1, min(model.info.max_context, DEFAULT_CONTEXT)).program
+    cache = model.new_cache(1, min(model.info.max_context, DEFAULT_CONTEXT))
+    recorded = cache.program
     print()
+    if cache.step_parts:
+        _print_parts(cache.step_parts)
+        return
     if recorded is None:
         print("The decode step is not recorded: operations are started one by one.")
         return
@@ -147,6 +154,27 @@ def _print_program(opened: OpenedModel, budget: MemoryBudget) -> None:
         right=(1, 2, 3),
     )
     print("\nA hand-over is skipped unless bytes must arrive first.")
+
+
+def _print_parts(parts: Sequence[StepPart]) -> None:
+    """What each device does in a step that several have a part in."""
+    print("A decode step is recorded for each device; those that help another run at the same time as it.\n")
+    print_table(
+        ["device", "computes", "layers", "kernels each", "hand-overs each", "answers of GPUs each"],
+        [
+            (
+                part.device,
+                "layers" if part.helps is None else f"experts for {part.helps}",
+                name,
+                "" if work.launches is None else str(work.launches),
+                str(work.hand_overs),
+                str(work.exchanges),
+            )
+            for part in parts
+            for name, work in part.kinds()
+        ],
+        right=(3, 4, 5),
+    )
 
 
 def _count(number: int) -> str:

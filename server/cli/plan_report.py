@@ -231,6 +231,7 @@ def _print_launches(
 ) -> None:
     """What starting kernels on GPUs is taken to cost: counted, and not measured."""
     from memory.planner.cost_model import LATENCY, Efficiency
+    from memory.planner.launches import SHARE
 
     real = {f"vram:{n}" for n, gpu in enumerate(machine.gpus) if gpu.kind == "cuda"}
     tiers = {n: placement.tier_of("dense", n) for n in range(len(shape.layers))}
@@ -239,8 +240,10 @@ def _print_launches(
         return
     most = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0])
     waits = last.alone.seconds.get(LATENCY, 0.0)
+    held = {tier for n in tiers for tier in placement.experts(n)} & real
+    shared = f", and {SHARE} on each other GPU for its experts at the same time," if len(held) > 1 else ""
     print(
-        f"GPUs start {most} kernels a layer, as the recorded step counts them; that they take "
+        f"GPUs start {most} kernels a layer{shared or ','} as the recorded step counts them; that they take "
         f"{Efficiency().launch_s * 1e6:.0f} us each is a forecast, which no GPU has measured. With "
         f"waits between devices: {1e3 * waits:.0f} of {1e3 * last.alone.total_s:.0f} ms of a token."
     )

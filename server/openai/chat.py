@@ -15,6 +15,7 @@ from server.openai.requests import ChatRequest
 from server.openai.tools import custom_input
 from server.serving.answer import Answer, Call
 from server.serving.generation import Generation
+from server.serving.progress import Progress
 from server.serving.reply import ConversationReply, Counts
 from server.serving.service import Served
 
@@ -26,6 +27,7 @@ class ChatReply(ConversationReply):
         super().__init__(request, prompt, served)
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._progress = Progress()
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""
@@ -52,6 +54,18 @@ class ChatReply(ConversationReply):
                 yield self._chunk(answer, {}, answer.new_logprobs())
         if self._request.wants_usage:
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
+
+    def pulse(self, generation: Generation, is_due: bool) -> dict[str, Any] | None:
+        progress = self._progress.of(generation) if self._request.return_progress else None
+        if progress is not None:
+            return self.waiting() | {"prompt_progress": progress}
+        return super().pulse(generation, is_due)
+
+    def waiting(self) -> dict[str, Any]:
+        """A chunk in which nothing was added."""
+        choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
+        no_usage = {"usage": None} if self._request.wants_usage else {}
+        return self._envelope("chat.completion.chunk") | {"choices": [choice]} | no_usage
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._served.name}

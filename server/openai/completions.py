@@ -17,6 +17,7 @@ from server.openai.completion_requests import CompletionRequest, check_ids
 from server.openai.logprobs import CompletionLogprobs, echoed_logprobs, empty_logprobs
 from server.openai.requests import UNLIMITED
 from server.serving.generation import Generation
+from server.serving.progress import Progress
 from server.serving.reply import Counts, Reply
 from server.serving.service import Served
 
@@ -62,6 +63,7 @@ class CompletionReply(Reply):
         self._served = served
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._progress = Progress()
         self._scores_only = request.max_tokens == 0
         tokenizer = served.loaded.tokenizer
         self._grammar = content_grammar(request.as_format(), tokenizer.added_tokens)
@@ -127,6 +129,18 @@ class CompletionReply(Reply):
                 yield self._envelope([piece]) | no_usage
         if self._request.wants_usage:
             yield self._envelope([]) | {"usage": usage(self.counts)}
+
+    def pulse(self, generation: Generation, is_due: bool) -> dict[str, Any] | None:
+        progress = self._progress.of(generation) if self._request.return_progress else None
+        if progress is not None:
+            return self.waiting() | {"prompt_progress": progress}
+        return super().pulse(generation, is_due)
+
+    def waiting(self) -> dict[str, Any]:
+        """A chunk in which nothing was added."""
+        no_usage = {"usage": None} if self._request.wants_usage else {}
+        choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
+        return self._envelope([choice]) | no_usage
 
     def _sampling(self, index: int) -> SamplingParams:
         request = self._request

@@ -157,6 +157,7 @@ class GenerationRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     modalities: list[str] | None = None
+    return_progress: bool | None = None
     cache_salt: str | None = Field(None, max_length=MAX_SALT)
 
     @model_validator(mode="before")

@@ -87,6 +87,10 @@ class ResponsesReply(ConversationReply):
         if deltas:  # tokens whose text is still held back belong to the next piece
             self._unclaimed = []
 
+    def waiting(self) -> dict[str, Any]:
+        """`response.in_progress` once more."""
+        return self._event({"type": "response.in_progress", "response": self._response("in_progress")})
+
     def cancelled(self) -> dict[str, Any]:
         """The response as far as it came before a client ended it."""
         return self._response("cancelled")

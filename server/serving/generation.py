@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
-from engine.engine import Engine, Submission
+from engine.engine import Engine, PromptProgress, Submission
 from engine.output import FinishReason, Output, joined
 from engine.sampling.params import SamplingParams
 from server.http.errors import ApiError, unavailable
@@ -57,6 +57,12 @@ class Generation:
             if self._running and self._ended_by is not None:
                 raise self._ended_by
 
+    def prompt_progress(self) -> PromptProgress | None:
+        """How much of the prompts has been computed; None once nothing more of them is to come."""
+        found = [self._engine.prompt_progress(ticket) for ticket in self._running.values()]
+        known = [each for each in found if each is not None]
+        return None if not known else PromptProgress(*map(sum, zip(*known, strict=True)))
+
     def cancel(self) -> None:
         """Abort whatever still runs, and report the cancellation to the reader."""
         # As if its client had left; clients repeat requests that end with 409 or 5xx.
@@ -82,8 +88,8 @@ class Generation:
         self._inbox.append((index, output))
         is_first, is_last = output.cached_tokens is not None, output.finish_reason is not None
         self._wakeups.add(self._arrived, at_once=is_first or is_last)
-        if is_last:
-            self._wakeups.flush()  # what the engine does with its state is nothing to wait for
+        if is_first or is_last:
+            self._wakeups.flush()  # what the engine does with the state now is nothing to wait for
 
     def _expire(self, timeout_s: float) -> None:
         message = f"the request took longer than {timeout_s:g} s and was ended; ask for fewer tokens"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -144,7 +145,9 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
             account.spend(reply.counts.prompt, reply.counts.generated)
 
     if is_stream:
-        return EventStream(reply.events(generation), reply.last, reply.failure, close)
+        return EventStream(
+            reply.events(generation), reply.last, reply.failure, partial(reply.pulse, generation), close
+        )
     result = await answer(request, reply.whole(generation), close)
     return result if isinstance(result, Response) else JSONResponse(result)
 

@@ -63,6 +63,14 @@ class Reply(ABC):
     def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """The answer as events of a stream."""
 
+    def pulse(self, generation: Generation, is_due: bool) -> dict[str, Any] | None:
+        """An event for a stream that waits: where one `is_due` since the last, or the prompt has got on."""
+        return self.waiting() if is_due else None
+
+    @abstractmethod
+    def waiting(self) -> dict[str, Any]:
+        """An event that says nothing but that the answer is still coming."""
+
     def failure(self, error: ApiError) -> dict[str, Any]:
         """The event that ends a failed stream."""
         return error.body

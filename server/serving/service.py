@@ -117,7 +117,7 @@ def prepare(settings: Settings) -> Prepared:
 def bring_up(prepared: Prepared) -> Served:
     """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
     settings, budget, prefix_bytes = prepared.settings, prepared.budget, prepared.prefix_bytes
-    loaded = prepared.opened.load(budget)
+    loaded = prepared.opened.load(budget, settings.prompt_products)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
         warm_up(loaded.model, min(budget.workload.prefill_chunk, budget.workload.context))
@@ -144,6 +144,7 @@ def bring_up(prepared: Prepared) -> Served:
         prefix_cache_bytes=prefix_bytes,
         on_disk=_states_on_disk(prepared, prefix_bytes),
         aside=_aside_on_disk(settings),
+        prompt_products=loaded.prompt_products,
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
@@ -210,7 +211,7 @@ def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | Non
     return StatesOnDisk(
         settings.prefix_dir or states_folder(),
         parse_bytes(settings.prefix_disk),
-        identity_of(prepared.opened.checkpoint, prepared.budget),
+        identity_of(prepared.opened.checkpoint, prepared.budget, settings.prompt_products),
         prepared.names[0],
     )
 

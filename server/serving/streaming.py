@@ -18,9 +18,10 @@ log = logging.getLogger("loci")
 T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
-# A line that clients ignore. Proxies close silent connections, and a long prompt takes minutes.
-KEEP_ALIVE = b": still here\n\n"
+# Proxies close silent connections, and clients give up on streams without events, while a long prompt takes
+# minutes: an event that says nothing is sent after so many seconds.
 KEEP_ALIVE_S = 15.0
+PULSE_S = 0.5  # how often progress is looked for
 OUTBOX_BYTES = 1 << 16  # of events that wait for a client to read
 CLIENT_CLOSED_REQUEST = 499  # as proxies log it
 
@@ -31,11 +32,15 @@ def frame(data: dict[str, Any]) -> bytes:
     return b"%bdata: %b\n\n" % (name, to_json(data))
 
 
+Pulse = Callable[[bool], dict[str, Any] | None]
+
+
 class EventStream(Response):
     """Sends `events` as they come, then the bytes `last`; an error becomes the last event.
 
-    `failure` builds the protocol's error event. `close` is called in any case: at the end, after an
-    error, and when the client disconnects.
+    `failure` builds the protocol's error event, `pulse` one to send while there is nothing else: it is told
+    whether one is due, and has None where there is nothing to tell. `close` is called in any case: at the
+    end, after an error, and when the client disconnects.
     """
 
     media_type = "text/event-stream"
@@ -45,6 +50,7 @@ class EventStream(Response):
         events: AsyncIterator[dict[str, Any]],
         last: bytes,
         failure: Callable[[ApiError], dict[str, Any]],
+        pulse: Pulse,
         close: Callable[[], None],
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -52,6 +58,7 @@ class EventStream(Response):
         self._events = events
         self._last = last
         self._failure = failure
+        self._pulse = pulse
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +69,7 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        outbox = _Outbox()
+        outbox = _Outbox(self._pulse)
         writing = asyncio.ensure_future(self._write_all(scope, outbox))
         try:
             while not outbox.is_complete:
@@ -90,19 +97,19 @@ class EventStream(Response):
 class _Outbox:
     """Bytes on their way to the client: what is put in without waiting is taken out together.
 
-    `is_complete` once nothing follows what was taken. Where nothing is put in, a comment is from time to
-    time.
+    `is_complete` once nothing follows what was taken. Where nothing is put in, what `pulse` makes is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pulse: Pulse) -> None:
+        self._pulse = pulse
         self.is_complete = False
         self._parts: list[bytes] = []
         self._nbytes = 0
-        self._is_silent = True
+        self._silent_s = 0.0
         self._has_ended = False
         self._filled, self._emptied = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._beat = self._loop.call_later(KEEP_ALIVE_S, self._show_life)
+        self._beat: asyncio.Handle = self._loop.call_soon(self._show_life)
 
     async def put(self, part: bytes) -> None:
         """Add bytes; waits only for a client that does not read."""
@@ -134,14 +141,17 @@ class _Outbox:
     def _add(self, part: bytes) -> None:
         self._parts.append(part)
         self._nbytes += len(part)
-        self._is_silent = False
+        self._silent_s = 0.0
         self._filled.set()
 
     def _show_life(self) -> None:
-        if self._is_silent:
-            self._add(KEEP_ALIVE)
-        self._is_silent = True
-        self._beat = self._loop.call_later(KEEP_ALIVE_S, self._show_life)
+        if self._has_ended:
+            return
+        self._silent_s += PULSE_S
+        event = self._pulse(self._silent_s >= KEEP_ALIVE_S)
+        if event is not None:
+            self._add(frame(event))
+        self._beat = self._loop.call_later(PULSE_S, self._show_life)
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, T], close: Callable[[], None]) -> T | Response:

@@ -70,7 +70,7 @@ export class Chat {
 
   /** Show the conversation of this id; an empty one where there is none. */
   async open(id) {
-    this.#show((await this.#find(id)) ?? new Conversation());
+    this.#show((await this.find(id)) ?? new Conversation());
   }
 
   /** Say something at the end of the shown conversation. */
@@ -131,14 +131,15 @@ export class Chat {
 
   /** Give a conversation another title. */
   async rename(id, title) {
-    const conversation = await this.#find(id);
+    const conversation = await this.find(id);
     conversation.title = title;
+    if (conversation === this.conversation) this.#hooks.onShow();
     await this.#keep(conversation, conversation.changed);
   }
 
   /** Forget a conversation; returns the function that undoes it. */
   async delete(id) {
-    const conversation = await this.#find(id);
+    const conversation = await this.find(id);
     this.#gone.add(id);
     for (const run of this.#runs.values()) if (run.conversation === conversation) run.abort.abort();
     await this.#library.delete(id);
@@ -156,14 +157,14 @@ export class Chat {
 
   /** Another tab changed the conversation of this id: take over what it did. */
   async refresh(id) {
-    const [here, there] = [await this.#find(id, false), await this.#library.get(id)];
+    const [here, there] = [await this.find(id, false), await this.#library.get(id)];
     if (!here || !there) return;
     here.take(there, (turn) => this.#runs.has(turn.id));
     if (here === this.conversation) this.#hooks.onShow();
   }
 
   /** The conversation of this id, the very one that is shown or growing where it is. */
-  async #find(id, isWanted = true) {
+  async find(id, isWanted = true) {
     if (id === this.conversation.id) return this.conversation;
     const running = [...this.#runs.values()].find((run) => run.conversation.id === id);
     return running?.conversation ?? (isWanted ? this.#library.get(id) : null);

@@ -22,6 +22,7 @@ const PHASES = {
   dead: "the server's engine has ended; it must be restarted",
 };
 
+let trouble = "";
 const library = await Library.open();
 const connection = new Connection(settings.apiKey);
 const chat = new Chat(library, {
@@ -51,7 +52,10 @@ const chat = new Chat(library, {
     composer.focusIfLost();
   },
   onRefused: () => connection.look(),
-  onTrouble: (text) => say(text),
+  onTrouble(text) {
+    if (text !== trouble) say(text); // once, not at every change
+    trouble = text;
+  },
 });
 const messages = new Messages(chat, {
   rephrase: (turn, text) => text && chat.rephrase(turn, text),

@@ -18,6 +18,7 @@ const CLOSED = "loci.sidebar-closed";
 export class Sidebar {
   #library;
   #chat;
+  #state = ""; // of what the list shows
   #found = null; // ids, while something is searched for
   #renamed = null; // the id whose title is being written
   #actions;
@@ -54,6 +55,10 @@ export class Sidebar {
   show() {
     if (this.#renamed) return; // not under the hands of whoever is writing
     const shown = this.#library.summaries.filter(({ id }) => this.#found?.has(id) ?? true);
+    const states = shown.map(({ id, name }) => [id, name, this.#chat.isAnswering(id)]);
+    const state = JSON.stringify([states, this.#chat.conversation.id, this.#found !== null]);
+    if (state === this.#state) return; // a click that has begun must find its button at its end
+    this.#state = state;
     // What is unfolded or focused stays so, though the list is made anew.
     const unfolded = list.querySelector("details[open]")?.closest("li").dataset.id;
     const focused = list.contains(document.activeElement) ? keyOf(document.activeElement) : null;
@@ -77,13 +82,13 @@ export class Sidebar {
   }
 
   #entry({ id, name }, isUnfolded) {
-    if (id === this.#renamed) return this.#nameField(id, name);
     const isShown = id === this.#chat.conversation.id;
-    const open = button(name, () => this.#actions.open(id), { className: "open" });
+    const open = button(element("span", { className: "name" }, name), () => this.#actions.open(id), { className: "open" });
     if (isShown) open.setAttribute("aria-current", "true");
-    if (this.#chat.isAnswering(id)) open.append(element("span", { className: "answering" }, " answering"));
+    if (this.#chat.isAnswering(id)) open.append(element("span", { className: "answering" }, "answering"));
     const rename = () => {
       this.#renamed = id;
+      this.#state = "";
       list.querySelector(`[data-id="${id}"]`).replaceWith(this.#nameField(id, name));
       list.querySelector("input").select();
     };
@@ -91,7 +96,7 @@ export class Sidebar {
       element("summary", { ariaLabel: `More for ${name}` }, "⋯"),
       element("div", { className: "menu" },
         button("Rename", rename),
-        button("Export", async () => exportOne(await this.#library.get(id))),
+        button("Export", async () => exportOne(await this.#chat.find(id))),
         button("Delete", () => this.#actions.remove(id, name))));
     const item = element("li", {}, open, menu);
     item.dataset.id = id;

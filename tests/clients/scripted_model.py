@@ -27,7 +27,7 @@ from quant.kernels.interface import Kernels
 from server.cli.main import main as command
 
 MAX_CONTEXT = 1 << 18
-ASK = "Read the file"  # then a path; the answer begins with a call
+ASK = re.compile(r"Read the file (/\S*note\.txt)")  # answered with a call
 ASK_AGAIN = "Which word was it"
 WORD = re.compile(r"word-[0-9a-f]{8}")
 PATHS = ("file_path", "path", "absolute_path", "filePath", "filepath", "target_file", "filename", "file")
@@ -37,17 +37,16 @@ READERS = ("read_file", "read", "readfile", "view", "view_file", "file_read", "o
 
 def answer_to(prompt: str) -> str:
     """What the script answers to a rendered prompt."""
-    asked, told = prompt.rfind(ASK), prompt.rfind(RESULT)
-    again = prompt.rfind(ASK_AGAIN)
-    words = WORD.findall(prompt)
-    if asked < 0:
+    questions = list(ASK.finditer(prompt))
+    if not questions:
         return "Reading a note"  # agents ask for titles and summaries, too
+    asked, told, again = questions[-1].start(), prompt.rfind(RESULT), prompt.rfind(ASK_AGAIN)
+    words = WORD.findall(prompt)
     if again > max(asked, told):
         return f"It was {words[-1]}." if words else "I have not seen a word."
     if told > asked:
         return f"The file says {words[-1]}." if words else "The tool did not say."
-    path = prompt[asked:].split()[3].rstrip(".,")
-    called = _call(_tools_in(prompt), path)
+    called = _call(_tools_in(prompt), questions[-1].group(1))
     if called is None:
         return "I have no tool that reads files."
     name, arguments = called

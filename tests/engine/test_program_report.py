@@ -8,7 +8,7 @@ import pytest
 
 from engine.embedded import model_path
 from engine.families.loader import load
-from engine.program_report import LayerKind, layer_kinds, operation_kinds
+from engine.program_report import LayerKind, LayerWork, StepPart, layer_kinds, operation_kinds
 from memory.planner.budget import MemoryBudget
 from quant.kernels.cpu import library
 from quant.kernels.cpu.program import Program
@@ -46,6 +46,14 @@ def test_where_experts_move_every_layer_may_hand_over() -> None:
     moving = program(MemoryBudget(9 << 20))
 
     assert all(each.hand_overs >= 2 for each in layer_kinds(moving) if each.layers != (None,))
+
+
+def test_a_devices_equal_layers_are_reported_together() -> None:
+    work = [LayerWork(None, 1), *(LayerWork(n, 18 if n == 2 else 17, 1, 1) for n in range(4))]
+    found = StepPart("cuda:0", None, tuple(work)).kinds()
+    assert [(name, each.launches, each.exchanges) for name, each in found] == [
+        ("0 to 1, 3", 17, 1), ("2", 18, 1), ("before and after", 1, 0),
+    ]  # fmt: skip
 
 
 def test_layers_are_named_in_ranges() -> None:

@@ -25,7 +25,7 @@ from engine.families.loader import load
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
-from quant.kernels.cuda.mailbox import Mailbox, Word, has_stream_words
+from quant.kernels.cuda.mailbox import Mailbox, has_stream_words
 from quant.kernels.cuda.program import GpuProgram
 from tests.conftest import golden_path
 
@@ -35,8 +35,8 @@ TOLERANCE = 1e-3  # sums in another order, in three TF32 passes where tensor cor
 SLOTS, CONTEXT = 16, 300
 
 
-def model_on_gpu(gpu_bytes: int, dram_bytes: int = 1 << 30) -> DeepseekV41:
-    tiers = (Tier("vram:0", GPU_BASE_BYTES + gpu_bytes, GPU),)
+def model_on_gpu(gpu_bytes: int, dram_bytes: int = 1 << 30, gpus: int = 1) -> DeepseekV41:
+    tiers = tuple(Tier(f"vram:{n}", GPU_BASE_BYTES + gpu_bytes, torch.device("cuda", n)) for n in range(gpus))
     budget = MemoryBudget(dram_bytes, tiers, Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64))
     model = load(golden_path("v41-a"), budget).model
     assert isinstance(model, DeepseekV41)
@@ -82,6 +82,36 @@ def test_captured_steps_give_the_golden_logits(
     model.close()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize(
+    ("gpu_bytes", "dram_bytes"),
+    [
+        pytest.param(6 << 20, 1 << 30, id="experts on both GPUs and in DRAM"),
+        pytest.param(5 << 20, 1_900_000, id="and on disk"),
+    ],
+)
+def test_two_gpus_compute_a_layers_experts_at_once(gpu_bytes: int, dram_bytes: int) -> None:
+    golden = load_file(golden_path("v41-a") / "expected.safetensors")
+    ids = golden["input_ids"].tolist()
+    model = model_on_gpu(gpu_bytes, dram_bytes, gpus=2)
+    cache = model.new_cache(SLOTS, CONTEXT)
+    assert isinstance(cache.decoder, V41OnGpus), "nothing was recorded"
+    helpers = [helping.helper for stay in cache.decoder.stays for helping in stay.helping]
+    assert {helper.device.index for helper in helpers if helper is not None} == {0, 1}
+    for helper in helpers:
+        assert helper is not None
+        assert helper.program.is_captured
+        assert helper.program.runs_alone, "its stream cannot wait for words by itself"
+    model.forward(Batch.of([(0, 0, ids[:30]), (1, 0, ids[:20])]), cache)
+    for at in range(30, 90):
+        parts = [(0, at, ids[at : at + 1]), (1, at - 10, ids[at - 10 : at - 9])]
+        logits = model.forward(Batch.of(parts), cache)
+        assert (logits - golden["logits"][[at, at - 10]]).abs().max() < TOLERANCE
+    computed = model.weights.experts.telemetry.snapshot().computed
+    assert min(computed["vram:0"], computed["vram:1"]) > 0
+    model.close()
+
+
 def test_the_host_does_not_start_a_layers_kernels() -> None:
     """A replayed step of v41-a, eight layers, in far less than its 150 launches would take from Python."""
     model = model_on_gpu(64 << 20)
@@ -106,8 +136,8 @@ def test_a_stream_sets_a_word_and_waits_for_another_in_a_graph() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         before += 1
-        Word(box, 1, is_wait=False).on_stream(GPU)
-        Word(box, 1, is_wait=True).on_stream(GPU)
+        for word in (box.post_word(1), *box.await_words(1)):
+            word.on_stream(GPU)
         after += 1
     for turn in (1, 2, 3):
         box.begin()

@@ -117,6 +117,7 @@ class DeepseekV41(StreamModel):
         elif self._is_on_gpus:
             cache.decoder, nbytes = self._record_on_gpus(cache)
             cache.on_host = nbytes[HOST]
+            cache.step_parts = [] if cache.decoder is None else cache.decoder.parts()
         return cache
 
     def _arena_bytes(self, capacity: int) -> int:
@@ -162,7 +163,8 @@ class DeepseekV41(StreamModel):
             assert recorder is not None
             return recorder
 
-        from engine.families.deepseek_v41.on_gpus import V41OnGpus, coordinator_of
+        from engine.families.deepseek_v41.answers import coordinator_of
+        from engine.families.deepseek_v41.on_gpus import V41OnGpus
 
         if self._coordinator is None:
             self._coordinator = coordinator_of(self.parts)
@@ -200,6 +202,8 @@ class DeepseekV41(StreamModel):
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
         decoder = cache.decoder
+        if decoder is not None and not isinstance(decoder, V41Recorded):
+            decoder.check()
         if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
             return self._replay(decoder, batch, cache)
         return self._compute(batch, cache, trace or NO_TRACE)

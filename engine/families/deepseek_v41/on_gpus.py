@@ -2,16 +2,18 @@
 other.
 
 A step goes from device to device as layers do, and takes along what later layers need. Compressed entries
-stay
-with the layer that made them: where another device asks for some, queries travel to their index keys, and the
-chosen entries come back to a copy of their own, once for all layers that share the choice.
+stay with the layer that made them: where another device asks for some, queries travel to their index keys,
+and the chosen entries come back to a copy of their own, once for all layers that share the choice.
+
+Of a layer's experts each GPU computes those that it holds: while a stay's program runs on one GPU, all others
+that hold experts run a program that serves it (`Helping`).
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,64 +21,25 @@ from engine.cache.sparse import SparseCache
 from engine.families.base import Batch
 from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import V41Parts
+from engine.families.deepseek_v41.stays import GRACE_S, Helping, Stay, comes_to_an_end, helpers_of
 from engine.families.streams.operations import Written
 from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
+from engine.program_report import StepPart
 from memory.experts.coordinator import Coordinator, Round
+from memory.experts.gpu_places import publish
 from memory.experts.step import ExpertStep
 from quant.formats.rows import Rows, bytes_of, like
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cuda.mailbox import Mailbox
+from quant.kernels.cuda.helper import comes_true, reached
+from quant.kernels.cuda.mailbox import PAUSE_S, Mailbox, StalledError
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.layers import RoutingRule
-from quant.kernels.recording import StepProgram, StepRecorder
+from quant.kernels.recording import StepRecorder
 
 RecorderOn = Callable[[torch.device], StepRecorder]
-
-
-def coordinator_of(parts: V41Parts) -> Coordinator:
-    """Answers what GPUs do not hold from the expert store."""
-    store, limit = parts.weights.experts, parts.config.swiglu_limit
-
-    @torch.inference_mode()
-    def answer(layer: int, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return store.outputs(layer, ids, x, limit)
-
-    def foresee(layer: int, guess: list[int]) -> None:
-        if store.wants_guesses(layer):
-            store.prefetch(layer, guess)
-
-    return Coordinator(answer, foresee)
-
-
-@dataclass
-class Stay:
-    """A part of a step on one device, and its program once it is made.
-
-    source, result  of the program
-    """
-
-    recorder: StepRecorder
-    source: Buffer | None = None
-    result: Buffer | None = None
-    program: StepProgram | None = None
-
-    def take(self, value: Buffer, origin: Stay) -> Buffer:
-        """A value of another stay, from now on here."""
-        to = self.recorder.input(value.width, value.dtype)
-        origin.recorder.hand_over(lambda rows: self._copy(to, origin, value, rows), [value], [])
-        self.source = self.source or to
-        return to
-
-    def rows(self, buffer: Buffer, rows: int) -> torch.Tensor:
-        """The rows of a buffer that are alive, on its device."""
-        assert self.program is not None
-        return self.program.rows(buffer)[:rows]
-
-    def _copy(self, to: Buffer, origin: Stay, value: Buffer, rows: int) -> None:
-        self.rows(to, rows).copy_(origin.rows(value, rows))
 
 
 class V41OnGpus(V41Notes):
@@ -105,6 +68,10 @@ class V41OnGpus(V41Notes):
         self._kv: dict[int, Buffer] = {}  # of table rows, by layer
         self._coordinator = coordinator
         self._rounds: dict[int, tuple[Mailbox, list[int]]] = {}  # by the id of a stay's recorder
+        self._on_gpus = parts.weights.experts.on_gpus
+        self._tiers = {str(device): places.tier for device, places in self._on_gpus.items()}
+        self._between: list[Callable[[int], None]] = []  # what torch does between two devices' programs
+        self._busy: list[tuple[torch.device, Callable[[], bool]]] = []  # still, with a step that has failed
 
     # ------------------------------------------------------------------------------------------- running
 
@@ -112,6 +79,7 @@ class V41OnGpus(V41Notes):
         first, last = self.stays[0].program, self.stays[-1].program
         assert first is not None
         assert last is not None
+        self.check()
         self._step_rows = rows
         self._slots = [segment.slot for segment in batch.segments]
         self._positions = [segment.start for segment in batch.segments]
@@ -120,9 +88,16 @@ class V41OnGpus(V41Notes):
         try:
             for stay in self.stays:
                 assert stay.program is not None
+                for helper in helpers_of([stay]):
+                    helper.start(len(embedded), self._coordinator.fail)
                 stay.program.run(self._slots, self._positions)
+            if helpers_of(self.stays):
+                self._wait_for_the_last()
             logits = last.result[: len(embedded)].cpu()
             self._coordinator.end()
+            for helper in helpers_of(self.stays):  # they have answered, and only have to come to their end
+                if not comes_true(helper.is_done, GRACE_S):
+                    raise StalledError(f"{helper.device} has not finished its part of a step")
         except BaseException:
             self._fail()
             raise
@@ -132,8 +107,7 @@ class V41OnGpus(V41Notes):
     def _begin_experts(self) -> None:
         store = self._parts.weights.experts
         store.slots.settle()
-        for places in store.on_gpus.values():
-            places.publish()
+        publish(list(self._on_gpus.values()))
         store.slots.gpus_rest = bool(self._rounds)
         self._coordinator.begin([Round(*of) for of in self._rounds.values()])
 
@@ -143,19 +117,43 @@ class V41OnGpus(V41Notes):
         store.slots.gpus_rest = False
         for box, layers in self._rounds.values():
             for number, layer in enumerate(layers):
-                tier = self._parts.weights.places.tiers[layer]
-                store.used_in_step(layer, *box.chosen(number), tier)
+                needed, (elsewhere, *others) = box.chosen(number)
+                names = box.answerers[1:]
+                found = {self._tiers[name]: len(part) for name, part in zip(names, others, strict=True)}
+                own = len(needed) - len(elsewhere) - sum(found.values())
+                found[self._parts.weights.places.tiers[layer]] = own
+                store.used_in_step(layer, needed, elsewhere, found)
+
+    def _wait_for_the_last(self) -> None:
+        """Until the last device is through. Where the step fails and a GPU hangs, raises StalledError."""
+        device, failed_at = self.stays[-1].recorder.device, None
+        is_done = reached(device)
+        while not is_done():
+            if failed_at is None and self._coordinator.has_failed:
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+                raise StalledError(f"{device} has not finished a step that has failed")
+            time.sleep(PAUSE_S)
 
     def _fail(self) -> None:
-        """Nothing stays claimed, and no GPU waits."""
+        """Nothing stays claimed, and no GPU waits; those that do not come to an end are remembered."""
         self._coordinator.give_up()
         self._parts.weights.experts.slots.gpus_rest = False
         if self._acquired is not None:
             self._acquired.__exit__()
             self._acquired = None
-        for stay in self.stays:
-            if stay.recorder.device.type == "cuda":
-                torch.cuda.synchronize(stay.recorder.device)
+        waits = [(helper.device, helper.is_done) for helper in helpers_of(self.stays)]
+        waits += [(device, reached(device)) for device in {stay.recorder.device for stay in self.stays}]
+        self._busy = [(device, is_done) for device, is_done in waits if not comes_to_an_end(is_done)]
+
+    def check(self) -> None:
+        """Before a step: raise StalledError while a GPU has not come to the end of one that has failed."""
+        self._busy = [(device, is_done) for device, is_done in self._busy if not is_done()]
+        if self._busy:
+            raise StalledError(
+                f"{self._busy[0][0]} has not come to the end of a step that has failed; if that lasts, "
+                "restart the server"
+            )
 
     def begin(self, width: int) -> Buffer:
         """What the step begins with, `[rows, width]`."""
@@ -164,9 +162,18 @@ class V41OnGpus(V41Notes):
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         self._stay.result = result
+        for box, _ in self._rounds.values():  # making programs runs them: nobody is to wait
+            box.abandon()
         for stay in self.stays:
             assert stay.source is not None
             stay.program = stay.recorder.finish(stay.source, stay.result or stay.source)
+            for helping in stay.helping:
+                helping.finish()
+        if helpers_of(self.stays) and self._recorder.device.type == "cuda":
+            # A kernel is loaded when it is first used, and that may wait for a GPU which waits for another.
+            self._slots, self._positions = [0], [0]
+            for work in self._between:
+                work(1)
 
     def nbytes(self, result: Buffer) -> dict[torch.device, int]:
         """Bytes that the programs would hold, by device."""
@@ -175,9 +182,16 @@ class V41OnGpus(V41Notes):
         for stay in self.stays:
             assert stay.source is not None
             found[stay.recorder.device] += stay.recorder.nbytes(stay.source, stay.result or stay.source)
+            for helping in stay.helping:
+                assert helping.x is not None
+                found[helping.recorder.device] += helping.recorder.nbytes(helping.x, helping.x)
         for (_, device), copy in self._copies.items():
             found[device] += copy.nbytes
         return found
+
+    def parts(self) -> list[StepPart]:
+        """What each device does."""
+        return [part for stay in self.stays for part in stay.parts()]
 
     # --------------------------------------------------------------------------------- between devices
 
@@ -238,6 +252,7 @@ class V41OnGpus(V41Notes):
             for value, to in zip(found, outs, strict=True):
                 here.rows(to, rows).copy_(there.rows(value, rows))
 
+        self._between.append(work)
         self._recorder.hand_over(work, given, outs)
         self._selected, *pools = outs
         self._pool = pools[0] if pools else self._pool
@@ -275,6 +290,7 @@ class V41OnGpus(V41Notes):
             numbers = torch.arange(selected.width, device=copy.device).expand(rows, -1)
             here.rows(copied, rows).copy_(torch.where(chosen.to(copy.device) < 0, -1, numbers))
 
+        self._between.append(work)
         self._recorder.hand_over(work, [selected], [copied])
         self._copied = copied
         return like(held, copy), copied
@@ -331,7 +347,7 @@ class V41OnGpus(V41Notes):
 
     def _slots_here(self) -> SlotsOnGpu | None:
         """The experts of the device that is recorded, if it can find them by itself."""
-        places = self._parts.weights.experts.on_gpus.get(self._recorder.device)
+        places = self._on_gpus.get(self._recorder.device)
         return None if places is None or self._layer is None else places.slots(self._layer)
 
     def acquire(self, number: int, ids: Buffer) -> None:
@@ -351,10 +367,14 @@ class V41OnGpus(V41Notes):
         slots, recorder = self._slots_here(), self._recorder
         if slots is not None and isinstance(recorder, GpuRecorder):
             box, layers = self._round(recorder, x.width, ids.width)
+            at = len(layers)
             layers.append(number)
             guesses = None if guess is None else guess[1]
             limit = self._config.swiglu_limit
-            return recorder.experts(x, ids, weights, slots, limit, box, len(layers) - 1, guesses)
+            for helping in here.helping:
+                theirs = self._on_gpus[helping.recorder.device].slots(number)
+                helping.serve(theirs, number, limit, box, at)
+            return recorder.experts(x, ids, weights, slots, limit, box, at, guesses)
         out = self._recorder.buffer(x.width)
 
         def work(rows: int) -> None:
@@ -371,9 +391,17 @@ class V41OnGpus(V41Notes):
         return out
 
     def _round(self, recorder: GpuRecorder, hidden: int, top_k: int) -> tuple[Mailbox, list[int]]:
-        """The mailbox of a stay's program, and the layers of its hand-overs so far."""
+        """The mailbox of a stay's program, and the layers of its hand-overs so far; begins what others do."""
         if id(recorder) not in self._rounds:
             pinned = recorder.device.type == "cuda"
-            count = self._config.num_hidden_layers
-            self._rounds[id(recorder)] = Mailbox(count, recorder.max_rows, top_k, hidden, pinned=pinned), []
+            others = [device for device in self._on_gpus if device != recorder.device]
+            box = Mailbox(
+                self._config.num_hidden_layers, recorder.max_rows, top_k, hidden,
+                pinned=pinned, others=[str(device) for device in others],
+            )  # fmt: skip
+            self._rounds[id(recorder)] = box, []
+            for answerer, device in enumerate(others, 1):
+                helps = self._recorder_on(device)
+                assert isinstance(helps, GpuRecorder)
+                self._stay.helping.append(Helping(helps, answerer))
         return self._rounds[id(recorder)]

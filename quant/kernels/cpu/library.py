@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 20  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 21  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -21,14 +21,15 @@ Int64 = ctypes.c_int64
 SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_interface": (Int, []),
     "loci_level_name": (ctypes.c_char_p, [Int]),
+    "loci_has_bf16": (Int, [Int]),
     "loci_panel_bytes": (Int64, [Pointer]),
     "loci_tile": (None, [Int, Pointer, Pointer]),
     "loci_untile": (None, [Int, Pointer, Pointer, Int64, Pointer, Pointer]),
     "loci_linear": (None, [Int, Int, Int, Pointer, Pointer, Int64, Pointer]),
-    "loci_dense_linear": (None, [Int, Int, Pointer, Int, Int64, Int64, Pointer, Int64, Pointer]),
+    "loci_dense_linear": (None, [Int, Int, Int, Pointer, Int, Int64, Int64, Pointer, Int64, Pointer]),
     "loci_dense_blocks": (
         None,
-        [Int, Int, Pointer, Int, Int64, Int64, Int64, Pointer, Int64, Pointer],
+        [Int, Int, Int, Pointer, Int, Int64, Int64, Int64, Pointer, Int64, Pointer],
     ),
     "loci_moe": (Int, [Int, Int, Int, Pointer, Pointer, Pointer]),
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),

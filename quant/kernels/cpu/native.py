@@ -9,7 +9,9 @@ threads.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -31,6 +33,7 @@ from quant.kernels.file_slots import FileSlotLayout
 from quant.kernels.interface import (
     ExpertFormats,
     MoeCall,
+    Products,
     SlotLayout,
     Weight,
     matrix_shapes,
@@ -38,6 +41,9 @@ from quant.kernels.interface import (
 )
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
+
+Activations = Literal["exact", "int8", "bf16"]
+ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)  # in the order of native_src/api.cpp
 
 
 class _Moe(ctypes.Structure):
@@ -78,16 +84,17 @@ def like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 class NativeKernels(NativeLayers):
     """`Kernels` in C++ for the best instruction set that the machine has, or the `level` named.
 
-    activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits.
+    activations: `exact` keeps float32 activations to 21 bits of each block of 32, `int8` to 8 bits. `bf16`
+    rounds them and weights to bfloat16; products with float32, float16 and formats without panels stay exact.
     Raises library.LibraryMissingError where the compiled part is missing, ConfigError for a level that the
-    machine lacks.
+    machine lacks, or bfloat16 products that it lacks.
     """
 
     name = "native"
 
     def __init__(
         self,
-        activations: Literal["exact", "int8"] = "exact",
+        activations: Activations = "exact",
         level: str | None = None,
         threads: int | None = None,
     ) -> None:
@@ -95,15 +102,33 @@ class NativeKernels(NativeLayers):
         if level is not None and level not in levels:
             raise ConfigError(f"CPU level {level!r}: this machine has {', '.join(levels)}")
         self.level = level or levels[-1]
-        self.activations = activations
         self.threads = threads
         self._library = library.load()
         self._level = library.LEVELS.index(self.level)
+        self._set(activations)
         self._fallback = _Decoded(self)
 
     def describe(self) -> str:
         """Level, threads and activation mode, human-readable."""
         return f"{self.level}, {self._threads()} threads, {self.activations} activations"
+
+    @contextmanager
+    def multiplying(self, products: Products) -> Iterator[None]:
+        before = self.activations
+        self._set(products)
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, activations: Activations) -> None:
+        if activations == "bf16" and not self._library.loci_has_bf16(self._level):
+            raise ConfigError(
+                f"bfloat16 products need a processor with AVX-512 BF16; this one computes with {self.level}: "
+                "use exact products"
+            )
+        self.activations: Activations = activations
+        self._activations = ACTIVATIONS.index(activations)
 
     def on(self, device: torch.device) -> NativeKernels:
         return self
@@ -124,7 +149,7 @@ class NativeKernels(NativeLayers):
             self._library.loci_run_program(
                 self._level,
                 self._threads(),
-                self.activations == "int8",
+                self._activations,
                 operations,
                 first,
                 len(operations),
@@ -156,7 +181,7 @@ class NativeKernels(NativeLayers):
         self._library.loci_linear(
             self._level,
             self._threads(),
-            self.activations == "int8",
+            self._activations,
             native.address,
             flat.data_ptr(),
             tokens,
@@ -173,6 +198,7 @@ class NativeKernels(NativeLayers):
         self._library.loci_dense_linear(
             self._level,
             self._threads(),
+            self._activations,
             weight.data_ptr(),
             DENSE_KINDS[weight.dtype],
             rows,
@@ -190,6 +216,7 @@ class NativeKernels(NativeLayers):
         self._library.loci_dense_blocks(
             self._level,
             self._threads(),
+            self._activations,
             weights.data_ptr(),
             DENSE_KINDS[weights.dtype],
             count,
@@ -248,7 +275,7 @@ class NativeKernels(NativeLayers):
             self._library.loci_moe(
                 self._level,
                 self._threads(),
-                self.activations == "int8",
+                self._activations,
                 ctypes.byref(native),
                 x.data_ptr(),
                 out.data_ptr(),

@@ -5,9 +5,12 @@ Formats without a kernel here (GGUF) are decoded one block of rows at a time and
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch.nn import functional as F
 
+from quant.errors import ConfigError
 from quant.formats.fp8 import Fp8
 from quant.kernels.cuda.decode import four_bit_kind
 from quant.kernels.cuda.launch import Launcher
@@ -16,7 +19,15 @@ from quant.kernels.cuda.moe import moe_launches, schedule
 from quant.kernels.cuda.rows import gather_launch
 from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.cuda.slots import GpuSlotLayout
-from quant.kernels.interface import NO_EXTRAS, ExpertFormats, MoeCall, Weight, apart_by_moe, moe_by_products
+from quant.kernels.interface import (
+    NO_EXTRAS,
+    ExpertFormats,
+    MoeCall,
+    Products,
+    Weight,
+    apart_by_moe,
+    moe_by_products,
+)
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.kernels.torch_layers import TorchLayers
 from quant.packed import Format, PackedTensor
@@ -44,6 +55,11 @@ class TritonKernels(TorchLayers):
 
     def on(self, device: torch.device) -> TritonKernels:
         return self
+
+    def multiplying(self, products: Products) -> AbstractContextManager[None]:
+        if products != "exact":
+            raise ConfigError(f"{products} products are for processors as yet; GPUs have exact ones")
+        return nullcontext()
 
     def prepare(self, weight: Weight) -> Weight:
         if isinstance(weight, torch.Tensor):

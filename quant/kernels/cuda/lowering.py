@@ -19,6 +19,7 @@ from quant.kernels.cuda.products import Product, products_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
 from quant.kernels.cuda.schedule import STREAMS, TASKS
 from quant.kernels.cuda.selection import Choice
+from quant.kernels.cuda.step_experts import fetch_launch
 from quant.kernels.cuda.streams import (
     GATED,
     SUM,
@@ -228,6 +229,11 @@ def _experts(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return list(slots.launches(of["x"], of["places"], of["inner"], of["apart"], of["limit"], rows))
 
 
+def _fetch(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    given = of["table"], of["box_ids"], of["box_places"], of["inputs"], of["answerer"]
+    return [fetch_launch(*given, of["x"], of["places"], rows)]
+
+
 _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "sum": _elements(SUM),
     "times": _elements(TIMES),
@@ -239,4 +245,5 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "attend": _attend,
     "select": _select,
     "experts": _experts,
+    "fetch": _fetch,
 }

@@ -16,6 +16,7 @@ import torch
 
 from quant.errors import FormatError
 from quant.kernels.cpu.program import Buffer, HandOver
+from quant.kernels.cuda.mailbox import Word
 from quant.kernels.cuda.products import family_of
 from quant.kernels.cuda.row_tasks import IN_RING
 from quant.packed import PackedTensor
@@ -53,6 +54,12 @@ class Noted:
     def reads(self) -> list[Buffer]:
         """The buffers among what goes in."""
         return [value for value in self.ins.values() if isinstance(value, Buffer)]
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """What it sets or waits for, once it is done."""
+        found: tuple[Word, ...] = self.ins.get("words", ())
+        return found
 
     @property
     def is_mailed(self) -> bool:

@@ -21,7 +21,7 @@ from quant.kernels.cuda.launch import Launch, Launcher
 from quant.kernels.cuda.lowering import Places
 from quant.kernels.cuda.mailbox import Word, has_stream_words
 from quant.kernels.cuda.noted import Fixed, Noted, fused
-from quant.kernels.cuda.schedule import give_lives, scheduled
+from quant.kernels.cuda.schedule import LAUNCHES, give_lives, scheduled
 
 logger = logging.getLogger("loci.kernels")
 
@@ -77,6 +77,10 @@ class GpuProgram:
         step[1 : 1 + rows] = torch.tensor(slots)
         step[1 + self.max_rows : 1 + self.max_rows + rows] = torch.tensor(positions)
         self._places.step.copy_(step, non_blocking=True)
+        self.start(rows)
+
+    def start(self, rows: int) -> None:
+        """The same with the slots and positions of the last run, or of a program that has neither."""
         for part in self._parts[next(count for count in self._parts if count >= rows)]:
             if isinstance(part, Segment):
                 part.run()
@@ -91,6 +95,11 @@ class GpuProgram:
         """Whether all launches are in graphs."""
         return all(segment.is_captured for segment in self._all_segments())
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether a run only starts launches, and never waits or comes back to its caller."""
+        return all(isinstance(part, Segment) for parts in self._parts.values() for part in parts)
+
     def launches(self, layer: int | None) -> int:
         """Kernels that a step launches for a layer; what several layers share counts for the one that waits
         for it."""
@@ -101,6 +110,16 @@ class GpuProgram:
         ops = [op for group in self._groups for op in group if op.layer == layer]
         return sum(op.kind == "hand_over" or op.is_mailed for op in ops)
 
+    def exchanges(self, layer: int | None) -> int:
+        """Answers of other GPUs that a layer waits for."""
+        ops = [op for group in self._groups for op in group if op.layer == layer]
+        return sum(len(op.words) - 1 for op in ops if op.kind == "await")
+
+    @property
+    def layers(self) -> list[int | None]:
+        """Those that have operations here, in their order."""
+        return list(dict.fromkeys(op.layer for group in self._groups for op in group))
+
     def _segments(self, rows: int) -> list[Segment | Noted | Word]:
         """A step of so many rows: launches, and hand-overs between them."""
         parts: list[Segment | Noted | Word] = []
@@ -110,25 +129,21 @@ class GpuProgram:
             if op.kind == "hand_over":
                 parts.append(op)
                 continue
-            launches = [] if op.kind == "await" else self._places.launches(group, rows)
+            launches = self._places.launches(group, rows) if LAUNCHES.get(op.kind, 1) else []
             self._counts[op.layer] += len(launches)
             steps: list[Launch | Word] = [*launches]
-            words = [
-                Word(op.ins["box"], op.ins["number"], is_wait=op.kind == "await")
-                for op in group
-                if op.is_mailed or op.kind == "await"
-            ]
-            word = words[0] if words else None
-            if word is not None and has_stream_words(self.device):
-                steps.append(word)
+            words = [word for op in group for word in op.words]
+            by_stream = words != [] and has_stream_words(self.device)
+            if by_stream:
+                steps += words
             if steps and not (parts and isinstance(parts[-1], Segment)):
                 parts.append(Segment(self._launcher, self.device))
             if steps:
                 segment = parts[-1]
                 assert isinstance(segment, Segment)
                 segment.steps += steps
-            if word is not None and not has_stream_words(self.device):
-                parts.append(word)
+            if not by_stream:
+                parts += words
         return parts
 
     def _all_segments(self) -> list[Segment]:

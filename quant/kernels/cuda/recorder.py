@@ -159,17 +159,49 @@ class GpuRecorder:
         slots.check()
         places, first = self._places[id(ids)], slots.sample.w1
         top_k, state = ids.width, (box.outputs,)
-        left: dict[str, Any] = {"left": x, "ids": ids, "box": box, "number": number, "guesses": guesses}
+        left: dict[str, Any] = {
+            "left": x, "ids": ids, "box": box, "number": number, "guesses": guesses,
+            "words": (box.post_word(number),),
+        }  # fmt: skip
         self._note(Noted("mail", left, {}, changes=state))
         apart = self.buffer(top_k * x.width)
         inner = self.buffer(top_k * int(first.shape[0]))
         held = {"x": x, "places": places, "slots": slots, "inner": inner, "limit": limit}
         self._note(Noted("experts", held, {"apart": apart}))
-        self._note(Noted("await", {"apart": apart, "box": box, "number": number}, {}, changes=state))
+        answers = {"apart": apart, "words": box.await_words(number)}
+        self._note(Noted("await", answers, {}, changes=state))
         out = self.buffer(x.width)
         found = {"apart": apart, "weights": weights, "places": places, "mail": box.outputs, "y": None}
         self._note(Noted("add_up", found, {"out": out}, sees=state))
         return out
+
+    def serve(
+        self, slots: SlotsOnGpu, table: torch.Tensor, limit: float, box: Mailbox, number: int, answerer: int
+    ) -> Buffer:
+        """Compute what the hand-over `number` of another GPU leaves to this one, its `answerer`, and answer.
+
+        slots, table  where this GPU holds experts; of the layer, `[experts]` int64
+        box           of the other GPU: its choices are read there, and outputs written
+
+        Returns the inputs, `[rows, hidden]`, brought to this GPU.
+        """
+        slots.check()
+        first, state = slots.sample.w1, (box.outputs,)
+        width, hidden = first.shape
+        self._note(Noted("called", {"words": (box.call_word(number),)}, {}, changes=state))
+        x, places = self.buffer(hidden), self.buffer(box.top_k, torch.int64)
+        asked = {
+            "box_ids": box.ids[number], "box_places": box.places[number], "inputs": box.inputs,
+            "table": table, "answerer": answerer,
+        }  # fmt: skip
+        self._note(Noted("fetch", asked, {"x": x, "places": places}, changes=state))
+        inner = self.buffer(box.top_k * int(width))
+        held = {
+            "x": x, "places": places, "slots": slots, "inner": inner, "limit": limit, "apart": box.outputs,
+        }  # fmt: skip
+        self._note(Noted("experts", held, {}, changes=state))
+        self._note(Noted("reply", {"words": (box.reply_word(number, answerer),)}, {}, changes=state))
+        return x
 
     # ----------------------------------------------------------------- parallel streams (mHC), Engram
 

@@ -1,7 +1,8 @@
 """Triton: routed experts of a recorded step's rows, found by a table in the GPU's memory, in two launches.
 
-For each pair of row and choice, the router has left the place of the expert's slot, or -1 where this GPU does
-not hold it; such a pair's programs stop at once. So nobody has to know which experts were chosen.
+For each pair of row and choice, the router has left the place of the expert's slot, or a negative number
+where this GPU does not hold it; such a pair's programs stop at once. So nobody has to know which experts were
+chosen. Another GPU that holds some of them fetches the rows that chose these, and runs the same two launches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from quant.kernels.cuda.linear import Blocks, times_vector
 from quant.kernels.cuda.moe import swiglu
 from quant.kernels.cuda.products import INTERPRETED_ROWS
 from quant.kernels.interface import ExpertWeights
+
+FETCHED = 1024  # columns of a row that a program brings
 
 
 @triton.jit
@@ -77,12 +80,56 @@ def down_of_slots(
         tl.store(out + pair * hidden + rows, total, mask=row_inside)
 
 
+@triton.jit
+def fetch_rows(
+    places, x, table, mail_ids, mail_places, inputs, answerer, top_k, width,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of another GPU's choices `[rows, top_k]`, the places of those left to this answerer, -1 for others; and
+    x `[rows, width]` of the rows that have some; grid (blocks of width, rows)."""
+    row = tl.program_id(1)
+    each = tl.arange(0, BLOCK_K)
+    pair = row * top_k + each
+    ident = tl.load(mail_ids + pair, mask=each < top_k, other=-1, volatile=True)
+    left_to = tl.load(mail_places + pair, mask=each < top_k, other=0, volatile=True)
+    is_ours = (ident >= 0) & (left_to == -1 - answerer)
+    place = tl.load(table + ident, mask=is_ours, other=-1)
+    if tl.program_id(0) == 0:
+        tl.store(places + pair, place, mask=each < top_k)
+    if tl.max(place, axis=0) >= 0:
+        col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        value = tl.load(inputs + row * width + col, mask=col < width, other=0.0, volatile=True)
+        tl.store(x + row * width + col, value, mask=col < width)
+
+
+def fetch_launch(
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    left_to: torch.Tensor,
+    inputs: torch.Tensor,
+    answerer: int,
+    x: torch.Tensor,
+    places: torch.Tensor,
+    rows: int,
+) -> Launch:
+    """The launch that brings the first `rows` rows' share of a mailbox to this GPU.
+
+    table         `[experts]` int64: where this GPU holds each
+    ids, left_to  `[max_rows * top_k]` int64, of the mailbox; and its inputs `[max_rows, hidden]`
+    x, places     `[rows, hidden]` and `[rows, top_k]`, to be filled
+    """
+    top_k, width = places.shape[1], x.shape[1]
+    constants: dict[str, int | bool] = {"BLOCK_K": int(triton.next_power_of_2(top_k)), "BLOCK_N": FETCHED}
+    arguments = (places, x, table, ids, left_to, inputs, answerer, top_k, width)
+    return Launch(fetch_rows, (-(-width // FETCHED), rows), arguments, constants, 4)
+
+
 @dataclass(frozen=True)
 class SlotsOnGpu:
     """Where a GPU's experts are.
 
     arena   bytes, of which an expert's slot begins at its place
-    places  `[layers, experts]` int64: bytes from the arena's begin; -1 for experts that are elsewhere
+    places  `[layers, experts]` int64: bytes from the arena's begin; negative for experts that are elsewhere
     sample  the weights of any slot, for their format, shapes and distances from the slot's begin
     begin   where that slot begins
     """

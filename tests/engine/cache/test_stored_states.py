@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
@@ -219,6 +220,44 @@ def test_a_damaged_file_is_ignored_with_a_line_and_removed(
         assert found(bench, ids) == 0
     assert len([line for line in caplog.messages if "a saved state is ignored" in line]) == 1
     assert not state.exists()
+
+
+def test_where_a_file_turns_out_to_be_damaged_the_prompt_is_computed_as_if_nothing_was_saved(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = some_ids(22, 280)
+    write(bench, ids[:140], ids)
+    first, second = bench.files()
+    content = bytearray(second.read_bytes())
+    with safe_open(second, framework="np") as state:
+        changed = bytes(state.get_tensor("rows.1"))
+    content[content.index(changed) + len(changed) // 2] ^= 1
+    second.write_bytes(content)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    prefixes = PrefixCache(cache, PLENTY, stored)
+    with caplog.at_level(logging.WARNING):
+        assert prefixes.restore(0, ids).length == 0
+    assert "rows.1 is not what was written" in caplog.text
+    assert torch.equal(compute(bench.model, cache, ids), compute(bench.model, bench.cache(), ids))
+    cache.reset(0)
+    assert prefixes.restore(0, ids).length == 140
+    stored.close()
+    assert (first.exists(), second.exists()) == (True, False)
+
+
+def test_rows_of_a_text_that_goes_another_way_are_not_mixed_in(tmp_path: Path) -> None:
+    model = load(family_path("qwen3_moe"))
+    bench = Bench(model, tmp_path)
+    begun, one, other = some_ids(23, 150), some_ids(24, 130), some_ids(25, 130)
+    write(bench, begun + one, begun + other)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    assert PrefixCache(cache, PLENTY, stored).restore(0, [*begun, *other, 1]).length == 280
+    expected = compute(model, bench.cache(), [*begun, *other, 1])[-1:]
+    assert torch.equal(compute(model, cache, [1]), expected)
+    stored.close()
+    model.close()
 
 
 def test_the_least_recently_used_states_make_room(bench: Bench) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -16,17 +16,21 @@ from memory.experts.coordinator import Answer, Coordinator, Round
 from quant.kernels.cuda.mailbox import Mailbox, StalledError
 
 LAYERS, ROWS, TOP_K, HIDDEN = 6, 2, 3, 4
+CPU = torch.device("cpu")
 
 
 class Card(threading.Thread):
     """Runs steps as a GPU would: leaves mail, sets a word, waits for a word, adds up what was answered.
 
     held  experts of each layer that it has itself
+    other whether another card has as many after these
     """
 
-    def __init__(self, layers: range, held: int, pause_s: float = 0.0) -> None:
+    def __init__(self, layers: range, held: int, pause_s: float = 0.0, *, other: bool = False) -> None:
         super().__init__(daemon=True)
-        self.box = Mailbox(len(layers), ROWS, TOP_K, HIDDEN, pinned=False)
+        others = ["card 1"] if other else []
+        self.box = Mailbox(len(layers), ROWS, TOP_K, HIDDEN, pinned=False, others=others)
+        self._shared = range(held, 2 * held) if other else range(0)
         self.round = Round(self.box, layers)
         self._held = held
         self._pause_s = pause_s
@@ -40,10 +44,13 @@ class Card(threading.Thread):
         for number in range(len(self.round.layers)):
             ids, box = self.ids[number], self.box
             here = ids < self._held
-            box.ids[number], box.places[number] = ids, torch.where(here, 0, -1)
+            shared = (ids >= self._shared.start) & (ids < self._shared.stop)
+            box.ids[number] = ids
+            box.places[number] = torch.where(here, 0, torch.where(shared, -2, -1))
             box.inputs[:] = torch.arange(ROWS * HIDDEN).view(ROWS, HIDDEN) + number
-            if bool(here.all()):
-                box.answer(number)
+            for answerer in range(len(box.answerers)):
+                if not len(box.missing(number, answerer)):
+                    box.answer(number, answerer)
             time.sleep(self._pause_s)
             box.post(number)
             box.wait_for_answer(number)
@@ -59,6 +66,33 @@ class Card(threading.Thread):
         return found
 
 
+class OtherCard(threading.Thread):
+    """Computes what a card leaves to it, as another GPU would: waits for a word, reads, writes, sets a word.
+
+    answers  of how many hand-overs, before it answers no more
+    """
+
+    def __init__(self, card: Card, pause_s: float = 0.0, answers: int = LAYERS) -> None:
+        super().__init__(daemon=True)
+        self._card = card
+        self._pause_s = pause_s
+        self._answers = answers
+        self.computed = 0
+        self.is_through = False
+
+    def run(self) -> None:
+        box = self._card.box
+        for number, layer in enumerate(self._card.round.layers):
+            box.call_word(number).on_host(CPU)
+            time.sleep(self._pause_s)
+            pairs = box.missing(number, 1)
+            if number < self._answers:
+                box.outputs[pairs] = outputs(layer, box.ids[number][pairs], box.inputs[pairs // TOP_K])
+                box.reply_word(number, 1).on_host(CPU)
+                self.computed += len(pairs)
+        self.is_through = True
+
+
 def outputs(layer: int, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x * (100 * layer + ids.unsqueeze(1)).float()
 
@@ -70,19 +104,25 @@ def coordinator(answer: Answer, patience_s: float = 20.0) -> Iterator[Coordinato
     made.close()
 
 
-def play(to: Coordinator, *cards: Card, meanwhile: Callable[[], None] | None = None) -> None:
+def play(
+    to: Coordinator,
+    *cards: Card,
+    others: Sequence[OtherCard] = (),
+    meanwhile: Callable[[], None] | None = None,
+) -> None:
     """A step of all cards; raises what makes it fail. No card is left waiting."""
+    everyone: list[Card | OtherCard] = [*cards, *others]
     to.begin([card.round for card in cards])
-    for card in cards:
-        card.start()
+    for each in everyone:
+        each.start()
     if meanwhile is not None:
         meanwhile()
     try:
         to.end()
     finally:
-        for card in cards:
-            card.join(10)
-            assert card.is_through
+        for each in everyone:
+            each.join(10)
+            assert each.is_through
 
 
 def test_missing_experts_are_answered_and_others_are_not_asked_for() -> None:
@@ -100,6 +140,65 @@ def test_missing_experts_are_answered_and_others_are_not_asked_for() -> None:
     assert min(asked[: len(asked) // 2]) >= 0
     assert not [expert for expert in asked if expert >= 10]
     assert len(asked) == sum(int((Card(range(LAYERS), held).ids >= held).sum()) for held in (5, 0))
+
+
+@pytest.mark.parametrize("late", ["neither", "card", "other", "answer"])
+def test_another_card_and_the_processor_share_what_a_card_lacks(late: str) -> None:
+    asked: list[int] = []
+
+    def answer(layer: int, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01 if late == "answer" else 0)
+        asked.extend(ids.tolist())
+        return outputs(layer, ids, x)
+
+    with coordinator(answer) as made:
+        for held in (4, 5, 1):  # four of ten, none, and eight are left to the processor
+            card = Card(range(LAYERS), held, 0.01 if late == "card" else 0, other=True)
+            other = OtherCard(card, 0.01 if late == "other" else 0)
+            play(made, card, others=[other])
+            assert torch.equal(card.found, card.expected())
+            assert other.computed == int(((card.ids >= held) & (card.ids < 2 * held)).sum()) > 0
+            assert all(expert >= 2 * held for expert in asked)
+            asked.clear()
+
+
+def test_each_card_of_two_helps_the_other() -> None:
+    cards = Card(range(3), 4, other=True), Card(range(3, LAYERS), 3, other=True)
+    with coordinator(outputs) as made:
+        play(made, *cards, others=[OtherCard(card) for card in cards])
+    for card in cards:
+        assert torch.equal(card.found, card.expected())
+
+
+def test_a_card_that_stops_answering_ends_in_an_error_that_names_it() -> None:
+    card = Card(range(LAYERS), 3, other=True)
+    with coordinator(outputs, patience_s=0.1) as made:
+        begun = time.monotonic()
+        with pytest.raises(StalledError, match=r"no answer from card 1$"):
+            play(made, card, others=[OtherCard(card, answers=2)])
+        assert time.monotonic() - begun < 5
+        again = Card(range(LAYERS), 3, other=True)
+        play(made, again, others=[OtherCard(again)])
+    assert torch.equal(again.found, again.expected())
+
+
+def test_an_error_of_another_card_fails_the_step() -> None:
+    card = Card(range(LAYERS), 3, other=True)
+    with (
+        coordinator(outputs) as made,
+        pytest.raises(RuntimeError, match="the card fell off the bus"),
+    ):
+        play(made, card, meanwhile=lambda: made.fail(RuntimeError("the card fell off the bus")))
+
+
+def test_a_step_leaves_nothing_in_a_mailbox_for_the_next() -> None:
+    card = Card(range(LAYERS), 3, other=True)
+    with coordinator(outputs) as made:
+        play(made, card, others=[OtherCard(card)])
+        made.begin([card.round])
+        assert card.box.unanswered() is None
+        assert card.box.chosen(0) == ([], [[], []])
+        made.give_up()
 
 
 @pytest.mark.parametrize("late", ["card", "answer"])

@@ -113,6 +113,23 @@ def test_more_vram_makes_nothing_slower_than_the_cpus_lost_help(
     assert times[1] <= times[0] * (1 + help_of_cpu) + len(shape.layers) * e.gpu_hop_s + starting
 
 
+def test_another_gpus_part_of_a_layer_is_done_beside_what_the_processor_does() -> None:
+    """On two RTX 4090, the processor reads experts from DRAM far longer than GPUs need to meet."""
+    machine = load_profile("2x4090-256g")
+    layers = len(V41.layers)
+    apart, soon, late = (
+        model(V41, machine, Workload(8192, 8), SKEWED, replace(Efficiency(), exchange_s=seconds)).decode(
+            1, 4096
+        )
+        for seconds in (0.0, 10e-6, 5e-3)
+    )
+    assert soon.total_s == pytest.approx(apart.total_s)
+    assert late.total_s > soon.total_s + 0.7 * layers * 5e-3
+    assert soon.tokens_per_s >= 16
+    exchanged = 4 * V41.hidden * layers  # each layer's input, and an output for each of some choices
+    assert exchanged < soon.nbytes["link:0"] == soon.nbytes["link:1"] < exchanged * (1 + V41.top_k)
+
+
 def steps(workload: Workload) -> list[Callable[[PrefillModel], StepCost]]:
     return [
         lambda m: m.decode(1, workload.context),

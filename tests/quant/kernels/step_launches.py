@@ -15,9 +15,9 @@ from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.lowering import Places
 from quant.kernels.cuda.mailbox import Mailbox
-from quant.kernels.cuda.noted import fused
+from quant.kernels.cuda.noted import Noted, fused
 from quant.kernels.cuda.recorder import GpuRecorder
-from quant.kernels.cuda.schedule import scheduled
+from quant.kernels.cuda.schedule import LAUNCHES, scheduled
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.interface import ExpertWeights
 from quant.kernels.layers import RoutingRule
@@ -42,6 +42,14 @@ def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
+def expert_slots() -> tuple[torch.Tensor, SlotsOnGpu]:
+    """A layer's table of places, and the slots."""
+    places = torch.empty(1, EXPERTS, dtype=torch.int64, device=META)
+    matrices = (described(MXFP4, *shape) for shape in ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+    arena = torch.empty(64, dtype=torch.uint8, device=META)
+    return places[0], SlotsOnGpu(arena, places, ExpertWeights(*matrices), 0)
+
+
 class Layer:
     """Notes one layer with everything that a layer may have."""
 
@@ -50,7 +58,7 @@ class Layer:
         self.recorder.layer = 0
         self._entries = entries
 
-    def groups(self) -> list[list[object]]:
+    def groups(self) -> list[list[Noted]]:
         """Its operations in the order of their launches."""
         r = self.recorder
         source = r.input(HIDDEN)
@@ -68,7 +76,7 @@ class Layer:
             r.norm(r.weighted_sum(streams, mix[0]), floats(HIDDEN), 1e-6),
             [floats(129280, HIDDEN, dtype=torch.bfloat16)],
         )
-        return scheduled(fused(r._noted, [source, table, result]))  # type: ignore[return-value]
+        return scheduled(fused(r._noted, [source, table, result]))
 
     def _mix(self, streams: Buffer) -> tuple[Buffer, Buffer, Buffer]:
         count = (2 + STREAMS) * STREAMS
@@ -111,23 +119,27 @@ class Layer:
     def _experts(self, x: Buffer) -> Buffer:
         r = self.recorder
         (logits,) = r.linears(x, [floats(EXPERTS, HIDDEN, dtype=torch.bfloat16)])
-        places = torch.empty(1, EXPERTS, dtype=torch.int64, device=META)
-        ids, weights = r.route(logits, floats(EXPERTS), RULE, places[0])
+        table, slots = expert_slots()
+        ids, weights = r.route(logits, floats(EXPERTS), RULE, table)
         shared = [described(FP8_32, WIDTH, HIDDEN) for _ in range(2)]
         gate, up = r.linears(x, shared)
         (y,) = r.linears(r.gated(gate, up, 10.0), [described(FP8_32, HIDDEN, WIDTH)])
-        expert = ExpertWeights(
-            described(MXFP4, WIDTH, HIDDEN), described(MXFP4, WIDTH, HIDDEN), described(MXFP4, HIDDEN, WIDTH)
-        )
-        slots = SlotsOnGpu(torch.empty(64, dtype=torch.uint8, device=META), places, expert, 0)
         box = Mailbox(1, MAX_ROWS, TOP_K, HIDDEN, pinned=False)
         return r.add(r.experts(x, ids, weights, slots, 10.0, box, 0, ids), y)
 
 
+def shared_groups() -> list[list[Noted]]:
+    """What another GPU does for a layer."""
+    recorder = GpuRecorder(TritonKernels(META), MAX_ROWS)
+    table, slots = expert_slots()
+    box = Mailbox(1, MAX_ROWS, TOP_K, HIDDEN, pinned=False, others=["cuda:1"])
+    x = recorder.serve(slots, table, 10.0, box, 0, 1)
+    return scheduled(fused(recorder._noted, [x]))
+
+
 def step_launches() -> Iterator[Launch]:
-    """What a step starts for one row, and for 16."""
-    layer = Layer()
-    groups = layer.groups()
+    """What a step starts for one row, and for 16; then what another GPU starts."""
+    groups = [*Layer().groups(), *shared_groups()]
     places = Places(
         torch.empty(1 << 32, dtype=torch.uint8, device=META),
         torch.empty(1 + 2 * MAX_ROWS, dtype=torch.int64, device=META),
@@ -135,5 +147,5 @@ def step_launches() -> Iterator[Launch]:
     )
     for rows in (1, 16):
         for group in groups:
-            if group[0].kind != "await":  # type: ignore[attr-defined]
-                yield from places.launches(group, rows)  # type: ignore[arg-type]
+            if LAUNCHES.get(group[0].kind, 1):
+                yield from places.launches(group, rows)

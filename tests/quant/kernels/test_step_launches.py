@@ -7,13 +7,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
-from memory.planner.launches import BESIDE, CHOICE, CHUNK, CHUNKS
+from memory.planner.launches import BESIDE, CHOICE, CHUNK, CHUNKS, SHARE
 from memory.planner.placement import Workload, recorded_bytes
 from memory.planner.published import built_in
-from quant.kernels.cuda.noted import Noted
 from quant.kernels.cuda.program import arranged
 from quant.kernels.cuda.schedule import LAUNCHES
-from tests.quant.kernels.step_launches import Layer
+from tests.quant.kernels.step_launches import Layer, shared_groups
 
 
 def choices(entries: int) -> list[int]:
@@ -22,7 +21,7 @@ def choices(entries: int) -> list[int]:
     found = []
     for group in groups:
         (first, *_) = group
-        if isinstance(first, Noted) and first.kind == "select":
+        if first.kind == "select":
             found.append(2 + (first.ins["best"] is not None))
     return found
 
@@ -34,11 +33,17 @@ def test_more_entries_than_one_program_looks_at_take_one_launch_more() -> None:
 
 def test_the_processor_is_asked_before_the_shared_expert_and_those_that_the_gpu_holds() -> None:
     firsts = [group[0] for group in Layer().groups()]
-    mailed = next(at for at, op in enumerate(firsts) if isinstance(op, Noted) and op.is_mailed)
-    awaited = next(at for at, op in enumerate(firsts) if isinstance(op, Noted) and op.kind == "await")
-    kinds = [op.kind for op in firsts[mailed + 1 : awaited] if isinstance(op, Noted)]
+    mailed = next(at for at, op in enumerate(firsts) if op.is_mailed)
+    awaited = next(at for at, op in enumerate(firsts) if op.kind == "await")
+    kinds = [op.kind for op in firsts[mailed + 1 : awaited]]
     assert sorted(kinds) == ["experts", "product", "product"]
     assert sum(LAUNCHES.get(kind, 1) for kind in kinds) == BESIDE
+
+
+def test_another_gpu_waits_fetches_computes_and_answers() -> None:
+    kinds = [op.kind for group in shared_groups() for op in group]
+    assert kinds == ["called", "fetch", "experts", "reply"]
+    assert sum(LAUNCHES.get(kind, 1) for kind in kinds) == SHARE
 
 
 def test_a_plan_keeps_room_for_the_buffers_of_a_recorded_step() -> None:

@@ -26,7 +26,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "TAIL_LAYERS", 24)
     monkeypatch.setattr(prefill, "TAIL_TOKENS", 600)
     monkeypatch.setattr(prefill, "RESTORED_MODEL", Path("demo"))
-    monkeypatch.setattr(prefill, "RESTORED_TOKENS", 100)
+    monkeypatch.setattr(prefill, "RESTORED_TOKENS", 600)
 
 
 @pytest.mark.slow

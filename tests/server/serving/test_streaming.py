@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 
 from server.serving import streaming
-from server.serving.streaming import DONE, KEEP_ALIVE, OUTBOX_BYTES, EventStream, frame
+from server.serving.streaming import DONE, OUTBOX_BYTES, EventStream, frame
+
+WAITING = {"type": "ping"}
+
+
+def pulse(is_due: bool) -> dict[str, Any] | None:
+    return WAITING if is_due else None
 
 
 def test_a_silent_stream_shows_that_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(streaming, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(streaming, "PULSE_S", 0.01)
     sent: list[bytes] = []
 
     async def run() -> None:
@@ -26,19 +33,19 @@ def test_a_silent_stream_shows_that_it_is_there(monkeypatch: pytest.MonkeyPatch)
 
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
-            if sent.count(KEEP_ALIVE) == 2:
+            if sent.count(frame(WAITING)) == 2:
                 two_signs.set()
 
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        stream = EventStream(events(), DONE, lambda error: error.body, lambda: None)
+        stream = EventStream(events(), DONE, lambda error: error.body, pulse, lambda: None)
         await asyncio.wait_for(stream({"type": "http"}, receive, send), timeout=30)
 
     asyncio.run(run())
 
     assert sent[1] == frame({"n": 1})
-    assert sent[2:4] == [KEEP_ALIVE, KEEP_ALIVE]
+    assert sent[2:4] == [frame(WAITING), frame(WAITING)]
     assert sent[-1] == frame({"n": 2}) + DONE
 
 
@@ -58,7 +65,7 @@ def test_events_that_are_ready_together_are_sent_in_one_piece() -> None:
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        stream = EventStream(events(), DONE, lambda error: error.body, lambda: None)
+        stream = EventStream(events(), DONE, lambda error: error.body, pulse, lambda: None)
         await asyncio.wait_for(stream({"type": "http"}, receive, send), timeout=30)
 
     asyncio.run(run())
@@ -84,7 +91,7 @@ def test_events_for_a_client_that_does_not_read_are_not_made() -> None:
             await asyncio.sleep(0.1)
             return {"type": "http.disconnect"}
 
-        stream = EventStream(events(), DONE, lambda error: error.body, lambda: None)
+        stream = EventStream(events(), DONE, lambda error: error.body, pulse, lambda: None)
         await asyncio.wait_for(stream({"type": "http"}, receive, send), timeout=30)
 
     asyncio.run(run())

@@ -105,6 +105,7 @@ def test_on_a_phone_return_begins_a_line_and_nothing_sticks_out(browser: Browser
     page.wait_for_function("scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 2")
 
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    assert page.evaluate("document.documentElement.scrollHeight") <= 340  # only the conversation scrolls
     letters_px = page.locator("#prompt").evaluate("e => parseFloat(getComputedStyle(e).fontSize)")
     assert letters_px >= 16  # phones zoom into smaller ones
     for name in ("Conversations", "New", "Settings", "Attach", "Send"):

@@ -26,17 +26,34 @@ const Level* level_at(int index) {
     return index == 0 ? &kPortable : nullptr;
 }
 
+const Bf16Kernels* bf16_at([[maybe_unused]] int index) {
+#if defined(__x86_64__)
+    if (level_at(index) == &kAvx512 && __builtin_cpu_supports("avx512bf16")) return &kBf16Avx512;
+#endif
+    return nullptr;
+}
+
+// How products see activations, as quant/kernels/cpu/native.py counts them.
+enum Activations { kExact, kInt8, kBfloat16 };
+
+Team team_of(int level, int threads, int activations) {
+    return {*level_at(level), threads, activations == kInt8, nullptr,
+            activations == kBfloat16 ? bf16_at(level) : nullptr};
+}
+
 }  // namespace
 
 // Every function below takes a level (0 portable, 1 avx2, 2 avx512; one that loci_level_name knows), a
-// number of threads and whether activations may be int8.
+// number of threads and, for products, what becomes of activations.
 EXPORT const char* loci_level_name(int level) {
     const Level* found = level_at(level);
     return found ? found->name : nullptr;
 }
 
+EXPORT int loci_has_bf16(int level) { return bf16_at(level) != nullptr; }
+
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 20; }
+EXPORT int loci_interface() { return 21; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -46,22 +63,23 @@ EXPORT void loci_untile(int threads, const Matrix* m, const int64_t* rows, int64
     untile({kPortable, threads, false}, *m, rows, n, codes, scales);
 }
 
-EXPORT void loci_linear(int level, int threads, int int8, const Matrix* m, const float* x, int64_t tokens, float* out) {
-    linear({*level_at(level), threads, int8 != 0}, *m, x, tokens, out);
+EXPORT void loci_linear(int level, int threads, int activations, const Matrix* m, const float* x, int64_t tokens,
+                        float* out) {
+    linear(team_of(level, threads, activations), *m, x, tokens, out);
 }
 
-EXPORT void loci_dense_linear(int level, int threads, const void* weight, int kind, int64_t rows, int64_t cols,
-                              const float* x, int64_t tokens, float* out) {
-    dense_linear({*level_at(level), threads, false}, weight, kind, rows, cols, x, tokens, out);
-}
-
-EXPORT void loci_dense_blocks(int level, int threads, const void* weights, int kind, int64_t count, int64_t rows,
+EXPORT void loci_dense_linear(int level, int threads, int activations, const void* weight, int kind, int64_t rows,
                               int64_t cols, const float* x, int64_t tokens, float* out) {
-    dense_blocks({*level_at(level), threads, false}, weights, kind, count, rows, cols, x, tokens, out);
+    dense_linear(team_of(level, threads, activations), weight, kind, rows, cols, x, tokens, out);
 }
 
-EXPORT int loci_moe(int level, int threads, int int8, const Moe* call, const float* x, float* out) {
-    return moe({*level_at(level), threads, int8 != 0}, *call, x, out);
+EXPORT void loci_dense_blocks(int level, int threads, int activations, const void* weights, int kind, int64_t count,
+                              int64_t rows, int64_t cols, const float* x, int64_t tokens, float* out) {
+    dense_blocks(team_of(level, threads, activations), weights, kind, count, rows, cols, x, tokens, out);
+}
+
+EXPORT int loci_moe(int level, int threads, int activations, const Moe* call, const float* x, float* out) {
+    return moe(team_of(level, threads, activations), *call, x, out);
 }
 
 EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const void* scales, int float_scales,
@@ -74,9 +92,9 @@ EXPORT void loci_rms_norm(int threads, const float* x, const float* weight, int6
     rms_norm({kPortable, threads, false}, x, weight, rows, cols, eps, out);
 }
 
-EXPORT int64_t loci_run_program(int level, int threads, int int8, const Operation* operations, int64_t first,
+EXPORT int64_t loci_run_program(int level, int threads, int activations, const Operation* operations, int64_t first,
                                 int64_t count, const StepInput* step) {
-    return run_program({*level_at(level), threads, int8 != 0}, operations, first, count, *step);
+    return run_program(team_of(level, threads, activations), operations, first, count, *step);
 }
 
 EXPORT void loci_sinkhorn(float* matrices, int64_t count, int64_t n, int64_t iterations, float eps) {

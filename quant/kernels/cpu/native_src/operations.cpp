@@ -1,39 +1,15 @@
 #include "operations.hpp"
 
-#include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <vector>
 
-#include "pool.hpp"
+#include "bf16_products.hpp"
+#include "work.hpp"
 
 namespace loci {
 namespace {
 
 // Bytes that one turn of a thread should read: long enough to stream, short enough to share evenly.
 constexpr int64_t kTurnBytes = 1024 * 1024;  // of plain rows
-// Below this many bytes of work, waking the others costs more than it saves.
-constexpr int64_t kWorthSharing = 32 * 1024;
-
-// Memory that a thread keeps between calls.
-class Scratch {
-  public:
-    uint8_t* get(int64_t bytes) {
-        if (bytes > size_) {
-            size_ = (bytes + 4095) / 4096 * 4096;
-            data_.reset(static_cast<uint8_t*>(std::aligned_alloc(4096, static_cast<size_t>(size_))));
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(uint8_t* p) const { std::free(p); }
-    };
-    std::unique_ptr<uint8_t, Free> data_;
-    int64_t size_ = 0;
-};
 
 // Activations as a format's panel kernels take them.
 struct Activations {
@@ -80,45 +56,8 @@ Activations prepare(const Team& team, int64_t format, const float* x, int64_t to
     return a;
 }
 
-thread_local Scratch worker_panels;                 // of each thread: panels tiled on the way
 thread_local Scratch caller_x, caller_h, caller_y;  // of the thread that calls
 thread_local Scratch caller_other_x;
-
-constexpr int64_t kMostPanels = 4;  // of a turn
-
-// The panels of a matrix, tiled on the way where it lies in file layout.
-class Panels {
-  public:
-    explicit Panels(const Matrix& m) : m_(&m), bytes_(is_plain(m.format) ? plain_panel(m) : panel_bytes(m)) {}
-    int64_t count() const { return (m_->rows + kPanelRows - 1) / kPanelRows; }
-    int64_t bytes() const { return bytes_; }
-    int64_t rows_in(int64_t panel) const { return std::min(kPanelRows, m_->rows - panel * kPanelRows); }
-    // Where a panel begins; null where nothing can be asked for ahead.
-    const uint8_t* begin(int64_t panel) const { return m_->tiled ? m_->codes + panel * bytes_ : nullptr; }
-    // A panel and where its thread reads on: behind it, if that is not known. `place`: which of a turn's it is.
-    Panel at(int64_t panel, const uint8_t* next, int64_t place) const {
-        const uint8_t* codes = m_->tiled ? begin(panel) : tiled_copy(panel, place);
-        return {rows_in(panel), m_->cols, bytes_, codes, next != nullptr ? next : codes + bytes_, scales(panel)};
-    }
-
-  private:
-    // Plain rows need no rearranging: 32 of them are a panel.
-    static int64_t plain_panel(const Matrix& m) { return kPanelRows * m.cols * plain_bytes(kind_of(m.format)); }
-    const uint8_t* tiled_copy(int64_t panel, int64_t place) const {
-        uint8_t* copy = worker_panels.get(kMostPanels * bytes_) + place * bytes_;
-        tile_panel(*m_, panel, copy);
-        return copy;
-    }
-    PanelScales scales(int64_t panel) const {
-        if (m_->format != kFp8) return {nullptr, m_->tile_cols, false};
-        const int64_t row = panel * kPanelRows / m_->tile_rows;
-        const int64_t size = m_->float_scales ? 4 : 1, columns = (m_->cols + m_->tile_cols - 1) / m_->tile_cols;
-        return {static_cast<const uint8_t*>(m_->scales) + row * columns * size, m_->tile_cols, m_->float_scales != 0};
-    }
-
-    const Matrix* m_;
-    int64_t bytes_;
-};
 
 // A panel times `tokens` (at most kMaxTokens) activations: out [tokens][32].
 void multiply(const Team& team, int64_t format, const Panel& panel, const void* const* x, int64_t tokens, float* out) {
@@ -134,8 +73,6 @@ void multiply(const Team& team, int64_t format, const Panel& panel, const void* 
         for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens - done >= n; done += n)
             kernels[log2](panel, x + done, out + done * kPanelRows);
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A matrix, the block of each token's activations that its columns begin with, and where its products go: those of a
 // token `stride` behind the last's.
@@ -211,6 +148,10 @@ void multiply(const Team& team, const Line& line, int64_t format, const Activati
     parallel_for(divide_up(line.count(), per_turn), threads, compute, [&](int number) { return team.ahead(number); });
 }
 
+Matrix plain_matrix(const void* rows, int kind, int64_t count, int64_t cols) {
+    return {static_cast<const uint8_t*>(rows), nullptr, kBf16 + kind, 1, count, cols, 1, 1, 0};
+}
+
 }  // namespace
 
 Span Upcoming::share(int number, int threads) const {
@@ -227,6 +168,11 @@ Span Upcoming::share(int number, int threads) const {
 void linear_group(const Team& team, const Matrix* const* matrices, float* const* outs, int64_t count, const float* x,
                   int64_t tokens) {
     const Matrix& first = *matrices[0];
+    if (takes_bf16(team, first)) {
+        std::vector<Bf16Part> parts;
+        for (int64_t i = 0; i < count; ++i) parts.push_back({matrices[i], 0, outs[i], matrices[i]->rows});
+        return bf16_linears(team, parts.data(), count, x, tokens, first.cols);
+    }
     if (is_plain(first.format)) {
         for (int64_t i = 0; i < count; ++i)
             dense_linear(team, matrices[i]->codes, kind_of(first.format), matrices[i]->rows, first.cols, x, tokens,
@@ -241,6 +187,12 @@ void linear_group(const Team& team, const Matrix* const* matrices, float* const*
 void linear_blocks(const Team& team, const Matrix* const* matrices, int64_t count, const float* x, int64_t tokens,
                    float* out) {
     const Matrix& first = *matrices[0];
+    if (takes_bf16(team, first)) {
+        std::vector<Bf16Part> parts;
+        for (int64_t i = 0; i < count; ++i)
+            parts.push_back({matrices[i], i * first.cols, out + i * first.rows, count * first.rows});
+        return bf16_linears(team, parts.data(), count, x, tokens, count * first.cols);
+    }
     Line line;
     for (int64_t i = 0; i < count; ++i)
         line.add({Panels(*matrices[i]), i * (first.cols / kBlock), out + i * first.rows, count * first.rows});
@@ -254,6 +206,10 @@ void linear(const Team& team, const Matrix& m, const float* x, int64_t tokens, f
 
 void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, int64_t cols, const float* x,
                   int64_t tokens, float* out) {
+    if (const Matrix m = plain_matrix(weight, kind, rows, cols); takes_bf16(team, m)) {
+        const Bf16Part part{&m, 0, out, rows};
+        return bf16_linears(team, &part, 1, x, tokens, cols);
+    }
     const int64_t row_bytes = cols * plain_bytes(kind);
     constexpr int64_t kTogether = 4;   // rows that a kernel takes at most
     constexpr int64_t kTurnsEach = 4;  // of a thread, at least
@@ -272,6 +228,16 @@ void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, 
 void dense_blocks(const Team& team, const void* weights, int kind, int64_t count, int64_t rows, int64_t cols,
                   const float* x, int64_t tokens, float* out) {
     const int64_t row_bytes = cols * plain_bytes(kind);
+    if (takes_bf16(team, plain_matrix(weights, kind, rows, cols))) {
+        std::vector<Matrix> matrices;
+        for (int64_t i = 0; i < count; ++i)
+            matrices.push_back(
+                plain_matrix(static_cast<const uint8_t*>(weights) + i * rows * row_bytes, kind, rows, cols));
+        std::vector<Bf16Part> parts;
+        for (int64_t i = 0; i < count; ++i)
+            parts.push_back({&matrices[static_cast<size_t>(i)], i * cols, out + i * rows, count * rows});
+        return bf16_linears(team, parts.data(), count, x, tokens, count * cols);
+    }
     const int64_t shares = std::max<int64_t>(1, 2 * team.threads / count);  // of a matrix's rows
     const int64_t per_share = (rows + 4 * shares - 1) / (4 * shares) * 4;   // as many as a kernel takes, and no rest
     const int threads = count * rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
@@ -287,42 +253,16 @@ void dense_blocks(const Team& team, const void* weights, int kind, int64_t count
     });
 }
 
-namespace {
-
-// The (token, choice) pairs of a call, ordered by expert, then by token.
-struct Pairs {
-    std::vector<int64_t> start;  // those of the expert in place e are start[e] .. start[e + 1]
-    std::vector<int64_t> pair;   // token * top_k + choice
-
-    explicit Pairs(const Moe& call) : start(static_cast<size_t>(call.used) + 1) {
-        const int64_t count = call.tokens * call.top_k;
-        std::vector<size_t> place(static_cast<size_t>(count));
-        for (size_t i = 0; i < place.size(); ++i) {
-            place[i] = static_cast<size_t>(std::lower_bound(call.ids, call.ids + call.used, call.choice[i]) - call.ids);
-            ++start[place[i] + 1];
-        }
-        for (size_t e = 1; e < start.size(); ++e) start[e] += start[e - 1];
-        std::vector<int64_t> next(start.begin(), start.end() - 1);
-        pair.resize(place.size());
-        for (size_t i = 0; i < place.size(); ++i) pair[static_cast<size_t>(next[place[i]]++)] = static_cast<int64_t>(i);
-    }
-    int64_t begin(int64_t e) const { return start[static_cast<size_t>(e)]; }
-    int64_t end(int64_t e) const { return start[static_cast<size_t>(e) + 1]; }
-    int64_t at(int64_t i) const { return pair[static_cast<size_t>(i)]; }
-};
-
-void add_to(float* x, const float* y, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) x[i] += y[i];
-}
-
-}  // namespace
-
 bool moe(const Team& team, const Moe& call, const float* x, float* out) {
     const int64_t hidden = call.experts[0]->cols, width = call.experts[0]->rows;
     int64_t formats[3];
     for (int i = 0; i < 3; ++i) formats[i] = call.experts[i]->format;
     for (int64_t i = 3; i < 3 * call.used; ++i)
         if (call.experts[i]->format != formats[i % 3]) return false;
+    if (std::all_of(call.experts, call.experts + 3, [&](const Matrix* m) { return takes_bf16(team, *m); })) {
+        bf16_moe(team, call, x, out);
+        return true;
+    }
     const Pairs pairs(call);
     const Activations a = prepare(team, formats[0], x, call.tokens, hidden, caller_x);
     const Activations b = take_the_same(team, formats[0], formats[1])

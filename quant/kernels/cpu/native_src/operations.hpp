@@ -1,6 +1,6 @@
 // The operations of the back end on one level: what quant/kernels/cpu/native.py calls.
 #pragma once
-#include "kernels.hpp"
+#include "bf16.hpp"
 #include "pool.hpp"
 
 namespace loci {
@@ -17,8 +17,9 @@ struct Upcoming {
 struct Team {
     const Level& level;
     int threads;
-    bool one_digit;                  // int8 activations where the format has such kernels
-    const Upcoming* then = nullptr;  // threads ask for it at the end of an operation
+    bool one_digit;                     // int8 activations where the format has such kernels
+    const Upcoming* then = nullptr;     // threads ask for it at the end of an operation
+    const Bf16Kernels* bf16 = nullptr;  // what matrices are multiplied with that takes_bf16; null: exactly
     Span ahead(int number) const { return then != nullptr ? then->share(number, threads) : Span(); }
 };
 

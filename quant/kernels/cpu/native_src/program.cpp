@@ -278,7 +278,8 @@ int64_t run_program(const Team& team, const Operation* operations, int64_t first
             return i;
         } else {
             const Upcoming then = upcoming(&op + 1, operations + count);
-            kFunctions[static_cast<int64_t>(op.kind)]({team.level, team.threads, team.one_digit, &then}, op, step);
+            kFunctions[static_cast<int64_t>(op.kind)]({team.level, team.threads, team.one_digit, &then, team.bf16}, op,
+                                                      step);
         }
     }
     return count;

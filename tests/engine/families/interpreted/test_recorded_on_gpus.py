@@ -21,15 +21,18 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from safetensors.torch import load_file
 
 from engine.families.base import Batch
+from engine.families.deepseek_v41 import on_gpus, stays
 from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
 from engine.families.deepseek_v41.on_gpus import V41OnGpus
 from engine.families.registry import family_of
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
-from memory.planner.launches import HAND_OVERS, STEP, gpu_launches
+from memory.planner.launches import HAND_OVERS, SHARE, STEP, gpu_launches
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
 from quant.kernels.choice import choose
+from quant.kernels.cuda.helper import comes_true
+from quant.kernels.cuda.mailbox import StalledError
 from quant.kernels.cuda.program import GpuProgram, Segment
 from quant.kernels.devices import DeviceKernels
 from tests import pretend_gpus as pretend
@@ -130,6 +133,44 @@ def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
     assert devices == {"gpu", "cpu"}
     assert any(tier == "nvme" for layer in model.expert_tiers() for tier in layer)
     both.step({0: 40})
+    both.step({0: 1})
+    model.close()
+
+
+def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `loci info` counts what each GPU launches, as a plan does."""
+    model = load("v41-c", gpus, 2 << 20, monkeypatch)
+    both = Twice(model, "v41-c")
+    parts = both.replayed.step_parts
+    assert {work.launches for part in parts if part.helps for work in part.layers} == {SHARE}
+    own = [work for part in parts if not part.helps for work in part.layers if work.exchanges]
+    assert sorted(work.layer or 0 for work in own) == list(range(model.config.num_hidden_layers))
+    assert all(17 <= (work.launches or 0) <= 21 and work.exchanges == 1 for work in own)
+    assert sorted({(part.device, part.helps) for part in parts}, key=str) == [
+        ("gpu:0", "gpu:1"), ("gpu:0", None), ("gpu:1", "gpu:0"), ("gpu:1", None),
+    ]  # fmt: skip
+
+    helper = decoder_of(both.replayed).stays[0].helping[0].helper
+    coordinator = model._coordinator
+    assert helper is not None
+    assert coordinator is not None
+    may_go_on = threading.Event()
+    monkeypatch.setattr(on_gpus, "GRACE_S", 0.1)
+    monkeypatch.setattr(stays, "GRACE_S", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(coordinator, "_patience_s", 0.1)
+        patch.setattr(helper.program, "start", lambda rows: may_go_on.wait(60))
+        model.forward(Batch.of([(1, 0, [3, 4])]), both.replayed)
+        with pytest.raises(StalledError, match="no answer from gpu:1"):
+            model.forward(Batch.of([(1, 2, [5])]), both.replayed)
+        with pytest.raises(StalledError, match="gpu:1 has not come to the end"):
+            model.forward(Batch.of([(2, 0, [3, 4])]), both.replayed)  # a prompt, too
+    assert not model.weights.experts.slots.claims
+    may_go_on.set()
+    assert comes_true(helper.is_done, 5)
+    both.step({0: 9})
     both.step({0: 1})
     model.close()
 

@@ -1,0 +1,35 @@
+"""What the processor answers GPUs that run a recorded step: outputs of experts that none of them holds."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from engine.families.deepseek_v41.operations import V41Parts
+from memory.experts.coordinator import Coordinator
+
+
+def coordinator_of(parts: V41Parts) -> Coordinator:
+    """Answers from the expert store. An expert that has reached a GPU since the step began is computed there,
+    on a stream of its own: the GPU's may be waiting for this very answer."""
+    store, limit = parts.weights.experts, parts.config.swiglu_limit
+    devices = [table.tier.device for table in store.slots.gpus]
+    streams = [
+        torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        for device in devices
+        if device.type == "cuda"
+    ]
+
+    @torch.inference_mode()
+    def answer(layer: int, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        with ExitStack() as apart:
+            for stream in streams:
+                apart.enter_context(torch.cuda.stream(stream))
+            return store.outputs(layer, ids, x, limit)
+
+    def foresee(layer: int, guess: list[int]) -> None:
+        if store.wants_guesses(layer):
+            store.prefetch(layer, guess)
+
+    return Coordinator(answer, foresee)
