@@ -171,7 +171,9 @@ class ExpertStore:
             self.slots.lend()
         rankings = [self._policies[layer].ranking() for layer in many]
         flops = 2.0 * 3 * self._files.hidden * self._files.width
-        self._passing = StreamedPass(self.slots, self._kernels, many, rankings, flops, self._cpu_flops)
+        self._passing = StreamedPass(
+            self.slots, self._kernels, many, rankings, self._files.hidden, flops, self._cpu_flops
+        )
 
     def end(self) -> None:
         """The forward has ended; does nothing where none has begun."""

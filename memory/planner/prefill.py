@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from memory.experts.store import BLOCK_TOKENS
-from memory.experts.streamed import GROUP, is_streamed, ring_slots
+from memory.experts.streamed import STARTING_S, carrying_s, is_streamed, ring_slots
 from memory.hardware.profiles import HardwareProfile
 from memory.planner.cost_model import (
     CPU,
@@ -32,8 +32,6 @@ from memory.planner.placement import Placement, Workload, lent_bytes, plan, work
 from memory.planner.routing import UNIFORM, Routing, distinct
 from memory.planner.shape import LayerShape, ModelShape
 
-# A group of experts on a GPU: about so many operations, called one by one like the 130 of a layer.
-GROUP_OPERATIONS, LAYER_OPERATIONS = 15, 130
 VALUE_BYTES = 4  # of activations
 SMALLEST_CHUNK, LARGEST_CHUNK = 512, 32_768
 # A chunk twice as large must be worth something: of the best rate, the smallest chunk with so much is taken.
@@ -194,27 +192,35 @@ class PrefillModel(CostModel):
         sending_s, by_cpu, launching = 0.0, float(costs.sum()), 0.0
         if links:
             ahead = min(dense, size * sum(self._rings[tier] for tier in links) / rate)
-            by_cpu, sending_s, sent, uses = _divided(costs, used * size / rate, tokens * outside, ahead)
+            row, uses_in_all = VALUE_BYTES * self.shape.hidden, tokens * self.shape.top_k
+            carrying = carrying_s(uses_in_all, tokens, row, list(links.values()))
+            starting = STARTING_S * (in_vram + np.concatenate((np.cumsum(used)[::-1], [0.0])))
+            by_cpu, sending_s, sent, uses = _divided(
+                costs + tokens * outside * row / min(links.values()),
+                used * size / rate,
+                tokens * outside,
+                ahead,
+                carrying,
+                starting,
+            )
             for tier in links:
                 share = links[tier] / rate
                 gpu = hardware.gpus[int(tier.partition(":")[2])]
                 memory_s = sent * rate * share / (gpu.memory_bytes_per_s * e.vram_share)
                 gpu_s[tier] += max(memory_s, flops * uses * share / (gpu.matmul_flops * e.gpu_flops_share))
-            sending_s += self._activations_s(n, links, tokens, resident, uses)
-            groups = (in_vram + sent * rate / size) / GROUP
-            launching = groups * e.gpu_layer_s * GROUP_OPERATIONS / LAYER_OPERATIONS
+            launching = STARTING_S * (in_vram + sent * rate / size)
             for tier in links:
                 cost.nbytes[f"link:{tier.partition(':')[2]}"] += sent * links[tier]
         cpu_s += by_cpu
         computing = max(cpu_s, launching, *gpu_s.values())
         ring = size * ring_slots(self._slots["dram"])
-        disk = read / hardware.disk_bytes_per_s
-        disk += max(0.0, dense - ring / hardware.disk_bytes_per_s) if disk else 0.0
+        reading = read / hardware.disk_bytes_per_s
+        disk = dense + max(0.0, reading - min(dense, ring / hardware.disk_bytes_per_s)) if reading else 0.0
         bus = (cost.nbytes["dram"] + moved + CROSSINGS * read) / self._bus_rate
         total = max(dense + max(computing, sending_s), disk, bus)
         cost.nbytes["dram"] += moved
         cost.nbytes["nvme"] += read
-        if disk >= total:
+        if disk >= total and reading > 0:
             cost.seconds[DISK] += total
         elif bus >= total:
             cost.seconds[DRAM] += total
@@ -241,20 +247,6 @@ class PrefillModel(CostModel):
             return working + starting, bound
         return max(working, starting), bound if working >= starting else LATENCY
 
-    def _activations_s(
-        self, n: int, links: dict[str, float], tokens: int, resident: float, sent: float
-    ) -> float:
-        """What carrying a layer's inputs to other GPUs, and outputs to its own, takes on the busiest link.
-
-        resident, sent: uses of experts that GPUs hold, and that were sent to them.
-        """
-        row, own = VALUE_BYTES * self.shape.hidden, self._tiers[n]
-        if own not in links:
-            return max(tokens * row / rate for rate in links.values())
-        here = (resident + sent) / len(links)
-        elsewhere = tokens * self.shape.top_k - here
-        return max((elsewhere if tier == own else tokens) * row / rate for tier, rate in links.items())
-
 
 def _chunks(chunk: int, prompt: int, tail: int) -> Iterator[_Chunks]:
     """The chunks of a prompt: those before its tail together, then one by one."""
@@ -269,17 +261,27 @@ def _chunks(chunk: int, prompt: int, tail: int) -> Iterator[_Chunks]:
 
 
 def _divided(
-    costs: np.ndarray, sending: np.ndarray, uses: np.ndarray, ahead: float
+    costs: np.ndarray,
+    sending: np.ndarray,
+    uses: np.ndarray,
+    ahead: float,
+    carrying: float,
+    starting: np.ndarray,
 ) -> tuple[float, float, float, float]:
     """Experts, most used first, between processor and links so that both finish together: seconds of each,
-    and seconds and uses of all that was sent; `ahead`: seconds for which the links worked before."""
+    and seconds and uses of all that was sent.
+
+    ahead     seconds for which the links worked before
+    carrying  seconds for which they carry something else
+    starting  what GPUs' operations take to start, by how many experts the processor takes, `[experts + 1]`
+    """
     # From the least used one on: what the processor has taken, and what is left to the links.
     by_cpu = np.concatenate(([0.0], np.cumsum(costs[::-1])))
-    left = np.maximum(0.0, np.concatenate((np.cumsum(sending)[::-1], [0.0])) - ahead)
+    left = np.maximum(0.0, np.concatenate((np.cumsum(sending)[::-1], [0.0])) - ahead) + carrying
     taken = np.concatenate(([0.0], np.cumsum(sending[::-1])))
     used = np.concatenate(([0.0], np.cumsum(uses[::-1])))
     numbers = np.arange(len(by_cpu), dtype=float)
-    surplus = by_cpu - left  # grows with every expert that the processor takes
+    surplus = by_cpu - np.maximum(left, starting)  # grows with every expert that the processor takes
     at = float(np.interp(0.0, surplus, numbers)) if surplus[-1] > surplus[0] else 0.0
     cpu_s, link_s = float(np.interp(at, numbers, by_cpu)), float(np.interp(at, numbers, left))
     return (

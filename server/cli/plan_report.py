@@ -76,6 +76,8 @@ def plan_report(
 
 
 def _report(shape: ModelShape, machine: HardwareProfile, placement: Placement) -> dict[str, Any]:
+    from memory.planner.placement import lent_bytes, workspace_bytes
+
     tiers = {
         tier: {"budget_bytes": budget, "used_bytes": placement.used(tier)}
         for tier, budget in placement.budgets.items()
@@ -86,6 +88,8 @@ def _report(shape: ModelShape, machine: HardwareProfile, placement: Placement) -
         "hardware": machine.name,
         "assumed": list(machine.assumed),
         "workload": asdict(placement.workload),
+        "prefill_workspace_bytes": workspace_bytes(shape, placement.workload),
+        "prefill_lent_bytes": lent_bytes(shape, placement.workload),
         "fits": placement.fits,
         "tiers": tiers,
         "places": [asdict(place) for place in placement.places],
@@ -130,11 +134,16 @@ def _expected(
 
 
 def _print_head(shape: ModelShape, machine: HardwareProfile, workload: Workload, verdict: str) -> None:
+    from memory.planner.placement import lent_bytes, workspace_bytes
+
+    lent = lent_bytes(shape, workload) if any(gpu.kind == "cuda" for gpu in machine.gpus) else 0
     print(f"{shape.name} on {machine.name}: {verdict}")
     print(f"{machine.description or machine.name}")
     print(
         f"{bytes_text(shape.nbytes)} of weights; {workload.sequences} sequence(s) of up to "
-        f"{workload.context} tokens; prompts in chunks of {workload.prefill_chunk}\n"
+        f"{workload.context} tokens; prompts in chunks of {workload.prefill_chunk}, in "
+        f"{bytes_text(workspace_bytes(shape, workload))} of workspace"
+        + (f", {bytes_text(lent)} of it lent by each GPU's experts\n" if lent else "\n")
     )
 
 

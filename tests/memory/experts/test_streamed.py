@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memory.experts import store as store_module
 from memory.experts.copies import SlotCopier
 from memory.experts.store import ExpertStore
-from memory.experts.streamed import MANY_USES, RING_SHARE, split
+from memory.experts.streamed import MANY_USES, RING_SHARE, carrying_s, split
 from quant.errors import CheckpointError
 from tests.memory.experts.experts_on_disk import LIMIT, ExpertsOnDisk, steps
 from tests.memory.experts.test_store import failing
@@ -174,6 +174,11 @@ def test_processor_and_links_finish_together() -> None:
     assert split([0.0] * 10, 1.0) == 10
     assert split([1, 2, 3, 4, 5], 0.5) == 1
     assert split([], 1.0) == 0
+    assert split([1.0] * 10, 0.0, starting_s=1.0) == 5
+    assert split([1.0] * 10, 0.0, starting_s=1.0, held=4) == 7
+    assert split([1.0] * 10, 1.0, carrying=4.0) == 7
+    assert carrying_s(600, 100, 4, [10.0]) == 0
+    assert carrying_s(600, 100, 4, [10.0, 10.0]) == 300 * 4 / 10
 
 
 def test_slots_that_a_long_chunk_is_computed_in_are_filled_again_afterwards(

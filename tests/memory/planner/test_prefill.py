@@ -75,7 +75,7 @@ def test_the_plan_divides_experts_as_the_engine_does(costs: list[float], sending
     real = max(sum(costs[:count]), (len(costs) - count) * sending_s)
     hottest_first = np.array(costs[::-1])
     by_cpu, by_links, sent, _ = _divided(
-        hottest_first, np.full(len(costs), sending_s), np.ones(len(costs)), 0.0
+        hottest_first, np.full(len(costs), sending_s), np.ones(len(costs)), 0.0, 0.0, np.zeros(len(costs) + 1)
     )
     planned = max(by_cpu, by_links)
     assert planned <= real * (1 + 1e-9)
