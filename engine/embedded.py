@@ -11,6 +11,7 @@ from typing import Any
 from engine.distribution import installed_file
 from memory.hub.names import HubModel, parse_hub_name
 from quant.errors import ConfigError
+from quant.formats.kv_names import KvFormat
 
 DEMO_NAME = "loci-demo"
 
@@ -22,11 +23,13 @@ class EmbeddedModel:
     find       its path, or None if it is not installed
     install    how to install it
     sampling   default sampling parameters, if its files have none
+    kv_format  what its KV cache is kept in unless asked for another; None for its family's default
     """
 
     find: Callable[[], Path | None]
     install: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    kv_format: KvFormat | None = None
 
 
 def _demo() -> Path | None:
@@ -46,10 +49,11 @@ def _smollm2() -> Path | None:
 
 
 # The first one that is installed is the default. At temperature 1, models this small become incoherent;
-# SmolLM2's sampling is what its authors recommend.
+# SmolLM2's sampling is what its authors recommend. The demonstration model was not trained to have its KV
+# rounded, as the released models of its family were (tests/bench/kv_formats.py).
 EMBEDDED: dict[str, EmbeddedModel] = {
     "demo": EmbeddedModel(
-        _demo, "use a complete checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}
+        _demo, "use a complete checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}, "float32"
     ),
     "smollm2": EmbeddedModel(
         _smollm2,
@@ -101,6 +105,11 @@ def model_path(model: Path | str | None) -> Path:
 def embedded_sampling(path: Path) -> Mapping[str, Any]:
     """The sampling parameters of the embedded model at `path`; empty for any other model."""
     return EMBEDDED[name].sampling if (name := embedded_name(path)) else {}
+
+
+def embedded_kv_format(path: Path) -> KvFormat | None:
+    """What the embedded model at `path` has its KV in by default; None for its family's default."""
+    return EMBEDDED[name].kv_format if (name := embedded_name(path)) else None
 
 
 def embedded_name(path: Path) -> str | None:

@@ -212,6 +212,12 @@ class Engine:
             self._stored.expect(ids, cache_salt)
         return Submission(sequence.sequence_id)
 
+    def foresee(self, cache_salt: str, beginning: list[int]) -> None:
+        """A prompt that begins so will be submitted soon: let the system read ahead what is on disk of it.
+        Thread-safe."""
+        if self._stored is not None:
+            self._stored.foresee(beginning, cache_salt)
+
     def abort(self, ticket: Submission) -> None:
         """End a sequence within one step; its last Output has FinishReason.ABORT. No-op if it ended."""
         with self._wake:

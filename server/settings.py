@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from quant.errors import ConfigError
-from quant.formats.kv import KvChoice
+from quant.formats.kv_names import KvChoice
 from server.http.logs import LogFormat
 
 SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
@@ -135,7 +135,8 @@ class Settings(BaseSettings):
     kv_format: KvChoice = Field(
         "auto",
         description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model was "
-        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32.",
+        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32; float32 "
+        "for demo.",
     )
     devices: str | None = Field(
         None,

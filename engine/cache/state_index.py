@@ -102,6 +102,13 @@ class StateIndex:
                 return Found(record, length)
         return None
 
+    def likeliest(self, beginning: Ids, salt: str) -> Record | None:
+        """Of the states whose rows begin as a text does, the one that was used last."""
+        _, record, _ = self.known_rows(beginning, salt)
+        while record is not None and (longer := [child for child in record.children if child.is_written]):
+            record = max(longer, key=lambda child: child.used)
+        return record
+
     def known_rows(self, ids: Ids, salt: str) -> tuple[int, Record | None, list[bytes]]:
         """Up to where files have a text's rows, the last of them, and digests of the blocks after that."""
         start, parent = 0, None

@@ -133,9 +133,16 @@ class StoredStates:
     def expect(self, prompt: Sequence[int], salt: str) -> None:
         """Let the system read ahead what `restore` will ask for."""
         found = self.find(prompt, salt)
-        for each in [] if found is None else found.record.chain():
-            with suppress(OSError), each.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        if found is not None:
+            _read_ahead(found.record)
+
+    def foresee(self, beginning: Sequence[int], salt: str) -> None:
+        """The same for a prompt that is not known to its end: of the texts that begin so, the one that was
+        used last is the likeliest to go on."""
+        with self._lock:
+            record = self._index.likeliest(np.asarray(beginning, dtype=np.int32), _salt_digest(salt))
+        if record is not None:
+            _read_ahead(record)
 
     def restore(self, slot: int, found: Found) -> Restored | None:
         """Restore a state that was found into the empty slot; None, and the slot stays empty, where a file
@@ -252,7 +259,7 @@ class StoredStates:
                 gone.path.unlink(missing_ok=True)
 
     def _find(self) -> None:
-        """Index the folder's files, shorter texts first; those that cannot be used are removed."""
+        """Index the folder's files, first those whose rows others go on from; remove what cannot be used."""
         for path in self._folder.glob(".*.tmp"):
             if path.stat().st_mtime < time.time() - ABANDONED_S:
                 path.unlink(missing_ok=True)
@@ -263,13 +270,19 @@ class StoredStates:
             except StateFileError as error:
                 log.warning("a saved state is ignored and removed: %s", error)
                 path.unlink(missing_ok=True)
-        for path, header in sorted(headers, key=lambda found: len(found[1].tokens)):
+        for path, header in sorted(headers, key=lambda found: found[1].start):
             start, parent, blocks = self._index.known_rows(header.tokens, header.salt)
             if start < header.start:
                 path.unlink(missing_ok=True)  # the rows before are gone
                 continue
             record = self._index.add(path, header, path.stat().st_size, parent, blocks, is_written=True)
             record.used = path.stat().st_mtime
+
+
+def _read_ahead(record: Record) -> None:
+    for each in record.chain():
+        with suppress(OSError), each.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _fingerprint(cache: KvCache, identity: str) -> str:

@@ -23,7 +23,7 @@ from engine.chat.output_parser import END_THINK, THINK, MessageDelta, OutputPars
 from engine.chat.tags import Item, SpecialRanges, Tag, TagFinder
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar, must_call
 from engine.grammar.call_spellings import DSML, ElementSpelling, dsml
-from engine.tokenizer.tokenizer import Tokenizer
+from engine.tokenizer.tokenizer import OnBeginning, Tokenizer
 from quant.errors import RequestError
 
 # The tags that answers are taken apart by, each with a noncharacter (no text has one) that stands for it
@@ -73,7 +73,7 @@ class DeepseekChat(ChatFormat):
         end = tokenizer.added_tokens.get(recipe.SpecialToken.Eos.default_str())
         self._stop_token_ids = () if end is None else (end,)
 
-    def render(self, request: Mapping[str, Any]) -> ChatPrompt:
+    def render(self, request: Mapping[str, Any], on_beginning: OnBeginning | None = None) -> ChatPrompt:
         body = _prompt_fields(request)
         try:
             converted = self._convert_forcing(body)
@@ -82,7 +82,9 @@ class DeepseekChat(ChatFormat):
         prompt = self._encoding.render_conversation(converted.conversation)
         if prompt.image_sources:
             raise RequestError("images are not supported by this server; send text only", param="messages")
-        token_ids = self._tokenizer.encode_prompt(prompt.prompt, prompt.special_ranges)
+        token_ids = self._tokenizer.encode_prompt(
+            prompt.prompt, prompt.special_ranges, on_beginning=on_beginning
+        )
         options = converted.parsing_options
         options.stop_sequences = []
         style = AnswerStyle(

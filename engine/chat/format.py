@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.chat.output_parser import END_THINK, OutputParser
 from engine.grammar.lark import Grammar
+from engine.tokenizer.tokenizer import OnBeginning
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class ChatFormat(ABC):
     """
 
     @abstractmethod
-    def render(self, request: Mapping[str, Any]) -> ChatPrompt:
+    def render(self, request: Mapping[str, Any], on_beginning: OnBeginning | None = None) -> ChatPrompt:
         """`request` is an OpenAI chat-completions body (messages, tools, tool_choice, reasoning_effort,
         response_format, structured_outputs, chat_template_kwargs ...), already validated in shape.
 
-        What it says is text: spelling a special token in a message never makes one. Raises
-        RequestError for what the dialect cannot express, naming the field.
+        What it says is text: spelling a special token in a message never makes one. `on_beginning` hears how
+        a long prompt begins, before the rest is encoded. Raises RequestError for what the dialect cannot
+        express, naming the field.
         """

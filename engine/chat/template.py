@@ -43,7 +43,7 @@ from engine.chat.sandbox import ChatTemplate
 from engine.chat.template_messages import MessageShaper, begun_answer
 from engine.grammar.answer import AnswerStyle, Reasoning, answer_grammar
 from engine.tokenizer.prompt import unused_character
-from engine.tokenizer.tokenizer import Tokenizer
+from engine.tokenizer.tokenizer import OnBeginning, Tokenizer
 from quant.errors import RequestError
 
 MAX_PROMPT_CHARS = 16 << 20
@@ -81,9 +81,9 @@ class TemplateChat(ChatFormat):
         self._think = think_tags_of(template)
         self._messages = MessageShaper(template, self._think, self._says_the_same)
 
-    def render(self, request: Mapping[str, Any]) -> ChatPrompt:
+    def render(self, request: Mapping[str, Any], on_beginning: OnBeginning | None = None) -> ChatPrompt:
         if self._for_tools is not None and request.get("tools") and request.get("tool_choice") != "none":
-            return self._for_tools.render(request)
+            return self._for_tools.render(request, on_beginning)
         tools = self._tools(request)
         said = {
             "tools": tools if self._teaches_calls else None,
@@ -94,7 +94,7 @@ class TemplateChat(ChatFormat):
         prompt, special_ranges = self._told(said, request["messages"], tools, begun)
         reasoning = self._reasoning(prompt, special_ranges, begun)
         return ChatPrompt(
-            self._tokenizer.encode_prompt(prompt, special_ranges, self._template.source),
+            self._tokenizer.encode_prompt(prompt, special_ranges, self._template.source, on_beginning),
             lambda: self._parser(reasoning, tools, begun),
             stop_token_ids=self._stop_token_ids,
             grammar=answer_grammar(

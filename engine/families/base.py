@@ -23,7 +23,7 @@ from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
-from quant.formats.kv import KvChoice, KvFormat, resolve
+from quant.formats.kv_names import KvChoice, KvFormat, resolve
 from quant.kernels.cpu.program import Program
 from quant.kernels.interface import Kernels
 

@@ -14,7 +14,7 @@ from typing import Any
 from engine.chat.format import ChatFormat
 from engine.chat.harmony import ends_of
 from engine.chat.registry import chat_format_for
-from engine.embedded import EMBEDDED, embedded_sampling
+from engine.embedded import EMBEDDED, embedded_kv_format, embedded_sampling
 from engine.families.base import Component, Family, Model, ModelInfo, PromptProducts
 from engine.families.registry import family_of
 from engine.sampling.defaults import end_token_ids, sampling_defaults
@@ -24,6 +24,7 @@ from memory.checkpoint.gguf_files import is_gguf, open_gguf
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import CheckpointError, ConfigError, Findings
+from quant.formats.kv_names import KvChoice, KvFormat
 from quant.kernels.choice import choose
 from quant.kernels.interface import Products
 
@@ -88,6 +89,11 @@ class OpenedModel:
     tokenizer: Tokenizer
     chat: ChatFormat | None
     sampling: Mapping[str, Any]
+
+    def kv_format(self, asked: KvChoice) -> KvFormat:
+        """The format that its KV is kept in. Raises ConfigError for one that it cannot have."""
+        default = embedded_kv_format(self.checkpoint.path) if asked == "auto" else None
+        return self.family.kv_format(self.checkpoint, default or asked)
 
     def load(self, budget: MemoryBudget, prompt_products: Products = "exact") -> Loaded:
         """Read its weights, within `budget`. Raises ConfigError for products that this machine has no kernels

@@ -13,7 +13,7 @@ from memory.planner.published import NAMES as HAND_WRITTEN
 from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
 from quant.errors import ConfigError
-from quant.formats.kv import KvChoice
+from quant.formats.kv_names import KvChoice
 
 _QWEN3 = {
     "model_type": "qwen3_moe", "head_dim": 128, "num_key_value_heads": 4, "num_experts": 128,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.families.registry import family_of
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.shape import ModelShape
-from quant.formats.kv import KvChoice
+from quant.formats.kv_names import KvChoice
 
 
 def shape_of(checkpoint: Checkpoint, kv_format: KvChoice = "float32") -> ModelShape:

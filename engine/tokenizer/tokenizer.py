@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ from engine.tokenizer.prompt import BYTE_TOKEN, PromptEncoder, encode_text, with
 from memory.checkpoint.checkpoint import Checkpoint
 from quant.errors import CheckpointError, ConfigError
 
+# A long text takes a while to encode. Who can use its first tokens before that gets those of so many
+# characters; the last of them may turn out to be others.
+OnBeginning = Callable[[list[int]], None]
+LONG_TEXT, BEGINNING = 1 << 16, 1 << 14
 MARKUP = re.compile(r"(?s)(?=.*[^\w\s\u2581]).{3,}")  # not a word, not a run of spaces, not a comma
 
 
@@ -151,12 +155,22 @@ class Tokenizer:
             if token in special or (MARKUP.fullmatch(token) and (template is None or token in template))
         }
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = True) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = False,
+        parse_special: bool = True,
+        on_beginning: OnBeginning | None = None,
+    ) -> list[int]:
         """Token ids of `text`; with `parse_special` the spelling of an added token becomes that token.
 
         `add_special_tokens` puts in front what the model's texts begin with, where `add_bos` says so and
-        the text does not begin with it. Raises RequestError for text that is not valid Unicode.
+        the text does not begin with it. `on_beginning` hears how a long text begins. Raises RequestError for
+        text that is not valid Unicode.
         """
+        if on_beginning is not None and len(text) > LONG_TEXT:
+            on_beginning(self.encode(text[:BEGINNING], add_special_tokens=add_special_tokens))
         if not parse_special:
             spell = self._prompt_encoder(None).spelled_out
             return [small for i in encode_text(self._literal, text) for small in spell(i)]
@@ -178,15 +192,22 @@ class Tokenizer:
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
     def encode_prompt(
-        self, text: str, special_ranges: Iterable[tuple[int, int]], template: str | None = None
+        self,
+        text: str,
+        special_ranges: Iterable[tuple[int, int]],
+        template: str | None = None,
+        on_beginning: OnBeginning | None = None,
     ) -> list[int]:
         """Token ids of a rendered prompt whose control tokens (those of `template`) are known by their place.
 
         `special_ranges` are ascending, disjoint `[start, end)` offsets into `text`. What lies there
         becomes the token of that spelling (or stays text where the vocabulary has no such token);
-        elsewhere spelling one makes none.
+        elsewhere spelling one makes none. `on_beginning` hears how a long prompt begins.
         """
-        return self._prompt_encoder(template).encode(text, special_ranges)
+        ranges, encoder = list(special_ranges), self._prompt_encoder(template)
+        if on_beginning is not None and len(text) > LONG_TEXT:
+            on_beginning(encoder.encode(text[:BEGINNING], [at for at in ranges if at[1] <= BEGINNING]))
+        return encoder.encode(text, ranges)
 
     def _prompt_encoder(self, template: str | None) -> PromptEncoder:
         encoder = self._prompts.get(template)

@@ -170,7 +170,8 @@ class Coordinator:
                     self._fail(
                         StalledError(
                             f"experts that a GPU does not hold were not there after {self._patience_s:.0f} "
-                            f"s: no answer from {' and '.join(missing)}"
+                            f"s: no answer from {' and '.join(missing)}; check the GPUs with `nvidia-smi`, "
+                            "and the drive"
                         )
                     )
 

@@ -14,7 +14,7 @@ from memory.hardware.this_machine import this_machine
 from memory.planner.placement import Workload
 from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
-from quant.formats.kv import KvFormat
+from quant.formats.kv_names import KvFormat
 
 logger = logging.getLogger("loci.memory")
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from memory.planner.launches import gpu_launches
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Table, Weights
 from quant.errors import ConfigError
-from quant.formats.kv import V41_FORMATS, KvChoice, KvFormat, resolve, v41_rows
+from quant.formats.kv import v41_rows
+from quant.formats.kv_names import V41_FORMATS, KvChoice, KvFormat, resolve
 from quant.formats.rows import row_bytes
 
 KV_VALUE_BYTES = 4  # of what a cache keeps exactly whatever its format

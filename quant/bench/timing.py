@@ -97,14 +97,17 @@ def _cpu_s(process: psutil.Process) -> float:
 
 @dataclass(frozen=True)
 class Figure:
-    """One result: `target` is what was promised, at least; None where nothing was."""
+    """One result: `target` is what was promised, at least or `at_most`; None where nothing was."""
 
     name: str
     value: float
     unit: str
     target: float | None = None
+    at_most: bool = False
 
     @property
     def met(self) -> bool | None:
         """Whether the promise was kept."""
-        return None if self.target is None else self.value >= self.target
+        if self.target is None:
+            return None
+        return self.value <= self.target if self.at_most else self.value >= self.target

@@ -11,7 +11,7 @@ import typer
 
 from engine.embedded import EMBEDDED, model_path
 from quant.errors import ConfigError, LociError
-from quant.formats.kv import KvChoice
+from quant.formats.kv_names import KvChoice
 from server.settings import Experts
 
 _NAMES = ", ".join(EMBEDDED)

@@ -67,7 +67,7 @@ def info(
 
     with headers_of(model) as path:
         found = open_model(path, experts=experts)
-    form = found.family.kv_format(found.checkpoint, kv_format)
+    form = found.kv_format(kv_format)
     about, components = found.info, found.components
     total = sum(component.nbytes for component in components)
     parameters = sum(component.parameters for component in components)

@@ -47,8 +47,7 @@ def logits(
     from memory.user_files import whole_file
 
     opened = open_model(model, experts=experts)
-    form = opened.family.kv_format(opened.checkpoint, kv_format)
-    loaded = opened.load(MemoryBudget.of_this_machine(kv_format=form)).model
+    loaded = opened.load(MemoryBudget.of_this_machine(kv_format=opened.kv_format(kv_format))).model
     _check(ids, greedy, loaded)
     tensors = _compute(loaded, ids, chunk, greedy)
     with whole_file(out) as temporary:

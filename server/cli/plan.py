@@ -11,7 +11,7 @@ import typer
 
 from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
-from quant.formats.kv import KvChoice
+from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
 from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
 
@@ -112,7 +112,8 @@ def _shape(model: str, experts: str | None, kv_format: KvChoice) -> ModelShape:
         from server.cli.fetch import headers_of
 
         with headers_of(model) as path:
-            return shape_of(open_model(path, experts=experts).checkpoint, kv_format)
+            opened = open_model(path, experts=experts)
+            return shape_of(opened.checkpoint, opened.kv_format(kv_format))
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
 

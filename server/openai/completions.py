@@ -36,12 +36,19 @@ class TokenizedPrompt:
 def tokenize_prompts(request: CompletionRequest, served: Served) -> list[TokenizedPrompt]:
     """The request's prompts as token ids; texts begin with the tokens that the model's tokenizer adds, unless
     `add_special_tokens` is false."""
-    tokenizer = served.loaded.tokenizer
+    tokenizer, salt = served.loaded.tokenizer, request.cache_salt or ""
+
+    def front_of(ids: list[int]) -> list[int]:
+        return [] if request.add_special_tokens is False else tokenizer.front_of(ids)
+
+    def foresee(beginning: list[int]) -> None:
+        served.engine.foresee(salt, front_of(beginning) + beginning)
+
     result = []
     for prompt in request.prompts:
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-            front = [] if request.add_special_tokens is False else tokenizer.front_of(ids)
+            ids = tokenizer.encode(prompt, on_beginning=foresee)
+            front = front_of(ids)
             result.append(TokenizedPrompt(prompt, front + ids, len(front)))
         else:
             check_ids(prompt, served.vocab_size, "prompt")

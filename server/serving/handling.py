@@ -98,7 +98,8 @@ async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
         text = f"{served.name} has no chat template; use /v1/completions"
         raise ApiError(400, text, param="messages", code="no_chat_template")
     conversation = chat.as_prompt()
-    return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation)
+    foresee = partial(served.engine.foresee, chat.cache_salt or "")
+    return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation, foresee)
 
 
 async def aside(length: int, work: Callable[..., T], *arguments: Any) -> T:

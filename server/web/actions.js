@@ -39,7 +39,7 @@ function versionSwitch(turn, versions, actions) {
 
 /**
  * Puts an editor with `text` into the place of `shown`, until one of `choices` (`[[label, act]]`, the first for
- * Control+Enter) is made or Escape ends it.
+ * Control+Enter) is taken (`act(text)` returns true) or Escape ends it.
  */
 export function editInPlace(shown, text, choices) {
   const field = element("textarea", { value: text, ariaLabel: "Edit message", rows: 3 });
@@ -48,8 +48,7 @@ export function editInPlace(shown, text, choices) {
     shown.closest("li")?.querySelector(".actions button:not([disabled])")?.focus();
   };
   const choose = (act) => {
-    close();
-    act(field.value.trim());
+    if (act(field.value.trim())) close();
   };
   const buttons = choices.map(([label, act], i) =>
     button(label, () => choose(act), i === 0 ? { className: "primary" } : {}),

@@ -6,7 +6,7 @@ import { isUnanswered } from "./conversation.js";
 import { element } from "./dom.js";
 import { render } from "./markdown.js";
 
-const SILENT_MS = 1500; // a wait that is longer is explained
+const SILENT_MS = 1000; // a wait that is longer is explained
 
 export class Answer {
   #turn;
@@ -102,14 +102,14 @@ export class Answer {
 
   #waitingFor() {
     const { progress, began } = this.#run;
+    if (performance.now() - began < SILENT_MS) return "";
+    if (this.#waiting > 0 && !progress?.processed) {
+      return `Waiting for a free place: ${this.#waiting} ${this.#waiting === 1 ? "request is" : "requests are"} queued`;
+    }
     if (progress) {
       const { total, cache, processed } = progress;
       const known = cache > 0 ? `, ${cache} of them known from earlier` : "";
       return `Reading the prompt: ${processed} of ${total} tokens${known}`;
-    }
-    if (performance.now() - began < SILENT_MS) return "";
-    if (this.#waiting > 0) {
-      return `Waiting for a free place: ${this.#waiting} ${this.#waiting === 1 ? "request is" : "requests are"} queued`;
     }
     return "Reading the prompt";
   }

@@ -78,11 +78,12 @@ export class Chat {
     this.#ask({ role: "user", content, files }, this.conversation.path.at(-1) ?? null);
   }
 
-  /** Put a question differently: another version of it, with an answer of its own. */
+  /** Put a question differently: another version of it, with an answer of its own. False where it cannot be done. */
   rephrase(question, content) {
-    if (this.isBusy) return;
+    if (this.isBusy || !(content || question.files?.length)) return false;
     const before = this.conversation.turns.find((each) => each.id === question.parent) ?? null;
     this.#ask({ role: "user", content, files: question.files }, before);
+    return true;
   }
 
   /** Another version of an answer; instead of it, where it has no word and nothing follows. */
@@ -111,10 +112,12 @@ export class Chat {
     this.#changed();
   }
 
-  /** Change the words of a turn, and nothing else. */
+  /** Change the words of a turn, and nothing else. False where there are none: that would be to delete it. */
   reword(turn, content) {
+    if (!content) return false;
     turn.content = content;
     this.#changed();
+    return true;
   }
 
   /** Take out a turn; returns the function that undoes it. */

@@ -17,7 +17,11 @@ let loading = null;
 function temml() {
   loading ??= new Promise((resolve, reject) => {
     const src = new URL("vendor/temml/temml.min.js", import.meta.url).href;
-    const script = element("script", { src, onload: () => resolve(window.temml), onerror: reject });
+    const onerror = () => {
+      loading = null; // the next formula tries again
+      reject();
+    };
+    const script = element("script", { src, onload: () => resolve(window.temml), onerror });
     document.head.append(script);
   });
   return loading;

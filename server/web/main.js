@@ -58,8 +58,8 @@ const chat = new Chat(library, {
   },
 });
 const messages = new Messages(chat, {
-  rephrase: (turn, text) => text && chat.rephrase(turn, text),
-  reword: (turn, text) => text && chat.reword(turn, text),
+  rephrase: (turn, text) => isSendable() && chat.rephrase(turn, text),
+  reword: (turn, text) => chat.reword(turn, text),
   repeat: (turn) => chat.repeat(turn),
   resume: (turn) => chat.resume(turn),
   choose: (turn) => chat.choose(turn),
@@ -70,13 +70,7 @@ const messages = new Messages(chat, {
   },
 });
 const composer = new Composer((text, files) => {
-  if (!connection.isOpen) {
-    connection.look();
-    if (connection.phase === "locked") askForKey();
-    else say(`Not sent: ${modelLine.textContent}`);
-    return false;
-  }
-  hide();
+  if (!isSendable()) return false;
   chat.say(text, files);
   return true;
 });
@@ -96,6 +90,16 @@ const sidebar = new Sidebar(library, chat, {
     });
   },
 });
+
+/** True where the server can be asked; otherwise tells why not. */
+function isSendable() {
+  hide();
+  if (connection.isOpen) return true;
+  connection.look();
+  if (connection.phase === "locked") askForKey();
+  else say(`Not sent: ${modelLine.textContent}`);
+  return false;
+}
 
 /** Show the conversation that the address names. */
 async function follow() {

@@ -44,11 +44,13 @@ export class Messages {
     this.#conversation = conversation;
     const { path } = conversation;
     const states = path.map((turn) => this.#stateOf(turn));
+    const place = this.#place();
     const same = this.#shown.findIndex(({ turn, state }, i) => turn !== path[i] || state !== states[i]);
     this.#cut(same < 0 ? this.#shown.length : same);
     const kept = this.#shown.length;
     path.slice(kept).forEach((turn, i) => this.#add(turn, states[kept + i]));
     welcome.hidden = path.length > 0;
+    if (place) this.#return(place);
     if (isOther || this.#chat.isBusy) toEnd();
   }
 
@@ -77,6 +79,20 @@ export class Messages {
     const follows = isNearEnd();
     draw();
     if (follows) toEnd();
+  }
+
+  /** Where the keyboard is: in which item, and on which of its buttons. */
+  #place() {
+    const at = this.#shown.findIndex(({ item }) => item.contains(document.activeElement));
+    return at < 0 ? null : { at, name: nameOf(document.activeElement) };
+  }
+
+  /** Put the keyboard back to where it was, in an item that may be another by now. */
+  #return({ at, name }) {
+    const item = this.#shown[at]?.item;
+    if (!item || item.contains(document.activeElement)) return;
+    const buttons = [...item.querySelectorAll("button:enabled")].filter((each) => each.checkVisibility());
+    (buttons.find((each) => nameOf(each) === name) ?? buttons[0])?.focus();
   }
 
   #find(turn) {
@@ -109,3 +125,5 @@ export class Messages {
     this.#shown.push({ turn, state, item, answer });
   }
 }
+
+const nameOf = (button) => button.ariaLabel ?? button.textContent;

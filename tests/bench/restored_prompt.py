@@ -1,23 +1,25 @@
 """A prompt whose state comes back from disk: the time to its first token beside that of reading the files.
 
-python -m tests.bench.restored_prompt [MODEL] [--tokens 1900] [--rounds 5] [--json FILE]
+python -m tests.bench.restored_prompt [MODEL] [--tokens 1900] [--rounds 5] [--made-up] [--cold] [--json FILE]
 
-Each round starts an engine anew. The system holds the files in memory by then, for both alike; the prompt has
-one token more than what was saved, as the next turn of a conversation has.
+Each round starts an engine anew. The prompt has one token more than what was saved, as the next turn of a
+conversation has; the step that computes it is measured by itself as well. With --made-up, the state is random
+numbers of the right layout instead of a prompt's: a long conversation with a large model takes hours to
+compute here. The system holds the files in memory, for both alike; with --cold it is told to forget them
+before each measurement.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import tempfile
 from pathlib import Path
 
-from engine.bench.restored import restore
+from engine.bench.restored import measure
 from engine.embedded import model_path
 from engine.families.loader import load
 from memory.hardware.detect import detect
 from memory.hardware.this_machine import write_results
-from quant.bench.timing import Figure
 from server.cli.bench.figures import print_figures, results_of
 
 
@@ -26,21 +28,16 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo", type=Path)
     parser.add_argument("--tokens", type=int, default=1900)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--made-up", action="store_true")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="where the files are put for the run")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     loaded = load(model_path(asked.model))
-    run = restore(loaded, asked.tokens, asked.rounds)
-    figures = [
-        Figure(
-            "restored_over_read",
-            statistics.median(a / b for a, b in zip(run.restored_s, run.read_s, strict=True)),
-            "ratio",
-        ),
-        Figure("restored_s", statistics.median(run.restored_s), "s"),
-        Figure("read_s", statistics.median(run.read_s), "s"),
-        Figure("computed_s", run.computed_s, "s"),
-        Figure("state", run.nbytes / 1e6, "MB"),
-    ]
+    with tempfile.TemporaryDirectory(dir=asked.scratch) as name:
+        figures = measure(
+            loaded, Path(name), asked.tokens, asked.rounds, made_up=asked.made_up, cold=asked.cold
+        )
     print_figures("a prompt from disk", figures)
     if asked.json is not None:
         write_results(asked.json, detect(), results_of(figures))

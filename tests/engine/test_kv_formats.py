@@ -21,7 +21,7 @@ from engine.families.registry import family_of
 from engine.families.shapes import shape_of
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
-from quant.formats.kv import KvFormat
+from quant.formats.kv_names import KvFormat
 from quant.formats.rows import RowFormat, Rows, values_of
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels

@@ -86,8 +86,8 @@ def test_captured_steps_give_the_golden_logits(
 @pytest.mark.parametrize(
     ("gpu_bytes", "dram_bytes"),
     [
-        pytest.param(6 << 20, 1 << 30, id="experts on both GPUs and in DRAM"),
-        pytest.param(5 << 20, 1_900_000, id="and on disk"),
+        pytest.param(6 << 20, 1 << 30, id="experts on both GPUs"),
+        pytest.param(5 << 20, 1_900_000, id="and in DRAM"),
     ],
 )
 def test_two_gpus_compute_a_layers_experts_at_once(gpu_bytes: int, dram_bytes: int) -> None:

@@ -18,7 +18,8 @@ from engine.families.decoder.index_keys import IndexKeys
 from engine.layers.recorded_experts import RecordedExperts
 from memory.pages.spaces import zeros
 from memory.planner.published import KV_MARGIN
-from quant.formats.kv import KvFormat, index_key_rows, latent_rows, plain_rows
+from quant.formats.kv import index_key_rows, latent_rows, plain_rows
+from quant.formats.kv_names import KvFormat
 from quant.formats.rows import RowFormat, Rows, bytes_of, first_columns, row_bytes, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 

@@ -25,7 +25,7 @@ from memory.planner.shape import ModelShape, Weights
 from quant.errors import ConfigError
 from quant.formats.fp8 import Fp8
 from quant.formats.int4 import INT4_GROUPS
-from quant.formats.kv import KvChoice
+from quant.formats.kv_names import KvChoice
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.plain import PLAIN
 from quant.formats.quantization_config import QuantizationConfig

@@ -18,7 +18,7 @@ from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import Findings, FormatError
-from quant.formats.kv import HEAD_FORMATS, LATENT_FORMATS, KvFormat
+from quant.formats.kv_names import HEAD_FORMATS, LATENT_FORMATS, KvFormat
 from quant.kernels.interface import Kernels
 
 

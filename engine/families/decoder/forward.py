@@ -37,7 +37,7 @@ from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
 from memory.telemetry import Telemetry
-from quant.formats.kv import KvFormat
+from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import Recorder

@@ -15,7 +15,8 @@ from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.errors import FormatError
 from quant.formats.fp8 import Fp8
-from quant.formats.kv import KvFormat, index_key_rows, latent_rows, plain_rows
+from quant.formats.kv import index_key_rows, latent_rows, plain_rows
+from quant.formats.kv_names import KvFormat
 from quant.formats.rows import row_bytes
 from quant.kernels.cpu.panels import panel_bytes
 

@@ -14,7 +14,7 @@ from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import Findings
-from quant.formats.kv import V4_FORMATS, KvFormat
+from quant.formats.kv_names import V4_FORMATS, KvFormat
 from quant.kernels.interface import Kernels
 
 

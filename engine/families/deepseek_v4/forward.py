@@ -21,7 +21,7 @@ from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix, Written
 from engine.layers.operations import Value
-from quant.formats.kv import KvFormat
+from quant.formats.kv_names import KvFormat
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 

@@ -15,7 +15,8 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
 from memory.planner.published import KV_MARGIN
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
-from quant.formats.kv import KvFormat, v4_rows
+from quant.formats.kv import v4_rows
+from quant.formats.kv_names import KvFormat
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}  # a value, of what releases have
 

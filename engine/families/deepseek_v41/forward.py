@@ -29,7 +29,8 @@ from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
 from quant.errors import FormatError
-from quant.formats.kv import KvFormat, v41_rows
+from quant.formats.kv import v41_rows
+from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams

@@ -8,7 +8,7 @@ from engine.families.parts import Parts
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import V41Dims, v41_kv, v41_launches, v41_tail
 from memory.planner.shape import LayerShape, ModelShape, Table, Weights
-from quant.formats.kv import KvFormat
+from quant.formats.kv_names import KvFormat
 
 
 def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:

@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from quant.formats.rows import Rows, bytes_of
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.linear import PRECISION
+from quant.kernels.cuda.row_codes import RowCodes, row_channels
 from quant.kernels.cuda.row_tasks import turned
 
 LATENTS = 32  # of a program
@@ -38,25 +40,20 @@ def channels_of(q, at, first, dim, turns, pairs, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def latents_of(ring, ring_at, in_ring, entries, entry_at, is_chosen, first, dim, CHANNELS: tl.constexpr):
-    """Channels from `first` on of latents, in a ring or among entries: `[LATENTS, CHANNELS]`."""
-    channel = first + tl.arange(0, CHANNELS)
-    inside = (channel < dim)[None, :]
-    own = tl.load(ring + ring_at[:, None] + channel[None, :], mask=in_ring[:, None] & inside, other=0.0)
-    at = entries + entry_at[:, None] + channel[None, :]
-    return own + tl.load(at, mask=is_chosen[:, None] & inside, other=0.0)
-
-
-@triton.jit
 def attend_part(
     q, turns, rings, entries, chosen, step, parts, stats, heads, dim, pairs, window, places, ring_stride,
-    choices, entry_stride, scale,
+    choices, entry_stride, scale, place_step, entry_step,
     MAX: tl.constexpr, LATENTS: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+    CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
+    TAIL_AT: tl.constexpr, SCALES_AT: tl.constexpr,
+    E_CODE: tl.constexpr, E_SCALE: tl.constexpr, E_GROUP: tl.constexpr, E_CODED: tl.constexpr,
+    E_TAIL_AT: tl.constexpr, E_SCALES_AT: tl.constexpr,
 ):  # fmt: skip
     """parts `[rows, splits, heads, dim]` and stats `[rows, splits, heads, 2]`: a program's latents, weighted
     by e^(score - most), then `most` and the sum of weights. Grid (splits, blocks of heads, rows).
 
-    The latents: `window` of the ring at the row's slot, then `choices` of its entries.
+    The latents: `window` of the ring at the row's slot, then `choices` of its entries; rows of these are
+    `place_step` and `entry_step` elements apart.
     """
     row, split = tl.program_id(2), tl.program_id(0)
     splits = tl.num_programs(0)
@@ -65,18 +62,23 @@ def attend_part(
     at = split * LATENTS + tl.arange(0, LATENTS)
     token = position + 1 - window + at
     in_ring = (at < window) & (token >= 0)
-    ring_at = slot * ring_stride + token % places * dim
+    ring_at = slot * ring_stride + token % places * place_step
     is_choice = (at >= window) & (at < window + choices)
     entry = tl.load(chosen + row * choices + at - window, mask=is_choice, other=-1)
     is_chosen = entry >= 0
-    entry_at = slot * entry_stride + entry * dim
+    entry_at = slot * entry_stride + tl.maximum(entry, 0) * entry_step
     is_seen = in_ring | is_chosen
     query_at = (row * heads + tl.minimum(head, heads - 1)) * dim
     turn = turns + row * 2 * pairs
     scores = tl.zeros([HEADS, LATENTS], tl.float32)
     for first in range(0, dim, CHANNELS):
         queries = channels_of(q, query_at, first, dim, turn, pairs, CHANNELS)
-        keys = latents_of(rings, ring_at, in_ring, entries, entry_at, is_chosen, first, dim, CHANNELS)
+        keys = row_channels(
+            rings, ring_at, in_ring, first, dim, CODE, SCALE, GROUP, CODED, TAIL_AT, SCALES_AT, CHANNELS
+        ) + row_channels(
+            entries, entry_at, is_chosen, first, dim, E_CODE, E_SCALE, E_GROUP, E_CODED, E_TAIL_AT,
+            E_SCALES_AT, CHANNELS,
+        )  # fmt: skip
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
     scores = tl.where(is_seen[None, :], scores * scale, float("-inf"))
     most = tl.max(scores, axis=1)
@@ -87,7 +89,12 @@ def attend_part(
     tl.store(stats + to * 2, most, mask=inside)
     tl.store(stats + to * 2 + 1, tl.sum(weights, axis=1), mask=inside)
     for first in range(0, dim, CHANNELS):
-        values = latents_of(rings, ring_at, in_ring, entries, entry_at, is_chosen, first, dim, CHANNELS)
+        values = row_channels(
+            rings, ring_at, in_ring, first, dim, CODE, SCALE, GROUP, CODED, TAIL_AT, SCALES_AT, CHANNELS
+        ) + row_channels(
+            entries, entry_at, is_chosen, first, dim, E_CODE, E_SCALE, E_GROUP, E_CODED, E_TAIL_AT,
+            E_SCALES_AT, CHANNELS,
+        )  # fmt: skip
         found = tl.dot(weights, values, input_precision=PRECISION)
         channel = first + tl.arange(0, CHANNELS)
         mask = inside[:, None] & (channel < dim)[None, :]
@@ -133,10 +140,10 @@ class SparseAttention:
     """
 
     q: torch.Tensor
-    rings: torch.Tensor
+    rings: Rows
     sink: torch.Tensor
     window: int
-    entries: torch.Tensor | None
+    entries: Rows | None
     chosen: torch.Tensor | None
     turns: torch.Tensor | None
     back: torch.Tensor | None
@@ -151,16 +158,19 @@ class SparseAttention:
         choices = 0 if self.chosen is None else self.chosen.shape[1]
         splits = splits_of(self.window, choices)
         entries = self.rings if self.entries is None else self.entries
+        ring_codes, entry_codes = RowCodes.of(self.rings), RowCodes.of(entries, "E_")
+        of_rings, of_entries = bytes_of(self.rings), bytes_of(entries)
         chosen = step if self.chosen is None else self.chosen
         turns = self.q if self.turns is None else self.turns
         back = self.q if self.back is None else self.back
         part = Launch(
             attend_part,
             (splits, -(-heads // HEADS), rows),
-            (self.q, turns, self.rings, entries, chosen, step, self.parts, self.stats, heads, dim,
-             0 if self.turns is None else turns.shape[1] // 2, self.window, places, self.rings.stride(0),
-             choices, entries.stride(0), dim**-0.5),
-            {"MAX": max_rows, "LATENTS": LATENTS, "HEADS": HEADS, "CHANNELS": CHANNELS},
+            (self.q, turns, of_rings, of_entries, chosen, step, self.parts, self.stats, heads, dim,
+             0 if self.turns is None else turns.shape[1] // 2, self.window, places, of_rings.stride(0),
+             choices, of_entries.stride(0), dim**-0.5, ring_codes.step, entry_codes.step),
+            {"MAX": max_rows, "LATENTS": LATENTS, "HEADS": HEADS, "CHANNELS": CHANNELS}
+            | ring_codes.constants | entry_codes.constants,
             4,
         )  # fmt: skip
         whole = Launch(

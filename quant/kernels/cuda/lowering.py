@@ -16,6 +16,7 @@ from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail
 from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import Product, products_launch
+from quant.kernels.cuda.row_codes import encode_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
 from quant.kernels.cuda.schedule import STREAMS, TASKS
 from quant.kernels.cuda.selection import Choice
@@ -215,6 +216,10 @@ def _attend(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return list(attention.launches(places.step, rows, places.max_rows))
 
 
+def _encode(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    return [encode_launch(of["x"], of["state"], places.step, rows, places.max_rows, of["ratio"])]
+
+
 def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     names = (
         "queries", "turns", "weights", "factor", "keys", "ratio", "block", "blocks", "pool", "chosen",
@@ -243,6 +248,7 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "write": _write,
     "add_up": _add_up,
     "attend": _attend,
+    "encode": _encode,
     "select": _select,
     "experts": _experts,
     "fetch": _fetch,

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quant.errors import FormatError
+from quant.errors import FormatError, LociError
 
 logger = logging.getLogger("loci.kernels")
 
@@ -31,7 +31,7 @@ HOST = "the processor"
 MOST_ANSWERERS = 7  # the processor among them: what the count of rows that have arrived has room for
 
 
-class StalledError(Exception):
+class StalledError(LociError):
     """A hand-over that nobody answered; the step's results mean nothing."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quant.errors import FormatError
-from quant.formats.rows import Rows
+from quant.formats.rows import EncodedRows, Rows, bytes_of
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
@@ -19,6 +19,7 @@ from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
+from quant.kernels.cuda.row_codes import RowCodes, check_has_kernels
 from quant.kernels.cuda.row_tasks import AS_ENTRY, IN_RING, NOWHERE
 from quant.kernels.cuda.selection import COLUMNS, TILE, chunks_of
 from quant.kernels.cuda.step_experts import SlotsOnGpu
@@ -265,11 +266,11 @@ class GpuRecorder:
 
     def ring(self, x: Buffer, to: Rows) -> None:
         """Write x into the rings `[slots, ring, width]`, each row at its slot and position."""
-        self._store(x, _exact(to), IN_RING, 1)
+        self._store(x, to, IN_RING, 1)
 
     def entry(self, x: Buffer, to: Rows, ratio: int) -> None:
         """Write x, of rows that complete a group, among the entries `[slots, groups, width]`."""
-        self._store(x, _exact(to), AS_ENTRY, ratio)
+        self._store(x, to, AS_ENTRY, ratio)
 
     @contextmanager
     def if_complete(self, ratio: int) -> Iterator[None]:
@@ -293,15 +294,16 @@ class GpuRecorder:
         chosen: Buffer | None,
     ) -> Buffer:
         """Attention over windows and chosen entries: see `StepRecorder.attend_sparse`."""
-        rings, dim = _exact(rings), rings.shape[2]
-        entries = _exact(compressed) if compressed is not None and chosen is not None else None
+        dim = rings.shape[2]
+        entries = compressed if chosen is not None else None
         splits = splits_of(window, 0 if chosen is None else chosen.width)
         ins = {
             "q": q, "rings": rings, "sink": self._floats(sink), "window": window, "entries": entries,
             "chosen": None if compressed is None else chosen,
             "parts": self.buffer(splits * q.width), "stats": self.buffer(splits * q.width // dim * 2),
         }  # fmt: skip
-        sees = (rings,) if entries is None else (rings, entries)
+        RowCodes.of(rings)  # raises FormatError
+        sees = (bytes_of(rings),) if entries is None else (bytes_of(rings), bytes_of(entries))
         out = self.buffer(q.width)
         self._note(Noted("attend", ins, {"out": out}, sees=sees))
         return out
@@ -318,7 +320,8 @@ class GpuRecorder:
         makes_pool: bool,
     ) -> tuple[Buffer, Buffer | None]:
         """The entries that each row attends to, and the best blocks: see `StepRecorder.select`."""
-        keys, block = _exact(keys), selector.block
+        RowCodes.of(keys)  # raises FormatError
+        block = selector.block
         columns = max(1, keys.shape[1] if pool is None else block * selector.blocks)
         if selector.top_k > TILE:
             raise FormatError(f"{selector.top_k} entries are more than a kernel chooses")
@@ -335,7 +338,7 @@ class GpuRecorder:
         outs = {"chosen": self.buffer(selector.top_k, torch.int64)}
         if makes_pool:
             outs["best_blocks"] = self.buffer(selector.blocks, torch.int64)
-        self._note(Noted("select", ins, outs, sees=(keys,)))
+        self._note(Noted("select", ins, outs, sees=(bytes_of(keys),)))
         return outs["chosen"], outs.get("best_blocks")
 
     # ------------------------------------------------------------------------------------------------
@@ -349,17 +352,15 @@ class GpuRecorder:
         self._note(Noted(kind, ins, {"out": out}))
         return out
 
-    def _store(self, x: Buffer, to: torch.Tensor, stored: int, ratio: int) -> None:
+    def _store(self, x: Buffer, to: Rows, stored: int, ratio: int) -> None:
+        if isinstance(to, EncodedRows):
+            check_has_kernels(to.format)
+            ins = {"x": x, "state": to, "ratio": ratio if stored == AS_ENTRY else None}
+            self._note(Noted("encode", ins, {}, changes=(to.codes,)))
+            return
         ins = {"x": x, "state": to, "stored": stored, "ratio": ratio, "heads": 1}
         self._note(Noted("latent", ins, {}, changes=(to,)))
 
     def _floats(self, values: torch.Tensor | None) -> Any:
         """Values on the device as kernels read them: float32, one behind the other."""
         return None if values is None else values.to(self.device).float().contiguous()
-
-
-def _exact(rows: Rows) -> torch.Tensor:
-    """Rows that are not encoded. Raises FormatError for others."""
-    if isinstance(rows, torch.Tensor):
-        return rows
-    raise FormatError(f"no kernel reads a KV cache of {rows.format.code}")

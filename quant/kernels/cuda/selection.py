@@ -13,12 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from quant.formats.rows import Rows, bytes_of
 from quant.kernels.cuda.attention import channels_of
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.linear import PRECISION
+from quant.kernels.cuda.row_codes import RowCodes, row_channels
 
 COLUMNS = 64  # of a program that makes scores
 CHANNELS = 64  # at a time
+CHANNELS_OF_CODES = 32  # of encoded keys: their decoding needs registers too
 TILE = 4096  # scores that a program looks at together
 LEAST_HEADS = 16  # what tensor cores take
 
@@ -40,9 +43,11 @@ def entries_of(column, pool, row, visible, block, blocks, POOLED: tl.constexpr):
 @triton.jit
 def index_scores(
     queries, weights, keys, turns, pool, step, scores, maxima, columns, heads, dim, pairs, key_stride, ratio,
-    block, blocks, factor,
+    block, blocks, factor, key_step,
     POOLED: tl.constexpr, MAXIMA: tl.constexpr, MAX: tl.constexpr,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
+    TAIL_AT: tl.constexpr, SCALES_AT: tl.constexpr,
 ):  # fmt: skip
     """scores `[rows, columns]`: sum_h weight_h * factor * relu(q_h . k), -inf for what a row does not see;
     and with MAXIMA the best of each block of BLOCK entries. Grid (blocks of columns, rows)."""
@@ -53,15 +58,15 @@ def index_scores(
         column = first_column + tl.arange(0, COLUMNS)
         entry = entries_of(column, pool, row, visible, block, blocks, POOLED)
         is_seen = entry >= 0
-        key_at = tl.load(step + 1 + row) * key_stride + tl.maximum(entry, 0) * dim
+        key_at = tl.load(step + 1 + row) * key_stride + tl.maximum(entry, 0) * key_step
         head = tl.arange(0, HEADS)
         query_at = (row * heads + tl.minimum(head, heads - 1)) * dim
         dots = tl.zeros([HEADS, COLUMNS], tl.float32)
         for first in range(0, dim, CHANNELS):
             q = channels_of(queries, query_at, first, dim, turns + row * 2 * pairs, pairs, CHANNELS)
-            channel = first + tl.arange(0, CHANNELS)
-            inside = is_seen[:, None] & (channel < dim)[None, :]
-            k = tl.load(keys + key_at[:, None] + channel[None, :], mask=inside, other=0.0)
+            k = row_channels(
+                keys, key_at, is_seen, first, dim, CODE, SCALE, GROUP, CODED, TAIL_AT, SCALES_AT, CHANNELS
+            )
             dots = tl.dot(q, tl.trans(k), dots, input_precision=PRECISION)
         weight = tl.load(weights + row * heads + head, mask=head < heads, other=0.0) * factor
         score = tl.sum(tl.maximum(dots, 0.0) * weight[:, None], axis=0) + 0.0  # no negative zeros
@@ -208,7 +213,7 @@ class Choice:
     turns: torch.Tensor | None
     weights: torch.Tensor
     factor: float
-    keys: torch.Tensor
+    keys: Rows
     ratio: int
     block: int
     blocks: int
@@ -223,6 +228,7 @@ class Choice:
     def launches(self, step: torch.Tensor, rows: int, max_rows: int) -> list[Launch]:
         """Two launches for the first `rows` rows, or three where there are several chunks."""
         heads, k, columns = self.weights.shape[1], self.chosen.shape[1], self.scores.shape[1]
+        keys, codes = bytes_of(self.keys), RowCodes.of(self.keys)
         is_pooled = self.pool is not None
         pool = step if self.pool is None else self.pool
         maxima = self.scores if self.maxima is None else self.maxima
@@ -234,12 +240,14 @@ class Choice:
             Launch(
                 index_scores,
                 (-(-columns // tile), rows),
-                (self.queries, self.weights, self.keys, turns, pool, step, self.scores, maxima, columns,
-                 heads, self.keys.shape[2], pairs, self.keys.stride(0), self.ratio, block,
-                 self.blocks, self.factor),
+                (self.queries, self.weights, keys, turns, pool, step, self.scores, maxima, columns,
+                 heads, self.keys.shape[2], pairs, keys.stride(0), self.ratio, block,
+                 self.blocks, self.factor, codes.step),
                 {"POOLED": is_pooled, "MAXIMA": self.maxima is not None, "MAX": max_rows,
                  "HEADS": int(triton.next_power_of_2(max(LEAST_HEADS, heads))), "COLUMNS": tile,
-                 "CHANNELS": CHANNELS, "BLOCK": block if self.maxima is not None else 1},
+                 "CHANNELS": CHANNELS if isinstance(self.keys, torch.Tensor) else CHANNELS_OF_CODES,
+                 "BLOCK": block if self.maxima is not None else 1}
+                | codes.constants,
                 4,
             )
         ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from server.cli.bench.context import context
 from server.cli.bench.engram import engram
 from server.cli.bench.experts import experts
 from server.cli.bench.hardware import hardware
@@ -29,3 +30,4 @@ bench.command()(peers)
 bench.command()(step)
 bench.command("slice")(slice_)
 bench.command()(prefill)
+bench.command()(context)

@@ -246,6 +246,35 @@ def test_where_a_file_turns_out_to_be_damaged_the_prompt_is_computed_as_if_nothi
     assert (first.exists(), second.exists()) == (True, False)
 
 
+def test_of_a_long_prompt_s_beginning_the_conversation_that_was_last_is_read_ahead(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, one, other = some_ids(26, 140), some_ids(27, 60), some_ids(28, 60)
+    write(bench, begun + one, begun + other, begun + other + some_ids(29, 64))
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, *_: asked.append(Path(f"/proc/self/fd/{file}").readlink())
+    )
+    stored = bench.stored(bench.cache())
+    stored.foresee(begun[:130], "")
+    assert sorted(asked) == sorted({bench.files()[i] for i in (0, 1, 2)})
+    asked.clear()
+    stored.foresee(begun[:130], "another's")
+    stored.foresee(some_ids(30, 130), "")
+    assert asked == []
+    stored.close()
+
+
+def test_a_short_text_that_goes_on_from_the_rows_of_a_longer_one_is_found_after_a_restart(
+    bench: Bench,
+) -> None:
+    long = some_ids(31, 280)
+    short = [*long[:140], *some_ids(32, 40)]
+    write(bench, long, short)
+    assert found(bench, [*short, 1]) == 180
+    assert found(bench, [*long, 1]) == 280
+
+
 def test_rows_of_a_text_that_goes_another_way_are_not_mixed_in(tmp_path: Path) -> None:
     model = load(family_path("qwen3_moe"))
     bench = Bench(model, tmp_path)

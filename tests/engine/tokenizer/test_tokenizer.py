@@ -394,3 +394,16 @@ def test_other_kinds_of_gguf_tokenizer_are_named(changes: dict[str, Any], messag
 def test_gguf_metadata_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Tokenizer.from_gguf(gguf(**changes))
+
+
+def test_how_a_long_prompt_begins_is_told_before_all_of_it_is_encoded(tokenizer: Tokenizer) -> None:
+    text = "<s>" + "hello " * 20_000
+    heard: list[list[int]] = []
+
+    of_prompt = tokenizer.encode_prompt(text, [(0, 3)], on_beginning=heard.append)
+    of_text = tokenizer.encode(text[3:], on_beginning=heard.append)
+    tokenizer.encode("hello", on_beginning=heard.append)
+
+    first, second = (told[:2_000] for told in heard)  # the last ones are cut
+    assert (first, second) == (of_prompt[:2_000], of_text[:2_000])
+    assert of_prompt == tokenizer.encode_prompt(text, [(0, 3)])

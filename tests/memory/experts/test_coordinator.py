@@ -174,7 +174,7 @@ def test_a_card_that_stops_answering_ends_in_an_error_that_names_it() -> None:
     card = Card(range(LAYERS), 3, other=True)
     with coordinator(outputs, patience_s=0.1) as made:
         begun = time.monotonic()
-        with pytest.raises(StalledError, match=r"no answer from card 1$"):
+        with pytest.raises(StalledError, match="no answer from card 1;"):
             play(made, card, others=[OtherCard(card, answers=2)])
         assert time.monotonic() - begun < 5
         again = Card(range(LAYERS), 3, other=True)

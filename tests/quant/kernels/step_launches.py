@@ -8,7 +8,10 @@ import torch
 
 from quant.formats.four_bit import FourBit
 from quant.formats.fp8 import FP8_32, Fp8
+from quant.formats.kv import EXACT, GroupedRows, v41_rows
+from quant.formats.kv_names import KvFormat
 from quant.formats.mxfp4 import MXFP4
+from quant.formats.rows import RowFormat, Rows, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.kernels import TritonKernels
@@ -42,6 +45,12 @@ def floats(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
+def kept(count: int, dim: int, form: RowFormat | None) -> Rows:
+    """So many rows of every slot, in a format."""
+    width, dtype = stored_as(dim, form)
+    return rows_in(floats(SLOTS, count, width, dtype=dtype), form)
+
+
 def expert_slots() -> tuple[torch.Tensor, SlotsOnGpu]:
     """A layer's table of places, and the slots."""
     places = torch.empty(1, EXPERTS, dtype=torch.int64, device=META)
@@ -53,7 +62,8 @@ def expert_slots() -> tuple[torch.Tensor, SlotsOnGpu]:
 class Layer:
     """Notes one layer with everything that a layer may have."""
 
-    def __init__(self, entries: int = ENTRIES) -> None:
+    def __init__(self, entries: int = ENTRIES, rows: GroupedRows = EXACT) -> None:
+        self._rows = rows
         self.recorder = GpuRecorder(TritonKernels(META), MAX_ROWS)
         self.recorder.layer = 0
         self._entries = entries
@@ -90,7 +100,8 @@ class Layer:
         (q,) = r.linears(qr, [described(FP8_32, HEADS * DIM, Q_LORA)])
         turns = r.turns(torch.zeros(PAIRS))
         q, kv = r.rotate(q, turns, HEADS), r.rotate(kv, turns, 1)
-        keys, entries = floats(SLOTS, self._entries, INDEX_DIM), floats(SLOTS, self._entries, DIM)
+        keys = kept(self._entries, INDEX_DIM, self._rows.index_keys)
+        entries = kept(self._entries, DIM, self._rows.entries)
         rings, gates = floats(SLOTS, 17, DIM), floats(SLOTS, 17, DIM)
         plain = [floats(DIM, HIDDEN, dtype=torch.bfloat16) for _ in range(2)]
         raw, gate = r.linears(x, plain)
@@ -108,7 +119,7 @@ class Layer:
         queries, weights = r.rotate(queries, turns, INDEX_HEADS), r.scale(weights, 0.1)
         chosen, pool = r.select(queries, weights, keys, 2, selector, None, makes_pool=True)
         r.select(queries, weights, keys, 2, selector, pool, makes_pool=False)
-        window = floats(SLOTS, WINDOW + 16, DIM)
+        window = kept(WINDOW + 16, DIM, self._rows.window)
         r.ring(kv, window)
         out = r.attend_sparse(q, window, floats(HEADS), WINDOW, entries, chosen)
         out = r.rotate(out, r.turns(torch.zeros(PAIRS), backwards=True), HEADS)
@@ -138,8 +149,15 @@ def shared_groups() -> list[list[Noted]]:
 
 
 def step_launches() -> Iterator[Launch]:
-    """What a step starts for one row, and for 16; then what another GPU starts."""
-    groups = [*Layer().groups(), *shared_groups()]
+    """What a step starts for one row, and for 16, with KV in some formats; then what another GPU starts."""
+    forms: tuple[KvFormat, ...] = ("float32", "vendor", "fp8")
+    for form in forms:
+        yield from launches_of(Layer(rows=v41_rows(form, DIM, 2 * PAIRS, INDEX_DIM)).groups())
+    yield from launches_of(shared_groups())
+
+
+def launches_of(groups: list[list[Noted]]) -> Iterator[Launch]:
+    """The launches of groups of operations."""
     places = Places(
         torch.empty(1 << 32, dtype=torch.uint8, device=META),
         torch.empty(1 + 2 * MAX_ROWS, dtype=torch.int64, device=META),

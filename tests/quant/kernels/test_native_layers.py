@@ -277,6 +277,23 @@ def test_of_equal_scores_the_first_columns_win() -> None:
     assert best.tolist() == [[1, 2, 3, 5], [1, 3, 4, -1]]
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("top_k", [1, 700, 90_000])
+def test_the_best_of_a_long_row_are_found_by_any_number_of_threads(threads: int, top_k: int) -> None:
+    scores = (rows_of(1, 2, 80_000) * 50).round()  # many are equal
+    scores[:, ::3] = -torch.inf
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        best = NativeKernels().best_columns(scores, top_k)
+    finally:
+        torch.set_num_threads(before)
+
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(top_k, 80_000)]
+    left = order.masked_fill(scores.gather(1, order) == -torch.inf, 80_000).sort(dim=1).values
+    assert torch.equal(best, left.masked_fill(left == 80_000, -1))
+
+
 def test_of_equal_experts_the_first_are_chosen() -> None:
     chosen, weights = NativeKernels().route(torch.zeros(2, 9), torch.zeros(9), PLAIN)
 

@@ -41,6 +41,9 @@ class PlayedEngine:
         self.between_steps()
         return Submission(1)
 
+    def foresee(self, cache_salt: str, beginning: list[int]) -> None:
+        pass
+
     def abort(self, submission: Submission) -> None:
         self.aborted.append(submission)
 

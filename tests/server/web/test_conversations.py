@@ -149,8 +149,9 @@ def test_nothing_that_was_said_is_lost_by_saying_it_anew(page: Page) -> None:
     expect(page.locator(".question")).to_have_count(1)  # the other version goes on elsewhere
     expect(page.locator(".figures")).to_contain_text("12 tokens")
     expect(page.locator(".versions")).to_contain_text("2/2")
-    page.get_by_role("button", name="Earlier version").click()
+    page.get_by_role("button", name="Earlier version").press("Enter")
     expect(page.locator(".question .text")).to_have_text(["Hello", "More"])
+    expect(page.get_by_role("button", name="Later version")).to_be_focused()
 
     page.locator(".question").first.hover()
     page.locator(".question").first.get_by_role("button", name="Edit").click()

@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer
-from tests.server.web.pages import needs_chromium, say, set_up
+from tests.server.web.pages import needs_chromium, say, set_up, write
 
 
 @pytest.mark.slow
@@ -107,6 +107,25 @@ def test_a_silent_answer_says_what_it_waits_for(renderer: Page) -> None:
         "",
         0.4,
     ]
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_page_shows_how_much_of_a_long_prompt_was_read(
+    browser: Browser, start_server: StartServer
+) -> None:
+    slow = start_server(TINY, "--prefill-chunk", "1").await_ready()
+    page = browser.new_page()
+    set_up(page, slow.url)
+    write(page, "word " * 500)
+    expect(page.locator(".wait")).to_have_text(
+        re.compile(r"^Reading the prompt: [1-9]\d* of 1[0-9]{3} tokens$")
+    )
+    page.keyboard.press("Escape")
+
+    expect(page.locator(".figures")).to_contain_text("stopped")
+    expect(page.locator(".wait")).to_be_hidden()
+    page.close()
 
 
 @pytest.mark.slow

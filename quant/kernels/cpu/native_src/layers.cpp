@@ -18,22 +18,67 @@ constexpr int64_t kWorthSharing = 4 * 1024;
 
 int threads_for(const Team& team, int64_t floats) { return floats < kWorthSharing ? 1 : team.threads; }
 
+// A row of more columns is searched in parts: a token of a long sequence is one row of a million.
+constexpr int64_t kPart = 32 * 1024;
+
+// The k largest ranks stay, in any order.
+void keep_best(std::vector<uint64_t>& ranks, int64_t k) {
+    if (static_cast<int64_t>(ranks.size()) <= k) return;
+    std::nth_element(ranks.begin(), ranks.begin() + k, ranks.end(), std::greater<>());
+    ranks.resize(static_cast<size_t>(k));
+}
+
+// The ranks of the k best of the columns from `first` to `last` that are not -inf, added to those there are. Most
+// columns of a long row are only compared with the worst that was kept.
+void add_best(const float* scores, int64_t first, int64_t last, int64_t k, std::vector<uint64_t>& ranks) {
+    const auto most = static_cast<size_t>(4 * k + 64);
+    float least = -__builtin_inff();
+    for (int64_t c = first; c < last; ++c) {
+        const float score = scores[c];
+        if (score < least || score == -__builtin_inff()) continue;  // NaN is above all
+        ranks.push_back(ranked(score, c));
+        if (ranks.size() < most) continue;
+        keep_best(ranks, k);
+        least = k > 0 ? static_cast<float>(value_of(*std::min_element(ranks.begin(), ranks.end()))) : least;
+    }
+    keep_best(ranks, k);
+}
+
+void write_columns(std::vector<uint64_t>& ranks, int64_t k, int64_t* to) {
+    keep_best(ranks, k);
+    const auto found = static_cast<int64_t>(ranks.size());
+    for (int64_t i = 0; i < found; ++i) to[i] = column_of(ranks[static_cast<size_t>(i)]);
+    std::sort(to, to + found);
+    std::fill(to + found, to + k, -1);
+}
+
 }  // namespace
 
 void best_columns(const Team& team, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out) {
+    if (rows < team.threads && columns > kPart) {
+        const int64_t parts = std::min<int64_t>((columns + kPart - 1) / kPart, (team.threads + rows - 1) / rows);
+        const int64_t part = (columns + parts - 1) / parts;
+        std::vector<std::vector<uint64_t>> found(static_cast<size_t>(rows * parts));
+        parallel_for(rows * parts, team.threads, [&](int64_t i) {
+            const int64_t first = i % parts * part;
+            add_best(scores + i / parts * columns, first, std::min(columns, first + part), k,
+                     found[static_cast<size_t>(i)]);
+        });
+        for (int64_t row = 0; row < rows; ++row) {
+            std::vector<uint64_t> ranks;
+            for (int64_t i = 0; i < parts; ++i) {
+                const auto& some = found[static_cast<size_t>(row * parts + i)];
+                ranks.insert(ranks.end(), some.begin(), some.end());
+            }
+            write_columns(ranks, k, out + row * k);
+        }
+        return;
+    }
     parallel_for(rows, threads_for(team, rows * columns), [&](int64_t row) {
         thread_local std::vector<uint64_t> ranks;
         ranks.clear();
-        for (int64_t c = 0; c < columns; ++c)
-            if (const float score = scores[row * columns + c]; score != -__builtin_inff())
-                ranks.push_back(ranked(score, c));
-        const auto wanted = std::min(static_cast<int64_t>(ranks.size()), k);
-        if (wanted < static_cast<int64_t>(ranks.size()))
-            std::nth_element(ranks.begin(), ranks.begin() + wanted, ranks.end(), std::greater<>());
-        int64_t* to = out + row * k;
-        for (int64_t i = 0; i < wanted; ++i) to[i] = column_of(ranks[static_cast<size_t>(i)]);
-        std::sort(to, to + wanted);
-        std::fill(to + wanted, to + k, -1);
+        add_best(scores + row * columns, 0, columns, k, ranks);
+        write_columns(ranks, k, out + row * k);
     });
 }
 

@@ -30,6 +30,7 @@ from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HAND_OVERS, SHARE, STEP, gpu_launches
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
+from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
 from quant.kernels.cuda.helper import comes_true
 from quant.kernels.cuda.mailbox import StalledError
@@ -55,6 +56,7 @@ def load(
     gpu_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
     dram_bytes: int = 1 << 30,
+    kv_format: KvFormat = "float32",
 ) -> DeepseekV41:
     tiers = tuple(
         Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
@@ -62,7 +64,8 @@ def load(
     kernels = DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
     checkpoint = open_safetensors(golden_path(name))
     workload = Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64)
-    model = family_of(checkpoint).load(checkpoint, kernels, MemoryBudget(dram_bytes, tiers, workload))
+    budget = MemoryBudget(dram_bytes, tiers, workload, kv_format=kv_format)
+    model = family_of(checkpoint).load(checkpoint, kernels, budget)
     assert isinstance(model, DeepseekV41)
     store = model.weights.experts
     monkeypatch.setattr(store, "outputs", pretend.on_any_thread(store.outputs))
@@ -86,13 +89,18 @@ class Twice:
         self.ids, self.logits = golden["input_ids"].tolist(), golden["logits"]
         self.held = dict.fromkeys(range(SLOTS), 0)
 
-    def step(self, counts: dict[int, int]) -> None:
-        """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
+    def logits_behind(self, counts: dict[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those behind further tokens of some slots, replayed and not."""
         parts = [(slot, at := self.held[slot], self.ids[at : at + n]) for slot, n in counts.items()]
         batch = Batch.of(parts)
         first, second = (self.model.forward(batch, cache) for cache in (self.replayed, self.eager))
         for slot, n in counts.items():
             self.held[slot] += n
+        return first, second
+
+    def step(self, counts: dict[int, int]) -> None:
+        """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
+        first, second = self.logits_behind(counts)
         golden = self.logits[[self.held[slot] - 1 for slot in counts]]
         assert (first - second).abs().max() < TOLERANCE
         assert (first - golden).abs().max() < TOLERANCE
@@ -121,6 +129,19 @@ def test_replayed_steps_give_the_golden_logits(
     both.step({2: 7})
     both.step({2: 1})
     both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
+    model.close()
+
+
+def test_encoded_caches_are_written_and_read_by_replayed_steps(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("v41-a", gpus, 9 << 19, monkeypatch, kv_format="vendor")
+    both = Twice(model, "v41-a")
+    for counts in ({0: 45}, {2: 7}, {2: 1}, {1: 1, 2: 1, 0: 1}):
+        first, second = both.logits_behind(counts)
+        # a value between two codes may become either one
+        assert (first - second).abs().median() < TOLERANCE
+        assert (first - second).abs().max() < 0.05 * second.abs().max()
     model.close()
 
 
