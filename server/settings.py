@@ -99,7 +99,8 @@ class Settings(BaseSettings):
     prompt_products: Products = Field(
         "exact",
         description="How prompts are multiplied: exact, or bf16, with activations and weights rounded to "
-        "bfloat16: faster on processors that have AVX-512 with BF16. Answers are decoded exactly either way.",
+        "bfloat16: faster on GPUs, and on processors that have AVX-512 with BF16. Answers are decoded "
+        "exactly either way.",
     )
     prefix_cache: str | None = Field(
         None,

@@ -119,7 +119,11 @@ def bring_up(prepared: Prepared) -> Served:
     loaded = prepared.opened.load(budget, settings.prompt_products)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
-        warm_up(loaded.model, min(budget.workload.prefill_chunk, budget.workload.context))
+        most_tokens = min(budget.workload.prefill_chunk, budget.workload.context)
+        warm_up(loaded.model, most_tokens)
+        if loaded.prompt_products is not None:
+            with loaded.prompt_products():
+                warm_up(loaded.model, most_tokens)
     context = settings.max_model_len or loaded.model.info.max_context
     kv_bytes = prepared.kv_bytes
     if kv_bytes is None:
