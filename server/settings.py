@@ -75,7 +75,12 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         256, ge=0, description="Maximum sequences in the queue; further requests get 429."
     )
-    prefill_chunk: int = Field(512, ge=1, description="Maximum prompt tokens computed per step.")
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum prompt tokens computed per step. Default: as many as pay on this machine, as "
+        "`loci plan` says.",
+    )
     prefill_step_ms: float = Field(
         250.0,
         gt=0,
