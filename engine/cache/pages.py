@@ -174,14 +174,16 @@ class Pages:
     def fit(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
         """Set the budgets to what as many tokens as possible take, `most` of them at most: within `rooms` by
         device, and `total` bytes of all; returns the tokens. Where neither limits them, each slot may have
-        pages that are not full."""
+        pages that are not full, as far as `total` goes."""
         tokens = self._largest(most, rooms, total)
         self.budgets = {device: self.nbytes(tokens, device) for device in self._taken}
-        if total is None:
-            for rows in self._rows:
-                if rows.device not in rooms:
-                    unfilled = (len(rows.runs) - 1) * len(rows.runs[0]) * rows.space.page_bytes
-                    self.budgets[rows.device] += unfilled
+        left = math.inf if total is None else total - sum(self.budgets.values())
+        for rows in self._rows if total is None or tokens == most else ():
+            if rows.device not in rooms:
+                unfilled = (len(rows.runs) - 1) * len(rows.runs[0]) * rows.space.page_bytes
+                unfilled = int(min(unfilled, left))
+                self.budgets[rows.device] += unfilled
+                left -= unfilled
         return tokens
 
     def _largest(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
