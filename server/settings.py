@@ -135,9 +135,9 @@ class Settings(BaseSettings):
     )
     kv_format: KvChoice = Field(
         "auto",
-        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model was "
-        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32; float32 "
-        "for demo.",
+        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model's "
+        "makers keep (docs/long-context.md). Default: vendor for models that were trained for it, DeepSeek "
+        "V4.1, V4 and V3.2, otherwise float32; also float32 for demo.",
     )
     devices: str | None = Field(
         None,

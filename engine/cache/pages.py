@@ -41,9 +41,10 @@ class _Rows:
     row_bytes: int
 
     def run_bytes(self, tokens: int) -> int:
-        """Bytes of a run's pages for so many tokens."""
-        page = self.space.page_bytes
-        return -(-(tokens // self.ratio) * self.row_bytes // page) * page
+        """Bytes of a run's pages for so many tokens. A sequence has the first row's from the beginning: what
+        is chosen among no rows yet is looked up there."""
+        page, rows = self.space.page_bytes, max(tokens // self.ratio, min(tokens, 1))
+        return -(-rows * self.row_bytes // page) * page
 
     def covers(self, run_bytes: int) -> int:
         """Tokens for which a run of so many bytes is enough."""
@@ -216,7 +217,6 @@ class Pages:
                     rows.space.give_back(start + new, old - new)
             self._taken[rows.device] += len(rows.runs[slot]) * (new - old)
         self._tokens[slot] = tokens
-        self._covered[slot] = min(
-            (rows.covers(rows.run_bytes(tokens)) for rows in self._rows), default=1 << 62
-        )
+        covered = (rows.covers(rows.run_bytes(tokens)) for rows in self._rows)
+        self._covered[slot] = min(covered, default=1 << 62) if tokens else 0
         self._peak = max(self._peak, self.taken_bytes)

@@ -161,6 +161,14 @@ def _print_placement(shape: ModelShape, placement: Placement, by_layer: bool) ->
         tiers.append(("nowhere", "", bytes_text(placement.used("nowhere")), ""))
     print_table(["tier", "budget", "used", "free"], tiers, right=(1, 2, 3))
     print()
+    work = placement.workload
+    tokens, most = work.sequences * work.context, shape.max_context
+    if work.context < most and shape.kv_bytes(most, 1) > shape.kv_bytes(0, 1):
+        pool, longest = shape.kv_bytes(work.context, work.sequences), shape.kv_bytes(most, 1)
+        print(
+            f"KV is one pool of {bytes_text(pool)}: {tokens:,} tokens in all, of which one sequence may have "
+            f"{min(tokens, most):,}; the {most:,} that the model can take {bytes_text(longest)}\n"
+        )
     rows = [
         (kind.replace("_", " "), span, held, bytes_text(nbytes), tier, reason)
         for kind, span, held, nbytes, tier, reason in _grouped(shape, placement, by_layer)
