@@ -16,14 +16,23 @@ from server.http.errors import ApiError, from_loci, from_validation
 from server.http.keys import KeyRing
 from server.http.middleware import BodyLimit, RequestLog
 from server.http.rate_limits import RATE_LIMIT_HEADERS
+from server.native import llama_cpp
 from server.native import routes as native_api
+from server.ollama import routes as ollama_api
 from server.openai import routes as openai_api
 from server.responses import routes as responses_api
 from server.responses.store import ResponseStore
 from server.serving.running import RunningAnswers
 from server.serving.service import Service
 
-ROUTERS = (openai_api.router, responses_api.router, messages_api.router, native_api.router)
+ROUTERS = (
+    openai_api.router,
+    responses_api.router,
+    messages_api.router,
+    ollama_api.router,
+    native_api.router,
+    llama_cpp.router,
+)
 # What scripts of other origins may read beside the body.
 EXPOSED_HEADERS = ("X-Request-Id", "X-Ignored-Tools", "Retry-After", *RATE_LIMIT_HEADERS)
 
@@ -61,6 +70,9 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(RequireHost, allowed=settings.host_names)
     app.add_middleware(RequestLog, metrics=service.metrics, routes=routes)
 
+    for route in routes:
+        if isinstance(route, APIRoute) and route.methods:
+            service.metrics.expect_requests(route.path, computes="POST" in route.methods)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(LociError, _on_loci_error)
     app.add_exception_handler(ValidationError, _on_validation_error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -66,6 +66,20 @@ class Metrics:
         self.end_to_end = histogram(
             "loci_end_to_end_seconds", "Time from submission to a sequence's last token.", _LATENCY
         )
+
+    def expect_requests(self, route: str, *, computes: bool) -> None:
+        """Begin to count a route's requests at 0: what appears with its first error has no rate before it."""
+        for status in ("200", "400", "429", "500", "503", "504") if computes else ("200", "500", "503"):
+            self.requests.labels(route, status)
+
+    def expect_key(self, name: str, limits: Iterable[str]) -> None:
+        """Begin to count at 0 what a key asks for."""
+        for status in ("200", "400", "429", "500"):
+            self.key_requests.labels(name, status)
+        for kind in ("prompt", "generated"):
+            self.key_tokens.labels(name, kind)
+        for limit in limits:
+            self.key_refusals.labels(name, limit)
 
     def observe_engine(self, stats: Callable[[], EngineStats], model: Model) -> None:
         """From now on report the engine's counters, the memory of each tier, and what moves between them."""

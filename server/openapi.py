@@ -17,12 +17,14 @@ from pydantic.json_schema import models_json_schema
 from starlette.routing import BaseRoute
 
 from server.anthropic.requests import CountRequest, MessagesRequest
-from server.http.errors import MESSAGES_PATH
-from server.native.requests import DetokenizeRequest, TokenizeRequest
+from server.http.errors import MESSAGES_PATH, OLLAMA_PATH
+from server.native.requests import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
+from server.ollama.requests import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
 from server.openai.completion_requests import CompletionRequest
 from server.openai.messages import Body
 from server.openai.requests import ChatRequest
 from server.responses.requests import ResponsesRequest
+from server.serving.streaming import EVENTS, LINES
 
 REF = "#/components/schemas/{model}"
 STATUSES = {
@@ -62,6 +64,7 @@ _RESPONSE = _object(id=_TEXT, object={"const": "response"}, model=_TEXT, status=
 _MESSAGE = _object(
     id=_TEXT, type={"const": "message"}, role={"const": "assistant"}, model=_TEXT, content=_LIST
 )
+_LINE = _object(model=_TEXT, created_at=_TEXT, done={"type": "boolean"})
 _STATUS = _object(status=_TEXT)
 
 
@@ -73,6 +76,7 @@ class Operation:
     body: type[Body] | None = None
     errors: tuple[int, ...] = ()
     streams: bool = False
+    streamed: str = EVENTS.media_type
     media_type: str = "application/json"
     answers_503: dict[str, Any] | None = None
 
@@ -105,6 +109,20 @@ OPERATIONS = {
         READING,
     ),
     ("POST", "/detokenize"): Operation(_object(prompt=_TEXT), DetokenizeRequest, READING),
+    ("GET", "/props"): Operation(_object(total_slots=_COUNT), errors=(503,)),
+    ("GET", "/slots"): Operation(_LIST, errors=(503,)),
+    ("GET", "/tokenizer_info"): Operation(_object(vocab_size=_COUNT), errors=(503,)),
+    ("POST", "/apply-template"): Operation(_object(prompt=_TEXT), ApplyTemplateRequest, READING),
+    ("POST", "/v1/embeddings"): Operation({"type": "object"}, errors=(400,)),
+    ("GET", "/api/version"): Operation(_object(version=_TEXT)),
+    ("GET", "/api/tags"): Operation(_object(models=_LIST), errors=(503,)),
+    ("GET", "/api/ps"): Operation(_object(models=_LIST), errors=(503,)),
+    ("POST", "/api/show"): Operation(_object(details={"type": "object"}), OllamaShowRequest, READING),
+    ("POST", "/api/chat"): Operation(_LINE, OllamaChatRequest, READING, True, streamed=LINES.media_type),
+    ("POST", "/api/generate"): Operation(
+        _LINE, OllamaGenerateRequest, READING, True, streamed=LINES.media_type
+    ),
+    ("POST", "/api/embed"): Operation({"type": "object"}, errors=(400,)),
     ("GET", "/health"): Operation(_STATUS, answers_503=_STATUS),
     ("GET", "/ready"): Operation(_STATUS, answers_503=_STATUS),
     ("GET", "/version"): Operation(_object(version=_TEXT)),
@@ -151,8 +169,11 @@ def _described(route: APIRoute, path: str, operation: Operation) -> dict[str, An
 def _responses(path: str, operation: Operation) -> dict[str, Any]:
     answer: dict[str, Any] = {operation.media_type: {"schema": operation.answer}}
     if operation.streams:
-        answer["text/event-stream"] = {"schema": _object(data=_TEXT)}  # of one event
-    error = "MessagesError" if path.startswith(MESSAGES_PATH) else "Error"
+        answer[operation.streamed] = {"schema": _object(data=_TEXT)}  # of one event
+    if path.startswith(f"{OLLAMA_PATH}/"):
+        error = "OllamaError"
+    else:
+        error = "MessagesError" if path.startswith(MESSAGES_PATH) else "Error"
     content = {"application/json": {"schema": {"$ref": REF.format(model=error)}}}
     statuses = {*ALWAYS, *operation.errors} | ({499, 504} if operation.streams else set())
     responses = {
@@ -175,6 +196,7 @@ def _schemas(model: str | None) -> dict[str, Any]:
     nullable = {"type": ["string", "null"]}
     error = _object(message=_TEXT, type=_TEXT, param=nullable, code=nullable)
     schemas["Error"] = _object(error=error)
+    schemas["OllamaError"] = _object(error=_TEXT)
     schemas["MessagesError"] = _object(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT))
     return {name: _any_of(schema) for name, schema in schemas.items()}
 

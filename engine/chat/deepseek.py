@@ -55,8 +55,9 @@ VERSIONS = {
 # Fields that shape the prompt, in the order in which one is blamed for an error.
 PROMPT_FIELDS = ("messages", "reasoning_effort", "thinking", "tools", "tool_choice", "response_format")
 UNBOUNDED = 1 << 30  # a context so long that the default stands
-# What the library says of a body that it does not take; the last is about JSON nested too deeply.
-REFUSALS = (ValueError, recipe.ConversionError, RecursionError)
+# What the library says of a body that it does not take; the last two are about JSON nested too deeply, and
+# numbers that are too large for it.
+REFUSALS = (ValueError, recipe.ConversionError, RecursionError, OverflowError)
 
 
 class DeepseekChat(ChatFormat):

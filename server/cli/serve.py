@@ -40,6 +40,8 @@ SWITCH_INTERVAL_S = 1e-4
 # Longer than clients and proxies keep an idle connection (Python's SDKs 5 s, nginx 60 s): they must be first
 # to hang up, or a request may meet a connection that is just being closed.
 KEEP_ALIVE_S = 75
+# Agents' first prompts were measured at 6,000 to 23,000 tokens, before any answer.
+AGENTS_CONTEXT = 32_768
 # After the deadline of a drain: time to read why an answer ended.
 LAST_WORDS_S = 5
 
@@ -166,6 +168,11 @@ class _Server(uvicorn.Server):
             return
         served = self._service.served
         _say(f"{served.name} is ready. Try:\n  {_curl(self._address.url, self._service)}")
+        if served.loaded.chat is not None and served.engine.max_context < AGENTS_CONTEXT:
+            _say(
+                f"Its context of {served.engine.max_context:,} tokens suits chats and scripts; coding agents "
+                "need 32,768, as their first prompts take up to 25,000 (docs/clients.md)"
+            )
 
     async def on_tick(self, counter: int) -> bool:
         is_over = await super().on_tick(counter)

@@ -17,6 +17,7 @@ from quant.errors import CapacityError, LociError, RequestError
 RETRY_AFTER_S = 1
 
 MESSAGES_PATH = "/v1/messages"
+OLLAMA_PATH = "/api"
 
 _MESSAGES_TYPES = {
     401: "authentication_error",
@@ -63,9 +64,17 @@ class ApiError(Exception):
         kind = _MESSAGES_TYPES.get(self.status, otherwise)
         return {"type": "error", "error": {"type": kind, "message": self.message}}
 
+    @property
+    def ollama_body(self) -> dict[str, Any]:
+        """The JSON object that Ollama's clients read."""
+        return {"error": self.message}
+
     def response_to(self, scope: Scope) -> JSONResponse:
         """The whole response, in the shape of the protocol of `scope`'s path."""
-        body = self.messages_body if speaks_messages(scope) else self.body
+        if scope["path"].startswith(f"{OLLAMA_PATH}/"):
+            body = self.ollama_body
+        else:
+            body = self.messages_body if speaks_messages(scope) else self.body
         return JSONResponse(body, self.status, headers=self.headers)
 
 

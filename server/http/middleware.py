@@ -24,6 +24,8 @@ access = logging.getLogger("loci.access")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CLOSING = {"Connection": "close"}  # or the rest of an unwanted body would still be received
+# What monitors ask every few seconds; logged at the level debug.
+PROBES = frozenset(("/health", "/ready", "/metrics"))
 _NO_ROUTE = "unmatched"  # one label for all paths that do not exist, or a scanner would fill the registry
 
 
@@ -81,8 +83,9 @@ class RequestLog:
                 "key": account.name if (account := scope["state"].get("account")) else None,
                 "client": scope["client"][0] if scope.get("client") else None,
             }
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
             text = "%(method)s %(path)s %(status)d %(duration_ms)sms %(request_id)s"
-            access.info(text, fields, extra={"fields": fields})
+            access.log(level, text, fields, extra={"fields": fields})
 
     def _route_of(self, scope: Scope) -> str:
         """The path of the requested route, also if the request was refused before reaching it."""

@@ -69,6 +69,7 @@ class Account:
         self._metrics = metrics
         self._clock = clock
         self._running = 0
+        metrics.expect_key(name, Limits.model_fields)
         self.change(limits)
 
     def change(self, limits: Limits) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from quant.errors import RequestError
 from server.openai.messages import Body, Items, Message, Tool
@@ -19,11 +19,23 @@ class TokenizeRequest(Body):
     tools: Items[Tool] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
+    content: str | None = None
+    add_special: bool | None = None
+    with_pieces: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_changes_meaning(cls, data: Any) -> Any:
         return refuse_fields(data, TOKENIZE_REFUSED)
+
+    @model_validator(mode="after")
+    def _read_as_llama_cpp_does(self) -> Self:
+        if self.content is not None and self.prompt is None:
+            self.prompt = self.content
+            self.add_special_tokens = bool(self.add_special)
+        elif self.add_special is not None:
+            self.add_special_tokens = self.add_special
+        return self
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -32,6 +44,15 @@ class TokenizeRequest(Body):
         for i, message in enumerate(self.messages or []):
             message.check(f"messages[{i}]")
         return self
+
+
+class ApplyTemplateRequest(Body):
+    """Body of /apply-template: what makes the prompt of a chat."""
+
+    model: str | None = None
+    messages: Items[Message] = Field(min_length=1)
+    tools: Items[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(Body):

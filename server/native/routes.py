@@ -96,15 +96,18 @@ async def detokenize(request: Request) -> Response:
 
 def _tokenized(body: TokenizeRequest, served: Served) -> bytes:
     ids = _token_ids(body, served)
-    answer = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": served.engine.max_context}
     if body.return_token_strs:
         answer["token_strs"] = [served.loaded.tokenizer.token_text(i) for i in ids]
+    if body.with_pieces:
+        answer["tokens"] = [{"id": i, "piece": served.loaded.tokenizer.token_text(i)} for i in ids]
     return to_json(answer)
 
 
 def _detokenized(body: DetokenizeRequest, served: Served) -> bytes:
     check_ids(body.tokens, served.vocab_size, "tokens")
-    return to_json({"prompt": served.loaded.tokenizer.decode(body.tokens)})
+    text = served.loaded.tokenizer.decode(body.tokens)
+    return to_json({"prompt": text, "content": text})
 
 
 def _token_ids(body: TokenizeRequest, served: Served) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 from engine.chat.format import ChatPrompt
 from engine.chat.output_parser import MessageDelta
 from engine.output import TokenLogprob
-from server.openai.logprobs import chat_logprobs
+from server.openai.logprobs import chat_logprobs, prompt_logprobs
 from server.openai.requests import ChatRequest
 from server.openai.tools import custom_input
 from server.serving.answer import Answer, Call
@@ -32,10 +32,20 @@ class ChatReply(ConversationReply):
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""
         await self.finish(generation)
-        return self._envelope("chat.completion") | {
-            "choices": [self._whole_choice(answer) for answer in self.answers],
-            "usage": usage(self.counts),
-        }
+        return (
+            self._envelope("chat.completion")
+            | {
+                "choices": [self._whole_choice(answer) for answer in self.answers],
+                "usage": usage(self.counts),
+            }
+            | self._of_the_prompt()
+        )
+
+    def _of_the_prompt(self) -> dict[str, Any]:
+        if self._request.prompt_logprobs is None:
+            return {}
+        told = self.answers[0].prompt_logprobs
+        return {"prompt_logprobs": prompt_logprobs(self._served.loaded.tokenizer, told)}
 
     async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """The answer as chunks."""
@@ -64,8 +74,12 @@ class ChatReply(ConversationReply):
     def waiting(self) -> dict[str, Any]:
         """A chunk in which nothing was added."""
         choice = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": None}
-        no_usage = {"usage": None} if self._request.wants_usage else {}
-        return self._envelope("chat.completion.chunk") | {"choices": [choice]} | no_usage
+        return self._envelope("chat.completion.chunk") | {"choices": [choice]} | self._usage_so_far()
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        if self._request.counts_always:
+            return {"usage": usage(self.counts)}
+        return {"usage": None} if self._request.wants_usage else {}
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._served.name}
@@ -78,8 +92,7 @@ class ChatReply(ConversationReply):
             "logprobs": self._logprobs(logprobs),
             "finish_reason": None if delta else _finish_reason(answer),
         }
-        no_usage = {"usage": None} if self._request.wants_usage else {}
-        return self._envelope("chat.completion.chunk") | {"choices": [fields]} | no_usage
+        return self._envelope("chat.completion.chunk") | {"choices": [fields]} | self._usage_so_far()
 
     def _whole_choice(self, answer: Answer) -> dict[str, Any]:
         return {
@@ -110,7 +123,11 @@ class ChatReply(ConversationReply):
     def _logprobs(self, tokens: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
-        return {"content": chat_logprobs(self._served.loaded.tokenizer, tokens), "refusal": None}
+        as_ids = bool(self._request.return_tokens_as_token_ids)
+        return {
+            "content": chat_logprobs(self._served.loaded.tokenizer, tokens, as_ids=as_ids),
+            "refusal": None,
+        }
 
 
 def usage(counts: Counts) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from engine.output import FinishReason, Output, TokenLogprob
 from engine.sampling.params import SamplingParams
 from server.openai.chat import usage
 from server.openai.completion_requests import CompletionRequest, check_ids
-from server.openai.logprobs import CompletionLogprobs, echoed_logprobs, empty_logprobs
+from server.openai.logprobs import CompletionLogprobs, echoed_logprobs, empty_logprobs, prompt_logprobs
 from server.openai.requests import UNLIMITED
 from server.serving.generation import Generation
 from server.serving.progress import Progress
@@ -123,17 +123,17 @@ class CompletionReply(Reply):
                 "logprobs": None if self._request.logprobs is None else logprobs[choice.index],
                 "finish_reason": choice.finish_reason,
             }
+            | self._of_the_prompt(choice)
             for choice in self._choices
         ]
         return self._envelope(choices) | {"usage": usage(self.counts)}
 
     async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """The answer as chunks."""
-        no_usage = {"usage": None} if self._request.wants_usage else {}
         async for index, output in generation.outputs():
             piece = self._take(self._choices[index], output)
             if piece["text"] or piece["logprobs"] or piece["finish_reason"]:
-                yield self._envelope([piece]) | no_usage
+                yield self._envelope([piece]) | self._usage_so_far()
         if self._request.wants_usage:
             yield self._envelope([]) | {"usage": usage(self.counts)}
 
@@ -145,9 +145,19 @@ class CompletionReply(Reply):
 
     def waiting(self) -> dict[str, Any]:
         """A chunk in which nothing was added."""
-        no_usage = {"usage": None} if self._request.wants_usage else {}
         choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": None}
-        return self._envelope([choice]) | no_usage
+        return self._envelope([choice]) | self._usage_so_far()
+
+    def _usage_so_far(self) -> dict[str, Any]:
+        if self._request.counts_always:
+            return {"usage": usage(self.counts)}
+        return {"usage": None} if self._request.wants_usage else {}
+
+    def _of_the_prompt(self, choice: _Choice) -> dict[str, Any]:
+        if self._request.prompt_logprobs is None:
+            return {}
+        told = prompt_logprobs(self._served.loaded.tokenizer, choice.prompt_logprobs)
+        return {"prompt_logprobs": told}
 
     def _sampling(self, index: int) -> SamplingParams:
         request = self._request
@@ -157,6 +167,8 @@ class CompletionReply(Reply):
             max_tokens = self._served.default_max_tokens(DEFAULT_MAX_TOKENS, prompt_tokens)
         elif max_tokens != UNLIMITED:
             max_tokens = self._served.answer_limit(max_tokens, prompt_tokens)
+        echoed = request.logprobs if request.echo else None
+        of_prompt = [wanted for wanted in (echoed, request.prompt_logprobs) if wanted is not None]
         return request.sampling(
             self._served.vocab_size,
             index % request.choices,
@@ -165,7 +177,7 @@ class CompletionReply(Reply):
             grammar=self._grammar,
             skip_special=request.skip_special_tokens,
             logprobs=request.logprobs,
-            prompt_logprobs=request.logprobs if request.echo else None,
+            prompt_logprobs=max(of_prompt) if of_prompt else None,
         )
 
     def _new_logprobs(self, prompt: TokenizedPrompt) -> CompletionLogprobs:
@@ -174,6 +186,7 @@ class CompletionReply(Reply):
             self._served.loaded.tokenizer,
             start=len(prompt.text) if self._request.echo else 0,
             skip_special=bool(self._request.skip_special_tokens),
+            as_ids=bool(self._request.return_tokens_as_token_ids),
         )
 
     def _take(self, choice: _Choice, output: Output) -> dict[str, Any]:
@@ -185,8 +198,11 @@ class CompletionReply(Reply):
             shown = list(told)[choice.prompt.added :]
             # As in OpenAI's API: what the first token followed, if anything, is not part of the text.
             first = [(shown[0][0], None)] if shown else []
-            lists = echoed_logprobs(self._served.loaded.tokenizer, text, first + shown[1:])
+            as_ids = bool(self._request.return_tokens_as_token_ids)
+            tokenizer = self._served.loaded.tokenizer
+            lists = echoed_logprobs(tokenizer, text, first + shown[1:], as_ids=as_ids)
         choice.has_begun = True
+        choice.prompt_logprobs = choice.prompt_logprobs or output.prompt_logprobs or ()
         choice.cached_tokens += output.cached_tokens or 0
         if not self._scores_only:
             text += output.text
@@ -222,4 +238,5 @@ class _Choice:
     tokens: int = 0
     cached_tokens: int = 0
     has_begun: bool = False
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     finish_reason: str | None = None

@@ -161,7 +161,6 @@ COMMON = SAMPLERS | {
     "post_sampling_probs": unless("log probabilities are the model's own"),
     "return_token_ids": unless(_NOT_PART),
     "return_tokens": unless(_NOT_PART),
-    "return_tokens_as_token_ids": unless(_NOT_PART),
     "return_hidden_states": unless(_NOT_PART),
     "return_routed_experts": unless(_NOT_PART),
     "return_prompt_token_ids": unless(_NOT_PART),
@@ -220,7 +219,6 @@ REFUSED = (
         "input_suffix": unless("filling in the middle is not supported"),
         "input_extra": unless("filling in the middle is not supported"),
         "context": unless("send the conversation as messages"),
-        "prompt_logprobs": unless("use echo and logprobs of /v1/completions"),
         "n_probs": unless("use logprobs", 0),
         "top_logprobs_num": unless("use logprobs", 0),
         "top_n_tokens": unless("use logprobs", 0),
@@ -271,6 +269,8 @@ _ELSEWHERE = {
     "structured_outputs": unless("use a JSON schema, or /v1/chat/completions", {}),
     "think": only("use reasoning"),
     "enable_thinking": only("use reasoning"),
+    "return_tokens_as_token_ids": unless(_NOT_PART),
+    "prompt_logprobs": unless("use /v1/chat/completions"),
 } | {name: unless("use a JSON schema, or /v1/chat/completions") for name in _FORMS}
 RESPONSES_REFUSED = (
     COMMON
@@ -338,8 +338,5 @@ TOKENIZE_REFUSED = {
     "continue_final_message": unless("use prefix in the last message"),
     "chat_template": unless(_OWN_TEMPLATE),
     "chat_template_kwargs": unless("the model's defaults are used", {}),
-    "content": unless("use prompt or messages"),
-    "add_special": only("use add_special_tokens"),
     "parse_special": only("special tokens in a prompt are always parsed", True),
-    "with_pieces": unless("use return_token_strs"),
 }

@@ -52,12 +52,7 @@ class StreamOptions(Body):
     """What a stream contains beside the answer."""
 
     include_usage: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_would_be_missed(cls, data: Any) -> Any:
-        refused = {"continuous_usage_stats": unless("use include_usage, which reports the counts at the end")}
-        return refuse_fields(data, refused, "stream_options.")
+    continuous_usage_stats: bool | None = None
 
 
 class SchemaFormat(Body):
@@ -158,6 +153,8 @@ class GenerationRequest(SamplingFields):
     structured_outputs: StructuredOutputs | None = None
     modalities: list[str] | None = None
     return_progress: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=20)
     cache_salt: str | None = Field(None, max_length=MAX_SALT)
 
     @model_validator(mode="before")
@@ -179,9 +176,16 @@ class GenerationRequest(SamplingFields):
             )
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs needs stream: false", param="prompt_logprobs")
         if isinstance(self.stop, list) and len(self.stop) > MAX_STOP:
             raise RequestError(f"stop takes up to {MAX_STOP} strings, got {len(self.stop)}", param="stop")
         return self
+
+    @property
+    def counts_always(self) -> bool:
+        """True where every chunk of a stream has the token counts so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def choices(self) -> int:

@@ -53,6 +53,7 @@ class Answer:
         self._content: list[str] = []
         self._reasoning: list[str] = []
         self._logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
     @property
     def content(self) -> str:
@@ -95,6 +96,7 @@ class Answer:
         self._count(output.token_ids)
         self.cached_tokens += output.cached_tokens or 0
         self._logprobs += output.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs or ()
         deltas = list(self._parser.push(output.text, output.special_ranges))
         if output.finish_reason is not None:
             deltas += self._parser.finish()

@@ -147,7 +147,12 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
 
     if is_stream:
         return EventStream(
-            reply.events(generation), reply.last, reply.failure, partial(reply.pulse, generation), close
+            reply.events(generation),
+            reply.last,
+            reply.failure,
+            partial(reply.pulse, generation),
+            close,
+            reply.framing,
         )
     result = await answer(request, reply.whole(generation), close)
     return result if isinstance(result, Response) else JSONResponse(result)

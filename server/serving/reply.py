@@ -16,7 +16,7 @@ from server.openai.requests import UNLIMITED, ChatRequest
 from server.serving.answer import Answer
 from server.serving.generation import Generation
 from server.serving.service import Served
-from server.serving.streaming import DONE
+from server.serving.streaming import DONE, EVENTS
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Reply(ABC):
     """The answer to one request. `last` is what a stream ends with after all events."""
 
     last = DONE
+    framing = EVENTS
     id: str  # as clients read it
 
     @property
@@ -133,5 +134,6 @@ class ConversationReply(Reply):
             self._prompt.stop_token_ids,
             max_tokens=None if max_tokens == UNLIMITED else max_tokens,
             grammar=self.grammar,
+            prompt_logprobs=self._request.prompt_logprobs,
             logprobs=(self._request.top_logprobs or 0) if self._request.logprobs else None,
         )

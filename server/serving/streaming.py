@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic_core import to_json
@@ -32,6 +33,21 @@ def frame(data: dict[str, Any]) -> bytes:
     return b"%bdata: %b\n\n" % (name, to_json(data))
 
 
+def line(data: dict[str, Any]) -> bytes:
+    """One line of JSON."""
+    return to_json(data) + b"\n"
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How events are written one after the other."""
+
+    media_type: str
+    write: Callable[[dict[str, Any]], bytes]
+
+
+EVENTS = Framing("text/event-stream", frame)
+LINES = Framing("application/x-ndjson", line)
 Pulse = Callable[[bool], dict[str, Any] | None]
 
 
@@ -43,8 +59,6 @@ class EventStream(Response):
     end, after an error, and when the client disconnects.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         events: AsyncIterator[dict[str, Any]],
@@ -52,8 +66,11 @@ class EventStream(Response):
         failure: Callable[[ApiError], dict[str, Any]],
         pulse: Pulse,
         close: Callable[[], None],
+        framing: Framing = EVENTS,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=framing.media_type)
+        self._write = framing.write
         del self.headers["content-length"]
         self._events = events
         self._last = last
@@ -69,7 +86,7 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        outbox = _Outbox(self._pulse)
+        outbox = _Outbox(self._wait)
         writing = asyncio.ensure_future(self._write_all(scope, outbox))
         try:
             while not outbox.is_complete:
@@ -80,18 +97,22 @@ class EventStream(Response):
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
 
+    def _wait(self, is_due: bool) -> bytes | None:
+        event = self._pulse(is_due)
+        return None if event is None else self._write(event)
+
     async def _write_all(self, scope: Scope, outbox: _Outbox) -> None:
         """Put all events into the outbox, and what the stream ends with."""
         try:
             async for event in self._events:
-                await outbox.put(frame(event))
+                await outbox.put(self._write(event))
             outbox.end(self._last)
         except ApiError as error:
-            outbox.end(frame(self._failure(error)))
+            outbox.end(self._write(self._failure(error)))
         except Exception:
             request_id = scope["state"]["request_id"]
             log.exception("%s: a stream failed", request_id)
-            outbox.end(frame(self._failure(internal(request_id))))
+            outbox.end(self._write(self._failure(internal(request_id))))
 
 
 class _Outbox:
@@ -100,7 +121,7 @@ class _Outbox:
     `is_complete` once nothing follows what was taken. Where nothing is put in, what `pulse` makes is.
     """
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: Callable[[bool], bytes | None]) -> None:
         self._pulse = pulse
         self.is_complete = False
         self._parts: list[bytes] = []
@@ -150,7 +171,7 @@ class _Outbox:
         self._silent_s += PULSE_S
         event = self._pulse(self._silent_s >= KEEP_ALIVE_S)
         if event is not None:
-            self._add(frame(event))
+            self._add(event)
         self._beat = self._loop.call_later(PULSE_S, self._show_life)
 
 

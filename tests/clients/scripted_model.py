@@ -30,7 +30,17 @@ MAX_CONTEXT = 1 << 18
 ASK = re.compile(r"Read the file (/\S*note\.txt)")  # answered with a call
 ASK_AGAIN = "Which word was it"
 WORD = re.compile(r"word-[0-9a-f]{8}")
-PATHS = ("file_path", "path", "absolute_path", "filePath", "filepath", "target_file", "filename", "file")
+PATHS = (
+    "file_path",
+    "path",
+    "absolute_path",
+    "filePath",
+    "filepath",
+    "target_file",
+    "filename",
+    "file",
+    "files",
+)
 COMMANDS = ("cmd", "command", "script", "commands")
 READERS = ("read_file", "read", "readfile", "view", "view_file", "file_read", "open_file", "read_files")
 
@@ -91,6 +101,9 @@ def _shaped(schema: dict[str, Any], value: str) -> Any:
     """`value` as the schema wants it: some shells take a list."""
     if schema.get("type") != "array":
         return value
+    members = schema.get("items", {}).get("properties")
+    if members:
+        return [{next((key for key in PATHS if key in members), "path"): value}]
     return value.split() if value.startswith("cat ") else [value]
 
 

@@ -207,7 +207,12 @@ def test_grafana_finds_its_data_source() -> None:
     assert url.host in SERVICES["grafana"]["depends_on"]
     assert str(url.port) in container_ports(url.host)
     used = {json.dumps(found, sort_keys=True) for found in data_sources(DASHBOARD)}
-    assert used == {json.dumps({"type": source["type"], "uid": source["uid"]})}
+    assert used == {json.dumps({"type": source["type"], "uid": "${DS_PROMETHEUS}"})}
+    # Who imports the dashboard chooses the source; where it is provisioned, a variable of that name does.
+    (asked,) = DASHBOARD["__inputs"]
+    variable = DASHBOARD["templating"]["list"][0]
+    assert asked["name"] == variable["name"] == "DS_PROMETHEUS"
+    assert asked["pluginId"] == variable["query"] == source["type"]
 
 
 def data_sources(value: Any) -> Iterator[Any]:

@@ -109,7 +109,8 @@ def user(content: Any) -> dict[str, Any]:
         ({"regex": "a+"}, "regex", "use structured_outputs.regex"),
         ({"json_schema": {}}, "json_schema", "use response_format"),
         ({"use_beam_search": True}, "use_beam_search", "answers are sampled"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "use echo and logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "less than or equal to 20"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids", "use logprobs"),
         ({"allowed_token_ids": [5]}, "allowed_token_ids", "use structured_outputs.choice"),
         ({"continue_final_message": True}, "continue_final_message", "a last message of the assistant"),
         ({"add_generation_prompt": False}, "add_generation_prompt", "continue_final_message"),
@@ -208,10 +209,10 @@ def test_a_refused_field_that_asks_for_nothing_is_let_through(http: httpx.Client
 
 @pytest.mark.parametrize("value", [0, {}, "x", True])
 def test_a_refused_field_that_asks_for_something_is_named(http: httpx.Client, value: object) -> None:
-    answer = http.post("/v1/chat/completions", json=CHAT | {"prompt_logprobs": value})
+    answer = http.post("/v1/chat/completions", json=CHAT | {"token_ids_logprob": value})
 
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "prompt_logprobs"
+    assert answer.json()["error"]["param"] == "token_ids_logprob"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
@@ -277,11 +278,11 @@ def test_an_unknown_model_raises_the_sdks_not_found(client: openai.OpenAI) -> No
 
 
 def test_an_unknown_route_is_a_404_in_the_same_shape(http: httpx.Client) -> None:
-    answer = http.get("/v1/embeddings")
+    answer = http.get("/v1/moderations")
 
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "route_not_found"
-    assert "there is no /v1/embeddings" in answer.json()["error"]["message"]
+    assert "there is no /v1/moderations" in answer.json()["error"]["message"]
 
 
 def test_a_wrong_method_is_a_405_that_says_which_is_right(http: httpx.Client) -> None:
