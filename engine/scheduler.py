@@ -12,6 +12,9 @@ from engine.sequence import Sequence
 
 # A prefill makes at least this much progress per step, or it would never finish.
 MIN_PREFILL = 16
+# Prompt tokens in a step with answers, unless such steps have shown that more are no trouble: what a long
+# chunk takes for a token says little of what a short one takes.
+BESIDE_ANSWERS = 512
 # Weight of the newest step in the running means of step times. Tokens cost more as a prompt grows; a mean
 # that lagged would let steps grow with it.
 NEWEST = 0.3
@@ -53,6 +56,7 @@ class Scheduler:
         self._free = list(range(slots - 1, -1, -1))
         self._decode_s: float | None = None  # duration of a step without prompts
         self._prefill_token_s: float | None = None  # time that a prompt token adds to a step
+        self._beside_answers = 0  # prompt tokens of the last step that had answers too
 
     @property
     def has_work(self) -> bool:
@@ -118,6 +122,8 @@ class Scheduler:
         if not tokens:
             self._decode_s = _mean(self._decode_s, seconds)
         elif tokens >= MIN_PREFILL:
+            if decodes:
+                self._beside_answers = tokens
             alone = (self._decode_s or 0.0) if decodes else 0.0
             token_s = max(seconds - alone, 0.0) / tokens
             weight = RISING if token_s > (self._prefill_token_s or 0.0) else NEWEST
@@ -140,7 +146,10 @@ class Scheduler:
     def _prefill_budget(self, decodes: int) -> int:
         """Prompt tokens that the next step may compute alongside this many decodes."""
         budget = max(self.token_budget - decodes, 1)
-        if not decodes or not self._prefill_token_s or self._decode_s is None:
+        if not decodes:
+            return budget
+        budget = min(budget, max(BESIDE_ANSWERS, 2 * self._beside_answers))
+        if not self._prefill_token_s or self._decode_s is None:
             return budget
         seconds = max(self.step_s - self._decode_s, self._decode_s)
         return int(min(budget, max(seconds / self._prefill_token_s, MIN_PREFILL)))

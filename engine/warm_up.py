@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from engine.families.base import Batch, Model
 
-# Batch sizes that exercise every tile size of the kernels.
-LENGTHS = (1, 16, 32, 64)
+# Batch sizes that exercise every tile size of the kernels; the last one is of bfloat16 products.
+LENGTHS = (1, 16, 32, 64, 128)
 
 
 def warm_up(model: Model, most_tokens: int, lengths: Sequence[int] = LENGTHS) -> None:

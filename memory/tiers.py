@@ -44,9 +44,15 @@ class Tier:
 
 
 class Arena:
-    """One allocation in a tier, cut into `slots` equal slots that are taken and given back."""
+    """Memory of a tier, cut into `slots` equal slots that are taken and given back.
 
-    def __init__(self, tier: Tier, slots: int, slot_bytes: int, *, pinned: bool = False) -> None:
+    lendable  so many of them, the last ones, are an allocation of their own that can be lent to the
+              computation of a prompt: see `lend`
+    """
+
+    def __init__(
+        self, tier: Tier, slots: int, slot_bytes: int, *, pinned: bool = False, lendable: int = 0
+    ) -> None:
         stride = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
         if slots * stride > tier.budget_bytes:
             raise BudgetError(
@@ -57,8 +63,10 @@ class Arena:
         self.slot_bytes = slot_bytes
         self.nbytes = slots * stride
         self._stride = stride
-        self._bytes = _allocate(self.nbytes, tier)
-        self._is_locked = pinned and self.nbytes > 0 and page_lock(self._bytes, tier)
+        self.kept = slots - lendable
+        self._bytes = _allocate(self.kept * stride, tier)
+        self._lendable: torch.Tensor | None = _allocate(lendable * stride, tier) if lendable else None
+        self._is_locked = pinned and self.kept > 0 and page_lock(self._bytes, tier)
         self._free = list(range(slots - 1, -1, -1))
 
     def close(self) -> None:
@@ -68,10 +76,14 @@ class Arena:
             self._is_locked = False
 
     @classmethod
-    def filling(cls, tier: Tier, slot_bytes: int, most: int, *, pinned: bool = False) -> Arena:
-        """As many slots as fit in the tier's budget, at most `most`."""
+    def filling(
+        cls, tier: Tier, slot_bytes: int, most: int, *, pinned: bool = False, lent_bytes: int = 0
+    ) -> Arena:
+        """As many slots as fit in the tier's budget, at most `most`; those that hold `lent_bytes` can be
+        lent, but at most half of them."""
         stride = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
-        return cls(tier, min(most, tier.budget_bytes // stride), slot_bytes, pinned=pinned)
+        slots = min(most, tier.budget_bytes // stride)
+        return cls(tier, slots, slot_bytes, pinned=pinned, lendable=min(-(-lent_bytes // stride), slots // 2))
 
     @property
     def free(self) -> int:
@@ -86,14 +98,40 @@ class Arena:
         """Free a used slot."""
         self._free.append(slot)
 
+    @property
+    def can_lend(self) -> bool:
+        """True if there are slots that can be lent and are not."""
+        return self._lendable is not None
+
+    def lend(self) -> None:
+        """Free the memory of the slots from `kept` on, none of which may be in use; whoever computes next can
+        allocate it."""
+        self._free = [number for number in self._free if number < self.kept]
+        self._lendable = None
+
+    def take_back(self) -> bool:
+        """Allocate the slots that were lent; False while something else has their memory."""
+        if self._lendable is None and self.kept < self.slots:
+            try:
+                self._lendable = _allocate((self.slots - self.kept) * self._stride, self.tier)
+            except torch.OutOfMemoryError:
+                return False
+            self._free = [*range(self.slots - 1, self.kept - 1, -1), *self._free]
+        return True
+
     def place(self, number: int) -> int:
         """Bytes from the first slot's begin to that of another."""
-        return number * self._stride
+        if number < self.kept:
+            return number * self._stride
+        return self.slot(number).data_ptr() - self._bytes.data_ptr()
 
     def slot(self, number: int) -> torch.Tensor:
         """The bytes of a slot, uint8 `[slot_bytes]`."""
-        start = number * self._stride
-        return self._bytes[start : start + self.slot_bytes]
+        memory, start = self._bytes, number * self._stride
+        if number >= self.kept:
+            assert self._lendable is not None
+            memory, start = self._lendable, (number - self.kept) * self._stride
+        return memory[start : start + self.slot_bytes]
 
 
 def _allocate(nbytes: int, tier: Tier) -> torch.Tensor:

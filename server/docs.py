@@ -12,7 +12,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from engine.families.released import released_shape
 from memory.hardware.profiles import GIB, load_profile, shipped
+from quant.errors import ConfigError
+from quant.formats.kv_names import KvFormat
 from server.settings import SEVERAL, Settings
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -57,6 +60,36 @@ def _profile(name: str) -> list[str]:
     return [f"`{name}`", p.description, vram, link, *(f"{figure:g}" for figure in others)]
 
 
+# Of each kind of cache at least one.
+CONTEXT_MODELS = (
+    "deepseek-v4.1-flash", "deepseek-v4-flash", "deepseek-v4-pro", "deepseek-v3.2", "deepseek-v3", "glm-5.2",
+    "kimi-k2", "gpt-oss-120b", "qwen3-30b-a3b", "qwen3-235b-a22b", "qwen3.5-35b-a3b", "glm-4.5-air",
+    "minimax-m2",
+)  # fmt: skip
+MILLION = 1 << 20
+
+
+def context() -> str:
+    """What a context of a million tokens takes in each format of the KV cache, and what a model can."""
+    formats: tuple[KvFormat, ...] = ("vendor", "fp8", "int8", "bf16", "float32")
+    head = ["model", "context", *(f"`{form}`" for form in formats)]
+    return _table(head, (_context_row(name, formats) for name in CONTEXT_MODELS))
+
+
+def _context_row(name: str, formats: Iterable[KvFormat]) -> list[str]:
+    cells, longest = [], 0
+    for form in formats:
+        try:
+            shape = released_shape(name, kv_format=form)
+        except ConfigError:
+            cells.append("")
+            continue
+        longest = shape.max_context
+        whole, half = shape.kv_bytes(MILLION, 1), shape.kv_bytes(MILLION // 2, 1)
+        cells.append(f"{(whole - half) / (MILLION // 2):,.0f} B, {whole / 1e9:,.3g} GB")
+    return [f"`{name}`", f"{longest:,}", *cells]
+
+
 def _table(head: list[str], rows: Iterable[list[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     lines.insert(1, "|" + "---|" * len(head))
@@ -66,6 +99,7 @@ def _table(head: list[str], rows: Iterable[list[str]]) -> str:
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
     "settings": ("configuration.md", settings),
     "profiles": ("planner.md", profiles),
+    "context": ("long-context.md", context),
 }
 
 

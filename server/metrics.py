@@ -165,7 +165,9 @@ class _EngineCollector(Collector):
         )
         for tier, nbytes in self._model.tier_bytes.items():
             tiers.add_metric([tier, "weights"], nbytes)
-        tiers.add_metric(["dram", "kv"], now.kv_bytes + (prefixes.nbytes if prefixes is not None else 0))
+        untaken = 0 if now.kv_budget_bytes is None else now.kv_budget_bytes - sum(now.kv_taken)
+        in_prefixes = 0 if prefixes is None else prefixes.nbytes
+        tiers.add_metric(["dram", "kv"], now.kv_bytes - untaken + in_prefixes)
         yield tiers
         experts = GaugeMetricFamily(
             "loci_experts",

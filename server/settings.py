@@ -75,7 +75,12 @@ class Settings(BaseSettings):
     max_waiting: int = Field(
         256, ge=0, description="Maximum sequences in the queue; further requests get 429."
     )
-    prefill_chunk: int = Field(512, ge=1, description="Maximum prompt tokens computed per step.")
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="Maximum prompt tokens computed per step. Default: as many as pay on this machine, as "
+        "`loci plan` says.",
+    )
     prefill_step_ms: float = Field(
         250.0,
         gt=0,
@@ -94,7 +99,8 @@ class Settings(BaseSettings):
     prompt_products: Products = Field(
         "exact",
         description="How prompts are multiplied: exact, or bf16, with activations and weights rounded to "
-        "bfloat16: faster on processors that have AVX-512 with BF16. Answers are decoded exactly either way.",
+        "bfloat16: faster on GPUs, and on processors that have AVX-512 with BF16. Answers are decoded "
+        "exactly either way.",
     )
     prefix_cache: str | None = Field(
         None,
@@ -129,9 +135,9 @@ class Settings(BaseSettings):
     )
     kv_format: KvChoice = Field(
         "auto",
-        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model was "
-        "trained for (docs/long-context.md). Default: vendor where there is one, otherwise float32; float32 "
-        "for demo.",
+        description="Format of the KV cache: float32 (exact), bf16, fp8, int8, or vendor, what the model's "
+        "makers keep (docs/long-context.md). Default: vendor for models that were trained for it, DeepSeek "
+        "V4.1, V4 and V3.2, otherwise float32; also float32 for demo.",
     )
     devices: str | None = Field(
         None,

@@ -241,7 +241,7 @@ def run_slice(
                 in_pause()
             total_s += _step(model, cache, at, int(ids[at]), None)
             on_progress(at + 1 - start)
-        counts = _since(counted, model.telemetry.snapshot())
+        counts = since(counted, model.telemetry.snapshot())
         clocked_s = 0.0
         for at in range(start + tokens, length):
             clocked_s += _step(model, cache, at, int(ids[at]), clock)
@@ -279,7 +279,7 @@ def _step(model: DeepseekV41, cache: KvCache, at: int, token: int, clock: Clock 
     return time.perf_counter() - begun
 
 
-def _since(before: Snapshot, after: Snapshot) -> Snapshot:
+def since(before: Snapshot, after: Snapshot) -> Snapshot:
     """Counters of the time between two snapshots."""
     changes: dict[str, dict[str, Any]] = {
         name: {label: n - vars(before)[name].get(label, 0) for label, n in counter.items()}

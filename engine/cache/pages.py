@@ -41,9 +41,10 @@ class _Rows:
     row_bytes: int
 
     def run_bytes(self, tokens: int) -> int:
-        """Bytes of a run's pages for so many tokens."""
-        page = self.space.page_bytes
-        return -(-(tokens // self.ratio) * self.row_bytes // page) * page
+        """Bytes of a run's pages for so many tokens. A sequence has the first row's from the beginning: what
+        is chosen among no rows yet is looked up there."""
+        page, rows = self.space.page_bytes, max(tokens // self.ratio, min(tokens, 1))
+        return -(-rows * self.row_bytes // page) * page
 
     def covers(self, run_bytes: int) -> int:
         """Tokens for which a run of so many bytes is enough."""
@@ -173,14 +174,16 @@ class Pages:
     def fit(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
         """Set the budgets to what as many tokens as possible take, `most` of them at most: within `rooms` by
         device, and `total` bytes of all; returns the tokens. Where neither limits them, each slot may have
-        pages that are not full."""
+        pages that are not full, as far as `total` goes."""
         tokens = self._largest(most, rooms, total)
         self.budgets = {device: self.nbytes(tokens, device) for device in self._taken}
-        if total is None:
-            for rows in self._rows:
-                if rows.device not in rooms:
-                    unfilled = (len(rows.runs) - 1) * len(rows.runs[0]) * rows.space.page_bytes
-                    self.budgets[rows.device] += unfilled
+        left = math.inf if total is None else total - sum(self.budgets.values())
+        for rows in self._rows if total is None or tokens == most else ():
+            if rows.device not in rooms:
+                unfilled = (len(rows.runs) - 1) * len(rows.runs[0]) * rows.space.page_bytes
+                unfilled = int(min(unfilled, left))
+                self.budgets[rows.device] += unfilled
+                left -= unfilled
         return tokens
 
     def _largest(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
@@ -216,7 +219,6 @@ class Pages:
                     rows.space.give_back(start + new, old - new)
             self._taken[rows.device] += len(rows.runs[slot]) * (new - old)
         self._tokens[slot] = tokens
-        self._covered[slot] = min(
-            (rows.covers(rows.run_bytes(tokens)) for rows in self._rows), default=1 << 62
-        )
+        covered = (rows.covers(rows.run_bytes(tokens)) for rows in self._rows)
+        self._covered[slot] = min(covered, default=1 << 62) if tokens else 0
         self._peak = max(self._peak, self.taken_bytes)

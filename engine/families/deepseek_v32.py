@@ -67,4 +67,4 @@ def gguf_indexed_layers(
     return [replace(layer, attention=attention) for layer in layers], ignored
 
 
-FAMILY = DecoderFamily(NAME, describe_deepseek_v32)
+FAMILY = DecoderFamily(NAME, describe_deepseek_v32, rounds_latents=True)

@@ -35,6 +35,7 @@ def expert_store(
         telemetry=telemetry,
         hotness=trace_of_checkpoint(path, files.layers, files.experts),
         cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
+        lent_bytes=places.lent,
         cpu_flops=budget.cpu_flops or ASSUMED_CPU_FLOPS,
     )
 

@@ -13,7 +13,7 @@ from engine.cache.pages import largest
 from engine.families.base import KvRooms
 from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import Placement, embedding_fits, plan, recorded_bytes
+from memory.planner.placement import Placement, embedding_fits, lent_bytes, plan, recorded_bytes
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
 
@@ -33,6 +33,7 @@ class DensePlaces:
     nbytes         bytes of weights by tier: dense, shared experts, head, embedding
     kv_room        bytes of KV that are kept free, by GPU
     step_room      bytes that are kept free on each GPU for a recorded step's buffers
+    lent           bytes of these on each real GPU that a long chunk of a prompt computes with meanwhile
     left           bytes by tier for routed experts (in DRAM, for Engram tables too)
     experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
     """
@@ -45,6 +46,7 @@ class DensePlaces:
     nbytes: dict[str, int]
     kv_room: dict[str, int]
     step_room: int
+    lent: int
     left: dict[str, int]
     experts_bytes: int
     tables_bytes: int
@@ -126,6 +128,7 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
         nbytes=dict(nbytes),
         kv_room=dict(kv_room),
         step_room=recorded_bytes(shape, budget.workload),
+        lent=lent_bytes(shape, budget.workload) if any(not gpu.is_virtual for gpu in budget.gpus) else 0,
         left={
             tier: max(0, allowed - nbytes[tier] - kv_room[tier] - reserved[tier])
             for tier, allowed in budgets.items()

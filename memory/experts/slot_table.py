@@ -62,6 +62,11 @@ class SlotTable:
             views = self._views[at] = layout.views(self.arena.slot(entry.slot))
         return views
 
+    def forget_lent(self) -> None:
+        """No view keeps the memory of slots that are about to be lent."""
+        kept = self.arena.kept
+        self._views = {at: views for at, views in self._views.items() if at[1] < kept}
+
     def find(self, key: Key) -> SlotEntry | None:
         """The expert's entry, None if it is not held."""
         return self.by_layer[key[0]].get(key[1])

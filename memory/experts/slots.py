@@ -45,6 +45,7 @@ class ExpertSlots:
 
     policies          one per layer: ranks experts and chooses which to evict
     gpus              none are used where their kernels have no slots for these formats: a warning says so
+    lent_bytes        of each GPU's slots, what a long chunk of a prompt computes with meanwhile
     cpu_bytes_per_s   how fast the CPU computes what DRAM holds; decides how much is moved to GPUs instead
 
     Raises BudgetError where DRAM has room for fewer than `MIN_SLOTS` experts.
@@ -61,6 +62,7 @@ class ExpertSlots:
         *,
         readers: int,
         cpu_bytes_per_s: float,
+        lent_bytes: int = 0,
     ) -> None:
         self.telemetry = telemetry
         self._layers = files.layers
@@ -72,7 +74,10 @@ class ExpertSlots:
             layouts = layouts_of(files, kernels.on(tier.device))
             is_pinned = tier is dram and any(gpu.device.type == "cuda" for gpu in gpus)
             slot_bytes = max(layout.nbytes for layout in layouts)
-            return SlotTable(Arena.filling(tier, slot_bytes, total, pinned=is_pinned), layouts)
+            lent = 0 if tier is dram else lent_bytes
+            return SlotTable(
+                Arena.filling(tier, slot_bytes, total, pinned=is_pinned, lent_bytes=lent), layouts
+            )
 
         self.dram = table(dram)
         if self.dram.arena.slots < min(MIN_SLOTS, total):
@@ -388,6 +393,30 @@ class ExpertSlots:
             slots.append(slot)
         return slots
 
+    def lend(self) -> None:
+        """Give GPUs' lendable slots to whoever computes a long chunk, until `take_back`; their experts come
+        back by `refill`."""
+        for table in self.gpus:
+            if not table.arena.can_lend:
+                continue
+            self._wait_for_transfers()
+            lent = [
+                (layer, expert)
+                for layer, entries in enumerate(table.by_layer)
+                for expert, entry in entries.items()
+                if entry.slot >= table.arena.kept
+            ]
+            for key in sorted(lent, key=self.score):
+                table.arena.give_back(self._evict(table, key))
+                self._lent.append((table, key))
+            table.forget_lent()
+            table.arena.lend()
+
+    def take_back(self) -> bool:
+        """Slots that were lent are for experts again; False while something else has their memory."""
+        are_back = [table.arena.take_back() for table in self.gpus]
+        return all(are_back)
+
     def give_back(self, table: SlotTable, slots: Iterable[int]) -> None:
         """What was borrowed is free again."""
         for slot in slots:
@@ -396,6 +425,8 @@ class ExpertSlots:
     def refill(self) -> None:
         """Bring back experts that gave way to a prompt, the most valuable first and a few at a time; called
         between a step's own transfers, until all are back."""
+        if not self.take_back():
+            return
         at = len(self._lent) - 1  # the least valuable ones left first
         under_way = 0
         while at >= 0 and under_way < REFILLS:

@@ -34,6 +34,8 @@ from quant.kernels.interface import Kernels
 if TYPE_CHECKING:
     from memory.experts.gpu_places import GpuPlaces
 
+# A chunk of so many tokens is computed in memory that is kept free for that.
+BLOCK_TOKENS = 512
 FILL_BATCH = 64  # experts in flight at once while filling
 
 # Default rate at which the CPU computes experts in DRAM, bytes per second, if it was not measured.
@@ -49,6 +51,7 @@ class ExpertStore:
     kernels   compute in all tiers, and define the slot layout
     readers   threads that read experts from disk and repack them; default: `default_readers`
     cpu_flops  that the CPU reaches with many tokens
+    lent_bytes of each GPU's slots, what a long chunk of a prompt computes with meanwhile
     hotness   `[layers, experts]`, shares of uses from a routing trace: hot experts are loaded first
     """
 
@@ -64,6 +67,7 @@ class ExpertStore:
         readers: int | None = None,
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
         cpu_flops: float = ASSUMED_CPU_FLOPS,
+        lent_bytes: int = 0,
     ) -> None:
         self._files = files
         self._kernels = kernels
@@ -74,7 +78,7 @@ class ExpertStore:
         ]
         self.slots = ExpertSlots(
             files, kernels, dram, gpus, self._policies, self.telemetry,
-            readers=readers or default_readers(), cpu_bytes_per_s=cpu_bytes_per_s,
+            readers=readers or default_readers(), cpu_bytes_per_s=cpu_bytes_per_s, lent_bytes=lent_bytes,
         )  # fmt: skip
         self._cpu_flops = cpu_flops
         self._passing: StreamedPass | None = None  # a prompt that is being computed
@@ -163,9 +167,13 @@ class ExpertStore:
         many = [n for n, count in enumerate(tokens) if is_streamed(count, top_k, self._files.experts)]
         if not many or not (self.slots.gpus or not self.slots.keeps_copies):
             return
+        if max(tokens) > BLOCK_TOKENS:
+            self.slots.lend()
         rankings = [self._policies[layer].ranking() for layer in many]
         flops = 2.0 * 3 * self._files.hidden * self._files.width
-        self._passing = StreamedPass(self.slots, self._kernels, many, rankings, flops, self._cpu_flops)
+        self._passing = StreamedPass(
+            self.slots, self._kernels, many, rankings, self._files.hidden, flops, self._cpu_flops
+        )
 
     def end(self) -> None:
         """The forward has ended; does nothing where none has begun."""

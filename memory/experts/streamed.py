@@ -27,6 +27,8 @@ RING_SLOTS = 64
 RING_SHARE = 4
 # Experts that are computed together: enough for few launches, few enough to start early.
 GROUP = 8
+# What starting an expert's share of a group's operations on a GPU takes, one by one from Python.
+STARTING_S = 32e-6
 
 
 def is_streamed(tokens: int, top_k: int, experts: int) -> bool:
@@ -39,14 +41,33 @@ def ring_slots(slots: int) -> int:
     return min(RING_SLOTS, slots // RING_SHARE)
 
 
-def split(costs: Sequence[float], sending_s: float) -> int:
+def carrying_s(uses: float, tokens: int, row_bytes: int, rates: Sequence[float]) -> float:
+    """Seconds for which a layer's inputs on their way to other GPUs, or outputs on their way back, keep a
+    link busy, if GPUs share the experts evenly; rates in bytes a second."""
+    if len(rates) < 2:
+        return 0.0
+    return max(float(tokens), uses * (1 - 1 / len(rates))) * row_bytes / min(rates)
+
+
+def split(
+    costs: Sequence[float],
+    sending_s: float,
+    starting_s: float = 0.0,
+    held: int = 0,
+    carrying: float = 0.0,
+) -> int:
     """How many of some experts, the cheapest ones first, the processor computes while the others are sent, so
-    that both finish together: costs in seconds, `sending_s` for each."""
+    that both finish together: costs in seconds, `sending_s` for each. `starting_s` for each on GPUs, which
+    hold `held` others; links carry other things for `carrying` seconds."""
+
+    def others(count: int) -> float:
+        return max(count * sending_s + carrying, (count + held) * starting_s)
+
     computing = 0.0
     for number, cost in enumerate(costs):
         computing += cost
-        if computing > (len(costs) - number - 1) * sending_s:
-            before = max(computing - cost, (len(costs) - number) * sending_s)
+        if computing > others(len(costs) - number - 1):
+            before = max(computing - cost, others(len(costs) - number))
             return number + 1 if computing < before else number
     return len(costs)
 
@@ -74,12 +95,14 @@ class StreamedPass:
         kernels: Kernels,
         layers: Sequence[int],
         rankings: Sequence[Sequence[int]],
+        hidden: int,
         flops_per_token: float,
         cpu_flops: float,
     ) -> None:
         self.slots = slots
         self.kernels = kernels
         self.layers = frozenset(layers)
+        self.hidden = hidden
         self.flops_per_token = flops_per_token
         self.cpu_flops = cpu_flops
         self._to_read = deque((n, e) for n, rank in zip(layers, rankings, strict=True) for e in rank)
@@ -368,6 +391,12 @@ class StreamedStep:
                 for e in left
             ]
             by_cpu = split(costs, nbytes / sum(rates))
+            if any(not slots.gpus[at].tier.is_virtual for at in rooms):
+                row = 4 * self._pass.hidden
+                costs = [cost + self._uses[e] * row / min(rates) for cost, e in zip(costs, left, strict=True)]
+                carrying = carrying_s(self._ids.numel(), len(self._ids), row, rates)
+                held = sum(map(len, self._on_gpus))
+                by_cpu = split(costs, nbytes / sum(rates), STARTING_S, held, carrying)
         self._by_cpu = left[:by_cpu]
         busy = dict.fromkeys(rooms, 0.0)
         # What DRAM holds goes first: the rest is read meanwhile.

@@ -144,12 +144,7 @@ class CostModel:
         """One token for each of `sequences` sequences that hold `held` tokens."""
         return self._step(sequences, sequences, held)
 
-    def prefill(self, chunk: int, held: int, prompt: int = 0) -> StepCost:
-        """`chunk` prompt tokens of one sequence that holds `held` tokens before them; on the average of the
-        chunks of a prompt of so many tokens, if that is given."""
-        return self._step(chunk, 1, held + chunk // 2, prompt)
-
-    def _step(self, tokens: int, sequences: int, held: int, prompt: int = 0) -> StepCost:
+    def _step(self, tokens: int, sequences: int, held: int) -> StepCost:
         """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
         cost = StepCost(tokens)
         hits: dict[str, float] = defaultdict(float)
@@ -164,7 +159,7 @@ class CostModel:
             is_prefetched = layer.experts > 0
             if layer.experts:
                 self._routed(part, hits, n, layer, tokens)
-            cost.add(part, _computed_share(layer, tokens, prompt))
+            cost.add(part, 1.0)
         head_tier = self.placement.tier_of("head", None)
         time, resource = self._on(
             head_tier, self.shape.head.nbytes, 2 * self.shape.head.parameters * sequences
@@ -360,10 +355,3 @@ class CostModel:
 def _is_recorded(layer: LayerShape, tokens: int) -> bool:
     """Whether a GPU runs the layer in a recorded step."""
     return tokens <= MAX_RECORDED_ROWS and layer.launches is not None
-
-
-def _computed_share(layer: LayerShape, chunk: int, prompt: int) -> float:
-    """Of a prompt's chunks, those in which a layer computes anything."""
-    if not prompt or layer.tail is None:
-        return 1.0
-    return min(1.0, -(-layer.tail // chunk) * chunk / prompt)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from memory.hardware.profiles import GpuSpec, HardwareProfile
-from memory.planner.cost_model import CostModel, Efficiency, StepCost
+from memory.planner.cost_model import Efficiency, StepCost
 from memory.planner.placement import Workload, plan
+from memory.planner.prefill import PrefillModel
 from memory.planner.routing import Routing
 from memory.planner.shape import ModelShape
 
@@ -16,7 +17,8 @@ MAX_BYTES = 1 << 50
 
 @dataclass(frozen=True)
 class Forecast:
-    """Steps of a placed model: decoding one sequence, all of the workload's, and a chunk of a prompt."""
+    """A placed model: a step of one sequence, one of all of the workload's, and a prompt that fills the
+    context."""
 
     routing: Routing
     alone: StepCost
@@ -31,16 +33,16 @@ def forecast(
     routing: Routing,
     efficiency: Efficiency | None = None,
 ) -> Forecast:
-    """Typical steps: sequences that hold half the workload's context, chunks from a prompt's middle."""
+    """Typical steps, of sequences that hold half the workload's context, and a prompt as long as that."""
     placement = plan(shape, hardware, workload)
-    model = CostModel(shape, hardware, placement, routing, efficiency)
+    model = PrefillModel(shape, hardware, placement, routing, efficiency)
     half = workload.context // 2
     chunk = min(workload.prefill_chunk, workload.context)
     return Forecast(
         routing,
         model.decode(1, half),
         model.decode(workload.sequences, half),
-        model.prefill(chunk, half, workload.context),
+        model.prefill(chunk, workload.context),
     )
 
 

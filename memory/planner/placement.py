@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from memory.experts.store import BLOCK_TOKENS
 from memory.hardware.profiles import GpuSpec, HardwareProfile
 from memory.planner.shape import KvShape, ModelShape
 
@@ -19,7 +20,7 @@ NOWHERE = "nowhere"
 GPU_BASE_BYTES = 600_000_000
 # Python, torch and the server, before any weight.
 PROCESS_BYTES = 1_000_000_000
-# Steps pass activations from buffer to buffer.
+# Steps pass activations from buffer to buffer, those of attention so many tokens at a time.
 ACTIVATION_BUFFERS = 2
 # Of a recorded step: its rows at most, how often a token's activations its buffers hold, and latents of a
 # part.
@@ -172,7 +173,15 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
 def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
     """Activations and logits of the largest step."""
     tokens = max(workload.prefill_chunk, workload.sequences)
-    return ACTIVATION_BUFFERS * tokens * shape.activation_bytes + 4 * shape.vocab_size * workload.sequences
+    buffers = ACTIVATION_BUFFERS * min(tokens, BLOCK_TOKENS) * shape.activation_bytes
+    held = max(0, tokens - BLOCK_TOKENS) * (shape.held_bytes or ACTIVATION_BUFFERS * shape.activation_bytes)
+    return buffers + held + 4 * shape.vocab_size * workload.sequences
+
+
+def lent_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Of a chunk's workspace on a GPU, what its experts' slots lend: all that a short chunk does not need."""
+    short = replace(workload, prefill_chunk=min(workload.prefill_chunk, BLOCK_TOKENS))
+    return workspace_bytes(shape, workload) - workspace_bytes(shape, short)
 
 
 def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -205,14 +214,12 @@ def _reserve_workspace(
         if gpu.kind == "virtual":
             usable.append(tier)
             continue
-        needed = work + GPU_BASE_BYTES + recorded_bytes(shape, workload)
+        needed = work - lent_bytes(shape, workload) + GPU_BASE_BYTES + recorded_bytes(shape, workload)
         if room.left[tier] < needed + staging:
             room.left[tier] = 0
             continue
         usable.append(tier)
-        room.reserve(
-            "workspace", tier, needed, "activations of a prompt chunk, logits, a recorded step, CUDA"
-        )
+        room.reserve("workspace", tier, needed, "activations of a short chunk, logits, a recorded step, CUDA")
         room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
     if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
         room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")

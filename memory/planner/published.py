@@ -103,6 +103,11 @@ class V41Dims:
         """Streams twice, queries and attention output, in float32."""
         return 4 * (2 * self.streams * self.hidden + 2 * self.heads * self.head_dim)
 
+    @property
+    def held_bytes(self) -> int:
+        """Streams twice, what experts read, their outputs, one for each choice, and sums of these."""
+        return 4 * self.hidden * (2 * self.streams + self.top_k + 4)
+
 
 def v41_shape(name: str, d: V41Dims, kv_format: KvFormat = "float32") -> ModelShape:
     """A V4.1 model of these dimensions."""
@@ -213,6 +218,7 @@ def _latent_model(name: str, d: V41Dims, layers: Sequence[LayerShape]) -> ModelS
         head=_plain(d.vocab, d.hidden) + _plain(d.hidden),
         layers=tuple(layers),
         activation_bytes=d.activation_bytes,
+        held_bytes=d.held_bytes,
     )
 
 

@@ -115,6 +115,8 @@ class ModelShape:
 
     top_k             routed experts per token and layer
     activation_bytes  what a token needs while a layer works on it (streams, queries, projections)
+    held_bytes        what each further token of a long chunk needs, whose attention is computed in blocks:
+                      streams, inputs and outputs of experts; 0 where all of a chunk is computed at once
     """
 
     name: str
@@ -126,6 +128,7 @@ class ModelShape:
     head: Weights
     layers: tuple[LayerShape, ...]
     activation_bytes: int
+    held_bytes: int = 0
 
     @property
     def nbytes(self) -> int:

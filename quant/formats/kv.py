@@ -4,10 +4,11 @@ float32  exact
 bf16     every value
 fp8      e4m3, a float32 scale for each 128 columns of a row; the rotary columns of latents stay bf16
 int8     the same with eight-bit integers
-vendor   what the model was trained for, where its makers say so:
-         V4.1          windows e4m3 per 32; entries e2m1 per 16 with e4m3 scales; index keys e2m1 per 32
-         V4            windows and entries e4m3 per 64, rotary columns bf16; index keys e2m1 per 32, turned
-         V3, V3.2, ..  latents e4m3 per 128 with float32 scales, rotary columns bf16; index keys e4m3, turned
+vendor   what the model's makers keep:
+         V4.1  windows e4m3 per 32; entries e2m1 per 16 with e4m3 scales; index keys e2m1 per 32
+         V4    windows and entries e4m3 per 64, rotary columns bf16; index keys e2m1 per 32, turned
+         V3.2 and its relatives  latents e4m3 per 128 with float32 scales, rotary columns bf16; index keys
+               e4m3, turned
 
 Sources: the engines that DeepSeek released with these models. Projections of unfinished groups, DeltaNet's
 states and what is copied for n-grams stay exact in all of them.

@@ -13,7 +13,8 @@ PLAIN: tuple[KvFormat, ...] = ("float32", "bf16", "fp8", "int8")
 # Of each kind of model, the default first.
 V41_FORMATS: tuple[KvFormat, ...] = ("vendor", *PLAIN)
 V4_FORMATS: tuple[KvFormat, ...] = ("vendor", *PLAIN)
-LATENT_FORMATS: tuple[KvFormat, ...] = ("vendor", *PLAIN)
+TRAINED_LATENTS: tuple[KvFormat, ...] = ("vendor", *PLAIN)  # DeepSeek-V3.2
+LATENT_FORMATS: tuple[KvFormat, ...] = (*PLAIN, "vendor")  # its relatives: trained in bfloat16
 HEAD_FORMATS: tuple[KvFormat, ...] = PLAIN
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
+from quant.errors import ConfigError
 from quant.formats.rows import RowFormat, Rows
 from quant.kernels.interface import ExpertFormats, Kernels, MoeCall, Products, SlotLayout, Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
@@ -35,8 +36,10 @@ class DeviceKernels:
     @contextmanager
     def multiplying(self, products: Products) -> Iterator[None]:
         with ExitStack() as stack:
-            for kernels in (self._host, *self._gpus.values()):
+            for kernels in self._gpus.values():
                 stack.enter_context(kernels.multiplying(products))
+            with suppress(ConfigError):  # a processor without such kernels stays exact
+                stack.enter_context(self._host.multiplying(products))
             yield
 
     def prepare(self, weight: Weight) -> Weight:

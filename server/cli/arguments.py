@@ -116,7 +116,7 @@ KvFormatOption = Annotated[
     KvChoice,
     typer.Option(
         "--kv-format",
-        help="Format of the KV cache: float32, bf16, fp8, int8, or vendor, what the model was trained for.",
+        help="Format of the KV cache: float32, bf16, fp8, int8, or vendor, what the model's makers keep.",
     ),
 ]
 ExpertsFormat = Annotated[

@@ -137,7 +137,7 @@ def _print_plan(opened: OpenedModel) -> None:
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import this_machine
     from memory.hub.download import existing_cache_folder
-    from server.cli.plan_report import DEFAULT_BATCH, DEFAULT_CHUNK, print_plan, workload_of
+    from server.cli.plan_report import DEFAULT_BATCH, print_plan, workload_of
 
     try:
         shape = shape_of(opened.checkpoint)
@@ -145,7 +145,7 @@ def _print_plan(opened: OpenedModel) -> None:
         print(f"What runs how fast here cannot be forecast: {error}")
         return
     machine = this_machine(detect(existing_cache_folder()))
-    print_plan(shape, machine, workload_of(shape, None, DEFAULT_BATCH, DEFAULT_CHUNK))
+    print_plan(shape, machine, workload_of(shape, machine, None, DEFAULT_BATCH, None))
 
 
 def _ask(model: HubModel, nbytes: int) -> None:

@@ -13,7 +13,7 @@ from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
 from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
-from server.cli.plan_report import DEFAULT_BATCH, DEFAULT_CHUNK, plan_report, print_plan, workload_of
+from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
     from memory.hardware.profiles import HardwareProfile
@@ -44,7 +44,10 @@ def plan(
         ),
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.", min=1, max=4096)] = DEFAULT_BATCH,
-    prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens per step.", min=1)] = DEFAULT_CHUNK,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens per step. Default: as many as pay.", min=1, show_default=False),
+    ] = None,
     experts: ExpertsFormat = None,
     kv_format: KvFormatOption = "auto",
     devices: Annotated[
@@ -80,7 +83,7 @@ def plan(
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
-    workload = workload_of(shape, context, batch, prefill_chunk)
+    workload = workload_of(shape, machine, context, batch, prefill_chunk)
     recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
     if as_json:
         placement = make_plan(shape, machine, workload)

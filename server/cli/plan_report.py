@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 8
-DEFAULT_CHUNK = 512
 WORTH_SAYING = 1.02  # a gain of less is within the model's own error
 
 
-def workload_of(shape: ModelShape, context: int | None, batch: int, prefill_chunk: int) -> Workload:
-    """What a plan is made for; the context is as long as the model's, at most 8192, unless given."""
+def workload_of(
+    shape: ModelShape, machine: HardwareProfile, context: int | None, batch: int, prefill_chunk: int | None
+) -> Workload:
+    """What a plan is made for; the context is as long as the model's, at most 8192, and a chunk as large as
+    pays, unless given."""
     from memory.planner.placement import Workload
+    from memory.planner.prefill import planned_chunk
 
-    return Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch, prefill_chunk)
+    asked = Workload(context or min(DEFAULT_CONTEXT, shape.max_context), batch)
+    return replace(asked, prefill_chunk=prefill_chunk or planned_chunk(shape, machine, asked))
 
 
 def print_plan(
@@ -72,6 +76,8 @@ def plan_report(
 
 
 def _report(shape: ModelShape, machine: HardwareProfile, placement: Placement) -> dict[str, Any]:
+    from memory.planner.placement import lent_bytes, workspace_bytes
+
     tiers = {
         tier: {"budget_bytes": budget, "used_bytes": placement.used(tier)}
         for tier, budget in placement.budgets.items()
@@ -82,6 +88,8 @@ def _report(shape: ModelShape, machine: HardwareProfile, placement: Placement) -
         "hardware": machine.name,
         "assumed": list(machine.assumed),
         "workload": asdict(placement.workload),
+        "prefill_workspace_bytes": workspace_bytes(shape, placement.workload),
+        "prefill_lent_bytes": lent_bytes(shape, placement.workload),
         "fits": placement.fits,
         "tiers": tiers,
         "places": [asdict(place) for place in placement.places],
@@ -126,11 +134,16 @@ def _expected(
 
 
 def _print_head(shape: ModelShape, machine: HardwareProfile, workload: Workload, verdict: str) -> None:
+    from memory.planner.placement import lent_bytes, workspace_bytes
+
+    lent = lent_bytes(shape, workload) if any(gpu.kind == "cuda" for gpu in machine.gpus) else 0
     print(f"{shape.name} on {machine.name}: {verdict}")
     print(f"{machine.description or machine.name}")
     print(
         f"{bytes_text(shape.nbytes)} of weights; {workload.sequences} sequence(s) of up to "
-        f"{workload.context} tokens; prompts in chunks of {workload.prefill_chunk}\n"
+        f"{workload.context} tokens; prompts in chunks of {workload.prefill_chunk}, in "
+        f"{bytes_text(workspace_bytes(shape, workload))} of workspace"
+        + (f", {bytes_text(lent)} of it lent by each GPU's experts\n" if lent else "\n")
     )
 
 
@@ -148,6 +161,14 @@ def _print_placement(shape: ModelShape, placement: Placement, by_layer: bool) ->
         tiers.append(("nowhere", "", bytes_text(placement.used("nowhere")), ""))
     print_table(["tier", "budget", "used", "free"], tiers, right=(1, 2, 3))
     print()
+    work = placement.workload
+    tokens, most = work.sequences * work.context, shape.max_context
+    if work.context < most and shape.kv_bytes(most, 1) > shape.kv_bytes(0, 1):
+        pool, longest = shape.kv_bytes(work.context, work.sequences), shape.kv_bytes(most, 1)
+        print(
+            f"KV is one pool of {bytes_text(pool)}: {tokens:,} tokens in all, of which one sequence may have "
+            f"{min(tokens, most):,}; the {most:,} that the model can take {bytes_text(longest)}\n"
+        )
     rows = [
         (kind.replace("_", " "), span, held, bytes_text(nbytes), tier, reason)
         for kind, span, held, nbytes, tier, reason in _grouped(shape, placement, by_layer)

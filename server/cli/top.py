@@ -233,6 +233,8 @@ def _caches(now: Sample, earlier: Sample | None) -> Table:
     used, capacity = now.total("loci_kv_tokens_used"), now.total("loci_kv_tokens_capacity")
     if capacity:
         table.add_row("KV", f"{used:,.0f}", f"{capacity:,.0f} tokens", _share(used, capacity), "", "")
+    if aside := now.total("loci_sequences_aside"):
+        table.add_row("put aside", f"{aside:,.0f}", "sequences", "", "", "")
     held, budget = now.total("loci_prefix_cache_bytes"), now.total("loci_prefix_cache_budget_bytes")
     if budget:
         known = _grown(now, earlier, "loci_prefix_cache_tokens_total")

@@ -29,6 +29,7 @@ from memory.planner.placement import Workload
 from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
+from server.serving.chunk import chunk_here
 from server.serving.generation import Generation
 from server.serving.wakeups import Wakeups
 from server.settings import Settings
@@ -106,7 +107,9 @@ def prepare(settings: Settings) -> Prepared:
     budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
     budget = replace(budget, kv_format=opened.kv_format(settings.kv_format))
-    budget = replace(budget, workload=_workload(settings, opened, budget, kv_bytes))
+    workload = _workload(settings, opened, budget, kv_bytes)
+    chunk = settings.prefill_chunk or chunk_here(opened, budget, workload, settings.devices)
+    budget = replace(budget, workload=replace(workload, prefill_chunk=chunk))
     return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
 
 
@@ -116,7 +119,11 @@ def bring_up(prepared: Prepared) -> Served:
     loaded = prepared.opened.load(budget, settings.prompt_products)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
-        warm_up(loaded.model, min(settings.prefill_chunk, budget.workload.context))
+        most_tokens = min(budget.workload.prefill_chunk, budget.workload.context)
+        warm_up(loaded.model, most_tokens)
+        if loaded.prompt_products is not None:
+            with loaded.prompt_products():
+                warm_up(loaded.model, most_tokens)
     context = settings.max_model_len or loaded.model.info.max_context
     kv_bytes = prepared.kv_bytes
     if kv_bytes is None:
@@ -134,7 +141,7 @@ def bring_up(prepared: Prepared) -> Served:
         max_sequences=settings.max_num_seqs,
         max_context=context,
         pool=PoolSize(kv_bytes, prepared.kv_bytes is not None, settings.max_model_len is None),
-        prefill_chunk=settings.prefill_chunk,
+        prefill_chunk=budget.workload.prefill_chunk,
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
         prefix_cache_bytes=prefix_bytes,
@@ -143,6 +150,7 @@ def bring_up(prepared: Prepared) -> Served:
         prompt_products=loaded.prompt_products,
     )
     log.info("%s", _about(engine, context))
+    log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
     engine.start()
     name, *aliases = prepared.names
     cuts = settings.max_tokens_overflow == "cut"
@@ -156,7 +164,7 @@ def _workload(
     for one sequence."""
     context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
     if not budget.gpus:
-        return Workload(context, sequences, settings.prefill_chunk)
+        return Workload(context, sequences)
     shape = opened.family.shape(opened.checkpoint, budget.kv_format)
 
     def nbytes(tokens: int) -> int:
@@ -175,7 +183,7 @@ def _workload(
             f"pool has {room / 1e6:,.1f} MB: raise --kv-budget to {written(nbytes(context))}, or lower "
             f"--max-model-len to {of_one}"
         )
-    return Workload(min(context, of_one), sequences, settings.prefill_chunk, tokens)
+    return Workload(min(context, of_one), sequences, kv_tokens=tokens)
 
 
 def _about(engine: Engine, wanted: int) -> str:

@@ -106,6 +106,16 @@ def answers(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[list
     return found, time.perf_counter() - begun
 
 
+def _prompts_within(nbytes: int, sizes: list[int]) -> int:
+    """Bytes of as many prompts, from the first on, as fit: what answers add then has no room."""
+    found = 0
+    for size in sizes:
+        if found + size > nbytes:
+            break
+        found += size
+    return found
+
+
 def main() -> None:
     """Answer with all memory, then with half of it in three ways, and compare."""
     parser = argparse.ArgumentParser(
@@ -125,7 +135,7 @@ def main() -> None:
         prompts = [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
         context = max(lengths) + asked.tokens
         pages = loaded.model.new_cache(1, context).pages
-        half = sum(pages.nbytes(length + asked.tokens) for length in lengths) // 2
+        half = _prompts_within(sum(map(pages.nbytes, lengths)) // 2, list(map(pages.nbytes, lengths)))
         half = max(half, pages.nbytes(context))
 
         def run(nbytes: int | None, **options: Any) -> tuple[list[list[int]], Engine, float]:

@@ -1,7 +1,7 @@
 """What each format of the KV cache costs and changes: against float32, on the demonstration model's held-out
 texts and on golden checkpoints of every kind of cache.
 
-    python -m tests.bench.kv_formats [--tokens 16384] [--window 2048] [--golden] [--json FILE]
+    python -m tests.bench.kv_formats [--tokens 8192] [--window 2048] [--golden] [--json FILE]
 
 Held-out texts are those of `deploy/demo/data.py` that are generated without any download (stories, composed
 documents), joined to windows. Every token but the last of a window is predicted. Equal greedy tokens: the
@@ -141,25 +141,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=2048)
     parser.add_argument("--golden", action="store_true", help="the golden checkpoints too")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     path = model_path("demo")
-    rows = measured("demo", path, held_out_windows(path / "tokenizer.json", asked.tokens, asked.window))
+    windows = held_out_windows(path / "tokenizer.json", asked.tokens, asked.window)
+    subjects = [("demo", path, windows)]
     if asked.golden:
-        for name in GOLDEN_SETS:
-            rows += measured(name, *golden_windows(name))
-    print(
-        "| model | KV format | bytes a token | largest logit error | KL | perplexity | equal greedy tokens |"
-    )
+        subjects += [(name, *golden_windows(name)) for name in GOLDEN_SETS]
+    print("| model | KV format | bytes a token | largest logit error | KL | perplexity | equal tokens |")
     print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row.model} | {row.form} | {row.bytes_per_token:,.1f} | {row.max_logit_error:.2g} "
-            f"| {row.kl:.2g} | {row.perplexity:.4f} | {100 * row.equal_greedy:.2f} % |"
-        )
+    rows = []
+    for subject in subjects:
+        for row in measured(*subject):
+            print(
+                f"| {row.model} | {row.form} | {row.bytes_per_token:,.1f} | {row.max_logit_error:.2g} "
+                f"| {row.kl:.2g} | {row.perplexity:.4f} | {100 * row.equal_greedy:.2f} % |",
+                flush=True,
+            )
+            rows.append(row)
     if asked.json is not None:
         asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -145,3 +145,12 @@ def test_without_answers_a_prompt_gets_the_whole_step() -> None:
     running(scheduler, 3000)
 
     assert [step(scheduler, 1.0, 1.0)[3000] for _ in range(3)] == [512] * 3
+
+
+def test_what_a_long_chunk_took_alone_lengthens_no_step_with_answers() -> None:
+    scheduler = Scheduler(4, 16_384, 0.25)
+    running(scheduler, 200_000)
+    assert step(scheduler, 0.0005, 8.0)[200_000] == 16_384
+    running(scheduler, answers=1)
+    beside = [step(scheduler, 0.0, 0.01)[200_000] for _ in range(3)]
+    assert beside == [512, 1024, 2048]  # as it turns out to be cheap

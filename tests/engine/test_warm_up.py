@@ -15,9 +15,10 @@ from quant.kernels.cuda.linear import Blocks
 from tests.conftest import golden_path
 
 
-def test_lengths_meet_every_size_of_tile() -> None:
-    used = {Blocks.of(tokens, torch.float32) for tokens in range(1, 2000)}
-    assert {Blocks.of(tokens, torch.float32) for tokens in LENGTHS} == used
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lengths_meet_every_size_of_tile(dtype: torch.dtype) -> None:
+    used = {Blocks.of(tokens, dtype) for tokens in range(1, 2000)}
+    assert {Blocks.of(tokens, dtype) for tokens in LENGTHS} == used
 
 
 def test_tokens_that_nobody_asked_for_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from bitsandbytes import functional as bnb
 from quant.formats.fp8 import FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
+from quant.kernels.cuda import kernels
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.interface import ExpertWeights, MoeCall
 from quant.packed import Format, PackedTensor
@@ -80,6 +81,33 @@ def test_experts_equal_the_reference(format_: Format, dtype: torch.dtype, tokens
     expected = REFERENCE.moe(MoeCall(x.float(), ids, weights, experts, 1.0))
     # Between the two matrices bfloat16 rounds once more.
     assert difference(found.cpu(), expected) < 2 * TOLERANCE[dtype]
+
+
+@formats
+@pytest.mark.parametrize("tokens", [1, 16, 64, 200])
+def test_products_in_bfloat16_keep_float32_results(format_: Format, tokens: int) -> None:
+    w, x = weight(format_, 1000, 1280), torch.randn(tokens, 1280)
+    with TRITON.multiplying("bf16"):
+        found = TRITON.linear(x.to(GPU), on_gpu(w))
+    assert found.dtype == torch.float32
+    expected = REFERENCE.linear(x.bfloat16().float(), w)
+    assert difference(found.cpu(), expected) < TOLERANCE[torch.bfloat16]
+
+
+@four_bit
+@pytest.mark.parametrize("tokens", [2, 300])
+def test_experts_in_bfloat16_are_computed_some_columns_at_a_time(
+    format_: Format, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MOST_OUTPUTS", 2 * tokens * 256)
+    experts = {e: expert(format_, 640, 512, e) for e in range(3)}
+    moved = {e: ExpertWeights(*map(on_gpu, one.matrices)) for e, one in experts.items()}
+    x, weights = torch.randn(tokens, 640), torch.rand(tokens, 2)
+    ids = torch.stack([torch.randperm(3)[:2] for _ in range(tokens)])
+    with TRITON.multiplying("bf16"):
+        found = TRITON.moe(MoeCall(x.to(GPU), ids.to(GPU), weights.to(GPU), moved, 1.0))
+    expected = REFERENCE.moe(MoeCall(x, ids, weights, experts, 1.0))
+    assert difference(found.cpu(), expected) < 2 * TOLERANCE[torch.bfloat16]
 
 
 def test_a_token_gets_the_same_answer_twice() -> None:

@@ -18,7 +18,7 @@ from memory.checkpoint.entries import TensorSpec
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
 from quant.errors import Findings, FormatError
-from quant.formats.kv_names import HEAD_FORMATS, LATENT_FORMATS, KvFormat
+from quant.formats.kv_names import HEAD_FORMATS, LATENT_FORMATS, TRAINED_LATENTS, KvFormat
 from quant.kernels.interface import Kernels
 
 
@@ -27,10 +27,14 @@ class DecoderFamily(Family):
 
     describe_config  config.json or GGUF metadata, with the headers, to a description; raises ConfigError for
                      what the family does not compute
+    rounds_latents   its releases were trained for latents and index keys in the vendor's format
     """
 
-    def __init__(self, name: str, describe_config: Callable[[Checkpoint], Description]) -> None:
+    def __init__(
+        self, name: str, describe_config: Callable[[Checkpoint], Description], *, rounds_latents: bool = False
+    ) -> None:
         self.name = name
+        self._rounds_latents = rounds_latents
         self._describe_config = describe_config
 
     def description(self, checkpoint: Checkpoint) -> Description:
@@ -70,8 +74,9 @@ class DecoderFamily(Family):
 
     def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
         layers = self.description(checkpoint).layers
-        has_latents = any(isinstance(layer.attention, Mla) for layer in layers)
-        return LATENT_FORMATS if has_latents else HEAD_FORMATS
+        if not any(isinstance(layer.attention, Mla) for layer in layers):
+            return HEAD_FORMATS
+        return TRAINED_LATENTS if self._rounds_latents else LATENT_FORMATS
 
     def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name, kv_format)

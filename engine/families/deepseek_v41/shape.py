@@ -66,4 +66,5 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format:
         head=parts.of("head"),
         layers=tuple(layers),
         activation_bytes=dims.activation_bytes,
+        held_bytes=dims.held_bytes,
     )

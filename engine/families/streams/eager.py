@@ -18,10 +18,11 @@ from engine.layers.eager import EagerBasics
 from engine.layers.hyper_connections import HyperConnection
 from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts
+from memory.experts.store import BLOCK_TOKENS
 from quant.formats.rows import Rows
 from quant.kernels.interface import Kernels, Weight
 
-BLOCK = 512  # tokens
+BLOCK = BLOCK_TOKENS
 
 # What a piece (its number, itself, its rows) attends to: latents of its window `[n + L, dim]`, and perhaps
 # compressed entries `[G, dim]` with those that each token sees `[L, k]`, -1 for none.

@@ -5,12 +5,13 @@ Formats without a kernel here (GGUF) are decoded one block of rows at a time and
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
-from quant.errors import ConfigError
 from quant.formats.fp8 import Fp8
 from quant.kernels.cuda.decode import four_bit_kind
 from quant.kernels.cuda.launch import Launcher
@@ -32,9 +33,17 @@ from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.kernels.torch_layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
+# How many outputs (float32) of pairs of token and expert wait for their sums, at most; they are computed some
+# multiple of so many columns at a time.
+MOST_OUTPUTS = 1 << 26
+COLUMNS = 128
+
 
 class TritonKernels(TorchLayers):
     """`Kernels` on one device; activations are float32 or bfloat16, results are of the same dtype.
+
+    Products in bfloat16 (`multiplying`) round float32 activations and keep float32 results. Recorded steps
+    stay exact.
 
     device    where `prepare` moves weights
     launcher  starts the kernels
@@ -46,6 +55,7 @@ class TritonKernels(TorchLayers):
         self.device = device
         self.launcher = launcher or Launcher()
         self._reference = ReferenceKernels()
+        self._products: Products = "exact"
 
     def describe(self) -> str:
         if self.device.type != "cuda":
@@ -56,10 +66,17 @@ class TritonKernels(TorchLayers):
     def on(self, device: torch.device) -> TritonKernels:
         return self
 
-    def multiplying(self, products: Products) -> AbstractContextManager[None]:
-        if products != "exact":
-            raise ConfigError(f"{products} products are for processors as yet; GPUs have exact ones")
-        return nullcontext()
+    @contextmanager
+    def multiplying(self, products: Products) -> Iterator[None]:
+        before, self._products = self._products, products
+        try:
+            yield
+        finally:
+            self._products = before
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations as products take them now."""
+        return x.bfloat16() if self._products == "bf16" else x
 
     def prepare(self, weight: Weight) -> Weight:
         if isinstance(weight, torch.Tensor):
@@ -80,8 +97,8 @@ class TritonKernels(TorchLayers):
                 return self._converted(x, weight)
         elif four_bit_kind(weight) is None and not isinstance(weight.format, Fp8):
             return self._reference.linear(x, weight)
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out = flat.new_empty(flat.shape[0], weight.shape[0])
+        flat = self._rounded(x.reshape(-1, x.shape[-1]).contiguous())
+        out = x.new_empty(flat.shape[0], weight.shape[0])
         if len(flat):
             self.launcher.start(linear_launch(flat, weight, out))
         return out.view(*x.shape[:-1], weight.shape[0])
@@ -98,11 +115,17 @@ class TritonKernels(TorchLayers):
             return torch.zeros_like(x)
         if call.extras != NO_EXTRAS:
             return moe_by_products(self, call)
-        out = x.new_empty(tokens * top_k, x.shape[1], dtype=torch.float32)
-        plan = schedule(call.expert_ids, x.dtype)
-        for launch in moe_launches(call, plan, out):
-            self.launcher.start(launch)
-        return out.view(tokens, top_k, -1).sum(1).to(x.dtype)
+        rounded = self._rounded(x)
+        launches = moe_launches(replace(call, x=rounded), schedule(call.expert_ids, rounded.dtype))
+        self.launcher.start(launches.gate_up)
+        total, hidden = torch.empty_like(x), x.shape[1]
+        step = max(MOST_OUTPUTS // (tokens * top_k) // COLUMNS, 1) * COLUMNS
+        for first in range(0, hidden, step):
+            last = min(first + step, hidden)
+            out = x.new_empty(tokens, top_k, last - first, dtype=torch.float32)
+            self.launcher.start(launches.down(out, first, last))
+            total[:, first:last] = out.sum(1)
+        return total
 
     def moe_apart(self, call: MoeCall) -> torch.Tensor:
         return apart_by_moe(self, call)

@@ -150,6 +150,45 @@ def times_matrix(
 
 
 @triton.jit
+def times_two_matrices(
+    x,
+    x_rows,
+    x_inside,
+    first_codes,
+    first_scales,
+    second_codes,
+    second_scales,
+    levels,
+    rows,
+    row_inside,
+    units,
+    KIND: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNITS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+):
+    """As `times_matrix` for the same rows of two weights, by one pass over x."""
+    one = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    two = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    cols = units * UNIT
+    for first in range(0, units, UNITS):
+        unit = first + tl.arange(0, UNITS)
+        col = first * UNIT + tl.arange(0, UNITS * UNIT)
+        x_tile = load_tile(x, x_rows, x_inside, col, cols)
+        weight = load_four_bit(
+            first_codes, first_scales, levels, rows, row_inside, unit, units, KIND, PER_SCALE
+        )
+        one = times_tile(x_tile, tl.trans(tl.reshape(weight, (BLOCK_N, UNITS * UNIT))), one, IN_PARTS)
+        weight = load_four_bit(
+            second_codes, second_scales, levels, rows, row_inside, unit, units, KIND, PER_SCALE
+        )
+        two = times_tile(x_tile, tl.trans(tl.reshape(weight, (BLOCK_N, UNITS * UNIT))), two, IN_PARTS)
+    return one, two
+
+
+@triton.jit
 def fp8_times_vector(
     x,
     codes,
@@ -355,12 +394,16 @@ def plain_linear(
 
 @dataclass(frozen=True)
 class Blocks:
-    """The block of a program: `tokens` x `rows` results, `cols` columns a step, by `warps` of 32 threads."""
+    """The block of a program: `tokens` x `rows` results, `cols` columns a step, by `warps` of 32 threads.
+
+    shares_x: experts' gate and up are computed by one pass over x, where registers hold both sums.
+    """
 
     tokens: int
     rows: int
     cols: int
     warps: int
+    shares_x: bool = False
 
     @classmethod
     def of(cls, tokens: int, dtype: torch.dtype) -> Blocks:
@@ -369,7 +412,9 @@ class Blocks:
             return cls(1, 4, 1024, 4)
         if tokens <= 32:
             return cls(16 if tokens <= 16 else 32, 64, 64, 4)
-        return cls(64, 64, 32 if dtype == torch.float32 else 64, 4)
+        if dtype == torch.float32:
+            return cls(64, 64, 32, 4)
+        return cls(128, 64, 64, 8, shares_x=True) if tokens > 64 else cls(64, 64, 64, 4, shares_x=True)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

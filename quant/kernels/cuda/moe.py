@@ -3,13 +3,15 @@
 Pairs (token, choice) are sorted by expert and cut into tiles of at most BLOCK_M pairs of one expert, so
 that each expert's bytes are read once for each tile. The first launch computes gate, up and the clamped
 SwiGLU of every pair, the second the down projection times the router's weight; the choices of a token
-are then added in their order, so results do not depend on the order in which programs finish.
+are then added in their order, so results do not depend on the order in which programs finish. Of many pairs,
+the second launch is made for some columns at a time, so that their outputs take bounded memory.
 
 Weights are addressed by their distance in bytes from one of them, since slots of one arena are far apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +32,13 @@ from quant.kernels.cuda.decode import (
     nf4_levels,
 )
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import Blocks, four_bit_constants, times_matrix, times_vector
+from quant.kernels.cuda.linear import (
+    Blocks,
+    four_bit_constants,
+    times_matrix,
+    times_two_matrices,
+    times_vector,
+)
 from quant.kernels.interface import ExpertWeights, MoeCall
 
 ALIGNMENT = 16
@@ -79,6 +87,7 @@ def moe_gate_up(
     UNITS: tl.constexpr,
     IN_PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARES_X: tl.constexpr,
 ):
     """inner `[tokens * top_k, width]` from x `[tokens, hidden]`; grid (blocks of width, tiles)."""
     tile = tiles + tl.program_id(1) * 3
@@ -102,14 +111,20 @@ def moe_gate_up(
         place = start + tl.arange(0, BLOCK_M)
         inside = place < stop
         pair = tl.load(pairs + place, mask=inside, other=0)
-        gate = times_matrix(
-            x, pair // top_k, inside, w1_codes, w1_scales, levels, rows, row_inside, units,
-            KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
-        )  # fmt: skip
-        up = times_matrix(
-            x, pair // top_k, inside, w3_codes, w3_scales, levels, rows, row_inside, units,
-            KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
-        )  # fmt: skip
+        if SHARES_X:
+            gate, up = times_two_matrices(
+                x, pair // top_k, inside, w1_codes, w1_scales, w3_codes, w3_scales, levels, rows, row_inside,
+                units, KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+            )  # fmt: skip
+        else:
+            gate = times_matrix(
+                x, pair // top_k, inside, w1_codes, w1_scales, levels, rows, row_inside, units,
+                KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+            )  # fmt: skip
+            up = times_matrix(
+                x, pair // top_k, inside, w3_codes, w3_scales, levels, rows, row_inside, units,
+                KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
+            )  # fmt: skip
         value = swiglu(gate, up, limit).to(inner.dtype.element_ty)
         at = inner + pair[:, None] * width + rows[None, :]
         tl.store(at, value, mask=inside[:, None] & row_inside[None, :])
@@ -125,7 +140,8 @@ def moe_down(
     levels,
     expert_weights,
     out,
-    hidden,
+    first,
+    last,
     units,
     KIND: tl.constexpr,
     PER_SCALE: tl.constexpr,
@@ -135,19 +151,21 @@ def moe_down(
     IN_PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """out `[tokens * top_k, hidden]` float32: each pair's expert output times its weight."""
+    """out `[tokens * top_k, last - first]` float32: columns first to last of each pair's expert output, times
+    its weight; grid (blocks of these columns, tiles)."""
     tile = tiles + tl.program_id(1) * 3
     expert, start, stop = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     codes, scales = weight_at(base, places, expert * 6 + 4, KIND, ALIGNED)
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_inside = rows < hidden
+    rows = first + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = rows < last
+    out -= first
     if BLOCK_M == 1:
         pair = tl.load(pairs + start)
         vector = inner + pair * units * UNIT
         total = times_vector(
             vector, codes, scales, levels, rows, row_inside, units, KIND, PER_SCALE, BLOCK_N, UNITS
         )
-        tl.store(out + pair * hidden + rows, total * tl.load(expert_weights + pair), mask=row_inside)
+        tl.store(out + pair * (last - first) + rows, total * tl.load(expert_weights + pair), mask=row_inside)
     else:
         place = start + tl.arange(0, BLOCK_M)
         inside = place < stop
@@ -157,7 +175,7 @@ def moe_down(
             KIND, PER_SCALE, BLOCK_M, BLOCK_N, UNITS, IN_PARTS,
         )  # fmt: skip
         total *= tl.load(expert_weights + pair, mask=inside, other=0.0)[:, None]
-        at = out + pair[:, None] * hidden + rows[None, :]
+        at = out + pair[:, None] * (last - first) + rows[None, :]
         tl.store(at, total, mask=inside[:, None] & row_inside[None, :])
 
 
@@ -196,8 +214,21 @@ def schedule(expert_ids: torch.Tensor, dtype: torch.dtype) -> Schedule:
     return Schedule(by_expert[starts].tolist(), pairs, np.array(tiles), blocks)
 
 
-def moe_launches(call: MoeCall, plan: Schedule, out: torch.Tensor) -> tuple[Launch, Launch]:
-    """Launches that fill `out` `[tokens * top_k, hidden]` float32 with each pair's weighted output.
+@dataclass(frozen=True)
+class MoeLaunches:
+    """Launches of a call.
+
+    gate_up  what all pairs have between their matrices
+    down     fills out `[tokens * top_k, last - first]` float32 with columns first to last of each pair's
+             weighted output
+    """
+
+    gate_up: Launch
+    down: Callable[[torch.Tensor, int, int], Launch]
+
+
+def moe_launches(call: MoeCall, plan: Schedule) -> MoeLaunches:
+    """Launches that compute a call's pairs.
 
     Raises FormatError if experts are in a format without a kernel, or in different formats.
     """
@@ -206,8 +237,8 @@ def moe_launches(call: MoeCall, plan: Schedule, out: torch.Tensor) -> tuple[Laun
     first = chosen[0].w1
     base, distances, is_aligned = _places(chosen)
     width, hidden = first.shape
-    top_k = out.shape[0] // x.shape[0]
-    inner = x.new_empty(out.shape[0], width)
+    top_k = call.expert_ids.shape[1]
+    inner = x.new_empty(call.expert_ids.numel(), width)
     places, tiles, pairs = _together(x.device, distances, plan.tiles, plan.pairs)
     levels = nf4_levels(x.device)
     constants = four_bit_constants(x, first, plan.blocks) | {"ALIGNED": is_aligned}
@@ -216,17 +247,23 @@ def moe_launches(call: MoeCall, plan: Schedule, out: torch.Tensor) -> tuple[Laun
         moe_gate_up,
         (-(-width // rows), len(plan.tiles)),
         (x, base, places, tiles, pairs, levels, inner, top_k, width, hidden // UNIT.value, call.swiglu_limit),
-        constants,
+        constants | {"SHARES_X": plan.blocks.shares_x},
         plan.blocks.warps,
     )
-    down = Launch(
-        moe_down,
-        (-(-hidden // rows), len(plan.tiles)),
-        (inner, base, places, tiles, pairs, levels, expert_weights, out, hidden, width // UNIT.value),
-        constants,
-        plan.blocks.warps,
-    )
-    return gate_up, down
+
+    def down(out: torch.Tensor, first: int, last: int) -> Launch:
+        return Launch(
+            moe_down,
+            (-(-(last - first) // rows), len(plan.tiles)),
+            (
+                inner, base, places, tiles, pairs, levels, expert_weights, out, first, last,
+                width // UNIT.value,
+            ),
+            constants,
+            plan.blocks.warps,
+        )  # fmt: skip
+
+    return MoeLaunches(gate_up, down)
 
 
 def _places(chosen: list[ExpertWeights]) -> tuple[torch.Tensor, npt.NDArray[np.int64], bool]:

@@ -68,7 +68,7 @@ def context(
     if plot is not None:
         _matplotlib()
     opened = open_model(model)
-    form = opened.family.kv_format(opened.checkpoint, kv_format)
+    form = opened.kv_format(kv_format)
     loaded = opened.load(MemoryBudget.of_this_machine(dram_budget, kv_format=form))
     try:
         most = loaded.model.info.max_context - chunk - WARM_STEPS - steps

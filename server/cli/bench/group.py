@@ -10,6 +10,7 @@ from server.cli.bench.experts import experts
 from server.cli.bench.hardware import hardware
 from server.cli.bench.kernels import kernels
 from server.cli.bench.peers import peers
+from server.cli.bench.prefill import prefill
 from server.cli.bench.serve import serve
 from server.cli.bench.slice import slice_
 from server.cli.bench.step import step
@@ -28,4 +29,5 @@ bench.command()(serve)
 bench.command()(peers)
 bench.command()(step)
 bench.command("slice")(slice_)
+bench.command()(prefill)
 bench.command()(context)

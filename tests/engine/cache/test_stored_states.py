@@ -28,6 +28,7 @@ from engine.sampling.params import SamplingParams
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
+from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
 from tests.conftest import golden_path
 from tests.engine.chat.answers import Answer
@@ -127,6 +128,26 @@ def test_after_a_restart_the_same_bits_follow_wherever_a_conversation_had_paused
         rest = compute(model, cache_2, ids[start:stop])
         assert torch.equal(rest, logits[cuts.index(start)])
     again.close()
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("v41-a", "vendor"), ("v41-a", "fp8"), ("mixtral", "int8"), ("gpt_oss", "bf16")]
+)
+def test_a_cache_of_any_format_goes_on_after_a_restart_with_the_same_bits(
+    name: str, form: KvFormat, tmp_path: Path
+) -> None:
+    checkpoint = open_safetensors(golden_path(name) if name == "v41-a" else family_path(name))
+    model = family_of(checkpoint).load(checkpoint, choose(), MemoryBudget(1 << 30, kv_format=form))
+    bench = Bench(model, tmp_path)
+    ids = some_ids(33, 200)
+    write(bench, ids[:90], ids[:170])
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    assert PrefixCache(cache, PLENTY, stored).restore(0, ids).length == 170
+    expected = compute(model, bench.cache(), ids)[170:]
+    assert torch.equal(compute(model, cache, ids[170:]), expected)
+    stored.close()
     model.close()
 
 

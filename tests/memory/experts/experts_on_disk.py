@@ -69,13 +69,14 @@ class ExpertsOnDisk:
         return PackedTensor(MXFP4, shape, raw["codes"].view(rows, -1), raw["scales"].view(rows, cols // 32))
 
     def store(
-        self, dram: float, *gpus: float, bytes_per_s: float | None = None, readers: int = 4
+        self, dram: float, *gpus: float, bytes_per_s: float | None = None, readers: int = 4, lent: float = 0.0
     ) -> ExpertStore:
         """A store with room for so many experts in DRAM and on virtual GPUs."""
         tiers = [Tier(f"vram:{i}", int(n * self.slot_bytes), CPU, bytes_per_s) for i, n in enumerate(gpus)]
         return ExpertStore(
-            self, choose(), Tier("dram", int(dram * self.slot_bytes), CPU), tiers, readers=readers
-        )
+            self, choose(), Tier("dram", int(dram * self.slot_bytes), CPU), tiers,
+            readers=readers, lent_bytes=int(lent * self.slot_bytes),
+        )  # fmt: skip
 
 
 def steps(

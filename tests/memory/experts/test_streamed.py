@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memory.experts import store as store_module
 from memory.experts.copies import SlotCopier
 from memory.experts.store import ExpertStore
-from memory.experts.streamed import MANY_USES, RING_SHARE, split
+from memory.experts.streamed import MANY_USES, RING_SHARE, carrying_s, split
 from quant.errors import CheckpointError
 from tests.memory.experts.experts_on_disk import LIMIT, ExpertsOnDisk, steps
 from tests.memory.experts.test_store import failing
@@ -57,17 +59,32 @@ def expected(files: ExpertsOnDisk) -> list[torch.Tensor]:
     return outputs
 
 
+@pytest.fixture(scope="module")
+def short_chunks() -> Iterator[None]:
+    """Chunks of more than a few tokens are long ones, for which GPUs lend slots."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store_module, "BLOCK_TOKENS", TOKENS - 1)
+        yield
+
+
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     dram=st.floats(2.2, LAYERS * EXPERTS * 1.2),
     gpus=st.lists(st.floats(0, LAYERS * EXPERTS * 1.2), max_size=3),
     paced=st.booleans(),
+    lent=st.floats(0, 20),
 )
 def test_any_budgets_give_the_same_outputs(
-    files: ExpertsOnDisk, expected: list[torch.Tensor], dram: float, gpus: list[float], paced: bool
+    short_chunks: None,
+    files: ExpertsOnDisk,
+    expected: list[torch.Tensor],
+    dram: float,
+    gpus: list[float],
+    paced: bool,
+    lent: float,
 ) -> None:
-    store = files.store(dram, *gpus, bytes_per_s=1e8 if paced else None)
+    store = files.store(dram, *gpus, bytes_per_s=1e8 if paced else None, lent=lent)
     try:
         for counts, out in zip(COUNTS, expected, strict=True):
             assert torch.equal(prompt(store, files, counts), out)
@@ -157,3 +174,52 @@ def test_processor_and_links_finish_together() -> None:
     assert split([0.0] * 10, 1.0) == 10
     assert split([1, 2, 3, 4, 5], 0.5) == 1
     assert split([], 1.0) == 0
+    assert split([1.0] * 10, 0.0, starting_s=1.0) == 5
+    assert split([1.0] * 10, 0.0, starting_s=1.0, held=4) == 7
+    assert split([1.0] * 10, 1.0, carrying=4.0) == 7
+    assert carrying_s(600, 100, 4, [10.0]) == 0
+    assert carrying_s(600, 100, 4, [10.0, 10.0]) == 300 * 4 / 10
+
+
+def test_slots_that_a_long_chunk_is_computed_in_are_filled_again_afterwards(
+    short_chunks: None, files: ExpertsOnDisk
+) -> None:
+    store = files.store(LAYERS * EXPERTS * 1.1, 16.5, lent=6)
+    (gpu,) = store.slots.gpus
+    kept = gpu.arena.kept
+    assert gpu.arena.slots - kept == 6
+    steps(files, store, 8)
+    before = {key for key, tier in held(store).items() if tier == "vram:0"}
+    assert len(before) == 16
+    store.begin([TOKENS] * LAYERS, TOP_K)
+    assert not gpu.arena.can_lend
+    entries = [entry.slot for entries in gpu.by_layer for entry in entries.values()]
+    assert len(entries) == 16 - 6 - 16 // RING_SHARE
+    assert max(entries) < kept
+    store.end()
+    assert gpu.arena.can_lend
+    for _ in range(100):
+        store.slots._wait_for_transfers()
+        store.slots.refill()
+    assert {key for key, tier in held(store).items() if tier == "vram:0"} == before
+    store.close()
+
+
+def test_slots_stay_lent_while_something_else_has_their_memory(
+    files: ExpertsOnDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = files.store(LAYERS * EXPERTS * 1.1, 16.5, lent=6)
+    (gpu,) = store.slots.gpus
+    store.slots.lend()
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("memory.tiers._allocate", full)
+        store.slots.take_back()
+        steps(files, store, 2)
+        assert not gpu.arena.can_lend
+    steps(files, store, 1)
+    assert gpu.arena.can_lend
+    store.close()

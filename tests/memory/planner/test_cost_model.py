@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
-from memory.planner.cost_model import CPU, DISK, DRAM, LATENCY, LINK, VRAM, CostModel, Efficiency, StepCost
+from memory.planner.cost_model import CPU, DISK, DRAM, LATENCY, LINK, VRAM, Efficiency, StepCost
 from memory.planner.placement import Workload, plan
+from memory.planner.prefill import PrefillModel
 from memory.planner.published import built_in
 from memory.planner.routing import SKEWED, UNIFORM, Routing
 from memory.planner.shape import ModelShape, Weights
@@ -30,9 +31,9 @@ def model(
     workload: Workload | None = None,
     routing: Routing = UNIFORM,
     efficiency: Efficiency | None = None,
-) -> CostModel:
+) -> PrefillModel:
     placement = plan(shape, machine, workload or Workload(8192, 1))
-    return CostModel(shape, machine, placement, routing, efficiency)
+    return PrefillModel(shape, machine, placement, routing, efficiency)
 
 
 @given(shapes(), machines(), workloads, st.sampled_from([UNIFORM, SKEWED]))
@@ -129,7 +130,7 @@ def test_another_gpus_part_of_a_layer_is_done_beside_what_the_processor_does() -
     assert exchanged < soon.nbytes["link:0"] == soon.nbytes["link:1"] < exchanged * (1 + V41.top_k)
 
 
-def steps(workload: Workload) -> list[Callable[[CostModel], StepCost]]:
+def steps(workload: Workload) -> list[Callable[[PrefillModel], StepCost]]:
     return [
         lambda m: m.decode(1, workload.context),
         lambda m: m.decode(workload.sequences, workload.context),
@@ -189,7 +190,7 @@ def test_a_slow_processor_is_kept_busy_by_rearranging_what_it_reads() -> None:
 def test_prompts_amortise_what_is_read_once_a_chunk() -> None:
     machine = load_profile("4090-128g")
     speeds = [
-        model(V41, machine, Workload(8192, 1, chunk)).prefill(chunk, 4096).tokens_per_s
+        model(V41, machine, Workload(8192, 1, chunk)).prefill(chunk, 8192).tokens_per_s
         for chunk in (128, 512, 2048)
     ]
     assert speeds == sorted(speeds)
@@ -234,14 +235,14 @@ def test_layers_on_the_cpu_cost_their_calls_even_when_tiny() -> None:
 def test_prompts_and_large_batches_are_not_recorded() -> None:
     layer = replace(FLASH.layers[0], dense=Weights(1000, 1000), shared=Weights(), experts=0)
     costs = model(replace(FLASH, layers=(layer,)), replace(MACHINE, gpus=()))
-    for step in (costs.decode(17, 0), costs.prefill(64, 0)):
+    for step in (costs.decode(17, 0), costs.prefill(64, 64)):
         assert step.seconds[LATENCY] == pytest.approx(Efficiency().host_layer_s)
     assert costs.decode(16, 0).seconds[LATENCY] < Efficiency().host_layer_s
 
 
 def test_slow_processors_are_bound_by_arithmetic_on_prompts() -> None:
     slow = replace(MACHINE, gpus=(), dram_bytes=400 * GB, cpu_matmul_flops=50e9)
-    assert model(FLASH, slow).prefill(512, 0).bound == CPU
+    assert model(FLASH, slow).prefill(512, 512).bound == CPU
 
 
 def test_a_step_is_the_sum_of_its_parts() -> None:
@@ -251,14 +252,14 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     assert cost.bound == DRAM
 
 
-def test_layers_that_compute_a_prompts_end_alone_cost_that_share_of_its_chunks() -> None:
+def test_layers_that_compute_a_prompts_end_alone_cost_what_that_takes() -> None:
     machine = load_profile("2x4090-256g")
     whole = replace(V41, layers=tuple(replace(layer, tail=None) for layer in V41.layers))
     costs, all_of_it = model(V41, machine), model(whole, machine)
     early = sum(layer.tail is None for layer in V41.layers)
     assert early == 21
-    assert costs.prefill(512, 0, 512).total_s == pytest.approx(all_of_it.prefill(512, 0, 512).total_s)
-    gain = all_of_it.prefill(512, 0, 1 << 20).total_s / costs.prefill(512, 0, 1 << 20).total_s
+    assert costs.prefill(128, 128).total_s == pytest.approx(all_of_it.prefill(128, 128).total_s)
+    gain = all_of_it.prefill(512, 1 << 20).total_s / costs.prefill(512, 1 << 20).total_s
     assert gain == pytest.approx(len(V41.layers) / early, rel=0.05)
     tails = [layer.tail for layer in V41.layers if layer.tail is not None]
     assert (tails[0], tails[-1]) == (128 + 127 * 18 + 16, 128 + 16)

@@ -95,10 +95,10 @@ def moe(format_: Format, tokens: int, dtype: torch.dtype) -> tuple[Launch, Launc
     expert = ExpertWeights(gate_up, gate_up, down)
     x = torch.empty(tokens, HIDDEN, dtype=dtype, device="meta")
     ids = torch.arange(6).repeat(tokens, 1)
-    out = torch.empty(6 * tokens, HIDDEN, device="meta")
     weights = torch.empty(tokens, 6, device="meta")
     call = MoeCall(x, ids, weights, dict.fromkeys(range(6), expert), 10.0)
-    return moe_launches(call, schedule(ids, dtype), out)
+    found = moe_launches(call, schedule(ids, dtype))
+    return found.gate_up, found.down(torch.empty(6 * tokens, HIDDEN, device="meta"), 0, HIDDEN)
 
 
 class Compiler(Launcher):

@@ -11,6 +11,7 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
+from quant.kernels.devices import DeviceKernels
 from quant.kernels.interface import ExpertBiases, ExpertExtras, MoeCall, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format
@@ -132,6 +133,15 @@ def test_infinite_activations_are_not_hidden() -> None:
 def test_a_level_without_bfloat16_refuses_it() -> None:
     with pytest.raises(ConfigError, match="AVX-512 BF16"):
         NativeKernels("bf16", "portable")
+
+
+def test_a_processor_without_bfloat16_stays_exact_beside_a_gpu_that_has_it() -> None:
+    kernels_of()
+    host, gpu = NativeKernels(level="portable"), NativeKernels()
+    both = DeviceKernels(host, {torch.device("meta"): gpu})
+    with both.multiplying("bf16"):
+        assert (host.activations, gpu.activations) == ("exact", "bf16")
+    assert (host.activations, gpu.activations) == ("exact", "exact")
 
 
 def test_products_are_exact_again_afterwards() -> None:

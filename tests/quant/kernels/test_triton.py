@@ -78,6 +78,7 @@ def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> N
         "index_scores",
         "chunk_best",
         "choose",
+        "encode_rows",
         "fetch_rows",
         "gate_up_of_slots",
         "down_of_slots",

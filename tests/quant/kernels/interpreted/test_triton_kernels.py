@@ -19,10 +19,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from quant.errors import FormatError
 from quant.formats.fp8 import FP8_32, FP8_128, FP8_ROW
 from quant.formats.gguf_legacy import Q8_0
-from quant.formats.int4 import INT4_32
+from quant.formats.int4 import INT4_32, INT4_OFFSET_32
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
+from quant.kernels.cuda import kernels
 from quant.kernels.cuda.kernels import TritonKernels
+from quant.kernels.cuda.linear import Blocks
 from quant.kernels.cuda.moe import schedule
 from quant.kernels.file_slots import FileSlotLayout
 from quant.kernels.interface import MoeCall
@@ -32,8 +34,10 @@ from tests.quant.kernels.kernel_cases import (
     FOUR_BIT,
     REFERENCE,
     TOLERANCE,
+    any_weight,
     difference,
     expert,
+    name_of,
     weight,
 )
 
@@ -132,6 +136,40 @@ def test_experts_equal_the_reference(format_: Format, tokens: int) -> None:
     weights = torch.rand(tokens, 3)
     found = TRITON.moe(MoeCall(x, ids, weights, experts, 1.5))
     assert difference(found, REFERENCE.moe(MoeCall(x, ids, weights, experts, 1.5))) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("format_", [MXFP4, INT4_OFFSET_32], ids=name_of)
+def test_experts_equal_the_reference_by_one_pass_over_x_and_some_columns_at_a_time(
+    format_: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Blocks, "of", classmethod(lambda cls, *_: cls(16, 64, 64, 4, shares_x=True)))
+    monkeypatch.setattr(kernels, "MOST_OUTPUTS", 1)
+    experts = {e: expert(format_, 256, 64, e) for e in range(2)}
+    x, weights = torch.randn(20, 256), torch.rand(20, 2)
+    ids = torch.stack([torch.randperm(2) for _ in range(20)])
+    call = MoeCall(x, ids, weights, experts, 1.5)
+    assert difference(TRITON.moe(call), REFERENCE.moe(call)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("format_", [MXFP4, FP8_32, torch.bfloat16], ids=name_of)
+def test_products_in_bfloat16_round_activations_and_nothing_else(format_: Format | torch.dtype) -> None:
+    w, x = any_weight(format_, 21, 384), torch.randn(3, 384)
+    with TRITON.multiplying("bf16"):
+        found = TRITON.linear(x, w)
+    expected = REFERENCE.linear(x.bfloat16().float(), w)
+    assert found.dtype == torch.float32
+    assert difference(found, expected) < TOLERANCE[torch.float32]
+    assert not torch.equal(TRITON.linear(x, w), found)
+
+
+def test_experts_in_bfloat16_stay_close() -> None:
+    experts = {e: expert(MXFP4, 128, 128, e) for e in range(5)}
+    x, ids, weights = torch.randn(2, 128), torch.tensor([[0, 3], [4, 1]]), torch.rand(2, 2)
+    call = MoeCall(x, ids, weights, experts, 10.0)
+    with TRITON.multiplying("bf16"):
+        found = TRITON.moe(call)
+    assert found.dtype == torch.float32
+    assert TOLERANCE[torch.float32] < difference(found, REFERENCE.moe(call)) < TOLERANCE[torch.bfloat16]
 
 
 def test_experts_are_run_from_slots_of_an_arena() -> None:

@@ -1,0 +1,45 @@
+"""Memory of a GPU that is taken in pages as sequences grow, behind fixed addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed (extra `gpu`)")
+
+from engine.cache.pages import Pages
+from memory.pages.cuda_space import page_bytes, pages_work
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+DIM = 512
+
+
+def taken() -> int:
+    """Bytes of the GPU's memory that are in use."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info(GPU)
+    return total - free
+
+
+def test_pages_work() -> None:
+    assert pages_work(GPU)
+
+
+def test_a_sequence_takes_its_pages_of_the_gpu_and_gives_them_back() -> None:
+    pages = Pages(4)
+    rows = pages.reserve((4, 1 << 20, DIM), slot_axis=0, ratio=1, device=GPU)
+    before, tokens = taken(), 100_000
+    pages.hold(2, tokens)
+    assert pages.held_bytes(2) == -(-tokens * DIM * 4 // page_bytes(GPU)) * page_bytes(GPU)
+    assert taken() - before == pytest.approx(pages.taken_bytes, rel=0.02)
+    values = torch.randn(tokens, DIM, device=GPU)
+    rows[2, :tokens] = values
+    pages.hold(2, 2 * tokens)
+    assert torch.equal(rows[2, :tokens], values), "what is there stays where it is"
+    assert int(rows[2, tokens : 2 * tokens].count_nonzero()) == 0
+    pages.release(2)
+    assert taken() - before == pytest.approx(pages.taken_bytes, abs=page_bytes(GPU))
+    assert torch.equal(rows[2, :4096], values[:4096])
