@@ -10,7 +10,7 @@ import torch
 from engine.layers.operations import Value
 from memory.experts.step import ExpertStep
 from memory.experts.store import ExpertStore
-from memory.experts.streamed import StreamedStep
+from memory.experts.streamed_step import StreamedStep
 from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 
 

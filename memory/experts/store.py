@@ -25,7 +25,9 @@ from memory.experts.reader import ExpertFiles, default_readers
 from memory.experts.slot_table import Key
 from memory.experts.slots import ExpertSlots
 from memory.experts.step import ExpertStep
-from memory.experts.streamed import StreamedPass, StreamedStep, is_streamed
+from memory.experts.streamed import StreamedPass
+from memory.experts.streamed_step import StreamedStep
+from memory.experts.streaming import is_streamed
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from memory.transfer import Priority, Ticket

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from memory.experts.store import BLOCK_TOKENS
-from memory.experts.streamed import STARTING_S, carrying_s, is_streamed, ring_slots
+from memory.experts.streaming import STARTING_S, carrying_s, is_streamed, ring_slots
 from memory.hardware.profiles import HardwareProfile
 from memory.planner.cost_model import (
     CPU,

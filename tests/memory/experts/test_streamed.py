@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memory.experts import store as store_module
 from memory.experts.copies import SlotCopier
 from memory.experts.store import ExpertStore
-from memory.experts.streamed import MANY_USES, RING_SHARE, carrying_s, split
+from memory.experts.streaming import MANY_USES, RING_SHARE, carrying_s, split
 from quant.errors import CheckpointError
 from tests.memory.experts.experts_on_disk import LIMIT, ExpertsOnDisk, steps
 from tests.memory.experts.test_store import failing

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.families.released import released_shape
-from memory.experts.streamed import split
+from memory.experts.streaming import split
 from memory.hardware.profiles import load_profile
 from memory.planner.cost_model import DISK
 from memory.planner.placement import Workload, lent_bytes, plan, workspace_bytes
