@@ -37,7 +37,7 @@ def gpus() -> Iterator[tuple[torch.device, torch.device]]:
     [
         pytest.param(2, 1 << 30, 16 << 20, id="everything on the GPUs"),
         pytest.param(2, 3_000_000, 3 << 20, id="layers on both, experts everywhere"),
-        pytest.param(1, 1 << 30, 3 << 20, id="one GPU, some layers on the CPU"),
+        pytest.param(1, 1 << 30, 3_300_000, id="one GPU, some layers on the CPU"),
     ],
 )
 def test_golden_logits_with_layers_and_experts_on_gpus(
