@@ -171,7 +171,7 @@ class _Server(uvicorn.Server):
         if served.loaded.chat is not None and served.engine.max_context < AGENTS_CONTEXT:
             _say(
                 f"Its context of {served.engine.max_context:,} tokens suits chats and scripts; coding agents "
-                "need 32,768, as their first prompts take up to 25,000 (docs/clients.md)"
+                "need 32,768: they begin with prompts of up to 25,000 (docs/clients.md)"
             )
 
     async def on_tick(self, counter: int) -> bool:
