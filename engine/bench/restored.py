@@ -103,10 +103,8 @@ def step_s(loaded: Loaded, count: int) -> float:
     return statistics.median(took[1:])
 
 
-def measure(
-    loaded: Loaded, folder: Path, tokens: int, rounds: int, *, made_up: bool = False, cold: bool = False
-) -> list[Figure]:
-    """Figures of a state of so many tokens, whose files are put into `folder`."""
+def measure(loaded: Loaded, folder: Path, tokens: int, rounds: int, *, made_up: bool = False) -> list[Figure]:
+    """Figures of a state of so many tokens, whose files are put into `folder`, and are read from the disk."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, loaded.model.info.vocab_size, (tokens + 1,), generator=generator).tolist()
     on_disk = StatesOnDisk(folder, 1 << 40, "bench", "bench")
@@ -121,15 +119,13 @@ def measure(
     nbytes = sum(path.stat().st_size for path in saved)
     restored, reads = [], []
     for number in range(rounds):
-        if cold:
-            forget(folder)
+        forget(folder)
         took, cached = first_token_s(loaded, on_disk, [*ids[:-1], 2 + number])
         assert cached == tokens
         restored.append(took)
         for path in set(states(folder)) - set(saved):
             path.unlink()  # the turn's own
-        if cold:
-            forget(folder)
+        forget(folder)
         reads.append(read_s(folder))
     ratios = [a / b for a, b in zip(restored, reads, strict=True)]
     step = step_s(loaded, tokens)

@@ -114,7 +114,7 @@ def test_a_silent_answer_says_what_it_waits_for(renderer: Page) -> None:
 def test_the_page_shows_how_much_of_a_long_prompt_was_read(
     browser: Browser, start_server: StartServer
 ) -> None:
-    slow = start_server(TINY, "--prefill-chunk", "1").await_ready()
+    slow = start_server(TINY, "--prefill-chunk", "1", "--dram-budget", "1500kB").await_ready()
     page = browser.new_page()
     set_up(page, slow.url)
     write(page, "word " * 500)

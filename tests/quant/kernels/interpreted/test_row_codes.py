@@ -106,4 +106,5 @@ def test_index_scores_read_what_keys_stand_for(form: RowFormat) -> None:
             Launcher().start(launch)
         return out
 
-    assert torch.equal(scores(keys), scores(values_of(keys)))
+    # The interpreter leaves products to numpy, which adds up in an order that depends on where values lie.
+    torch.testing.assert_close(scores(keys), scores(values_of(keys)), rtol=1e-5, atol=1e-5)
