@@ -26,7 +26,6 @@ from quant.kernels.interface import Kernels, SlotLayout
 
 logger = logging.getLogger(__name__)
 
-REFILLS = 4  # transfers at once
 MIN_SLOTS = 2  # in DRAM: one expert in use, one being replaced
 
 
@@ -65,7 +64,6 @@ class ExpertSlots:
         lent_bytes: int = 0,
     ) -> None:
         self.telemetry = telemetry
-        self._layers = files.layers
         self._policies = policies
         self.cpu_bytes_per_s = cpu_bytes_per_s
         total = files.layers * files.experts
@@ -105,7 +103,6 @@ class ExpertSlots:
         self._claimed: set[Key] = set()  # pinned by the current step
         self._predicted: Set[Key] = frozenset()  # expected by a coming step; evicted last
         self._leaving: list[tuple[Ticket, int]] = []  # DRAM slots, free once this has ended
-        self._lent: list[tuple[SlotTable, Key]] = []  # experts that gave way to a prompt
 
     def close(self) -> None:
         """Stop the links and close the files."""
@@ -284,13 +281,13 @@ class ExpertSlots:
         leaving: Key | None = None
         if slot is None:
             stay = self._claimed if priority is Priority.DEMAND else self._claimed | self._predicted
-            leaving = self._victim(table, key[0], stay)
+            leaving = self.victim(table, key[0], stay)
             # A copy costs one transfer, which this step's use repays; an exchange costs two, which later uses
             # repay.
             margin = 1.0 if self.keeps_copies else EXCHANGE_MARGIN
             if leaving is None or self.score(leaving) * margin >= self.score(key):
                 return None
-            slot = self._evict(table, leaving)
+            slot = self.evict(table, leaving)
             spare = None if self.keeps_copies else self.dram.arena.take()
         nbytes = self.dram.layouts[key[0]].nbytes
         exchange = self._exchange(at, (key[0], slot, source.slot), leaving, spare)
@@ -371,84 +368,6 @@ class ExpertSlots:
         """The expert may be evicted."""
         self._claimed.discard(key)
 
-    def borrow(self, table: SlotTable, count: int) -> list[int]:
-        """Up to so many slots of a table, for a prompt to pass through: free ones, then those of the experts
-        of least value, which come back by `refill` after `give_back`."""
-        self.settle()
-        slots: list[int] = []
-        has_waited = False
-        while len(slots) < count:
-            slot = table.arena.take()
-            if slot is None:
-                fullest = max(range(self._layers), key=table.count)
-                leaving = self._victim(table, fullest, self._claimed)
-                if leaving is None and has_waited:
-                    break
-                if leaving is None:
-                    self._wait_for_transfers()
-                    has_waited = True
-                    continue
-                slot = self._evict(table, leaving)
-                self._lent.append((table, leaving))
-            slots.append(slot)
-        return slots
-
-    def lend(self) -> None:
-        """Give GPUs' lendable slots to whoever computes a long chunk, until `take_back`; their experts come
-        back by `refill`."""
-        for table in self.gpus:
-            if not table.arena.can_lend:
-                continue
-            self._wait_for_transfers()
-            lent = [
-                (layer, expert)
-                for layer, entries in enumerate(table.by_layer)
-                for expert, entry in entries.items()
-                if entry.slot >= table.arena.kept
-            ]
-            for key in sorted(lent, key=self.score):
-                table.arena.give_back(self._evict(table, key))
-                self._lent.append((table, key))
-            table.forget_lent()
-            table.arena.lend()
-
-    def take_back(self) -> bool:
-        """Slots that were lent are for experts again; False while something else has their memory."""
-        are_back = [table.arena.take_back() for table in self.gpus]
-        return all(are_back)
-
-    def give_back(self, table: SlotTable, slots: Iterable[int]) -> None:
-        """What was borrowed is free again."""
-        for slot in slots:
-            table.arena.give_back(slot)
-
-    def refill(self) -> None:
-        """Bring back experts that gave way to a prompt, the most valuable first and a few at a time; called
-        between a step's own transfers, until all are back."""
-        if not self.take_back():
-            return
-        at = len(self._lent) - 1  # the least valuable ones left first
-        under_way = 0
-        while at >= 0 and under_way < REFILLS:
-            table, key = self._lent[at]
-            found = self.find(key)
-            may_move = table is not self.dram and table.arena.free and not self.gpus_rest
-            if found is not None and found[1].is_moving:
-                under_way += 1
-            elif found is not None and found[0] is self.dram and may_move:
-                self.move_to_gpu(key, Priority.PREFETCH)
-                under_way += 1
-            elif found is not None or (table is not self.dram and not table.arena.free):
-                del self._lent[at]
-            elif self.dram.arena.free > self.reserved:
-                self.read(key, Priority.PREFETCH)
-                # not a guess: no better one cancels it
-                self.dram.by_layer[key[0]][key[1]].is_unused_prefetch = False
-                under_way += 1
-            else:
-                break
-            at -= 1
-
     def read_again(self, key: Key, entry: SlotEntry) -> Ticket:
         """Read an expert into a slot that was borrowed, or whose read has failed."""
         return self._read_into(key, entry, Priority.DEMAND)
@@ -482,21 +401,21 @@ class ExpertSlots:
         is_demand = priority is Priority.DEMAND
         if self.dram.arena.free > (0 if is_demand else self.reserved):
             return True
-        leaving = self._victim(self.dram, layer, self._claimed | self._predicted)
+        leaving = self.victim(self.dram, layer, self._claimed | self._predicted)
         if leaving is None and is_demand:
-            leaving = self._victim(self.dram, layer, self._claimed)
+            leaving = self.victim(self.dram, layer, self._claimed)
         if leaving is None:
             return False
-        self.dram.arena.give_back(self._evict(self.dram, leaving))
+        self.dram.arena.give_back(self.evict(self.dram, leaving))
         return True
 
     def _wait_for_room(self, layer: int) -> None:
         """Like `make_room`, after all transfers in flight have ended. Raises BudgetError."""
-        self._wait_for_transfers()
+        self.wait_for_transfers()
         if not self.make_room(layer):
             raise BudgetError("no DRAM slot can be freed for an expert; raise the DRAM budget")
 
-    def _wait_for_transfers(self) -> None:
+    def wait_for_transfers(self) -> None:
         """Until all that are in flight have ended."""
         self.settle(wait=True)
         for table in self.tables:
@@ -506,7 +425,7 @@ class ExpertSlots:
                         with suppress(Exception):  # the error surfaces where the expert is needed
                             entry.ticket.wait()
 
-    def _evict(self, table: SlotTable, key: Key) -> int:
+    def evict(self, table: SlotTable, key: Key) -> int:
         """Remove an expert from a table and return its slot."""
         entry = table.remove(key)
         if entry.is_unused_prefetch:
@@ -514,7 +433,7 @@ class ExpertSlots:
         self.telemetry.add("evictions", table.tier.name)
         return entry.slot
 
-    def _victim(self, table: SlotTable, layer: int, stay: Set[Key]) -> Key | None:
+    def victim(self, table: SlotTable, layer: int, stay: Set[Key]) -> Key | None:
         """The expert to evict from `table` for one of `layer`: from its own layer, or the one furthest over
         its share."""
 
@@ -526,7 +445,7 @@ class ExpertSlots:
             own = candidates(layer)
             if own:
                 return layer, self._policies[layer].victim(own)
-        for of in sorted(range(self._layers), key=lambda n: -table.count(n)):
+        for of in sorted(range(len(table.by_layer)), key=lambda n: -table.count(n)):
             others = candidates(of)
             if others:
                 return of, self._policies[of].victim(others)

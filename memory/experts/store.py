@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memory.experts.at_hand import AtHand
+from memory.experts.lent_slots import LentSlots
 from memory.experts.policy import Predictive, neighbours_of
 from memory.experts.reader import ExpertFiles, default_readers
 from memory.experts.slot_table import Key
@@ -82,6 +83,7 @@ class ExpertStore:
             files, kernels, dram, gpus, self._policies, self.telemetry,
             readers=readers or default_readers(), cpu_bytes_per_s=cpu_bytes_per_s, lent_bytes=lent_bytes,
         )  # fmt: skip
+        self.lent = LentSlots(self.slots)
         self._cpu_flops = cpu_flops
         self._passing: StreamedPass | None = None  # a prompt that is being computed
         self._used: list[list[int]] = [[] for _ in range(files.layers)]  # by each layer's newest step
@@ -170,11 +172,11 @@ class ExpertStore:
         if not many or not (self.slots.gpus or not self.slots.keeps_copies):
             return
         if max(tokens) > BLOCK_TOKENS:
-            self.slots.lend()
+            self.lent.lend()
         rankings = [self._policies[layer].ranking() for layer in many]
         flops = 2.0 * 3 * self._files.hidden * self._files.width
         self._passing = StreamedPass(
-            self.slots, self._kernels, many, rankings, self._files.hidden, flops, self._cpu_flops
+            self.slots, self.lent, self._kernels, many, rankings, self._files.hidden, flops, self._cpu_flops
         )
 
     def end(self) -> None:
@@ -182,7 +184,7 @@ class ExpertStore:
         passing, self._passing = self._passing, None
         if passing is not None:
             passing.close()
-            self.slots.refill()
+            self.lent.refill()
             self.slots.settle()
             self.slots.report_free()
 
@@ -204,7 +206,7 @@ class ExpertStore:
     def acquire(self, layer: int, expert_ids: torch.Tensor) -> ExpertStep:
         """Begin a layer's step: `expert_ids` `[tokens, top_k]` int64. Reads and moves start now."""
         self.end()  # the last layers may compute a few tokens alone, with experts in slots of their own
-        self.slots.refill()
+        self.lent.refill()
         needed = sorted(set(expert_ids.flatten().tolist()))
         if self.slots.gpus or not self.slots.keeps_copies:  # else nothing ever moves
             self._policies[layer].used(needed, neighbours_of(self._used, layer))
@@ -230,7 +232,7 @@ class ExpertStore:
 
         Between steps, the best of the others move to their GPUs, one at a time over each link.
         """
-        self.slots.refill()
+        self.lent.refill()
         for tier, count in on_gpus.items():
             for counter in ("hits", "computed"):
                 self.telemetry.add(counter, tier, count)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from memory.experts.lent_slots import LentSlots
 from memory.experts.slot_table import Key, SlotEntry
 from memory.experts.slots import ExpertSlots
 from memory.experts.streaming import ring_slots
@@ -40,6 +41,7 @@ class StreamedPass:
     def __init__(
         self,
         slots: ExpertSlots,
+        lent: LentSlots,
         kernels: Kernels,
         layers: Sequence[int],
         rankings: Sequence[Sequence[int]],
@@ -48,6 +50,7 @@ class StreamedPass:
         cpu_flops: float,
     ) -> None:
         self.slots = slots
+        self._lent = lent
         self.kernels = kernels
         self.layers = frozenset(layers)
         self.hidden = hidden
@@ -61,8 +64,8 @@ class StreamedPass:
         self._current = -1  # the layer whose needs are known
         self._ring: list[int] = []
         if not slots.keeps_copies:
-            self._ring = slots.borrow(slots.dram, max(2, ring_slots(slots.dram.arena.slots)))
-        self._gpu_rings = [slots.borrow(gpu, ring_slots(gpu.arena.slots)) for gpu in slots.gpus]
+            self._ring = lent.borrow(slots.dram, max(2, ring_slots(slots.dram.arena.slots)))
+        self._gpu_rings = [lent.borrow(gpu, ring_slots(gpu.arena.slots)) for gpu in slots.gpus]
         self._sizes = [len(ring) for ring in self._gpu_rings]
         self._freed_later: list[tuple[Ticket, list[int], int]] = []
         self.go_on()
@@ -78,9 +81,9 @@ class StreamedPass:
             with suppress(Exception):  # nobody wants these bytes any more
                 ticket.wait()
             ring.append(slot)
-        self.slots.give_back(self.slots.dram, self._ring)
+        self._lent.give_back(self.slots.dram, self._ring)
         for gpu, ring in zip(self.slots.gpus, self._gpu_rings, strict=True):
-            self.slots.give_back(gpu, ring)
+            self._lent.give_back(gpu, ring)
 
     # -------------------------------------------------------------------------------------- what moves
 

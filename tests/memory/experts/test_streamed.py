@@ -115,8 +115,8 @@ def test_a_prompt_displaces_what_it_borrows_and_that_comes_back(files: ExpertsOn
     assert len(before) - len(during) <= 24 // RING_SHARE + 12 // RING_SHARE
     prompt(store, files, [TOKENS] * LAYERS)
     for _ in range(200):
-        store.slots._wait_for_transfers()
-        store.slots.refill()
+        store.slots.wait_for_transfers()
+        store.lent.refill()
     kept_free = store.slots.reserved  # which steps may have used
     assert len(before.keys() - held(store).keys()) <= kept_free
     store.close()
@@ -127,7 +127,7 @@ def test_each_missing_expert_is_read_once_and_each_other_one_not_at_all(files: E
     store.begin([TOKENS] * LAYERS, TOP_K)
     missing = LAYERS * EXPERTS - len(held(store))
     store.end()
-    store.slots._wait_for_transfers()
+    store.slots.wait_for_transfers()
     before = store.telemetry.snapshot()
     prompt(store, files, [4 * TOKENS] * LAYERS)
     after = store.telemetry.snapshot()
@@ -199,8 +199,8 @@ def test_slots_that_a_long_chunk_is_computed_in_are_filled_again_afterwards(
     store.end()
     assert gpu.arena.can_lend
     for _ in range(100):
-        store.slots._wait_for_transfers()
-        store.slots.refill()
+        store.slots.wait_for_transfers()
+        store.lent.refill()
     assert {key for key, tier in held(store).items() if tier == "vram:0"} == before
     store.close()
 
@@ -210,14 +210,14 @@ def test_slots_stay_lent_while_something_else_has_their_memory(
 ) -> None:
     store = files.store(LAYERS * EXPERTS * 1.1, 16.5, lent=6)
     (gpu,) = store.slots.gpus
-    store.slots.lend()
+    store.lent.lend()
 
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
         patched.setattr("memory.tiers._allocate", full)
-        store.slots.take_back()
+        store.lent.take_back()
         steps(files, store, 2)
         assert not gpu.arena.can_lend
     steps(files, store, 1)
