@@ -14,9 +14,9 @@ import triton.language as tl
 
 from quant.formats.rows import Rows, bytes_of
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import PRECISION
 from quant.kernels.cuda.row_codes import RowCodes, row_channels
 from quant.kernels.cuda.row_tasks import turned
+from quant.kernels.cuda.times import PRECISION
 
 LATENTS = 32  # of a program
 HEADS = 16  # of a program: what tensor cores take at least

@@ -32,13 +32,8 @@ from quant.kernels.cuda.decode import (
     nf4_levels,
 )
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import (
-    Blocks,
-    four_bit_constants,
-    times_matrix,
-    times_two_matrices,
-    times_vector,
-)
+from quant.kernels.cuda.linear import Blocks, four_bit_constants
+from quant.kernels.cuda.times import times_matrix, times_two_matrices, times_vector
 from quant.kernels.interface import ExpertWeights, MoeCall
 
 ALIGNMENT = 16

@@ -29,18 +29,17 @@ from quant.kernels.cuda.decode import (
     nf4_levels,
 )
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import (
-    Blocks,
+from quant.kernels.cuda.linear import Blocks, multiplies_bfloat16
+from quant.kernels.cuda.moe import swiglu
+from quant.kernels.cuda.times import (
     fp8_times_matrix,
     fp8_times_vector,
-    multiplies_bfloat16,
     plain_times_matrix,
     plain_times_vector,
     store_tile,
     times_matrix,
     times_vector,
 )
-from quant.kernels.cuda.moe import swiglu
 from quant.kernels.interface import Weight
 from quant.packed import PackedTensor
 

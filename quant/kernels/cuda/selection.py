@@ -16,8 +16,8 @@ import triton.language as tl
 from quant.formats.rows import Rows, bytes_of
 from quant.kernels.cuda.attention import channels_of
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import PRECISION
 from quant.kernels.cuda.row_codes import RowCodes, row_channels
+from quant.kernels.cuda.times import PRECISION
 
 COLUMNS = 64  # of a program that makes scores
 CHANNELS = 64  # at a time

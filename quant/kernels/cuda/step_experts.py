@@ -16,9 +16,10 @@ import triton.language as tl
 from quant.errors import FormatError
 from quant.kernels.cuda.decode import INT4, INT4_OFFSET, NF4, UNIT, four_bit_kind, nf4_levels
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.linear import Blocks, times_vector
+from quant.kernels.cuda.linear import Blocks
 from quant.kernels.cuda.moe import swiglu
 from quant.kernels.cuda.products import INTERPRETED_ROWS
+from quant.kernels.cuda.times import times_vector
 from quant.kernels.interface import ExpertWeights
 
 FETCHED = 1024  # columns of a row that a program brings
