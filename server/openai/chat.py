@@ -27,7 +27,7 @@ class ChatReply(ConversationReply):
         super().__init__(request, prompt, served)
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._progress = Progress()
+        self.progress = Progress() if request.return_progress else None
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""
@@ -64,12 +64,6 @@ class ChatReply(ConversationReply):
                 yield self._chunk(answer, {}, answer.new_logprobs())
         if self._request.wants_usage:
             yield self._envelope("chat.completion.chunk") | {"choices": [], "usage": usage(self.counts)}
-
-    def pulse(self, generation: Generation, is_due: bool) -> dict[str, Any] | None:
-        progress = self._progress.of(generation) if self._request.return_progress else None
-        if progress is not None:
-            return self.waiting() | {"prompt_progress": progress}
-        return super().pulse(generation, is_due)
 
     def waiting(self) -> dict[str, Any]:
         """A chunk in which nothing was added."""

@@ -70,7 +70,7 @@ class CompletionReply(Reply):
         self._served = served
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._progress = Progress()
+        self.progress = Progress() if request.return_progress else None
         self._scores_only = request.max_tokens == 0
         tokenizer = served.loaded.tokenizer
         self._grammar = content_grammar(request.as_format(), tokenizer.added_tokens)
@@ -136,12 +136,6 @@ class CompletionReply(Reply):
                 yield self._envelope([piece]) | self._usage_so_far()
         if self._request.wants_usage:
             yield self._envelope([]) | {"usage": usage(self.counts)}
-
-    def pulse(self, generation: Generation, is_due: bool) -> dict[str, Any] | None:
-        progress = self._progress.of(generation) if self._request.return_progress else None
-        if progress is not None:
-            return self.waiting() | {"prompt_progress": progress}
-        return super().pulse(generation, is_due)
 
     def waiting(self) -> dict[str, Any]:
         """A chunk in which nothing was added."""

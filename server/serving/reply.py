@@ -15,6 +15,7 @@ from server.http.errors import ApiError
 from server.openai.requests import UNLIMITED, ChatRequest
 from server.serving.answer import Answer
 from server.serving.generation import Generation
+from server.serving.progress import Progress
 from server.serving.service import Served
 from server.serving.streaming import DONE, EVENTS
 
@@ -31,11 +32,13 @@ class Counts:
 
 
 class Reply(ABC):
-    """The answer to one request. `last` is what a stream ends with after all events."""
+    """The answer to one request. `last` is what a stream ends with after all events; `progress` tells how far
+    prompts are, where the client asked for that."""
 
     last = DONE
     framing = EVENTS
     id: str  # as clients read it
+    progress: Progress | None = None
 
     @property
     @abstractmethod
@@ -66,6 +69,9 @@ class Reply(ABC):
 
     def pulse(self, generation: Generation, is_due: bool) -> dict[str, Any] | None:
         """An event for a stream that waits: where one `is_due` since the last, or the prompt has got on."""
+        progress = None if self.progress is None else self.progress.of(generation)
+        if progress is not None:
+            return self.waiting() | {"prompt_progress": progress}
         return self.waiting() if is_due else None
 
     @abstractmethod
