@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from quant.formats import gguf
@@ -17,7 +19,7 @@ from quant.formats.int4 import (
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.formats.nvfp4 import NVFP4
-from quant.kernels.interface import ExpertWeights, Weight
+from quant.kernels.interface import ExpertWeights, Kernels, MoeCall, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 
@@ -87,3 +89,23 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest expected value."""
     expected = expected.float()
     return ((found.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+def five_experts(
+    kernels: Kernels, format_: Format, hidden: int, width: int
+) -> tuple[list[ExpertWeights], list[ExpertWeights]]:
+    """Random experts as files have them, and the same in slots."""
+    layout = kernels.slot_layout(hidden, width, format_)
+    files = [expert(format_, hidden, width, seed) for seed in range(5)]
+    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in files]
+    return files, [layout.pack_into(slot, *e.matrices) for slot, e in zip(slots, files, strict=True)]
+
+
+def assert_summed_as_alone(kernels: Kernels, experts: Sequence[ExpertWeights], *, tokens: int) -> None:
+    """Tokens among many get the bits that they get alone: of two of five experts with 256 inputs each."""
+    x, factors = torch.randn(tokens, 256), torch.rand(tokens, 2)
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    found = kernels.moe(MoeCall(x, ids, factors, experts, 7.0))
+    for t in (0, 7, tokens - 1):
+        alone = kernels.moe(MoeCall(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0))
+        assert torch.equal(found[t : t + 1], alone)

@@ -15,7 +15,16 @@ from quant.kernels.devices import DeviceKernels
 from quant.kernels.interface import ExpertBiases, ExpertExtras, MoeCall, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format
-from tests.quant.kernels.kernel_cases import GGUF, NATIVE, any_weight, difference, expert, name_of, weight
+from tests.quant.kernels.kernel_cases import (
+    GGUF,
+    NATIVE,
+    any_weight,
+    assert_summed_as_alone,
+    difference,
+    five_experts,
+    name_of,
+    weight,
+)
 
 
 def kernels_of(threads: int | None = None) -> NativeKernels:
@@ -88,9 +97,7 @@ def test_plain_matrices_side_by_side_take_their_own_columns() -> None:
 def test_experts_are_close_to_the_reference_and_need_no_company(format_: Format, has_biases: bool) -> None:
     kernels = kernels_of()
     hidden, width, tokens, top_k = 128, 96, 45, 2
-    layout = kernels.slot_layout(hidden, width, format_)
-    files = [expert(format_, hidden, width, seed) for seed in range(5)]
-    experts = [layout.pack_into(torch.zeros(layout.nbytes, dtype=torch.uint8), *e.matrices) for e in files]
+    files, experts = five_experts(kernels, format_, hidden, width)
     shapes = ((5, width), (5, width), (5, hidden))
     biases = ExpertBiases(*(torch.randn(shape) for shape in shapes)) if has_biases else None
     extras = ExpertExtras(biases=biases)
@@ -112,16 +119,9 @@ def test_experts_are_close_to_the_reference_and_need_no_company(format_: Format,
 
 def test_experts_of_thousands_of_tokens_are_summed_as_for_one() -> None:
     kernels = kernels_of()
-    layout = kernels.slot_layout(256, 32, MXFP4)
-    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(5)]
-    experts = [layout.pack_into(slot, *expert(MXFP4, 256, 32, i).matrices) for i, slot in enumerate(slots)]
-    tokens = 2500  # so many that activations are packed several times
-    x, factors = torch.randn(tokens, 256), torch.rand(tokens, 2)
-    ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
-    found = kernels.moe(MoeCall(x, ids, factors, experts, 7.0))
-    for t in (0, 7, tokens - 1):
-        alone = kernels.moe(MoeCall(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0))
-        assert torch.equal(found[t : t + 1], alone)
+    _, experts = five_experts(kernels, MXFP4, 256, 32)
+    # so many that activations are packed several times
+    assert_summed_as_alone(kernels, experts, tokens=2500)
 
 
 def test_infinite_activations_are_not_hidden() -> None:

@@ -11,10 +11,19 @@ from quant.formats.nf4 import NF4
 from quant.formats.plain import as_packed
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
-from quant.kernels.interface import ExpertWeights, MoeCall
+from quant.kernels.interface import MoeCall
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format
-from tests.quant.kernels.kernel_cases import GGUF, NATIVE, any_weight, difference, expert, name_of, weight
+from tests.quant.kernels.kernel_cases import (
+    GGUF,
+    NATIVE,
+    any_weight,
+    assert_summed_as_alone,
+    difference,
+    five_experts,
+    name_of,
+    weight,
+)
 
 try:
     LEVELS = library.available_levels()
@@ -80,16 +89,6 @@ def test_plain_rows_as_a_packed_tensor_give_the_same_bits(level: str, dtype: tor
     assert torch.equal(kernels.linear(x, as_packed(w)), kernels.linear(x, w))
 
 
-def five_experts(
-    kernels: NativeKernels, format_: Format, hidden: int, width: int
-) -> tuple[list[ExpertWeights], list[ExpertWeights]]:
-    """Random experts as files have them, and the same in slots."""
-    layout = kernels.slot_layout(hidden, width, format_)
-    files = [expert(format_, hidden, width, seed) for seed in range(5)]
-    slots = [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in files]
-    return files, [layout.pack_into(slot, *e.matrices) for slot, e in zip(slots, files, strict=True)]
-
-
 @pytest.mark.parametrize("format_", [MXFP4, NF4], ids=name_of)
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_experts_equal_the_reference_and_need_no_company(level: str, format_: Format, tokens: int) -> None:
@@ -108,13 +107,8 @@ def test_experts_equal_the_reference_and_need_no_company(level: str, format_: Fo
 def test_experts_of_thousands_of_tokens_are_summed_as_for_one(level: str) -> None:
     kernels = NativeKernels(level=level)
     _, experts = five_experts(kernels, MXFP4, 256, 32)
-    tokens = 2200  # so many that products are summed before all experts are done
-    x, factors = torch.randn(tokens, 256), torch.rand(tokens, 2)
-    ids = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
-    found = kernels.moe(MoeCall(x, ids, factors, experts, 7.0))
-    for t in (0, 7, tokens - 1):
-        alone = kernels.moe(MoeCall(x[t : t + 1], ids[t : t + 1], factors[t : t + 1], experts, 7.0))
-        assert torch.equal(found[t : t + 1], alone)
+    # so many that products are summed before all experts are done
+    assert_summed_as_alone(kernels, experts, tokens=2200)
 
 
 def test_rows_are_gathered_as_they_decode(level: str) -> None:
