@@ -61,16 +61,20 @@ class Settings(BaseSettings):
     kv_budget: str | None = Field(
         None,
         description="Memory for keys and values, e.g. 4GiB: the pool from which sequences take pages as they "
-        "grow. Default: a quarter of the memory that weights leave free; on GPUs a tenth of theirs, at most "
-        "what the longest sequence, or 8192 tokens of each, needs.",
+        "grow. Default: a quarter of the memory that weights leave free, or a tenth of all; on GPUs a tenth "
+        "of theirs, at most what the longest sequence, or 8192 tokens of each, needs.",
     )
     max_tokens_overflow: Overflow = Field(
         "cut",
         description="What becomes of a max_tokens that does not fit into the context behind the prompt: cut "
         "to what is left, or refuse. /v1/messages always refuses, in words that its clients understand.",
     )
-    max_num_seqs: int = Field(
-        8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Maximum sequences computed together; further ones wait in a queue. Default: up to 16, "
+        "as many as the KV pool has room for.",
     )
     max_waiting: int = Field(
         256, ge=0, description="Maximum sequences in the queue; further requests get 429."
@@ -125,7 +129,7 @@ class Settings(BaseSettings):
     dram_budget: str | None = Field(
         None,
         description="Memory for weights, e.g. 16GiB; what does not fit is read from disk when needed. "
-        "Default: three quarters of free memory.",
+        "Default: what caches and work space leave of free memory.",
     )
     experts: Experts | None = Field(
         None,
@@ -141,9 +145,18 @@ class Settings(BaseSettings):
     )
     devices: str | None = Field(
         None,
-        description="GPUs for weights and KV cache, e.g. cuda:22GiB (using two real ones is untested) or "
-        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed. Default: "
-        "none.",
+        description="GPUs for weights and KV cache, e.g. cuda:22GiB (using two real ones is untested), or "
+        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed; none uses "
+        "none. Default: the GPUs of this machine that make the model faster, by plan.",
+    )
+    measured_file: Path | None = Field(
+        None,
+        description="File for what is measured while the server runs: uses of experts, rates, how far off "
+        "the plan was. `loci plan --measured` takes it. Default: none.",
+    )
+    explain: bool = Field(
+        False,
+        description="Print the reason of each choice that the plan has made, before the model is loaded.",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),

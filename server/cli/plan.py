@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +18,7 @@ from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workl
 
 if TYPE_CHECKING:
     from memory.hardware.profiles import HardwareProfile
+    from memory.planner.calibration import Learned
     from memory.planner.shape import ModelShape
 
 DOES_NOT_FIT = 3  # exit code
@@ -65,6 +67,13 @@ def plan(
         Path | None,
         typer.Option(help="Routing trace recorded by `loci profile`, for hit rates.", show_default=False),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="What a server measured (loci serve --measured-file): its routing and this machine's rates.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show each layer on its own line.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -77,20 +86,26 @@ def plan(
     """
     from memory.experts.traces import RoutingTrace
     from memory.planner.placement import plan as make_plan
-    from memory.planner.routing import of_trace
+    from memory.planner.routing import from_counts, of_trace
 
     shape = _shape(model, experts, kv_format)
-    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
+    learned = None if measured is None else _learned(measured, shape)
+    rates = None if learned is None or hardware != "this" else learned.rates
+    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None, rates)
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
     recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
+    if learned is not None and learned.uses:
+        recorded = from_counts(learned.uses, f"{measured}, as a server learned it")
     if as_json:
         placement = make_plan(shape, machine, workload)
         print(json.dumps(plan_report(shape, machine, placement, recorded), indent=1))
         fits = placement.fits
     else:
         fits = print_plan(shape, machine, workload, recorded=recorded, by_layer=layers)
+        for what, ratio in () if learned is None else learned.ratios.items():
+            print(f"{what}: measured {ratio:.2f} times what was expected then")
     if not fits:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -108,14 +123,27 @@ def _shape(model: str, experts: str | None, kv_format: KvChoice) -> ModelShape:
         return released_shape(model, experts, kv_format)
     if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
-        from engine.families.shapes import shape_of
+        from engine.families.shapes import loaded_shape_of
         from server.cli.fetch import headers_of
 
         with headers_of(model) as path:
             opened = open_model(path, experts=experts)
-            return shape_of(opened.checkpoint, opened.kv_format(kv_format))
+            return loaded_shape_of(opened.checkpoint, opened.kv_format(kv_format))
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
+
+
+def _learned(file: Path, shape: ModelShape) -> Learned:
+    """What a server measured. Raises ConfigError where that was another model."""
+    from memory.planner.calibration import Learned
+
+    learned = Learned.read(file)
+    layers = [len(layer) for layer in learned.uses]
+    if layers and layers != [layer.experts for layer in shape.layers]:
+        raise ConfigError(
+            f"{file}: measured with {learned.model}, whose experts are not those of {shape.name}"
+        )
+    return learned
 
 
 def _on_disk(model: str) -> bool:
@@ -128,15 +156,20 @@ def _on_disk(model: str) -> bool:
 
 
 def _hardware(
-    name: str, devices: str | None, dram: str | None, on_disk: ModelShape | None
+    name: str,
+    devices: str | None,
+    dram: str | None,
+    on_disk: ModelShape | None,
+    rates: Mapping[str, float] | None = None,
 ) -> HardwareProfile:
-    """The machine asked for; on_disk is the model where it lies on this machine's disk already."""
+    """The machine asked for; on_disk is the model where it lies on this machine's disk already, `rates` what
+    was measured of it."""
     from memory.hardware.profiles import load_profile, parse_bytes, parse_devices
     from memory.hardware.this_machine import this_machine
 
-    machine = this_machine() if name == "this" else load_profile(name)
+    machine = this_machine(measured=dict(rates) if rates else None) if name == "this" else load_profile(name)
     if name == "this" and on_disk is not None:
-        machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.nbytes)
+        machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.disk_bytes)
     if devices is not None:
         machine = machine.with_devices(parse_devices(devices))
     return machine if dram is None else replace(machine, dram_bytes=parse_bytes(dram))
