@@ -252,6 +252,18 @@ class Model(ABC):
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
 
+    def capture(self) -> bool:
+        """From now on keep what a drafter of this model reads of every token beside the logits: the last
+        hidden state, say. Called before `new_cache`. False where there is nothing of that kind; nothing is
+        kept then, and nothing is where nobody asked."""
+        return False
+
+    def captured(self) -> list[torch.Tensor]:
+        """Of the last forward, where `capture` was asked for: `[n, width]` float32 of each segment's last n
+        tokens; all of them, but for what was left out amid a prompt (`Batch.to_come`). Valid until the next
+        forward."""
+        return []
+
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch.
 
