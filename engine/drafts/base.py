@@ -23,10 +23,12 @@ class Draft(NamedTuple):
     token_ids  at most as many as were asked for; none where the drafter has no idea
     chances    of each to be accepted if those before it are, 0 to 1, where the drafter has reason to say;
                None: the engine goes by what was accepted of this drafter so far
+    kind       drafts of the same kind are accepted alike: the engine counts what was accepted by kind
     """
 
     token_ids: tuple[int, ...] = ()
     chances: tuple[float, ...] | None = None
+    kind: int = 0
 
 
 NOTHING = Draft()
@@ -66,19 +68,25 @@ class Rows(NamedTuple):
 class Drafter(Protocol):
     """A source of drafts.
 
-    name     "lookup", "mtp", "dspark" or "model", in settings and metrics
+    name     "lookup", "prediction", "mtp", "dspark" or "model", in settings and metrics
     longest  tokens that it drafts at most
     wants_captures  whether `observe` is to be given what the model captures
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """See above."""
+        ...
 
     @property
-    def longest(self) -> int: ...
+    def longest(self) -> int:
+        """See above."""
+        ...
 
     @property
-    def wants_captures(self) -> bool: ...
+    def wants_captures(self) -> bool:
+        """See above."""
+        ...
 
     @property
     def nbytes(self) -> int:
