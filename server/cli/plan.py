@@ -13,6 +13,8 @@ from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
 from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
+from server.cli.money_arguments import Against, CostFiles, CostsFile, Plot, Price, PricesFile
+from server.cli.plan_economics import show_economics
 from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
@@ -66,6 +68,14 @@ def plan(
         typer.Option(help="Routing trace recorded by `loci profile`, for hit rates.", show_default=False),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show each layer on its own line.")] = False,
+    economics: Annotated[
+        bool, typer.Option("--economics", help="Show what tokens cost there, and elsewhere, instead.")
+    ] = False,
+    price: Price = None,
+    costs: CostsFile = None,
+    prices: PricesFile = None,
+    against: Against = None,
+    plot: Plot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where everything goes, how fast it runs, what limits it and what would help. Loads nothing.
@@ -85,6 +95,10 @@ def plan(
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
     recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
+    if economics:
+        files = CostFiles(price, costs, prices, against)
+        show_economics(shape, machine, workload, recorded, files, plot, as_json=as_json)
+        return
     if as_json:
         placement = make_plan(shape, machine, workload)
         print(json.dumps(plan_report(shape, machine, placement, recorded), indent=1))
