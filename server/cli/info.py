@@ -200,9 +200,9 @@ def _print_running(url: str, api_key: str | None) -> None:
     """A running server's placement: bytes by tier and part, as planned and as allocated."""
     from rich.console import Console
 
-    from server.cli.top import look, plan_of
+    from server.cli.top import look_at, plan_of
 
-    now = look(url, api_key)
+    now = look_at(url, api_key)
     planned, held = "loci_plan_bytes", "loci_plan_allocated_bytes"
     rows = [
         (

@@ -90,7 +90,7 @@ def prefill(
         return replace(
             profile,
             dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone
-            disk_bytes=machine.disk_free_bytes + shape.nbytes,  # it lies there already
+            disk_bytes=machine.disk_free_bytes + shape.disk_bytes,  # it lies there already
         )
 
     size = chunk or planned_chunk(shape, here(), asked)
