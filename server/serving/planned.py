@@ -97,6 +97,8 @@ def _devices(
 
     count, why = chosen_gpus(shape, with_gpus, len(machine.gpus), asked)
     if not count:
+        if machine.gpus:
+            log.warning("no GPU of this machine is used: %s; --devices says otherwise", why)
         return None, Choice("devices", NO_DEVICES, why)
     written = ",".join(f"cuda:{nbytes / 2**30:.2f}GiB" for nbytes in budgets[:count])
     return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", written, why)

@@ -1,4 +1,4 @@
-"""On a machine with GPUs that nobody asked for, each command that computes says so when it starts."""
+"""On a machine with GPUs that a command does not use, it says so when it starts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,16 @@ def _a_gpu_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (23 << 30, 24 << 30))
 
 
-def test_it_is_said_before_a_model_answers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_is_faster_without_says_so(caplog: pytest.LogCaptureFixture) -> None:
     assert invoke("run", TINY, "Hello", "--max-tokens", "1").returncode == 0
 
-    assert NOTICE in caplog.text
+    assert "no GPU of this machine is used: by plan" in caplog.text
+
+
+def test_who_wants_none_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert invoke("run", TINY, "Hello", "--max-tokens", "1", "--devices", "none").returncode == 0
+
+    assert "no GPU" not in caplog.text
 
 
 def test_who_asked_for_devices_knows(caplog: pytest.LogCaptureFixture) -> None:
@@ -34,7 +40,7 @@ def test_who_asked_for_devices_knows(caplog: pytest.LogCaptureFixture) -> None:
     result = invoke("run", TINY, "Hello", "--max-tokens", "1", *flags)
 
     assert result.returncode == 0, result.stderr
-    assert "does not use" not in caplog.text + result.stderr
+    assert "no GPU of this machine is used" not in caplog.text + result.stderr
 
 
 def test_benchmarks_that_take_devices_say_it_too() -> None:
