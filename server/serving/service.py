@@ -15,6 +15,7 @@ from engine.cache.identity import identity_of
 from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
+from engine.drafts.choice import drafters_of
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
@@ -148,6 +149,8 @@ def bring_up(prepared: Prepared) -> Served:
         on_disk=_states_on_disk(prepared, prefix_bytes),
         aside=_aside_on_disk(settings),
         prompt_products=loaded.prompt_products,
+        drafters=drafters_of(settings.drafts, loaded.model),
+        draft_tokens=settings.draft_tokens,
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
