@@ -9,7 +9,7 @@ from engine.drafts.base import Draft
 
 # Before anything is known: of a draft's first token, and of those behind accepted ones. Of look-ups, whose
 # kind is the length of the match, the first one's chance grows with that.
-FIRST_CHANCE, NEXT_CHANCE = 0.5, 0.75
+FIRST_CHANCE, NEXT_CHANCE = 0.6, 0.75
 LEAST_CHANCE, BY_LENGTH = 0.15, 0.085
 # How many drafts' worth of evidence what is known of all sequences has for one.
 PRIOR_DRAFTS = 3.0
@@ -81,7 +81,7 @@ class Acceptance:
 
 
 def _first_chance(drafter: str, kind: int) -> float:
-    return LEAST_CHANCE + BY_LENGTH * kind if drafter in ("lookup", "prediction") else FIRST_CHANCE
+    return LEAST_CHANCE + BY_LENGTH * kind if drafter == "lookup" else FIRST_CHANCE
 
 
 def blended(known: Sequence[float], said: Sequence[float]) -> list[float]:
