@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # Of a step whose time is not known yet: what each further token adds, as a share of a step of one.
-FIRST_GUESS = 0.3
+FIRST_GUESS, LEAST_GUESS = 0.3, 0.1
 # Weight of the newest step in the level of all times, which grows with contexts.
 OF_LEVEL = 0.05
 # A step is no news beyond these factors of what was expected: something else kept the machine busy.
@@ -24,7 +24,8 @@ class StepTimes:
     """
 
     def __init__(self, most: int, guess: Callable[[int], float] | None = None) -> None:
-        self._guess = [(guess or _first_guess)(tokens) for tokens in range(most + 1)]
+        guessed = guess or _first_guess
+        self._guess = [max(guessed(n), 1 + LEAST_GUESS * (n - 1)) for n in range(most + 1)]
         self._level: float | None = None  # seconds of a step of one token
         self._excess, self._excess_count = 1.0, 1  # in relation to the guess
         self._means = [0.0] * (most + 1)  # in relation to the level

@@ -31,6 +31,7 @@ from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.serving.chunk import chunk_here
+from server.serving.draft_costs import draft_costs
 from server.serving.generation import Generation
 from server.serving.wakeups import Wakeups
 from server.settings import Settings
@@ -151,6 +152,7 @@ def bring_up(prepared: Prepared) -> Served:
         prompt_products=loaded.prompt_products,
         drafters=drafters_of(settings.drafts, loaded.model),
         draft_tokens=settings.draft_tokens,
+        draft_costs=draft_costs(prepared.opened, budget, budget.workload, settings.devices),
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
