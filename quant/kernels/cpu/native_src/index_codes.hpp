@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kKeyVectors = kSumRegisters > 12 ? 2 : 1;  // of keys that pass over the queries together
 constexpr int kIndexHeads = kSumRegisters > 1 ? 8 : 1;
+constexpr int kWideHeads = kIndexHeads > 4 ? 4 : 1;
 constexpr int kTileKeys = kKeyVectors * kLanes;
 constexpr int kGroupsOfBlock = kBlock / 4;
 constexpr int kLargestKey = 24 << kMostKeyShift, kLargestQuery = 12 << kMostQueryShift;
@@ -89,11 +90,11 @@ ALWAYS_INLINE void index_sums(const KeyTile& tile, const int8_t* digits, int64_t
         for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = dots[h][v].end(1);
 }
 
-// Adds what some heads make of a tile's keys.
+// Adds what H heads of a token make of a tile's keys.
 template <int H>
-void add_heads(const IndexCodes& c, const KeyTile& tile, int head, F32 (&scores)[kKeyVectors]) {
+void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
     const int groups = c.blocks * kGroupsOfBlock;
-    const int64_t apart = 4 * groups;
+    const int64_t apart = c.blocks * kBlock;
     I32 sums[H][kKeyVectors];
     index_sums<H>(tile, c.queries.shifted + head * apart, apart, c.queries.shifted_starts + head, 1, 0, groups, sums);
     for (int h = 0; h < H; ++h) {
@@ -103,56 +104,68 @@ void add_heads(const IndexCodes& c, const KeyTile& tile, int head, F32 (&scores)
     }
 }
 
-// The same of a head whose products are made block by block.
-void add_wide_head(const IndexCodes& c, const KeyTile& tile, int head, F32 (&scores)[kKeyVectors]) {
+// The same of heads whose products are made block by block.
+template <int H>
+void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
     const int64_t apart = c.blocks * kBlock;
-    F32 dots[kKeyVectors];
-    for (F32& dot : dots) dot = zero();
+    F32 dots[H][kKeyVectors];
+    for (int h = 0; h < H; ++h)
+        for (F32& dot : dots[h]) dot = zero();
     for (int b = 0; b < c.blocks; ++b) {
-        I32 sums[1][kKeyVectors];
+        I32 sums[H][kKeyVectors];
         const int64_t at = head * c.blocks + b;
-        index_sums<1>(tile, c.queries.plain + head * apart, apart, c.queries.plain_starts + at, 1, b * kGroupsOfBlock,
-                      (b + 1) * kGroupsOfBlock, sums);
-        for (int v = 0; v < kKeyVectors; ++v) {
-            const F32 factor = mul(splat(c.queries.factors[at]), load_float(tile.factors[b] + v * kLanes));
-            dots[v] = add(dots[v], mul(factor, to_float(sums[0][v])));
-        }
+        index_sums<H>(tile, c.queries.plain + head * apart, apart, c.queries.plain_starts + at, c.blocks,
+                      b * kGroupsOfBlock, (b + 1) * kGroupsOfBlock, sums);
+        for (int h = 0; h < H; ++h)
+            for (int v = 0; v < kKeyVectors; ++v) {
+                const F32 factor =
+                    mul(splat(c.queries.factors[at + h * c.blocks]), load_float(tile.factors[b] + v * kLanes));
+                dots[h][v] = add(dots[h][v], mul(factor, to_float(sums[h][v])));
+            }
     }
-    const F32 weight = splat(c.weights[head]);
-    for (int v = 0; v < kKeyVectors; ++v) {
-        alignas(64) float values[kLanes];
-        store(values, dots[v]);
-        for (float& value : values) value = value > 0 ? value : 0.0f;
-        scores[v] = add(scores[v], mul(weight, load_float(values)));
+    for (int h = 0; h < H; ++h) {
+        const F32 weight = splat(c.queries.weights[head + h]);
+        for (int v = 0; v < kKeyVectors; ++v) {
+            alignas(64) float values[kLanes];
+            store(values, dots[h][v]);
+            for (float& value : values) value = value > 0 ? value : 0.0f;
+            scores[v] = add(scores[v], mul(weight, load_float(values)));
+        }
     }
 }
 
-// out [n] = the sum over heads of weight * max(query . key, 0)
+// As many heads from `head` to `end`, all wide or none, as are computed together; how many.
+ALWAYS_INLINE int add_some_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, int64_t end,
+                                 F32 (&scores)[kKeyVectors]) {
+    const auto is_wide = [&](int64_t h) { return tile.is_wide || c.queries.is_wide[h] != 0; };
+    const bool wide = is_wide(head);
+    int64_t alike = 1;
+    while (alike < kIndexHeads && head + alike < end && is_wide(head + alike) == wide) ++alike;
+    if (wide) {
+        if (alike < kWideHeads) return add_wide_heads<1>(c, tile, head, scores), 1;
+        return add_wide_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+    }
+    if (alike == kIndexHeads) return add_heads<kIndexHeads>(c, tile, head, scores), kIndexHeads;
+    if (alike < kWideHeads) return add_heads<1>(c, tile, head, scores), 1;
+    return add_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+}
+
+// out [tokens][n] = the sum over heads of weight * max(query . key, 0)
 void index_codes(const IndexCodes& c) {
     KeyTile tile;
     for (int64_t first = 0; first < c.n; first += kTileKeys) {
         unpack_keys(c, first, tile);
-        F32 scores[kKeyVectors];
-        for (F32& score : scores) score = zero();
-        for (int head = 0; head < c.heads;) {
-            int narrow = 0;  // heads from here on
-            while (!tile.is_wide && narrow < kIndexHeads && head + narrow < c.heads &&
-                   !c.queries.is_wide[head + narrow])
-                ++narrow;
-            if (narrow == kIndexHeads) {
-                add_heads<kIndexHeads>(c, tile, head, scores);
-                head += kIndexHeads;
-            } else if (narrow > 0) {
-                add_heads<1>(c, tile, head++, scores);
-            } else {
-                add_wide_head(c, tile, head++, scores);
-            }
-        }
-        alignas(64) float values[kTileKeys];
-        for (int v = 0; v < kKeyVectors; ++v)
-            store(values + v * kLanes, mul(scores[v], load_float(tile.factor + v * kLanes)));
         const int64_t count = c.n - first < kTileKeys ? c.n - first : kTileKeys;
-        __builtin_memcpy(c.out + first, values, static_cast<size_t>(count) * sizeof(float));
+        for (int64_t token = 0; token < c.tokens; ++token) {
+            const int64_t end = (token + 1) * c.heads;
+            F32 scores[kKeyVectors];
+            for (F32& score : scores) score = zero();
+            for (int64_t head = token * c.heads; head < end;) head += add_some_heads(c, tile, head, end, scores);
+            alignas(64) float values[kTileKeys];
+            for (int v = 0; v < kKeyVectors; ++v)
+                store(values + v * kLanes, mul(scores[v], load_float(tile.factor + v * kLanes)));
+            __builtin_memcpy(c.out + token * c.n + first, values, static_cast<size_t>(count) * sizeof(float));
+        }
     }
 }
 

@@ -34,7 +34,7 @@ bool has_integers(const RowFormat* format, int64_t dim) {
 class CodedQueries {
   public:
     CodedQueries(const Team& team, const Index& c)
-        : heads_(c.heads), dim_(c.dim), blocks_(c.dim / kBlock), is_wide_(sized<uint8_t>(c.tokens * heads_)),
+        : c_(c), heads_(c.heads), dim_(c.dim), blocks_(c.dim / kBlock), is_wide_(sized<uint8_t>(c.tokens * heads_)),
           shifted_(sized<int8_t>(c.tokens * heads_ * dim_)), plain_(shifted_.size()), shifted_starts_(is_wide_.size()),
           plain_starts_(is_wide_.size() * static_cast<size_t>(blocks_)), shifted_weights_(is_wide_.size()),
           factors_(plain_starts_.size()) {
@@ -48,8 +48,13 @@ class CodedQueries {
     }
     IndexQueries of(int64_t token) const {
         const int64_t row = token * heads_;
-        return {is_wide_.data() + row,          shifted_.data() + row * dim_, shifted_starts_.data() + row,
-                shifted_weights_.data() + row,  plain_.data() + row * dim_,   plain_starts_.data() + row * blocks_,
+        return {c_.weights + row,
+                is_wide_.data() + row,
+                shifted_.data() + row * dim_,
+                shifted_starts_.data() + row,
+                shifted_weights_.data() + row,
+                plain_.data() + row * dim_,
+                plain_starts_.data() + row * blocks_,
                 factors_.data() + row * blocks_};
     }
 
@@ -88,6 +93,7 @@ class CodedQueries {
         shifted_starts_[at] = -kIndexOffset * shifted_sum;
     }
 
+    const Index& c_;
     int64_t heads_, dim_, blocks_;
     std::vector<uint8_t> is_wide_;
     std::vector<int8_t> shifted_, plain_;
@@ -129,51 +135,60 @@ class PlainQueries {
     std::vector<float> copies_;
 };
 
-// Calls compute(token, rows of keys [n], n, scores [n]) for blocks of the keys that tokens see, and writes scores where
-// they belong.
+// Tokens that see a block of keys before the next tokens do, where all see the first keys: keys are unpacked once.
+constexpr int64_t kTokensTogether = 8;
+
+// Calls compute(first token, tokens, rows of keys [n], n, scores [tokens][n]) for blocks of the keys that tokens see,
+// and writes scores where they belong.
 template <class F>
 void in_blocks(const Team& team, const Index& c, float* out, const F& compute) {
+    const int64_t together = c.entries == nullptr ? std::min(kTokensTogether, c.tokens) : 1;
     const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, key_bytes = row_bytes(c.format, c.dim);
-    parallel_for(c.tokens * blocks, team.threads, [&](int64_t item) {
-        const int64_t token = item / blocks, first = item % blocks * kKeyBlock;
-        const int64_t n = std::min(kKeyBlock, c.columns - first);
-        float* to = out + token * c.columns + first;
-        std::fill_n(to, n, kNone);
+    parallel_for((c.tokens + together - 1) / together * blocks, team.threads, [&](int64_t item) {
+        const int64_t token = item / blocks * together, tokens = std::min(together, c.tokens - token);
+        const int64_t first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, c.columns - first);
+        const int64_t visible = c.entries ? 0 : *std::max_element(c.visible + token, c.visible + token + tokens);
         const uint8_t* rows[kKeyBlock];
         int64_t places[kKeyBlock], seen = 0;
         for (int64_t k = 0; k < n; ++k) {
             const int64_t entry = c.entries ? c.entries[token * c.columns + first + k] : first + k;
-            if (entry < 0 || (c.entries == nullptr && entry >= c.visible[token])) continue;
+            if (entry < 0 || (c.entries == nullptr && entry >= visible)) continue;
             rows[seen] = c.keys + entry * key_bytes;
             places[seen++] = k;
         }
-        if (seen == 0) return;
-        float scores[kKeyBlock];
-        compute(token, rows, seen, scores);
-        for (int64_t k = 0; k < seen; ++k) to[places[k]] = scores[k];
+        float scores[kTokensTogether * kKeyBlock];
+        if (seen > 0) compute(token, tokens, rows, seen, scores);
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* to = out + (token + t) * c.columns + first;
+            std::fill_n(to, n, kNone);
+            const int64_t of_token = c.entries ? n : std::clamp<int64_t>(c.visible[token + t] - first, 0, n);
+            for (int64_t k = 0; k < seen && places[k] < of_token; ++k) to[places[k]] = scores[t * seen + k];
+        }
     });
 }
 
 }  // namespace
 
 void index_scores(const Team& team, const Index& c, float* out) {
-    const int heads = static_cast<int>(c.heads);
     if (has_integers(c.format, c.dim)) {
         const CodedQueries queries(team, c);
         const auto blocks = static_cast<int>(c.dim / kBlock);
-        in_blocks(team, c, out, [&](int64_t token, const uint8_t* const* rows, int64_t n, float* scores) {
-            team.level.index_codes({heads, blocks, queries.of(token), c.weights + token * heads, rows, n, scores});
-        });
+        in_blocks(team, c, out,
+                  [&](int64_t token, int64_t tokens, const uint8_t* const* rows, int64_t n, float* scores) {
+                      team.level.index_codes({tokens, c.heads, blocks, queries.of(token), rows, n, scores});
+                  });
         return;
     }
     const PlainQueries queries(team, c);
     const int64_t columns = padded(c.dim);
-    in_blocks(team, c, out, [&](int64_t token, const uint8_t* const* rows, int64_t n, float* scores) {
+    in_blocks(team, c, out, [&](int64_t token, int64_t tokens, const uint8_t* const* rows, int64_t n, float* scores) {
         thread_local std::vector<float> room;
         room.resize(static_cast<size_t>(kKeyBlock * columns));
         const float* keys[kKeyBlock];
         read_rows(team.level, c.format, c.dim, columns, rows, n, room.data(), keys);
-        team.level.index_block(queries.of(token * heads), heads, c.weights + token * heads, keys, n, columns, scores);
+        for (int64_t row = token * c.heads, t = 0; t < tokens; ++t, row += c.heads)
+            team.level.index_block(queries.of(row), static_cast<int>(c.heads), c.weights + row, keys, n, columns,
+                                   scores + t * n);
     });
 }
 

@@ -123,29 +123,30 @@ struct AttendBlock {
     float* const* out;                         // [rows] values weighted with that
 };
 
-// Index queries of a token as codes of e2m1 with a power of two per 32 columns: four bytes for each group of four
-// columns, in the order of index_codes.hpp, twice what they stand for.
+// Index queries as codes of e2m1 with a power of two per 32 columns: four bytes for each group of four columns, in the
+// order of index_codes.hpp, twice what they stand for.
 struct IndexQueries {
-    const uint8_t* is_wide;  // [heads] scales are too far from one another for shifts
+    const float* weights;    // [tokens][heads], and so on
+    const uint8_t* is_wide;  // scales are too far from one another for shifts
     // where they are not: codes shifted by how far their scale is above the least one
-    const int8_t* shifted;          // [heads][columns]
-    const int32_t* shifted_starts;  // [heads] -kIndexOffset * their sum
-    const float* shifted_weights;   // [heads] weights times the least scale, by 4 for two twice as large factors
-    const int8_t* plain;            // [heads][columns]
-    const int32_t* plain_starts;    // [heads][blocks]
-    const float* factors;           // [heads][blocks] scales, by 4
+    const int8_t* shifted;          // [columns]
+    const int32_t* shifted_starts;  // -kIndexOffset * their sum
+    const float* shifted_weights;   // weights times the least scale, by 4 for two factors that are twice as large
+    const int8_t* plain;            // [columns]
+    const int32_t* plain_starts;    // [blocks]
+    const float* factors;           // [blocks] scales, by 4
 };
 constexpr int kMostKeyShift = 2, kMostQueryShift = 3;  // as far as bytes and pairs of products in 16 bits reach
 constexpr int kIndexOffset = 12 << kMostKeyShift;      // makes codes of keys unsigned
 constexpr int kMostIndexBlocks = 8;                    // of 32 columns
 
 struct IndexCodes {
-    int heads, blocks;
+    int64_t tokens, heads;
+    int blocks;
     IndexQueries queries;
-    const float* weights;        // [heads]
     const uint8_t* const* keys;  // [n] rows
     int64_t n;
-    float* out;  // [n]
+    float* out;  // [tokens][n]
 };
 
 constexpr int64_t kMostKeyDim = 256;
