@@ -84,7 +84,7 @@ class RowFormat:
         return self.tail == 0 and self.scale == "ue8m0"
 
     def as_query(self, x: torch.Tensor) -> torch.Tensor:
-        """Index queries `[..., dim]` as they are multiplied with keys in this format: turned, perhaps rounded."""
+        """Index queries `[..., dim]` as they are multiplied with such keys: turned, perhaps rounded."""
         if self.rounds_queries:
             return self.decode(self.encode(x))
         return hadamard(x) if self.turned else x

@@ -117,7 +117,9 @@ def covering_power(largest, LIMIT_BITS: tl.constexpr):
 
 
 @triton.jit
-def rounded(values, CODE: tl.constexpr, GROUP: tl.constexpr, LIMIT_BITS: tl.constexpr, CHANNELS: tl.constexpr):
+def rounded(
+    values, CODE: tl.constexpr, GROUP: tl.constexpr, LIMIT_BITS: tl.constexpr, CHANNELS: tl.constexpr
+):
     """Channels `[N, CHANNELS]` as they are after e2m1 or e4m3 with a power of two per GROUP of them."""
     groups = tl.reshape(values, (values.shape[0] * CHANNELS // GROUP, GROUP))
     scale = ue8m0(covering_power(tl.max(tl.abs(groups), axis=1), LIMIT_BITS))[:, None]

@@ -50,7 +50,8 @@ def index_scores(
     TAIL_AT: tl.constexpr, SCALES_AT: tl.constexpr, LIMIT_BITS: tl.constexpr,
 ):  # fmt: skip
     """scores `[rows, columns]`: sum_h weight_h * factor * relu(q_h . k), -inf for what a row does not see,
-    queries rounded like keys if there are LIMIT_BITS; and with MAXIMA the best of each block of BLOCK entries. Grid (blocks of columns, rows)."""
+    queries rounded like keys if there are LIMIT_BITS; and with MAXIMA the best of each block of BLOCK
+    entries. Grid (blocks of columns, rows)."""
     row = tl.program_id(1)
     first_column = tl.program_id(0) * COLUMNS
     visible = (tl.load(step + 1 + MAX + row) + 1) // ratio
