@@ -9,9 +9,9 @@ from engine.scheduler import Chunk
 def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
     """The batch of these chunks, and how many logit rows each gets.
 
-    A chunk needs the logits of its last token once its prompt is complete, and those of every prompt token if
-    their log probabilities were requested. Otherwise, what a prompt's tokens have before the prefill's next
-    stop is of use to those after them only.
+    A chunk needs the logits of its last token once its prompt is complete, those of all its tokens where some
+    are drafted, and those of every prompt token if their log probabilities were requested. Otherwise, what a
+    prompt's tokens have before the prefill's next stop is of use to those after them only.
     """
     ids: list[int] = []
     segments: list[Segment] = []
@@ -23,8 +23,11 @@ def assemble(chunks: list[Chunk]) -> tuple[Batch, list[int]]:
         assert sequence.slot is not None
         first, start, before = sequence.computed, len(ids), len(rows)
         segments.append(Segment(sequence.slot, first, length))
-        ids += sequence.token_ids[first : first + length]
-        is_whole = first < sequence.prompt_length and sequence.params.prompt_logprobs is not None
+        ids += sequence.token_ids[first : first + chunk.known]
+        ids += chunk.drafted
+        is_of_answer = length > 1 and not sequence.is_prefilling
+        wants_prompt = first < sequence.prompt_length and sequence.params.prompt_logprobs is not None
+        is_whole = is_of_answer or wants_prompt
         if is_whole:
             rows += range(start, len(ids))
         elif first + length >= sequence.prefill_length:

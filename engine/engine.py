@@ -17,6 +17,9 @@ from typing import NamedTuple
 from engine.cache.aside import Aside, AsideOnDisk, AsideStats
 from engine.cache.prefix import PrefixCache, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
+from engine.drafts.base import Drafter
+from engine.drafts.drafting import Drafting, DraftStats
+from engine.drafts.kept import KeptStates
 from engine.families.base import Model, PromptProducts
 from engine.grammar.constraint import GrammarCompiler
 from engine.kv_pool import WHOLE, PoolSize, new_pool
@@ -34,6 +37,8 @@ logger = logging.getLogger("loci.engine")
 
 # Of the prefix cache's memory, for states on their way to disk.
 PENDING_SHARE = 0.25
+# Tokens that are drafted for an answer in a step at most: a recorded step has as many rows, and one more.
+MOST_DRAFTED = 15
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class EngineStats:
     kv_budget_bytes: int | None = None
     sequences_aside: int = 0
     aside: AsideStats | None = None
+    drafts: DraftStats | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class Engine:
     up to `prefix_cache_bytes` (0 turns this off), and on disk too if `on_disk` says where. While the pool is
     short, the youngest sequence is put aside: in that memory, or to disk if `aside` says where; with neither,
     it is computed again. `prompt_products` says how prompts are multiplied, where not exactly. After each
-    step, whose outputs are reported one by one, the engine's thread calls `between_steps`.
+    step, whose outputs are reported one by one, the engine's thread calls `between_steps`. `drafters` guess
+    tokens ahead, up to `draft_tokens` of an answer in a step; of a model's own, it captures what they read.
     """
 
     def __init__(
@@ -109,11 +116,16 @@ class Engine:
         on_disk: StatesOnDisk | None = None,
         aside: AsideOnDisk | None = None,
         prompt_products: PromptProducts | None = None,
+        drafters: Ids[Drafter] = (),
+        draft_tokens: int = MOST_DRAFTED,
+        always_draft: int | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.grammars = GrammarCompiler(tokenizer, model.info.eos_token_ids, model.info.vocab_size)
         self._max_sequences, self._max_waiting = max_sequences, max_waiting
+        if any(drafter.wants_captures for drafter in drafters):
+            model.capture()
         context = min(max_context, model.info.max_context)
         self.pool = new_pool(model, max_sequences, context, pool, prefix_cache_bytes)
         self._cache, self._max_context = self.pool.cache, self.pool.context
@@ -125,8 +137,10 @@ class Engine:
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )
         places = Aside(self._cache, prefixes, aside)
+        kept = KeptStates(self._cache, prefixes, 1 + draft_tokens)
+        drafting = Drafting(model, drafters, kept, draft_tokens, always=always_draft)
         self._steps = Steps(
-            model, self._cache, prefixes, places, self._scheduler, self._forget, prompt_products
+            model, self._cache, prefixes, places, self._scheduler, self._forget, drafting, prompt_products
         )
         self._ids = itertools.count(1)
         self._wake = threading.Condition()
@@ -163,11 +177,18 @@ class Engine:
         self.grammars.close()
 
     def submit(
-        self, prompt_ids: Ids[int], params: SamplingParams, on_output: OnOutput, *, cache_salt: str = ""
+        self,
+        prompt_ids: Ids[int],
+        params: SamplingParams,
+        on_output: OnOutput,
+        *,
+        cache_salt: str = "",
+        prediction: Ids[int] = (),
     ) -> Submission:
         """Queue a sequence; `on_output` is called from the engine's thread with each Output.
 
-        Cached prefixes are shared by sequences of the same `cache_salt` only.
+        Cached prefixes are shared by sequences of the same `cache_salt` only. `prediction` is what its client
+        expects the answer to be, which changes nothing but how soon it is there.
         Raises RequestError where the prompt is empty, has ids outside the vocabulary or does not
         leave room for a token (code `context_length_exceeded`) or the grammar is wrong (compile it with
         `grammars` beforehand: that takes time), CapacityError where the queue is full.
@@ -197,6 +218,7 @@ class Engine:
             ),
             on_output=on_output,
             cache_salt=cache_salt,
+            prediction=tuple(prediction),
         )
         with self._wake:
             if self._stopping or not self.is_alive:
@@ -256,6 +278,7 @@ class Engine:
             is_failing=steps.is_failing,
             sequences_aside=sum(sequence.was_aside for sequence in waiting),
             aside=steps.aside.stats,
+            drafts=steps.drafting.stats if steps.drafting.is_on else None,
         )
 
     def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:

@@ -25,10 +25,24 @@ HasPages = Callable[[Sequence, int], bool]
 
 
 class Chunk(NamedTuple):
-    """The next `length` pending tokens of a sequence."""
+    """The next `length` tokens of a sequence: pending ones, and behind all of these drafted ones.
+
+    is_predicted  they were drafted from what the client expects
+    """
 
     sequence: Sequence
     length: int
+    drafted: tuple[int, ...] = ()
+    is_predicted: bool = False
+
+    @property
+    def known(self) -> int:
+        """Tokens that are not drafted."""
+        return self.length - len(self.drafted)
+
+    def without_drafts(self) -> Chunk:
+        """Those alone."""
+        return Chunk(self.sequence, self.known)
 
     @property
     def is_of_prompt(self) -> bool:
@@ -103,7 +117,7 @@ class Scheduler:
         shortest ones first, so that none waits for a long one to finish.
         """
         prompts = [s for s in self.running if s.is_prefilling]
-        decodes = [Chunk(s, 1) for s in self.running if not s.is_prefilling]
+        decodes = [Chunk(s, s.pending) for s in self.running if not s.is_prefilling]
         if not prompts:
             return decodes
         budget = self._prefill_budget(len(decodes))
@@ -118,7 +132,7 @@ class Scheduler:
     def observe(self, chunks: Seq[Chunk], seconds: float) -> None:
         """Update the running means with a step's duration."""
         decodes = sum(not chunk.sequence.is_prefilling for chunk in chunks)
-        tokens = sum(chunk.length for chunk in chunks) - decodes
+        tokens = sum(chunk.length for chunk in chunks if chunk.sequence.is_prefilling)
         if not tokens:
             self._decode_s = _mean(self._decode_s, seconds)
         elif tokens >= MIN_PREFILL:

@@ -26,6 +26,8 @@ class Sequence:
     `max_tokens` is what the parameters and the context leave room for. Of the prompt, `cached_tokens`
     came from the prefix cache; the prefill pauses at `stops`, for the states there to be saved. A sequence
     that was put aside begins again with a prefill of `prefill_length` tokens, of which `kept` has a part.
+    `prediction` is what its client expects the answer to be, of which `accepted_prediction` tokens were
+    drafted and right, and `rejected_prediction` wrong.
     """
 
     sequence_id: int
@@ -37,6 +39,7 @@ class Sequence:
     detokenizer: Detokenizer
     on_output: OnOutput
     cache_salt: str = ""
+    prediction: tuple[int, ...] = ()
     prompt_length: int = field(init=False)
     prompt_hash: int = field(init=False)
     submitted_s: float = field(default_factory=time.perf_counter)
@@ -51,6 +54,8 @@ class Sequence:
     is_aborted: bool = False  # no reader any more; it ends before the next step
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    accepted_prediction: int = 0
+    rejected_prediction: int = 0
     _reported: bool = False
 
     def __post_init__(self) -> None:

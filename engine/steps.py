@@ -16,9 +16,10 @@ from engine.assemble import assemble
 from engine.cache.aside import Aside
 from engine.cache.pages import PoolShortError
 from engine.cache.prefix import PrefixCache
+from engine.drafts.drafting import Drafting
+from engine.drafts.verify import Ready, Verifier
 from engine.families.base import KvCache, Model, PromptProducts
-from engine.output import FinishReason, TokenLogprob
-from engine.sampling.draw import draw_tokens
+from engine.output import FinishReason
 from engine.sampling.sampler import token_logprobs
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import Sequence
@@ -38,6 +39,7 @@ class Steps:
     """Runs the sequences of a scheduler, step by step.
 
     forget  takes a sequence that has ended off the books; False if it was never scheduled
+    drafting  adds drafts to steps
     prompt_products  how prompts are multiplied, where not exactly
     count, prompt_tokens, generated_tokens, step_s, forward_s  see `EngineStats`
     """
@@ -50,12 +52,13 @@ class Steps:
         aside: Aside,
         scheduler: Scheduler,
         forget: Callable[[Sequence], bool],
+        drafting: Drafting,
         prompt_products: PromptProducts | None = None,
     ) -> None:
         self.prefixes = prefixes
+        self.drafting = drafting
         self.aside = aside
         self.prompt_tokens = 0
-        self.generated_tokens = 0
         self.count = 0
         self.step_s = self.forward_s = 0.0
         self.is_failing = False
@@ -64,6 +67,12 @@ class Steps:
         self._scheduler = scheduler
         self._forget = forget
         self._prompt_products = prompt_products
+        self._verifier = Verifier(model.expect, self._fail)
+
+    @property
+    def generated_tokens(self) -> int:
+        """See `EngineStats`."""
+        return self._verifier.generated_tokens
 
     def run(self) -> None:
         """Admit, schedule, run, report. A failed step fails the sequences that were in it, no others."""
@@ -78,31 +87,49 @@ class Steps:
             return
         chunks.sort(key=lambda chunk: chunk.is_of_prompt)
         try:
+            chunks = self._with_room(self.drafting.propose(chunks))
             forward_began = time.perf_counter()
-            logits, counts = self._forward(chunks)
+            logits, counts, captures = self._forward(chunks)
             forward_s = time.perf_counter() - forward_began
         except Exception as error:
             self._fail([chunk.sequence for chunk in chunks], error)
             return
         self.is_failing = False
         self._scheduler.observe(chunks, forward_s)
-        ready: list[tuple[Sequence, int]] = []
+        starts = [chunk.sequence.computed for chunk in chunks]
+        of_answers = not any(chunk.sequence.is_prefilling for chunk in chunks)
+        ready: list[Ready] = []
         stop = 0
         for chunk, count in zip(chunks, counts, strict=True):
             rows = range(stop, stop := stop + count)
             try:
                 if self._advance(chunk, logits, rows):
-                    ready.append((chunk.sequence, rows[-1]))
+                    row = rows[-1] - len(chunk.drafted)
+                    ready.append(Ready(chunk.sequence, row, chunk.drafted, chunk.is_predicted))
             except Exception as error:
                 self._fail([chunk.sequence], error)
-        self._take_tokens(ready, logits)
+        accepted = self._verifier.take(ready, logits)
+        self._roll_back(chunks)
+        self.drafting.observe(chunks, starts, captures)
         self._keep_states(ready, logits)
         self.count += 1
         self.forward_s += forward_s
-        self.step_s += time.perf_counter() - began
+        self.step_s += (took := time.perf_counter() - began)
+        if of_answers and len(ready) == len(chunks):
+            self.drafting.learn(chunks, accepted, took)
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int]]:
-        """Logits of these chunks, those of answers first, `[rows, vocab]`, and how many rows each has.
+    def _roll_back(self, chunks: list[Chunk]) -> None:
+        """Take back what was computed behind the tokens that were drawn."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.drafted and sequence.slot is not None:
+                known = len(sequence.token_ids) - 1
+                if known < sequence.computed:
+                    sequence.computed = self.drafting.roll_back(sequence, known)
+
+    def _forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[int], list[torch.Tensor | None]]:
+        """Logits of these chunks, those of answers first, `[rows, vocab]`, how many rows each has, and what
+        drafters want to know of each.
 
         Where prompts have products of their own, they are computed by themselves, so that an answer's tokens
         are always exact, also of one that was put aside and is computed again.
@@ -110,15 +137,18 @@ class Steps:
         answers = sum(not chunk.is_of_prompt for chunk in chunks)
         if self._prompt_products is None or answers == len(chunks):
             batch, counts = assemble(chunks)
-            return self._model.forward(batch, self._cache), counts
+            return self._model.forward(batch, self._cache), counts, self.drafting.captured()
         batch, counts = assemble(chunks[answers:])
         with self._prompt_products():
             logits = self._model.forward(batch, self._cache)
+        captures = self.drafting.captured()
         if not answers:
-            return logits, counts
+            return logits, counts, captures
         logits = logits.clone()  # of a recorded step, they need not outlast the next one
+        captures = [None if kept is None else kept.clone() for kept in captures]
         batch, of_answers = assemble(chunks[:answers])
-        return torch.cat([self._model.forward(batch, self._cache), logits]), of_answers + counts
+        logits = torch.cat([self._model.forward(batch, self._cache), logits])
+        return logits, of_answers + counts, self.drafting.captured() + captures
 
     def end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
         """Take a sequence out, and report its end if that was not reported."""
@@ -177,10 +207,26 @@ class Steps:
                         break
         return [chunk for chunk in chunks if chunk.sequence.slot is not None and chunk not in waiting]
 
+    def _with_room(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, without drafts where the pool has no room for these: nobody waits for them."""
+        found = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if chunk.drafted:
+                assert sequence.slot is not None
+                try:
+                    self._cache.pages.hold(sequence.slot, sequence.computed + chunk.length)
+                except PoolShortError:
+                    found.append(chunk.without_drafts())
+                    continue
+            found.append(chunk)
+        return found
+
     def _put_aside(self, sequence: Sequence) -> None:
         """Take a sequence's slot and pages; it goes on when there is room."""
         assert sequence.slot is not None
         slot = sequence.slot
+        self.drafting.close(sequence)
         sequence.put_aside(self.aside.put(slot))
         self._cache.release(slot)
         self._scheduler.put_aside(sequence)
@@ -198,6 +244,7 @@ class Steps:
         """Fill the slot of an admitted sequence with its own state, or the cached prefix of its prompt."""
         assert sequence.slot is not None
         self._cache.reset(sequence.slot)
+        self.drafting.open(sequence)
         if self._bring_back(sequence):
             return
         lacks_logprobs = 0 < len(sequence.prompt_logprobs) < sequence.prompt_length
@@ -209,9 +256,9 @@ class Steps:
             sequence.cached_tokens = prefix.length
         sequence.stops = prefix.stops
         if prefix.logits is not None:
-            logits = prefix.logits.unsqueeze(0)
-            self._take_tokens([(sequence, 0)], logits)
-            self._keep_states([(sequence, 0)], logits)
+            logits, ready = prefix.logits.unsqueeze(0), [Ready(sequence, 0)]
+            self._verifier.take(ready, logits)
+            self._keep_states(ready, logits)
 
     def _advance(self, chunk: Chunk, logits: torch.Tensor, rows: range) -> bool:
         """Record what was computed; True if a token is to be sampled. `rows` of the logits are the
@@ -237,56 +284,10 @@ class Steps:
             return False
         return True
 
-    def _take_tokens(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
-        """Sample and report the next token of each sequence, whose logits are a row of `[rows, vocab]`."""
-        drawn: list[tuple[Sequence, int]] = []
-        rows: list[torch.Tensor | None] = []  # None: the model's own logits
-        for sequence, row in ready:
-            try:
-                rows.append(sequence.sampler.adjusted(logits, row))
-                drawn.append((sequence, row))
-            except Exception as error:
-                self._fail([sequence], error)
-        if not drawn:
-            return
-        try:
-            if len(drawn) == len(logits) and not any(row is not None for row in rows):
-                of_all = logits
-            else:
-                pairs = zip(drawn, rows, strict=True)
-                of_all = torch.stack([logits[at] if row is None else row for (_, at), row in pairs])
-            tokens = draw_tokens(
-                of_all,
-                [sequence.params for sequence, _ in drawn],
-                [sequence.sampler.number() for sequence, _ in drawn],
-            )
-            known = zip(drawn, tokens, strict=True)
-            self._model.expect([(s.token_ids, token) for (s, _), token in known if token >= 0])
-        except Exception as error:
-            self._fail([sequence for sequence, _ in drawn], error)
-            return
-        for (sequence, row), token in zip(drawn, tokens, strict=True):
-            try:
-                self._take_token(sequence, logits, row, token)
-            except Exception as error:
-                self._fail([sequence], error)
-
-    def _take_token(self, sequence: Sequence, logits: torch.Tensor, row: int, token: int) -> None:
-        """Report a token that was drawn from a row of logits `[rows, vocab]`."""
-        top = sequence.params.logprobs
-        if token < 0:
-            raise LociError("the model produced NaN; the server's log may say why")
-        sequence.sampler.remember(token)
-        self.generated_tokens += 1
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if top is not None:
-            logprobs = tuple(token_logprobs(logits[row : row + 1], [token], top))
-        sequence.append(token, logprobs)
-
-    def _keep_states(self, ready: list[tuple[Sequence, int]], logits: torch.Tensor) -> None:
+    def _keep_states(self, ready: list[Ready], logits: torch.Tensor) -> None:
         """Save the states after prompts that are computed and after answers that have ended, and release the
         latter. Their tokens are on their way by then: a long state takes longer to copy than a step."""
-        for sequence, row in ready:
+        for sequence, row, *_ in ready:
             if sequence.slot is None:  # it failed
                 continue
             try:
@@ -307,6 +308,7 @@ class Steps:
 
     def _release(self, sequence: Sequence) -> None:
         if self._forget(sequence):
+            self.drafting.close(sequence)
             if sequence.slot is not None:
                 self._cache.release(sequence.slot)
             if sequence.kept is not None:

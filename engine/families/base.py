@@ -71,8 +71,17 @@ class Batch:
         return torch.tensor(range(len(self.ids)) if self.wanted is None else self.wanted, dtype=torch.int64)
 
     def is_decode(self, max_rows: int) -> bool:
-        """Whether it is at least one and up to so many sequences with one new token each."""
-        return 0 < len(self.ids) == len(self.segments) <= max_rows
+        """Whether it is at least one and up to so many new tokens: one of each sequence, or some of which all
+        logits are wanted, as of drafted ones."""
+        is_of_answers = self.wanted is None or len(self.ids) == len(self.segments)
+        return 0 < len(self.ids) <= max_rows and is_of_answers
+
+    def places(self) -> tuple[list[int], list[int]]:
+        """The slot and the position of each token."""
+        if len(self.ids) == len(self.segments):
+            return [s.slot for s in self.segments], [s.start for s in self.segments]
+        slots = [s.slot for s in self.segments for _ in range(s.length)]
+        return slots, [p for s in self.segments for p in range(s.start, s.start + s.length)]
 
     @classmethod
     def of(cls, parts: Sequence[tuple[int, int, Sequence[int]]], *, all_logits: bool = False) -> Batch:
@@ -255,6 +264,18 @@ class Model(ABC):
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
+
+    def capture(self) -> bool:
+        """From now on keep what a drafter of this model reads of every token beside the logits: the last
+        hidden state, say. Called before `new_cache`. False where there is nothing of that kind; nothing is
+        kept then, and nothing is where nobody asked."""
+        return False
+
+    def captured(self) -> list[torch.Tensor]:
+        """Of the last forward, where `capture` was asked for: `[n, width]` float32 of each segment's last n
+        tokens; all of them, but for what was left out amid a prompt (`Batch.to_come`). Valid until the next
+        forward."""
+        return []
 
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch.

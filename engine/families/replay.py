@@ -1,4 +1,4 @@
-"""A recorded step of a batch of new tokens, one of each sequence."""
+"""A recorded step of a batch of new tokens, one or a few of each sequence."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def replay(program: Program, routed: RecordedExperts | None, batch: Batch, cache
 
     routed  its routed experts; None for a model without
     """
-    segments = batch.segments
-    with nullcontext() if routed is None else routed.running(program, len(segments)):
-        program.run([s.slot for s in segments], [s.start for s in segments], batch.ids)
+    slots, positions = batch.places()
+    with nullcontext() if routed is None else routed.running(program, len(slots)):
+        program.run(slots, positions, batch.ids)
     wanted = None if batch.wanted is None else batch.logit_rows
     return program.logits(wanted, shared=cache.shares_logits)

@@ -16,7 +16,7 @@ from quant.kernels.recording import StepRecorder
 
 
 class RecordedBasics:
-    """`BasicOperations` noted by a recorder: each row is the newest token of a sequence of its own."""
+    """`BasicOperations` noted by a recorder: a row is a sequence's newest token, or a draft behind it."""
 
     def __init__(self, recorder: StepRecorder) -> None:
         self._recorder = recorder

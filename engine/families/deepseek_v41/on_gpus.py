@@ -81,8 +81,7 @@ class V41OnGpus(V41Notes):
         assert last is not None
         self.check()
         self._step_rows = rows
-        self._slots = [segment.slot for segment in batch.segments]
-        self._positions = [segment.start for segment in batch.segments]
+        self._slots, self._positions = batch.places()
         first.source[: len(embedded)].copy_(embedded)
         self._begin_experts()
         try:

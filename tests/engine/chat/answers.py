@@ -30,6 +30,12 @@ class Answer:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.token_ids) >= count, PATIENCE_S)
 
+    def wait_for_tokens_or_end(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: len(self.token_ids) >= count or self.finish_reason is not None, PATIENCE_S
+            )
+
     @property
     def finish_reason(self) -> FinishReason | None:
         return self.outputs[-1].finish_reason if self.outputs else None

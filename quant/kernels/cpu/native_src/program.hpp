@@ -5,7 +5,7 @@
 namespace loci {
 
 // What changes from step to step. Buffers hold the rows that are alive one after the other; each row is the newest
-// token of a sequence of its own.
+// token of a sequence, or a drafted one that follows the row before it.
 struct StepInput {
     int64_t rows;
     const int64_t* slots;      // [rows] of the cache

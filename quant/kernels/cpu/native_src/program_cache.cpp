@@ -20,6 +20,13 @@ const RowFormat* format_at(const void* p) { return static_cast<const RowFormat*>
 
 bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio == 0; }
 
+// How many rows from r on are of one sequence: its newest token, and drafted ones behind it.
+int64_t rows_of_slot(const StepInput& step, int64_t r) {
+    int64_t end = r + 1;
+    while (end < step.rows && step.slots[end] == step.slots[r]) ++end;
+    return end - r;
+}
+
 }  // namespace
 
 // Strides of caches are in bytes, and in[] names the format of their rows.
@@ -165,36 +172,38 @@ void run_entry(const Team& team, const Operation& op, const StepInput& step) {
 // x [rows][channels] convolved with the last rows of their sequences, which each joins
 void run_convolve(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t channels = op.sizes[0];
-    std::vector<Convolve> calls(static_cast<size_t>(step.rows));
+    std::vector<Convolve> calls;
     std::vector<float*> outs;
-    for (int64_t r = 0; r < step.rows; ++r) {
-        Convolve& call = calls[static_cast<size_t>(r)];
+    for (int64_t r = 0, count = 0; r < step.rows; r += count) {
+        count = rows_of_slot(step, r);
+        Convolve& call = calls.emplace_back();
         call.x = floats(op.in[0]) + r * channels;
         call.weights = floats(op.in[1]);
         call.tail = floats(op.out[1]) + step.slots[r] * op.sizes[2];
-        call.tokens = 1;
+        call.tokens = count;
         call.channels = channels;
         call.taps = op.sizes[1];
         call.before = step.positions[r];
         outs.push_back(floats(op.out[0]) + r * channels);
     }
-    convolve(team, calls.data(), outs.data(), step.rows);
+    convolve(team, calls.data(), outs.data(), static_cast<int64_t>(calls.size()));
 }
 
 // queries, keys and values [rows][.] by the states of their slots, which each changes; in: these, a, b, rates, biases
 void run_delta_rule(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t key_heads = op.sizes[0], heads = op.sizes[1], key_dim = op.sizes[2], dim = op.sizes[3];
-    std::vector<DeltaRule> calls(static_cast<size_t>(step.rows));
+    std::vector<DeltaRule> calls;
     std::vector<float*> outs;
-    for (int64_t r = 0; r < step.rows; ++r) {
-        DeltaRule& call = calls[static_cast<size_t>(r)];
+    for (int64_t r = 0, count = 0; r < step.rows; r += count) {
+        count = rows_of_slot(step, r);
+        DeltaRule& call = calls.emplace_back();
         call.x = floats(op.in[0]) + r * (2 * key_heads * key_dim + heads * dim);
         call.a = floats(op.in[1]) + r * heads;
         call.b = floats(op.in[2]) + r * heads;
         call.rates = floats(op.in[3]);
         call.biases = floats(op.in[4]);
         call.state = floats(op.out[1]) + step.slots[r] * op.sizes[4];
-        call.tokens = 1;
+        call.tokens = count;
         call.key_heads = key_heads;
         call.value_heads = heads;
         call.key_dim = key_dim;
@@ -202,7 +211,7 @@ void run_delta_rule(const Team& team, const Operation& op, const StepInput& step
         call.is_first = step.positions[r] == 0;
         outs.push_back(floats(op.out[0]) + r * heads * dim);
     }
-    delta_rule(team, calls.data(), outs.data(), step.rows);
+    delta_rule(team, calls.data(), outs.data(), static_cast<int64_t>(calls.size()));
 }
 
 // Which compressed entries each row attends to. in: queries [rows][heads][dim], weights [rows][heads], index keys

@@ -1,0 +1,369 @@
+"""Adds drafts to steps, and learns from what became of them.
+
+Every step decides anew, for each sequence, from measured times (step_times.py) and what was accepted before
+(acceptance.py), whose draft is computed and how much of it (choose.py). None at all is an answer: steps with
+prompts have none, nor those whose rows are all taken.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.drafts.acceptance import Acceptance, Kind, Tallies
+from engine.drafts.base import NOTHING, Draft, Drafter, DraftRequest, Rows
+from engine.drafts.choose import Credit, best_counts
+from engine.drafts.kept import KeptStates
+from engine.drafts.step_times import MOST, StepTimes
+from engine.families.base import Model
+from engine.scheduler import Chunk
+from engine.sequence import Sequence
+
+MOST_ROWS = 16  # of a step with drafts: those of a recorded one
+# Drafts that cost nothing are asked for before it is decided whether they pay.
+FREE = ("prediction", "lookup")
+# Steps without drafts are measured again after so many with drafts, at first, and at last.
+FIRST_CHECK, LAST_CHECK = 8, 128
+PROBED = 2  # drafted tokens when it is only tried
+
+
+@dataclass
+class DrafterStats:
+    """Tokens of one drafter: drafted and computed, and accepted of these; `steps` had any of them.
+
+    lengths  how often so many tokens were accepted
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    steps: int = 0
+    lengths: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+
+@dataclass
+class DraftStats:
+    """What drafts have done so far.
+
+    drafting_s   spent on drafts themselves
+    gained_s, lost_s  of steps with drafts, against steps without for as many tokens: those that gained, and
+                 those that lost
+    """
+
+    by_drafter: dict[str, DrafterStats] = field(default_factory=dict)
+    drafting_s: float = 0.0
+    gained_s: float = 0.0
+    lost_s: float = 0.0
+
+
+@dataclass
+class _Open:
+    """What is known of a sequence with a slot."""
+
+    acceptance: Acceptance
+    credit: Credit = field(default_factory=Credit)
+    drafter: Drafter | None = None  # of the draft in the step under way
+    draft: Draft = NOTHING
+    is_probe: bool = False
+
+
+@dataclass
+class _Candidate:
+    """Who could draft for a sequence, and how well that is expected to go."""
+
+    drafter: Drafter
+    draft: Draft | None  # None: it is not made yet
+    chances: list[float]
+
+
+class Drafting:
+    """Drafts of an engine's sequences.
+
+    drafters  those that are asked, in the order of preference where they promise as much
+    kept      takes back what was computed for nothing
+    most      drafted tokens of a sequence in a step
+    always    draft so many tokens wherever there are any, whether or not it pays: for tests
+    guess     what a step of several tokens probably costs (`StepTimes`)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        drafters: Ids[Drafter],
+        kept: KeptStates,
+        most: int,
+        *,
+        always: int | None = None,
+        guess: Callable[[int], float] | None = None,
+    ) -> None:
+        self.stats = DraftStats({drafter.name: DrafterStats() for drafter in drafters})
+        self._model = model
+        self._drafters = list(drafters)
+        self._kept = kept
+        self._most = most
+        self._always = always
+        self._times = StepTimes(MOST_ROWS, guess)
+        self._draft_times = {drafter.name: StepTimes(MOST_ROWS) for drafter in drafters}
+        self._of_all: dict[Kind, Tallies] = {}
+        self._open: dict[Sequence, _Open] = {}
+        self._since_check: dict[int, int] = defaultdict(int)  # steps with drafts, by tokens without
+        self._checks: dict[int, int] = defaultdict(lambda: FIRST_CHECK)
+        self._spent_s = 0.0  # on the drafts of the step under way
+        self._observing = [drafter for drafter in drafters if drafter.name not in FREE]
+        self._wants_captures = any(drafter.wants_captures for drafter in drafters)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anybody to draft."""
+        return bool(self._drafters)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that drafters take now."""
+        return sum(drafter.nbytes for drafter in self._drafters)
+
+    # -------------------------------------------------------------------------------------- sequences
+
+    def open(self, sequence: Sequence) -> None:
+        """A sequence has a slot."""
+        if self._drafters:
+            self._open[sequence] = _Open(Acceptance(self._of_all))
+            for drafter in self._drafters:
+                drafter.open(sequence.sequence_id, sequence.token_ids, sequence.prediction)
+
+    def close(self, sequence: Sequence) -> None:
+        """It has none any more. `sequence.slot` still says which one it was."""
+        if self._open.pop(sequence, None) is not None:
+            for drafter in self._drafters:
+                drafter.close(sequence.sequence_id)
+            if sequence.slot is not None:
+                self._kept.drop(sequence.slot)
+
+    # ------------------------------------------------------------------------------------- before a step
+
+    def propose(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks of a step, with drafts where these pay."""
+        self._spent_s = 0.0
+        if not self._drafters or any(chunk.sequence.is_prefilling for chunk in chunks):
+            return chunks
+        tokens = sum(chunk.length for chunk in chunks)
+        room = MOST_ROWS - tokens
+        if room < 1 or not chunks or not self._times.is_known or self._is_check_due(tokens):
+            return chunks
+        began = time.perf_counter()
+        mosts = [self._most_of(chunk.sequence, room) for chunk in chunks]
+        drafts = self._chosen(chunks, mosts, tokens, room)
+        self._spent_s = time.perf_counter() - began
+        return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
+
+    def _most_of(self, sequence: Sequence, room: int) -> int:
+        """Tokens that may be drafted: a step makes one more than are accepted."""
+        return max(0, min(self._most, room, sequence.max_tokens - sequence.generated - 1))
+
+    def _is_check_due(self, tokens: int) -> bool:
+        """Whether a step is to have no drafts, so that it is known how long it takes."""
+        if self._always is not None or self._since_check[tokens] < self._checks[tokens]:
+            return False
+        self._checks[tokens] = min(2 * self._checks[tokens], LAST_CHECK)
+        return True
+
+    def _chosen(self, chunks: list[Chunk], mosts: list[int], tokens: int, room: int) -> list[Draft]:
+        """A draft for each chunk, none where it does not pay."""
+        found = self._candidates(chunks, mosts, tokens)
+        counts = self._counts(found, chunks, mosts, tokens, room)
+        found = self._made(chunks, found, counts)
+        if any(c is not None and c.draft is not None and c.draft.chances is not None for c in found):
+            again = self._counts(found, chunks, mosts, tokens, room)
+            counts = [min(a, b) for a, b in zip(counts, again, strict=True)]
+        drafts = [NOTHING] * len(chunks)
+        for at, (chunk, candidate, count) in enumerate(zip(chunks, found, counts, strict=True)):
+            if candidate is not None and candidate.draft is not None and count:
+                draft = candidate.draft
+                self._open[chunk.sequence].drafter, self._open[chunk.sequence].draft = (
+                    candidate.drafter,
+                    draft,
+                )
+                drafts[at] = draft._replace(token_ids=draft.token_ids[:count])
+        return drafts
+
+    def _candidates(self, chunks: list[Chunk], mosts: list[int], tokens: int) -> list[_Candidate | None]:
+        """Of each sequence, whose draft promises most."""
+        asked = [at for at, most in enumerate(mosts) if most]
+        found: list[_Candidate | None] = [None] * len(chunks)
+        best = [0.0] * len(chunks)
+        for drafter in self._drafters:
+            drafts: list[Draft | None] = [None] * len(asked)
+            if drafter.name in FREE:
+                drafts = list(drafter.draft([_request(chunks[at], mosts[at]) for at in asked]))
+            for at, draft in zip(asked, drafts, strict=True):
+                known = self._open[chunks[at].sequence].acceptance
+                if draft is None:
+                    count = min(mosts[at], drafter.longest)
+                    chances = known.expected(drafter.name, 0, count)
+                elif draft.token_ids:
+                    chances = known.chances(drafter.name, draft)
+                else:
+                    continue
+                promised = self._promised(drafter, chances, draft is None, tokens)
+                if promised > best[at]:
+                    best[at], found[at] = promised, _Candidate(drafter, draft, chances)
+        return found
+
+    def _promised(self, drafter: Drafter, chances: list[float], costs: bool, tokens: int) -> float:
+        """The most tokens a second that a sequence by itself would have with this drafter."""
+        reached, expected, best = 1.0, 1.0, 0.0
+        for count, chance in enumerate(chances, 1):
+            reached *= chance
+            expected += reached
+            seconds = self._times.seconds(min(tokens + count, MOST_ROWS))
+            best = max(best, expected / (seconds + (self._drafting_s(drafter, count) if costs else 0.0)))
+        return best
+
+    def _counts(
+        self, found: list[_Candidate | None], chunks: list[Chunk], mosts: list[int], tokens: int, room: int
+    ) -> list[int]:
+        """How many tokens of each draft are computed."""
+        chains = [[] if c is None else c.chances[:most] for c, most in zip(found, mosts, strict=True)]
+        if self._always is not None:
+            counts = []
+            for chain in chains:
+                counts.append(min(len(chain), self._always, room))
+                room -= counts[-1]
+            return counts
+        opened = [self._open[chunk.sequence] for chunk in chunks]
+        allowed = [chain if o.credit.is_left else [] for chain, o in zip(chains, opened, strict=True)]
+
+        def drafting(counts: Ids[int]) -> float:
+            longest: dict[str, int] = {}
+            by_name: dict[str, Drafter] = {}
+            for candidate, count in zip(found, counts, strict=True):
+                if candidate is not None and candidate.drafter.name not in FREE and count:
+                    name = candidate.drafter.name
+                    by_name[name], longest[name] = candidate.drafter, max(longest.get(name, 0), count)
+            return sum(self._drafting_s(by_name[name], count) for name, count in longest.items())
+
+        again = self._kept.computes_again
+        counts = best_counts(tokens, allowed, room, self._times.seconds, drafting, computes_again=again)
+        for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
+            own.is_probe = False
+            if not counts[at] and chain and own.credit.is_probe_due() and room > sum(counts):
+                counts[at], own.is_probe = min(PROBED, len(chain), room - sum(counts)), True
+        return counts
+
+    def _drafting_s(self, drafter: Drafter, count: int) -> float:
+        times = self._draft_times[drafter.name]
+        return times.seconds(count) if times.is_known else 0.0
+
+    def _made(
+        self, chunks: list[Chunk], found: list[_Candidate | None], counts: list[int]
+    ) -> list[_Candidate | None]:
+        """The candidates whose drafts are computed, with drafts."""
+        made = list(found)
+        for drafter in self._drafters:
+            wanted = [
+                at
+                for at, (candidate, count) in enumerate(zip(found, counts, strict=True))
+                if candidate is not None
+                and candidate.draft is None
+                and count
+                and candidate.drafter is drafter
+            ]
+            if not wanted:
+                continue
+            began = time.perf_counter()
+            drafts = drafter.draft([_request(chunks[at], counts[at]) for at in wanted])
+            longest = max(counts[at] for at in wanted)
+            self._draft_times[drafter.name].observe(longest, time.perf_counter() - began)
+            for at, draft in zip(wanted, drafts, strict=True):
+                chances = self._open[chunks[at].sequence].acceptance.chances(drafter.name, draft)
+                made[at] = _Candidate(drafter, draft, chances)
+        return made
+
+    def _with_draft(self, chunk: Chunk, draft: Draft) -> Chunk:
+        sequence, token_ids = chunk.sequence, draft.token_ids
+        assert sequence.slot is not None
+        if not token_ids or not self._kept.keep(sequence.slot):
+            self._open[sequence].drafter = None
+            return chunk
+        before = sequence.token_ids[-MOST_ROWS:]
+        self._model.expect([([*before, *token_ids[:at]], token) for at, token in enumerate(token_ids)])
+        drafter = self._open[sequence].drafter
+        is_predicted = drafter is not None and drafter.name == "prediction"
+        return Chunk(sequence, chunk.length + len(token_ids), token_ids, is_predicted)
+
+    # ------------------------------------------------------------------------------------- behind a step
+
+    def roll_back(self, sequence: Sequence, length: int) -> int:
+        """Take the sequence's slot back to `length` tokens, or fewer; how many are left."""
+        assert sequence.slot is not None
+        return self._kept.roll_back(sequence.slot, length)
+
+    def captured(self) -> list[torch.Tensor | None]:
+        """What the last forward has captured of each of its chunks, where somebody wants it."""
+        return list(self._model.captured()) if self._wants_captures else []
+
+    def observe(self, chunks: Ids[Chunk], starts: Ids[int], captures: Ids[torch.Tensor | None]) -> None:
+        """A step has computed these chunks from `starts` on; their sequences say what is kept of them."""
+        if not self._observing:
+            return
+        rows = []
+        for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
+            sequence = chunk.sequence
+            if sequence not in self._open:
+                continue
+            stop = min(start + chunk.length, max(sequence.computed, len(sequence.token_ids) - 1))
+            taken = captures[number] if captures else None
+            if taken is not None and stop < start + chunk.length:
+                taken = taken[: max(len(taken) - (start + chunk.length - stop), 0)]
+            rows.append(Rows(sequence.sequence_id, start, sequence.token_ids[start:stop], taken))
+        for drafter in self._observing:
+            drafter.observe(rows)
+
+    def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
+        """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long
+        beside the drafting."""
+        if not self._drafters or not chunks:
+            return
+        plain = sum(chunk.known for chunk in chunks)
+        tokens = sum(chunk.length for chunk in chunks)
+        self._times.observe(tokens, seconds)
+        self.stats.drafting_s += self._spent_s
+        if not self._times.is_known:
+            return
+        self._since_check[plain] = 0 if tokens == plain else self._since_check[plain] + 1
+        count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
+        took_s = min(seconds, MOST * self._times.seconds(tokens)) + self._spent_s
+        each_s, gained_s = count_s / len(chunks), count_s - took_s
+        for chunk, count in zip(chunks, accepted, strict=True):
+            own = self._open.get(chunk.sequence)
+            share = (chunk.length - 1) / more if more else 0.0
+            gained_s += count * each_s
+            if own is None:
+                continue
+            own.credit.generated(1 + count)
+            if chunk.length > 1:
+                own.credit.drafted(count + share * (count_s - took_s) / each_s)
+            if chunk.drafted and own.drafter is not None:
+                self._count(own, own.drafter, len(chunk.drafted), count)
+                own.drafter = None
+        if more:
+            self.stats.gained_s += max(gained_s, 0.0)
+            self.stats.lost_s -= min(gained_s, 0.0)
+
+    def _count(self, own: _Open, drafter: Drafter, drafted: int, accepted: int) -> None:
+        own.acceptance.add(drafter.name, own.draft, accepted, drafted)
+        if own.is_probe:
+            own.credit.probed(succeeded=accepted > 0)
+        stats = self.stats.by_drafter[drafter.name]
+        stats.drafted += drafted
+        stats.accepted += accepted
+        stats.steps += 1
+        stats.lengths[accepted] += 1
+
+
+def _request(chunk: Chunk, most: int) -> DraftRequest:
+    return DraftRequest(chunk.sequence.sequence_id, chunk.sequence.token_ids, most)
