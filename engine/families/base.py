@@ -242,6 +242,10 @@ class Model(ABC):
         """The tier that holds each routed expert, by layer and expert; empty where experts have no tiers."""
         return []
 
+    def expert_uses(self) -> list[list[float]]:
+        """How often each routed expert was used, by layer and expert; empty where nobody counts."""
+        return []
+
     @property
     def telemetry(self) -> Telemetry | None:
         """Counters of hits, transfers and stalls; None if nothing moves between tiers."""

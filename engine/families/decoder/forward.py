@@ -103,6 +103,15 @@ class Decoder(Model):
             tiers[layer] = held
         return tiers
 
+    def expert_uses(self) -> list[list[float]]:
+        store = self.weights.experts
+        if store is None or store.is_still:
+            return []
+        uses: list[list[float]] = [[] for _ in self.description.layers]
+        for layer, counts in zip(self.description.expert_layers, store.uses(), strict=True):
+            uses[layer] = counts
+        return uses
+
     @property
     def telemetry(self) -> Telemetry | None:
         return None if self.weights.experts is None else self.weights.experts.telemetry
