@@ -33,7 +33,7 @@ from engine.families.loader import load
 from engine.output import Output
 from engine.sampling.params import SamplingParams
 from paths import demo_directory
-from prompts import BOS, EOS, THINK_END, SpecialToken
+from prompts import ASSISTANT, BOS, EOS, THINK_END, USER
 
 LONGEST_ANSWER = 96
 MOST_TURNS = 5
@@ -69,8 +69,7 @@ class Marks:
 
     @classmethod
     def of(cls, ids: dict[str, int]) -> Marks:
-        user, assistant = SpecialToken.User.default_str(), SpecialToken.Assistant.default_str()
-        return cls(*(ids[token] for token in (BOS, EOS, user, assistant, THINK_END)))
+        return cls(*(ids[token] for token in (BOS, EOS, USER, ASSISTANT, THINK_END)))
 
     def turns(self, document: list[int]) -> list[list[int]]:
         """What the other side says in a document, each turn with its mark."""
@@ -179,7 +178,8 @@ def read(file: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
         raise SystemExit(f"{file} is missing: run `python deploy/demo/answers.py` first")
     part = load_file(file)
     lengths = part["lengths"].tolist()
-    return list(zip(part["tokens"].long().split(lengths), part["chosen"].split(lengths), strict=True))
+    pieces = (torch.split(part[name], lengths) for name in ("tokens", "chosen"))
+    return [(ids.long(), chosen) for ids, chosen in zip(*pieces, strict=True)]
 
 
 def main() -> None:

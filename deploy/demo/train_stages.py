@@ -125,7 +125,9 @@ class Trainer:
         self.stages.norm.weight.copy_(self.model.norm.weight)
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        matrices, others, splits = [], [], {}
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        splits: dict[torch.nn.Parameter, int] = {}
         for name, parameter in self.stages.named_parameters():
             is_small = parameter.dim() < 2 or min(parameter.shape[-2:]) < 32 or name.startswith("markov_head")
             (others if is_small else matrices).append(parameter)
@@ -158,7 +160,7 @@ class Trainer:
         """The rows in another order, `ROWS` at a time."""
         data = self.data[which]
         order = torch.randperm(len(data.ids), generator=torch.Generator().manual_seed(seed))
-        return [Packed(*(part[rows] for part in data)) for rows in order.split(ROWS)]
+        return [Packed(*(part[rows] for part in data)) for rows in torch.split(order, ROWS)]
 
     def blocks(
         self, ids: Tensor, documents: Tensor, chosen: Tensor, most: int
@@ -188,7 +190,7 @@ class Trainer:
         loss = (losses.view_as(weights) * weights).sum() / weights.sum()
         right = (drafted.logits.detach().argmax(-1) == wanted).float()
         sure = F.binary_cross_entropy_with_logits(drafted.confidence, right, reduction="none")
-        (loss + 0.1 * (sure * known).sum() / known.sum()).backward()
+        torch.autograd.backward(loss + 0.1 * (sure * known).sum() / known.sum())
         torch.nn.utils.clip_grad_norm_(self.stages.parameters(), CLIP)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:

@@ -74,14 +74,16 @@ class DSpark:
         )
         self._cache = SparseCache(shape, slots, c.max_position_embeddings)
         self._parts: V41Parts = stages.layers.parts
-        self._drafting = self._observing = None
+        self._drafting: _StageRecorded | None = None
+        self._observing: V41Recorded | None = None
         if recorder_of(self._kernels, MAX_ROWS) is not None:
             self._drafting, self._observing = self._record_draft(), self._record_observe()
 
     @property
     def nbytes(self) -> int:
         """Windows and buffers of programs."""
-        programs = [part.program for part in (self._drafting, self._observing) if part is not None]
+        parts = (self._drafting, self._observing)
+        programs = [part.program for part in parts if part is not None and part.program is not None]
         return self._cache.nbytes + sum(program.nbytes for program in programs)
 
     def close_all(self) -> None:

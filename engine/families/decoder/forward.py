@@ -166,7 +166,7 @@ class Decoder(Model):
         if not self._captures:
             return self._logits(ops, self._states(ops, x[batch.logit_rows.to(x.device)])).float().cpu()
         states = self._states(ops, x)
-        self._captured = list(states.split([segment.length for segment in batch.segments]))
+        self._captured = _by_segment(states, batch)
         return self._logits(ops, states[batch.logit_rows]).float()
 
     def _eager(self, batch: Batch, cache: DecoderCache) -> Eager:
@@ -191,7 +191,7 @@ class Decoder(Model):
         logits = replay(program, cache.routed, batch, cache)
         if cache.last_states is not None:
             states = program.rows(cache.last_states)[: len(batch.ids)]
-            self._captured = list(states.split([segment.length for segment in batch.segments]))
+            self._captured = _by_segment(states, batch)
         return logits
 
     def _recorder(self) -> Recorder | None:
@@ -400,3 +400,7 @@ def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
 
 def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
     return x if factor == 1 else ops.scale(x, factor)
+
+
+def _by_segment(rows: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    return list(torch.split(rows, [segment.length for segment in batch.segments]))

@@ -92,7 +92,7 @@ class V41Eager(EagerStreams):
         found = torch.cat([mean[torch.searchsorted(kept, last)] for kept, mean in self._captured], dim=1)
         ends = list(accumulate(segment.length for segment in self._batch.segments))
         counts = torch.bincount(torch.searchsorted(torch.tensor(ends), last, right=True), minlength=len(ends))
-        return list(found.split(counts.tolist()))
+        return list(torch.split(found, counts.tolist()))
 
     def engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
         layer = self._parts.weights.layers[number]

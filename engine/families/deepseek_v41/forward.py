@@ -237,7 +237,7 @@ class DeepseekV41(StreamModel):
         """What a program has captured, of each segment."""
         assert decoder.program is not None
         rows = [decoder.program.rows(mean)[: len(batch.ids)] for mean in decoder.captured]
-        return list(torch.cat(rows, dim=1).split([segment.length for segment in batch.segments]))
+        return list(torch.split(torch.cat(rows, dim=1), [segment.length for segment in batch.segments]))
 
     def _embedded(self, batch: Batch) -> torch.Tensor:
         """`[tokens, hidden]` float32."""

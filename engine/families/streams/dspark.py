@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from memory.checkpoint.checkpoint import Checkpoint
 
@@ -33,27 +33,27 @@ class DSparkShape:
     @classmethod
     def of(cls, keys: Mapping[str, Any], layers: int, vocab_size: int) -> DSparkShape | None:
         """What the keys say; None where they say nothing, or what cannot be: a model runs without drafts."""
-        whole = [keys.get(f"dspark_{name}") for name in ("block_size", "noise_token_id", "markov_rank")]
-        targets = keys.get("dspark_target_layer_ids")
+        block, noise, rank = (
+            keys.get(f"dspark_{name}") for name in ("block_size", "noise_token_id", "markov_rank")
+        )
+        targets, experts = keys.get("dspark_target_layer_ids"), keys.get("dspark_n_routed_experts")
         top_k = keys.get("dspark_num_experts_per_tok", keys.get("dspark_n_activated_experts"))
-        counts = [keys.get("dspark_n_routed_experts"), top_k]
-        if not all(_is_count(value) for value in whole) or not isinstance(targets, list) or not targets:
+        if not (_is_count(block, 1, MOST_DRAFTED) and _is_count(noise, 0, vocab_size - 1)):
             return None
-        if not all(_is_count(n) and n < layers for n in targets) or sorted(targets) != targets:
+        if not isinstance(targets, list) or not targets or not _is_count(rank, 1):
             return None
-        if not all(value is None or (_is_count(value) and value > 0) for value in counts):
+        if not all(_is_count(n, 0, layers - 1) for n in targets) or sorted(set(targets)) != targets:
             return None
-        block, noise, rank = whole
-        if not (1 <= block <= MOST_DRAFTED and noise < vocab_size and rank >= 1):
+        if not all(value is None or _is_count(value, 1) for value in (experts, top_k)):
             return None
-        return cls(block, noise, tuple(targets), rank, *counts)
+        return cls(block, noise, tuple(targets), rank, experts, top_k)
 
 
 MOST_DRAFTED = 16  # rows of a recorded step
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value: object, least: int, most: int = 1 << 31) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def stage_count(checkpoint: Checkpoint) -> int:

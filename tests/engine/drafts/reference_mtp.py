@@ -125,7 +125,7 @@ class Reference:
             )
         rope = c.get("rope_parameters") or {}
         part = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1))
-        theta = rope.get("rope_theta", c.get("rope_theta"))
+        theta = float(rope.get("rope_theta", c.get("rope_theta", 10000)))
         turned = [swapped_halves(one, positions, int(dim * part), theta) for one in (q, k)]
         each = heads // kv_heads
         k, v = (one.repeat_interleave(each, 1) for one in (turned[1], v))

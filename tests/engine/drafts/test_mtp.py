@@ -18,10 +18,11 @@ from engine.families.decoder.draft_layer import draft_description
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.read_weights import read_draft
 from engine.families.loader import open_checkpoint
+from engine.families.registry import family_of
 from quant.kernels.choice import choose
 from quant.kernels.reference import ReferenceKernels
 from tests.engine.drafts.reference_mtp import Reference
-from tests.engine.families.golden_families import PLENTY, Golden, family_of, golden_family
+from tests.engine.families.golden_families import PLENTY, Golden, golden_family
 
 TOLERANCE = 1e-4
 NAMES = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "qwen3_next", "qwen3_5_moe")
