@@ -17,6 +17,7 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,9 @@ class Packed(NamedTuple):
 class Trainer:
     """Stages, optimisers, and how far they have come."""
 
-    def __init__(self, directory: Path, model_files: Path, minutes: float) -> None:
+    def __init__(
+        self, directory: Path, model_files: Path, minutes: float, parts: Sequence[str] = ("heldout", "train")
+    ) -> None:
         self.directory, self.minutes = directory, minutes
         config = parse_config(json.loads((model_files / "config.json").read_text()))
         tokenizer = tokenizers.Tokenizer.from_file(str(model_files / "tokenizer.json"))
@@ -105,7 +108,7 @@ class Trainer:
         self.steps, self.seconds, self.anchors = 0, 0.0, 0
         self.stopping = False
         self.data: dict[str, Packed] = {}
-        for which in ("heldout", "train"):
+        for which in parts:
             self.read(which)
             print(f"{which}: {int(self.data[which].chosen.sum()):,} chosen tokens", flush=True)
 
@@ -198,10 +201,10 @@ class Trainer:
             optimiser.step()
             optimiser.zero_grad(set_to_none=False)
         self.anchors += len(anchors.row)
-        return {"loss": float(loss), "right": float((right * known).sum() / known.sum())}
+        return {"loss": float(loss.detach()), "right": float((right * known).sum() / known.sum())}
 
     @torch.no_grad()
-    def held_out(self, most_batches: int) -> tuple[float, list[float]]:
+    def held_out(self, most_batches: int = 1000) -> tuple[float, list[float]]:
         """Mean number of accepted drafts of a block, and the chance of each place, those before accepted."""
         reached = torch.zeros(self.stages.shape.block_size)
         accepted = torch.zeros_like(reached)
