@@ -2,10 +2,15 @@
 #
 # PyTorch's ordinary wheel brings CUDA along, so a machine without NVIDIA's driver takes the one for processors.
 # TORCH_INDEX=URL takes it from another index of wheels, TORCH_INDEX= takes the ordinary one anyway.
+#
+# Tests run in two processes, each file's in one of them: make test WORKERS=4, or WORKERS=0 for none but pytest's own.
+# With a GPU it is 0, because tests that measure its memory must not share it.
 
 PYTHON ?= python3
+NVIDIA := $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/nvidia-smi)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?= $(if $(wildcard /proc/driver/nvidia/version /usr/lib/wsl/lib/nvidia-smi),,$(TORCH_CPU_INDEX))
+TORCH_INDEX ?= $(if $(NVIDIA),,$(TORCH_CPU_INDEX))
+WORKERS ?= $(if $(NVIDIA),0,2)
 PREFIX ?= $(HOME)/.local
 APPLICATION ?= $(PREFIX)/share/loci-server
 
@@ -15,6 +20,8 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check in
 SERVING := $(VENV)/.serving
 TESTING := $(VENV)/.testing
 NATIVE := $(wildcard quant/kernels/cpu/native_src/*)
+PYTEST := $(BIN)/python -m pytest
+IN_WORKERS := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := pyproject.toml deploy/constraints.txt $(NATIVE)
 LOCI := --editable .
 
@@ -44,13 +51,13 @@ serve: $(SERVING) ## serve a model on this machine: make serve ARGS="MODEL --por
 	$(BIN)/loci serve $(ARGS)
 
 test: $(TESTING) ## run every test, as continuous integration does; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(IN_WORKERS) $(ARGS)
 
 quick: $(TESTING) ## run the tests that are not slow: under two minutes on two quiet cores
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) $(IN_WORKERS) -m "not slow" $(ARGS)
 
 durations: $(TESTING) ## run every test and show which took longest, to choose what is marked slow
-	$(BIN)/python -m pytest --durations 100 --durations-min 1 $(ARGS)
+	$(PYTEST) --durations 100 --durations-min 1 $(ARGS)
 
 lint: $(TESTING) ## check style and types, change nothing
 	$(BIN)/ruff check .

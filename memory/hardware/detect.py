@@ -60,9 +60,14 @@ class PcieLink:
     lanes: int
 
     @property
+    def peak_bytes_per_s(self) -> float:
+        """The rate on the wire, one way."""
+        return self.lanes * 0.985e9 * 2.0 ** (self.generation - 3)
+
+    @property
     def usable_bytes_per_s(self) -> float:
-        """What large copies reach: four fifths of the rate on the wire, one way."""
-        return 0.8 * self.lanes * 0.985e9 * 2.0 ** (self.generation - 3)
+        """What large copies reach: four fifths of the rate on the wire."""
+        return 0.8 * self.peak_bytes_per_s
 
 
 @dataclass(frozen=True)

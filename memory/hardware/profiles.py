@@ -7,14 +7,16 @@ memory bandwidth and arithmetic, which are the data sheet's.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
+from memory.hardware.detect import PcieLink
+from memory.hardware.limits import check_disk, check_dram, check_link, pcie_link
+from memory.toml_files import Section, parse_toml, read_toml
 from quant.errors import ConfigError
 
 GIB = 1 << 30
@@ -42,6 +44,17 @@ class GpuSpec:
 
 
 @dataclass(frozen=True)
+class MachineCosts:
+    """What a machine costs to buy, and draws at the wall; `source` says where the figures are from."""
+
+    price: float
+    idle_watts: float
+    busy_watts: float
+    currency: str
+    source: str
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """A machine as the planner sees it; bytes are what models may use, not what is built in.
 
@@ -51,6 +64,7 @@ class HardwareProfile:
     dram_rows_per_s      random Engram rows gathered from DRAM
     disk_bytes_per_s     direct sequential reads;  disk_reads_per_s  random reads of 4 KiB, deep queue
     assumed              what in here is neither measured nor stated by a person, for the plan to say
+    costs                None: not known
     """
 
     name: str
@@ -67,6 +81,7 @@ class HardwareProfile:
     disk_reads_per_s: float
     gpus: tuple[GpuSpec, ...] = ()
     assumed: tuple[str, ...] = ()
+    costs: MachineCosts | None = None
 
     def with_devices(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
         """This machine with these GPUs alone, each as large as its budget.
@@ -172,31 +187,39 @@ _Rate = Annotated[float, Field(gt=0, lt=1e15)]
 _Share = Annotated[float, Field(ge=0, lt=1e9)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+def _is_pcie(text: str) -> str:
+    pcie_link(text)
+    return text
 
 
-class _Cpu(_Section):
+# A PCI Express link, such as `4.0 x8`; refused where it is none.
+Pcie = Annotated[str, AfterValidator(_is_pcie)]
+
+
+class _Cpu(Section):
     cores: Annotated[int, Field(gt=0, lt=100_000)]
     level: Annotated[str, Field(pattern="^(portable|avx2|avx512)$")]
     matmul_gflops: _Positive
     expert_gb_per_s: _Positive | None = None
 
 
-class _Dram(_Section):
+class _Dram(Section):
     size_gib: _Positive
     reserved_gib: _Share = 0.0
     read_gb_per_s: _Positive
     random_rows_per_s: _Rate | None = None
+    channels: Annotated[int, Field(gt=0, lt=100)] | None = None
+    mt_per_s: _Positive | None = None
 
 
-class _Disk(_Section):
+class _Disk(Section):
     free_gb: _Positive
     read_gb_per_s: _Positive
     random_reads_per_s: _Rate
+    pcie: Pcie | None = None
 
 
-class _Gpu(_Section):
+class _Gpu(Section):
     name: str
     memory_gib: _Positive
     reserved_gib: _Share = 0.0
@@ -204,17 +227,28 @@ class _Gpu(_Section):
     matmul_tflops: _Positive
     link_gb_per_s: _Positive
     link_together_gb_per_s: _Positive | None = None
+    pcie: Pcie | None = None
 
 
-class _File(_Section):
+class _Costs(Section):
+    price: _Share
+    idle_watts: _Positive
+    busy_watts: _Positive
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] = "USD"
+    source: str
+
+
+class _File(Section):
     name: str
     description: str = ""
+    costs: _Costs | None = None
     cpu: _Cpu
     dram: _Dram
     disk: _Disk
-    gpu: list[_Gpu] = []
+    gpu: list[_Gpu] = Field(default_factory=list)
 
 
+PAGE = "docs/planner.md"  # shows a profile
 # Engram rows that a core gathers and turns into numbers, where `random_rows_per_s` is not given: half of
 # what one core was measured at, since rows of large tables also miss the address cache.
 ROWS_PER_CORE = 5e5
@@ -234,28 +268,35 @@ def load_profile(name: str) -> HardwareProfile:
     if not path.is_file():
         raise ConfigError(
             f"{name}: unknown hardware profile; expected one of {', '.join(shipped())}, `this` for this "
-            "machine, or a TOML file (docs/planner.md)"
+            f"machine, or a TOML file ({PAGE})"
         )
-    return parse_profile(path.read_text(encoding="utf-8", errors="replace"), name)
+    return _checked(read_toml(_File, path, PAGE), name)
 
 
 def parse_profile(text: str, source: str) -> HardwareProfile:
-    """A profile from TOML text. Raises ConfigError naming every key that is unknown, missing or wrong."""
-    try:
-        parsed = _File.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not TOML ({error}); docs/planner.md shows a profile") from None
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_describe(error)}") from None
+    """A profile from TOML text. Raises ConfigError naming every key that is unknown, missing or wrong, or a
+    rate that no such machine has."""
+    return _checked(parse_toml(_File, text, source, PAGE), source)
+
+
+def _checked(f: _File, source: str) -> HardwareProfile:
     for section, size, reserved in (
-        ("dram", parsed.dram.size_gib, parsed.dram.reserved_gib),
-        *((f"gpu.{i}", gpu.memory_gib, gpu.reserved_gib) for i, gpu in enumerate(parsed.gpu)),
+        ("dram", f.dram.size_gib, f.dram.reserved_gib),
+        *((f"gpu.{i}", gpu.memory_gib, gpu.reserved_gib) for i, gpu in enumerate(f.gpu)),
     ):
         if reserved >= size:
             raise ConfigError(
                 f"{source}: {section}: {reserved} GiB of {size} GiB is reserved, which leaves nothing"
             )
-    return _profile(parsed)
+    check_dram(f"{source}: dram", f.dram.read_gb_per_s * 1e9, f.dram.channels, f.dram.mt_per_s)
+    check_disk(f"{source}: disk", f.disk.read_gb_per_s * 1e9, _link(f.disk.pcie))
+    for i, gpu in enumerate(f.gpu):
+        check_link(f"{source}: gpu.{i}", gpu.link_gb_per_s * 1e9, _link(gpu.pcie))
+    return _profile(f)
+
+
+def _link(text: str | None) -> PcieLink | None:
+    return None if text is None else pcie_link(text)
 
 
 def _profile(f: _File) -> HardwareProfile:
@@ -285,19 +326,5 @@ def _profile(f: _File) -> HardwareProfile:
         disk_bytes_per_s=f.disk.read_gb_per_s * 1e9,
         disk_reads_per_s=f.disk.random_reads_per_s,
         gpus=gpus,
+        costs=None if f.costs is None else MachineCosts(**dict(f.costs)),
     )
-
-
-def _describe(error: ValidationError) -> str:
-    problems = []
-    for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            problems.append(f"{key}: no such key")
-        elif item["type"] == "missing":
-            problems.append(f"{key}: missing")
-        elif item["type"] == "model_type":
-            problems.append(f"{key}: must be a section of its own, [{key}]")
-        else:
-            problems.append(f"{key}: {item['msg']}, got {item['input']!r}")
-    return "; ".join(problems)

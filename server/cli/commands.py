@@ -11,6 +11,7 @@ from server.cli.bench.group import bench
 from server.cli.chat import chat, run
 from server.cli.demo import demo
 from server.cli.doctor import doctor
+from server.cli.economics import economics
 from server.cli.info import info
 from server.cli.logits import logits
 from server.cli.plan import plan
@@ -40,6 +41,7 @@ app.command()(cache)
 app.command()(info)
 app.command()(logits)
 app.command()(plan)
+app.command()(economics)
 app.command()(quantize)
 app.command()(profile)
 app.command()(synth)

@@ -13,6 +13,9 @@ from engine.embedded import EMBEDDED, hub_model
 from quant.errors import ConfigError
 from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
+from server.cli.money_arguments import Against, CostFiles, CostsFile, Plot, Price, PricesFile, not_negative
+from server.cli.plan_economics import show_economics
+from server.cli.plan_purchase import Goal, Purchase, show_purchase
 from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
@@ -66,6 +69,37 @@ def plan(
         typer.Option(help="Routing trace recorded by `loci profile`, for hit rates.", show_default=False),
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show each layer on its own line.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Show which machine of listed parts this much money should buy, and its plan.",
+            callback=not_negative,
+            show_default=False,
+        ),
+    ] = None,
+    parts: Annotated[
+        Path | None,
+        typer.Option(help="TOML of parts (docs/economics.md). Default: an example.", show_default=False),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(help="Parts that are there already, such as 'RTX 4090=2'.", show_default=False),
+    ] = None,
+    goal: Annotated[
+        Goal, typer.Option(help="What --budget is for: one answer alone, or --batch of them together.")
+    ] = "alone",
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Also write that machine to this file, for --hardware.", show_default=False),
+    ] = None,
+    economics: Annotated[
+        bool, typer.Option("--economics", help="Show what tokens cost there, and elsewhere, instead.")
+    ] = False,
+    price: Price = None,
+    costs: CostsFile = None,
+    prices: PricesFile = None,
+    against: Against = None,
+    plot: Plot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where everything goes, how fast it runs, what limits it and what would help. Loads nothing.
@@ -80,11 +114,20 @@ def plan(
     from memory.planner.routing import of_trace
 
     shape = _shape(model, experts, kv_format)
-    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
+    recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
+    if budget is not None:
+        purchase = Purchase(budget, parts, own or [], goal, save)
+        if not show_purchase(shape, context, batch, recorded, purchase, as_json=as_json):
+            raise typer.Exit(DOES_NOT_FIT)
+        return
+    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
-    recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
+    if economics:
+        files = CostFiles(price, costs, prices, against)
+        show_economics(shape, machine, workload, recorded, files, plot, as_json=as_json)
+        return
     if as_json:
         placement = make_plan(shape, machine, workload)
         print(json.dumps(plan_report(shape, machine, placement, recorded), indent=1))

@@ -92,7 +92,7 @@ def top(
     headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
     with httpx.Client(headers=headers, timeout=10) as client:
         if once or not is_terminal():
-            Console(width=None if is_terminal() else 80).print(view(_look(client, url)))
+            Console(width=None if is_terminal() else 80).print(view(look(client, url)))
             return
         try:
             _watch(client, url, interval_s)
@@ -102,11 +102,11 @@ def top(
 
 def _watch(client: httpx.Client, url: str, interval_s: float) -> None:
     """Look again and again until a person presses q. Raises LociError when the server does not answer."""
-    seen = deque([_look(client, url)])
+    seen = deque([look(client, url)])
     with keys() as keyboard, _screen() as show:
         show(view(seen[0]))
         while not keyboard.is_pressed(b"qQ", interval_s):
-            before, now = seen[-1], _look(client, url)
+            before, now = seen[-1], look(client, url)
             if now.total("loci_engine_steps_total") < before.total("loci_engine_steps_total"):
                 seen = deque([now])  # another server, which counts from zero
                 show(view(now))
@@ -131,7 +131,8 @@ def _screen() -> Iterator[Callable[[Group], None]]:
         yield lambda shown: live.update(shown, refresh=True)
 
 
-def _look(client: httpx.Client, url: str) -> Sample:
+def look(client: httpx.Client, url: str) -> Sample:
+    """A server's metrics now. Raises LociError where none answers."""
     address = url.rstrip("/").removesuffix("/v1") + "/metrics"
     try:
         response = client.get(address)

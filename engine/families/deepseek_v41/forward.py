@@ -28,7 +28,7 @@ from engine.layers.engram_hash import EngramHash
 from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
-from quant.errors import FormatError
+from quant.errors import BudgetError, FormatError
 from quant.formats.kv import v41_rows
 from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import recorder_on
@@ -165,8 +165,9 @@ class DeepseekV41(StreamModel):
     def _record_on_gpus(
         self, cache: SparseCache, *, only_look: bool = False
     ) -> tuple[V41OnGpus | None, dict[torch.device, int]]:
-        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel,
-        or no room was kept for them."""
+        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel.
+
+        Raises BudgetError where a GPU's are more than was kept free there when loading."""
         nbytes: dict[torch.device, int] = defaultdict(int)
         recorders = {device: recorder_on(device, self.kernels, MAX_ROWS) for device in self._devices}
         if None in recorders.values():
@@ -192,19 +193,22 @@ class DeepseekV41(StreamModel):
             )
             return None, nbytes
         nbytes.update(ops.nbytes(result))
-        most = max(nbytes[device] for device in self._devices - {HOST})
-        if most > self.weights.places.step_room:
-            logger.warning(
-                "decode steps are started operation by operation on GPUs, which is slower: a recorded step "
-                "of %d sequences needs %.0f MB, but %.0f MB were reserved for it",
-                MAX_ROWS, most / 1e6, self.weights.places.step_room / 1e6,
-            )  # fmt: skip
-            nbytes.clear()
-            return None, nbytes
+        self._check_room(nbytes, cache.capacity)
         if only_look:
             return None, nbytes
         ops.finish(source, result)
         return ops, nbytes
+
+    def _check_room(self, nbytes: dict[torch.device, int], capacity: int) -> None:
+        """Raises BudgetError where a recorded step's buffers need more than is kept for them on a GPU."""
+        room = self.weights.places.step_room
+        for device in sorted(self._devices - {HOST}, key=str):
+            if (missing := nbytes[device] - room) > 0:
+                raise BudgetError(
+                    f"{device}: a recorded step of {MAX_ROWS} sequences of up to {capacity:,} tokens needs "
+                    f"{nbytes[device] / 1e6:,.1f} MB, {missing / 1e6:,.1f} MB more than was reserved for it; "
+                    "lower --max-model-len or leave this GPU out of --devices"
+                )
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
         if self.engram is None or self.parts.ngrams is not None or not drawn:

@@ -10,6 +10,7 @@ import typer
 from quant.errors import ConfigError
 from server.cli.arguments import DramBudget, JsonFile, KvFormatOption, OptionalModel, can_be_written
 from server.cli.bench.figures import print_figures
+from server.cli.plotting import need_matplotlib, picture
 from server.cli.progress import progress
 from server.cli.terminal import bytes_text, print_table
 
@@ -66,7 +67,7 @@ def context(
 
     assert model is not None
     if plot is not None:
-        _matplotlib()
+        need_matplotlib()
     opened = open_model(model)
     form = opened.kv_format(kv_format)
     loaded = opened.load(MemoryBudget.of_this_machine(dram_budget, kv_format=form))
@@ -187,31 +188,17 @@ def _print_depths(run: ContextRun, kv_format: str) -> None:
     print("planned: KV of that depth, and what does not grow; taken: also work space of steps")
 
 
-def _matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-
-
 def _draw(run: ContextRun, file: Path) -> None:
     """Decode time and prefill rate over depth."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    left.plot([d.tokens for d in run.depths], [1e3 * d.decode_s for d in run.depths], "o-")
-    left.set_ylabel("decode, ms a token")
-    measured = [d for d in run.depths if d.prefill_s]
-    right.plot([d.tokens for d in measured], [1 / d.prefill_s for d in measured if d.prefill_s], "o-")
-    right.set_ylabel("prefill, tokens/s")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([d.tokens for d in run.depths], [_name(d.tokens) for d in run.depths])
-        axes.set_xlabel("tokens before")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    with picture(file, 2, figsize=(10, 3.6)) as (left, right):
+        left.plot([d.tokens for d in run.depths], [1e3 * d.decode_s for d in run.depths], "o-")
+        left.set_ylabel("decode, ms a token")
+        measured = [d for d in run.depths if d.prefill_s]
+        right.plot([d.tokens for d in measured], [1 / d.prefill_s for d in measured if d.prefill_s], "o-")
+        right.set_ylabel("prefill, tokens/s")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([d.tokens for d in run.depths], [_name(d.tokens) for d in run.depths])
+            axes.set_xlabel("tokens before")
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import replace
 from importlib.resources import files
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from memory.hardware.profile_text import profile_toml
 from memory.hardware.profiles import (
     DeviceSpec,
+    MachineCosts,
     load_profile,
     parse_bytes,
     parse_devices,
@@ -189,3 +192,46 @@ def test_real_and_virtual_gpus_stand_in_the_order_asked_for() -> None:
 def test_gpus_that_a_machine_does_not_have_are_refused(devices: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_profile("2x4090-256g").with_devices(parse_devices(devices))
+
+
+IMPOSSIBLE = {
+    "a link of 25 GB/s is impossible: PCIe 4.0 x8 carries 15.76 GB/s": (
+        "link_gb_per_s = 12.5\npcie",
+        "link_gb_per_s = 25\npcie",
+    ),
+    "a disk of 14 GB/s is impossible: PCIe 4.0 x4 carries 7.88 GB/s": (
+        "read_gb_per_s = 7\n",
+        "read_gb_per_s = 14\n",
+    ),
+    "90 GB/s of DRAM is impossible: 2 channel(s) of 5200 MT/s carry 83.2 GB/s": (
+        "read_gb_per_s = 70 ",
+        "read_gb_per_s = 90 ",
+    ),
+    "no processor has a faster link to a GPU than 450 GB/s": (
+        'link_gb_per_s = 12.5\npcie = "4.0 x8"',
+        "link_gb_per_s = 900",
+    ),
+    "disk.pcie: '4 lanes' is not a PCI Express link; expected something like '4.0 x8'": (
+        'pcie = "4.0 x4"',
+        'pcie = "4 lanes"',
+    ),
+}
+
+
+@pytest.mark.parametrize("says", IMPOSSIBLE)
+def test_rates_that_no_wire_carries_are_refused_by_name(says: str) -> None:
+    text = (files("memory.hardware") / "shipped" / "2x4090-256g.toml").read_text()
+    old, new = IMPOSSIBLE[says]
+    assert old in text
+
+    with pytest.raises(ConfigError, match=re.escape(says)) as refused:
+        parse_profile(text.replace(old, new, 1), "mine.toml")
+    assert str(refused.value).startswith("mine.toml: ")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_written_profile_is_the_machine(name: str) -> None:
+    profile = replace(load_profile(name), costs=MachineCosts(1234.5, 90.0, 700.0, "EUR", 'a "quote"'))
+
+    assert parse_profile(profile_toml(profile), "written") == profile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quant.formats.fp8 import FP8_ROW
+from quant.formats.fp8 import FP8_32, FP8_128, FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.formats.nf4 import NF4
 from quant.formats.plain import as_packed
@@ -72,6 +72,16 @@ def test_a_token_gets_the_same_bits_in_any_company(
     assert torch.equal(together, alone)
     single_thread = NativeKernels(kernels.activations, level, threads=1)
     assert torch.equal(together, single_thread.linear(x, w))
+
+
+@pytest.mark.parametrize("cols", [129, 334])
+@pytest.mark.parametrize("format_", [FP8_32, FP8_128], ids=name_of)
+def test_fp8_of_a_prompt_gives_the_bits_of_a_single_token(level: str, format_: Format, cols: int) -> None:
+    kernels = NativeKernels(level=level)
+    w, x = kernels.prepare(any_weight(format_, 70, cols)), torch.randn(270, cols)
+    together = kernels.linear(x, w)
+    for i in (0, 5, 6, 255, 256, 269):
+        assert torch.equal(together[i : i + 1], kernels.linear(x[i : i + 1], w))
 
 
 @pytest.mark.parametrize("cols", [2, 30, 33, 100])

@@ -203,3 +203,41 @@ def test_experts_that_are_not_encoded_are_not_planned_so(arguments: tuple[str, .
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert complaint in refused.stderr
+
+
+def test_a_budget_buys_a_machine_which_is_then_planned_and_priced(tmp_path: Path) -> None:
+    saved = tmp_path / "machine.toml"
+    bought = invoke("plan", "deepseek-v4-flash", "--budget", "3000", "--own", "RTX 4090=2", "--save", saved)
+    assert bought.returncode == 0, bought.stderr
+    assert re.search(r"^Buy for [\d,]+ USD: [\d.]+ tokens/s for one answer", bought.stdout, re.MULTILINE)
+    assert re.search(r"^\d x RTX 4090, \d of them yours +0 ", bought.stdout, re.MULTILINE)
+    assert re.search(r"^runner-up 1 +[\d.]+ ", bought.stdout, re.MULTILINE)
+    assert re.search(r"500 more", bought.stdout)
+    assert "deepseek-v4-flash on these parts: fits" in bought.stdout
+    assert "check before buying" in bought.stdout
+
+    priced = invoke("plan", "deepseek-v4-flash", "--hardware", saved, "--economics")
+    assert priced.returncode == 0, priced.stderr
+    assert "(the profile: a list of parts; watts assumed" in priced.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--budget", "-1"), "-1 is no amount of money"),
+        (("--budget", "4000", "--own", "RTX 9999=1"), "no part is called 'RTX 9999'; known: RTX 3090"),
+        (("--budget", "4000", "--own", "RTX 4090"), "expected a part and how many"),
+        (("--budget", "4000", "--parts", "none.toml"), "none.toml: cannot be read"),
+    ],
+)
+def test_what_cannot_be_bought_ends_with_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = invoke("plan", "deepseek-v4-flash", *arguments)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_budget_that_buys_nothing_that_fits_says_what_does() -> None:
+    done = invoke("plan", "deepseek-v4.1-flash", "--budget", "2000")
+    assert done.returncode == 3
+    assert "for 2,000 USD can hold deepseek-v4.1-flash; for 2," in done.stdout

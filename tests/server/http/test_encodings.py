@@ -33,7 +33,7 @@ def test_a_small_body_may_not_become_a_large_one() -> None:
     assert decoded(gzip.compress(bytes(10**8)), "gzip", 10**6) is None
 
 
-@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY)[:-9], b""])
+@pytest.mark.parametrize("body", [BODY, gzip.compress(BODY)[:-9], b""], ids=["plain", "cut short", "empty"])
 def test_what_is_not_in_its_encoding_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not gzip") as caught:
         decoded(body, "gzip", 10**6)

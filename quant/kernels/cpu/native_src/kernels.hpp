@@ -154,6 +154,9 @@ struct Level {
     const char* name;
     // [format][digits == 1][log2 tokens]; null where there is no such kernel
     PanelKernel panel[kFormats][2][4];
+    // fp8_tiles.hpp: the same for several panels of FP8 and many tokens; out: [panel][token][32]
+    void (*fp8_many)(const Panel* panels, int64_t count, const float* const* x, const int64_t* at, int64_t tokens,
+                     float* out);
     void (*digits3)(const float* x, int64_t cols, int offset, bool halves, Block<3>* out);
     void (*digits1)(const float* x, int64_t cols, int offset, bool halves, Block<1>* out);
     void (*swiglu)(const float* gate, const float* up, const Gating& gating, int64_t n, float* h);

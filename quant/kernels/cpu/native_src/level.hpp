@@ -29,6 +29,7 @@ constexpr Level make_level(const char* name) {
     Level level{};
     level.name = name;
     add_fp8(level);
+    level.fp8_many = fp8_many;
     add_integer<Mxfp4, 3>(level, kMxfp4);
     add_integer<Mxfp4, 1>(level, kMxfp4);
     add_integer<Nf4, 3>(level, kNf4);

@@ -20,6 +20,7 @@ namespace loci {
 #include "formats.hpp"
 #include "formats_gguf.hpp"
 #include "panels.hpp"
+#include "fp8_tiles.hpp"
 #include "digits.hpp"
 #include "attention.hpp"
 #include "rows.hpp"

@@ -116,6 +116,27 @@ class Line {
     int64_t count_ = 0, bytes_ = 0;
 };
 
+constexpr int64_t kManyTokens = 256;  // whose sums a thread's second-level cache holds
+thread_local Scratch worker_sums;     // of each thread
+
+// Some panels of FP8 times many tokens.
+void multiply_fp8(const Team& team, const Product* const* products, const int64_t* numbers, const Panel* panels,
+                  int64_t count, const Activations& a, int64_t tokens) {
+    float* sums = reinterpret_cast<float*>(worker_sums.get(kMostPanels * kManyTokens * kPanelRows * 4));
+    int64_t at[kMostPanels];
+    for (int64_t q = 0; q < count; ++q) at[q] = products[q]->block * kBlock;
+    for (int64_t t = 0; t < tokens; t += kManyTokens) {
+        const int64_t n = std::min(kManyTokens, tokens - t);
+        const float* xs[kManyTokens];
+        for (int64_t k = 0; k < n; ++k) xs[k] = reinterpret_cast<const float*>(a.token(t + k));
+        team.level.fp8_many(panels, count, xs, at, n, sums);
+        for (int64_t q = 0; q < count; ++q)
+            for (int64_t k = 0; k < n; ++k)
+                std::memcpy(products[q]->out + (t + k) * products[q]->stride + numbers[q] * kPanelRows,
+                            sums + (q * n + k) * kPanelRows, static_cast<size_t>(panels[q].rows) * sizeof(float));
+    }
+}
+
 // All products of a line of matrices of one format.
 void multiply(const Team& team, const Line& line, int64_t format, const Activations& a, int64_t tokens) {
     const int64_t per_turn = tokens > kMaxTokens ? kMostPanels : 1;  // they use activations while these are near
@@ -131,6 +152,10 @@ void multiply(const Team& team, const Line& line, int64_t format, const Activati
             const uint8_t* next = is_last ? team.ahead(turn.share).begin
                                           : line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
             panels[q] = products[q]->panels.at(numbers[q], next, q);
+        }
+        if (format == kFp8 && tokens > kMaxTokens && panels[0].cols % 2 == 0) {
+            multiply_fp8(team, products, numbers, panels, count, a, tokens);
+            return;
         }
         for (int64_t t = 0; t < tokens; t += kMaxTokens)
             for (int64_t q = 0; q < count; ++q) {

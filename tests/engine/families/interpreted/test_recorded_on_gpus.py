@@ -8,6 +8,7 @@ again, while tokens, slots, positions and the number of rows change.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from safetensors.torch import load_file
 
+from engine.families import places
 from engine.families.base import Batch
 from engine.families.deepseek_v41 import on_gpus, stays
 from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
@@ -30,6 +32,7 @@ from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HAND_OVERS, SHARE, STEP, gpu_launches
 from memory.planner.placement import GPU_BASE_BYTES, Workload
 from memory.tiers import Tier
+from quant.errors import BudgetError
 from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
 from quant.kernels.cuda.helper import comes_true
@@ -155,6 +158,18 @@ def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
     assert any(tier == "nvme" for layer in model.expert_tiers() for tier in layer)
     both.step({0: 40})
     both.step({0: 1})
+    model.close()
+
+
+def test_buffers_that_have_no_room_are_refused_with_the_bytes_that_are_missing(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "recorded_bytes", lambda shape, workload: 200_000)
+    model = load("v41-c", gpus[:1], 8 << 20, monkeypatch)
+    with pytest.raises(BudgetError, match=r"of 16 sequences of up to 300 tokens .*--max-model-len") as caught:
+        model.new_cache(SLOTS, CONTEXT)
+    needed, missing = (float(number) for number in re.findall(r"([\d.]+) MB", str(caught.value)))
+    assert needed - missing == pytest.approx(0.2)
     model.close()
 
 
