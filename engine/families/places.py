@@ -22,7 +22,7 @@ from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")
-READ_BY_EVERY_TOKEN = ("dense", "shared_experts", "head", "drafts", "look_ups")
+READ_BY_EVERY_TOKEN = ("dense", "shared_experts", "head", "look_ups")
 NO_LIMIT = 1 << 40  # tokens
 LayerBytes = Callable[[int, int, int], int]  # of a layer's KV: (layer, slots, capacity)
 
@@ -115,7 +115,7 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
         if place.kind == "kv" and place.tier != "dram":
             kv_room[place.tier] += place.nbytes
     for tier, parts in placement.allocated().items():
-        nbytes[tier] = parts.get("dense", 0) + parts.get("drafts", 0)
+        nbytes[tier] = parts.get("dense", 0)
     _check_dram(placement, shape, path, budget)
     _check_gpus(placement, budget)
     tiers = tuple(placement.tier_of("dense", n) for n in range(len(shape.layers)))

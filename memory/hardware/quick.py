@@ -37,7 +37,7 @@ def known_rates(machine: Machine, file: Path | None = None, *, seconds: float = 
             continue
         try:
             found += measure()
-        except (LociError, OSError, RuntimeError) as error:  # what is not known is assumed
+        except (LociError, OSError, RuntimeError, AssertionError) as error:  # what is not known is assumed
             logger.info("not measured: %s", error)
     if found and not is_busy:
         new = {result.name for result in found}

@@ -20,14 +20,14 @@ from memory.hardware.profiles import GpuSpec, HardwareProfile
 from memory.planner.shape import KvShape, ModelShape, Table
 
 NOWHERE = "nowhere"
-HOT_ROWS, STAGING, COPIES, DECODED, PREFIXES = (
-    "hot Engram rows", "expert staging", "copies of experts", "decoded weights", "prefix cache",
+HOT_ROWS, STAGING, COPIES, DECODED, PREFIXES, DRAFTS = (
+    "hot Engram rows", "expert staging", "copies of experts", "decoded weights", "prefix cache", "drafts",
 )  # fmt: skip
 SLOTS = (STAGING, COPIES)  # in DRAM these are slots like those of its own experts
 # What places and reserves are a part of, as allocation counts it.
 PARTS = {
     "embedding": "dense", "shared_experts": "dense", "head": "dense", "look_ups": "dense", DECODED: "dense",
-    HOT_ROWS: "engram", PREFIXES: "prefixes",
+    HOT_ROWS: "engram", PREFIXES: "prefixes", DRAFTS: "drafts",
 }  # fmt: skip
 # A CUDA context with its libraries takes about half a gigabyte on each GPU.
 GPU_BASE_BYTES = 600_000_000
@@ -56,6 +56,7 @@ class Workload:
     kv_tokens      whose KV has room in all; None: all sequences may be as long as the context
     weights_bytes  of DRAM that weights may take; None: what is left beside all else
     prefix_bytes   of DRAM for states of earlier prompts
+    draft_bytes    of DRAM for weights that guess tokens ahead
     """
 
     context: int
@@ -64,14 +65,14 @@ class Workload:
     kv_tokens: int | None = None
     weights_bytes: int | None = None
     prefix_bytes: int = 0
+    draft_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Place:
     """One component (or a number of a layer's experts) in one tier.
 
-    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `drafts`, `look_ups`, `routed_experts`,
-           `engram`
+    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `look_ups`, `routed_experts`, `engram`
     count  experts, or rows; 1 for the rest
     """
 
@@ -238,6 +239,7 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     weights = hardware.dram_bytes if workload.weights_bytes is None else workload.weights_bytes
     room = _Room(budgets, weights)
     room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
+    room.reserve(DRAFTS, "dram", workload.draft_bytes, "guess tokens ahead", for_weights=True)
     room.reserve(PREFIXES, "dram", workload.prefix_bytes, "states that later prompts continue from")
     gpus = _reserve_workspace(room, shape, hardware.gpus, workload)
     room = _place_dense(room, shape, hardware, workload, gpus)
@@ -359,10 +361,9 @@ def _saved_s(
 
 
 def _put_head(room: _Room, shape: ModelShape, gpus: list[str]) -> None:
-    """To the last GPU, which has the last layers; with what drafts tokens."""
-    tier = room.first_with(shape.head.nbytes + shape.drafts.nbytes, [*reversed(gpus), "dram"])
+    """To the last GPU, which has the last layers."""
+    tier = room.first_with(shape.head.nbytes, [*reversed(gpus), "dram"])
     room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
-    room.put("drafts", "drafts", None, tier, shape.drafts.nbytes, "guesses tokens ahead, beside the head")
 
 
 def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[str]) -> None:

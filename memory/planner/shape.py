@@ -125,7 +125,6 @@ class ModelShape:
     slot_bytes        what a routed expert takes in memory, the same for all; 0: as in the file
     host_bytes        look-up tables that are in DRAM wherever their layers are
     stored_bytes      of the checkpoint's files; 0: the same as in memory
-    drafts            weights that guess tokens ahead, beside the head
     """
 
     name: str
@@ -141,12 +140,11 @@ class ModelShape:
     slot_bytes: int = 0
     host_bytes: int = 0
     stored_bytes: int = 0
-    drafts: Weights = Weights()
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that text generation uses, without KV."""
-        total = self.embedding.nbytes + self.head.nbytes + self.drafts.nbytes + self.host_bytes
+        total = self.embedding.nbytes + self.head.nbytes + self.host_bytes
         for layer in self.layers:
             total += layer.dense.nbytes + layer.shared.nbytes + layer.experts * layer.expert.nbytes
             total += layer.table.nbytes if layer.table else 0

@@ -14,6 +14,7 @@ from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
+from engine.drafts.choice import drafters_of
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
@@ -26,6 +27,7 @@ from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.plan_metrics import LearnedFile, PlanCollector, PlanWatch
+from server.serving.draft_costs import draft_costs
 from server.serving.generation import Generation
 from server.serving.planned import Planned, planned
 from server.serving.wakeups import Wakeups
@@ -131,6 +133,9 @@ def bring_up(prepared: Prepared) -> Served:
         on_disk=_states_on_disk(prepared, workload.prefix_bytes),
         aside=_aside_on_disk(settings),
         prompt_products=loaded.prompt_products,
+        drafters=drafters_of(settings.drafts, loaded.model),
+        draft_tokens=settings.draft_tokens,
+        draft_costs=draft_costs(prepared.planned),
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", workload.prefill_chunk)

@@ -12,6 +12,8 @@ from tests.server.harness import TINY, invoke
 
 NOTICE = "this machine has a GPU (A GPU), but Loci does not use it: to use it, pass --devices cuda:22GiB or"
 
+FREE_BYTES = 100 << 20  # too few for CUDA itself
+
 
 @pytest.fixture(autouse=True)
 def _a_gpu_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,7 +22,7 @@ def _a_gpu_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     gpu = SimpleNamespace(name="A GPU", total_memory=24 << 30, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (23 << 30, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (FREE_BYTES, 24 << 30))
 
 
 def test_a_model_that_is_faster_without_says_so(caplog: pytest.LogCaptureFixture) -> None:
