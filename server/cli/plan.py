@@ -133,7 +133,13 @@ def plan(
         recorded = from_counts(learned.uses, f"{measured}, as a server learned it")
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
-    if budget is not None:
+    if budget is None:
+        for name, value in (("--parts", parts), ("--own", own), ("--save", save)):
+            if value:
+                raise ConfigError(f"{name}: says what --budget may buy; give --budget too")
+    else:
+        if economics:
+            raise ConfigError("--budget and --economics: one after the other, with --save and --hardware")
         purchase = Purchase(budget, parts, own or [], goal, save)
         if not show_purchase(shape, context, batch, recorded, purchase, as_json=as_json):
             raise typer.Exit(DOES_NOT_FIT)

@@ -232,6 +232,8 @@ def test_a_budget_buys_a_machine_which_is_then_planned_and_priced(tmp_path: Path
         (("--budget", "4000", "--own", "RTX 9999=1"), "no part is called 'RTX 9999'; known: RTX 3090"),
         (("--budget", "4000", "--own", "RTX 4090"), "expected a part and how many"),
         (("--budget", "4000", "--parts", "none.toml"), "none.toml: cannot be read"),
+        (("--budget", "4000", "--economics"), "one after the other, with --save and --hardware"),
+        (("--own", "RTX 4090=2"), "--own: says what --budget may buy; give --budget too"),
     ],
 )
 def test_what_cannot_be_bought_ends_with_one_line(arguments: tuple[str, ...], says: str) -> None:

@@ -86,7 +86,11 @@ def test_nothing_hinders_who_sees_or_types_otherwise(page: Page, scheme: Literal
 
     button.focus()
     page.keyboard.press("Enter")
-    expect(page.locator(".answer")).to_have_count(1)  # the conversation is as it was
+    expect(page.locator(".answer")).to_be_visible()  # the conversation is as it was
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="New").click()
+    expect(page.locator("#machine")).to_be_hidden()
+    expect(page.locator("#welcome")).to_be_visible()
 
 
 @pytest.mark.slow
