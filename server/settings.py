@@ -23,6 +23,7 @@ from server.http.logs import LogFormat
 SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
 Experts = Literal["mxfp4", "nf4", "int4"]
 Products = Literal["exact", "bf16"]
+DraftChoice = Literal["off", "lookup", "mtp", "auto"]
 Overflow = Literal["cut", "refuse"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -101,6 +102,15 @@ class Settings(BaseSettings):
         description="How prompts are multiplied: exact, or bf16, with activations and weights rounded to "
         "bfloat16: faster on GPUs, and on processors that have AVX-512 with BF16. Answers are decoded "
         "exactly either way.",
+    )
+    drafts: DraftChoice = Field(
+        "auto",
+        description="Tokens guessed ahead, which a step computes along with its own where that pays; answers "
+        "are the same: off; lookup, what followed before in prompt and answer; mtp, the model's own draft "
+        "layers; or auto, whatever promises most (docs/drafts.md).",
+    )
+    draft_tokens: int = Field(
+        15, ge=1, le=15, description="Most tokens that are guessed ahead for an answer in a step."
     )
     prefix_cache: str | None = Field(
         None,

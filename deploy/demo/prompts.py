@@ -18,6 +18,8 @@ from corpus import Document
 PAD = "<｜▁pad▁｜>"
 BOS = SpecialToken.Bos.default_str()
 EOS = SpecialToken.Eos.default_str()
+USER = SpecialToken.User.default_str()
+ASSISTANT = SpecialToken.Assistant.default_str()
 THINK_END = SpecialToken.ThinkingEnd.default_str()
 SPECIAL_TOKENS = [
     BOS,

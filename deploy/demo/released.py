@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from layers import Linear, RmsNorm
+from layers import Embedding, Linear, RmsNorm
 from model import Gate, Model
 from quant.formats.fp8 import FP8_32, FP8_ROW, Fp8
 from quant.formats.mxfp4 import MXFP4
@@ -30,19 +30,24 @@ def released_name(parameter: str) -> str:
     return parameter.replace(".hc_attn.", ".hc_attn_").replace(".hc_ffn.", ".hc_ffn_")
 
 
-def storage(model: Model) -> dict[str, str]:
+def storage(model: nn.Module) -> dict[str, str]:
     """How each parameter is stored: `fp8`, `bf16`, or `fp32` where nothing is said."""
-    kinds = {"embed.weight": "bf16"}
+    kinds = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             kinds[f"{name}.weight"] = module.stored_as
-        elif isinstance(module, RmsNorm | Gate):
+        elif isinstance(module, RmsNorm | Gate | Embedding):
             kinds[f"{name}.weight"] = "bf16"
     return kinds
 
 
 def to_released(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Every tensor but the Engram tables, `(name, tensor)` in the model's order."""
+    return named_tensors(model)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of a training model as the files hold it."""
     kinds = storage(model)
     for parameter, value in model.state_dict().items():
         if parameter.endswith(STACKED):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cache.pages import Pages
+from engine.drafts.base import Drafter
 from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
@@ -241,6 +242,10 @@ class Model(ABC):
         """The tier that holds each routed expert, by layer and expert; empty where experts have no tiers."""
         return []
 
+    def expert_uses(self) -> list[list[float]]:
+        """How often each routed expert was used, by layer and expert; empty where nobody counts."""
+        return []
+
     @property
     def telemetry(self) -> Telemetry | None:
         """Counters of hits, transfers and stalls; None if nothing moves between tiers."""
@@ -260,6 +265,10 @@ class Model(ABC):
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
+
+    def drafters(self) -> list[Drafter]:
+        """New drafters of the model's own: its draft layers, where they were loaded."""
+        return []
 
     def capture(self) -> bool:
         """From now on keep what a drafter of this model reads of every token beside the logits: the last

@@ -14,6 +14,7 @@ from typing import Any
 from engine.chat.format import ChatFormat
 from engine.chat.harmony import ends_of
 from engine.chat.registry import chat_format_for
+from engine.drafts.own import OwnDrafts, Wanted, read_own_drafts, room_for_drafts
 from engine.embedded import EMBEDDED, embedded_kv_format, embedded_sampling
 from engine.families.base import Component, Family, Model, ModelInfo, PromptProducts
 from engine.families.registry import family_of
@@ -34,7 +35,7 @@ class Loaded:
     """A model with everything needed to serve it.
 
     sampling has the model's default sampling parameters, by name. prompt_products: how prompts are
-    multiplied; None for exactly.
+    multiplied; None for exactly. own_drafts: weights for drafts that came with it, where they were wanted.
     """
 
     model: Model
@@ -43,6 +44,7 @@ class Loaded:
     components: list[Component]
     sampling: Mapping[str, Any]
     prompt_products: PromptProducts | None = None
+    own_drafts: OwnDrafts | None = None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -95,17 +97,22 @@ class OpenedModel:
         default = embedded_kv_format(self.checkpoint.path) if asked == "auto" else None
         return self.family.kv_format(self.checkpoint, default or asked)
 
-    def load(self, budget: MemoryBudget, prompt_products: Products = "exact") -> Loaded:
-        """Read its weights, within `budget`. Raises ConfigError for products that this machine has no kernels
-        for."""
+    def load(
+        self, budget: MemoryBudget, prompt_products: Products = "exact", drafts: Wanted = "off"
+    ) -> Loaded:
+        """Read its weights, within `budget`, and those for drafts where they are wanted. Raises ConfigError
+        for products that this machine has no kernels for."""
         kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
         of_prompts = None if prompt_products == "exact" else partial(kernels.multiplying, prompt_products)
         if of_prompts is not None:
             with of_prompts():  # refused before weights are read
                 pass
+        of_drafts = room_for_drafts(drafts, self.family, self.checkpoint, budget.dram_bytes)
+        budget = replace(budget, dram_bytes=budget.dram_bytes - of_drafts)
         model = self.family.load(self.checkpoint, kernels, budget)
+        own = read_own_drafts(model, self.checkpoint, kernels) if of_drafts else None
         model.info = replace(model.info, eos_token_ids=self.info.eos_token_ids)
-        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling, of_prompts)
+        return Loaded(model, self.tokenizer, self.chat, self.components, self.sampling, of_prompts, own)
 
 
 def load(

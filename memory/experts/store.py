@@ -115,6 +115,10 @@ class ExpertStore:
                     tiers[layer][expert] = table.tier.name
         return tiers
 
+    def uses(self) -> list[list[float]]:
+        """How often each expert was used, by layer, as far as policies were told: old uses count less."""
+        return [policy.uses().tolist() for policy in self._policies]
+
     @property
     def is_still(self) -> bool:
         """True if all experts are in DRAM for good: nothing is ever read, moved or guessed."""

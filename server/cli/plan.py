@@ -14,6 +14,7 @@ from quant.errors import ConfigError
 from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
 from server.cli.money_arguments import Against, CostFiles, CostsFile, Plot, Price, PricesFile, not_negative
+from server.cli.plan_drafts import show_drafts
 from server.cli.plan_economics import show_economics
 from server.cli.plan_purchase import Goal, Purchase, show_purchase
 from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
@@ -100,6 +101,9 @@ def plan(
     prices: PricesFile = None,
     against: Against = None,
     plot: Plot = None,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="Show one answer's speed with drafted tokens instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where everything goes, how fast it runs, what limits it and what would help. Loads nothing.
@@ -124,6 +128,9 @@ def plan(
         return
     machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
+    if drafts:
+        show_drafts(shape, machine, workload, recorded, as_json=as_json)
+        return
     if economics:
         files = CostFiles(price, costs, prices, against)
         show_economics(shape, machine, workload, recorded, files, plot, as_json=as_json)

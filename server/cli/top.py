@@ -163,6 +163,7 @@ def view(now: Sample, before: Sample | None = None, earlier: Sample | None = Non
         _requests(now, before),
         _latencies(now, earlier),
         _caches(now, earlier),
+        _drafts(now, earlier),
         _tiers(now, before),
         _links(now, before),
         _ahead(now),
@@ -251,6 +252,23 @@ def _caches(now: Sample, earlier: Sample | None) -> Table:
             ),
             _share(known, known + computed),
         )
+    return table
+
+
+def _drafts(now: Sample, earlier: Sample | None) -> Table:
+    """Tokens guessed ahead: how many were right, how many in a row, and what time that saved."""
+    table = _table("drafts", "drafted", "accepted", "", "in a row")
+    for drafter in now.labels("loci_drafted_tokens_total", "drafter"):
+        drafted = _grown(now, earlier, "loci_drafted_tokens_total", drafter=drafter)
+        accepted = _grown(now, earlier, "loci_accepted_draft_tokens_total", drafter=drafter)
+        steps = _grown(now, earlier, "loci_draft_steps_total", drafter=drafter)
+        if drafted:
+            in_a_row = f"{accepted / max(steps, 1):.1f}"
+            table.add_row(drafter, f"{drafted:,.0f}", f"{accepted:,.0f}", _share(accepted, drafted), in_a_row)
+    if table.row_count:
+        names = "loci_drafts_gained_seconds_total", "loci_drafts_lost_seconds_total"
+        gained, lost = (_grown(now, earlier, name) for name in names)
+        table.add_row("time", f"gained {gained:.1f} s", f"lost {lost:.1f} s", "", "")
     return table
 
 

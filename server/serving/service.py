@@ -15,6 +15,7 @@ from engine.cache.identity import identity_of
 from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
+from engine.drafts.choice import drafters_of
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
@@ -30,6 +31,7 @@ from quant.errors import BudgetError, ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.serving.chunk import chunk_here
+from server.serving.draft_costs import draft_costs
 from server.serving.generation import Generation
 from server.serving.wakeups import Wakeups
 from server.settings import Settings
@@ -148,6 +150,9 @@ def bring_up(prepared: Prepared) -> Served:
         on_disk=_states_on_disk(prepared, prefix_bytes),
         aside=_aside_on_disk(settings),
         prompt_products=loaded.prompt_products,
+        drafters=drafters_of(settings.drafts, loaded.model),
+        draft_tokens=settings.draft_tokens,
+        draft_costs=draft_costs(prepared.opened, budget, budget.workload, settings.devices),
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)

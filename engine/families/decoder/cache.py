@@ -22,6 +22,7 @@ from quant.formats.kv import index_key_rows, latent_rows, plain_rows
 from quant.formats.kv_names import KvFormat
 from quant.formats.rows import RowFormat, Rows, bytes_of, first_columns, row_bytes, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
+from quant.kernels.cpu.program import Buffer
 
 # Encodes rows `[..., dim]`, or leaves them as they are: `LayerOperations.encode_rows`.
 Encode = Callable[[torch.Tensor, RowFormat | None], Rows]
@@ -146,7 +147,10 @@ class DecoderCache(KvCache):
 
     routed      the experts of its program, if it has any
     index_keys  of the layers that have indexers
+    last_states  what its program captures; None where nothing is
     """
+
+    last_states: Buffer | None = None
 
     routed: RecordedExperts | None = None
 

@@ -65,6 +65,8 @@ class Decoder(Model):
         devices = tuple(layer.device for layer in weights.layers)
         self.cache_layout = CacheLayout.of(description, devices, kv_format)
         self._arenas: dict[int, int] = {}  # by capacity
+        self._captures = False
+        self._captured: list[torch.Tensor] = []
 
     def close(self) -> None:
         if self.weights.experts is not None:
@@ -103,9 +105,26 @@ class Decoder(Model):
             tiers[layer] = held
         return tiers
 
+    def expert_uses(self) -> list[list[float]]:
+        store = self.weights.experts
+        if store is None or store.is_still:
+            return []
+        uses: list[list[float]] = [[] for _ in self.description.layers]
+        for layer, counts in zip(self.description.expert_layers, store.uses(), strict=True):
+            uses[layer] = counts
+        return uses
+
     @property
     def telemetry(self) -> Telemetry | None:
         return None if self.weights.experts is None else self.weights.experts.telemetry
+
+    def capture(self) -> bool:
+        """The last hidden states, behind the last norm. On GPUs nothing is captured yet."""
+        self._captures = self._is_on_host
+        return self._captures
+
+    def captured(self) -> list[torch.Tensor]:
+        return self._captured
 
     # ---------------------------------------------------------------------------------------- the cache
 
@@ -150,14 +169,22 @@ class Decoder(Model):
     @torch.inference_mode()
     def _compute(self, batch: Batch, cache: DecoderCache, trace: Trace) -> torch.Tensor:
         """The logits of any batch, operation by operation."""
+        ops = self._eager(batch, cache)
+        with self._eager_experts(len(batch.ids)) as routed:
+            x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
+        if not self._captures:
+            return self._logits(ops, self._states(ops, x[batch.logit_rows.to(x.device)])).float().cpu()
+        states = self._states(ops, x)
+        self._captured = _by_segment(states, batch)
+        return self._logits(ops, states[batch.logit_rows]).float()
+
+    def _eager(self, batch: Batch, cache: DecoderCache) -> Eager:
+        """Operations that compute a batch at once."""
         positions = torch.cat([torch.arange(s.start, s.start + s.length) for s in batch.segments])
         rotation = Rotation.at(self.kernels, positions, self.weights.frequencies).times(self._turn_factor)
         extend = partial(cache.extend, self.kernels.encode_rows)
         extend_index = partial(cache.index_keys.extend, self.kernels.encode_rows)
-        ops = Eager(self.kernels, batch.segments, rotation, extend, extend_index, cache.state)
-        with self._eager_experts(len(batch.ids)) as routed:
-            x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
-        return self._logits(ops, x[batch.logit_rows.to(x.device)]).float().cpu()
+        return Eager(self.kernels, batch.segments, rotation, extend, extend_index, cache.state)
 
     def _eager_experts(self, tokens: int) -> AbstractContextManager[EagerExperts | None]:
         experts = self.description.experts
@@ -170,27 +197,42 @@ class Decoder(Model):
         """The logits of a batch of new tokens, by a recorded program: the same bits."""
         if not isinstance(self.weights.embed, torch.Tensor):
             program.source[: len(batch.ids)] = self._embedded(batch.token_ids)
-        return replay(program, cache.routed, batch, cache)
+        logits = replay(program, cache.routed, batch, cache)
+        if cache.last_states is not None:
+            states = program.rows(cache.last_states)[: len(batch.ids)]
+            self._captured = _by_segment(states, batch)
+        return logits
 
     def _recorder(self) -> Recorder | None:
         """Notes steps, where all that every token reads lies in host memory."""
+        return recorder_of(self.kernels, MAX_ROWS) if self._is_on_host else None
+
+    @property
+    def _is_on_host(self) -> bool:
         devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
-        return recorder_of(self.kernels, MAX_ROWS) if devices == {HOST} else None
+        return devices == {HOST}
 
     def _record(self, recorder: Recorder, cache: DecoderCache) -> None:
         """Give `cache` a program that decodes with it."""
-        places = [cache.place(number) for number in range(len(self.weights.layers))]
-        index_keys = cache.index_keys.layer
-        ops = Recorded(recorder, self.weights.frequencies, self._turn_factor, places, index_keys)
-        if self._store is not None:
-            cache.routed = RecordedExperts(recorder, self._store, self._limit)
+        ops = self._notes(recorder, cache)
         embed = self.weights.embed
         if isinstance(embed, torch.Tensor):
             source = recorder.embed(embed, self.description.embedding_factor)
         else:
             source = recorder.input(self.description.hidden)
-        x = self._layers(ops, cache.routed, source, NO_TRACE)
-        cache.program = recorder.finish(source, self._logits(ops, x))
+        states = self._states(ops, self._layers(ops, cache.routed, source, NO_TRACE))
+        if self._captures:
+            cache.last_states = states
+            recorder.keep(states)
+        cache.program = recorder.finish(source, self._logits(ops, states))
+
+    def _notes(self, recorder: Recorder, cache: DecoderCache) -> Recorded:
+        """Operations that note a step with `cache`, whose experts are recorded too."""
+        places = [cache.place(number) for number in range(len(self.weights.layers))]
+        if self._store is not None:
+            cache.routed = RecordedExperts(recorder, self._store, self._limit)
+        index_keys = cache.index_keys.layer
+        return Recorded(recorder, self.weights.frequencies, self._turn_factor, places, index_keys)
 
     def _layers(
         self, ops: Operations[Value], routed: RoutedExperts[Value] | None, x: Value, trace: Trace
@@ -255,9 +297,12 @@ class Decoder(Model):
         (out,) = ops.linears(seen, w.o)
         return out if w.o_bias is None else ops.add_bias(out, w.o_bias)
 
-    def _logits(self, ops: Operations[Value], x: Value) -> Value:
-        x = ops.norm(ops.move(x, self.weights.norm.device), self.weights.norm, self.description.eps)
-        (logits,) = ops.linears(x, self.weights.head)
+    def _states(self, ops: Operations[Value], x: Value) -> Value:
+        """The last hidden states, normed."""
+        return ops.norm(ops.move(x, self.weights.norm.device), self.weights.norm, self.description.eps)
+
+    def _logits(self, ops: Operations[Value], states: Value) -> Value:
+        (logits,) = ops.linears(states, self.weights.head)
         return _scaled(ops, logits, self.description.logits_factor)
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -364,3 +409,7 @@ def _mlp(ops: Operations[Value], x: Value, weights: MlpWeights) -> Value:
 
 def _scaled(ops: Operations[Value], x: Value, factor: float) -> Value:
     return x if factor == 1 else ops.scale(x, factor)
+
+
+def _by_segment(rows: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    return list(torch.split(rows, [segment.length for segment in batch.segments]))

@@ -18,6 +18,7 @@ from engine.families.decoder.description import (
     Mixer,
     Mla,
 )
+from engine.families.decoder.draft_layer import COMBINE, OF_EMBEDDING, OF_HIDDEN, draft_uses
 from engine.families.decoder.experts import ROLES as EXPERT_ROLES
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.shape import loaded_shape
@@ -35,10 +36,16 @@ from engine.families.decoder.weights import (
 from engine.families.expert_store import expert_store
 from engine.families.places import HOST, DensePlaces, place
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.experts.store import ExpertStore
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
+from memory.tiers import Tier
 from quant.errors import CheckpointError
 from quant.kernels.interface import ExpertBiases, Kernels, Weight
+
+# What slots of a draft layer's experts take beyond the file's bytes: they begin at cache lines.
+ALIGNED = 1.02
+LEAST_BYTES = 8_000_000
 
 
 def read_weights(
@@ -73,6 +80,53 @@ def read_weights(
         if d.experts is None
         else expert_store(DecoderExpertFiles.of(d, checkpoint), checkpoint.path, kernels, budget, places),
         places=places,
+    )
+
+
+@dataclass(frozen=True)
+class DraftWeights:
+    """A draft layer: itself as a decoder, whose embedding and head are the model's, and what its input is
+    made with: `[hidden, 2 * hidden]`, and norms of both halves."""
+
+    decoder: DecoderWeights
+    combine: Weight
+    of_embedding: torch.Tensor
+    of_hidden: torch.Tensor
+
+
+def read_draft(
+    description: Description, checkpoint: Checkpoint, kernels: Kernels, of: DecoderWeights
+) -> DraftWeights:
+    """The draft layer of the checkpoint that `of` was read from, in host memory, all its experts with it.
+
+    description  `draft_description`'s. Raises CheckpointError listing what is wrong with its tensors.
+    """
+    d, needed = description, list(draft_uses(description))
+    stored = StoredMatrices(checkpoint)
+    specs = {name: spec for use in needed for name, spec in stored.specs(use).items()}
+    others = {name: entry for name, entry in checkpoint.entries.items() if name in specs}
+    Checkpoint(checkpoint.path, checkpoint.model_type, checkpoint.config, others, []).verify(specs)
+    shapes = {use.name: use.shape for use in needed if use.part != "experts"}
+    source = _Source(stored, d.names, shapes, d.norm_offset)
+    reader = _Reader(source, kernels, HOST, 0)
+    experts: ExpertStore | None = None
+    if d.experts is not None:
+        files = DecoderExpertFiles.of(d, checkpoint)
+        held = sum(e.nbytes for use in needed if use.part == "experts" for e in stored.entries(use))
+        experts = ExpertStore(files, kernels, Tier("dram", int(held * ALIGNED) + LEAST_BYTES, HOST))
+    return DraftWeights(
+        decoder=DecoderWeights(
+            embed=of.embed,
+            norm=reader.norm("norm"),
+            head=of.head,
+            layers=(reader.layer(d.layers[0]),),
+            frequencies=of.frequencies,
+            experts=experts,
+            places=of.places,
+        ),
+        combine=reader.matrix(COMBINE),
+        of_embedding=reader.norm(OF_EMBEDDING),
+        of_hidden=reader.norm(OF_HIDDEN),
     )
 
 

@@ -45,13 +45,19 @@ def uses(description: Description) -> Iterator[Use]:
     """Every tensor that text generation needs, those of one layer after the other."""
     d = description
     yield Use(d.names["embed"], (d.vocab_size, d.hidden), "embedding")
-    for number, layer in enumerate(d.layers):
-        yield from _Layer(d, number).uses(layer.attention, layer.feed_forward)
+    for number in range(len(d.layers)):
+        yield from layer_uses(d, number)
     yield Use(d.names["norm"], (d.hidden,), "head", is_matrix=False)
     if d.has_rope_factors:
         yield Use(d.names["rope_factors"], (d.rope.dims // 2,), "head", is_matrix=False)
     if not d.is_tied:
         yield Use(d.names["head"], (d.vocab_size, d.hidden), "head")
+
+
+def layer_uses(description: Description, number: int) -> Iterator[Use]:
+    """Those of one layer."""
+    layer = description.layers[number]
+    yield from _Layer(description, number).uses(layer.attention, layer.feed_forward)
 
 
 @dataclass(frozen=True)

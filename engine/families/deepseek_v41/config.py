@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.families.streams.config import StreamConfig
+from engine.families.streams.dspark import DSparkShape
 from engine.layers.rope import YarnScaling
 from quant.errors import ConfigError
 
@@ -61,6 +62,7 @@ class V41Config(StreamConfig):
     engram_pad_token_id: int
     engram_compressed_vocab_size: int
     engram_num_embeddings: tuple[int, ...]
+    dspark: DSparkShape | None = None  # of draft stages
 
     def check(self) -> None:
         """Raise ConfigError listing all inconsistencies between fields."""
@@ -201,6 +203,7 @@ def parse_config(raw: Mapping[str, Any]) -> V41Config:
         bos_token_id=reader.integer("bos_token_id", 0),
         eos_token_ids=reader.integers("eos_token_id", (1,)),
     )
+    config = replace(config, dspark=DSparkShape.of(text, config.num_hidden_layers, config.vocab_size))
     reader.require("scoring_func", "sqrtsoftplus")
     reader.require("norm_topk_prob", True)
     reader.require("hidden_act", "silu")

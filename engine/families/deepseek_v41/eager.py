@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 
 from engine.cache.sparse import SparseCache
@@ -38,6 +40,7 @@ class V41Eager(EagerStreams):
         self._cache = cache
         self._guesses = Guesses(parts, rows, torch.arange(len(batch.ids)))
         self._ends = _ends_of(batch)  # of each piece's prompt, as far as its tokens depend on one another
+        self._captured: list[tuple[torch.Tensor, torch.Tensor]] = []  # tokens, and what was kept of them
         self._selections: dict[int, Selection] = {}  # of each piece, from the last source layer on
         self._pools: dict[int, CandidatePool] = {}
 
@@ -74,6 +77,22 @@ class V41Eager(EagerStreams):
     def rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Where values have the rows of these of the batch's tokens, which must be there."""
         return torch.searchsorted(self._guesses.kept, tokens)
+
+    def capture(self, streams: torch.Tensor) -> None:
+        parallel = self._parallel(streams)
+        share = streams.new_full(parallel.shape[:2], 1 / parallel.shape[1])
+        self._captured.append((self._guesses.kept, self._kernels.weighted_sum(parallel, share)))
+
+    def captured(self, layers: int) -> list[torch.Tensor]:
+        """Of each segment, what was captured of its last tokens, `[n, layers * hidden]`: of those that all of
+        so many layers have computed."""
+        if len(self._captured) < layers:  # amid a prompt
+            return [torch.empty(0, layers * self._config.hidden_size)] * len(self._batch.segments)
+        last = self._captured[-1][0]
+        found = torch.cat([mean[torch.searchsorted(kept, last)] for kept, mean in self._captured], dim=1)
+        ends = list(accumulate(segment.length for segment in self._batch.segments))
+        counts = torch.bincount(torch.searchsorted(torch.tensor(ends), last, right=True), minlength=len(ends))
+        return list(torch.split(found, counts.tolist()))
 
     def engram(self, number: int, streams: torch.Tensor) -> torch.Tensor:
         layer = self._parts.weights.layers[number]

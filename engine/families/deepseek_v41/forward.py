@@ -82,6 +82,8 @@ class DeepseekV41(StreamModel):
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
         self.parts = V41Parts(config, weights, kernels, self._ngrams(hashing))
         self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
+        self._targets: tuple[int, ...] = ()  # layers whose input is captured
+        self._captured: list[torch.Tensor] = []
         self.cache_shape = CacheShape(
             layers=config.num_hidden_layers,
             window=config.sliding_window,
@@ -106,6 +108,17 @@ class DeepseekV41(StreamModel):
         found = super().tier_bytes
         found["dram"] += self.weights.engram.nbytes
         return found
+
+    def capture(self) -> bool:
+        """The mean over streams of the inputs of the layers that `dspark_target_layer_ids` names, side by
+        side. On GPUs nothing is captured yet."""
+        if self.config.dspark is None or self._is_on_gpus:
+            return False
+        self._targets = self.config.dspark.target_layer_ids
+        return True
+
+    def captured(self) -> list[torch.Tensor]:
+        return self._captured
 
     def new_cache(self, slots: int, capacity: int) -> V41Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
@@ -216,9 +229,19 @@ class DeepseekV41(StreamModel):
     def _replay(self, decoder: V41Recorded | V41OnGpus, batch: Batch, cache: V41Cache) -> torch.Tensor:
         """The logits of a batch of new tokens, by recorded programs."""
         if isinstance(decoder, V41Recorded) and decoder.takes_tokens:
-            return decoder.run_tokens(batch)
-        with torch.inference_mode():
-            return decoder.run(batch, self._embedded(batch), self._request_rows(batch, cache))
+            logits = decoder.run_tokens(batch)
+        else:
+            with torch.inference_mode():
+                logits = decoder.run(batch, self._embedded(batch), self._request_rows(batch, cache))
+        if self._targets and isinstance(decoder, V41Recorded):
+            self._captured = self._captured_by(decoder, batch)
+        return logits
+
+    def _captured_by(self, decoder: V41Recorded, batch: Batch) -> list[torch.Tensor]:
+        """What a program has captured, of each segment."""
+        assert decoder.program is not None
+        rows = [decoder.program.rows(mean)[: len(batch.ids)] for mean in decoder.captured]
+        return list(torch.split(torch.cat(rows, dim=1), [segment.length for segment in batch.segments]))
 
     def _embedded(self, batch: Batch) -> torch.Tensor:
         """`[tokens, hidden]` float32."""
@@ -232,6 +255,8 @@ class DeepseekV41(StreamModel):
             trace.add("engram_rows", rows.rows)
         with V41Eager(self.parts, batch, cache, trace, rows) as ops:
             streams, pre = self._layers(ops, embedded)
+            if self._targets:
+                self._captured = ops.captured(len(self._targets))
             wanted = ops.rows_of(batch.logit_rows).to(streams.device)
             return self._logits(ops, streams[wanted], pre[wanted]).float().cpu()
 
@@ -265,6 +290,8 @@ class DeepseekV41(StreamModel):
             streams, pre = ops.move(layer.device, *narrowed)
             if layer.engram is not None:
                 streams = ops.engram(number, streams)
+            if number in self._targets:
+                ops.capture(streams)
 
             mix = ops.mix(layer.hc_attn, streams)
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it

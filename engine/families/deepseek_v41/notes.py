@@ -3,6 +3,8 @@ token."""
 
 from __future__ import annotations
 
+import torch
+
 from engine.cache.sparse import SparseCache
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import CompressorWeights
@@ -11,6 +13,7 @@ from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import first_mix
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.recording import StepRecorder
 
 
@@ -24,6 +27,7 @@ class V41Notes(StreamNotes):
         self._cache = cache
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
+        self.captured: list[Buffer] = []  # `[rows, hidden]` of each layer that is captured
 
     def narrow(self, number: int, streams: Buffer, pre: Buffer) -> tuple[Buffer, Buffer]:
         """All: each row is a sequence's newest token."""
@@ -31,6 +35,13 @@ class V41Notes(StreamNotes):
 
     def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
         return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])
+
+    def capture(self, streams: Buffer) -> None:
+        assert isinstance(self._recorder, Recorder)  # nothing is captured on GPUs
+        hc = self._config.hc_mult
+        mean = self._recorder.weighted_sum(streams, self._recorder.constant(torch.full((hc,), 1 / hc)))
+        self._recorder.keep(mean)
+        self.captured.append(mean)
 
     def compress(self, number: int, compressor: CompressorWeights, x: Buffer) -> None:
         recorder, eps, state = self._recorder, self._config.rms_norm_eps, self._cache.sources[number]

@@ -59,6 +59,10 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
         """The gated value of the tokens' table rows added to every stream (section 7)."""
         ...
 
+    def capture(self, streams: Value) -> None:
+        """Keep the mean of the streams, which draft stages read (section 9)."""
+        ...
+
     def compress(self, number: int, compressor: CompressorWeights, x: Value) -> None:
         """Append the entries and index keys of the groups that these tokens complete (section 4.3)."""
         ...

@@ -81,7 +81,7 @@ def read_weights(
         norm=by_head.small("norm.weight"),
         head=by_head.plain("head.weight"),
         layers=tuple(
-            _read_layer(config, Reader(checkpoint, kernels, device), n)
+            read_layer(config, Reader(checkpoint, kernels, device), n)
             for n, device in enumerate(places.layers)
         ),
         experts=expert_store(
@@ -112,7 +112,8 @@ def _table_files(c: V41Config, reader: Reader, n: int) -> TableFiles:
     return TableFiles(entries[f"{name}.weight"], entries[f"{name}.scale"], format_, c.engram_head_dim)
 
 
-def _read_layer(c: V41Config, reader: Reader, n: int) -> LayerWeights:
+def read_layer(c: V41Config, reader: Reader, n: int) -> LayerWeights:
+    """One layer, its tensors named `layers.N`."""
     layer = f"layers.{n}"
     engram = None
     if n in c.engram_layer_ids:

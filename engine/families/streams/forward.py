@@ -46,6 +46,9 @@ class StreamModel(Model):
     def expert_tiers(self) -> list[list[str]]:
         return self.weights.experts.expert_locations()
 
+    def expert_uses(self) -> list[list[float]]:
+        return [] if self.weights.experts.is_still else self.weights.experts.uses()
+
     @property
     def telemetry(self) -> Telemetry:
         return self.weights.experts.telemetry

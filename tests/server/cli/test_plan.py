@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -241,3 +242,14 @@ def test_a_budget_that_buys_nothing_that_fits_says_what_does() -> None:
     done = invoke("plan", "deepseek-v4.1-flash", "--budget", "2000")
     assert done.returncode == 3
     assert "for 2,000 USD can hold deepseek-v4.1-flash; for 2," in done.stdout
+
+
+def test_drafts_are_planned_with_what_is_assumed() -> None:
+    done = invoke("plan", "deepseek-v4.1-flash", "--hardware", "2x4090-256g", "--drafts")
+    assert done.returncode == 0
+    assert "assumed, not measured" in done.stdout
+    asked = ("plan", "deepseek-v4.1-flash", "--hardware", "2x4090-256g", "--drafts", "--json")
+    steps = json.loads(invoke(*asked).stdout)["steps"]
+    assert [step["drafted"] for step in steps] == list(range(6))
+    assert [step["tokens_a_step"] for step in steps] == sorted(step["tokens_a_step"] for step in steps)
+    assert all(a["step_s"] < b["step_s"] for a, b in itertools.pairwise(steps))
