@@ -11,6 +11,7 @@ import mmap
 import os
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class Shelf:
     def keep(self, values: torch.Tensor) -> Shelved:
         """A copy of whole pages, `[bytes]` uint8. Raises OSError where there is no memory for it."""
         kept = Shelved(self._end, values.nbytes)
-        left, at = memoryview(values.numpy()), kept.at
+        left, at = _bytes_of(values), kept.at
         try:
             while left:
                 count = os.pwrite(self._file, left, at)
@@ -69,7 +70,7 @@ class Shelf:
 
     def read(self, kept: Shelved, start: int, into: torch.Tensor) -> None:
         """Copy bytes from `start` on into `[bytes]` uint8."""
-        left, at = memoryview(into.numpy()), kept.at + start
+        left, at = _bytes_of(into), kept.at + start
         while left:
             count = os.preadv(self._file, [left], at)
             left, at = left[count:], at + count
@@ -101,6 +102,11 @@ class Shelf:
     def _punch(self, kept: Shelved) -> None:
         if self._libc.fallocate(self._file, _KEEP_SIZE | _PUNCH_HOLE, kept.at, kept.nbytes) != 0:
             raise OSError(ctypes.get_errno(), f"fallocate: {os.strerror(ctypes.get_errno())}")
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    shared: Any = values.numpy()
+    return memoryview(shared)
 
 
 def _libc() -> ctypes.CDLL:
