@@ -13,7 +13,8 @@ from itertools import product
 
 import torch
 
-from memory.pages.space import Space
+from memory.pages.shelf import Shelf, Shelved
+from memory.pages.space import HostSpace, Space
 from memory.pages.spaces import new_space, page_bytes_of
 from memory.planner.search import largest
 from quant.errors import BudgetError
@@ -21,6 +22,8 @@ from quant.errors import BudgetError
 # Of an ended sequence, as many tokens' pages stay with its slot while nothing else needs them: taking fresh
 # ones costs the next sequence more than its rows.
 KEPT_TOKENS = 4096
+# Parts of slots that are shared at once: each is an entry or two of the 65,530 that Linux allows a process.
+MOST_SHARED = 8192
 
 
 class PoolShortError(BudgetError):
@@ -56,6 +59,15 @@ class _Rows:
         return len(self.runs[0]) * self.run_bytes(tokens)
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Pages of a slot that are on a shelf: `memory` `[bytes]` uint8 is where they stand."""
+
+    shelf: Shelf
+    memory: torch.Tensor
+    kept: Shelved
+
+
 class Pages:
     """Pages of a cache of `slots` slots.
 
@@ -67,6 +79,7 @@ class Pages:
         self._rows: list[_Rows] = []
         self._tokens = [0] * slots  # what each slot has pages for
         self._covered = [0] * slots  # up to this length no more are needed
+        self._shared: dict[int, list[_Shared]] = {}  # by slot
         self._idle: dict[int, None] = {}  # slots without a sequence that still have pages, the oldest first
         self._taken: dict[torch.device, int] = {}
         self._peak = 0
@@ -120,7 +133,9 @@ class Pages:
 
     def release(self, slot: int) -> None:
         """The slot's sequence has ended: give back its pages, but for a few (KEPT_TOKENS) that stay until
-        another sequence needs them."""
+        another sequence needs them. Those that it shared are given back to who else has them."""
+        for shared in self._shared.pop(slot, ()):
+            shared.shelf.stand_back(shared.memory.data_ptr(), shared.kept, shared.memory.nbytes)
         self._trim(slot, KEPT_TOKENS)
         if self._tokens[slot]:
             self._idle[slot] = None
@@ -132,6 +147,32 @@ class Pages:
     def held_bytes(self, slot: int) -> int:
         """Bytes of a slot's pages."""
         return self.nbytes(self._tokens[slot])
+
+    # ------------------------------------------------------------------------------------------ shared ones
+
+    def place_of(self, view: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+        """The memory `[bytes]` uint8 that a view is in, and where it begins there, if it is in one piece of
+        the host's that is taken in pages."""
+        if view.device.type != "cpu" or not view.numel() or not view.is_contiguous():
+            return None
+        for rows in self._rows:
+            at = view.data_ptr() - rows.space.whole.data_ptr()
+            if isinstance(rows.space, HostSpace) and 0 <= at < rows.space.whole.nbytes:
+                return rows.space.whole, at
+        return None
+
+    def share(self, slot: int, shelf: Shelf, memory: torch.Tensor, kept: Shelved) -> bool:
+        """Put the first pages of what is kept behind a part of a slot's memory, `[bytes]` uint8, until the
+        slot is released; they still count as the slot's. False where that is one piece too many."""
+        if sum(map(len, self._shared.values())) >= MOST_SHARED:
+            return False
+        shelf.stand_behind(memory.data_ptr(), kept, memory.nbytes)
+        self._shared.setdefault(slot, []).append(_Shared(shelf, memory, kept))
+        return True
+
+    def shared_with(self, kept: Shelved) -> int:
+        """How often slots have pages in common with what is kept."""
+        return sum(shared.kept is kept for of_slot in self._shared.values() for shared in of_slot)
 
     # ------------------------------------------------------------------------------------------ in all
 

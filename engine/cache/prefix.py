@@ -4,8 +4,8 @@ Append-only state (keys and values, compressed entries) is stored on the tree's 
 common prefix share it. State that later tokens overwrite (window rings, unfinished groups, DeltaNet's) is
 stored at chosen positions only: the ends of prompts and answers, at intervals within a long prompt, where two
 prompts were seen to diverge, and, if it cannot be taken back from there, shortly before a prompt's end. Token
-ids are compared directly, not by hash, and everything is copied in and out, so a sequence never references
-the tree.
+ids are compared directly, not by hash. What is appended is shared page by page with the slots that it came
+from and goes to (shared_rows.py), the rest is copied: a sequence never keeps a state from being forgotten.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.cache.shared_rows import Kept, RowShelf
 from engine.cache.stored_states import StoredStates
 from engine.families.base import KvCache
 from memory.planner.published import KV_MARGIN
 
 Ids = NDArray[np.int32]
 Saved = tuple[torch.Tensor, ...]
+SavedRows = tuple[Kept, ...]
 
 # The prefill pauses to save a state if that may spare a later prompt so many tokens.
 MIN_GAIN = 32
@@ -66,7 +68,7 @@ class _Node:
 
     start: int
     tokens: Ids
-    rows: Saved
+    rows: SavedRows
     parent: _Node | None
     recent: Saved | None = None
     shortest: int = 0
@@ -110,6 +112,7 @@ class PrefixCache:
     def __init__(self, cache: KvCache, budget_bytes: int, stored: StoredStates | None = None) -> None:
         self._cache = cache
         self._stored = stored
+        self.rows = RowShelf(cache.pages)
         self._budget_bytes = budget_bytes
         self._roots: dict[str, _Node] = {}
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
@@ -275,16 +278,16 @@ class PrefixCache:
         for node in [step.node for step in path if step.node.start < length]:
             for (ratio, view), saved in zip(self._cache.appended(slot), node.rows, strict=True):
                 first, stop = node.start // ratio, min(node.stop, length) // ratio
-                view[first:stop] = saved[: stop - first]
+                self.rows.load(slot, view, first, saved, stop - first)
         for view, saved in zip(self._cache.recent(slot, end.stop), end.recent or (), strict=True):
             view.copy_(saved)
         self._cache.resume(slot, length, end.shortest)
 
     def _grow(self, parent: _Node, slot: int, tokens: Ids) -> _Node:
-        """A new node below `parent`, its rows copied from the slot."""
+        """A new node below `parent`, with rows of the slot."""
         start, stop = parent.stop, parent.stop + len(tokens)
         rows = tuple(
-            view[start // ratio : stop // ratio].to("cpu", copy=True)
+            self.rows.keep(slot, view, start // ratio, stop // ratio)
             for ratio, view in self._cache.appended(slot)
         )
         node = parent.children[int(tokens[0])] = _Node(start, tokens, rows, parent)
@@ -296,14 +299,18 @@ class PrefixCache:
         parent = node.parent
         if count == len(node.tokens) or parent is None:
             return node
-        upper_rows, lower_rows = [], []
-        for (ratio, _), rows in zip(self._cache.appended(0), node.rows, strict=True):
-            at = (node.start + count) // ratio - node.start // ratio
-            upper_rows.append(rows[:at].clone())
-            lower_rows.append(rows[at:].clone())  # views would keep all of it allocated
-        upper = _Node(node.start, node.tokens[:count].copy(), tuple(upper_rows), parent)
+        ratios = [ratio for ratio, _ in self._cache.appended(0)]
+        halves = [
+            self.rows.split(rows, (node.start + count) // ratio - node.start // ratio)
+            for ratio, rows in zip(ratios, node.rows, strict=True)
+        ]
+        upper = _Node(node.start, node.tokens[:count].copy(), tuple(half for half, _ in halves), parent)
         node.start += count
-        node.tokens, node.rows, node.parent = node.tokens[count:].copy(), tuple(lower_rows), upper
+        node.tokens, node.rows, node.parent = (
+            node.tokens[count:].copy(),
+            tuple(half for _, half in halves),
+            upper,
+        )
         upper.children[int(node.tokens[0])] = node
         parent.children[int(upper.tokens[0])] = upper
         return upper
@@ -316,6 +323,8 @@ class PrefixCache:
         node.recent = node.logits = None
         while node.parent is not None and not node.children and node.recent is None:
             self._nbytes -= node.edge_bytes
+            for kept in node.rows:
+                self.rows.drop(kept)
             del node.parent.children[int(node.tokens[0])]
             node = node.parent
         if node.parent is None and not node.children:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache.prefix import PrefixCache
+from engine.cache.shared_rows import Kept
 from engine.engine import Engine
 from engine.families.base import Batch, KvCache, Model
 from engine.families.loader import Loaded, load
@@ -178,6 +179,11 @@ def test_a_state_can_be_taken_back_by_a_few_tokens(
     assert torch.equal(compute(model, cache, 2, kept, other[:1]), uncached)
 
 
+def really(kept: Kept) -> int:
+    """Bytes that are allocated for it."""
+    return kept.untyped_storage().nbytes() if isinstance(kept, torch.Tensor) else kept.nbytes
+
+
 def held_bytes(prefixes: PrefixCache) -> int:
     """What the tree really holds."""
     nodes, total = list(prefixes._roots.values()), 0
@@ -185,7 +191,7 @@ def held_bytes(prefixes: PrefixCache) -> int:
         node = nodes.pop()
         nodes += node.children.values()
         tensors = [*node.rows, *(node.recent or ())] + ([] if node.logits is None else [node.logits])
-        total += node.tokens.nbytes + sum(t.untyped_storage().nbytes() for t in tensors)
+        total += node.tokens.nbytes + sum(map(really, tensors))
     return total
 
 
