@@ -98,7 +98,8 @@ class Engine:
     short, the youngest sequence is put aside: in that memory, or to disk if `aside` says where; with neither,
     it is computed again. `prompt_products` says how prompts are multiplied, where not exactly. After each
     step, whose outputs are reported one by one, the engine's thread calls `between_steps`. `drafters` guess
-    tokens ahead, up to `draft_tokens` of an answer in a step; of a model's own, it captures what they read.
+    tokens ahead, up to `draft_tokens` of an answer in a step, where that pays; `draft_costs` says what steps
+    of so many tokens probably cost, in relation to one, until that is measured.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Engine:
         prompt_products: PromptProducts | None = None,
         drafters: Ids[Drafter] = (),
         draft_tokens: int = MOST_DRAFTED,
+        draft_costs: Callable[[int], float] | None = None,
         always_draft: int | None = None,
     ) -> None:
         self.model = model
@@ -138,7 +140,7 @@ class Engine:
         )
         places = Aside(self._cache, prefixes, aside)
         kept = KeptStates(self._cache, prefixes, 1 + draft_tokens)
-        drafting = Drafting(model, drafters, kept, draft_tokens, always=always_draft)
+        drafting = Drafting(model, drafters, kept, draft_tokens, always=always_draft, guess=draft_costs)
         self._steps = Steps(
             model, self._cache, prefixes, places, self._scheduler, self._forget, drafting, prompt_products
         )

@@ -42,6 +42,8 @@ class Output(NamedTuple):
     stop_match  the stop string or stop token id that ended it
     queue_s     in the first Output: seconds from submission until the prompt was first computed
     cached_tokens    in the first Output: prompt tokens from the prefix cache
+    predicted   in the last Output: of what the client expected, how many tokens were drafted and right, and
+                how many wrong
     """
 
     text: str = ""
@@ -54,6 +56,7 @@ class Output(NamedTuple):
     queue_s: float | None = None
     cached_tokens: int | None = None
     special_ranges: tuple[tuple[int, int], ...] | None = None
+    predicted: tuple[int, int] = (0, 0)
 
 
 def joined(outputs: Sequence[Output]) -> Output:
@@ -72,6 +75,7 @@ def joined(outputs: Sequence[Output]) -> Output:
         queue_s=first.queue_s,
         cached_tokens=first.cached_tokens,
         special_ranges=_joined_ranges(outputs),
+        predicted=last.predicted,
     )
 
 

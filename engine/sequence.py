@@ -137,6 +137,7 @@ class Sequence:
                 error,
                 stop_match,
                 special_ranges=piece.special_ranges,
+                predicted=(self.accepted_prediction, self.rejected_prediction),
             )
         )
 

@@ -111,12 +111,12 @@ class Steps:
         accepted = self._verifier.take(ready, logits)
         self._roll_back(chunks)
         self.drafting.observe(chunks, starts, captures)
+        if of_answers and len(ready) == len(chunks):
+            self.drafting.learn(chunks, accepted, time.perf_counter() - began)
         self._keep_states(ready, logits)
         self.count += 1
         self.forward_s += forward_s
-        self.step_s += (took := time.perf_counter() - began)
-        if of_answers and len(ready) == len(chunks):
-            self.drafting.learn(chunks, accepted, took)
+        self.step_s += time.perf_counter() - began
 
     def _roll_back(self, chunks: list[Chunk]) -> None:
         """Take back what was computed behind the tokens that were drawn."""

@@ -18,6 +18,7 @@ from server.http.middleware import BodyLimit, RequestLog
 from server.http.rate_limits import RATE_LIMIT_HEADERS
 from server.native import llama_cpp
 from server.native import routes as native_api
+from server.native import tiers as tiers_api
 from server.ollama import routes as ollama_api
 from server.openai import routes as openai_api
 from server.responses import routes as responses_api
@@ -31,6 +32,7 @@ ROUTERS = (
     messages_api.router,
     ollama_api.router,
     native_api.router,
+    tiers_api.router,
     llama_cpp.router,
 )
 # What scripts of other origins may read beside the body.

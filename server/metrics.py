@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from engine.cache.aside import AsideStats
 from engine.cache.stored_states import StoredStats
+from engine.drafts.drafting import DraftStats
 from engine.engine import EngineStats
 from engine.families.base import Model
 from engine.output import Output
@@ -158,6 +159,8 @@ class _EngineCollector(Collector):
                 prefixes.budget_bytes,
             )
         yield from _states_on_disk(now.stored or StoredStats())
+        if now.drafts is not None:
+            yield from _drafts(now.drafts)
         tiers = GaugeMetricFamily(
             "loci_tier_memory_bytes",
             "Bytes allocated in a memory tier, by content.",
@@ -180,6 +183,33 @@ class _EngineCollector(Collector):
         yield experts
         if self._model.telemetry is not None:
             yield from _movements(self._model.telemetry.snapshot())
+
+
+def _drafts(now: DraftStats) -> Iterator[Metric]:
+    """Tokens guessed ahead."""
+    drafted = CounterMetricFamily(
+        "loci_drafted_tokens", "Tokens guessed ahead that steps computed, by drafter.", labels=["drafter"]
+    )
+    accepted = CounterMetricFamily(
+        "loci_accepted_draft_tokens", "Of these, tokens that were right.", labels=["drafter"]
+    )
+    steps = CounterMetricFamily(
+        "loci_draft_steps",
+        "Drafts that steps computed, by drafter and by how many of their tokens were right.",
+        labels=["drafter", "accepted"],
+    )
+    for name, of_one in now.by_drafter.items():
+        drafted.add_metric([name], of_one.drafted)
+        accepted.add_metric([name], of_one.accepted)
+        for count, times in enumerate(of_one.lengths):
+            steps.add_metric([name, str(count)], times)
+    yield from (drafted, accepted, steps)
+    for name, text, seconds in (
+        ("loci_drafting_seconds", "Time spent on guessing.", now.drafting_s),
+        ("loci_drafts_gained_seconds", "Time that steps with drafts gained.", now.gained_s),
+        ("loci_drafts_lost_seconds", "Time that steps with drafts lost.", now.lost_s),
+    ):
+        yield CounterMetricFamily(name, text, seconds)
 
 
 def _kv_bytes(now: EngineStats) -> Iterator[Metric]:

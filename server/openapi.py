@@ -127,6 +127,12 @@ OPERATIONS = {
     ("GET", "/health"): Operation(_STATUS, answers_503=_STATUS),
     ("GET", "/ready"): Operation(_STATUS, answers_503=_STATUS),
     ("GET", "/version"): Operation(_object(version=_TEXT)),
+    ("GET", "/tiers"): Operation(
+        _object(
+            object={"const": "tiers"}, model=_TEXT, tiers={"type": "array", "items": _TEXT}, layers=_LIST
+        ),
+        errors=(503,),
+    ),
     ("GET", "/metrics"): Operation(_TEXT, media_type=CONTENT_TYPE_LATEST),
     ("GET", "/openapi.json"): Operation({"type": "object"}),
 }

@@ -23,6 +23,7 @@ from server.http.logs import LogFormat
 SEVERAL = ("served_model_name", "api_key", "allowed_hosts", "cors_origins")
 Experts = Literal["mxfp4", "nf4", "int4"]
 Products = Literal["exact", "bf16"]
+DraftChoice = Literal["off", "lookup", "mtp", "auto"]
 Overflow = Literal["cut", "refuse"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -61,16 +62,20 @@ class Settings(BaseSettings):
     kv_budget: str | None = Field(
         None,
         description="Memory for keys and values, e.g. 4GiB: the pool from which sequences take pages as they "
-        "grow. Default: a quarter of the memory that weights leave free; on GPUs a tenth of theirs, at most "
-        "what the longest sequence, or 8192 tokens of each, needs.",
+        "grow. Default: a quarter of the memory that weights leave free, or a tenth of all; on GPUs a tenth "
+        "of theirs, at most what the longest sequence, or 8192 tokens of each, needs.",
     )
     max_tokens_overflow: Overflow = Field(
         "cut",
         description="What becomes of a max_tokens that does not fit into the context behind the prompt: cut "
         "to what is left, or refuse. /v1/messages always refuses, in words that its clients understand.",
     )
-    max_num_seqs: int = Field(
-        8, ge=1, le=1024, description="Maximum sequences computed together; further ones wait in a queue."
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Maximum sequences computed together; further ones wait in a queue. Default: up to 16, "
+        "as many as the KV pool has room for.",
     )
     max_waiting: int = Field(
         256, ge=0, description="Maximum sequences in the queue; further requests get 429."
@@ -102,6 +107,15 @@ class Settings(BaseSettings):
         "bfloat16: faster on GPUs, and on processors that have AVX-512 with BF16. Answers are decoded "
         "exactly either way.",
     )
+    drafts: DraftChoice = Field(
+        "auto",
+        description="Tokens guessed ahead, which a step computes along with its own where that pays; answers "
+        "are the same: off; lookup, what followed before in prompt and answer; mtp, the model's own draft "
+        "layers; or auto, whatever promises most (docs/drafts.md).",
+    )
+    draft_tokens: int = Field(
+        15, ge=1, le=15, description="Most tokens that are guessed ahead for an answer in a step."
+    )
     prefix_cache: str | None = Field(
         None,
         description="Memory for the prefix cache, e.g. 2GiB: prompts that begin like an earlier prompt or "
@@ -125,7 +139,7 @@ class Settings(BaseSettings):
     dram_budget: str | None = Field(
         None,
         description="Memory for weights, e.g. 16GiB; what does not fit is read from disk when needed. "
-        "Default: three quarters of free memory.",
+        "Default: what caches and work space leave of free memory.",
     )
     experts: Experts | None = Field(
         None,
@@ -141,9 +155,18 @@ class Settings(BaseSettings):
     )
     devices: str | None = Field(
         None,
-        description="GPUs for weights and KV cache, e.g. cuda:22GiB (using two real ones is untested) or "
-        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed. Default: "
-        "none.",
+        description="GPUs for weights and KV cache, e.g. cuda:22GiB (using two real ones is untested), or "
+        "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed; none uses "
+        "none. Default: the GPUs of this machine that make the model faster, by plan.",
+    )
+    measured_file: Path | None = Field(
+        None,
+        description="File for what is measured while the server runs: uses of experts, rates, how far off "
+        "the plan was. `loci plan --measured` takes it. Default: none.",
+    )
+    explain: bool = Field(
+        False,
+        description="Print the reason of each choice that the plan has made, before the model is loaded.",
     )
     api_key: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),

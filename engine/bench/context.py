@@ -16,7 +16,8 @@ from quant.errors import ConfigError
 
 SEED = 0
 WARM_STEPS = 2
-PREFILLS = 3
+PREFILLS = 2
+COMPUTED_CHUNKS = 2
 TOLD = 16 << 20  # bytes
 MUCH = 1 << 20  # of the prompt is still to come where prefill is measured
 
@@ -25,14 +26,14 @@ MUCH = 1 << 20  # of the prompt is still to come where prefill is measured
 class Depth:
     """At a sequence of `tokens` tokens.
 
-    is_computed  False: its rows are those of the shorter one that was computed, over and over
+    computed     its first so many were computed; the rows behind them are theirs, over and over
     decode_s     of the next token; prefill_s: of a token of the next `chunk` ones, None where not measured
     kv_bytes     of its pages; planned_bytes: of all that the cache may take; grown_bytes: what the process
                  took more than before there was a cache
     """
 
     tokens: int
-    is_computed: bool
+    computed: int
     decode_s: float
     prefill_s: float | None
     kv_bytes: int
@@ -91,9 +92,10 @@ def run_context(
 ) -> ContextRun:
     """Decode and prefill one sequence at each of these depths, ascending, with memory for the deepest.
 
-    The shallowest is computed; deeper ones repeat its rows, since the prefill of a million tokens takes
-    longer than anybody waits: what is read and chosen among is as much, only the choice means nothing.
-    Prefill is measured up to `deepest_prefill`. Raises ConfigError for depths that the model cannot hold.
+    Two chunks at most are computed; their rows are repeated behind them, since the prefill of a million
+    tokens takes longer than anybody waits: what is read and chosen among is as much, only the choice means
+    nothing. Prefill is measured up to `deepest_prefill`. Raises ConfigError for depths that the model cannot
+    hold.
     """
     last = depths[-1] + chunk + WARM_STEPS + steps
     if last > model.info.max_context:
@@ -107,19 +109,19 @@ def run_context(
     cache, pages = pool.cache, pool.cache.pages
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(3, model.info.vocab_size, (last,), generator=generator).tolist()
-    base, found = depths[0], []
+    base, found = min(depths[0], COMPUTED_CHUNKS * chunk), []
     _prefill(model, cache, ids[:base], chunk)
     fixed = cache.nbytes - pages.nbytes(last)
     for number, depth in enumerate(depths):
         if depth > base:
-            repeat_rows(cache, base, depth)
+            repeat_rows(cache, base, depth, start=max(base, depths[number - 1] if number else 0))
         prefill_s = None
         if depth <= deepest_prefill:
             prefill_s = _timed_prefill(model, cache, depth, ids[depth : depth + chunk])
         decode_s = _timed_decode(model, cache, depth, ids[depth : depth + WARM_STEPS + steps])
         planned = fixed + pages.nbytes(depth + chunk if prefill_s is not None else cache.length(0))
         grown = resident_bytes() - before
-        found.append(Depth(depth, depth == base, decode_s, prefill_s, pages.nbytes(depth), planned, grown))
+        found.append(Depth(depth, base, decode_s, prefill_s, pages.nbytes(depth), planned, grown))
         on_progress(number + 1)
     rows = {str(device): pages.nbytes(last, device) / last for device in pages.devices}
     return ContextRun(found, chunk, rows, fixed)
@@ -136,13 +138,18 @@ def _amid(start: int, ids: list[int], to_come: int) -> Batch:
     return Batch(ids, (Segment(0, start, len(ids)),), [], (to_come,))
 
 
-def repeat_rows(cache: KvCache, base: int, depth: int, slot: int = 0) -> None:
-    """Give a slot, of which `base` tokens were computed, a state of `depth`: their rows over and over."""
+def repeat_rows(cache: KvCache, base: int, depth: int, slot: int = 0, start: int | None = None) -> None:
+    """Give a slot, of which `base` tokens were computed, a state of `depth`: their rows over and over. Those
+    up to `start` are there already."""
     cache.pages.hold(slot, depth)
     for ratio, view in cache.appended(slot):
         rows, stop = base // ratio, depth // ratio
-        for at in range(rows, stop, max(rows, 1)):
-            view[at : min(at + rows, stop)] = view[: min(rows, stop - at)]
+        at = (base if start is None else start) // ratio
+        while rows and at < stop:
+            first = at % rows
+            count = min(rows - first, stop - at)
+            view[at : at + count] = view[first : first + count]
+            at += count
     cache.resume(slot, depth, depth)
 
 
@@ -157,7 +164,7 @@ def _timed_prefill(model: Model, cache: KvCache, depth: int, ids: list[int]) -> 
         for part, before in zip(cache.recent(0, depth), state, strict=True):
             part.copy_(before)
         cache.resume(0, depth, depth)
-    return median(seconds) / len(ids)
+    return min(seconds) / len(ids)
 
 
 def _timed_decode(model: Model, cache: KvCache, depth: int, ids: list[int]) -> float:

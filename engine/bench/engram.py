@@ -251,7 +251,7 @@ def run_engram(
             whole.files,
             open_checkpoint(path),
             model.kernels,
-            table_bytes // HOT_SHARE,
+            {layer: files.share(files.nbytes // HOT_SHARE) for layer, files in whole.files.items()},
             telemetry,
             gpus={layer: by_name[tier] for layer, tier in enumerate(tiers) if tier in by_name},
         )

@@ -7,7 +7,7 @@ strides. Memory is taken in pages, within a budget for each device, and counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -15,6 +15,7 @@ import torch
 
 from memory.pages.space import Space
 from memory.pages.spaces import new_space, page_bytes_of
+from memory.planner.search import largest
 from quant.errors import BudgetError
 
 # Of an ended sequence, as many tokens' pages stay with its slot while nothing else needs them: taking fresh
@@ -53,15 +54,6 @@ class _Rows:
     def nbytes(self, tokens: int) -> int:
         """Bytes of a slot's pages for so many tokens."""
         return len(self.runs[0]) * self.run_bytes(tokens)
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, where all smaller ones do; 0 where none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 class Pages:

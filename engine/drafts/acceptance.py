@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from engine.drafts.base import Draft
 
-# Before anything is known: of a draft's first token, and of those behind accepted ones.
-FIRST_CHANCE, NEXT_CHANCE = 0.5, 0.75
+# Before anything is known: of a draft's first token, and of those behind accepted ones. Of look-ups, whose
+# kind is the length of the match, the first one's chance grows with that.
+FIRST_CHANCE, NEXT_CHANCE = 0.6, 0.75
+LEAST_CHANCE, BY_LENGTH = 0.15, 0.085
 # How many drafts' worth of evidence what is known of all sequences has for one.
 PRIOR_DRAFTS = 3.0
 # What remains of older evidence with each draft: of a sequence, and of all.
@@ -73,9 +75,13 @@ class Acceptance:
     def _chances(self, drafter: str, kind: int, count: int) -> list[float]:
         of_all = self._of_all.get((drafter, kind)) or Tallies()
         own = self._own.get((drafter, kind)) or Tallies()
-        first = own.first.chance(of_all.first.chance(FIRST_CHANCE))
+        first = own.first.chance(of_all.first.chance(_first_chance(drafter, kind)))
         following = own.following.chance(of_all.following.chance(NEXT_CHANCE))
         return [first, *[following] * (count - 1)][:count]
+
+
+def _first_chance(drafter: str, kind: int) -> float:
+    return LEAST_CHANCE + BY_LENGTH * kind if drafter == "lookup" else FIRST_CHANCE
 
 
 def blended(known: Sequence[float], said: Sequence[float]) -> list[float]:

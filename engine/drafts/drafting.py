@@ -30,19 +30,22 @@ FREE = ("prediction", "lookup")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
 PROBED = 2  # drafted tokens when it is only tried
+# A sequence that had no draft in so many steps is asked about in every other one only, after twice as many in
+# every third, and so on: looking costs time, too.
+IDLE_STEPS, MOST_PAUSE = 12, 6
 
 
 @dataclass
 class DrafterStats:
     """Tokens of one drafter: drafted and computed, and accepted of these; `steps` had any of them.
 
-    lengths  how often so many tokens were accepted
+    lengths  how often so many tokens were accepted, from none on
     """
 
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
-    lengths: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    lengths: list[int] = field(default_factory=lambda: [0] * MOST_ROWS)
 
 
 @dataclass
@@ -69,6 +72,12 @@ class _Open:
     drafter: Drafter | None = None  # of the draft in the step under way
     draft: Draft = NOTHING
     is_probe: bool = False
+    idle: int = 0  # steps without a draft
+
+    def is_awake(self) -> bool:
+        """Whether drafters are asked about it in this step."""
+        self.idle += 1
+        return self.idle % (1 + min(self.idle // IDLE_STEPS, MOST_PAUSE)) == 0
 
 
 @dataclass
@@ -156,12 +165,16 @@ class Drafting:
             return chunks
         began = time.perf_counter()
         mosts = [self._most_of(chunk.sequence, room) for chunk in chunks]
+        if not any(mosts):
+            return chunks
         drafts = self._chosen(chunks, mosts, tokens, room)
         self._spent_s = time.perf_counter() - began
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
     def _most_of(self, sequence: Sequence, room: int) -> int:
         """Tokens that may be drafted: a step makes one more than are accepted."""
+        if self._always is None and not self._open[sequence].is_awake():
+            return 0
         return max(0, min(self._most, room, sequence.max_tokens - sequence.generated - 1))
 
     def _is_check_due(self, tokens: int) -> bool:
@@ -174,6 +187,8 @@ class Drafting:
     def _chosen(self, chunks: list[Chunk], mosts: list[int], tokens: int, room: int) -> list[Draft]:
         """A draft for each chunk, none where it does not pay."""
         found = self._candidates(chunks, mosts, tokens)
+        if not any(found):
+            return [NOTHING] * len(chunks)
         counts = self._counts(found, chunks, mosts, tokens, room)
         found = self._made(chunks, found, counts)
         if any(c is not None and c.draft is not None and c.draft.chances is not None for c in found):
@@ -324,23 +339,30 @@ class Drafting:
             drafter.observe(rows)
 
     def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
-        """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long
-        beside the drafting."""
+        """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
+        drafting included."""
         if not self._drafters or not chunks:
             return
         plain = sum(chunk.known for chunk in chunks)
         tokens = sum(chunk.length for chunk in chunks)
+        seconds -= self._spent_s
         self._times.observe(tokens, seconds)
         self.stats.drafting_s += self._spent_s
-        if not self._times.is_known:
+        if not self._times.is_known or tokens > MOST_ROWS:
             return
-        self._since_check[plain] = 0 if tokens == plain else self._since_check[plain] + 1
+        if tokens == len(chunks):
+            self._since_check[plain] = 0
+            for chunk in chunks:
+                if chunk.sequence in self._open:
+                    self._open[chunk.sequence].credit.generated(1)
+            return
+        self._since_check[plain] += 1
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
         took_s = min(seconds, MOST * self._times.seconds(tokens)) + self._spent_s
         each_s, gained_s = count_s / len(chunks), count_s - took_s
         for chunk, count in zip(chunks, accepted, strict=True):
             own = self._open.get(chunk.sequence)
-            share = (chunk.length - 1) / more if more else 0.0
+            share = (chunk.length - 1) / more
             gained_s += count * each_s
             if own is None:
                 continue
@@ -350,9 +372,8 @@ class Drafting:
             if chunk.drafted and own.drafter is not None:
                 self._count(own, own.drafter, len(chunk.drafted), count)
                 own.drafter = None
-        if more:
-            self.stats.gained_s += max(gained_s, 0.0)
-            self.stats.lost_s -= min(gained_s, 0.0)
+        self.stats.gained_s += max(gained_s, 0.0)
+        self.stats.lost_s -= min(gained_s, 0.0)
 
     def _count(self, own: _Open, drafter: Drafter, drafted: int, accepted: int) -> None:
         own.acceptance.add(drafter.name, own.draft, accepted, drafted)

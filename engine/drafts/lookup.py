@@ -25,10 +25,15 @@ ROOM = 512  # tokens by which a text's array grows
 
 
 class _Text:
-    """Token ids in an array that grows with the text."""
+    """Token ids in an array that grows with the text.
+
+    copied_to  where in the text the next token was expected, and how long the text was then; it is being
+               copied from there, perhaps
+    """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         self.length = len(token_ids)
+        self.copied_to: tuple[int, int] | None = None
         self._ids = np.empty(self.length + ROOM, dtype=np.int32)
         self._ids[: self.length] = token_ids
 
@@ -40,36 +45,54 @@ class _Text:
         """Take what the text has beyond what is known; all of it, `[n]` int32."""
         length = len(token_ids)
         if length > len(self._ids):
-            self._ids = np.concatenate((self._ids, np.empty(len(self._ids) // 4 + ROOM, dtype=np.int32)))
+            room = np.empty(max(len(self._ids) // 4, length - len(self._ids)) + ROOM, dtype=np.int32)
+            self._ids = np.concatenate((self._ids, room))
         self._ids[self.length : length] = token_ids[self.length :]
         self.length = length
         return self._ids[:length]
 
+    def followers(self, token_ids: Sequence[int], most: int) -> Draft:
+        """What followed where the text ended as it does now; else what would be copied next."""
+        text = self.grow(token_ids)
+        place, expected = None, self.copied_to
+        if expected is not None:
+            place = expected[0] + self.length - expected[1]
+        next_place, same = next_in(text, text[-LONGEST_MATCH:], place)
+        if not same and place is not None and place < self.length:
+            next_place, same = place, int(text[place - 1] == text[-1])
+            self.copied_to = None  # once: what is copied then shows in the next ending
+        if next_place is None:
+            self.copied_to = None
+            return NOTHING
+        if same:
+            self.copied_to = next_place, self.length
+        return Draft(tuple(text[next_place : next_place + most].tolist()), kind=same)
 
-def followers(text: np.ndarray, ending: np.ndarray, most: int) -> tuple[np.ndarray, int]:
-    """What follows in `text` `[n]` where it says what `ending` ends in, at most `most` tokens; and how many
-    tokens are the same there, up to LONGEST_MATCH. The longest match counts, of equal ones the latest."""
-    text = text[-MOST_SEARCHED:]
-    first = SHORTEST_MATCH - 1
+
+def next_in(text: np.ndarray, ending: np.ndarray, preferred: int | None = None) -> tuple[int | None, int]:
+    """Where `text` `[n]` goes on behind what `ending` ends in; and how many tokens are the same there, up to
+    LONGEST_MATCH. The longest match counts, of equal ones the `preferred`, or else the latest."""
+    begin = max(0, len(text) - MOST_SEARCHED)
+    text = text[begin:]
     if len(ending) < SHORTEST_MATCH or len(text) <= SHORTEST_MATCH:
-        return text[:0], 0
+        return None, 0
+    first = SHORTEST_MATCH - 1
     ends = text[first:-1] == ending[-1]
     for back in range(1, SHORTEST_MATCH):
         ends &= text[first - back : -1 - back] == ending[-1 - back]
-    places = np.flatnonzero(ends)[: -MOST_PLACES - 1 : -1] + first  # of the last token that is the same
-    best, length = -1, 0
-    for place in places.tolist():
-        longest = min(LONGEST_MATCH, place + 1, len(ending))
-        same = SHORTEST_MATCH
-        while same < longest and text[place - same] == ending[-1 - same]:
+    places = (np.flatnonzero(ends)[: -MOST_PLACES - 1 : -1] + first + 1).tolist()
+    if preferred is not None and preferred - begin in places:
+        places.insert(0, preferred - begin)
+    best, length = None, 0
+    for place in places:
+        same, longest = SHORTEST_MATCH, min(LONGEST_MATCH, place, len(ending))
+        while same < longest and text[place - 1 - same] == ending[-1 - same]:
             same += 1
         if same > length:
-            best, length = place, same
+            best, length = begin + place, same
             if same == LONGEST_MATCH:
                 break
-    if best < 0:
-        return text[:0], 0
-    return text[best + 1 : best + 1 + most], length
+    return best, length
 
 
 class LookupDrafter:
@@ -93,15 +116,13 @@ class LookupDrafter:
         self._texts.pop(sequence_id, None)
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        return [self._look_up(request) for request in requests]
+        return [
+            self._texts[request.sequence_id].followers(request.token_ids, min(request.most, LONGEST))
+            for request in requests
+        ]
 
     def observe(self, computed: Sequence[Rows]) -> None:
         """What was accepted stands in the text."""
-
-    def _look_up(self, request: DraftRequest) -> Draft:
-        text = self._texts[request.sequence_id].grow(request.token_ids)
-        found, length = followers(text, text[-LONGEST_MATCH:], min(request.most, LONGEST))
-        return Draft(tuple(found.tolist()), kind=length) if length else NOTHING
 
 
 class PredictionDrafter:
@@ -112,34 +133,53 @@ class PredictionDrafter:
     wants_captures = False
 
     def __init__(self) -> None:
-        self._expected: dict[int, tuple[int, np.ndarray]] = {}  # where the answer begins, and the prediction
+        self._expected: dict[int, _Expected] = {}
 
     @property
     def nbytes(self) -> int:
-        return sum(expected.nbytes for _, expected in self._expected.values())
+        return sum(expected.ids.nbytes for expected in self._expected.values())
 
     def open(self, sequence_id: int, token_ids: Sequence[int], prediction: Sequence[int] = ()) -> None:
         if prediction:
-            self._expected[sequence_id] = len(token_ids), np.asarray(prediction, dtype=np.int32)
+            ids = np.asarray(prediction, dtype=np.int32)[-MOST_SEARCHED:]
+            self._expected[sequence_id] = _Expected(ids, len(token_ids))
 
     def close(self, sequence_id: int) -> None:
         self._expected.pop(sequence_id, None)
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        return [self._look_up(request) for request in requests]
+        return [self._draft(request) for request in requests]
 
     def observe(self, computed: Sequence[Rows]) -> None:
         """What was accepted stands in the text."""
 
-    def _look_up(self, request: DraftRequest) -> Draft:
-        if request.sequence_id not in self._expected:
+    def _draft(self, request: DraftRequest) -> Draft:
+        expected = self._expected.get(request.sequence_id)
+        if expected is None:
             return NOTHING
-        begin, expected = self._expected[request.sequence_id]
-        answer = np.asarray(request.token_ids[begin:][-LONGEST_MATCH:], dtype=np.int32)
-        most = min(request.most, LONGEST)
-        if len(answer) < SHORTEST_MATCH:  # an answer that has hardly begun begins as the prediction does
-            begins = expected[: len(answer)].tolist() == answer.tolist()
-            found = expected[len(answer) : len(answer) + most] if begins else expected[:0]
-            return Draft(tuple(found.tolist()), kind=0) if len(found) else NOTHING
-        found, length = followers(expected, answer, most)
-        return Draft(tuple(found.tolist()), kind=length) if length else NOTHING
+        return expected.followers(request.token_ids, min(request.most, LONGEST))
+
+
+class _Expected:
+    """What a client expects, and how far the answer has come in it.
+
+    begin  tokens before the answer, or what of it there was when this was opened
+    """
+
+    def __init__(self, ids: np.ndarray, begin: int) -> None:
+        self.ids = ids
+        self._begin = begin
+        self._place, self._length = 0, begin  # where the next token was expected when the text was so long
+
+    def followers(self, token_ids: Sequence[int], most: int) -> Draft:
+        """What is expected next: where the answer was last, if it goes on so, or else where it says the
+        same."""
+        answer = np.asarray(token_ids[max(self._begin, len(token_ids) - LONGEST_MATCH) :], dtype=np.int32)
+        place = self._place + len(token_ids) - self._length
+        found, same = next_in(np.append(self.ids, -1), answer, place)
+        if found is None:
+            found, same = place, int(0 < place <= len(self.ids) and self.ids[place - 1] == token_ids[-1])
+        else:
+            self._place, self._length = found, len(token_ids)
+        drafted = self.ids[found : found + most].tolist()
+        return Draft(tuple(drafted), kind=same) if drafted else NOTHING

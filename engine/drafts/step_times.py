@@ -5,28 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 # Of a step whose time is not known yet: what each further token adds, as a share of a step of one.
-FIRST_GUESS = 0.3
-# Weights of the newest step: in the level of all times, which grows with contexts, and in what is measured
-# for steps of as many tokens.
+FIRST_GUESS, LEAST_GUESS = 0.3, 0.1
+# Weight of the newest step in the level of all times, which grows with contexts.
 OF_LEVEL = 0.05
-OF_SHAPE = 0.15
 # A step is no news beyond these factors of what was expected: something else kept the machine busy.
 LEAST, MOST = 0.5, 2.0
-# Steps of as many tokens until the first measurements have little weight.
-SETTLED = 6
+# Steps by which a mean is settled; it then forgets as many.
+SETTLED = 8
+# What is expected of steps of so many tokens, by what others take, counts as much as so many measurements.
+PRIOR_STEPS = 2.0
 
 
 class StepTimes:
     """Running means of the times of steps without prompts.
 
-    guess  what a step of so many tokens probably takes, in relation to one of one token, until it is known
+    guess  what a step of so many tokens probably takes, in relation to one of one token: how the excess over
+           one grows with tokens; how much it is in all, is measured
     """
 
     def __init__(self, most: int, guess: Callable[[int], float] | None = None) -> None:
-        self._guess = guess or _first_guess
+        guessed = guess or _first_guess
+        self._guess = [max(guessed(n), 1 + LEAST_GUESS * (n - 1)) for n in range(most + 1)]
         self._level: float | None = None  # seconds of a step of one token
-        self._shape: list[float | None] = [None] * (most + 1)
+        self._excess, self._excess_count = 1.0, 1  # in relation to the guess
+        self._means = [0.0] * (most + 1)  # in relation to the level
         self._counts = [0] * (most + 1)
+        self._table: list[float] | None = None
 
     @property
     def is_known(self) -> bool:
@@ -35,49 +39,36 @@ class StepTimes:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
-        if tokens >= len(self._shape):
+        if tokens >= len(self._counts):
             return
         if self._level is None:
-            self._level = seconds / self._guess(tokens)
-            self._shape[tokens], self._counts[tokens] = self._guess(tokens), 1
-            return
-        shape = self._shape[tokens]
-        if shape is None:
-            self._shape[tokens] = seconds / self._level
-            self._counts[tokens] = 1
-            return
-        news = min(max(seconds / (self._level * shape), LEAST), MOST) - 1
-        settled = self._counts[tokens] >= SETTLED
-        self._counts[tokens] += 1
-        if tokens == min(n for n, known in enumerate(self._shape) if known is not None) or settled:
-            self._level *= 1 + OF_LEVEL * news
-        weight = OF_SHAPE if settled else 1 / (1 + self._counts[tokens])
-        self._shape[tokens] = shape * (1 + weight * news)
+            self._level = seconds / self._guess[tokens]
+        expected = self._level * self._relative(tokens)
+        ratio = min(max(seconds / expected, LEAST), MOST)
+        count = self._counts[tokens] = min(self._counts[tokens] + 1, SETTLED)
+        is_first = not any(self._counts[:tokens])
+        if is_first or count == SETTLED:
+            self._level *= 1 + max(OF_LEVEL, 1 / (1 + count) if is_first else 0.0) * (ratio - 1)
+        relative = ratio * expected / self._level
+        self._means[tokens] += (relative - self._means[tokens]) / count
+        if tokens > 1:
+            self._excess_count = min(self._excess_count + 1, 2 * SETTLED)
+            excess = (relative - 1) / (self._guess[tokens] - 1)
+            self._excess += (max(excess, 0.0) - self._excess) / self._excess_count
+        self._table = None
 
     def seconds(self, tokens: int) -> float:
-        """What a step of so many tokens takes, measured or guessed from the next ones that were."""
-        assert self._level is not None
-        return self._level * self._relative(tokens)
+        """What a step of so many tokens takes; at most what the longest takes that is measured."""
+        if self._table is None:
+            assert self._level is not None
+            self._table = [self._level * self._relative(count) for count in range(len(self._counts))]
+        return self._table[min(tokens, len(self._table) - 1)]
 
     def _relative(self, tokens: int) -> float:
-        shape = self._shape[tokens] if tokens < len(self._shape) else None
-        if shape is not None:
-            return shape
-        known = [n for n, value in enumerate(self._shape) if value is not None]
-        below = max((n for n in known if n < tokens), default=None)
-        above = min((n for n in known if n > tokens), default=None)
-        if below is None:
-            assert above is not None
-            return self._value(above) * self._guess(tokens) / self._guess(above)
-        if above is None:
-            return self._value(below) * self._guess(tokens) / self._guess(below)
-        share = (tokens - below) / (above - below)
-        return (1 - share) * self._value(below) + share * self._value(above)
-
-    def _value(self, tokens: int) -> float:
-        value = self._shape[tokens]
-        assert value is not None
-        return value
+        """In relation to a step of one token: measured, or by what others take."""
+        count = self._counts[tokens]
+        by_others = 1 + self._excess * (self._guess[tokens] - 1)
+        return (count * self._means[tokens] + PRIOR_STEPS * by_others) / (count + PRIOR_STEPS)
 
 
 def _first_guess(tokens: int) -> float:

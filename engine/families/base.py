@@ -6,6 +6,7 @@ its model types.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,9 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cache.pages import Pages
+from engine.drafts.base import Drafter
 from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
+from memory.planner.calibration import StepTimes
+from memory.planner.placement import Placement
 from memory.planner.shape import ModelShape
 from memory.telemetry import Telemetry
 from quant.errors import BudgetError, ConfigError
@@ -227,18 +231,34 @@ class Model(ABC):
 
     info: ModelInfo
     kv_format: KvFormat = "float32"  # of its caches
+    times = StepTimes()  # of its forwards
     keeps_whole_states = True  # also of sequences whose tokens are still to come
 
     def close(self) -> None:  # noqa: B027 - most models have nothing to close
         """Release threads and files; the model cannot run afterwards."""
 
     @property
+    def held_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes of weights allocated, by tier and part: `dense` (what every token reads, and the embedding),
+        `experts`, `engram`."""
+        return {}
+
+    @property
     def tier_bytes(self) -> dict[str, int]:
         """Bytes of weights allocated in each tier."""
-        return {}
+        return {tier: sum(parts.values()) for tier, parts in self.held_bytes.items()}
+
+    @property
+    def placement(self) -> Placement | None:
+        """What it was loaded by; None for a model that is not placed."""
+        return None
 
     def expert_tiers(self) -> list[list[str]]:
         """The tier that holds each routed expert, by layer and expert; empty where experts have no tiers."""
+        return []
+
+    def expert_uses(self) -> list[list[float]]:
+        """How often each routed expert was used, by layer and expert; empty where nobody counts."""
         return []
 
     @property
@@ -261,6 +281,10 @@ class Model(ABC):
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
 
+    def drafters(self) -> list[Drafter]:
+        """New drafters of the model's own: its draft layers, where they were loaded."""
+        return []
+
     def capture(self) -> bool:
         """From now on keep what a drafter of this model reads of every token beside the logits: the last
         hidden state, say. Called before `new_cache`. False where there is nothing of that kind; nothing is
@@ -281,7 +305,11 @@ class Model(ABC):
         """
         for segment in batch.segments:
             cache.admit(segment)
+        begun = time.perf_counter()
         logits = self._step(batch, cache, trace)
+        parts = [(segment.start, segment.length) for segment in batch.segments]
+        count = len(batch.ids) if batch.wanted is None else len(batch.wanted)
+        self.times = self.times.plus(parts, count, time.perf_counter() - begun)
         for segment in batch.segments:
             cache.advance(segment)
         return logits
@@ -324,6 +352,10 @@ class Family(ABC):
         Raises ConfigError for a config that the family cannot run, and if it cannot be planned yet.
         """
         raise ConfigError(f"{checkpoint.path}: checkpoints of the {self.name} family cannot be planned yet")
+
+    def loaded_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        """The same with the bytes that it takes in memory once it is loaded, which placements are made of."""
+        return self.shape(checkpoint, kv_format)
 
     def config_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         """The planner's shape of what a config alone says: a checkpoint without tensors, its weights as

@@ -1,4 +1,4 @@
-"""The store of a model's routed experts, in what dense weights leave of the budget."""
+"""The store of a model's routed experts, as they are placed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 
 from engine.families.places import HOST, DensePlaces
 from memory.experts.reader import ExpertFiles
+from memory.experts.slots import layouts_of
 from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ASSUMED_CPU_FLOPS, ExpertStore
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
+from quant.errors import FormatError
 from quant.kernels.interface import Kernels
 
 
@@ -22,16 +24,23 @@ def expert_store(
     budget: MemoryBudget,
     places: DensePlaces,
     *,
-    kept_free: int = 0,
     telemetry: Telemetry | None = None,
 ) -> ExpertStore:
-    """The routed experts of the checkpoint at `path`, in what is left of each GPU, and of DRAM but for
-    `kept_free` bytes. Raises CheckpointError where the routing trace beside it is another model's."""
+    """The routed experts of the checkpoint at `path`, as placed. Raises CheckpointError where the routing
+    trace beside it is another model's."""
+    gpus, in_dram = gpus_left(places, budget), places.slots_bytes["dram"]
+    placed = None
+    if _have_slots(files, kernels, gpus):
+        tiers = [*(gpu.name for gpu in gpus), "dram"]
+        placed = list(zip(*(places.experts(tier) for tier in tiers), strict=True))
+    else:  # those planned there are in DRAM too, as far as it goes
+        in_dram += places.spare
     return ExpertStore(
         files,
         kernels,
-        Tier("dram", places.left["dram"] - kept_free, HOST),
-        gpus_left(places, budget),
+        Tier("dram", in_dram, HOST),
+        gpus,
+        placed=placed,
         telemetry=telemetry,
         hotness=trace_of_checkpoint(path, files.layers, files.experts),
         cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
@@ -41,5 +50,15 @@ def expert_store(
 
 
 def gpus_left(places: DensePlaces, budget: MemoryBudget) -> list[Tier]:
-    """The budget's GPUs, each with what dense weights leave of it."""
-    return [replace(gpu, budget_bytes=places.left[gpu.name]) for gpu in budget.gpus]
+    """The budget's GPUs, each with its slots for experts."""
+    return [replace(gpu, budget_bytes=places.slots_bytes[gpu.name]) for gpu in budget.gpus]
+
+
+def _have_slots(files: ExpertFiles, kernels: Kernels, gpus: list[Tier]) -> bool:
+    """Whether GPUs' kernels can compute experts of these formats."""
+    try:
+        for gpu in gpus:
+            layouts_of(files, kernels.on(gpu.device))
+    except FormatError:
+        return False
+    return True

@@ -108,7 +108,7 @@ class OpenedModel:
             with of_prompts():  # refused before weights are read
                 pass
         of_drafts = room_for_drafts(drafts, self.family, self.checkpoint, budget.dram_bytes)
-        budget = replace(budget, dram_bytes=budget.dram_bytes - of_drafts)
+        budget = replace(budget, workload=replace(budget.workload, draft_bytes=of_drafts))
         model = self.family.load(self.checkpoint, kernels, budget)
         own = read_own_drafts(model, self.checkpoint, kernels) if of_drafts else None
         model.info = replace(model.info, eos_token_ids=self.info.eos_token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
@@ -14,12 +15,21 @@ LAYER_PREFIXES = ("layers.", "model.layers.", "blk.")
 
 
 class Parts:
-    """`(part, layer)` -> Weights; tensors whose names match `ignored` are left out."""
+    """`(part, layer)` -> Weights; tensors whose names match `ignored` are left out.
 
-    def __init__(self, checkpoint: Checkpoint, ignored: re.Pattern[str] | None = None) -> None:
+    nbytes_of  the bytes of a tensor, where not those of its file
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ignored: re.Pattern[str] | None = None,
+        nbytes_of: Callable[[str, TensorEntry], int] | None = None,
+    ) -> None:
         self.weights: dict[tuple[str, int], Weights] = defaultdict(Weights)
         for name, entry in checkpoint.used(ignored).items():
-            self.weights[_part_of(name)] += _weights_of(name, entry)
+            nbytes = entry.nbytes if nbytes_of is None else nbytes_of(name, entry)
+            self.weights[_part_of(name)] += Weights(nbytes, _numbers_in(name, entry))
 
     def of(self, part: str, layer: int = -1) -> Weights:
         """Bytes and parameters of a part; zero if the checkpoint has none."""
@@ -34,6 +44,7 @@ def _part_of(name: str) -> tuple[str, int]:
     layer = int(name.removeprefix(prefix).partition(".")[0])
     for mark, part in (
         (".engram.embed.", "table"),
+        (".tid2eid", "look_ups"),
         (".ffn.experts.", "experts"),
         (".ffn.shared_experts.", "shared"),
     ):
@@ -42,8 +53,8 @@ def _part_of(name: str) -> tuple[str, int]:
     return "dense", layer
 
 
-def _weights_of(name: str, entry: TensorEntry) -> Weights:
+def _numbers_in(name: str, entry: TensorEntry) -> int:
     if name.endswith(".scale") or entry.dtype == "I64":  # neither is multiplied with
-        return Weights(entry.nbytes, 0)
+        return 0
     two_codes_a_byte = ".ffn.experts." in name and entry.dtype in ("I8", "U8")
-    return Weights(entry.nbytes, math.prod(entry.shape) * (2 if two_codes_a_byte else 1))
+    return math.prod(entry.shape) * (2 if two_codes_a_byte else 1)

@@ -1,4 +1,7 @@
-"""Placement of the weights that every token reads, on GPUs or in DRAM: as planned, within the budgets."""
+"""Where a placement puts a model's parts, as loading and caches ask for them: devices, and bytes of tiers.
+
+Loading executes the planner's placement as it is and decides nothing by itself.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,26 @@ from pathlib import Path
 
 import torch
 
-from engine.cache.pages import largest
 from engine.families.base import KvRooms
+from memory.experts.slots import MIN_SLOTS
 from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import Placement, embedding_fits, lent_bytes, plan, recorded_bytes
+from memory.planner.placement import NOWHERE, STAGING, Placement, lent_bytes, plan, recorded_bytes
+from memory.planner.search import largest
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")
+READ_BY_EVERY_TOKEN = ("dense", "shared_experts", "head", "look_ups")
 NO_LIMIT = 1 << 40  # tokens
 LayerBytes = Callable[[int, int, int], int]  # of a layer's KV: (layer, slots, capacity)
 
 
 @dataclass(frozen=True)
 class DensePlaces:
-    """Where layers (with their shared experts and KV) and the head are placed.
+    """Where layers (with their shared experts and KV) and the head are placed, and what is left to experts.
 
+    placement      the planner's
     layers, head   the device of each
     tiers          the tier of each layer
     head_tier      that of the head
@@ -34,10 +40,11 @@ class DensePlaces:
     kv_room        bytes of KV that are kept free, by GPU
     step_room      bytes that are kept free on each GPU for a recorded step's buffers
     lent           bytes of these on each real GPU that a long chunk of a prompt computes with meanwhile
-    left           bytes by tier for routed experts (in DRAM, for Engram tables too)
-    experts_bytes, tables_bytes  of all routed experts, and of all Engram tables
+    slots_bytes    bytes by tier of slots for routed experts
+    spare          bytes of DRAM that weights may take and the placement does not use
     """
 
+    placement: Placement
     layers: tuple[torch.device, ...]
     head: torch.device
     tiers: tuple[str, ...]
@@ -47,9 +54,13 @@ class DensePlaces:
     kv_room: dict[str, int]
     step_room: int
     lent: int
-    left: dict[str, int]
-    experts_bytes: int
-    tables_bytes: int
+    slots_bytes: dict[str, int]
+    spare: int
+
+    def experts(self, tier: str) -> list[int]:
+        """How many routed experts a tier holds, of each layer that has any."""
+        counts = (self.placement.experts(layer) for layer in range(len(self.tiers)))
+        return [held.get(tier, 0) for held in counts if held]
 
     def check_kv(self, slots: int, capacity: int, layer_bytes: LayerBytes) -> None:
         """Raises BudgetError where a GPU's part of a cache is more than was kept free there when loading: one
@@ -96,46 +107,62 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
 
     Raises BudgetError where what every token reads does not fit.
     """
-    placement = plan(shape, budget.profile, budget.workload)
+    placement = plan(shape, budget.machine_for(shape), budget.limited_workload)
     devices = {"dram": HOST, **{gpu.name: gpu.device for gpu in budget.gpus}}
-    budgets = {"dram": budget.dram_bytes, **{gpu.name: gpu.budget_bytes for gpu in budget.gpus}}
     nbytes: dict[str, int] = defaultdict(int)
     kv_room: dict[str, int] = defaultdict(int)
     for place in placement.places:
-        if place.kind in ("dense", "shared_experts", "head"):
-            nbytes[place.tier] += place.nbytes
-        elif place.kind == "kv" and place.tier != "dram":
+        if place.kind == "kv" and place.tier != "dram":
             kv_room[place.tier] += place.nbytes
-    holds_embedding = embedding_fits(shape, budget.dram_bytes - nbytes["dram"])
-    if holds_embedding:
-        nbytes["dram"] += shape.embedding.nbytes
-    if nbytes["dram"] > budget.dram_bytes:
-        raise BudgetError(
-            f"{path}: the weights used by every token need {nbytes['dram']:,} bytes, but the memory budget "
-            f"is {budget.dram_bytes:,} bytes; free some memory, raise --dram-budget or use a smaller model"
-        )
+    for tier, parts in placement.allocated().items():
+        nbytes[tier] = parts.get("dense", 0)
+    _check_dram(placement, shape, path, budget)
     _check_gpus(placement, budget)
-    reserved: dict[str, int] = defaultdict(int)
-    for reserve in placement.reserves:
-        reserved[reserve.tier] += reserve.nbytes if reserve.tier.startswith("vram") else 0
     tiers = tuple(placement.tier_of("dense", n) for n in range(len(shape.layers)))
+    slots_bytes = {tier: placement.slots_bytes(tier) for tier in devices}
+    in_dram = sum(placement.allocated()["dram"].get(part, 0) for part in ("dense", "drafts", "engram"))
+    spare = max(0, budget.dram_bytes - in_dram - slots_bytes["dram"])
     return DensePlaces(
+        placement=placement,
         layers=tuple(devices[tier] for tier in tiers),
         head=devices[placement.tier_of("head", None)],
         tiers=tiers,
         head_tier=placement.tier_of("head", None),
-        holds_embedding=holds_embedding,
+        holds_embedding=placement.tier_of("embedding", None) != "nvme",
         nbytes=dict(nbytes),
         kv_room=dict(kv_room),
         step_room=recorded_bytes(shape, budget.workload),
         lent=lent_bytes(shape, budget.workload) if any(not gpu.is_virtual for gpu in budget.gpus) else 0,
-        left={
-            tier: max(0, allowed - nbytes[tier] - kv_room[tier] - reserved[tier])
-            for tier, allowed in budgets.items()
-        },
-        experts_bytes=sum(layer.experts * layer.expert.nbytes for layer in shape.layers),
-        tables_bytes=sum(layer.table.nbytes for layer in shape.layers if layer.table is not None),
+        slots_bytes=slots_bytes,
+        spare=spare,
     )
+
+
+def _check_dram(placement: Placement, shape: ModelShape, path: Path, budget: MemoryBudget) -> None:
+    """What every token reads must be on GPUs or in DRAM, and experts have slots. Raises BudgetError."""
+    missing = [p for p in placement.places if p.tier == NOWHERE]
+    if any(p.kind in READ_BY_EVERY_TOKEN for p in missing):
+        needed = sum(
+            p.nbytes
+            for p in placement.places
+            if p.kind in READ_BY_EVERY_TOKEN and p.tier in ("dram", NOWHERE)
+        )
+        raise BudgetError(
+            f"{path}: the weights used by every token need {needed:,} bytes, but the memory budget "
+            f"is {budget.dram_bytes:,} bytes; free some memory, raise --dram-budget or use a smaller model"
+        )
+    if any(p.kind == "kv" for p in missing):
+        raise BudgetError(
+            f"{path}: there is no room for the KV cache of {placement.workload.sequences} sequence(s) of "
+            f"{placement.workload.context:,} tokens; lower --max-model-len, --max-num-seqs or --kv-budget"
+        )
+    staged = [reserve for reserve in placement.reserves if reserve.name == STAGING]
+    if any(reserve.tier == NOWHERE for reserve in staged):
+        raise BudgetError(
+            f"{path}: beside all else the DRAM budget of {budget.dram_bytes:,} bytes holds fewer than "
+            f"{MIN_SLOTS} experts of {shape.slot_nbytes:,} bytes, but at least {MIN_SLOTS} are needed; raise "
+            "--dram-budget"
+        )
 
 
 def _check_gpus(placement: Placement, budget: MemoryBudget) -> None:

@@ -15,3 +15,9 @@ def shape_of(checkpoint: Checkpoint, kv_format: KvChoice = "float32") -> ModelSh
     """
     family = family_of(checkpoint)
     return family.shape(checkpoint, family.kv_format(checkpoint, kv_format))
+
+
+def loaded_shape_of(checkpoint: Checkpoint, kv_format: KvChoice = "float32") -> ModelShape:
+    """The same with the bytes that the checkpoint takes in memory: a plan of it is what loading allocates."""
+    family = family_of(checkpoint)
+    return family.loaded_shape(checkpoint, family.kv_format(checkpoint, kv_format))

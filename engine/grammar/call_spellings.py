@@ -17,7 +17,9 @@ from engine.grammar.tools import (
     arguments_schema,
     checked_name,
     field_of,
+    format_field,
     is_strict,
+    lark_of,
     properties_of,
     string_part,
     within,
@@ -119,7 +121,9 @@ class ElementSpelling(CallSpelling):
         properties, required = properties_of(schema, field, strict)
 
         def parameter(name: str, *place: str) -> str:
-            return writer.rule(self._parameter(writer, name, within(schema, *place), field, strict))
+            part = within(schema, *place)
+            at = format_field(index) if lark_of(part) else field
+            return writer.rule(self._parameter(writer, name, part, at, strict))
 
         name = checked_name(tool["function"]["name"], field)
         parts = [writer.literal(self.call + name + self.behind_name)]
@@ -137,7 +141,15 @@ class ElementSpelling(CallSpelling):
         end = writer.literal(self.padding + self.end_parameter + self.behind_parameter)
         kinds = []
         strings, takes_more = string_part(schema)
-        if self.as_text == self.as_json and types_of(schema) == {"string"} and strings is None:
+        if grammar := lark_of(schema):
+            if self.as_text != self.as_json:
+                kinds.append(f"{writer.literal(self.as_json)} {_quoted(writer, grammar, field)} {end}")
+            else:
+                limit = writer.lark_terminal(grammar, field)
+                text = writer.limited_before(self.end_parameter, limit, self.padding)
+                kinds.append(f"{writer.literal(self.as_text)} {text} {writer.literal(self.behind_parameter)}")
+            takes_more = False
+        elif self.as_text == self.as_json and types_of(schema) == {"string"} and strings is None:
             # Nothing would tell quotes from text, so what limits the string must limit the text.
             limited = _limited(schema, field, strict)
             text = writer.limited_before(self.end_parameter, limited, self.padding)
@@ -170,7 +182,19 @@ def dsml(block: str, gap: str = "") -> ElementSpelling:
 
 
 def _arguments(writer: GrammarWriter, index: int, tool: Mapping[str, Any]) -> str:
-    return writer.json(arguments_schema(tool), field_of(index), lenient=not is_strict(tool))
+    schema, field = arguments_schema(tool), field_of(index)
+    for name, each in schema.get("properties", {}).items():
+        if grammar := lark_of(each):
+            head = f"{{{json.dumps(name)}: "
+            quoted = _quoted(writer, grammar, format_field(index))
+            return f"{writer.plain(head)} {quoted} {writer.plain('}')}"
+    return writer.json(schema, field, lenient=not is_strict(tool))
+
+
+def _quoted(writer: GrammarWriter, grammar: str, field: str) -> str:
+    """A JSON string whose value follows a client's grammar."""
+    quote = writer.plain('"')
+    return f"{quote} {writer.quoted_lark(grammar, field)} {quote}"
 
 
 def _limited(schema: Mapping[str, Any], field: str, strict: bool) -> str:

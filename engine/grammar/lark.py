@@ -15,6 +15,7 @@ from typing import Any
 
 import llguidance
 
+from engine.grammar.client_lark import is_regular, lark_terminal, quoted_lark
 from engine.grammar.finite import without_endless
 from engine.grammar.numbers import check_multiples, with_safe_numbers
 
@@ -51,12 +52,13 @@ class GrammarWriter:
         self._rules: list[str] = []
         self._parts: list[dict[str, Any]] = []
         self._fields: list[str] = []
+        self._alone: list[tuple[str, str]] = []
 
     def finished(self, start: str) -> Grammar:
         """The grammar of texts that match the expression `start`."""
         main = {"name": "main", "lark_grammar": "\n".join([f"start: {start}", *self._rules])}
         alone = (json.dumps({"grammars": [part]}) for part in self._parts)
-        parts = tuple(zip(self._fields, alone, strict=True))
+        parts = (*self._alone, *zip(self._fields, alone, strict=True))
         return Grammar(json.dumps({"grammars": [main, *self._parts]}), parts)
 
     def rule(self, expression: str) -> str:
@@ -102,13 +104,12 @@ class GrammarWriter:
 
     def limited_before(self, tag: str, pattern: str, padding: str) -> str:
         """Text by `pattern` (regular expressions between slashes) that ends with the first `tag`, which is
-        part of it, perhaps behind `padding`."""
+        part of it, behind `padding`, which is no part of the text."""
         match = self._token.search(tag)
         before = tag if match is None else tag[: match.start()]
         # One terminal as far as the characters go: a lexer does not give back what it has taken.
         parts = [f"({pattern} & {_without(tag if match is None else match.group())})"]
-        parts += [f"/({escaped(padding)})?/"] if padding else []
-        parts += [self.plain(before)] if before else []
+        parts += [self.plain(padding + before)] if padding + before else []
         rest = "" if match is None else f" {self.literal(tag[len(before) :])}"
         return self.terminal(" ".join(parts)) + rest
 
@@ -133,6 +134,31 @@ class GrammarWriter:
     def lark(self, text: str, field: str) -> str:
         """Text by a grammar of the client's own, which begins at its rule `start`."""
         return self._part({"lark_grammar": text}, field)
+
+    def quoted_lark(self, text: str, field: str) -> str:
+        """What stands between the quotes of a JSON string whose value follows a client's grammar.
+
+        Raises RequestError naming `field` for a construct that cannot be enforced there.
+        """
+        self._check_alone(text, field)
+        quoted = quoted_lark(text, field)
+        if is_regular(quoted, field):
+            return self._as_terminal(quoted, field)
+        return self._part({"lark_grammar": quoted}, field)
+
+    def lark_terminal(self, text: str, field: str) -> str:
+        """A terminal for text by a client's grammar. Raises RequestError for one that refers to itself."""
+        self._check_alone(text, field)
+        return self._as_terminal(text, field)
+
+    def _as_terminal(self, text: str, field: str) -> str:
+        definitions, name = lark_terminal(text, f"CLIENT_{len(self._rules)}", field)
+        self._rules += definitions
+        return name
+
+    def _check_alone(self, text: str, field: str) -> None:
+        """Have a client's grammar compiled by itself where the whole fails, to tell whose fault that is."""
+        self._alone.append((field, json.dumps({"grammars": [{"lark_grammar": text}]})))
 
     def _part(self, part: Mapping[str, Any], field: str) -> str:
         name = f"part_{len(self._parts)}"

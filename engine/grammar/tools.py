@@ -26,6 +26,7 @@ ANNOTATIONS = {
 }
 DEFINITIONS = ("$defs", "definitions")
 WHOLE = "#/$defs/arguments"  # where the schema of all arguments stands beside one of a part of it
+LARK = "x-lark"  # beside `type: string`: a grammar of the text
 OBJECT_KEYWORDS = {"type", "properties", "required", "additionalProperties"}
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -57,6 +58,12 @@ def arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     """The schema of a tool's arguments. One that lists properties lets in no others unless it says so."""
     schema = tool["function"].get("parameters") or NO_ARGUMENTS
     return {"additionalProperties": False, **schema} if "properties" in schema else dict(schema)
+
+
+def lark_of(schema: Any) -> str | None:
+    """The grammar that a string must follow, in a keyword of our own; it is the only argument of its tool."""
+    grammar = schema.get(LARK) if isinstance(schema, Mapping) else None
+    return grammar if isinstance(grammar, str) and grammar else None
 
 
 def within(schema: Mapping[str, Any], *place: str) -> Any:
@@ -124,3 +131,8 @@ def checked_name(name: str, field: str) -> str:
 def field_of(index: int) -> str:
     """The field of a request that has a tool's schema."""
     return f"tools[{index}].function.parameters"
+
+
+def format_field(index: int) -> str:
+    """The field of a request that has the grammar of a tool's input."""
+    return f"tools[{index}].custom.format"

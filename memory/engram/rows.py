@@ -53,6 +53,33 @@ class RowCounts(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class TableShare:
+    """What of a table is in DRAM: all of it, or the hottest rows, beside the scales of all rows where these
+    take no more than half of the budget: a missing row then costs one read instead of two.
+
+    sets    of WAYS hot rows each
+    nbytes  of all that, with what finds the rows
+    """
+
+    is_whole: bool
+    holds_scales: bool
+    sets: int
+    nbytes: int
+
+    @classmethod
+    def within(cls, budget_bytes: int, rows: int, code_bytes: int, scale_bytes: int) -> TableShare:
+        """What a budget holds of a table of so many rows, each of so many bytes of codes and of scales."""
+        whole, scales = rows * (code_bytes + scale_bytes), rows * scale_bytes
+        if budget_bytes >= whole:
+            return cls(True, True, 0, whole)
+        holds_scales = 2 * scales <= budget_bytes
+        left = max(0, budget_bytes - (scales if holds_scales else 0))
+        of_set = WAYS * (code_bytes + (0 if holds_scales else scale_bytes) + TAG_BYTES)
+        sets = left // of_set
+        return cls(False, holds_scales, sets, sets * of_set + (scales if holds_scales else 0))
+
+
+@dataclass(frozen=True)
 class HotRows:
     """Memory of a set-associative cache of packed rows with LRU eviction within each set."""
 
@@ -62,9 +89,8 @@ class HotRows:
     rows: torch.Tensor
 
     @classmethod
-    def within(cls, budget_bytes: int, row_bytes: int) -> HotRows:
-        """As many rows as `budget_bytes` hold."""
-        sets = max(0, budget_bytes) // (WAYS * (row_bytes + TAG_BYTES))
+    def of(cls, sets: int, row_bytes: int) -> HotRows:
+        """So many sets, still empty."""
         return cls(
             sets,
             torch.full((sets, WAYS), -1, dtype=torch.int64),

@@ -1,9 +1,7 @@
 """The Engram store: rows of n-gram tables, requested before they are needed.
 
-A table that fits in its share of the budget is held in DRAM entirely. Of a larger one only hot rows are, and
-the scales of all rows if they take no more than half of the share: a missing row then costs one read instead
-of two. Native threads look up rows while earlier layers compute: they deduplicate, keep many disk requests in
-flight and decode.
+Of each table, DRAM holds the share that it was given: all of it, or hot rows (rows.py). Native threads look
+up rows while earlier layers compute: they deduplicate, keep many disk requests in flight and decode.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.direct_reads import DirectFiles
 from memory.checkpoint.entries import TensorEntry
 from memory.checkpoint.reads import RowsOnDisk
-from memory.engram.rows import HotRows, RowCounts, RowJob, RowServer, RowTable
+from memory.engram.rows import HotRows, RowCounts, RowJob, RowServer, RowTable, TableShare
 from memory.engram.sender import RowSender
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
@@ -62,6 +60,10 @@ class TableFiles:
     def nbytes(self) -> int:
         """Bytes of the whole table."""
         return self.codes.nbytes + self.scales.nbytes
+
+    def share(self, budget_bytes: int) -> TableShare:
+        """What of it a budget holds."""
+        return TableShare.within(budget_bytes, self.rows, self.code_bytes, self.scale_bytes)
 
     def unpack(self, codes: torch.Tensor, scales: torch.Tensor) -> PackedTensor:
         """Rows from the raw bytes of their codes `[n, code_bytes]` and scales `[n, scale_bytes]`."""
@@ -135,19 +137,16 @@ class _ServedRows:
 
 
 class _Table:
-    """The part of a table held in DRAM within `budget_bytes`, for the lookup threads."""
+    """The share of a table that is in DRAM, for the lookup threads."""
 
-    def __init__(self, files: TableFiles, direct: DirectFiles, kernels: Kernels, budget_bytes: int) -> None:
+    def __init__(self, files: TableFiles, direct: DirectFiles, kernels: Kernels, share: TableShare) -> None:
         self.files = files
         self._kernels = kernels
         self._decodes = files.format is FP8_ROW
-        is_whole = budget_bytes >= files.nbytes
-        self._codes = direct.load(files.codes) if is_whole else None
-        holds_scales = is_whole or files.scales.nbytes * 2 <= budget_bytes
-        self._scales = direct.load(files.scales) if holds_scales else None
-        left = budget_bytes - (files.scales.nbytes if holds_scales else 0)
-        row_bytes = files.code_bytes + (0 if holds_scales else files.scale_bytes)
-        self._hot = HotRows.within(0 if is_whole else left, row_bytes)
+        self._codes = direct.load(files.codes) if share.is_whole else None
+        self._scales = direct.load(files.scales) if share.holds_scales else None
+        row_bytes = files.code_bytes + (0 if share.holds_scales else files.scale_bytes)
+        self._hot = HotRows.of(share.sets, row_bytes)
         self.native = RowTable(
             codes=None if self._codes is None else self._codes.data_ptr(),
             scales=None if self._scales is None else self._scales.data_ptr(),
@@ -192,8 +191,9 @@ class _Table:
 
 
 class EngramStore:
-    """Tables by layer, within a budget. `lookup` may be called as soon as token ids are known.
+    """Tables by layer. `lookup` may be called as soon as token ids are known.
 
+    shares: what of each is in DRAM
     gpus: devices of layers that are not computed in host memory; their rows are sent there. Without the
     compiled kernels, tables stay on disk and lookups are synchronous.
     """
@@ -203,7 +203,7 @@ class EngramStore:
         tables: Mapping[int, TableFiles],
         checkpoint: Checkpoint,
         kernels: Kernels,
-        budget_bytes: int,
+        shares: Mapping[int, TableShare],
         telemetry: Telemetry,
         *,
         gpus: Mapping[int, Tier] | None = None,
@@ -233,11 +233,9 @@ class EngramStore:
                 self._on_disk[layer] = RowsOnDisk(files.codes), RowsOnDisk(files.scales)
             return
         self._direct.open([entry.file for files in tables.values() for entry in (files.codes, files.scales)])
-        total = sum(files.nbytes for files in tables.values())
         self._numbers: dict[int, int] = {}
         for layer, files in tables.items():
-            share = budget_bytes * files.nbytes // max(total, 1)
-            self._tables[layer] = _Table(files, self._direct, kernels, share)
+            self._tables[layer] = _Table(files, self._direct, kernels, shares[layer])
             self._numbers[layer] = self._server.add(self._tables[layer].native)
 
     @property

@@ -159,6 +159,10 @@ class Predictive(ExpertPolicy):
         self._expected = []
         self._unguessed = self._scores = None
 
+    def uses(self) -> np.ndarray:
+        """How often each expert was used, with what is usual before anything was seen, `[experts]`."""
+        return self._uses
+
     def scores(self) -> np.ndarray:
         if self._unguessed is None:
             self._unguessed = self._own_scores()

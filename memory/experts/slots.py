@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from memory.experts.at_hand import AtHand
 from memory.experts.copies import SlotCopier
+from memory.experts.homes import homes_of, shares_of
 from memory.experts.policy import EXCHANGE_MARGIN, ExpertPolicy
 from memory.experts.reader import ExpertFiles, ExpertReader
 from memory.experts.slot_table import Key, SlotEntry, SlotTable
@@ -44,6 +45,8 @@ class ExpertSlots:
 
     policies          one per layer: ranks experts and chooses which to evict
     gpus              none are used where their kernels have no slots for these formats: a warning says so
+    placed            of each layer, how many experts each GPU and then DRAM is to hold at first; None: as
+                      many as there are slots, the same number of each layer
     lent_bytes        of each GPU's slots, what a long chunk of a prompt computes with meanwhile
     cpu_bytes_per_s   how fast the CPU computes what DRAM holds; decides how much is moved to GPUs instead
 
@@ -62,6 +65,7 @@ class ExpertSlots:
         readers: int,
         cpu_bytes_per_s: float,
         lent_bytes: int = 0,
+        placed: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.telemetry = telemetry
         self._policies = policies
@@ -89,11 +93,21 @@ class ExpertSlots:
             self.gpus = [table(tier) for tier in gpus]
         except FormatError as error:
             logger.warning("all experts stay in DRAM and are computed on the CPU: %s", error)
+        even = list(zip(*(shares_of(gpu.arena.slots, files.layers) for gpu in self.gpus), strict=True))
+        room = even if placed is None else [layer[: len(self.gpus)] for layer in placed]
+        self.on_gpus_first = [sum(layer) for layer in room] if self.gpus else [0] * files.layers
+        self.held_first = [files.experts] * files.layers if placed is None else [sum(of) for of in placed]
+        self._homes = [
+            homes_of(of, policy.ranking(), layer)
+            for layer, (of, policy) in enumerate(zip(room, policies, strict=True))
+        ] if self.gpus else []  # fmt: skip
         # With GPUs, where an expert is computed is decided anew in each step.
         self.at_hand = None if self.gpus else AtHand(self.dram, files.layers, files.experts)
         self.dram.observer = self.at_hand
         self.gpus_rest = False  # while a step runs that finds experts on GPUs by itself, none may leave there
         self.keeps_copies = self.dram.arena.slots >= total
+        if self.keeps_copies:
+            self.held_first = [files.experts] * files.layers
         self._copiers = [SlotCopier(gpu.tier, self.dram.layouts, gpu.layouts) for gpu in self.gpus]
         self._links = [
             Link(tier.name, telemetry, bytes_per_s=tier.link_bytes_per_s if tier.is_virtual else None)
@@ -131,8 +145,8 @@ class ExpertSlots:
         return None
 
     def home(self, key: Key) -> int:
-        """The GPU of an expert: consecutive ones go to different GPUs, to spread the load over all links."""
-        return (key[0] + key[1]) % len(self.gpus)
+        """The GPU of an expert: see `homes_of`."""
+        return self._homes[key[0]][key[1]]
 
     def score(self, key: Key) -> float:
         """The value of keeping an expert, among those of its layer."""

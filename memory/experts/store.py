@@ -55,6 +55,7 @@ class ExpertStore:
     readers   threads that read experts from disk and repack them; default: `default_readers`
     cpu_flops  that the CPU reaches with many tokens
     lent_bytes of each GPU's slots, what a long chunk of a prompt computes with meanwhile
+    placed    of each layer, how many experts each GPU and then DRAM is to hold at first
     hotness   `[layers, experts]`, shares of uses from a routing trace: hot experts are loaded first
     """
 
@@ -71,6 +72,7 @@ class ExpertStore:
         cpu_bytes_per_s: float = ASSUMED_CPU_BYTES_PER_S,
         cpu_flops: float = ASSUMED_CPU_FLOPS,
         lent_bytes: int = 0,
+        placed: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._files = files
         self._kernels = kernels
@@ -82,6 +84,7 @@ class ExpertStore:
         self.slots = ExpertSlots(
             files, kernels, dram, gpus, self._policies, self.telemetry,
             readers=readers or default_readers(), cpu_bytes_per_s=cpu_bytes_per_s, lent_bytes=lent_bytes,
+            placed=placed,
         )  # fmt: skip
         self.lent = LentSlots(self.slots)
         self._cpu_flops = cpu_flops
@@ -114,6 +117,10 @@ class ExpertStore:
                 for expert in list(entries):  # copied at once: another thread may read it
                     tiers[layer][expert] = table.tier.name
         return tiers
+
+    def uses(self) -> list[list[float]]:
+        """How often each expert was used, by layer, as far as policies were told: old uses count less."""
+        return [policy.uses().tolist() for policy in self._policies]
 
     @property
     def is_still(self) -> bool:
@@ -292,10 +299,20 @@ class ExpertStore:
         self.telemetry.add("guesses", "right", len(guess.intersection(needed)))
 
     def _fill(self) -> None:
-        """Fill GPUs and DRAM at startup, every layer its share, and wait for the transfers."""
+        """Fill GPUs and DRAM at startup as placed, the hottest first, and wait for the transfers."""
         slots = self.slots
         ranked = [policy.ranking() for policy in self._policies]
-        keys = [(layer, expert) for rank in zip(*ranked, strict=True) for layer, expert in enumerate(rank)]
+        keys = [
+            (layer, expert)
+            for at, rank in enumerate(zip(*ranked, strict=True))
+            for layer, expert in enumerate(rank)
+            if at < slots.held_first[layer]
+        ]
+        for_gpus = {
+            (layer, expert)
+            for layer, rank in enumerate(ranked)
+            for expert in rank[: slots.on_gpus_first[layer]]
+        }
         at = 0
         while at < len(keys):
             room = min(slots.dram.arena.free - slots.reserved, FILL_BATCH)
@@ -305,7 +322,7 @@ class ExpertStore:
             for ticket in [slots.read(key, Priority.DEMAND) for key in batch]:
                 ticket.wait()
             if slots.gpus:
-                moves = [slots.move_to_gpu(key) for key in batch if slots.gpus[slots.home(key)].arena.free]
+                moves = [slots.move_to_gpu(key) for key in batch if key in for_gpus]
                 for move in filter(None, moves):
                     move.wait()
             slots.settle()

@@ -91,7 +91,9 @@ class HardwareProfile:
         """
         real = sum(device.kind == "cuda" for device in devices)
         gpus = tuple(
-            self._gpu(device, is_alone=real == 1) if device.kind == "cuda" else self._virtual_gpu(device)
+            self._gpu(device, is_alone=real == 1)
+            if device.kind == "cuda"
+            else virtual_gpu(self, device.budget_bytes, device.link_bytes_per_s)
             for device in devices
         )
         taken = sum(gpu.memory_bytes for gpu in gpus if gpu.kind == "virtual")
@@ -110,17 +112,20 @@ class HardwareProfile:
         together = gpu.link_bytes_per_s if is_alone else gpu.link_together_bytes_per_s
         return replace(gpu, memory_bytes=device.budget_bytes, link_together_bytes_per_s=together)
 
-    def _virtual_gpu(self, device: DeviceSpec) -> GpuSpec:
-        link = device.link_bytes_per_s or self.dram_bytes_per_s
-        return GpuSpec(
-            name=f"virtual {device.index}",
-            kind="virtual",
-            memory_bytes=device.budget_bytes,
-            memory_bytes_per_s=self.dram_bytes_per_s,
-            matmul_flops=self.cpu_matmul_flops,
-            link_bytes_per_s=link,
-            link_together_bytes_per_s=link,
-        )
+
+def virtual_gpu(machine: HardwareProfile, nbytes: int, link_bytes_per_s: float | None) -> GpuSpec:
+    """A GPU that is host memory of `machine`, computed on by its CPU; its link as fast as copies go, unless
+    given."""
+    link = link_bytes_per_s or machine.dram_bytes_per_s
+    return GpuSpec(
+        name="virtual",
+        kind="virtual",
+        memory_bytes=nbytes,
+        memory_bytes_per_s=machine.dram_bytes_per_s,
+        matmul_flops=machine.cpu_matmul_flops,
+        link_bytes_per_s=link,
+        link_together_bytes_per_s=link,
+    )
 
 
 @dataclass(frozen=True)

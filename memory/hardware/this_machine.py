@@ -27,7 +27,7 @@ ASSUMED_LINK_BYTES_PER_S = 12e9
 ASSUMED_VRAM_BYTES_PER_S = 500e9
 ASSUMED_GPU_FLOPS = 50e12
 ASSUMED_CORE_FLOPS = {"portable": 3e9, "avx2": 25e9, "avx512": 60e9}
-# Left to the system and to what else runs.
+# Left to the system and to what else runs, or a sixteenth of what is free.
 DRAM_KEPT_FREE_BYTES = 1_000_000_000
 
 
@@ -59,6 +59,11 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
 def cache_path() -> Path:
     """Where measurements are kept: `$XDG_CACHE_HOME/loci/hardware.json`, or below `~/.cache`."""
     return user_cache() / "hardware.json"
+
+
+def quick_path() -> Path:
+    """Where a server keeps what it has seen of the machine in a moment, until it is measured."""
+    return user_cache() / "hardware-seen.json"
 
 
 def write_results(path: Path, machine: Machine, results: Sequence[Result]) -> None:
@@ -99,7 +104,8 @@ _IDENTITY = ("cpu", "cores", "gpus")
 def this_machine(machine: Machine | None = None, measured: dict[str, float] | None = None) -> HardwareProfile:
     """The machine this runs on, with measurements where there are any; `assumed` says what there isn't."""
     machine = machine or detect()
-    measured = read_measured(machine) if measured is None else measured
+    if measured is None:
+        measured = read_measured(machine, quick_path()) | read_measured(machine)
     assumed: list[str] = []
 
     def rate(name: str, fallback: float, what: str, unit: str, scale: float = 1e9) -> float:
@@ -142,7 +148,7 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
         cpu_level=level,
         cpu_matmul_flops=flops,
         expert_bytes_per_s=experts * 1e9 if experts else None,
-        dram_bytes=max(0, machine.available_bytes - DRAM_KEPT_FREE_BYTES),
+        dram_bytes=machine.available_bytes - min(DRAM_KEPT_FREE_BYTES, machine.available_bytes // 16),
         dram_bytes_per_s=dram,
         dram_rows_per_s=measured.get("dram_random_rows", machine.cores * ROWS_PER_CORE),
         disk_bytes=machine.disk_free_bytes,

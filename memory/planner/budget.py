@@ -9,9 +9,22 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from memory.hardware.detect import available_memory_bytes
-from memory.hardware.profiles import DeviceSpec, GpuSpec, HardwareProfile, parse_bytes, parse_devices
-from memory.hardware.this_machine import this_machine
+from memory.hardware.profiles import (
+    DeviceSpec,
+    GpuSpec,
+    HardwareProfile,
+    parse_bytes,
+    parse_devices,
+    virtual_gpu,
+)
+from memory.hardware.this_machine import (
+    ASSUMED_GPU_FLOPS,
+    ASSUMED_LINK_BYTES_PER_S,
+    ASSUMED_VRAM_BYTES_PER_S,
+    this_machine,
+)
 from memory.planner.placement import Workload
+from memory.planner.shape import ModelShape
 from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
 from quant.formats.kv_names import KvFormat
@@ -22,6 +35,7 @@ logger = logging.getLogger("loci.memory")
 WEIGHTS_SHARE = 0.75
 # Share of a GPU's memory that can be asked for; the rest is the driver's and the kernels'.
 GPU_SHARE = 0.93
+ENOUGH_BYTES = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class MemoryBudget:
     dram_bytes  for all weights in host memory
     gpus        with what may be allocated on each, for weights and KV
     workload    for which GPUs must have KV and work space
+    machine     that all this is a part of; None for this one
     cpu_bytes_per_s  at which the CPU gets through experts, where that was measured
     kv_format   of caches
     cpu_flops   that it reaches on many tokens, where that is known
@@ -43,36 +58,23 @@ class MemoryBudget:
     cpu_bytes_per_s: float | None = None
     kv_format: KvFormat = "float32"
     cpu_flops: float | None = None
+    machine: HardwareProfile | None = None
 
     @property
-    def profile(self) -> HardwareProfile:
-        """The GPUs as a machine to place a model on. Its rates only say that GPUs are faster."""
-        gpus = tuple(
-            GpuSpec(
-                name=gpu.name,
-                kind="virtual" if gpu.is_virtual else "cuda",
-                memory_bytes=gpu.budget_bytes,
-                memory_bytes_per_s=500e9,
-                matmul_flops=50e12,
-                link_bytes_per_s=gpu.link_bytes_per_s or 12e9,
-                link_together_bytes_per_s=gpu.link_bytes_per_s or 12e9,
-            )
-            for gpu in self.gpus
-        )
-        return HardwareProfile(
-            name="budgets",
-            description="what loading may take",
-            cores=8,
-            cpu_level="avx2",
-            cpu_matmul_flops=500e9,
-            expert_bytes_per_s=None,
-            dram_bytes=1 << 60,  # what GPUs have no room for goes there; loading sees whether it fits
-            dram_bytes_per_s=50e9,
-            dram_rows_per_s=1e7,
-            disk_bytes=1 << 60,
-            disk_bytes_per_s=3e9,
-            disk_reads_per_s=1e5,
-            gpus=gpus,
+    def limited_workload(self) -> Workload:
+        """The workload, with DRAM for weights as far as this budget goes."""
+        return replace(self.workload, weights_bytes=self.dram_bytes)
+
+    def machine_for(self, shape: ModelShape) -> HardwareProfile:
+        """The machine to place a model on: with these GPUs, and the checkpoint on its disk already.
+
+        Where nothing was said of the machine, DRAM has room for all that is not weights.
+        """
+        machine = self.machine or replace(this_machine(), dram_bytes=ENOUGH_BYTES)
+        return replace(
+            machine,
+            gpus=tuple(_spec(gpu, machine) for gpu in self.gpus),
+            disk_bytes=machine.disk_bytes + shape.disk_bytes,
         )
 
     @classmethod
@@ -147,6 +149,22 @@ def _tier(name: str, device: DeviceSpec, machine: HardwareProfile | None) -> Tie
     assert machine is not None
     link = machine.gpus[device.index].link_together_bytes_per_s
     return Tier(name, device.budget_bytes, torch.device("cuda", device.index), link)
+
+
+def _spec(tier: Tier, machine: HardwareProfile) -> GpuSpec:
+    """A GPU of a budget as the planner sees it: the machine's, as large as its budget."""
+    link = tier.link_bytes_per_s
+    if tier.is_virtual:
+        return virtual_gpu(machine, tier.budget_bytes, link)
+    number = tier.device.index or 0
+    real = [gpu for gpu in machine.gpus if gpu.kind == "cuda"]
+    if number < len(real):
+        together = link or real[number].link_together_bytes_per_s
+        return replace(real[number], memory_bytes=tier.budget_bytes, link_together_bytes_per_s=together)
+    link = link or ASSUMED_LINK_BYTES_PER_S
+    return GpuSpec(
+        tier.name, "cuda", tier.budget_bytes, ASSUMED_VRAM_BYTES_PER_S, ASSUMED_GPU_FLOPS, link, link
+    )
 
 
 def _why_no_cuda() -> str:

@@ -244,6 +244,7 @@ class Sensitivity:
     output: float
     per_day: float
     break_even: float | None
+    is_reachable: bool
     payback_months: float | None
 
 
@@ -286,4 +287,6 @@ def _row(name: str, text: str, case: Case, price: ApiPrice) -> Sensitivity:
     found = case.against(price)
     even = found.break_even.total if found.break_even is not None else None
     output = case.per_million()[-1].full
-    return Sensitivity(name, text, output, found.local_per_day, even, found.payback_months)
+    return Sensitivity(
+        name, text, output, found.local_per_day, even, found.is_reachable, found.payback_months
+    )

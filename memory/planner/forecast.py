@@ -135,10 +135,10 @@ class Remedy:
 def remedy(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Remedy:
     """The smallest changes that make a model fit that doesn't; each option is enough by itself."""
     required = []
-    short = shape.nbytes - hardware.disk_bytes
+    short = shape.disk_bytes - hardware.disk_bytes
     if short > 0:
         required.append(f"{_gigabytes(short)} more free disk for the checkpoint")
-    big = replace(hardware, disk_bytes=max(hardware.disk_bytes, shape.nbytes))
+    big = replace(hardware, disk_bytes=max(hardware.disk_bytes, shape.disk_bytes))
     if plan(shape, big, workload).fits:
         return Remedy((), tuple(required))
     options = []

@@ -3,6 +3,8 @@
 Pure data; nothing is loaded. Weights that every token reads go to the GPUs first, then the
 hottest routed experts (of each layer the same number, spread over all GPUs), then DRAM, then NVMe.
 Engram tables go to DRAM if they fit next to the experts, otherwise to NVMe with a cache of hot rows.
+
+Loading allocates what a placement says, byte for byte (`engine/families/places.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +13,22 @@ from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
+from memory.engram.rows import TableShare
+from memory.experts.slots import MIN_SLOTS
 from memory.experts.store import BLOCK_TOKENS
 from memory.hardware.profiles import GpuSpec, HardwareProfile
-from memory.planner.shape import KvShape, ModelShape
+from memory.planner.shape import KvShape, ModelShape, Table
 
 NOWHERE = "nowhere"
+HOT_ROWS, STAGING, COPIES, DECODED, PREFIXES, DRAFTS = (
+    "hot Engram rows", "expert staging", "copies of experts", "decoded weights", "prefix cache", "drafts",
+)  # fmt: skip
+SLOTS = (STAGING, COPIES)  # in DRAM these are slots like those of its own experts
+# What places and reserves are a part of, as allocation counts it.
+PARTS = {
+    "embedding": "dense", "shared_experts": "dense", "head": "dense", "look_ups": "dense", DECODED: "dense",
+    HOT_ROWS: "engram", PREFIXES: "prefixes", DRAFTS: "drafts",
+}  # fmt: skip
 # A CUDA context with its libraries takes about half a gigabyte on each GPU.
 GPU_BASE_BYTES = 600_000_000
 # Python, torch and the server, before any weight.
@@ -40,20 +53,26 @@ HOT_ROWS_OF_DRAM = 0.05
 class Workload:
     """The workload: `sequences` of up to `context` tokens; prompts in chunks.
 
-    kv_tokens  whose KV has room in all; None: all sequences may be as long as the context
+    kv_tokens      whose KV has room in all; None: all sequences may be as long as the context
+    weights_bytes  of DRAM that weights may take; None: what is left beside all else
+    prefix_bytes   of DRAM for states of earlier prompts
+    draft_bytes    of DRAM for weights that guess tokens ahead
     """
 
     context: int
     sequences: int = 1
     prefill_chunk: int = 512
     kv_tokens: int | None = None
+    weights_bytes: int | None = None
+    prefix_bytes: int = 0
+    draft_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Place:
     """One component (or a number of a layer's experts) in one tier.
 
-    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `routed_experts`, `engram`
+    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `look_ups`, `routed_experts`, `engram`
     count  experts, or rows; 1 for the rest
     """
 
@@ -68,17 +87,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Reserve:
-    """Bytes of a tier that hold nothing of their own: workspace, staging, copies of hot rows."""
+    """Bytes of a tier that hold nothing of their own: workspace, staging, copies of hot rows (of a layer)."""
 
     name: str
     tier: str
     nbytes: int
     reason: str
+    layer: int | None = None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The whole placement. Every byte of the model and its KV is in exactly one of `places`."""
+    """The whole placement. Every byte of the model and its KV is in exactly one of `places`.
+
+    tables  what of each layer's Engram table is in DRAM
+    """
 
     model: str
     hardware: str
@@ -86,6 +109,7 @@ class Placement:
     budgets: dict[str, int]
     places: tuple[Place, ...]
     reserves: tuple[Reserve, ...]
+    tables: dict[int, TableShare] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -108,27 +132,78 @@ class Placement:
         """How many of a layer's routed experts each tier holds."""
         return {p.tier: p.count for p in self.places if p.kind == "routed_experts" and p.layer == layer}
 
+    def slots_bytes(self, tier: str) -> int:
+        """Bytes of a tier's slots for routed experts: of those that it holds, in DRAM of copies and of what
+        is on its way too."""
+        held = sum(p.nbytes for p in self.places if p.kind == "routed_experts" and p.tier == tier)
+        return held + sum(r.nbytes for r in self.reserves if r.name in SLOTS and r.tier == tier == "dram")
+
+    def kv_bytes(self) -> dict[str, int]:
+        """Bytes of KV by tier."""
+        found: dict[str, int] = defaultdict(int)
+        for place in self.places:
+            if place.kind == "kv":
+                found[place.tier] += place.nbytes
+        return found
+
+    def allocated(self) -> dict[str, dict[str, int]]:
+        """Bytes by tier and part that loading allocates, workspace aside."""
+        found: dict[str, dict[str, int]] = {tier: {} for tier in self.budgets if tier != "nvme"}
+        for tier, parts in found.items():
+            sums: dict[str, int] = defaultdict(int)
+            for place in self.places:
+                if place.tier == tier and place.kind != "routed_experts":
+                    sums[PARTS.get(place.kind, place.kind)] += place.nbytes
+            for reserve in self.reserves:
+                if reserve.tier == tier and reserve.name in PARTS:
+                    sums[PARTS[reserve.name]] += reserve.nbytes
+            sums["experts"] = self.slots_bytes(tier)
+            parts.update({part: nbytes for part, nbytes in sums.items() if nbytes})
+        return found
+
 
 @dataclass
 class _Room:
-    """The remaining bytes of each tier during placement."""
+    """The remaining bytes of each tier during placement; in DRAM, so many of them for weights."""
 
     budgets: dict[str, int]
+    weights_left: int
     left: dict[str, int] = field(init=False)
     places: list[Place] = field(default_factory=list)
     reserves: list[Reserve] = field(default_factory=list)
+    tables: dict[int, TableShare] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.left = dict(self.budgets)
 
-    def reserve(self, name: str, tier: str, nbytes: int, reason: str) -> None:
+    def for_weights(self, tier: str) -> int:
+        """Bytes of a tier that weights may take."""
+        return min(self.left[tier], self.weights_left) if tier == "dram" else self.left[tier]
+
+    def take(self, tier: str, nbytes: int, *, for_weights: bool = True) -> None:
+        """Take bytes from a tier."""
+        if tier == NOWHERE:
+            return
+        self.left[tier] -= nbytes
+        if tier == "dram" and for_weights:
+            self.weights_left -= nbytes
+
+    def reserve(
+        self,
+        name: str,
+        tier: str,
+        nbytes: int,
+        reason: str,
+        *,
+        for_weights: bool = False,
+        layer: int | None = None,
+    ) -> None:
         """Take bytes from a tier; NOWHERE if it does not have enough left."""
         if not nbytes:
             return
-        tier = self.first_with(nbytes, [tier])
-        if tier != NOWHERE:
-            self.left[tier] -= nbytes
-        self.reserves.append(Reserve(name, tier, nbytes, reason))
+        tier = self.first_with(nbytes, [tier], nbytes if for_weights else 0)
+        self.take(tier, nbytes, for_weights=for_weights)
+        self.reserves.append(Reserve(name, tier, nbytes, reason, layer))
 
     def put(
         self,
@@ -143,14 +218,17 @@ class _Room:
         """Place a component whose tier has been found."""
         if not nbytes:
             return
-        if tier != NOWHERE:
-            self.left[tier] -= nbytes
+        self.take(tier, nbytes, for_weights=kind != "kv")
         reason = "it fits in no tier" if tier == NOWHERE else reason
         self.places.append(Place(component, kind, layer, tier, nbytes, count, reason))
 
-    def first_with(self, nbytes: int, tiers: list[str]) -> str:
-        """The first of these tiers that has so many bytes left."""
-        return next((tier for tier in tiers if self.left[tier] >= nbytes), NOWHERE)
+    def first_with(self, nbytes: int, tiers: list[str], weights: int | None = None) -> str:
+        """The first of these tiers that has so many bytes left, `weights` of them (or all) for weights."""
+        weights = nbytes if weights is None else weights
+        return next(
+            (tier for tier in tiers if self.left[tier] >= nbytes and self.for_weights(tier) >= weights),
+            NOWHERE,
+        )
 
 
 def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Placement:
@@ -158,16 +236,30 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     gpus = [f"vram:{i}" for i in range(len(hardware.gpus))]
     budgets = {tier: gpu.memory_bytes for tier, gpu in zip(gpus, hardware.gpus, strict=True)}
     budgets |= {"dram": hardware.dram_bytes, "nvme": hardware.disk_bytes}
-    room = _Room(budgets)
+    weights = hardware.dram_bytes if workload.weights_bytes is None else workload.weights_bytes
+    room = _Room(budgets, weights)
     room.reserve("process", "dram", PROCESS_BYTES, "Python, torch, the server")
+    room.reserve(DRAFTS, "dram", workload.draft_bytes, "guess tokens ahead", for_weights=True)
+    room.reserve(PREFIXES, "dram", workload.prefix_bytes, "states that later prompts continue from")
     gpus = _reserve_workspace(room, shape, hardware.gpus, workload)
     room = _place_dense(room, shape, hardware, workload, gpus)
+    tier = room.first_with(shape.host_bytes, ["dram"])
+    room.put("routers' tables", "look_ups", None, tier, shape.host_bytes, "which experts a token chooses")
     _place_embedding(room, shape)
     speeds = {gpu: hardware.gpus[int(gpu.partition(":")[2])].memory_bytes_per_s for gpu in gpus}
     _place_experts_and_tables(room, shape, speeds)
-    elsewhere = shape.nbytes - sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
+    on_disk = sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
+    elsewhere = max(0, shape.disk_bytes - on_disk)
     room.reserve("checkpoint", "nvme", elsewhere, "the files of what is loaded into faster tiers")
-    return Placement(shape.name, hardware.name, workload, budgets, tuple(room.places), tuple(room.reserves))
+    return Placement(
+        shape.name,
+        hardware.name,
+        workload,
+        budgets,
+        tuple(room.places),
+        tuple(room.reserves),
+        room.tables,
+    )
 
 
 def workspace_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -207,7 +299,7 @@ def _reserve_workspace(
     What a virtual GPU would need of it is host memory, like the GPU itself.
     """
     work = workspace_bytes(shape, workload)
-    staging = -(-STAGED_LAYERS * shape.top_k * shape.expert_nbytes // max(1, len(gpus)))
+    staging = -(-STAGED_LAYERS * shape.top_k * shape.slot_nbytes // max(1, len(gpus)))
     usable = []
     for number, gpu in enumerate(gpus):
         tier = f"vram:{number}"
@@ -220,9 +312,10 @@ def _reserve_workspace(
             continue
         usable.append(tier)
         room.reserve("workspace", tier, needed, "activations of a short chunk, logits, a recorded step, CUDA")
-        room.reserve("expert staging", tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
+        room.reserve(STAGING, tier, staging, f"experts of {STAGED_LAYERS} layers in transit")
     if not any(gpus[int(tier.partition(":")[2])].kind == "cuda" for tier in usable):
-        room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits")
+        work += recorded_bytes(shape, workload)
+        room.reserve("workspace", "dram", work, "activations of a prompt chunk, logits, a recorded step")
     return usable
 
 
@@ -288,16 +381,15 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[s
     for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
         while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
             ahead.pop(0)
-        tier = room.first_with(size, [*ahead, *gpus, "dram"])
+        tier = room.first_with(size, [*ahead, *gpus, "dram"], size - kv[n])
         why = "every token reads it" + ("; the GPUs are full" if gpus and tier == "dram" else "")
         room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
         room.put(f"KV, layer {n}", "kv", n, tier, kv[n], "on its layer's device")
-        if tier != NOWHERE:  # taken now, so that the next layer finds what is left
-            decoded[tier] += layer.decoded
-            room.left[tier] -= layer.decoded
+        room.take(tier, layer.decoded)  # now, so that the next layer finds what is left
+        decoded[tier] += layer.decoded
     room.reserves += [
-        Reserve("decoded weights", tier, nbytes, "held as plain numbers, beside what the file has of them")
+        Reserve(DECODED, tier, nbytes, "held as plain numbers, beside what the file has of them")
         for tier, nbytes in decoded.items()
         if nbytes
     ]
@@ -312,12 +404,12 @@ def _kv_bytes(kv: KvShape, workload: Workload) -> int:
 
 def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:
     """True if this many bytes of DRAM hold the embedding and the experts that pass through from NVMe."""
-    return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.expert_nbytes
+    return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.slot_nbytes
 
 
 def _place_embedding(room: _Room, shape: ModelShape) -> None:
     """One row a token: on disk, where DRAM has no room for all of it."""
-    tier = "dram" if embedding_fits(shape, room.left["dram"]) else "nvme"
+    tier = "dram" if embedding_fits(shape, room.for_weights("dram")) else "nvme"
     tier = room.first_with(shape.embedding.nbytes, [tier])
     why = "a token reads one row of it" + (", from the file" if tier == "nvme" else "")
     room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
@@ -329,36 +421,73 @@ def _place_experts_and_tables(room: _Room, shape: ModelShape, gpus: dict[str, fl
     gpus: those in use, with the bandwidth of their memory.
     """
     left = {n: layer.experts for n, layer in enumerate(shape.layers) if layer.experts}
-    tables = {n: layer.table for n, layer in enumerate(shape.layers) if layer.table}
-    table_bytes = sum(table.nbytes for table in tables.values())
-    size = max(1, shape.expert_nbytes)
+    total, size = sum(left.values()), max(1, shape.slot_nbytes)
     room_for = {gpu: room.left[gpu] // size for gpu in gpus}
-    for gpu, slots in _shares(room_for, sum(left.values()), gpus).items():
+    for gpu, slots in _shares(room_for, total, gpus).items():
         _put_experts(room, shape, left, gpu, slots, "hottest: read from the GPU's own memory")
-    are_all_in_dram = sum(left.values()) * shape.expert_nbytes <= room.left["dram"]
-    if not are_all_in_dram:
-        staging = STAGED_LAYERS * shape.top_k * shape.expert_nbytes
-        room.reserve("expert staging", "dram", staging, "experts read from NVMe")
-        hot = int(min(HOT_ROWS_OF_TABLE * table_bytes, HOT_ROWS_OF_DRAM * room.left["dram"]))
-        room.reserve("hot Engram rows", "dram", hot, "cached copies; the tables are on NVMe")
-    _put_experts(
-        room, shape, left, "dram", room.left["dram"] // size, "computed by the CPU in place, or fetched"
-    )
-    _put_experts(
-        room, shape, left, "nvme", room.left["nvme"] // size, "coldest: read when a token chooses them"
-    )
+    outside = sum(left.values())
+    are_all_in_dram = outside * size <= room.for_weights("dram")
+    if are_all_in_dram:
+        _put_experts(room, shape, left, "dram", outside, "computed by the CPU in place, or fetched")
+        _reserve_slots(room, shape, total - outside, needed=min(MIN_SLOTS, total) - outside)
+        _place_tables(room, shape, ["dram", "nvme"])
+        copies = total - outside - _slots_on_the_way(shape, total - outside)
+        if copies and copies * size <= room.for_weights("dram"):
+            why = "of what GPUs hold: nothing has to come back for what goes there"
+            room.reserve(COPIES, "dram", copies * size, why, for_weights=True)
+        return
+    _place_tables(room, shape, ["nvme"], keeps=min(MIN_SLOTS, total) * size)
+    slots = room.for_weights("dram") // size
+    on_the_way = _reserve_slots(room, shape, min(slots, total), needed=min(MIN_SLOTS, total))
+    why = "computed by the CPU in place, or fetched"
+    _put_experts(room, shape, left, "dram", max(0, slots - on_the_way), why)
+    on_disk = room.left["nvme"] // max(1, shape.expert_nbytes)
+    _put_experts(room, shape, left, "nvme", on_disk, "coldest: read when a token chooses them")
     for n, count in left.items():
         nbytes = count * shape.layers[n].expert.nbytes
         room.put(f"routed experts, layer {n}", "routed_experts", n, NOWHERE, nbytes, "", count)
-    on_disk = 0
+
+
+def _slots_on_the_way(shape: ModelShape, most: int) -> int:
+    return min(STAGED_LAYERS * shape.top_k, most)
+
+
+def _reserve_slots(room: _Room, shape: ModelShape, most: int, *, needed: int) -> int:
+    """Slots in DRAM for experts on their way, `most` at most and `needed` at least; how many there are."""
+    slots = min(_slots_on_the_way(shape, most), room.for_weights("dram") // max(1, shape.slot_nbytes))
+    slots = max(slots, needed, 0)
+    why = "experts on their way from NVMe or between GPUs and DRAM"
+    room.reserve(STAGING, "dram", slots * shape.slot_nbytes, why, for_weights=True)
+    return slots
+
+
+def _place_tables(room: _Room, shape: ModelShape, tiers: list[str], keeps: int = 0) -> None:
+    """Engram tables to the first of these tiers that has room, and hot rows of those on NVMe to DRAM, which
+    keeps so many bytes free for experts."""
+    tables = {n: layer.table for n, layer in enumerate(shape.layers) if layer.table}
+    cold = {}
     for n, table in tables.items():
-        tier = room.first_with(table.nbytes, ["dram", "nvme"] if are_all_in_dram else ["nvme"])
-        on_disk += table.nbytes if tier == "nvme" else 0
+        tier = room.first_with(table.nbytes, tiers)
         why = "DRAM has room; rows go to the GPUs" if tier == "dram" else "a token reads a few rows of it"
         room.put(f"Engram table, layer {n}", "engram", n, tier, table.nbytes, why, table.rows)
-    if are_all_in_dram and on_disk:
-        hot = int(min(HOT_ROWS_OF_TABLE * on_disk, room.left["dram"]))
-        room.reserve("hot Engram rows", "dram", hot, "cached copies; the tables are on NVMe")
+        if tier == "dram":
+            room.tables[n] = _share(table, table.nbytes)
+        else:
+            cold[n] = table
+    nbytes = sum(table.nbytes for table in cold.values())
+    free = max(0, room.for_weights("dram") - keeps)
+    most = free if "dram" in tiers else int(HOT_ROWS_OF_DRAM * free)
+    hot = min(HOT_ROWS_OF_TABLE * nbytes, most)
+    for n, table in cold.items():
+        share = room.tables[n] = _share(table, int(hot * table.nbytes // nbytes))
+        room.reserve(
+            HOT_ROWS, "dram", share.nbytes, "cached copies; the tables are on NVMe", for_weights=True, layer=n
+        )
+
+
+def _share(table: Table, budget_bytes: int) -> TableShare:
+    code_bytes = table.row_bytes - table.scale_bytes
+    return TableShare.within(budget_bytes, table.rows, code_bytes, table.scale_bytes)
 
 
 def _shares(room_for: dict[str, int], wanted: int, speeds: dict[str, float]) -> dict[str, int]:
@@ -390,5 +519,6 @@ def _put_experts(
             left[n] -= count
             slots -= count
     for n, count in taken.items():
-        nbytes = count * shape.layers[n].expert.nbytes
+        of_one = shape.layers[n].expert.nbytes if tier == "nvme" else shape.slot_bytes
+        nbytes = count * (of_one or shape.layers[n].expert.nbytes)
         room.put(f"routed experts, layer {n}", "routed_experts", n, tier, nbytes, reason, count)

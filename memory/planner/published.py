@@ -135,7 +135,8 @@ def v41_shape(name: str, d: V41Dims, kv_format: KvFormat = "float32") -> ModelSh
         if n in rows:
             dense.fp8(d.hidden * (d.streams + 1), d.engram_columns * d.engram_dim)
             dense.fp32(2, d.streams, d.hidden)
-            table = Table(rows[n], d.engram_dim + d.engram_dim // 32, d.engram_columns)
+            scales = d.engram_dim // 32
+            table = Table(rows[n], d.engram_dim + scales, d.engram_columns, scales)
         layer = _moe_layer(dense, kv[n], d, table)
         launches = v41_launches(d, n, has_table=n in rows)
         layers.append(replace(layer, launches=launches, tail=v41_tail(d, n)))

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes in the checkpoint's own format, and the numbers in them (each costs a multiply and an add)."""
+    """Bytes, of a checkpoint as its weights lie in memory, and the numbers in them (each costs a multiply and
+    an add)."""
 
     nbytes: int = 0
     parameters: int = 0
@@ -71,11 +72,15 @@ class KvShape:
 
 @dataclass(frozen=True)
 class Table:
-    """An Engram table: rows addressed by hashes of recent tokens."""
+    """An Engram table: rows addressed by hashes of recent tokens.
+
+    scale_bytes  of a row's bytes, those of its scales, which lie apart
+    """
 
     rows: int
     row_bytes: int
     rows_per_token: int
+    scale_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +122,9 @@ class ModelShape:
     activation_bytes  what a token needs while a layer works on it (streams, queries, projections)
     held_bytes        what each further token of a long chunk needs, whose attention is computed in blocks:
                       streams, inputs and outputs of experts; 0 where all of a chunk is computed at once
+    slot_bytes        what a routed expert takes in memory, the same for all; 0: as in the file
+    host_bytes        look-up tables that are in DRAM wherever their layers are
+    stored_bytes      of the checkpoint's files; 0: the same as in memory
     """
 
     name: str
@@ -129,11 +137,14 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     activation_bytes: int
     held_bytes: int = 0
+    slot_bytes: int = 0
+    host_bytes: int = 0
+    stored_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that text generation uses, without KV."""
-        total = self.embedding.nbytes + self.head.nbytes
+        total = self.embedding.nbytes + self.head.nbytes + self.host_bytes
         for layer in self.layers:
             total += layer.dense.nbytes + layer.shared.nbytes + layer.experts * layer.expert.nbytes
             total += layer.table.nbytes if layer.table else 0
@@ -152,6 +163,16 @@ class ModelShape:
     def expert_nbytes(self) -> int:
         """Bytes of the largest routed expert; 0 where there are none."""
         return max((layer.expert.nbytes for layer in self.layers if layer.experts), default=0)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes in memory that hold any routed expert; 0 where there are none."""
+        return self.slot_bytes or self.expert_nbytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the checkpoint's files."""
+        return self.stored_bytes or self.nbytes
 
     def kv_bytes(self, context: int, sequences: int) -> int:
         """Bytes of the cache of `sequences` sequences of up to `context` tokens."""

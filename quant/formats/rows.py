@@ -12,7 +12,7 @@ magnitude by the largest code. Numbers are rounded to the nearest, ties to even.
 gives the same values again. bf16 rows are all tail.
 
 turned  rows are multiplied by an orthonormal Hadamard matrix first, which spreads outliers over all columns.
-        Whoever multiplies with such a row turns the other factor too (`hadamard`): the product stays.
+        Whoever multiplies with such a row turns the other factor too (`as_query`): the product stays.
 """
 
 from __future__ import annotations
@@ -76,6 +76,18 @@ class RowFormat:
         """Bytes of a row."""
         nbytes = self.code_bytes + 2 * self.tail + self.groups * SCALE_BYTES[self.scale]
         return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+    @property
+    def rounds_queries(self) -> bool:
+        """Whether index queries are rounded like the keys that they are multiplied with: in the engines of
+        those makers whose scales are powers of two."""
+        return self.tail == 0 and self.scale == "ue8m0"
+
+    def as_query(self, x: torch.Tensor) -> torch.Tensor:
+        """Index queries `[..., dim]` as they are multiplied with such keys: turned, perhaps rounded."""
+        if self.rounds_queries:
+            return self.decode(self.encode(x))
+        return hadamard(x) if self.turned else x
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Rows `[..., dim]` float32 as bytes, uint8 `[..., row_bytes]`."""

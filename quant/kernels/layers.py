@@ -129,6 +129,7 @@ class LayerOperations(Protocol):
     ) -> torch.Tensor:
         """sum_h w[t,h] * relu(q[t,h] . k[g]), `[L, G]`; -inf where a token does not see an entry.
 
+        q are queries as the format of the keys wants them (`RowFormat.as_query`).
         queries `[L, index_heads, index_dim]`, weights `[L, index_heads]`, keys `[G, index_dim]`; visible
         `[L]`: how many of the keys, from the first. With entries `[L, n]`, -1 for none, only these: `[L, n]`.
         """

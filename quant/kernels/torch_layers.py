@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from quant.formats.rows import EncodedRows, RowFormat, Rows, hadamard, values_of
+from quant.formats.rows import EncodedRows, RowFormat, Rows, values_of
 from quant.kernels.layers import DeltaRule, RoutingRule
 
 # Query tokens per block: bounds the score matrices to [block, heads, window + block + selected].
@@ -105,8 +105,8 @@ class TorchLayers:
                 )
                 for at in starts
             ])  # fmt: skip
-        if isinstance(keys, EncodedRows) and keys.format.turned:
-            queries = hadamard(queries)
+        if isinstance(keys, EncodedRows):
+            queries = keys.format.as_query(queries)
         if entries is None:
             hidden = torch.arange(keys.shape[0], device=keys.device) >= visible.unsqueeze(1)
         else:

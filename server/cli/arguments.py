@@ -127,6 +127,10 @@ ExpertsFormat = Annotated[
         show_default=False,
     ),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="LOCI_API_KEY", help="API key, if the server requires one.", show_default=False),
+]
 Devices = Annotated[
     str | None, typer.Option(help="GPUs for the weights, e.g. cuda:22GiB. Default: none.", show_default=False)
 ]

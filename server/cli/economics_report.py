@@ -65,7 +65,7 @@ def print_report(report: Report) -> None:
                 row.value,
                 _money(row.output),
                 _money(row.per_day),
-                _count(row.break_even),
+                _even(row.break_even, row.is_reachable),
                 _months(row.payback_months),
             )
             for row in rows
@@ -79,9 +79,7 @@ def _print_elsewhere(report: Report) -> None:
     rows = []
     for price in report.prices.entries:
         found = report.case.against(price)
-        even = _count(found.break_even.total if found.break_even else None)
-        if found.break_even is not None and not found.is_reachable:
-            even += ", more than it can do"
+        even = _even(found.break_even.total if found.break_even else None, found.is_reachable)
         rows.append(
             (
                 price.name,
@@ -200,8 +198,10 @@ def _money(amount: float) -> str:
     return f"{amount:,.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.3g}"
 
 
-def _count(number: float | None) -> str:
-    return NEVER if number is None else f"{number:,.0f}"
+def _even(tokens: float | None, is_reachable: bool) -> str:
+    if tokens is None:
+        return NEVER
+    return f"{tokens:,.0f}" + ("" if is_reachable else ", more than it can do")
 
 
 def _months(number: float | None) -> str:

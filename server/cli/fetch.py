@@ -133,14 +133,14 @@ def _describe(listing: Listing, standing: StandIn, opened: OpenedModel, nbytes: 
 
 
 def _print_plan(opened: OpenedModel) -> None:
-    from engine.families.shapes import shape_of
+    from engine.families.shapes import loaded_shape_of
     from memory.hardware.detect import detect
     from memory.hardware.this_machine import this_machine
     from memory.hub.download import existing_cache_folder
     from server.cli.plan_report import DEFAULT_BATCH, print_plan, workload_of
 
     try:
-        shape = shape_of(opened.checkpoint)
+        shape = loaded_shape_of(opened.checkpoint)
     except LociError as error:
         print(f"What runs how fast here cannot be forecast: {error}")
         return

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.cli.arguments import Devices, DramBudget, ExpertsFormat, KvFormatOption, OptionalNamedModel
+from server.cli.arguments import (
+    ApiKey,
+    Devices,
+    DramBudget,
+    ExpertsFormat,
+    KvFormatOption,
+    OptionalNamedModel,
+)
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
@@ -50,6 +57,15 @@ def info(
             "where it hands over.",
         ),
     ] = False,
+    running: Annotated[
+        bool,
+        typer.Option(
+            "--running",
+            help="Print what a running server planned and allocated, and how the plan fares.",
+        ),
+    ] = False,
+    url: Annotated[str, typer.Option(help="That server.")] = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
     experts: ExpertsFormat = None,
     kv_format: KvFormatOption = "auto",
     devices: Devices = None,
@@ -65,6 +81,9 @@ def info(
     from memory.planner.budget import MemoryBudget
     from server.cli.fetch import headers_of, is_here
 
+    if running:
+        _print_running(url, api_key)
+        return
     with headers_of(model) as path:
         found = open_model(path, experts=experts)
     form = found.kv_format(kv_format)
@@ -175,6 +194,37 @@ def _print_parts(parts: Sequence[StepPart]) -> None:
         ],
         right=(3, 4, 5),
     )
+
+
+def _print_running(url: str, api_key: str | None) -> None:
+    """A running server's placement: bytes by tier and part, as planned and as allocated."""
+    from rich.console import Console
+
+    from server.cli.top import look_at, plan_of
+
+    now = look_at(url, api_key)
+    planned, held = "loci_plan_bytes", "loci_plan_allocated_bytes"
+    rows = [
+        (
+            tier,
+            part,
+            f"{now.total(planned, tier=tier, part=part):,.0f}",
+            f"{now.total(held, tier=tier, part=part):,.0f}",
+        )
+        for tier in sorted({*now.labels(planned, "tier"), *now.labels(held, "tier")})
+        for part in sorted({*now.labels(planned, "part"), *now.labels(held, "part")})
+        if now.total(planned, tier=tier, part=part) or now.total(held, tier=tier, part=part)
+    ]
+    print_table(["tier", "part", "bytes planned", "bytes allocated"], rows, right=(2, 3))
+    experts = {tier: now.total("loci_experts", tier=tier) for tier in now.labels("loci_experts", "tier")}
+    if experts:
+        print("experts: " + ", ".join(f"{count:,.0f} in {tier}" for tier, count in experts.items()))
+    print()
+    table = plan_of(now)
+    if table.row_count:
+        Console(width=100).print(table)
+    else:
+        print("How the plan fares is told after 100 steps of answers alone.")
 
 
 def _count(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,12 +15,14 @@ from quant.errors import ConfigError
 from quant.formats.kv_names import KvChoice
 from server.cli.arguments import ExpertsFormat, KvFormatOption, complete_model
 from server.cli.money_arguments import Against, CostFiles, CostsFile, Plot, Price, PricesFile, not_negative
+from server.cli.plan_drafts import show_drafts
 from server.cli.plan_economics import show_economics
 from server.cli.plan_purchase import Goal, Purchase, show_purchase
 from server.cli.plan_report import DEFAULT_BATCH, plan_report, print_plan, workload_of
 
 if TYPE_CHECKING:
     from memory.hardware.profiles import HardwareProfile
+    from memory.planner.calibration import Learned
     from memory.planner.shape import ModelShape
 
 DOES_NOT_FIT = 3  # exit code
@@ -68,6 +71,13 @@ def plan(
         Path | None,
         typer.Option(help="Routing trace recorded by `loci profile`, for hit rates.", show_default=False),
     ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(
+            help="What a server measured (loci serve --measured-file): its routing and this machine's rates.",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show each layer on its own line.")] = False,
     budget: Annotated[
         float | None,
@@ -100,6 +110,9 @@ def plan(
     prices: PricesFile = None,
     against: Against = None,
     plot: Plot = None,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="Show one answer's speed with drafted tokens instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show where everything goes, how fast it runs, what limits it and what would help. Loads nothing.
@@ -111,19 +124,32 @@ def plan(
     """
     from memory.experts.traces import RoutingTrace
     from memory.planner.placement import plan as make_plan
-    from memory.planner.routing import of_trace
+    from memory.planner.routing import from_counts, of_trace
 
     shape = _shape(model, experts, kv_format)
+    learned = None if measured is None else _learned(measured, shape)
     recorded = None if trace is None else of_trace(RoutingTrace.load(trace), shape, str(trace))
+    if learned is not None and learned.uses:
+        recorded = from_counts(learned.uses, f"{measured}, as a server learned it")
     if context is not None and context > shape.max_context:
         raise ConfigError(f"--context {context}: {shape.name} supports at most {shape.max_context} tokens")
-    if budget is not None:
+    if budget is None:
+        for name, value in (("--parts", parts), ("--own", own), ("--save", save)):
+            if value:
+                raise ConfigError(f"{name}: says what --budget may buy; give --budget too")
+    else:
+        if economics:
+            raise ConfigError("--budget and --economics: one after the other, with --save and --hardware")
         purchase = Purchase(budget, parts, own or [], goal, save)
         if not show_purchase(shape, context, batch, recorded, purchase, as_json=as_json):
             raise typer.Exit(DOES_NOT_FIT)
         return
-    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None)
+    rates = None if learned is None or hardware != "this" else learned.rates
+    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None, rates)
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
+    if drafts:
+        show_drafts(shape, machine, workload, recorded, as_json=as_json)
+        return
     if economics:
         files = CostFiles(price, costs, prices, against)
         show_economics(shape, machine, workload, recorded, files, plot, as_json=as_json)
@@ -134,6 +160,8 @@ def plan(
         fits = placement.fits
     else:
         fits = print_plan(shape, machine, workload, recorded=recorded, by_layer=layers)
+        for what, ratio in () if learned is None else learned.ratios.items():
+            print(f"{what}: measured {ratio:.2f} times what was expected then")
     if not fits:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -151,14 +179,27 @@ def _shape(model: str, experts: str | None, kv_format: KvChoice) -> ModelShape:
         return released_shape(model, experts, kv_format)
     if model in EMBEDDED or Path(model).exists() or hub_model(model) is not None:
         from engine.families.loader import open_model
-        from engine.families.shapes import shape_of
+        from engine.families.shapes import loaded_shape_of
         from server.cli.fetch import headers_of
 
         with headers_of(model) as path:
             opened = open_model(path, experts=experts)
-            return shape_of(opened.checkpoint, opened.kv_format(kv_format))
+            return loaded_shape_of(opened.checkpoint, opened.kv_format(kv_format))
     names = ", ".join((*EMBEDDED, *NAMES))
     raise ConfigError(f"{model}: no such file or directory, and not one of {names}")
+
+
+def _learned(file: Path, shape: ModelShape) -> Learned:
+    """What a server measured. Raises ConfigError where that was another model."""
+    from memory.planner.calibration import Learned
+
+    learned = Learned.read(file)
+    layers = [len(layer) for layer in learned.uses]
+    if layers and layers != [layer.experts for layer in shape.layers]:
+        raise ConfigError(
+            f"{file}: measured with {learned.model}, whose experts are not those of {shape.name}"
+        )
+    return learned
 
 
 def _on_disk(model: str) -> bool:
@@ -171,15 +212,20 @@ def _on_disk(model: str) -> bool:
 
 
 def _hardware(
-    name: str, devices: str | None, dram: str | None, on_disk: ModelShape | None
+    name: str,
+    devices: str | None,
+    dram: str | None,
+    on_disk: ModelShape | None,
+    rates: Mapping[str, float] | None = None,
 ) -> HardwareProfile:
-    """The machine asked for; on_disk is the model where it lies on this machine's disk already."""
+    """The machine asked for; on_disk is the model where it lies on this machine's disk already, `rates` what
+    was measured of it."""
     from memory.hardware.profiles import load_profile, parse_bytes, parse_devices
     from memory.hardware.this_machine import this_machine
 
-    machine = this_machine() if name == "this" else load_profile(name)
+    machine = this_machine(measured=dict(rates) if rates else None) if name == "this" else load_profile(name)
     if name == "this" and on_disk is not None:
-        machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.nbytes)
+        machine = replace(machine, disk_bytes=machine.disk_bytes + on_disk.disk_bytes)
     if devices is not None:
         machine = machine.with_devices(parse_devices(devices))
     return machine if dram is None else replace(machine, dram_bytes=parse_bytes(dram))

@@ -68,6 +68,8 @@ def show_purchase(
         return False
     profile = found[0].machine.profile("these parts", parts.currency)
     planned = workload_of(shape, profile, context, batch, None)
+    if purchase.save is not None:
+        _save(found[0], shape, parts, purchase.save)
     if as_json:
         from memory.planner.placement import plan
 
@@ -91,12 +93,8 @@ def show_purchase(
         print()
         print_plan(shape, profile, planned, recorded=recorded)
         _print_doubts(found[0], source)
-    if purchase.save is not None:
-        _save(found[0], shape, parts, purchase.save)
-        if not as_json:
-            print(
-                f"\nwritten to {purchase.save}: loci plan {shape.name} --hardware {purchase.save} --economics"
-            )
+    if purchase.save is not None and not as_json:
+        print(f"\nwritten to {purchase.save}: loci plan {shape.name} --hardware {purchase.save} --economics")
     return True
 
 

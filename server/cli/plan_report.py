@@ -177,7 +177,9 @@ def _print_placement(shape: ModelShape, placement: Placement, by_layer: bool) ->
     print_table(["part", "layers", "", "bytes", "tier", "why"], rows, right=(3,))
 
 
-_KINDS = ("embedding", "dense", "shared_experts", "kv", "head", "routed_experts", "engram")
+_KINDS = (
+    "embedding", "dense", "shared_experts", "kv", "head", "look_ups", "routed_experts", "engram",
+)  # fmt: skip
 
 
 def _grouped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def _asked(client: httpx.Client, url: str, query: str) -> float | None:
         raise LociError(f"{url}: {query!r} has no value at one moment") from None
     if len(found) > 1:
         raise LociError(f"{url}: {query!r} has {len(found)} values; write sum(...) around it")
-    return found[0] if found else None
+    return found[0] if found and math.isfinite(found[0]) else None
 
 
 def _saved(path: Path) -> Sample:

@@ -109,7 +109,7 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()
-    service = Service(settings, metrics, typed)
+    service = Service(prepared.settings, metrics, typed)
     server = _Server(create_app(service), service, prepared, address)
     address.listen()
     try:
@@ -156,9 +156,14 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        from server.cli.plan_lines import explained, plan_lines
         from server.serving.service import bring_up
 
         _say(f"Loci listens on {self._address} and is loading the model")
+        for line in plan_lines(self._prepared.planned):
+            _say(line)
+        if self._prepared.settings.explain:
+            _say("\n".join(explained(self._prepared.planned)))
         self._service.load_in_background(partial(bring_up, self._prepared), self._when_loaded)
 
     def _when_loaded(self) -> None:

@@ -12,6 +12,7 @@ import httpx
 import typer
 
 from quant.errors import LociError
+from server.cli.arguments import ApiKey
 from server.cli.keyboard import keys
 from server.cli.terminal import bytes_text, can_draw, is_terminal
 
@@ -71,10 +72,7 @@ class Sample:
 
 def top(
     url: Annotated[str, typer.Option(help="Server to watch.")] = "http://127.0.0.1:8000",
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="LOCI_API_KEY", help="API key, if the server requires one.", show_default=False),
-    ] = None,
+    api_key: ApiKey = None,
     interval_s: Annotated[float, typer.Option("--interval", min=0.2, help="Seconds between updates.")] = 1.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print the totals since the server started and exit.")
@@ -89,8 +87,7 @@ def top(
     """
     from rich.console import Console
 
-    headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
-    with httpx.Client(headers=headers, timeout=10) as client:
+    with _client(api_key) as client:
         if once or not is_terminal():
             Console(width=None if is_terminal() else 80).print(view(look(client, url)))
             return
@@ -98,6 +95,17 @@ def top(
             _watch(client, url, interval_s)
         except KeyboardInterrupt:
             return
+
+
+def look_at(url: str, api_key: str | None) -> Sample:
+    """A running server's metrics. Raises LociError where it does not answer."""
+    with _client(api_key) as client:
+        return look(client, url)
+
+
+def _client(api_key: str | None) -> httpx.Client:
+    headers = {b"Authorization": f"Bearer {api_key}".encode()} if api_key else {}
+    return httpx.Client(headers=headers, timeout=10)
 
 
 def _watch(client: httpx.Client, url: str, interval_s: float) -> None:
@@ -163,9 +171,11 @@ def view(now: Sample, before: Sample | None = None, earlier: Sample | None = Non
         _requests(now, before),
         _latencies(now, earlier),
         _caches(now, earlier),
+        _drafts(now, earlier),
         _tiers(now, before),
         _links(now, before),
         _ahead(now),
+        plan_of(now),
     )
     return Group(*(table for table in tables if table.row_count))
 
@@ -254,6 +264,23 @@ def _caches(now: Sample, earlier: Sample | None) -> Table:
     return table
 
 
+def _drafts(now: Sample, earlier: Sample | None) -> Table:
+    """Tokens guessed ahead: how many were right, how many in a row, and what time that saved."""
+    table = _table("drafts", "drafted", "accepted", "", "in a row")
+    for drafter in now.labels("loci_drafted_tokens_total", "drafter"):
+        drafted = _grown(now, earlier, "loci_drafted_tokens_total", drafter=drafter)
+        accepted = _grown(now, earlier, "loci_accepted_draft_tokens_total", drafter=drafter)
+        steps = _grown(now, earlier, "loci_draft_steps_total", drafter=drafter)
+        if drafted:
+            in_a_row = f"{accepted / max(steps, 1):.1f}"
+            table.add_row(drafter, f"{drafted:,.0f}", f"{accepted:,.0f}", _share(accepted, drafted), in_a_row)
+    if table.row_count:
+        names = "loci_drafts_gained_seconds_total", "loci_drafts_lost_seconds_total"
+        gained, lost = (_grown(now, earlier, name) for name in names)
+        table.add_row("time", f"gained {gained:.1f} s", f"lost {lost:.1f} s", "", "")
+    return table
+
+
 def _tiers(now: Sample, before: Sample | None) -> Table:
     per = "" if before is None else "/s"
     table = _table("tier", "bytes held", "slots free", f"expert hits{per}", f"evicted{per}")
@@ -301,3 +328,23 @@ def _ahead(now: Sample) -> Table:
         if cells:
             table.add_row(what, *cells)
     return table
+
+
+def plan_of(now: Sample) -> Table:
+    """What the plan expects of steps, beside what was measured since the server started."""
+    table = _table("the plan", "expected", "measured", "ratio")
+    for at, expected in now.values["loci_plan_expected"].items():
+        what, unit = dict(at)["what"], dict(at)["unit"]
+        measured = now.total("loci_plan_measured", what=what)
+        ratio = now.values["loci_plan_ratio"].get((("what", what),))
+        cells = (_quantity(expected, unit), _quantity(measured, unit))
+        table.add_row(what, *cells, "-" if ratio is None else f"{ratio:.2f}")
+    return table
+
+
+def _quantity(value: float, unit: str) -> str:
+    """A value of the plan's, in its unit."""
+    kind, _, of = unit.partition("/")
+    if kind == "s":
+        return f"{1e3 * value:.3g} ms/{of}"
+    return f"{bytes_text(int(value))}/{of}" if kind == "B" else f"{value:.0%}"

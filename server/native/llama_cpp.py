@@ -24,7 +24,7 @@ async def properties(request: Request) -> dict[str, Any]:
     tokenizer = served.loaded.tokenizer
     return {
         "default_generation_settings": {"n_ctx": served.engine.max_context, "params": _defaults(served)},
-        "total_slots": service.settings.max_num_seqs,
+        "total_slots": service.max_sequences,
         "model_alias": served.name,
         "model_path": served.name,
         "modalities": {"vision": False, "audio": False},
@@ -44,7 +44,7 @@ async def slots(request: Request) -> list[dict[str, Any]]:
     context = service.served.engine.max_context
     return [
         {"id": i, "n_ctx": context, "is_processing": i < running, "speculative": False}
-        for i in range(service.settings.max_num_seqs)
+        for i in range(service.max_sequences)
     ]
 
 

@@ -131,8 +131,15 @@ def usage(counts: Counts) -> dict[str, Any]:
         "completion_tokens": counts.generated,
         "total_tokens": counts.prompt + counts.generated,
         "prompt_tokens_details": {"cached_tokens": counts.cached},
-        "completion_tokens_details": {"reasoning_tokens": counts.reasoning},
+        "completion_tokens_details": {"reasoning_tokens": counts.reasoning, **_predicted(counts)},
     }
+
+
+def _predicted(counts: Counts) -> dict[str, int]:
+    if counts.predicted is None:
+        return {}
+    accepted, rejected = counts.predicted
+    return {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
 
 
 def _custom_call(call: Call) -> dict[str, str]:

@@ -258,6 +258,9 @@ class GenerationRequest(SamplingFields):
         return bias
 
 
+MOST_PREDICTED = 100_000  # characters of an answer that a client foretells
+
+
 class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
@@ -275,6 +278,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    prediction: Any = None
 
     _ignored_tools: list[str] = PrivateAttr(default_factory=list)
     _custom_tools: set[str] = PrivateAttr(default_factory=set)
@@ -345,6 +349,14 @@ class ChatRequest(GenerationRequest):
                 param="add_generation_prompt",
                 code="unsupported_parameter",
             )
+
+    @property
+    def predicted_text(self) -> str:
+        """What the client expects the answer to be; a hint, of which anything but text is ignored."""
+        content = self.prediction.get("content") if isinstance(self.prediction, dict) else None
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = (part.get("text") for part in parts if isinstance(part, dict))
+        return "".join(text for text in texts if isinstance(text, str))[:MOST_PREDICTED]
 
     @property
     def answer_tokens(self) -> int | None:

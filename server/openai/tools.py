@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.grammar.tools import LARK
+from quant.errors import RequestError
 from server.serving.call_input import call_input, written_input
 
 INPUT = "input"  # the argument of a tool that takes text
@@ -42,35 +44,57 @@ def origin_of(name: str, origins: Origins) -> Origin:
     return origins.get(name) or Origin(name)
 
 
-def custom_function(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """The function for a tool that takes text, perhaps by a grammar."""
-    described = [str(tool.get("description") or "")]
-    wanted = tool.get("format")
-    wanted = wanted.get("grammar") or wanted if isinstance(wanted, Mapping) else {}
-    if definition := wanted.get("definition"):
-        described.append(f"The input follows this grammar ({wanted.get('syntax')}):\n{definition}")
+def custom_function(tool: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The function for a tool that takes text, perhaps by a grammar, which its calls are then held to.
+
+    Raises RequestError naming a part of `field`, the tool's place, for a format that is not understood.
+    """
     argument = {"type": "string", "description": "The whole input, as text"}
-    schema = {"type": "object", "properties": {INPUT: argument}, "required": [INPUT]}
+    limit = _limit(tool.get("format"), f"{field}.format")
+    schema = {"type": "object", "properties": {INPUT: argument | limit}, "required": [INPUT]}
     return {
         "name": tool.get("name"),
-        "description": "\n\n".join(text for text in described if text) or None,
+        "description": tool.get("description"),
         "parameters": schema | {"additionalProperties": False},
+        "strict": bool(limit) or None,
     }
+
+
+def _limit(wanted: Any, field: str) -> dict[str, str]:
+    """What the schema of the input says of a custom tool's `format`: nothing for text."""
+    if wanted is None:
+        return {}
+    if not isinstance(wanted, Mapping) or wanted.get("type") not in ("text", "grammar"):
+        raise RequestError(f"{field}.type must be text or grammar", param=f"{field}.type")
+    if wanted["type"] == "text":
+        return {}
+    if "grammar" in wanted:  # one level deeper in Chat Completions than in Responses
+        wanted, field = wanted["grammar"], f"{field}.grammar"
+    given = wanted if isinstance(wanted, Mapping) else {}
+    definition = given.get("definition")
+    if given.get("syntax") not in ("lark", "regex"):
+        raise RequestError(f"{field}.syntax must be lark or regex", param=f"{field}.syntax")
+    if not isinstance(definition, str) or not definition:
+        text = f"{field}.definition must be the text of a grammar"
+        raise RequestError(text, param=f"{field}.definition")
+    return {LARK: definition} if given["syntax"] == "lark" else {"pattern": f"^(?:{definition})$"}
 
 
 def shown_tools(body: Any) -> tuple[Any, list[str], set[str]]:
     """A chat request, still as it was sent, with functions for tools; the types left out, and the names of
-    the functions that stand for tools which take text. What is wrong with it stays so."""
+    the functions that stand for tools which take text. What is wrong with it stays so, but for what
+    `custom_function` raises."""
     tools = body.get("tools") if isinstance(body, dict) else None
     if not isinstance(tools, list):
         return body, [], set()
     shown: list[Any] = []
     ignored: list[str] = []
     custom: set[str] = set()
-    for tool in tools:
+    for i, tool in enumerate(tools):
         kind = tool.get("type") if isinstance(tool, dict) else None
         if kind == "custom" and isinstance(described := tool.get("custom"), Mapping):
-            shown.append({"type": "function", "function": custom_function(described)})
+            function = custom_function(described, f"tools[{i}].custom")
+            shown.append({"type": "function", "function": function})
             custom.add(str(described.get("name")))
         elif isinstance(kind, str) and kind not in ("function", "custom"):
             ignored.append(kind)

@@ -32,7 +32,7 @@ _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
-    r"tools\[(\d+)\]\.function": r"tools[\1]",
+    r"tools\[(\d+)\]\.(function|custom)": r"tools[\1]",
     "reasoning_effort": "reasoning.effort",
     r"response_format\.json_schema\.schema": "text.format.schema",
     "response_format": "text.format",

@@ -93,8 +93,11 @@ class NamedTool(Body):
 
 
 def functions_of(tools: Sequence[AnyTool] | None) -> list[tuple[Origin, Tool]]:
-    """The functions that the model is shown, each with what the client calls it."""
-    return list(_functions(tools or (), None))
+    """The functions that the model is shown, each with what the client calls it.
+
+    Raises what `custom_function` does.
+    """
+    return list(_functions(tools or (), None, "tools"))
 
 
 def others_in(tools: Sequence[AnyTool] | None) -> Iterator[str]:
@@ -118,13 +121,14 @@ def chosen(choice: NamedTool) -> dict[str, Any]:
     return {"type": "function", "function": {"name": choice.function}}
 
 
-def _functions(tools: Sequence[AnyTool], namespace: str | None) -> Iterator[tuple[Origin, Tool]]:
-    for tool in tools:
+def _functions(tools: Sequence[AnyTool], namespace: str | None, field: str) -> Iterator[tuple[Origin, Tool]]:
+    for i, tool in enumerate(tools):
         if isinstance(tool, NamespaceTool):
-            yield from _functions(tool.tools, tool.name)
+            yield from _functions(tool.tools, tool.name, f"{field}[{i}].tools")
         elif isinstance(tool, FunctionTool | CustomTool):
             is_custom = isinstance(tool, CustomTool)
             origin = Origin(tool.name, namespace, is_custom)
-            fields = custom_function(tool.model_dump()) if is_custom else tool.model_dump(exclude={"type"})
+            fields = tool.model_dump(exclude={"type"})
+            fields = custom_function(fields, f"{field}[{i}]") if is_custom else fields
             function = FunctionDefinition.model_validate(fields | {"name": origin.function})
             yield origin, Tool(type="function", function=function)

@@ -42,6 +42,7 @@ class Answer:
         self.index = index
         self.tokens = 0
         self.cached_tokens = 0
+        self.predicted = (0, 0)  # see `Output`
         self.finish_reason: FinishReason | None = None
         self.stop_match: str | int | None = None
         self.calls: list[Call] = []
@@ -95,6 +96,7 @@ class Answer:
         """What `output` adds to the message."""
         self._count(output.token_ids)
         self.cached_tokens += output.cached_tokens or 0
+        self.predicted = output.predicted
         self._logprobs += output.logprobs
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs or ()
         deltas = list(self._parser.push(output.text, output.special_ranges))

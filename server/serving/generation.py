@@ -35,11 +35,19 @@ class Generation:
         loop = asyncio.get_running_loop()
         self._alarm = None if timeout_s is None else loop.call_later(timeout_s, self._expire, timeout_s)
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, cache_salt: str = "") -> None:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str = "",
+        prediction: Sequence[int] = (),
+    ) -> None:
         """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
         index = self._submitted
         on_output = partial(self._on_output, index, SequenceTimer(self._metrics))
-        self._running[index] = self._engine.submit(prompt_ids, params, on_output, cache_salt=cache_salt)
+        self._running[index] = self._engine.submit(
+            prompt_ids, params, on_output, cache_salt=cache_salt, prediction=prediction
+        )
         self._submitted += 1
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:

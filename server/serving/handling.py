@@ -119,7 +119,7 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
     RequestError for settings out of range and for grammars that are wrong or too large.
     """
     service = service_of(request)
-    limit = service.settings.max_num_seqs + service.settings.max_waiting
+    limit = service.max_sequences + service.settings.max_waiting
     if reply.sequences > limit:
         text = (
             f"{reply.sequences} answers at once exceed this server's limit of {limit}; send fewer prompts, "

@@ -23,12 +23,14 @@ from server.serving.streaming import DONE, EVENTS
 @dataclass(frozen=True)
 class Counts:
     """Tokens of a request: of the prompt (`cached` ones were not computed again), and generated (of which
-    some are reasoning)."""
+    some are reasoning). `predicted`: of what the client expected, where it said so, how many tokens were
+    drafted and right, and how many wrong."""
 
     prompt: int
     generated: int
     reasoning: int = 0
     cached: int = 0
+    predicted: tuple[int, int] | None = None
 
 
 class Reply(ABC):
@@ -109,12 +111,21 @@ class ConversationReply(Reply):
             generated=sum(answer.tokens for answer in self.answers),
             reasoning=sum(answer.reasoning_tokens for answer in self.answers),
             cached=min(answer.cached_tokens for answer in self.answers),
+            predicted=self._predicted,
         )
 
+    @property
+    def _predicted(self) -> tuple[int, int] | None:
+        if not self._request.predicted_text:
+            return None
+        right, wrong = zip(*(answer.predicted for answer in self.answers), strict=True)
+        return sum(right), sum(wrong)
+
     def submit_to(self, generation: Generation) -> None:
+        salt, text = self._request.cache_salt or "", self._request.predicted_text
+        prediction = self._served.loaded.tokenizer.encode_inside(text) if text else ()
         for answer in self.answers:
-            salt = self._request.cache_salt or ""
-            generation.submit(self._prompt.token_ids, self._sampling(answer.index), salt)
+            generation.submit(self._prompt.token_ids, self._sampling(answer.index), salt, prediction)
 
     async def pieces(self, generation: Generation) -> AsyncIterator[tuple[Answer, list[MessageDelta]]]:
         """Each answer that grew, with what was added to it."""

@@ -8,29 +8,28 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
-from engine.cache.pages import largest
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
+from engine.drafts.choice import drafters_of
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
-from engine.kv_pool import MIN_CONTEXT, PoolSize, written
+from engine.kv_pool import PoolSize, written
 from engine.warm_up import warm_up
 from memory.checkpoint.checkpoint import name_of
-from memory.hardware.detect import available_memory_bytes
 from memory.hardware.profiles import parse_bytes
-from memory.pages.spaces import is_paged
-from memory.planner.budget import MemoryBudget, unused_gpus_notice
-from memory.planner.placement import Workload
-from quant.errors import BudgetError, ConfigError
+from memory.planner.budget import MemoryBudget
+from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
-from server.serving.chunk import chunk_here
+from server.plan_metrics import LearnedFile, PlanCollector, PlanWatch
+from server.serving.draft_costs import draft_costs
 from server.serving.generation import Generation
+from server.serving.planned import Planned, planned
 from server.serving.wakeups import Wakeups
 from server.settings import Settings
 
@@ -38,11 +37,6 @@ log = logging.getLogger("loci")
 
 # Tokens of a sequence that is neither short nor long.
 DEFAULT_CONTEXT = 8192
-# The KV pool's share of the memory that weights leave free, and of GPUs' memory.
-KV_SHARE = 0.25
-KV_SHARE_OF_GPUS = 0.1
-# The prefix cache's share of the memory left by weights and KV cache.
-PREFIX_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,7 @@ class Served:
 
     aliases       further names that are listed
     cuts_answers  answers asked to be longer than the context are as long as it allows, not refused
+    watch         the plan beside what runs
     """
 
     name: str
@@ -59,6 +54,7 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     aliases: tuple[str, ...] = ()
     cuts_answers: bool = True
+    watch: PlanWatch | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -81,15 +77,20 @@ class Served:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model about to be loaded, whose settings, headers and small files have been checked."""
+    """A model about to be loaded, whose settings, headers and small files have been checked.
+
+    settings  with what the plan has chosen where nothing was set
+    """
 
     settings: Settings
     names: tuple[str, ...]
     opened: OpenedModel
-    budget: MemoryBudget
-    prefix_bytes: int | None
-    kv_bytes: int | None
-    free_bytes: int
+    planned: Planned
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """What loading may take."""
+        return self.planned.budget
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -99,91 +100,50 @@ def prepare(settings: Settings) -> Prepared:
     """
     path = model_path(settings.model)
     names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
-    prefix_bytes = _parsed_prefix_cache(settings)
-    free_bytes = available_memory_bytes()
-    kv_bytes = None if settings.kv_budget is None else parse_bytes(settings.kv_budget)
-    if notice := unused_gpus_notice(settings.devices):
-        log.warning("%s", notice)
-    budget = MemoryBudget.of_this_machine(settings.dram_budget, settings.devices)
     opened = open_model(path, settings.max_model_len, settings.experts)
-    budget = replace(budget, kv_format=opened.kv_format(settings.kv_format))
-    workload = _workload(settings, opened, budget, kv_bytes)
-    chunk = settings.prefill_chunk or chunk_here(opened, budget, workload, settings.devices)
-    budget = replace(budget, workload=replace(workload, prefill_chunk=chunk))
-    return Prepared(settings, names, opened, budget, prefix_bytes, kv_bytes, free_bytes)
+    found = planned(settings, opened)
+    chosen = {"max_num_seqs": found.workload.sequences, "prefill_chunk": found.workload.prefill_chunk}
+    return Prepared(settings.model_copy(update=chosen), names, opened, found)
 
 
 def bring_up(prepared: Prepared) -> Served:
     """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
-    settings, budget, prefix_bytes = prepared.settings, prepared.budget, prepared.prefix_bytes
+    settings, budget, workload = prepared.settings, prepared.budget, prepared.planned.workload
     loaded = prepared.opened.load(budget, settings.prompt_products)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
-        most_tokens = min(budget.workload.prefill_chunk, budget.workload.context)
+        most_tokens = min(workload.prefill_chunk, workload.context)
         warm_up(loaded.model, most_tokens)
         if loaded.prompt_products is not None:
             with loaded.prompt_products():
                 warm_up(loaded.model, most_tokens)
     context = settings.max_model_len or loaded.model.info.max_context
-    kv_bytes = prepared.kv_bytes
-    if kv_bytes is None:
-        kv_bytes = int(available_memory_bytes() * KV_SHARE)
-    if prefix_bytes is None:
-        # Weights and KV cache may not have been touched yet, so the system does not count them all.
-        elsewhere = {gpu.name for gpu in budget.gpus if not gpu.is_virtual}
-        weights = sum(n for tier, n in loaded.model.tier_bytes.items() if tier not in elsewhere)
-        kv = min(loaded.model.cache_bytes(settings.max_num_seqs, context), kv_bytes)
-        left = min(prepared.free_bytes - weights - kv, available_memory_bytes())
-        prefix_bytes = max(0, int(left * PREFIX_SHARE))
+    grows = sum(layer.kv.fixed_bytes for layer in prepared.planned.shape.layers) * workload.sequences
+    kv_bytes = sum(prepared.planned.plan.placement.kv_bytes().values()) - grows
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
-        max_sequences=settings.max_num_seqs,
+        max_sequences=workload.sequences,
         max_context=context,
-        pool=PoolSize(kv_bytes, prepared.kv_bytes is not None, settings.max_model_len is None),
-        prefill_chunk=budget.workload.prefill_chunk,
+        pool=PoolSize(kv_bytes, settings.kv_budget is not None, settings.max_model_len is None),
+        prefill_chunk=workload.prefill_chunk,
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,
-        prefix_cache_bytes=prefix_bytes,
-        on_disk=_states_on_disk(prepared, prefix_bytes),
+        prefix_cache_bytes=workload.prefix_bytes,
+        on_disk=_states_on_disk(prepared, workload.prefix_bytes),
         aside=_aside_on_disk(settings),
         prompt_products=loaded.prompt_products,
+        drafters=drafters_of(settings.drafts, loaded.model),
+        draft_tokens=settings.draft_tokens,
+        draft_costs=draft_costs(prepared.planned),
     )
     log.info("%s", _about(engine, context))
-    log.info("prompts are computed in chunks of up to %d tokens", budget.workload.prefill_chunk)
+    log.info("prompts are computed in chunks of up to %d tokens", workload.prefill_chunk)
     engine.start()
     name, *aliases = prepared.names
     cuts = settings.max_tokens_overflow == "cut"
-    return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts)
-
-
-def _workload(
-    settings: Settings, opened: OpenedModel, budget: MemoryBudget, kv_bytes: int | None
-) -> Workload:
-    """What GPUs keep room for when the model is loaded. Raises BudgetError where `--kv-budget` has no room
-    for one sequence."""
-    context, sequences = settings.max_model_len or opened.info.max_context, settings.max_num_seqs
-    if not budget.gpus:
-        return Workload(context, sequences)
-    shape = opened.family.shape(opened.checkpoint, budget.kv_format)
-
-    def nbytes(tokens: int) -> int:
-        return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
-
-    room = kv_bytes
-    if room is None:
-        share = KV_SHARE_OF_GPUS * sum(gpu.budget_bytes for gpu in budget.gpus)
-        wanted = max(context, min(context, DEFAULT_CONTEXT) * sequences)
-        room = max(min(int(share), nbytes(wanted)), nbytes(settings.max_model_len or MIN_CONTEXT))
-    tokens = largest(lambda count: nbytes(count) <= room, sequences * context)
-    of_one = tokens if all(is_paged(gpu.device) for gpu in budget.gpus) else tokens // sequences
-    if settings.max_model_len is not None and of_one < context:
-        raise BudgetError(
-            f"a sequence of {context:,} tokens needs {nbytes(context) / 1e6:,.1f} MB of KV cache, but the "
-            f"pool has {room / 1e6:,.1f} MB: raise --kv-budget to {written(nbytes(context))}, or lower "
-            f"--max-model-len to {of_one}"
-        )
-    return Workload(min(context, of_one), sequences, kv_tokens=tokens)
+    watch = PlanWatch(prepared.planned, loaded.model, engine)
+    return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts, watch=watch)
 
 
 def _about(engine: Engine, wanted: int) -> str:
@@ -194,14 +154,6 @@ def _about(engine: Engine, wanted: int) -> str:
     if longest < wanted:
         text += f"; --kv-budget {written(pages.nbytes(wanted))} would hold the {wanted:,} that the model can"
     return text
-
-
-def _parsed_prefix_cache(settings: Settings) -> int | None:
-    """The prefix cache's budget in bytes, None for the default. Raises ConfigError."""
-    text = settings.prefix_cache
-    if text is None:
-        return None
-    return 0 if text.strip() == "0" else parse_bytes(text)
 
 
 def _states_on_disk(prepared: Prepared, prefix_bytes: int) -> StatesOnDisk | None:
@@ -241,6 +193,7 @@ class Service:
         self._served: Served | None = None
         self._loader: threading.Thread | None = None
         self._wakeups: Wakeups | None = None  # made on the event loop
+        self._learned: LearnedFile | None = None
 
     def load_in_background(self, bring_up: Callable[[], Served], when_done: Callable[[], None]) -> None:
         """Start loading in a thread; `when_done` runs on this event loop, on success and on failure."""
@@ -253,6 +206,10 @@ class Service:
                 self.failure = error
             else:
                 self.metrics.observe_engine(served.engine.stats, served.loaded.model)
+                if served.watch is not None:
+                    self.metrics.registry.register(PlanCollector(served.watch))
+                    if self.settings.measured_file is not None:
+                        self._learned = LearnedFile(self.settings.measured_file, served.watch)
                 self._served = served
             with suppress(RuntimeError):  # the loop has closed: the server was stopped meanwhile
                 loop.call_soon_threadsafe(when_done)
@@ -260,6 +217,11 @@ class Service:
         # A daemon, so that a signal during a long load ends the process.
         self._loader = threading.Thread(target=work, name="loci-load", daemon=True)
         self._loader.start()
+
+    @property
+    def max_sequences(self) -> int:
+        """Sequences that are computed together, as set or chosen by the plan."""
+        return self.settings.max_num_seqs or 1
 
     @property
     def is_loading(self) -> bool:
@@ -320,5 +282,7 @@ class Service:
 
     def stop(self) -> None:
         """Stop the engine; what still runs is aborted."""
+        if self._learned is not None:
+            self._learned.close()
         if self._served is not None:
             self._served.engine.stop()

@@ -43,6 +43,11 @@ export async function metrics(key) {
   return (await ask("metrics", key)).text();
 }
 
+/** Where each expert is and how often it was used: `{tiers, layers: [{layer, experts, uses}]}`. */
+export async function tiers(key) {
+  return (await ask("tiers", key)).json();
+}
+
 /** How the server is: "ok", "failing" (its last step failed) or "dead" (its engine has ended). */
 export async function health() {
   try {

@@ -5,6 +5,7 @@ import { Composer, forgetDraft } from "./composer.js";
 import { Connection } from "./connection.js";
 import { Library } from "./library.js";
 import { Messages } from "./messages.js";
+import { MACHINE, Machine } from "./machine.js";
 import { hide, say } from "./notices.js";
 import * as settings from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -33,7 +34,7 @@ const chat = new Chat(library, {
     const { id, path, name } = chat.conversation;
     document.title = path.length > 0 ? `${name} – Loci` : "Loci";
     // The address names the conversation, so that a reload or a bookmark finds it.
-    if (path.length > 0 && location.hash !== `#${id}`) {
+    if (path.length > 0 && location.hash !== `#${id}` && !machine.isShown) {
       history.pushState(null, "", `#${id}`);
       composer.adopt(id);
     }
@@ -47,7 +48,7 @@ const chat = new Chat(library, {
     composer.setBusy(chat.isBusy);
     list.classList.toggle("busy", chat.isBusy);
     if (chat.isBusy) announcer.textContent = "Answering";
-    connection.setBusy(chat.isAnyBusy);
+    watchClosely();
     sidebar.show();
     composer.focusIfLost();
   },
@@ -57,6 +58,7 @@ const chat = new Chat(library, {
     trouble = text;
   },
 });
+const machine = new Machine(connection, settings.apiKey);
 const messages = new Messages(chat, {
   rephrase: (turn, text) => isSendable() && chat.rephrase(turn, text),
   reword: (turn, text) => chat.reword(turn, text),
@@ -101,9 +103,21 @@ function isSendable() {
   return false;
 }
 
-/** Show the conversation that the address names. */
+/** Where an answer grows or the machine is watched, the server is looked at each second. */
+function watchClosely() {
+  connection.setBusy(chat.isAnyBusy || machine.isShown);
+}
+
+/** Show the conversation that the address names, or the machine. */
 async function follow() {
   const id = location.hash.slice(1);
+  const wasShown = machine.isShown;
+  machine.toggle(id === MACHINE);
+  if (wasShown !== machine.isShown) watchClosely();
+  if (machine.isShown) {
+    document.title = "Machine – Loci";
+    return;
+  }
   if (id) await chat.open(id);
   else chat.begin();
   composer.turnTo(chat.conversation.path.length > 0 ? chat.conversation.id : null);
@@ -138,6 +152,7 @@ connection.onLook(() => {
   modelLine.textContent = phase === "ready" ? settings.model() : PHASES[phase];
   modelLine.title = problem;
   showFigures();
+  machine.refresh();
   // Once for each key; whoever closes the dialog is left alone until they send something.
   if (phase === "locked" && askedWith !== settings.apiKey()) askForKey();
 });
@@ -147,6 +162,10 @@ library.onChange((id) => {
 });
 settings.onSave(() => connection.look());
 document.querySelector("#stop").addEventListener("click", () => chat.stop());
+document.querySelector("#toggle-machine").addEventListener("click", () => {
+  const { id, path } = chat.conversation;
+  go(machine.isShown ? (path.length > 0 ? `#${id}` : "") : `#${MACHINE}`);
+});
 document.querySelector("#new").addEventListener("click", () => {
   go("");
   sidebar.leave();

@@ -97,19 +97,22 @@ function cell({ name, value, share, kind, title: explanation }) {
 
 const ORDER = ["vram", "dram", "nvme"];
 
-function byHeat(a, b) {
+/** Tiers from the fastest on. */
+export function byHeat(a, b) {
   const rank = (tier) => ORDER.indexOf(tier.split(":")[0]);
   return rank(a) - rank(b) || a.localeCompare(b);
 }
 
-function title(tier) {
+/** A tier as people call it. */
+export function title(tier) {
   const [kind, number] = tier.split(":");
   return { vram: "VRAM", dram: "DRAM", nvme: "NVMe" }[kind] + (number === undefined ? "" : ` ${number}`);
 }
 
-const percent = (share) => `${Math.round(share * 100)} %`;
+export const percent = (share) => `${Math.round(share * 100)} %`;
 
-function bytes(count) {
+/** A number of bytes with its unit. */
+export function bytes(count) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let power = 0;
   while (count >= 1000 && power < units.length - 1) {

@@ -36,6 +36,7 @@ from memory.planner.budget import MemoryBudget
 
 CONTEXT = 1 << 20
 BASE = 1024
+CHUNK = 1 << 15  # tokens of a prompt at a time: most are not computed
 SHARES = (1, 1 / 256, 1 / 2, 1 / 64, 3 / 4, 1 / 16, 1 / 4, 1 / 8)  # of the longest
 ROOM = 4 << 30  # in memory or on disk, for what is put aside
 
@@ -70,7 +71,7 @@ class Skipping:
         if computed:
             self._model.forward(Batch.of([(slot, start, ids[:computed])]), cache)
         if length - left > computed:
-            repeat_rows(cache, BASE, start + length - left, slot)
+            repeat_rows(cache, BASE, start + length - left, slot, start=max(BASE, start))
 
 
 def made_model(folder: Path) -> Loaded:
@@ -141,7 +142,7 @@ def main() -> None:
         def run(nbytes: int | None, **options: Any) -> tuple[list[list[int]], Engine, float]:
             engine = Engine(
                 model, loaded.tokenizer, max_sequences=len(prompts), max_context=context,
-                prefill_chunk=BASE, pool=PoolSize(nbytes, is_given=True), **options,
+                prefill_chunk=CHUNK, pool=PoolSize(nbytes, is_given=True), **options,
             )  # fmt: skip
             found, seconds = answers(engine, prompts, asked.tokens)
             return found, engine, seconds

@@ -39,7 +39,7 @@ PHONE: ViewportSize = {"width": 390, "height": 780}
 
 
 def main(arguments: list[str]) -> None:
-    """Write docs/images/chat.png, chat-phone.png and chat-dark.png."""
+    """Write docs/images/chat.png, chat-phone.png, machine.png and chat-dark.png."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         server = LociServer(Path(folder), arguments)
         try:
@@ -56,6 +56,10 @@ def main(arguments: list[str]) -> None:
             page.set_viewport_size(PHONE)
             picture(page, "chat-phone.png")
             page.set_viewport_size(DESKTOP)
+            page.get_by_role("button", name="Machine").click()
+            expect(page.locator("#tiers strong").first).to_be_visible()
+            picture(page, "machine.png")
+            page.get_by_role("button", name="Machine").click()
             page.emulate_media(color_scheme="dark")
             show(page, "How is softmax computed?", SOFTMAX)
             expect(page.locator("math")).to_have_count(2)

@@ -128,8 +128,22 @@ def test_a_restored_prefix_is_gone_on_from_and_taken_back(
 class Rounding(NativeKernels):
     """Makes float32 values what a format would make of them."""
 
+    index_keys: RowFormat | None = None
+
     def encode_rows(self, x: torch.Tensor, form: RowFormat | None) -> Rows:
         return values_of(super().encode_rows(x, form))
+
+    def index_scores(
+        self,
+        queries: torch.Tensor,
+        weights: torch.Tensor,
+        keys: Rows,
+        visible: torch.Tensor,
+        entries: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.index_keys is not None:
+            queries = self.index_keys.as_query(queries)
+        return super().index_scores(queries, weights, keys, visible, entries)
 
 
 @pytest.mark.parametrize("form", ["vendor", "bf16", "fp8", "int8"])
@@ -137,11 +151,13 @@ def test_encoded_caches_give_the_bits_of_values_that_were_rounded(
     form: KvFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a model that was trained to have its values rounded before they are kept is computed exactly."""
-    model, judge = load("v41-a", form), load("v41-a", "float32", Rounding())
+    kernels = Rounding()
+    model, judge = load("v41-a", form), load("v41-a", "float32", kernels)
     exact, batch = load("v41-a", "float32"), Batch.of([(0, 0, IDS)], all_logits=True)
     found, unrounded = (m.forward(batch, m.new_cache(1, LENGTH)) for m in (model, exact))
     cache, forms = judge.new_cache(1, LENGTH), model.cache_shape.rows  # type: ignore[attr-defined]
     sources = cache.sources.values()  # type: ignore[attr-defined]
+    kernels.index_keys = forms.index_keys
 
     def form_of(kept: Rows) -> RowFormat | None:
         if any(kept is source.entries for source in sources):

@@ -170,7 +170,7 @@ def test_a_machine_with_everything_in_dram_reads_each_expert_once(golden: dict[s
 
 def test_a_dram_budget_too_small_for_two_experts_is_refused() -> None:
     limits = budget(1.5)
-    with pytest.raises(BudgetError, match="holds 1 experts"), loaded(limits):
+    with pytest.raises(BudgetError, match="holds fewer than 2 experts"), loaded(limits):
         pass
 
 

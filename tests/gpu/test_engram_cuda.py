@@ -33,11 +33,12 @@ def test_rows_arrive_while_kernels_run_and_their_memory_is_not_overwritten_too_e
     )
     (tmp_path / "config.json").write_text('{"model_type": "test"}')
     checkpoint = open_safetensors(tmp_path)
-    files = {7: TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"], FP8_ROW, DIM)}
+    files = TableFiles(checkpoint.entries["t.weight"], checkpoint.entries["t.scale"], FP8_ROW, DIM)
     table = PackedTensor(FP8_ROW, (ROWS, DIM), codes.view(torch.uint8), scales).decode()
     telemetry = Telemetry()
     gpus = {7: Tier("vram:0", 1 << 30, GPU)}
-    store = EngramStore(files, checkpoint, ReferenceKernels(), 20_000, telemetry, gpus=gpus)
+    shares = {7: files.share(20_000)}
+    store = EngramStore({7: files}, checkpoint, ReferenceKernels(), shares, telemetry, gpus=gpus)
     busy = torch.randn(2048, 2048, device=GPU)
     generator = torch.Generator().manual_seed(2)
     asked, sums = [], []

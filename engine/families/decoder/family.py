@@ -10,7 +10,7 @@ from engine.families.decoder.description import Description, Mla
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.read_weights import dense_places, expert_hotness, read_weights
 from engine.families.decoder.reencoded import ReencodedCheckpoint, reencoded
-from engine.families.decoder.shape import checkpoint_shape, components
+from engine.families.decoder.shape import checkpoint_shape, components, loaded_shape
 from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import uses
 from memory.checkpoint.checkpoint import Checkpoint
@@ -80,6 +80,9 @@ class DecoderFamily(Family):
 
     def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         return checkpoint_shape(self.description(checkpoint), checkpoint, checkpoint.name, kv_format)
+
+    def loaded_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return loaded_shape(self.description(checkpoint), checkpoint, checkpoint.name, kv_format)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:
         self.check(checkpoint)

@@ -6,7 +6,6 @@ Written once in `Operations`: prompts compute at once, decoding is recorded.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 
@@ -25,8 +24,8 @@ from engine.families.decoder.weights import (
     MlaWeights,
     MlpWeights,
     RouterWeights,
-    tensors_in,
 )
+from engine.families.held import by_part, dense_bytes
 from engine.families.places import HOST
 from engine.families.replay import replay
 from engine.layers.eager import Eager
@@ -36,6 +35,7 @@ from engine.layers.recorded_experts import RecordedExperts
 from engine.layers.rope import Rotation
 from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
+from memory.planner.placement import Placement
 from memory.telemetry import Telemetry
 from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import recorder_of
@@ -73,27 +73,17 @@ class Decoder(Model):
             self.weights.experts.close()
 
     @property
-    def tier_bytes(self) -> dict[str, int]:
-        experts = self.weights.experts
-        found = defaultdict(int, {} if experts is None else experts.tier_bytes)
-        found["dram"] += 0
-        for tier, nbytes in self._dense_bytes.items():
-            found[tier] += nbytes
-        return dict(found)
+    def held_bytes(self) -> dict[str, dict[str, int]]:
+        return by_part(self._dense_bytes, self.weights.experts)
 
     @cached_property
     def _dense_bytes(self) -> dict[str, int]:
         """Bytes by tier of what every token reads."""
-        weights, places = self.weights, self.weights.places
-        placed = [(places.head_tier, weights.norm), (places.head_tier, weights.head)]
-        if weights.embed is not weights.head and not isinstance(weights.embed, RowsInFile):
-            placed.append(("dram", weights.embed))
-        for tier, layer in zip(places.tiers, weights.layers, strict=True):
-            placed += [(tier, tensor) for tensor in tensors_in(layer)]
-        found: dict[str, int] = defaultdict(int)
-        for tier, tensor in placed:
-            found[tier] += tensor.nbytes
-        return found
+        return dense_bytes(self.weights, [self.weights.norm], [])
+
+    @property
+    def placement(self) -> Placement:
+        return self.weights.places.placement
 
     def expert_tiers(self) -> list[list[str]]:
         if self.weights.experts is None:
@@ -104,6 +94,15 @@ class Decoder(Model):
         ):
             tiers[layer] = held
         return tiers
+
+    def expert_uses(self) -> list[list[float]]:
+        store = self.weights.experts
+        if store is None or store.is_still:
+            return []
+        uses: list[list[float]] = [[] for _ in self.description.layers]
+        for layer, counts in zip(self.description.expert_layers, store.uses(), strict=True):
+            uses[layer] = counts
+        return uses
 
     @property
     def telemetry(self) -> Telemetry | None:

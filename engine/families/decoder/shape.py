@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 
 from engine.families.base import Component
 from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla, Mlp
+from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.stored import StoredMatrices, decoded_value_bytes
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.experts.slots import layouts_of
 from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from memory.tiers import ALIGNMENT
 from quant.errors import FormatError
 from quant.formats.fp8 import Fp8
 from quant.formats.kv import index_key_rows, latent_rows, plain_rows
 from quant.formats.kv_names import KvFormat
 from quant.formats.rows import row_bytes
+from quant.kernels.choice import choose
 from quant.kernels.cpu.panels import panel_bytes
 
 
@@ -56,7 +61,18 @@ def loaded_shape(
             nbytes += sum(entry.nbytes for entry in stored.entries(use) if entry.dtype == "BF16")
         return Weights(nbytes, weights.parameters)
 
-    return shape_with(description, name, in_memory, of_value, kv_format)
+    shape = shape_with(description, name, in_memory, of_value, kv_format)
+    stored_shape = checkpoint_shape(description, checkpoint, name, kv_format)
+    return replace(shape, slot_bytes=_slot_bytes(description, checkpoint), stored_bytes=stored_shape.nbytes)
+
+
+def _slot_bytes(description: Description, checkpoint: Checkpoint) -> int:
+    """Bytes of memory that hold any of the routed experts."""
+    if description.experts is None:
+        return 0
+    files = DecoderExpertFiles.of(description, checkpoint)
+    most = max(layout.nbytes for layout in layouts_of(files, choose()))
+    return -(-most // ALIGNMENT) * ALIGNMENT
 
 
 def shape_with(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +11,6 @@ from engine.families.decoder.stored import RowsInFile
 from engine.families.places import DensePlaces
 from memory.experts.store import ExpertStore
 from quant.kernels.interface import ExpertBiases, Weight
-from quant.packed import PackedTensor
 
 
 @dataclass(frozen=True)
@@ -120,12 +118,3 @@ class DecoderWeights:
     frequencies: torch.Tensor
     experts: ExpertStore | None
     places: DensePlaces
-
-
-def tensors_in(weights: object) -> Iterator[Weight]:
-    """The tensors in a dataclass of weights."""
-    if isinstance(weights, torch.Tensor | PackedTensor):
-        yield weights
-    elif is_dataclass(weights):
-        for field in fields(weights):
-            yield from tensors_in(getattr(weights, field.name))

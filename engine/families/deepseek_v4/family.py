@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.deepseek_v4.config import parse_config
 from engine.families.deepseek_v4.forward import DeepseekV4
-from engine.families.deepseek_v4.shape import checkpoint_shape, config_shape
+from engine.families.deepseek_v4.shape import checkpoint_shape, config_shape, loaded_shape
 from engine.families.deepseek_v4.tensors import IGNORED, expected_tensors
 from engine.families.deepseek_v4.weights import read_weights
 from engine.families.streams.stored import components
@@ -41,6 +41,9 @@ class DeepseekV4Family(Family):
 
     def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         return checkpoint_shape(parse_config(checkpoint), checkpoint, checkpoint.name, kv_format)
+
+    def loaded_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return loaded_shape(parse_config(checkpoint), checkpoint, checkpoint.name, kv_format)
 
     def config_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         return config_shape(parse_config(checkpoint), checkpoint, kv_format)

@@ -57,6 +57,10 @@ class DeepseekV4(StreamModel):
         devices = tuple(layer.device for layer in weights.layers)
         self.cache_shape = cache_shape(config, devices, kv_format)
 
+    def _beside(self) -> tuple[list[object], list[object]]:
+        with_head, _ = super()._beside()
+        return [*with_head, self.weights.hc_head], [layer.token_experts for layer in self.weights.layers]
+
     def new_cache(self, slots: int, capacity: int) -> V4Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
         self.weights.places.check_kv(slots, capacity, self.cache_shape.layer_bytes)

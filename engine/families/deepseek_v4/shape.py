@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from engine.families.deepseek_v4.config import V4Config
 from engine.families.deepseek_v4.tensors import IGNORED, expected_tensors
 from engine.families.parts import Parts
 from engine.families.places import HOST
+from engine.families.streams.in_memory import InMemory
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
 from memory.planner.published import KV_MARGIN
@@ -21,8 +23,23 @@ from quant.formats.kv_names import KvFormat
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}  # a value, of what releases have
 
 
+def loaded_shape(c: V4Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
+    """The shape of a checkpoint called `name` with this config, with the bytes that it takes in memory."""
+    held = InMemory(c, checkpoint)
+    stored = checkpoint_shape(c, checkpoint, name, kv_format)
+    parts = Parts(checkpoint, IGNORED, held.nbytes)
+    shape = _shape(c, parts, name, c.n_routed_experts, kv_format)
+    ones = Weights(4 * c.head_dim)  # by which query heads are normalised
+    return replace(
+        shape,
+        layers=tuple(replace(layer, dense=layer.dense + ones) for layer in shape.layers),
+        slot_bytes=held.slot_bytes(),
+        stored_bytes=stored.nbytes,
+    )
+
+
 def checkpoint_shape(c: V4Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
-    """The shape of a checkpoint called `name` with this config."""
+    """The same with the bytes of its files."""
     return _shape(c, Parts(checkpoint, IGNORED), name, c.n_routed_experts, kv_format)
 
 
@@ -76,6 +93,7 @@ def _shape(c: V4Config, parts: Parts, name: str, counted: int, kv_format: KvForm
         head=parts.of("head"),
         layers=tuple(layers),
         activation_bytes=4 * (2 * c.hc_mult * c.hidden_size + 2 * query_dim),
+        host_bytes=sum(parts.of("look_ups", n).nbytes for n in range(c.layers)),
     )
 
 

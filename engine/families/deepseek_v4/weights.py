@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.families.deepseek_v4.config import INDEXED, V4Config
-from engine.families.deepseek_v4.shape import checkpoint_shape
+from engine.families.deepseek_v4.shape import loaded_shape
 from engine.families.expert_store import expert_store
 from engine.families.places import place
 from engine.families.streams.experts import StreamExpertFiles
@@ -59,12 +59,11 @@ class V4Weights(StreamWeights):
 def read_weights(c: V4Config, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> V4Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    Dense weights are copied to where the plan places them, in the layout of the kernels there; routed experts
-    get what is left of each GPU and of DRAM. Raises BudgetError where not even the dense weights fit.
+    All goes to where the plan places it, dense weights in the layout of the kernels there. Raises BudgetError
+    where not even the dense weights fit.
     """
-    places = place(
-        checkpoint_shape(c, checkpoint, checkpoint.path.name, budget.kv_format), checkpoint.path, budget
-    )
+    shape = loaded_shape(c, checkpoint, checkpoint.path.name, budget.kv_format)
+    places = place(shape, checkpoint.path, budget)
     host = Reader(checkpoint, kernels)
     by_head = Reader(checkpoint, kernels, places.head)
     tables = [_token_experts(c, host, n) for n in range(c.layers)]

@@ -125,7 +125,7 @@ def read_stages(model: DeepseekV41, checkpoint: Checkpoint, kernels: Kernels) ->
         layers=tuple(read_layer(c, reader, n) for n in range(c.num_hidden_layers)),
         experts=ExpertStore(files, kernels, tier),
         places=model.weights.places,
-        engram=EngramStore({}, checkpoint, kernels, 0, Telemetry()),
+        engram=EngramStore({}, checkpoint, kernels, {}, Telemetry()),
     )
     no_map = torch.zeros(0, dtype=torch.int64)
     return DraftStages(

@@ -7,7 +7,7 @@ import torch
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.forward import DeepseekV41
-from engine.families.deepseek_v41.shape import checkpoint_shape
+from engine.families.deepseek_v41.shape import checkpoint_shape, loaded_shape
 from engine.families.deepseek_v41.tensors import IGNORED, expected_tensors
 from engine.families.deepseek_v41.weights import read_weights
 from engine.families.streams.stored import components
@@ -58,6 +58,9 @@ class DeepseekV41Family(Family):
 
     def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         return checkpoint_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name, kv_format)
+
+    def loaded_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        return loaded_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name, kv_format)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
         self.check(checkpoint)

@@ -104,9 +104,10 @@ class DeepseekV41(StreamModel):
         self.weights.engram.close()
 
     @property
-    def tier_bytes(self) -> dict[str, int]:
-        found = super().tier_bytes
-        found["dram"] += self.weights.engram.nbytes
+    def held_bytes(self) -> dict[str, dict[str, int]]:
+        found = super().held_bytes
+        if nbytes := self.weights.engram.nbytes:
+            found["dram"]["engram"] = nbytes
         return found
 
     def capture(self) -> bool:

@@ -1,18 +1,33 @@
-"""A V4.1 checkpoint's shape for the planner: its actual bytes, part by part."""
+"""A V4.1 checkpoint's shape for the planner: its actual bytes, part by part, in files or in memory."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.tensors import IGNORED
 from engine.families.parts import Parts
+from engine.families.streams.in_memory import InMemory
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.published import V41Dims, v41_kv, v41_launches, v41_tail
 from memory.planner.shape import LayerShape, ModelShape, Table, Weights
 from quant.formats.kv_names import KvFormat
 
 
+def loaded_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
+    """The shape of a checkpoint called `name` with this config, with the bytes that it takes in memory."""
+    held = InMemory(c, checkpoint)
+    stored = checkpoint_shape(c, checkpoint, name, kv_format)
+    shape = _shape(c, Parts(checkpoint, IGNORED, held.nbytes), checkpoint, name, kv_format)
+    return replace(shape, slot_bytes=held.slot_bytes(), stored_bytes=stored.nbytes)
+
+
 def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
-    """The shape of a checkpoint called `name` with this config."""
+    """The same with the bytes of its files."""
+    return _shape(c, Parts(checkpoint, IGNORED), checkpoint, name, kv_format)
+
+
+def _shape(c: V41Config, parts: Parts, checkpoint: Checkpoint, name: str, kv_format: KvFormat) -> ModelShape:
     dims = V41Dims(
         hidden=c.hidden_size,
         layers=c.num_hidden_layers,
@@ -36,7 +51,6 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format:
         index_sources=c.index_source_layer_ids,
         rope_dim=c.qk_rope_head_dim,
     )
-    parts = Parts(checkpoint, IGNORED)
     rows = dict(zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True))
     columns = (c.engram_max_ngram_size - 1) * c.engram_n_heads
     layers = []
@@ -51,7 +65,7 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format:
                 expert=Weights(
                     experts.nbytes // c.n_routed_experts, experts.parameters // c.n_routed_experts
                 ),
-                table=Table(rows[n], parts.of("table", n).nbytes // rows[n], columns) if n in rows else None,
+                table=_table(parts, checkpoint, n, rows[n], columns) if n in rows else None,
                 launches=v41_launches(dims, n, has_table=n in rows),
                 tail=v41_tail(dims, n),
             )
@@ -68,3 +82,9 @@ def checkpoint_shape(c: V41Config, checkpoint: Checkpoint, name: str, kv_format:
         activation_bytes=dims.activation_bytes,
         held_bytes=dims.held_bytes,
     )
+
+
+def _table(parts: Parts, checkpoint: Checkpoint, n: int, rows: int, columns: int) -> Table:
+    scales = checkpoint.entries.get(f"layers.{n}.engram.embed.scale")
+    scale_bytes = 0 if scales is None else scales.nbytes // rows
+    return Table(rows, parts.of("table", n).nbytes // rows, columns, scale_bytes)

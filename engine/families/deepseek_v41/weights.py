@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.families.deepseek_v41.config import V41Config
-from engine.families.deepseek_v41.shape import checkpoint_shape
+from engine.families.deepseek_v41.shape import loaded_shape
 from engine.families.expert_store import expert_store, gpus_left
 from engine.families.places import place
 from engine.families.streams.experts import StreamExpertFiles
@@ -20,10 +20,6 @@ from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
 from quant.formats.quantization_config import Role
 from quant.kernels.interface import Kernels, Weight
-
-# The share of DRAM left after dense weights that goes to hot rows of Engram tables if not everything fits.
-HOT_ROWS_SHARE = 0.05
-ROOM_FOR_ALIGNMENT = 1.01  # expert slots are aligned to cache lines
 
 
 @dataclass(frozen=True)
@@ -59,18 +55,11 @@ def read_weights(
 ) -> V41Weights:
     """All weights of a checkpoint that `Checkpoint.verify` has accepted.
 
-    Dense weights are copied to where the plan places them, in the layout of the kernels there. Routed experts
-    get what is left of each GPU; of DRAM they and the Engram tables do: where not everything fits, a small
-    part goes to hot rows of the tables (a token needs a few kilobytes of them) and the rest to experts (it
-    needs gigabytes). Raises BudgetError where not even the dense weights fit.
+    All goes to where the plan places it, dense weights in the layout of the kernels there. Raises BudgetError
+    where not even the dense weights fit.
     """
-    places = place(
-        checkpoint_shape(config, checkpoint, checkpoint.path.name, budget.kv_format), checkpoint.path, budget
-    )
-    left = places.left["dram"]
-    tables_bytes, experts_bytes = places.tables_bytes, places.experts_bytes
-    everything_fits = tables_bytes + experts_bytes * ROOM_FOR_ALIGNMENT <= left
-    hot_rows_bytes = tables_bytes if everything_fits else min(tables_bytes, int(left * HOT_ROWS_SHARE))
+    shape = loaded_shape(config, checkpoint, checkpoint.path.name, budget.kv_format)
+    places = place(shape, checkpoint.path, budget)
     host = Reader(checkpoint, kernels)
     telemetry = Telemetry()
     tables = {n: _table_files(config, host, n) for n in config.engram_layer_ids}
@@ -90,14 +79,13 @@ def read_weights(
             kernels,
             budget,
             places,
-            kept_free=hot_rows_bytes,
             telemetry=telemetry,
         ),
         engram=EngramStore(
             tables,
             checkpoint,
             kernels,
-            hot_rows_bytes,
+            places.placement.tables,
             telemetry,
             gpus={layer: gpu for layer, tier in enumerate(places.tiers) for gpu in gpus if gpu.name == tier},
         ),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 
 import torch
 
 from engine.cache.grouped import GroupedShape
 from engine.cache.sparse import CacheShape
 from engine.families.base import KvRooms, Model, ModelInfo
+from engine.families.held import by_part, dense_bytes
 from engine.families.places import HOST
 from engine.families.streams.config import StreamConfig
 from engine.families.streams.operations import MAX_ROWS, StreamOperations
 from engine.families.streams.weights import StreamAttention, StreamIndexer, StreamWeights
 from engine.layers.operations import Value
+from memory.planner.placement import Placement
 from memory.telemetry import Telemetry
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.recorder import Recorder
@@ -39,12 +42,27 @@ class StreamModel(Model):
         self.weights.experts.close()
 
     @property
-    def tier_bytes(self) -> dict[str, int]:
-        dense = self.weights.places.nbytes
-        return {tier: nbytes + dense.get(tier, 0) for tier, nbytes in self.weights.experts.tier_bytes.items()}
+    def held_bytes(self) -> dict[str, dict[str, int]]:
+        return by_part(self._dense_bytes, self.weights.experts)
+
+    @cached_property
+    def _dense_bytes(self) -> dict[str, int]:
+        """Bytes by tier of what every token reads."""
+        return dense_bytes(self.weights, *self._beside())
+
+    def _beside(self) -> tuple[list[object], list[object]]:
+        """Weights that lie with the head, and parts of layers that are in DRAM wherever these are."""
+        return [self.weights.norm], []
+
+    @property
+    def placement(self) -> Placement:
+        return self.weights.places.placement
 
     def expert_tiers(self) -> list[list[str]]:
         return self.weights.experts.expert_locations()
+
+    def expert_uses(self) -> list[list[float]]:
+        return [] if self.weights.experts.is_still else self.weights.experts.uses()
 
     @property
     def telemetry(self) -> Telemetry:

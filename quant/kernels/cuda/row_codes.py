@@ -99,6 +99,39 @@ def to_e2m1(value):
 
 
 @triton.jit
+def from_e2m1(code):
+    """Values of e2m1 codes, int32."""
+    magnitude = code & 7
+    power = (((magnitude >> 1) + 126) << 23) | ((magnitude & 1) << 22)
+    value = tl.where(magnitude < 2, magnitude.to(tl.float32) * 0.5, power.to(tl.float32, bitcast=True))
+    return tl.where(code >= 8, -value, value)
+
+
+@triton.jit
+def covering_power(largest, LIMIT_BITS: tl.constexpr):
+    """The ue8m0 code of the smallest power of two that times the limit is at least `largest`: int32."""
+    bits = largest.to(tl.int32, bitcast=True)
+    above = (bits & 0x7FFFFF) > (LIMIT_BITS & 0x7FFFFF)
+    code = (bits >> 23) - (LIMIT_BITS >> 23) + above.to(tl.int32) + 127
+    return tl.where(bits == 0, 253 - (LIMIT_BITS >> 23), tl.maximum(code, 0))
+
+
+@triton.jit
+def rounded(
+    values, CODE: tl.constexpr, GROUP: tl.constexpr, LIMIT_BITS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Channels `[N, CHANNELS]` as they are after e2m1 or e4m3 with a power of two per GROUP of them."""
+    groups = tl.reshape(values, (values.shape[0] * CHANNELS // GROUP, GROUP))
+    scale = ue8m0(covering_power(tl.max(tl.abs(groups), axis=1), LIMIT_BITS))[:, None]
+    scaled = tl.div_rn(groups, scale + tl.zeros_like(groups))
+    if CODE == E2M1:
+        scaled = from_e2m1(to_e2m1(scaled))
+    else:
+        scaled = from_e4m3(to_e4m3(scaled))
+    return tl.reshape(scaled * scale, (values.shape[0], CHANNELS))
+
+
+@triton.jit
 def row_scales(
     rows, at, is_row, first, SCALE: tl.constexpr, CODED: tl.constexpr, GROUP: tl.constexpr,
     SCALES_AT: tl.constexpr, COUNT: tl.constexpr,
@@ -130,13 +163,7 @@ def row_channels(
             is_code = inside & (channel < CODED)[None, :]
             if CODE == E2M1:
                 byte = tl.load(rows + at[:, None] + (channel // 2)[None, :], mask=is_code, other=0)
-                code = (byte.to(tl.int32) >> (channel % 2 * 4)[None, :]) & 15
-                magnitude = code & 7
-                power = (((magnitude >> 1) + 126) << 23) | ((magnitude & 1) << 22)
-                value = tl.where(
-                    magnitude < 2, magnitude.to(tl.float32) * 0.5, power.to(tl.float32, bitcast=True)
-                )
-                value = tl.where(code >= 8, -value, value)
+                value = from_e2m1((byte.to(tl.int32) >> (channel % 2 * 4)[None, :]) & 15)
             else:
                 byte = tl.load(rows + at[:, None] + channel[None, :], mask=is_code, other=0)
                 if CODE == E4M3:
@@ -187,10 +214,7 @@ def encode_rows(
             largest = tl.max(tl.abs(coded), axis=1)
             group = tl.arange(0, BLOCK // GROUP)
             if SCALE == POWERS:
-                bits = largest.to(tl.int32, bitcast=True)
-                above = (bits & 0x7FFFFF) > (LIMIT_BITS & 0x7FFFFF)
-                code = (bits >> 23) - (LIMIT_BITS >> 23) + above.to(tl.int32) + 127
-                code = tl.where(bits == 0, 253 - (LIMIT_BITS >> 23), tl.maximum(code, 0))
+                code = covering_power(largest, LIMIT_BITS)
                 tl.store(to + SCALES_AT + group, code.to(tl.uint8), mask=group < groups)
                 scale = ue8m0(code)
             elif SCALE == OF_E4M3:
@@ -222,17 +246,20 @@ def encode_rows(
         tl.store(tail + 1, ((upper >> 8) & 255).to(tl.uint8), mask=is_tail)
 
 
+def limit_bits(form: RowFormat) -> int:
+    """The bits of a format's largest code as a float."""
+    return int(torch.tensor(LARGEST.get(form.code, 1.0)).view(torch.int32))
+
+
 def encode_launch(
     x: torch.Tensor, state: EncodedRows, step: torch.Tensor, rows: int, max_rows: int, ratio: int | None
 ) -> Launch:
     """The launch that stores the first `rows` rows of x `[rows, dim]` in `state` `[slots, places, dim]`: in
     rings, or as entries of `ratio` tokens each."""
     form, codes = state.format, RowCodes.of(state)
-    limit = LARGEST.get(form.code, 1.0)
-    bits = int(torch.tensor(limit).view(torch.int32))
     constants = codes.constants | {
-        "MAX": max_rows, "BLOCK": max(int(triton.next_power_of_2(form.dim)), form.group), "LIMIT": int(limit),
-        "LIMIT_BITS": bits,
+        "MAX": max_rows, "BLOCK": max(int(triton.next_power_of_2(form.dim)), form.group),
+        "LIMIT": int(LARGEST.get(form.code, 1.0)), "LIMIT_BITS": limit_bits(form),
     }  # fmt: skip
     kept = bytes_of(state)
     places = kept.shape[1] if ratio is None else 0

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from quant.formats.rows import Rows, bytes_of
+from quant.formats.rows import Rows, bytes_of, row_format_of
 from quant.kernels.cuda.attention import channels_of
 from quant.kernels.cuda.launch import Launch
-from quant.kernels.cuda.row_codes import RowCodes, row_channels
+from quant.kernels.cuda.row_codes import RowCodes, limit_bits, rounded, row_channels
 from quant.kernels.cuda.times import PRECISION
 
 COLUMNS = 64  # of a program that makes scores
@@ -47,10 +47,11 @@ def index_scores(
     POOLED: tl.constexpr, MAXIMA: tl.constexpr, MAX: tl.constexpr,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
     CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
-    TAIL_AT: tl.constexpr, SCALES_AT: tl.constexpr,
+    TAIL_AT: tl.constexpr, SCALES_AT: tl.constexpr, LIMIT_BITS: tl.constexpr,
 ):  # fmt: skip
-    """scores `[rows, columns]`: sum_h weight_h * factor * relu(q_h . k), -inf for what a row does not see;
-    and with MAXIMA the best of each block of BLOCK entries. Grid (blocks of columns, rows)."""
+    """scores `[rows, columns]`: sum_h weight_h * factor * relu(q_h . k), -inf for what a row does not see,
+    queries rounded like keys if there are LIMIT_BITS; and with MAXIMA the best of each block of BLOCK
+    entries. Grid (blocks of columns, rows)."""
     row = tl.program_id(1)
     first_column = tl.program_id(0) * COLUMNS
     visible = (tl.load(step + 1 + MAX + row) + 1) // ratio
@@ -64,6 +65,8 @@ def index_scores(
         dots = tl.zeros([HEADS, COLUMNS], tl.float32)
         for first in range(0, dim, CHANNELS):
             q = channels_of(queries, query_at, first, dim, turns + row * 2 * pairs, pairs, CHANNELS)
+            if LIMIT_BITS:
+                q = rounded(q, CODE, GROUP, LIMIT_BITS, CHANNELS)
             k = row_channels(
                 keys, key_at, is_seen, first, dim, CODE, SCALE, GROUP, CODED, TAIL_AT, SCALES_AT, CHANNELS
             )
@@ -228,7 +231,8 @@ class Choice:
     def launches(self, step: torch.Tensor, rows: int, max_rows: int) -> list[Launch]:
         """Two launches for the first `rows` rows, or three where there are several chunks."""
         heads, k, columns = self.weights.shape[1], self.chosen.shape[1], self.scores.shape[1]
-        keys, codes = bytes_of(self.keys), RowCodes.of(self.keys)
+        keys, codes, form = bytes_of(self.keys), RowCodes.of(self.keys), row_format_of(self.keys)
+        group, limit = (form.group, limit_bits(form)) if form is not None and form.rounds_queries else (0, 0)
         is_pooled = self.pool is not None
         pool = step if self.pool is None else self.pool
         maxima = self.scores if self.maxima is None else self.maxima
@@ -245,7 +249,8 @@ class Choice:
                  self.blocks, self.factor, codes.step),
                 {"POOLED": is_pooled, "MAXIMA": self.maxima is not None, "MAX": max_rows,
                  "HEADS": int(triton.next_power_of_2(max(LEAST_HEADS, heads))), "COLUMNS": tile,
-                 "CHANNELS": CHANNELS if isinstance(self.keys, torch.Tensor) else CHANNELS_OF_CODES,
+                 "CHANNELS": CHANNELS if form is None else max(CHANNELS_OF_CODES, group),
+                 "LIMIT_BITS": limit,
                  "BLOCK": block if self.maxima is not None else 1}
                 | codes.constants,
                 4,

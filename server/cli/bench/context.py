@@ -36,7 +36,7 @@ def context(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Tokens to decode at each depth.")] = 8,
-    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of a step.")] = 512,
+    chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of a step.")] = 256,
     deepest_prefill: Annotated[
         int, typer.Option(min=0, help="Depth up to which prefill is measured.")
     ] = QUARTER,
@@ -54,7 +54,7 @@ def context(
 ) -> None:
     """Measure decode time and prefill rate by depth, bytes of KV, and memory against the plan.
 
-    The shallowest context is computed. Deeper ones repeat its rows, which cost as much to read and to choose
+    Two chunks are computed, and their rows repeated behind them, which cost as much to read and to choose
     among: a million tokens of prefill would take hours on most machines.
 
     Example: loci bench context ./slice --json context.json --plot context.png
@@ -167,11 +167,11 @@ def _by_depth(run: ContextRun) -> list[Result]:
 def _print_depths(run: ContextRun, kv_format: str) -> None:
     first = run.depths[0]
     print_table(
-        ["depth", "its rows", "decode ms", "", "prefill tokens/s", "", "KV", "planned", "taken"],
+        ["depth", "computed", "decode ms", "", "prefill tokens/s", "", "KV", "planned", "taken"],
         [
             (
                 f"{depth.tokens:,}",
-                "computed" if depth.is_computed else "repeated",
+                f"{depth.computed:,}",
                 f"{1e3 * depth.decode_s:.1f}",
                 f"x {depth.decode_s / first.decode_s:.2f}",
                 f"{1 / depth.prefill_s:.1f}" if depth.prefill_s else "",
@@ -182,7 +182,7 @@ def _print_depths(run: ContextRun, kv_format: str) -> None:
             )
             for depth in run.depths
         ],
-        right=(0, 2, 3, 4, 5, 6, 7, 8),
+        right=(0, 1, 2, 3, 4, 5, 6, 7, 8),
     )
     print(f"KV in {kv_format}; prefill in chunks of {run.chunk}")
     print("planned: KV of that depth, and what does not grow; taken: also work space of steps")
@@ -190,13 +190,17 @@ def _print_depths(run: ContextRun, kv_format: str) -> None:
 
 def _draw(run: ContextRun, file: Path) -> None:
     """Decode time and prefill rate over depth."""
-    with picture(file, 2, figsize=(10, 3.6)) as (left, right):
-        left.plot([d.tokens for d in run.depths], [1e3 * d.decode_s for d in run.depths], "o-")
-        left.set_ylabel("decode, ms a token")
-        measured = [d for d in run.depths if d.prefill_s]
-        right.plot([d.tokens for d in measured], [1 / d.prefill_s for d in measured if d.prefill_s], "o-")
-        right.set_ylabel("prefill, tokens/s")
-        for axes in (left, right):
+    measured = [d for d in run.depths if d.prefill_s]
+    panels = 2 if measured else 1
+    with picture(file, panels, figsize=(5 * panels, 3.6)) as (decode, *others):
+        decode.plot([d.tokens for d in run.depths], [1e3 * d.decode_s for d in run.depths], "o-")
+        decode.set_ylabel("decode, ms a token")
+        for prefill in others:
+            prefill.plot(
+                [d.tokens for d in measured], [1 / d.prefill_s for d in measured if d.prefill_s], "o-"
+            )
+            prefill.set_ylabel("prefill, tokens/s")
+        for axes in (decode, *others):
             axes.set_xscale("log", base=2)
             axes.set_xticks([d.tokens for d in run.depths], [_name(d.tokens) for d in run.depths])
             axes.set_xlabel("tokens before")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from server.cli.bench.context import context
+from server.cli.bench.drafts import drafts
 from server.cli.bench.engram import engram
 from server.cli.bench.experts import experts
 from server.cli.bench.hardware import hardware
@@ -31,3 +32,4 @@ bench.command()(step)
 bench.command("slice")(slice_)
 bench.command()(prefill)
 bench.command()(context)
+bench.command()(drafts)

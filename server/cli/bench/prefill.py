@@ -54,7 +54,7 @@ def prefill(
     """
     from engine.bench.prefill import run_prefill
     from engine.families.loader import open_checkpoint
-    from engine.families.shapes import shape_of
+    from engine.families.shapes import loaded_shape_of
     from memory.hardware.detect import detect
     from memory.hardware.measure import measure_cpu, measure_disk, measure_dram, read_rates, working_bytes
     from memory.hardware.profiles import parse_devices
@@ -65,7 +65,7 @@ def prefill(
     from server.cli.bench.figures import print_figures
 
     machine = detect(model)
-    shape = shape_of(open_checkpoint(model))
+    shape = loaded_shape_of(open_checkpoint(model))
     measured: dict[str, list[float]] = {}
     disk_rates: list[list[float]] = []
 
@@ -90,7 +90,7 @@ def prefill(
         return replace(
             profile,
             dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone
-            disk_bytes=machine.disk_free_bytes + shape.nbytes,  # it lies there already
+            disk_bytes=machine.disk_free_bytes + shape.disk_bytes,  # it lies there already
         )
 
     size = chunk or planned_chunk(shape, here(), asked)

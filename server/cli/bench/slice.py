@@ -187,16 +187,16 @@ def _planned_tokens_per_s(
 ) -> float:
     """What `loci plan` expects of one sequence within the budget, every expert equally likely."""
     from engine.families.loader import open_checkpoint
-    from engine.families.shapes import shape_of
+    from engine.families.shapes import loaded_shape_of
     from memory.planner.forecast import forecast
     from memory.planner.placement import PROCESS_BYTES
     from memory.planner.routing import UNIFORM
 
-    shape = shape_of(open_checkpoint(model))
+    shape = loaded_shape_of(open_checkpoint(model))
     machine = replace(
         machine,
         dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone
-        disk_bytes=machine.disk_bytes + shape.nbytes,  # it lies there already
+        disk_bytes=machine.disk_bytes + shape.disk_bytes,  # it lies there already
     )
     return forecast(shape, machine, asked_for, UNIFORM).alone.tokens_per_s
 

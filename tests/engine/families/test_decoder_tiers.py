@@ -10,7 +10,7 @@ import torch
 from engine.families.base import Batch
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.shape import loaded_shape
-from engine.families.decoder.weights import tensors_in
+from engine.families.held import tensors_in
 from engine.families.loader import open_checkpoint
 from engine.families.shapes import shape_of
 from memory.planner.budget import MemoryBudget

@@ -36,7 +36,7 @@ def gpus() -> Iterator[tuple[torch.device, torch.device]]:
     ("count", "dram", "gpu"),
     [
         pytest.param(2, 1 << 30, 16 << 20, id="everything on the GPUs"),
-        pytest.param(2, 3_000_000, 3 << 20, id="layers on both, experts everywhere"),
+        pytest.param(2, 3_000_000, 3_300_000, id="layers on both, experts everywhere"),
         pytest.param(1, 1 << 30, 3_300_000, id="one GPU, some layers on the CPU"),
     ],
 )

@@ -56,8 +56,9 @@ def table(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def make_store(checkpoint: Checkpoint, budget_bytes: int) -> EngramStore:
+    files = table_files(checkpoint)
     return EngramStore(
-        {7: table_files(checkpoint)}, checkpoint, ReferenceKernels(), budget_bytes, Telemetry()
+        {7: files}, checkpoint, ReferenceKernels(), {7: files.share(budget_bytes)}, Telemetry()
     )
 
 
@@ -83,7 +84,8 @@ def test_looking_up_nothing_gives_nothing(store: EngramStore) -> None:
 
 def test_hot_rows_are_read_once(checkpoint: Checkpoint) -> None:
     telemetry = Telemetry()
-    store = EngramStore({7: table_files(checkpoint)}, checkpoint, ReferenceKernels(), 60_000, telemetry)
+    files = table_files(checkpoint)
+    store = EngramStore({7: files}, checkpoint, ReferenceKernels(), {7: files.share(60_000)}, telemetry)
     rows = torch.arange(0, 200, 3).repeat(2)
     for _ in range(3):
         store.lookup(7, rows).wait()
@@ -122,7 +124,8 @@ def test_scales_are_held_where_they_take_at_most_half_of_the_share(checkpoint: C
     for budget_bytes in (2 * ROWS * DIM // 32 - 1, 2 * ROWS * DIM // 32):
         telemetry = Telemetry()
         files = table_files(checkpoint)
-        store = EngramStore({7: files}, checkpoint, ReferenceKernels(), budget_bytes, telemetry)
+        share = files.share(budget_bytes)
+        store = EngramStore({7: files}, checkpoint, ReferenceKernels(), {7: share}, telemetry)
         store.lookup(7, torch.tensor([1000])).wait()
         reads.append(telemetry.snapshot().moved_bytes["engram"])
         store.close()
@@ -138,7 +141,8 @@ def test_rows_of_other_formats_are_the_tables_rows(tmp_path: Path) -> None:
     rows = torch.randint(0, 900, (200,), generator=generator)
     expected = PackedTensor(MXFP4, (900, DIM), codes, scales).decode()[rows]
     for budget_bytes in (0, 10_000, 10**6):
-        store = EngramStore({7: files}, checkpoint, ReferenceKernels(), budget_bytes, Telemetry())
+        share = files.share(budget_bytes)
+        store = EngramStore({7: files}, checkpoint, ReferenceKernels(), {7: share}, Telemetry())
         assert torch.equal(store.lookup(7, rows).wait(), expected)
         store.close()
 
@@ -146,8 +150,10 @@ def test_rows_of_other_formats_are_the_tables_rows(tmp_path: Path) -> None:
 def on_a_gpu(checkpoint: Checkpoint, telemetry: Telemetry) -> EngramStore:
     """A store whose layer is computed on a virtual GPU."""
     gpus = {7: Tier("vram:0", 1 << 20, torch.device("cpu"))}
-    files = {7: table_files(checkpoint)}
-    return EngramStore(files, checkpoint, ReferenceKernels(), 20_000, telemetry, gpus=gpus)
+    files = table_files(checkpoint)
+    return EngramStore(
+        {7: files}, checkpoint, ReferenceKernels(), {7: files.share(20_000)}, telemetry, gpus=gpus
+    )
 
 
 def test_rows_of_a_layer_on_a_gpu_are_sent_there(checkpoint: Checkpoint, table: torch.Tensor) -> None:
@@ -203,8 +209,9 @@ def test_a_file_that_ends_too_early_fails_the_look_up_that_needs_it_and_no_other
     scales = torch.full((ROWS, DIM // 32), 127, dtype=torch.uint8)
     checkpoint = write(tmp_path, codes, scales)
     telemetry = Telemetry()
-    budget_bytes = 3 * scales.nbytes
-    store = EngramStore({7: table_files(checkpoint)}, checkpoint, ReferenceKernels(), budget_bytes, telemetry)
+    files = table_files(checkpoint)
+    share = files.share(3 * scales.nbytes)
+    store = EngramStore({7: files}, checkpoint, ReferenceKernels(), {7: share}, telemetry)
     entry = checkpoint.entries["t.weight"]
     os.truncate(entry.file, entry.offset + entry.nbytes - 20_000)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: the file has been truncated"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quant.formats.rows import EncodedRows, RowFormat, hadamard, values_of
+from quant.formats.rows import EncodedRows, RowFormat, values_of
 from quant.kernels.cpu import library
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.torch_layers import TorchLayers
@@ -92,12 +92,48 @@ def test_index_scores_over_encoded_keys(kernels: NativeKernels, form: RowFormat)
     keys = TORCH.encode_rows(values(200, form.dim, seed=2), form)
     queries, weights, visible = values(3, 5, form.dim), values(3, 5, seed=4), torch.tensor([1, 150, 200])
     found = kernels.index_scores(queries, weights, keys, visible)
-    turned = hadamard(queries) if form.turned else queries
-    assert torch.equal(found, kernels.index_scores(turned, weights, values_of(keys), visible))
+    plain = kernels.index_scores(form.as_query(queries), weights, values_of(keys), visible)
+    assert torch.equal(found, plain)
     assert torch.allclose(found, TORCH.index_scores(queries, weights, keys, visible), rtol=1e-4, atol=1e-3)
     named = torch.tensor([[5, 9, -1], [0, 1, 2], [199, -1, 7]])
     some = kernels.index_scores(queries, weights, keys, visible, named)
     assert torch.equal(some[1], found.new_tensor([found[1, 0], found[1, 1], found[1, 2]]))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("heads", [1, 8, 13, 32])
+def test_index_scores_of_integers_are_the_same_at_every_level(heads: int, turned: bool) -> None:
+    """Also where the scales of a row are so far apart that its integers cannot be added."""
+    form = RowFormat(128, "e2m1", "ue8m0", 32, turned=turned)
+    spread = values(3, 1, 4, 1, seed=9).mul(4).exp().expand(3, heads, 4, 32).reshape(3, heads, 128)
+    queries, weights = values(3, heads, 128) * spread, values(3, heads, seed=4)
+    rows = values(300, 128, seed=2)
+    rows[100:] *= values(200, 4, 1, seed=8).mul(4).exp().expand(200, 4, 32).reshape(200, 128)
+    keys, visible = TORCH.encode_rows(rows, form), torch.tensor([33, 290, 300])
+    found = [NativeKernels(level=level).index_scores(queries, weights, keys, visible) for level in LEVELS]
+    assert all(torch.equal(found[0], other) for other in found)
+    torch.testing.assert_close(
+        found[0], TORCH.index_scores(queries, weights, keys, visible), rtol=1e-5, atol=1e-3
+    )
+    named = torch.tensor([[5, 9, -1], [0, 1, 150], [299, -1, 7]])
+    for level in LEVELS:
+        some = NativeKernels(level=level).index_scores(queries, weights, keys, visible, named)
+        assert torch.equal(some[1], found[0][1, named[1]])
+        assert torch.equal(some[2, ::2], found[0][2, [299, 7]])
+
+
+def test_queries_are_rounded_like_keys_whose_scales_are_powers_of_two(kernels: NativeKernels) -> None:
+    queries, weights, visible = values(1, 4, 128), values(1, 4, seed=4), torch.tensor([50])
+    for name, is_rounded in (("V4 index key", True), ("V3.2 index key", True), ("fp8 head", False)):
+        form = FORMATS[name]
+        x = queries[..., : form.dim]
+        keys = TORCH.encode_rows(values(50, form.dim, seed=2), form)
+        assert form.rounds_queries == is_rounded
+        again = form.decode(form.encode(x))
+        once = kernels.index_scores(x, weights, keys, visible)
+        turned = form.as_query(again) if not form.turned else again
+        twice = kernels.index_scores(turned, weights, values_of(keys), visible)
+        assert torch.equal(once, twice) == is_rounded
 
 
 def test_scores_of_turned_keys_are_near_those_of_the_keys(kernels: NativeKernels) -> None:
@@ -105,4 +141,4 @@ def test_scores_of_turned_keys_are_near_those_of_the_keys(kernels: NativeKernels
     visible = torch.tensor([50])
     exact = kernels.index_scores(queries, weights, keys, visible)
     found = kernels.index_scores(queries, weights, kernels.encode_rows(keys, V4_INDEX_KEY), visible)
-    assert (found - exact).norm() < 0.15 * exact.norm()
+    assert (found - exact).norm() < 0.2 * exact.norm()

@@ -21,8 +21,8 @@ def test_decoding_prefill_and_memory_are_reported_by_depth(tmp_path: Path) -> No
     assert found["context_kv_bytes_per_token"]["value"] > 0
     assert found["context_planned_1500"]["value"] > found["context_planned_256"]["value"]
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert ["256", "computed"] in [line[:2] for line in lines]
-    assert ["1,500", "repeated"] in [line[:2] for line in lines]
+    assert ["256", "128"] in [line[:2] for line in lines]
+    assert ["1,500", "128"] in [line[:2] for line in lines], "two chunks are computed"
 
 
 def test_the_deepest_is_as_deep_as_the_model_can() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -96,6 +97,9 @@ def test_a_checkpoint_is_planned_from_its_headers() -> None:
         "sequences": 2,
         "prefill_chunk": 512,
         "kv_tokens": None,
+        "weights_bytes": None,
+        "prefix_bytes": 0,
+        "draft_bytes": 0,
     }
     assert {place["tier"] for place in report["places"]} == {"dram"}
 
@@ -228,6 +232,8 @@ def test_a_budget_buys_a_machine_which_is_then_planned_and_priced(tmp_path: Path
         (("--budget", "4000", "--own", "RTX 9999=1"), "no part is called 'RTX 9999'; known: RTX 3090"),
         (("--budget", "4000", "--own", "RTX 4090"), "expected a part and how many"),
         (("--budget", "4000", "--parts", "none.toml"), "none.toml: cannot be read"),
+        (("--budget", "4000", "--economics"), "one after the other, with --save and --hardware"),
+        (("--own", "RTX 4090=2"), "--own: says what --budget may buy; give --budget too"),
     ],
 )
 def test_what_cannot_be_bought_ends_with_one_line(arguments: tuple[str, ...], says: str) -> None:
@@ -241,3 +247,14 @@ def test_a_budget_that_buys_nothing_that_fits_says_what_does() -> None:
     done = invoke("plan", "deepseek-v4.1-flash", "--budget", "2000")
     assert done.returncode == 3
     assert "for 2,000 USD can hold deepseek-v4.1-flash; for 2," in done.stdout
+
+
+def test_drafts_are_planned_with_what_is_assumed() -> None:
+    done = invoke("plan", "deepseek-v4.1-flash", "--hardware", "2x4090-256g", "--drafts")
+    assert done.returncode == 0
+    assert "assumed, not measured" in done.stdout
+    asked = ("plan", "deepseek-v4.1-flash", "--hardware", "2x4090-256g", "--drafts", "--json")
+    steps = json.loads(invoke(*asked).stdout)["steps"]
+    assert [step["drafted"] for step in steps] == list(range(6))
+    assert [step["tokens_a_step"] for step in steps] == sorted(step["tokens_a_step"] for step in steps)
+    assert all(a["step_s"] < b["step_s"] for a, b in itertools.pairwise(steps))

@@ -328,3 +328,18 @@ def test_earlier_turns_are_reported_as_cached(client: openai.OpenAI) -> None:
 
     assert first.usage.prompt_tokens_details.cached_tokens == 0
     assert 0 < last.usage.prompt_tokens_details.cached_tokens <= first.usage.prompt_tokens
+
+
+def test_what_a_client_expects_changes_nothing_but_is_counted(client: openai.OpenAI) -> None:
+    plain = ask(client, max_tokens=40, reasoning_effort="none")
+    expected = text_of(plain.choices[0].message)
+    told = [{"type": "text", "text": expected}]
+    foretold = ask(
+        client, max_tokens=40, reasoning_effort="none", prediction={"type": "content", "content": told}
+    )
+
+    assert text_of(foretold.choices[0].message) == expected
+    assert foretold.usage.completion_tokens == plain.usage.completion_tokens
+    counted = foretold.usage.completion_tokens_details
+    assert counted.accepted_prediction_tokens + counted.rejected_prediction_tokens > 0
+    assert plain.usage.completion_tokens_details.accepted_prediction_tokens is None

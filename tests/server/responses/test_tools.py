@@ -54,8 +54,9 @@ def test_the_model_is_shown_functions() -> None:
     find, patch = (tool.function for tool in chat.tools or [])
     assert find.name == "crm__find"
     assert patch.name == "apply_patch"
-    assert patch.description == "Edits.\n\nThe input follows this grammar (lark):\nstart: /.*/"
-    assert (patch.parameters or {})["required"] == ["input"]
+    assert patch.description == "Edits."
+    assert (patch.parameters or {})["properties"]["input"]["x-lark"] == "start: /.*/"
+    assert patch.strict
 
 
 def test_calls_come_back_as_clients_know_their_tools(loaded: Loaded) -> None:

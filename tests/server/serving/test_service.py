@@ -35,7 +35,13 @@ class PlayedEngine:
         self.aborted: list[Submission] = []
 
     def submit(
-        self, prompt_ids: list[int], params: object, on_output: OnOutput, *, cache_salt: str
+        self,
+        prompt_ids: list[int],
+        params: object,
+        on_output: OnOutput,
+        *,
+        cache_salt: str,
+        prediction: object,
     ) -> Submission:
         self._play(on_output)
         self.between_steps()

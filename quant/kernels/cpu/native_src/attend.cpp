@@ -1,4 +1,4 @@
-// Attention and index scores: which rows and keys are computed together, and the sums of blocks of keys.
+// Attention: which rows and keys are computed together, and the sums of blocks of keys.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,14 +11,13 @@ namespace loci {
 namespace {
 
 constexpr float kNone = -__builtin_inff();
-constexpr int64_t kWorthSharing = 32 * 1024;  // values of queries
 
 // What the kernels take: a multiple of 16 columns.
 int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
 
 // Room for rows that are decoded, or copied to have as many columns; each thread has its own.
 float* room_for(int64_t rows, int64_t columns, int which) {
-    thread_local std::vector<float> rooms[3];
+    thread_local std::vector<float> rooms[2];
     auto& room = rooms[which];
     const auto floats = static_cast<size_t>(rows * columns);
     if (room.size() < floats) room.resize(floats);
@@ -245,44 +244,5 @@ void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n
 }
 
 void attend(const Team& team, const Attend& call, float* out) { attend(team, &call, &out, 1); }
-
-void index_scores(const Team& team, const Index& c, float* out) {
-    const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, columns = padded(c.dim);
-    const int64_t key_bytes = row_bytes(c.format, c.dim), rows = c.tokens * c.heads;
-    const bool is_turned = c.format != nullptr && c.format->is_turned != 0;
-    const float* all_queries = c.queries;
-    std::vector<float> copies;  // of queries
-    if (columns != c.dim || is_turned) {
-        copies.assign(static_cast<size_t>(rows * columns), 0.0f);
-        const auto copy = [&](int64_t row) {
-            float* to = copies.data() + row * columns;
-            std::memcpy(to, c.queries + row * c.dim, static_cast<size_t>(c.dim) * sizeof(float));
-            if (is_turned) turn_rows(team.level, to, 1, c.dim);
-        };
-        parallel_for(rows, rows * c.dim < kWorthSharing ? 1 : team.threads, copy);
-        all_queries = copies.data();
-    }
-    parallel_for(c.tokens * blocks, team.threads, [&](int64_t item) {
-        const int64_t token = item / blocks, first = item % blocks * kKeyBlock;
-        const int64_t n = std::min(kKeyBlock, c.columns - first);
-        float* to = out + token * c.columns + first;
-        std::fill_n(to, n, kNone);
-        const uint8_t* key_rows[kKeyBlock];
-        const float* keys[kKeyBlock];
-        int64_t places[kKeyBlock], seen = 0;
-        for (int64_t k = 0; k < n; ++k) {
-            const int64_t entry = c.entries ? c.entries[token * c.columns + first + k] : first + k;
-            if (entry < 0 || (c.entries == nullptr && entry >= c.visible[token])) continue;
-            key_rows[seen] = c.keys + entry * key_bytes;
-            places[seen++] = k;
-        }
-        if (seen == 0) return;
-        read_rows(team.level, c.format, c.dim, columns, key_rows, seen, room_for(kKeyBlock, columns, 2), keys);
-        float scores[kKeyBlock];
-        team.level.index_block(all_queries + token * c.heads * columns, static_cast<int>(c.heads),
-                               c.weights + token * c.heads, keys, seen, columns, scores);
-        for (int64_t k = 0; k < seen; ++k) to[places[k]] = scores[k];
-    });
-}
 
 }  // namespace loci

@@ -123,6 +123,32 @@ struct AttendBlock {
     float* const* out;                         // [rows] values weighted with that
 };
 
+// Index queries as codes of e2m1 with a power of two per 32 columns: four bytes for each group of four columns, in the
+// order of index_codes.hpp, twice what they stand for.
+struct IndexQueries {
+    const float* weights;    // [tokens][heads], and so on
+    const uint8_t* is_wide;  // scales are too far from one another for shifts
+    // where they are not: codes shifted by how far their scale is above the least one
+    const int8_t* shifted;          // [columns]
+    const int32_t* shifted_starts;  // -kIndexOffset * their sum
+    const float* shifted_weights;   // weights times the least scale, by 4 for two factors that are twice as large
+    const int8_t* plain;            // [columns]
+    const int32_t* plain_starts;    // [blocks]
+    const float* factors;           // [blocks] scales, by 4
+};
+constexpr int kMostKeyShift = 2, kMostQueryShift = 3;  // as far as bytes and pairs of products in 16 bits reach
+constexpr int kIndexOffset = 12 << kMostKeyShift;      // makes codes of keys unsigned
+constexpr int kMostIndexBlocks = 8;                    // of 32 columns
+
+struct IndexCodes {
+    int64_t tokens, heads;
+    int blocks;
+    IndexQueries queries;
+    const uint8_t* const* keys;  // [n] rows
+    int64_t n;
+    float* out;  // [tokens][n]
+};
+
 constexpr int64_t kMostKeyDim = 256;
 
 // Some columns of a head's state in a gated delta rule, over the tokens of a sequence: S = decay * S, then
@@ -168,6 +194,7 @@ struct Level {
     void (*attend_block)(const AttendBlock& block);
     void (*index_block)(const float* q, int heads, const float* weights, const float* const* keys, int64_t n,
                         int64_t dim, float* out);
+    void (*index_codes)(const IndexCodes& call);
     void (*sum_parts)(const float* parts, int64_t apart, const float* weights, int64_t weight_step, int64_t n,
                       int64_t dim, const float* first, float first_weight, float* out);
     void (*sigmoid)(const float* x, int64_t n, float* out);

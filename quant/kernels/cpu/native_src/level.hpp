@@ -65,6 +65,7 @@ constexpr Level make_level(const char* name) {
     level.fp8_row = fp8_row;
     level.attend_block = attend_block;
     level.index_block = index_block;
+    level.index_codes = index_codes;
     level.sum_parts = sum_parts;
     level.sigmoid = sigmoid;
     level.rotate = rotate;

@@ -25,6 +25,7 @@ namespace loci {
 #include "attention.hpp"
 #include "rows.hpp"
 #include "row_codes.hpp"
+#include "index_codes.hpp"
 #include "delta_net.hpp"
 #include "level.hpp"
 

@@ -30,6 +30,25 @@ ALWAYS_INLINE Bytes flip_sign(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_
 // Into the second-level cache: the first level can wait for few lines at once, and its own reads need those places.
 ALWAYS_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
+// Sixteen bytes of each of sixteen rows: out[j] has of every row, lane by lane, the bytes from 4j on.
+ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&out)[4]) {
+    const auto four = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[row] + at)); };
+    __m512i z[4];
+    for (int i = 0; i < 4; ++i) {
+        z[i] = _mm512_castsi128_si512(four(i));
+        z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x00f0, four(4 + i));
+        z[i] = _mm512_mask_broadcast_i32x4(z[i], 0x0f00, four(8 + i));
+        z[i] = _mm512_mask_broadcast_i32x4(z[i], 0xf000, four(12 + i));
+    }
+    const __m512i a = _mm512_unpacklo_epi32(z[0], z[1]), b = _mm512_unpacklo_epi32(z[2], z[3]);
+    const __m512i c = _mm512_unpackhi_epi32(z[0], z[1]), d = _mm512_unpackhi_epi32(z[2], z[3]);
+    out[0] = _mm512_unpacklo_epi64(a, b), out[1] = _mm512_unpackhi_epi64(a, b);
+    out[2] = _mm512_unpacklo_epi64(c, d), out[3] = _mm512_unpackhi_epi64(c, d);
+}
+ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return _mm512_sllv_epi32(v, by); }  // 32-bit lanes
+ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+
 // Four digits in every lane.
 ALWAYS_INLINE I32 four_digits(const int8_t* p) {
     int32_t four;

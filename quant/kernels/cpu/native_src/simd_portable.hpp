@@ -51,6 +51,17 @@ ALWAYS_INLINE Bytes lookup_low(const Table& t, Bytes v) {
 ALWAYS_INLINE Bytes lookup_high(const Table& t, Bytes v) { return lookup_low(t, shift_right(v, 4)); }
 ALWAYS_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
+// Sixteen bytes of each of sixteen rows: out[j] has of every row, lane by lane, the bytes from 4j on.
+ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&out)[4]) {
+    uint32_t lanes[4][16];
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 4; ++j) __builtin_memcpy(&lanes[j][i], rows[i] + at + 4 * j, 4);
+    __builtin_memcpy(out, lanes, sizeof lanes);
+}
+ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return v << by; }  // 32-bit lanes
+ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return a + b; }     // no sum is above 255
+ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { __builtin_memcpy(p, &v, sizeof v); }
+
 // Four digits as 16-bit factors of the even and the odd bytes of a lane.
 struct Digits {
     I16 even, odd;

@@ -96,10 +96,12 @@ def test_index_scores_read_what_keys_stand_for(form: RowFormat) -> None:
     queries, weights = values(rows, heads * form.dim, seed=3), values(rows, heads, seed=4)
     step = step_of([1, 2], [69, 33])
 
-    def scores(keys_: object) -> torch.Tensor:
+    rounded = form.as_query(queries.view(rows, heads, form.dim)).view(rows, -1)
+
+    def scores(keys_: object, queries_: torch.Tensor) -> torch.Tensor:
         out = torch.full((rows, 70), -torch.inf)
         choice = Choice(
-            queries, None, weights, 0.5, keys_, 1, 0, 0, None,  # type: ignore[arg-type]
+            queries_, None, weights, 0.5, keys_, 1, 0, 0, None,  # type: ignore[arg-type]
             torch.zeros(rows, k, dtype=torch.int64), out, None, None, None, None,
         )  # fmt: skip
         for launch in choice.launches(step, rows, MAX_ROWS):
@@ -107,4 +109,4 @@ def test_index_scores_read_what_keys_stand_for(form: RowFormat) -> None:
         return out
 
     # The interpreter leaves products to numpy, which adds up in an order that depends on where values lie.
-    torch.testing.assert_close(scores(keys), scores(values_of(keys)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores(keys, queries), scores(values_of(keys), rounded), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,208 @@
+"""What a server takes of a machine where nobody said it: GPUs, sequences, context, KV pool, chunks, caches.
+
+Each choice carries its reason. `serving_plan` makes them all, from a model's shape and the machine alone;
+what an operator has set is taken as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from memory.hardware.profiles import HardwareProfile
+from memory.planner.cost_model import MAX_RECORDED_ROWS
+from memory.planner.forecast import Forecast, forecast
+from memory.planner.placement import PROCESS_BYTES, Placement, Workload, plan
+from memory.planner.prefill import planned_chunk
+from memory.planner.routing import SKEWED, UNIFORM, Routing
+from memory.planner.search import largest
+from memory.planner.shape import ModelShape
+
+# Tokens of a sequence that is neither short nor long; of a prompt that chunks are chosen for.
+USUAL_CONTEXT = 8192
+TYPICAL_PROMPT = 32_768
+MIN_CONTEXT = 512  # a pool of no given size holds this much at least
+# The KV pool's share of the memory that weights leave free, and of all where they leave little.
+KV_SHARE = 0.25
+KV_SHARE_OF_ALL = 0.1
+# The prefix cache's share of what is left then, and of all where nothing is.
+PREFIX_SHARE = 0.1
+PREFIX_SHARE_OF_ALL = 0.02
+# GPUs are taken where they make steps faster by so much at least: less is within the model's own error.
+WORTH_A_GPU = 1.05
+SEQUENCES = (MAX_RECORDED_ROWS, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an operator has set; None where the plan decides. Bytes are of DRAM, but KV's in all."""
+
+    context: int | None = None
+    sequences: int | None = None
+    chunk: int | None = None
+    kv_bytes: int | None = None
+    prefix_bytes: int | None = None
+    weights_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting's value, and why."""
+
+    setting: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """A placement of a model for serving, what is expected of it, and the reasons.
+
+    hardware  the machine with the GPUs that are used
+    """
+
+    placement: Placement
+    hardware: HardwareProfile
+    expected: Forecast
+    choices: tuple[Choice, ...]
+
+    @property
+    def workload(self) -> Workload:
+        """What it was made for."""
+        return self.placement.workload
+
+
+def serving_plan(
+    shape: ModelShape, hardware: HardwareProfile, asked: Asked, *, pools: bool = True
+) -> ServingPlan:
+    """The plan for a machine with the GPUs that are to be used.
+
+    pools  whether sequences share pages wherever their KV lies; else each has room for the longest
+    """
+    choices: list[Choice] = []
+    workload = _workload(shape, hardware, asked, choices, pools=pools)
+    if not plan(shape, hardware, workload).fits:  # with as little beside the weights as makes sense
+        choices = []
+        lean = replace(
+            asked,
+            sequences=asked.sequences or 1,
+            chunk=asked.chunk or min(MIN_CONTEXT, workload.context),
+            kv_bytes=asked.kv_bytes or _grows(shape, asked.context or min(MIN_CONTEXT, shape.max_context)),
+            prefix_bytes=asked.prefix_bytes or 0,
+        )
+        workload = _workload(shape, hardware, lean, choices, pools=pools)
+        asked = lean
+    chunk = asked.chunk
+    if chunk is None:
+        short = replace(workload, context=min(workload.context, TYPICAL_PROMPT))
+        chunk = planned_chunk(shape, hardware, short)
+        choices.append(
+            Choice("prefill_chunk", f"{chunk:,}", "the smallest with 95 % of prompts' best rate, by plan")
+        )
+    workload = replace(workload, prefill_chunk=chunk)
+    placement = plan(shape, hardware, workload)
+    expected = forecast(shape, hardware, workload, routing_of(shape))
+    return ServingPlan(placement, hardware, expected, tuple(choices))
+
+
+def routing_of(shape: ModelShape) -> Routing:
+    """The routing that is taken for granted where none was learned."""
+    return SKEWED if shape.expert_nbytes else UNIFORM
+
+
+def chosen_gpus(
+    shape: ModelShape, with_gpus: Callable[[int], HardwareProfile], count: int, asked: Asked
+) -> tuple[int, str]:
+    """How many of `count` GPUs to use, and why: with so many steps are fastest.
+
+    with_gpus  the machine with the first so many of its GPUs
+    """
+    if not count:
+        return 0, "there is no GPU"
+    if not shape.expert_nbytes:
+        return 0, "models without routed experts are computed by the processor"
+    rates: dict[int, float] = {}
+    for some in range(count + 1):
+        found = serving_plan(shape, with_gpus(some), replace(asked, chunk=asked.chunk or MIN_CONTEXT))
+        used = {place.tier for place in found.placement.places if place.tier.startswith("vram")}
+        if found.placement.fits and len(used) == some:
+            steps = found.expected.alone.tokens_per_s * found.expected.together.tokens_per_s
+            rates[some] = steps**0.5
+    if not rates:
+        return count, "the model needs all there is"
+    best = next(some for some in rates if rates[some] * WORTH_A_GPU >= max(rates.values()))
+    all_rates = ", ".join(f"{rate:.3g} tok/s with {some or 'none'}" for some, rate in rates.items())
+    return best, f"by plan {all_rates}"
+
+
+def _workload(
+    shape: ModelShape, hardware: HardwareProfile, asked: Asked, choices: list[Choice], *, pools: bool
+) -> Workload:
+    """Sequences, context, KV pool and prefix cache."""
+    context = asked.context or shape.max_context
+    on_gpus = sum(gpu.memory_bytes for gpu in hardware.gpus)
+    dram = max(0, hardware.dram_bytes - PROCESS_BYTES)
+    held = max(0, memory_bytes(shape) - on_gpus)
+    weights = held if asked.weights_bytes is None else min(held, asked.weights_bytes)
+    free = max(0, dram - weights)
+    if asked.kv_bytes is not None:
+        room, why = asked.kv_bytes, ""
+    elif on_gpus:
+        room, why = int(KV_SHARE_OF_ALL * on_gpus), f"at most {KV_SHARE_OF_ALL:.0%} of the GPUs' memory"
+    elif KV_SHARE * free >= KV_SHARE_OF_ALL * dram:
+        room, why = int(KV_SHARE * free), f"{KV_SHARE:.0%} of the memory that weights leave free"
+    else:
+        room, why = int(KV_SHARE_OF_ALL * dram), f"{KV_SHARE_OF_ALL:.0%} of memory: weights need the rest"
+    if asked.kv_bytes is None:  # one sequence must fit
+        room = max(room, _grows(shape, asked.context or min(context, MIN_CONTEXT)))
+
+    def wanted(sequences: int) -> int:
+        return max(context, min(context, USUAL_CONTEXT) * sequences)
+
+    sequences = asked.sequences or next(
+        (n for n in SEQUENCES if _grows(shape, min(context, USUAL_CONTEXT) * n) <= room), 1
+    )
+    if asked.sequences is None:
+        each = f"{min(context, USUAL_CONTEXT):,} tokens of each fit into the KV pool"
+        most = f"; steps of more than {MAX_RECORDED_ROWS} are not recorded"
+        choices.append(
+            Choice("max_num_seqs", f"{sequences}", each + (most if sequences == SEQUENCES[0] else ""))
+        )
+    if asked.kv_bytes is None and on_gpus:
+        room = max(min(room, _grows(shape, wanted(sequences))), _grows(shape, asked.context or MIN_CONTEXT))
+    tokens = largest(lambda count: _grows(shape, count) <= room, sequences * context)
+    longest = min(context, tokens if pools else tokens // sequences)
+    if asked.kv_bytes is None:
+        choices.append(Choice("kv_budget", _size(_grows(shape, tokens)), f"{tokens:,} tokens; {why}"))
+    if asked.context is None:
+        whole = "all that the model can" if longest == shape.max_context else "what the KV pool holds"
+        choices.append(Choice("max_model_len", f"{longest:,}", whole))
+    kv = sequences * sum(layer.kv.fixed_bytes for layer in shape.layers) + _grows(shape, tokens)
+    prefix = asked.prefix_bytes
+    if prefix is None:
+        left = max(0, free - (0 if on_gpus else kv))
+        prefix = int(max(PREFIX_SHARE * left, min(PREFIX_SHARE_OF_ALL * dram, left / 2)))
+        choices.append(Choice("prefix_cache", _size(prefix), f"{PREFIX_SHARE:.0%} of what is left of memory"))
+    return Workload(
+        longest,
+        sequences,
+        kv_tokens=tokens,
+        weights_bytes=asked.weights_bytes,
+        prefix_bytes=prefix,
+    )
+
+
+def memory_bytes(shape: ModelShape) -> int:
+    """Bytes of all weights in memory, were there room for all."""
+    experts = sum(layer.experts * (shape.slot_bytes or layer.expert.nbytes) for layer in shape.layers)
+    in_files = sum(layer.experts * layer.expert.nbytes for layer in shape.layers)
+    return shape.nbytes - in_files + experts + sum(layer.decoded for layer in shape.layers)
+
+
+def _grows(shape: ModelShape, tokens: int) -> int:
+    """Bytes of the KV of so many tokens that grows with them."""
+    return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f}GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f}MiB"

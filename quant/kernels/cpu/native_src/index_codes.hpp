@@ -1,0 +1,172 @@
+// Index scores of queries and keys that are both e2m1 with a power of two per 32 columns: products of integers.
+//
+// Twice an e2m1 value is an integer of at most 12. Where the scales of a row are near each other, the codes of its
+// larger ones are shifted, so that one integer sum makes the whole product: exact, like the sum over blocks in floats,
+// which is what is made where they are not. Weighted products are then added in the order of the heads. So every level
+// gives the same bits.
+namespace {
+
+constexpr int kKeyVectors = kSumRegisters > 12 ? 2 : 1;  // of keys that pass over the queries together
+constexpr int kIndexHeads = kSumRegisters > 1 ? 8 : 1;
+constexpr int kWideHeads = kIndexHeads > 4 ? 4 : 1;
+constexpr int kTileKeys = kKeyVectors * kLanes;
+constexpr int kGroupsOfBlock = kBlock / 4;
+constexpr int kLargestKey = 24 << kMostKeyShift, kLargestQuery = 12 << kMostQueryShift;
+using IndexDot = Dot<kLargestKey, kLargestQuery>;
+static_assert(!IndexDot::kPrepares);
+
+// Some keys: codes in groups of four columns, of each block the even and the odd ones of eight columns in turn, raised
+// by kIndexOffset; lane for lane.
+struct KeyTile {
+    alignas(64) uint8_t codes[kMostIndexBlocks * kGroupsOfBlock][kKeyVectors][4 * kLanes];
+    alignas(64) float factors[kMostIndexBlocks][kTileKeys];  // of sums over a block
+    alignas(64) float factor[kTileKeys];                     // of scores
+    bool is_wide;                                            // sums of blocks cannot be added as they are
+};
+
+void unpack_keys(const IndexCodes& c, int64_t first, KeyTile& tile) {
+    using Numbers = int32_t[kTileKeys];
+    alignas(64) Numbers codes[kMostIndexBlocks], shifts[kMostIndexBlocks], raises[kMostIndexBlocks];
+    alignas(64) Numbers least, most;
+    const uint8_t* rows[kTileKeys];
+    for (int i = 0; i < kTileKeys; ++i) {
+        const int64_t key = first + i;
+        rows[i] = c.keys[key < c.n ? key : c.n - 1];
+        for (int b = 0; b < c.blocks; ++b) codes[b][i] = rows[i][c.blocks * (kBlock / 2) + b];
+    }
+    for (int i = 0; i < kTileKeys; ++i) least[i] = most[i] = codes[0][i];
+    for (int b = 1; b < c.blocks; ++b)
+        for (int i = 0; i < kTileKeys; ++i) {
+            least[i] = codes[b][i] < least[i] ? codes[b][i] : least[i];
+            most[i] = codes[b][i] > most[i] ? codes[b][i] : most[i];
+        }
+    int32_t spread = 0;
+    for (int i = 0; i < kTileKeys; ++i) spread = most[i] - least[i] > spread ? most[i] - least[i] : spread;
+    tile.is_wide = spread > kMostKeyShift;
+    for (int i = 0; i < kTileKeys; ++i)
+        tile.factor[i] = tile.is_wide ? 1.0f : from_ue8m0(static_cast<uint8_t>(least[i]));
+    for (int b = 0; b < c.blocks; ++b)
+        for (int i = 0; i < kTileKeys; ++i) {
+            shifts[b][i] = tile.is_wide ? 0 : codes[b][i] - least[i];
+            // a code, twice its value and 12, is 12 << shift above what it counts
+            raises[b][i] = (kIndexOffset - (12 << shifts[b][i])) * 0x01010101;
+            tile.factors[b][i] = tile.is_wide ? from_ue8m0(static_cast<uint8_t>(codes[b][i])) : 1.0f;
+        }
+    const Table table = load_table(kE2m1);
+    for (int b = 0; b < c.blocks; ++b)
+        for (int v = 0; v < kKeyVectors; ++v) {
+            Bytes dwords[4];
+            load_dwords(rows + v * kLanes, b * (kBlock / 2), dwords);
+            const Bytes shift = load_bytes(reinterpret_cast<const uint8_t*>(shifts[b] + v * kLanes));
+            const Bytes raise = load_bytes(reinterpret_cast<const uint8_t*>(raises[b] + v * kLanes));
+            for (int j = 0; j < 4; ++j) {
+                uint8_t (*to)[4 * kLanes] = tile.codes[b * kGroupsOfBlock + 2 * j];
+                store_codes(to[v], add_octets(shift_each(lookup_low(table, dwords[j]), shift), raise));
+                to += kKeyVectors;
+                store_codes(to[v], add_octets(shift_each(lookup_high(table, dwords[j]), shift), raise));
+            }
+        }
+}
+
+// Products of H queries and the tile's keys, over the groups from `first` to `last`.
+template <int H>
+ALWAYS_INLINE void index_sums(const KeyTile& tile, const int8_t* digits, int64_t apart, const int32_t* starts,
+                              int64_t starts_apart, int first, int last, I32 (&sums)[H][kKeyVectors]) {
+    IndexDot dots[H][kKeyVectors];
+    for (int h = 0; h < H; ++h)
+        for (int v = 0; v < kKeyVectors; ++v) dots[h][v].begin(starts[h * starts_apart]);
+    for (int g = first; g < last; ++g) {
+        Bytes codes[kKeyVectors];
+        for (int v = 0; v < kKeyVectors; ++v) codes[v] = load_bytes(tile.codes[g][v]);
+        for (int h = 0; h < H; ++h) {
+            const auto four = four_digits(digits + h * apart + 4 * g);
+            for (int v = 0; v < kKeyVectors; ++v) {
+                dots[h][v].add(codes[v], four);
+                dots[h][v].after(g);
+            }
+        }
+    }
+    for (int h = 0; h < H; ++h)
+        for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = dots[h][v].end(1);
+}
+
+// Adds what H heads of a token make of a tile's keys.
+template <int H>
+void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
+    const int groups = c.blocks * kGroupsOfBlock;
+    const int64_t apart = c.blocks * kBlock;
+    I32 sums[H][kKeyVectors];
+    index_sums<H>(tile, c.queries.shifted + head * apart, apart, c.queries.shifted_starts + head, 1, 0, groups, sums);
+    for (int h = 0; h < H; ++h) {
+        const F32 weight = splat(c.queries.shifted_weights[head + h]);
+        for (int v = 0; v < kKeyVectors; ++v)
+            scores[v] = add(scores[v], mul(weight, to_float(larger(sums[h][v], splat_int(0)))));
+    }
+}
+
+// The same of heads whose products are made block by block.
+template <int H>
+void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
+    const int64_t apart = c.blocks * kBlock;
+    F32 dots[H][kKeyVectors];
+    for (int h = 0; h < H; ++h)
+        for (F32& dot : dots[h]) dot = zero();
+    for (int b = 0; b < c.blocks; ++b) {
+        I32 sums[H][kKeyVectors];
+        const int64_t at = head * c.blocks + b;
+        index_sums<H>(tile, c.queries.plain + head * apart, apart, c.queries.plain_starts + at, c.blocks,
+                      b * kGroupsOfBlock, (b + 1) * kGroupsOfBlock, sums);
+        for (int h = 0; h < H; ++h)
+            for (int v = 0; v < kKeyVectors; ++v) {
+                const F32 factor =
+                    mul(splat(c.queries.factors[at + h * c.blocks]), load_float(tile.factors[b] + v * kLanes));
+                dots[h][v] = add(dots[h][v], mul(factor, to_float(sums[h][v])));
+            }
+    }
+    for (int h = 0; h < H; ++h) {
+        const F32 weight = splat(c.queries.weights[head + h]);
+        for (int v = 0; v < kKeyVectors; ++v) {
+            alignas(64) float values[kLanes];
+            store(values, dots[h][v]);
+            for (float& value : values) value = value > 0 ? value : 0.0f;
+            scores[v] = add(scores[v], mul(weight, load_float(values)));
+        }
+    }
+}
+
+// As many heads from `head` to `end`, all wide or none, as are computed together; how many.
+ALWAYS_INLINE int add_some_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, int64_t end,
+                                 F32 (&scores)[kKeyVectors]) {
+    const auto is_wide = [&](int64_t h) { return tile.is_wide || c.queries.is_wide[h] != 0; };
+    const bool wide = is_wide(head);
+    int64_t alike = 1;
+    while (alike < kIndexHeads && head + alike < end && is_wide(head + alike) == wide) ++alike;
+    if (wide) {
+        if (alike < kWideHeads) return add_wide_heads<1>(c, tile, head, scores), 1;
+        return add_wide_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+    }
+    if (alike == kIndexHeads) return add_heads<kIndexHeads>(c, tile, head, scores), kIndexHeads;
+    if (alike < kWideHeads) return add_heads<1>(c, tile, head, scores), 1;
+    return add_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+}
+
+// out [tokens][n] = the sum over heads of weight * max(query . key, 0)
+void index_codes(const IndexCodes& c) {
+    KeyTile tile;
+    for (int64_t first = 0; first < c.n; first += kTileKeys) {
+        unpack_keys(c, first, tile);
+        const int64_t count = c.n - first < kTileKeys ? c.n - first : kTileKeys;
+        for (int64_t token = 0; token < c.tokens; ++token) {
+            const int64_t end = (token + 1) * c.heads;
+            F32 scores[kKeyVectors];
+            for (F32& score : scores) score = zero();
+            for (int64_t head = token * c.heads; head < end;) head += add_some_heads(c, tile, head, end, scores);
+            alignas(64) float values[kTileKeys];
+            for (int v = 0; v < kKeyVectors; ++v)
+                store(values + v * kLanes, mul(scores[v], load_float(tile.factor + v * kLanes)));
+            __builtin_memcpy(c.out + token * c.n + first, values, static_cast<size_t>(count) * sizeof(float));
+        }
+    }
+}
+
+}  // namespace

@@ -1,0 +1,195 @@
+// Index scores: how well entries match tokens, for an indexer to choose by.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "layers.hpp"
+#include "pool.hpp"
+
+namespace loci {
+namespace {
+
+constexpr float kNone = -__builtin_inff();
+constexpr int64_t kWorthSharing = 32 * 1024;  // values of queries
+
+// What the kernels take: a multiple of 16 columns.
+int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }
+
+// The power of two of a code, by `shift` bits less.
+float power(int code, int shift) {
+    const int exponent = code - shift;
+    const uint32_t bits =
+        exponent > 0 ? static_cast<uint32_t>(exponent) << 23 : 0x00800000u >> std::min(1 - exponent, 31);
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+bool has_integers(const RowFormat* format, int64_t dim) {
+    return format != nullptr && format->code == kRowE2m1 && format->scale == kScaleUe8m0 && format->group == kBlock &&
+           format->tail == 0 && dim % kBlock == 0 && dim / kBlock <= kMostIndexBlocks;
+}
+
+// Queries of all tokens as `Level::index_codes` takes them.
+class CodedQueries {
+  public:
+    CodedQueries(const Team& team, const Index& c)
+        : c_(c), heads_(c.heads), dim_(c.dim), blocks_(c.dim / kBlock), is_wide_(sized<uint8_t>(c.tokens * heads_)),
+          shifted_(sized<int8_t>(c.tokens * heads_ * dim_)), plain_(shifted_.size()), shifted_starts_(is_wide_.size()),
+          plain_starts_(is_wide_.size() * static_cast<size_t>(blocks_)), shifted_weights_(is_wide_.size()),
+          factors_(plain_starts_.size()) {
+        const int64_t rows = c.tokens * heads_;
+        parallel_for(rows, rows * dim_ < kWorthSharing ? 1 : team.threads, [&](int64_t row) {
+            thread_local std::vector<uint8_t> coded;
+            coded.resize(static_cast<size_t>(c.format->row_bytes));
+            encode_row(team.level, c.format, c.queries + row * dim_, dim_, coded.data());
+            add(row, coded.data(), c.weights[row]);
+        });
+    }
+    IndexQueries of(int64_t token) const {
+        const int64_t row = token * heads_;
+        return {c_.weights + row,
+                is_wide_.data() + row,
+                shifted_.data() + row * dim_,
+                shifted_starts_.data() + row,
+                shifted_weights_.data() + row,
+                plain_.data() + row * dim_,
+                plain_starts_.data() + row * blocks_,
+                factors_.data() + row * blocks_};
+    }
+
+  private:
+    template <class T>
+    static std::vector<T> sized(int64_t n) {
+        return std::vector<T>(static_cast<size_t>(n));
+    }
+
+    void add(int64_t row, const uint8_t* coded, float weight) {
+        static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+        constexpr int kHalved = 2;  // both factors are twice what they stand for
+        const uint8_t* scales = coded + dim_ / 2;
+        const auto [least, most] = std::minmax_element(scales, scales + blocks_);
+        const auto at = static_cast<size_t>(row);
+        is_wide_[at] = *most - *least > kMostQueryShift;
+        shifted_weights_[at] = weight * power(*least, kHalved);
+        int32_t shifted_sum = 0;
+        for (int64_t b = 0; b < blocks_; ++b) {
+            const int shift = is_wide_[at] ? 0 : scales[b] - *least;
+            int8_t *plain = plain_.data() + row * dim_ + b * kBlock,
+                   *shifted = shifted_.data() + row * dim_ + b * kBlock;
+            int32_t sum = 0;
+            for (int64_t i = 0; i < kBlock; ++i) {
+                // of eight columns the even ones, then the odd ones
+                const int64_t d = b * kBlock + i / 8 * 8 + i % 4 * 2 + i / 4 % 2;
+                plain[i] = kTwice[coded[d / 2] >> (d % 2 * 4) & 15];
+                shifted[i] = static_cast<int8_t>(plain[i] * (1 << shift));
+                sum += plain[i];
+            }
+            const auto block = static_cast<size_t>(row * blocks_ + b);
+            plain_starts_[block] = -kIndexOffset * sum;
+            factors_[block] = power(scales[b], kHalved);
+            shifted_sum += sum * (1 << shift);
+        }
+        shifted_starts_[at] = -kIndexOffset * shifted_sum;
+    }
+
+    const Index& c_;
+    int64_t heads_, dim_, blocks_;
+    std::vector<uint8_t> is_wide_;
+    std::vector<int8_t> shifted_, plain_;
+    std::vector<int32_t> shifted_starts_, plain_starts_;
+    std::vector<float> shifted_weights_, factors_;
+};
+
+// Queries of all tokens as floats: turned and rounded as keys are, with columns that kernels take.
+class PlainQueries {
+  public:
+    PlainQueries(const Team& team, const Index& c) : queries_(c.queries), columns_(padded(c.dim)) {
+        const RowFormat* format = c.format;
+        const bool is_turned = format != nullptr && format->is_turned != 0;
+        // whoever keeps keys with powers of two as scales rounds queries, too
+        const bool is_rounded = format != nullptr && format->tail == 0 && format->scale == kScaleUe8m0;
+        if (columns_ == c.dim && !is_turned && !is_rounded) return;
+        const int64_t rows = c.tokens * c.heads;
+        copies_.assign(static_cast<size_t>(rows * columns_), 0.0f);
+        parallel_for(rows, rows * c.dim < kWorthSharing ? 1 : team.threads, [&](int64_t row) {
+            const float* x = c.queries + row * c.dim;
+            float* to = copies_.data() + row * columns_;
+            if (is_rounded) {
+                thread_local std::vector<uint8_t> coded;
+                coded.resize(static_cast<size_t>(format->row_bytes));
+                encode_row(team.level, format, x, c.dim, coded.data());
+                team.level.decode_row(*format, coded.data(), to);
+                return;
+            }
+            std::memcpy(to, x, static_cast<size_t>(c.dim) * sizeof(float));
+            if (is_turned) turn_rows(team.level, to, 1, c.dim);
+        });
+        queries_ = copies_.data();
+    }
+    const float* of(int64_t row) const { return queries_ + row * columns_; }
+
+  private:
+    const float* queries_;
+    int64_t columns_;
+    std::vector<float> copies_;
+};
+
+// Tokens that see a block of keys before the next tokens do, where all see the first keys: keys are unpacked once.
+constexpr int64_t kTokensTogether = 8;
+
+// Calls compute(first token, tokens, rows of keys [n], n, scores [tokens][n]) for blocks of the keys that tokens see,
+// and writes scores where they belong.
+template <class F>
+void in_blocks(const Team& team, const Index& c, float* out, const F& compute) {
+    const int64_t together = c.entries == nullptr ? std::min(kTokensTogether, c.tokens) : 1;
+    const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, key_bytes = row_bytes(c.format, c.dim);
+    parallel_for((c.tokens + together - 1) / together * blocks, team.threads, [&](int64_t item) {
+        const int64_t token = item / blocks * together, tokens = std::min(together, c.tokens - token);
+        const int64_t first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, c.columns - first);
+        const int64_t visible = c.entries ? 0 : *std::max_element(c.visible + token, c.visible + token + tokens);
+        const uint8_t* rows[kKeyBlock];
+        int64_t places[kKeyBlock], seen = 0;
+        for (int64_t k = 0; k < n; ++k) {
+            const int64_t entry = c.entries ? c.entries[token * c.columns + first + k] : first + k;
+            if (entry < 0 || (c.entries == nullptr && entry >= visible)) continue;
+            rows[seen] = c.keys + entry * key_bytes;
+            places[seen++] = k;
+        }
+        float scores[kTokensTogether * kKeyBlock];
+        if (seen > 0) compute(token, tokens, rows, seen, scores);
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* to = out + (token + t) * c.columns + first;
+            std::fill_n(to, n, kNone);
+            const int64_t of_token = c.entries ? n : std::clamp<int64_t>(c.visible[token + t] - first, 0, n);
+            for (int64_t k = 0; k < seen && places[k] < of_token; ++k) to[places[k]] = scores[t * seen + k];
+        }
+    });
+}
+
+}  // namespace
+
+void index_scores(const Team& team, const Index& c, float* out) {
+    if (has_integers(c.format, c.dim)) {
+        const CodedQueries queries(team, c);
+        const auto blocks = static_cast<int>(c.dim / kBlock);
+        in_blocks(team, c, out,
+                  [&](int64_t token, int64_t tokens, const uint8_t* const* rows, int64_t n, float* scores) {
+                      team.level.index_codes({tokens, c.heads, blocks, queries.of(token), rows, n, scores});
+                  });
+        return;
+    }
+    const PlainQueries queries(team, c);
+    const int64_t columns = padded(c.dim);
+    in_blocks(team, c, out, [&](int64_t token, int64_t tokens, const uint8_t* const* rows, int64_t n, float* scores) {
+        thread_local std::vector<float> room;
+        room.resize(static_cast<size_t>(kKeyBlock * columns));
+        const float* keys[kKeyBlock];
+        read_rows(team.level, c.format, c.dim, columns, rows, n, room.data(), keys);
+        for (int64_t row = token * c.heads, t = 0; t < tokens; ++t, row += c.heads)
+            team.level.index_block(queries.of(row), static_cast<int>(c.heads), c.weights + row, keys, n, columns,
+                                   scores + t * n);
+    });
+}
+
+}  // namespace loci

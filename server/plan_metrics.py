@@ -1,0 +1,147 @@
+"""A running server beside its plan: what was planned into each tier and what is there, what was expected and
+what was measured; and what that teaches, in a file.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.engine import Engine
+from engine.families.base import Model
+from memory.hardware.this_machine import quick_path, read_measured
+from memory.planner.calibration import ENOUGH_STEPS, Comparison, Learned, compare
+from memory.planner.prefill import PrefillModel
+from memory.planner.serving import routing_of
+from quant.errors import ConfigError
+from server.serving.planned import Planned
+
+log = logging.getLogger("loci")
+
+KV = "kv"
+EVERY_S = 60.0  # what was learned is written so often, and at the end
+
+
+class PlanWatch:
+    """The plan that a model was loaded by, and the model that runs."""
+
+    def __init__(self, planned: Planned, model: Model, engine: Engine) -> None:
+        self._planned = planned
+        self._model = model
+        self._engine = engine
+        plan = planned.plan
+        self._expected = PrefillModel(planned.shape, plan.hardware, plan.placement, routing_of(planned.shape))
+
+    def planned_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes by tier and part, as planned."""
+        return self._planned.plan.placement.allocated()
+
+    def allocated_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes by tier and part, as they are: of the KV, what its pool may take."""
+        found = {tier: dict(parts) for tier, parts in self._model.held_bytes.items()}
+        for tier, nbytes in self._kv_bytes().items():
+            found.setdefault(tier, {})[KV] = nbytes
+        prefixes = self._engine.stats().prefixes
+        if prefixes is not None:
+            found.setdefault("dram", {})["prefixes"] = prefixes.budget_bytes
+        return found
+
+    def comparisons(self) -> list[Comparison]:
+        """Expected and measured; none before some hundred steps."""
+        telemetry = self._model.telemetry
+        moved = telemetry.snapshot() if telemetry is not None and self._model.expert_uses() else None
+        return compare(self._expected, self._model.times, moved)
+
+    def learned(self) -> Learned:
+        """What plans to come can use."""
+        machine = self._planned.machine
+        ratios = {seen.what: seen.ratio for seen in self.comparisons() if seen.ratio is not None}
+        return Learned(
+            self._planned.shape.name,
+            tuple(tuple(layer) for layer in self._model.expert_uses()),
+            read_measured(machine, quick_path()) | read_measured(machine),
+            ratios,
+        )
+
+    def _kv_bytes(self) -> dict[str, int]:
+        """What the KV takes, by tier: what does not grow, and the pool's budget. The planned share of a
+        virtual GPU lies in host memory, and is told apart by the plan alone."""
+        planned = self._planned.plan.placement.kv_bytes()
+        cache = self._engine.pool.cache
+        taken = cache.nbytes - (0 if cache.program is None else cache.program.nbytes)
+        others = {tier: nbytes for tier, nbytes in planned.items() if tier != "dram"}
+        return {**others, "dram": max(0, taken - sum(others.values()))} if planned else {}
+
+
+class PlanCollector(Collector):
+    """`PlanWatch` for Prometheus."""
+
+    def __init__(self, watch: PlanWatch) -> None:
+        self._watch = watch
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, tiers in (
+            ("loci_plan_bytes", "Bytes that the plan puts into a tier.", self._watch.planned_bytes()),
+            ("loci_plan_allocated_bytes", "Bytes that were allocated there.", self._watch.allocated_bytes()),
+        ):
+            family = GaugeMetricFamily(name, text, labels=["tier", "part"])
+            for tier, parts in tiers.items():
+                for part, nbytes in parts.items():
+                    family.add_metric([tier, part], nbytes)
+            yield family
+        seen = self._watch.comparisons()
+        expected = GaugeMetricFamily(
+            "loci_plan_expected", "What the plan expects of steps.", labels=["what", "unit"]
+        )
+        measured = GaugeMetricFamily("loci_plan_measured", "The same, measured.", labels=["what", "unit"])
+        ratio = GaugeMetricFamily("loci_plan_ratio", "Measured by expected.", labels=["what"])
+        for found in seen:
+            expected.add_metric([found.what, found.unit], found.planned)
+            measured.add_metric([found.what, found.unit], found.measured)
+            if found.ratio is not None:
+                ratio.add_metric([found.what], found.ratio)
+        yield from (expected, measured, ratio)
+
+
+class LearnedFile:
+    """Writes what was learned to a file, once a minute and at the end."""
+
+    def __init__(self, path: Path, watch: PlanWatch) -> None:
+        self._path = path
+        self._watch = watch
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="loci-learned", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write it for the last time."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        is_over = False
+        while not is_over:
+            is_over = self._stopping.wait(EVERY_S)
+            if self._watch.comparisons():
+                try:
+                    self._watch.learned().write(self._path)
+                except ConfigError as error:
+                    log.warning("%s", error)
+                    return
+            elif is_over:
+                log.info("%s: not written, since fewer than %d steps were made", self._path, ENOUGH_STEPS)
+
+
+def by_part(tiers: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Bytes of each part in all tiers."""
+    found: dict[str, int] = defaultdict(int)
+    for parts in tiers.values():
+        for part, nbytes in parts.items():
+            found[part] += nbytes
+    return dict(found)

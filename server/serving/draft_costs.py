@@ -1,0 +1,20 @@
+"""What a step with drafted tokens probably costs on this machine, until it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from engine.drafts.drafting import MOST_ROWS
+from memory.planner.drafts import step_seconds
+from memory.planner.serving import TYPICAL_PROMPT, routing_of
+from server.serving.planned import Planned
+
+
+def draft_costs(planned: Planned) -> Callable[[int], float]:
+    """Of steps of so many tokens, in relation to one of one token, as planned: experts that drafts add count
+    in the tier where they would lie."""
+    shape, workload = planned.shape, planned.workload
+    asked = replace(workload, context=min(workload.context, TYPICAL_PROMPT))
+    seconds = step_seconds(shape, planned.plan.hardware, asked, routing_of(shape), MOST_ROWS)
+    return lambda tokens: seconds[max(tokens, 1) - 1] / seconds[0]

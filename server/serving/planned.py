@@ -1,0 +1,159 @@
+"""The plan that a server is started by: this machine as it is, what the operator has set, and the model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.families.loader import OpenedModel
+from memory.hardware.detect import Machine, detect, resident_bytes
+from memory.hardware.profiles import HardwareProfile, parse_bytes
+from memory.hardware.quick import known_rates
+from memory.hardware.this_machine import this_machine
+from memory.pages.spaces import is_paged
+from memory.planner.budget import GPU_SHARE, MemoryBudget
+from memory.planner.forecast import remedy
+from memory.planner.placement import NOWHERE, Workload
+from memory.planner.serving import Asked, Choice, ServingPlan, chosen_gpus, serving_plan
+from memory.planner.shape import ModelShape
+from quant.errors import BudgetError, ConfigError
+from server.settings import Settings
+
+log = logging.getLogger("loci")
+
+NO_DEVICES = "none"
+# Of free memory that a plan may use: allocators and libraries take more than is asked of them.
+USABLE_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class Planned:
+    """How a model is to be served; `budget` is for loading, which makes the same placement of it."""
+
+    machine: Machine
+    shape: ModelShape
+    budget: MemoryBudget
+    plan: ServingPlan
+
+    @property
+    def workload(self) -> Workload:
+        """Of the plan."""
+        return self.plan.workload
+
+
+def planned(settings: Settings, opened: OpenedModel) -> Planned:
+    """The plan for this machine. Raises ConfigError or BudgetError in one line: what of the settings cannot
+    be, or the smallest change that would make the model fit."""
+    kv_format = opened.kv_format(settings.kv_format)
+    shape = opened.family.loaded_shape(opened.checkpoint, kv_format)
+    path = opened.checkpoint.path
+    found = detect(path if path.is_dir() else path.parent)
+    machine = this_machine(found, known_rates(found, _largest_file(path)))
+    machine = replace(machine, dram_bytes=int(USABLE_SHARE * (machine.dram_bytes + resident_bytes())))
+    asked = _asked(settings)
+    devices, gpus = _devices(settings.devices, shape, machine, asked)
+    budget = MemoryBudget.of_this_machine(settings.dram_budget, devices)
+    on_host = sum(gpu.budget_bytes for gpu in budget.gpus if gpu.is_virtual)
+    dram_bytes = max(0, machine.dram_bytes - on_host)
+    if asked.weights_bytes is None:
+        budget = replace(budget, dram_bytes=dram_bytes)
+    elif machine.dram_bytes < asked.weights_bytes + on_host:
+        dram_bytes = asked.weights_bytes  # what was asked for is tried: it may be there
+    budget = replace(budget, kv_format=kv_format, machine=replace(machine, dram_bytes=dram_bytes))
+    pools = all(is_paged(gpu.device) for gpu in budget.gpus)
+    plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
+    _check_context(settings, shape, plan)
+    plan = replace(plan, choices=(gpus, *plan.choices, *_of_tiers(plan)))
+    _check_fit(shape, plan, settings)
+    return Planned(found, shape, replace(budget, workload=plan.workload), plan)
+
+
+def _asked(settings: Settings) -> Asked:
+    """What of the settings the plan has to keep to. Raises ConfigError."""
+    prefix = settings.prefix_cache
+    return Asked(
+        context=settings.max_model_len,
+        sequences=settings.max_num_seqs,
+        chunk=settings.prefill_chunk,
+        kv_bytes=None if settings.kv_budget is None else parse_bytes(settings.kv_budget),
+        prefix_bytes=None if prefix is None else 0 if prefix.strip() == "0" else parse_bytes(prefix),
+        weights_bytes=None if settings.dram_budget is None else parse_bytes(settings.dram_budget),
+    )
+
+
+def _devices(
+    asked_for: str | None, shape: ModelShape, machine: HardwareProfile, asked: Asked
+) -> tuple[str | None, Choice]:
+    """The GPUs to use, as `--devices` names them, and why these."""
+    if asked_for is not None:
+        devices = None if asked_for.strip() == NO_DEVICES else asked_for
+        return devices, Choice("devices", asked_for, "as asked for")
+    budgets = [int(GPU_SHARE * gpu.memory_bytes) for gpu in machine.gpus]
+
+    def with_gpus(count: int) -> HardwareProfile:
+        gpus = tuple(replace(gpu, memory_bytes=budgets[n]) for n, gpu in enumerate(machine.gpus[:count]))
+        return replace(machine, gpus=gpus, disk_bytes=machine.disk_bytes + shape.disk_bytes)
+
+    count, why = chosen_gpus(shape, with_gpus, len(machine.gpus), asked)
+    if not count:
+        if machine.gpus:
+            log.warning("no GPU of this machine is used: %s; --devices says otherwise", why)
+        return None, Choice("devices", NO_DEVICES, why)
+    written = ",".join(f"cuda:{nbytes / 2**30:.2f}GiB" for nbytes in budgets[:count])
+    return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", written, why)
+
+
+def _of_tiers(plan: ServingPlan) -> tuple[Choice, ...]:
+    """What of DRAM weights take, and why."""
+    parts = plan.placement.allocated()["dram"]
+    nbytes = sum(parts.get(part, 0) for part in ("dense", "drafts", "experts", "engram"))
+    on_disk = sum(p.count for p in plan.placement.places if p.kind == "routed_experts" and p.tier == "nvme")
+    why = f"{on_disk:,} experts stay on disk" if on_disk else "all weights that are not on GPUs"
+    return (Choice("dram_budget", f"{nbytes / 2**30:.2f}GiB", why),)
+
+
+def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan) -> None:
+    """Raises BudgetError where the KV pool holds no sequence as long as asked for."""
+    from engine.kv_pool import written
+
+    wanted, longest = settings.max_model_len, plan.workload.context
+    if wanted is None or longest >= wanted:
+        return
+    needed = shape.kv_bytes(wanted, 1) - shape.kv_bytes(0, 1)
+    tokens = plan.workload.kv_tokens or 0
+    pool = shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+    raise BudgetError(
+        f"a sequence of {wanted:,} tokens needs {needed / 1e6:,.1f} MB of KV cache, but the pool has "
+        f"{pool / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"
+    )
+
+
+def _check_fit(shape: ModelShape, plan: ServingPlan, settings: Settings) -> None:
+    """Raises BudgetError that says the smallest change which would make the model fit."""
+    placement = plan.placement
+    if placement.fits or settings.dram_budget is not None:  # loading says how much too small that is
+        return
+    workload = replace(placement.workload, kv_tokens=None, prefix_bytes=0)
+    found = remedy(shape, plan.hardware, workload)
+    short = placement.used(NOWHERE)
+    changes = [*found.required, *(found.options[:1] if found.options else ())]
+    if settings.experts is None and _is_disk_short(shape, plan.hardware):
+        changes.append("or a smaller format for experts (--experts mxfp4)")
+    raise BudgetError(
+        f"{shape.name} does not fit on this machine, by {short / 1e9:.1f} GB; the smallest change: "
+        f"{' and '.join(changes) or 'a smaller model'}"
+    )
+
+
+def _is_disk_short(shape: ModelShape, hardware: HardwareProfile) -> bool:
+    return shape.disk_bytes > hardware.disk_bytes
+
+
+def _largest_file(path: Path) -> Path | None:
+    """The largest file of a checkpoint, to see how fast its disk is."""
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    try:
+        return max(files, key=lambda file: file.stat().st_size, default=None)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None

@@ -1,0 +1,92 @@
+"""What a server takes of a machine: as much as makes sense, with a reason for each choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+
+from memory.hardware.profiles import HardwareProfile, load_profile
+from memory.planner.placement import NOWHERE
+from memory.planner.published import built_in
+from memory.planner.serving import Asked, chosen_gpus, memory_bytes, serving_plan
+from memory.planner.shape import ModelShape
+from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes
+
+V41 = built_in("deepseek-v4.1-flash")
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes(), machines())
+def test_a_model_that_can_be_served_at_all_fits_as_chosen(
+    shape: ModelShape, machine: HardwareProfile
+) -> None:
+    machine = replace(machine, disk_bytes=10_000 * GB)
+    found = serving_plan(shape, machine, Asked(chunk=64))
+    least = Asked(context=512, sequences=1, chunk=64, prefix_bytes=0, kv_bytes=1 << 22)
+    assert found.placement.fits or not serving_plan(shape, machine, least).placement.fits
+    for tier, budget in found.placement.budgets.items():
+        assert found.placement.used(tier) <= budget
+    assert found.workload.context <= shape.max_context
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes(), machines())
+def test_every_choice_has_a_reason_and_what_was_set_is_no_choice(
+    shape: ModelShape, machine: HardwareProfile
+) -> None:
+    found = serving_plan(shape, machine, Asked())
+    assert all(choice.value and choice.why for choice in found.choices)
+    names = {choice.setting for choice in found.choices}
+    assert names == {"max_num_seqs", "kv_budget", "max_model_len", "prefix_cache", "prefill_chunk"}
+    asked = Asked(context=4096, sequences=3, chunk=256, kv_bytes=GB, prefix_bytes=GB // 2)
+    kept = serving_plan(shape, machine, asked)
+    assert kept.choices == ()
+    assert (kept.workload.sequences, kept.workload.prefill_chunk) == (3, 256)
+
+
+def test_a_small_model_has_its_whole_context_and_as_many_sequences_as_are_recorded() -> None:
+    small = replace(V41, layers=V41.layers[:2], max_context=8192)
+    work = serving_plan(small, replace(MACHINE, gpus=()), Asked()).workload
+    assert (work.context, work.sequences) == (8192, 16)
+
+
+def test_weights_that_leave_little_memory_leave_a_pool_all_the_same() -> None:
+    machine = load_profile("2x4090-128g")
+    found = serving_plan(V41, replace(machine, gpus=()), Asked())
+    assert found.placement.fits
+    kv = sum(found.placement.kv_bytes().values())
+    assert 0.02 * machine.dram_bytes < kv < 0.15 * machine.dram_bytes
+    held = found.placement.allocated()["dram"]["experts"]
+    assert held > 0.7 * machine.dram_bytes
+
+
+def test_two_cards_are_used_where_they_help() -> None:
+    machine = load_profile("2x4090-256g")
+    count, why = chosen_gpus(V41, lambda n: replace(machine, gpus=machine.gpus[:n]), 2, Asked(context=8192))
+    assert count == 2
+    assert why.count("tok/s") == 3
+
+
+def test_a_card_that_makes_steps_slower_is_left_alone() -> None:
+    slow = replace(MACHINE.gpus[0], memory_bytes_per_s=1e9, matmul_flops=1e10)
+    machine = replace(
+        MACHINE, gpus=(slow,), dram_bytes=700 * GB, dram_bytes_per_s=400e9, expert_bytes_per_s=390e9
+    )
+    count, _ = chosen_gpus(V41, lambda n: replace(machine, gpus=machine.gpus[:n]), 1, Asked(context=8192))
+    assert count == 0
+
+
+@pytest.mark.parametrize(("gigabytes", "fits"), [(7, False), (40, True)])
+def test_a_machine_without_room_for_what_every_token_reads_is_too_small(gigabytes: int, fits: bool) -> None:
+    machine = replace(MACHINE, gpus=(), dram_bytes=gigabytes * GB)
+    found = serving_plan(V41, machine, Asked())
+    assert found.placement.fits == fits
+    assert bool(found.placement.used(NOWHERE)) != fits
+
+
+def test_memory_of_slots_counts_instead_of_files() -> None:
+    larger = replace(V41, slot_bytes=2 * V41.expert_nbytes)
+    experts = sum(layer.experts for layer in V41.layers)
+    assert memory_bytes(larger) - memory_bytes(V41) == experts * V41.expert_nbytes
