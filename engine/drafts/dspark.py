@@ -9,7 +9,7 @@ to be accepted (docs/drafts.md, DSpark).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,11 +36,13 @@ SMALL_HEAD = 1 << 20
 
 @dataclass
 class _Known:
-    """What stages have seen of a sequence: its tokens from `first` on, up to `end`."""
+    """What stages have seen of a sequence: its tokens from `first` on, up to `end`; of the last of these,
+    what was captured, `[n, width]` in pieces, waits to be keyed."""
 
     slot: int
     first: int = 0
     end: int = 0
+    waiting: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,24 +116,23 @@ class DSpark:
         if known is not None:
             self._free.append(known.slot)
 
-    @torch.inference_mode()
     def observe(self, computed: Sequence[Rows]) -> None:
-        """Key what was captured of committed tokens."""
-        segments, captures = [], []
+        """Keep what was captured of committed tokens. It is keyed when a block is drafted, or when there is
+        much of it: most steps have one token, and many no draft."""
+        long = []
         for rows in computed:
-            known = self._known[rows.sequence_id]
-            found = rows.captures
+            known, found = self._known[rows.sequence_id], rows.captures
             if found is None or not len(found):
                 continue
             end = rows.start + len(rows.token_ids)
             if (start := end - len(found)) != known.end:
-                known.first = start  # what was before is not known, or not any more
+                known.first, known.waiting = start, []  # what was before is not known, or not any more
             known.end = end
-            kept = min(len(found), self._config.sliding_window)
-            segments.append(Segment(known.slot, end - kept, kept))
-            captures.append(found[len(found) - kept :])
-        if segments:
-            self._key(segments, torch.cat(captures))
+            known.waiting.append(found.clone())
+            if len(known.waiting) >= MAX_ROWS or len(found) >= MAX_ROWS:
+                long.append(known)
+        if long:
+            self._key(long)
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
@@ -156,6 +157,7 @@ class DSpark:
 
     def blocks(self, of: Sequence[_Known], newest: Sequence[int]) -> Drafted:
         """A block for each sequence, behind its newest token, which was not captured yet."""
+        self._key(of)
         block, shape = self.longest, self._stages.shape
         ids = [i for token in newest for i in (token, *[shape.noise_token_id] * (block - 1))]
         segments = tuple(Segment(known.slot, known.end, block) for known in of)
@@ -233,10 +235,23 @@ class DSpark:
         ops.finish(source, main)
         return ops
 
-    def _key(self, segments: Sequence[Segment], captures: torch.Tensor) -> None:
-        """Store keys of committed tokens, whose captures lie one behind the other."""
-        slots = [s.slot for s in segments for _ in range(s.length)]
-        positions = [p for s in segments for p in range(s.start, s.start + s.length)]
+    @torch.inference_mode()
+    def _key(self, of: Sequence[_Known]) -> None:
+        """Store keys of what waits for it, as far as windows reach."""
+        slots: list[int] = []
+        positions: list[int] = []
+        pieces: list[torch.Tensor] = []
+        for known in of:
+            if not known.waiting:
+                continue
+            captures = known.waiting[0] if len(known.waiting) == 1 else torch.cat(known.waiting)
+            captures, known.waiting = captures[-self._config.sliding_window :], []
+            pieces.append(captures)
+            slots += [known.slot] * len(captures)
+            positions += range(known.end - len(captures), known.end)
+        if not slots:
+            return
+        captures = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if self._observing is None or len(slots) > 2 * MAX_ROWS:
             return self._key_at_once(slots, positions, captures)
         program = self._observing.program
@@ -326,12 +341,14 @@ class _Markov:
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         if self._small is not None:
             return self._small[0][tokens]
-        return self._embed[torch.from_numpy(tokens)].float().numpy()
+        said: np.ndarray = self._embed[torch.from_numpy(tokens)].float().numpy()
+        return said
 
     def logits(self, said: np.ndarray) -> np.ndarray:
         if self._small is not None:
-            return said @ self._small[1]
-        return self._kernels.linear(torch.from_numpy(said), self._head).numpy()
+            return np.matmul(said, self._small[1])
+        added: np.ndarray = self._kernels.linear(torch.from_numpy(said), self._head).numpy()
+        return added
 
 
 def _plain(cache: SparseCache, number: int) -> torch.Tensor:
