@@ -339,16 +339,21 @@ class _Markov:
             self._small = self._embed.float().numpy(), self._head.float().T.contiguous().numpy()
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
-        if self._small is not None:
-            return self._small[0][tokens]
-        said: np.ndarray = self._embed[torch.from_numpy(tokens)].float().numpy()
-        return said
+        if self._small is None:
+            return _array(self._embed[torch.from_numpy(tokens)].float())
+        found: np.ndarray = self._small[0][tokens]
+        return found
 
     def logits(self, said: np.ndarray) -> np.ndarray:
-        if self._small is not None:
-            return np.matmul(said, self._small[1])
-        added: np.ndarray = self._kernels.linear(torch.from_numpy(said), self._head).numpy()
+        if self._small is None:
+            return _array(self._kernels.linear(torch.from_numpy(said), self._head))
+        added: np.ndarray = np.matmul(said, self._small[1])
         return added
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.numpy()
+    return array
 
 
 def _plain(cache: SparseCache, number: int) -> torch.Tensor:
