@@ -23,7 +23,7 @@ from tests.engine.families.golden_families import family_path
 
 PLENTY = MemoryBudget(1 << 30)
 KEYS = StageKeys()
-NAMES = ("v41", "deepseek_v3", "glm4_moe", "glm_moe_dsa", "qwen3_next")
+NAMES = ("v41", "deepseek_v4", "deepseek_v3", "glm4_moe", "glm_moe_dsa", "qwen3_next")
 
 
 @pytest.fixture(scope="module")
