@@ -31,9 +31,11 @@ FREE = ("prediction", "lookup")
 FIRST_CHECK, LAST_CHECK = 8, 128
 PROBED = 2  # drafted tokens when it is only tried
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
-# A sequence that had no draft in so many steps is asked about in every other one only, after twice as many in
-# every third, and so on: looking costs time, too.
-IDLE_STEPS, MOST_PAUSE = 12, 6
+# Looking for drafts takes this share of the time at most where there are none: after a step without any,
+# nobody looks for as many steps as that takes, but for no more than so many.
+LOOKING_SHARE, MOST_PAUSE = 0.01, 32
+# Once their times are settled, one of so many steps without drafts is measured.
+MEASURED = 4
 
 
 @dataclass
@@ -73,12 +75,6 @@ class _Open:
     drafter: Drafter | None = None  # of the draft in the step under way
     draft: Draft = NOTHING
     is_probe: bool = False
-    idle: int = 0  # steps without a draft
-
-    def is_awake(self) -> bool:
-        """Whether drafters are asked about it in this step."""
-        self.idle += 1
-        return self.idle % (1 + min(self.idle // IDLE_STEPS, MOST_PAUSE)) == 0
 
 
 @dataclass
@@ -126,6 +122,8 @@ class Drafting:
         self._made_s = 0.0  # of that, on making drafts that are not free
         self._watching = [drafter for drafter in drafters if drafter.name not in FREE]
         self._observing = self._watching  # those that are not at rest
+        self._pause = 0  # steps in which nobody looks for drafts
+        self._unmeasured = 0  # steps since one without drafts was measured
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
         self._until_look = LOOK_EVERY
 
@@ -163,6 +161,9 @@ class Drafting:
         self._spent_s = self._made_s = 0.0
         if self._watching and self._always is None:
             self._rest()
+        if self._pause:
+            self._pause -= 1
+            return chunks
         if not self._drafters or any(chunk.sequence.is_prefilling for chunk in chunks):
             return chunks
         tokens = sum(chunk.length for chunk in chunks)
@@ -175,6 +176,11 @@ class Drafting:
             return chunks
         drafts = self._chosen(chunks, mosts, tokens, room)
         self._spent_s = time.perf_counter() - began
+        if not any(draft.token_ids for draft in drafts):
+            if self._always is None and not any(chunk.sequence.prediction for chunk in chunks):
+                steps = self._spent_s / (LOOKING_SHARE * self._times.seconds(tokens))
+                self._pause = min(int(steps), MOST_PAUSE)
+            return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
     def _rest(self) -> None:
@@ -203,8 +209,6 @@ class Drafting:
 
     def _most_of(self, sequence: Sequence, room: int) -> int:
         """Tokens that may be drafted: a step makes one more than are accepted."""
-        if self._always is None and not self._open[sequence].is_awake():
-            return 0
         return max(0, min(self._most, room, sequence.max_tokens - sequence.generated - 1))
 
     def _is_check_due(self, tokens: int) -> bool:
@@ -388,21 +392,31 @@ class Drafting:
         drafting included."""
         if not self._drafters or not chunks:
             return
-        plain = sum(chunk.known for chunk in chunks)
         tokens = sum(chunk.length for chunk in chunks)
+        is_plain = tokens == len(chunks)
+        if (
+            is_plain
+            and not self._spent_s
+            and self._unmeasured < MEASURED - 1
+            and self._times.is_settled(tokens)
+        ):
+            self._unmeasured += 1
+            return
+        plain = sum(chunk.known for chunk in chunks)
         seconds -= self._spent_s
         self._times.observe(tokens, seconds)
         self.stats.drafting_s += self._spent_s
         if not self._times.is_known or tokens > MOST_ROWS:
             return
-        if tokens == len(chunks):
+        if is_plain:
             self._since_check[plain] = 0
             lost = self._made_s / max(self._times.seconds(tokens), 1e-9)  # drafts that promised too little
             for chunk in chunks:
                 if chunk.sequence in self._open:
-                    self._open[chunk.sequence].credit.generated(1)
+                    self._open[chunk.sequence].credit.generated(1 + self._unmeasured)
                     if lost:
                         self._open[chunk.sequence].credit.drafted(-lost)
+            self._unmeasured = 0
             self.stats.lost_s += self._made_s
             return
         self._since_check[plain] += 1
