@@ -39,8 +39,11 @@ LONGEST_ANSWER = 96
 MOST_TURNS = 5
 AT_ONCE = 16
 SAVE_EVERY_S = 300
-# Documents of a part that are answered, at most; small talk is what drafts are judged by.
-PARTS = {"smalltalk": 10**9, "composed": 9_000, "stories": 1_500}
+# Documents of a part that are answered, at most; drafts are judged by small talk alone.
+PARTS = {
+    "train": {"smalltalk": 10**9, "composed": 9_000, "stories": 1_500},
+    "heldout": {"smalltalk": 10**9},
+}
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Marks:
 def conversations(directory: Path, which: str, marks: Marks, rng: random.Random) -> Iterator[Conversation]:
     """Conversations of a few turns from the corpus' documents, in a shuffled order."""
     found = []
-    for part, most in PARTS.items():
+    for part, most in PARTS[which].items():
         documents = read_documents([directory / f"{which}-{part}.safetensors"])
         rng.shuffle(documents)
         for document in documents[:most]:

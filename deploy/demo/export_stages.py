@@ -100,8 +100,9 @@ def card(mean: float, chances: list[float], progress: dict[str, float]) -> str:
     places = " | ".join(str(place) for place in range(1, len(chances) + 1))
     shares = " | ".join(f"{chance:.2f}" for chance in chances)
     return (
-        f"After {progress['anchors'] / 1e6:.2f} million blocks, on held-out conversations that the model "
-        f"answers itself: **{mean:.2f} of {len(chances)} drafted tokens are accepted** of a block.\n\n"
+        f"After {progress['anchors'] / 1e6:.2f} million blocks, on held-out small talk that the model "
+        f"answers itself: **{mean:.2f} of {len(chances)} drafted tokens are accepted**\n"
+        "of a block in the mean.\n\n"
         f"| place in the block | {places} |\n|---|{'---|' * len(chances)}\n"
         f"| accepted, those before it accepted | {shares} |\n"
     )

@@ -20,6 +20,7 @@ from quant.formats.fp8 import FP8_32, FP8_ROW, Fp8
 from quant.formats.mxfp4 import MXFP4
 from quant.packed import PackedTensor
 from quantise import encode_fp4, encode_fp8_rows, encode_fp8_tiles
+from stages import Stages
 
 TRAINED_TOKENS = "trained_tokens"  # metadata of every shard
 STACKED = ("experts_w13", "experts_w2")
@@ -98,7 +99,7 @@ def trained_tokens(path: Path) -> int:
 
 
 @torch.no_grad()
-def from_released(model: Model, stored: dict[str, Tensor]) -> list[Tensor]:
+def from_released(model: Model | Stages, stored: dict[str, Tensor]) -> list[Tensor]:
     """Fill `model` with the numbers of a checkpoint; returns its Engram tables, `[rows, dim]` float32.
 
     Raises KeyError naming a tensor that the files lack.

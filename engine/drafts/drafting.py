@@ -17,7 +17,7 @@ import torch
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import NOTHING, Draft, Drafter, DraftRequest, Rows
-from engine.drafts.choose import Credit, best_counts
+from engine.drafts.choose import WORTHWHILE, Credit, best_counts
 from engine.drafts.kept import KeptStates
 from engine.drafts.step_times import MOST, StepTimes
 from engine.families.base import Model
@@ -30,9 +30,12 @@ FREE = ("prediction", "lookup")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
 PROBED = 2  # drafted tokens when it is only tried
-# A sequence that had no draft in so many steps is asked about in every other one only, after twice as many in
-# every third, and so on: looking costs time, too.
-IDLE_STEPS, MOST_PAUSE = 12, 6
+LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
+# Looking for drafts takes this share of the time at most where there are none: after a step without any,
+# nobody looks for as many steps as that takes, but for no more than so many.
+LOOKING_SHARE, MOST_PAUSE = 0.01, 32
+# Once their times are settled, one of so many steps without drafts is measured.
+MEASURED = 4
 
 
 @dataclass
@@ -72,12 +75,6 @@ class _Open:
     drafter: Drafter | None = None  # of the draft in the step under way
     draft: Draft = NOTHING
     is_probe: bool = False
-    idle: int = 0  # steps without a draft
-
-    def is_awake(self) -> bool:
-        """Whether drafters are asked about it in this step."""
-        self.idle += 1
-        return self.idle % (1 + min(self.idle // IDLE_STEPS, MOST_PAUSE)) == 0
 
 
 @dataclass
@@ -122,8 +119,13 @@ class Drafting:
         self._since_check: dict[int, int] = defaultdict(int)  # steps with drafts, by tokens without
         self._checks: dict[int, int] = defaultdict(lambda: FIRST_CHECK)
         self._spent_s = 0.0  # on the drafts of the step under way
-        self._observing = [drafter for drafter in drafters if drafter.name not in FREE]
+        self._made_s = 0.0  # of that, on making drafts that are not free
+        self._watching = [drafter for drafter in drafters if drafter.name not in FREE]
+        self._observing = self._watching  # those that are not at rest
+        self._pause = 0  # steps in which nobody looks for drafts
+        self._unmeasured = 0  # steps since one without drafts was measured
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
+        self._until_look = LOOK_EVERY
 
     @property
     def is_on(self) -> bool:
@@ -156,7 +158,12 @@ class Drafting:
 
     def propose(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of a step, with drafts where these pay."""
-        self._spent_s = 0.0
+        self._spent_s = self._made_s = 0.0
+        if self._watching and self._always is None:
+            self._rest()
+        if self._pause:
+            self._pause -= 1
+            return chunks
         if not self._drafters or any(chunk.sequence.is_prefilling for chunk in chunks):
             return chunks
         tokens = sum(chunk.length for chunk in chunks)
@@ -169,12 +176,39 @@ class Drafting:
             return chunks
         drafts = self._chosen(chunks, mosts, tokens, room)
         self._spent_s = time.perf_counter() - began
+        if not any(draft.token_ids for draft in drafts):
+            if self._always is None and not any(chunk.sequence.prediction for chunk in chunks):
+                steps = self._spent_s / (LOOKING_SHARE * self._times.seconds(tokens))
+                self._pause = min(int(steps), MOST_PAUSE)
+            return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
+
+    def _rest(self) -> None:
+        """Now and then, see who could not pay even if all drafts were right, as things are: they are asked
+        for nothing and told nothing meanwhile."""
+        self._until_look -= 1
+        if self._until_look > 0:
+            return
+        self._until_look = LOOK_EVERY
+        self._observing = [drafter for drafter in self._watching if self._can_pay(drafter)]
+        self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
+
+    def _can_pay(self, drafter: Drafter) -> bool:
+        if not self._times.is_known or not self._draft_times[drafter.name].is_known:
+            return True
+        answers = max(1, len(self._open))
+        plain = WORTHWHILE * answers / self._times.seconds(min(answers, MOST_ROWS))
+        for count in range(1, min(self._most, drafter.longest) + 1):
+            rows = answers * (1 + count)
+            if rows > MOST_ROWS:
+                return False
+            took = self._times.seconds(rows) + self._drafting_s(drafter, count)
+            if rows / took > plain:
+                return True
+        return False
 
     def _most_of(self, sequence: Sequence, room: int) -> int:
         """Tokens that may be drafted: a step makes one more than are accepted."""
-        if self._always is None and not self._open[sequence].is_awake():
-            return 0
         return max(0, min(self._most, room, sequence.max_tokens - sequence.generated - 1))
 
     def _is_check_due(self, tokens: int) -> bool:
@@ -192,7 +226,7 @@ class Drafting:
         counts = self._counts(found, chunks, mosts, tokens, room)
         found = self._made(chunks, found, counts)
         if any(c is not None and c.draft is not None and c.draft.chances is not None for c in found):
-            again = self._counts(found, chunks, mosts, tokens, room)
+            again = self._counts(found, chunks, mosts, tokens, room, are_made=True)
             counts = [min(a, b) for a, b in zip(counts, again, strict=True)]
         drafts = [NOTHING] * len(chunks)
         for at, (chunk, candidate, count) in enumerate(zip(chunks, found, counts, strict=True)):
@@ -211,6 +245,8 @@ class Drafting:
         found: list[_Candidate | None] = [None] * len(chunks)
         best = [0.0] * len(chunks)
         for drafter in self._drafters:
+            if drafter.name not in FREE and drafter not in self._observing:
+                continue
             drafts: list[Draft | None] = [None] * len(asked)
             if drafter.name in FREE:
                 drafts = list(drafter.draft([_request(chunks[at], mosts[at]) for at in asked]))
@@ -239,9 +275,16 @@ class Drafting:
         return best
 
     def _counts(
-        self, found: list[_Candidate | None], chunks: list[Chunk], mosts: list[int], tokens: int, room: int
+        self,
+        found: list[_Candidate | None],
+        chunks: list[Chunk],
+        mosts: list[int],
+        tokens: int,
+        room: int,
+        *,
+        are_made: bool = False,
     ) -> list[int]:
-        """How many tokens of each draft are computed."""
+        """How many tokens of each draft are computed. are_made: making them costs nothing any more."""
         chains = [[] if c is None else c.chances[:most] for c, most in zip(found, mosts, strict=True)]
         if self._always is not None:
             counts = []
@@ -253,6 +296,8 @@ class Drafting:
         allowed = [chain if o.credit.is_left else [] for chain, o in zip(chains, opened, strict=True)]
 
         def drafting(counts: Ids[int]) -> float:
+            if are_made:
+                return 0.0
             longest: dict[str, int] = {}
             by_name: dict[str, Drafter] = {}
             for candidate, count in zip(found, counts, strict=True):
@@ -264,6 +309,9 @@ class Drafting:
         again = self._kept.computes_again
         counts = best_counts(tokens, allowed, room, self._times.seconds, drafting, computes_again=again)
         for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
+            if are_made and own.is_probe:  # it is tried whatever it promises
+                counts[at] = min(PROBED, len(chain))
+                continue
             own.is_probe = False
             if not counts[at] and chain and own.credit.is_probe_due() and room > sum(counts):
                 counts[at], own.is_probe = min(PROBED, len(chain), room - sum(counts)), True
@@ -291,8 +339,9 @@ class Drafting:
                 continue
             began = time.perf_counter()
             drafts = drafter.draft([_request(chunks[at], counts[at]) for at in wanted])
-            longest = max(counts[at] for at in wanted)
-            self._draft_times[drafter.name].observe(longest, time.perf_counter() - began)
+            longest, took = max(counts[at] for at in wanted), time.perf_counter() - began
+            self._draft_times[drafter.name].observe(longest, took)
+            self._made_s += took
             for at, draft in zip(wanted, drafts, strict=True):
                 chances = self._open[chunks[at].sequence].acceptance.chances(drafter.name, draft)
                 made[at] = _Candidate(drafter, draft, chances)
@@ -343,18 +392,32 @@ class Drafting:
         drafting included."""
         if not self._drafters or not chunks:
             return
-        plain = sum(chunk.known for chunk in chunks)
         tokens = sum(chunk.length for chunk in chunks)
+        is_plain = tokens == len(chunks)
+        if (
+            is_plain
+            and not self._spent_s
+            and self._unmeasured < MEASURED - 1
+            and self._times.is_settled(tokens)
+        ):
+            self._unmeasured += 1
+            return
+        plain = sum(chunk.known for chunk in chunks)
         seconds -= self._spent_s
         self._times.observe(tokens, seconds)
         self.stats.drafting_s += self._spent_s
         if not self._times.is_known or tokens > MOST_ROWS:
             return
-        if tokens == len(chunks):
+        if is_plain:
             self._since_check[plain] = 0
+            lost = self._made_s / max(self._times.seconds(tokens), 1e-9)  # drafts that promised too little
             for chunk in chunks:
                 if chunk.sequence in self._open:
-                    self._open[chunk.sequence].credit.generated(1)
+                    self._open[chunk.sequence].credit.generated(1 + self._unmeasured)
+                    if lost:
+                        self._open[chunk.sequence].credit.drafted(-lost)
+            self._unmeasured = 0
+            self.stats.lost_s += self._made_s
             return
         self._since_check[plain] += 1
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)

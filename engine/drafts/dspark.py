@@ -9,8 +9,9 @@ to be accepted (docs/drafts.md, DSpark).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from engine.cache.sparse import CacheShape, SparseCache
@@ -27,24 +28,30 @@ from engine.layers.rope import Rotation
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import Recorder
+from quant.kernels.interface import Kernels
+
+# Values of a Markov head that stays in a processor's cache.
+SMALL_HEAD = 1 << 20
 
 
 @dataclass
 class _Known:
-    """What stages have seen of a sequence: its tokens from `first` on, up to `end`."""
+    """What stages have seen of a sequence: its tokens from `first` on, up to `end`; of the last of these,
+    what was captured, `[n, width]` in pieces, waits to be keyed."""
 
     slot: int
     first: int = 0
     end: int = 0
+    waiting: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Drafted:
     """Blocks, `[blocks, block_size, ...]`: tokens, their logits, and the confidence in each, 0 to 1."""
 
-    token_ids: torch.Tensor
-    logits: torch.Tensor
-    confidence: torch.Tensor
+    token_ids: np.ndarray
+    logits: np.ndarray
+    confidence: np.ndarray
 
 
 class DSpark:
@@ -74,6 +81,13 @@ class DSpark:
         )
         self._cache = SparseCache(shape, slots, c.max_position_embeddings)
         self._parts: V41Parts = stages.layers.parts
+        self._markov = _Markov(stages, self._kernels)
+        sure = stages.confidence[0].numpy()
+        self._confidence = sure[: c.hidden_size], sure[c.hidden_size :]
+        self._ring_places = torch.arange(c.sliding_window)
+        others = torch.arange(self.longest).expand(self.longest, -1)
+        others = others[~torch.eye(self.longest, dtype=torch.bool)].view(self.longest, -1)
+        self._block_places = [c.sliding_window + (at + others) % MAX_ROWS for at in range(MAX_ROWS)]
         self._drafting: _StageRecorded | None = None
         self._observing: V41Recorded | None = None
         if recorder_of(self._kernels, MAX_ROWS) is not None:
@@ -102,24 +116,23 @@ class DSpark:
         if known is not None:
             self._free.append(known.slot)
 
-    @torch.inference_mode()
     def observe(self, computed: Sequence[Rows]) -> None:
-        """Key what was captured of committed tokens."""
-        segments, captures = [], []
+        """Keep what was captured of committed tokens. It is keyed when a block is drafted, or when there is
+        much of it: most steps have one token, and many no draft."""
+        long = []
         for rows in computed:
-            known = self._known[rows.sequence_id]
-            found = rows.captures
+            known, found = self._known[rows.sequence_id], rows.captures
             if found is None or not len(found):
                 continue
             end = rows.start + len(rows.token_ids)
             if (start := end - len(found)) != known.end:
-                known.first = start  # what was before is not known, or not any more
+                known.first, known.waiting = start, []  # what was before is not known, or not any more
             known.end = end
-            kept = min(len(found), self._config.sliding_window)
-            segments.append(Segment(known.slot, end - kept, kept))
-            captures.append(found[len(found) - kept :])
-        if segments:
-            self._key(segments, torch.cat(captures))
+            known.waiting.append(found.clone())
+            if len(known.waiting) >= MAX_ROWS or len(found) >= MAX_ROWS:
+                long.append(known)
+        if long:
+            self._key(long)
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
@@ -144,6 +157,7 @@ class DSpark:
 
     def blocks(self, of: Sequence[_Known], newest: Sequence[int]) -> Drafted:
         """A block for each sequence, behind its newest token, which was not captured yet."""
+        self._key(of)
         block, shape = self.longest, self._stages.shape
         ids = [i for token in newest for i in (token, *[shape.noise_token_id] * (block - 1))]
         segments = tuple(Segment(known.slot, known.end, block) for known in of)
@@ -156,29 +170,33 @@ class DSpark:
 
     def _chained(self, states: torch.Tensor, base: torch.Tensor, newest: Sequence[int]) -> Drafted:
         """Tokens from the left to the right, each knowing the one before."""
-        token = torch.tensor(newest)
-        found, logits, said = [], [], []
-        for i in range(self.longest):
-            said.append(self._stages.markov_embed[token].float())
-            logits.append(base[:, i] + self._kernels.linear(said[-1], self._stages.markov_head))
-            token = logits[-1].argmax(1)
-            found.append(token)
-        inputs = torch.cat((states, torch.stack(said, dim=1)), dim=-1)
-        confidence = torch.sigmoid(inputs @ self._stages.confidence[0])
-        return Drafted(torch.stack(found, dim=1), torch.stack(logits, dim=1), confidence)
+        of_places = base.numpy()  # between native calls, NumPy's calls cost less than torch's
+        of_states, of_said = self._confidence
+        logits = np.empty_like(of_places)
+        tokens = np.empty(of_places.shape[:2], dtype=np.int64)
+        sure = states.numpy() @ of_states
+        before = np.array(newest)
+        for place in range(self.longest):
+            said = self._markov.embed(before)
+            np.add(of_places[:, place], self._markov.logits(said), out=logits[:, place])
+            before = tokens[:, place] = logits[:, place].argmax(1)
+            sure[:, place] += said @ of_said
+        return Drafted(tokens, logits, 1 / (1 + np.exp(-sure)))
 
     def _seen(self, of: Sequence[_Known]) -> torch.Tensor:
         """Places of the slots' rows that each row sees besides itself, `[rows, window + block - 1]`, -1 for
         none: the window before the block, and the other rows of the block."""
         window, block = self._config.sliding_window, self.longest
-        seen = torch.full((len(of) * block, window + block - 1), -1)
-        others = torch.arange(block).expand(block, -1)[~torch.eye(block, dtype=torch.bool)].view(block, -1)
+        seen = torch.empty(len(of), block, window + block - 1, dtype=torch.int64)
         for n, known in enumerate(of):
-            rows = slice(n * block, (n + 1) * block)
             first = max(known.first, known.end - window)
-            seen[rows, : known.end - first] = torch.arange(first, known.end) % window
-            seen[rows, window:] = window + (known.end + others) % MAX_ROWS
-        return seen
+            if known.end - first == window:
+                seen[n, :, :window] = self._ring_places
+            else:
+                seen[n, :, :window] = -1
+                seen[n, :, : known.end - first] = torch.arange(first, known.end) % window
+            seen[n, :, window:] = self._block_places[known.end % MAX_ROWS]
+        return seen.flatten(0, 1)
 
     def _compute(self, batch: Batch, of: Sequence[_Known]) -> tuple[torch.Tensor, torch.Tensor]:
         """States before the last norm and logits of a batch's rows, operation by operation."""
@@ -217,10 +235,23 @@ class DSpark:
         ops.finish(source, main)
         return ops
 
-    def _key(self, segments: Sequence[Segment], captures: torch.Tensor) -> None:
-        """Store keys of committed tokens, whose captures lie one behind the other."""
-        slots = [s.slot for s in segments for _ in range(s.length)]
-        positions = [p for s in segments for p in range(s.start, s.start + s.length)]
+    @torch.inference_mode()
+    def _key(self, of: Sequence[_Known]) -> None:
+        """Store keys of what waits for it, as far as windows reach."""
+        slots: list[int] = []
+        positions: list[int] = []
+        pieces: list[torch.Tensor] = []
+        for known in of:
+            if not known.waiting:
+                continue
+            captures = known.waiting[0] if len(known.waiting) == 1 else torch.cat(known.waiting)
+            captures, known.waiting = captures[-self._config.sliding_window :], []
+            pieces.append(captures)
+            slots += [known.slot] * len(captures)
+            positions += range(known.end - len(captures), known.end)
+        if not slots:
+            return
+        captures = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if self._observing is None or len(slots) > 2 * MAX_ROWS:
             return self._key_at_once(slots, positions, captures)
         program = self._observing.program
@@ -296,6 +327,33 @@ class _StageRecorded(V41Recorded):
         with self._experts.running(program, rows):
             program.run(*batch.places(), batch.ids)
         return program.rows(self.states)[:rows], program.result[:rows]
+
+
+class _Markov:
+    """The Markov head: `[n, rank]` of tokens, and what these add to logits, `[n, vocab]`."""
+
+    def __init__(self, stages: DraftStages, kernels: Kernels) -> None:
+        self._embed, self._head, self._kernels = stages.markov_embed, stages.markov_head, kernels
+        self._small: tuple[np.ndarray, np.ndarray] | None = None
+        if self._head.numel() < SMALL_HEAD:  # what stays in the cache needs not be unpacked each time
+            self._small = self._embed.float().numpy(), self._head.float().T.contiguous().numpy()
+
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        if self._small is None:
+            return _array(self._embed[torch.from_numpy(tokens)].float())
+        found: np.ndarray = self._small[0][tokens]
+        return found
+
+    def logits(self, said: np.ndarray) -> np.ndarray:
+        if self._small is None:
+            return _array(self._kernels.linear(torch.from_numpy(said), self._head))
+        added: np.ndarray = np.matmul(said, self._small[1])
+        return added
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.numpy()
+    return array
 
 
 def _plain(cache: SparseCache, number: int) -> torch.Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
 from engine.drafts.base import NOTHING, Draft, DraftRequest, Rows
-from engine.families.base import Batch, Segment
-from engine.families.decoder.draft_forward import DraftLayer
+from engine.families.base import Batch, KvCache, Segment
+from engine.families.decoder.draft_forward import DraftStep
 from engine.families.decoder.forward import MAX_ROWS
 
 # One layer was trained to tell one token; asked for more, it gets worse from each to the next.
@@ -47,6 +48,22 @@ class _Known:
         return self.first + self.keyed + self.waiting
 
 
+class AskedLayer(Protocol):
+    """A draft layer: what it gives is told by `DraftStep`."""
+
+    def new_cache(self, slots: int, capacity: int) -> KvCache:
+        """For so many sequences of so many tokens."""
+        ...
+
+    def step(self, batch: Batch, hidden: torch.Tensor, cache: Any) -> DraftStep:
+        """A step of a batch whose ids are the tokens behind those of `hidden` `[tokens, width]`."""
+        ...
+
+    def close(self) -> None:
+        """Release what weights have opened."""
+        ...
+
+
 class Mtp:
     """`Drafter` of a model with a draft layer, for up to `slots` sequences of up to `capacity` tokens."""
 
@@ -54,7 +71,7 @@ class Mtp:
     longest = LONGEST
     wants_captures = True
 
-    def __init__(self, layer: DraftLayer, slots: int, capacity: int) -> None:
+    def __init__(self, layer: AskedLayer, slots: int, capacity: int) -> None:
         self._layer = layer
         self._cache = layer.new_cache(slots, capacity)
         self._free = list(range(slots))

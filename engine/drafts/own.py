@@ -15,6 +15,9 @@ from engine.families.decoder.draft_layer import draft_bytes, draft_description
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.read_weights import read_draft
+from engine.families.deepseek_v4.draft_layer import V4DraftLayer, draft_layer_bytes, read_draft_layer
+from engine.families.deepseek_v4.family import DeepseekV4Family
+from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.deepseek_v41.config import parse_config
 from engine.families.deepseek_v41.draft_stages import DraftStages, read_stages, stage_bytes
 from engine.families.deepseek_v41.family import DeepseekV41Family
@@ -34,7 +37,7 @@ SMALL = 0.1
 class OwnDrafts:
     """Weights that have been read, and what drafts with them."""
 
-    weights: DraftStages | DraftLayer
+    weights: DraftStages | DraftLayer | V4DraftLayer
 
     def drafter(self, slots: int, capacity: int) -> Drafter:
         """One for up to so many sequences of up to `capacity` tokens."""
@@ -52,6 +55,8 @@ def own_draft_bytes(family: Family, checkpoint: Checkpoint) -> int:
     """Bytes of a checkpoint's weights for drafts, of a kind that can be computed; 0 where it has none."""
     if isinstance(family, DeepseekV41Family):
         return 0 if parse_config(checkpoint.config).dspark is None else stage_bytes(checkpoint)
+    if isinstance(family, DeepseekV4Family):
+        return draft_layer_bytes(checkpoint)
     if isinstance(family, DecoderFamily):
         return draft_bytes(draft_description(family.description(checkpoint), checkpoint), checkpoint)
     return 0
@@ -81,6 +86,8 @@ def read_own_drafts(model: Model, checkpoint: Checkpoint, kernels: Kernels) -> O
         return None
     if isinstance(model, DeepseekV41):
         return OwnDrafts(read_stages(model, checkpoint, kernels))
+    if isinstance(model, DeepseekV4):
+        return OwnDrafts(read_draft_layer(model, checkpoint, kernels))
     assert isinstance(model, Decoder)
     description = draft_description(model.description, checkpoint)
     assert description is not None

@@ -37,6 +37,10 @@ class StepTimes:
         """Whether any step was measured."""
         return self._level is not None
 
+    def is_settled(self, tokens: int) -> bool:
+        """Whether steps of so many tokens were measured often enough."""
+        return tokens < len(self._counts) and self._counts[tokens] == SETTLED
+
     def observe(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
         if tokens >= len(self._counts):

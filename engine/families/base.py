@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cache.pages import Pages
-from engine.drafts.base import Drafter
 from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
@@ -280,10 +279,6 @@ class Model(ABC):
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:  # noqa: B027 - optional
         """Called as soon as tokens are sampled, each with those before it, to prefetch what they need."""
-
-    def drafters(self) -> list[Drafter]:
-        """New drafters of the model's own: its draft layers, where they were loaded."""
-        return []
 
     def capture(self) -> bool:
         """From now on keep what a drafter of this model reads of every token beside the logits: the last

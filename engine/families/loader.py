@@ -116,13 +116,19 @@ class OpenedModel:
 
 
 def load(
-    path: Path, budget: MemoryBudget | None = None, context: int | None = None, experts: str | None = None
+    path: Path,
+    budget: MemoryBudget | None = None,
+    context: int | None = None,
+    experts: str | None = None,
+    drafts: Wanted = "off",
 ) -> Loaded:
-    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine).
+    """Load the checkpoint directory or GGUF file at `path`, within `budget` (a share of this machine), and
+    its weights for drafts where they are wanted.
 
     Raises ConfigError if the model does not support `context` tokens, or experts in this format.
     """
-    return open_model(path, context, experts).load(budget or MemoryBudget.of_this_machine())
+    opened = open_model(path, context, experts)
+    return opened.load(budget or MemoryBudget.of_this_machine(), drafts=drafts)
 
 
 def open_model(path: Path, context: int | None = None, experts: str | None = None) -> OpenedModel:

@@ -14,7 +14,7 @@ from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
 from engine.cache.state_folders import states_folder
 from engine.cache.stored_states import StatesOnDisk
-from engine.drafts.choice import drafters_of
+from engine.drafts.choice import drafters_of, weights_wanted
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
@@ -109,7 +109,7 @@ def prepare(settings: Settings) -> Prepared:
 def bring_up(prepared: Prepared) -> Served:
     """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
     settings, budget, workload = prepared.settings, prepared.budget, prepared.planned.workload
-    loaded = prepared.opened.load(budget, settings.prompt_products)
+    loaded = prepared.opened.load(budget, settings.prompt_products, weights_wanted(settings.drafts))
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
         most_tokens = min(workload.prefill_chunk, workload.context)
@@ -133,7 +133,7 @@ def bring_up(prepared: Prepared) -> Served:
         on_disk=_states_on_disk(prepared, workload.prefix_bytes),
         aside=_aside_on_disk(settings),
         prompt_products=loaded.prompt_products,
-        drafters=drafters_of(settings.drafts, loaded.model),
+        drafters=drafters_of(settings.drafts, loaded, workload.sequences, context),
         draft_tokens=settings.draft_tokens,
         draft_costs=draft_costs(prepared.planned),
     )

@@ -56,10 +56,20 @@ class DeepseekV4(StreamModel):
         self.parts = V4Parts(config, weights, kernels)
         devices = tuple(layer.device for layer in weights.layers)
         self.cache_shape = cache_shape(config, devices, kv_format)
+        self._captures = False
+        self._captured: list[torch.Tensor] = []
 
     def _beside(self) -> tuple[list[object], list[object]]:
         with_head, _ = super()._beside()
         return [*with_head, self.weights.hc_head], [layer.token_experts for layer in self.weights.layers]
+
+    def capture(self) -> bool:
+        """The streams that leave the last layer, `[tokens, hc * hidden]`. On GPUs nothing is captured yet."""
+        self._captures = not self._is_on_gpus
+        return self._captures
+
+    def captured(self) -> list[torch.Tensor]:
+        return self._captured
 
     def new_cache(self, slots: int, capacity: int) -> V4Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
@@ -83,13 +93,20 @@ class DeepseekV4(StreamModel):
         """A program that decodes with `cache`."""
         ops = V4Recorded(self.parts, recorder, cache)
         source = ops.begin()
-        ops.finish(source, self._logits(ops, self._layers(ops, source)))
+        streams = self._layers(ops, source)
+        if self._captures:
+            ops.captured = streams
+            recorder.keep(streams)
+        ops.finish(source, self._logits(ops, streams))
         return ops
 
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V4Cache)
         if trace is None and cache.decoder is not None and batch.is_decode(MAX_ROWS):
-            return cache.decoder.run(batch)
+            logits = cache.decoder.run(batch)
+            if self._captures:
+                self._captured = by_segment(cache.decoder.captured_rows(len(batch.ids)), batch)
+            return logits
         return self._compute(batch, cache, trace or NO_TRACE)
 
     @torch.inference_mode()
@@ -98,12 +115,17 @@ class DeepseekV4(StreamModel):
         embedded = self.weights.embed[batch.token_ids].float()  # [tokens, hidden]
         with V4Eager(self.parts, batch, cache, trace) as ops:
             streams = self._layers(ops, embedded)
+            if self._captures:
+                self._captured = by_segment(streams, batch)
             return self._logits(ops, streams[batch.logit_rows.to(streams.device)]).float().cpu()
 
     def _layers(self, ops: V4Operations[Value], embedded: Value) -> Value:
         """All layers: the streams, `[rows, hc * hidden]`."""
+        return self._through(ops, ops.streams(embedded, self.config.hc_mult))
+
+    def _through(self, ops: V4Operations[Value], streams: Value) -> Value:
+        """Streams through all layers."""
         c, weights = self.config, self.weights
-        streams = ops.streams(embedded, c.hc_mult)
         self._foresee(ops, 0, streams, None)  # the disk has nothing to do until then
         for number, layer in enumerate(weights.layers):
             ops.at_layer(number)
@@ -193,3 +215,8 @@ class DeepseekV4(StreamModel):
         (logits,) = ops.linears(ops.norm(x, layer.ffn_norm, c.rms_norm_eps), layer.gate)
         ids, _ = ops.route(logits, layer.gate_bias, c.routing)
         ops.prefetch(number, ids)
+
+
+def by_segment(rows: torch.Tensor, batch: Batch) -> list[torch.Tensor]:
+    """A batch's rows, those of each segment."""
+    return list(torch.split(rows, [segment.length for segment in batch.segments]))

@@ -39,13 +39,25 @@ class V4Recorded(StreamNotes):
         self._by_token: dict[int, Buffer] = {}  # experts, by layer
         self._selected: Buffer | None = None  # in the layer that is being noted
         self.program: Program | None = None
+        self.captured: Buffer | None = None
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`."""
         assert self.program is not None
         if not isinstance(self._embed, torch.Tensor):  # its rows are read from disk
             self.program.source[: len(batch.ids)] = self._embed[batch.token_ids].float()
+        return self.replay(batch)
+
+    def replay(self, batch: Batch) -> torch.Tensor:
+        """The same, of a program whose inputs are filled."""
+        assert self.program is not None
         return replay(self.program, self._experts, batch, self._cache)
+
+    def captured_rows(self, rows: int) -> torch.Tensor:
+        """What the last run has captured of so many rows; valid until the next one."""
+        assert self.program is not None
+        assert self.captured is not None
+        return self.program.rows(self.captured)[:rows]
 
     def begin(self) -> Buffer:
         """The embedded tokens, `[rows, hidden]`."""

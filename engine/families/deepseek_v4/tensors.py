@@ -27,17 +27,22 @@ def expected_tensors(
     expect.floats("hc_head_base", c.hc_mult, released="F32")
     expect.floats("hc_head_scale", 1, released="F32")
     for n in range(c.layers):
-        layer = f"layers.{n}"
-        expect.sublayers(c, layer)
-        _expect_attention(c, expect, n)
-        gate = f"{layer}.ffn.gate"
-        expect.floats(f"{gate}.weight", c.n_routed_experts, hidden)
-        if n < c.hashed_layers:
-            expect.specs[f"{gate}.tid2eid"] = TensorSpec((c.vocab_size, c.num_experts_per_tok), ("I64",))
-        else:
-            expect.floats(f"{gate}.bias", c.n_routed_experts, released="F32")
-        expect.experts(c, layer, experts or c.n_routed_experts)
+        expect_layer(c, expect, n, experts)
     return expect.specs
+
+
+def expect_layer(c: V4Config, expect: Expectations, n: int, experts: int | None = None) -> None:
+    """Those of one layer."""
+    layer = f"layers.{n}"
+    expect.sublayers(c, layer)
+    _expect_attention(c, expect, n)
+    gate = f"{layer}.ffn.gate"
+    expect.floats(f"{gate}.weight", c.n_routed_experts, c.hidden_size)
+    if n < c.hashed_layers:
+        expect.specs[f"{gate}.tid2eid"] = TensorSpec((c.vocab_size, c.num_experts_per_tok), ("I64",))
+    else:
+        expect.floats(f"{gate}.bias", c.n_routed_experts, released="F32")
+    expect.experts(c, layer, experts or c.n_routed_experts)
 
 
 def _expect_attention(c: V4Config, expect: Expectations, n: int) -> None:

@@ -70,21 +70,26 @@ def read_weights(c: V4Config, checkpoint: Checkpoint, kernels: Kernels, budget: 
     files = StreamExpertFiles.of(c, checkpoint, c.layers)
     return V4Weights(
         embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
-        hc_head=ReadMix(
-            by_head.small("hc_head_fn"),
-            by_head.small("hc_head_base"),
-            by_head.small("hc_head_scale").expand(c.hc_mult).contiguous(),
-            c.hc_eps,
-            c.rms_norm_eps,
-        ),
+        hc_head=read_head_mix(c, by_head, "hc_head"),
         norm=by_head.small("norm.weight"),
         head=by_head.plain("head.weight"),
         layers=tuple(
-            _read_layer(c, Reader(checkpoint, kernels, device), n, tables[n])
+            read_layer(c, Reader(checkpoint, kernels, device), n, tables[n])
             for n, device in enumerate(places.layers)
         ),
         experts=expert_store(files, checkpoint.path, kernels, budget, places),
         places=places,
+    )
+
+
+def read_head_mix(c: V4Config, reader: Reader, name: str) -> ReadMix:
+    """How streams are read for the head."""
+    return ReadMix(
+        reader.small(f"{name}_fn"),
+        reader.small(f"{name}_base"),
+        reader.small(f"{name}_scale").expand(c.hc_mult).contiguous(),
+        c.hc_eps,
+        c.rms_norm_eps,
     )
 
 
@@ -103,7 +108,8 @@ def _token_experts(c: V4Config, reader: Reader, n: int) -> torch.Tensor | None:
     return table
 
 
-def _read_layer(c: V4Config, reader: Reader, n: int, token_experts: torch.Tensor | None) -> LayerWeights:
+def read_layer(c: V4Config, reader: Reader, n: int, token_experts: torch.Tensor | None) -> LayerWeights:
+    """One layer, its tensors named `layers.N`."""
     layer = f"layers.{n}"
     attn, is_indexed = f"{layer}.attn", c.ratios[n] == INDEXED
     return LayerWeights(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,7 +84,7 @@ class DeepseekV41(StreamModel):
         self.parts = V41Parts(config, weights, kernels, self._ngrams(hashing))
         self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self._targets: tuple[int, ...] = ()  # layers whose input is captured
-        self._captured: list[torch.Tensor] = []
+        self._captured: Callable[[], list[torch.Tensor]] = list  # of the last forward
         self.cache_shape = CacheShape(
             layers=config.num_hidden_layers,
             window=config.sliding_window,
@@ -119,7 +120,7 @@ class DeepseekV41(StreamModel):
         return True
 
     def captured(self) -> list[torch.Tensor]:
-        return self._captured
+        return self._captured()
 
     def new_cache(self, slots: int, capacity: int) -> V41Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
@@ -235,14 +236,8 @@ class DeepseekV41(StreamModel):
             with torch.inference_mode():
                 logits = decoder.run(batch, self._embedded(batch), self._request_rows(batch, cache))
         if self._targets and isinstance(decoder, V41Recorded):
-            self._captured = self._captured_by(decoder, batch)
+            self._captured = partial(_captured_by, decoder, batch)
         return logits
-
-    def _captured_by(self, decoder: V41Recorded, batch: Batch) -> list[torch.Tensor]:
-        """What a program has captured, of each segment."""
-        assert decoder.program is not None
-        rows = [decoder.program.rows(mean)[: len(batch.ids)] for mean in decoder.captured]
-        return list(torch.split(torch.cat(rows, dim=1), [segment.length for segment in batch.segments]))
 
     def _embedded(self, batch: Batch) -> torch.Tensor:
         """`[tokens, hidden]` float32."""
@@ -257,7 +252,7 @@ class DeepseekV41(StreamModel):
         with V41Eager(self.parts, batch, cache, trace, rows) as ops:
             streams, pre = self._layers(ops, embedded)
             if self._targets:
-                self._captured = ops.captured(len(self._targets))
+                self._captured = partial(ops.captured, len(self._targets))
             wanted = ops.rows_of(batch.logit_rows).to(streams.device)
             return self._logits(ops, streams[wanted], pre[wanted]).float().cpu()
 
@@ -351,3 +346,12 @@ class DeepseekV41(StreamModel):
         if number + 1 < c.num_hidden_layers:
             ops.prefetch(number + 1, streams, pre, (y, mix))
         return ops.add(ops.experts(number, x, ids, weights), y)
+
+
+def _captured_by(decoder: V41Recorded, batch: Batch) -> list[torch.Tensor]:
+    """What a program has captured, of each segment."""
+    assert decoder.program is not None
+    found = torch.cat([decoder.program.rows(mean)[: len(batch.ids)] for mean in decoder.captured], dim=1)
+    if len(batch.segments) == 1:
+        return [found]
+    return list(torch.split(found, [segment.length for segment in batch.segments]))

@@ -71,7 +71,8 @@ def drafts(
         prompts: list[list[int]],
         params: SamplingParams,
     ) -> None:
-        turns = take_turns(loaded, lambda: drafters_of(choice, loaded.model), prompts, params, rounds)
+        longest = max(map(len, prompts)) + (params.max_tokens or 0)
+        turns = take_turns(loaded, lambda: drafters_of(choice, loaded, 1, longest), prompts, params, rounds)
         figures.append(Result(name, turns.ratio, "ratio", target, turns.ratio >= target))
         rows.append(_row(name, turns))
 
@@ -79,7 +80,7 @@ def drafts(
         return SamplingParams(temperature=0.0, max_tokens=count)
 
     drawn = SamplingParams(temperature=0.8, seed=1, max_tokens=PROSE_TOKENS)
-    demo = load(model_path("demo"))
+    demo = load(model_path("demo"), drafts="auto")
     measure("drafts_demo_gain", DEMO_TARGET, demo, "auto", chats(demo, SMALL_TALK), greedy(TALK_TOKENS))
     demo.model.close()
     small = load(model_path("smollm2"))
@@ -88,7 +89,7 @@ def drafts(
     small.model.close()
     if model is not None:
         budget = MemoryBudget.of_this_machine(dram_budget, devices, Workload(PROMPT_TOKENS + tokens, 1))
-        loaded = load(model_path(model), budget)
+        loaded = load(model_path(model), budget, drafts="auto")
         prompt = [7 * at % (loaded.model.info.vocab_size - 10) + 5 for at in range(PROMPT_TOKENS)]
         without_end = SamplingParams(temperature=1.0, seed=1, max_tokens=tokens, ignore_eos=True)
         measure("drafts_slice_ratio", NO_LOSS, loaded, "auto", [prompt], without_end)

@@ -6,6 +6,7 @@ Nothing of the engine is used. Every function takes tensors as the files have th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,3 +223,34 @@ def chained(
         token = int(logits[-1].argmax())
         ids.append(token)
     return Block(ids, torch.stack(logits), torch.stack(sure))
+
+
+def v4_layer(
+    tensors: dict[str, torch.Tensor],
+    c: dict[str, Any],
+    embed: torch.Tensor,
+    head: torch.Tensor,
+    streams: torch.Tensor,
+    behind: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """V4's `mtp.0` (its specification, section 6): logits of every token with its streams
+    `[tokens, hc, hidden]` and the token behind it, and the streams that leave the block. Whole sequence."""
+    eps, prefix = c["rms_norm_eps"], "mtp.0"
+    stage = Stage(tensors, prefix, c, tile=128, top_k=c["num_experts_per_tok"], norms_queries=True)
+    e = stage.norm("enorm", embed[list(behind)].double()) @ stage.matrix("e_proj").T
+    h = stage.norm("hnorm", streams.double()) @ stage.matrix("h_proj").T
+    streams = h + e.unsqueeze(1)
+    positions = torch.arange(len(streams))
+    ages = positions.unsqueeze(1) - positions
+    visible = (ages >= 0) & (ages < c["sliding_window"])
+    con = connection(tensors, f"{prefix}.hc_attn", streams, c)
+    x = stage.norm("attn_norm", read(streams, con.pre))
+    nothing = torch.empty(0, c["head_dim"], dtype=torch.float64)
+    streams = written(streams, stage.attention(x, positions, nothing, visible), con)
+    con = connection(tensors, f"{prefix}.hc_ffn", streams, c)
+    streams = written(streams, stage.experts(stage.norm("ffn_norm", read(streams, con.pre))), con)
+    fn, base, scale = (tensors[f"{prefix}.hc_head_{part}"].double() for part in ("fn", "base", "scale"))
+    flat = streams.flatten(1)
+    m = flat @ fn.T / torch.sqrt(flat.square().mean(1, keepdim=True) + eps)
+    mixed = read(streams, torch.sigmoid(m * scale + base) + c["hc_eps"])
+    return stage.norm("norm", mixed) @ head.double().T, streams
