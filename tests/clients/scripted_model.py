@@ -56,7 +56,10 @@ def answer_to(prompt: str) -> str:
         return f"It was {words[-1]}." if words else "I have not seen a word."
     if told > asked:
         return f"The file says {words[-1]}." if words else "The tool did not say."
-    called = _call(_tools_in(prompt), questions[-1].group(1))
+    tools = _tools_in(prompt)
+    if not tools and words:  # some clients put the file beside the question
+        return f"The file says {words[-1]}."
+    called = _call(tools, questions[-1].group(1))
     if called is None:
         return "I have no tool that reads files."
     name, arguments = called

@@ -3,4 +3,4 @@ cline --version
 cline auth --provider openai --apikey "$KEY" --modelid scripted --baseurl "$URL/v1" 1>&2
 cline "$FIRST"
 second_turn
-cline --id "$(cline history --json | grep -o '"id": *"[^"]*"' | head -n 1 | cut -d '"' -f 4)" "$SECOND"
+cline --id "$(cline history --json | grep -o '"sessionId": *"[^"]*"' | head -n 1 | cut -d '"' -f 4)" "$SECOND"
