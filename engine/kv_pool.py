@@ -58,7 +58,7 @@ def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_byte
         return KvPool(cache, most, context)
     nbytes = size.nbytes
     if nbytes is not None and not size.is_given:
-        nbytes = max(nbytes, pages.nbytes(min(context, MIN_CONTEXT) if size.may_shorten else context))
+        nbytes = max(nbytes, pages.nbytes(context))
     tokens = pages.fit(most if rooms.tokens is None else min(most, rooms.tokens), rooms.by_device, nbytes)
     longest = pages.longest(context)
     if longest < context and not size.may_shorten:
@@ -86,7 +86,7 @@ def _check_memory(model: Model, slots: int, context: int, size: PoolSize, prefix
     needed, available = model.cache_bytes(slots, context), available_memory_bytes()
     if size.nbytes is not None:
         needed = min(needed, model.cache_bytes(slots, 1) + size.nbytes)
-        if not size.is_given and not size.may_shorten:
+        if not size.is_given:
             needed = max(needed, model.cache_bytes(1, context))
     if needed + prefix_bytes > available:
         raise BudgetError(

@@ -67,7 +67,7 @@ class Steps:
         self._scheduler = scheduler
         self._forget = forget
         self._prompt_products = prompt_products
-        self._verifier = Verifier(model.expect, self._fail)
+        self._verifier = Verifier(self._expect, self._fail)
 
     @property
     def generated_tokens(self) -> int:
@@ -117,6 +117,9 @@ class Steps:
         self.count += 1
         self.forward_s += forward_s
         self.step_s += time.perf_counter() - began
+
+    def _expect(self, ahead: Ids[tuple[Ids[int], int]]) -> None:
+        self._model.expect(ahead)
 
     def _roll_back(self, chunks: list[Chunk]) -> None:
         """Take back what was computed behind the tokens that were drawn."""

@@ -260,7 +260,8 @@ def run_slice(
             tier_bytes=model.tier_bytes,
             grown_bytes=peak_resident_bytes() - before,
             clocked_s=clocked_s,
-            gpu_bytes={gpu: places.nbytes.get(gpu, 0) for gpu in gpus},
+            # beside them, tables made of a router's weights may lie there
+            gpu_bytes={gpu: min(places.nbytes.get(gpu, 0), sum(dense.values())) for gpu in gpus},
             head_gpu=next((gpu for gpu, device in gpus.items() if device == places.head), None),
         )
     finally:

@@ -30,7 +30,7 @@ PAIR = 2 * BLOCK
 # What the host does in a step, as reports list it; the forward's part is what it does outside kernels.
 PARTS = (
     "forward", "waiting", "policy", "scheduling", "assembling", "sampling", "masks", "log probabilities",
-    "prefetching", "detokenising", "output", LOOP,
+    "drafting", "prefetching", "detokenising", "output", LOOP,
 )  # fmt: skip
 
 

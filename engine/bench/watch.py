@@ -13,8 +13,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine import steps as steps_module
+from engine import steps
 from engine.cache.sparse import SparseCache
+from engine.drafts import verify
+from engine.drafts.drafting import Drafting
 from engine.engine import Engine
 from engine.grammar.constraint import Constraint
 from engine.layers.engram_lookup import EngramLookup
@@ -73,15 +75,19 @@ class Watch:
             (Scheduler, "admit", "scheduling"),
             (Scheduler, "next_chunks", "scheduling"),
             (Scheduler, "observe", "scheduling"),
-            (steps_module, "assemble", "assembling"),
+            (steps, "assemble", "assembling"),
             (engine.model, "forward", "forward"),
             (Sampler, "adjusted", "sampling"),
             (Constraint, "mask", "masks"),
             (Constraint, "advance", "masks"),
             (Sampler, "number", "sampling"),
             (Sampler, "remember", "sampling"),
-            (steps_module, "draw_tokens", "sampling"),
-            (steps_module, "token_logprobs", "log probabilities"),
+            (verify, "draw_tokens", "sampling"),
+            (steps, "token_logprobs", "log probabilities"),
+            (verify, "token_logprobs", "log probabilities"),
+            (Drafting, "propose", "drafting"),
+            (Drafting, "observe", "drafting"),
+            (Drafting, "learn", "drafting"),
             (engine.model, "expect", "prefetching"),
             (EngramLookup, "begin", "prefetching"),
             (SparseCache, "extend_history", "prefetching"),

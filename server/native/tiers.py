@@ -25,7 +25,8 @@ def _tiers(served: Served) -> dict[str, Any]:
     counts because nothing ever moves. Layers without routed experts are left out."""
     model = served.loaded.model
     held = model.expert_tiers()
-    names = [*model.tier_bytes, ON_DISK]
+    gpus = sorted(name for name in model.tier_bytes if name.startswith("vram"))
+    names = [*gpus, *(name for name in model.tier_bytes if name not in gpus), ON_DISK]
     numbers = {name: number for number, name in enumerate(names)}
     uses = model.expert_uses()
     return {

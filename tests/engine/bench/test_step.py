@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from engine import steps as steps_module
 from engine.bench.step import BLOCK, PARTS, Steps, StepTimes, answer_tokens, measure_steps, token_bytes
 from engine.bench.watch import KERNELS, LOOP, Watch
+from engine.drafts import verify
 from engine.engine import Engine
 from engine.families.loader import load, open_checkpoint
 from engine.families.shapes import shape_of
@@ -77,7 +77,7 @@ def test_kernels_are_counted_by_name(times: StepTimes) -> None:
 
 def test_nothing_stays_replaced(times: StepTimes, engine: Engine) -> None:
     assert "forward" not in vars(engine.model)
-    assert vars(steps_module)["draw_tokens"] is draw_tokens
+    assert vars(verify)["draw_tokens"] is draw_tokens
     assert Scheduler.admit.__qualname__ == "Scheduler.admit"
     assert not inspect.isfunction(library.load().loci_linear)
 

@@ -23,7 +23,7 @@ RATIOS = {
     "prefill": "llama_cpp_prefill_ratio",
 }
 MIXTURES = ("gguf_moe", "gguf_gpt_oss")
-FEW = ("--rounds", "1", "--tokens", "96", "--prompt-tokens", "4", "--long-prompt", "40")
+FEW = ("--rounds", "1", "--tokens", "400", "--prompt-tokens", "4", "--long-prompt", "40")
 
 
 @pytest.fixture(autouse=True)

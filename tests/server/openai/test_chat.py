@@ -174,9 +174,10 @@ def test_a_stop_string_ends_the_answer_and_is_not_shown(client: openai.OpenAI) -
 
 def test_a_stop_string_is_shown_where_asked_for(client: openai.OpenAI) -> None:
     whole = text_of(ask(client).choices[0].message)
-    answer = ask(client, stop=whole[3:6], extra_body={"include_stop_str_in_output": True}).choices[0]
+    stop = whole[3:6]
+    answer = ask(client, stop=stop, extra_body={"include_stop_str_in_output": True}).choices[0]
 
-    assert text_of(answer.message) == whole[:6]
+    assert text_of(answer.message) == whole[: whole.index(stop) + len(stop)]
     assert answer.finish_reason == "stop"
 
 
