@@ -1,0 +1,85 @@
+"""A server plans for itself, holds what it planned, and says how the plan fares."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.families.loader import open_model
+from memory.hardware.profiles import HardwareProfile
+from memory.hardware.this_machine import this_machine
+from quant.errors import BudgetError
+from server.serving import planned as planned_module
+from server.serving.planned import planned
+from server.settings import resolve_settings
+from tests.server.conftest import StartServer
+from tests.server.harness import TINY, LociServer, complaint, invoke
+
+TIERED = ("--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
+WEIGHTS = {"dense", "experts", "engram", "drafts"}
+
+
+def bytes_by_place(server: LociServer, name: str) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    places = {(s.labels["tier"], s.labels["part"]): s.value for s in samples}
+    return {(tier, part): nbytes for (tier, part), nbytes in places.items() if part in WEIGHTS and nbytes}
+
+
+@pytest.mark.slow
+def test_a_server_holds_what_it_planned_and_measures_itself(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "learned.json"
+    server = start_server(TINY, *TIERED, "--explain", "--measured-file", file).await_ready()
+    said = server.out.read_text() + server.err.read_text()
+    assert "The plan: " in said
+    assert "--max-num-seqs " in said
+    held = bytes_by_place(server, "loci_plan_allocated_bytes")
+    planned_bytes = bytes_by_place(server, "loci_plan_bytes")
+    in_memory = {place: nbytes for place, nbytes in planned_bytes.items() if place[0] != "nvme"}
+    assert held == in_memory
+
+    before = invoke("info", "--running", "--url", server.url, TINY)
+    assert before.returncode == 0, before.stderr
+    assert "bytes planned" in before.stdout
+    assert "told after 100 steps" in before.stdout
+    body = {"model": TINY.name, "prompt": "A test", "max_tokens": 160, "ignore_eos": True}
+    httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    after = invoke("info", "--running", "--url", server.url, TINY)
+    assert "told after 100 steps" not in after.stdout
+    assert server.metric("loci_plan_ratio") > 0
+
+    server.signal(signal.SIGTERM)
+    assert server.exit_code() == 0
+    assert json.loads(file.read_text())
+    plan = invoke("plan", TINY, "--measured", file)
+    assert plan.returncode == 0, plan.stderr
+    assert "times what was expected then" in plan.stdout
+
+
+def test_what_was_measured_of_another_model_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "learned.json"
+    file.write_text("{}")
+    result = invoke("plan", TINY, "--measured", file)
+    assert result.returncode == 1
+    assert str(file) in complaint(result.stderr)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def tiny_machine(*arguments: object) -> HardwareProfile:
+        return replace(this_machine(), dram_bytes=0, disk_bytes=0)
+
+    monkeypatch.setattr(planned_module, "this_machine", tiny_machine)
+    monkeypatch.setattr(planned_module, "resident_bytes", lambda: 0)
+    settings = resolve_settings({"model": TINY, "devices": "none"})
+    with pytest.raises(BudgetError, match=r"does not fit on this machine.*the smallest change: .*DRAM"):
+        planned(settings, open_model(TINY, None, None))
