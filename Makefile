@@ -53,7 +53,7 @@ serve: $(SERVING) ## serve a model on this machine: make serve ARGS="MODEL --por
 test: $(TESTING) ## run every test, as continuous integration does; ARGS go to pytest
 	$(PYTEST) $(IN_WORKERS) $(ARGS)
 
-quick: $(TESTING) ## run the tests that are not slow: under two minutes on two quiet cores
+quick: $(TESTING) ## run the tests that are not slow: most of them, in a fraction of the time
 	$(PYTEST) $(IN_WORKERS) -m "not slow" $(ARGS)
 
 durations: $(TESTING) ## run every test and show which took longest, to choose what is marked slow

@@ -66,7 +66,7 @@ class EngineStats:
     is_failing: bool = False
     kv_taken: tuple[int, ...] = ()
     kv_peak_bytes: int = 0
-    kv_budget_bytes: int | None = None
+    kv_budget_bytes: int = 0
     sequences_aside: int = 0
     aside: AsideStats | None = None
     drafts: DraftStats | None = None
@@ -272,7 +272,7 @@ class Engine:
             kv_bytes=self._cache.nbytes,
             kv_taken=self._cache.pages.of_slots(),
             kv_peak_bytes=self._cache.pages.peak_bytes,
-            kv_budget_bytes=self._cache.pages.budget_bytes,
+            kv_budget_bytes=self.pool.nbytes,
             step_s=steps.step_s,
             forward_s=steps.forward_s,
             prefixes=None if steps.prefixes is None else steps.prefixes.stats,

@@ -41,6 +41,13 @@ class KvPool:
     tokens: int
     context: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of pages that all sequences together may take."""
+        pages = self.cache.pages
+        whole = self.cache.slots * pages.nbytes(self.context)
+        return whole if pages.budget_bytes is None else pages.budget_bytes
+
 
 def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_bytes: int) -> KvPool:
     """A pool for up to `slots` sequences of up to `context` tokens, beside a prefix cache.

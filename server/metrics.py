@@ -168,9 +168,9 @@ class _EngineCollector(Collector):
         )
         for tier, nbytes in self._model.tier_bytes.items():
             tiers.add_metric([tier, "weights"], nbytes)
-        untaken = 0 if now.kv_budget_bytes is None else now.kv_budget_bytes - sum(now.kv_taken)
+        untaken = now.kv_budget_bytes - sum(now.kv_taken)
         in_prefixes = 0 if prefixes is None else prefixes.nbytes
-        tiers.add_metric(["dram", "kv"], now.kv_bytes - untaken + in_prefixes)
+        tiers.add_metric(["dram", "kv"], max(now.kv_bytes - untaken, 0) + in_prefixes)
         yield tiers
         experts = GaugeMetricFamily(
             "loci_experts",
@@ -241,8 +241,7 @@ def _kv_bytes(now: EngineStats) -> Iterator[Metric]:
     held.add_metric(["dram"], aside.dram_bytes)
     held.add_metric(["disk"], aside.disk_bytes)
     yield from (times, held)
-    if now.kv_budget_bytes is not None:
-        yield GaugeMetricFamily("loci_kv_budget_bytes", "Size of the KV pool.", now.kv_budget_bytes)
+    yield GaugeMetricFamily("loci_kv_budget_bytes", "Size of the KV pool.", now.kv_budget_bytes)
 
 
 def _movements(seen: Snapshot) -> Iterator[Metric]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def test_recorded_use_is_priced_from_a_saved_page(tmp_path: Path) -> None:
     assert found["is_quote"] is False
 
 
-def test_a_plan_says_what_tokens_cost_and_what_it_assumed(tmp_path: Path) -> None:
-    done = invoke(*FLASH, "--price", "5200", "--plot", tmp_path / "costs.png")
+def test_a_plan_says_what_tokens_cost_and_what_it_assumed() -> None:
+    done = invoke(*FLASH, "--price", "5200")
     assert done.returncode == 0, done.stderr
     text = done.stdout
     assert "Calculated from the assumptions below; no quote." in text
@@ -73,6 +74,12 @@ def test_a_plan_says_what_tokens_cost_and_what_it_assumed(tmp_path: Path) -> Non
     assert "price 5,200 (as given)" in text
     assert "a forecast of `loci plan`, not measured" in text
     assert "not verified with the provider, check before deciding" in text
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra `bench`)")
+def test_costs_are_drawn(tmp_path: Path) -> None:
+    done = invoke(*FLASH, "--price", "5200", "--plot", tmp_path / "costs.png")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
 
 
