@@ -1,4 +1,4 @@
-"""Routes under /v1 answer without it too: llama.cpp's server has both, and clients are told either address."""
+"""Routes under /v1 answer without it too: llama.cpp's server has both, clients are told either address."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ PREFIX = "/v1"
 
 
 class ShortPaths:
-    """Reads `/models` as `/v1/models`, and so on, before anything else looks at the path: keys, limits, errors,
-    logs and counters know one route."""
+    """Reads `/models` as `/v1/models`, and so on, before anything else looks at the path.
+
+    Keys, limits, errors, logs and counters know one route.
+    """
 
     def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
         self._app = app
