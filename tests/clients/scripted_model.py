@@ -23,7 +23,7 @@ from engine.families.loader import OpenedModel, open_model
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
-from memory.planner.shape import KvShape, ModelShape
+from memory.planner.shape import KeptRows, KvShape, ModelShape
 from quant.formats.kv_names import KvFormat
 from quant.kernels.interface import Kernels
 from server.cli.main import main as command
@@ -201,7 +201,7 @@ class ScriptedFamily(Family):
 
     def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         real = self._opened.family.shape(checkpoint, kv_format)
-        layer = replace(real.layers[0], kv=KvShape(ratio=1, entry_bytes=8, seen_ratio=1))
+        layer = replace(real.layers[0], kv=KvShape(rows=(KeptRows(1, 8),), seen_ratio=1))
         return replace(real, max_context=MAX_CONTEXT, layers=(layer,))
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:

@@ -21,14 +21,17 @@ def screen(seconds, wanted):
             shown += os.read(terminal, 65536).decode(errors="replace")
         if found := re.search(wanted, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)):
             return found
-    sys.exit(f"not on the screen: {wanted}")
+    return None
 
 
 screen(40, r"word-\w{8}")
-time.sleep(3)  # the page is drawn before it listens
+screen(5, "$^")  # the page is drawn before it listens
 os.write(terminal, question.encode())
-time.sleep(1)
-os.write(terminal, b"\r")
-print("It was", screen(60, r"It\s*was\s*(word-\w{8})")[1])
+for _ in range(4):
+    screen(1, "$^")
+    os.write(terminal, b"\r")
+    if answer := screen(15, r"It\s*was\s*(word-\w{8})"):
+        print("It was", answer[1])
+        break
 END
 python3 terminal.py "$(cline history --json | grep -o '"sessionId": *"[^"]*"' | head -n 1 | cut -d '"' -f 4)" "$SECOND"
