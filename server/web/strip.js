@@ -1,5 +1,5 @@
-// The strip below the title: what lies in which tier, where experts were found lately, what was waited for, and how
-// much of its context the conversation has used. It shows what changed between two readings of the metrics.
+// The strip below the title: what lies in which tier, where experts were found lately, what was waited for and guessed
+// ahead, and how much of its context the conversation has used. It shows what changed between two readings of the metrics.
 
 import { element } from "./dom.js";
 
@@ -66,6 +66,15 @@ export function figures(now, before) {
     name: "Tokens/s", value: speed > 0 ? speed.toFixed(1) : "–", share: null, kind: "speed",
     title: "Tokens generated per second, for all clients of this server.",
   });
+  const drafted = grown("loci_drafted_tokens_total");
+  if (drafted > 0) {
+    const right = grown("loci_accepted_draft_tokens_total");
+    cells.push({
+      name: "Drafts", value: percent(right / drafted), share: Math.min(right / drafted, 1), kind: "drafts",
+      title: `Of ${drafted} tokens guessed ahead, ${right} were right just now, for all clients of this server; ` +
+        "answers are the same without them.",
+    });
+  }
   const waiting = now.sum("loci_sequences_waiting");
   if (waiting > 0) {
     const running = now.sum("loci_sequences_running");

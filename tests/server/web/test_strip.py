@@ -58,6 +58,18 @@ def test_the_strip_tells_of_what_changed_between_two_readings(renderer: Page) ->
     assert "25 % of expert uses were served from here just now" in nvme
     dram, nvme, *_ = renderer.evaluate(script, [metrics(90, 10), metrics(90, 10)])
     assert "90 % of expert uses were served from here since startup" in dram
+
+    def drafts(made: int, right: int) -> str:
+        names = ("loci_drafted_tokens_total", "loci_accepted_draft_tokens_total")
+        lines = (
+            f'{name}{{drafter="lookup"}} {count}' for name, count in zip(names, (made, right), strict=True)
+        )
+        return metrics(90, 10) + "\n".join(lines) + "\n"
+
+    told = renderer.evaluate(script, [drafts(5, 3), drafts(9, 6)])
+    assert any("Of 4 tokens guessed ahead, 3 were right just now" in title for title in told)
+    told = renderer.evaluate(script, [drafts(9, 6), drafts(9, 6)])
+    assert not any("guessed ahead" in title for title in told)
     assert "10 % of expert uses were served from here since startup" in nvme
 
 
