@@ -14,6 +14,7 @@ from quant.errors import ConfigError
 from quant.formats.kv_names import KvFormat
 
 DEMO_NAME = "loci-demo"
+HELD_OUT = "held-out.txt"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ def embedded_sampling(path: Path) -> Mapping[str, Any]:
 def embedded_kv_format(path: Path) -> KvFormat | None:
     """What the embedded model at `path` has its KV in by default; None for its family's default."""
     return EMBEDDED[name].kv_format if (name := embedded_name(path)) else None
+
+
+def embedded_text(path: Path) -> Path | None:
+    """A text that the embedded model at `path` was not trained on; None where none came with it."""
+    file = path / HELD_OUT
+    return file if embedded_name(path) is not None and file.is_file() else None
 
 
 def embedded_name(path: Path) -> str | None:
