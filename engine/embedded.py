@@ -51,7 +51,7 @@ def _smollm2() -> Path | None:
 
 # The first one that is installed is the default. At temperature 1, models this small become incoherent;
 # SmolLM2's sampling is what its authors recommend. The demonstration model was not trained to have its KV
-# rounded, as the released models of its family were (tests/bench/kv_formats.py).
+# rounded, as the released models of its family were (docs/long-context.md).
 EMBEDDED: dict[str, EmbeddedModel] = {
     "demo": EmbeddedModel(
         _demo, "use a complete checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}, "float32"
