@@ -86,8 +86,8 @@ SHAPES = {
         candidate_block_size=4, engram_n_heads=2, engram_head_dim=32, vocab_size=1024,
         max_position_embeddings=2048,
     ),
-    # A twentieth of V4.1-Flash's width. With 6,000 tokens, index scores' share of the arithmetic is about what
-    # it is there with 32,000.
+    # A twentieth of V4.1-Flash's width. With 6,000 tokens, index scores have about the share of the
+    # arithmetic that they have there with 32,000.
     "v41-narrow": Widths(
         hidden_size=256, moe_intermediate_size=128, num_attention_heads=8, head_dim=64, qk_rope_head_dim=16,
         q_lora_rank=64, o_groups=2, o_lora_rank=64, n_routed_experts=24, num_experts_per_tok=6,
