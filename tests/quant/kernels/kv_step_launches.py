@@ -48,7 +48,7 @@ class Widths:
     has_shared: bool = False
     is_fp8: bool = False
     extras: ExpertExtras | None = None
-    context: int = 32768
+    context: int = 4096
 
 
 QWEN3_235B = Widths(
