@@ -126,7 +126,19 @@ def fused(noted: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
     chains = _Chains(noted, kept)
     for op in noted:
         chains.add(_RULES.get(op.kind, _alone)(op, chains))
-    return list(_settled(op for op in chains.ops if op is not None))
+    return _needed(list(_settled(op for op in chains.ops if op is not None)), kept)
+
+
+def _needed(ops: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
+    """Those that write what somebody reads, or do more than write buffers."""
+    read = {id(buffer) for buffer in kept}
+    needed: list[Noted] = []
+    for op in reversed(ops):
+        does_more = not op.outs or op.changes or op.words or op.kind == "hand_over"
+        if does_more or any(id(out) in read for out in op.outs.values()):
+            needed.append(op)
+            read.update(id(buffer) for buffer in op.reads)
+    return needed[::-1]
 
 
 def _alone(op: Noted, chains: _Chains) -> Noted:

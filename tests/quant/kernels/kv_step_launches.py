@@ -115,7 +115,9 @@ class KvLayer:
         form = plain_rows(self._kv_format, w.dim)
         cols, dtype = stored_as(w.dim, form)
         places = w.context if w.window is None else w.window + 16
-        keys, values = (rows_in(floats(SLOTS, w.kv_heads, places, cols, dtype=dtype), form) for _ in range(2))
+        keys, values = (  # with addresses, which tell one from the other
+            rows_in(torch.empty(SLOTS, w.kv_heads, places, cols, dtype=dtype), form) for _ in range(2)
+        )
         place = KvPlace(keys, values, None if w.window is None else places)
         r.append(k, v, place)
         seen = r.attend(q, place, w.window, floats(w.heads) if w.extras else None)
