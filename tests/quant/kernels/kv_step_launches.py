@@ -91,7 +91,8 @@ class KvLayer:
         (result,) = r.linears(
             r.norm(x, floats(w.hidden), 1e-6), [floats(150_000, w.hidden, dtype=torch.bfloat16)]
         )
-        return scheduled(fused(r._noted, [source, result]))
+        r._kept.append(result)
+        return scheduled(fused(r._noted, r._kept))
 
     def _matrix(self, rows: int, cols: int) -> torch.Tensor | PackedTensor:
         if not self._w.is_fp8:
