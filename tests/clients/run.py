@@ -71,7 +71,7 @@ def scripted_server(context: int) -> Iterator[LociServer]:
 
 def run_client(script: Path, url: str, tools: Tools) -> tuple[str, str]:
     """The client's version, and `works` or what went wrong."""
-    with tempfile.TemporaryDirectory(prefix="loci-client-") as directory:
+    with tempfile.TemporaryDirectory(prefix="loci-client-", ignore_cleanup_errors=True) as directory:
         home = Path(directory) / "home"
         work = Path(directory) / "work"
         home.mkdir()
@@ -119,11 +119,20 @@ def _run_to_its_end(command: list[str], work: Path, variables: dict[str, str]) -
     try:
         said, complaint = process.communicate(timeout=TIMEOUT_S)
     finally:
-        # Agents start servers and shells of their own, which outlive them where they are stopped.
+        # Agents start servers and shells of their own, which outlive them, some in sessions of their own.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _end_all(f"HOME={variables['HOME']}")
     return process.returncode, said, complaint
+
+
+def _end_all(setting: str) -> None:
+    """End the processes that have this in their environment, which no others have."""
+    for found in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if setting.encode() in found.read_bytes().split(b"\0"):
+                os.kill(int(found.parent.name), signal.SIGKILL)
 
 
 def _command(script: Path, tools: Tools) -> list[str]:

@@ -22,10 +22,12 @@ def test_a_client_that_is_stopped_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script, started = tmp_path / "agent.sh", tmp_path / "pid"
-    script.write_text(f"sleep 600 & echo $! > {started}; wait")
+    script.write_text(f"sleep 600 & echo $! > {started}; setsid sleep 600 & echo $! >> {started}; wait")
     monkeypatch.setattr(run, "TIMEOUT_S", 2)
 
     told = run_client(script, "http://127.0.0.1:1", Tools(None, Path("python"), None))
 
     assert told == ("", "did not end within 2 s")
-    eventually(lambda: not alive(int(started.read_text())), "the agent's own process has ended", 10)
+    pids = list(map(int, started.read_text().split()))
+    eventually(lambda: not any(map(alive, pids)), "the agent's own processes have ended", 10)
+    assert len(pids) == 2
