@@ -77,7 +77,7 @@ def test_schemathesis_finds_nothing(fuzzed: LociServer) -> None:
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{fuzzed.url}/openapi.json"),
         *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing,stateful"),
-        *("--max-time", "34", "--request-timeout", "15", "--seed", "1", "--max-examples", "20"),
+        *("--max-time", "44", "--request-timeout", "15", "--seed", "1", "--max-examples", "20"),
         *("--suppress-health-check", "all", "--no-color"),
     ]
 
