@@ -8,6 +8,7 @@ parts as orders before the next piece of work.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ from engine.cluster.pieces import pieces_of
 from engine.cluster.stage import Pending, Stage
 from engine.families.base import Batch, KvCache, KvRooms, Model, Trace
 from memory.checkpoint.part import Span
+from quant.errors import LociError
+
+logger = logging.getLogger("loci.engine")
 
 # Attempts to find a prefix that all parts have; each part may have forgotten other states.
 ATTEMPTS = 4
@@ -173,8 +177,8 @@ class StagedModel(Model):
         try:
             pending = [self._send(piece, cache) for piece in pieces]
             found = [self.stages[-1].fetch(each) for each in pending]
-        except StageLostError:
-            self.lose()
+        except StageLostError as error:
+            self.lose(error)
             raise
         self._count(found, time.perf_counter() - begun)
         rows = [each.values for each in found if each.values.size]
@@ -225,10 +229,11 @@ class StagedModel(Model):
         if cache.lost.intersection(slots):
             raise StageLostError("a part of the model was lost with what it held of this sequence; ask again")
 
-    def lose(self) -> None:
+    def lose(self, error: LociError) -> None:
         """A call has failed: until all parts answer, nothing is computed, and what slots held is gone."""
         if self._is_up.is_set():
             self.hops.lost += 1
+            logger.error("a part of the model is lost, and is being started again: %s", error)
         self._is_up.clear()
         if self._cache is not None:
             self._cache.lose()
@@ -242,13 +247,17 @@ class StagedModel(Model):
                 if self.is_up and sessions == [opened.session for opened in self._opened]:
                     continue
                 if self.is_up:
-                    self.lose()
+                    self.lose(StageLostError("it was started again"))
                 assert cache is not None
                 # All of them: what is still on its way to a part is of a session that has ended.
                 self._opened = [stage.open(cache.slots, cache.capacity) for stage in self.stages]
                 self._is_up.set()
-            except StageLostError:
-                self.lose()
+                logger.warning("all parts of the model answer again")
+            except StageLostError as error:
+                self.lose(error)
+            except LociError as error:
+                self.lose(error)
+                logger.error("a part of the model cannot be loaded again: %s", error)
 
 
 class StagedPrefixes:
@@ -306,8 +315,8 @@ class StagedPrefixes:
                 for number, stage in enumerate(model.stages)
             ]
             return [stage.fetch_restored(pending) for stage, pending in asked]
-        except StageLostError:
-            model.lose()
+        except StageLostError as error:
+            model.lose(error)
             raise
 
 
