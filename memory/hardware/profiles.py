@@ -7,6 +7,7 @@ memory bandwidth and arithmetic, which are the data sheet's.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from memory.toml_files import Section, parse_toml, read_toml
 from quant.errors import ConfigError
 
 GIB = 1 << 30
+CUDA_PAGE = 2 << 20  # the smallest piece that NVIDIA's driver maps
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class GpuSpec:
     matmul_flops                dense bf16 arithmetic per second
     link_bytes_per_s            from host memory, when only this GPU's link is busy
     link_together_bytes_per_s   the same while all GPUs' links are busy
+    page_bytes                  in which KV takes its memory
     """
 
     name: str
@@ -41,6 +44,7 @@ class GpuSpec:
     matmul_flops: float
     link_bytes_per_s: float
     link_together_bytes_per_s: float
+    page_bytes: int = CUDA_PAGE
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class HardwareProfile:
 
     cpu_level            instruction set of the native kernels: `portable`, `avx2` or `avx512`
     cpu_matmul_flops     what the native kernels reach on many tokens, all cores
+    cpu_fp8_flops        the same with weights in FP8, as dense ones are; None: alike
+    rearranged_per_core  bytes a second that a core brings into the kernels' order; None: not measured
     expert_bytes_per_s   at which the CPU's kernels get through experts, one token; None: not measured
     dram_rows_per_s      random Engram rows gathered from DRAM
     disk_bytes_per_s     direct sequential reads;  disk_reads_per_s  random reads of 4 KiB, deep queue
@@ -82,6 +88,8 @@ class HardwareProfile:
     gpus: tuple[GpuSpec, ...] = ()
     assumed: tuple[str, ...] = ()
     costs: MachineCosts | None = None
+    cpu_fp8_flops: float | None = None
+    rearranged_per_core: float | None = None
 
     def with_devices(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
         """This machine with these GPUs alone, each as large as its budget.
@@ -125,6 +133,7 @@ def virtual_gpu(machine: HardwareProfile, nbytes: int, link_bytes_per_s: float |
         matmul_flops=machine.cpu_matmul_flops,
         link_bytes_per_s=link,
         link_together_bytes_per_s=link,
+        page_bytes=mmap.PAGESIZE,
     )
 
 
@@ -206,6 +215,8 @@ class _Cpu(Section):
     level: Annotated[str, Field(pattern="^(portable|avx2|avx512)$")]
     matmul_gflops: _Positive
     expert_gb_per_s: _Positive | None = None
+    fp8_gflops: _Positive | None = None
+    rearranged_gb_per_s: _Positive | None = None
 
 
 class _Dram(Section):
@@ -324,6 +335,8 @@ def _profile(f: _File) -> HardwareProfile:
         cpu_level=f.cpu.level,
         cpu_matmul_flops=f.cpu.matmul_gflops * 1e9,
         expert_bytes_per_s=f.cpu.expert_gb_per_s * 1e9 if f.cpu.expert_gb_per_s else None,
+        cpu_fp8_flops=f.cpu.fp8_gflops * 1e9 if f.cpu.fp8_gflops else None,
+        rearranged_per_core=f.cpu.rearranged_gb_per_s * 1e9 if f.cpu.rearranged_gb_per_s else None,
         dram_bytes=int((f.dram.size_gib - f.dram.reserved_gib) * GIB),
         dram_bytes_per_s=f.dram.read_gb_per_s * 1e9,
         dram_rows_per_s=f.dram.random_rows_per_s or f.cpu.cores * ROWS_PER_CORE,

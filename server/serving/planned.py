@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.drafts.choice import weights_wanted
+from engine.drafts.own import room_for_drafts
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
 from memory.hardware.profiles import HardwareProfile, parse_bytes
@@ -15,7 +17,7 @@ from memory.pages.spaces import is_paged
 from memory.planner.budget import GPU_SHARE, MemoryBudget
 from memory.planner.forecast import remedy
 from memory.planner.placement import NOWHERE, Workload
-from memory.planner.serving import Asked, Choice, ServingPlan, chosen_gpus, serving_plan
+from memory.planner.serving import Asked, Choice, ServingPlan, bytes_of_one, chosen_gpus, serving_plan
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError, ConfigError
 from server.settings import Settings
@@ -61,6 +63,9 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     elif machine.dram_bytes < asked.weights_bytes + on_host:
         dram_bytes = asked.weights_bytes  # what was asked for is tried: it may be there
     budget = replace(budget, kv_format=kv_format, machine=replace(machine, dram_bytes=dram_bytes))
+    wanted = weights_wanted(settings.drafts)
+    drafts = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
+    asked = replace(asked, draft_bytes=drafts)
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)
     plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
     _check_context(settings, shape, plan)
@@ -120,9 +125,8 @@ def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan) -> 
     wanted, longest = settings.max_model_len, plan.workload.context
     if wanted is None or longest >= wanted:
         return
-    needed = shape.kv_bytes(wanted, 1) - shape.kv_bytes(0, 1)
-    tokens = plan.workload.kv_tokens or 0
-    pool = shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+    needed = bytes_of_one(shape, plan.hardware, wanted)
+    pool = sum(plan.placement.pool_bytes().values())
     raise BudgetError(
         f"a sequence of {wanted:,} tokens needs {needed / 1e6:,.1f} MB of KV cache, but the pool has "
         f"{pool / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"
