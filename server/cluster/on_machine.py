@@ -65,7 +65,7 @@ def look(settings: dict[str, Any]) -> Look:
         gpus = int(GPU_SHARE * sum(gpu.memory_bytes for gpu in this_machine().gpus))
     return Look(
         host=socket.gethostname(),
-        version=version_of(DISTRIBUTION),
+        version=version_of(DISTRIBUTION) or "unknown",
         path=str(opened.checkpoint.path),
         fingerprint=fingerprint(opened.checkpoint),
         room=available_memory_bytes() + gpus,

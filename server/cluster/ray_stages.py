@@ -59,7 +59,8 @@ def ray_module() -> Ray:
     os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a call while this process ends would start another Ray
     import ray
 
-    return ray  # type: ignore[return-value]
+    module: Ray = ray
+    return module
 
 
 def connect(address: str) -> list[str]:
@@ -92,8 +93,8 @@ def connect(address: str) -> list[str]:
 
 
 def _in_lasting_thread(work: Callable[[], object]) -> None:
-    """Do `work` in a thread that never ends: Linux ends a child with the thread that started it, if it is to end
-    with its parent. Raises what it raises."""
+    """Do `work` in a thread that never ends: with the thread that started them, Linux ends children that are
+    to end with their parent. Raises what it raises."""
     done, raised = threading.Event(), list[BaseException]()
 
     def run() -> None:

@@ -28,9 +28,7 @@ LIMITS = (
     "--dram-budget", "150MiB", "--max-model-len", "400", "--max-num-seqs", "8", "--prefix-cache", "20MiB"
 )  # fmt: skip
 START_S = 150.0
-BODY = {
-    "prompt": "Once upon a time there was", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 3
-}  # fmt: skip
+BODY = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 3}
 
 
 class Served:
