@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TARGET_MS = 3.0
 WARM_UP = 20  # steps that are not counted
 PROMPT = 32
+PATIENCE_S = 60.0  # for a step of a compiled graph
 
 
 def cluster(
@@ -133,7 +134,7 @@ def _calls(width: int, vocab: int, count: int) -> list[Result]:
     with InputNode() as given:
         graph = last.hand.bind(first.hand.bind(given)).experimental_compile()
     try:
-        in_graph = _median_ms(lambda: ray.get(graph.execute(0)), count)
+        in_graph = _median_ms(lambda: ray.get(graph.execute(0), timeout=PATIENCE_S), count)
         found.append(Result("cluster_compiled_graph_ms", in_graph, "ms"))
     finally:
         graph.teardown()
