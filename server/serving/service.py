@@ -135,7 +135,7 @@ def bring_up(prepared: Prepared) -> Served:
         prompt_products=loaded.prompt_products,
         drafters=drafters_of(settings.drafts, loaded, workload.sequences, context),
         draft_tokens=settings.draft_tokens,
-        draft_costs=draft_costs(prepared.planned),
+        draft_costs=draft_costs(prepared.planned.shape, prepared.planned.plan.hardware, workload),
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", workload.prefill_chunk)
