@@ -21,7 +21,7 @@ from server.serving.planned import planned
 from server.settings import resolve_settings
 from tests.conftest import golden_path
 from tests.server.conftest import StartServer
-from tests.server.harness import TINY, LociServer, complaint, invoke
+from tests.server.harness import DEADLINE_S, TINY, LociServer, complaint, invoke
 
 TIERED = ("--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
 
@@ -115,9 +115,9 @@ def test_a_server_counts_and_asks_a_small_model_beside_its_own(start_server: Sta
     planned_bytes = bytes_by_place(server, "loci_plan_bytes")
     assert held["dram", "drafts"] == planned_bytes["dram", "drafts"] > 1_000_000
 
-    body = {"model": large.name, "prompt": "A test", "max_tokens": 60, "ignore_eos": True, "temperature": 0}
-    found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).raise_for_status()
-    assert found.json()["usage"]["completion_tokens"] == 60
+    body = {"model": large.name, "prompt": "A test", "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+    found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=DEADLINE_S).raise_for_status()
+    assert found.json()["usage"]["completion_tokens"] == 20
     assert 'loci_drafted_tokens_total{drafter="model"}' in httpx.get(f"{server.url}/metrics").text
 
 
