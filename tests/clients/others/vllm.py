@@ -26,6 +26,7 @@ PROFILE = {
         "skills": {"type": "array", "items": {"enum": ["logic", "art"]}, "maxItems": 3},
     },
     "required": ["name", "age", "skills"],
+    "additionalProperties": False,
 }
 ADDRESS = r"((25[0-5]|(2[0-4]|1\d|[1-9]|)\d)\.){3}(25[0-5]|(2[0-4]|1\d|[1-9]|)\d)"
 LANGUAGES = ["Python", "Java", "JavaScript", "C++", "C#", "PHP", "TypeScript", "Ruby"]

@@ -20,6 +20,7 @@ WEATHER: dict[str, Any] = {
         "options": {"$ref": "#/$defs/Options"},
     },
     "required": ["city", "unit"],
+    "additionalProperties": False,
     "$defs": {
         "Options": {"type": "object", "additionalProperties": False, "properties": {"unit": UNIT}},
     },

@@ -183,7 +183,8 @@ def _messages(ask: Asked) -> None:
         assert stream.get_final_message().stop_reason in ("end_turn", "max_tokens")
     choice: Any = {"type": "any"}
     called = ask.claude.messages.create(**body | {"max_tokens": 600}, tools=[tool], tool_choice=choice)
-    assert called.stop_reason == "tool_use"
+    assert called.content[-1].type == "tool_use"
+    assert called.stop_reason in ("tool_use", "max_tokens")  # the model may go on calling
 
 
 @VLLM.test("test_models.py", "test_check_models", note="without adapters")
