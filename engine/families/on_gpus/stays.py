@@ -1,4 +1,4 @@
-"""Parts of a V4.1 step, each on one device, and what other GPUs do for them meanwhile."""
+"""Parts of a recorded step, each on one device, and what other GPUs do for them meanwhile."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.program import GpuProgram
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu
+from quant.kernels.interface import ExpertExtras
 from quant.kernels.recording import StepProgram, StepRecorder
 
 GRACE_S = 10.0  # for a GPU to come to the end of a step in which nobody waits any more
@@ -33,10 +34,18 @@ class Helping:
     x: Buffer | None = None
     helper: Helper | None = None
 
-    def serve(self, slots: SlotsOnGpu, layer: int, limit: float, box: Mailbox, number: int) -> None:
-        """Note a layer's hand-over."""
-        self.recorder.layer = layer
-        x = self.recorder.serve(slots, slots.places[layer], limit, box, number, self.answerer)
+    def serve(
+        self,
+        slots: SlotsOnGpu,
+        layer: int,
+        name: int | None,
+        activation: tuple[float, ExpertExtras],
+        box: Mailbox,
+        number: int,
+    ) -> None:
+        """Note the hand-over of a layer, which the model calls `name`."""
+        self.recorder.layer = name
+        x = self.recorder.serve(slots, slots.places[layer], activation, box, number, self.answerer)
         self.x = self.x or x
 
     def finish(self) -> None:
