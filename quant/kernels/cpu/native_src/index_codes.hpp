@@ -32,12 +32,7 @@ void unpack_keys(const IndexCodes& c, int64_t first, KeyTile& tile) {
     for (int i = 0; i < kTileKeys; ++i) {
         const int64_t key = first + i;
         rows[i] = c.keys[key < c.n ? key : c.n - 1];
-    }
-    for (int b = 0; b < c.blocks; b += 4) {  // rows are filled up to four bytes
-        alignas(64) uint32_t four[kTileKeys];
-        for (int i = 0; i < kTileKeys; ++i) __builtin_memcpy(four + i, rows[i] + c.blocks * (kBlock / 2) + b, 4);
-        for (int k = 0; k < 4 && b + k < c.blocks; ++k)
-            for (int i = 0; i < kTileKeys; ++i) codes[b + k][i] = static_cast<int32_t>(four[i] >> (8 * k) & 255);
+        for (int b = 0; b < c.blocks; ++b) codes[b][i] = rows[i][c.blocks * (kBlock / 2) + b];
     }
     for (int i = 0; i < kTileKeys; ++i) least[i] = most[i] = codes[0][i];
     for (int b = 1; b < c.blocks; ++b)
