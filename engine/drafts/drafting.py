@@ -231,10 +231,13 @@ class Drafting:
         if not any(found):
             return [NOTHING] * len(chunks)
         counts = self._counts(found, chunks, mosts, tokens, room)
-        found = self._made(chunks, found, counts)
+        found = self._made(chunks, found, counts, mosts)
         if any(c is not None and c.draft is not None and c.draft.chances is not None for c in found):
             again = self._counts(found, chunks, mosts, tokens, room, are_made=True)
-            counts = [min(a, b) for a, b in zip(counts, again, strict=True)]
+            for at, (candidate, more) in enumerate(zip(found, again, strict=True)):
+                is_there = candidate is not None and _is_made_whole(candidate.drafter) and counts[at] > 0
+                counts[at] = min(more if is_there else min(counts[at], more), room)
+                room -= counts[at]
         drafts = [NOTHING] * len(chunks)
         for at, (chunk, candidate, count) in enumerate(zip(chunks, found, counts, strict=True)):
             if candidate is not None and candidate.draft is not None and count:
@@ -319,7 +322,8 @@ class Drafting:
         counts = best_counts(tokens, allowed, room, self._times.seconds, drafting, computes_again=again)
         for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
             if are_made and own.is_probe:  # it is tried whatever it promises
-                counts[at] = max(1, self._affordable(own.credit, tokens, min(PROBED, len(chain))))
+                tried = self._affordable(own.credit, tokens, min(PROBED, len(chain)))
+                counts[at] = max(1, tried, counts[at])
                 continue
             own.is_probe = False
             most = min(PROBED, len(chain), room - sum(counts))
@@ -339,9 +343,9 @@ class Drafting:
         return times.seconds(_timed_as(drafter, count)) if times.is_known else 0.0
 
     def _made(
-        self, chunks: list[Chunk], found: list[_Candidate | None], counts: list[int]
+        self, chunks: list[Chunk], found: list[_Candidate | None], counts: list[int], mosts: list[int]
     ) -> list[_Candidate | None]:
-        """The candidates whose drafts are computed, with drafts."""
+        """The candidates whose drafts are computed, with drafts: whole ones where that takes no longer."""
         made = list(found)
         for drafter in self._drafters:
             wanted = [
@@ -355,7 +359,8 @@ class Drafting:
             if not wanted:
                 continue
             began = time.perf_counter()
-            drafts = drafter.draft([_request(chunks[at], counts[at]) for at in wanted])
+            asked = mosts if _is_made_whole(drafter) else counts
+            drafts = drafter.draft([_request(chunks[at], asked[at]) for at in wanted])
             longest, took = max(counts[at] for at in wanted), time.perf_counter() - began
             self._draft_times[drafter.name].observe(_timed_as(drafter, longest), took)
             self._made_s += took
@@ -464,6 +469,11 @@ class Drafting:
         stats.accepted += accepted
         stats.steps += 1
         stats.lengths[accepted] += 1
+
+
+def _is_made_whole(drafter: Drafter) -> bool:
+    """Whether its drafts cost something, but not more if more of them is asked for."""
+    return drafter.is_whole and drafter.name not in FREE
 
 
 def _timed_as(drafter: Drafter, count: int) -> int:
