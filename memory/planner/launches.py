@@ -1,5 +1,4 @@
-"""Kernels that a V4.1 layer on a GPU launches in a recorded step, and its hand-overs: what a plan counts
-with."""
+"""Kernels that a layer on a GPU launches in a recorded step, and its hand-overs: what a plan counts with."""
 
 from __future__ import annotations
 
@@ -26,3 +25,15 @@ def gpu_launches(*, owns_entries: bool, chooses_among: int, has_table: bool) -> 
     """
     chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
     return LAYER + chosen + (ENTRY if owns_entries else 0) + (TABLE if has_table else 0)
+
+
+# V4's sublayers read the streams by a mix of their own, which has to be there first: 2 more; heads of queries
+# are normalised, and the router waits for nothing else: 3 more.
+V4_LAYER = 22
+V4_STEP = 5  # the streams' beginning, how the head reads them, the last norm and the head
+
+
+def v4_launches(*, chooses_among: int) -> int:
+    """Launches of a layer of V4, which makes its own entries; it chooses among so many, or sees all for 0."""
+    chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
+    return V4_LAYER + chosen

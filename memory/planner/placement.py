@@ -40,6 +40,7 @@ ACTIVATION_BUFFERS = 2
 RECORDED_ROWS = 16
 RECORDED_ACTIVATIONS = 3
 RECORDED_LATENTS = 32
+RECORDED_SHARES = 64  # programs that share what rows attend to, where that is all, whatever there is of it
 # Layers whose experts can be in staging at once: one computed, the next on its way in.
 STAGED_LAYERS = 2
 # What calling a layer's operations costs more on the CPU than on a GPU; its threads must meet.
@@ -279,7 +280,8 @@ def lent_bytes(shape: ModelShape, workload: Workload) -> int:
 def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
     """Buffers of a recorded decode step on a GPU, for all rows that it may have: what a token has in hand,
     logits, a score of each entry that a sequence may have, and attention, in parts of some latents for each
-    head; and for its share of another GPU's layers, a token's inputs twice, and its experts' inner values."""
+    head, or in as many parts for all rows together as programs share latents that were not chosen; and for
+    its share of another GPU's layers, a token's inputs twice, and its experts' inner values."""
     kv = [layer.kv for layer in shape.layers]
     scores = 6 * workload.context // min((k.seen_ratio for k in kv if k.scan_bytes), default=workload.context)
     attention = max(
@@ -288,7 +290,9 @@ def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
     in_hand = RECORDED_ACTIVATIONS * shape.activation_bytes + 4 * shape.vocab_size
     inner = shape.top_k * max(layer.expert.parameters // (3 * shape.hidden) for layer in shape.layers)
     share = 4 * (2 * shape.hidden + inner + 2 * shape.top_k)
-    return RECORDED_ROWS * (in_hand + scores + attention // RECORDED_LATENTS + share)
+    whole = max((k.selected_flops for k in kv if k.seen_ratio and k.selected is None), default=0)
+    rows = in_hand + scores + attention // RECORDED_LATENTS + share
+    return RECORDED_ROWS * rows + RECORDED_SHARES * whole
 
 
 def _reserve_workspace(

@@ -45,7 +45,7 @@ def model_on_gpu(gpu_bytes: int, dram_bytes: int = 1 << 30, gpus: int = 1) -> De
 
 def programs_of(cache: V41Cache) -> list[GpuProgram]:
     assert isinstance(cache.decoder, V41OnGpus), "nothing was recorded"
-    found = [stay.program for stay in cache.decoder.stays]
+    found = [stay.program for stay in cache.decoder.step.stays]
     on_gpu = [program for program in found if isinstance(program, GpuProgram)]
     assert on_gpu
     return on_gpu
@@ -96,7 +96,7 @@ def test_two_gpus_compute_a_layers_experts_at_once(gpu_bytes: int, dram_bytes: i
     model = model_on_gpu(gpu_bytes, dram_bytes, gpus=2)
     cache = model.new_cache(SLOTS, CONTEXT)
     assert isinstance(cache.decoder, V41OnGpus), "nothing was recorded"
-    helpers = [helping.helper for stay in cache.decoder.stays for helping in stay.helping]
+    helpers = [helping.helper for stay in cache.decoder.step.stays for helping in stay.helping]
     assert {helper.device.index for helper in helpers if helper is not None} == {0, 1}
     for helper in helpers:
         assert helper is not None

@@ -15,6 +15,7 @@ from engine.families.places import HOST
 from engine.families.streams.in_memory import InMemory
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
+from memory.planner.launches import v4_launches
 from memory.planner.published import KV_MARGIN
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
 from quant.formats.kv import v4_rows
@@ -80,6 +81,7 @@ def _shape(c: V4Config, parts: Parts, name: str, counted: int, kv_format: KvForm
                 shared=parts.of("shared", n),
                 experts=c.n_routed_experts,
                 expert=Weights(experts.nbytes // counted, experts.parameters // counted),
+                launches=launches_of(c, n, c.max_position_embeddings),
             )
         )
     query_dim = c.num_attention_heads * c.head_dim
@@ -95,6 +97,11 @@ def _shape(c: V4Config, parts: Parts, name: str, counted: int, kv_format: KvForm
         activation_bytes=4 * (2 * c.hc_mult * c.hidden_size + 2 * query_dim),
         host_bytes=sum(parts.of("look_ups", n).nbytes for n in range(c.layers)),
     )
+
+
+def launches_of(c: V4Config, n: int, context: int) -> int:
+    """Kernels that a recorded step launches for a layer on a GPU, of sequences of up to `context` tokens."""
+    return v4_launches(chooses_among=context // c.ratios[n] if len(c.groups(n)) > 1 else 0)
 
 
 def _kv(c: V4Config, cache: GroupedShape, n: int) -> KvShape:

@@ -22,6 +22,7 @@ from engine.families.deepseek_v41.eager import V41Eager
 from engine.families.deepseek_v41.operations import V41Operations, V41Parts
 from engine.families.deepseek_v41.recorded import V41Recorded
 from engine.families.deepseek_v41.weights import LayerWeights, V41Weights
+from engine.families.on_gpus.room import check_room, recorders_of
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix
@@ -29,14 +30,12 @@ from engine.layers.engram_hash import EngramHash
 from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
-from quant.errors import BudgetError, FormatError
+from quant.errors import FormatError
 from quant.formats.kv import v41_rows
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
 from quant.kernels.interface import Kernels
-from quant.kernels.recording import StepRecorder
 
 if TYPE_CHECKING:
     from engine.families.deepseek_v41.on_gpus import V41OnGpus
@@ -171,20 +170,14 @@ class DeepseekV41(StreamModel):
 
         Raises BudgetError where a GPU's are more than was kept free there when loading."""
         nbytes: dict[torch.device, int] = defaultdict(int)
-        recorders = {device: recorder_on(device, self.kernels, MAX_ROWS) for device in self._devices}
-        if None in recorders.values():
+        on = recorders_of(self._devices, self.kernels, MAX_ROWS)
+        if on is None:
             return None, nbytes
-
-        def on(device: torch.device) -> StepRecorder:
-            recorder = recorder_on(device, self.kernels, MAX_ROWS)
-            assert recorder is not None
-            return recorder
-
-        from engine.families.deepseek_v41.answers import coordinator_of
         from engine.families.deepseek_v41.on_gpus import V41OnGpus
+        from engine.families.on_gpus.answers import coordinator_of
 
         if self._coordinator is None:
-            self._coordinator = coordinator_of(self.parts)
+            self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
         try:
             ops = V41OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
             source = ops.begin(self.config.hidden_size)
@@ -195,22 +188,11 @@ class DeepseekV41(StreamModel):
             )
             return None, nbytes
         nbytes.update(ops.nbytes(result))
-        self._check_room(nbytes, cache.capacity)
+        check_room(nbytes, self._devices, self.weights.places.step_room, MAX_ROWS, cache.capacity)
         if only_look:
             return None, nbytes
         ops.finish(source, result)
         return ops, nbytes
-
-    def _check_room(self, nbytes: dict[torch.device, int], capacity: int) -> None:
-        """Raises BudgetError where a recorded step's buffers need more than is kept for them on a GPU."""
-        room = self.weights.places.step_room
-        for device in sorted(self._devices - {HOST}, key=str):
-            if (missing := nbytes[device] - room) > 0:
-                raise BudgetError(
-                    f"{device}: a recorded step of {MAX_ROWS} sequences of up to {capacity:,} tokens needs "
-                    f"{nbytes[device] / 1e6:,.1f} MB, {missing / 1e6:,.1f} MB more than was reserved for it; "
-                    "lower --max-model-len or leave this GPU out of --devices"
-                )
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
         if self.engram is None or self.parts.ngrams is not None or not drawn:

@@ -12,9 +12,10 @@ import triton
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda import row_tasks as task
 from quant.kernels.cuda.attention import SparseAttention
+from quant.kernels.cuda.chains import Fixed, Noted
+from quant.kernels.cuda.latent_attention import LatentAttention
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail
-from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import Product, products_launch
 from quant.kernels.cuda.row_codes import encode_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
@@ -124,18 +125,23 @@ def _latent(of: dict[str, Any]) -> RowTask:
 
 
 def _pool(of: dict[str, Any]) -> RowTask:
-    state = of["state"]
-    fields = {
+    state, dim = of["state"], of["out"].shape[1]
+    fields: dict[int, Any] = {
         task.X.value: of["x"], task.GATE.value: of["gate"], task.WEIGHT.value: of["weight"],
         task.EPS.value: float(of["eps"]), task.OUT.value: of["out"], task.STATE.value: state,
-        task.GATE_STATE.value: of["gate_state"], task.WIDTH.value: state.shape[2],
+        task.GATE_STATE.value: of["gate_state"], task.WIDTH.value: dim,
         task.PLACES.value: state.shape[1], task.STRIDE.value: state.stride(0), task.RATIO.value: of["ratio"],
+        task.SPLITS.value: int(of["overlaps"]),
     }  # fmt: skip
-    return RowTask(task.POOL.value, fields, state.shape[2])
+    if of.get("by_position") is not None:
+        fields[task.SCALE.value] = of["by_position"]
+    return RowTask(task.POOL.value, fields, dim)
 
 
 def _mix(of: dict[str, Any]) -> RowTask:
     shape: MixShape = of["shape"]
+    if shape.is_reading:
+        return _reading(of, shape)
     fields = {
         task.X.value: of["parts"], task.SCALE.value: of["scale"], task.BASE.value: of["base"],
         task.OUT.value: of["pre"], task.POST.value: of["post"], task.COMBINE.value: of["combine"],
@@ -143,10 +149,45 @@ def _mix(of: dict[str, Any]) -> RowTask:
         task.ITERATIONS.value: of["iterations"], task.EPS.value: float(of["eps"]),
         task.NORM_EPS.value: float(of["norm_eps"]),
     }  # fmt: skip
-    constants: dict[str, int | bool] = {
-        "N": shape.n, "COUNT": shape.padded, "SPLITS_N": int(triton.next_power_of_2(shape.splits)),
+    return RowTask(task.MIX.value, fields, 2, _of_mixes(shape))
+
+
+def _reading(of: dict[str, Any], shape: MixShape) -> RowTask:
+    fields = {
+        task.X.value: of["parts"], task.SCALE.value: of["scale"], task.BASE.value: of["base"],
+        task.OUT.value: of["pre"], task.SPLITS.value: shape.splits, task.WIDTH.value: shape.cols,
+        task.EPS.value: float(of["eps"]), task.NORM_EPS.value: float(of["norm_eps"]),
     }  # fmt: skip
-    return RowTask(task.MIX.value, fields, 2, constants)
+    return RowTask(task.READING.value, fields, 2, _of_mixes(shape))
+
+
+def _of_mixes(shape: MixShape) -> dict[str, int | bool]:
+    """Constants of tasks that make mixes."""
+    splits = int(triton.next_power_of_2(shape.splits))
+    return {"N": shape.n, "COUNT": shape.padded, "SPLITS_N": splits}
+
+
+def _weigh(of: dict[str, Any]) -> RowTask:
+    fields = {
+        task.X.value: of["x"], task.WIDTH.value: of["x"].shape[1], task.GATE.value: of["ids"],
+        task.POST.value: of["weights"], task.EPS.value: float(of["rule"].factor),
+        task.NORM_EPS.value: float(of["rule"].epsilon),
+    }  # fmt: skip
+    top_k = of["rule"].top_k
+    return RowTask(task.WEIGH.value, fields | _of_places(of), top_k, {"TOP_K": top_k}, mail=_mail(of))
+
+
+def _of_places(of: dict[str, Any]) -> dict[int, Any]:
+    """Fields of the table of places, and of chosen experts' ones."""
+    if of.get("table") is None:
+        return {}
+    return {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
+
+
+def _mail(of: dict[str, Any]) -> Mail | None:
+    if of.get("box") is None:
+        return None
+    return Mail(of["box"], of["number"], of["left"], of["guesses"])
 
 
 def _route(of: dict[str, Any]) -> RowTask:
@@ -155,10 +196,8 @@ def _route(of: dict[str, Any]) -> RowTask:
         task.OUT.value: of["ids"], task.POST.value: of["weights"],
         task.EPS.value: float(of["rule"].factor), task.NORM_EPS.value: float(of["rule"].epsilon),
     }  # fmt: skip
-    if of.get("table") is not None:
-        fields |= {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
-    mail = None if of.get("box") is None else Mail(of["box"], of["number"], of["left"], of["guesses"])
-    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], {"TOP_K": of["rule"].top_k}, mail=mail)
+    constants: dict[str, int | bool] = {"TOP_K": of["rule"].top_k}
+    return RowTask(task.ROUTE.value, fields | _of_places(of), of["x"].shape[1], constants, mail=_mail(of))
 
 
 def _turns(of: dict[str, Any]) -> RowTask:
@@ -174,6 +213,7 @@ _TASKS: dict[str, Callable[[dict[str, Any]], RowTask]] = {
     "pool": _pool,
     "mix": _mix,
     "route": _route,
+    "weigh": _weigh,
     "turns": _turns,
 }
 
@@ -212,6 +252,9 @@ def _add_up(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 def _attend(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     names = "q", "rings", "sink", "window", "entries", "chosen", "turns", "back", "parts", "stats", "out"
     given: dict[str, Any] = {name: of.get(name) for name in names}
+    if of.get("every") is not None:
+        latents = LatentAttention(**given, every=of["every"], scale=of["scale"])
+        return list(latents.launches(places.step, rows, places.max_rows))
     attention = SparseAttention(**given)
     return list(attention.launches(places.step, rows, places.max_rows))
 

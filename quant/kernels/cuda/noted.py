@@ -1,4 +1,4 @@
-"""What a recorder for a GPU notes, and how noted operations become one another: fewer, larger ones.
+"""How noted operations become fewer, larger ones.
 
 An operation's neighbours in a chain are made part of it where nobody else reads what passes between them:
 RMSNorm, rotation and the way into a sequence's state are one pass over a vector; queries are turned where
@@ -7,124 +7,31 @@ they are read; a gated pair is multiplied at once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from quant.errors import FormatError
-from quant.kernels.cpu.program import Buffer, HandOver
-from quant.kernels.cuda.mailbox import Word
+from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda.chains import Chains, Noted
 from quant.kernels.cuda.products import family_of
-from quant.kernels.cuda.row_tasks import IN_RING
 from quant.packed import PackedTensor
 
 LONGEST = 4096  # of a vector that one program of a row task holds
 
 
-@dataclass(eq=False)
-class Fixed(Buffer):
-    """A buffer that is never written: the same values in every step."""
-
-    held: torch.Tensor | None = None
-
-
-@dataclass(eq=False)
-class Noted:
-    """An operation.
-
-    ins, outs  by their names in lowering.py: buffers, weights, tensors, numbers; None where there is none
-    sees       state of sequences that it reads
-    changes    and writes
-    work       what the caller does at a hand-over, unless the number at `skip` is not 0
-    """
-
-    kind: str
-    ins: dict[str, Any]
-    outs: dict[str, Buffer]
-    sees: tuple[torch.Tensor, ...] = ()
-    changes: tuple[torch.Tensor, ...] = ()
-    layer: int | None = None
-    work: HandOver | None = None
-    skip: torch.Tensor | None = None
-
-    @property
-    def reads(self) -> list[Buffer]:
-        """The buffers among what goes in."""
-        return [value for value in self.ins.values() if isinstance(value, Buffer)]
-
-    @property
-    def words(self) -> tuple[Word, ...]:
-        """What it sets or waits for, once it is done."""
-        found: tuple[Word, ...] = self.ins.get("words", ())
-        return found
-
-    @property
-    def is_mailed(self) -> bool:
-        """Whether it leaves something in a mailbox."""
-        return self.kind == "route" and self.ins.get("box") is not None
-
-    def is_plain(self, *without: str) -> bool:
-        """Whether it has none of these."""
-        return all(self.ins.get(name) is None for name in without)
-
-
-class _Chains:
-    """The operations so far, with who wrote each buffer and how often it is read."""
-
-    def __init__(self, noted: Sequence[Noted], kept: Sequence[Buffer]) -> None:
-        self.ops: list[Noted | None] = []
-        self._at: dict[int, int] = {}  # by the id of a buffer that one operation wrote
-        self._reads = Counter(id(buffer) for op in noted for buffer in op.reads)
-        self._reads.update(id(buffer) for buffer in kept)
-
-    def add(self, op: Noted) -> None:
-        self._at.update({id(buffer): len(self.ops) for buffer in op.outs.values()})
-        self.ops.append(op)
-
-    def before(self, value: object, kind: str) -> Noted | None:
-        """The operation of that kind whose only result, read once, is `value`."""
-        if not isinstance(value, Buffer) or self._reads[id(value)] != 1:
-            return None
-        at = self._at.get(id(value))
-        op = None if at is None else self.ops[at]
-        return op if op is not None and op.kind == kind and list(op.outs.values()) == [value] else None
-
-    def writer(self, buffer: Buffer) -> Noted:
-        """The operation that writes a buffer."""
-        op = self.ops[self._at[id(buffer)]]
-        assert op is not None
-        return op
-
-    def drop(self, *ops: Noted) -> None:
-        """Take away what has become part of another."""
-        gone = {id(op) for op in ops}
-        self.ops = [None if op is not None and id(op) in gone else op for op in self.ops]
-
-    def last_ring_write(self, state: torch.Tensor) -> Noted:
-        """The operation that stored a row in this ring. Raises FormatError."""
-        for op in reversed(self.ops):
-            is_write = op is not None and op.kind == "latent" and op.ins.get("state") is state
-            if op is not None and is_write and op.ins["stored"] == IN_RING and op.is_plain("weight", "turns"):
-                return op
-        raise FormatError("groups are pooled of rows that were stored in the same step")
-
-
 def fused(noted: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
     """The same computation in fewer operations; buffers that are `kept` are read from outside."""
-    chains = _Chains(noted, kept)
+    chains = Chains(noted, kept)
     for op in noted:
         chains.add(_RULES.get(op.kind, _alone)(op, chains))
     return list(_settled(op for op in chains.ops if op is not None))
 
 
-def _alone(op: Noted, chains: _Chains) -> Noted:
+def _alone(op: Noted, chains: Chains) -> Noted:
     return op
 
 
-def _read(op: Noted, chains: _Chains) -> Noted:
+def _read(op: Noted, chains: Chains) -> Noted:
     """A weighted sum of streams, then its norm."""
     before = chains.before(op.ins["x"], "read")
     if before is not None and before.ins["eps"] is None and op.is_plain("pre"):
@@ -138,7 +45,7 @@ def _read(op: Noted, chains: _Chains) -> Noted:
     return op
 
 
-def _latent(op: Noted, chains: _Chains) -> Noted:
+def _latent(op: Noted, chains: Chains) -> Noted:
     """A norm, then a turn, then the way into a state."""
     before = chains.before(op.ins["x"], "latent")
     is_turn = op.ins.get("turns") is not None
@@ -154,14 +61,19 @@ def _latent(op: Noted, chains: _Chains) -> Noted:
     return op
 
 
-def _pool(op: Noted, chains: _Chains) -> Noted:
+def _pool(op: Noted, chains: Chains) -> Noted:
     """Projections to their rings, and the group that they complete."""
     rows, gates = (chains.last_ring_write(op.ins[name]) for name in ("state", "gate_state"))
     chains.drop(rows, gates)
-    return replace(op, ins=op.ins | {"x": rows.ins["x"], "gate": gates.ins["x"]})
+    gate, by_position = gates.ins["x"], None
+    biased = chains.before(gate, "bias")
+    if biased is not None:
+        chains.drop(biased)
+        gate, by_position = biased.ins["x"], biased.ins["rows"]
+    return replace(op, ins=op.ins | {"x": rows.ins["x"], "gate": gate, "by_position": by_position})
 
 
-def _gated(op: Noted, chains: _Chains) -> Noted:
+def _gated(op: Noted, chains: Chains) -> Noted:
     """Two matrices of one input."""
     gate, up = (chains.before(op.ins[name], "product") for name in ("x", "y"))
     if gate is None or up is None or gate.ins["x"] is not up.ins["x"]:
@@ -183,7 +95,7 @@ def _are_alike(first: Any, second: Any) -> bool:
     return bool(first.dtype == second.dtype)
 
 
-def _turned_back(op: Noted, chains: _Chains) -> Noted:
+def _turned_back(op: Noted, chains: Chains) -> Noted:
     """What attention has found, turned; or else a vector."""
     attend = chains.before(op.ins["x"], "attend")
     if attend is not None and attend.is_plain("back") and op.is_plain("weight", "state"):
@@ -192,7 +104,7 @@ def _turned_back(op: Noted, chains: _Chains) -> Noted:
     return _latent(op, chains)
 
 
-def _attend(op: Noted, chains: _Chains) -> Noted:
+def _attend(op: Noted, chains: Chains) -> Noted:
     """Queries turned by those that read them."""
     turn = chains.before(op.ins["q"], "latent")
     if turn is not None and turn.is_plain("weight", "state"):
@@ -201,7 +113,7 @@ def _attend(op: Noted, chains: _Chains) -> Noted:
     return op
 
 
-def _select(op: Noted, chains: _Chains) -> Noted:
+def _select(op: Noted, chains: Chains) -> Noted:
     """The same, and a factor of the weights."""
     turn = chains.before(op.ins["queries"], "latent")
     if turn is not None and turn.is_plain("weight", "state"):
@@ -214,7 +126,7 @@ def _select(op: Noted, chains: _Chains) -> Noted:
     return replace(op, ins=op.ins | {"weights": scale.ins["x"], "factor": scale.ins["number"]})
 
 
-def _write(op: Noted, chains: _Chains) -> Noted:
+def _write(op: Noted, chains: Chains) -> Noted:
     """Experts' outputs summed up where they are written to the streams."""
     total = chains.before(op.ins["y"], "add_up")
     if total is None:
@@ -223,15 +135,15 @@ def _write(op: Noted, chains: _Chains) -> Noted:
     return replace(op, ins=op.ins | total.ins, sees=(*op.sees, *total.sees))
 
 
-def _mail(op: Noted, chains: _Chains) -> Noted:
+def _mail(op: Noted, chains: Chains) -> Noted:
     """What a mailbox is for, left by the router."""
-    route = chains.writer(op.ins["ids"])
+    route = chains.writer(op.ins["places"])
     chains.drop(route)
-    left = {name: value for name, value in op.ins.items() if name != "ids"}
+    left = {name: value for name, value in op.ins.items() if name != "places"}
     return replace(route, ins=route.ins | left, changes=(*route.changes, *op.changes))
 
 
-def _sum(op: Noted, chains: _Chains) -> Noted:
+def _sum(op: Noted, chains: Chains) -> Noted:
     """Experts' outputs and the shared expert's."""
     total = chains.before(op.ins["x"], "add_up")
     if total is None or not total.is_plain("y"):

@@ -14,9 +14,10 @@ from quant.formats.rows import EncodedRows, Rows, bytes_of
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
+from quant.kernels.cuda.chains import Fixed, Noted
 from quant.kernels.cuda.kernels import TritonKernels
+from quant.kernels.cuda.latent_attention import SHARES, check_attends
 from quant.kernels.cuda.mailbox import Mailbox
-from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
 from quant.kernels.cuda.row_codes import RowCodes, check_has_kernels
@@ -78,7 +79,10 @@ class GpuRecorder:
     # -------------------------------------------------------------------------------------- any model
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
-        """x * rsqrt(mean(x^2) + eps) * weight."""
+        """x * rsqrt(mean(x^2) + eps) * weight; with a weight shorter than x, each such part by itself."""
+        if weight is not None and len(weight) < x.width:
+            given = {"weight": self._floats(weight), "eps": eps, "heads": x.width // len(weight)}
+            return self._to(x.width, "latent", x=x, stored=NOWHERE, **given)
         return self._to(x.width, "read", x=x, pre=None, weight=self._floats(weight), eps=eps)
 
     def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
@@ -104,6 +108,10 @@ class GpuRecorder:
     def gated(self, gate: Buffer, up: Buffer, limit: float) -> Buffer:
         """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
         return self._to(gate.width, "gated", x=gate, y=up, number=limit)
+
+    def bias(self, x: Buffer, rows: torch.Tensor) -> Buffer:
+        """x + a row `[width]`; of several `[n, width]`, that of the position modulo n."""
+        return self._to(x.width, "bias", x=x, rows=self._floats(rows))
 
     def add(self, x: Buffer, y: Buffer) -> Buffer:
         """x + y."""
@@ -139,6 +147,19 @@ class GpuRecorder:
         self._note(Noted("route", ins, outs))
         return outs["ids"], outs["weights"]
 
+    def weigh(
+        self, logits: Buffer, ids: Buffer, rule: RoutingRule, table: torch.Tensor | None = None
+    ) -> Buffer:
+        """The weights of experts that were chosen otherwise, ids `[rows, top_k]` int64; table as in
+        `route`."""
+        if rule.score != "sqrt softplus" or not rule.is_renormalised:
+            raise FormatError("no Triton kernel weighs experts by this rule")
+        outs = {"weights": self.buffer(rule.top_k)}
+        if table is not None:
+            outs["places"] = self._places[id(ids)] = self.buffer(rule.top_k, torch.int64)
+        self._note(Noted("weigh", {"x": logits, "ids": ids, "rule": rule, "table": table}, outs))
+        return outs["weights"]
+
     def experts(
         self,
         x: Buffer,
@@ -161,7 +182,7 @@ class GpuRecorder:
         places, first = self._places[id(ids)], slots.sample.w1
         top_k, state = ids.width, (box.outputs,)
         left: dict[str, Any] = {
-            "left": x, "ids": ids, "box": box, "number": number, "guesses": guesses,
+            "left": x, "places": places, "box": box, "number": number, "guesses": guesses,
             "words": (box.post_word(number),),
         }  # fmt: skip
         self._note(Noted("mail", left, {}, changes=state))
@@ -245,6 +266,30 @@ class GpuRecorder:
         self._note(Noted("mix", ins, outs))
         return outs["pre"], outs["post"], outs["combine"]
 
+    def read_mix(
+        self,
+        streams: Buffer,
+        fn: torch.Tensor,
+        scale: torch.Tensor,
+        base: torch.Tensor,
+        eps: float,
+        norm_eps: float,
+    ) -> Buffer:
+        """How n streams are read, `[rows, n]`: as `mix`, of fn `[n, streams]` and nothing else."""
+        n = len(scale)
+        if n & (n - 1):
+            raise FormatError(f"{n} streams are not a power of two")
+        shape = MixShape(n, streams.width, is_reading=True)
+        parts = self.buffer(shape.splits * shape.padded)
+        self._note(Noted("mixed", {"x": streams, "fn": self._floats(fn), "shape": shape}, {"parts": parts}))
+        ins = {
+            "parts": parts, "scale": self._floats(scale), "base": self._floats(base), "shape": shape,
+            "eps": eps, "norm_eps": norm_eps,
+        }  # fmt: skip
+        pre = self.buffer(n)
+        self._note(Noted("mix", ins, {"pre": pre}))
+        return pre
+
     def mix_streams(self, streams: Buffer, y: Buffer, post: Buffer, combine: Buffer) -> Buffer:
         """post_j * y + sum_i combine[i, j] * stream_i."""
         return self._to(streams.width, "write", x=streams, y=y, post=post, combine=combine)
@@ -277,10 +322,11 @@ class GpuRecorder:
         """Operations that matter only to rows that complete a group; here all rows do them."""
         yield
 
-    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int) -> Buffer:
-        """The last `ratio` rows in rings `[slots, ring, dim]`, which were written before, pooled."""
-        out = self.buffer(rows.shape[2])
-        ins: dict[str, Any] = {"state": rows, "gate_state": gates, "ratio": ratio}
+    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int, *, overlaps: bool = False) -> Buffer:
+        """The last `ratio` rows in rings `[slots, ring, width]`, which were written before, pooled: see
+        `StepRecorder.pool`."""
+        out = self.buffer(rows.shape[2] // 2 if overlaps else rows.shape[2])
+        ins: dict[str, Any] = {"state": rows, "gate_state": gates, "ratio": ratio, "overlaps": overlaps}
         self._note(Noted("pool", ins, {"out": out}, changes=(rows, gates)))
         return out
 
@@ -292,9 +338,12 @@ class GpuRecorder:
         window: int,
         compressed: Rows | None,
         chosen: Buffer | None,
+        every: int | None = None,
     ) -> Buffer:
-        """Attention over windows and chosen entries: see `StepRecorder.attend_sparse`."""
+        """Attention over windows and entries, chosen or all: see `StepRecorder.attend_sparse`."""
         dim = rings.shape[2]
+        if compressed is not None and every is not None:
+            return self._attend_latents(q, rings, sink, window, compressed, None, every, dim)
         entries = compressed if chosen is not None else None
         splits = splits_of(window, 0 if chosen is None else chosen.width)
         ins = {
@@ -305,6 +354,32 @@ class GpuRecorder:
         RowCodes.of(rings)  # raises FormatError
         sees = (bytes_of(rings),) if entries is None else (bytes_of(rings), bytes_of(entries))
         out = self.buffer(q.width)
+        self._note(Noted("attend", ins, {"out": out}, sees=sees))
+        return out
+
+    def _attend_latents(
+        self,
+        q: Buffer,
+        rings: Rows | None,
+        sink: torch.Tensor,
+        window: int,
+        entries: Rows,
+        chosen: Buffer | None,
+        every: int,
+        value_dim: int,
+    ) -> Buffer:
+        """Attention over a window and all entries, or those chosen: see `LatentAttention`."""
+        heads = len(sink)
+        check_attends(rings, value_dim)
+        check_attends(entries, value_dim)
+        ins = {
+            "q": q, "rings": rings, "sink": self._floats(sink), "window": window, "entries": entries,
+            "chosen": chosen, "every": every, "scale": entries.shape[2] ** -0.5,
+            "parts": self.buffer(heads * value_dim, rows=SHARES),
+            "stats": self.buffer(heads * 2, rows=SHARES),
+        }  # fmt: skip
+        sees = (bytes_of(entries),) if rings is None else (bytes_of(rings), bytes_of(entries))
+        out = self.buffer(heads * value_dim)
         self._note(Noted("attend", ins, {"out": out}, sees=sees))
         return out
 

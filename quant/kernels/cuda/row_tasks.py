@@ -17,7 +17,8 @@ import triton.language as tl
 
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail, leave_row
-from quant.kernels.cuda.streams import finish_mix
+from quant.kernels.cuda.pooling import pool_group
+from quant.kernels.cuda.streams import finish_mix, finish_reading
 
 # Fields of a line, 24 numbers.
 KIND: tl.constexpr = tl.constexpr(0)
@@ -51,6 +52,8 @@ POOL: tl.constexpr = tl.constexpr(1)
 MIX: tl.constexpr = tl.constexpr(2)
 ROUTE: tl.constexpr = tl.constexpr(3)
 ROTATIONS: tl.constexpr = tl.constexpr(4)
+WEIGH: tl.constexpr = tl.constexpr(5)
+READING: tl.constexpr = tl.constexpr(6)
 
 NOWHERE, IN_RING, AS_ENTRY = 0, 1, 2  # what STORED says
 MAX_SPLITS = 64
@@ -122,33 +125,25 @@ def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
     """A row's projections to the rings of its slot; and where its token completes a group, the group's,
     pooled by the softmax of their gates channel by channel, and normalised: to a buffer."""
     width = tl.load(line + WIDTH).to(tl.int32)
-    ratio, places = tl.load(line + RATIO), tl.load(line + PLACES)
-    position = tl.load(step + 1 + MAX + row)
     slot = tl.load(step + 1 + row) * tl.load(line + STRIDE)
+    total = pool_group(
+        floats_at(line, X), floats_at(line, GATE), floats_at(line, SCALE), floats_at(line, STATE) + slot,
+        floats_at(line, GATE_STATE) + slot, step, row, width, tl.load(line + RATIO),
+        tl.load(line + SPLITS).to(tl.int32), tl.load(line + PLACES), BLOCK, MAX,
+    )  # fmt: skip
     col = tl.arange(0, BLOCK)
     inside = col < width
-    rows, gates = floats_at(line, STATE) + slot, floats_at(line, GATE_STATE) + slot
-    value = tl.load(floats_at(line, X) + row * width + col, mask=inside, other=0.0)
-    gate = tl.load(floats_at(line, GATE) + row * width + col, mask=inside, other=0.0)
-    is_alive = row < tl.load(step)
-    if is_alive:
-        tl.store(rows + position % places * width + col, value, mask=inside)
-        tl.store(gates + position % places * width + col, gate, mask=inside)
-    total = tl.zeros([BLOCK], tl.float32)
-    if is_alive & ((position + 1) % ratio == 0):
-        most = gate
-        for back in range(1, ratio):
-            at = (position - back) % places * width + col
-            most = tl.maximum(most, tl.load(gates + at, mask=inside, other=0.0))
-        share = tl.exp(gate - most)
-        shares, total = share, share * value
-        for back in range(1, ratio):
-            at = (position - back) % places * width + col
-            share = tl.exp(tl.load(gates + at, mask=inside, other=0.0) - most)
-            shares += share
-            total += share * tl.load(rows + at, mask=inside, other=0.0)
-        total = normalised(total / shares, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+    total = normalised(total, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
     tl.store(floats_at(line, OUT) + row * width + col, total, mask=inside)
+
+
+@triton.jit
+def sqrt_softplus(logit):
+    """The root of log(1 + e^logit)."""
+    small = tl.exp(-tl.abs(logit))
+    above = 1.0 + small  # of which small * log(above) / (above - 1) is log1p(small), to the last bits
+    log1p = tl.where(above == 1.0, small, small * tl.log(above) / (above - 1.0))
+    return tl.sqrt(tl.maximum(logit, 0.0) + log1p)
 
 
 @triton.jit
@@ -160,16 +155,12 @@ def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     each = tl.arange(0, BLOCK)
     inside = each < experts
     logit = tl.load(floats_at(line, X) + row * experts + each, mask=inside, other=0.0)
-    small = tl.exp(-tl.abs(logit))
-    above = 1.0 + small  # of which small * log(above) / (above - 1) is log1p(small), to the last bits
-    log1p = tl.where(above == 1.0, small, small * tl.log(above) / (above - 1.0))
-    score = tl.sqrt(tl.maximum(logit, 0.0) + log1p)
+    score = sqrt_softplus(logit)
     ranked = score + tl.load(floats_at(line, WEIGHT) + each, mask=inside, other=0.0)
     ranked = tl.where(inside, ranked, float("-inf"))
     ids = tl.load(line + OUT).to(tl.pointer_type(tl.int64)) + row * TOP_K
     weights = floats_at(line, POST) + row * TOP_K
     is_alive = row < tl.load(step)
-    has_places = tl.load(line + STATE) != 0
     choices = tl.arange(0, BLOCK)
     chosen = tl.zeros([BLOCK], tl.float32)
     idents = tl.full([BLOCK], -1, tl.int64)
@@ -183,14 +174,38 @@ def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     is_choice = choices < TOP_K
     tl.store(weights + choices, share, mask=is_choice)
     tl.store(ids + choices, idents, mask=is_choice)
-    if has_places:
+    say_places(line, step, row, idents, TOP_K, BLOCK)
+
+
+@triton.jit
+def say_places(line, step, row, idents, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a row's choices, the first TOP_K of idents `[BLOCK]`: their places where there is a table, and mail
+    where there is a mailbox."""
+    if tl.load(line + STATE) != 0:
+        choices = tl.arange(0, BLOCK)
         table = tl.load(line + STATE).to(tl.pointer_type(tl.int64))
         places = tl.load(table + idents, mask=idents >= 0, other=-1)
         to = tl.load(line + COMBINE).to(tl.pointer_type(tl.int64)) + row * TOP_K
-        tl.store(to + choices, places, mask=is_choice)
+        tl.store(to + choices, places, mask=choices < TOP_K)
         if tl.load(line + MAIL) != 0:
             mail = line + tl.load(line + MAIL) * FIELDS
             leave_row(mail, step, row, idents, places, TOP_K, BLOCK)
+
+
+@triton.jit
+def weigh(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """The weights that a row's logits give to experts chosen without them; else as `route`."""
+    experts = tl.load(line + WIDTH).to(tl.int32)
+    choices = tl.arange(0, BLOCK)
+    is_choice = choices < TOP_K
+    chosen = tl.load(line + GATE).to(tl.pointer_type(tl.int64)) + row * TOP_K + choices
+    idents = tl.load(chosen, mask=is_choice & (row < tl.load(step)), other=-1)
+    is_choice = is_choice & (idents >= 0)
+    logit = tl.load(floats_at(line, X) + row * experts + idents, mask=is_choice, other=0.0)
+    score = tl.where(is_choice, sqrt_softplus(logit), 0.0)
+    share = score / (tl.sum(score, axis=0) + fraction(line, NORM_EPS)) * fraction(line, EPS)
+    tl.store(floats_at(line, POST) + row * TOP_K + choices, share, mask=choices < TOP_K)
+    say_places(line, step, row, idents, TOP_K, BLOCK)
 
 
 @triton.jit
@@ -240,6 +255,16 @@ def row_tasks(
         if KINDS & 16:
             if kind == ROTATIONS:
                 rotations(line, step, row, BLOCK, MAX)
+        if KINDS & 32:
+            if kind == WEIGH:
+                weigh(line, step, row, TOP_K, BLOCK)
+        if KINDS & 64:
+            if kind == READING:
+                finish_reading(
+                    floats_at(line, X), floats_at(line, SCALE), floats_at(line, BASE), floats_at(line, OUT),
+                    row, tl.load(line + SPLITS).to(tl.int32), tl.load(line + WIDTH).to(tl.float32),
+                    fraction(line, EPS), fraction(line, NORM_EPS), N, COUNT, SPLITS_N,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

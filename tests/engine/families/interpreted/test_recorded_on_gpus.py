@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 from engine.families import places
 from engine.families.base import Batch
-from engine.families.deepseek_v41 import on_gpus, stays
 from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
 from engine.families.deepseek_v41.on_gpus import V41OnGpus
+from engine.families.on_gpus import stays, step
 from engine.families.registry import family_of
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
@@ -127,7 +127,7 @@ def test_replayed_steps_give_the_golden_logits(
 ) -> None:
     model = load(name, gpus[:count], gpu_bytes, monkeypatch)
     both = Twice(model, name)
-    assert {stay.recorder.device for stay in decoder_of(both.replayed).stays} == set(gpus[:count])
+    assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:count])
     both.step({0: 45})
     both.step({2: 7})
     both.step({2: 1})
@@ -153,7 +153,7 @@ def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
 ) -> None:
     model = load("v41-a", gpus[:1], 7 << 19, monkeypatch, 1_900_000)
     both = Twice(model, "v41-a")
-    devices = {stay.recorder.device.type for stay in decoder_of(both.replayed).stays}
+    devices = {stay.recorder.device.type for stay in decoder_of(both.replayed).step.stays}
     assert devices == {"gpu", "cpu"}
     assert any(tier == "nvme" for layer in model.expert_tiers() for tier in layer)
     both.step({0: 40})
@@ -188,12 +188,12 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
         ("gpu:0", "gpu:1"), ("gpu:0", None), ("gpu:1", "gpu:0"), ("gpu:1", None),
     ]  # fmt: skip
 
-    helper = decoder_of(both.replayed).stays[0].helping[0].helper
+    helper = decoder_of(both.replayed).step.stays[0].helping[0].helper
     coordinator = model._coordinator
     assert helper is not None
     assert coordinator is not None
     may_go_on = threading.Event()
-    monkeypatch.setattr(on_gpus, "GRACE_S", 0.1)
+    monkeypatch.setattr(step, "GRACE_S", 0.1)
     monkeypatch.setattr(stays, "GRACE_S", 0.1)
     with monkeypatch.context() as patch:
         patch.setattr(coordinator, "_patience_s", 0.1)
@@ -236,7 +236,7 @@ def test_nothing_is_asked_of_the_host_between_hand_overs(
     cache = model.new_cache(1, 8)
     model.forward(Batch.of([(0, 0, [3])]), cache)
     assert asked == []
-    programs = [stay.program for stay in decoder_of(cache).stays]
+    programs = [stay.program for stay in decoder_of(cache).step.stays]
     assert all(isinstance(program, GpuProgram) for program in programs)
     model.close()
 
@@ -247,7 +247,7 @@ def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
     """v41-a has every kind of layer that V4.1 has."""
     model = load("v41-a", gpus[:1], 8 << 20, monkeypatch)
     cache = model.new_cache(SLOTS, CONTEXT)
-    (stay,) = decoder_of(cache).stays
+    (stay,) = decoder_of(cache).step.stays
     assert isinstance(stay.program, GpuProgram)
     c = model.config
     for layer in range(c.num_hidden_layers):

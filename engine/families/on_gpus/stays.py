@@ -1,4 +1,4 @@
-"""Parts of a V4.1 step, each on one device, and what other GPUs do for them meanwhile."""
+"""Parts of a recorded step, each on one device, and what other GPUs do for them meanwhile."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class Helping:
     x: Buffer | None = None
     helper: Helper | None = None
 
-    def serve(self, slots: SlotsOnGpu, layer: int, limit: float, box: Mailbox, number: int) -> None:
-        """Note a layer's hand-over."""
-        self.recorder.layer = layer
+    def serve(
+        self, slots: SlotsOnGpu, layer: int, name: int | None, limit: float, box: Mailbox, number: int
+    ) -> None:
+        """Note the hand-over of a layer, which the model calls `name`."""
+        self.recorder.layer = name
         x = self.recorder.serve(slots, slots.places[layer], limit, box, number, self.answerer)
         self.x = self.x or x
 

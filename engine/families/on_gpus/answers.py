@@ -6,14 +6,16 @@ from contextlib import ExitStack
 
 import torch
 
-from engine.families.deepseek_v41.operations import V41Parts
 from memory.experts.coordinator import Coordinator
+from memory.experts.store import ExpertStore
 
 
-def coordinator_of(parts: V41Parts) -> Coordinator:
+def coordinator_of(store: ExpertStore, limit: float) -> Coordinator:
     """Answers from the expert store. An expert that has reached a GPU since the step began is computed there,
-    on a stream of its own: the GPU's may be waiting for this very answer."""
-    store, limit = parts.weights.experts, parts.config.swiglu_limit
+    on a stream of its own: the GPU's may be waiting for this very answer.
+
+    limit   of the activation: see `MoeCall.swiglu_limit`
+    """
     devices = [table.tier.device for table in store.slots.gpus]
     streams = [
         torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
