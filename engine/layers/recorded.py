@@ -9,7 +9,6 @@ import torch
 from quant.formats.rows import Rows
 from quant.kernels.cpu.cache_notes import KvPlace, Selector, StatePlace
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Weight
 from quant.kernels.layers import DeltaRule, RoutingRule
 from quant.kernels.recording import StepRecorder
@@ -48,21 +47,24 @@ class Recorded(RecordedBasics):
     index_keys   where a layer's index keys lie, `[slots, capacity, dim]`
     """
 
-    _recorder: Recorder
-
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: StepRecorder,
         frequencies: torch.Tensor,
         factor: float,
         places: Sequence[KvPlace | StatePlace],
         index_keys: Callable[[int], Rows],
     ) -> None:
         super().__init__(recorder)
-        turns = recorder.turns(frequencies)
-        self._turns = turns if factor == 1 else recorder.scale(turns, factor)
+        self._use(recorder, frequencies, factor)
         self._places = places
         self._index_keys = index_keys
+
+    def _use(self, recorder: StepRecorder, frequencies: torch.Tensor, factor: float) -> None:
+        """Note with this recorder from now on."""
+        self._recorder = recorder
+        turns = recorder.turns(frequencies)
+        self._turns = turns if factor == 1 else recorder.scale(turns, factor)
 
     def norm_heads(self, x: Buffer, weight: torch.Tensor, eps: float) -> Buffer:
         return self._recorder.norm(x, weight, eps)
@@ -133,4 +135,4 @@ class Recorded(RecordedBasics):
         self._recorder.layer = number
 
     def move(self, x: Buffer, device: torch.device) -> Buffer:
-        return x  # all is in host memory
+        return x  # all is on one device

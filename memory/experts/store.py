@@ -32,7 +32,7 @@ from memory.experts.streaming import is_streamed
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from memory.transfer import Priority, Ticket
-from quant.kernels.interface import Kernels
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras, Kernels
 
 if TYPE_CHECKING:
     from memory.experts.gpu_places import GpuPlaces
@@ -221,7 +221,14 @@ class ExpertStore:
             self._give_up_guesses(layer, needed)
         return ExpertStep(self.slots, self._kernels, layer, expert_ids, needed)
 
-    def outputs(self, layer: int, expert_ids: torch.Tensor, x: torch.Tensor, limit: float) -> torch.Tensor:
+    def outputs(
+        self,
+        layer: int,
+        expert_ids: torch.Tensor,
+        x: torch.Tensor,
+        limit: float,
+        extras: ExpertExtras = NO_EXTRAS,
+    ) -> torch.Tensor:
         """Outputs of a layer's experts, `[n, hidden]`, for one expert each, ids `[n]`, and inputs `[n,
         hidden]`:
         part of a step that has found its other experts by itself, so GPUs' slots stay as they are."""
@@ -229,7 +236,7 @@ class ExpertStore:
         self._give_up_guesses(layer, needed)
         ids = expert_ids.unsqueeze(1)
         with ExpertStep(self.slots, self._kernels, layer, ids, needed) as step:
-            return step.run(x, torch.ones(ids.shape), limit)
+            return step.run(x, torch.ones(ids.shape), limit, extras)
 
     def used_in_step(
         self, layer: int, needed: list[int], elsewhere: Sequence[int], on_gpus: Mapping[str, int]
@@ -245,7 +252,7 @@ class ExpertStore:
                 self.telemetry.add(counter, tier, count)
         self._policies[layer].used(needed, neighbours_of(self._used, layer))
         self._used[layer] = needed
-        for expert in elsewhere:
+        for expert in elsewhere if self.slots.gpus else ():
             found = self.slots.find((layer, expert))
             if found is not None and found[0] is self.slots.dram and not found[1].is_moving:
                 self._copy_ahead((layer, expert))

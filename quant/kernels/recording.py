@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 
 from quant.formats.rows import Rows
-from quant.kernels.cpu.cache_notes import Selector
+from quant.kernels.cpu.cache_notes import KvPlace, Selector, StatePlace
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.interface import Weight
-from quant.kernels.layers import RoutingRule
+from quant.kernels.layers import DeltaRule, RoutingRule
 
 
 class StepProgram(Protocol):
@@ -77,7 +77,7 @@ class StepRecorder(Protocol):
         ...
 
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
-        """x * rsqrt(mean(x^2) + eps) * weight."""
+        """x * rsqrt(mean(x^2) + eps) * weight; with a weight shorter than x, each such part by itself."""
         ...
 
     def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
@@ -126,6 +126,50 @@ class StepRecorder(Protocol):
         norm_eps: float,
     ) -> Buffer:
         """How n streams are read, `[rows, n]`: as `mix`, of fn `[n, streams]` and nothing else."""
+        ...
+
+    def clip(self, x: Buffer, limit: float) -> Buffer:
+        """x cut to -limit .. limit."""
+        ...
+
+    def append(self, keys: Buffer, values: Buffer | None, place: KvPlace) -> None:
+        """Write keys and values to the cache, each row at its slot and position; keys alone where the values
+        are columns of theirs."""
+        ...
+
+    def attend(
+        self,
+        q: Buffer,
+        place: KvPlace,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+        chosen: Buffer | None = None,
+    ) -> Buffer:
+        """Attention of each row over what its slot holds up to its position: see `LayerOperations.attend`."""
+        ...
+
+    def gate(self, x: Buffer, gates: Buffer) -> Buffer:
+        """Each of x's parts, of which there are as many as gates, times the sigmoid of its gate."""
+        ...
+
+    def convolve(self, x: Buffer, weights: torch.Tensor, place: StatePlace) -> Buffer:
+        """Each row convolved with those before it in its slot: see `LayerOperations.convolve`."""
+        ...
+
+    def delta_rule(self, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule, place: StatePlace) -> Buffer:
+        """The state of each row's slot, changed and asked: see `LayerOperations.delta_rule`."""
+        ...
+
+    def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
+        """Columns first .. first + width of each of x's parts."""
+        ...
+
+    def join(self, x: Buffer, y: Buffer, parts: int) -> Buffer:
+        """Each of x's parts, and beside it the same of y's."""
+        ...
+
+    def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
+        """Plain weights `[n, rows, cols]`, each times its own columns of x, side by side."""
         ...
 
     def constant(self, row: torch.Tensor) -> Buffer:

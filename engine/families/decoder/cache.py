@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +24,9 @@ from quant.formats.kv_names import KvFormat
 from quant.formats.rows import RowFormat, Rows, bytes_of, first_columns, row_bytes, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 from quant.kernels.cpu.program import Buffer
+
+if TYPE_CHECKING:
+    from engine.families.decoder.on_gpus import DecoderOnGpus
 
 # Encodes rows `[..., dim]`, or leaves them as they are: `LayerOperations.encode_rows`.
 Encode = Callable[[torch.Tensor, RowFormat | None], Rows]
@@ -148,11 +152,15 @@ class DecoderCache(KvCache):
     routed      the experts of its program, if it has any
     index_keys  of the layers that have indexers
     last_states  what its program captures; None where nothing is
+    decoder     the recorded step on several devices that decodes with it
+    on_host     bytes of that step's programs in host memory
     """
 
     last_states: Buffer | None = None
 
     routed: RecordedExperts | None = None
+    decoder: DecoderOnGpus | None = None
+    on_host: int = 0
 
     def __init__(self, layout: CacheLayout, slots: int, capacity: int) -> None:
         super().__init__(slots, capacity, margin=layout.margin(capacity))
@@ -185,7 +193,7 @@ class DecoderCache(KvCache):
 
     @property
     def nbytes(self) -> int:
-        program = 0 if self.program is None else self.program.nbytes
+        program = self.on_host if self.program is None else self.program.nbytes
         layers = range(len(self.layout.kept))
         return program + self.planned_bytes(
             lambda capacity: sum(self.layout.layer_bytes(layer, self.slots, capacity) for layer in layers)

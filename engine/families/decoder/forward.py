@@ -5,9 +5,12 @@ Written once in `Operations`: prompts compute at once, decoding is recorded.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,11 +40,19 @@ from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
 from memory.planner.placement import Placement
 from memory.telemetry import Telemetry
+from quant.errors import FormatError
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import recorder_of
+from quant.kernels.choice import recorder_of, recorder_on
 from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import ExpertExtras, Kernels
+
+if TYPE_CHECKING:
+    from engine.families.decoder.on_gpus import DecoderOnGpus
+    from engine.families.on_gpus.step import StepExperts
+    from memory.experts.coordinator import Coordinator
+
+logger = logging.getLogger("loci.engine")
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
@@ -64,11 +75,14 @@ class Decoder(Model):
         self.kv_format = kv_format
         devices = tuple(layer.device for layer in weights.layers)
         self.cache_layout = CacheLayout.of(description, devices, kv_format)
+        self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self._arenas: dict[int, int] = {}  # by capacity
         self._captures = False
         self._captured: list[torch.Tensor] = []
 
     def close(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.close()
         if self.weights.experts is not None:
             self.weights.experts.close()
 
@@ -125,6 +139,10 @@ class Decoder(Model):
         recorder = self._recorder()
         if recorder is not None:
             self._record(recorder, cache)
+        elif not self._is_on_host:
+            cache.decoder, nbytes = self._record_on_gpus(cache)
+            cache.on_host = nbytes[HOST]
+            cache.step_parts = [] if cache.decoder is None else cache.decoder.parts()
         return cache
 
     def kv_rooms(self, slots: int) -> KvRooms:
@@ -140,12 +158,13 @@ class Decoder(Model):
 
     def _arena_bytes(self, capacity: int) -> int:
         """Bytes of a program's buffers, if there is one; with indexers, they grow with the capacity."""
-        if self._recorder() is None:
-            return 0
         if capacity not in self._arenas:
-            program = self.new_cache(1, capacity).program
-            assert program is not None
-            self._arenas[capacity] = program.nbytes
+            if self._is_on_host:
+                program = self.new_cache(1, capacity).program
+                self._arenas[capacity] = 0 if program is None else program.nbytes
+            else:
+                cache = DecoderCache(self.cache_layout, 1, capacity)
+                self._arenas[capacity] = self._record_on_gpus(cache, only_look=True)[1][HOST]
         return self._arenas[capacity]
 
     # -------------------------------------------------------------------------------------- the forward
@@ -154,6 +173,11 @@ class Decoder(Model):
         assert isinstance(cache, DecoderCache)
         if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
             return self._replay(cache.program, cache, batch)
+        if cache.decoder is not None:
+            cache.decoder.step.check()
+            if trace is None and batch.is_decode(MAX_ROWS):
+                with torch.inference_mode():
+                    return cache.decoder.run(batch, self._embedded(batch.token_ids))
         return self._compute(batch, cache, trace or NO_TRACE)
 
     @torch.inference_mode()
@@ -223,6 +247,60 @@ class Decoder(Model):
             cache.routed = RecordedExperts(recorder, self._store, self._limit)
         index_keys = cache.index_keys.layer
         return Recorded(recorder, self.weights.frequencies, self._turn_factor, places, index_keys)
+
+    def _record_on_gpus(
+        self, cache: DecoderCache, *, only_look: bool = False
+    ) -> tuple[DecoderOnGpus | None, dict[torch.device, int]]:
+        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel.
+
+        Raises BudgetError where a GPU's are more than was kept free there when loading."""
+        nbytes: dict[torch.device, int] = defaultdict(int)
+        layers, places = self.weights.layers, self.weights.places
+        on_gpus = {layer.device for layer in layers} | {self.weights.norm.device}
+        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in on_gpus):
+            return None, nbytes
+        from engine.families.decoder.on_gpus import DecoderOnGpus
+        from engine.families.on_gpus.step import check_room, recorders_on
+
+        on = recorders_on(self.kernels, MAX_ROWS)
+        try:
+            ops = DecoderOnGpus(
+                on, cache, layers[0].device, self.weights.frequencies, self._turn_factor,
+                self._step_experts(), [layers[n].device for n in self.description.expert_layers],
+            )  # fmt: skip
+            source = ops.step.begin(self.description.hidden)
+            states = self._states(ops, self._layers(ops, ops.routed, source, NO_TRACE))
+            result = self._logits(ops, states)
+            nbytes.update(ops.nbytes(result))
+        except FormatError as error:
+            logger.warning(
+                "decode steps are started operation by operation on GPUs, which is slower: %s", error
+            )
+            return None, nbytes
+        check_room(places.step_room, nbytes, MAX_ROWS, cache.capacity)
+        if only_look:
+            return None, nbytes
+        ops.finish(result)
+        return ops, nbytes
+
+    def _step_experts(self) -> StepExperts | None:
+        """The experts of a step on GPUs, and who answers what these do not hold."""
+        from engine.families.on_gpus.answers import coordinator_of
+        from engine.families.on_gpus.step import StepExperts
+
+        experts, store = self.description.experts, self._store
+        if experts is None or store is None:
+            return None
+        numbers = self.description.expert_layers
+        if self._coordinator is None:
+            routers = [self.weights.layers[n].feed_forward for n in numbers]
+            extras = [
+                self._extras(n, router)
+                for n, router in zip(numbers, routers, strict=True)
+                if isinstance(router, RouterWeights)
+            ]
+            self._coordinator = coordinator_of(store, self._limit, extras)
+        return StepExperts(store, self._coordinator, self._limit, len(numbers), experts.router.experts)
 
     def _layers(
         self, ops: Operations[Value], routed: RoutedExperts[Value] | None, x: Value, trace: Trace

@@ -21,13 +21,13 @@ from engine.families.deepseek_v4.operations import V4Operations, V4Parts
 from engine.families.deepseek_v4.recorded import V4Recorded
 from engine.families.deepseek_v4.shape import cache_shape
 from engine.families.deepseek_v4.weights import LayerWeights, V4Weights
-from engine.families.on_gpus.room import check_room, recorders_of
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix, Written
 from engine.layers.operations import Value
 from quant.errors import FormatError
 from quant.formats.kv_names import KvFormat
+from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 
@@ -131,12 +131,13 @@ class DeepseekV4(StreamModel):
 
         Raises BudgetError where a GPU's are more than was kept free there when loading."""
         nbytes: dict[torch.device, int] = defaultdict(int)
-        on = recorders_of(self._devices, self.kernels, MAX_ROWS)
-        if on is None:
+        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in self._devices):
             return None, nbytes
         from engine.families.deepseek_v4.on_gpus import V4OnGpus
         from engine.families.on_gpus.answers import coordinator_of
+        from engine.families.on_gpus.step import check_room, recorders_on
 
+        on = recorders_on(self.kernels, MAX_ROWS)
         if self._coordinator is None:
             self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
         try:
@@ -148,7 +149,7 @@ class DeepseekV4(StreamModel):
             )
             return None, nbytes
         nbytes.update(ops.nbytes(result))
-        check_room(nbytes, self._devices, self.weights.places.step_room, MAX_ROWS, cache.capacity)
+        check_room(self.weights.places.step_room, nbytes, MAX_ROWS, cache.capacity)
         if only_look:
             return None, nbytes
         ops.finish(result)

@@ -35,7 +35,9 @@ class V4OnGpus(V4Notes):
         coordinator: Coordinator,
     ) -> None:
         c = parts.config
-        experts = StepExperts(parts.weights.experts, coordinator, c.swiglu_limit, c.layers)
+        experts = StepExperts(
+            parts.weights.experts, coordinator, c.swiglu_limit, c.layers, c.n_routed_experts
+        )
         self.step = StepOnGpus(recorder_on, first, experts)
         super().__init__(parts, self.step.recorder, cache)
         self._weights = parts.weights

@@ -22,7 +22,6 @@ from engine.families.deepseek_v41.eager import V41Eager
 from engine.families.deepseek_v41.operations import V41Operations, V41Parts
 from engine.families.deepseek_v41.recorded import V41Recorded
 from engine.families.deepseek_v41.weights import LayerWeights, V41Weights
-from engine.families.on_gpus.room import check_room, recorders_of
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix
@@ -33,6 +32,7 @@ from memory.planner.published import KV_MARGIN
 from quant.errors import FormatError
 from quant.formats.kv import v41_rows
 from quant.formats.kv_names import KvFormat
+from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
 from quant.kernels.interface import Kernels
@@ -170,12 +170,13 @@ class DeepseekV41(StreamModel):
 
         Raises BudgetError where a GPU's are more than was kept free there when loading."""
         nbytes: dict[torch.device, int] = defaultdict(int)
-        on = recorders_of(self._devices, self.kernels, MAX_ROWS)
-        if on is None:
+        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in self._devices):
             return None, nbytes
         from engine.families.deepseek_v41.on_gpus import V41OnGpus
         from engine.families.on_gpus.answers import coordinator_of
+        from engine.families.on_gpus.step import check_room, recorders_on
 
+        on = recorders_on(self.kernels, MAX_ROWS)
         if self._coordinator is None:
             self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
         try:
@@ -188,7 +189,7 @@ class DeepseekV41(StreamModel):
             )
             return None, nbytes
         nbytes.update(ops.nbytes(result))
-        check_room(nbytes, self._devices, self.weights.places.step_room, MAX_ROWS, cache.capacity)
+        check_room(self.weights.places.step_room, nbytes, MAX_ROWS, cache.capacity)
         if only_look:
             return None, nbytes
         ops.finish(source, result)

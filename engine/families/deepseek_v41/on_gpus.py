@@ -41,7 +41,9 @@ class V41OnGpus(V41Notes):
         coordinator: Coordinator,
     ) -> None:
         c = parts.config
-        experts = StepExperts(parts.weights.experts, coordinator, c.swiglu_limit, c.num_hidden_layers)
+        experts = StepExperts(
+            parts.weights.experts, coordinator, c.swiglu_limit, c.num_hidden_layers, c.n_routed_experts
+        )
         self.step = StepOnGpus(recorder_on, first, experts)
         super().__init__(parts, self.step.recorder, cache)
         self._layer: int | None = None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 
 from memory.experts.coordinator import Coordinator
 from memory.experts.store import ExpertStore
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 
 
-def coordinator_of(store: ExpertStore, limit: float) -> Coordinator:
+def coordinator_of(store: ExpertStore, limit: float, extras: Sequence[ExpertExtras] = ()) -> Coordinator:
     """Answers from the expert store. An expert that has reached a GPU since the step began is computed there,
     on a stream of its own: the GPU's may be waiting for this very answer.
 
     limit   of the activation: see `MoeCall.swiglu_limit`
+    extras  what each layer's experts have beyond that, if any has
     """
     devices = [table.tier.device for table in store.slots.gpus]
     streams = [
@@ -28,7 +31,7 @@ def coordinator_of(store: ExpertStore, limit: float) -> Coordinator:
         with ExitStack() as apart:
             for stream in streams:
                 apart.enter_context(torch.cuda.stream(stream))
-            return store.outputs(layer, ids, x, limit)
+            return store.outputs(layer, ids, x, limit, extras[layer] if extras else NO_EXTRAS)
 
     def foresee(layer: int, guess: list[int]) -> None:
         if store.wants_guesses(layer):

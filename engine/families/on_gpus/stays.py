@@ -15,6 +15,7 @@ from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.program import GpuProgram
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu
+from quant.kernels.interface import ExpertExtras
 from quant.kernels.recording import StepProgram, StepRecorder
 
 GRACE_S = 10.0  # for a GPU to come to the end of a step in which nobody waits any more
@@ -34,11 +35,17 @@ class Helping:
     helper: Helper | None = None
 
     def serve(
-        self, slots: SlotsOnGpu, layer: int, name: int | None, limit: float, box: Mailbox, number: int
+        self,
+        slots: SlotsOnGpu,
+        layer: int,
+        name: int | None,
+        activation: tuple[float, ExpertExtras],
+        box: Mailbox,
+        number: int,
     ) -> None:
         """Note the hand-over of a layer, which the model calls `name`."""
         self.recorder.layer = name
-        x = self.recorder.serve(slots, slots.places[layer], limit, box, number, self.answerer)
+        x = self.recorder.serve(slots, slots.places[layer], activation, box, number, self.answerer)
         self.x = self.x or x
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,14 @@ from memory.experts.coordinator import Coordinator, Round
 from memory.experts.gpu_places import publish
 from memory.experts.step import ExpertStep
 from memory.experts.store import ExpertStore
+from quant.errors import BudgetError
+from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.helper import comes_true, reached
 from quant.kernels.cuda.mailbox import PAUSE_S, Mailbox, StalledError
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras, Kernels
 from quant.kernels.layers import RoutingRule
 from quant.kernels.recording import StepRecorder
 
@@ -37,13 +40,37 @@ class StepExperts:
     """The routed experts of a step; layers are counted as the store counts them.
 
     limit   of the activation: see `MoeCall.swiglu_limit`
-    layers  how many there are
+    layers, experts  how many layers there are, and experts of each
     """
 
     store: ExpertStore
     coordinator: Coordinator
     limit: float
     layers: int
+    experts: int
+
+
+def recorders_on(kernels: Kernels, max_rows: int) -> RecorderOn:
+    """Makes recorders for devices that have one."""
+
+    def on(device: torch.device) -> StepRecorder:
+        recorder = recorder_on(device, kernels, max_rows)
+        assert recorder is not None
+        return recorder
+
+    return on
+
+
+def check_room(room: int, nbytes: Mapping[torch.device, int], rows: int, capacity: int) -> None:
+    """Raises BudgetError where a recorded step's buffers need more than the `room` kept for them on each
+    GPU."""
+    for device in sorted(nbytes, key=str):
+        if device.type != "cpu" and (missing := nbytes[device] - room) > 0:
+            raise BudgetError(
+                f"{device}: a recorded step of {rows} sequences of up to {capacity:,} tokens needs "
+                f"{nbytes[device] / 1e6:,.1f} MB, {missing / 1e6:,.1f} MB more than was reserved for it; "
+                "lower --max-model-len or leave this GPU out of --devices"
+            )
 
 
 class StepOnGpus:
@@ -66,6 +93,7 @@ class StepOnGpus:
         self._guess: tuple[int, Buffer] | None = None
         self._rounds: dict[int, tuple[Mailbox, list[int], torch.device]] = {}  # by the id of a recorder
         self._on_gpus = {} if experts is None else experts.store.on_gpus
+        self._tables: dict[torch.device, torch.Tensor] = {}
         self._tiers = {str(device): places.tier for device, places in self._on_gpus.items()}
         self._busy: list[tuple[torch.device, Callable[[], bool]]] = []  # still, with a step that has failed
 
@@ -141,21 +169,23 @@ class StepOnGpus:
         self, layer: int, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule
     ) -> tuple[Buffer, Buffer]:
         """The chosen experts of a layer, whose experts are noted later, and their weights."""
-        slots = self._slots_here(layer)
-        if slots is None or not isinstance(self.recorder, GpuRecorder):
+        if not isinstance(self.recorder, GpuRecorder):
             return self.recorder.route(logits, bias, rule)
-        return self.recorder.route(logits, bias, rule, slots.places[layer])
+        slots = self._slots_here(layer)
+        places = self._nowhere() if slots is None else slots.places[layer]
+        return self.recorder.route(logits, bias, rule, places)
 
     def weigh(self, layer: int, logits: Buffer, ids: Buffer, rule: RoutingRule) -> Buffer:
         """The weights of experts of a layer that were chosen otherwise."""
-        slots = self._slots_here(layer)
-        if slots is None or not isinstance(self.recorder, GpuRecorder):
+        if not isinstance(self.recorder, GpuRecorder):
             return self.recorder.weigh(logits, ids, rule)
-        return self.recorder.weigh(logits, ids, rule, slots.places[layer])
+        slots = self._slots_here(layer)
+        places = self._nowhere() if slots is None else slots.places[layer]
+        return self.recorder.weigh(logits, ids, rule, places)
 
     def acquire(self, layer: int, ids: Buffer) -> None:
         """What is missing of a layer's experts is on its way from now on."""
-        if self._slots_here(layer) is not None:
+        if isinstance(self.recorder, GpuRecorder):
             return  # they are found where they are computed
         here, experts = self.stay, self._experts
         assert experts is not None
@@ -165,22 +195,25 @@ class StepOnGpus:
 
         self.recorder.hand_over(work, [ids], [])
 
-    def run_experts(self, layer: int, x: Buffer, ids: Buffer, weights: Buffer) -> Buffer:
+    def run_experts(
+        self, layer: int, x: Buffer, ids: Buffer, weights: Buffer, extras: ExpertExtras = NO_EXTRAS
+    ) -> Buffer:
         """The weighted sum of the chosen experts' outputs, `[rows, hidden]`."""
         here, guess, experts = self.stay, self._guess, self._experts
         assert experts is not None
         store, limit = experts.store, experts.limit
         self._guess = None
-        slots, recorder = self._slots_here(layer), self.recorder
-        if slots is not None and isinstance(recorder, GpuRecorder):
+        recorder = self.recorder
+        if isinstance(recorder, GpuRecorder):
+            slots = self._slots_here(layer)
             box, layers = self._round(recorder, x.width, ids.width)
             at = len(layers)
             layers.append(layer)
             for helping in here.helping:
                 theirs = self._on_gpus[helping.recorder.device].slots(layer)
-                helping.serve(theirs, layer, recorder.layer, limit, box, at)
+                helping.serve(theirs, layer, recorder.layer, (limit, extras), box, at)
             guesses = None if guess is None else guess[1]
-            return recorder.experts(x, ids, weights, slots, limit, box, at, guesses)
+            return recorder.experts(x, ids, weights, slots, (limit, extras), box, at, guesses)
         out = recorder.buffer(x.width)
 
         def work(rows: int) -> None:
@@ -188,7 +221,7 @@ class StepOnGpus:
                 store.prefetch(guess[0], here.rows(guess[1], rows).t().flatten().cpu().tolist())
             assert self._acquired is not None
             with self._acquired as acquired:
-                found = acquired.run(here.rows(x, rows), here.rows(weights, rows), limit)
+                found = acquired.run(here.rows(x, rows), here.rows(weights, rows), limit, extras)
                 here.rows(out, rows).copy_(found)
             self._acquired = None
 
@@ -201,11 +234,22 @@ class StepOnGpus:
         places = self._on_gpus.get(self.device)
         return None if places is None else places.slots(layer)
 
+    def _nowhere(self) -> torch.Tensor:
+        """A table of places on the device that is noted, which holds no experts: all are left to the
+        processor."""
+        if self.device not in self._tables:
+            assert self._experts is not None
+            nowhere = torch.full((self._experts.experts,), -1, dtype=torch.int64)
+            self._tables[self.device] = nowhere.to(self.device)
+        return self._tables[self.device]
+
     def _round(self, recorder: GpuRecorder, hidden: int, top_k: int) -> tuple[Mailbox, list[int]]:
         """The mailbox of a stay's program, and the layers of its hand-overs so far; begins what others do."""
         if id(recorder) not in self._rounds:
             assert self._experts is not None
             others = [device for device in self._on_gpus if device != recorder.device]
+            if recorder.device not in self._on_gpus:
+                others = []  # its table says of nothing where it is
             box = Mailbox(
                 self._experts.layers, recorder.max_rows, top_k, hidden,
                 pinned=recorder.device.type == "cuda", others=[str(device) for device in others],
@@ -279,7 +323,8 @@ class StepOnGpus:
                 names = box.answerers[1:]
                 found = {self._tiers[name]: len(part) for name, part in zip(names, others, strict=True)}
                 own = len(needed) - len(elsewhere) - sum(found.values())
-                found[self._tiers[str(device)]] = own
+                if own:
+                    found[self._tiers[str(device)]] = own
                 store.used_in_step(layer, needed, elsewhere, found)
 
     def _wait_for_the_last(self) -> None:

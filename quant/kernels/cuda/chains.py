@@ -83,6 +83,15 @@ class Chains:
         op = None if at is None else self.ops[at]
         return op if op is not None and op.kind == kind and list(op.outs.values()) == [value] else None
 
+    def written(self, value: object, kind: str) -> Noted | None:
+        """The operation of that kind that writes `value`, if no operation behind it needs it yet."""
+        at = self._at.get(id(value))
+        op = None if at is None else self.ops[at]
+        if at is None or op is None or op.kind != kind:
+            return None
+        later = [other for other in self.ops[at + 1 :] if other is not None]
+        return None if any(value is read for other in later for read in other.reads) else op
+
     def writer(self, buffer: Buffer) -> Noted:
         """The operation that writes a buffer."""
         op = self.ops[self._at[id(buffer)]]

@@ -13,10 +13,13 @@ from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda import row_tasks as task
 from quant.kernels.cuda.attention import SparseAttention
 from quant.kernels.cuda.chains import Fixed, Noted
+from quant.kernels.cuda.kv_attention import KvAttention
 from quant.kernels.cuda.latent_attention import LatentAttention
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail
 from quant.kernels.cuda.products import Product, products_launch
+from quant.kernels.cuda.residual import Residual
+from quant.kernels.cuda.routing import routing_constants
 from quant.kernels.cuda.row_codes import encode_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
 from quant.kernels.cuda.schedule import STREAMS, TASKS
@@ -88,7 +91,7 @@ class Places:
         if found["column"] is not None:
             n, cols = found["weight"].shape
             x, out = x[:, found["column"] * cols :], out[:, found["column"] * n :]
-        return Product(found["weight"], x, out, found["up"])
+        return Product(found["weight"], x, out, found["up"], found.get("bias"))
 
     def _mixed(self, op: Noted) -> Mixed:
         found = self.of(op.ins | op.outs)
@@ -111,6 +114,9 @@ def _latent(of: dict[str, Any]) -> RowTask:
     }  # fmt: skip
     if of.get("weight") is not None:
         fields |= {task.WEIGHT.value: of["weight"], task.EPS.value: float(of["eps"])}
+        fields[task.WHOLE.value] = int(of.get("whole") or 0)
+    if of.get("limit") is not None:
+        fields[task.LIMIT.value] = float(of["limit"])
     if of.get("turns") is not None:
         fields |= {task.TURNS.value: of["turns"], task.PAIRS.value: of["turns"].shape[1] // 2}
     if of.get("out") is not None:
@@ -118,8 +124,9 @@ def _latent(of: dict[str, Any]) -> RowTask:
     if of.get("state") is not None:
         state = of["state"]
         fields |= {
-            task.STATE.value: state, task.PLACES.value: state.shape[1], task.STRIDE.value: state.stride(0),
+            task.STATE.value: state, task.PLACES.value: state.shape[-2], task.STRIDE.value: state.stride(0),
             task.RATIO.value: of.get("ratio") or 1,
+            task.HEAD_STRIDE.value: state.stride(1) if state.dim() == 4 else 0,
         }  # fmt: skip
     return RowTask(task.LATENT.value, fields, width, heads=heads)
 
@@ -173,8 +180,9 @@ def _weigh(of: dict[str, Any]) -> RowTask:
         task.POST.value: of["weights"], task.EPS.value: float(of["rule"].factor),
         task.NORM_EPS.value: float(of["rule"].epsilon),
     }  # fmt: skip
-    top_k = of["rule"].top_k
-    return RowTask(task.WEIGH.value, fields | _of_places(of), top_k, {"TOP_K": top_k}, mail=_mail(of))
+    rule = of["rule"]
+    fields |= _of_places(of)
+    return RowTask(task.WEIGH.value, fields, rule.top_k, routing_constants(rule), mail=_mail(of))
 
 
 def _of_places(of: dict[str, Any]) -> dict[int, Any]:
@@ -192,11 +200,13 @@ def _mail(of: dict[str, Any]) -> Mail | None:
 
 def _route(of: dict[str, Any]) -> RowTask:
     fields = {
-        task.X.value: of["x"], task.WEIGHT.value: of["bias"], task.WIDTH.value: of["x"].shape[1],
+        task.X.value: of["x"], task.WIDTH.value: of["x"].shape[1],
         task.OUT.value: of["ids"], task.POST.value: of["weights"],
         task.EPS.value: float(of["rule"].factor), task.NORM_EPS.value: float(of["rule"].epsilon),
     }  # fmt: skip
-    constants: dict[str, int | bool] = {"TOP_K": of["rule"].top_k}
+    if of["bias"] is not None:
+        fields[task.WEIGHT.value] = of["bias"]
+    constants = routing_constants(of["rule"])
     return RowTask(task.ROUTE.value, fields | _of_places(of), of["x"].shape[1], constants, mail=_mail(of))
 
 
@@ -234,9 +244,10 @@ def _engram(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 
 
 def _choices(of: dict[str, Any]) -> Choices | None:
-    if of.get("apart") is None:
+    if of.get("weights") is None:
         return None
-    return Choices(of["apart"], of["weights"], of.get("mail"), of.get("places"))
+    apart = of["mail"] if of["apart"] is None else of["apart"]  # where all are in the mail
+    return Choices(apart, of["weights"], of.get("mail"), of.get("places"))
 
 
 def _write(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
@@ -259,6 +270,17 @@ def _attend(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return list(attention.launches(places.step, rows, places.max_rows))
 
 
+def _attend_kv(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    names = "q", "keys", "values", "window", "sinks", "scale", "parts", "stats", "out"
+    given: dict[str, Any] = {name: of[name] for name in names}
+    return list(KvAttention(**given).launches(places.step, rows, places.max_rows))
+
+
+def _residual(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    given: dict[str, Any] = {name: of.get(name) for name in ("x", "y", "factor", "weight", "eps", "out")}
+    return [Residual(**given, total=of["sum"], choices=_choices(of)).launch(rows)]
+
+
 def _encode(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return [encode_launch(of["x"], of["state"], places.step, rows, places.max_rows, of["ratio"])]
 
@@ -274,7 +296,9 @@ def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 
 def _experts(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     slots = of["slots"]
-    return list(slots.launches(of["x"], of["places"], of["inner"], of["apart"], of["limit"], rows))
+    activation = of["limit"], of["extras"]
+    held = of["x"], of["places"], of["ids"], of["inner"], of["apart"]
+    return list(slots.launches(*held, activation, rows))
 
 
 def _fetch(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
@@ -291,6 +315,8 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "write": _write,
     "add_up": _add_up,
     "attend": _attend,
+    "attend_kv": _attend_kv,
+    "residual": _residual,
     "encode": _encode,
     "select": _select,
     "experts": _experts,

@@ -37,6 +37,12 @@ def _read(op: Noted, chains: Chains) -> Noted:
     if before is not None and before.ins["eps"] is None and op.is_plain("pre"):
         chains.drop(before)
         return replace(op, ins=op.ins | {"x": before.ins["x"], "pre": before.ins["pre"]})
+    residual = chains.written(op.ins["x"], "residual")
+    if residual is not None and residual.is_plain("weight") and _is_norm(op):
+        given = {"weight": op.ins["weight"], "eps": op.ins["eps"]}
+        outs = residual.outs | {"out": op.outs["out"]}
+        chains.drop(residual)
+        return replace(residual, ins=residual.ins | given, outs=outs)
     before = chains.before(op.ins["x"], "pool")
     if before is not None and before.is_plain("weight") and op.is_plain("pre"):
         chains.drop(before)
@@ -46,19 +52,29 @@ def _read(op: Noted, chains: Chains) -> Noted:
 
 
 def _latent(op: Noted, chains: Chains) -> Noted:
-    """A norm, then a turn, then the way into a state."""
+    """A norm, then a limit, then a turn, then the way into a state."""
     before = chains.before(op.ins["x"], "latent")
-    is_turn = op.ins.get("turns") is not None
-    is_free = before is not None and before.is_plain("state", *(["turns"] if is_turn else []))
-    if before is not None and is_free and before.ins["heads"] == op.ins["heads"]:
-        chains.drop(before)
-        given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
-        return replace(op, ins=before.ins | given)
+    if before is not None and _follows(before, op):
+        is_row = before.ins["heads"] == 1 and before.is_plain("turns")  # what is done to a row as a whole
+        if is_row or before.ins["heads"] == op.ins["heads"]:
+            chains.drop(before)
+            given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
+            of_whole_rows = is_row and op.ins["heads"] > 1 and not before.is_plain("weight")
+            return replace(op, ins=before.ins | given | ({"whole": True} if of_whole_rows else {}))
     norm = chains.before(op.ins["x"], "read")
-    if norm is not None and _is_task(norm) and op.ins["heads"] == 1:
-        chains.drop(norm)
-        return replace(op, ins=op.ins | {name: norm.ins[name] for name in ("x", "weight", "eps")})
+    if norm is not None and op.is_plain("weight") and _is_norm(norm):
+        if op.ins["heads"] > 1 or _is_task(norm):
+            chains.drop(norm)
+            given = {name: norm.ins[name] for name in ("x", "weight", "eps")}
+            return replace(op, ins=op.ins | given | {"whole": op.ins["heads"] > 1})
     return op
+
+
+def _follows(before: Noted, op: Noted) -> bool:
+    """Whether all that is done by an operation comes after what the other does, in one pass over a vector."""
+    stages = "weight", "limit", "turns", "state"
+    done, to_do = ([at for at, name in enumerate(stages) if not each.is_plain(name)] for each in (before, op))
+    return not done or not to_do or done[-1] < to_do[0]
 
 
 def _pool(op: Noted, chains: Chains) -> Noted:
@@ -79,7 +95,7 @@ def _gated(op: Noted, chains: Chains) -> Noted:
     if gate is None or up is None or gate.ins["x"] is not up.ins["x"]:
         return op
     first, second = gate.ins["weight"], up.ins["weight"]
-    if not (_are_alike(first, second) and gate.is_plain("column", "up") and up.is_plain("column", "up")):
+    if not (_are_alike(first, second) and all(each.is_plain("column", "up", "bias") for each in (gate, up))):
         return op
     chains.drop(gate, up)
     return replace(
@@ -144,12 +160,34 @@ def _mail(op: Noted, chains: Chains) -> Noted:
 
 
 def _sum(op: Noted, chains: Chains) -> Noted:
-    """Experts' outputs and the shared expert's."""
+    """Experts' outputs and the shared expert's; or else a residual and what a sublayer adds to it."""
     total = chains.before(op.ins["x"], "add_up")
-    if total is None or not total.is_plain("y"):
+    if total is not None and total.is_plain("y"):
+        chains.drop(total)
+        return replace(total, ins=total.ins | {"y": op.ins["y"]}, outs={"out": op.outs["out"]})
+    ins = op.ins | {"factor": 1.0, "weight": None, "eps": None}
+    residual = replace(op, kind="residual", ins=ins, outs={"sum": op.outs["out"]})
+    scaled = chains.before(residual.ins["y"], "times")
+    if scaled is not None:
+        chains.drop(scaled)
+        given = {"y": scaled.ins["x"], "factor": scaled.ins["number"]}
+        residual = replace(residual, ins=residual.ins | given)
+    total = chains.before(residual.ins["y"], "add_up")
+    if total is not None:
+        chains.drop(total)
+        given = {name: value for name, value in total.ins.items() if name != "out"}
+        residual = replace(residual, ins=residual.ins | given, sees=(*residual.sees, *total.sees))
+    return residual
+
+
+def _attend_kv(op: Noted, chains: Chains) -> Noted:
+    """And a factor of the queries."""
+    scaled = chains.before(op.ins["q"], "times")
+    if scaled is None:
         return op
-    chains.drop(total)
-    return replace(total, ins=total.ins | {"y": op.ins["y"]}, outs={"out": op.outs["out"]})
+    chains.drop(scaled)
+    scale = op.ins["scale"] * scaled.ins["number"]
+    return replace(op, ins=op.ins | {"q": scaled.ins["x"], "scale": scale})
 
 
 _RULES = {
@@ -162,12 +200,18 @@ _RULES = {
     "write": _write,
     "mail": _mail,
     "sum": _sum,
+    "attend_kv": _attend_kv,
 }
+
+
+def _is_norm(op: Noted) -> bool:
+    """Whether what is read is a vector's norm, times a weight."""
+    return bool(op.is_plain("pre") and op.ins["weight"] is not None)
 
 
 def _is_task(op: Noted) -> bool:
     """Whether a norm is of what one program of a row task holds."""
-    return bool(op.is_plain("pre") and op.ins["weight"] is not None and op.outs["out"].width <= LONGEST)
+    return _is_norm(op) and op.outs["out"].width <= LONGEST
 
 
 def _settled(ops: Iterator[Noted]) -> Iterator[Noted]:

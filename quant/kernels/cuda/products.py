@@ -61,6 +61,7 @@ X_WIDTH: tl.constexpr = tl.constexpr(9)
 OUT_WIDTH: tl.constexpr = tl.constexpr(10)
 FIRST: tl.constexpr = tl.constexpr(11)
 FORM: tl.constexpr = tl.constexpr(12)
+BIAS: tl.constexpr = tl.constexpr(13)
 FIELDS: tl.constexpr = tl.constexpr(16)
 
 BF16: tl.constexpr = tl.constexpr(0)
@@ -198,7 +199,7 @@ def products(
     table, levels, count, tokens, limit,
     FORMS: tl.constexpr, KIND: tl.constexpr, PER_SCALE: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, POWERS: tl.constexpr,
-    GATED: tl.constexpr, ALIGNED: tl.constexpr,
+    GATED: tl.constexpr, BIASED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Each of `count` matrices in the table; grid (blocks of all their rows times blocks of tokens)."""
@@ -236,6 +237,14 @@ def products(
                 FORMS, KIND, PER_SCALE, TILE_ROWS, TILE_COLS, POWERS, BLOCK_M, BLOCK_N, STEP, PARTS,
             )  # fmt: skip
             total = swiglu(total, up, limit)
+    if BIASED:
+        if tl.load(line + BIAS) != 0:
+            bias = tl.load(line + BIAS).to(tl.pointer_type(tl.float32))
+            more = tl.load(bias + rows, mask=row_inside, other=0.0)
+            if BLOCK_M == 1:
+                total += more
+            else:
+                total += more[None, :]
     if BLOCK_M == 1:
         tl.store(out + token * out_width + rows, total, mask=row_inside)
     else:
@@ -249,12 +258,14 @@ class Product:
     x    `[rows, ...]` float32, perhaps columns of something wider
     out  the same
     up   the matrix whose product `weight`'s gates
+    bias `[rows of the weight]` float32, added
     """
 
     weight: Weight
     x: torch.Tensor
     out: torch.Tensor
     up: Weight | None = None
+    bias: torch.Tensor | None = None
 
 
 def check_multiplies(weight: Weight) -> None:
@@ -299,6 +310,7 @@ def products_launch(parts: Sequence[Product], rows: int, limit: float = 0.0) -> 
     total = lines[-1][FIRST.value] + -(-parts[-1].weight.shape[0] // blocks.rows)
     constants |= {
         "GATED": any(part.up is not None for part in parts),
+        "BIASED": any(part.bias is not None for part in parts),
         "ALIGNED": all(_is_aligned(line) for line in lines),
         "BLOCK_M": blocks.tokens,
         "BLOCK_N": blocks.rows,
@@ -338,6 +350,7 @@ def _table(parts: Sequence[Product], block_rows: int) -> tuple[list[list[int]], 
         line = [
             *_addresses(weight), *up, part.x.data_ptr(), part.out.data_ptr(), rows, cols, scale_cols,
             part.x.stride(0), part.out.stride(0), first, form,
+            0 if part.bias is None else part.bias.data_ptr(),
         ]  # fmt: skip
         lines.append([*line, *[0] * (FIELDS.value - len(line))])
         first += -(-rows // block_rows)

@@ -4,49 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from quant.errors import FormatError
-from quant.formats.rows import EncodedRows, Rows, bytes_of
+from quant.formats.rows import Rows, bytes_of
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
 from quant.kernels.cuda.chains import Fixed, Noted
-from quant.kernels.cuda.kernels import TritonKernels
+from quant.kernels.cuda.kv_notes import KvNotes
 from quant.kernels.cuda.latent_attention import SHARES, check_attends
 from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
-from quant.kernels.cuda.row_codes import RowCodes, check_has_kernels
+from quant.kernels.cuda.row_codes import RowCodes
 from quant.kernels.cuda.row_tasks import AS_ENTRY, IN_RING, NOWHERE
 from quant.kernels.cuda.selection import COLUMNS, TILE, chunks_of
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.cuda.streams import MixShape
-from quant.kernels.interface import Weight
+from quant.kernels.interface import ExpertBiases, ExpertExtras, Weight
 from quant.kernels.layers import RoutingRule
 
 
 @dataclass
-class GpuRecorder:
+class GpuRecorder(KvNotes):
     """`StepRecorder` for a GPU. Buffers are `[rows, width]` in its memory.
 
     All methods raise FormatError for what there is no kernel for.
     """
 
-    kernels: TritonKernels
-    max_rows: int
-    layer: int | None = None
-    _noted: list[Noted] = field(default_factory=list)
-    _kept: list[Buffer] = field(default_factory=list)
     _places: dict[int, Buffer] = field(default_factory=dict)  # of chosen experts, by the id of their ids
-
-    @property
-    def device(self) -> torch.device:
-        """Where its programs run."""
-        return self.kernels.device
 
     # ------------------------------------------------------------------------------- beginning and end
 
@@ -55,10 +45,6 @@ class GpuRecorder:
         buffer = self.buffer(width, dtype)
         self._kept.append(buffer)
         return buffer
-
-    def buffer(self, width: int, dtype: torch.dtype = torch.float32, rows: int | None = None) -> Buffer:
-        """A buffer for what the next operation writes, which may be a hand-over."""
-        return Buffer(width, 0, 0, dtype, rows)
 
     def hand_over(self, work: HandOver, reads: Sequence[Buffer], writes: Sequence[Buffer]) -> torch.Tensor:
         """A place where a run comes back to its caller: see `StepRecorder.hand_over`."""
@@ -81,8 +67,8 @@ class GpuRecorder:
     def norm(self, x: Buffer, weight: torch.Tensor | None, eps: float) -> Buffer:
         """x * rsqrt(mean(x^2) + eps) * weight; with a weight shorter than x, each such part by itself."""
         if weight is not None and len(weight) < x.width:
-            given = {"weight": self._floats(weight), "eps": eps, "heads": x.width // len(weight)}
-            return self._to(x.width, "latent", x=x, stored=NOWHERE, **given)
+            heads, floats = x.width // len(weight), self._floats(weight)
+            return self._to(x.width, "latent", x=x, weight=floats, eps=eps, heads=heads, stored=NOWHERE)
         return self._to(x.width, "read", x=x, pre=None, weight=self._floats(weight), eps=eps)
 
     def linears(self, x: Buffer, weights: Sequence[Weight]) -> list[Buffer]:
@@ -109,10 +95,6 @@ class GpuRecorder:
         """silu(min(gate, limit)) * clamp(up, -limit, limit)."""
         return self._to(gate.width, "gated", x=gate, y=up, number=limit)
 
-    def bias(self, x: Buffer, rows: torch.Tensor) -> Buffer:
-        """x + a row `[width]`; of several `[n, width]`, that of the position modulo n."""
-        return self._to(x.width, "bias", x=x, rows=self._floats(rows))
-
     def add(self, x: Buffer, y: Buffer) -> Buffer:
         """x + y."""
         return self._to(x.width, "sum", x=x, y=y)
@@ -133,13 +115,6 @@ class GpuRecorder:
         table  `[experts]` int64: what `experts` is to know of each chosen one, where it is called for these
                ids
         """
-        if (
-            rule.score != "sqrt softplus"
-            or rule.groups is not None
-            or not rule.is_renormalised
-            or bias is None
-        ):
-            raise FormatError("no Triton kernel routes by this rule")
         outs = {"ids": self.buffer(rule.top_k, torch.int64), "weights": self.buffer(rule.top_k)}
         ins = {"x": logits, "bias": self._floats(bias), "rule": rule, "table": table}
         if table is not None:
@@ -152,8 +127,8 @@ class GpuRecorder:
     ) -> Buffer:
         """The weights of experts that were chosen otherwise, ids `[rows, top_k]` int64; table as in
         `route`."""
-        if rule.score != "sqrt softplus" or not rule.is_renormalised:
-            raise FormatError("no Triton kernel weighs experts by this rule")
+        if rule.score in ("softmax", "chosen softmax"):
+            raise FormatError("no Triton kernel weighs experts by a softmax that it does not choose by")
         outs = {"weights": self.buffer(rule.top_k)}
         if table is not None:
             outs["places"] = self._places[id(ids)] = self.buffer(rule.top_k, torch.int64)
@@ -165,8 +140,8 @@ class GpuRecorder:
         x: Buffer,
         ids: Buffer,
         weights: Buffer,
-        slots: SlotsOnGpu,
-        limit: float,
+        slots: SlotsOnGpu | None,
+        activation: tuple[float, ExpertExtras],
         box: Mailbox,
         number: int,
         guesses: Buffer | None,
@@ -174,22 +149,22 @@ class GpuRecorder:
         """The sum of the chosen experts' outputs, weighted, in the router's order.
 
         ids     of `route` with a table of places
-        slots   where the GPU holds experts
+        slots   where the GPU holds experts; None where it holds none
+        activation  of the experts: the limit, and what is beyond it
         box     where choices that it does not hold are left, as the hand-over `number`, and answered
         guesses what a later layer is expected to choose, for whoever answers; None for no guess
         """
-        slots.check()
-        places, first = self._places[id(ids)], slots.sample.w1
-        top_k, state = ids.width, (box.outputs,)
+        places, top_k, state = self._places[id(ids)], ids.width, (box.outputs,)
         left: dict[str, Any] = {
             "left": x, "places": places, "box": box, "number": number, "guesses": guesses,
             "words": (box.post_word(number),),
         }  # fmt: skip
         self._note(Noted("mail", left, {}, changes=state))
-        apart = self.buffer(top_k * x.width)
-        inner = self.buffer(top_k * int(first.shape[0]))
-        held = {"x": x, "places": places, "slots": slots, "inner": inner, "limit": limit}
-        self._note(Noted("experts", held, {"apart": apart}))
+        apart: Buffer | None = None
+        if slots is not None:
+            apart = self.buffer(top_k * x.width)
+            held = self._held(slots, x, places, activation) | {"ids": ids}
+            self._note(Noted("experts", held, {"apart": apart}))
         answers = {"apart": apart, "words": box.await_words(number)}
         self._note(Noted("await", answers, {}, changes=state))
         out = self.buffer(x.width)
@@ -198,7 +173,13 @@ class GpuRecorder:
         return out
 
     def serve(
-        self, slots: SlotsOnGpu, table: torch.Tensor, limit: float, box: Mailbox, number: int, answerer: int
+        self,
+        slots: SlotsOnGpu,
+        table: torch.Tensor,
+        activation: tuple[float, ExpertExtras],
+        box: Mailbox,
+        number: int,
+        answerer: int,
     ) -> Buffer:
         """Compute what the hand-over `number` of another GPU leaves to this one, its `answerer`, and answer.
 
@@ -207,9 +188,7 @@ class GpuRecorder:
 
         Returns the inputs, `[rows, hidden]`, brought to this GPU.
         """
-        slots.check()
-        first, state = slots.sample.w1, (box.outputs,)
-        width, hidden = first.shape
+        (_, hidden), state = slots.sample.w1.shape, (box.outputs,)
         self._note(Noted("called", {"words": (box.call_word(number),)}, {}, changes=state))
         x, places = self.buffer(hidden), self.buffer(box.top_k, torch.int64)
         asked = {
@@ -217,13 +196,25 @@ class GpuRecorder:
             "table": table, "answerer": answerer,
         }  # fmt: skip
         self._note(Noted("fetch", asked, {"x": x, "places": places}, changes=state))
-        inner = self.buffer(box.top_k * int(width))
-        held = {
-            "x": x, "places": places, "slots": slots, "inner": inner, "limit": limit, "apart": box.outputs,
-        }  # fmt: skip
+        held = self._held(slots, x, places, activation) | {"ids": box.ids[number], "apart": box.outputs}
         self._note(Noted("experts", held, {}, changes=state))
         self._note(Noted("reply", {"words": (box.reply_word(number, answerer),)}, {}, changes=state))
         return x
+
+    def _held(
+        self, slots: SlotsOnGpu, x: Buffer, places: Buffer, activation: tuple[float, ExpertExtras]
+    ) -> dict[str, Any]:
+        """What it takes to compute experts that the GPU holds."""
+        slots.check()
+        limit, extras = activation
+        biases = extras.biases
+        if biases is not None:
+            biases = ExpertBiases(*map(self._floats, (biases.gate, biases.up, biases.down)))
+        inner = self.buffer(places.width * int(slots.sample.w1.shape[0]))
+        return {
+            "x": x, "places": places, "slots": slots, "inner": inner, "limit": limit,
+            "extras": replace(extras, biases=biases),
+        }  # fmt: skip
 
     # ----------------------------------------------------------------- parallel streams (mHC), Engram
 
@@ -415,27 +406,3 @@ class GpuRecorder:
             outs["best_blocks"] = self.buffer(selector.blocks, torch.int64)
         self._note(Noted("select", ins, outs, sees=(bytes_of(keys),)))
         return outs["chosen"], outs.get("best_blocks")
-
-    # ------------------------------------------------------------------------------------------------
-
-    def _note(self, op: Noted) -> None:
-        op.layer = self.layer
-        self._noted.append(op)
-
-    def _to(self, width: int, kind: str, **ins: Any) -> Buffer:
-        out = self.buffer(width)
-        self._note(Noted(kind, ins, {"out": out}))
-        return out
-
-    def _store(self, x: Buffer, to: Rows, stored: int, ratio: int) -> None:
-        if isinstance(to, EncodedRows):
-            check_has_kernels(to.format)
-            ins = {"x": x, "state": to, "ratio": ratio if stored == AS_ENTRY else None}
-            self._note(Noted("encode", ins, {}, changes=(to.codes,)))
-            return
-        ins = {"x": x, "state": to, "stored": stored, "ratio": ratio, "heads": 1}
-        self._note(Noted("latent", ins, {}, changes=(to,)))
-
-    def _floats(self, values: torch.Tensor | None) -> Any:
-        """Values on the device as kernels read them: float32, one behind the other."""
-        return None if values is None else values.to(self.device).float().contiguous()

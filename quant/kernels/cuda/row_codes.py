@@ -191,14 +191,14 @@ def row_channels(
 
 @triton.jit
 def encode_rows(
-    x, state, step, dim, places, stride, row_bytes, ratio, groups,
+    x, state, step, dim, places, stride, head_stride, row_bytes, ratio, groups,
     MAX: tl.constexpr, CODE: tl.constexpr, SCALE: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr,
     TAIL_AT: tl.constexpr, SCALES_AT: tl.constexpr, BLOCK: tl.constexpr, LIMIT: tl.constexpr,
     LIMIT_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x `[rows, dim]` to the bytes of their slots: to the ring of `places`, or, where there are none,
-    to the entry of the group of `ratio` tokens that a row's token completes. Grid (rows)."""
-    row = tl.program_id(0)
+    """Rows of x `[rows, heads, dim]` to the bytes of their slots: to the ring of `places`, or, where there
+    are none, to the entry of the group of `ratio` tokens that a row's token completes. Grid (rows, heads)."""
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     position = tl.load(step + 1 + MAX + row)
     place = position % tl.maximum(places, 1)
     is_alive = row < tl.load(step)
@@ -206,9 +206,9 @@ def encode_rows(
         place = position // ratio
         is_alive = is_alive & ((position + 1) % ratio == 0)
     if is_alive:
-        to = state + tl.load(step + 1 + row) * stride + place * row_bytes
+        to = state + tl.load(step + 1 + row) * stride + head * head_stride + place * row_bytes
         col = tl.arange(0, BLOCK)
-        values = tl.load(x + row * dim + col, mask=col < dim, other=0.0)
+        values = tl.load(x + (row * tl.num_programs(1) + head) * dim + col, mask=col < dim, other=0.0)
         if CODED > 0:
             coded = tl.reshape(tl.where(col < CODED, values, 0.0), (BLOCK // GROUP, GROUP))
             largest = tl.max(tl.abs(coded), axis=1)
@@ -254,16 +254,17 @@ def limit_bits(form: RowFormat) -> int:
 def encode_launch(
     x: torch.Tensor, state: EncodedRows, step: torch.Tensor, rows: int, max_rows: int, ratio: int | None
 ) -> Launch:
-    """The launch that stores the first `rows` rows of x `[rows, dim]` in `state` `[slots, places, dim]`: in
-    rings, or as entries of `ratio` tokens each."""
+    """The launch that stores the first `rows` rows of x `[rows, heads * dim]` in `state` `[slots, (heads,)
+    places, dim]`: in rings, or as entries of `ratio` tokens each."""
     form, codes = state.format, RowCodes.of(state)
     constants = codes.constants | {
         "MAX": max_rows, "BLOCK": max(int(triton.next_power_of_2(form.dim)), form.group),
         "LIMIT": int(LARGEST.get(form.code, 1.0)), "LIMIT_BITS": limit_bits(form),
     }  # fmt: skip
     kept = bytes_of(state)
-    places = kept.shape[1] if ratio is None else 0
+    places, heads = kept.shape[-2] if ratio is None else 0, x.shape[1] // form.dim
     arguments = (
-        x, kept, step, form.dim, places, kept.stride(0), form.row_bytes, ratio or 1, form.groups,
+        x, kept, step, form.dim, places, kept.stride(0), kept.stride(1) if kept.dim() == 4 else 0,
+        form.row_bytes, ratio or 1, form.groups,
     )  # fmt: skip
-    return Launch(encode_rows, (rows,), arguments, constants, 4)
+    return Launch(encode_rows, (rows, heads), arguments, constants, 4)

@@ -18,9 +18,10 @@ import triton.language as tl
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail, leave_row
 from quant.kernels.cuda.pooling import pool_group
+from quant.kernels.cuda.routing import NO_ROUTING, chosen_experts, scores_of
 from quant.kernels.cuda.streams import finish_mix, finish_reading
 
-# Fields of a line, 24 numbers.
+# Fields of a line, 28 numbers.
 KIND: tl.constexpr = tl.constexpr(0)
 X: tl.constexpr = tl.constexpr(1)
 WEIGHT: tl.constexpr = tl.constexpr(2)
@@ -45,7 +46,10 @@ SPLITS: tl.constexpr = tl.constexpr(20)
 ITERATIONS: tl.constexpr = tl.constexpr(21)
 NORM_EPS: tl.constexpr = tl.constexpr(22)
 MAIL: tl.constexpr = tl.constexpr(23)
-FIELDS: tl.constexpr = tl.constexpr(24)
+HEAD_STRIDE: tl.constexpr = tl.constexpr(24)
+LIMIT: tl.constexpr = tl.constexpr(25)
+WHOLE: tl.constexpr = tl.constexpr(26)
+FIELDS: tl.constexpr = tl.constexpr(28)
 
 LATENT: tl.constexpr = tl.constexpr(0)
 POOL: tl.constexpr = tl.constexpr(1)
@@ -84,6 +88,17 @@ def turned(values, turns, width, pairs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def row_norm(x, width, eps, BLOCK: tl.constexpr):
+    """1 / the root mean square of a vector at x."""
+    squares = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, width, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        value = tl.load(x + col, mask=col < width, other=0.0)
+        squares += value * value
+    return tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
+
+
+@triton.jit
 def normalised(values, weight, col, inside, width, eps):
     """values `[BLOCK]`, zero outside, by their root mean square, times a weight where there is one."""
     values = values * tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
@@ -92,8 +107,9 @@ def normalised(values, weight, col, inside, width, eps):
 
 @triton.jit
 def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """A head of a row: normalised if there is a weight, turned if there are turns; to a buffer, to the ring
-    of its slot, or, where its token completes a group, to its place among the slot's entries."""
+    """A head of a row: normalised if there is a weight, by itself or with the WHOLE row, cut to a limit if
+    there is one, turned if there are turns; to a buffer, to the place of its position in its slot, or, where
+    its token completes a group, to its place among the slot's entries."""
     width = tl.load(line + WIDTH).to(tl.int32)
     heads = tl.load(line + HEADS).to(tl.int32)
     if head < heads:
@@ -101,7 +117,17 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
         inside = col < width
         values = tl.load(floats_at(line, X) + (row * heads + head) * width + col, mask=inside, other=0.0)
         if tl.load(line + WEIGHT) != 0:
-            values = normalised(values, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+            if tl.load(line + WHOLE) != 0:
+                norm = row_norm(
+                    floats_at(line, X) + row * heads * width, heads * width, fraction(line, EPS), BLOCK
+                )
+                weight = floats_at(line, WEIGHT) + head * width
+                values = values * norm * tl.load(weight + col, mask=inside, other=0.0)
+            else:
+                values = normalised(values, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+        limit = fraction(line, LIMIT)
+        if limit > 0:
+            values = tl.minimum(tl.maximum(values, -limit), limit)
         pairs = tl.load(line + PAIRS).to(tl.int32)
         if pairs > 0:
             values = turned(values, floats_at(line, TURNS) + row * 2 * pairs, width, pairs, BLOCK)
@@ -116,7 +142,8 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
             place = position // ratio
             is_alive = is_alive & ((position + 1) % ratio == 0)
         if (stored != 0) & is_alive:
-            to = floats_at(line, STATE) + tl.load(step + 1 + row) * tl.load(line + STRIDE) + place * width
+            slot = tl.load(step + 1 + row) * tl.load(line + STRIDE) + head * tl.load(line + HEAD_STRIDE)
+            to = floats_at(line, STATE) + slot + place * width
             tl.store(to + col, values, mask=inside)
 
 
@@ -138,39 +165,24 @@ def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
 
 
 @triton.jit
-def sqrt_softplus(logit):
-    """The root of log(1 + e^logit)."""
-    small = tl.exp(-tl.abs(logit))
-    above = 1.0 + small  # of which small * log(above) / (above - 1) is log1p(small), to the last bits
-    log1p = tl.where(above == 1.0, small, small * tl.log(above) / (above - 1.0))
-    return tl.sqrt(tl.maximum(logit, 0.0) + log1p)
-
-
-@triton.jit
-def route(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def route(
+    line, step, row,
+    TOP_K: tl.constexpr, SCORE: tl.constexpr, RENORMED: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST_OF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The experts that a row's logits choose, int64, best first, and their weights; none, -1, for a row that
     is not alive. Where there is a table of places, the chosen experts' places in it too; where there is a
     mailbox, what it is for."""
     experts = tl.load(line + WIDTH).to(tl.int32)
-    each = tl.arange(0, BLOCK)
-    inside = each < experts
-    logit = tl.load(floats_at(line, X) + row * experts + each, mask=inside, other=0.0)
-    score = sqrt_softplus(logit)
-    ranked = score + tl.load(floats_at(line, WEIGHT) + each, mask=inside, other=0.0)
-    ranked = tl.where(inside, ranked, float("-inf"))
+    choices = tl.arange(0, BLOCK)
+    logit = tl.load(floats_at(line, X) + row * experts + choices, mask=choices < experts, other=0.0)
     ids = tl.load(line + OUT).to(tl.pointer_type(tl.int64)) + row * TOP_K
     weights = floats_at(line, POST) + row * TOP_K
-    is_alive = row < tl.load(step)
-    choices = tl.arange(0, BLOCK)
-    chosen = tl.zeros([BLOCK], tl.float32)
-    idents = tl.full([BLOCK], -1, tl.int64)
-    for choice in tl.static_range(TOP_K):
-        best = tl.argmax(ranked, axis=0)  # the first of equals
-        weight = tl.sum(tl.where(each == best, score, 0.0), axis=0)
-        chosen = tl.where(choices == choice, weight, chosen)
-        idents = tl.where((choices == choice) & is_alive, best.to(tl.int64), idents)
-        ranked = tl.where(each == best, float("-inf"), ranked)
-    share = chosen / (tl.sum(chosen, axis=0) + fraction(line, NORM_EPS)) * fraction(line, EPS)
+    idents, share = chosen_experts(
+        logit, floats_at(line, WEIGHT), tl.load(line + WEIGHT) != 0, experts, fraction(line, NORM_EPS),
+        fraction(line, EPS), TOP_K, SCORE, RENORMED, GROUPS, KEPT, BEST_OF, BLOCK,
+    )  # fmt: skip
+    idents = tl.where(row < tl.load(step), idents, -1)
     is_choice = choices < TOP_K
     tl.store(weights + choices, share, mask=is_choice)
     tl.store(ids + choices, idents, mask=is_choice)
@@ -193,7 +205,9 @@ def say_places(line, step, row, idents, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def weigh(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def weigh(
+    line, step, row, TOP_K: tl.constexpr, SCORE: tl.constexpr, RENORMED: tl.constexpr, BLOCK: tl.constexpr
+):
     """The weights that a row's logits give to experts chosen without them; else as `route`."""
     experts = tl.load(line + WIDTH).to(tl.int32)
     choices = tl.arange(0, BLOCK)
@@ -202,8 +216,10 @@ def weigh(line, step, row, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     idents = tl.load(chosen, mask=is_choice & (row < tl.load(step)), other=-1)
     is_choice = is_choice & (idents >= 0)
     logit = tl.load(floats_at(line, X) + row * experts + idents, mask=is_choice, other=0.0)
-    score = tl.where(is_choice, sqrt_softplus(logit), 0.0)
-    share = score / (tl.sum(score, axis=0) + fraction(line, NORM_EPS)) * fraction(line, EPS)
+    share = tl.where(is_choice, scores_of(logit, is_choice, SCORE), 0.0)
+    if RENORMED:
+        share = share / (tl.sum(share, axis=0) + fraction(line, NORM_EPS))
+    share = share * fraction(line, EPS)
     tl.store(floats_at(line, POST) + row * TOP_K + choices, share, mask=choices < TOP_K)
     say_places(line, step, row, idents, TOP_K, BLOCK)
 
@@ -228,7 +244,9 @@ def rotations(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
 @triton.jit
 def row_tasks(
     table, step, KINDS: tl.constexpr, BLOCK: tl.constexpr, MAX: tl.constexpr,
-    N: tl.constexpr, COUNT: tl.constexpr, SPLITS_N: tl.constexpr, TOP_K: tl.constexpr,
+    N: tl.constexpr, COUNT: tl.constexpr, SPLITS_N: tl.constexpr,
+    TOP_K: tl.constexpr, SCORE: tl.constexpr, RENORMED: tl.constexpr, GROUPS: tl.constexpr,
+    KEPT: tl.constexpr, BEST_OF: tl.constexpr,
 ):  # fmt: skip
     """Grid (tasks, rows, most heads of a task); only KINDS are compiled."""
     line = table + tl.program_id(0) * FIELDS
@@ -251,13 +269,13 @@ def row_tasks(
                 )  # fmt: skip
         if KINDS & 8:
             if kind == ROUTE:
-                route(line, step, row, TOP_K, BLOCK)
+                route(line, step, row, TOP_K, SCORE, RENORMED, GROUPS, KEPT, BEST_OF, BLOCK)
         if KINDS & 16:
             if kind == ROTATIONS:
                 rotations(line, step, row, BLOCK, MAX)
         if KINDS & 32:
             if kind == WEIGH:
-                weigh(line, step, row, TOP_K, BLOCK)
+                weigh(line, step, row, TOP_K, SCORE, RENORMED, BLOCK)
         if KINDS & 64:
             if kind == READING:
                 finish_reading(
@@ -304,7 +322,7 @@ def _number(value: torch.Tensor | float | int) -> int:
 
 def row_tasks_launch(tasks: Sequence[RowTask], step: torch.Tensor, rows: int, max_rows: int) -> Launch:
     """The launch that does all tasks for the first `rows` rows; allocates its table."""
-    constants: dict[str, int | bool] = {"N": 1, "COUNT": 4, "SPLITS_N": 1, "TOP_K": 1}
+    constants: dict[str, int | bool] = {"N": 1, "COUNT": 4, "SPLITS_N": 1, **NO_ROUTING}
     for task in tasks:
         constants |= task.constants
     constants |= {

@@ -17,7 +17,7 @@ from quant.kernels.cuda.products import go_together
 
 TASKS = ("latent", "pool", "mix", "route", "weigh", "turns")
 STREAMS = ("mixed", "read")
-LAUNCHES = {"attend": 2, "experts": 2, "hand_over": 0, "await": 0, "called": 0, "reply": 0}
+LAUNCHES = {"attend": 2, "attend_kv": 2, "experts": 2, "hand_over": 0, "await": 0, "called": 0, "reply": 0}
 MAIL = 8  # more than there are: the sooner it is sent, the sooner there is an answer
 MOST_TASKS = 64
 

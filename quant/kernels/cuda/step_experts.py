@@ -17,10 +17,9 @@ from quant.errors import FormatError
 from quant.kernels.cuda.decode import INT4, INT4_OFFSET, NF4, UNIT, four_bit_kind, nf4_levels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.linear import Blocks
-from quant.kernels.cuda.moe import swiglu
 from quant.kernels.cuda.products import INTERPRETED_ROWS
 from quant.kernels.cuda.times import times_vector
-from quant.kernels.interface import ExpertWeights
+from quant.kernels.interface import ExpertExtras, ExpertWeights
 
 FETCHED = 1024  # columns of a row that a program brings
 
@@ -37,13 +36,21 @@ def scales_at(slot, KIND: tl.constexpr):
 
 
 @triton.jit
+def activated(gate, up, limit, alpha, shift):
+    """g * sigmoid(alpha * g) * (clamp(up, -limit, limit) + shift), where g = min(gate, limit)."""
+    gate = tl.minimum(gate, limit)
+    return gate / (1.0 + tl.exp(-alpha * gate)) * (tl.minimum(tl.maximum(up, -limit), limit) + shift)
+
+
+@triton.jit
 def gate_up_of_slots(
     x, arena, places, levels, inner, top_k, width, units, limit,
-    w1_codes, w1_scales, w3_codes, w3_scales,
+    w1_codes, w1_scales, w3_codes, w3_scales, ids, gate_bias, up_bias, alpha, shift,
     KIND: tl.constexpr, PER_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
-    """inner `[pairs, width]` of x `[rows, hidden]`; grid (blocks of width, pairs). The last four numbers say
-    where in a slot the matrices are."""
+    """inner `[pairs, width]` of x `[rows, hidden]`; grid (blocks of width, pairs). Four numbers say where
+    in a slot the matrices are. Biases are `[experts, width]`."""
     pair = tl.program_id(1)
     place = tl.load(places + pair)
     if place >= 0:
@@ -59,13 +66,18 @@ def gate_up_of_slots(
             row, slot + w3_codes, scales_at(slot + w3_scales, KIND), levels, rows, row_inside, units,
             KIND, PER_SCALE, BLOCK_N, UNITS,
         )  # fmt: skip
-        tl.store(inner + pair * width + rows, swiglu(gate, up, limit), mask=row_inside)
+        if BIASED:
+            first = tl.load(ids + pair) * width
+            gate += tl.load(gate_bias + first + rows, mask=row_inside, other=0.0)
+            up += tl.load(up_bias + first + rows, mask=row_inside, other=0.0)
+        tl.store(inner + pair * width + rows, activated(gate, up, limit, alpha, shift), mask=row_inside)
 
 
 @triton.jit
 def down_of_slots(
-    inner, arena, places, levels, out, hidden, units, w2_codes, w2_scales,
+    inner, arena, places, levels, out, hidden, units, w2_codes, w2_scales, ids, bias,
     KIND: tl.constexpr, PER_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
+    BIASED: tl.constexpr,
 ):  # fmt: skip
     """out `[pairs, hidden]` of inner `[pairs, width]`; grid (blocks of hidden, pairs)."""
     pair = tl.program_id(1)
@@ -78,6 +90,8 @@ def down_of_slots(
             inner + pair * units * UNIT, slot + w2_codes, scales_at(slot + w2_scales, KIND), levels, rows,
             row_inside, units, KIND, PER_SCALE, BLOCK_N, UNITS,
         )  # fmt: skip
+        if BIASED:
+            total += tl.load(bias + tl.load(ids + pair) * hidden + rows, mask=row_inside, other=0.0)
         tl.store(out + pair * hidden + rows, total, mask=row_inside)
 
 
@@ -152,14 +166,16 @@ class SlotsOnGpu:
         self,
         x: torch.Tensor,
         places: torch.Tensor,
+        ids: torch.Tensor,
         inner: torch.Tensor,
         apart: torch.Tensor,
-        limit: float,
+        activation: tuple[float, ExpertExtras],
         rows: int,
     ) -> tuple[Launch, Launch]:
         """The launches that compute the chosen experts of the first `rows` rows of x `[rows, hidden]`.
 
-        places  `[rows, top_k]`, of the chosen experts
+        places, ids  `[rows, top_k]`, of the chosen experts
+        activation  its limit, and what these experts have beyond that; biases in this GPU's memory
         inner   `[rows, top_k * width]`, for results on the way
         apart   `[rows, top_k * hidden]`, each choice's output, not weighted; unchanged where there is none
         """
@@ -177,18 +193,38 @@ class SlotsOnGpu:
             "UNITS": blocks.cols // UNIT.value,
         }
         levels = nf4_levels(x.device)
+        limit, extras = activation
+        biases = extras.biases
+        gate_bias, up_bias, down_bias = (x, x, x) if biases is None else (biases.gate, biases.up, biases.down)
+        constants["BIASED"] = biases is not None
         at = [place - self.begin for place in self.sample.addresses]
         up = Launch(
             gate_up_of_slots,
             (-(-width // block_rows), rows * top_k),
-            (x, self.arena, places, levels, inner, top_k, width, hidden // UNIT.value, limit, *at[:4]),
+            (
+                x,
+                self.arena,
+                places,
+                levels,
+                inner,
+                top_k,
+                width,
+                hidden // UNIT.value,
+                limit,
+                *at[:4],
+                ids,
+                gate_bias,
+                up_bias,
+                extras.alpha,
+                extras.shift,
+            ),
             constants,
             blocks.warps,
         )
         down = Launch(
             down_of_slots,
             (-(-hidden // block_rows), rows * top_k),
-            (inner, self.arena, places, levels, apart, hidden, width // UNIT.value, *at[4:]),
+            (inner, self.arena, places, levels, apart, hidden, width // UNIT.value, *at[4:], ids, down_bias),
             constants,
             blocks.warps,
         )

@@ -165,8 +165,17 @@ def summed(
     y, apart, weights, mail, places, row, col, inside, width, CHOICES: tl.constexpr, MAILED: tl.constexpr
 ):
     """Columns of a row of y, with the weighted sum of its choices before it."""
+    value = tl.load(y + row * width + col, mask=inside, other=0.0)
     if CHOICES == 0:
-        return tl.load(y + row * width + col, mask=inside, other=0.0)
+        return value
+    return choices_sum(apart, weights, mail, places, row, col, inside, width, CHOICES, MAILED) + value
+
+
+@triton.jit
+def choices_sum(
+    apart, weights, mail, places, row, col, inside, width, CHOICES: tl.constexpr, MAILED: tl.constexpr
+):
+    """Columns of the weighted sum of a row's choices, in order."""
     total = tl.zeros_like(col).to(tl.float32)
     for choice in tl.static_range(CHOICES):
         pair = row * CHOICES + choice
@@ -178,7 +187,7 @@ def summed(
         else:
             part = tl.load(apart + at, mask=inside, other=0.0)
         total += tl.load(weights + pair) * part
-    return total + tl.load(y + row * width + col, mask=inside, other=0.0)
+    return total
 
 
 @triton.jit
@@ -362,7 +371,7 @@ def write_launch(
 ) -> Launch:
     """The launch that writes y, and the sum of choices, to the streams."""
     width, n = y.shape[1], post.shape[1]
-    others, constants = _choices(choices, y)
+    others, constants = choices_launch(choices, y)
     arguments = (streams, y, post, combine, *others, out, width)
     constants |= {"N": n, "BLOCK_N": BLOCK}
     return Launch(write_streams, (-(-width // BLOCK), rows), arguments, constants, 4)
@@ -370,15 +379,16 @@ def write_launch(
 
 def add_up_launch(y: torch.Tensor, choices: Choices, out: torch.Tensor, rows: int) -> Launch:
     """The launch that adds the sum of choices to y."""
-    others, constants = _choices(choices, y)
+    others, constants = choices_launch(choices, y)
     constants |= {"BLOCK_N": BLOCK}
     width = y.shape[1]
     return Launch(add_up, (-(-width // BLOCK), rows), (y, *others, out, width), constants, 4)
 
 
-def _choices(
+def choices_launch(
     choices: Choices | None, other: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], dict[str, int | bool]]:
+    """What a kernel takes for `choices_sum`: tensors (`other` where there is none), and constants."""
     if choices is None:
         return (other,) * 4, {"CHOICES": 0, "MAILED": False}
     mail = other if choices.mail is None else choices.mail

@@ -23,7 +23,7 @@ from quant.kernels.cuda.noted import fused
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.schedule import LAUNCHES, scheduled
 from quant.kernels.cuda.step_experts import SlotsOnGpu
-from quant.kernels.interface import ExpertWeights
+from quant.kernels.interface import NO_EXTRAS, ExpertWeights
 from quant.kernels.layers import RoutingRule
 from quant.packed import PackedTensor
 
@@ -31,6 +31,7 @@ HIDDEN, WIDTH, Q_LORA, HEADS, DIM, GROUPS, O_LORA = 5120, 2304, 1280, 64, 512, 8
 STREAMS, EXPERTS, INDEX_HEADS, INDEX_DIM, WINDOW, PAIRS = 4, 384, 32, 128, 128, 32
 TOP_K, CHOSEN, BLOCK, BLOCKS, MAX_ROWS, SLOTS, ENTRIES = 6, 512, 64, 128, 16, 4, 65536
 META = torch.device("meta")
+ACTIVATION = 10.0, NO_EXTRAS
 RULE = RoutingRule(TOP_K, "sqrt softplus", is_renormalised=True, epsilon=1e-20, factor=1.5)
 
 
@@ -137,7 +138,7 @@ class Layer:
         gate, up = r.linears(x, shared)
         (y,) = r.linears(r.gated(gate, up, 10.0), [described(FP8_32, HIDDEN, WIDTH)])
         box = Mailbox(1, MAX_ROWS, TOP_K, HIDDEN, pinned=False)
-        return r.add(r.experts(x, ids, weights, slots, 10.0, box, 0, ids), y)
+        return r.add(r.experts(x, ids, weights, slots, ACTIVATION, box, 0, ids), y)
 
 
 def shared_groups() -> list[list[Noted]]:
@@ -145,7 +146,7 @@ def shared_groups() -> list[list[Noted]]:
     recorder = GpuRecorder(TritonKernels(META), MAX_ROWS)
     table, slots = expert_slots()
     box = Mailbox(1, MAX_ROWS, TOP_K, HIDDEN, pinned=False, others=["cuda:1"])
-    x = recorder.serve(slots, table, 10.0, box, 0, 1)
+    x = recorder.serve(slots, table, ACTIVATION, box, 0, 1)
     return scheduled(fused(recorder._noted, [x]))
 
 

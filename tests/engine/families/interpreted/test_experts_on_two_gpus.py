@@ -23,6 +23,7 @@ from quant.kernels.cuda.mailbox import Mailbox, StalledError
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.devices import DeviceKernels
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 from quant.kernels.layers import RoutingRule
 from tests import pretend_gpus as pretend
 from tests.interpreted_gpus import InterpretedGpu
@@ -72,7 +73,7 @@ class Machine:
             slots = self.places[0].slots(n)
             (logits,) = main.linears(x, [self._gates[n].to(gpus[0])])
             ids, weights = main.route(logits, self._bias, RULE, slots.places[n])
-            x = main.add(main.experts(x, ids, weights, slots, LIMIT, self.box, n, None), x)
+            x = main.add(main.experts(x, ids, weights, slots, (LIMIT, NO_EXTRAS), self.box, n, None), x)
         self.program = main.finish(source, x)
         self.helpers = [
             Helper(other.finish(of_other[0], of_other[0]))
@@ -83,9 +84,9 @@ class Machine:
         )
         self.coordinator = Coordinator(answer)
 
-    def _asked(self, layer: int, at: int) -> tuple[SlotsOnGpu, torch.Tensor, float]:
+    def _asked(self, layer: int, at: int) -> tuple[SlotsOnGpu, torch.Tensor, tuple[float, ExpertExtras]]:
         slots = self.places[at].slots(layer)
-        return slots, slots.places[layer], LIMIT
+        return slots, slots.places[layer], (LIMIT, NO_EXTRAS)
 
     @torch.inference_mode()
     def step(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""A decoder's operations noted for several devices: one program for each stay on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.families.base import Batch
+from engine.families.decoder.cache import DecoderCache
+from engine.families.on_gpus.step import RecorderOn, StepExperts, StepOnGpus
+from engine.layers.recorded import Recorded
+from engine.program_report import StepPart
+from quant.kernels.cpu.program import Buffer
+from quant.kernels.interface import NO_EXTRAS, ExpertExtras
+from quant.kernels.layers import RoutingRule
+
+
+class DecoderOnGpus(Recorded):
+    """`Operations` noted by a recorder for each device, for steps with `cache`; `routed` are its experts.
+
+    frequencies, factor  see `Recorded`
+    devices  of the layers that have routed experts
+    """
+
+    def __init__(
+        self,
+        recorder_on: RecorderOn,
+        cache: DecoderCache,
+        first: torch.device,
+        frequencies: torch.Tensor,
+        factor: float,
+        experts: StepExperts | None,
+        devices: list[torch.device],
+    ) -> None:
+        self.step = StepOnGpus(recorder_on, first, experts)
+        self._turning = frequencies, factor
+        places = [cache.place(number) for number in range(len(cache.layout.kept))]
+        super().__init__(self.step.recorder, frequencies, factor, places, cache.index_keys.layer)
+        self.routed = None if experts is None else ExpertsOnGpus(self, experts, devices)
+
+    def move(self, x: Buffer, device: torch.device) -> Buffer:
+        if device == self.step.device:
+            return x
+        (moved,) = self.step.go_to(device, [x])
+        self._use(self.step.recorder, *self._turning)
+        return moved
+
+    def route(self, logits: Buffer, bias: torch.Tensor | None, rule: RoutingRule) -> tuple[Buffer, Buffer]:
+        layer = None if self.routed is None else self.routed.routing
+        if layer is None:
+            return super().route(logits, bias, rule)
+        return self.step.route(layer, logits, bias, rule)
+
+    def finish(self, result: Buffer) -> None:
+        """Make the programs, of which the last one's result is the step's."""
+        self.step.finish(result)
+
+    def nbytes(self, result: Buffer) -> dict[torch.device, int]:
+        """Bytes that the programs would hold, by device."""
+        return self.step.nbytes(result)
+
+    def parts(self) -> list[StepPart]:
+        """What each device does."""
+        return self.step.parts()
+
+    def run(self, batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
+        """Logits of `batch.logit_rows`, of the tokens' embedding `[rows, hidden]`."""
+        return self.step.run(embedded, *batch.places())[batch.logit_rows]
+
+
+class ExpertsOnGpus:
+    """`RoutedExperts` of such a step.
+
+    routing  the layer whose router is noted; None while it is a later layer's, for a prediction
+    """
+
+    def __init__(self, ops: DecoderOnGpus, experts: StepExperts, devices: list[torch.device]) -> None:
+        self._step = ops.step
+        self._store = experts.store
+        self._devices = devices
+        self._begun: int | None = None  # the layer whose experts are noted next
+        self._next = 0
+
+    @property
+    def routing(self) -> int | None:
+        return self._next if self._begun is None else None
+
+    def wants_guesses(self, layer: int) -> bool:
+        """Of the layer after the one that is noted, where experts are on disk and its router is here."""
+        is_next = self._begun is not None and layer == self._begun + 1
+        return is_next and not self._store.slots.keeps_copies and self._devices[layer] == self._step.device
+
+    def prefetch(self, layer: int, ids: Buffer) -> None:
+        self._step.guess(layer, ids)
+
+    def acquire(self, layer: int, ids: Buffer) -> None:
+        self._begun = layer
+        self._step.acquire(layer, ids)
+
+    def run(
+        self, layer: int, x: Buffer, ids: Buffer, weights: Buffer, extras: ExpertExtras = NO_EXTRAS
+    ) -> Buffer:
+        self._begun, self._next = None, layer + 1
+        return self._step.run_experts(layer, x, ids, weights, extras)
