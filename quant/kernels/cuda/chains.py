@@ -83,6 +83,12 @@ class Chains:
         op = None if at is None else self.ops[at]
         return op if op is not None and op.kind == kind and list(op.outs.values()) == [value] else None
 
+    def written_by(self, value: object, kind: str) -> Noted | None:
+        """The operation of that kind that writes `value`, whoever reads it."""
+        at = self._at.get(id(value))
+        op = None if at is None else self.ops[at]
+        return op if op is not None and op.kind == kind else None
+
     def written(self, value: object, kind: str) -> Noted | None:
         """The operation of that kind that writes `value`, if no operation behind it needs it yet."""
         at = self._at.get(id(value))

@@ -32,6 +32,8 @@ class KvNotes(GpuNotes):
             if any(out is x for out in op.outs.values()):
                 break
         is_product = op is not None and op.kind == "product" and op.is_plain("bias", "column", "up")
+        if op is not None and op.kind in ("read", "latent"):  # a norm, which adds it itself
+            return self._to(x.width, "bias", x=x, rows=self._floats(rows))
         if op is None or not is_product or rows.numel() != x.width:
             raise FormatError("no Triton kernel adds a bias to anything but products")
         op.ins["bias"] = self._floats(rows.flatten())
@@ -43,8 +45,7 @@ class KvNotes(GpuNotes):
 
     def append(self, keys: Buffer, values: Buffer | None, place: KvPlace) -> None:
         """Write keys and values to the cache, each row at its slot and position."""
-        if values is None:
-            raise FormatError("no Triton kernel keeps latents of which values are a part")
+        assert values is not None
         heads = place.keys.shape[1]
         self._store(keys, place.keys, IN_RING, 1, heads)
         self._store(values, place.values, IN_RING, 1, heads)
@@ -83,18 +84,6 @@ class KvNotes(GpuNotes):
     def delta_rule(self, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule, place: StatePlace) -> Buffer:
         """The state of each row's slot, changed and asked."""
         _has_none("changes states by the delta rule")
-
-    def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
-        """Columns of each of x's parts."""
-        _has_none("takes parts of heads")
-
-    def join(self, x: Buffer, y: Buffer, parts: int) -> Buffer:
-        """Each of x's parts, and beside it the same of y's."""
-        _has_none("joins parts of heads")
-
-    def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
-        """Plain weights, each times its own columns of x."""
-        _has_none("multiplies heads with matrices of their own")
 
 
 def _has_none(what: str) -> NoReturn:

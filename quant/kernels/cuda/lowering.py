@@ -13,6 +13,7 @@ from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda import row_tasks as task
 from quant.kernels.cuda.attention import SparseAttention
 from quant.kernels.cuda.chains import Fixed, Noted
+from quant.kernels.cuda.heads import Columns, head_products_launch, move_launch
 from quant.kernels.cuda.kv_attention import KvAttention
 from quant.kernels.cuda.latent_attention import LatentAttention
 from quant.kernels.cuda.launch import Launch
@@ -106,12 +107,15 @@ class Places:
 
 
 def _latent(of: dict[str, Any]) -> RowTask:
-    heads = of["heads"]
-    width = of["x"].shape[1] // heads
+    heads, x = of["heads"], of["x"]
+    first, step, width = of.get("at") or (0, x.shape[1] // heads, x.shape[1] // heads)
     fields: dict[int, Any] = {
-        task.X.value: of["x"], task.WIDTH.value: width, task.HEADS.value: heads,
-        task.STORED.value: of["stored"],
+        task.X.value: x[:, first:], task.X_ROW.value: x.shape[1], task.X_HEAD.value: step,
+        task.WIDTH.value: width, task.HEADS.value: heads, task.STORED.value: of["stored"],
+        task.FACTOR.value: float(of.get("factor") or 1.0),
     }  # fmt: skip
+    if of.get("bias") is not None:
+        fields[task.BIAS.value] = of["bias"]
     if of.get("weight") is not None:
         fields |= {task.WEIGHT.value: of["weight"], task.EPS.value: float(of["eps"])}
         fields[task.WHOLE.value] = int(of.get("whole") or 0)
@@ -120,11 +124,16 @@ def _latent(of: dict[str, Any]) -> RowTask:
     if of.get("turns") is not None:
         fields |= {task.TURNS.value: of["turns"], task.PAIRS.value: of["turns"].shape[1] // 2}
     if of.get("out") is not None:
-        fields[task.OUT.value] = of["out"]
-    if of.get("state") is not None:
-        state = of["state"]
+        out = of["out"]
+        to, out_step = of.get("to") or (0, width)
         fields |= {
-            task.STATE.value: state, task.PLACES.value: state.shape[-2], task.STRIDE.value: state.stride(0),
+            task.OUT.value: out[:, to:], task.OUT_ROW.value: out.shape[1], task.OUT_HEAD.value: out_step
+        }  # fmt: skip
+    if of.get("state") is not None:
+        state, column = of["state"], of.get("column") or 0
+        fields |= {
+            task.STATE.value: state[..., column:], task.STATE_ROW.value: state.shape[-1],
+            task.PLACES.value: state.shape[-2], task.STRIDE.value: state.stride(0),
             task.RATIO.value: of.get("ratio") or 1,
             task.HEAD_STRIDE.value: state.stride(1) if state.dim() == 4 else 0,
         }  # fmt: skip
@@ -243,6 +252,24 @@ def _engram(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return [engram_launch(of["x"], of["kv"], of["qk"], of["eps"], of["out"], rows)]
 
 
+def _heads(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    heads, x, out, weight = of["heads"], of["x"], of["out"], of["weight"]
+    first, step, _ = of.get("at") or (0, weight.shape[2], weight.shape[2])
+    to, out_step = of.get("to") or (0, weight.shape[1])
+    beside = None
+    if of.get("beside") is not None:
+        copied, copied_step, width = of["beside"]
+        beside = Columns(x, copied, copied_step), Columns(out, to + weight.shape[1], out_step), width
+    columns = Columns(x, first, step), weight, Columns(out, to, out_step)
+    return [head_products_launch(*columns, heads, rows, of["factor"], beside)]
+
+
+def _move(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    first, step, width = of["at"]
+    source, target = Columns(of["x"], first, step), Columns(of["out"], *of["to"])
+    return [move_launch(source, target, of["heads"], width, rows, of["factor"])]
+
+
 def _choices(of: dict[str, Any]) -> Choices | None:
     if of.get("weights") is None:
         return None
@@ -317,6 +344,8 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "attend": _attend,
     "attend_kv": _attend_kv,
     "residual": _residual,
+    "heads": _heads,
+    "move": _move,
     "encode": _encode,
     "select": _select,
     "experts": _experts,

@@ -13,6 +13,16 @@ from typing import Any
 
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.chains import Chains, Noted
+from quant.kernels.cuda.latent_rules import (
+    PASSED,
+    apart,
+    biased,
+    joined,
+    joined_queries,
+    of_part,
+    part,
+    stored_join,
+)
 from quant.kernels.cuda.products import family_of
 from quant.packed import PackedTensor
 
@@ -24,7 +34,10 @@ def fused(noted: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
     chains = Chains(noted, kept)
     for op in noted:
         chains.add(_RULES.get(op.kind, _alone)(op, chains))
-    return list(_settled(op for op in chains.ops if op is not None))
+    ops = [op for op in chains.ops if op is not None]
+    read = {id(buffer) for op in ops for buffer in op.reads} | {id(buffer) for buffer in kept}
+    wanted = (op for op in ops if op.kind not in PASSED or any(id(out) in read for out in op.outs.values()))
+    return list(_settled(each for op in wanted for each in apart(op)))
 
 
 def _alone(op: Noted, chains: Chains) -> Noted:
@@ -43,6 +56,8 @@ def _read(op: Noted, chains: Chains) -> Noted:
         outs = residual.outs | {"out": op.outs["out"]}
         chains.drop(residual)
         return replace(residual, ins=residual.ins | given, outs=outs)
+    if chains.before(op.ins["x"], "part") is not None and _is_task(op):
+        return of_part(replace(op, kind="latent", ins=op.ins | {"heads": 1, "stored": 0}), chains)
     before = chains.before(op.ins["x"], "pool")
     if before is not None and before.is_plain("weight") and op.is_plain("pre"):
         chains.drop(before)
@@ -53,9 +68,12 @@ def _read(op: Noted, chains: Chains) -> Noted:
 
 def _latent(op: Noted, chains: Chains) -> Noted:
     """A norm, then a limit, then a turn, then the way into a state."""
-    before = chains.before(op.ins["x"], "latent")
+    op = stored_join(of_part(op, chains), chains)
+    before = None if op.ins.get("at") is not None else chains.before(op.ins["x"], "latent")
     if before is not None and _follows(before, op):
-        is_row = before.ins["heads"] == 1 and before.is_plain("turns")  # what is done to a row as a whole
+        is_row = before.ins["heads"] == 1 and before.is_plain(
+            "turns", "at", "bias"
+        )  # what is done to a row as a whole
         if is_row or before.ins["heads"] == op.ins["heads"]:
             chains.drop(before)
             given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
@@ -72,7 +90,7 @@ def _latent(op: Noted, chains: Chains) -> Noted:
 
 def _follows(before: Noted, op: Noted) -> bool:
     """Whether all that is done by an operation comes after what the other does, in one pass over a vector."""
-    stages = "weight", "limit", "turns", "state"
+    stages = "weight", "bias", "limit", "turns", "state"
     done, to_do = ([at for at, name in enumerate(stages) if not each.is_plain(name)] for each in (before, op))
     return not done or not to_do or done[-1] < to_do[0]
 
@@ -122,8 +140,9 @@ def _turned_back(op: Noted, chains: Chains) -> Noted:
 
 def _attend(op: Noted, chains: Chains) -> Noted:
     """Queries turned by those that read them."""
+    op = joined_queries(op, chains)
     turn = chains.before(op.ins["q"], "latent")
-    if turn is not None and turn.is_plain("weight", "state"):
+    if turn is not None and turn.is_plain("weight", "state", "at", "limit", "bias"):
         chains.drop(turn)
         return replace(op, ins=op.ins | {"q": turn.ins["x"], "turns": turn.ins["turns"]})
     return op
@@ -132,7 +151,7 @@ def _attend(op: Noted, chains: Chains) -> Noted:
 def _select(op: Noted, chains: Chains) -> Noted:
     """The same, and a factor of the weights."""
     turn = chains.before(op.ins["queries"], "latent")
-    if turn is not None and turn.is_plain("weight", "state"):
+    if turn is not None and turn.is_plain("weight", "state", "at", "limit", "bias"):
         chains.drop(turn)
         op = replace(op, ins=op.ins | {"queries": turn.ins["x"], "turns": turn.ins["turns"]})
     scale = chains.before(op.ins["weights"], "times")
@@ -191,6 +210,10 @@ def _attend_kv(op: Noted, chains: Chains) -> Noted:
 
 
 _RULES = {
+    "part": part,
+    "heads": of_part,
+    "bias": biased,
+    "encode": joined,
     "read": _read,
     "latent": _turned_back,
     "pool": _pool,

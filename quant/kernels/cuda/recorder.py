@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from quant.errors import FormatError
-from quant.formats.rows import Rows, bytes_of
+from quant.formats.rows import EncodedRows, Rows, bytes_of
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
 from quant.kernels.cuda.chains import Fixed, Noted
-from quant.kernels.cuda.kv_notes import KvNotes
-from quant.kernels.cuda.latent_attention import SHARES, check_attends
+from quant.kernels.cuda.latent_notes import LatentNotes
 from quant.kernels.cuda.mailbox import Mailbox
 from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
@@ -30,7 +29,7 @@ from quant.kernels.layers import RoutingRule
 
 
 @dataclass
-class GpuRecorder(KvNotes):
+class GpuRecorder(LatentNotes):
     """`StepRecorder` for a GPU. Buffers are `[rows, width]` in its memory.
 
     All methods raise FormatError for what there is no kernel for.
@@ -348,32 +347,6 @@ class GpuRecorder(KvNotes):
         self._note(Noted("attend", ins, {"out": out}, sees=sees))
         return out
 
-    def _attend_latents(
-        self,
-        q: Buffer,
-        rings: Rows | None,
-        sink: torch.Tensor,
-        window: int,
-        entries: Rows,
-        chosen: Buffer | None,
-        every: int,
-        value_dim: int,
-    ) -> Buffer:
-        """Attention over a window and all entries, or those chosen: see `LatentAttention`."""
-        heads = len(sink)
-        check_attends(rings, value_dim)
-        check_attends(entries, value_dim)
-        ins = {
-            "q": q, "rings": rings, "sink": self._floats(sink), "window": window, "entries": entries,
-            "chosen": chosen, "every": every, "scale": entries.shape[2] ** -0.5,
-            "parts": self.buffer(heads * value_dim, rows=SHARES),
-            "stats": self.buffer(heads * 2, rows=SHARES),
-        }  # fmt: skip
-        sees = (bytes_of(entries),) if rings is None else (bytes_of(rings), bytes_of(entries))
-        out = self.buffer(heads * value_dim)
-        self._note(Noted("attend", ins, {"out": out}, sees=sees))
-        return out
-
     def select(
         self,
         queries: Buffer,
@@ -386,6 +359,8 @@ class GpuRecorder(KvNotes):
         makes_pool: bool,
     ) -> tuple[Buffer, Buffer | None]:
         """The entries that each row attends to, and the best blocks: see `StepRecorder.select`."""
+        if isinstance(keys, EncodedRows) and keys.format.turned:
+            queries, keys = self._turned(queries, keys)
         RowCodes.of(keys)  # raises FormatError
         block = selector.block
         columns = max(1, keys.shape[1] if pool is None else block * selector.blocks)

@@ -46,6 +46,13 @@ SPLITS: tl.constexpr = tl.constexpr(20)
 ITERATIONS: tl.constexpr = tl.constexpr(21)
 NORM_EPS: tl.constexpr = tl.constexpr(22)
 MAIL: tl.constexpr = tl.constexpr(23)
+X_ROW: tl.constexpr = tl.constexpr(14)  # of a vector: from a row to the next, and from a head to the next
+X_HEAD: tl.constexpr = tl.constexpr(15)
+OUT_ROW: tl.constexpr = tl.constexpr(16)
+OUT_HEAD: tl.constexpr = tl.constexpr(17)
+STATE_ROW: tl.constexpr = tl.constexpr(18)
+BIAS: tl.constexpr = tl.constexpr(19)
+FACTOR: tl.constexpr = tl.constexpr(20)
 HEAD_STRIDE: tl.constexpr = tl.constexpr(24)
 LIMIT: tl.constexpr = tl.constexpr(25)
 WHOLE: tl.constexpr = tl.constexpr(26)
@@ -107,15 +114,16 @@ def normalised(values, weight, col, inside, width, eps):
 
 @triton.jit
 def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """A head of a row: normalised if there is a weight, by itself or with the WHOLE row, cut to a limit if
-    there is one, turned if there are turns; to a buffer, to the place of its position in its slot, or, where
-    its token completes a group, to its place among the slot's entries."""
+    """A head of a row, times a factor: normalised if there is a weight, by itself or with the WHOLE row, with
+    a bias added and cut to a limit if there is one, turned if there are turns; to a buffer, to the place of
+    its position in its slot, or, where its token completes a group, to its place among the slot's entries."""
     width = tl.load(line + WIDTH).to(tl.int32)
     heads = tl.load(line + HEADS).to(tl.int32)
     if head < heads:
         col = tl.arange(0, BLOCK)
         inside = col < width
-        values = tl.load(floats_at(line, X) + (row * heads + head) * width + col, mask=inside, other=0.0)
+        x = floats_at(line, X) + row * tl.load(line + X_ROW) + head * tl.load(line + X_HEAD)
+        values = tl.load(x + col, mask=inside, other=0.0) * fraction(line, FACTOR)
         if tl.load(line + WEIGHT) != 0:
             if tl.load(line + WHOLE) != 0:
                 norm = row_norm(
@@ -125,6 +133,8 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
                 values = values * norm * tl.load(weight + col, mask=inside, other=0.0)
             else:
                 values = normalised(values, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+        has_bias = tl.load(line + BIAS) != 0
+        values += tl.load(floats_at(line, BIAS) + head * width + col, mask=inside & has_bias, other=0.0)
         limit = fraction(line, LIMIT)
         if limit > 0:
             values = tl.minimum(tl.maximum(values, -limit), limit)
@@ -132,7 +142,8 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
         if pairs > 0:
             values = turned(values, floats_at(line, TURNS) + row * 2 * pairs, width, pairs, BLOCK)
         if tl.load(line + OUT) != 0:
-            tl.store(floats_at(line, OUT) + (row * heads + head) * width + col, values, mask=inside)
+            out = floats_at(line, OUT) + row * tl.load(line + OUT_ROW) + head * tl.load(line + OUT_HEAD)
+            tl.store(out + col, values, mask=inside)
         stored = tl.load(line + STORED)
         position = tl.load(step + 1 + MAX + row)
         place = position % tl.maximum(tl.load(line + PLACES), 1)
@@ -143,7 +154,7 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
             is_alive = is_alive & ((position + 1) % ratio == 0)
         if (stored != 0) & is_alive:
             slot = tl.load(step + 1 + row) * tl.load(line + STRIDE) + head * tl.load(line + HEAD_STRIDE)
-            to = floats_at(line, STATE) + slot + place * width
+            to = floats_at(line, STATE) + slot + place * tl.load(line + STATE_ROW)
             tl.store(to + col, values, mask=inside)
 
 

@@ -12,6 +12,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in Triton's interpreter, started by test_triton.py", allow_module_level=True)
 
+from quant.kernels.cpu.cache_notes import KvPlace
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.recorder import GpuRecorder
@@ -94,3 +95,56 @@ def test_a_window_and_every_entry_are_attended_to(held: int) -> None:
             q[row].view(1, heads, dim), latents[slot, first : position + 1], sink, window, entries[slot], seen
         )
         torch.testing.assert_close(found[row], expected.flatten(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("chooses", [False, True])
+def test_latents_are_kept_and_attended_to_as_operations_say(rows: int, chooses: bool) -> None:
+    """All that a layer of latent attention notes, with parts of vectors on the way."""
+    heads, plain, dims, rank, capacity = 3, 24, 16, 40, 70
+    dim, slots, positions = rank + dims, [2, 0, 2][:rows], [40, 3, 41][:rows]
+    to_latent, from_latent = random(heads, rank, plain), random(heads, plain, rank)
+    frequencies, weight = torch.linspace(0.1, 1, dims // 2).double(), random(rank)
+    cache = random(SLOTS, 1, capacity, dim)
+    place = KvPlace(cache.clone(), cache[..., :rank])
+    place = KvPlace(place.keys, place.keys[..., :rank])
+    wide = heads * (plain + dims)
+    chosen = torch.tensor([[1, 5, 40, -1], [0, 2, 3, -1], [0, 40, 41, -1]])[:rows]
+
+    def note(r: GpuRecorder, x: Buffer) -> Buffer:
+        q, kv = r.linears(x, [torch.eye(wide + dim)[:wide], torch.eye(wide + dim)[wide:]])
+        q, turns = r.scale(q, 1.5), r.turns(frequencies)
+        made = r.batched_linear(r.part(q, heads, 0, plain), to_latent)
+        turned = r.rotate(r.part(q, heads, plain, dims), turns, heads)
+        latent = r.norm(r.part(kv, 1, 0, rank), weight, 1e-6)
+        shared = r.rotate(r.part(kv, 1, rank, dims), turns, 1)
+        queries, keys = r.join(made, turned, heads), r.join(latent, shared, 1)
+        r.append(keys, None, place)
+        picked = None
+        if chooses:
+            picked = r.buffer(4, torch.int64)
+            r.hand_over(lambda n: programs[0].rows(picked)[:n].copy_(chosen[:n]), [keys], [picked])
+        return r.batched_linear(r.attend(queries, place, chosen=picked), from_latent)
+
+    x = random(rows, wide + dim)
+    recorder = GpuRecorder(TritonKernels(HOST), 4)
+    source = recorder.input(x.shape[1])
+    program = recorder.finish(source, note(recorder, source))
+    programs = [program]
+    if not chooses:
+        assert program.launches(None) == 7  # rotations, products, two vectors kept, heads, attention, heads
+    program.source[:rows] = x
+    program.run(slots, positions)
+    q, kv = x[:, :wide].view(rows, heads, plain + dims) * 1.5, x[:, wide:]
+    turns = REFERENCE.turns(torch.tensor(positions), frequencies)
+    latent = REFERENCE.rms_norm(kv[:, :rank], weight, 1e-6)
+    keys = torch.cat((latent, REFERENCE.rotate(kv[:, rank:], turns)), 1)
+    made = torch.einsum("hrc,thc->thr", to_latent, q[..., :plain])
+    queries = torch.cat((made, REFERENCE.rotate(q[..., plain:], turns)), 2)
+    cache[slots, 0, positions] = keys
+    torch.testing.assert_close(place.keys, cache, rtol=1e-5, atol=1e-5)
+    for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+        seen = chosen[row : row + 1] if chooses else torch.arange(position + 1).unsqueeze(0)
+        found = REFERENCE.attend_chosen(queries[row : row + 1], cache[slot, 0], seen, rank)
+        expected = torch.einsum("hpr,hr->hp", from_latent, found[0]).flatten()
+        torch.testing.assert_close(program.result[row], expected, rtol=1e-3, atol=1e-3)
