@@ -66,7 +66,8 @@ def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_byte
     nbytes = size.nbytes
     if nbytes is not None and not size.is_given:
         nbytes = max(nbytes, pages.nbytes(context))
-    tokens = pages.fit(most if rooms.tokens is None else min(most, rooms.tokens), rooms.by_device, nbytes)
+    limit = most if rooms.tokens is None else min(most, rooms.tokens)
+    tokens = pages.fit(context, rooms.by_device, nbytes, limit)
     longest = pages.longest(context)
     if longest < context and not size.may_shorten:
         needed = pages.nbytes(context)

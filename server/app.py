@@ -16,6 +16,7 @@ from server.http.errors import ApiError, from_loci, from_validation
 from server.http.keys import KeyRing
 from server.http.middleware import BodyLimit, RequestLog
 from server.http.rate_limits import RATE_LIMIT_HEADERS
+from server.http.short_paths import ShortPaths
 from server.native import llama_cpp
 from server.native import routes as native_api
 from server.native import tiers as tiers_api
@@ -54,7 +55,7 @@ def create_app(service: Service) -> FastAPI:
         _answer_heads(router)
         app.include_router(router)
 
-    # Added last means run first: log, then host, origin, key and size.
+    # Added last means run first: names of routes and log, then host, origin, key and size.
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, timeout_s=settings.read_timeout_s)
     if settings.needs_key:
         keys = [key.get_secret_value() for key in settings.api_key]
@@ -71,6 +72,7 @@ def create_app(service: Service) -> FastAPI:
     if settings.host_names is not None:
         app.add_middleware(RequireHost, allowed=settings.host_names)
     app.add_middleware(RequestLog, metrics=service.metrics, routes=routes)
+    app.add_middleware(ShortPaths, routes=routes)
 
     for route in routes:
         if isinstance(route, APIRoute) and route.methods:

@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute
 
 from server.anthropic.requests import CountRequest, MessagesRequest
 from server.http.errors import MESSAGES_PATH, OLLAMA_PATH
+from server.http.short_paths import PREFIX, short_path
 from server.native.requests import ApplyTemplateRequest, DetokenizeRequest, TokenizeRequest
 from server.ollama.requests import OllamaChatRequest, OllamaGenerateRequest, OllamaShowRequest
 from server.openai.completion_requests import CompletionRequest
@@ -151,7 +152,11 @@ def document(routes: Iterable[BaseRoute], version: str, model: str | None) -> di
         for method in route.methods or ():
             operation = OPERATIONS.get((method, path))
             if operation is not None:
-                paths.setdefault(path, {})[method.lower()] = _described(route, path, operation)
+                described = _described(route, path, operation)
+                paths.setdefault(path, {})[method.lower()] = described
+                if path.startswith(f"{PREFIX}/"):
+                    again = described | {"operationId": f"{described['operationId']}_short"}
+                    paths.setdefault(short_path(path), {})[method.lower()] = again
     return {
         "openapi": "3.1.0",
         "info": {"title": "Loci", "version": version, "license": {"name": "Apache-2.0"}},

@@ -7,12 +7,13 @@ strides. Memory is taken in pages, within a budget for each device, and counted 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 
+from memory.pages.runs import run_bytes
 from memory.pages.shelf import Shelf, Shelved
 from memory.pages.space import HostSpace, Space
 from memory.pages.spaces import new_space, page_bytes_of
@@ -45,10 +46,8 @@ class _Rows:
     row_bytes: int
 
     def run_bytes(self, tokens: int) -> int:
-        """Bytes of a run's pages for so many tokens. A sequence has the first row's from the beginning: what
-        is chosen among no rows yet is looked up there."""
-        page, rows = self.space.page_bytes, max(tokens // self.ratio, min(tokens, 1))
-        return -(-rows * self.row_bytes // page) * page
+        """Bytes of a run's pages for so many tokens."""
+        return run_bytes(tokens, self.ratio, self.row_bytes, self.space.page_bytes)
 
     def covers(self, run_bytes: int) -> int:
         """Tokens for which a run of so many bytes is enough."""
@@ -202,27 +201,46 @@ class Pages:
 
     def longest(self, most: int) -> int:
         """Tokens of the longest sequence that fits into the budgets by itself, at most `most`."""
-        return self._largest(most, self.budgets or {})
 
-    def fit(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
-        """Set the budgets to what as many tokens as possible take, `most` of them at most: within `rooms` by
-        device, and `total` bytes of all; returns the tokens. Where neither limits them, each slot may have
-        pages that are not full, as far as `total` goes."""
-        tokens = self._largest(most, rooms, total)
-        self.budgets = {device: self.nbytes(tokens, device) for device in self._taken}
-        left = math.inf if total is None else total - sum(self.budgets.values())
-        for rows in self._rows if total is None or tokens == most else ():
-            if rows.device not in rooms:
-                unfilled = (len(rows.runs) - 1) * len(rows.runs[0]) * rows.space.page_bytes
-                unfilled = int(min(unfilled, left))
-                self.budgets[rows.device] += unfilled
-                left -= unfilled
+        def sizes(tokens: int) -> dict[torch.device, int]:
+            return {device: self.nbytes(tokens, device) for device in self._taken}
+
+        return self._largest(most, sizes, self.budgets or {})
+
+    def fit(
+        self,
+        longest: int,
+        rooms: Mapping[torch.device, int],
+        total: int | None = None,
+        most: int | None = None,
+    ) -> int:
+        """Set the budgets to what as many tokens as possible take, in sequences of up to `longest`: within
+        `rooms` by device, `total` bytes of all, and `most` tokens; returns the tokens. `KvShape.pool_bytes`
+        plans the same bytes."""
+        slots = len(self._tokens)
+
+        def sizes(tokens: int) -> dict[torch.device, int]:
+            is_whole = tokens >= slots * longest  # all may be full, each with pages of its own
+            return {
+                device: slots * self.nbytes(longest, device) if is_whole else self.nbytes(tokens, device)
+                for device in self._taken
+            }
+
+        tokens = self._largest(slots * longest if most is None else most, sizes, rooms, total)
+        self.budgets = sizes(tokens)
         return tokens
 
-    def _largest(self, most: int, rooms: Mapping[torch.device, int], total: int | None = None) -> int:
+    def _largest(
+        self,
+        most: int,
+        sizes: Callable[[int], Mapping[torch.device, int]],
+        rooms: Mapping[torch.device, int],
+        total: int | None = None,
+    ) -> int:
         def fits(tokens: int) -> bool:
-            of_each = all(self.nbytes(tokens, device) <= room for device, room in rooms.items())
-            return of_each and (total is None or self.nbytes(tokens) <= total)
+            of_each = sizes(tokens)
+            are_within = all(of_each.get(device, 0) <= room for device, room in rooms.items())
+            return are_within and (total is None or sum(of_each.values()) <= total)
 
         return largest(fits, most)
 

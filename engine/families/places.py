@@ -16,7 +16,15 @@ from engine.families.base import KvRooms
 from memory.experts.slots import MIN_SLOTS
 from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import NOWHERE, STAGING, Placement, lent_bytes, plan, recorded_bytes
+from memory.planner.placement import (
+    NOWHERE,
+    OF_SEQUENCES,
+    STAGING,
+    Placement,
+    lent_bytes,
+    plan,
+    recorded_bytes,
+)
 from memory.planner.search import largest
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError
@@ -110,10 +118,7 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
     placement = plan(shape, budget.machine_for(shape), budget.limited_workload)
     devices = {"dram": HOST, **{gpu.name: gpu.device for gpu in budget.gpus}}
     nbytes: dict[str, int] = defaultdict(int)
-    kv_room: dict[str, int] = defaultdict(int)
-    for place in placement.places:
-        if place.kind == "kv" and place.tier != "dram":
-            kv_room[place.tier] += place.nbytes
+    kv_room = {tier: size for tier, size in placement.kv_bytes().items() if tier not in ("dram", NOWHERE)}
     for tier, parts in placement.allocated().items():
         nbytes[tier] = parts.get("dense", 0)
     _check_dram(placement, shape, path, budget)
@@ -130,7 +135,7 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
         head_tier=placement.tier_of("head", None),
         holds_embedding=placement.tier_of("embedding", None) != "nvme",
         nbytes=dict(nbytes),
-        kv_room=dict(kv_room),
+        kv_room=kv_room,
         step_room=recorded_bytes(shape, budget.workload),
         lent=lent_bytes(shape, budget.workload) if any(not gpu.is_virtual for gpu in budget.gpus) else 0,
         slots_bytes=slots_bytes,
@@ -151,7 +156,7 @@ def _check_dram(placement: Placement, shape: ModelShape, path: Path, budget: Mem
             f"{path}: the weights used by every token need {needed:,} bytes, but the memory budget "
             f"is {budget.dram_bytes:,} bytes; free some memory, raise --dram-budget or use a smaller model"
         )
-    if any(p.kind == "kv" for p in missing):
+    if any(p.kind in OF_SEQUENCES for p in missing):
         raise BudgetError(
             f"{path}: there is no room for the KV cache of {placement.workload.sequences} sequence(s) of "
             f"{placement.workload.context:,} tokens; lower --max-model-len, --max-num-seqs or --kv-budget"

@@ -7,6 +7,7 @@ memory bandwidth and arithmetic, which are the data sheet's.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from memory.toml_files import Section, parse_toml, read_toml
 from quant.errors import ConfigError
 
 GIB = 1 << 30
+CUDA_PAGE = 2 << 20  # the smallest piece that NVIDIA's driver maps
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class GpuSpec:
     matmul_flops                dense bf16 arithmetic per second
     link_bytes_per_s            from host memory, when only this GPU's link is busy
     link_together_bytes_per_s   the same while all GPUs' links are busy
+    page_bytes                  in which KV takes its memory
     """
 
     name: str
@@ -41,6 +44,7 @@ class GpuSpec:
     matmul_flops: float
     link_bytes_per_s: float
     link_together_bytes_per_s: float
+    page_bytes: int = CUDA_PAGE
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,7 @@ def virtual_gpu(machine: HardwareProfile, nbytes: int, link_bytes_per_s: float |
         matmul_flops=machine.cpu_matmul_flops,
         link_bytes_per_s=link,
         link_together_bytes_per_s=link,
+        page_bytes=mmap.PAGESIZE,
     )
 
 

@@ -23,6 +23,7 @@ from memory.hardware.this_machine import (
     ASSUMED_VRAM_BYTES_PER_S,
     this_machine,
 )
+from memory.pages.spaces import page_bytes_of
 from memory.planner.placement import Workload
 from memory.planner.shape import ModelShape
 from memory.tiers import Tier
@@ -159,8 +160,12 @@ def _spec(tier: Tier, machine: HardwareProfile) -> GpuSpec:
     number = tier.device.index or 0
     real = [gpu for gpu in machine.gpus if gpu.kind == "cuda"]
     if number < len(real):
-        together = link or real[number].link_together_bytes_per_s
-        return replace(real[number], memory_bytes=tier.budget_bytes, link_together_bytes_per_s=together)
+        return replace(
+            real[number],
+            memory_bytes=tier.budget_bytes,
+            link_together_bytes_per_s=link or real[number].link_together_bytes_per_s,
+            page_bytes=page_bytes_of(tier.device),
+        )
     link = link or ASSUMED_LINK_BYTES_PER_S
     return GpuSpec(
         tier.name, "cuda", tier.budget_bytes, ASSUMED_VRAM_BYTES_PER_S, ASSUMED_GPU_FLOPS, link, link

@@ -9,6 +9,7 @@ Loading allocates what a placement says, byte for byte (`engine/families/places.
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from memory.engram.rows import TableShare
 from memory.experts.slots import MIN_SLOTS
 from memory.experts.store import BLOCK_TOKENS
 from memory.hardware.profiles import GpuSpec, HardwareProfile
-from memory.planner.shape import KvShape, ModelShape, Table
+from memory.planner.shape import KvShape, LayerShape, ModelShape, Table
 
 NOWHERE = "nowhere"
 HOT_ROWS, STAGING, COPIES, DECODED, PREFIXES, DRAFTS = (
@@ -27,8 +28,9 @@ SLOTS = (STAGING, COPIES)  # in DRAM these are slots like those of its own exper
 # What places and reserves are a part of, as allocation counts it.
 PARTS = {
     "embedding": "dense", "shared_experts": "dense", "head": "dense", "look_ups": "dense", DECODED: "dense",
-    HOT_ROWS: "engram", PREFIXES: "prefixes", DRAFTS: "drafts",
+    "kv_states": "kv", HOT_ROWS: "engram", PREFIXES: "prefixes", DRAFTS: "drafts",
 }  # fmt: skip
+OF_SEQUENCES = ("kv", "kv_states")  # no weights
 # A CUDA context with its libraries takes about half a gigabyte on each GPU.
 GPU_BASE_BYTES = 600_000_000
 # Python, torch and the server, before any weight.
@@ -73,7 +75,8 @@ class Workload:
 class Place:
     """One component (or a number of a layer's experts) in one tier.
 
-    kind   `embedding`, `dense`, `shared_experts`, `kv`, `head`, `look_ups`, `routed_experts`, `engram`
+    kind   `embedding`, `dense`, `shared_experts`, `kv` (pages of the pool), `kv_states` (of sequences, the
+           same whatever their length), `head`, `look_ups`, `routed_experts`, `engram`
     count  experts, or rows; 1 for the rest
     """
 
@@ -140,10 +143,17 @@ class Placement:
         return held + sum(r.nbytes for r in self.reserves if r.name in SLOTS and r.tier == tier == "dram")
 
     def kv_bytes(self) -> dict[str, int]:
-        """Bytes of KV by tier."""
+        """Bytes of KV by tier: of the pool, and of what does not grow."""
+        return self._bytes_of(OF_SEQUENCES)
+
+    def pool_bytes(self) -> dict[str, int]:
+        """Bytes of the KV pool's pages by tier."""
+        return self._bytes_of(("kv",))
+
+    def _bytes_of(self, kinds: tuple[str, ...]) -> dict[str, int]:
         found: dict[str, int] = defaultdict(int)
         for place in self.places:
-            if place.kind == "kv":
+            if place.kind in kinds:
                 found[place.tier] += place.nbytes
         return found
 
@@ -219,7 +229,7 @@ class _Room:
         """Place a component whose tier has been found."""
         if not nbytes:
             return
-        self.take(tier, nbytes, for_weights=kind != "kv")
+        self.take(tier, nbytes, for_weights=kind not in OF_SEQUENCES)
         reason = "it fits in no tier" if tier == NOWHERE else reason
         self.places.append(Place(component, kind, layer, tier, nbytes, count, reason))
 
@@ -246,10 +256,13 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     room = _place_dense(room, shape, hardware, workload, gpus)
     tier = room.first_with(shape.host_bytes, ["dram"])
     room.put("routers' tables", "look_ups", None, tier, shape.host_bytes, "which experts a token chooses")
+    history = workload.sequences * shape.history_bytes
+    tier = room.first_with(history, ["dram"], 0)
+    room.put("n-grams' last tokens", "kv_states", None, tier, history, "look-ups start on the host")
     _place_embedding(room, shape)
     speeds = {gpu: hardware.gpus[int(gpu.partition(":")[2])].memory_bytes_per_s for gpu in gpus}
     _place_experts_and_tables(room, shape, speeds)
-    on_disk = sum(p.nbytes for p in room.places if p.kind != "kv" and p.tier == "nvme")
+    on_disk = sum(p.nbytes for p in room.places if p.kind not in OF_SEQUENCES and p.tier == "nvme")
     elsewhere = max(0, shape.disk_bytes - on_disk)
     room.reserve("checkpoint", "nvme", elsewhere, "the files of what is loaded into faster tiers")
     return Placement(
@@ -330,12 +343,13 @@ def _place_dense(
 
     Of the two the one that keeps more off the CPU is taken, so that a larger GPU never makes a worse plan.
     """
+    pages = {gpu: hardware.gpus[int(gpu.partition(":")[2])].page_bytes for gpu in gpus}
     trials: list[_Room] = []
     for head_first in (True, False):
         trial = deepcopy(room)
         if head_first:
             _put_head(trial, shape, gpus)
-        _put_layers(trial, shape, workload, gpus)
+        _put_layers(trial, shape, workload, pages)
         if not head_first:
             _put_head(trial, shape, gpus)
         trials.append(trial)
@@ -370,26 +384,45 @@ def _put_head(room: _Room, shape: ModelShape, gpus: list[str]) -> None:
     room.put("head", "head", None, tier, shape.head.nbytes, "every token reads it")
 
 
-def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[str]) -> None:
-    """Consecutive layers to each GPU in proportion to its room, the rest to DRAM."""
-    kv = [_kv_bytes(layer.kv, workload) for layer in shape.layers]
-    sizes = [
-        layer.dense.nbytes + layer.decoded + layer.shared.nbytes + of_kv
-        for layer, of_kv in zip(shape.layers, kv, strict=True)
-    ]
+def _put_layers(room: _Room, shape: ModelShape, workload: Workload, pages: dict[str, int]) -> None:
+    """Consecutive layers to each GPU in proportion to its room, the rest to DRAM.
+
+    pages: of each GPU in use, the bytes of a page.
+    """
+    gpus = list(pages)
+
+    def pool(layer: LayerShape, tier: str) -> int:
+        return _pool_bytes(layer.kv, workload, pages.get(tier, mmap.PAGESIZE))
+
+    def size(layer: LayerShape, tier: str) -> int:
+        weights = layer.dense.nbytes + layer.decoded + layer.shared.nbytes
+        return weights + workload.sequences * layer.kv.fixed_bytes + pool(layer, tier)
+
     on_gpus = sum(room.left[gpu] for gpu in gpus)
-    share = min(1.0, sum(sizes) / on_gpus) if on_gpus else 1.0
+    needed = sum(size(layer, gpus[0] if gpus else "dram") for layer in shape.layers)
+    share = min(1.0, needed / on_gpus) if on_gpus else 1.0
     kept_free = {gpu: room.left[gpu] * (1.0 - share) for gpu in gpus}
     ahead = list(gpus)
     decoded: dict[str, int] = defaultdict(int)
-    for n, (layer, size) in enumerate(zip(shape.layers, sizes, strict=True)):
-        while len(ahead) > 1 and room.left[ahead[0]] - size / 2 < kept_free[ahead[0]]:
+    for n, layer in enumerate(shape.layers):
+        while len(ahead) > 1 and room.left[ahead[0]] - size(layer, ahead[0]) / 2 < kept_free[ahead[0]]:
             ahead.pop(0)
-        tier = room.first_with(size, [*ahead, *gpus, "dram"], size - kv[n])
+        states = workload.sequences * layer.kv.fixed_bytes
+        weights = layer.dense.nbytes + layer.decoded + layer.shared.nbytes
+        tier = next(
+            (
+                tier
+                for tier in (*ahead, *gpus, "dram")
+                if room.first_with(size(layer, tier), [tier], weights) == tier
+            ),
+            NOWHERE,
+        )
         why = "every token reads it" + ("; the GPUs are full" if gpus and tier == "dram" else "")
         room.put(f"dense, layer {n}", "dense", n, tier, layer.dense.nbytes, why)
         room.put(f"shared experts, layer {n}", "shared_experts", n, tier, layer.shared.nbytes, why)
-        room.put(f"KV, layer {n}", "kv", n, tier, kv[n], "on its layer's device")
+        room.put(f"KV, layer {n}", "kv", n, tier, pool(layer, tier), "on its layer's device")
+        why = "on its layer's device; it does not grow"
+        room.put(f"states of sequences, layer {n}", "kv_states", n, tier, states, why)
         room.take(tier, layer.decoded)  # now, so that the next layer finds what is left
         decoded[tier] += layer.decoded
     room.reserves += [
@@ -399,11 +432,11 @@ def _put_layers(room: _Room, shape: ModelShape, workload: Workload, gpus: list[s
     ]
 
 
-def _kv_bytes(kv: KvShape, workload: Workload) -> int:
-    """Of a layer, for all sequences."""
-    if workload.kv_tokens is None:
-        return workload.sequences * kv.nbytes(workload.context)
-    return kv.nbytes(workload.kv_tokens) + (workload.sequences - 1) * kv.fixed_bytes
+def _pool_bytes(kv: KvShape, workload: Workload, page_bytes: int) -> int:
+    """Of a layer, pages for all sequences."""
+    whole = workload.sequences * workload.context
+    tokens = whole if workload.kv_tokens is None else workload.kv_tokens
+    return kv.pool_bytes(tokens, workload.sequences, workload.context, page_bytes)
 
 
 def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from memory.planner.launches import gpu_launches
-from memory.planner.shape import KvShape, LayerShape, ModelShape, Table, Weights
+from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Table, Weights
 from quant.errors import ConfigError
 from quant.formats.kv import v41_rows
 from quant.formats.kv_names import V41_FORMATS, KvChoice, KvFormat, resolve
 from quant.formats.rows import row_bytes
 
+TOKEN_KEY_BYTES = 8
 KV_VALUE_BYTES = 4  # of what a cache keeps exactly whatever its format
 # Tokens by which the engine's rings exceed what attention reads: a chat prompt ends with a few tokens
 # that open the answer, and the next turn's prompt, which has others there, can still go on from it.
@@ -95,6 +96,7 @@ class V41Dims:
     engram_rows: tuple[tuple[int, int], ...] = ()  # (layer, rows)
     engram_columns: int = 24
     engram_dim: int = 256
+    engram_ngram: int = 4
     rope_dim: int = 64
     has_image_bias: bool = True
 
@@ -170,8 +172,7 @@ def v41_kv(d: V41Dims, kv_format: KvFormat = "float32") -> tuple[KvShape, ...]:
             KvShape(
                 fixed_bytes=latent * (d.window + KV_MARGIN) + KV_VALUE_BYTES * d.head_dim * 2 * open_rows,
                 fixed_flops=4 * d.heads * d.head_dim * d.window,
-                ratio=d.ratios[n] if is_source else 0,
-                entry_bytes=entry + index_key if is_source else 0,
+                rows=(KeptRows(d.ratios[n], entry), KeptRows(d.ratios[n], index_key)) if is_source else (),
                 seen_ratio=d.ratios[source] if source is not None else 0,
                 scan_bytes=index_key if scans else 0,
                 scan_flops=2 * d.index_heads * d.index_dim if scans else 0,
@@ -181,6 +182,11 @@ def v41_kv(d: V41Dims, kv_format: KvFormat = "float32") -> tuple[KvShape, ...]:
             )
         )
     return tuple(found)
+
+
+def v41_history_bytes(ngram: int) -> int:
+    """What a sequence keeps of its last tokens for look-ups by n-grams of up to so many."""
+    return TOKEN_KEY_BYTES * (ngram - 1 + KV_MARGIN)
 
 
 def _latent_attention(dense: _Tally, d: V41Dims) -> None:
@@ -220,6 +226,7 @@ def _latent_model(name: str, d: V41Dims, layers: Sequence[LayerShape]) -> ModelS
         layers=tuple(layers),
         activation_bytes=d.activation_bytes,
         held_bytes=d.held_bytes,
+        history_bytes=v41_history_bytes(d.engram_ngram) if d.engram_rows else 0,
     )
 
 

@@ -6,6 +6,7 @@ what an operator has set is taken as it is.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -87,7 +88,8 @@ def serving_plan(
             asked,
             sequences=asked.sequences or 1,
             chunk=asked.chunk or min(MIN_CONTEXT, workload.context),
-            kv_bytes=asked.kv_bytes or _grows(shape, asked.context or min(MIN_CONTEXT, shape.max_context)),
+            kv_bytes=asked.kv_bytes
+            or bytes_of_one(shape, hardware, asked.context or min(MIN_CONTEXT, shape.max_context)),
             prefix_bytes=asked.prefix_bytes or 0,
         )
         workload = _workload(shape, hardware, lean, choices, pools=pools)
@@ -153,14 +155,18 @@ def _workload(
         room, why = int(KV_SHARE * free), f"{KV_SHARE:.0%} of the memory that weights leave free"
     else:
         room, why = int(KV_SHARE_OF_ALL * dram), f"{KV_SHARE_OF_ALL:.0%} of memory: weights need the rest"
+    page, least = largest_page(hardware), asked.context or min(context, MIN_CONTEXT)
     if asked.kv_bytes is None:  # one sequence must fit
-        room = max(room, _grows(shape, asked.context or min(context, MIN_CONTEXT)))
+        room = max(room, bytes_of_one(shape, hardware, least))
+
+    def pool(tokens: int, sequences: int) -> int:
+        return shape.pool_bytes(tokens, sequences, context, page)
 
     def wanted(sequences: int) -> int:
         return max(context, min(context, USUAL_CONTEXT) * sequences)
 
     sequences = asked.sequences or next(
-        (n for n in SEQUENCES if _grows(shape, min(context, USUAL_CONTEXT) * n) <= room), 1
+        (n for n in SEQUENCES if pool(min(context, USUAL_CONTEXT) * n, n) <= room), 1
     )
     if asked.sequences is None:
         each = f"{min(context, USUAL_CONTEXT):,} tokens of each fit into the KV pool"
@@ -169,15 +175,20 @@ def _workload(
             Choice("max_num_seqs", f"{sequences}", each + (most if sequences == SEQUENCES[0] else ""))
         )
     if asked.kv_bytes is None and on_gpus:
-        room = max(min(room, _grows(shape, wanted(sequences))), _grows(shape, asked.context or MIN_CONTEXT))
-    tokens = largest(lambda count: _grows(shape, count) <= room, sequences * context)
-    longest = min(context, tokens if pools else tokens // sequences)
+        room = max(min(room, pool(wanted(sequences), sequences)), bytes_of_one(shape, hardware, least))
+    if pools:
+        tokens = largest(lambda count: pool(count, sequences) <= room, sequences * context)
+        longest = min(context, tokens)
+    else:
+        longest = largest(lambda each: sequences * bytes_of_one(shape, hardware, each) <= room, context)
+        tokens = sequences * longest
+    nbytes = shape.pool_bytes(tokens, sequences, longest, page)
     if asked.kv_bytes is None:
-        choices.append(Choice("kv_budget", _size(_grows(shape, tokens)), f"{tokens:,} tokens; {why}"))
+        choices.append(Choice("kv_budget", _size(nbytes), f"{tokens:,} tokens; {why}"))
     if asked.context is None:
         whole = "all that the model can" if longest == shape.max_context else "what the KV pool holds"
         choices.append(Choice("max_model_len", f"{longest:,}", whole))
-    kv = sequences * sum(layer.kv.fixed_bytes for layer in shape.layers) + _grows(shape, tokens)
+    kv = shape.kv_bytes(0, sequences) + nbytes
     prefix = asked.prefix_bytes
     if prefix is None:
         left = max(0, free - (0 if on_gpus else kv))
@@ -199,9 +210,14 @@ def memory_bytes(shape: ModelShape) -> int:
     return shape.nbytes - in_files + experts + sum(layer.decoded for layer in shape.layers)
 
 
-def _grows(shape: ModelShape, tokens: int) -> int:
-    """Bytes of the KV of so many tokens that grows with them."""
-    return shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+def largest_page(hardware: HardwareProfile) -> int:
+    """Bytes of the largest page that KV is taken in on a machine, wherever its layers will be."""
+    return max((gpu.page_bytes for gpu in hardware.gpus), default=mmap.PAGESIZE)
+
+
+def bytes_of_one(shape: ModelShape, hardware: HardwareProfile, tokens: int) -> int:
+    """Bytes of the pages of a sequence of so many tokens, at most."""
+    return shape.pool_bytes(tokens, 1, tokens, largest_page(hardware))
 
 
 def _size(nbytes: int) -> str:

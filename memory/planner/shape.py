@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memory.pages.runs import run_bytes
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -26,13 +28,26 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class KeptRows:
+    """Rows of a kind that a layer keeps of a sequence, one for each `ratio` tokens: in `runs` runs (one for
+    each head, say) of `nbytes` a row, each of which takes whole pages."""
+
+    ratio: int
+    nbytes: int
+    runs: int = 1
+
+    def pages_bytes(self, tokens: int, page_bytes: int) -> int:
+        """Bytes of the pages of a sequence of so many tokens."""
+        return self.runs * run_bytes(tokens, self.ratio, self.nbytes, page_bytes)
+
+
+@dataclass(frozen=True)
 class KvShape:
     """What one layer keeps of a sequence, and what a token reads of it.
 
     fixed_bytes      a sequence's state whatever its length: sliding window, unfinished groups
-    ratio            tokens per stored entry; 0 where this layer stores none
-    entry_bytes      bytes of a stored entry
-    seen_ratio       tokens per entry that this layer looks at (another layer's, where ratio is 0)
+    rows             that grow with a sequence; none where this layer stores none
+    seen_ratio       tokens per entry that this layer looks at (another layer's, where it stores none)
     scan_bytes       bytes of each entry that are read to choose among them
     scan_flops       arithmetic per entry for that
     selected         most entries that attention then reads; None: all of them
@@ -42,8 +57,7 @@ class KvShape:
 
     fixed_bytes: int = 0
     fixed_flops: int = 0
-    ratio: int = 0
-    entry_bytes: int = 0
+    rows: tuple[KeptRows, ...] = ()
     seen_ratio: int = 0
     scan_bytes: int = 0
     scan_flops: int = 0
@@ -53,7 +67,15 @@ class KvShape:
 
     def nbytes(self, context: int) -> int:
         """Bytes kept for one sequence that may grow to `context` tokens."""
-        return self.fixed_bytes + (context // self.ratio * self.entry_bytes if self.ratio else 0)
+        return self.fixed_bytes + sum(context // r.ratio * r.runs * r.nbytes for r in self.rows)
+
+    def pool_bytes(self, tokens: int, sequences: int, context: int, page_bytes: int) -> int:
+        """Bytes of whole pages for so many tokens in all, of sequences of up to `context`. Where all of these
+        may be full at once, each has pages of its own."""
+        is_whole = tokens >= sequences * context
+        count, held = (sequences, context) if is_whole else (1, tokens)
+        rows = (r for r in self.rows if context >= r.ratio)
+        return count * sum(r.pages_bytes(held, page_bytes) for r in rows)
 
     def read_bytes(self, held: int) -> int:
         """Bytes that the next token of a sequence of `held` tokens reads."""
@@ -124,6 +146,7 @@ class ModelShape:
                       streams, inputs and outputs of experts; 0 where all of a chunk is computed at once
     slot_bytes        what a routed expert takes in memory, the same for all; 0: as in the file
     host_bytes        look-up tables that are in DRAM wherever their layers are
+    history_bytes     of each sequence, in DRAM wherever its KV is: what n-grams look back on
     stored_bytes      of the checkpoint's files; 0: the same as in memory
     """
 
@@ -139,6 +162,7 @@ class ModelShape:
     held_bytes: int = 0
     slot_bytes: int = 0
     host_bytes: int = 0
+    history_bytes: int = 0
     stored_bytes: int = 0
 
     @property
@@ -176,4 +200,8 @@ class ModelShape:
 
     def kv_bytes(self, context: int, sequences: int) -> int:
         """Bytes of the cache of `sequences` sequences of up to `context` tokens."""
-        return sequences * sum(layer.kv.nbytes(context) for layer in self.layers)
+        return sequences * (self.history_bytes + sum(layer.kv.nbytes(context) for layer in self.layers))
+
+    def pool_bytes(self, tokens: int, sequences: int, context: int, page_bytes: int) -> int:
+        """Bytes of all layers' pages: see `KvShape.pool_bytes`."""
+        return sum(layer.kv.pool_bytes(tokens, sequences, context, page_bytes) for layer in self.layers)

@@ -137,6 +137,7 @@ class CountRequest(Body):
             messages.append(Message(role="system", content=self.system))
         for i, turn in enumerate(self.messages):
             path = f"messages[{i}].content"
+            _check_results(self.messages[i - 1] if i else None, turn, path)
             if turn.role == "assistant":
                 messages.append(_assistant_message(turn.content, path))
             else:
@@ -169,6 +170,23 @@ class MessagesRequest(CountRequest, SamplingFields):
                 "cache_salt": self.cache_salt,
             }
         )
+
+
+def _check_results(before: Turn | None, turn: Turn, path: str) -> None:
+    """Raise RequestError, in the words of Anthropic's API, for a result of a call that was not made."""
+    calls = [] if before is None or before.role != "assistant" else _blocks(before)
+    known = [block.id for block in calls if block.type == "tool_use"]
+    for i, block in enumerate(_blocks(turn)):
+        if block.type == "tool_result" and block.tool_use_id is not None and block.tool_use_id not in known:
+            raise RequestError(
+                f"{path}[{i}]: unexpected `tool_use_id` found in `tool_result` blocks: {block.tool_use_id}; "
+                "each must have its `tool_use` block in the message before",
+                param=f"{path}[{i}].tool_use_id",
+            )
+
+
+def _blocks(turn: Turn) -> list[Block]:
+    return turn.content if isinstance(turn.content, list) else []
 
 
 def _user_messages(

@@ -178,7 +178,7 @@ def _print_placement(shape: ModelShape, placement: Placement, by_layer: bool) ->
 
 
 _KINDS = (
-    "embedding", "dense", "shared_experts", "kv", "head", "look_ups", "routed_experts", "engram",
+    "embedding", "dense", "shared_experts", "kv", "kv_states", "head", "look_ups", "routed_experts", "engram",
 )  # fmt: skip
 
 

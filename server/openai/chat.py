@@ -51,6 +51,8 @@ class ChatReply(ConversationReply):
         """The answer as chunks."""
         begun: set[int] = set()
         async for answer, deltas in self.pieces(generation):
+            for told in self.progress_left(generation):
+                yield told
             if answer.index not in begun:
                 begun.add(answer.index)
                 yield self._chunk(answer, {"role": "assistant", "content": ""}, [])

@@ -131,6 +131,8 @@ class CompletionReply(Reply):
     async def events(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """The answer as chunks."""
         async for index, output in generation.outputs():
+            for told in self.progress_left(generation):
+                yield told
             piece = self._take(self._choices[index], output)
             if piece["text"] or piece["logprobs"] or piece["finish_reason"]:
                 yield self._envelope([piece]) | self._usage_so_far()

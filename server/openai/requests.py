@@ -35,6 +35,7 @@ from server.openai.tools import shown_tools
 MAX_STOP = 16
 MAX_N = 128
 MAX_SALT = 256
+MAX_TOLD = 5  # wrong keys that an error names
 UNLIMITED = -1  # as `max_tokens`: as many as the context holds
 
 # One error per union instead of one per member: the discriminator looks at the value's type first.
@@ -58,7 +59,7 @@ class StreamOptions(Body):
 class SchemaFormat(Body):
     """A schema that the answer must match; `strict: false` passes over what cannot be enforced."""
 
-    name: str = Field(min_length=1, max_length=64)
+    name: str | None = Field(None, min_length=1, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
@@ -76,7 +77,7 @@ class ResponseFormat(Body):
         if self.schema_ is not None and self.json_schema is None and self.type != "text":
             # As llama.cpp and others write it, with either type.
             self.type = "json_schema"
-            self.json_schema = SchemaFormat(name="answer", schema=self.schema_)
+            self.json_schema = SchemaFormat(schema=self.schema_)
         if self.type != "json_schema" and (self.json_schema or self.schema_) is not None:
             text = f"response_format has a schema, which type {self.type!r} does not take; use json_schema"
             raise RequestError(text, param="response_format.type")
@@ -243,12 +244,15 @@ class GenerationRequest(SamplingFields):
 
     def _logit_bias(self, vocab_size: int) -> dict[int, float]:
         bias: dict[int, float] = {}
-        for key, value in (self.logit_bias or {}).items():
-            if not key.isdecimal() or int(key) >= vocab_size:
-                raise RequestError(
-                    f"logit_bias: {key!r} is not a token id; this vocabulary has ids 0 to {vocab_size - 1}",
-                    param="logit_bias",
-                )
+        given = self.logit_bias or {}
+        if wrong := [key for key in given if not key.isdecimal() or int(key) >= vocab_size]:
+            told = ", ".join(map(repr, wrong[:MAX_TOLD])) + (" and more" if len(wrong) > MAX_TOLD else "")
+            what = "is not a token id" if len(wrong) == 1 else "are not token ids"
+            raise RequestError(
+                f"logit_bias: {told} {what}; this vocabulary has ids 0 to {vocab_size - 1}",
+                param="logit_bias",
+            )
+        for key, value in given.items():
             if int(key) in bias:
                 raise RequestError(
                     f"logit_bias: {key!r} repeats token {int(key)}; list each token once",

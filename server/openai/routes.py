@@ -12,8 +12,12 @@ from server.openai.completions import CompletionReply, tokenize_prompts
 from server.openai.requests import ChatRequest
 from server.serving.handling import aside, read_body, render, report_ignored_tools, respond, service_of
 from server.serving.model_cards import card, cards
+from server.serving.naming import own_names
 
 router = APIRouter(prefix="/v1")
+
+# What a field of the chat request is called where there is no conversation.
+_NAMES = {"messages": "prompt"}
 
 
 @router.get("/models")
@@ -45,4 +49,5 @@ async def completions(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     served = service_of(request).named(body.model)
     prompts = await aside(len(await request.body()), tokenize_prompts, body, served)
-    return await respond(request, CompletionReply(body, prompts, served), body.stream)
+    with own_names(_NAMES):
+        return await respond(request, CompletionReply(body, prompts, served), body.stream)

@@ -18,6 +18,7 @@ from server.responses.items import OutputItems
 from server.responses.requests import ResponsesRequest
 from server.serving.answer import Answer
 from server.serving.generation import Generation
+from server.serving.progress import Progress
 from server.serving.reply import ConversationReply, Counts
 from server.serving.segments import Event
 from server.serving.service import Served
@@ -45,6 +46,7 @@ class ResponsesReply(ConversationReply):
         self._items = OutputItems(body.origins, summarizes=body.wants_summary)
         self._events_sent = 0
         self._unclaimed: list[TokenLogprob] = []
+        self.progress = Progress() if body.return_progress else None
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished response."""
@@ -60,6 +62,8 @@ class ResponsesReply(ConversationReply):
         yield self._event({"type": "response.in_progress", "response": self._response("in_progress")})
         reason = None
         async for answer, deltas in self.pieces(generation):
+            for told in self.progress_left(generation):
+                yield told
             reason = answer.finish_reason
             if self._body.wants_logprobs:
                 self._collect_logprobs(answer, deltas)

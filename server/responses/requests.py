@@ -96,6 +96,7 @@ class ResponsesRequest(SamplingFields):
     text: Text | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
+    return_progress: bool | None = None
     store: bool | None = None
     previous_response_id: str | None = None
     truncation: Literal["disabled", "auto"] | None = None

@@ -30,7 +30,7 @@ class Generation:
         self._inbox: deque[tuple[int, Output]] = deque()
         self._arrived = asyncio.Event()
         self._running: dict[int, Submission] = {}
-        self._submitted = 0
+        self._prompts: list[PromptProgress] = []  # by sequence, as far as the last look
         self._ended_by: ApiError | None = None
         loop = asyncio.get_running_loop()
         self._alarm = None if timeout_s is None else loop.call_later(timeout_s, self._expire, timeout_s)
@@ -43,12 +43,12 @@ class Generation:
         prediction: Sequence[int] = (),
     ) -> None:
         """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
-        index = self._submitted
+        index = len(self._prompts)
         on_output = partial(self._on_output, index, SequenceTimer(self._metrics))
         self._running[index] = self._engine.submit(
             prompt_ids, params, on_output, cache_salt=cache_salt, prediction=prediction
         )
-        self._submitted += 1
+        self._prompts.append(PromptProgress(len(prompt_ids), 0, 0))
 
     async def outputs(self) -> AsyncIterator[tuple[int, Output]]:
         """(sequence number, new output) until all sequences have ended.
@@ -66,10 +66,14 @@ class Generation:
                 raise self._ended_by
 
     def prompt_progress(self) -> PromptProgress | None:
-        """How much of the prompts has been computed; None once nothing more of them is to come."""
-        found = [self._engine.prompt_progress(ticket) for ticket in self._running.values()]
-        known = [each for each in found if each is not None]
-        return None if not known else PromptProgress(*map(sum, zip(*known, strict=True)))
+        """How much of the prompts has been computed; None before that of the first begins."""
+        for index, ticket in self._running.items():
+            known = self._prompts[index]
+            if known.processed < known.total:
+                self._prompts[index] = self._engine.prompt_progress(ticket) or known
+        if not any(each.processed for each in self._prompts):
+            return None
+        return PromptProgress(*map(sum, zip(*self._prompts, strict=True)))
 
     def cancel(self) -> None:
         """Abort whatever still runs, and report the cancellation to the reader."""
@@ -116,6 +120,9 @@ class Generation:
         ]
 
     def _checked(self, index: int, output: Output) -> Output:
+        if output.cached_tokens is not None:
+            total = self._prompts[index].total
+            self._prompts[index] = PromptProgress(total, output.cached_tokens, total)
         if output.finish_reason is not None:
             self._running.pop(index, None)
         if output.finish_reason is FinishReason.ERROR:

@@ -15,7 +15,7 @@ from memory.pages.spaces import is_paged
 from memory.planner.budget import GPU_SHARE, MemoryBudget
 from memory.planner.forecast import remedy
 from memory.planner.placement import NOWHERE, Workload
-from memory.planner.serving import Asked, Choice, ServingPlan, chosen_gpus, serving_plan
+from memory.planner.serving import Asked, Choice, ServingPlan, bytes_of_one, chosen_gpus, serving_plan
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError, ConfigError
 from server.settings import Settings
@@ -120,9 +120,8 @@ def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan) -> 
     wanted, longest = settings.max_model_len, plan.workload.context
     if wanted is None or longest >= wanted:
         return
-    needed = shape.kv_bytes(wanted, 1) - shape.kv_bytes(0, 1)
-    tokens = plan.workload.kv_tokens or 0
-    pool = shape.kv_bytes(tokens, 1) - shape.kv_bytes(0, 1)
+    needed = bytes_of_one(shape, plan.hardware, wanted)
+    pool = sum(plan.placement.pool_bytes().values())
     raise BudgetError(
         f"a sequence of {wanted:,} tokens needs {needed / 1e6:,.1f} MB of KV cache, but the pool has "
         f"{pool / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,16 @@ class Reply(ABC):
         """An event for a stream that waits: where one `is_due` since the last, or the prompt has got on."""
         progress = None if self.progress is None else self.progress.of(generation)
         if progress is not None:
-            return self.waiting() | {"prompt_progress": progress}
+            return self._at(progress)
         return self.waiting() if is_due else None
+
+    def progress_left(self, generation: Generation) -> Iterator[dict[str, Any]]:
+        """Events that tell how far prompts are, before one that adds to the answer."""
+        if self.progress is not None:
+            yield from map(self._at, self.progress.rest(generation))
+
+    def _at(self, progress: dict[str, Any]) -> dict[str, Any]:
+        return self.waiting() | {"prompt_progress": progress}
 
     @abstractmethod
     def waiting(self) -> dict[str, Any]:

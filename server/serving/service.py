@@ -118,10 +118,7 @@ def bring_up(prepared: Prepared) -> Served:
             with loaded.prompt_products():
                 warm_up(loaded.model, most_tokens)
     context = settings.max_model_len or workload.context
-    grows = sum(layer.kv.fixed_bytes for layer in prepared.planned.shape.layers) * workload.sequences
-    kv_bytes: int | None = sum(prepared.planned.plan.placement.kv_bytes().values()) - grows
-    if settings.kv_budget is None and workload.kv_tokens == workload.sequences * context:
-        kv_bytes = None  # all slots may be full; in pages, that is a little more than the plan's bytes
+    kv_bytes = sum(prepared.planned.plan.placement.pool_bytes().values())
     engine = Engine(
         loaded.model,
         loaded.tokenizer,

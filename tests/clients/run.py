@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,33 +89,41 @@ def run_client(script: Path, url: str, tools: Tools) -> tuple[str, str]:
             "PATH": os.pathsep.join([*([str(tools.bin)] if tools.bin else []), os.environ["PATH"]]),
         }
         try:
-            done = subprocess.run(
-                _command(script, tools),
-                cwd=work,
-                env={**os.environ, **variables},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TIMEOUT_S,
-                check=False,
-            )
+            code, said, complaint = _run_to_its_end(_command(script, tools), work, variables)
         except subprocess.TimeoutExpired:
             return "", f"did not end within {TIMEOUT_S} s"
-        said = done.stdout
         version = said.partition("\n")[0].strip()
-        if (
-            done.returncode == 127
-            or "No module named" in done.stderr
-            or "ERR_MODULE_NOT_FOUND" in done.stderr
-        ):
+        if code == 127 or "No module named" in complaint or "ERR_MODULE_NOT_FOUND" in complaint:
             return "", "not tried: not installed"
         first, mark, second = said.partition(MARK)
         missing = [name for name, turn in (("first", first), ("second", second)) if word not in turn]
         if not missing and mark:
             return version, "works"
-        last = (done.stderr.strip() or said.strip()).splitlines()[-1:] or ["nothing was said"]
+        last = (complaint.strip() or said.strip()).splitlines()[-1:] or ["nothing was said"]
         return version, f"fails in the {' and '.join(missing)} turn: {last[0][:120]}"
+
+
+def _run_to_its_end(command: list[str], work: Path, variables: dict[str, str]) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a command, which leaves no process behind."""
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        said, complaint = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        # Agents start servers and shells of their own, which outlive them where they are stopped.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return process.returncode, said, complaint
 
 
 def _command(script: Path, tools: Tools) -> list[str]:
@@ -137,17 +146,19 @@ def main() -> None:
     parser.add_argument("--bin", type=Path)
     parser.add_argument("--python", type=Path, default=Path(sys.executable))
     parser.add_argument("--node", type=Path)
+    parser.add_argument("--context", type=int, action="append", help="instead of both lengths")
     given = parser.parse_args()
     tools = Tools(given.bin, given.python, given.node)
     scripts = [s for s in sorted(SCRIPTS.iterdir()) if not given.names or s.stem in given.names]
     results: dict[str, list[tuple[str, str]]] = {script.stem: [] for script in scripts}
-    for context in CONTEXTS:
+    contexts = given.context or CONTEXTS
+    for context in contexts:
         with scripted_server(context) as server:
             for script in scripts:
                 results[script.stem].append(run_client(script, server.url, tools))
                 print(f"{context} {script.stem}: {results[script.stem][-1]}", file=sys.stderr)
-    print(f"| client | version | {' | '.join(f'context {context:,}' for context in CONTEXTS)} |")
-    print(f"|---|---|{'---|' * len(CONTEXTS)}")
+    print(f"| client | version | {' | '.join(f'context {context:,}' for context in contexts)} |")
+    print(f"|---|---|{'---|' * len(contexts)}")
     for name, rows in results.items():
         version = next((version for version, _ in rows if version), "")
         print(f"| {name} | {version} | {' | '.join(told for _, told in rows)} |")

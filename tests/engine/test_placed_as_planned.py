@@ -1,4 +1,4 @@
-"""What a plan prints is what loading allocates: byte for byte, for random machines and models."""
+"""What a plan prints is what is allocated: byte for byte, for random machines and models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from engine.families.base import Model
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
+from engine.kv_pool import PoolSize, new_pool
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Placement, Workload
 from memory.planner.shape import ModelShape
@@ -44,7 +45,9 @@ def budgets(shape: ModelShape, random_: random.Random) -> MemoryBudget:
         for n in range(random_.choice((0, 1, 2, 2, 3)))
     )
     dram = int(weights + random_.choice((0.05, 0.3, 0.7, 1.2)) * slots)
-    return MemoryBudget(dram, cards, Workload(context=160, sequences=random_.choice((1, 3))))
+    context, sequences = random_.choice((100, 160)), random_.choice((1, 3))
+    tokens = random_.choice((None, context, random_.randint(context, sequences * context)))
+    return MemoryBudget(dram, cards, Workload(context, sequences, kv_tokens=tokens))
 
 
 def held_by_layer(model: Model) -> list[Counter[str]]:
@@ -64,6 +67,17 @@ def assert_is(model: Model, placement: Placement, limits: MemoryBudget) -> None:
             assert held[gpu.name] == expected.get(gpu.name, 0), (layer, gpu.name)
         in_dram = sum(held.values()) - sum(held[gpu.name] for gpu in limits.gpus)
         assert held["dram"] == (in_dram if is_all_in_dram else expected.get("dram", 0)), layer
+
+
+def assert_caches_are(model: Model, placement: Placement) -> None:
+    """A pool of the plan's bytes takes these, all of them and no others, and holds the plan's tokens."""
+    work, planned = placement.workload, sum(placement.pool_bytes().values())
+    pool = new_pool(model, work.sequences, work.context, PoolSize(planned), prefix_bytes=0)
+    program = 0 if pool.cache.program is None else pool.cache.program.nbytes
+    assert pool.nbytes == planned
+    assert pool.cache.nbytes - program == sum(placement.kv_bytes().values())
+    assert pool.tokens >= (work.kv_tokens or work.sequences * work.context)
+    assert pool.context == work.context
 
 
 def model_slot(model: Model) -> int:
@@ -92,6 +106,7 @@ def test_what_is_planned_is_what_is_allocated(name: str) -> None:
         loaded += 1
         try:
             assert_is(model, placement_of(model), limits)
+            assert_caches_are(model, placement_of(model))
         finally:
             model.close()
     assert loaded >= MACHINES // 2

@@ -265,7 +265,8 @@ class Decoder(Model):
         on = recorders_on(self.kernels, MAX_ROWS)
         try:
             ops = DecoderOnGpus(
-                on, cache, layers[0].device, self.weights.frequencies, self._turn_factor,
+                on, layers[0].device, (self.weights.frequencies, self._turn_factor),
+                [cache.place(number) for number in range(len(layers))], cache.index_keys.layer,
                 self._step_experts(), [layers[n].device for n in self.description.expert_layers],
             )  # fmt: skip
             source = ops.step.begin(self.description.hidden)

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from engine.families.base import Batch
-from engine.families.decoder.cache import DecoderCache
 from engine.families.on_gpus.step import RecorderOn, StepExperts, StepOnGpus
 from engine.layers.recorded import Recorded
 from engine.program_report import StepPart
+from quant.formats.rows import Rows
+from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 from quant.kernels.layers import RoutingRule
 
 
 class DecoderOnGpus(Recorded):
-    """`Operations` noted by a recorder for each device, for steps with `cache`; `routed` are its experts.
+    """`Operations` noted by a recorder for each device; `routed` are its experts.
 
-    frequencies, factor  see `Recorded`
+    turning  frequencies and factor, and places and index_keys: see `Recorded`
     devices  of the layers that have routed experts
     """
 
     def __init__(
         self,
         recorder_on: RecorderOn,
-        cache: DecoderCache,
         first: torch.device,
-        frequencies: torch.Tensor,
-        factor: float,
+        turning: tuple[torch.Tensor, float],
+        places: Sequence[KvPlace | StatePlace],
+        index_keys: Callable[[int], Rows],
         experts: StepExperts | None,
         devices: list[torch.device],
     ) -> None:
         self.step = StepOnGpus(recorder_on, first, experts)
-        self._turning = frequencies, factor
-        places = [cache.place(number) for number in range(len(cache.layout.kept))]
-        super().__init__(self.step.recorder, frequencies, factor, places, cache.index_keys.layer)
+        self._turning = turning
+        super().__init__(self.step.recorder, *turning, places, index_keys)
         self.routed = None if experts is None else ExpertsOnGpus(self, experts, devices)
 
     def move(self, x: Buffer, device: torch.device) -> Buffer:

@@ -15,7 +15,7 @@ from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.slots import layouts_of
 from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
-from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Weights
 from memory.tiers import ALIGNMENT
 from quant.errors import FormatError
 from quant.formats.fp8 import Fp8
@@ -145,8 +145,7 @@ def kv_shape(a: Mixer, kv_format: KvFormat) -> KvShape:
         own = a.own_indexer
         index_key = row_bytes(own.dim, index_key_rows(kv_format, own.dim)) if own else 0
         return KvShape(
-            ratio=1,
-            entry_bytes=entry_bytes + index_key,
+            rows=(KeptRows(1, entry_bytes), *([KeptRows(1, index_key)] if own else [])),
             seen_ratio=1,
             scan_bytes=index_key,
             scan_flops=2 * own.heads * own.dim if own else 0,
@@ -160,7 +159,10 @@ def kv_shape(a: Mixer, kv_format: KvFormat) -> KvShape:
         kept = entry_bytes * (a.window + KV_MARGIN)
         return KvShape(fixed_bytes=kept, seen_ratio=1, selected=a.window, selected_flops=flops)
     return KvShape(
-        ratio=1, entry_bytes=entry_bytes, seen_ratio=1, selected_bytes=entry_bytes, selected_flops=flops
+        rows=(KeptRows(1, row, runs=2 * a.kv_heads),),
+        seen_ratio=1,
+        selected_bytes=entry_bytes,
+        selected_flops=flops,
     )
 
 

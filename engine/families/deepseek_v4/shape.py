@@ -17,7 +17,7 @@ from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
 from memory.planner.launches import v4_launches
 from memory.planner.published import KV_MARGIN
-from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Weights
 from quant.formats.kv import v4_rows
 from quant.formats.kv_names import KvFormat
 
@@ -112,8 +112,9 @@ def _kv(c: V4Config, cache: GroupedShape, n: int) -> KvShape:
     return KvShape(
         fixed_bytes=cache.fixed_bytes(n),
         fixed_flops=4 * c.num_attention_heads * c.head_dim * c.sliding_window,
-        ratio=ratio,
-        entry_bytes=sum(cache.entry_bytes(n)),
+        rows=tuple(
+            KeptRows(kind.ratio, nbytes) for kind, nbytes in zip(groups, cache.entry_bytes(n), strict=True)
+        ),
         seen_ratio=ratio,
         scan_bytes=sum(index_keys),
         scan_flops=2 * c.index_n_heads * c.index_head_dim if is_indexed else 0,

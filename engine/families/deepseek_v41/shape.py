@@ -9,7 +9,7 @@ from engine.families.deepseek_v41.tensors import IGNORED
 from engine.families.parts import Parts
 from engine.families.streams.in_memory import InMemory
 from memory.checkpoint.checkpoint import Checkpoint
-from memory.planner.published import V41Dims, v41_kv, v41_launches, v41_tail
+from memory.planner.published import V41Dims, v41_history_bytes, v41_kv, v41_launches, v41_tail
 from memory.planner.shape import LayerShape, ModelShape, Table, Weights
 from quant.formats.kv_names import KvFormat
 
@@ -81,6 +81,7 @@ def _shape(c: V41Config, parts: Parts, checkpoint: Checkpoint, name: str, kv_for
         layers=tuple(layers),
         activation_bytes=dims.activation_bytes,
         held_bytes=dims.held_bytes,
+        history_bytes=v41_history_bytes(c.engram_max_ngram_size) if rows else 0,
     )
 
 

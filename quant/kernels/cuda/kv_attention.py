@@ -145,7 +145,7 @@ class KvAttention:
             (self.q, keys, values, step, self.parts, self.stats, heads, group, dim, self.window or places,
              places, keys.stride(0), keys.stride(1), codes.step, self.scale),
             {"MAX": max_rows, "TOKENS": TOKENS, "HEADS": HEADS, "DIM": max(16, block)} | codes.constants,
-            4,
+            8 if codes.constants["CODED"] else 4,  # decoding takes registers
         )  # fmt: skip
         whole = Launch(
             attend_kv_sum,

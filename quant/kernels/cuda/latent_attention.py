@@ -79,10 +79,10 @@ def attend_latents(
     row, split = tl.program_id(2), tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     slot = tl.load(step + 1 + row)
-    # a row that is not alive has one token, whatever its position was
-    position = tl.where(row < tl.load(step), tl.load(step + 1 + MAX + row), 0)
+    is_alive = row < tl.load(step)  # if not, it has one token, whatever its position was
+    position = tl.where(is_alive, tl.load(step + 1 + MAX + row), 0)
     if CHOSEN:
-        seen = choices
+        seen = tl.where(is_alive, choices, 1)
     else:
         seen = ((position + 1) // every).to(tl.int32)
     total = window + seen
@@ -103,8 +103,8 @@ def attend_latents(
         is_entry = (at >= window) & (at < total)
         entry = (at - window).to(tl.int64)
         if CHOSEN:
-            entry = tl.load(chosen + row * choices + entry, mask=is_entry, other=-1)
-            is_entry = entry >= 0
+            entry = tl.load(chosen + row * choices + entry, mask=is_entry & is_alive, other=0)
+            is_entry = is_entry & (entry >= 0)
         entry_at = slot * entry_stride + tl.where(is_entry, entry, 0) * entry_step
         scores = tl.zeros([HEADS, LATENTS], tl.float32)
         for first in range(0, dim, CHANNELS):

@@ -68,6 +68,7 @@ READING: tl.constexpr = tl.constexpr(6)
 
 NOWHERE, IN_RING, AS_ENTRY = 0, 1, 2  # what STORED says
 MAX_SPLITS = 64
+LANES: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -236,20 +237,21 @@ def weigh(
 
 
 @triton.jit
-def rotations(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
+def rotations(line, step, row, LANES: tl.constexpr, MAX: tl.constexpr):
     """Cosine and sine of a row's position, rounded down to a multiple of RATIO, times frequencies `[PAIRS]`
     in float64; the sign of SPLITS is the sense of the turn."""
     pairs = tl.load(line + PAIRS).to(tl.int32)
-    pair = tl.arange(0, BLOCK)
-    inside = pair < pairs
     unit = tl.load(line + RATIO)
     position = tl.load(step + 1 + MAX + row) // unit * unit
     by = tl.load(line + X).to(tl.pointer_type(tl.float64))
-    angle = position.to(tl.float64) * tl.load(by + pair, mask=inside, other=0.0)
-    out = floats_at(line, OUT) + (row * pairs + pair) * 2
-    tl.store(out, tl.cos(angle).to(tl.float32), mask=inside)
-    sine = tl.sin(angle).to(tl.float32)
-    tl.store(out + 1, tl.where(tl.load(line + SPLITS) < 0, -sine, sine), mask=inside)
+    for first in range(0, pairs, LANES):  # numbers in float64 take two registers each
+        pair = first + tl.arange(0, LANES)
+        inside = pair < pairs
+        angle = position.to(tl.float64) * tl.load(by + pair, mask=inside, other=0.0)
+        out = floats_at(line, OUT) + (row * pairs + pair) * 2
+        tl.store(out, tl.cos(angle).to(tl.float32), mask=inside)
+        sine = tl.sin(angle).to(tl.float32)
+        tl.store(out + 1, tl.where(tl.load(line + SPLITS) < 0, -sine, sine), mask=inside)
 
 
 @triton.jit
@@ -283,7 +285,7 @@ def row_tasks(
                 route(line, step, row, TOP_K, SCORE, RENORMED, GROUPS, KEPT, BEST_OF, BLOCK)
         if KINDS & 16:
             if kind == ROTATIONS:
-                rotations(line, step, row, BLOCK, MAX)
+                rotations(line, step, row, LANES, MAX)
         if KINDS & 32:
             if kind == WEIGH:
                 weigh(line, step, row, TOP_K, SCORE, RENORMED, BLOCK)

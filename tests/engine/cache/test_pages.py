@@ -25,7 +25,7 @@ def pages_of(slots: int, tokens: int | None = None) -> tuple[Pages, torch.Tensor
     keys = pages.reserve((3, slots, CAPACITY, DIM), slot_axis=1, ratio=1, device=HOST)
     entries = pages.reserve((slots, CAPACITY // 4, DIM), slot_axis=0, ratio=4, device=HOST)
     if tokens is not None:
-        assert pages.fit(slots * CAPACITY, {}, pages.nbytes(tokens)) >= tokens
+        assert pages.fit(CAPACITY, {}, pages.nbytes(tokens)) >= tokens
     return pages, keys, entries
 
 
@@ -104,7 +104,7 @@ def test_pages_given_back_read_as_zeros() -> None:
 
 def test_the_pool_is_what_fits_into_the_room() -> None:
     pages, *_ = pages_of(2)
-    tokens = pages.fit(2 * CAPACITY, {HOST: 50_000_000}, None)
+    tokens = pages.fit(CAPACITY, {HOST: 50_000_000}, None)
     assert pages.nbytes(tokens) <= 50_000_000 < pages.nbytes(tokens + 8)
     assert pages.budget_bytes == pages.nbytes(tokens)
     assert pages.longest(CAPACITY) >= tokens

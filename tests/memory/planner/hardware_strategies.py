@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from memory.hardware.profiles import GpuSpec, HardwareProfile
 from memory.planner.placement import Workload
-from memory.planner.shape import KvShape, LayerShape, ModelShape, Table, Weights
+from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Table, Weights
 
 GB = 1_000_000_000
 
@@ -47,7 +47,7 @@ def shapes(draw: st.DrawFn) -> ModelShape:
     """Mixture-of-experts models of a few layers, some with a table, about as big as such machines."""
     expert = draw(st.integers(1_000_000, 60_000_000))
     dense = draw(st.integers(10_000_000, 500_000_000))
-    kv = KvShape(fixed_bytes=65_536, ratio=2, entry_bytes=2048, seen_ratio=2, selected_bytes=2048)
+    kv = KvShape(fixed_bytes=65_536, rows=(KeptRows(2, 2048),), seen_ratio=2, selected_bytes=2048)
     experts = draw(st.integers(8, 256))
     layer = LayerShape(
         Weights(dense, dense), kv, shared=Weights(expert, 2 * expert), experts=experts,

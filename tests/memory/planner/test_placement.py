@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, shipped
-from memory.planner.placement import NOWHERE, Placement, Workload, plan
+from memory.planner.placement import NOWHERE, OF_SEQUENCES, Placement, Workload, plan
 from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
-from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes, workloads
+from tests.memory.planner.hardware_strategies import GB, GPU, MACHINE, machines, shapes, workloads
 
 FLASH = released_shape("deepseek-v4-flash")
 V41 = built_in("deepseek-v4.1-flash")
@@ -30,8 +31,11 @@ def test_every_byte_is_in_exactly_one_place(
     shape: ModelShape, machine: HardwareProfile, workload: Workload
 ) -> None:
     placement = plan(shape, machine, workload)
-    placed = sum(place.nbytes for place in placement.places)
-    assert placed == shape.nbytes + shape.kv_bytes(workload.context, workload.sequences)
+    placed = sum(place.nbytes for place in placement.places if place.kind not in OF_SEQUENCES)
+    assert placed == shape.nbytes
+    kv = sum(placement.kv_bytes().values()) - shape.kv_bytes(workload.context, workload.sequences)
+    pages = workload.sequences * len(shape.layers) * max(gpu.page_bytes for gpu in (GPU, *machine.gpus))
+    assert 0 <= kv <= pages, "rows in whole pages"
     for n, layer in enumerate(shape.layers):
         assert sum(placement.experts(n).values()) == layer.experts
 
@@ -66,6 +70,26 @@ def test_dense_weights_kv_and_head_of_v41_are_on_the_gpus(name: str) -> None:
     for place in placement.places:
         if place.kind in ("dense", "shared_experts", "kv", "head"):
             assert place.tier.startswith("vram")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(24, 80), min_size=2, max_size=3))
+def test_cards_of_different_sizes_have_experts_in_proportion_to_what_they_bring(sizes: list[int]) -> None:
+    machine = load_profile("2x4090-256g")
+    gpus = tuple(replace(machine.gpus[0], memory_bytes=size * GB) for size in sizes)
+    placement = plan(V41, replace(machine, gpus=gpus), Workload(8192, 1))
+    tiers = [f"vram:{n}" for n in range(len(sizes))]
+    held = {tier: sum(placement.experts(n).get(tier, 0) for n in range(40)) for tier in tiers}
+    reserved = {tier: sum(r.nbytes for r in placement.reserves if r.tier == tier) for tier in tiers}
+    rooms = {tier: placement.budgets[tier] - reserved[tier] for tier in tiers}
+    for tier in tiers:
+        assert placement.budgets[tier] - placement.used(tier) < V41.slot_nbytes, "all that it brings is used"
+        share, room = held[tier] / sum(held.values()), rooms[tier] / sum(rooms.values())
+        assert share == pytest.approx(room, abs=0.03)
+        for n in range(40):
+            assert placement.experts(n).get(tier, 0) == pytest.approx(held[tier] / 40, abs=3), (
+                "as of any layer"
+            )
 
 
 def test_two_gpus_share_the_layers_and_the_experts_of_each() -> None:

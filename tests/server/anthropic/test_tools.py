@@ -51,7 +51,10 @@ def test_a_header_says_what_the_model_is_not_shown(http: httpx.Client) -> None:
 def test_an_image_in_a_result_is_told_as_a_note() -> None:
     result = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image", "source": {}}]}
 
-    (message,) = request(messages=[{"role": "user", "content": [result]}]).as_chat().messages
+    call = {"type": "tool_use", "id": "a", "name": "look", "input": {}}
+    turns = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+
+    _, message = request(messages=turns).as_chat().messages
 
     assert isinstance(message.content, list)
     assert message.content[0].text == "[an image that cannot be shown: this model reads text only]"
@@ -75,3 +78,18 @@ def test_reasoning_that_is_not_to_be_shown_is_an_empty_block(loaded: Loaded) -> 
         if "content_block_delta" in event["type"]
     ]
     assert "thinking_delta" not in deltas
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [[], [{"role": "assistant", "content": "Hm."}]])
+def test_a_result_without_its_call_is_refused_in_the_vendors_words(
+    http: httpx.Client, before: list[Any]
+) -> None:
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "Sunny"}
+    turns = [*SAY, *before, {"role": "user", "content": [result]}]
+
+    answer = http.post("/v1/messages", json={"max_tokens": 2, "messages": turns})
+
+    assert answer.status_code == 400
+    assert "unexpected `tool_use_id` found in `tool_result` blocks: toolu_1" in answer.text
+    assert f"messages[{len(turns) - 1}].content[0]" in answer.text

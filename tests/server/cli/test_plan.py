@@ -15,6 +15,7 @@ from memory.experts.traces import RoutingTrace
 from memory.hardware import measure
 from memory.hardware.profiles import shipped
 from memory.hardware.this_machine import cache_path
+from memory.planner.placement import OF_SEQUENCES
 from server.cli.bench import hardware as cli_bench_hardware
 from tests.conftest import golden_path
 from tests.server.harness import invoke
@@ -51,7 +52,7 @@ def test_a_plan_a_person_would_buy_hardware_by() -> None:
 def test_every_named_model_is_planned_on_every_shipped_profile(model: str, hardware: str) -> None:
     report = planned(model, "--hardware", hardware)
     assert report["fits"]
-    placed = sum(place["nbytes"] for place in report["places"] if place["kind"] != "kv")
+    placed = sum(place["nbytes"] for place in report["places"] if place["kind"] not in OF_SEQUENCES)
     assert placed == report["model_bytes"]
     for tier in report["tiers"].values():
         assert tier["used_bytes"] <= tier["budget_bytes"]

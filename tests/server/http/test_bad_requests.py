@@ -55,6 +55,7 @@ def user(content: Any) -> dict[str, Any]:
         ({"stop_token_ids": [99999]}, "stop_token_ids", "outside the vocabulary"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "ids 0 to 1023"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "'x' is not a token id"),
+        ({"logit_bias": {"x": 1, "y": 1}}, "logit_bias", "'x', 'y' are not token ids"),
         ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", "'05' repeats token 5"),
         ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),

@@ -40,6 +40,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/generate": {"prompt": "Hi", "options": {"num_predict": 2}, "stream": False},
     "/api/show": {"model": "v41-c"},
     "/apply-template": {"messages": MESSAGES},
+    "/chat/completions": {"messages": MESSAGES, "max_tokens": 2},
+    "/messages": {"messages": MESSAGES, "max_tokens": 2},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [5]},
 }

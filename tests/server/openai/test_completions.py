@@ -145,3 +145,10 @@ def test_a_prompt_that_spells_its_beginning_gets_no_second_one_and_is_echoed_who
 
     assert plain.token_ids == spelling.token_ids
     assert (plain.added, spelling.added) == (1, 0)
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_too_long_is_called_by_its_name(http: httpx.Client) -> None:
+    answer = http.post("/v1/completions", json={"prompt": [5] * 4000}).json()["error"]
+
+    assert (answer["param"], answer["code"]) == ("prompt", "context_length_exceeded")

@@ -37,6 +37,15 @@ TOOL: Any = {
 }
 
 
+@pytest.mark.slow
+def test_a_schema_needs_no_name(http: httpx.Client) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"schema": {"const": "foo"}}}
+
+    answer = http.post("/v1/chat/completions", json=PLAIN | {"response_format": wanted}).json()
+
+    assert json.loads(answer["choices"][0]["message"]["content"]) == "foo"
+
+
 class Colour(Enum):
     RED = "red"
     BLUE = "blue"

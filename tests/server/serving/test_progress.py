@@ -20,21 +20,36 @@ def chunks(url: str, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_long_prompt_tells_how_far_it_is(start_server: StartServer) -> None:
+def told(url: str, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    events = chunks(url, path, body | {"return_progress": True})
+    return [event["prompt_progress"] for event in events if "prompt_progress" in event]
+
+
+def test_a_prompt_tells_how_far_it_is_from_its_beginning_to_its_end(start_server: StartServer) -> None:
     server = start_server(TINY, "--prefill-chunk", "4").await_ready()
     text = "word " * 400
     bodies: dict[str, dict[str, Any]] = {
         "completions": {"prompt": text, "max_tokens": 1},
         "chat/completions": {"messages": [{"role": "user", "content": "x" + text}], "max_tokens": 1},
+        "responses": {"input": "y" + text, "max_output_tokens": 1},
     }
 
     for path, body in bodies.items():
-        told = [
-            chunk["prompt_progress"]
-            for chunk in chunks(server.url, path, body | {"return_progress": True})
-            if "prompt_progress" in chunk
-        ]
-        assert told
-        assert all(0 <= each["cache"] <= each["processed"] < each["total"] for each in told)
-        assert [each["processed"] for each in told] == sorted({each["processed"] for each in told})
+        for _ in range(2):  # then from the cache
+            parts = told(server.url, path, body)
+            done = [each["processed"] for each in parts]
+            assert done == sorted(set(done))
+            assert done[0] == parts[0]["cache"] <= done[-1] == parts[-1]["total"]
+            assert len({(each["total"], each["cache"]) for each in parts}) == 1
+        assert parts[0]["cache"] > 0
         assert not any("prompt_progress" in chunk for chunk in chunks(server.url, path, body))
+
+
+def test_the_prompts_of_several_answers_are_told_together(start_server: StartServer) -> None:
+    server = start_server(TINY, "--prefill-chunk", "4", "--max-num-seqs", "1").await_ready()
+
+    parts = told(server.url, "completions", {"prompt": ["a " * 40, "b " * 80], "max_tokens": 1})
+
+    done = [each["processed"] for each in parts]
+    assert done == sorted(set(done))
+    assert (done[0], done[-1]) == (0, parts[0]["total"])

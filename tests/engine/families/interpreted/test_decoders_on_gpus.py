@@ -94,7 +94,9 @@ class Twice:
             assert first.argmax(-1).tolist() == golden.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "qwen3_moe_fp8"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "olmoe", "qwen3_moe_fp8", "granitemoe", "glm4_moe", "minimax_m2"]
+)
 def test_replayed_steps_give_the_golden_logits(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -106,4 +108,36 @@ def test_replayed_steps_give_the_golden_logits(
     both.step({2: 1})
     both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
     both.step({0: 1})
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "count", "gpu_bytes", "dram_bytes"),
+    [
+        pytest.param("mixtral", "mxfp4", 1, 8 << 20, 1 << 30, id="all on a GPU"),
+        pytest.param("qwen3_moe_fp8", "int4", 2, 6 << 20, 1 << 30, id="on two GPUs"),
+        pytest.param("minimax_m2", "mxfp4", 2, 5 << 20, 1 << 30, id="some in DRAM"),
+    ],
+)
+def test_experts_are_computed_where_they_are(
+    gpus: tuple[torch.device, torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    experts: str,
+    count: int,
+    gpu_bytes: int,
+    dram_bytes: int,
+) -> None:
+    """Re-encoded: other numbers than the golden ones."""
+    model = load(name, gpus[:count], gpu_bytes, monkeypatch, dram_bytes, experts)
+    both = Twice(model, name)
+    tiers = [tier for layer in model.expert_tiers() for tier in layer]
+    print(
+        count,
+        {t: tiers.count(t) for t in tiers},
+        [s.recorder.device for s in decoder_of(both.replayed).step.stays],
+    )
+    both.step({0: 40}, is_golden=False)
+    both.step({0: 1, 1: 1}, is_golden=False)
+    both.step({0: 1}, is_golden=False)
     model.close()
