@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memory.hardware.profiles import HardwareProfile
-from memory.planner.launches import BESIDE, SHARE
+from memory.planner.launches import SHARE, beside
 from memory.planner.placement import Placement
 from memory.planner.routing import Routing, any_used, distinct
-from memory.planner.shape import LayerShape, ModelShape, Weights
+from memory.planner.shape import LayerShape, ModelShape
 
 # Steps of more sequences, and prompts, are not recorded.
 MAX_RECORDED_ROWS = 16
@@ -199,7 +199,7 @@ class CostModel:
         time, resource = self._on(tier, nbytes, flops)
         cost.seconds[resource] += time
         cost.nbytes[tier] += nbytes
-        cost.seconds[LATENCY] += self._starting_s(layer, tokens, tier, BESIDE if is_beside else 0)
+        cost.seconds[LATENCY] += self._starting_s(layer, tokens, tier, _beside(layer) if is_beside else 0)
         cost.disk_idle_s += cost.total_s - before
 
     def _is_shared_beside(self, n: int, layer: LayerShape, tokens: int) -> bool:
@@ -250,13 +250,13 @@ class CostModel:
                 cpu_s += time
                 continue
             if is_recorded and tier == self._tiers[n]:
-                time += self._beside(cost, tier, layer.shared, tokens)
+                time += self._beside_s(cost, tier, layer, tokens)
             elif is_recorded:
                 time += self._exchange(cost, self._tiers[n], tier, tokens, tokens * float(hot.sum()) * share)
             if time > gpu_s:
                 gpu_s, gpu_bound = time, resource
         if is_recorded and self._tiers[n] not in gpus:
-            gpu_s = max(gpu_s, self._beside(cost, self._tiers[n], layer.shared, tokens))
+            gpu_s = max(gpu_s, self._beside_s(cost, self._tiers[n], layer, tokens))
         if np.any(chances[in_vram:] > 0):
             read = size * distinct(cold, tokens)
             moved = size * distinct(warm, tokens) + read
@@ -272,13 +272,12 @@ class CostModel:
         if sum(self._is_real_gpu(tier) for tier in gpus) > 1 and not is_recorded:
             cost.seconds[LATENCY] += e.gpu_hop_s
 
-    def _beside(self, cost: StepCost, tier: str, shared: Weights, tokens: int) -> float:
+    def _beside_s(self, cost: StepCost, tier: str, layer: LayerShape, tokens: int) -> float:
         """What a GPU computes beside its routed experts in a recorded step: the shared one."""
+        shared = layer.shared
         cost.nbytes[tier] += shared.nbytes
-        return (
-            self._on(tier, shared.nbytes, 2 * shared.parameters * tokens)[0]
-            + BESIDE * self.efficiency.launch_s
-        )
+        computing_s = self._on(tier, shared.nbytes, 2 * shared.parameters * tokens)[0]
+        return computing_s + _beside(layer) * self.efficiency.launch_s
 
     def _exchange(self, cost: StepCost, asking: str, asked: str, tokens: int, picks: float) -> float:
         """What another GPU's part in a recorded layer takes beside its experts: inputs and outputs go by way
@@ -350,6 +349,11 @@ class CostModel:
         for i, gpu in enumerate(hardware.gpus):
             if gpu.kind == "cuda" and links:
                 cost.nbytes[f"link:{i}"] += x * moved * gpu.link_together_bytes_per_s / links
+
+
+def _beside(layer: LayerShape) -> int:
+    """Launches of a layer that others' work goes on beside."""
+    return beside(has_shared=layer.shared.nbytes > 0)
 
 
 def _is_recorded(layer: LayerShape, tokens: int) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-# Reading, mixing and writing the streams twice: 4; products: 7; norms, rotations and the router, which leaves
-# what the GPU does not hold for the processor: 2; attention: 2; routed experts: 2.
+# V4.1. Reading, mixing and writing the streams twice: 4; products: 7; norms, rotations and the router, which
+# leaves what the GPU does not hold for the processor: 2; attention: 2; routed experts: 2.
 LAYER = 17
-BESIDE = 4  # of these, between the router and the sum: the shared expert and those that the GPU holds
+SHARED = 2  # of these, the shared expert
+HELD = 2  # and those that the GPU holds: all these are between the router and the sum
 CHOICE = 2  # scores of entries, and the best of them
 CHUNKS = 1  # the best of each chunk before, of more entries than one program looks at together
 CHUNK = 4096
@@ -14,6 +15,28 @@ TABLE = 1  # gated values of table rows; their product goes along with others
 STEP = 4  # the streams' beginning, rotations, the last norm and the head
 HAND_OVERS = 1  # of a layer; one more where the next layer waits for table rows
 SHARE = 3  # of another GPU, for the experts of a layer that it holds: their inputs fetched, and two as above
+
+
+# A layer that keeps keys and values: projections; norms, rotations and the way to the cache; attention: 2;
+# the way out; what it adds to the residual, with the next norm. Then the same of the feed-forward part.
+KV_ATTENTION = 6
+KV_ENCODED = 2  # keys and values on their way to a cache of other numbers
+KV_MLP = 3  # gate and up together, down, the sum
+KV_EXPERTS = 3 + HELD  # the router's product and choice, the experts, the sum
+
+
+def beside(*, has_shared: bool) -> int:
+    """Launches of a layer's experts between its router and the sum: while others compute what it lacks."""
+    return HELD + (SHARED if has_shared else 0)
+
+
+def kv_launches(*, has_experts: bool, has_shared: bool, is_encoded: bool) -> int:
+    """Launches of a layer that keeps keys and values.
+
+    is_encoded  these are not kept as float32
+    """
+    part = KV_EXPERTS + (SHARED if has_shared else 0) if has_experts else KV_MLP
+    return KV_ATTENTION + part + (KV_ENCODED if is_encoded else 0)
 
 
 def gpu_launches(*, owns_entries: bool, chooses_among: int, has_table: bool) -> int:

@@ -294,7 +294,7 @@ def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
     """Buffers of a recorded decode step on a GPU, for all rows that it may have: what a token has in hand,
     logits, a score of each entry that a sequence may have, and attention, in parts of some latents for each
     head, or in as many parts for all rows together as programs share latents that were not chosen; and for
-    its share of another GPU's layers, a token's inputs twice, and its experts' inner values."""
+    its share of another GPU's layers, a token's inputs twice, its experts' inner values, and their biases."""
     kv = [layer.kv for layer in shape.layers]
     scores = 6 * workload.context // min((k.seen_ratio for k in kv if k.scan_bytes), default=workload.context)
     attention = max(
@@ -305,7 +305,7 @@ def recorded_bytes(shape: ModelShape, workload: Workload) -> int:
     share = 4 * (2 * shape.hidden + inner + 2 * shape.top_k)
     whole = max((k.selected_flops for k in kv if k.seen_ratio and k.selected is None), default=0)
     rows = in_hand + scores + attention // RECORDED_LATENTS + share
-    return RECORDED_ROWS * rows + RECORDED_SHARES * whole
+    return RECORDED_ROWS * rows + RECORDED_SHARES * whole + shape.copied_bytes
 
 
 def _reserve_workspace(

@@ -147,6 +147,7 @@ class ModelShape:
     slot_bytes        what a routed expert takes in memory, the same for all; 0: as in the file
     host_bytes        look-up tables that are in DRAM wherever their layers are
     history_bytes     of each sequence, in DRAM wherever its KV is: what n-grams look back on
+    copied_bytes      of weights of routers and experts that each GPU with experts has of all layers: biases
     stored_bytes      of the checkpoint's files; 0: the same as in memory
     """
 
@@ -162,6 +163,7 @@ class ModelShape:
     held_bytes: int = 0
     slot_bytes: int = 0
     host_bytes: int = 0
+    copied_bytes: int = 0
     history_bytes: int = 0
     stored_bytes: int = 0
 

@@ -8,30 +8,50 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from engine.families.base import Component
-from engine.families.decoder.description import DeltaNet, Description, Experts, Mixer, Mla, Mlp
+from engine.families.decoder.description import (
+    Attention,
+    DeltaNet,
+    Description,
+    Experts,
+    Layer,
+    Mixer,
+    Mla,
+    Mlp,
+)
 from engine.families.decoder.experts import DecoderExpertFiles
 from engine.families.decoder.stored import StoredMatrices, decoded_value_bytes
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.slots import layouts_of
+from memory.planner.launches import kv_launches
 from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Weights
 from memory.tiers import ALIGNMENT
 from quant.errors import FormatError
 from quant.formats.fp8 import Fp8
+from quant.formats.int4 import Int4, Int4Offset
 from quant.formats.kv import index_key_rows, latent_rows, plain_rows
 from quant.formats.kv_names import KvFormat
+from quant.formats.mxfp4 import Mxfp4
+from quant.formats.nf4 import Nf4
+from quant.formats.plain import Plain
 from quant.formats.rows import row_bytes
 from quant.kernels.choice import choose
 from quant.kernels.cpu.panels import panel_bytes
+
+# Formats of matrices that every token reads.
+RECORDED_ON_GPUS = (Plain, Fp8, Mxfp4, Nf4, Int4, Int4Offset)
 
 
 def checkpoint_shape(
     description: Description, checkpoint: Checkpoint, name: str, kv_format: KvFormat
 ) -> ModelShape:
     """The shape of a checkpoint called `name`, with its own bytes. Missing tensors count nothing."""
-    weights_of = _weights_of(StoredMatrices(checkpoint))
-    return shape_with(description, name, weights_of, decoded_value_bytes(checkpoint.config), kv_format)
+    stored, of_value = StoredMatrices(checkpoint), decoded_value_bytes(checkpoint.config)
+    shape = shape_with(description, name, _weights_of(stored), of_value, kv_format)
+    if _is_multiplied_on_gpus(description, stored):
+        return shape
+    return replace(shape, layers=tuple(replace(layer, launches=None) for layer in shape.layers))
 
 
 def loaded_shape(
@@ -63,7 +83,26 @@ def loaded_shape(
 
     shape = shape_with(description, name, in_memory, of_value, kv_format)
     stored_shape = checkpoint_shape(description, checkpoint, name, kv_format)
-    return replace(shape, slot_bytes=_slot_bytes(description, checkpoint), stored_bytes=stored_shape.nbytes)
+    layers = tuple(
+        replace(layer, launches=stored.launches)
+        for layer, stored in zip(shape.layers, stored_shape.layers, strict=True)
+    )
+    slot_bytes = _slot_bytes(description, checkpoint)
+    return replace(shape, layers=layers, slot_bytes=slot_bytes, stored_bytes=stored_shape.nbytes)
+
+
+def _is_multiplied_on_gpus(description: Description, stored: StoredMatrices) -> bool:
+    """Whether recorded steps on GPUs multiply with all matrices that every token reads."""
+    for use in uses(description):
+        is_read = use.part != "embedding" or description.is_tied
+        if use.is_matrix and not use.is_decoded and is_read and use.part != "experts":
+            try:
+                form = stored.format_of(use.name, use.shape)
+            except (FormatError, KeyError):  # `check` reports it
+                continue
+            if type(form) not in RECORDED_ON_GPUS:
+                return False
+    return True
 
 
 def _slot_bytes(description: Description, checkpoint: Checkpoint) -> int:
@@ -95,6 +134,9 @@ def shape_with(
     embedding, head = parts["embedding", None], parts["head", None]
     if d.is_tied:  # every token multiplies with the embedding, so it is planned as the head
         embedding, head = Weights(), head + embedding
+    is_recorded = all(
+        isinstance(layer.attention, Attention) and not layer.attention.has_gate for layer in d.layers
+    )
     layers = []
     for n, layer in enumerate(d.layers):
         experts = layer.feed_forward.router.experts if isinstance(layer.feed_forward, Experts) else 0
@@ -109,6 +151,7 @@ def shape_with(
                     -(-all_experts.nbytes // max(1, experts)), all_experts.parameters // max(1, experts)
                 ),
                 decoded=more[n],
+                launches=_launches(layer, kv_format) if is_recorded else None,
             )
         )
     return ModelShape(
@@ -120,11 +163,29 @@ def shape_with(
         embedding=embedding,
         head=head,
         layers=tuple(layers),
+        copied_bytes=sum(_bias_bytes(layer.feed_forward, d.hidden) for layer in d.layers),
         activation_bytes=max(
             4 * (2 * d.hidden + 2 * _query_width(layer.attention) + 2 * _width(layer.feed_forward))
             for layer in d.layers
         ),
     )
+
+
+def _launches(layer: Layer, kv_format: KvFormat) -> int:
+    """Kernels that a recorded step launches for a layer with keys and values on a GPU."""
+    part = layer.feed_forward
+    return kv_launches(
+        has_experts=isinstance(part, Experts),
+        has_shared=isinstance(part, Experts) and part.shared is not None,
+        is_encoded=kv_format != "float32",
+    )
+
+
+def _bias_bytes(part: Mlp | Experts, hidden: int) -> int:
+    """Bytes of the biases of a layer's experts, in float32."""
+    if not isinstance(part, Experts) or not part.has_biases:
+        return 0
+    return 4 * part.router.experts * (2 * part.width + hidden)
 
 
 def _is_plain(weights: Weights) -> bool:

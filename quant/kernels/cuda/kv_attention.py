@@ -21,7 +21,7 @@ from quant.kernels.cuda.times import PRECISION
 
 TOKENS = 32  # of a block
 HEADS = 16  # of a program: what tensor cores take at least
-MOST_SPLITS = 32  # programs that share what a row sees of one key head
+MOST_PARTS = 64  # programs that share what rows see of one key head
 
 
 @triton.jit
@@ -117,8 +117,7 @@ class KvAttention:
     window        tokens that a row sees, itself the last; None for all
     sinks         `[heads]`: the denominator of head h gains exp(sinks_h)
     scale         of the scores
-    parts         `[rows, splits * heads * dim]`, stats `[rows, splits * heads * 2]`: for the first launch's
-                  results
+    parts         `[parts, heads * dim]`, stats `[parts, heads * 2]`: for the first launch's results
     """
 
     q: torch.Tensor
@@ -136,7 +135,7 @@ class KvAttention:
         _, kv_heads, places, dim = self.keys.shape
         heads = self.q.shape[1] // dim
         group = heads // kv_heads
-        splits = kv_splits(places, self.window)
+        splits = kv_splits(places, self.window, rows)
         codes, keys, values = RowCodes.of(self.keys), bytes_of(self.keys), bytes_of(self.values)
         block = int(triton.next_power_of_2(dim))
         part = Launch(
@@ -169,6 +168,11 @@ class KvAttention:
         return part, whole
 
 
-def kv_splits(places: int, window: int | None) -> int:
-    """Programs that share what a row sees of one key head."""
-    return min(MOST_SPLITS, -(-min(places, window or places) // TOKENS))
+def kv_splits(places: int, window: int | None, rows: int) -> int:
+    """Programs that share what a row sees of one key head: the fewer rows, the more."""
+    return min(max(1, MOST_PARTS // rows), -(-min(places, window or places) // TOKENS))
+
+
+def kv_parts(places: int, window: int | None, max_rows: int) -> int:
+    """Results that they leave at most, for each query head."""
+    return max(rows * kv_splits(places, window, rows) for rows in range(1, max_rows + 1))

@@ -12,7 +12,7 @@ from quant.formats.rows import bytes_of
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.chains import Noted
-from quant.kernels.cuda.kv_attention import kv_splits
+from quant.kernels.cuda.kv_attention import kv_parts
 from quant.kernels.cuda.notes import GpuNotes
 from quant.kernels.cuda.row_codes import RowCodes
 from quant.kernels.cuda.row_tasks import IN_RING, NOWHERE
@@ -63,11 +63,12 @@ class KvNotes(GpuNotes):
         if chosen is not None or place.values.shape[3] != dim:
             raise FormatError("no Triton kernel attends to latents of which values are a part")
         RowCodes.of(place.keys)  # raises FormatError
-        splits, sees = kv_splits(places, window), (bytes_of(place.keys), bytes_of(place.values))
+        parts = kv_parts(places, window, self.max_rows)
+        sees = bytes_of(place.keys), bytes_of(place.values)
         ins = {
             "q": q, "keys": place.keys, "values": place.values, "window": window,
-            "sinks": self._floats(sinks), "scale": dim**-0.5, "parts": self.buffer(splits * q.width),
-            "stats": self.buffer(splits * q.width // dim * 2),
+            "sinks": self._floats(sinks), "scale": dim**-0.5, "parts": self.buffer(q.width, rows=parts),
+            "stats": self.buffer(q.width // dim * 2, rows=parts),
         }  # fmt: skip
         out = self.buffer(q.width)
         self._note(Noted("attend_kv", ins, {"out": out}, sees=sees))

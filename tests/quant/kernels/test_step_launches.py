@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
-from memory.planner.launches import BESIDE, CHOICE, CHUNK, CHUNKS, SHARE
+from memory.planner.launches import CHOICE, CHUNK, CHUNKS, SHARE, beside
 from memory.planner.placement import Workload, recorded_bytes
 from memory.planner.published import built_in
 from quant.kernels.cuda.program import arranged
@@ -37,7 +37,7 @@ def test_the_processor_is_asked_before_the_shared_expert_and_those_that_the_gpu_
     awaited = next(at for at, op in enumerate(firsts) if op.kind == "await")
     kinds = [op.kind for op in firsts[mailed + 1 : awaited]]
     assert sorted(kinds) == ["experts", "product", "product"]
-    assert sum(LAUNCHES.get(kind, 1) for kind in kinds) == BESIDE
+    assert sum(LAUNCHES.get(kind, 1) for kind in kinds) == beside(has_shared=True)
 
 
 def test_another_gpu_waits_fetches_computes_and_answers() -> None:

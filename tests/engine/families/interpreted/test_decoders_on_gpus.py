@@ -19,16 +19,20 @@ from engine.families.decoder.on_gpus import DecoderOnGpus
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from memory.planner.budget import MemoryBudget
+from memory.planner.launches import HELD
 from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.shape import ModelShape
 from memory.tiers import Tier
 from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
+from quant.kernels.cuda.program import GpuProgram
 from quant.kernels.devices import DeviceKernels
 from tests import pretend_gpus as pretend
 from tests.engine.families.golden_families import golden_family
 from tests.interpreted_gpus import InterpretedGpu
 
 SLOTS, CONTEXT = 3, 96
+PLENTY = 256 << 20  # of a GPU
 TOLERANCE = 1e-4  # other orders of summation
 
 
@@ -95,49 +99,66 @@ class Twice:
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen3_moe", "olmoe", "qwen3_moe_fp8", "granitemoe", "glm4_moe", "minimax_m2"]
+    "name",
+    ["mixtral", "qwen3_moe", "olmoe", "qwen3_moe_fp8", "granitemoe", "glm4_moe", "minimax_m2", "gpt_oss"],
 )
 def test_replayed_steps_give_the_golden_logits(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    model = load(name, gpus[:1], 8 << 20, monkeypatch)
+    """With experts of gpt-oss on the GPU, and those in bfloat16 and FP8 left to the processor."""
+    model = load(name, gpus[:1], PLENTY, monkeypatch)
     both = Twice(model, name)
     assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:1])
     both.step({0: 40})
     both.step({2: 7})
-    both.step({2: 1})
     both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
     both.step({0: 1})
+    counts = launches_of(both.replayed, model)
+    planned = [layer.launches for layer in loaded_shape(name).layers]
+    assert counts == planned
     model.close()
 
 
+def loaded_shape(name: str) -> ModelShape:
+    checkpoint = open_checkpoint(golden_family(name).path)
+    return family_of(checkpoint).loaded_shape(checkpoint)
+
+
+def launches_of(cache: DecoderCache, model: Decoder) -> list[int]:
+    """Those of each layer on one GPU, as if it held the experts, without what all layers share."""
+    (stay,) = decoder_of(cache).step.stays
+    assert isinstance(stay.program, GpuProgram)
+    assert model.weights.experts is not None
+    counts = [stay.program.launches(n) for n in range(len(model.weights.layers))]
+    counts[0] -= 1 if model.description.rope.attention_factor == 1 else 2  # rotations
+    if not model.weights.experts.on_gpus:
+        for n in model.description.expert_layers:
+            counts[n] += HELD
+    return counts
+
+
 @pytest.mark.parametrize(
-    ("name", "experts", "count", "gpu_bytes", "dram_bytes"),
+    ("name", "experts", "count", "gpu_bytes", "dram_bytes", "tiers"),
     [
-        pytest.param("mixtral", "mxfp4", 1, 8 << 20, 1 << 30, id="all on a GPU"),
-        pytest.param("qwen3_moe_fp8", "int4", 2, 6 << 20, 1 << 30, id="on two GPUs"),
-        pytest.param("minimax_m2", "mxfp4", 2, 5 << 20, 1 << 30, id="some in DRAM"),
+        pytest.param("mixtral", "mxfp4", 1, 1_350_000, 350_000, {"vram:0", "dram", "nvme"}, id="on disk"),
+        pytest.param("qwen3_moe_fp8", "int4", 2, PLENTY, 1 << 30, {"vram:0", "vram:1"}, id="on two GPUs"),
+        pytest.param("gpt_oss", None, 2, 1_650_000, 1 << 30, {"vram:0", "vram:1", "dram"}, id="in DRAM"),
     ],
 )
 def test_experts_are_computed_where_they_are(
     gpus: tuple[torch.device, torch.device],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
-    experts: str,
+    experts: str | None,
     count: int,
     gpu_bytes: int,
     dram_bytes: int,
+    tiers: set[str],
 ) -> None:
-    """Re-encoded: other numbers than the golden ones."""
+    """Re-encoded ones give other numbers than the golden ones."""
     model = load(name, gpus[:count], gpu_bytes, monkeypatch, dram_bytes, experts)
     both = Twice(model, name)
-    tiers = [tier for layer in model.expert_tiers() for tier in layer]
-    print(
-        count,
-        {t: tiers.count(t) for t in tiers},
-        [s.recorder.device for s in decoder_of(both.replayed).step.stays],
-    )
-    both.step({0: 40}, is_golden=False)
-    both.step({0: 1, 1: 1}, is_golden=False)
-    both.step({0: 1}, is_golden=False)
+    assert {tier for layer in model.expert_tiers() for tier in layer} == tiers
+    for counts in ({0: 40}, {0: 1, 1: 1}, {0: 1}):
+        both.step(counts, is_golden=experts is None)
     model.close()
