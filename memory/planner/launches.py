@@ -60,3 +60,34 @@ def v4_launches(*, chooses_among: int) -> int:
     """Launches of a layer of V4, which makes its own entries; it chooses among so many, or sees all for 0."""
     chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
     return V4_LAYER + chosen
+
+
+# A layer of latent attention: projections; norms; queries, and with them or behind them the way to the cache:
+# 2; heads' matrices before and after attention, which are 2, as is attention itself; the way out; the sum.
+LATENT_ATTENTION = 10
+QUERY_LATENT = 1  # of these, if queries are made of a latent
+INDEX_KEYS = 1  # centred
+INDEX_ENCODED = 1  # on their way to a cache of other numbers
+INDEX_TURNED = 3  # and they and queries turned by a matrix, queries by their positions first
+
+
+def latent_launches(
+    *,
+    has_query_latent: bool,
+    chooses_among: int,
+    is_encoded: bool,
+    is_turned: bool,
+    has_experts: bool,
+    has_shared: bool,
+) -> int:
+    """Launches of a layer with latent attention.
+
+    chooses_among          at most so many tokens by an indexer of its own; 0 without one
+    is_encoded, is_turned  of index keys: not kept as float32; turned by a Hadamard matrix
+    """
+    found = LATENT_ATTENTION - (0 if has_query_latent else QUERY_LATENT)
+    if chooses_among:
+        found += INDEX_KEYS + CHOICE + (CHUNKS if chooses_among > CHUNK else 0)
+        found += (INDEX_ENCODED if is_encoded else 0) + (INDEX_TURNED if is_turned else 0)
+    part = KV_EXPERTS + (SHARED if has_shared else 0) if has_experts else KV_MLP
+    return found + part

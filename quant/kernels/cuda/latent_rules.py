@@ -9,7 +9,8 @@ from typing import Any
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.chains import Chains, Noted
 
-PASSED = ("times", "part")  # what nobody may read any more, after others have taken it in
+# What nobody may read: others have taken it in, or it was for a prediction that is not made.
+PASSED = ("times", "part", "residual")
 
 
 def part(op: Noted, chains: Chains) -> Noted:

@@ -75,6 +75,8 @@ def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> N
         "combine_elements",
         "attend_part",
         "attend_sum",
+        "attend_latents",
+        "head_products",
         "index_scores",
         "chunk_best",
         "choose",

@@ -12,8 +12,12 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in Triton's interpreter, started by test_recorded_on_gpus.py", allow_module_level=True)
 
+from engine.families.decoder.shape import launches_of
+from memory.planner.launches import HAND_OVERS, HELD
+from quant.formats.kv_names import KvFormat
+from quant.kernels.cuda.program import GpuProgram
 from tests import pretend_gpus as pretend
-from tests.engine.families.interpreted.test_decoders_on_gpus import Twice, decoder_of, load
+from tests.engine.families.interpreted.test_decoders_on_gpus import CONTEXT, SLOTS, Twice, decoder_of, load
 
 PLENTY = 256 << 20  # of a GPU
 
@@ -24,15 +28,64 @@ def gpus() -> Iterator[tuple[torch.device, torch.device]]:
         yield both
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2", "deepseek_v2", "deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v32", "glm_moe_dsa"])
 def test_replayed_steps_give_the_golden_logits(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """With experts in bfloat16 and FP8, which are left to the processor."""
     model = load(name, gpus[:1], PLENTY, monkeypatch)
     both = Twice(model, name)
     assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:1])
     both.step({0: 40})
     both.step({2: 7})
     both.step({1: 1, 2: 1, 0: 1})  # a number of rows that there are no launches for
-    both.step({0: 1})
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "gpu_bytes", "dram_bytes", "layers", "tiers"),
+    [
+        pytest.param(1, PLENTY, 1 << 30, {"gpu:0"}, {"vram:0"}, id="all on one GPU"),
+        pytest.param(
+            2, 800_000, 420_000, {"gpu:0", "gpu:1", "cpu"}, {"vram:0", "vram:1", "dram", "nvme"},
+            id="everywhere",
+        ),
+    ],
+)  # fmt: skip
+def test_experts_of_kimi_are_computed_where_they_are(
+    gpus: tuple[torch.device, torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    gpu_bytes: int,
+    dram_bytes: int,
+    layers: set[str],
+    tiers: set[str],
+) -> None:
+    model = load("kimi_k2", gpus[:count], gpu_bytes, monkeypatch, dram_bytes)
+    both = Twice(model, "kimi_k2")
+    assert {str(device) for device in model.weights.places.layers} == layers
+    assert {tier for layer in model.expert_tiers() for tier in layer} == tiers
+    for counts in ({0: 40}, {0: 1, 1: 1}):
+        both.step(counts)
+    model.close()
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_k2", "deepseek_v2", "deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("kv_format", ["float32", "fp8", "vendor"])
+def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
+    gpus: tuple[torch.device, torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kv_format: KvFormat,
+) -> None:
+    model = load(name, gpus[:1], PLENTY, monkeypatch, kv_format=kv_format)
+    (stay,) = decoder_of(model.new_cache(SLOTS, CONTEXT)).step.stays
+    assert isinstance(stay.program, GpuProgram)
+    for number, layer in enumerate(model.description.layers):
+        is_routed = number in model.description.expert_layers
+        left_out = HELD if is_routed and name != "kimi_k2" else 0  # this GPU holds none
+        first = 1 if number == 0 else 0  # the norm before all layers, with the rotations
+        planned = launches_of(layer, kv_format, CONTEXT)
+        assert stay.program.launches(number) == planned - left_out + first <= 22, number
+        assert stay.program.hand_overs(number) == (HAND_OVERS if is_routed else 0)
     model.close()
