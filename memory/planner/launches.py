@@ -68,7 +68,9 @@ LATENT_ATTENTION = 10
 QUERY_LATENT = 1  # of these, if queries are made of a latent
 INDEX_KEYS = 1  # centred
 INDEX_ENCODED = 1  # on their way to a cache of other numbers
-INDEX_TURNED = 3  # and they and queries turned by a matrix, queries by their positions first
+INDEX_TURNED = (
+    4  # and they and queries turned by a matrix; queries by their positions first, and rounded behind
+)
 
 
 def latent_launches(

@@ -51,8 +51,8 @@ def head_products(
     head = tl.program_id(1)
     blocks = tl.cdiv(rows_n, BLOCK_N)
     if COPIES and (tl.program_id(0) == blocks):
-        for at in range(0, BLOCK_M):
-            row = tl.program_id(2) * BLOCK_M + at
+        for number in range(0, BLOCK_M):
+            row = tl.program_id(2) * BLOCK_M + number
             if row < tokens:
                 copy_columns(
                     beside, beside_out, row, head, x_row, x_head, out_row, out_head, copied, factor, BLOCK_C
@@ -73,11 +73,11 @@ def head_products(
             for first in range(0, cols, STEP):
                 col = first + tl.arange(0, STEP)
                 part = load_tile(own, rows, row_inside, col, cols).to(tl.float32)
-                at = x + token[:, None] * x_row + head * x_head + col[None, :]
-                values = tl.load(at, mask=inside[:, None] & (col < cols)[None, :], other=0.0)
+                source = x + token[:, None] * x_row + head * x_head + col[None, :]
+                values = tl.load(source, mask=inside[:, None] & (col < cols)[None, :], other=0.0)
                 total = times_tile(values, tl.trans(part), total, PARTS)
-            at = out + token[:, None] * out_row + head * out_head + rows[None, :]
-            tl.store(at, total * factor, mask=inside[:, None] & row_inside[None, :])
+            to = out + token[:, None] * out_row + head * out_head + rows[None, :]
+            tl.store(to, total * factor, mask=inside[:, None] & row_inside[None, :])
 
 
 @dataclass(frozen=True)

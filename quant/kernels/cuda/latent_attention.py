@@ -21,9 +21,9 @@ from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.row_codes import RowCodes, row_channels
 from quant.kernels.cuda.times import PRECISION
 
-LATENTS = 32  # at a time
+LATENTS = 16  # at a time
 HEADS = 16  # of a program: what tensor cores take at least
-CHANNELS = 64  # at a time, of scores
+CHANNELS = 32  # at a time, of scores
 VALUES = 128  # at a time, of what is summed up
 MOST_VALUES = 4 * VALUES
 SHARES = 64  # programs for each block of heads, of all rows together
@@ -203,7 +203,7 @@ class LatentAttention:
              "LATENTS": LATENTS, "HEADS": HEADS, "CHANNELS": CHANNELS, "VALUES": VALUES,
              "BLOCKS": -(-value_dim // VALUES)}
             | ring_codes.constants | entry_codes.constants,
-            4,
+            8,
         )  # fmt: skip
         whole = Launch(
             attend_sum,

@@ -9,9 +9,6 @@ from typing import Any
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.chains import Chains, Noted
 
-# What nobody may read: others have taken it in, or it was for a prediction that is not made.
-PASSED = ("times", "part", "residual")
-
 
 def part(op: Noted, chains: Chains) -> Noted:
     """A part of a multiple."""

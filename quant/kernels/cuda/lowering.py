@@ -21,7 +21,7 @@ from quant.kernels.cuda.mailbox import Mail
 from quant.kernels.cuda.products import Product, products_launch
 from quant.kernels.cuda.residual import Residual
 from quant.kernels.cuda.routing import routing_constants
-from quant.kernels.cuda.row_codes import encode_launch
+from quant.kernels.cuda.row_codes import encode_launch, round_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
 from quant.kernels.cuda.schedule import STREAMS, TASKS
 from quant.kernels.cuda.selection import Choice
@@ -270,6 +270,10 @@ def _move(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return [move_launch(source, target, of["heads"], width, rows, of["factor"])]
 
 
+def _round(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    return [round_launch(of["x"], of["form"], of["out"], rows)]
+
+
 def _choices(of: dict[str, Any]) -> Choices | None:
     if of.get("weights") is None:
         return None
@@ -315,7 +319,7 @@ def _encode(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     names = (
         "queries", "turns", "weights", "factor", "keys", "ratio", "block", "blocks", "pool", "chosen",
-        "scores", "maxima", "best", "names", "best_blocks",
+        "scores", "maxima", "best", "names", "best_blocks", "is_rounded",
     )  # fmt: skip
     given: dict[str, Any] = {name: of.get(name) for name in names}
     return Choice(**given).launches(places.step, rows, places.max_rows)
@@ -346,6 +350,7 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "residual": _residual,
     "heads": _heads,
     "move": _move,
+    "round": _round,
     "encode": _encode,
     "select": _select,
     "experts": _experts,

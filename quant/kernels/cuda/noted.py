@@ -14,7 +14,6 @@ from typing import Any
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.chains import Chains, Noted
 from quant.kernels.cuda.latent_rules import (
-    PASSED,
     apart,
     biased,
     joined,
@@ -34,10 +33,20 @@ def fused(noted: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
     chains = Chains(noted, kept)
     for op in noted:
         chains.add(_RULES.get(op.kind, _alone)(op, chains))
-    ops = [op for op in chains.ops if op is not None]
-    read = {id(buffer) for op in ops for buffer in op.reads} | {id(buffer) for buffer in kept}
-    wanted = (op for op in ops if op.kind not in PASSED or any(id(out) in read for out in op.outs.values()))
-    return list(_settled(each for op in wanted for each in apart(op)))
+    needed = _needed(list(_settled(op for op in chains.ops if op is not None)), kept)
+    return [each for op in needed for each in apart(op)]
+
+
+def _needed(ops: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
+    """Those that write what somebody reads, or do more than write buffers."""
+    read = {id(buffer) for buffer in kept}
+    needed: list[Noted] = []
+    for op in reversed(ops):
+        does_more = not op.outs or op.changes or op.words or op.kind == "hand_over"
+        if does_more or any(id(out) in read for out in op.outs.values()):
+            needed.append(op)
+            read.update(id(buffer) for buffer in op.reads)
+    return needed[::-1]
 
 
 def _alone(op: Noted, chains: Chains) -> Noted:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quant.errors import FormatError
-from quant.formats.rows import EncodedRows, Rows, bytes_of
+from quant.formats.rows import EncodedRows, Rows, bytes_of, row_format_of
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
@@ -21,7 +21,7 @@ from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
 from quant.kernels.cuda.row_codes import RowCodes
 from quant.kernels.cuda.row_tasks import AS_ENTRY, IN_RING, NOWHERE
-from quant.kernels.cuda.selection import COLUMNS, TILE, chunks_of
+from quant.kernels.cuda.selection import CHANNELS_OF_CODES, COLUMNS, TILE, chunks_of
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.cuda.streams import MixShape
 from quant.kernels.interface import ExpertBiases, ExpertExtras, Weight
@@ -361,6 +361,10 @@ class GpuRecorder(LatentNotes):
         """The entries that each row attends to, and the best blocks: see `StepRecorder.select`."""
         if isinstance(keys, EncodedRows) and keys.format.turned:
             queries, keys = self._turned(queries, keys)
+        form = row_format_of(keys)
+        is_rounded = form is not None and form.rounds_queries and form.group > CHANNELS_OF_CODES
+        if is_rounded:
+            queries = self._to(queries.width, "round", x=queries, form=form)
         RowCodes.of(keys)  # raises FormatError
         block = selector.block
         columns = max(1, keys.shape[1] if pool is None else block * selector.blocks)
@@ -375,6 +379,7 @@ class GpuRecorder(LatentNotes):
             "maxima": self.buffer(-(-columns // block)) if makes_pool else None,
             "best": self.buffer(chunks * selector.top_k) if chunks > 1 else None,
             "names": self.buffer(chunks * selector.top_k, torch.int64) if chunks > 1 else None,
+            "is_rounded": is_rounded,
         }  # fmt: skip
         outs = {"chosen": self.buffer(selector.top_k, torch.int64)}
         if makes_pool:

@@ -92,7 +92,8 @@ class KvLayer:
         (result,) = r.linears(
             r.norm(x, floats(w.hidden), 1e-6), [floats(150_000, w.hidden, dtype=torch.bfloat16)]
         )
-        return scheduled(fused(r._noted, [source, result]))
+        r._kept.append(result)
+        return scheduled(fused(r._noted, r._kept))
 
     def _matrix(self, rows: int, cols: int) -> torch.Tensor | PackedTensor:
         if not self._w.is_fp8:
@@ -116,7 +117,9 @@ class KvLayer:
         form = plain_rows(self._kv_format, w.dim)
         cols, dtype = stored_as(w.dim, form)
         places = w.context if w.window is None else w.window + 16
-        keys, values = (rows_in(floats(SLOTS, w.kv_heads, places, cols, dtype=dtype), form) for _ in range(2))
+        keys, values = (  # with addresses, which tell one from the other
+            rows_in(torch.empty(SLOTS, w.kv_heads, places, cols, dtype=dtype), form) for _ in range(2)
+        )
         place = KvPlace(keys, values, None if w.window is None else places)
         r.append(k, v, place)
         seen = r.attend(q, place, w.window, floats(w.heads) if w.extras else None)

@@ -68,10 +68,10 @@ class V4Layer:
         shares = r.weigh(logits, ids, rule, table)
         box = Mailbox(1, MAX_ROWS, 6, hidden, pinned=False)
         x = r.input(5120)  # of which those experts are
-        r.experts(x, ids, shares, slots, (10.0, NO_EXTRAS), box, 0, None)
+        y = r.add(r.experts(x, ids, shares, slots, (10.0, NO_EXTRAS), box, 0, None), x)
         pre = r.read_mix(streams, floats(n, n * hidden), floats(n), floats(n), 1e-6, 1e-6)
         result = r.norm(r.weighted_sum(streams, pre), floats(hidden), 1e-6)
-        return scheduled(fused(r._noted, [source, result]))
+        return scheduled(fused(r._noted, [source, result, y]))
 
     def _compressed(self, x: Buffer, dim: int, ratio: int, count: int, kind: int) -> object:
         r, overlaps = self.recorder, ratio == 4
@@ -129,8 +129,8 @@ class LatentLayer:
         normed = r.norm(x, floats(self.hidden), 1e-6)
         (logits,) = r.linears(normed, [floats(self.experts, self.hidden, dtype=BF16)])
         rule = RoutingRule(8, "sigmoid", (8, 4, 2), True, 1e-20, 2.5)
-        r.route(logits, floats(self.experts), rule)
-        return scheduled(fused(r._noted, [source, x]))
+        chosen = r.route(logits, floats(self.experts), rule)
+        return scheduled(fused(r._noted, [source, x, *chosen]))
 
     def _attention(self, x: Buffer) -> Buffer:
         r, heads, dim = self.recorder, self.heads, self.rank + self.dims

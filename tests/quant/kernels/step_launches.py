@@ -88,7 +88,8 @@ class Layer:
             r.norm(r.weighted_sum(streams, mix[0]), floats(HIDDEN), 1e-6),
             [floats(129280, HIDDEN, dtype=torch.bfloat16)],
         )
-        return scheduled(fused(r._noted, [source, table, result]))
+        r._kept.append(result)
+        return scheduled(fused(r._noted, r._kept))
 
     def _mix(self, streams: Buffer) -> tuple[Buffer, Buffer, Buffer]:
         count = (2 + STREAMS) * STREAMS

@@ -86,6 +86,6 @@ def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
         left_out = HELD if is_routed and name != "kimi_k2" else 0  # this GPU holds none
         first = 1 if number == 0 else 0  # the norm before all layers, with the rotations
         planned = launches_of(layer, kv_format, CONTEXT)
-        assert stay.program.launches(number) == planned - left_out + first <= 22, number
+        assert stay.program.launches(number) == planned - left_out + first <= 25, number
         assert stay.program.hand_overs(number) == (HAND_OVERS if is_routed else 0)
     model.close()

@@ -111,6 +111,11 @@ def test_latents_are_kept_and_attended_to_as_operations_say(rows: int, chooses: 
     wide = heads * (plain + dims)
     chosen = torch.tensor([[1, 5, 40, -1], [0, 2, 3, -1], [0, 40, 41, -1]])[:rows]
 
+    picked: list[Buffer] = []
+
+    def choose(count: int) -> None:
+        program.rows(picked[0])[:count] = chosen[:count]
+
     def note(r: GpuRecorder, x: Buffer) -> Buffer:
         q, kv = r.linears(x, [torch.eye(wide + dim)[:wide], torch.eye(wide + dim)[wide:]])
         q, turns = r.scale(q, 1.5), r.turns(frequencies)
@@ -120,17 +125,15 @@ def test_latents_are_kept_and_attended_to_as_operations_say(rows: int, chooses: 
         shared = r.rotate(r.part(kv, 1, rank, dims), turns, 1)
         queries, keys = r.join(made, turned, heads), r.join(latent, shared, 1)
         r.append(keys, None, place)
-        picked = None
         if chooses:
-            picked = r.buffer(4, torch.int64)
-            r.hand_over(lambda n: programs[0].rows(picked)[:n].copy_(chosen[:n]), [keys], [picked])
-        return r.batched_linear(r.attend(queries, place, chosen=picked), from_latent)
+            picked.append(r.buffer(4, torch.int64))
+            r.hand_over(choose, [keys], [picked[0]])
+        return r.batched_linear(r.attend(queries, place, chosen=picked[0] if chooses else None), from_latent)
 
     x = random(rows, wide + dim)
     recorder = GpuRecorder(TritonKernels(HOST), 4)
     source = recorder.input(x.shape[1])
     program = recorder.finish(source, note(recorder, source))
-    programs = [program]
     if not chooses:
         assert program.launches(None) == 7  # rotations, products, two vectors kept, heads, attention, heads
     program.source[:rows] = x
