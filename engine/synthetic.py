@@ -86,6 +86,14 @@ SHAPES = {
         candidate_block_size=4, engram_n_heads=2, engram_head_dim=32, vocab_size=1024,
         max_position_embeddings=2048,
     ),
+    # a fortieth of V4.1-Flash's width, roughly in its proportions: time goes where it goes there
+    "v41-narrow": Widths(
+        hidden_size=128, moe_intermediate_size=64, num_attention_heads=8, head_dim=64, qk_rope_head_dim=16,
+        q_lora_rank=32, o_groups=2, o_lora_rank=64, n_routed_experts=24, num_experts_per_tok=6,
+        sliding_window=16, index_n_heads=4, index_head_dim=32, index_topk=32, candidate_topk_blocks=8,
+        candidate_block_size=8, engram_n_heads=2, engram_head_dim=32, vocab_size=1024,
+        max_position_embeddings=16_384,
+    ),
 }  # fmt: skip
 
 

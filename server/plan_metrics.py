@@ -29,11 +29,13 @@ EVERY_S = 60.0  # what was learned is written so often, and at the end
 
 
 class PlanWatch:
-    """The plan that a model was loaded by, and the model that runs."""
+    """The plan that a model was loaded by, and the model that runs; `draft_bytes` are kept for weights that
+    guess tokens ahead."""
 
-    def __init__(self, planned: Planned, model: Model, engine: Engine) -> None:
+    def __init__(self, planned: Planned, model: Model, engine: Engine, draft_bytes: int = 0) -> None:
         self._planned = planned
         self._model = model
+        self._draft_bytes = draft_bytes
         self._engine = engine
         plan = planned.plan
         self._expected = PrefillModel(planned.shape, plan.hardware, plan.placement, routing_of(planned.shape))
@@ -43,8 +45,11 @@ class PlanWatch:
         return self._planned.plan.placement.allocated()
 
     def allocated_bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes by tier and part, as they are: of the KV, what its pool may take."""
+        """Bytes by tier and part, as they are: of the KV, what its pool may take; of drafts, what is kept for
+        their weights."""
         found = {tier: dict(parts) for tier, parts in self._model.held_bytes.items()}
+        if self._draft_bytes:
+            found.setdefault("dram", {})["drafts"] = self._draft_bytes
         for tier, nbytes in self._kv_bytes().items():
             found.setdefault(tier, {})[KV] = nbytes
         prefixes = self._engine.stats().prefixes

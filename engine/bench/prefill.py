@@ -28,7 +28,8 @@ WARM_TOKENS = 64
 class PrefillRun:
     """What computing a prompt of `tokens` tokens took and moved.
 
-    flops         of all that it computes: weights, attention, chosen experts
+    dense_flops   of what it computes beside routed experts: weights, attention
+    expert_flops  of chosen experts
     expert_bytes  of one routed expert in a slot
     counts        hits, moved bytes ... of this prompt alone
     work_bytes    that the plan keeps for a chunk's activations
@@ -38,7 +39,8 @@ class PrefillRun:
     tokens: int
     chunk: int
     total_s: float
-    flops: float
+    dense_flops: float
+    expert_flops: float
     expert_bytes: int
     counts: Snapshot
     work_bytes: int
@@ -46,33 +48,37 @@ class PrefillRun:
 
     def bound_s(
         self,
-        flops_per_s: float,
+        dense_flops_per_s: float,
+        expert_flops_per_s: float,
         dram_bytes_per_s: float,
         disk_bytes_per_s: float,
         link_bytes_per_s: Mapping[str, float],
     ) -> dict[str, float]:
         """Seconds that each resource needs at the given rates, were it always busy: the processor for the
-        arithmetic, disk and links for what they moved, memory for what crosses its bus on the way."""
+        arithmetic (dense weights and experts have formats of their own), disk and links for what they moved,
+        memory for what crosses its bus on the way."""
         moved = self.counts.moved_bytes
         read = self.counts.hits.get("nvme", 0) * self.expert_bytes
         sent = {gpu: moved.get(gpu, 0) for gpu in link_bytes_per_s}
         crossing = (CROSSINGS + 1) * read + 2 * sum(sent.values())
         return {
-            "arithmetic": self.flops / flops_per_s,
+            "arithmetic": self.dense_flops / dense_flops_per_s + self.expert_flops / expert_flops_per_s,
             "dram": crossing / dram_bytes_per_s,
             "nvme": read / disk_bytes_per_s,
             **{gpu: nbytes / link_bytes_per_s[gpu] for gpu, nbytes in sent.items()},
         }
 
 
-def flops_of(shape: ModelShape, tokens: int) -> float:
-    """Of a prompt, by the planner's shape of the model; a layer's last tokens alone where that is enough."""
-    total = 2.0 * shape.head.parameters
+def flops_of(shape: ModelShape, tokens: int) -> tuple[float, float]:
+    """Of a prompt's dense part and of its routed experts, by the planner's shape of the model; a layer's last
+    tokens alone where that is enough."""
+    dense, of_experts = 2.0 * shape.head.parameters, 0.0
     for layer in shape.layers:
         computed = tokens if layer.tail is None else min(tokens, layer.tail)
-        weights = layer.dense + layer.shared + layer.expert.times(shape.top_k if layer.experts else 0)
-        total += computed * (2 * weights.parameters + layer.kv.flops(tokens // 2))
-    return total
+        weights = layer.dense + layer.shared
+        dense += computed * (2 * weights.parameters + layer.kv.flops(tokens // 2))
+        of_experts += computed * 2 * layer.expert.parameters * (shape.top_k if layer.experts else 0)
+    return dense, of_experts
 
 
 def run_prefill(
@@ -103,11 +109,13 @@ def run_prefill(
         total_s = prompt_s(model, cache, ids, chunk)
         counts = since(counted, telemetry.snapshot())
         in_pause()
+        dense, of_experts = flops_of(shape, tokens)
         return PrefillRun(
             tokens=tokens,
             chunk=chunk,
             total_s=total_s,
-            flops=flops_of(shape, tokens),
+            dense_flops=dense,
+            expert_flops=of_experts,
             expert_bytes=shape.expert_nbytes,
             counts=counts,
             work_bytes=workspace_bytes(shape, asked),

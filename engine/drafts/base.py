@@ -71,6 +71,7 @@ class Drafter(Protocol):
     name     "lookup", "prediction", "mtp", "dspark" or "model", in settings and metrics
     longest  tokens that it drafts at most
     wants_captures  whether `observe` is to be given what the model captures
+    is_whole  a draft takes as long, however few tokens of it are asked for
     """
 
     @property
@@ -85,6 +86,11 @@ class Drafter(Protocol):
 
     @property
     def wants_captures(self) -> bool:
+        """See above."""
+        ...
+
+    @property
+    def is_whole(self) -> bool:
         """See above."""
         ...
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # What a sequence may lose by drafts, in its own tokens' time: at first, beyond what its drafts have gained at
-# most, and more with each of its tokens. So an answer of a hundred tokens is at most 2 % late.
+# most, and more with each of its tokens.
 LOAN, MOST_CREDIT, PER_TOKEN = 0.8, 6.0, 0.01
+# The same of all sequences together: many short answers may not each lose as much.
+LOAN_OF_ALL, PER_TOKEN_OF_ALL = 4.0, 0.008
 # A draft that does not seem to pay is tried all the same after so many tokens of its sequence; after twice as
 # many each time that it failed.
 FIRST_PROBE, LAST_PROBE = 8, 1024
@@ -57,32 +59,65 @@ def best_counts(
 
 
 @dataclass
-class Credit:
-    """What a sequence may still lose, in tokens; and when a draft that does not seem to pay is tried."""
+class Account:
+    """What may still be lost, in tokens' time; what was gained adds to it.
 
-    tokens: float = LOAN
-    skipped: int = 0
-    interval: int = FIRST_PROBE
+    per_token  more with each token that is generated
+    """
+
+    tokens: float
+    per_token: float
+
+    @property
+    def is_left(self) -> bool:
+        """Whether there may be drafts."""
+        return self.tokens > 0
+
+    def generated(self, count: int) -> None:
+        """There are so many more tokens."""
+        self.tokens = min(self.tokens + self.per_token * count, MOST_CREDIT)
+
+    def drafted(self, gained: float) -> None:
+        """A step with drafts gained so many tokens' time, or lost it."""
+        self.tokens = min(self.tokens + gained, MOST_CREDIT)
+
+
+def account_of_all() -> Account:
+    """Of all sequences together."""
+    return Account(LOAN_OF_ALL, PER_TOKEN_OF_ALL)
+
+
+class Credit:
+    """What a sequence may still lose, of its own and of what all may; and when a draft that does not seem to
+    pay is tried."""
+
+    def __init__(self, of_all: Account | None = None) -> None:
+        self.own = Account(LOAN, PER_TOKEN)
+        self._of_all = of_all or account_of_all()
+        self._skipped = 0
+        self.interval = FIRST_PROBE
 
     @property
     def is_left(self) -> bool:
         """Whether it may have drafts."""
-        return self.tokens > 0
+        return self.own.is_left and self._of_all.is_left
 
     def generated(self, count: int) -> None:
         """The sequence has so many more tokens."""
-        self.tokens = min(self.tokens + PER_TOKEN * count, MOST_CREDIT)
+        self.own.generated(count)
+        self._of_all.generated(count)
 
     def drafted(self, gained: float) -> None:
         """A step with drafts of the sequence gained so many tokens' time, or lost it."""
-        self.tokens = min(self.tokens + gained, MOST_CREDIT)
+        self.own.drafted(gained)
+        self._of_all.drafted(gained)
 
     def is_probe_due(self) -> bool:
         """Whether a draft that does not seem to pay is to be tried. Called for each one."""
-        self.skipped += 1
-        return self.skipped >= self.interval and self.is_left
+        self._skipped += 1
+        return self._skipped >= self.interval and self.is_left
 
     def probed(self, *, succeeded: bool) -> None:
         """It was tried."""
-        self.skipped = 0
+        self._skipped = 0
         self.interval = FIRST_PROBE if succeeded else min(2 * self.interval, LAST_PROBE)

@@ -12,13 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import NOTHING, Draft, Drafter, DraftRequest, Rows
-from engine.drafts.choose import WORTHWHILE, Credit, best_counts
+from engine.drafts.choose import WORTHWHILE, Credit, account_of_all, best_counts
 from engine.drafts.kept import KeptStates
+from engine.drafts.rests import Rest
 from engine.drafts.step_times import MOST, StepTimes
 from engine.families.base import Model
 from engine.scheduler import Chunk
@@ -33,7 +35,7 @@ PROBED = 2  # drafted tokens when it is only tried
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
 # Looking for drafts takes this share of the time at most where there are none: after a step without any,
 # nobody looks for as many steps as that takes, but for no more than so many.
-LOOKING_SHARE, MOST_PAUSE = 0.01, 32
+LOOKING_SHARE, MOST_PAUSE = 0.005, 64
 # Once their times are settled, one of so many steps without drafts is measured.
 MEASURED = 4
 
@@ -71,7 +73,7 @@ class _Open:
     """What is known of a sequence with a slot."""
 
     acceptance: Acceptance
-    credit: Credit = field(default_factory=Credit)
+    credit: Credit
     drafter: Drafter | None = None  # of the draft in the step under way
     draft: Draft = NOTHING
     is_probe: bool = False
@@ -115,6 +117,7 @@ class Drafting:
         self._times = StepTimes(MOST_ROWS, guess)
         self._draft_times = {drafter.name: StepTimes(MOST_ROWS) for drafter in drafters}
         self._of_all: dict[Kind, Tallies] = {}
+        self._account = account_of_all()
         self._open: dict[Sequence, _Open] = {}
         self._since_check: dict[int, int] = defaultdict(int)  # steps with drafts, by tokens without
         self._checks: dict[int, int] = defaultdict(lambda: FIRST_CHECK)
@@ -122,6 +125,7 @@ class Drafting:
         self._made_s = 0.0  # of that, on making drafts that are not free
         self._watching = [drafter for drafter in drafters if drafter.name not in FREE]
         self._observing = self._watching  # those that are not at rest
+        self._rests = {drafter.name: Rest() for drafter in self._watching}
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
@@ -142,7 +146,7 @@ class Drafting:
     def open(self, sequence: Sequence) -> None:
         """A sequence has a slot."""
         if self._drafters:
-            self._open[sequence] = _Open(Acceptance(self._of_all))
+            self._open[sequence] = _Open(Acceptance(self._of_all), Credit(self._account))
             for drafter in self._drafters:
                 drafter.open(sequence.sequence_id, sequence.token_ids, sequence.prediction)
 
@@ -184,18 +188,21 @@ class Drafting:
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
     def _rest(self) -> None:
-        """Now and then, see who could not pay even if all drafts were right, as things are: they are asked
-        for nothing and told nothing meanwhile."""
+        """Now and then, see who rests."""
         self._until_look -= 1
         if self._until_look > 0:
             return
         self._until_look = LOOK_EVERY
-        self._observing = [drafter for drafter in self._watching if self._can_pay(drafter)]
+        self._observing = [
+            drafter
+            for drafter in self._watching
+            if self._rests[drafter.name].look(
+                LOOK_EVERY, self._draft_times[drafter.name].measured, partial(self._can_pay, drafter)
+            )
+        ]
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
 
     def _can_pay(self, drafter: Drafter) -> bool:
-        if not self._times.is_known or not self._draft_times[drafter.name].is_known:
-            return True
         answers = max(1, len(self._open))
         plain = WORTHWHILE * answers / self._times.seconds(min(answers, MOST_ROWS))
         for count in range(1, min(self._most, drafter.longest) + 1):
@@ -319,7 +326,7 @@ class Drafting:
 
     def _drafting_s(self, drafter: Drafter, count: int) -> float:
         times = self._draft_times[drafter.name]
-        return times.seconds(count) if times.is_known else 0.0
+        return times.seconds(_timed_as(drafter, count)) if times.is_known else 0.0
 
     def _made(
         self, chunks: list[Chunk], found: list[_Candidate | None], counts: list[int]
@@ -340,7 +347,7 @@ class Drafting:
             began = time.perf_counter()
             drafts = drafter.draft([_request(chunks[at], counts[at]) for at in wanted])
             longest, took = max(counts[at] for at in wanted), time.perf_counter() - began
-            self._draft_times[drafter.name].observe(longest, took)
+            self._draft_times[drafter.name].observe(_timed_as(drafter, longest), took)
             self._made_s += took
             for at, draft in zip(wanted, drafts, strict=True):
                 chances = self._open[chunks[at].sequence].acceptance.chances(drafter.name, draft)
@@ -447,6 +454,11 @@ class Drafting:
         stats.accepted += accepted
         stats.steps += 1
         stats.lengths[accepted] += 1
+
+
+def _timed_as(drafter: Drafter, count: int) -> int:
+    """As how many tokens the time of a draft of so many counts."""
+    return drafter.longest if drafter.is_whole else count
 
 
 def _request(chunk: Chunk, most: int) -> DraftRequest:

@@ -28,10 +28,6 @@ from engine.layers.rope import Rotation
 from quant.kernels.choice import recorder_of
 from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import Recorder
-from quant.kernels.interface import Kernels
-
-# Values of a Markov head that stays in a processor's cache.
-SMALL_HEAD = 1 << 20
 
 
 @dataclass
@@ -42,7 +38,7 @@ class _Known:
     slot: int
     first: int = 0
     end: int = 0
-    waiting: list[torch.Tensor] = field(default_factory=list)
+    waiting: list[np.ndarray] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,7 @@ class DSpark:
 
     name = "dspark"
     wants_captures = True
+    is_whole = True
 
     def __init__(self, stages: DraftStages, slots: int) -> None:
         self._stages = stages
@@ -81,13 +78,13 @@ class DSpark:
         )
         self._cache = SparseCache(shape, slots, c.max_position_embeddings)
         self._parts: V41Parts = stages.layers.parts
-        self._markov = _Markov(stages, self._kernels)
-        sure = stages.confidence[0].numpy()
-        self._confidence = sure[: c.hidden_size], sure[c.hidden_size :]
-        self._ring_places = torch.arange(c.sliding_window)
-        others = torch.arange(self.longest).expand(self.longest, -1)
-        others = others[~torch.eye(self.longest, dtype=torch.bool)].view(self.longest, -1)
-        self._block_places = [c.sliding_window + (at + others) % MAX_ROWS for at in range(MAX_ROWS)]
+        others = np.arange(self.longest) + np.zeros((self.longest, 1), dtype=np.int64)
+        others = others[~np.eye(self.longest, dtype=bool)].reshape(self.longest, -1)
+        in_ring = np.broadcast_to(np.arange(c.sliding_window), (self.longest, c.sliding_window))
+        self._seen = [  # once the window is full, by where in its ring a block begins: see `_seen_by`
+            np.concatenate((in_ring, c.sliding_window + (at + others) % MAX_ROWS), axis=1)
+            for at in range(MAX_ROWS)
+        ]
         self._drafting: _StageRecorded | None = None
         self._observing: V41Recorded | None = None
         if recorder_of(self._kernels, MAX_ROWS) is not None:
@@ -122,14 +119,15 @@ class DSpark:
         long = []
         for rows in computed:
             known, found = self._known[rows.sequence_id], rows.captures
-            if found is None or not len(found):
+            count = 0 if found is None else len(found)
+            if found is None or not count:
                 continue
             end = rows.start + len(rows.token_ids)
-            if (start := end - len(found)) != known.end:
+            if (start := end - count) != known.end:
                 known.first, known.waiting = start, []  # what was before is not known, or not any more
             known.end = end
-            known.waiting.append(found.clone())
-            if len(known.waiting) >= MAX_ROWS or len(found) >= MAX_ROWS:
+            known.waiting.append(found.numpy().copy())
+            if len(known.waiting) >= MAX_ROWS or count >= MAX_ROWS:
                 long.append(known)
         if long:
             self._key(long)
@@ -158,51 +156,45 @@ class DSpark:
     def blocks(self, of: Sequence[_Known], newest: Sequence[int]) -> Drafted:
         """A block for each sequence, behind its newest token, which was not captured yet."""
         self._key(of)
-        block, shape = self.longest, self._stages.shape
-        ids = [i for token in newest for i in (token, *[shape.noise_token_id] * (block - 1))]
-        segments = tuple(Segment(known.slot, known.end, block) for known in of)
-        batch = Batch(ids, segments, None)
-        if self._drafting is None:
-            states, base = self._compute(batch, of)
-        else:
-            states, base = self._drafting.run_block(batch, self._seen(of))
-        return self._chained(states.view(len(of), block, -1), base.view(len(of), block, -1), newest)
+        noise = [self._stages.shape.noise_token_id] * (self.longest - 1)
+        ids = [i for token in newest for i in (token, *noise)]
+        batch = Batch(ids, tuple(Segment(known.slot, known.end, self.longest) for known in of), None)
+        seen = [self._seen_by(known) for known in of]
+        if self._drafting is not None:
+            return self._drafting.run_block(batch, seen)
+        states, base = self._compute(batch, torch.from_numpy(np.concatenate(seen)))
+        shape = len(of), self.longest, -1
+        return self._chained(states.view(shape), base.view(shape), torch.tensor(newest))
 
-    def _chained(self, states: torch.Tensor, base: torch.Tensor, newest: Sequence[int]) -> Drafted:
-        """Tokens from the left to the right, each knowing the one before."""
-        of_places = base.numpy()  # between native calls, NumPy's calls cost less than torch's
-        of_states, of_said = self._confidence
-        logits = np.empty_like(of_places)
-        tokens = np.empty(of_places.shape[:2], dtype=np.int64)
-        sure = states.numpy() @ of_states
-        before = np.array(newest)
+    def _chained(self, states: torch.Tensor, logits: torch.Tensor, before: torch.Tensor) -> Drafted:
+        """Tokens from the left to the right, each knowing the one before: what `Recorder.chain` notes."""
+        stages, tokens, chances = self._stages, [], []
         for place in range(self.longest):
-            said = self._markov.embed(before)
-            np.add(of_places[:, place], self._markov.logits(said), out=logits[:, place])
-            before = tokens[:, place] = logits[:, place].argmax(1)
-            sure[:, place] += said @ of_said
-        return Drafted(tokens, logits, 1 / (1 + np.exp(-sure)))
+            said = stages.markov_embed[before].float()
+            logits[:, place] += self._kernels.linear(said, stages.markov_head)
+            sure = torch.cat((states[:, place], said), dim=1) @ stages.confidence[0]
+            before = logits[:, place].argmax(1)
+            tokens.append(before)
+            chances.append(sure.sigmoid())
+        return Drafted(torch.stack(tokens, 1).numpy(), logits.numpy(), torch.stack(chances, 1).numpy())
 
-    def _seen(self, of: Sequence[_Known]) -> torch.Tensor:
-        """Places of the slots' rows that each row sees besides itself, `[rows, window + block - 1]`, -1 for
-        none: the window before the block, and the other rows of the block."""
-        window, block = self._config.sliding_window, self.longest
-        seen = torch.empty(len(of), block, window + block - 1, dtype=torch.int64)
-        for n, known in enumerate(of):
-            first = max(known.first, known.end - window)
-            if known.end - first == window:
-                seen[n, :, :window] = self._ring_places
-            else:
-                seen[n, :, :window] = -1
-                seen[n, :, : known.end - first] = torch.arange(first, known.end) % window
-            seen[n, :, window:] = self._block_places[known.end % MAX_ROWS]
-        return seen.flatten(0, 1)
+    def _seen_by(self, known: _Known) -> np.ndarray:
+        """Places of its slot's rows that each row of a block sees besides itself, `[block, window + block -
+        1]`, -1 for none: the window before the block, and the other rows of the block."""
+        window, seen = self._config.sliding_window, self._seen[known.end % MAX_ROWS]
+        if known.end - known.first >= window:
+            return seen
+        seen = seen.copy()
+        seen[:, :window] = -1
+        seen[:, : known.end - known.first] = np.arange(known.first, known.end) % window
+        return seen
 
-    def _compute(self, batch: Batch, of: Sequence[_Known]) -> tuple[torch.Tensor, torch.Tensor]:
-        """States before the last norm and logits of a batch's rows, operation by operation."""
+    def _compute(self, batch: Batch, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """States before the last norm and logits of a batch's rows, operation by operation; seen: see
+        `_seen_by`, of all rows."""
         layers, stages = self._stages.layers, self._stages
         embedded = layers.weights.embed[batch.token_ids].float()
-        with _StageEager(self._parts, batch, self._cache, self._seen(of)) as ops:
+        with _StageEager(self._parts, batch, self._cache, seen) as ops:
             states = ops.read_streams(*layers._layers(ops, embedded))
             x = ops.norm(states, stages.norm, self._config.rms_norm_eps)
             return states, ops.linears(x, layers.weights.head)[0]
@@ -213,10 +205,11 @@ class DSpark:
         layers, stages = self._stages.layers, self._stages
         ops = _StageRecorded(self._parts, recorder, self._cache, self.longest)
         source = ops.begin()
-        ops.states = ops.read_streams(*layers._layers(ops, source))
-        recorder.keep(ops.states)
-        x = ops.norm(ops.states, stages.norm, self._config.rms_norm_eps)
-        ops.finish(source, ops.linears(x, layers.weights.head)[0])
+        states = ops.read_streams(*layers._layers(ops, source))
+        x = ops.norm(states, stages.norm, self._config.rms_norm_eps)
+        (logits,) = ops.linears(x, layers.weights.head)
+        tables = stages.markov_embed, stages.markov_head, stages.confidence
+        ops.finish_blocks(source, logits, *recorder.chain(logits, states, *tables, self.longest))
         return ops
 
     def _record_observe(self) -> V41Recorded:
@@ -240,25 +233,26 @@ class DSpark:
         """Store keys of what waits for it, as far as windows reach."""
         slots: list[int] = []
         positions: list[int] = []
-        pieces: list[torch.Tensor] = []
+        pieces: list[np.ndarray] = []
         for known in of:
             if not known.waiting:
                 continue
-            captures = known.waiting[0] if len(known.waiting) == 1 else torch.cat(known.waiting)
+            captures = known.waiting[0] if len(known.waiting) == 1 else np.concatenate(known.waiting)
             captures, known.waiting = captures[-self._config.sliding_window :], []
             pieces.append(captures)
             slots += [known.slot] * len(captures)
             positions += range(known.end - len(captures), known.end)
         if not slots:
             return
-        captures = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        captures = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         if self._observing is None or len(slots) > 2 * MAX_ROWS:
-            return self._key_at_once(slots, positions, captures)
+            return self._key_at_once(slots, positions, torch.from_numpy(captures))
         program = self._observing.program
         assert program is not None
+        source = program.source.numpy()
         for first in range(0, len(slots), MAX_ROWS):
             rows = slice(first, first + MAX_ROWS)
-            program.source[: len(slots[rows])] = captures[rows]
+            source[: len(slots[rows])] = captures[rows]
             program.run(slots[rows], positions[rows])
 
     def _key_at_once(self, slots: list[int], positions: list[int], captures: torch.Tensor) -> None:
@@ -277,7 +271,7 @@ class DSpark:
 
 
 class _StageEager(V41Eager):
-    """V4.1's operations for blocks; seen: see `DSpark._seen`."""
+    """V4.1's operations for blocks; seen: see `DSpark._compute`."""
 
     def __init__(self, parts: V41Parts, batch: Batch, cache: SparseCache, seen: torch.Tensor) -> None:
         super().__init__(parts, batch, cache, NO_TRACE, None)
@@ -303,10 +297,9 @@ class _StageEager(V41Eager):
 class _StageRecorded(V41Recorded):
     """V4.1's operations for blocks, noted."""
 
-    states: Buffer
-
     def __init__(self, parts: V41Parts, recorder: Recorder, cache: SparseCache, block: int) -> None:
         super().__init__(parts, recorder, cache)
+        self._block = block
         self._others = recorder.input(parts.config.sliding_window + block - 1, torch.int64)
         recorder.keep(self._others)
 
@@ -316,44 +309,28 @@ class _StageRecorded(V41Recorded):
         self._recorder.ring(kv, own)
         return self._recorder.attend_sparse(q, own, attn.sink, 1, rows, self._others)
 
-    def run_block(self, batch: Batch, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States before the last norm and logits of a batch's rows; seen: see `DSpark._seen`."""
+    def finish_blocks(self, source: Buffer, logits: Buffer, tokens: Buffer, chances: Buffer) -> None:
+        """Make the program, from embedded tokens to drafted ones."""
+        self._recorder.keep(tokens)
+        self._recorder.keep(chances)
+        self.finish(source, logits)
+        assert self.program is not None
+        self._found = [self.program.rows(part).numpy() for part in (tokens, logits, chances)]
+        self._places = self.program.rows(self._others).numpy()
+
+    def run_block(self, batch: Batch, seen: Sequence[np.ndarray]) -> Drafted:
+        """Blocks of a batch's rows, valid until the next run; seen: see `DSpark._seen_by`."""
         program = self.program
         assert isinstance(program, Program)
         rows, embed = len(batch.ids), self._parts.weights.embed
         if not isinstance(embed, torch.Tensor):
             program.source[:rows] = embed[batch.token_ids].float()
-        program.rows(self._others)[:rows] = seen
+        for n, places in enumerate(seen):
+            self._places[n * self._block : (n + 1) * self._block] = places
         with self._experts.running(program, rows):
             program.run(*batch.places(), batch.ids)
-        return program.rows(self.states)[:rows], program.result[:rows]
-
-
-class _Markov:
-    """The Markov head: `[n, rank]` of tokens, and what these add to logits, `[n, vocab]`."""
-
-    def __init__(self, stages: DraftStages, kernels: Kernels) -> None:
-        self._embed, self._head, self._kernels = stages.markov_embed, stages.markov_head, kernels
-        self._small: tuple[np.ndarray, np.ndarray] | None = None
-        if self._head.numel() < SMALL_HEAD:  # what stays in the cache needs not be unpacked each time
-            self._small = self._embed.float().numpy(), self._head.float().T.contiguous().numpy()
-
-    def embed(self, tokens: np.ndarray) -> np.ndarray:
-        if self._small is None:
-            return _array(self._embed[torch.from_numpy(tokens)].float())
-        found: np.ndarray = self._small[0][tokens]
-        return found
-
-    def logits(self, said: np.ndarray) -> np.ndarray:
-        if self._small is None:
-            return _array(self._kernels.linear(torch.from_numpy(said), self._head))
-        added: np.ndarray = np.matmul(said, self._small[1])
-        return added
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.numpy()
-    return array
+        tokens, logits, chances = (part[:rows].reshape(len(seen), self._block, -1) for part in self._found)
+        return Drafted(tokens[..., 0], logits, chances[..., 0])
 
 
 def _plain(cache: SparseCache, number: int) -> torch.Tensor:

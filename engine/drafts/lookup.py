@@ -101,6 +101,7 @@ class LookupDrafter:
     name = "lookup"
     longest = LONGEST
     wants_captures = False
+    is_whole = True
 
     def __init__(self) -> None:
         self._texts: dict[int, _Text] = {}
@@ -131,6 +132,7 @@ class PredictionDrafter:
     name = "prediction"
     longest = LONGEST
     wants_captures = False
+    is_whole = True
 
     def __init__(self) -> None:
         self._expected: dict[int, _Expected] = {}

@@ -70,6 +70,7 @@ class Mtp:
     name = "mtp"
     longest = LONGEST
     wants_captures = True
+    is_whole = False
 
     def __init__(self, layer: AskedLayer, slots: int, capacity: int) -> None:
         self._layer = layer

@@ -35,9 +35,10 @@ SMALL = 0.1
 
 @dataclass(frozen=True)
 class OwnDrafts:
-    """Weights that have been read, and what drafts with them."""
+    """Weights that have been read, and what drafts with them; `room` bytes were kept for them."""
 
     weights: DraftStages | DraftLayer | V4DraftLayer
+    room: int
 
     def drafter(self, slots: int, capacity: int) -> Drafter:
         """One for up to so many sequences of up to `capacity` tokens."""
@@ -75,7 +76,7 @@ def room_for_drafts(wanted: Wanted, family: Family, checkpoint: Checkpoint, dram
     return needed
 
 
-def read_own_drafts(model: Model, checkpoint: Checkpoint, kernels: Kernels) -> OwnDrafts | None:
+def read_own_drafts(model: Model, checkpoint: Checkpoint, kernels: Kernels, room: int) -> OwnDrafts | None:
     """The weights for drafts of the checkpoint that `model` was read from; None where it has none, or where
     parts of it lie on GPUs.
 
@@ -85,11 +86,11 @@ def read_own_drafts(model: Model, checkpoint: Checkpoint, kernels: Kernels) -> O
         logger.info("the model's own weights for drafts are left out: its layers lie on GPUs")
         return None
     if isinstance(model, DeepseekV41):
-        return OwnDrafts(read_stages(model, checkpoint, kernels))
+        return OwnDrafts(read_stages(model, checkpoint, kernels), room)
     if isinstance(model, DeepseekV4):
-        return OwnDrafts(read_draft_layer(model, checkpoint, kernels))
+        return OwnDrafts(read_draft_layer(model, checkpoint, kernels), room)
     assert isinstance(model, Decoder)
     description = draft_description(model.description, checkpoint)
     assert description is not None
     weights = read_draft(description, checkpoint, kernels, model.weights)
-    return OwnDrafts(DraftLayer(description, model.info, kernels, weights))
+    return OwnDrafts(DraftLayer(description, model.info, kernels, weights), room)

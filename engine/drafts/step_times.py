@@ -19,6 +19,7 @@ PRIOR_STEPS = 2.0
 class StepTimes:
     """Running means of the times of steps without prompts.
 
+    measured  how many steps
     guess  what a step of so many tokens probably takes, in relation to one of one token: how the excess over
            one grows with tokens; how much it is in all, is measured
     """
@@ -30,6 +31,7 @@ class StepTimes:
         self._excess, self._excess_count = 1.0, 1  # in relation to the guess
         self._means = [0.0] * (most + 1)  # in relation to the level
         self._counts = [0] * (most + 1)
+        self.measured = 0
         self._table: list[float] | None = None
 
     @property
@@ -59,6 +61,7 @@ class StepTimes:
             self._excess_count = min(self._excess_count + 1, 2 * SETTLED)
             excess = (relative - 1) / (self._guess[tokens] - 1)
             self._excess += (max(excess, 0.0) - self._excess) / self._excess_count
+        self.measured += 1
         self._table = None
 
     def seconds(self, tokens: int) -> float:

@@ -17,9 +17,13 @@ import torch
 
 from engine.output import TokenLogprob
 from engine.sampling.draw import draw_tokens
+from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import token_logprobs
 from engine.sequence import Sequence
 from quant.errors import LociError
+
+# Tokens before one that is expected: as many as n-grams reach back.
+MOST_BEFORE = 16
 
 
 class Ready(NamedTuple):
@@ -57,6 +61,10 @@ class Verifier:
         draft that is accepted. Returns how many drafts were, of each."""
         accepted = [0] * len(ready)
         left = list(enumerate(ready))
+        if any(r.drafted for r in ready):
+            at_once = [(at, r) for at, r in left if r.drafted and r.sequence.sampler.is_plain]
+            left = [(at, r) for at, r in left if not (r.drafted and r.sequence.sampler.is_plain)]
+            self._take_at_once(at_once, logits, accepted)
         depth = 0
         while left:
             tokens = self._draw([r for _, r in left], depth, logits)
@@ -66,6 +74,54 @@ class Verifier:
             left = [(at, r) for at, r in known if r.sequence.finish_reason is None]
             depth += 1
         return accepted
+
+    def _take_at_once(
+        self, ready: list[tuple[int, Ready]], logits: torch.Tensor, accepted: list[int]
+    ) -> None:
+        """The same for sequences whose tokens depend on nothing but logits and random numbers: all that may
+        be needed are drawn together."""
+        if not ready:
+            return
+        params: list[SamplingParams] = []
+        numbers: list[float] = []
+        rows: list[int] = []
+        for _, r in ready:
+            count = 1 + len(r.drafted)
+            params += [r.sequence.params] * count
+            numbers += r.sequence.sampler.numbers(count)
+            rows += range(r.row, r.row + count)
+        try:
+            tokens = draw_tokens(logits if len(rows) == len(logits) else logits[rows], params, numbers)
+            kept = []
+            for _, r in ready:
+                drawn, tokens = tokens[: 1 + len(r.drafted)], tokens[1 + len(r.drafted) :]
+                same = 0
+                while same < len(r.drafted) and drawn[same] == r.drafted[same]:
+                    same += 1
+                kept.append(drawn[: same + 1])
+            ahead = zip(ready, kept, strict=True)
+            self._expect(
+                [
+                    ([*r.sequence.token_ids[-MOST_BEFORE:], *k[:-1]], k[-1])
+                    for (_, r), k in ahead
+                    if k[-1] >= 0
+                ]
+            )
+        except Exception as error:
+            self._fail([r.sequence for _, r in ready], error)
+            return
+        for (at, r), found in zip(ready, kept, strict=True):
+            try:
+                for depth, token in enumerate(found):
+                    r.sequence.sampler.number()
+                    if r.is_predicted:
+                        _count(r, depth, token)
+                    self._take(r.sequence, logits, r.row + depth, token)
+                    accepted[at] += token == _drafted(r, depth)
+                    if r.sequence.finish_reason is not None:
+                        break
+            except Exception as error:
+                self._fail([r.sequence], error)
 
     def _draw(self, ready: list[Ready], depth: int, logits: torch.Tensor) -> dict[Sequence, int]:
         """Draw and report a token of each sequence, behind as many drafts; those of sequences that did not

@@ -48,6 +48,7 @@ class Sampler:
         self._early = params.min_tokens if ending else 0  # tokens left until one of `ending` is allowed
         self._ending = np.array(sorted(ending), dtype=np.int64)
         self._adjusts = bool(params.logit_bias) or self._output is not None or self._seen is not None
+        self._ahead: list[float] = []  # random numbers that were looked at and not used yet
 
     def sample(self, logits: torch.Tensor) -> int:
         """Choose the next token from logits `[vocab_size]` float32 and remember it.
@@ -61,9 +62,20 @@ class Sampler:
         self.remember(token)
         return token
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether tokens are drawn from the model's own logits, whatever is drawn before them."""
+        return not self._adjusts and not self._early and self._constraint is None
+
+    def numbers(self, count: int) -> list[float]:
+        """The sequence's next random numbers, at least 0 and below 1; `number` still gives them."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._random.random())
+        return self._ahead[:count]
+
     def number(self) -> float:
-        """The next random number of the sequence, at least 0 and below 1."""
-        return self._random.random()
+        """The next random number of the sequence."""
+        return self._ahead.pop(0) if self._ahead else self._random.random()
 
     def remember(self, token: int) -> None:
         """Record a chosen token."""

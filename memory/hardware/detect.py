@@ -81,6 +81,19 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class HugePages:
+    """Pages of two megabytes or more.
+
+    mode            whether the system makes them: `always`, `madvise` (where asked), `never`; empty where it
+                    does not tell
+    reserved_bytes  set aside for programs that map them by name, and of no use to others
+    """
+
+    mode: str = ""
+    reserved_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Machine:
     """Facts about the machine; sizes in bytes.
 
@@ -102,6 +115,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     numa_nodes: int = 1
     disks: tuple[Disk, ...] = ()
+    huge_pages: HugePages = HugePages()
 
 
 def detect(directory: Path | None = None) -> Machine:
@@ -119,6 +133,7 @@ def detect(directory: Path | None = None) -> Machine:
         gpus=_gpus(),
         numa_nodes=max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))),
         disks=_disks(),
+        huge_pages=_huge_pages(),
     )
 
 
@@ -226,6 +241,13 @@ def _pcie_link(address: str, root: Path = Path("/sys/bus/pci/devices")) -> PcieL
     width = _read(root / address / "current_link_width").strip()
     generation = _PCIE_GENERATIONS.get(speed)
     return PcieLink(generation, int(width)) if generation and width.isdecimal() else None
+
+
+def _huge_pages(sys: Path = Path("/sys/kernel/mm"), proc: Path = Path("/proc")) -> HugePages:
+    chosen = _read(sys / "transparent_hugepage" / "enabled").partition("[")[2].partition("]")[0]
+    pairs = (line.partition(":")[::2] for line in _read(proc / "meminfo").splitlines())
+    kilobytes = {key: int(rest.split()[0]) for key, rest in pairs if rest.split()[:1]}
+    return HugePages(chosen, 1024 * kilobytes.get("Hugetlb", 0))
 
 
 def _disks(root: Path = Path("/sys/block")) -> tuple[Disk, ...]:

@@ -23,7 +23,7 @@ import torch
 from memory.hardware.detect import available_memory_bytes
 from memory.hardware.this_machine import Result
 from quant.errors import ConfigError, LociError
-from quant.formats.fp8 import FP8_ROW
+from quant.formats.fp8 import FP8_32, FP8_ROW
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.choice import choose
 from quant.kernels.cpu import library
@@ -121,13 +121,17 @@ def measure_cpu(nbytes: int) -> list[Result]:
         layout.pack_into(slots[next(turn) % len(slots)], *stored)
 
     prompt = torch.randn(PROMPT_TOKENS, hidden)
-    flops = 2 * PROMPT_TOKENS * hidden * width
+    dense = kernels.prepare(FP8_32.encode(torch.randn(width, hidden)))
+
+    def flops_per_s(weight: Weight) -> float:
+        seconds = _median_s(lambda: kernels.linear(prompt, weight))
+        return 2 * PROMPT_TOKENS * hidden * width / seconds
+
     return [
         Result("cpu_experts", EXPERT_TOP_K * each / _median_s(one_token, 3 * RUNS) / 1e9, "GB/s"),
         Result("expert_rearranged_1_thread", each / _median_s(rearrange) / 1e9, "GB/s"),
-        Result(
-            "cpu_matmul", flops / _median_s(lambda: kernels.linear(prompt, experts[0].w1)) / 1e9, "GFLOP/s"
-        ),
+        Result("cpu_matmul", flops_per_s(experts[0].w1) / 1e9, "GFLOP/s"),
+        Result("cpu_matmul_fp8", flops_per_s(dense) / 1e9, "GFLOP/s"),
     ]
 
 

@@ -14,6 +14,10 @@ def profile_toml(p: HardwareProfile) -> str:
     lines += [f"matmul_gflops = {p.cpu_matmul_flops / 1e9:.9g}"]
     if p.expert_bytes_per_s is not None:
         lines += [f"expert_gb_per_s = {p.expert_bytes_per_s / 1e9:.9g}"]
+    if p.cpu_fp8_flops is not None:
+        lines += [f"fp8_gflops = {p.cpu_fp8_flops / 1e9:.9g}"]
+    if p.rearranged_per_core is not None:
+        lines += [f"rearranged_gb_per_s = {p.rearranged_per_core / 1e9:.9g}"]
     lines += ["", "[dram]", f"size_gib = {p.dram_bytes / GIB!r}"]
     lines += [
         f"read_gb_per_s = {p.dram_bytes_per_s / 1e9:.9g}",

@@ -64,6 +64,8 @@ class HardwareProfile:
 
     cpu_level            instruction set of the native kernels: `portable`, `avx2` or `avx512`
     cpu_matmul_flops     what the native kernels reach on many tokens, all cores
+    cpu_fp8_flops        the same with weights in FP8, as dense ones are; None: alike
+    rearranged_per_core  bytes a second that a core brings into the kernels' order; None: not measured
     expert_bytes_per_s   at which the CPU's kernels get through experts, one token; None: not measured
     dram_rows_per_s      random Engram rows gathered from DRAM
     disk_bytes_per_s     direct sequential reads;  disk_reads_per_s  random reads of 4 KiB, deep queue
@@ -86,6 +88,8 @@ class HardwareProfile:
     gpus: tuple[GpuSpec, ...] = ()
     assumed: tuple[str, ...] = ()
     costs: MachineCosts | None = None
+    cpu_fp8_flops: float | None = None
+    rearranged_per_core: float | None = None
 
     def with_devices(self, devices: tuple[DeviceSpec, ...]) -> HardwareProfile:
         """This machine with these GPUs alone, each as large as its budget.
@@ -211,6 +215,8 @@ class _Cpu(Section):
     level: Annotated[str, Field(pattern="^(portable|avx2|avx512)$")]
     matmul_gflops: _Positive
     expert_gb_per_s: _Positive | None = None
+    fp8_gflops: _Positive | None = None
+    rearranged_gb_per_s: _Positive | None = None
 
 
 class _Dram(Section):
@@ -329,6 +335,8 @@ def _profile(f: _File) -> HardwareProfile:
         cpu_level=f.cpu.level,
         cpu_matmul_flops=f.cpu.matmul_gflops * 1e9,
         expert_bytes_per_s=f.cpu.expert_gb_per_s * 1e9 if f.cpu.expert_gb_per_s else None,
+        cpu_fp8_flops=f.cpu.fp8_gflops * 1e9 if f.cpu.fp8_gflops else None,
+        rearranged_per_core=f.cpu.rearranged_gb_per_s * 1e9 if f.cpu.rearranged_gb_per_s else None,
         dram_bytes=int((f.dram.size_gib - f.dram.reserved_gib) * GIB),
         dram_bytes_per_s=f.dram.read_gb_per_s * 1e9,
         dram_rows_per_s=f.dram.random_rows_per_s or f.cpu.cores * ROWS_PER_CORE,

@@ -21,6 +21,7 @@ CPU_BYTES = 64 << 20
 DISK_SECONDS = 0.15  # at each depth
 BUDGET_S = 8.0  # after which nothing more is begun
 BUSY = 0.7  # of the cores at work for others: what is seen then counts for this start alone
+CPU_RATES = ("cpu_experts", "expert_rearranged_1_thread", "cpu_matmul", "cpu_matmul_fp8")
 GPU_RATES = ("link_0", "gpu_matmul_0")
 
 
@@ -58,7 +59,7 @@ def _stages(
 
     few = available_memory_bytes() // 16
     yield ("dram_read",), lambda: measure.measure_dram(min(DRAM_BYTES, few))
-    yield ("cpu_experts", "cpu_matmul"), lambda: measure.measure_cpu(min(CPU_BYTES, few))
+    yield CPU_RATES, lambda: measure.measure_cpu(min(CPU_BYTES, few))
     if file is not None:
         yield ("disk_read",), lambda: _disk(file)
     if machine.gpus:

@@ -140,7 +140,8 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
                 link_together_bytes_per_s=min(alone, measured.get(f"link_{i}_together", alone / 1e9) * 1e9),
             )
         )
-    experts = measured.get("cpu_experts")
+    experts, fp8 = measured.get("cpu_experts"), measured.get("cpu_matmul_fp8")
+    rearranged = measured.get("expert_rearranged_1_thread")
     return HardwareProfile(
         name="this",
         description=f"this machine: {machine.cpu}, {machine.cores} cores",
@@ -156,4 +157,6 @@ def this_machine(machine: Machine | None = None, measured: dict[str, float] | No
         disk_reads_per_s=reads,
         gpus=tuple(gpus),
         assumed=tuple(assumed),
+        cpu_fp8_flops=fp8 * 1e9 if fp8 else None,
+        rearranged_per_core=rearranged * 1e9 if rearranged else None,
     )

@@ -44,7 +44,9 @@ class Efficiency:
     launch_s            one launch of a recorded step on a GPU
     operation_s         one operation of a recorded step on the CPU, beyond reading weights
     guessed_share       of a layer's missing experts that are asked for before its router says so
-    rearranged_per_core bytes a second that a core brings from file order into the kernels' order
+    rearranged_per_core bytes a second that a core brings from file order into the kernels' order (unless the
+                        profile says)
+    rearranged_share    of the profile's rate, a quiet core's, what is left beside other work
     round_trip_s        GPU to CPU and back, in a layer that needs experts outside VRAM
     hand_over_s         the same through a mailbox, in a recorded step
     gpu_hop_s           GPU to GPU and back, in a layer whose experts lie on several
@@ -61,6 +63,7 @@ class Efficiency:
     operation_s: float = 5e-6
     guessed_share: float = 0.9
     rearranged_per_core: float = 4e9
+    rearranged_share: float = 0.7
     round_trip_s: float = 100e-6
     hand_over_s: float = 30e-6
     gpu_hop_s: float = 52e-6
@@ -132,6 +135,10 @@ class CostModel:
             hardware.dram_bytes_per_s,
         )
         self._bus_rate = max(bus, self._cpu_rate)
+        self._dense_flops = hardware.cpu_fp8_flops or hardware.cpu_matmul_flops
+        per_core = hardware.rearranged_per_core
+        per_core = per_core * e.rearranged_share if per_core else e.rearranged_per_core
+        self._rearranged_per_s = per_core * hardware.cores
         self._experts = [placement.experts(n) for n in range(len(shape.layers))]
         self._tiers = [placement.tier_of("dense", n) for n in range(len(shape.layers))]
         self._table_tiers = [placement.tier_of("engram", n) for n in range(len(shape.layers))]
@@ -172,7 +179,9 @@ class CostModel:
         cost.nbytes = {tier: nbytes for tier, nbytes in cost.nbytes.items() if nbytes > 0}
         return cost
 
-    def _on(self, tier: str, nbytes: float, flops: float) -> tuple[float, str]:
+    def _on(
+        self, tier: str, nbytes: float, flops: float, cpu_flops: float | None = None
+    ) -> tuple[float, str]:
         """Time to read bytes of a tier and compute with them beside it, and what it is bound by."""
         e = self.efficiency
         if tier.startswith("vram"):
@@ -181,7 +190,7 @@ class CostModel:
                 read = nbytes / (gpu.memory_bytes_per_s * e.vram_share)
                 compute = flops / (gpu.matmul_flops * e.gpu_flops_share)
                 return max(read, compute), VRAM if read >= compute else GPU
-        read, compute = nbytes / self._cpu_rate, flops / self.hardware.cpu_matmul_flops
+        read, compute = nbytes / self._cpu_rate, flops / (cpu_flops or self.hardware.cpu_matmul_flops)
         return max(read, compute), DRAM if read >= compute else CPU
 
     def _is_real_gpu(self, tier: str) -> bool:
@@ -196,7 +205,7 @@ class CostModel:
         weights = layer.dense if is_beside else layer.dense + layer.shared
         nbytes = weights.nbytes + layer.kv.read_bytes(held) * sequences
         flops = tokens * (2 * weights.parameters + layer.kv.flops(held))
-        time, resource = self._on(tier, nbytes, flops)
+        time, resource = self._on(tier, nbytes, flops, self._dense_flops)
         cost.seconds[resource] += time
         cost.nbytes[tier] += nbytes
         cost.seconds[LATENCY] += self._starting_s(layer, tokens, tier, _beside(layer) if is_beside else 0)
@@ -312,7 +321,7 @@ class CostModel:
         disk = read / hardware.disk_bytes_per_s
         # Of what was read ahead, the guessed share was right.
         disk -= e.guessed_share * min(disk, cost.disk_idle_s)
-        cpu_s += read / (e.rearranged_per_core * hardware.cores)
+        cpu_s += read / self._rearranged_per_s
         by_cpu, cpu_bound = self._on("dram", moved, flops)
         real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda" and brings]
         links = sum(gpu.link_together_bytes_per_s for gpu in real)

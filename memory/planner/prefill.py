@@ -36,8 +36,8 @@ VALUE_BYTES = 4  # of activations
 SMALLEST_CHUNK, LARGEST_CHUNK = 512, 32_768
 # A chunk twice as large must be worth something: of the best rate, the smallest chunk with so much is taken.
 ENOUGH = 0.95
-# Of host memory, what activations may take of it: beside weights and caches there is not much more.
-HOST_SHARE = 1 / 16
+# Of host memory, what activations may take: of all of it, and of what weights and caches leave unused.
+HOST_SHARE, UNUSED_SHARE = 1 / 16, 1 / 4
 # Of decoding's rate, what a large chunk's workspace may cost.
 DECODE_KEEPS = 0.97
 
@@ -170,7 +170,7 @@ class PrefillModel(CostModel):
         resident = tokens * float(chances[:in_vram].sum())  # uses
         read = size * distinct(chances[in_dram:], tokens)
         moved = size * distinct(outside, tokens)
-        cpu_s = read / (e.rearranged_per_core * hardware.cores)
+        cpu_s = read / self._rearranged_per_s
         gpu_s: dict[str, float] = defaultdict(float)
         for tier, count in on_gpus.items():
             nbytes = size * distinct(chances[:in_vram], tokens) * count / in_vram
@@ -211,6 +211,8 @@ class PrefillModel(CostModel):
             launching = STARTING_S * (in_vram + sent * rate / size)
             for tier in links:
                 cost.nbytes[f"link:{tier.partition(':')[2]}"] += sent * links[tier]
+        elif self._rings:
+            cpu_s += self._copied_s(cost, costs, used * size)
         cpu_s += by_cpu
         computing = max(cpu_s, launching, *gpu_s.values())
         ring = size * ring_slots(self._slots["dram"])
@@ -230,6 +232,20 @@ class PrefillModel(CostModel):
             if rest == GPU and launching >= computing:
                 rest = LATENCY
             cost.seconds[rest] += total - dense
+
+    def _copied_s(self, cost: StepCost, costs: np.ndarray, nbytes: np.ndarray) -> float:
+        """What the processor takes to copy experts to virtual GPUs, for which it computes them too: `costs`
+        and `nbytes` of each, the most used first."""
+        links = {
+            tier: self.hardware.gpus[int(tier.partition(":")[2])].link_together_bytes_per_s
+            for tier in self._rings
+        }
+        rate = sum(links.values())
+        nothing = np.zeros(len(costs) + 1)
+        _, _, sent, _ = _divided(costs, nbytes / rate, nbytes, 0.0, 0.0, nothing)
+        for tier, of_link in links.items():
+            cost.nbytes[f"link:{tier.partition(':')[2]}"] += sent * of_link
+        return 2 * sent * rate / self.hardware.dram_bytes_per_s  # read and written
 
     def _dense_s(
         self, cost: StepCost, n: int, layer: LayerShape, tokens: int, held: int
@@ -308,7 +324,8 @@ def planned_chunk(shape: ModelShape, hardware: HardwareProfile, workload: Worklo
             break
         is_on_host = all(gpu.kind == "virtual" for gpu in hardware.gpus)
         work = workspace_bytes(shape, placement.workload)
-        if rates and is_on_host and work > HOST_SHARE * hardware.dram_bytes:
+        unused = placement.budgets["dram"] - placement.used("dram") + work
+        if rates and is_on_host and work > max(HOST_SHARE * hardware.dram_bytes, UNUSED_SHARE * unused):
             break
         rate = model.decode(1, workload.context // 2).tokens_per_s
         decoding = decoding or rate

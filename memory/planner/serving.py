@@ -44,6 +44,7 @@ class Asked:
     kv_bytes: int | None = None
     prefix_bytes: int | None = None
     weights_bytes: int | None = None
+    draft_bytes: int = 0  # of weights that guess tokens ahead
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _workload(
     context = asked.context or shape.max_context
     on_gpus = sum(gpu.memory_bytes for gpu in hardware.gpus)
     dram = max(0, hardware.dram_bytes - PROCESS_BYTES)
-    held = max(0, memory_bytes(shape) - on_gpus)
+    held = max(0, memory_bytes(shape) - on_gpus) + asked.draft_bytes
     weights = held if asked.weights_bytes is None else min(held, asked.weights_bytes)
     free = max(0, dram - weights)
     if asked.kv_bytes is not None:
@@ -200,6 +201,7 @@ def _workload(
         kv_tokens=tokens,
         weights_bytes=asked.weights_bytes,
         prefix_bytes=prefix,
+        draft_bytes=asked.draft_bytes,
     )
 
 

@@ -15,7 +15,7 @@ from quant.errors import LociError
 from server.cli.terminal import bytes_text, print_table
 
 if TYPE_CHECKING:
-    from memory.hardware.detect import Machine
+    from memory.hardware.detect import HugePages, Machine
 
 MODEST_MEMORY_BYTES = 2_000_000_000
 MODEST_DISK_BYTES = 1_000_000_000
@@ -105,6 +105,7 @@ def _machine() -> Iterator[Finding]:
     if machine.memory_limit_bytes is not None:
         memory += f", this container may use {bytes_text(machine.memory_limit_bytes)}"
     yield Finding("memory", memory, _room_advice("memory", machine.available_bytes, MODEST_MEMORY_BYTES))
+    yield from _huge_pages(machine.huge_pages)
     if machine.numa_nodes > 1:
         yield Finding("NUMA", f"{machine.numa_nodes} nodes; memory on other nodes is slower")
     free = machine.disk_free_bytes
@@ -127,6 +128,16 @@ def _machine() -> Iterator[Finding]:
             found += f", peer access to {', '.join(map(str, gpu.peers))}"
         yield Finding(f"GPU {gpu.index}", found)
     yield from _gpu_software(machine)
+
+
+def _huge_pages(found: HugePages) -> Iterator[Finding]:
+    """Weights lie in huge pages where the system makes them; what is set aside for others is lost to them."""
+    if found.mode:
+        never = "for faster reads of weights: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        yield Finding("huge pages", found.mode, never if found.mode == "never" else "")
+    if found.reserved_bytes:
+        advice = "Loci cannot use them; sysctl vm.nr_hugepages=0 gives them back, if nothing else needs them"
+        yield Finding("huge pages", f"{bytes_text(found.reserved_bytes)} reserved", advice)
 
 
 def _gpu_software(machine: Machine) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from server.cli.terminal import bytes_text
 
 if TYPE_CHECKING:
+    from memory.hardware.detect import HugePages
     from memory.planner.cost_model import StepCost
     from memory.planner.placement import Placement
     from server.serving.planned import Planned
@@ -40,8 +41,20 @@ def explained(planned: Planned) -> Iterator[str]:
     """Each choice, its flag and its reason."""
     for choice in planned.plan.choices:
         yield f"  --{choice.setting.replace('_', '-')} {choice.value}: {choice.why}"
+    yield from _huge_pages(planned.machine.huge_pages)
     for line in planned.plan.hardware.assumed:
         yield f"  assumed: {line}"
+
+
+def _huge_pages(found: HugePages) -> Iterator[str]:
+    """What the system makes of memory for weights, where it tells."""
+    if found.mode:
+        made = "as the system refuses larger ones" if found.mode == "never" else "and KV in pages of 4 KiB"
+        size = "4 KiB" if found.mode == "never" else "2 MiB"
+        yield f"  weights in DRAM lie in pages of {size}, {made} ({found.mode})"
+    if found.reserved_bytes:
+        reserved = bytes_text(found.reserved_bytes)
+        yield f"  {reserved} are reserved as huge pages for others: Loci cannot use them"
 
 
 def _weights(placement: Placement) -> list[str]:

@@ -23,7 +23,7 @@ def synth(
         str,
         typer.Argument(
             help="deepseek-v4.1-flash; as GGUF qwen3-30b-a3b, qwen3-235b-a22b, gpt-oss-20b, gpt-oss-120b; "
-            "v41-tiny, qwen3-moe-tiny, gpt-oss-tiny for tests.",
+            "v41-tiny, v41-narrow, qwen3-moe-tiny, gpt-oss-tiny for tests.",
             show_default=False,
         ),
     ],

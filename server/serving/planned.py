@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.drafts.choice import weights_wanted
+from engine.drafts.own import room_for_drafts
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
 from memory.hardware.profiles import HardwareProfile, parse_bytes
@@ -61,6 +63,9 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     elif machine.dram_bytes < asked.weights_bytes + on_host:
         dram_bytes = asked.weights_bytes  # what was asked for is tried: it may be there
     budget = replace(budget, kv_format=kv_format, machine=replace(machine, dram_bytes=dram_bytes))
+    wanted = weights_wanted(settings.drafts)
+    drafts = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
+    asked = replace(asked, draft_bytes=drafts)
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)
     plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
     _check_context(settings, shape, plan)

@@ -109,7 +109,8 @@ def prepare(settings: Settings) -> Prepared:
 def bring_up(prepared: Prepared) -> Served:
     """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
     settings, budget, workload = prepared.settings, prepared.budget, prepared.planned.workload
-    loaded = prepared.opened.load(budget, settings.prompt_products, weights_wanted(settings.drafts))
+    drafts = weights_wanted(settings.drafts) if workload.draft_bytes else "off"
+    loaded = prepared.opened.load(budget, settings.prompt_products, drafts)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
         most_tokens = min(workload.prefill_chunk, workload.context)
@@ -141,7 +142,8 @@ def bring_up(prepared: Prepared) -> Served:
     engine.start()
     name, *aliases = prepared.names
     cuts = settings.max_tokens_overflow == "cut"
-    watch = PlanWatch(prepared.planned, loaded.model, engine)
+    of_drafts = 0 if loaded.own_drafts is None else loaded.own_drafts.room
+    watch = PlanWatch(prepared.planned, loaded.model, engine, of_drafts)
     return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts, watch=watch)
 
 

@@ -27,7 +27,7 @@ class V41Notes(StreamNotes):
         self._cache = cache
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
-        self.captured: list[Buffer] = []  # `[rows, hidden]` of each layer that is captured
+        self.captured: Buffer | None = None  # `[rows, layers * hidden]` of those that are captured
 
     def narrow(self, number: int, streams: Buffer, pre: Buffer) -> tuple[Buffer, Buffer]:
         """All: each row is a sequence's newest token."""
@@ -40,8 +40,7 @@ class V41Notes(StreamNotes):
         assert isinstance(self._recorder, Recorder)  # nothing is captured on GPUs
         hc = self._config.hc_mult
         mean = self._recorder.weighted_sum(streams, self._recorder.constant(torch.full((hc,), 1 / hc)))
-        self._recorder.keep(mean)
-        self.captured.append(mean)
+        self.captured = mean if self.captured is None else self._recorder.join(self.captured, mean, 1)
 
     def compress(self, number: int, compressor: CompressorWeights, x: Buffer) -> None:
         recorder, eps, state = self._recorder, self._config.rms_norm_eps, self._cache.sources[number]

@@ -39,6 +39,7 @@ class V41Recorded(V41Notes):
         self.late: dict[int, torch.Tensor] = {}  # by Engram table: see `Recorder.hand_over`
         self.rows: dict[int, Buffer] = {}
         self.program: Program | None = None
+        self.captured_rows: torch.Tensor | None = None  # `[max_rows, width]` of the last run
         self._guesses: Guesses | None = None
         self._step_rows: StepRows | None = None
 
@@ -71,7 +72,11 @@ class V41Recorded(V41Notes):
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""
+        if self.captured is not None:
+            self._recorder.keep(self.captured)
         self.program = self._recorder.finish(source, result)
+        if self.captured is not None:
+            self.captured_rows = self.program.rows(self.captured)
 
     def move(self, device: torch.device, *values: Buffer) -> Sequence[Buffer]:
         return values  # all are in host memory

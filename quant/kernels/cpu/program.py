@@ -22,7 +22,7 @@ KINDS = (
     "repeat", "weighted_sum", "mix", "mix_streams", "engram", "ring", "attend_sparse", "unless_complete",
     "pool", "entry", "select", "route", "at_hand", "experts", "part", "join",
     "convolve", "delta_rule", "gate", "embed", "ngrams", "table_rows", "by_token",
-    "hand_over",
+    "chain", "hand_over",
 )  # fmt: skip
 DENSE_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ALIGNMENT = 64  # bytes

@@ -277,6 +277,29 @@ class Recorder(CacheNotes):
         self._note("blocks", [x, ctypes.addressof(matrices)], [out], [len(natives), 0], nbytes=nbytes)
         return out
 
+    # ------------------------------------------------------------------------------------------ drafts
+
+    def chain(
+        self,
+        logits: Buffer,
+        states: Buffer,
+        embed: torch.Tensor,
+        head: torch.Tensor,
+        weights: torch.Tensor,
+        block: int,
+    ) -> tuple[Buffer, Buffer]:
+        """Tokens of blocks of so many rows, int64 `[rows, 1]`, and how sure each is, 0 to 1, `[rows, 1]`.
+
+        To logits, which change, is added what the token before says, by plain tables `[vocab, rank]`; the
+        largest is the row's token. Before a block's first row is the step's token of that row. weights
+        `[hidden + rank]`: the sigmoid of states and the token's row of `embed` times these is how sure it is.
+        """
+        tokens, chances = self.buffer(1, torch.int64), self.buffer(1)
+        inputs: list[Operand] = [logits, states, *map(self._weight, (embed, head, weights))]
+        sizes = [block, *head.shape, states.width, DENSE_KINDS[embed.dtype], DENSE_KINDS[head.dtype]]
+        self._note("chain", inputs, [logits, tokens, chances], sizes, nbytes=block * head.nbytes)
+        return tokens, chances
+
     # ------------------------------------------------------------------------------------------------
 
     def _linear(self, x: Buffer, members: Sequence[tuple[NativeWeight | torch.Tensor, Buffer]]) -> None:

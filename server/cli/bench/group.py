@@ -11,6 +11,7 @@ from server.cli.bench.experts import experts
 from server.cli.bench.hardware import hardware
 from server.cli.bench.kernels import kernels
 from server.cli.bench.peers import peers
+from server.cli.bench.plan import plan_
 from server.cli.bench.prefill import prefill
 from server.cli.bench.serve import serve
 from server.cli.bench.slice import slice_
@@ -31,5 +32,6 @@ bench.command()(peers)
 bench.command()(step)
 bench.command("slice")(slice_)
 bench.command()(prefill)
+bench.command("plan")(plan_)
 bench.command()(context)
 bench.command()(drafts)

@@ -24,7 +24,7 @@ BOUND_TARGET, PLAN_TARGET, TAIL_TARGET = 0.8, 0.2, 1.7
 DISK_BYTES = 1 << 30
 PAUSE_S = 0.25  # for each depth of reads
 # As many layers after the last source as the released model has, in a model that is small otherwise.
-TAIL_LAYERS, TAIL_CONTEXT, TAIL_TOKENS, TAIL_CHUNK = 40, 16_384, 6000, 512
+TAIL_LAYERS, TAIL_TOKENS, TAIL_CHUNK = 40, 6000, 512
 RESTORED_MODEL, RESTORED_TOKENS = Path("smollm2"), 4000
 
 
@@ -60,7 +60,7 @@ def prefill(
     from memory.hardware.profiles import parse_devices
     from memory.hardware.this_machine import this_machine, write_results
     from memory.planner.budget import MemoryBudget
-    from memory.planner.placement import PROCESS_BYTES, Workload
+    from memory.planner.placement import Workload
     from memory.planner.prefill import planned_chunk
     from server.cli.bench.figures import print_figures
 
@@ -80,7 +80,7 @@ def prefill(
         measured[result.name] = [result.value]
     measure()
     budget = MemoryBudget.of_this_machine(dram_budget, devices)
-    asked = Workload(tokens)
+    asked = Workload(tokens, weights_bytes=budget.dram_bytes)
 
     def here() -> HardwareProfile:
         rates = {name: mean(values) for name, values in measured.items()}
@@ -89,7 +89,6 @@ def prefill(
         profile = this_machine(machine, rates).with_devices(parse_devices(devices) if devices else ())
         return replace(
             profile,
-            dram_bytes=budget.dram_bytes + PROCESS_BYTES,  # the budget is for weights alone
             disk_bytes=machine.disk_free_bytes + shape.disk_bytes,  # it lies there already
         )
 
@@ -112,7 +111,10 @@ def _judged(
     from memory.planner.routing import UNIFORM
 
     links = {gpu.name: gpu.link_bytes_per_s or float("inf") for gpu in budget.gpus}
-    bounds = run.bound_s(profile.cpu_matmul_flops, profile.dram_bytes_per_s, profile.disk_bytes_per_s, links)
+    experts = profile.cpu_matmul_flops
+    bounds = run.bound_s(
+        profile.cpu_fp8_flops or experts, experts, profile.dram_bytes_per_s, profile.disk_bytes_per_s, links
+    )
     rows = [
         (
             resource,
@@ -124,7 +126,7 @@ def _judged(
         for resource, bound in bounds.items()
     ]
     print_table(["resource", "moved", "min s", "s busy", "s stalled"], rows, right=(1, 2, 3, 4))
-    placement = plan(shape, profile, Workload(run.tokens, 1, run.chunk))
+    placement = plan(shape, profile, Workload(run.tokens, 1, run.chunk, weights_bytes=budget.dram_bytes))
     planned = PrefillModel(shape, profile, placement, UNIFORM).prefill(run.chunk, run.tokens).total_s
     ratio, error = max(bounds.values()) / run.total_s, abs(planned - run.total_s) / run.total_s
     print(
@@ -151,9 +153,7 @@ def _tail(rounds: int) -> list[Result]:
     from memory.checkpoint.random_files import write_checkpoint
     from memory.hardware.this_machine import Result
 
-    made = plan_slice("v41-tiny", TAIL_LAYERS, 4000)
-    text = {**made.config["text_config"], "max_position_embeddings": TAIL_CONTEXT}
-    made = replace(made, config={**made.config, "text_config": text})
+    made = plan_slice("v41-narrow", TAIL_LAYERS, 4000)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tail"
         write_checkpoint(made, out, lambda done, total: None)

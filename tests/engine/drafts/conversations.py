@@ -63,6 +63,7 @@ class HalfRight:
     name = "model"
     longest = 15
     wants_captures = False
+    is_whole = True
     nbytes = 0
 
     def __init__(self, rng: random.Random, vocab: int) -> None:

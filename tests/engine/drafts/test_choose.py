@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import Draft
-from engine.drafts.choose import LAST_PROBE, LOAN, MOST_CREDIT, Credit, best_counts
+from engine.drafts.choose import (
+    LAST_PROBE,
+    LOAN,
+    LOAN_OF_ALL,
+    MOST_CREDIT,
+    PER_TOKEN_OF_ALL,
+    Credit,
+    account_of_all,
+    best_counts,
+)
 from engine.drafts.step_times import StepTimes
 
 
@@ -118,6 +127,20 @@ def test_hopeless_drafts_cost_little_and_are_tried_ever_more_rarely() -> None:
 def test_what_was_gained_may_be_lost_again_up_to_a_limit() -> None:
     credit = Credit()
     credit.drafted(100.0)
-    assert credit.tokens == MOST_CREDIT
+    assert credit.own.tokens == MOST_CREDIT
     credit.drafted(-MOST_CREDIT)
     assert not credit.is_left
+
+
+def test_many_short_answers_lose_little_together() -> None:
+    """Each by itself might lose as much as one long answer."""
+    account, lost, tokens = account_of_all(), 0.0, 0
+    for _ in range(500):
+        credit = Credit(account)
+        for _ in range(20):
+            tokens += 1
+            credit.generated(1)
+            if credit.is_left:
+                credit.drafted(-0.4)
+                lost += 0.4
+    assert 0 < lost < LOAN_OF_ALL + PER_TOKEN_OF_ALL * tokens + 0.5

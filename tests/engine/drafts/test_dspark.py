@@ -138,7 +138,7 @@ def test_the_mean_of_the_streams_that_target_layers_read_is_captured(files: Path
     for start, stop in ((0, 13), (13, 30), *((at, at + 1) for at in range(30, 40))):
         logits = model.forward(Batch.of([(0, start, ids[start:stop])], all_logits=True), cache)
         assert torch.equal(logits, plain[start:stop])
-        found += model.captured()
+        found += [part.clone() for part in model.captured()]
     captured = torch.cat(found).view(40, 3, 128)
 
     for at, layer in ((1, 6), (2, 7)):

@@ -155,3 +155,11 @@ def test_penalties_are_those_of_a_computation_over_the_whole_vocabulary() -> Non
     assert adjusted is not None
     assert torch.allclose(adjusted, expected, atol=1e-6)
     assert torch.equal(logits, before)
+
+
+def test_numbers_that_were_looked_at_are_still_drawn_by() -> None:
+    seen, unseen = sampler(seed=5), sampler(seed=5)
+    ahead = seen.numbers(4)
+    assert [seen.number() for _ in range(2)] == ahead[:2]
+    assert seen.numbers(3)[:2] == ahead[2:]
+    assert [*ahead[:2], *(seen.number() for _ in range(5))] == [unseen.number() for _ in range(7)]

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
-from memory.hardware.detect import PcieLink, _disks, _pci_address, _pcie_link, available_memory_bytes, detect
+from memory.hardware.detect import (
+    HugePages,
+    PcieLink,
+    _disks,
+    _huge_pages,
+    _pci_address,
+    _pcie_link,
+    available_memory_bytes,
+    detect,
+)
 
 
 def test_the_machine_is_described() -> None:
@@ -39,6 +48,14 @@ def test_a_gpus_address_is_written_as_the_system_does() -> None:
     gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)
     assert _pci_address(gpu) == "0000:c1:00.0"
     assert _pci_address(SimpleNamespace(name="old torch")) == ""
+
+
+def test_huge_pages_are_as_the_system_says(tmp_path: Path) -> None:
+    (tmp_path / "transparent_hugepage").mkdir()
+    (tmp_path / "transparent_hugepage" / "enabled").write_text("always [madvise] never\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 24000000 kB\nHugePages_Total: 4\nHugetlb: 8192 kB\n")
+    assert _huge_pages(tmp_path, tmp_path) == HugePages("madvise", 8 << 20)
+    assert _huge_pages(tmp_path / "none", tmp_path / "none") == HugePages()
 
 
 def test_drives_are_listed_without_those_that_hold_no_files(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.families.released import released_shape
 from memory.experts.streaming import split
-from memory.hardware.profiles import load_profile
+from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
 from memory.planner.cost_model import DISK
 from memory.planner.placement import Workload, lent_bytes, plan, workspace_bytes
 from memory.planner.prefill import PrefillModel, _divided, planned_chunk
@@ -63,6 +63,38 @@ def test_a_prompt_is_read_from_disk_once_a_chunk() -> None:
     early = sum(layer.tail is None for layer in V41.layers)
     assert one.bound == DISK
     assert two.nbytes["nvme"] - one.nbytes["nvme"] == pytest.approx(one.nbytes["nvme"] * early / 40, rel=0.05)
+
+
+SLOW_DISK = HardwareProfile(
+    name="two cores", description="", cores=2, cpu_level="avx512", cpu_matmul_flops=250e9,
+    expert_bytes_per_s=33e9, dram_bytes=40 << 30, dram_bytes_per_s=35e9, dram_rows_per_s=1e7,
+    disk_bytes=1 << 40, disk_bytes_per_s=1e9, disk_reads_per_s=1e5,
+)  # fmt: skip
+
+
+def seconds(machine: HardwareProfile, chunk: int) -> float:
+    placement = plan(V41, machine, Workload(8192, 1, chunk))
+    return PrefillModel(V41, machine, placement, UNIFORM).prefill(chunk, 8192).total_s
+
+
+def test_what_the_processor_does_beside_expert_products_counts() -> None:
+    fast_disk = replace(SLOW_DISK, disk_bytes_per_s=1e12)
+    slow_dense = replace(fast_disk, cpu_fp8_flops=150e9)
+    slow_order = replace(fast_disk, rearranged_per_core=1e9)
+    assert seconds(fast_disk, 512) < seconds(slow_dense, 512)
+    assert seconds(fast_disk, 512) < seconds(slow_order, 512)
+    # what is read once a chunk is rearranged once a chunk
+    more = [seconds(slow_order, chunk) - seconds(fast_disk, chunk) for chunk in (512, 4096)]
+    assert more[1] < more[0] / 4
+    virtual = replace(fast_disk, dram_bytes=20 << 30).with_devices(parse_devices("virtual:20GiB@12.5GB/s"))
+    assert seconds(fast_disk, 512) < seconds(virtual, 512)
+
+
+def test_memory_that_weights_may_not_have_allows_larger_chunks() -> None:
+    small = replace(SLOW_DISK, dram_bytes=20 << 30)
+    full = planned_chunk(V41, small, Workload(8192))
+    assert full < planned_chunk(V41, small, Workload(8192, weights_bytes=10 << 30))
+    assert workspace_bytes(V41, Workload(8192, 1, full)) <= small.dram_bytes / 16
 
 
 @given(

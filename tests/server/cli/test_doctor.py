@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.distribution import DISTRIBUTION, required_packages, version_of
-from memory.hardware.detect import Gpu, detect
+from memory.hardware.detect import Gpu, HugePages, detect
 from server.cli import doctor
 from server.cli.doctor import Finding
 from tests.server.harness import ROOT, TINY, invoke, run
@@ -54,6 +54,13 @@ def test_a_gpu_without_triton_is_no_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "note"
     assert "triton" in found.advice
     assert findings_on(monkeypatch, GPU, has_driver=True, triton="3.7.1") == []
+
+
+def test_huge_pages_that_are_refused_or_set_aside_are_told() -> None:
+    assert [found.verdict for found in doctor._huge_pages(HugePages("madvise"))] == ["ok"]
+    refused, reserved = doctor._huge_pages(HugePages("never", 64 << 30))
+    assert "echo madvise" in refused.advice
+    assert "vm.nr_hugepages=0" in reserved.advice
 
 
 @pytest.mark.parametrize("package", ["torch", "llguidance", "pydantic-settings"])

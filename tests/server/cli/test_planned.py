@@ -11,6 +11,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.embedded import model_path
 from engine.families.loader import open_model
 from memory.hardware.profiles import HardwareProfile
 from memory.hardware.this_machine import this_machine
@@ -82,3 +83,24 @@ def test_a_model_that_does_not_fit_is_refused_with_the_smallest_change(
     settings = resolve_settings({"model": TINY, "devices": "none"})
     with pytest.raises(BudgetError, match=r"does not fit on this machine.*the smallest change: .*DRAM"):
         planned(settings, open_model(TINY, None, None))
+
+
+def test_the_plan_counts_weights_that_guess_ahead_as_loading_does() -> None:
+    demo = model_path("demo")
+    opened = open_model(demo, None, None)
+    found = {
+        choice: planned(resolve_settings({"model": demo, "devices": "none", "drafts": choice}), opened)
+        for choice in ("auto", "mtp", "lookup", "off")
+    }
+    bytes_of = {choice: plan.workload.draft_bytes for choice, plan in found.items()}
+    assert bytes_of["auto"] == bytes_of["mtp"] > 0 == bytes_of["lookup"] == bytes_of["off"]
+    assert found["auto"].plan.placement.allocated()["dram"]["drafts"] == bytes_of["auto"]
+
+    loaded = opened.load(found["auto"].budget, drafts="auto")
+    try:
+        assert loaded.own_drafts is not None
+        assert loaded.own_drafts.room == bytes_of["auto"]
+        assert loaded.model.placement is not None
+        assert loaded.model.placement.allocated() == found["auto"].plan.placement.allocated()
+    finally:
+        loaded.model.close()

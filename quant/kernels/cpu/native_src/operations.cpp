@@ -116,6 +116,7 @@ class Line {
     int64_t count_ = 0, bytes_ = 0;
 };
 
+constexpr int64_t kFewTokens = 4;     // of FP8, for which panels are decoded on the way
 constexpr int64_t kManyTokens = 256;  // whose sums a thread's second-level cache holds
 thread_local Scratch worker_sums;     // of each thread
 
@@ -153,7 +154,7 @@ void multiply(const Team& team, const Line& line, int64_t format, const Activati
                                           : line.begin(q + 1 < count ? first + q + 1 : turn.next * per_turn);
             panels[q] = products[q]->panels.at(numbers[q], next, q);
         }
-        if (format == kFp8 && tokens > kMaxTokens && panels[0].cols % 2 == 0) {
+        if (format == kFp8 && tokens > kFewTokens && panels[0].cols % 2 == 0) {
             multiply_fp8(team, products, numbers, panels, count, a, tokens);
             return;
         }

@@ -238,8 +238,26 @@ void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float
         }
         add_columns(tail[0], kStep * kSize, tails, 0);
     }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) out[t * out_stride + r * apart] = reduce(sums[r][t]);
+    for (int t = 0; t < T; ++t) {
+        if constexpr (R == 4) {
+            const F32 four[4] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t]};
+            float found[4];
+            reduce_four(four, found);
+            for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = found[r];
+        } else {
+            for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = reduce(sums[r][t]);
+        }
+    }
+}
+
+// The last tokens, fewer than T, together.
+template <int Kind, int R, int T = kDenseTokens - 1>
+void dense_rest(const uint8_t* weight, int64_t apart, int64_t cols, const float* const* x, int64_t tokens, float* out,
+                int64_t stride) {
+    if constexpr (T > 0) {
+        if (tokens < T) return dense_rest<Kind, R, T - 1>(weight, apart, cols, x, tokens, out, stride);
+        dense_block<Kind, R, T>(weight, apart, cols, x, out, stride);
+    }
 }
 
 template <int Kind, int R>
@@ -248,7 +266,7 @@ void dense_tokens(const uint8_t* rows, int64_t apart, int64_t cols, const float*
     constexpr int T = kDenseTokens;
     int64_t t = 0;
     for (; t + T <= tokens; t += T) dense_block<Kind, R, T>(rows, apart, cols, x + t, out + t * stride, stride);
-    for (; t < tokens; ++t) dense_block<Kind, R, 1>(rows, apart, cols, x + t, out + t * stride, stride);
+    dense_rest<Kind, R>(rows, apart, cols, x + t, tokens - t, out + t * stride, stride);
 }
 
 // Rows that are multiplied together are far apart: each is part of a run that goes on with the row behind it, long

@@ -236,7 +236,7 @@ constexpr OperationFunction kFunctions[] = {
     route,       at_hand,      experts,        part,
     join,        run_convolve, run_delta_rule, gate,
     run_embed,   run_ngrams,   run_table_rows, run_by_token,
-    nullptr,
+    run_chain,   nullptr,
 };
 static_assert(sizeof kFunctions / sizeof *kFunctions == static_cast<size_t>(Kind::kKinds));
 

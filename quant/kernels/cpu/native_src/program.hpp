@@ -51,6 +51,7 @@ enum class Kind : int64_t {
     kNgrams,
     kTableRows,
     kByToken,
+    kChain,
     kHandOver,
     kKinds
 };
@@ -86,6 +87,12 @@ void run_embed(const Team& team, const Operation& op, const StepInput& step);
 void run_by_token(const Team& team, const Operation& op, const StepInput& step);
 void run_ngrams(const Team& team, const Operation& op, const StepInput& step);
 void run_table_rows(const Team& team, const Operation& op, const StepInput& step);
+
+// Row `number` of a plain matrix of so many columns (kind 0 bf16, 1 fp16, 2 fp32), as floats, times a factor.
+void plain_row(const void* table, int kind, int64_t cols, int64_t number, float factor, float* out);
+
+// program_drafts.cpp
+void run_chain(const Team& team, const Operation& op, const StepInput& step);
 
 inline const float* floats(const void* p) { return static_cast<const float*>(p); }
 inline float* floats(void* p) { return static_cast<float*>(p); }

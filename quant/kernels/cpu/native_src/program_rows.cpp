@@ -51,20 +51,23 @@ void ask_for(const RowTable& table, int64_t row) {
 
 }  // namespace
 
+void plain_row(const void* table, int kind, int64_t cols, int64_t number, float factor, float* out) {
+    const auto* row = static_cast<const uint8_t*>(table) + number * cols * (kind == 2 ? 4 : 2);
+    const auto* words = reinterpret_cast<const uint16_t*>(row);
+    if (kind == 0)
+        for (int64_t c = 0; c < cols; ++c) out[c] = from_bf16(words[c]) * factor;
+    else if (kind == 1)
+        for (int64_t c = 0; c < cols; ++c) out[c] = from_half(words[c]) * factor;
+    else
+        for (int64_t c = 0; c < cols; ++c) out[c] = reinterpret_cast<const float*>(row)[c] * factor;
+}
+
 // The tokens' rows of a plain matrix of so many columns, as floats, times the factor.
 void run_embed(const Team&, const Operation& op, const StepInput& step) {
-    const int64_t kind = op.sizes[0], cols = op.sizes[1];
-    for (int64_t r = 0; r < step.rows; ++r) {
-        const auto* row = static_cast<const uint8_t*>(op.in[0]) + step.tokens[r] * cols * (kind == 2 ? 4 : 2);
-        const auto* words = reinterpret_cast<const uint16_t*>(row);
-        float* out = floats(op.out[0]) + r * cols;
-        if (kind == 0)
-            for (int64_t c = 0; c < cols; ++c) out[c] = from_bf16(words[c]) * op.factor;
-        else if (kind == 1)
-            for (int64_t c = 0; c < cols; ++c) out[c] = from_half(words[c]) * op.factor;
-        else
-            for (int64_t c = 0; c < cols; ++c) out[c] = reinterpret_cast<const float*>(row)[c] * op.factor;
-    }
+    const int64_t cols = op.sizes[1];
+    for (int64_t r = 0; r < step.rows; ++r)
+        plain_row(op.in[0], static_cast<int>(op.sizes[0]), cols, step.tokens[r], op.factor,
+                  floats(op.out[0]) + r * cols);
 }
 
 // The tokens' rows of a matrix of so many whole numbers each.

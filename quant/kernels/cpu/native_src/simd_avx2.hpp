@@ -123,6 +123,10 @@ ALWAYS_INLINE float reduce(F32 a) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+// The same of four vectors.
+ALWAYS_INLINE void reduce_four(const F32 (&v)[4], float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = reduce(v[i]);
+}
 // The sums of four vectors' lanes, side by side.
 ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[4]) {
     const F32 first = add(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));

@@ -93,6 +93,18 @@ ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
 ALWAYS_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) { return _mm512_reduce_add_ps(a); }
+// The sums of four vectors' lanes, each in the order of `reduce`.
+ALWAYS_INLINE void reduce_four(const F32 (&v)[4], float* to) {
+    const auto halves = [](F32 a, F32 b) {
+        return add(_mm512_shuffle_f32x4(a, b, 0xee), _mm512_shuffle_f32x4(a, b, 0x44));
+    };
+    const F32 a = halves(v[0], v[1]), b = halves(v[2], v[3]);
+    const F32 quarters = add(_mm512_shuffle_f32x4(a, b, 0xdd), _mm512_shuffle_f32x4(a, b, 0x88));
+    const F32 pairs = add(quarters, _mm512_permute_ps(quarters, 0x4e));
+    const F32 sums = add(pairs, _mm512_permute_ps(pairs, 0xb1));
+    const I32 each = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(each, sums)));
+}
 // The sums of four vectors' lanes, side by side.
 ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[4]) {
     const F32 first = add(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));

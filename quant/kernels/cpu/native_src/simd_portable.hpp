@@ -147,6 +147,9 @@ ALWAYS_INLINE float reduce(F32 a) {
     for (int i = 0; i < 16; ++i) s += a[i];
     return s;
 }
+ALWAYS_INLINE void reduce_four(const F32 (&v)[4], float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = reduce(v[i]);
+}
 // The sums of vectors' lanes, side by side.
 template <int N>
 ALWAYS_INLINE void store_sums(float* to, const F32 (&v)[N]) {

@@ -1,0 +1,32 @@
+"""Drafters that cannot pay rest, and are measured again now and then."""
+
+from __future__ import annotations
+
+from engine.drafts.rests import FIRST_REST, LAST_REST, SURE, Rest
+
+STEPS = 32
+
+
+def test_nobody_rests_for_what_the_first_drafts_took() -> None:
+    rest = Rest()
+    assert all(rest.look(STEPS, drafts, lambda: False) for drafts in range(SURE))
+    assert not rest.look(STEPS, SURE, lambda: False)
+
+
+def test_a_rest_ends_with_new_measurements_and_the_next_one_is_longer() -> None:
+    rest, drafts, rests = Rest(), SURE, []
+    for _ in range(8):
+        assert not rest.look(STEPS, drafts, lambda: False)
+        looks = 1
+        while not rest.look(STEPS, drafts, lambda: False):
+            looks += 1
+        rests.append(looks * STEPS)
+        assert rest.look(STEPS, drafts + SURE - 1, lambda: False)
+        drafts += SURE
+    assert rests[:3] == [FIRST_REST, 2 * FIRST_REST, 4 * FIRST_REST]
+    assert rests[-1] == LAST_REST
+
+
+def test_who_pays_does_not_rest() -> None:
+    rest = Rest()
+    assert all(rest.look(STEPS, drafts, lambda: True) for drafts in range(100))
