@@ -56,10 +56,17 @@ V4_LAYER = 22
 V4_STEP = 5  # the streams' beginning, how the head reads them, the last norm and the head
 
 
-def v4_launches(*, chooses_among: int) -> int:
-    """Launches of a layer of V4, which makes its own entries; it chooses among so many, or sees all for 0."""
+def v4_launches(*, has_entries: bool, chooses_among: int, is_encoded: bool, is_turned: bool) -> int:
+    """Launches of a layer of V4.
+
+    has_entries    it makes entries, of which it sees all, or chooses among at most `chooses_among`
+    is_encoded     what it keeps is not kept as float32
+    is_turned      its index keys, and queries, are turned by a matrix
+    """
     chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
-    return V4_LAYER + chosen
+    # latents, entries, and keys with a rotation that was part of writing them
+    encoded = (1 + (1 if has_entries else 0) + (2 if chooses_among else 0)) if is_encoded else 0
+    return V4_LAYER + chosen + encoded + (2 if is_turned and chooses_among else 0)
 
 
 # A layer of latent attention: projections; norms; queries, and with them or behind them the way to the cache:

@@ -14,6 +14,7 @@ from quant.formats.rows import first_columns, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import KvPlace, Selector
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda.chains import Noted
+from quant.kernels.cuda.heads import Columns, move_launch
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mailbox
@@ -170,7 +171,9 @@ class LatentLayer:
 
 
 def latent_launches() -> Iterator[Launch]:
-    """What steps of these models start for one row, and for 16, with KV in some formats."""
+    """What steps of these models start for one row, and for 16, with KV in some formats; and what they would
+    if parts of vectors were moved."""
+    yield move_launch(Columns(floats(16, 1024), 0, 64), Columns(floats(16, 1024), 0, 64), 16, 64, 16, 1.0)
     forms: tuple[KvFormat, ...] = ("float32", "vendor", "fp8")
     for form in forms:
         yield from launches_of(V4Layer(form).groups())

@@ -77,6 +77,7 @@ def test_every_kernel_compiles_for_sm_89(compiled: list[dict[str, object]]) -> N
         "attend_sum",
         "attend_latents",
         "head_products",
+        "move_columns",
         "round_heads",
         "index_scores",
         "chunk_best",
