@@ -14,6 +14,7 @@ from quant.errors import ConfigError
 from quant.formats.kv_names import KvFormat
 
 DEMO_NAME = "loci-demo"
+HELD_OUT = "held-out.txt"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _smollm2() -> Path | None:
 
 # The first one that is installed is the default. At temperature 1, models this small become incoherent;
 # SmolLM2's sampling is what its authors recommend. The demonstration model was not trained to have its KV
-# rounded, as the released models of its family were (tests/bench/kv_formats.py).
+# rounded, as the released models of its family were (docs/long-context.md).
 EMBEDDED: dict[str, EmbeddedModel] = {
     "demo": EmbeddedModel(
         _demo, "use a complete checkout or wheel of Loci", {"temperature": 0.2, "top_p": 0.9}, "float32"
@@ -110,6 +111,12 @@ def embedded_sampling(path: Path) -> Mapping[str, Any]:
 def embedded_kv_format(path: Path) -> KvFormat | None:
     """What the embedded model at `path` has its KV in by default; None for its family's default."""
     return EMBEDDED[name].kv_format if (name := embedded_name(path)) else None
+
+
+def embedded_text(path: Path) -> Path | None:
+    """A text that the embedded model at `path` was not trained on; None where none came with it."""
+    file = path / HELD_OUT
+    return file if embedded_name(path) is not None and file.is_file() else None
 
 
 def embedded_name(path: Path) -> str | None:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.tensors import expected_tensors
@@ -32,6 +36,7 @@ from memory.planner.published import V41_FLASH
 from quant.errors import ConfigError
 
 MODEL_TYPE = "deepseek_v41"
+ROPE_THETA = 10000.0  # of layers with windows only
 # A slice's layers are some of the released model's, which keep what they do there: these first. Two with
 # windows only (one reads Engram), a source and a layer that reuses it, then the decoder's source, one
 # that chooses anew among its candidates, one that reuses that, and the encoder's source with Engram.
@@ -86,11 +91,12 @@ SHAPES = {
         candidate_block_size=4, engram_n_heads=2, engram_head_dim=32, vocab_size=1024,
         max_position_embeddings=2048,
     ),
-    # a fortieth of V4.1-Flash's width, roughly in its proportions: time goes where it goes there
+    # A twentieth of V4.1-Flash's width. With 6,000 tokens, index scores have about the share of the
+    # arithmetic that they have there with 32,000.
     "v41-narrow": Widths(
-        hidden_size=128, moe_intermediate_size=64, num_attention_heads=8, head_dim=64, qk_rope_head_dim=16,
-        q_lora_rank=32, o_groups=2, o_lora_rank=64, n_routed_experts=24, num_experts_per_tok=6,
-        sliding_window=16, index_n_heads=4, index_head_dim=32, index_topk=32, candidate_topk_blocks=8,
+        hidden_size=256, moe_intermediate_size=128, num_attention_heads=8, head_dim=64, qk_rope_head_dim=16,
+        q_lora_rank=64, o_groups=2, o_lora_rank=64, n_routed_experts=24, num_experts_per_tok=6,
+        sliding_window=16, index_n_heads=2, index_head_dim=32, index_topk=32, candidate_topk_blocks=8,
         candidate_block_size=8, engram_n_heads=2, engram_head_dim=32, vocab_size=1024,
         max_position_embeddings=16_384,
     ),
@@ -113,13 +119,13 @@ def plan_slice(name: str, layers: int, engram_rows: int, experts: int | None = N
     specs = expected_tensors(config, nothing_yet)
     for n in range(layers):
         specs[f"layers.{n}.ffn.gate.bias_vl"] = TensorSpec((config.n_routed_experts,), ("F32",))
-    texts = {
-        "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps(
-            {"bos_token": SPECIAL_TOKENS[BOS], "eos_token": SPECIAL_TOKENS[EOS], "add_bos_token": True}
-        ),
-    }
-    return RandomCheckpoint(_shards(specs, config), raw, texts)
+    return RandomCheckpoint(shards_of(specs, partial(_fill, config=config)), raw, tokenizer_texts(tokenizer))
+
+
+def tokenizer_texts(tokenizer: Tokenizer) -> dict[str, str]:
+    """The files of a synthetic tokenizer, by name."""
+    texts = {"bos_token": SPECIAL_TOKENS[BOS], "eos_token": SPECIAL_TOKENS[EOS], "add_bos_token": True}
+    return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(texts)}
 
 
 def released_layers(count: int) -> list[int]:
@@ -145,27 +151,14 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
     primes = table_primes(len(engram_layers), 3, widths.engram_n_heads, engram_vocab)
     candidate_source = among((20,))
     text = {
-        "model_type": f"{MODEL_TYPE}_text",
         **vars(widths),
         "num_hidden_layers": layers,
-        "num_nextn_predict_layers": 0,
-        "num_key_value_heads": 1,
         "n_routed_experts": experts,
-        "n_shared_experts": 1,
         "num_experts_per_tok": min(widths.num_experts_per_tok, experts),
-        "scoring_func": "sqrtsoftplus",
-        "topk_method": "noaux_tc",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.5,
-        "swiglu_limit": 10.0,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-20,
         "compress_ratios": [V41_FLASH.ratios[layer] for layer in chosen],
         "kv_source_layer_ids": among(V41_FLASH.kv_sources),
         "index_source_layer_ids": among(V41_FLASH.index_sources),
         "candidate_source_layer_id": candidate_source[0] if candidate_source else -1,
-        "rope_theta": 10000.0,
-        "compress_rope_theta": 160000.0,
         "rope_scaling": {
             "type": "yarn",
             "factor": 16.0,
@@ -174,14 +167,34 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
             "original_max_position_embeddings": 65536,
         },
         "hc_mult": V41_FLASH.streams,
-        "hc_sinkhorn_iters": 20,
-        "hc_eps": 1e-6,
         "engram_layer_ids": engram_layers,
         "engram_max_ngram_size": 4,
         "engram_vocab_size": engram_vocab,
         "engram_pad_token_id": PAD,
         "engram_compressed_vocab_size": keys,
         "engram_num_embeddings": [sum(layer) for layer in primes],
+    }
+    return in_released_dialect(text)
+
+
+def in_released_dialect(text: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a model with these keys, and what all models of the family have."""
+    common = {
+        "model_type": f"{MODEL_TYPE}_text",
+        "num_nextn_predict_layers": 0,
+        "num_key_value_heads": 1,
+        "n_shared_experts": 1,
+        "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "swiglu_limit": 10.0,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-20,
+        "rope_theta": ROPE_THETA,
+        "compress_rope_theta": 160000.0,
+        "hc_sinkhorn_iters": 20,
+        "hc_eps": 1e-6,
         "tie_word_embeddings": False,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
@@ -197,20 +210,21 @@ def _config(widths: Widths, layers: int, engram_rows: int, experts: int, keys: i
             "scale_fmt": "ue8m0",
             "expert_dtype": "fp4",
         },
-        "text_config": text,
+        "text_config": common | text,
     }
 
 
-def _shards(specs: dict[str, TensorSpec], config: V41Config) -> tuple[dict[str, RandomTensor], ...]:
-    """Tensors by file: those outside layers, each layer, each Engram table."""
+def shards_of(
+    specs: dict[str, TensorSpec], fill: Callable[[str, str, tuple[int, ...]], Fill]
+) -> tuple[dict[str, RandomTensor], ...]:
+    """Tensors by file: those outside layers, each layer, each Engram table. fill: what is in a tensor of this
+    name, dtype and shape."""
     shards: dict[tuple[int, int], dict[str, RandomTensor]] = defaultdict(dict)
     for name, spec in specs.items():
         is_table = ".engram.embed." in name
         layer = int(name.split(".")[1]) if name.startswith("layers.") else -1
         dtype = "F32" if any(part in name for part in FLOAT32_PARTS) else spec.dtypes[0]
-        shards[is_table, layer][name] = RandomTensor(
-            dtype, spec.shape, _fill(name, dtype, spec.shape, config)
-        )
+        shards[is_table, layer][name] = RandomTensor(dtype, spec.shape, fill(name, dtype, spec.shape))
     return tuple(shards[key] for key in sorted(shards))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from engine.families.base import Batch, KvCache, Model, Segment
 from engine.kv_pool import PoolSize, new_pool
-from memory.hardware.detect import resident_bytes
+from memory.hardware.detect import forget_peak, peak_resident_bytes, resident_bytes
 from quant.errors import ConfigError
 
 SEED = 0
@@ -28,8 +28,8 @@ class Depth:
 
     computed     its first so many were computed; the rows behind them are theirs, over and over
     decode_s     of the next token; prefill_s: of a token of the next `chunk` ones, None where not measured
-    kv_bytes     of its pages; planned_bytes: of all that the cache may take; grown_bytes: what the process
-                 took more than before there was a cache
+    kv_bytes     of its pages; planned_bytes: of all that the cache may take; grown_bytes: the most that the
+                 process has taken more than before there was a cache
     """
 
     tokens: int
@@ -57,6 +57,13 @@ class ContextRun:
     def at(self, tokens: int) -> Depth | None:
         """The run at a depth."""
         return next((depth for depth in self.depths if depth.tokens == tokens), None)
+
+    @property
+    def peak_of_plan(self) -> float | None:
+        """The most that the process took more, by what was planned for the deepest: the work space of steps,
+        no part of a cache's plan, is in it. None where that is too little to be told from other things."""
+        last = self.depths[-1]
+        return None if last.planned_bytes < TOLD else last.grown_bytes / last.planned_bytes
 
     @property
     def growth_of_plan(self) -> float | None:
@@ -104,7 +111,7 @@ def run_context(
             f"{model.info.max_context:,} that {model.info.name} can; name smaller --depths"
         )
     model.forward(Batch.of([(0, 0, [5] * min(chunk, 64))]), model.new_cache(1, chunk))  # work space exists
-    before = resident_bytes()
+    before, _ = resident_bytes(), forget_peak()
     pool = new_pool(model, 1, last, PoolSize(), prefix_bytes=0)
     cache, pages = pool.cache, pool.cache.pages
     generator = torch.Generator().manual_seed(SEED)
@@ -120,7 +127,7 @@ def run_context(
             prefill_s = _timed_prefill(model, cache, depth, ids[depth : depth + chunk])
         decode_s = _timed_decode(model, cache, depth, ids[depth : depth + WARM_STEPS + steps])
         planned = fixed + pages.nbytes(depth + chunk if prefill_s is not None else cache.length(0))
-        grown = resident_bytes() - before
+        grown = peak_resident_bytes() - before
         found.append(Depth(depth, base, decode_s, prefill_s, pages.nbytes(depth), planned, grown))
         on_progress(number + 1)
     rows = {str(device): pages.nbytes(last, device) / last for device in pages.devices}

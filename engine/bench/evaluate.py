@@ -65,7 +65,7 @@ def compare(before: Path, after: Path, text_file: Path) -> Evaluation:
         for logits in _logits(load(after).model, ids):
             raw = bytearray(file.read(logits.shape[0] * vocab * 4))
             reference = torch.frombuffer(raw, dtype=torch.float32).view(-1, vocab)
-            totals += _compare_rows(reference, logits, _targets(ids, position, len(logits)))
+            totals += compare_rows(reference, logits, _targets(ids, position, len(logits)))
             position += len(logits)
     tokens = sum(target >= 0 for target in _targets(ids, 0, len(ids)).tolist())
     nll_before, nll_after, divergence, agreed = (totals / tokens).tolist()
@@ -107,7 +107,7 @@ def _targets(ids: list[int], start: int, count: int) -> torch.Tensor:
     return torch.tensor(targets[start : start + count])
 
 
-def _compare_rows(before: torch.Tensor, after: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def compare_rows(before: torch.Tensor, after: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Sums over positions with a target: both negative log likelihoods, divergence, agreements."""
     has_target = targets >= 0
     before, after = before[has_target].log_softmax(-1), after[has_target].log_softmax(-1)

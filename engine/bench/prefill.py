@@ -148,6 +148,13 @@ def tail_bound(model: DeepseekV41, tokens: int) -> float:
     return c.num_hidden_layers * tokens / (c.first_tail_layer * tokens + sum(tails))
 
 
+def tail_flops_bound(shape: ModelShape, tokens: int) -> float:
+    """Arithmetic of a prompt with all layers for all tokens, over what is computed of it: attention's and
+    index scores' too, which early sources need for every token, were all of it equally fast."""
+    whole = replace(shape, layers=tuple(replace(layer, tail=None) for layer in shape.layers))
+    return sum(flops_of(whole, tokens)) / sum(flops_of(shape, tokens))
+
+
 def tail_pairs(model: DeepseekV41, tokens: int, chunk: int, rounds: int) -> list[tuple[float, float]]:
     """Seconds of a prompt with all layers for all tokens, and with late layers for its end, in turns."""
     generator = torch.Generator().manual_seed(0)

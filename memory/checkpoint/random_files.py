@@ -58,7 +58,14 @@ class PowerScales:
     exponent: int
 
 
-Fill = Normal | Codes | PowerScales
+@dataclass(frozen=True)
+class Given:
+    """These floats, of PIECE_BYTES at most."""
+
+    values: torch.Tensor
+
+
+Fill = Normal | Codes | PowerScales | Given
 
 
 @dataclass(frozen=True)
@@ -218,6 +225,8 @@ def _piece_bytes(tensor: Filling) -> int:
 
 def _piece(dtype: str, content: Fill, nbytes: int, random: np.random.Generator) -> np.ndarray:
     """At least `nbytes` bytes of a tensor's content, uint8."""
+    if isinstance(content, Given):
+        return content.values.to(FLOAT_DTYPES[dtype]).flatten().view(torch.uint8).numpy()
     if isinstance(content, Normal):
         kind = FLOAT_DTYPES[dtype]
         values = random.standard_normal(-(-nbytes // kind.itemsize), dtype=np.float32)

@@ -148,6 +148,15 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def forget_peak() -> bool:
+    """Let `peak_resident_bytes` begin anew; False where the system does not do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_resident_bytes() -> int:
     """The most memory this process has had in RAM so far, mapped files included."""
     # getrusage also counts what the parent had before exec, so Linux is asked directly.

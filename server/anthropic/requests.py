@@ -192,23 +192,21 @@ def _blocks(turn: Turn) -> list[Block]:
 def _user_messages(
     role: Literal["user", "system"], content: str | list[Block], path: str
 ) -> Iterable[Message]:
-    """Results of tools are messages of their own; the texts between them are what the user says."""
+    """Results of tools are messages of their own, which follow their calls at once; then comes what the user
+    says."""
     if isinstance(content, str):
         return [Message(role=role, content=content)]
-    messages: list[Message] = []
+    results: list[Message] = []
+    said: list[TextPart] = []
     for i, block in enumerate(content):
         if block.type == "tool_result":
             result = seen(block.content) or ""
             check_parts(result, f"{path}[{i}].content")
             call_id = required(block.tool_use_id, f"{path}[{i}].tool_use_id")
-            messages.append(Message(role="tool", tool_call_id=call_id, content=result))
-            continue
-        part = _text_part(block, f"{path}[{i}]")
-        if messages and messages[-1].role == role and isinstance(messages[-1].content, list):
-            messages[-1].content.append(part)
+            results.append(Message(role="tool", tool_call_id=call_id, content=result))
         else:
-            messages.append(Message(role=role, content=[part]))
-    return messages or [Message(role=role, content="")]
+            said.append(_text_part(block, f"{path}[{i}]"))
+    return [*results, Message(role=role, content=said or "")] if said or not results else results
 
 
 def _assistant_message(content: str | list[Block], path: str) -> Message:

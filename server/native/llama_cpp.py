@@ -69,7 +69,10 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
         "model_max_length": served.engine.max_context,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "added_tokens_decoder": {str(i): {"content": text} for text, i in tokenizer.added_tokens.items()},
+        "added_tokens_decoder": {
+            str(i): {"content": text, "special": i in tokenizer.special_ids}
+            for text, i in tokenizer.added_tokens.items()
+        },
         "chat_template": tokenizer.chat_template,
         **tokenizer.special_tokens,
     }

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from quant.errors import RequestError
 from server.openai.messages import Body, Items, Message, Tool
-from server.openai.refused import TOKENIZE_REFUSED, refuse_fields
+from server.openai.refused import TEMPLATE_REFUSED, TOKENIZE_REFUSED, refuse_fields
 
 
 class TokenizeRequest(Body):
@@ -53,6 +53,11 @@ class ApplyTemplateRequest(Body):
     messages: Items[Message] = Field(min_length=1)
     tools: Items[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_changes_meaning(cls, data: Any) -> Any:
+        return refuse_fields(data, TEMPLATE_REFUSED)
 
 
 class DetokenizeRequest(Body):

@@ -333,10 +333,12 @@ THINKING_REFUSED = {
 # Of `output_config` of /v1/messages, and of its tools.
 OUTPUT_REFUSED = {"task_budget": only(_NO_BUDGET)}
 TOOL_REFUSED = {"allowed_callers": unless("only the model calls tools", ["direct"])}
-TOKENIZE_REFUSED = {
+TEMPLATE_REFUSED = {
     "add_generation_prompt": only("the prompt is always rendered ready for an answer", True),
     "continue_final_message": unless("use prefix in the last message"),
     "chat_template": unless(_OWN_TEMPLATE),
+}
+TOKENIZE_REFUSED = TEMPLATE_REFUSED | {
     "chat_template_kwargs": unless("the model's defaults are used", {}),
     "parse_special": only("special tokens in a prompt are always parsed", True),
 }

@@ -23,6 +23,8 @@ from engine.families.loader import OpenedModel, open_model
 from engine.tokenizer.tokenizer import Tokenizer
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.planner.budget import MemoryBudget
+from memory.planner.shape import KeptRows, KvShape, ModelShape
+from quant.formats.kv_names import KvFormat
 from quant.kernels.interface import Kernels
 from server.cli.main import main as command
 
@@ -196,6 +198,11 @@ class ScriptedFamily(Family):
 
     def check(self, checkpoint: Checkpoint) -> None:
         pass
+
+    def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
+        real = self._opened.family.shape(checkpoint, kv_format)
+        layer = replace(real.layers[0], kv=KvShape(rows=(KeptRows(1, 8),), seen_ratio=1))
+        return replace(real, max_context=MAX_CONTEXT, layers=(layer,))
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:
         return ScriptedModel(self._opened.info, self._opened.tokenizer)

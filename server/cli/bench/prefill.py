@@ -25,6 +25,7 @@ DISK_BYTES = 1 << 30
 PAUSE_S = 0.25  # for each depth of reads
 # As many layers after the last source as the released model has, in a model that is small otherwise.
 TAIL_LAYERS, TAIL_TOKENS, TAIL_CHUNK = 40, 6000, 512
+RELEASED, RELEASED_TOKENS = "deepseek-v4.1-flash", 32_768
 RESTORED_MODEL, RESTORED_TOKENS = Path("smollm2"), 4000
 
 
@@ -146,9 +147,11 @@ def _judged(
 
 def _tail(rounds: int) -> list[Result]:
     """What late layers save that compute a prompt's end alone."""
-    from engine.bench.prefill import tail_bound, tail_pairs
+    from engine.bench.prefill import tail_bound, tail_flops_bound, tail_pairs
     from engine.families.deepseek_v41.forward import DeepseekV41
-    from engine.families.loader import load
+    from engine.families.loader import load, open_checkpoint
+    from engine.families.released import released_shape
+    from engine.families.shapes import loaded_shape_of
     from engine.synthetic import plan_slice
     from memory.checkpoint.random_files import write_checkpoint
     from memory.hardware.this_machine import Result
@@ -157,7 +160,7 @@ def _tail(rounds: int) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tail"
         write_checkpoint(made, out, lambda done, total: None)
-        model = load(out).model
+        model, shape = load(out).model, loaded_shape_of(open_checkpoint(out))
     assert isinstance(model, DeepseekV41)
     try:
         pairs = tail_pairs(model, TAIL_TOKENS, TAIL_CHUNK, rounds)
@@ -165,6 +168,12 @@ def _tail(rounds: int) -> list[Result]:
         return [
             Result("exact_tail_gain", gain, "ratio", TAIL_TARGET, gain >= TAIL_TARGET),
             Result("exact_tail_bound", tail_bound(model, TAIL_TOKENS), "ratio"),
+            Result("exact_tail_flops_bound", tail_flops_bound(shape, TAIL_TOKENS), "ratio"),
+            Result(
+                "released_tail_flops_bound",
+                tail_flops_bound(released_shape(RELEASED), RELEASED_TOKENS),
+                "ratio",
+            ),
         ]
     finally:
         model.close()

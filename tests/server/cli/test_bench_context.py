@@ -9,7 +9,7 @@ import pytest
 
 from tests.server.harness import TINY, invoke
 
-FEW = ("--steps", "2", "--chunk", "64")
+FEW = ("--steps", "2", "--chunk", "64", "--no-needles")
 
 
 def test_decoding_prefill_and_memory_are_reported_by_depth(tmp_path: Path) -> None:
