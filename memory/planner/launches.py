@@ -75,9 +75,8 @@ LATENT_ATTENTION = 10
 QUERY_LATENT = 1  # of these, if queries are made of a latent
 INDEX_KEYS = 1  # centred
 INDEX_ENCODED = 1  # on their way to a cache of other numbers
-INDEX_TURNED = (
-    4  # and they and queries turned by a matrix; queries by their positions first, and rounded behind
-)
+INDEX_TURNED = 3  # and they and queries turned by a matrix, queries by their positions first
+INDEX_ROUNDED = 1  # and queries rounded behind
 
 
 def latent_launches(
@@ -86,6 +85,7 @@ def latent_launches(
     chooses_among: int,
     is_encoded: bool,
     is_turned: bool,
+    is_rounded: bool,
     has_experts: bool,
     has_shared: bool,
 ) -> int:
@@ -93,10 +93,12 @@ def latent_launches(
 
     chooses_among          at most so many tokens by an indexer of its own; 0 without one
     is_encoded, is_turned  of index keys: not kept as float32; turned by a Hadamard matrix
+    is_rounded             queries are rounded by themselves
     """
     found = LATENT_ATTENTION - (0 if has_query_latent else QUERY_LATENT)
     if chooses_among:
         found += INDEX_KEYS + CHOICE + (CHUNKS if chooses_among > CHUNK else 0)
         found += (INDEX_ENCODED if is_encoded else 0) + (INDEX_TURNED if is_turned else 0)
+        found += INDEX_ROUNDED if is_rounded else 0
     part = KV_EXPERTS + (SHARED if has_shared else 0) if has_experts else KV_MLP
     return found + part

@@ -39,6 +39,8 @@ from quant.formats.rows import row_bytes
 from quant.kernels.choice import choose
 from quant.kernels.cpu.panels import panel_bytes
 
+# Columns with one scale to which recorded steps on GPUs round index queries as they read them.
+WIDEST_ROUNDED = 32
 # Formats of matrices that every token reads.
 RECORDED_ON_GPUS = (Plain, Fp8, Mxfp4, Nf4, Int4, Int4Offset)
 
@@ -188,6 +190,7 @@ def launches_of(layer: Layer, kv_format: KvFormat, context: int) -> int:
         chooses_among=0 if indexer is None else context,
         is_encoded=form is not None,
         is_turned=form is not None and form.turned,
+        is_rounded=form is not None and form.rounds_queries and form.group > WIDEST_ROUNDED,
         has_experts=has_experts,
         has_shared=has_shared,
     )
