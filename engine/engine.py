@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.cache.aside import Aside, AsideOnDisk, AsideStats
-from engine.cache.prefix import PrefixCache, PrefixStats
+from engine.cache.prefix import PrefixCache
+from engine.cache.prefixes import Prefixes, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
 from engine.drafts.base import Drafter
 from engine.drafts.drafting import Drafting, DraftStats
@@ -134,7 +135,9 @@ class Engine:
         pending = int(prefix_cache_bytes * PENDING_SHARE) if on_disk is not None else 0
         self._stored = None if on_disk is None else StoredStates(self._cache, on_disk, pending)
         in_memory = prefix_cache_bytes - pending
-        prefixes = PrefixCache(self._cache, in_memory, self._stored) if prefix_cache_bytes else None
+        prefixes: Prefixes | None = self._cache.prefixes
+        if prefixes is None and prefix_cache_bytes:
+            prefixes = PrefixCache(self._cache, in_memory, self._stored)
         self._scheduler = Scheduler(
             max_sequences, prefill_chunk, prefill_step_s, shares_prompts=prefixes is not None
         )

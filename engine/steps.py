@@ -15,7 +15,7 @@ import torch
 from engine.assemble import assemble
 from engine.cache.aside import Aside
 from engine.cache.pages import PoolShortError
-from engine.cache.prefix import PrefixCache
+from engine.cache.prefixes import Prefixes
 from engine.drafts.drafting import Drafting
 from engine.drafts.verify import Ready, Verifier
 from engine.families.base import KvCache, Model, PromptProducts
@@ -48,7 +48,7 @@ class Steps:
         self,
         model: Model,
         cache: KvCache,
-        prefixes: PrefixCache | None,
+        prefixes: Prefixes | None,
         aside: Aside,
         scheduler: Scheduler,
         forget: Callable[[Sequence], bool],

@@ -159,6 +159,19 @@ class Settings(BaseSettings):
         "virtual:24GiB@12.5GB/s: a virtual GPU is host memory with a GPU's size and link speed; none uses "
         "none. Default: the GPUs of this machine that make the model faster, by plan.",
     )
+    cluster: str | None = Field(
+        None,
+        description="Serve the model in parts on the machines of a Ray cluster: its address; auto for the "
+        "one that runs on this machine, or if there is none, local, which starts one for this server alone "
+        "(docs/cluster.md). Default: no cluster.",
+    )
+    stages: int | None = Field(
+        None,
+        ge=2,
+        le=64,
+        description="Parts that a model is cut into with --cluster. Default: one for each machine, at least "
+        "two.",
+    )
     measured_file: Path | None = Field(
         None,
         description="File for what is measured while the server runs: uses of experts, rates, how far off "

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from engine.cache.prefix import PrefixCache
+from engine.cache.prefixes import Prefixes
 from engine.cache.stored_states import LEFT_ON_DISK
 from engine.families.base import KvCache
 from quant.errors import ConfigError
@@ -68,7 +68,7 @@ class Aside:
     Raises ConfigError where the folder cannot be used.
     """
 
-    def __init__(self, cache: KvCache, lender: PrefixCache | None, disk: AsideOnDisk | None) -> None:
+    def __init__(self, cache: KvCache, lender: Prefixes | None, disk: AsideOnDisk | None) -> None:
         self._cache, self._lender, self._disk = cache, lender, disk
         self._count = {"dram": 0, "disk": 0, "again": 0}
         self._in_memory = self._on_disk = 0

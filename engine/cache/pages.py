@@ -15,7 +15,7 @@ import torch
 
 from memory.pages.runs import run_bytes
 from memory.pages.shelf import Shelf, Shelved
-from memory.pages.space import HostSpace, Space
+from memory.pages.space import Elsewhere, HostSpace, Space
 from memory.pages.spaces import new_space, page_bytes_of
 from memory.planner.search import largest
 from quant.errors import BudgetError
@@ -29,6 +29,17 @@ MOST_SHARED = 8192
 
 class PoolShortError(BudgetError):
     """The pool has too few pages left now; it may have enough when a sequence has ended."""
+
+
+@dataclass(frozen=True)
+class RowsSize:
+    """Rows of one kind: in each slot so many runs of consecutive rows, in pages of a device's memory."""
+
+    device: str
+    runs: int
+    ratio: int
+    row_bytes: int
+    page_bytes: int
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,22 @@ class Pages:
         self._taken.setdefault(device, 0)
         return whole[..., :rows, :]
 
+    @property
+    def geometry(self) -> tuple[RowsSize, ...]:
+        """How rows lie, without where."""
+        return tuple(
+            RowsSize(str(rows.device), len(rows.runs[0]), rows.ratio, rows.row_bytes, rows.space.page_bytes)
+            for rows in self._rows
+        )
+
+    def count(self, sizes: Sequence[RowsSize], device_of: Callable[[str], torch.device]) -> None:
+        """Count pages of rows that lie in another process; `device_of` says by which device here."""
+        for size in sizes:
+            device = device_of(size.device)
+            runs = ((0,) * size.runs,) * len(self._tokens)
+            self._rows.append(_Rows(Elsewhere(size.page_bytes), device, runs, size.ratio, size.row_bytes))
+            self._taken.setdefault(device, 0)
+
     # ---------------------------------------------------------------------------------------- a slot's pages
 
     def hold(self, slot: int, tokens: int) -> None:
@@ -138,6 +165,15 @@ class Pages:
         self._trim(slot, KEPT_TOKENS)
         if self._tokens[slot]:
             self._idle[slot] = None
+
+    def trim(self, slot: int, tokens: int) -> None:
+        """Give back the pages beyond so many tokens of a slot that holds no more."""
+        self._trim(slot, tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """How many tokens each slot has pages for."""
+        return tuple(self._tokens)
 
     def of_slots(self) -> tuple[int, ...]:
         """Bytes of each slot's pages."""

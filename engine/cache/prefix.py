@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.cache.prefixes import Prefix, PrefixStats
 from engine.cache.shared_rows import Kept, RowShelf
 from engine.cache.stored_states import StoredStates
 from engine.families.base import KvCache
@@ -28,34 +29,6 @@ SavedRows = tuple[Kept, ...]
 
 # The prefill pauses to save a state if that may spare a later prompt so many tokens.
 MIN_GAIN = 32
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """What was restored into a slot.
-
-    length  tokens that the slot now holds, 0 where nothing fitted
-    logits  `[vocab]` after the last of them, if that is the whole prompt
-    stops   where the prefill is to pause, for the state there to be saved: where the prompt diverges from all
-            cached ones, and before the tokens at a chat prompt's end that open the answer: the next turn
-            has others
-    """
-
-    length: int
-    logits: torch.Tensor | None = None
-    stops: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class PrefixStats:
-    """A snapshot for metrics; all but nbytes and budget_bytes only grow."""
-
-    queries: int
-    hits: int
-    cached_tokens: int
-    evictions: int
-    nbytes: int
-    budget_bytes: int
 
 
 @dataclass(eq=False)

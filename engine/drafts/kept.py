@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.cache.prefix import PrefixCache
+from engine.cache.prefixes import Prefixes
 from engine.families.base import KvCache
 
 
@@ -20,7 +20,7 @@ class KeptStates:
     most    tokens that a step adds to a slot at most
     """
 
-    def __init__(self, cache: KvCache, lender: PrefixCache | None, most: int) -> None:
+    def __init__(self, cache: KvCache, lender: Prefixes | None, most: int) -> None:
         self._cache, self._lender = cache, lender
         self._needs_copies = cache.margin < most
         self._copies: dict[int, tuple[torch.Tensor, ...]] = {}  # by slot

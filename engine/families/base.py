@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.cache.pages import Pages
+from engine.cache.prefixes import Prefixes
 from engine.program_report import StepPart
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.part import PartOfCheckpoint, Span
 from memory.planner.budget import MemoryBudget
 from memory.planner.calibration import StepTimes
 from memory.planner.placement import Placement
@@ -56,17 +58,24 @@ class Batch:
     to_come    tokens of each segment's sequence that follow in later batches before its state is saved or its
                next logits are wanted; None where every state and every token's result is wanted. A model may
                leave out what nothing later looks back on
+    states     for a part of a model that is not its first: what the parts before it made of the tokens,
+               `[tokens, width]` float32
     """
 
     ids: Sequence[int]
     segments: tuple[Segment, ...]
     wanted: Sequence[int] | None
     to_come: tuple[int | None, ...] | None = None
+    states: torch.Tensor | None = None
 
     @cached_property
     def token_ids(self) -> torch.Tensor:
         """The tokens, `[tokens]` int64."""
         return torch.tensor(self.ids, dtype=torch.int64)
+
+    def of_all(self) -> Batch:
+        """The same with every token's result."""
+        return replace(self, wanted=None, to_come=None)
 
     @cached_property
     def logit_rows(self) -> torch.Tensor:
@@ -146,12 +155,14 @@ class KvCache(ABC):
     program  the recorded step that decodes with it; None where operations are started one by one, or several
              devices have a part
     step_parts  those of a step recorded on several devices, or on a GPU
+    prefixes  what keeps states for later prompts where they are not in this process; None elsewhere
     shares_logits  a forward's results need not be valid any longer than until the next one
     """
 
     program: Program | None = None
     step_parts: Sequence[StepPart] = ()
     shares_logits: bool = False
+    prefixes: Prefixes | None = None
 
     def __init__(self, slots: int, capacity: int, *, margin: int) -> None:
         self.slots = slots
@@ -293,7 +304,8 @@ class Model(ABC):
         return []
 
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
-        """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch.
+        """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch. Of a part
+        that is not a model's last, the states of all tokens, `[tokens, width]` float32.
 
         The answer for a sequence does not depend on what else is in the batch, nor on how its
         tokens were cut into chunks.
@@ -369,6 +381,15 @@ class Family(ABC):
             f"--experts {experts}: experts of the {self.name} family are not encoded while loading; "
             "`loci quantize` converts the checkpoint, or leave --experts out"
         )
+
+    def cuts(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """The layers before which a model may be cut into parts for several machines: nothing but a token's
+        state passes there. None where the family cannot be cut."""
+        return ()
+
+    def part(self, checkpoint: Checkpoint, span: Span) -> PartOfCheckpoint:
+        """Some layers of a checkpoint, cut at `cuts`, to be loaded as a model."""
+        raise ConfigError(f"{checkpoint.path}: the {self.name} family runs on one machine only")
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Model:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.families.places import HOST, DensePlaces
+from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.part import PartOfCheckpoint
 from memory.experts.reader import ExpertFiles
 from memory.experts.slots import layouts_of
 from memory.experts.store import ASSUMED_CPU_BYTES_PER_S, ASSUMED_CPU_FLOPS, ExpertStore
@@ -19,15 +21,15 @@ from quant.kernels.interface import Kernels
 
 def expert_store(
     files: ExpertFiles,
-    path: Path,
+    trace: Path | None,
     kernels: Kernels,
     budget: MemoryBudget,
     places: DensePlaces,
     *,
     telemetry: Telemetry | None = None,
 ) -> ExpertStore:
-    """The routed experts of the checkpoint at `path`, as placed. Raises CheckpointError where the routing
-    trace beside it is another model's."""
+    """The routed experts of a checkpoint, as placed. Raises CheckpointError where the routing trace beside
+    it, in `trace`, is another model's."""
     gpus, in_dram = gpus_left(places, budget), places.slots_bytes["dram"]
     placed = None
     if _have_slots(files, kernels, gpus):
@@ -42,11 +44,16 @@ def expert_store(
         gpus,
         placed=placed,
         telemetry=telemetry,
-        hotness=trace_of_checkpoint(path, files.layers, files.experts),
+        hotness=None if trace is None else trace_of_checkpoint(trace, files.layers, files.experts),
         cpu_bytes_per_s=budget.cpu_bytes_per_s or ASSUMED_CPU_BYTES_PER_S,
         lent_bytes=places.lent,
         cpu_flops=budget.cpu_flops or ASSUMED_CPU_FLOPS,
     )
+
+
+def trace_path(checkpoint: Checkpoint) -> Path | None:
+    """Where a checkpoint's routing trace may lie; that of all layers is none of a part's."""
+    return None if isinstance(checkpoint, PartOfCheckpoint) else checkpoint.path
 
 
 def gpus_left(places: DensePlaces, budget: MemoryBudget) -> list[Tier]:

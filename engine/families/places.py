@@ -126,13 +126,15 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
     tiers = tuple(placement.tier_of("dense", n) for n in range(len(shape.layers)))
     slots_bytes = {tier: placement.slots_bytes(tier) for tier in devices}
     in_dram = sum(placement.allocated()["dram"].get(part, 0) for part in ("dense", "drafts", "engram"))
+    # A part of a model has no head, or no embedding.
+    head_tier = placement.tier_of("head", None) if shape.head.nbytes else tiers[-1]
     spare = max(0, budget.dram_bytes - in_dram - slots_bytes["dram"])
     return DensePlaces(
         placement=placement,
         layers=tuple(devices[tier] for tier in tiers),
-        head=devices[placement.tier_of("head", None)],
+        head=devices[head_tier],
         tiers=tiers,
-        head_tier=placement.tier_of("head", None),
+        head_tier=head_tier,
         holds_embedding=placement.tier_of("embedding", None) != "nvme",
         nbytes=dict(nbytes),
         kv_room=kv_room,

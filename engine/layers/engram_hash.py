@@ -149,6 +149,11 @@ class EngramHash:
         heads = sizes.shape[1] // (max_ngram - 1)
         return cls(2 * np.stack(drawn) + 1, sizes, sizes.cumsum(1) - sizes, heads)
 
+    def of(self, tables: Sequence[int]) -> EngramHash:
+        """Addresses in some of the tables, by number."""
+        chosen = list(tables)
+        return EngramHash(self.multipliers[chosen], self.primes[chosen], self.offsets[chosen], self.heads)
+
     @property
     def history(self) -> int:
         """How many earlier tokens an address depends on."""

@@ -34,6 +34,20 @@ class Space(Protocol):
         """Return the memory of a part; what it held is lost."""
 
 
+class Elsewhere:
+    """In another process: nothing is here, and pages are only counted."""
+
+    def __init__(self, page_bytes: int) -> None:
+        self.whole = torch.empty(0, dtype=torch.uint8)
+        self.page_bytes = page_bytes
+
+    def take(self, start: int, length: int) -> None:
+        """The other process does."""
+
+    def give_back(self, start: int, length: int) -> None:
+        """The other process does."""
+
+
 class HostSpace:
     """In host memory: a private mapping, whose untouched pages take nothing."""
 

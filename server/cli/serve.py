@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import uvicorn
 
+from quant.errors import ConfigError
 from server.cli.address import Address, bind
 from server.cli.arguments import OptionalNamedModel, Yes
 from server.cli.process import flush_stdout
@@ -30,6 +31,7 @@ from server.http.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
 
 if TYPE_CHECKING:
+    from server.cluster.serving import Prepared as InParts
     from server.serving.service import Prepared, Service
 
 log = logging.getLogger("loci")
@@ -106,7 +108,14 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
 
     typed = settings.model
     settings = settings.model_copy(update={"model": str(fetched(settings.model, yes, settings.experts))})
-    prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
+    if settings.cluster is not None:
+        from server.cluster import serving as in_parts
+
+        prepared: Prepared | InParts = in_parts.prepare(settings)
+    elif settings.stages is not None:
+        raise ConfigError("--stages is for a model on several machines: give --cluster too")
+    else:
+        prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()
     service = Service(prepared.settings, metrics, typed)
@@ -130,7 +139,7 @@ class _Server(uvicorn.Server):
     While it drains it goes on listening, so that who comes now is told that the server stops.
     """
 
-    def __init__(self, app: Any, service: Service, prepared: Prepared, address: Address) -> None:
+    def __init__(self, app: Any, service: Service, prepared: Prepared | InParts, address: Address) -> None:
         self._service = service
         self._prepared = prepared
         self._address = address
@@ -157,14 +166,21 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         from server.cli.plan_lines import explained, plan_lines
-        from server.serving.service import bring_up
+        from server.serving.service import Prepared, bring_up
 
+        prepared = self._prepared
         _say(f"Loci listens on {self._address} and is loading the model")
-        for line in plan_lines(self._prepared.planned):
+        if not isinstance(prepared, Prepared):
+            from server.cluster.serving import bring_up as bring_up_parts
+
+            bring_up_them = partial(bring_up_parts, prepared, self._service.metrics.registry)
+            self._service.load_in_background(bring_up_them, self._when_loaded)
+            return
+        for line in plan_lines(prepared.planned):
             _say(line)
-        if self._prepared.settings.explain:
-            _say("\n".join(explained(self._prepared.planned)))
-        self._service.load_in_background(partial(bring_up, self._prepared), self._when_loaded)
+        if prepared.settings.explain:
+            _say("\n".join(explained(prepared.planned)))
+        self._service.load_in_background(partial(bring_up, prepared), self._when_loaded)
 
     def _when_loaded(self) -> None:
         if self._service.failure is not None:

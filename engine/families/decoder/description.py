@@ -254,6 +254,7 @@ class Description:
     has_rope_factors  a tensor says what each rotary pair's frequency is divided by
     is_reencoded   matrices of routed experts are not those of the checkpoint's own files, however they lie
                    there, but tensors of their own: REENCODED in engine/families/decoder/names.py
+    is_first, is_last  of parts of a model: with its embedding, with its head
     names          role -> tensor name, with {layer} and {expert}; NAMES in engine/families/decoder/names.py
     ignored        tensors of the file that text generation does not use
     """
@@ -272,6 +273,8 @@ class Description:
     is_tied: bool = False
     has_rope_factors: bool = False
     is_reencoded: bool = False
+    is_first: bool = True
+    is_last: bool = True
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.decoder.description import Description, Mla
 from engine.families.decoder.forward import Decoder
+from engine.families.decoder.part import cuts, description_of, outside
 from engine.families.decoder.read_weights import dense_places, expert_hotness, read_weights
 from engine.families.decoder.reencoded import ReencodedCheckpoint, reencoded
 from engine.families.decoder.shape import checkpoint_shape, components, loaded_shape
@@ -15,9 +16,10 @@ from engine.families.decoder.stored import StoredMatrices
 from engine.families.decoder.tensors import uses
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
+from memory.checkpoint.part import PartOfCheckpoint, Span
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
-from quant.errors import Findings, FormatError
+from quant.errors import ConfigError, Findings, FormatError
 from quant.formats.kv_names import HEAD_FORMATS, LATENT_FORMATS, TRAINED_LATENTS, KvFormat
 from quant.kernels.interface import Kernels
 
@@ -41,6 +43,8 @@ class DecoderFamily(Family):
         """The description of a checkpoint. Raises ConfigError naming everything that is not computed."""
         if isinstance(checkpoint, ReencodedCheckpoint):
             return replace(self._describe_config(checkpoint.source), is_reencoded=True)
+        if isinstance(checkpoint, PartOfCheckpoint):
+            return description_of(self._describe_config(checkpoint.whole), checkpoint.span)
         return self._describe_config(checkpoint)
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
@@ -83,6 +87,16 @@ class DecoderFamily(Family):
 
     def loaded_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
         return loaded_shape(self.description(checkpoint), checkpoint, checkpoint.name, kv_format)
+
+    def cuts(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        return cuts(self.description(checkpoint))
+
+    def part(self, checkpoint: Checkpoint, span: Span) -> PartOfCheckpoint:
+        if isinstance(checkpoint, ReencodedCheckpoint):
+            raise ConfigError(
+                "--experts is not for parts of a model; `loci quantize` converts the checkpoint"
+            )
+        return PartOfCheckpoint(checkpoint, span, outside(self.description(checkpoint), span))
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> Decoder:
         self.check(checkpoint)

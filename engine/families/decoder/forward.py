@@ -124,7 +124,7 @@ class Decoder(Model):
 
     def capture(self) -> bool:
         """The last hidden states, behind the last norm. On GPUs nothing is captured yet."""
-        self._captures = self._is_on_host
+        self._captures = self._is_on_host and self.description.is_last
         return self._captures
 
     def captured(self) -> list[torch.Tensor]:
@@ -171,6 +171,8 @@ class Decoder(Model):
 
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, DecoderCache)
+        if not self.description.is_last:
+            batch = batch.of_all()
         if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
             return self._replay(cache.program, cache, batch)
         if cache.decoder is not None:
@@ -185,7 +187,9 @@ class Decoder(Model):
         """The logits of any batch, operation by operation."""
         ops = self._eager(batch, cache)
         with self._eager_experts(len(batch.ids)) as routed:
-            x = self._layers(ops, routed, self._embedded(batch.token_ids), trace)
+            x = self._layers(ops, routed, self._source(batch), trace)
+        if not self.description.is_last:
+            return x.float().cpu()
         if not self._captures:
             return self._logits(ops, self._states(ops, x[batch.logit_rows.to(x.device)])).float().cpu()
         states = self._states(ops, x)
@@ -209,8 +213,8 @@ class Decoder(Model):
 
     def _replay(self, program: Program, cache: DecoderCache, batch: Batch) -> torch.Tensor:
         """The logits of a batch of new tokens, by a recorded program: the same bits."""
-        if not isinstance(self.weights.embed, torch.Tensor):
-            program.source[: len(batch.ids)] = self._embedded(batch.token_ids)
+        if batch.states is not None or not isinstance(self.weights.embed, torch.Tensor):
+            program.source[: len(batch.ids)] = self._source(batch)
         logits = replay(program, cache.routed, batch, cache)
         if cache.last_states is not None:
             states = program.rows(cache.last_states)[: len(batch.ids)]
@@ -230,11 +234,15 @@ class Decoder(Model):
         """Give `cache` a program that decodes with it."""
         ops = self._notes(recorder, cache)
         embed = self.weights.embed
-        if isinstance(embed, torch.Tensor):
+        if isinstance(embed, torch.Tensor) and self.description.is_first:
             source = recorder.embed(embed, self.description.embedding_factor)
         else:
             source = recorder.input(self.description.hidden)
-        states = self._states(ops, self._layers(ops, cache.routed, source, NO_TRACE))
+        x = self._layers(ops, cache.routed, source, NO_TRACE)
+        if not self.description.is_last:
+            cache.program = recorder.finish(source, x)
+            return
+        states = self._states(ops, x)
         if self._captures:
             cache.last_states = states
             recorder.keep(states)
@@ -373,6 +381,10 @@ class Decoder(Model):
     def _logits(self, ops: Operations[Value], states: Value) -> Value:
         (logits,) = ops.linears(states, self.weights.head)
         return _scaled(ops, logits, self.description.logits_factor)
+
+    def _source(self, batch: Batch) -> torch.Tensor:
+        """What the layers begin with, `[tokens, hidden]` float32: embedded tokens, or states received."""
+        return self._embedded(batch.token_ids) if batch.states is None else batch.states
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding as float32; no others are decoded."""

@@ -33,7 +33,7 @@ from engine.families.decoder.weights import (
     MlpWeights,
     RouterWeights,
 )
-from engine.families.expert_store import expert_store
+from engine.families.expert_store import expert_store, trace_path
 from engine.families.places import HOST, DensePlaces, place
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.store import ExpertStore
@@ -63,13 +63,14 @@ def read_weights(
     source = _Source.of(d, checkpoint)
     host = _Reader(source, kernels, HOST)
     by_head = _Reader(source, kernels, places.head)
-    head = by_head.matrix("embed" if d.is_tied else "head")
-    embed: Weight | RowsInFile = head
-    if not d.is_tied or places.head != HOST:
+    none = torch.empty(0, d.hidden)  # of another part
+    head = by_head.matrix("embed" if d.is_tied else "head") if d.is_last else none
+    embed: Weight | RowsInFile = head if d.is_first else none
+    if d.is_first and (not d.is_tied or places.head != HOST):
         embed = host.embedding(in_memory=places.holds_embedding)
     return DecoderWeights(
         embed=embed,
-        norm=by_head.norm("norm"),
+        norm=by_head.norm("norm") if d.is_last else none[:, 0].to(places.head),
         head=head,
         layers=tuple(
             _Reader(source, kernels, device, n).layer(layer)
@@ -78,7 +79,9 @@ def read_weights(
         frequencies=_frequencies(d, checkpoint, host),
         experts=None
         if d.experts is None
-        else expert_store(DecoderExpertFiles.of(d, checkpoint), checkpoint.path, kernels, budget, places),
+        else expert_store(
+            DecoderExpertFiles.of(d, checkpoint), trace_path(checkpoint), kernels, budget, places
+        ),
         places=places,
     )
 
@@ -141,10 +144,11 @@ def dense_places(description: Description, checkpoint: Checkpoint, budget: Memor
 
 def expert_hotness(description: Description, checkpoint: Checkpoint) -> torch.Tensor | None:
     """Shares of uses, from the routing trace beside a checkpoint. Raises CheckpointError for another's."""
-    if description.experts is None:
+    trace = trace_path(checkpoint)
+    if description.experts is None or trace is None:
         return None
     layers, experts = len(description.expert_layers), description.experts.router.experts
-    return trace_of_checkpoint(checkpoint.path, layers, experts)
+    return trace_of_checkpoint(trace, layers, experts)
 
 
 def _frequencies(d: Description, checkpoint: Checkpoint, reader: _Reader) -> torch.Tensor:

@@ -44,13 +44,15 @@ def bias_of(name: str) -> str:
 def uses(description: Description) -> Iterator[Use]:
     """Every tensor that text generation needs, those of one layer after the other."""
     d = description
-    yield Use(d.names["embed"], (d.vocab_size, d.hidden), "embedding")
+    if d.is_first or d.is_tied:
+        yield Use(d.names["embed"], (d.vocab_size, d.hidden), "embedding")
     for number in range(len(d.layers)):
         yield from layer_uses(d, number)
-    yield Use(d.names["norm"], (d.hidden,), "head", is_matrix=False)
+    if d.is_last:
+        yield Use(d.names["norm"], (d.hidden,), "head", is_matrix=False)
     if d.has_rope_factors:
         yield Use(d.names["rope_factors"], (d.rope.dims // 2,), "head", is_matrix=False)
-    if not d.is_tied:
+    if d.is_last and not d.is_tied:
         yield Use(d.names["head"], (d.vocab_size, d.hidden), "head")
 
 

@@ -63,6 +63,8 @@ class V41Config(StreamConfig):
     engram_compressed_vocab_size: int
     engram_num_embeddings: tuple[int, ...]
     dspark: DSparkShape | None = None  # of draft stages
+    is_first: bool = True  # of parts of a model: with its embedding
+    is_last: bool = True  # with its head
 
     def check(self) -> None:
         """Raise ConfigError listing all inconsistencies between fields."""
@@ -75,6 +77,11 @@ class V41Config(StreamConfig):
         if self.compress_ratios[layer] == 0:
             return None
         return max(source for source in self.kv_source_layer_ids if source <= layer)
+
+    @property
+    def state_width(self) -> int:
+        """Values that pass from layer to layer for a token: its streams, and the mix they are read with."""
+        return self.hc_mult * (self.hidden_size + 1)
 
     @property
     def first_tail_layer(self) -> int:

@@ -49,6 +49,12 @@ class V41Eager(EagerStreams):
     def streams(self, x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         return x.repeat(1, n), first_mix(len(x), n)
 
+    def received(self, x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return x[:, :-n].contiguous(), x[:, -n:].contiguous()
+
+    def handed(self, streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+        return torch.cat([streams, pre], dim=1)
+
     def narrow(
         self, number: int, streams: torch.Tensor, pre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -7,12 +7,15 @@ import torch
 from engine.families.base import Component, Family, ModelInfo
 from engine.families.deepseek_v41.config import V41Config, parse_config
 from engine.families.deepseek_v41.forward import DeepseekV41
+from engine.families.deepseek_v41.part import config_of, cuts
 from engine.families.deepseek_v41.shape import checkpoint_shape, loaded_shape
 from engine.families.deepseek_v41.tensors import IGNORED, expected_tensors
 from engine.families.deepseek_v41.weights import read_weights
+from engine.families.expert_store import trace_path
 from engine.families.streams.stored import components
 from engine.layers.engram_hash import EngramHash, load_token_map, table_primes
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.part import PartOfCheckpoint, Span
 from memory.experts.traces import trace_of_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.shape import ModelShape
@@ -33,41 +36,65 @@ def hashing_of(config: V41Config) -> EngramHash:
     return EngramHash.for_layers(config.engram_layer_ids, _table_primes(config), vocab, max_ngram)
 
 
+def _config(checkpoint: Checkpoint) -> V41Config:
+    """The config, or that of a part."""
+    config = parse_config(checkpoint.config)
+    return config_of(config, checkpoint.span) if isinstance(checkpoint, PartOfCheckpoint) else config
+
+
+def _hashing(checkpoint: Checkpoint) -> EngramHash:
+    """The addresses that a checkpoint's Engram layers use; they follow from those of all layers."""
+    config = parse_config(checkpoint.config)
+    hashing = hashing_of(config)
+    if not isinstance(checkpoint, PartOfCheckpoint):
+        return hashing
+    layers, span = config.engram_layer_ids, checkpoint.span
+    return hashing.of([table for table, n in enumerate(layers) if span.first <= n < span.stop])
+
+
 class DeepseekV41Family(Family):
     """The family's entry in the registry."""
 
     name = "deepseek_v41"
 
     def describe(self, checkpoint: Checkpoint) -> tuple[ModelInfo, list[Component]]:
-        config = parse_config(checkpoint.config)
+        config = _config(checkpoint)
         return config.info(self.name, checkpoint.name), components(checkpoint, IGNORED)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        config = parse_config(checkpoint.config)
+        config = _config(checkpoint)
         findings = Findings()
         with findings.checking():
             checkpoint.verify(expected_tensors(config, checkpoint), IGNORED)
         with findings.checking():
             self._token_map(config, checkpoint)
         with findings.checking():
-            trace_of_checkpoint(checkpoint.path, config.num_hidden_layers, config.n_routed_experts)
+            if (trace := trace_path(checkpoint)) is not None:
+                trace_of_checkpoint(trace, config.num_hidden_layers, config.n_routed_experts)
         findings.raise_any()
 
     def kv_formats(self, checkpoint: Checkpoint) -> tuple[KvFormat, ...]:
         return V41_FORMATS
 
     def shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
-        return checkpoint_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name, kv_format)
+        return checkpoint_shape(_config(checkpoint), checkpoint, checkpoint.name, kv_format)
 
     def loaded_shape(self, checkpoint: Checkpoint, kv_format: KvFormat = "float32") -> ModelShape:
-        return loaded_shape(parse_config(checkpoint.config), checkpoint, checkpoint.name, kv_format)
+        return loaded_shape(_config(checkpoint), checkpoint, checkpoint.name, kv_format)
+
+    def cuts(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        return cuts(parse_config(checkpoint.config))
+
+    def part(self, checkpoint: Checkpoint, span: Span) -> PartOfCheckpoint:
+        outside = (*(["embed"] if span.is_first else []), *(["norm", "head"] if span.is_last else []))
+        return PartOfCheckpoint(checkpoint, span, outside)
 
     def load(self, checkpoint: Checkpoint, kernels: Kernels, budget: MemoryBudget) -> DeepseekV41:
         self.check(checkpoint)
-        config = parse_config(checkpoint.config)
+        config = _config(checkpoint)
         token_map = self._token_map(config, checkpoint)
         weights = read_weights(config, checkpoint, kernels, budget)
-        hashing = hashing_of(config) if config.engram_layer_ids else None
+        hashing = _hashing(checkpoint) if config.engram_layer_ids else None
         info, kv_format = config.info(self.name, checkpoint.name), budget.kv_format
         return DeepseekV41(config, info, weights, token_map, kernels, hashing, kv_format)
 
@@ -75,7 +102,7 @@ class DeepseekV41Family(Family):
         """What Engram lookups fold token ids to; empty where there are none."""
         if not config.engram_layer_ids:
             return torch.zeros(0, dtype=torch.int64)
-        self._check_tables(config)
+        self._check_tables(parse_config(checkpoint.config))
         file = checkpoint.path / "tokenizer.json"
         return torch.from_numpy(load_token_map(file, config.vocab_size, config.engram_compressed_vocab_size))
 

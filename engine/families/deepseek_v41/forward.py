@@ -181,8 +181,9 @@ class DeepseekV41(StreamModel):
             self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
         try:
             ops = V41OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
-            source = ops.begin(self.config.hidden_size)
-            result = self._logits(ops, *self._layers(ops, source))
+            c = self.config
+            source = ops.begin(c.hidden_size if c.is_first else c.state_width)
+            result = self._result(ops, *self._layers(ops, source))
         except FormatError as error:
             logger.warning(
                 "decode steps are started operation by operation on GPUs, which is slower: %s", error
@@ -204,6 +205,8 @@ class DeepseekV41(StreamModel):
 
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V41Cache)
+        if not self.config.is_last:
+            batch = batch.of_all()
         decoder = cache.decoder
         if decoder is not None and not isinstance(decoder, V41Recorded):
             decoder.check()
@@ -223,7 +226,9 @@ class DeepseekV41(StreamModel):
         return logits
 
     def _embedded(self, batch: Batch) -> torch.Tensor:
-        """`[tokens, hidden]` float32."""
+        """`[tokens, hidden]` float32; or what another part has handed on."""
+        if batch.states is not None:
+            return batch.states
         return self.weights.embed[batch.token_ids].float()
 
     @torch.inference_mode()
@@ -237,13 +242,13 @@ class DeepseekV41(StreamModel):
             if self._targets:
                 self._captured = partial(ops.captured, len(self._targets))
             wanted = ops.rows_of(batch.logit_rows).to(streams.device)
-            return self._logits(ops, streams[wanted], pre[wanted]).float().cpu()
+            return self._result(ops, streams[wanted], pre[wanted]).float().cpu()
 
     def _record(self, recorder: Recorder, cache: SparseCache) -> V41Recorded:
         """A program that decodes with `cache`."""
         ops = V41Recorded(self.parts, recorder, cache)
         source = ops.begin()
-        ops.finish(source, self._logits(ops, *self._layers(ops, source)))
+        ops.finish(source, self._result(ops, *self._layers(ops, source)))
         return ops
 
     def _request_rows(self, batch: Batch, cache: SparseCache) -> StepRows | None:
@@ -259,7 +264,7 @@ class DeepseekV41(StreamModel):
     def _layers(self, ops: V41Operations[Value], embedded: Value) -> tuple[Value, Value]:
         """All layers: the streams, `[rows, hc * hidden]`, and the mix that the head reads with."""
         c, weights = self.config, self.weights
-        streams, pre = ops.streams(embedded, c.hc_mult)
+        streams, pre = (ops.streams if c.is_first else ops.received)(embedded, c.hc_mult)
         ops.prefetch(0, streams, pre, None)  # the disk has nothing to do until then
         for number, layer in enumerate(weights.layers):
             ops.at_layer(number)
@@ -287,7 +292,10 @@ class DeepseekV41(StreamModel):
         ops.at_layer(None)
         return streams, pre
 
-    def _logits(self, ops: V41Operations[Value], streams: Value, pre: Value) -> Value:
+    def _result(self, ops: V41Operations[Value], streams: Value, pre: Value) -> Value:
+        """Logits, or what the next part begins with."""
+        if not self.config.is_last:
+            return ops.handed(streams, pre)
         (x,) = ops.move(self.weights.norm.device, ops.read_streams(streams, pre))
         (logits,) = ops.linears(ops.norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head)
         return logits

@@ -11,6 +11,7 @@ from engine.families.deepseek_v41.weights import CompressorWeights
 from engine.families.streams.notes import StreamNotes
 from engine.families.streams.weights import StreamAttention
 from engine.layers.hyper_connections import first_mix
+from quant.errors import FormatError
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Recorder
@@ -35,6 +36,18 @@ class V41Notes(StreamNotes):
 
     def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
         return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])
+
+    def received(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
+        recorder = self._on_host("received")
+        return recorder.part(x, 1, 0, x.width - n), recorder.part(x, 1, x.width - n, n)
+
+    def handed(self, streams: Buffer, pre: Buffer) -> Buffer:
+        return self._on_host("handed on").join(streams, pre, 1)
+
+    def _on_host(self, what: str) -> Recorder:
+        if not isinstance(self._recorder, Recorder):
+            raise FormatError(f"streams are {what} by steps in host memory only")
+        return self._recorder
 
     def capture(self, streams: Buffer) -> None:
         assert isinstance(self._recorder, Recorder)  # nothing is captured on GPUs

@@ -51,6 +51,14 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
         """x in n streams, and the mix that the first sublayer reads with: stream 0 alone."""
         ...
 
+    def received(self, x: Value, n: int) -> tuple[Value, Value]:
+        """n streams and their mix, from another part's `handed`."""
+        ...
+
+    def handed(self, streams: Value, pre: Value) -> Value:
+        """Streams and mix side by side, `[rows, hc * (hidden + 1)]`, for the next part."""
+        ...
+
     def narrow(self, number: int, streams: Value, pre: Value) -> tuple[Value, Value] | None:
         """The rows that layer `number` and those after it need: None where it is none at all."""
         ...

@@ -46,6 +46,8 @@ class V41Recorded(V41Notes):
     def run_tokens(self, batch: Batch) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`."""
         assert self.program is not None
+        if batch.states is not None:
+            self.program.source[: len(batch.ids)] = batch.states
         return replay(self.program, self._experts, batch, self._cache)
 
     def run(self, batch: Batch, embedded: torch.Tensor, rows: StepRows | None) -> torch.Tensor:
@@ -62,12 +64,14 @@ class V41Recorded(V41Notes):
         return replay(self.program, self._experts, batch, self._cache)
 
     def begin(self) -> Buffer:
-        """The embedded tokens, `[rows, hidden]`."""
+        """The embedded tokens, `[rows, hidden]`, or what another part hands on."""
         embed, ngrams = self._parts.weights.embed, self._parts.ngrams
+        if self.takes_tokens and ngrams is not None:
+            self._addresses = self._recorder.ngrams(ngrams, self._cache.history)
+        if not self._config.is_first:
+            return self._recorder.input(self._config.state_width)
         if not self.takes_tokens or not isinstance(embed, torch.Tensor):
             return self._recorder.input(self._config.hidden_size)
-        if ngrams is not None:
-            self._addresses = self._recorder.ngrams(ngrams, self._cache.history)
         return self._recorder.embed(embed)
 
     def finish(self, source: Buffer, result: Buffer) -> None:

@@ -21,7 +21,7 @@ def expected_tensors(config: V41Config, checkpoint: Checkpoint) -> dict[str, Ten
     """Every tensor that text generation needs, with its shape and the dtypes it may have."""
     c = config
     expect = Expectations(checkpoint)
-    expect.outside(c)
+    expect.outside(c, is_first=c.is_first, is_last=c.is_last)
     for n in range(c.num_hidden_layers):
         layer = f"layers.{n}"
         expect.sublayers(c, layer)

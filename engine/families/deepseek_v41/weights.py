@@ -8,13 +8,14 @@ import torch
 
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.shape import loaded_shape
-from engine.families.expert_store import expert_store, gpus_left
+from engine.families.expert_store import expert_store, gpus_left, trace_path
 from engine.families.places import place
 from engine.families.streams.experts import StreamExpertFiles
 from engine.families.streams.reader import Reader
 from engine.families.streams.weights import StreamLayer, StreamWeights
 from engine.layers.engram import EngramMix
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.checkpoint.reads import RowsOnDisk
 from memory.engram.store import EngramStore, TableFiles
 from memory.planner.budget import MemoryBudget
 from memory.telemetry import Telemetry
@@ -65,17 +66,21 @@ def read_weights(
     tables = {n: _table_files(config, host, n) for n in config.engram_layer_ids}
     gpus = gpus_left(places, budget)
     by_head = Reader(checkpoint, kernels, places.head)
+    none = torch.empty(0, config.hidden_size)  # of another part
+    embed: torch.Tensor | RowsOnDisk = none
+    if config.is_first:
+        embed = host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight")
     return V41Weights(
-        embed=host.plain("embed.weight") if places.holds_embedding else host.on_disk("embed.weight"),
-        norm=by_head.small("norm.weight"),
-        head=by_head.plain("head.weight"),
+        embed=embed,
+        norm=by_head.small("norm.weight") if config.is_last else none[:, 0].to(places.head),
+        head=by_head.plain("head.weight") if config.is_last else none,
         layers=tuple(
             read_layer(config, Reader(checkpoint, kernels, device), n)
             for n, device in enumerate(places.layers)
         ),
         experts=expert_store(
             StreamExpertFiles.of(config, checkpoint, config.num_hidden_layers),
-            checkpoint.path,
+            trace_path(checkpoint),
             kernels,
             budget,
             places,

@@ -85,11 +85,13 @@ class Expectations:
         self.specs[f"{name}.weight"] = TensorSpec(weight.shape, weight.dtypes)
         self.specs[f"{name}.scale"] = TensorSpec(scale.shape, scale.dtypes)
 
-    def outside(self, c: StreamConfig) -> None:
-        """The embedding, and what makes logits."""
-        self.floats("embed.weight", c.vocab_size, c.hidden_size)
-        self.floats("head.weight", c.vocab_size, c.hidden_size)
-        self.floats("norm.weight", c.hidden_size)
+    def outside(self, c: StreamConfig, *, is_first: bool = True, is_last: bool = True) -> None:
+        """The embedding, and what makes logits: those of a model's first and last part."""
+        if is_first:
+            self.floats("embed.weight", c.vocab_size, c.hidden_size)
+        if is_last:
+            self.floats("head.weight", c.vocab_size, c.hidden_size)
+            self.floats("norm.weight", c.hidden_size)
 
     def sublayers(self, c: StreamConfig, layer: str) -> None:
         """The norms and hyper-connections of attention and feed-forward."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from server.cli.bench.cluster import cluster
 from server.cli.bench.context import context
 from server.cli.bench.drafts import drafts
 from server.cli.bench.engram import engram
@@ -35,3 +36,4 @@ bench.command()(prefill)
 bench.command("plan")(plan_)
 bench.command()(context)
 bench.command()(drafts)
+bench.command()(cluster)

@@ -1,0 +1,1 @@
+"""A model in parts on several machines, driven by one engine."""

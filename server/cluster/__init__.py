@@ -1,0 +1,1 @@
+"""A model on several machines, by Ray. Nothing outside of this folder imports Ray."""

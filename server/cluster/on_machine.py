@@ -1,0 +1,120 @@
+"""What runs on each machine of a cluster: its look at the checkpoint, its plan, and its part of the model."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.cluster.messages import PlannedKv
+from engine.cluster.part import Part
+from engine.distribution import DISTRIBUTION, version_of
+from engine.embedded import model_path
+from engine.families.loader import OpenedModel, open_model
+from memory.checkpoint.part import Span
+from memory.hardware.detect import available_memory_bytes
+from memory.planner.budget import GPU_SHARE
+from server.cluster.fingerprint import fingerprint
+from server.serving.planned import Planned, planned
+from server.settings import Settings
+
+# Where the checkpoint lies on a machine, if not where the server's own is.
+MODEL_VARIABLE = "LOCI_STAGE_MODEL"
+# What of a server's settings the parts must keep to; memory and GPUs are each machine's own.
+PASSED = (
+    "model", "max_model_len", "max_num_seqs", "kv_budget", "kv_format", "prefill_chunk", "prefix_cache",
+    "dram_budget", "devices",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """A machine as a place for layers; `room` is bytes of memory that weights could take there."""
+
+    host: str
+    version: str
+    path: str
+    fingerprint: str
+    room: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a part's plan would serve by itself."""
+
+    sequences: int
+    context: int
+    prefill_chunk: int
+
+
+def passed(settings: Settings) -> dict[str, Any]:
+    """The settings for the machines, without the server's secrets."""
+    chosen = {name: getattr(settings, name) for name in PASSED}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def look(settings: dict[str, Any]) -> Look:
+    """Look at this machine and its copy of the checkpoint. Raises LociError where that is not usable."""
+    opened = _opened(settings)
+    gpus = 0
+    if settings.get("devices") is None and "LOCI_DEVICES" not in os.environ:
+        from memory.hardware.this_machine import this_machine
+
+        gpus = int(GPU_SHARE * sum(gpu.memory_bytes for gpu in this_machine().gpus))
+    return Look(
+        host=socket.gethostname(),
+        version=version_of(DISTRIBUTION) or "unknown",
+        path=str(opened.checkpoint.path),
+        fingerprint=fingerprint(opened.checkpoint),
+        room=available_memory_bytes() + gpus,
+        threads=os.cpu_count() or 1,
+    )
+
+
+class OnMachine:
+    """A part of a model, from its plan to its work."""
+
+    def __init__(self, settings: dict[str, Any], span: Span) -> None:
+        self._settings, self._span = settings, span
+        self._part: Part | None = None
+
+    def wish(self) -> Wish:
+        """What this machine's plan for the part serves. Raises LociError where it does not fit."""
+        workload = self._planned(self._settings).workload
+        return Wish(workload.sequences, workload.context, workload.prefill_chunk)
+
+    def load(self, agreed: dict[str, Any]) -> Part:
+        """The part, loaded by the plan for what all machines have agreed on."""
+        if self._part is None:
+            settings = self._settings | agreed
+            found = self._planned(settings)
+            loaded = self._opened.load(found.budget)
+            kv = _planned_kv(found, is_given="kv_budget" in settings)
+            self._part = Part(
+                loaded.model, is_last=self._span.is_last, kv=kv, prefix_bytes=found.workload.prefix_bytes
+            )
+        return self._part
+
+    def _planned(self, settings: dict[str, Any]) -> Planned:
+        opened = _opened(settings)
+        part = opened.family.part(opened.checkpoint, self._span)
+        self._opened = replace(opened, checkpoint=part)
+        return planned(Settings(**settings), self._opened)
+
+
+def _opened(settings: dict[str, Any]) -> OpenedModel:
+    path = os.environ.get(MODEL_VARIABLE) or settings["model"]
+    return open_model(model_path(path), settings.get("max_model_len"))
+
+
+def _planned_kv(found: Planned, *, is_given: bool) -> PlannedKv | None:
+    """The plan's rows in host memory; None where all slots may be full."""
+    work, placement = found.workload, found.plan.placement
+    tokens = work.sequences * work.context if work.kv_tokens is None else work.kv_tokens
+    if not is_given and tokens == work.sequences * work.context:
+        return None
+    layers = [p for p in placement.places if p.kind == "kv" and p.tier == "dram"]
+    fixed = sum(found.shape.layers[p.layer].kv.fixed_bytes for p in layers if p.layer is not None)
+    return PlannedKv(sum(p.nbytes for p in layers) - work.sequences * fixed, tokens)

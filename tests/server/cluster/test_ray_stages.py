@@ -1,0 +1,165 @@
+"""Two parts of a model in Ray's processes: the same answers as in one, nothing hangs when one is killed, and
+nothing listens beyond this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import golden_path
+from tests.engine.families.golden_families import golden_family
+from tests.server.harness import command, complaint, environment, run
+
+pytest.importorskip("ray", reason="ray is not installed (extra `cluster`)")
+pytestmark = pytest.mark.slow
+
+LIMITS = (
+    "--dram-budget", "150MiB", "--max-model-len", "400", "--max-num-seqs", "8", "--prefix-cache", "20MiB"
+)  # fmt: skip
+START_S = 150.0
+BODY = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 3}
+
+
+class Served:
+    """A `loci serve` on a free port, and its processes."""
+
+    def __init__(self, folder: Path, model: Path, *flags: str) -> None:
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command("serve", model, "--port", "0", *LIMITS, *flags),
+                stdout=log,
+                stderr=log,
+                env=environment(),
+            )
+        self.url = self._wait()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def _wait(self) -> str:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
+            text = self.log.read_text()
+            if "is ready" in text:
+                return text.split("Loci listens on ")[1].split()[0]
+            assert self.process.poll() is None, text
+            time.sleep(0.2)
+        raise AssertionError(self.log.read_text())
+
+    def complete(self, **more: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self.client.post("/v1/completions", json=BODY | more).json()
+        return answer
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stages(self) -> list[psutil.Process]:
+        """The processes that have parts of the model: of Ray's workers, those that were named after it."""
+        return [p for p in self.processes() if p.status() != "zombie" and "_Actor" in " ".join(p.cmdline())]
+
+    def stop(self) -> None:
+        started = self.processes()
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(30)
+        finally:
+            self.process.kill()
+            _, left = psutil.wait_procs(started, timeout=15)
+            for process in left:
+                process.kill()
+        assert not left
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("r")
+
+
+@pytest.fixture(scope="module")
+def staged(folder: Path) -> Iterator[Served]:
+    served = Served(folder, golden_path("v41-a"), "--cluster", "local", "--stages", "2")
+    yield served
+    served.stop()
+
+
+def answered(completion: dict[str, Any]) -> object:
+    return completion["choices"][0]["text"], completion["choices"][0]["logprobs"]
+
+
+def test_two_stages_answer_as_one_process_does(staged: Served, folder: Path) -> None:
+    alone = Served(folder, golden_path("v41-a"))
+    try:
+        prompts = [BODY["prompt"], "A long one: " + "and then there was more of it, " * 20, "x"]
+        expected = [answered(alone.complete(prompt=prompt)) for prompt in prompts]
+    finally:
+        alone.stop()
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda prompt: answered(staged.complete(prompt=prompt)), prompts)) == expected
+    again = staged.complete(prompt=prompts[1])
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0  # in the stages' own memory
+    assert answered(again) == expected[1]
+
+
+def test_nothing_listens_beyond_this_machine(staged: Served) -> None:
+    for process in [psutil.Process(staged.process.pid), *staged.processes()]:
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), (
+                    process.cmdline(),
+                    connection,
+                )
+
+
+def test_the_hops_are_metrics(staged: Served) -> None:
+    staged.complete()
+    metrics = staged.client.get("/metrics").text
+    for name in ("loci_stage_seconds_total", "loci_stage_bytes_total"):
+        for stage in ("0", "1"):
+            assert f'{name}{{stage="{stage}"}}' in metrics
+    assert "loci_stages_up 1.0" in metrics
+
+
+def test_a_killed_stage_hangs_nobody_and_comes_back(staged: Served) -> None:
+    before = answered(staged.complete())
+    first, second = staged.stages()
+    ended: list[str] = []
+
+    def stream(number: int) -> None:
+        body = BODY | {"prompt": f"Story {number}", "max_tokens": 300, "stream": True}
+        with staged.client.stream("POST", "/v1/completions", json=body) as answer:
+            ended.append("".join(answer.iter_lines()))
+
+    threads = [threading.Thread(target=stream, args=(number,)) for number in range(32)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    os.kill(second.pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(90)
+    assert len(ended) == 32  # each has an end of its stream, or an error
+    end = time.monotonic() + 90
+    while "error" in (answer := staged.complete()):
+        assert "again" in answer["error"]["message"]
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert answered(answer) == before
+    assert first.is_running()
+    assert "loci_stages_lost_total 1.0" in staged.client.get("/metrics").text
+
+
+def test_what_cannot_be_is_said_before_anything_is_loaded() -> None:
+    model = golden_family("deepseek_v4").path
+    refused = run("serve", model, "--cluster", "local", "--port", "0")
+    assert "runs on one machine only" in complaint(refused.stderr)
+    refused = run("serve", golden_path("v41-a"), "--stages", "2", "--port", "0")
+    assert "give --cluster too" in complaint(refused.stderr)
