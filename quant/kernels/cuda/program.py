@@ -32,7 +32,8 @@ class GpuProgram:
 
     source  `[max_rows, width]`, to be filled before a run
     result  `[max_rows, width]`, valid until the next run
-    nbytes  of the GPU's memory that it holds: buffers that live at different times share places
+    nbytes  of the GPU's memory that it uses: buffers that live at different times share places
+    arena   bytes for its buffers, which programs that never run at the same time may share; None for its own
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class GpuProgram:
         source: Buffer,
         result: Buffer,
         max_rows: int,
+        arena: torch.Tensor | None = None,
     ) -> None:
         self._groups, size = arranged(noted, [*inputs, source, result], max_rows)
         device = kernels.device
-        arena = torch.zeros(size, dtype=torch.uint8, device=device)
+        arena = torch.zeros(size, dtype=torch.uint8, device=device) if arena is None else arena[:size]
         self._host_step = torch.zeros(1 + 2 * max_rows, dtype=torch.int64)
         if device.type == "cuda":
             self._host_step = self._host_step.pin_memory()

@@ -53,9 +53,10 @@ class GpuRecorder(LatentNotes):
         self._note(Noted("hand_over", ins, outs, work=work, skip=skip))
         return skip
 
-    def finish(self, source: Buffer, result: Buffer) -> GpuProgram:
-        """The program of what was noted, from `source`, filled before each run, to `result`."""
-        return GpuProgram(self.kernels, self._noted, self._kept, source, result, self.max_rows)
+    def finish(self, source: Buffer, result: Buffer, arena: torch.Tensor | None = None) -> GpuProgram:
+        """The program of what was noted, from `source`, filled before each run, to `result`; in an arena of
+        `nbytes` that programs which do not run at the same time share, if there is one."""
+        return GpuProgram(self.kernels, self._noted, self._kept, source, result, self.max_rows, arena)
 
     def nbytes(self, source: Buffer, result: Buffer) -> int:
         """About what that program would hold: its buffers, without the tables of launches."""
