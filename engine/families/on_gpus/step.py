@@ -194,6 +194,14 @@ class StepOnGpus:
         places = self._nowhere() if slots is None else slots.places[layer]
         return self.recorder.route(logits, bias, rule, places)
 
+    def weigh(self, layer: int, logits: Buffer, ids: Buffer, rule: RoutingRule) -> Buffer:
+        """The weights of experts of a layer that were chosen otherwise."""
+        if not isinstance(self.recorder, GpuRecorder):
+            return self.recorder.weigh(logits, ids, rule)
+        slots = self._slots_here(layer)
+        places = self._nowhere() if slots is None else slots.places[layer]
+        return self.recorder.weigh(logits, ids, rule, places)
+
     def acquire(self, layer: int, ids: Buffer) -> None:
         """What is missing of a layer's experts is on its way from now on."""
         if isinstance(self.recorder, GpuRecorder):

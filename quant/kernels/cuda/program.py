@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 
 from quant.kernels.cpu.program import Buffer, Recording
+from quant.kernels.cuda.chains import Fixed, Noted
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch, Launcher
 from quant.kernels.cuda.lowering import Places
 from quant.kernels.cuda.mailbox import Word, has_stream_words
-from quant.kernels.cuda.noted import Fixed, Noted, fused
+from quant.kernels.cuda.noted import fused
 from quant.kernels.cuda.schedule import LAUNCHES, give_lives, scheduled
 
 logger = logging.getLogger("loci.kernels")
