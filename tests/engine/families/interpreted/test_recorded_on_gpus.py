@@ -113,9 +113,9 @@ class Twice:
 @pytest.mark.parametrize(
     ("name", "count", "gpu_bytes"),
     [
-        pytest.param("v41-a", 2, 9 << 19, id="v41-a on two GPUs"),
-        pytest.param("v41-b", 2, 8 << 20, id="v41-b on two GPUs"),
-        pytest.param("v41-c", 1, 8 << 20, id="v41-c on one"),
+        pytest.param("v41-a", 2, 24 << 20, id="v41-a on two GPUs"),
+        pytest.param("v41-b", 2, 32 << 20, id="v41-b on two GPUs"),
+        pytest.param("v41-c", 1, 16 << 20, id="v41-c on one"),
     ],
 )
 def test_replayed_steps_give_the_golden_logits(
@@ -138,7 +138,7 @@ def test_replayed_steps_give_the_golden_logits(
 def test_encoded_caches_are_written_and_read_by_replayed_steps(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load("v41-a", gpus, 9 << 19, monkeypatch, kv_format="vendor")
+    model = load("v41-a", gpus, 24 << 20, monkeypatch, kv_format="vendor")
     both = Twice(model, "v41-a")
     for counts in ({0: 45}, {2: 7}, {2: 1}, {1: 1, 2: 1, 0: 1}):
         first, second = both.logits_behind(counts)
@@ -151,7 +151,7 @@ def test_encoded_caches_are_written_and_read_by_replayed_steps(
 def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load("v41-a", gpus[:1], 7 << 19, monkeypatch, 1_900_000)
+    model = load("v41-a", gpus[:1], 16 << 20, monkeypatch, 1_300_000)
     both = Twice(model, "v41-a")
     devices = {stay.recorder.device.type for stay in decoder_of(both.replayed).step.stays}
     assert devices == {"gpu", "cpu"}
@@ -165,7 +165,7 @@ def test_buffers_that_have_no_room_are_refused_with_the_bytes_that_are_missing(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "recorded_bytes", lambda shape, workload: 200_000)
-    model = load("v41-c", gpus[:1], 8 << 20, monkeypatch)
+    model = load("v41-c", gpus[:1], 16 << 20, monkeypatch)
     with pytest.raises(BudgetError, match=r"of 16 sequences of up to 300 tokens .*--max-model-len") as caught:
         model.new_cache(SLOTS, CONTEXT)
     needed, missing = (float(number) for number in re.findall(r"([\d.]+) MB", str(caught.value)))
@@ -177,7 +177,7 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And `loci info` counts what each GPU launches, as a plan does."""
-    model = load("v41-c", gpus, 2 << 20, monkeypatch)
+    model = load("v41-c", gpus, 16 << 20, monkeypatch)
     both = Twice(model, "v41-c")
     parts = both.replayed.step_parts
     assert {work.launches for part in parts if part.helps for work in part.layers} == {SHARE}
@@ -215,7 +215,7 @@ def test_nothing_is_asked_of_the_host_between_hand_overs(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No sizes, no values, no memory: neither while operations are noted nor while they run."""
-    model = load("v41-c", gpus[:1], 8 << 20, monkeypatch)
+    model = load("v41-c", gpus[:1], 16 << 20, monkeypatch)
     run, operation, here = Segment.run, pretend._run, threading.get_ident()
     inside: list[bool] = []
     asked: list[str] = []
@@ -245,7 +245,7 @@ def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """v41-a has every kind of layer that V4.1 has."""
-    model = load("v41-a", gpus[:1], 8 << 20, monkeypatch)
+    model = load("v41-a", gpus[:1], 40 << 20, monkeypatch)
     cache = model.new_cache(SLOTS, CONTEXT)
     (stay,) = decoder_of(cache).step.stays
     assert isinstance(stay.program, GpuProgram)
