@@ -113,6 +113,11 @@ class Settings(BaseSettings):
         "are the same: off; lookup, what followed before in prompt and answer; mtp, the model's own draft "
         "layers; or auto, whatever promises most (docs/drafts.md).",
     )
+    draft_model: str | None = Field(
+        None,
+        description="A small model with the same tokens, named as `model` is, that guesses ahead too; it is "
+        "read into DRAM (docs/drafts.md).",
+    )
     draft_tokens: int = Field(
         15, ge=1, le=15, description="Most tokens that are guessed ahead for an answer in a step."
     )

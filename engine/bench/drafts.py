@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -99,20 +100,26 @@ def take_turns(
     rounds: int,
     *,
     draft_tokens: int = MOST_DRAFTED,
+    draft_costs: Callable[[int], float] | None = None,
+    limit_s: float = math.inf,
 ) -> Turns:
     """Answer the prompts one after the other, without drafts and with, `rounds` times each after a first that
-    is not counted. Raises LociError where an answer is another one with drafts."""
+    is not counted; after `limit_s` seconds no further round begins, but one is always counted. Raises
+    LociError where an answer is another one with drafts."""
     context = max(map(len, prompts)) + (params.max_tokens or 0) + 1
     engines = [
         Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=context, drafters=who,
-               draft_tokens=draft_tokens)
+               draft_tokens=draft_tokens, draft_costs=draft_costs)
         for who in ([], drafters())
     ]  # fmt: skip
     found = Turns()
     try:
         for engine in engines:
             engine.start()
+        began = time.perf_counter()
         for number in range(rounds + 1):
+            if found.plain_s and time.perf_counter() - began > limit_s:
+                break
             took = [0.0, 0.0]
             tokens: list[list[list[int]]] = [[], []]
             for which in (0, 1) if number % 2 else (1, 0):

@@ -313,16 +313,26 @@ class Drafting:
                     by_name[name], longest[name] = candidate.drafter, max(longest.get(name, 0), count)
             return sum(self._drafting_s(by_name[name], count) for name, count in longest.items())
 
+        if not self._times.knows_excess:  # what more tokens cost is a guess so far
+            allowed = [chain[:PROBED] for chain in allowed]
         again = self._kept.computes_again
         counts = best_counts(tokens, allowed, room, self._times.seconds, drafting, computes_again=again)
         for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
             if are_made and own.is_probe:  # it is tried whatever it promises
-                counts[at] = min(PROBED, len(chain))
+                counts[at] = max(1, self._affordable(own.credit, tokens, min(PROBED, len(chain))))
                 continue
             own.is_probe = False
-            if not counts[at] and chain and own.credit.is_probe_due() and room > sum(counts):
-                counts[at], own.is_probe = min(PROBED, len(chain), room - sum(counts)), True
+            most = min(PROBED, len(chain), room - sum(counts))
+            if not counts[at] and most > 0 and own.credit.is_probe_due():
+                counts[at] = self._affordable(own.credit, tokens, most)
+                own.is_probe = counts[at] > 0
         return counts
+
+    def _affordable(self, credit: Credit, tokens: int, most: int) -> int:
+        """How many drafted tokens a sequence can pay for if all are wrong."""
+        plain = self._times.seconds(tokens)
+        costs = (self._times.seconds(tokens + count) / plain - 1 for count in range(1, most + 1))
+        return sum(cost <= credit.own.tokens for cost in costs)
 
     def _drafting_s(self, drafter: Drafter, count: int) -> float:
         times = self._draft_times[drafter.name]

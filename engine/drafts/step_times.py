@@ -39,6 +39,11 @@ class StepTimes:
         """Whether any step was measured."""
         return self._level is not None
 
+    @property
+    def knows_excess(self) -> bool:
+        """Whether a step of several tokens was measured."""
+        return any(self._counts[2:])
+
     def is_settled(self, tokens: int) -> bool:
         """Whether steps of so many tokens were measured often enough."""
         return tokens < len(self._counts) and self._counts[tokens] == SETTLED

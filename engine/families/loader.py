@@ -100,18 +100,16 @@ class OpenedModel:
     def load(
         self, budget: MemoryBudget, prompt_products: Products = "exact", drafts: Wanted = "off"
     ) -> Loaded:
-        """Read its weights, within `budget`, and those for drafts where they are wanted: in the room that was
-        planned for them, or as much as they need. Raises ConfigError for products that this machine has no
-        kernels for."""
+        """Read its weights, within `budget`, and those for drafts where they are wanted. Raises ConfigError
+        for products that this machine has no kernels for."""
         kernels = choose([gpu.device for gpu in budget.gpus if not gpu.is_virtual])
         of_prompts = None if prompt_products == "exact" else partial(kernels.multiplying, prompt_products)
         if of_prompts is not None:
             with of_prompts():  # refused before weights are read
                 pass
-        of_drafts = budget.workload.draft_bytes
-        if drafts != "off" and not of_drafts:
-            of_drafts = room_for_drafts(drafts, self.family, self.checkpoint, budget.dram_bytes)
-        budget = replace(budget, workload=replace(budget.workload, draft_bytes=of_drafts))
+        of_drafts = room_for_drafts(drafts, self.family, self.checkpoint, budget.dram_bytes)
+        room = max(budget.workload.draft_bytes, of_drafts)  # a plan may have counted a small model too
+        budget = replace(budget, workload=replace(budget.workload, draft_bytes=room))
         model = self.family.load(self.checkpoint, kernels, budget)
         own = read_own_drafts(model, self.checkpoint, kernels, of_drafts) if of_drafts else None
         model.info = replace(model.info, eos_token_ids=self.info.eos_token_ids)

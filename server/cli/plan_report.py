@@ -163,11 +163,11 @@ def _print_placement(shape: ModelShape, placement: Placement, by_layer: bool) ->
     print()
     work = placement.workload
     tokens, most = work.sequences * work.context, shape.max_context
-    if work.context < most and shape.kv_bytes(most, 1) > shape.kv_bytes(0, 1):
-        pool, longest = shape.kv_bytes(work.context, work.sequences), shape.kv_bytes(most, 1)
+    pool, longest = sum(placement.pool_bytes().values()), shape.kv_bytes(most, 1)
+    if work.context < most and pool:
         print(
-            f"KV is one pool of {bytes_text(pool)}: {tokens:,} tokens in all, of which one sequence may have "
-            f"{min(tokens, most):,}; the {most:,} that the model can take {bytes_text(longest)}\n"
+            f"KV is one pool of {bytes_text(pool)} in pages: {tokens:,} tokens in all, of which one sequence "
+            f"may have {min(tokens, most):,}; the {most:,} that the model can take {bytes_text(longest)}\n"
         )
     rows = [
         (kind.replace("_", " "), span, held, bytes_text(nbytes), tier, reason)

@@ -6,8 +6,10 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.drafts.beside import SmallModelFiles, open_beside
 from engine.drafts.choice import weights_wanted
 from engine.drafts.own import room_for_drafts
+from engine.embedded import model_path
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
 from memory.hardware.profiles import HardwareProfile, parse_bytes
@@ -31,12 +33,18 @@ USABLE_SHARE = 0.95
 
 @dataclass(frozen=True)
 class Planned:
-    """How a model is to be served; `budget` is for loading, which makes the same placement of it."""
+    """How a model is to be served; `budget` is for loading, which makes the same placement of it.
+
+    own_drafts  bytes for the model's own weights that guess ahead; 0 where they are not read
+    small_model that guesses ahead too
+    """
 
     machine: Machine
     shape: ModelShape
     budget: MemoryBudget
     plan: ServingPlan
+    own_drafts: int = 0
+    small_model: SmallModelFiles | None = None
 
     @property
     def workload(self) -> Workload:
@@ -65,13 +73,23 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     budget = replace(budget, kv_format=kv_format, machine=replace(machine, dram_bytes=dram_bytes))
     wanted = weights_wanted(settings.drafts)
     drafts = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
-    asked = replace(asked, draft_bytes=drafts)
+    small = _small_model(settings, opened)
+    asked = replace(asked, draft_bytes=drafts + (0 if small is None else small.nbytes))
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)
     plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
     _check_context(settings, shape, plan)
     plan = replace(plan, choices=(gpus, *plan.choices, *_of_tiers(plan)))
     _check_fit(shape, plan, settings)
-    return Planned(found, shape, replace(budget, workload=plan.workload), plan)
+    return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, small)
+
+
+def _small_model(settings: Settings, opened: OpenedModel) -> SmallModelFiles | None:
+    """The model that guesses ahead for `opened`, where one was named. Raises ConfigError."""
+    if settings.draft_model is None:
+        return None
+    if settings.drafts == "off":
+        raise ConfigError("--draft-model says who drafts, but --drafts off says that nobody does")
+    return open_beside(model_path(settings.draft_model), opened, settings.max_model_len)
 
 
 def _asked(settings: Settings) -> Asked:

@@ -109,7 +109,7 @@ def prepare(settings: Settings) -> Prepared:
 def bring_up(prepared: Prepared) -> Served:
     """Load a prepared model and start its engine. Raises LociError where it does not fit into memory."""
     settings, budget, workload = prepared.settings, prepared.budget, prepared.planned.workload
-    drafts = weights_wanted(settings.drafts) if workload.draft_bytes else "off"
+    drafts = weights_wanted(settings.drafts) if prepared.planned.own_drafts else "off"
     loaded = prepared.opened.load(budget, settings.prompt_products, drafts)
     if any(not gpu.is_virtual for gpu in budget.gpus):
         log.info("compiling GPU kernels that are not cached yet")
@@ -118,6 +118,8 @@ def bring_up(prepared: Prepared) -> Served:
         if loaded.prompt_products is not None:
             with loaded.prompt_products():
                 warm_up(loaded.model, most_tokens)
+    files = prepared.planned.small_model
+    small = None if files is None else files.load(loaded.model.info.vocab_size)
     context = settings.max_model_len or workload.context
     kv_bytes = sum(prepared.planned.plan.placement.pool_bytes().values())
     engine = Engine(
@@ -133,16 +135,16 @@ def bring_up(prepared: Prepared) -> Served:
         on_disk=_states_on_disk(prepared, workload.prefix_bytes),
         aside=_aside_on_disk(settings),
         prompt_products=loaded.prompt_products,
-        drafters=drafters_of(settings.drafts, loaded, workload.sequences, context),
+        drafters=drafters_of(settings.drafts, loaded, workload.sequences, context, small),
         draft_tokens=settings.draft_tokens,
-        draft_costs=draft_costs(prepared.planned),
+        draft_costs=draft_costs(prepared.planned.shape, prepared.planned.plan.hardware, workload),
     )
     log.info("%s", _about(engine, context))
     log.info("prompts are computed in chunks of up to %d tokens", workload.prefill_chunk)
     engine.start()
     name, *aliases = prepared.names
     cuts = settings.max_tokens_overflow == "cut"
-    of_drafts = 0 if loaded.own_drafts is None else loaded.own_drafts.room
+    of_drafts = sum(drafts.room for drafts in (loaded.own_drafts, small) if drafts is not None)
     watch = PlanWatch(prepared.planned, loaded.model, engine, of_drafts)
     return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts, watch=watch)
 

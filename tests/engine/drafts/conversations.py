@@ -139,10 +139,16 @@ def answered(
 
 
 def check(
-    loaded: Loaded, seed: int, count: int, *, greedy: bool = False, drafter: str = "both"
+    loaded: Loaded,
+    seed: int,
+    count: int,
+    *,
+    greedy: bool = False,
+    drafter: str = "both",
+    small: Drafter | None = None,
 ) -> tuple[int, int]:
     """Answer the turns without drafts and with, and compare all that a client sees; drafted and accepted
-    tokens."""
+    tokens. small: who drafts instead."""
     rng = random.Random(seed)
     vocab = loaded.model.info.vocab_size
     turns = some_turns(rng, count, vocab, greedy=greedy)
@@ -153,6 +159,8 @@ def check(
     drafters: list[Drafter] = [knowing]
     if drafter == "lookup" or (drafter == "both" and rng.random() < 0.3):
         drafters = [LookupDrafter()]
+    if small is not None:
+        drafters = [small]
     longest = rng.choice([1, 2, 4, 7, 15])
     engine_options: dict[str, Any] = {"drafters": drafters, "draft_tokens": longest}
     if rng.random() < 0.8:

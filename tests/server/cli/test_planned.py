@@ -15,12 +15,13 @@ from engine.embedded import model_path
 from engine.families.loader import open_model
 from memory.hardware.profiles import HardwareProfile
 from memory.hardware.this_machine import this_machine
-from quant.errors import BudgetError
+from quant.errors import BudgetError, ConfigError
 from server.serving import planned as planned_module
 from server.serving.planned import planned
 from server.settings import resolve_settings
+from tests.conftest import golden_path
 from tests.server.conftest import StartServer
-from tests.server.harness import TINY, LociServer, complaint, invoke
+from tests.server.harness import DEADLINE_S, TINY, LociServer, complaint, invoke
 
 TIERED = ("--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
 
@@ -104,3 +105,27 @@ def test_the_plan_counts_weights_that_guess_ahead_as_loading_does() -> None:
         assert loaded.model.placement.allocated() == found["auto"].plan.placement.allocated()
     finally:
         loaded.model.close()
+
+
+@pytest.mark.slow
+def test_a_server_counts_and_asks_a_small_model_beside_its_own(start_server: StartServer) -> None:
+    large = golden_path("v41-a")
+    server = start_server(large, "--draft-model", TINY, "--devices", "none").await_ready()
+    held = bytes_by_place(server, "loci_plan_allocated_bytes")
+    planned_bytes = bytes_by_place(server, "loci_plan_bytes")
+    assert held["dram", "drafts"] == planned_bytes["dram", "drafts"] > 1_000_000
+
+    body = {"model": large.name, "prompt": "A test", "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+    found = httpx.post(f"{server.url}/v1/completions", json=body, timeout=DEADLINE_S).raise_for_status()
+    assert found.json()["usage"]["completion_tokens"] == 20
+    assert 'loci_drafted_tokens_total{drafter="model"}' in httpx.get(f"{server.url}/metrics").text
+
+
+def test_a_small_model_that_nobody_may_ask_or_with_other_tokens_is_refused() -> None:
+    large = golden_path("v41-a")
+    opened = open_model(large, None, None)
+    asked = {"model": large, "devices": "none", "draft_model": str(TINY)}
+    with pytest.raises(ConfigError, match="--drafts off says that nobody does"):
+        planned(resolve_settings({**asked, "drafts": "off"}), opened)
+    with pytest.raises(ConfigError, match="has other tokens than"):
+        planned(resolve_settings({**asked, "draft_model": "smollm2"}), opened)
