@@ -31,6 +31,9 @@ MOST_ROWS = 16  # of a step with drafts: those of a recorded one
 FREE = ("prediction", "lookup")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
+# A draft that took longer than so many steps does not pay, or something else kept the machine busy: its
+# sequence is not charged with more.
+MOST_STEPS = 4.0
 PROBED = 2  # drafted tokens when it is only tried
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
 # Looking for drafts takes this share of the time at most where there are none: after a step without any,
@@ -200,6 +203,8 @@ class Drafting:
                 LOOK_EVERY, self._draft_times[drafter.name].measured, partial(self._can_pay, drafter)
             )
         ]
+        if not self._account.is_left:  # nobody may draft, so that nobody needs to be told anything
+            self._observing = []
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
 
     def _can_pay(self, drafter: Drafter) -> bool:
@@ -362,7 +367,8 @@ class Drafting:
             asked = mosts if _is_made_whole(drafter) else counts
             drafts = drafter.draft([_request(chunks[at], asked[at]) for at in wanted])
             longest, took = max(counts[at] for at in wanted), time.perf_counter() - began
-            self._draft_times[drafter.name].observe(_timed_as(drafter, longest), took)
+            most_s = MOST_STEPS * self._times.seconds(len(chunks))
+            self._draft_times[drafter.name].observe(_timed_as(drafter, longest), min(took, most_s))
             self._made_s += took
             for at, draft in zip(wanted, drafts, strict=True):
                 chances = self._open[chunks[at].sequence].acceptance.chances(drafter.name, draft)
@@ -432,7 +438,8 @@ class Drafting:
             return
         if is_plain:
             self._since_check[plain] = 0
-            lost = self._made_s / max(self._times.seconds(tokens), 1e-9)  # drafts that promised too little
+            steps = self._made_s / max(self._times.seconds(tokens), 1e-9)
+            lost = min(steps, MOST_STEPS)  # by drafts that promised too little
             for chunk in chunks:
                 if chunk.sequence in self._open:
                     self._open[chunk.sequence].credit.generated(1 + self._unmeasured)
@@ -443,7 +450,7 @@ class Drafting:
             return
         self._since_check[plain] += 1
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
-        took_s = min(seconds, MOST * self._times.seconds(tokens)) + self._spent_s
+        took_s = min(seconds, MOST * self._times.seconds(tokens)) + min(self._spent_s, MOST_STEPS * count_s)
         each_s, gained_s = count_s / len(chunks), count_s - took_s
         for chunk, count in zip(chunks, accepted, strict=True):
             own = self._open.get(chunk.sequence)
