@@ -31,6 +31,9 @@ MOST_ROWS = 16  # of a step with drafts: those of a recorded one
 FREE = ("prediction", "lookup")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
+# A draft that took longer than so many steps does not pay, or something else kept the machine busy: its
+# sequence is not charged with more.
+MOST_STEPS = 4.0
 PROBED = 2  # drafted tokens when it is only tried
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
 # Looking for drafts takes this share of the time at most where there are none: after a step without any,
@@ -200,6 +203,8 @@ class Drafting:
                 LOOK_EVERY, self._draft_times[drafter.name].measured, partial(self._can_pay, drafter)
             )
         ]
+        if not self._account.is_left:  # nobody may draft, so that nobody needs to be told anything
+            self._observing = []
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
 
     def _can_pay(self, drafter: Drafter) -> bool:
@@ -231,10 +236,13 @@ class Drafting:
         if not any(found):
             return [NOTHING] * len(chunks)
         counts = self._counts(found, chunks, mosts, tokens, room)
-        found = self._made(chunks, found, counts)
+        found = self._made(chunks, found, counts, mosts)
         if any(c is not None and c.draft is not None and c.draft.chances is not None for c in found):
             again = self._counts(found, chunks, mosts, tokens, room, are_made=True)
-            counts = [min(a, b) for a, b in zip(counts, again, strict=True)]
+            for at, (candidate, more) in enumerate(zip(found, again, strict=True)):
+                is_there = candidate is not None and _is_made_whole(candidate.drafter) and counts[at] > 0
+                counts[at] = min(more if is_there else min(counts[at], more), room)
+                room -= counts[at]
         drafts = [NOTHING] * len(chunks)
         for at, (chunk, candidate, count) in enumerate(zip(chunks, found, counts, strict=True)):
             if candidate is not None and candidate.draft is not None and count:
@@ -319,7 +327,8 @@ class Drafting:
         counts = best_counts(tokens, allowed, room, self._times.seconds, drafting, computes_again=again)
         for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
             if are_made and own.is_probe:  # it is tried whatever it promises
-                counts[at] = max(1, self._affordable(own.credit, tokens, min(PROBED, len(chain))))
+                tried = self._affordable(own.credit, tokens, min(PROBED, len(chain)))
+                counts[at] = max(1, tried, counts[at])
                 continue
             own.is_probe = False
             most = min(PROBED, len(chain), room - sum(counts))
@@ -339,9 +348,9 @@ class Drafting:
         return times.seconds(_timed_as(drafter, count)) if times.is_known else 0.0
 
     def _made(
-        self, chunks: list[Chunk], found: list[_Candidate | None], counts: list[int]
+        self, chunks: list[Chunk], found: list[_Candidate | None], counts: list[int], mosts: list[int]
     ) -> list[_Candidate | None]:
-        """The candidates whose drafts are computed, with drafts."""
+        """The candidates whose drafts are computed, with drafts: whole ones where that takes no longer."""
         made = list(found)
         for drafter in self._drafters:
             wanted = [
@@ -355,9 +364,11 @@ class Drafting:
             if not wanted:
                 continue
             began = time.perf_counter()
-            drafts = drafter.draft([_request(chunks[at], counts[at]) for at in wanted])
+            asked = mosts if _is_made_whole(drafter) else counts
+            drafts = drafter.draft([_request(chunks[at], asked[at]) for at in wanted])
             longest, took = max(counts[at] for at in wanted), time.perf_counter() - began
-            self._draft_times[drafter.name].observe(_timed_as(drafter, longest), took)
+            most_s = MOST_STEPS * self._times.seconds(len(chunks))
+            self._draft_times[drafter.name].observe(_timed_as(drafter, longest), min(took, most_s))
             self._made_s += took
             for at, draft in zip(wanted, drafts, strict=True):
                 chances = self._open[chunks[at].sequence].acceptance.chances(drafter.name, draft)
@@ -427,7 +438,8 @@ class Drafting:
             return
         if is_plain:
             self._since_check[plain] = 0
-            lost = self._made_s / max(self._times.seconds(tokens), 1e-9)  # drafts that promised too little
+            steps = self._made_s / max(self._times.seconds(tokens), 1e-9)
+            lost = min(steps, MOST_STEPS)  # by drafts that promised too little
             for chunk in chunks:
                 if chunk.sequence in self._open:
                     self._open[chunk.sequence].credit.generated(1 + self._unmeasured)
@@ -438,7 +450,7 @@ class Drafting:
             return
         self._since_check[plain] += 1
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
-        took_s = min(seconds, MOST * self._times.seconds(tokens)) + self._spent_s
+        took_s = min(seconds, MOST * self._times.seconds(tokens)) + min(self._spent_s, MOST_STEPS * count_s)
         each_s, gained_s = count_s / len(chunks), count_s - took_s
         for chunk, count in zip(chunks, accepted, strict=True):
             own = self._open.get(chunk.sequence)
@@ -464,6 +476,11 @@ class Drafting:
         stats.accepted += accepted
         stats.steps += 1
         stats.lengths[accepted] += 1
+
+
+def _is_made_whole(drafter: Drafter) -> bool:
+    """Whether its drafts cost something, but not more if more of them is asked for."""
+    return drafter.is_whole and drafter.name not in FREE
 
 
 def _timed_as(drafter: Drafter, count: int) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # A drafter rests only after so many drafts: the first ones take longer.
-SURE = 4
+SURE = 2
 # Steps of the first rest, and of the longest: each is twice as long as the one before.
 FIRST_REST, LAST_REST = 4096, 65536
 

@@ -48,3 +48,57 @@ def gpu_launches(*, owns_entries: bool, chooses_among: int, has_table: bool) -> 
     """
     chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
     return LAYER + chosen + (ENTRY if owns_entries else 0) + (TABLE if has_table else 0)
+
+
+# V4's sublayers read the streams by a mix of their own, which has to be there first: 2 more; heads of queries
+# are normalised, and the router waits for nothing else: 3 more.
+V4_LAYER = 22
+V4_STEP = 5  # the streams' beginning, how the head reads them, the last norm and the head
+
+
+def v4_launches(*, has_entries: bool, chooses_among: int, is_encoded: bool, is_turned: bool) -> int:
+    """Launches of a layer of V4.
+
+    has_entries    it makes entries, of which it sees all, or chooses among at most `chooses_among`
+    is_encoded     what it keeps is not kept as float32
+    is_turned      its index keys, and queries, are turned by a matrix
+    """
+    chosen = (CHOICE + (CHUNKS if chooses_among > CHUNK else 0)) if chooses_among else 0
+    # latents, entries, and keys with a rotation that was part of writing them
+    encoded = (1 + (1 if has_entries else 0) + (2 if chooses_among else 0)) if is_encoded else 0
+    return V4_LAYER + chosen + encoded + (2 if is_turned and chooses_among else 0)
+
+
+# A layer of latent attention: projections; norms; queries, and with them or behind them the way to the cache:
+# 2; heads' matrices before and after attention, which are 2, as is attention itself; the way out; the sum.
+LATENT_ATTENTION = 10
+QUERY_LATENT = 1  # of these, if queries are made of a latent
+INDEX_KEYS = 1  # centred
+INDEX_ENCODED = 1  # on their way to a cache of other numbers
+INDEX_TURNED = 3  # and they and queries turned by a matrix, queries by their positions first
+INDEX_ROUNDED = 1  # and queries rounded behind
+
+
+def latent_launches(
+    *,
+    has_query_latent: bool,
+    chooses_among: int,
+    is_encoded: bool,
+    is_turned: bool,
+    is_rounded: bool,
+    has_experts: bool,
+    has_shared: bool,
+) -> int:
+    """Launches of a layer with latent attention.
+
+    chooses_among          at most so many tokens by an indexer of its own; 0 without one
+    is_encoded, is_turned  of index keys: not kept as float32; turned by a Hadamard matrix
+    is_rounded             queries are rounded by themselves
+    """
+    found = LATENT_ATTENTION - (0 if has_query_latent else QUERY_LATENT)
+    if chooses_among:
+        found += INDEX_KEYS + CHOICE + (CHUNKS if chooses_among > CHUNK else 0)
+        found += (INDEX_ENCODED if is_encoded else 0) + (INDEX_TURNED if is_turned else 0)
+        found += INDEX_ROUNDED if is_rounded else 0
+    part = KV_EXPERTS + (SHARED if has_shared else 0) if has_experts else KV_MLP
+    return found + part

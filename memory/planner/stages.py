@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from memory.checkpoint.part import Span
-from memory.planner.shape import ModelShape
+from memory.planner.shape import ModelShape, Weights
 from quant.errors import ConfigError
 
 
@@ -37,6 +38,19 @@ def spread(shape: ModelShape, cuts: Sequence[int], rooms: Sequence[float]) -> li
         best = found
     _, chosen = best[len(ends) - 1]
     return Span.between([ends[to] for to in chosen[:-1]], layers)
+
+
+def part_of(shape: ModelShape, span: Span) -> ModelShape:
+    """The shape of some layers, with the embedding at the model's beginning and the head at its end."""
+    part = replace(
+        shape,
+        layers=shape.layers[span.first : span.stop],
+        embedding=shape.embedding if span.is_first else Weights(),
+        head=shape.head if span.is_last else Weights(),
+        stored_bytes=0,
+    )
+    share = part.nbytes / max(1, replace(shape, stored_bytes=0).nbytes)
+    return replace(part, stored_bytes=int(shape.stored_bytes * share))
 
 
 def _bytes_of(shape: ModelShape, n: int) -> int:

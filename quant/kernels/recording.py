@@ -109,7 +109,23 @@ class StepRecorder(Protocol):
         ...
 
     def bias(self, x: Buffer, rows: torch.Tensor) -> Buffer:
-        """x + a row `[width]`."""
+        """x + a row `[width]`; of several `[n, width]`, that of the position modulo n."""
+        ...
+
+    def weigh(self, logits: Buffer, ids: Buffer, rule: RoutingRule) -> Buffer:
+        """The weights of experts that were chosen otherwise: see `LayerOperations.weigh`."""
+        ...
+
+    def read_mix(
+        self,
+        streams: Buffer,
+        fn: torch.Tensor,
+        scale: torch.Tensor,
+        base: torch.Tensor,
+        eps: float,
+        norm_eps: float,
+    ) -> Buffer:
+        """How n streams are read, `[rows, n]`: as `mix`, of fn `[n, streams]` and nothing else."""
         ...
 
     def clip(self, x: Buffer, limit: float) -> Buffer:
@@ -209,17 +225,21 @@ class StepRecorder(Protocol):
         window: int,
         compressed: Rows | None,
         chosen: Buffer | None,
+        every: int | None = None,
     ) -> Buffer:
         """Attention over the last `window` latents in rings `[slots, ring, dim]`, and over those `chosen` of
-        the compressed entries `[slots, entries, dim]`."""
+        the compressed entries `[slots, entries, dim]`; or over all that stand for `every` so many tokens."""
         ...
 
     def if_complete(self, ratio: int) -> AbstractContextManager[None]:
         """Operations that may be skipped while no row is the last token of a group of `ratio`."""
         ...
 
-    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int) -> Buffer:
-        """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group."""
+    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int, *, overlaps: bool = False) -> Buffer:
+        """The last `ratio` rows in rings `[slots, ring, dim]`, pooled; for rows that complete a group.
+
+        overlaps: of the group's rows `[2 * dim]` the second halves, with the first ones of the group before.
+        """
         ...
 
     def entry(self, x: Buffer, to: Rows, ratio: int) -> None:

@@ -39,9 +39,14 @@ def plan(
         ),
     ],
     hardware: Annotated[
-        str,
-        typer.Option(help="A shipped profile, `this` for this machine, or a TOML file (docs/planner.md)."),
-    ] = "this",
+        list[str] | None,
+        typer.Option(
+            help="A shipped profile, `this` for this machine, or a TOML file (docs/planner.md). Several: the "
+            "model in parts on these machines (docs/cluster.md). Default: this.",
+            show_default=False,
+        ),
+    ] = None,
+    network: Annotated[str, typer.Option(help="Between several machines, e.g. 10Gbps.")] = "10Gbps",
     context: Annotated[
         int | None,
         typer.Option(
@@ -144,8 +149,17 @@ def plan(
         if not show_purchase(shape, context, batch, recorded, purchase, as_json=as_json):
             raise typer.Exit(DOES_NOT_FIT)
         return
-    rates = None if learned is None or hardware != "this" else learned.rates
-    machine = _hardware(hardware, devices, dram, shape if _on_disk(model) else None, rates)
+    machines = hardware or ["this"]
+    if len(machines) > 1:
+        from server.cli.plan_stages import bits_per_s, cuts_of, show_stages
+
+        profiles = [_hardware(name, devices, dram, shape if _on_disk(model) else None) for name in machines]
+        asked, rate = (context, batch, prefill_chunk), bits_per_s(network)
+        if not show_stages(shape, cuts_of(model, shape), profiles, asked, rate, as_json=as_json):
+            raise typer.Exit(DOES_NOT_FIT)
+        return
+    rates = None if learned is None or machines != ["this"] else learned.rates
+    machine = _hardware(machines[0], devices, dram, shape if _on_disk(model) else None, rates)
     workload = workload_of(shape, machine, context, batch, prefill_chunk)
     if drafts:
         show_drafts(shape, machine, workload, recorded, as_json=as_json)

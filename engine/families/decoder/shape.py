@@ -23,7 +23,7 @@ from engine.families.decoder.stored import StoredMatrices, decoded_value_bytes
 from engine.families.decoder.tensors import Part, Use, uses
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.experts.slots import layouts_of
-from memory.planner.launches import kv_launches
+from memory.planner.launches import kv_launches, latent_launches
 from memory.planner.published import KV_MARGIN, KV_VALUE_BYTES
 from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Weights
 from memory.tiers import ALIGNMENT
@@ -39,6 +39,8 @@ from quant.formats.rows import row_bytes
 from quant.kernels.choice import choose
 from quant.kernels.cpu.panels import panel_bytes
 
+# Columns with one scale to which recorded steps on GPUs round index queries as they read them.
+WIDEST_ROUNDED = 32
 # Formats of matrices that every token reads.
 RECORDED_ON_GPUS = (Plain, Fp8, Mxfp4, Nf4, Int4, Int4Offset)
 
@@ -135,7 +137,9 @@ def shape_with(
     if d.is_tied:  # every token multiplies with the embedding, so it is planned as the head
         embedding, head = Weights(), head + embedding
     is_recorded = all(
-        isinstance(layer.attention, Attention) and not layer.attention.has_gate for layer in d.layers
+        isinstance(layer.attention, Mla)
+        or (isinstance(layer.attention, Attention) and not layer.attention.has_gate)
+        for layer in d.layers
     )
     layers = []
     for n, layer in enumerate(d.layers):
@@ -151,7 +155,7 @@ def shape_with(
                     -(-all_experts.nbytes // max(1, experts)), all_experts.parameters // max(1, experts)
                 ),
                 decoded=more[n],
-                launches=_launches(layer, kv_format) if is_recorded else None,
+                launches=launches_of(layer, kv_format, d.max_context) if is_recorded else None,
             )
         )
     return ModelShape(
@@ -171,13 +175,24 @@ def shape_with(
     )
 
 
-def _launches(layer: Layer, kv_format: KvFormat) -> int:
-    """Kernels that a recorded step launches for a layer with keys and values on a GPU."""
-    part = layer.feed_forward
-    return kv_launches(
-        has_experts=isinstance(part, Experts),
-        has_shared=isinstance(part, Experts) and part.shared is not None,
-        is_encoded=kv_format != "float32",
+def launches_of(layer: Layer, kv_format: KvFormat, context: int) -> int:
+    """Kernels that a recorded step launches on a GPU for a layer, of sequences of up to `context` tokens."""
+    part, attention = layer.feed_forward, layer.attention
+    has_experts = isinstance(part, Experts)
+    has_shared = isinstance(part, Experts) and part.shared is not None
+    if not isinstance(attention, Mla):
+        is_encoded = kv_format != "float32"
+        return kv_launches(has_experts=has_experts, has_shared=has_shared, is_encoded=is_encoded)
+    indexer = attention.own_indexer
+    form = None if indexer is None else index_key_rows(kv_format, indexer.dim)
+    return latent_launches(
+        has_query_latent=attention.q_rank is not None,
+        chooses_among=0 if indexer is None else context,
+        is_encoded=form is not None,
+        is_turned=form is not None and form.turned,
+        is_rounded=form is not None and form.rounds_queries and form.group > WIDEST_ROUNDED,
+        has_experts=has_experts,
+        has_shared=has_shared,
     )
 
 

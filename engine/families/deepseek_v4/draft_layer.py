@@ -122,7 +122,8 @@ class V4DraftLayer(DeepseekV4):
         for segment in batch.segments:
             cache.admit(segment)
         decoder = cache.decoder
-        if decoder is not None and decoder.program is not None and len(batch.ids) <= MAX_ROWS:
+        if isinstance(decoder, V4Recorded) and len(batch.ids) <= MAX_ROWS:
+            assert decoder.program is not None
             decoder.program.source[: len(batch.ids)] = hidden
             if decoder in self._embedding:
                 rows = self.weights.embed[batch.token_ids].float()

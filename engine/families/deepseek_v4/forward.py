@@ -7,6 +7,10 @@ indexer chooses among, or of 128. Routed experts in every layer; the first layer
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
 import torch
 
 from engine.cache.grouped import GroupedCache, GroupedShape
@@ -21,19 +25,28 @@ from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix, Written
 from engine.layers.operations import Value
+from quant.errors import FormatError
 from quant.formats.kv_names import KvFormat
+from quant.kernels.choice import recorder_on
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    from engine.families.deepseek_v4.on_gpus import V4OnGpus
+    from memory.experts.coordinator import Coordinator
+
+logger = logging.getLogger("loci.engine")
 
 
 class V4Cache(GroupedCache):
     """A cache, and the recorded step that decodes with it; None where nothing is recorded."""
 
-    decoder: V4Recorded | None = None
+    decoder: V4Recorded | V4OnGpus | None = None
+    on_host: int = 0  # bytes of programs in host memory, where others are on GPUs
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + (0 if self.program is None else self.program.nbytes)
+        return super().nbytes + (self.on_host if self.program is None else self.program.nbytes)
 
 
 class DeepseekV4(StreamModel):
@@ -56,8 +69,14 @@ class DeepseekV4(StreamModel):
         self.parts = V4Parts(config, weights, kernels)
         devices = tuple(layer.device for layer in weights.layers)
         self.cache_shape = cache_shape(config, devices, kv_format)
+        self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self._captures = False
         self._captured: list[torch.Tensor] = []
+
+    def close(self) -> None:
+        if self._coordinator is not None:
+            self._coordinator.close()
+        super().close()
 
     def _beside(self) -> tuple[list[object], list[object]]:
         with_head, _ = super()._beside()
@@ -79,12 +98,17 @@ class DeepseekV4(StreamModel):
         if recorder is not None:
             cache.decoder = self._record(recorder, cache)
             cache.program = cache.decoder.program
+        elif self._is_on_gpus:
+            cache.decoder, nbytes = self._record_on_gpus(cache)
+            cache.on_host = nbytes[HOST]
+            cache.step_parts = [] if cache.decoder is None else cache.decoder.parts()
         return cache
 
     def _arena_bytes(self, capacity: int) -> int:
         recorder = self._recorder()
         if recorder is None:
-            return 0
+            cache = GroupedCache(self.cache_shape, 1, capacity)
+            return self._record_on_gpus(cache, only_look=True)[1][HOST] if self._is_on_gpus else 0
         program = self._record(recorder, GroupedCache(self.cache_shape, 1, capacity)).program
         assert program is not None
         return program.nbytes
@@ -100,14 +124,55 @@ class DeepseekV4(StreamModel):
         ops.finish(source, self._logits(ops, streams))
         return ops
 
+    def _record_on_gpus(
+        self, cache: GroupedCache, *, only_look: bool = False
+    ) -> tuple[V4OnGpus | None, dict[torch.device, int]]:
+        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel.
+
+        Raises BudgetError where a GPU's are more than was kept free there when loading."""
+        nbytes: dict[torch.device, int] = defaultdict(int)
+        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in self._devices):
+            return None, nbytes
+        from engine.families.deepseek_v4.on_gpus import V4OnGpus
+        from engine.families.on_gpus.answers import coordinator_of
+        from engine.families.on_gpus.step import check_room, recorders_on
+
+        on = recorders_on(self.kernels, MAX_ROWS)
+        if self._coordinator is None:
+            self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
+        try:
+            ops = V4OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
+            result = self._logits(ops, self._layers(ops, ops.begin(self.config.hidden_size)))
+        except FormatError as error:
+            logger.warning(
+                "decode steps are started operation by operation on GPUs, which is slower: %s", error
+            )
+            return None, nbytes
+        nbytes.update(ops.nbytes(result))
+        check_room(self.weights.places.step_room, nbytes, MAX_ROWS, cache.capacity)
+        if only_look:
+            return None, nbytes
+        ops.finish(result)
+        return ops, nbytes
+
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V4Cache)
-        if trace is None and cache.decoder is not None and batch.is_decode(MAX_ROWS):
-            logits = cache.decoder.run(batch)
-            if self._captures:
-                self._captured = by_segment(cache.decoder.captured_rows(len(batch.ids)), batch)
-            return logits
+        decoder = cache.decoder
+        if decoder is not None and not isinstance(decoder, V4Recorded):
+            decoder.check()
+        if trace is None and decoder is not None and batch.is_decode(MAX_ROWS):
+            return self._replay(decoder, batch)
         return self._compute(batch, cache, trace or NO_TRACE)
+
+    def _replay(self, decoder: V4Recorded | V4OnGpus, batch: Batch) -> torch.Tensor:
+        """The logits of a batch of new tokens, by recorded programs."""
+        if not isinstance(decoder, V4Recorded):
+            with torch.inference_mode():
+                return decoder.run(batch)
+        logits = decoder.run(batch)
+        if self._captures:
+            self._captured = by_segment(decoder.captured_rows(len(batch.ids)), batch)
+        return logits
 
     @torch.inference_mode()
     def _compute(self, batch: Batch, cache: V4Cache, trace: Trace) -> torch.Tensor:

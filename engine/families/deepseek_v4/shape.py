@@ -15,9 +15,10 @@ from engine.families.places import HOST
 from engine.families.streams.in_memory import InMemory
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorEntry
+from memory.planner.launches import v4_launches
 from memory.planner.published import KV_MARGIN
 from memory.planner.shape import KeptRows, KvShape, LayerShape, ModelShape, Weights
-from quant.formats.kv import v4_rows
+from quant.formats.kv import GroupedRows, v4_rows
 from quant.formats.kv_names import KvFormat
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "I64": 8}  # a value, of what releases have
@@ -80,6 +81,7 @@ def _shape(c: V4Config, parts: Parts, name: str, counted: int, kv_format: KvForm
                 shared=parts.of("shared", n),
                 experts=c.n_routed_experts,
                 expert=Weights(experts.nbytes // counted, experts.parameters // counted),
+                launches=launches_of(c, n, c.max_position_embeddings, cache.rows),
             )
         )
     query_dim = c.num_attention_heads * c.head_dim
@@ -94,6 +96,17 @@ def _shape(c: V4Config, parts: Parts, name: str, counted: int, kv_format: KvForm
         layers=tuple(layers),
         activation_bytes=4 * (2 * c.hc_mult * c.hidden_size + 2 * query_dim),
         host_bytes=sum(parts.of("look_ups", n).nbytes for n in range(c.layers)),
+    )
+
+
+def launches_of(c: V4Config, n: int, context: int, rows: GroupedRows) -> int:
+    """Kernels that a recorded step launches for a layer on a GPU, of sequences of up to `context` tokens."""
+    kinds, keys = len(c.groups(n)), rows.index_keys
+    return v4_launches(
+        has_entries=kinds > 0,
+        chooses_among=context // c.ratios[n] if kinds > 1 else 0,
+        is_encoded=rows.window is not None,
+        is_turned=keys is not None and keys.turned,
     )
 
 

@@ -132,9 +132,17 @@ class StepOnGpus:
         self.stay.result = result
         for box, *_ in self._rounds.values():  # making programs runs them: nobody is to wait
             box.abandon()
+        arenas = {
+            device: torch.zeros(size, dtype=torch.uint8, device=device)
+            for device, size in self._arenas().items()
+        }
         for stay in self.stays:
             assert stay.source is not None
-            stay.program = stay.recorder.finish(stay.source, stay.result or stay.source)
+            given = stay.source, stay.result or stay.source
+            if isinstance(stay.recorder, GpuRecorder):
+                stay.program = stay.recorder.finish(*given, arenas[stay.recorder.device])
+            else:
+                stay.program = stay.recorder.finish(*given)
             for helping in stay.helping:
                 helping.finish()
         if helpers_of(self.stays) and self.device.type == "cuda":
@@ -146,13 +154,24 @@ class StepOnGpus:
     def nbytes(self, result: Buffer) -> dict[torch.device, int]:
         """Bytes that the programs would hold, by device."""
         self.stay.result = result
-        found: dict[torch.device, int] = defaultdict(int)
+        found: dict[torch.device, int] = defaultdict(int, self._arenas())
         for stay in self.stays:
             assert stay.source is not None
-            found[stay.recorder.device] += stay.recorder.nbytes(stay.source, stay.result or stay.source)
+            if not isinstance(stay.recorder, GpuRecorder):
+                found[stay.recorder.device] += stay.recorder.nbytes(stay.source, stay.result or stay.source)
             for helping in stay.helping:
                 assert helping.x is not None
                 found[helping.recorder.device] += helping.recorder.nbytes(helping.x, helping.x)
+        return found
+
+    def _arenas(self) -> dict[torch.device, int]:
+        """Bytes of the buffers of each GPU's own stays, which share them: one runs after the other."""
+        found: dict[torch.device, int] = {}
+        for stay in self.stays:
+            if isinstance(stay.recorder, GpuRecorder):
+                assert stay.source is not None
+                size = stay.recorder.nbytes(stay.source, stay.result or stay.source)
+                found[stay.recorder.device] = max(size, found.get(stay.recorder.device, 0))
         return found
 
     def parts(self) -> list[StepPart]:
@@ -174,6 +193,14 @@ class StepOnGpus:
         slots = self._slots_here(layer)
         places = self._nowhere() if slots is None else slots.places[layer]
         return self.recorder.route(logits, bias, rule, places)
+
+    def weigh(self, layer: int, logits: Buffer, ids: Buffer, rule: RoutingRule) -> Buffer:
+        """The weights of experts of a layer that were chosen otherwise."""
+        if not isinstance(self.recorder, GpuRecorder):
+            return self.recorder.weigh(logits, ids, rule)
+        slots = self._slots_here(layer)
+        places = self._nowhere() if slots is None else slots.places[layer]
+        return self.recorder.weigh(logits, ids, rule, places)
 
     def acquire(self, layer: int, ids: Buffer) -> None:
         """What is missing of a layer's experts is on its way from now on."""

@@ -11,8 +11,8 @@ from quant.errors import FormatError
 from quant.formats.rows import bytes_of
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda.chains import Noted
 from quant.kernels.cuda.kv_attention import kv_parts
-from quant.kernels.cuda.noted import Noted
 from quant.kernels.cuda.notes import GpuNotes
 from quant.kernels.cuda.row_codes import RowCodes
 from quant.kernels.cuda.row_tasks import IN_RING, NOWHERE
@@ -24,12 +24,16 @@ class KvNotes(GpuNotes):
     """Those methods of `StepRecorder`. All raise FormatError for what there is no kernel for."""
 
     def bias(self, x: Buffer, rows: torch.Tensor) -> Buffer:
-        """x + a row `[width]`, of a product, which adds it itself."""
+        """x + a row `[width]`, of a product, which adds it itself; or of several, that of the position."""
+        if rows.numel() > x.width:
+            return self._to(x.width, "bias", x=x, rows=self._floats(rows))
         op = self._noted[-1] if self._noted else None
         for op in reversed(self._noted):
             if any(out is x for out in op.outs.values()):
                 break
         is_product = op is not None and op.kind == "product" and op.is_plain("bias", "column", "up")
+        if op is not None and op.kind in ("read", "latent"):  # a norm, which adds it itself
+            return self._to(x.width, "bias", x=x, rows=self._floats(rows))
         if op is None or not is_product or rows.numel() != x.width:
             raise FormatError("no Triton kernel adds a bias to anything but products")
         op.ins["bias"] = self._floats(rows.flatten())
@@ -41,8 +45,7 @@ class KvNotes(GpuNotes):
 
     def append(self, keys: Buffer, values: Buffer | None, place: KvPlace) -> None:
         """Write keys and values to the cache, each row at its slot and position."""
-        if values is None:
-            raise FormatError("no Triton kernel keeps latents of which values are a part")
+        assert values is not None
         heads = place.keys.shape[1]
         self._store(keys, place.keys, IN_RING, 1, heads)
         self._store(values, place.values, IN_RING, 1, heads)
@@ -82,18 +85,6 @@ class KvNotes(GpuNotes):
     def delta_rule(self, x: Buffer, a: Buffer, b: Buffer, rule: DeltaRule, place: StatePlace) -> Buffer:
         """The state of each row's slot, changed and asked."""
         _has_none("changes states by the delta rule")
-
-    def part(self, x: Buffer, parts: int, first: int, width: int) -> Buffer:
-        """Columns of each of x's parts."""
-        _has_none("takes parts of heads")
-
-    def join(self, x: Buffer, y: Buffer, parts: int) -> Buffer:
-        """Each of x's parts, and beside it the same of y's."""
-        _has_none("joins parts of heads")
-
-    def batched_linear(self, x: Buffer, weights: torch.Tensor) -> Buffer:
-        """Plain weights, each times its own columns of x."""
-        _has_none("multiplies heads with matrices of their own")
 
 
 def _has_none(what: str) -> NoReturn:

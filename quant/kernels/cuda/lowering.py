@@ -12,14 +12,16 @@ import triton
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cuda import row_tasks as task
 from quant.kernels.cuda.attention import SparseAttention
+from quant.kernels.cuda.chains import Fixed, Noted
+from quant.kernels.cuda.heads import Columns, head_products_launch, move_launch
 from quant.kernels.cuda.kv_attention import KvAttention
+from quant.kernels.cuda.latent_attention import LatentAttention
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail
-from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import Product, products_launch
 from quant.kernels.cuda.residual import Residual
 from quant.kernels.cuda.routing import routing_constants
-from quant.kernels.cuda.row_codes import encode_launch
+from quant.kernels.cuda.row_codes import encode_launch, round_launch
 from quant.kernels.cuda.row_tasks import RowTask, row_tasks_launch
 from quant.kernels.cuda.schedule import STREAMS, TASKS
 from quant.kernels.cuda.selection import Choice
@@ -105,12 +107,15 @@ class Places:
 
 
 def _latent(of: dict[str, Any]) -> RowTask:
-    heads = of["heads"]
-    width = of["x"].shape[1] // heads
+    heads, x = of["heads"], of["x"]
+    first, step, width = of.get("at") or (0, x.shape[1] // heads, x.shape[1] // heads)
     fields: dict[int, Any] = {
-        task.X.value: of["x"], task.WIDTH.value: width, task.HEADS.value: heads,
-        task.STORED.value: of["stored"],
+        task.X.value: x[:, first:], task.X_ROW.value: x.shape[1], task.X_HEAD.value: step,
+        task.WIDTH.value: width, task.HEADS.value: heads, task.STORED.value: of["stored"],
+        task.FACTOR.value: float(of.get("factor") or 1.0),
     }  # fmt: skip
+    if of.get("bias") is not None:
+        fields[task.BIAS.value] = of["bias"]
     if of.get("weight") is not None:
         fields |= {task.WEIGHT.value: of["weight"], task.EPS.value: float(of["eps"])}
         fields[task.WHOLE.value] = int(of.get("whole") or 0)
@@ -119,11 +124,16 @@ def _latent(of: dict[str, Any]) -> RowTask:
     if of.get("turns") is not None:
         fields |= {task.TURNS.value: of["turns"], task.PAIRS.value: of["turns"].shape[1] // 2}
     if of.get("out") is not None:
-        fields[task.OUT.value] = of["out"]
-    if of.get("state") is not None:
-        state = of["state"]
+        out = of["out"]
+        to, out_step = of.get("to") or (0, width)
         fields |= {
-            task.STATE.value: state, task.PLACES.value: state.shape[-2], task.STRIDE.value: state.stride(0),
+            task.OUT.value: out[:, to:], task.OUT_ROW.value: out.shape[1], task.OUT_HEAD.value: out_step
+        }  # fmt: skip
+    if of.get("state") is not None:
+        state, column = of["state"], of.get("column") or 0
+        fields |= {
+            task.STATE.value: state[..., column:], task.STATE_ROW.value: state.shape[-1],
+            task.PLACES.value: state.shape[-2], task.STRIDE.value: state.stride(0),
             task.RATIO.value: of.get("ratio") or 1,
             task.HEAD_STRIDE.value: state.stride(1) if state.dim() == 4 else 0,
         }  # fmt: skip
@@ -131,18 +141,23 @@ def _latent(of: dict[str, Any]) -> RowTask:
 
 
 def _pool(of: dict[str, Any]) -> RowTask:
-    state = of["state"]
-    fields = {
+    state, dim = of["state"], of["out"].shape[1]
+    fields: dict[int, Any] = {
         task.X.value: of["x"], task.GATE.value: of["gate"], task.WEIGHT.value: of["weight"],
         task.EPS.value: float(of["eps"]), task.OUT.value: of["out"], task.STATE.value: state,
-        task.GATE_STATE.value: of["gate_state"], task.WIDTH.value: state.shape[2],
+        task.GATE_STATE.value: of["gate_state"], task.WIDTH.value: dim,
         task.PLACES.value: state.shape[1], task.STRIDE.value: state.stride(0), task.RATIO.value: of["ratio"],
+        task.SPLITS.value: int(of["overlaps"]),
     }  # fmt: skip
-    return RowTask(task.POOL.value, fields, state.shape[2])
+    if of.get("by_position") is not None:
+        fields[task.SCALE.value] = of["by_position"]
+    return RowTask(task.POOL.value, fields, dim)
 
 
 def _mix(of: dict[str, Any]) -> RowTask:
     shape: MixShape = of["shape"]
+    if shape.is_reading:
+        return _reading(of, shape)
     fields = {
         task.X.value: of["parts"], task.SCALE.value: of["scale"], task.BASE.value: of["base"],
         task.OUT.value: of["pre"], task.POST.value: of["post"], task.COMBINE.value: of["combine"],
@@ -150,10 +165,46 @@ def _mix(of: dict[str, Any]) -> RowTask:
         task.ITERATIONS.value: of["iterations"], task.EPS.value: float(of["eps"]),
         task.NORM_EPS.value: float(of["norm_eps"]),
     }  # fmt: skip
-    constants: dict[str, int | bool] = {
-        "N": shape.n, "COUNT": shape.padded, "SPLITS_N": int(triton.next_power_of_2(shape.splits)),
+    return RowTask(task.MIX.value, fields, 2, _of_mixes(shape))
+
+
+def _reading(of: dict[str, Any], shape: MixShape) -> RowTask:
+    fields = {
+        task.X.value: of["parts"], task.SCALE.value: of["scale"], task.BASE.value: of["base"],
+        task.OUT.value: of["pre"], task.SPLITS.value: shape.splits, task.WIDTH.value: shape.cols,
+        task.EPS.value: float(of["eps"]), task.NORM_EPS.value: float(of["norm_eps"]),
     }  # fmt: skip
-    return RowTask(task.MIX.value, fields, 2, constants)
+    return RowTask(task.READING.value, fields, 2, _of_mixes(shape))
+
+
+def _of_mixes(shape: MixShape) -> dict[str, int | bool]:
+    """Constants of tasks that make mixes."""
+    splits = int(triton.next_power_of_2(shape.splits))
+    return {"N": shape.n, "COUNT": shape.padded, "SPLITS_N": splits}
+
+
+def _weigh(of: dict[str, Any]) -> RowTask:
+    fields = {
+        task.X.value: of["x"], task.WIDTH.value: of["x"].shape[1], task.GATE.value: of["ids"],
+        task.POST.value: of["weights"], task.EPS.value: float(of["rule"].factor),
+        task.NORM_EPS.value: float(of["rule"].epsilon),
+    }  # fmt: skip
+    rule = of["rule"]
+    fields |= _of_places(of)
+    return RowTask(task.WEIGH.value, fields, rule.top_k, routing_constants(rule), mail=_mail(of))
+
+
+def _of_places(of: dict[str, Any]) -> dict[int, Any]:
+    """Fields of the table of places, and of chosen experts' ones."""
+    if of.get("table") is None:
+        return {}
+    return {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
+
+
+def _mail(of: dict[str, Any]) -> Mail | None:
+    if of.get("box") is None:
+        return None
+    return Mail(of["box"], of["number"], of["left"], of["guesses"])
 
 
 def _route(of: dict[str, Any]) -> RowTask:
@@ -164,10 +215,8 @@ def _route(of: dict[str, Any]) -> RowTask:
     }  # fmt: skip
     if of["bias"] is not None:
         fields[task.WEIGHT.value] = of["bias"]
-    if of.get("table") is not None:
-        fields |= {task.STATE.value: of["table"], task.COMBINE.value: of["places"]}
-    mail = None if of.get("box") is None else Mail(of["box"], of["number"], of["left"], of["guesses"])
-    return RowTask(task.ROUTE.value, fields, of["x"].shape[1], routing_constants(of["rule"]), mail=mail)
+    constants = routing_constants(of["rule"])
+    return RowTask(task.ROUTE.value, fields | _of_places(of), of["x"].shape[1], constants, mail=_mail(of))
 
 
 def _turns(of: dict[str, Any]) -> RowTask:
@@ -183,6 +232,7 @@ _TASKS: dict[str, Callable[[dict[str, Any]], RowTask]] = {
     "pool": _pool,
     "mix": _mix,
     "route": _route,
+    "weigh": _weigh,
     "turns": _turns,
 }
 
@@ -200,6 +250,28 @@ def _repeat(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 
 def _engram(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     return [engram_launch(of["x"], of["kv"], of["qk"], of["eps"], of["out"], rows)]
+
+
+def _heads(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    heads, x, out, weight = of["heads"], of["x"], of["out"], of["weight"]
+    first, step, _ = of.get("at") or (0, weight.shape[2], weight.shape[2])
+    to, out_step = of.get("to") or (0, weight.shape[1])
+    beside = None
+    if of.get("beside") is not None:
+        copied, copied_step, width = of["beside"]
+        beside = Columns(x, copied, copied_step), Columns(out, to + weight.shape[1], out_step), width
+    columns = Columns(x, first, step), weight, Columns(out, to, out_step)
+    return [head_products_launch(*columns, heads, rows, of["factor"], beside)]
+
+
+def _move(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    first, step, width = of["at"]
+    source, target = Columns(of["x"], first, step), Columns(of["out"], *of["to"])
+    return [move_launch(source, target, of["heads"], width, rows, of["factor"])]
+
+
+def _round(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
+    return [round_launch(of["x"], of["form"], of["out"], rows)]
 
 
 def _choices(of: dict[str, Any]) -> Choices | None:
@@ -222,6 +294,9 @@ def _add_up(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 def _attend(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     names = "q", "rings", "sink", "window", "entries", "chosen", "turns", "back", "parts", "stats", "out"
     given: dict[str, Any] = {name: of.get(name) for name in names}
+    if of.get("every") is not None:
+        latents = LatentAttention(**given, every=of["every"], scale=of["scale"])
+        return list(latents.launches(places.step, rows, places.max_rows))
     attention = SparseAttention(**given)
     return list(attention.launches(places.step, rows, places.max_rows))
 
@@ -244,7 +319,7 @@ def _encode(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
 def _select(places: Places, of: dict[str, Any], rows: int) -> list[Launch]:
     names = (
         "queries", "turns", "weights", "factor", "keys", "ratio", "block", "blocks", "pool", "chosen",
-        "scores", "maxima", "best", "names", "best_blocks",
+        "scores", "maxima", "best", "names", "best_blocks", "is_rounded",
     )  # fmt: skip
     given: dict[str, Any] = {name: of.get(name) for name in names}
     return Choice(**given).launches(places.step, rows, places.max_rows)
@@ -273,6 +348,9 @@ _ALONE: dict[str, Callable[[Places, dict[str, Any], int], list[Launch]]] = {
     "attend": _attend,
     "attend_kv": _attend_kv,
     "residual": _residual,
+    "heads": _heads,
+    "move": _move,
+    "round": _round,
     "encode": _encode,
     "select": _select,
     "experts": _experts,

@@ -1,4 +1,4 @@
-"""What a recorder for a GPU notes, and how noted operations become one another: fewer, larger ones.
+"""How noted operations become fewer, larger ones.
 
 An operation's neighbours in a chain are made part of it where nobody else reads what passes between them:
 RMSNorm, rotation and the way into a sequence's state are one pass over a vector; queries are turned where
@@ -7,126 +7,34 @@ they are read; a gated pair is multiplied at once.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from quant.errors import FormatError
-from quant.kernels.cpu.program import Buffer, HandOver
-from quant.kernels.cuda.mailbox import Word
+from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda.chains import Chains, Noted
+from quant.kernels.cuda.latent_rules import (
+    apart,
+    biased,
+    joined,
+    joined_queries,
+    of_part,
+    part,
+    stored_join,
+)
 from quant.kernels.cuda.products import family_of
-from quant.kernels.cuda.row_tasks import IN_RING
 from quant.packed import PackedTensor
 
 LONGEST = 4096  # of a vector that one program of a row task holds
 
 
-@dataclass(eq=False)
-class Fixed(Buffer):
-    """A buffer that is never written: the same values in every step."""
-
-    held: torch.Tensor | None = None
-
-
-@dataclass(eq=False)
-class Noted:
-    """An operation.
-
-    ins, outs  by their names in lowering.py: buffers, weights, tensors, numbers; None where there is none
-    sees       state of sequences that it reads
-    changes    and writes
-    work       what the caller does at a hand-over, unless the number at `skip` is not 0
-    """
-
-    kind: str
-    ins: dict[str, Any]
-    outs: dict[str, Buffer]
-    sees: tuple[torch.Tensor, ...] = ()
-    changes: tuple[torch.Tensor, ...] = ()
-    layer: int | None = None
-    work: HandOver | None = None
-    skip: torch.Tensor | None = None
-
-    @property
-    def reads(self) -> list[Buffer]:
-        """The buffers among what goes in."""
-        return [value for value in self.ins.values() if isinstance(value, Buffer)]
-
-    @property
-    def words(self) -> tuple[Word, ...]:
-        """What it sets or waits for, once it is done."""
-        found: tuple[Word, ...] = self.ins.get("words", ())
-        return found
-
-    @property
-    def is_mailed(self) -> bool:
-        """Whether it leaves something in a mailbox."""
-        return self.kind == "route" and self.ins.get("box") is not None
-
-    def is_plain(self, *without: str) -> bool:
-        """Whether it has none of these."""
-        return all(self.ins.get(name) is None for name in without)
-
-
-class _Chains:
-    """The operations so far, with who wrote each buffer and how often it is read."""
-
-    def __init__(self, noted: Sequence[Noted], kept: Sequence[Buffer]) -> None:
-        self.ops: list[Noted | None] = []
-        self._at: dict[int, int] = {}  # by the id of a buffer that one operation wrote
-        self._reads = Counter(id(buffer) for op in noted for buffer in op.reads)
-        self._reads.update(id(buffer) for buffer in kept)
-
-    def add(self, op: Noted) -> None:
-        self._at.update({id(buffer): len(self.ops) for buffer in op.outs.values()})
-        self.ops.append(op)
-
-    def before(self, value: object, kind: str) -> Noted | None:
-        """The operation of that kind whose only result, read once, is `value`."""
-        if not isinstance(value, Buffer) or self._reads[id(value)] != 1:
-            return None
-        at = self._at.get(id(value))
-        op = None if at is None else self.ops[at]
-        return op if op is not None and op.kind == kind and list(op.outs.values()) == [value] else None
-
-    def written(self, value: object, kind: str) -> Noted | None:
-        """The operation of that kind that writes `value`, if no operation behind it needs it yet."""
-        at = self._at.get(id(value))
-        op = None if at is None else self.ops[at]
-        if at is None or op is None or op.kind != kind:
-            return None
-        later = [other for other in self.ops[at + 1 :] if other is not None]
-        return None if any(value is read for other in later for read in other.reads) else op
-
-    def writer(self, buffer: Buffer) -> Noted:
-        """The operation that writes a buffer."""
-        op = self.ops[self._at[id(buffer)]]
-        assert op is not None
-        return op
-
-    def drop(self, *ops: Noted) -> None:
-        """Take away what has become part of another."""
-        gone = {id(op) for op in ops}
-        self.ops = [None if op is not None and id(op) in gone else op for op in self.ops]
-
-    def last_ring_write(self, state: torch.Tensor) -> Noted:
-        """The operation that stored a row in this ring. Raises FormatError."""
-        for op in reversed(self.ops):
-            is_write = op is not None and op.kind == "latent" and op.ins.get("state") is state
-            if op is not None and is_write and op.ins["stored"] == IN_RING and op.is_plain("weight", "turns"):
-                return op
-        raise FormatError("groups are pooled of rows that were stored in the same step")
-
-
 def fused(noted: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
     """The same computation in fewer operations; buffers that are `kept` are read from outside."""
-    chains = _Chains(noted, kept)
+    chains = Chains(noted, kept)
     for op in noted:
         chains.add(_RULES.get(op.kind, _alone)(op, chains))
-    return _needed(list(_settled(op for op in chains.ops if op is not None)), kept)
+    needed = _needed(list(_settled(op for op in chains.ops if op is not None)), kept)
+    return [each for op in needed for each in apart(op)]
 
 
 def _needed(ops: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
@@ -141,11 +49,11 @@ def _needed(ops: Sequence[Noted], kept: Sequence[Buffer]) -> list[Noted]:
     return needed[::-1]
 
 
-def _alone(op: Noted, chains: _Chains) -> Noted:
+def _alone(op: Noted, chains: Chains) -> Noted:
     return op
 
 
-def _read(op: Noted, chains: _Chains) -> Noted:
+def _read(op: Noted, chains: Chains) -> Noted:
     """A weighted sum of streams, then its norm."""
     before = chains.before(op.ins["x"], "read")
     if before is not None and before.ins["eps"] is None and op.is_plain("pre"):
@@ -157,6 +65,8 @@ def _read(op: Noted, chains: _Chains) -> Noted:
         outs = residual.outs | {"out": op.outs["out"]}
         chains.drop(residual)
         return replace(residual, ins=residual.ins | given, outs=outs)
+    if chains.before(op.ins["x"], "part") is not None and _is_task(op):
+        return of_part(replace(op, kind="latent", ins=op.ins | {"heads": 1, "stored": 0}), chains)
     before = chains.before(op.ins["x"], "pool")
     if before is not None and before.is_plain("weight") and op.is_plain("pre"):
         chains.drop(before)
@@ -165,11 +75,14 @@ def _read(op: Noted, chains: _Chains) -> Noted:
     return op
 
 
-def _latent(op: Noted, chains: _Chains) -> Noted:
+def _latent(op: Noted, chains: Chains) -> Noted:
     """A norm, then a limit, then a turn, then the way into a state."""
-    before = chains.before(op.ins["x"], "latent")
+    op = stored_join(of_part(op, chains), chains)
+    before = None if op.ins.get("at") is not None else chains.before(op.ins["x"], "latent")
     if before is not None and _follows(before, op):
-        is_row = before.ins["heads"] == 1 and before.is_plain("turns")  # what is done to a row as a whole
+        is_row = before.ins["heads"] == 1 and before.is_plain(
+            "turns", "at", "bias"
+        )  # what is done to a row as a whole
         if is_row or before.ins["heads"] == op.ins["heads"]:
             chains.drop(before)
             given = {name: value for name, value in op.ins.items() if value is not None and name != "x"}
@@ -186,19 +99,24 @@ def _latent(op: Noted, chains: _Chains) -> Noted:
 
 def _follows(before: Noted, op: Noted) -> bool:
     """Whether all that is done by an operation comes after what the other does, in one pass over a vector."""
-    stages = "weight", "limit", "turns", "state"
+    stages = "weight", "bias", "limit", "turns", "state"
     done, to_do = ([at for at, name in enumerate(stages) if not each.is_plain(name)] for each in (before, op))
     return not done or not to_do or done[-1] < to_do[0]
 
 
-def _pool(op: Noted, chains: _Chains) -> Noted:
+def _pool(op: Noted, chains: Chains) -> Noted:
     """Projections to their rings, and the group that they complete."""
     rows, gates = (chains.last_ring_write(op.ins[name]) for name in ("state", "gate_state"))
     chains.drop(rows, gates)
-    return replace(op, ins=op.ins | {"x": rows.ins["x"], "gate": gates.ins["x"]})
+    gate, by_position = gates.ins["x"], None
+    biased = chains.before(gate, "bias")
+    if biased is not None:
+        chains.drop(biased)
+        gate, by_position = biased.ins["x"], biased.ins["rows"]
+    return replace(op, ins=op.ins | {"x": rows.ins["x"], "gate": gate, "by_position": by_position})
 
 
-def _gated(op: Noted, chains: _Chains) -> Noted:
+def _gated(op: Noted, chains: Chains) -> Noted:
     """Two matrices of one input."""
     gate, up = (chains.before(op.ins[name], "product") for name in ("x", "y"))
     if gate is None or up is None or gate.ins["x"] is not up.ins["x"]:
@@ -220,7 +138,7 @@ def _are_alike(first: Any, second: Any) -> bool:
     return bool(first.dtype == second.dtype)
 
 
-def _turned_back(op: Noted, chains: _Chains) -> Noted:
+def _turned_back(op: Noted, chains: Chains) -> Noted:
     """What attention has found, turned; or else a vector."""
     attend = chains.before(op.ins["x"], "attend")
     if attend is not None and attend.is_plain("back") and op.is_plain("weight", "state"):
@@ -229,19 +147,20 @@ def _turned_back(op: Noted, chains: _Chains) -> Noted:
     return _latent(op, chains)
 
 
-def _attend(op: Noted, chains: _Chains) -> Noted:
+def _attend(op: Noted, chains: Chains) -> Noted:
     """Queries turned by those that read them."""
+    op = joined_queries(op, chains)
     turn = chains.before(op.ins["q"], "latent")
-    if turn is not None and turn.is_plain("weight", "state"):
+    if turn is not None and turn.is_plain("weight", "state", "at", "limit", "bias"):
         chains.drop(turn)
         return replace(op, ins=op.ins | {"q": turn.ins["x"], "turns": turn.ins["turns"]})
     return op
 
 
-def _select(op: Noted, chains: _Chains) -> Noted:
+def _select(op: Noted, chains: Chains) -> Noted:
     """The same, and a factor of the weights."""
     turn = chains.before(op.ins["queries"], "latent")
-    if turn is not None and turn.is_plain("weight", "state"):
+    if turn is not None and turn.is_plain("weight", "state", "at", "limit", "bias"):
         chains.drop(turn)
         op = replace(op, ins=op.ins | {"queries": turn.ins["x"], "turns": turn.ins["turns"]})
     scale = chains.before(op.ins["weights"], "times")
@@ -251,7 +170,7 @@ def _select(op: Noted, chains: _Chains) -> Noted:
     return replace(op, ins=op.ins | {"weights": scale.ins["x"], "factor": scale.ins["number"]})
 
 
-def _write(op: Noted, chains: _Chains) -> Noted:
+def _write(op: Noted, chains: Chains) -> Noted:
     """Experts' outputs summed up where they are written to the streams."""
     total = chains.before(op.ins["y"], "add_up")
     if total is None:
@@ -260,15 +179,15 @@ def _write(op: Noted, chains: _Chains) -> Noted:
     return replace(op, ins=op.ins | total.ins, sees=(*op.sees, *total.sees))
 
 
-def _mail(op: Noted, chains: _Chains) -> Noted:
+def _mail(op: Noted, chains: Chains) -> Noted:
     """What a mailbox is for, left by the router."""
-    route = chains.writer(op.ins["ids"])
+    route = chains.writer(op.ins["places"])
     chains.drop(route)
-    left = {name: value for name, value in op.ins.items() if name != "ids"}
+    left = {name: value for name, value in op.ins.items() if name != "places"}
     return replace(route, ins=route.ins | left, changes=(*route.changes, *op.changes))
 
 
-def _sum(op: Noted, chains: _Chains) -> Noted:
+def _sum(op: Noted, chains: Chains) -> Noted:
     """Experts' outputs and the shared expert's; or else a residual and what a sublayer adds to it."""
     total = chains.before(op.ins["x"], "add_up")
     if total is not None and total.is_plain("y"):
@@ -289,7 +208,7 @@ def _sum(op: Noted, chains: _Chains) -> Noted:
     return residual
 
 
-def _attend_kv(op: Noted, chains: _Chains) -> Noted:
+def _attend_kv(op: Noted, chains: Chains) -> Noted:
     """And a factor of the queries."""
     scaled = chains.before(op.ins["q"], "times")
     if scaled is None:
@@ -300,6 +219,10 @@ def _attend_kv(op: Noted, chains: _Chains) -> Noted:
 
 
 _RULES = {
+    "part": part,
+    "heads": of_part,
+    "bias": biased,
+    "encode": joined,
     "read": _read,
     "latent": _turned_back,
     "pool": _pool,

@@ -9,8 +9,8 @@ import torch
 
 from quant.formats.rows import EncodedRows, Rows
 from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda.chains import Noted
 from quant.kernels.cuda.kernels import TritonKernels
-from quant.kernels.cuda.noted import Noted
 from quant.kernels.cuda.row_codes import check_has_kernels
 from quant.kernels.cuda.row_tasks import AS_ENTRY
 

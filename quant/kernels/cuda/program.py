@@ -16,11 +16,12 @@ from collections.abc import Sequence
 import torch
 
 from quant.kernels.cpu.program import Buffer, Recording
+from quant.kernels.cuda.chains import Fixed, Noted
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch, Launcher
 from quant.kernels.cuda.lowering import Places
 from quant.kernels.cuda.mailbox import Word, has_stream_words
-from quant.kernels.cuda.noted import Fixed, Noted, fused
+from quant.kernels.cuda.noted import fused
 from quant.kernels.cuda.schedule import LAUNCHES, give_lives, scheduled
 
 logger = logging.getLogger("loci.kernels")
@@ -31,7 +32,8 @@ class GpuProgram:
 
     source  `[max_rows, width]`, to be filled before a run
     result  `[max_rows, width]`, valid until the next run
-    nbytes  of the GPU's memory that it holds: buffers that live at different times share places
+    nbytes  of the GPU's memory that it uses: buffers that live at different times share places
+    arena   bytes for its buffers, which programs that never run at the same time may share; None for its own
     """
 
     def __init__(
@@ -42,10 +44,11 @@ class GpuProgram:
         source: Buffer,
         result: Buffer,
         max_rows: int,
+        arena: torch.Tensor | None = None,
     ) -> None:
         self._groups, size = arranged(noted, [*inputs, source, result], max_rows)
         device = kernels.device
-        arena = torch.zeros(size, dtype=torch.uint8, device=device)
+        arena = torch.zeros(size, dtype=torch.uint8, device=device) if arena is None else arena[:size]
         self._host_step = torch.zeros(1 + 2 * max_rows, dtype=torch.int64)
         if device.type == "cuda":
             self._host_step = self._host_step.pin_memory()

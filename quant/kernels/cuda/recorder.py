@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from quant.errors import FormatError
-from quant.formats.rows import Rows, bytes_of
+from quant.formats.rows import EncodedRows, Rows, bytes_of, row_format_of
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer, HandOver
 from quant.kernels.cuda.attention import splits_of
-from quant.kernels.cuda.kv_notes import KvNotes
+from quant.kernels.cuda.chains import Fixed, Noted
+from quant.kernels.cuda.latent_notes import LatentNotes
 from quant.kernels.cuda.mailbox import Mailbox
-from quant.kernels.cuda.noted import Fixed, Noted
 from quant.kernels.cuda.products import check_multiplies
 from quant.kernels.cuda.program import GpuProgram, arranged
 from quant.kernels.cuda.row_codes import RowCodes
 from quant.kernels.cuda.row_tasks import AS_ENTRY, IN_RING, NOWHERE
-from quant.kernels.cuda.selection import COLUMNS, TILE, chunks_of
+from quant.kernels.cuda.selection import CHANNELS_OF_CODES, COLUMNS, TILE, chunks_of
 from quant.kernels.cuda.step_experts import SlotsOnGpu
 from quant.kernels.cuda.streams import MixShape
 from quant.kernels.interface import ExpertBiases, ExpertExtras, Weight
@@ -29,7 +29,7 @@ from quant.kernels.layers import RoutingRule
 
 
 @dataclass
-class GpuRecorder(KvNotes):
+class GpuRecorder(LatentNotes):
     """`StepRecorder` for a GPU. Buffers are `[rows, width]` in its memory.
 
     All methods raise FormatError for what there is no kernel for.
@@ -53,9 +53,10 @@ class GpuRecorder(KvNotes):
         self._note(Noted("hand_over", ins, outs, work=work, skip=skip))
         return skip
 
-    def finish(self, source: Buffer, result: Buffer) -> GpuProgram:
-        """The program of what was noted, from `source`, filled before each run, to `result`."""
-        return GpuProgram(self.kernels, self._noted, self._kept, source, result, self.max_rows)
+    def finish(self, source: Buffer, result: Buffer, arena: torch.Tensor | None = None) -> GpuProgram:
+        """The program of what was noted, from `source`, filled before each run, to `result`; in an arena of
+        `nbytes` that programs which do not run at the same time share, if there is one."""
+        return GpuProgram(self.kernels, self._noted, self._kept, source, result, self.max_rows, arena)
 
     def nbytes(self, source: Buffer, result: Buffer) -> int:
         """About what that program would hold: its buffers, without the tables of launches."""
@@ -121,6 +122,19 @@ class GpuRecorder(KvNotes):
         self._note(Noted("route", ins, outs))
         return outs["ids"], outs["weights"]
 
+    def weigh(
+        self, logits: Buffer, ids: Buffer, rule: RoutingRule, table: torch.Tensor | None = None
+    ) -> Buffer:
+        """The weights of experts that were chosen otherwise, ids `[rows, top_k]` int64; table as in
+        `route`."""
+        if rule.score in ("softmax", "chosen softmax"):
+            raise FormatError("no Triton kernel weighs experts by a softmax that it does not choose by")
+        outs = {"weights": self.buffer(rule.top_k)}
+        if table is not None:
+            outs["places"] = self._places[id(ids)] = self.buffer(rule.top_k, torch.int64)
+        self._note(Noted("weigh", {"x": logits, "ids": ids, "rule": rule, "table": table}, outs))
+        return outs["weights"]
+
     def experts(
         self,
         x: Buffer,
@@ -142,7 +156,7 @@ class GpuRecorder(KvNotes):
         """
         places, top_k, state = self._places[id(ids)], ids.width, (box.outputs,)
         left: dict[str, Any] = {
-            "left": x, "ids": ids, "box": box, "number": number, "guesses": guesses,
+            "left": x, "places": places, "box": box, "number": number, "guesses": guesses,
             "words": (box.post_word(number),),
         }  # fmt: skip
         self._note(Noted("mail", left, {}, changes=state))
@@ -243,6 +257,30 @@ class GpuRecorder(KvNotes):
         self._note(Noted("mix", ins, outs))
         return outs["pre"], outs["post"], outs["combine"]
 
+    def read_mix(
+        self,
+        streams: Buffer,
+        fn: torch.Tensor,
+        scale: torch.Tensor,
+        base: torch.Tensor,
+        eps: float,
+        norm_eps: float,
+    ) -> Buffer:
+        """How n streams are read, `[rows, n]`: as `mix`, of fn `[n, streams]` and nothing else."""
+        n = len(scale)
+        if n & (n - 1):
+            raise FormatError(f"{n} streams are not a power of two")
+        shape = MixShape(n, streams.width, is_reading=True)
+        parts = self.buffer(shape.splits * shape.padded)
+        self._note(Noted("mixed", {"x": streams, "fn": self._floats(fn), "shape": shape}, {"parts": parts}))
+        ins = {
+            "parts": parts, "scale": self._floats(scale), "base": self._floats(base), "shape": shape,
+            "eps": eps, "norm_eps": norm_eps,
+        }  # fmt: skip
+        pre = self.buffer(n)
+        self._note(Noted("mix", ins, {"pre": pre}))
+        return pre
+
     def mix_streams(self, streams: Buffer, y: Buffer, post: Buffer, combine: Buffer) -> Buffer:
         """post_j * y + sum_i combine[i, j] * stream_i."""
         return self._to(streams.width, "write", x=streams, y=y, post=post, combine=combine)
@@ -275,10 +313,11 @@ class GpuRecorder(KvNotes):
         """Operations that matter only to rows that complete a group; here all rows do them."""
         yield
 
-    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int) -> Buffer:
-        """The last `ratio` rows in rings `[slots, ring, dim]`, which were written before, pooled."""
-        out = self.buffer(rows.shape[2])
-        ins: dict[str, Any] = {"state": rows, "gate_state": gates, "ratio": ratio}
+    def pool(self, rows: torch.Tensor, gates: torch.Tensor, ratio: int, *, overlaps: bool = False) -> Buffer:
+        """The last `ratio` rows in rings `[slots, ring, width]`, which were written before, pooled: see
+        `StepRecorder.pool`."""
+        out = self.buffer(rows.shape[2] // 2 if overlaps else rows.shape[2])
+        ins: dict[str, Any] = {"state": rows, "gate_state": gates, "ratio": ratio, "overlaps": overlaps}
         self._note(Noted("pool", ins, {"out": out}, changes=(rows, gates)))
         return out
 
@@ -290,9 +329,12 @@ class GpuRecorder(KvNotes):
         window: int,
         compressed: Rows | None,
         chosen: Buffer | None,
+        every: int | None = None,
     ) -> Buffer:
-        """Attention over windows and chosen entries: see `StepRecorder.attend_sparse`."""
+        """Attention over windows and entries, chosen or all: see `StepRecorder.attend_sparse`."""
         dim = rings.shape[2]
+        if compressed is not None and every is not None:
+            return self._attend_latents(q, rings, sink, window, compressed, None, every, dim)
         entries = compressed if chosen is not None else None
         splits = splits_of(window, 0 if chosen is None else chosen.width)
         ins = {
@@ -318,6 +360,12 @@ class GpuRecorder(KvNotes):
         makes_pool: bool,
     ) -> tuple[Buffer, Buffer | None]:
         """The entries that each row attends to, and the best blocks: see `StepRecorder.select`."""
+        if isinstance(keys, EncodedRows) and keys.format.turned:
+            queries, keys = self._turned(queries, keys)
+        form = row_format_of(keys)
+        is_rounded = form is not None and form.rounds_queries and form.group > CHANNELS_OF_CODES
+        if is_rounded:
+            queries = self._to(queries.width, "round", x=queries, form=form)
         RowCodes.of(keys)  # raises FormatError
         block = selector.block
         columns = max(1, keys.shape[1] if pool is None else block * selector.blocks)
@@ -332,6 +380,7 @@ class GpuRecorder(KvNotes):
             "maxima": self.buffer(-(-columns // block)) if makes_pool else None,
             "best": self.buffer(chunks * selector.top_k) if chunks > 1 else None,
             "names": self.buffer(chunks * selector.top_k, torch.int64) if chunks > 1 else None,
+            "is_rounded": is_rounded,
         }  # fmt: skip
         outs = {"chosen": self.buffer(selector.top_k, torch.int64)}
         if makes_pool:

@@ -132,6 +132,18 @@ def rounded(
 
 
 @triton.jit
+def round_heads(
+    x, out, width, CODE: tl.constexpr, GROUP: tl.constexpr, LIMIT_BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Heads of `width` columns, as they are after `rounded`. Grid (heads, rows)."""
+    at = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * width + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < width
+    values = tl.reshape(tl.load(x + at, mask=inside, other=0.0), (1, BLOCK))
+    values = rounded(values, CODE, GROUP, LIMIT_BITS, BLOCK)
+    tl.store(out + at, tl.reshape(values, (BLOCK,)), mask=inside)
+
+
+@triton.jit
 def row_scales(
     rows, at, is_row, first, SCALE: tl.constexpr, CODED: tl.constexpr, GROUP: tl.constexpr,
     SCALES_AT: tl.constexpr, COUNT: tl.constexpr,
@@ -244,6 +256,15 @@ def encode_rows(
         tail = to + TAIL_AT + 2 * (col - CODED)
         tl.store(tail, (upper & 255).to(tl.uint8), mask=is_tail)
         tl.store(tail + 1, ((upper >> 8) & 255).to(tl.uint8), mask=is_tail)
+
+
+def round_launch(x: torch.Tensor, form: RowFormat, out: torch.Tensor, rows: int) -> Launch:
+    """The launch that rounds heads of the first `rows` rows as index queries of keys in this format."""
+    constants: dict[str, int | bool] = {
+        "CODE": CODES.index(form.code), "GROUP": form.group, "LIMIT_BITS": limit_bits(form),
+        "BLOCK": max(int(triton.next_power_of_2(form.dim)), form.group),
+    }  # fmt: skip
+    return Launch(round_heads, (x.shape[1] // form.dim, rows), (x, out, form.dim), constants, 4)
 
 
 def limit_bits(form: RowFormat) -> int:

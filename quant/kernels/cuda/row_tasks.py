@@ -17,8 +17,9 @@ import triton.language as tl
 
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mail, leave_row
-from quant.kernels.cuda.routing import NO_ROUTING, chosen_experts
-from quant.kernels.cuda.streams import finish_mix
+from quant.kernels.cuda.pooling import pool_group
+from quant.kernels.cuda.routing import NO_ROUTING, chosen_experts, scores_of
+from quant.kernels.cuda.streams import finish_mix, finish_reading
 
 # Fields of a line, 28 numbers.
 KIND: tl.constexpr = tl.constexpr(0)
@@ -45,6 +46,13 @@ SPLITS: tl.constexpr = tl.constexpr(20)
 ITERATIONS: tl.constexpr = tl.constexpr(21)
 NORM_EPS: tl.constexpr = tl.constexpr(22)
 MAIL: tl.constexpr = tl.constexpr(23)
+X_ROW: tl.constexpr = tl.constexpr(14)  # of a vector: from a row to the next, and from a head to the next
+X_HEAD: tl.constexpr = tl.constexpr(15)
+OUT_ROW: tl.constexpr = tl.constexpr(16)
+OUT_HEAD: tl.constexpr = tl.constexpr(17)
+STATE_ROW: tl.constexpr = tl.constexpr(18)
+BIAS: tl.constexpr = tl.constexpr(19)
+FACTOR: tl.constexpr = tl.constexpr(20)
 HEAD_STRIDE: tl.constexpr = tl.constexpr(24)
 LIMIT: tl.constexpr = tl.constexpr(25)
 WHOLE: tl.constexpr = tl.constexpr(26)
@@ -55,6 +63,8 @@ POOL: tl.constexpr = tl.constexpr(1)
 MIX: tl.constexpr = tl.constexpr(2)
 ROUTE: tl.constexpr = tl.constexpr(3)
 ROTATIONS: tl.constexpr = tl.constexpr(4)
+WEIGH: tl.constexpr = tl.constexpr(5)
+READING: tl.constexpr = tl.constexpr(6)
 
 NOWHERE, IN_RING, AS_ENTRY = 0, 1, 2  # what STORED says
 MAX_SPLITS = 64
@@ -105,15 +115,16 @@ def normalised(values, weight, col, inside, width, eps):
 
 @triton.jit
 def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
-    """A head of a row: normalised if there is a weight, by itself or with the WHOLE row, cut to a limit if
-    there is one, turned if there are turns; to a buffer, to the place of its position in its slot, or, where
-    its token completes a group, to its place among the slot's entries."""
+    """A head of a row, times a factor: normalised if there is a weight, by itself or with the WHOLE row, with
+    a bias added and cut to a limit if there is one, turned if there are turns; to a buffer, to the place of
+    its position in its slot, or, where its token completes a group, to its place among the slot's entries."""
     width = tl.load(line + WIDTH).to(tl.int32)
     heads = tl.load(line + HEADS).to(tl.int32)
     if head < heads:
         col = tl.arange(0, BLOCK)
         inside = col < width
-        values = tl.load(floats_at(line, X) + (row * heads + head) * width + col, mask=inside, other=0.0)
+        x = floats_at(line, X) + row * tl.load(line + X_ROW) + head * tl.load(line + X_HEAD)
+        values = tl.load(x + col, mask=inside, other=0.0) * fraction(line, FACTOR)
         if tl.load(line + WEIGHT) != 0:
             if tl.load(line + WHOLE) != 0:
                 norm = row_norm(
@@ -123,6 +134,8 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
                 values = values * norm * tl.load(weight + col, mask=inside, other=0.0)
             else:
                 values = normalised(values, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+        has_bias = tl.load(line + BIAS) != 0
+        values += tl.load(floats_at(line, BIAS) + head * width + col, mask=inside & has_bias, other=0.0)
         limit = fraction(line, LIMIT)
         if limit > 0:
             values = tl.minimum(tl.maximum(values, -limit), limit)
@@ -130,7 +143,8 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
         if pairs > 0:
             values = turned(values, floats_at(line, TURNS) + row * 2 * pairs, width, pairs, BLOCK)
         if tl.load(line + OUT) != 0:
-            tl.store(floats_at(line, OUT) + (row * heads + head) * width + col, values, mask=inside)
+            out = floats_at(line, OUT) + row * tl.load(line + OUT_ROW) + head * tl.load(line + OUT_HEAD)
+            tl.store(out + col, values, mask=inside)
         stored = tl.load(line + STORED)
         position = tl.load(step + 1 + MAX + row)
         place = position % tl.maximum(tl.load(line + PLACES), 1)
@@ -141,7 +155,7 @@ def latent(line, step, row, head, BLOCK: tl.constexpr, MAX: tl.constexpr):
             is_alive = is_alive & ((position + 1) % ratio == 0)
         if (stored != 0) & is_alive:
             slot = tl.load(step + 1 + row) * tl.load(line + STRIDE) + head * tl.load(line + HEAD_STRIDE)
-            to = floats_at(line, STATE) + slot + place * width
+            to = floats_at(line, STATE) + slot + place * tl.load(line + STATE_ROW)
             tl.store(to + col, values, mask=inside)
 
 
@@ -150,32 +164,15 @@ def pool(line, step, row, BLOCK: tl.constexpr, MAX: tl.constexpr):
     """A row's projections to the rings of its slot; and where its token completes a group, the group's,
     pooled by the softmax of their gates channel by channel, and normalised: to a buffer."""
     width = tl.load(line + WIDTH).to(tl.int32)
-    ratio, places = tl.load(line + RATIO), tl.load(line + PLACES)
-    position = tl.load(step + 1 + MAX + row)
     slot = tl.load(step + 1 + row) * tl.load(line + STRIDE)
+    total = pool_group(
+        floats_at(line, X), floats_at(line, GATE), floats_at(line, SCALE), floats_at(line, STATE) + slot,
+        floats_at(line, GATE_STATE) + slot, step, row, width, tl.load(line + RATIO),
+        tl.load(line + SPLITS).to(tl.int32), tl.load(line + PLACES), BLOCK, MAX,
+    )  # fmt: skip
     col = tl.arange(0, BLOCK)
     inside = col < width
-    rows, gates = floats_at(line, STATE) + slot, floats_at(line, GATE_STATE) + slot
-    value = tl.load(floats_at(line, X) + row * width + col, mask=inside, other=0.0)
-    gate = tl.load(floats_at(line, GATE) + row * width + col, mask=inside, other=0.0)
-    is_alive = row < tl.load(step)
-    if is_alive:
-        tl.store(rows + position % places * width + col, value, mask=inside)
-        tl.store(gates + position % places * width + col, gate, mask=inside)
-    total = tl.zeros([BLOCK], tl.float32)
-    if is_alive & ((position + 1) % ratio == 0):
-        most = gate
-        for back in range(1, ratio):
-            at = (position - back) % places * width + col
-            most = tl.maximum(most, tl.load(gates + at, mask=inside, other=0.0))
-        share = tl.exp(gate - most)
-        shares, total = share, share * value
-        for back in range(1, ratio):
-            at = (position - back) % places * width + col
-            share = tl.exp(tl.load(gates + at, mask=inside, other=0.0) - most)
-            shares += share
-            total += share * tl.load(rows + at, mask=inside, other=0.0)
-        total = normalised(total / shares, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
+    total = normalised(total, floats_at(line, WEIGHT), col, inside, width, fraction(line, EPS))
     tl.store(floats_at(line, OUT) + row * width + col, total, mask=inside)
 
 
@@ -193,7 +190,6 @@ def route(
     logit = tl.load(floats_at(line, X) + row * experts + choices, mask=choices < experts, other=0.0)
     ids = tl.load(line + OUT).to(tl.pointer_type(tl.int64)) + row * TOP_K
     weights = floats_at(line, POST) + row * TOP_K
-    has_places = tl.load(line + STATE) != 0
     idents, share = chosen_experts(
         logit, floats_at(line, WEIGHT), tl.load(line + WEIGHT) != 0, experts, fraction(line, NORM_EPS),
         fraction(line, EPS), TOP_K, SCORE, RENORMED, GROUPS, KEPT, BEST_OF, BLOCK,
@@ -202,14 +198,42 @@ def route(
     is_choice = choices < TOP_K
     tl.store(weights + choices, share, mask=is_choice)
     tl.store(ids + choices, idents, mask=is_choice)
-    if has_places:
+    say_places(line, step, row, idents, TOP_K, BLOCK)
+
+
+@triton.jit
+def say_places(line, step, row, idents, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a row's choices, the first TOP_K of idents `[BLOCK]`: their places where there is a table, and mail
+    where there is a mailbox."""
+    if tl.load(line + STATE) != 0:
+        choices = tl.arange(0, BLOCK)
         table = tl.load(line + STATE).to(tl.pointer_type(tl.int64))
         places = tl.load(table + idents, mask=idents >= 0, other=-1)
         to = tl.load(line + COMBINE).to(tl.pointer_type(tl.int64)) + row * TOP_K
-        tl.store(to + choices, places, mask=is_choice)
+        tl.store(to + choices, places, mask=choices < TOP_K)
         if tl.load(line + MAIL) != 0:
             mail = line + tl.load(line + MAIL) * FIELDS
             leave_row(mail, step, row, idents, places, TOP_K, BLOCK)
+
+
+@triton.jit
+def weigh(
+    line, step, row, TOP_K: tl.constexpr, SCORE: tl.constexpr, RENORMED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The weights that a row's logits give to experts chosen without them; else as `route`."""
+    experts = tl.load(line + WIDTH).to(tl.int32)
+    choices = tl.arange(0, BLOCK)
+    is_choice = choices < TOP_K
+    chosen = tl.load(line + GATE).to(tl.pointer_type(tl.int64)) + row * TOP_K + choices
+    idents = tl.load(chosen, mask=is_choice & (row < tl.load(step)), other=-1)
+    is_choice = is_choice & (idents >= 0)
+    logit = tl.load(floats_at(line, X) + row * experts + idents, mask=is_choice, other=0.0)
+    share = tl.where(is_choice, scores_of(logit, is_choice, SCORE), 0.0)
+    if RENORMED:
+        share = share / (tl.sum(share, axis=0) + fraction(line, NORM_EPS))
+    share = share * fraction(line, EPS)
+    tl.store(floats_at(line, POST) + row * TOP_K + choices, share, mask=choices < TOP_K)
+    say_places(line, step, row, idents, TOP_K, BLOCK)
 
 
 @triton.jit
@@ -262,6 +286,16 @@ def row_tasks(
         if KINDS & 16:
             if kind == ROTATIONS:
                 rotations(line, step, row, LANES, MAX)
+        if KINDS & 32:
+            if kind == WEIGH:
+                weigh(line, step, row, TOP_K, SCORE, RENORMED, BLOCK)
+        if KINDS & 64:
+            if kind == READING:
+                finish_reading(
+                    floats_at(line, X), floats_at(line, SCALE), floats_at(line, BASE), floats_at(line, OUT),
+                    row, tl.load(line + SPLITS).to(tl.int32), tl.load(line + WIDTH).to(tl.float32),
+                    fraction(line, EPS), fraction(line, NORM_EPS), N, COUNT, SPLITS_N,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from quant.kernels.cpu.program import Buffer
-from quant.kernels.cuda.noted import Noted
+from quant.kernels.cuda.chains import Noted
 from quant.kernels.cuda.products import go_together
 
-TASKS = ("latent", "pool", "mix", "route", "turns")
+TASKS = ("latent", "pool", "mix", "route", "weigh", "turns")
 STREAMS = ("mixed", "read")
 LAUNCHES = {"attend": 2, "attend_kv": 2, "experts": 2, "hand_over": 0, "await": 0, "called": 0, "reply": 0}
 MAIL = 8  # more than there are: the sooner it is sent, the sooner there is an answer
@@ -64,9 +64,9 @@ def fit(group: Sequence[Noted], op: Noted) -> bool:
         return len(limits) < 2 and go_together([w for w in weights if w is not None], count)
     if kind in TASKS and op.kind in TASKS:
         shapes = {
-            (other.kind, other.ins["rule"] if other.kind == "route" else other.ins["shape"])
+            ("mix", other.ins["shape"]) if other.kind == "mix" else ("route", other.ins["rule"])
             for other in (*group, op)
-            if other.kind in ("route", "mix")
+            if other.kind in ("route", "weigh", "mix")
         }
         return len({of for of, _ in shapes}) == len(shapes) and len(group) < MOST_TASKS
     if kind in STREAMS and op.kind in STREAMS:

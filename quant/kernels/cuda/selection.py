@@ -24,6 +24,7 @@ CHANNELS = 64  # at a time
 CHANNELS_OF_CODES = 32  # of encoded keys: their decoding needs registers too
 TILE = 4096  # scores that a program looks at together
 LEAST_HEADS = 16  # what tensor cores take
+MANY_HEADS = 32
 
 
 @triton.jit
@@ -210,6 +211,7 @@ class Choice:
               results
               on the way
     best_blocks  `[rows, blocks]` int64, if later choices are to be made among these
+    is_rounded   the queries are like the keys already
     """
 
     queries: torch.Tensor
@@ -227,18 +229,24 @@ class Choice:
     best: torch.Tensor | None
     names: torch.Tensor | None
     best_blocks: torch.Tensor | None
+    is_rounded: bool = False
 
     def launches(self, step: torch.Tensor, rows: int, max_rows: int) -> list[Launch]:
         """Two launches for the first `rows` rows, or three where there are several chunks."""
         heads, k, columns = self.weights.shape[1], self.chosen.shape[1], self.scores.shape[1]
         keys, codes, form = bytes_of(self.keys), RowCodes.of(self.keys), row_format_of(self.keys)
-        group, limit = (form.group, limit_bits(form)) if form is not None and form.rounds_queries else (0, 0)
+        group, limit = 0, 0
+        if form is not None and form.rounds_queries and not self.is_rounded:
+            group, limit = form.group, limit_bits(form)
         is_pooled = self.pool is not None
         pool = step if self.pool is None else self.pool
         maxima = self.scores if self.maxima is None else self.maxima
         turns = self.queries if self.turns is None else self.turns
         pairs = 0 if self.turns is None else turns.shape[1] // 2
         tile = COLUMNS if self.maxima is None else max(COLUMNS, self.block)
+        is_wide = heads > MANY_HEADS  # of which scores take more registers
+        if is_wide and self.maxima is None:
+            tile //= 2
         block = max(1, self.block)
         found = [
             Launch(
@@ -249,11 +257,11 @@ class Choice:
                  self.blocks, self.factor, codes.step),
                 {"POOLED": is_pooled, "MAXIMA": self.maxima is not None, "MAX": max_rows,
                  "HEADS": int(triton.next_power_of_2(max(LEAST_HEADS, heads))), "COLUMNS": tile,
-                 "CHANNELS": CHANNELS if form is None else max(CHANNELS_OF_CODES, group),
+                 "CHANNELS": CHANNELS if form is None and not is_wide else max(CHANNELS_OF_CODES, group),
                  "LIMIT_BITS": limit,
                  "BLOCK": block if self.maxima is not None else 1}
                 | codes.constants,
-                4,
+                8 if is_wide else 4,
             )
         ]  # fmt: skip
         constants: dict[str, int | bool] = {"POOLED": is_pooled, "MAX": max_rows, "TILE": TILE}

@@ -126,6 +126,19 @@ def finish_mix(
 
 
 @triton.jit
+def finish_reading(
+    parts, scale, base, pre, row, splits, cols, eps, norm_eps,
+    N: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """A row's pre `[N]` of its parts, where nothing else is read off."""
+    each = tl.arange(0, N)
+    squares = added_up(parts, row, splits, tl.full([1], N, tl.int32), COUNT, SPLITS)
+    before = added_up(parts, row, splits, each, COUNT, SPLITS) * tl.rsqrt(squares / cols + norm_eps)
+    before = before * tl.load(scale + each) + tl.load(base + each)
+    tl.store(pre + row * N + each, 1.0 / (1.0 + tl.exp(-before)) + eps)
+
+
+@triton.jit
 def write_streams(
     streams, y, post, combine, apart, weights, mail, places, out, width,
     N: tl.constexpr, CHOICES: tl.constexpr, MAILED: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -252,10 +265,12 @@ class MixShape:
 
     count    numbers that are read off
     splits   programs that share the columns
+    is_reading  only how they are read is wanted, not how they are written and mixed
     """
 
     n: int
     cols: int
+    is_reading: bool = False
 
     @classmethod
     def n_of(cls, count: int) -> int:
@@ -264,7 +279,7 @@ class MixShape:
 
     @property
     def count(self) -> int:
-        return (2 + self.n) * self.n
+        return self.n if self.is_reading else (2 + self.n) * self.n
 
     @property
     def padded(self) -> int:

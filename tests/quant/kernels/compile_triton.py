@@ -34,6 +34,7 @@ from quant.kernels.cuda.sinkhorn import sinkhorn_launch
 from quant.kernels.interface import ExpertWeights, MoeCall
 from quant.packed import Format, PackedTensor
 from tests.quant.kernels.kv_step_launches import kv_launches
+from tests.quant.kernels.latent_step_launches import latent_launches
 from tests.quant.kernels.step_launches import step_launches
 
 TARGET = GPUTarget("cuda", 89, 32)
@@ -78,6 +79,7 @@ def launches() -> Iterator[Launch]:
     yield from moe(NF4, 1024, torch.float32)
     matrices = torch.empty(512, 4, 4, device="meta")
     yield from step_launches()
+    yield from latent_launches()
     yield from kv_launches()
     yield sinkhorn_launch(matrices, torch.empty_like(matrices), 20, 1e-6)
     wanted = torch.empty(24, dtype=torch.int64, device="meta")

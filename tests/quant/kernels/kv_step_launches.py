@@ -16,10 +16,11 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.rows import rows_in, stored_as
 from quant.kernels.cpu.cache_notes import KvPlace
 from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda.chains import Noted
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.mailbox import Mailbox
-from quant.kernels.cuda.noted import Noted, fused
+from quant.kernels.cuda.noted import fused
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.schedule import scheduled
 from quant.kernels.cuda.step_experts import SlotsOnGpu

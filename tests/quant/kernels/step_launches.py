@@ -14,11 +14,12 @@ from quant.formats.mxfp4 import MXFP4
 from quant.formats.rows import RowFormat, Rows, rows_in, stored_as
 from quant.kernels.cpu.cache_notes import Selector
 from quant.kernels.cpu.program import Buffer
+from quant.kernels.cuda.chains import Noted
 from quant.kernels.cuda.kernels import TritonKernels
 from quant.kernels.cuda.launch import Launch
 from quant.kernels.cuda.lowering import Places
 from quant.kernels.cuda.mailbox import Mailbox
-from quant.kernels.cuda.noted import Noted, fused
+from quant.kernels.cuda.noted import fused
 from quant.kernels.cuda.recorder import GpuRecorder
 from quant.kernels.cuda.schedule import LAUNCHES, scheduled
 from quant.kernels.cuda.step_experts import SlotsOnGpu

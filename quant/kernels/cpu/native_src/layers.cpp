@@ -83,12 +83,17 @@ void best_columns(const Team& team, const float* scores, int64_t rows, int64_t c
 }
 
 void best_blocks(const Team& team, const float* scores, int64_t columns, int64_t block, int64_t k, int64_t* out) {
-    thread_local std::vector<float> best;
-    best.clear();
-    for (int64_t first = 0; first < columns; first += block)
-        best.push_back(*std::max_element(scores + first, scores + std::min(columns, first + block)));
+    const int64_t blocks = (columns + block - 1) / block;
+    std::vector<float> best(static_cast<size_t>(blocks));
+    parallel_for(blocks, threads_for(team, columns), [&](int64_t i) {
+        const float* of_block = scores + i * block;
+        const int64_t count = std::min(block, columns - i * block);
+        float most = of_block[0];
+        for (int64_t c = 1; c < count; ++c) most = of_block[c] > most ? of_block[c] : most;
+        best[static_cast<size_t>(i)] = most;
+    });
     if (columns > 0) best.back() = __builtin_inff();
-    best_columns(team, best.data(), 1, static_cast<int64_t>(best.size()), k, out);
+    best_columns(team, best.data(), 1, blocks, k, out);
 }
 
 namespace {

@@ -1,0 +1,129 @@
+"""V4's recorded step on GPUs in name only, launch by launch in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in Triton's interpreter, started by test_recorded_on_gpus.py", allow_module_level=True)
+
+from engine.families.base import Batch
+from engine.families.deepseek_v4.family import FAMILY
+from engine.families.deepseek_v4.forward import DeepseekV4
+from engine.families.deepseek_v4.on_gpus import V4OnGpus
+from engine.families.deepseek_v4.shape import launches_of
+from engine.families.loader import open_checkpoint
+from memory.planner.budget import MemoryBudget
+from memory.planner.launches import HAND_OVERS, V4_STEP
+from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.tiers import Tier
+from quant.formats.kv_names import KvFormat
+from quant.kernels.choice import choose
+from quant.kernels.cuda.program import GpuProgram
+from quant.kernels.devices import DeviceKernels
+from tests import pretend_gpus as pretend
+from tests.engine.families.golden_families import Golden, golden_family
+from tests.interpreted_gpus import InterpretedGpu
+
+SLOTS, CONTEXT = 3, 300
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def gpus() -> Iterator[tuple[torch.device, torch.device]]:
+    with pretend.pretend_gpus() as both:
+        yield both
+
+
+def load(
+    golden: Golden,
+    gpus: Sequence[torch.device],
+    gpu_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    dram_bytes: int = 1 << 30,
+    kv_format: KvFormat = "float32",
+) -> DeepseekV4:
+    room = GPU_BASE_BYTES + gpu_bytes
+    tiers = tuple(Tier(f"vram:{i}", room, device, 40e9) for i, device in enumerate(gpus))
+    kernels = DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
+    workload = Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64)
+    budget = MemoryBudget(dram_bytes, tiers, workload, kv_format=kv_format)
+    model = FAMILY.load(open_checkpoint(golden.path), kernels, budget)
+    store = model.weights.experts
+    monkeypatch.setattr(store, "outputs", pretend.on_any_thread(store.outputs))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("count", "gpu", "dram"),
+    [
+        pytest.param(1, 256 << 20, 1 << 30, id="everything on one GPU"),
+        pytest.param(2, 10_500_000, 2_800_000, id="on two GPUs and the processor"),
+    ],
+)
+def test_replayed_steps_give_the_golden_logits(
+    gpus: tuple[torch.device, torch.device],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    gpu: int,
+    dram: int,
+) -> None:
+    """Past windows, groups of four and one of 128, with slots at different places and dead rows."""
+    golden = golden_family("deepseek_v4")
+    model = load(golden, gpus[:count], gpu, monkeypatch, dram)
+    cache = model.new_cache(SLOTS, CONTEXT)
+    assert isinstance(cache.decoder, V4OnGpus)
+    ids, expected, held = golden.ids(), golden.logits(), dict.fromkeys(range(SLOTS), 0)
+    layers = {str(device) for device in model.weights.places.layers}
+    experts = {tier for layer in model.expert_tiers() for tier in layer}
+    assert layers == ({"gpu:0"} if count == 1 else {"gpu:0", "gpu:1", "cpu"})
+    assert experts == ({"vram:0"} if count == 1 else {"vram:0", "vram:1"})
+    for counts in ({0: 126}, {1: 6}, {0: 1}, {0: 1, 1: 1, 2: 1}):
+        parts = [(slot, at := held[slot], ids[at : at + n]) for slot, n in counts.items()]
+        found = model.forward(Batch.of(parts), cache)
+        for slot, n in counts.items():
+            held[slot] += n
+        right = expected[[held[slot] - 1 for slot in counts]]
+        assert (found - right).abs().max() < TOLERANCE, counts
+    model.close()
+
+
+def test_encoded_caches_are_written_and_read_by_replayed_steps(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With index keys turned by a Hadamard matrix; a value between two codes may become either one."""
+    golden = golden_family("deepseek_v4")
+    model = load(golden, gpus[:1], 256 << 20, monkeypatch, kv_format="vendor")
+    replayed, eager = (model.new_cache(1, CONTEXT) for _ in range(2))
+    assert isinstance(replayed.decoder, V4OnGpus)
+    eager.decoder = None
+    ids = golden.ids()
+    for at, length in ((0, 127), (127, 1)):
+        batch = Batch.of([(0, at, ids[at : at + length])])
+        first, second = (model.forward(batch, cache) for cache in (replayed, eager))
+        assert (first - second).abs().median() < TOLERANCE
+        assert (first - second).abs().max() < 0.05 * second.abs().max()
+    model.close()
+
+
+@pytest.mark.parametrize("kv_format", ["float32", "bf16", "vendor"])
+def test_a_layer_launches_what_a_plan_counts_with_and_hands_over_once(
+    gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch, kv_format: KvFormat
+) -> None:
+    """Windows alone, entries of four tokens that an indexer chooses among, and of 128, all of which are
+    seen."""
+    model = load(golden_family("deepseek_v4"), gpus[:1], 256 << 20, monkeypatch, kv_format=kv_format)
+    decoder = model.new_cache(SLOTS, CONTEXT).decoder
+    assert isinstance(decoder, V4OnGpus)
+    (stay,) = decoder.step.stays
+    assert isinstance(stay.program, GpuProgram)
+    for layer in range(model.config.layers):
+        planned = launches_of(model.config, layer, CONTEXT, model.cache_shape.rows)
+        assert stay.program.launches(layer) == planned <= 30, layer
+        assert stay.program.hand_overs(layer) == HAND_OVERS
+    assert stay.program.launches(None) == V4_STEP
+    model.close()
