@@ -149,6 +149,7 @@ class ModelShape:
     history_bytes     of each sequence, in DRAM wherever its KV is: what n-grams look back on
     copied_bytes      of weights of routers and experts that each GPU with experts has of all layers: biases
     stored_bytes      of the checkpoint's files; 0: the same as in memory
+    streams           residual streams of a token, of `hidden` values each; several are sent with their mix
     """
 
     name: str
@@ -166,6 +167,7 @@ class ModelShape:
     copied_bytes: int = 0
     history_bytes: int = 0
     stored_bytes: int = 0
+    streams: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -175,6 +177,11 @@ class ModelShape:
             total += layer.dense.nbytes + layer.shared.nbytes + layer.experts * layer.expert.nbytes
             total += layer.table.nbytes if layer.table else 0
         return total
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what passes from layer to layer for a token."""
+        return 4 * (self.hidden if self.streams == 1 else self.streams * (self.hidden + 1))
 
     @property
     def parameters(self) -> int:

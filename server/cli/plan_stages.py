@@ -77,9 +77,9 @@ def show_stages(
     piece = max(1, asked[1] // len(machines))
     stages = [_stage(shape, span, m, asked, piece) for span, m in zip(spans, machines, strict=True)]
     whole = [_stage(shape, _all(shape), machine, asked, asked[1]) for machine in machines]
-    way = (len(stages) - 1) * (HOP_S + 8 * _state_bytes(shape) / network) + HOP_S
+    way = (len(stages) - 1) * (HOP_S + 8 * shape.state_bytes / network) + HOP_S
     alone = 1 / (sum(stage.alone_s for stage in stages) + way)
-    bytes_s = 8 * piece * _state_bytes(shape) / network
+    bytes_s = 8 * piece * shape.state_bytes / network
     together = piece / max(stage.piece_s + HOP_S + bytes_s for stage in stages)
     if as_json:
         report = {"stages": [asdict(stage) for stage in stages], "tokens_per_s": alone,
@@ -131,8 +131,3 @@ def _all(shape: ModelShape) -> Span:
     from memory.checkpoint.part import Span
 
     return Span(0, len(shape.layers), len(shape.layers))
-
-
-def _state_bytes(shape: ModelShape) -> int:
-    """Bytes of a token between parts, at least: models with several streams send each."""
-    return 4 * shape.hidden

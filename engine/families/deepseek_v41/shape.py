@@ -82,6 +82,7 @@ def _shape(c: V41Config, parts: Parts, checkpoint: Checkpoint, name: str, kv_for
         activation_bytes=dims.activation_bytes,
         held_bytes=dims.held_bytes,
         history_bytes=v41_history_bytes(c.engram_max_ngram_size) if rows else 0,
+        streams=c.hc_mult,
     )
 
 

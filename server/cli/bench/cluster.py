@@ -79,7 +79,8 @@ def _measure(model: Path, steps: int, dram_budget: str | None) -> list[Result]:
         cache = staged.new_cache(1, context)
         staged.forward(Batch.of([(0, 0, [5] * PROMPT)]), cache)
         whole: list[float] = []
-        overhead: list[float] = []
+        beyond: list[float] = []
+        hops: list[float] = []
         computed: list[tuple[float, ...]] = []
         for number in range(context - PROMPT):
             before, begun = list(staged.hops.computed), time.perf_counter()
@@ -89,7 +90,8 @@ def _measure(model: Path, steps: int, dram_budget: str | None) -> list[Result]:
             if number >= WARM_UP:
                 whole.append(seconds)
                 computed.append(each)
-                overhead.append(seconds - sum(each))
+                beyond.append(seconds - max(each))
+                hops.append(seconds - sum(each))
         steps_done = staged.hops.steps
         width = staged.hops.nbytes[0] // (steps_done - 1 + PROMPT) // 4
         calls = _calls(width, opened.info.vocab_size, steps)
@@ -97,12 +99,13 @@ def _measure(model: Path, steps: int, dram_budget: str | None) -> list[Result]:
         staged.close()
         for stage in stages:
             stage.stop()
-    ms = 1e3 * median(overhead)
+    ms = 1e3 * median(beyond)
     return [
         Result("cluster_step_ms", 1e3 * median(whole), "ms"),
         Result("cluster_stage_0_ms", 1e3 * median(each[0] for each in computed), "ms"),
         Result("cluster_stage_1_ms", 1e3 * median(each[1] for each in computed), "ms"),
         Result("cluster_stage_overhead_ms", ms, "ms", TARGET_MS, ms <= TARGET_MS),
+        Result("cluster_hops_ms", 1e3 * median(hops), "ms"),
         Result("cluster_hop_bytes", 4 * width, "bytes"),
         *calls,
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -59,3 +60,8 @@ def test_a_slower_network_makes_answers_slower(capsys: pytest.CaptureFixture[str
 def test_a_network_is_a_rate(wrong: str) -> None:
     with pytest.raises(ConfigError, match="a rate like 10Gbps"):
         bits_per_s(wrong)
+
+
+def test_models_with_several_streams_send_each_and_their_mix() -> None:
+    assert SHAPE.state_bytes == 4 * 4096
+    assert replace(SHAPE, streams=4).state_bytes == 4 * 4 * (4096 + 1)
