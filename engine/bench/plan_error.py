@@ -21,7 +21,8 @@ from memory.hardware.profiles import HardwareProfile
 from memory.hardware.this_machine import this_machine
 from memory.planner.budget import MemoryBudget
 from memory.planner.cost_model import StepCost
-from memory.planner.placement import PROCESS_BYTES, Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import PROCESS_BYTES, plan
 from memory.planner.prefill import PrefillModel, planned_chunk
 from memory.planner.routing import UNIFORM
 from memory.planner.serving import memory_bytes

@@ -16,8 +16,9 @@ from engine.families.loader import open_model
 from memory.hardware.detect import peak_resident_bytes, resident_bytes
 from memory.planner.budget import MemoryBudget
 from memory.planner.cost_model import CROSSINGS
-from memory.planner.placement import Workload, workspace_bytes
+from memory.planner.placement import Workload
 from memory.planner.shape import ModelShape
+from memory.planner.workspace import workspace_bytes
 from memory.telemetry import Snapshot
 from quant.errors import ConfigError
 

@@ -16,17 +16,11 @@ from engine.families.base import KvRooms
 from memory.experts.slots import MIN_SLOTS
 from memory.pages.spaces import is_paged
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import (
-    NOWHERE,
-    OF_SEQUENCES,
-    STAGING,
-    Placement,
-    lent_bytes,
-    plan,
-    recorded_bytes,
-)
+from memory.planner.placement import NOWHERE, OF_SEQUENCES, STAGING, Placement
+from memory.planner.placing import plan
 from memory.planner.search import largest
 from memory.planner.shape import ModelShape
+from memory.planner.workspace import lent_bytes, recorded_bytes
 from quant.errors import BudgetError
 
 HOST = torch.device("cpu")

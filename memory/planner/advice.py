@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from memory.planner.cost_model import CostModel
 from memory.planner.machines import Machine, dram_rate, gpu_choices, memory_choices, power_for
 from memory.planner.parts import Dimm, DiskPart, Gpu, Parts, Platform, Power
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.routing import Routing
 from memory.planner.shape import ModelShape
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from memory.hardware.profiles import HardwareProfile
 from memory.planner.cost_model import CostModel
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.routing import Routing
 from memory.planner.shape import ModelShape
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from memory.hardware.profiles import GpuSpec, HardwareProfile
 from memory.planner.cost_model import Efficiency, StepCost
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel
 from memory.planner.routing import Routing
 from memory.planner.shape import ModelShape

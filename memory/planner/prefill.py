@@ -28,9 +28,11 @@ from memory.planner.cost_model import (
     Efficiency,
     StepCost,
 )
-from memory.planner.placement import Placement, Workload, lent_bytes, plan, workspace_bytes
+from memory.planner.placement import Placement, Workload
+from memory.planner.placing import plan
 from memory.planner.routing import UNIFORM, Routing, distinct
 from memory.planner.shape import LayerShape, ModelShape
+from memory.planner.workspace import lent_bytes, workspace_bytes
 
 VALUE_BYTES = 4  # of activations
 SMALLEST_CHUNK, LARGEST_CHUNK = 512, 32_768

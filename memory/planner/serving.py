@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from memory.hardware.profiles import HardwareProfile
 from memory.planner.cost_model import MAX_RECORDED_ROWS
 from memory.planner.forecast import Forecast, forecast
-from memory.planner.placement import PROCESS_BYTES, Placement, Workload, plan
+from memory.planner.placement import Placement, Workload
+from memory.planner.placing import PROCESS_BYTES, plan
 from memory.planner.prefill import planned_chunk
 from memory.planner.routing import SKEWED, UNIFORM, Routing
 from memory.planner.search import largest

@@ -128,7 +128,7 @@ def plan(
     Example: loci plan deepseek-v4.1-flash --hardware 2x4090-256g --context 32768
     """
     from memory.experts.traces import RoutingTrace
-    from memory.planner.placement import plan as make_plan
+    from memory.planner.placing import plan as make_plan
     from memory.planner.routing import from_counts, of_trace
 
     shape = _shape(model, experts, kv_format)

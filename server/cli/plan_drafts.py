@@ -32,7 +32,7 @@ def show_drafts(
 ) -> None:
     """Print the forecast by drafted tokens. Raises ConfigError if the model does not fit."""
     from memory.planner.drafts import drafted_steps
-    from memory.planner.placement import plan
+    from memory.planner.placing import plan
     from memory.planner.routing import SKEWED, UNIFORM
 
     if not plan(shape, machine, workload).fits:

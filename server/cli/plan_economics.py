@@ -28,7 +28,7 @@ def show_economics(
     """Print what tokens cost at the speeds that a plan forecasts. Raises ConfigError if it does not fit."""
     from memory.planner.economics import Rates
     from memory.planner.forecast import forecast
-    from memory.planner.placement import plan
+    from memory.planner.placing import plan
     from memory.planner.routing import SKEWED, UNIFORM
     from server.cli.economics_case import report_of
     from server.cli.economics_report import show_report

@@ -71,7 +71,7 @@ def show_purchase(
     if purchase.save is not None:
         _save(found[0], shape, parts, purchase.save)
     if as_json:
-        from memory.planner.placement import plan
+        from memory.planner.placing import plan
 
         report = {
             "currency": parts.currency,

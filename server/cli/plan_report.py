@@ -43,7 +43,7 @@ def print_plan(
 ) -> bool:
     """Print the plan for people, with a forecast for `recorded` routing too; whether the model fits."""
     from memory.planner.forecast import doublings, forecast, remedy
-    from memory.planner.placement import plan as make_plan
+    from memory.planner.placing import plan as make_plan
 
     placement = make_plan(shape, machine, workload)
     _print_head(shape, machine, workload, "fits" if placement.fits else "does not fit")
@@ -76,7 +76,7 @@ def plan_report(
 
 
 def _report(shape: ModelShape, machine: HardwareProfile, placement: Placement) -> dict[str, Any]:
-    from memory.planner.placement import lent_bytes, workspace_bytes
+    from memory.planner.workspace import lent_bytes, workspace_bytes
 
     tiers = {
         tier: {"budget_bytes": budget, "used_bytes": placement.used(tier)}
@@ -134,7 +134,7 @@ def _expected(
 
 
 def _print_head(shape: ModelShape, machine: HardwareProfile, workload: Workload, verdict: str) -> None:
-    from memory.planner.placement import lent_bytes, workspace_bytes
+    from memory.planner.workspace import lent_bytes, workspace_bytes
 
     lent = lent_bytes(shape, workload) if any(gpu.kind == "cuda" for gpu in machine.gpus) else 0
     print(f"{shape.name} on {machine.name}: {verdict}")

@@ -112,7 +112,7 @@ def _stage(
     asked: Asked,
     piece: int,
 ) -> StagePlan:
-    from memory.planner.placement import plan
+    from memory.planner.placing import plan
     from memory.planner.prefill import PrefillModel
     from memory.planner.serving import routing_of
     from memory.planner.stages import part_of

@@ -18,7 +18,8 @@ from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.loader import load
 from memory.experts.copies import SlotCopier
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier, page_lock
 from quant.formats.mxfp4 import MXFP4
 from quant.kernels.cpu.panel_slots import ExpertSlotLayout

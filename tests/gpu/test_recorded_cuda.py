@@ -23,7 +23,8 @@ from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
 from engine.families.deepseek_v41.on_gpus import V41OnGpus
 from engine.families.loader import load
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier
 from quant.kernels.cuda.mailbox import Mailbox, has_stream_words
 from quant.kernels.cuda.program import GpuProgram

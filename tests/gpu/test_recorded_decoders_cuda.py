@@ -14,7 +14,8 @@ from engine.families.decoder.forward import Decoder
 from engine.families.decoder.on_gpus import DecoderOnGpus
 from engine.families.loader import load
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier
 from quant.kernels.cuda.program import GpuProgram
 from tests.engine.families.golden_families import golden_family

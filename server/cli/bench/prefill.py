@@ -107,7 +107,8 @@ def _judged(
 ) -> list[Result]:
     """The prompt beside its bound and its plan."""
     from memory.hardware.this_machine import Result
-    from memory.planner.placement import Workload, plan
+    from memory.planner.placement import Workload
+    from memory.planner.placing import plan
     from memory.planner.prefill import PrefillModel
     from memory.planner.routing import UNIFORM
 

@@ -153,7 +153,7 @@ def _guessed(run: SliceRun) -> float:
 def _counted(run: SliceRun, budget: MemoryBudget) -> list[Result]:
     """What decoding itself tells, whatever the machine could do."""
     from memory.hardware.this_machine import Result
-    from memory.planner.placement import PROCESS_BYTES
+    from memory.planner.placing import PROCESS_BYTES
 
     # Budgets are for weights; tokenizer, buffers and activations are what plans reserve for the process.
     allowed = _host_bytes(budget) + PROCESS_BYTES
@@ -189,7 +189,7 @@ def _planned_tokens_per_s(
     from engine.families.loader import open_checkpoint
     from engine.families.shapes import loaded_shape_of
     from memory.planner.forecast import forecast
-    from memory.planner.placement import PROCESS_BYTES
+    from memory.planner.placing import PROCESS_BYTES
     from memory.planner.routing import UNIFORM
 
     shape = loaded_shape_of(open_checkpoint(model))

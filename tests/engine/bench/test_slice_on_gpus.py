@@ -19,7 +19,7 @@ from memory.checkpoint.random_files import write_checkpoint
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
 from memory.planner.cost_model import CROSSINGS
-from memory.planner.placement import GPU_BASE_BYTES
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.telemetry import Telemetry
 from memory.tiers import Tier
 from quant.kernels.choice import choose

@@ -12,7 +12,8 @@ from engine.families.base import Batch
 from engine.families.deepseek_v4.family import FAMILY
 from engine.families.loader import open_checkpoint
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier
 from quant.kernels.choice import choose
 from quant.kernels.devices import DeviceKernels

@@ -20,7 +20,8 @@ from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.registry import family_of
 from memory.checkpoint.safetensors_files import open_safetensors
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.kernels.choice import choose

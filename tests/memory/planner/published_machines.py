@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from engine.families.released import released_shape
 from memory.hardware.profiles import GIB, GpuSpec, HardwareProfile
 from memory.planner.cost_model import CostModel, Efficiency
-from memory.planner.placement import Placement, Workload, plan
+from memory.planner.placement import Placement, Workload
+from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel
 from memory.planner.routing import SKEWED, UNIFORM, Routing, from_counts
 from memory.planner.shape import ModelShape, Weights

@@ -15,7 +15,8 @@ from memory.planner.advice import KEPT, Adviser
 from memory.planner.cost_model import CostModel
 from memory.planner.machines import Machine, gpu_choices, memory_choices, power_for
 from memory.planner.parts import Parts, load_parts
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.price_files import shipped_text
 from memory.planner.routing import SKEWED
 from quant.errors import ConfigError

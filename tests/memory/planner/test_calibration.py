@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from memory.planner.calibration import ENOUGH_STEPS, Learned, StepTimes, compare
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel
 from memory.planner.published import built_in
 from memory.planner.routing import UNIFORM

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
 from memory.planner.cost_model import CPU, DISK, DRAM, LATENCY, LINK, VRAM, Efficiency, StepCost
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel
 from memory.planner.published import built_in
 from memory.planner.routing import SKEWED, UNIFORM, Routing

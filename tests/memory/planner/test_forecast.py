@@ -10,7 +10,8 @@ import pytest
 from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile
 from memory.planner.forecast import doublings, forecast, remedy
-from memory.planner.placement import Workload, plan
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.published import built_in
 from memory.planner.routing import SKEWED, UNIFORM
 from tests.memory.planner.hardware_strategies import GB, MACHINE

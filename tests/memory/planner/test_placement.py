@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, shipped
-from memory.planner.placement import NOWHERE, OF_SEQUENCES, Placement, Workload, plan
+from memory.planner.placement import NOWHERE, OF_SEQUENCES, Placement, Workload
+from memory.planner.placing import plan
 from memory.planner.published import built_in
 from memory.planner.shape import ModelShape
 from tests.memory.planner.hardware_strategies import GB, GPU, MACHINE, machines, shapes, workloads

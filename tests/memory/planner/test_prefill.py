@@ -13,10 +13,12 @@ from engine.families.released import released_shape
 from memory.experts.streaming import split
 from memory.hardware.profiles import HardwareProfile, load_profile, parse_devices
 from memory.planner.cost_model import DISK
-from memory.planner.placement import Workload, lent_bytes, plan, workspace_bytes
+from memory.planner.placement import Workload
+from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel, _divided, planned_chunk
 from memory.planner.published import built_in
 from memory.planner.routing import SKEWED, UNIFORM
+from memory.planner.workspace import lent_bytes, workspace_bytes
 
 V41 = built_in("deepseek-v4.1-flash")
 WORKLOAD = Workload(32_768, 8)

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
 from memory.planner.launches import beside, kv_launches
-from memory.planner.placement import Workload, recorded_bytes
+from memory.planner.placement import Workload
 from memory.planner.shape import KvShape, LayerShape, ModelShape, Weights
+from memory.planner.workspace import recorded_bytes
 from quant.formats.kv_names import KvFormat
 from quant.kernels.cuda.program import arranged
 from quant.kernels.cuda.schedule import LAUNCHES

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed (extra `gpu`)")
 
 from memory.planner.launches import CHOICE, CHUNK, CHUNKS, SHARE, beside
-from memory.planner.placement import Workload, recorded_bytes
+from memory.planner.placement import Workload
 from memory.planner.published import built_in
+from memory.planner.workspace import recorded_bytes
 from quant.kernels.cuda.program import arranged
 from quant.kernels.cuda.schedule import LAUNCHES
 from tests.quant.kernels.step_launches import Layer, shared_groups

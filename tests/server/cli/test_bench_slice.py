@@ -18,7 +18,8 @@ from memory.checkpoint.safetensors_files import open_safetensors
 from memory.hardware.detect import Gpu, detect
 from memory.hardware.this_machine import Result
 from memory.planner.budget import MemoryBudget
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier
 from quant.errors import LociError
 from quant.kernels.choice import choose

@@ -20,7 +20,8 @@ from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HELD
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.planner.shape import ModelShape
 from memory.tiers import Tier
 from quant.formats.kv_names import KvFormat

@@ -19,7 +19,8 @@ from engine.families.deepseek_v4.shape import launches_of
 from engine.families.loader import open_checkpoint
 from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HAND_OVERS, V4_STEP
-from memory.planner.placement import GPU_BASE_BYTES, Workload
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
 from memory.tiers import Tier
 from quant.formats.kv_names import KvFormat
 from quant.kernels.choice import choose
