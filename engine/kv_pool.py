@@ -19,11 +19,13 @@ class PoolSize:
     nbytes       of rows in all; None for what all slots could take
     is_given     False: it may be more, where the longest sequence needs it
     may_shorten  sequences may be shorter than asked for, where the pool holds no longer one
+    on_host      of `nbytes`, how many are in host memory; None for all
     """
 
     nbytes: int | None = None
     is_given: bool = False
     may_shorten: bool = False
+    on_host: int | None = None
 
 
 WHOLE = PoolSize()  # all slots may be full
@@ -93,7 +95,8 @@ def _check_memory(model: Model, slots: int, context: int, size: PoolSize, prefix
     """Raises BudgetError where the host has no room."""
     needed, available = model.cache_bytes(slots, context), available_memory_bytes()
     if size.nbytes is not None:
-        needed = min(needed, model.cache_bytes(slots, 1) + size.nbytes)
+        rows = size.nbytes if size.on_host is None else size.on_host
+        needed = min(needed, model.cache_bytes(slots, 1) + rows)
         if not size.is_given:
             needed = max(needed, model.cache_bytes(1, context))
     if needed + prefix_bytes > available:

@@ -23,7 +23,7 @@ from engine.output import FinishReason
 from engine.sampling.sampler import token_logprobs
 from engine.scheduler import Chunk, Scheduler
 from engine.sequence import Sequence
-from quant.errors import LociError, RequestError
+from quant.errors import BudgetError, LociError, RequestError
 
 logger = logging.getLogger("loci.engine")
 
@@ -186,6 +186,8 @@ class Steps:
             self._cache.pages.hold(slot, tokens)
         except PoolShortError:
             return False
+        except BudgetError:  # the device has less memory than was planned: `_begin` fails the sequence
+            return True
         return True
 
     def _with_pages(self, chunks: list[Chunk]) -> list[Chunk]:
@@ -208,6 +210,8 @@ class Steps:
                     else:
                         waiting.append(chunk)
                         break
+                except BudgetError as error:  # the device has less memory than was planned
+                    self._fail([chunk.sequence], error)
         return [chunk for chunk in chunks if chunk.sequence.slot is not None and chunk not in waiting]
 
     def _with_room(self, chunks: list[Chunk]) -> list[Chunk]:
@@ -219,7 +223,7 @@ class Steps:
                 assert sequence.slot is not None
                 try:
                     self._cache.pages.hold(sequence.slot, sequence.computed + chunk.length)
-                except PoolShortError:
+                except BudgetError:  # PoolShortError, or the device has less memory than was planned
                     found.append(chunk.without_drafts())
                     continue
             found.append(chunk)
@@ -246,6 +250,7 @@ class Steps:
     def _begin(self, sequence: Sequence) -> None:
         """Fill the slot of an admitted sequence with its own state, or the cached prefix of its prompt."""
         assert sequence.slot is not None
+        self._cache.pages.hold(sequence.slot, len(sequence.token_ids))  # where a device refused them
         self._cache.reset(sequence.slot)
         self.drafting.open(sequence)
         if self._bring_back(sequence):

@@ -136,8 +136,13 @@ class Aside:
     def _to_memory(self, slot: int, length: int, nbytes: int, parts: list[torch.Tensor]) -> Kept | None:
         if self._lender is None or not self._lender.lend(nbytes):
             return None
+        try:
+            held = tuple(part.to("cpu", copy=True) for part in parts)
+        except RuntimeError as error:  # torch has no memory for it
+            self._lender.take_back(nbytes)
+            logger.warning("a sequence was not put aside in memory: %s", error)
+            return None
         self._in_memory += nbytes
-        held = tuple(part.to("cpu", copy=True) for part in parts)
         return Kept(length, self._cache.shortest(slot), nbytes, held)
 
     def _to_file(self, slot: int, length: int, nbytes: int, parts: list[torch.Tensor]) -> Kept | None:

@@ -78,6 +78,12 @@ class _Shared:
     kept: Shelved
 
 
+def _covers(memory: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether `[bytes]` uint8 has all of the other's addresses."""
+    begin, other_begin = memory.data_ptr(), other.data_ptr()
+    return begin <= other_begin and other_begin + other.nbytes <= begin + memory.nbytes
+
+
 class Pages:
     """Pages of a cache of `slots` slots.
 
@@ -202,7 +208,13 @@ class Pages:
         if sum(map(len, self._shared.values())) >= MOST_SHARED:
             return False
         shelf.stand_behind(memory.data_ptr(), kept, memory.nbytes)
-        self._shared.setdefault(slot, []).append(_Shared(shelf, memory, kept))
+        visible: list[_Shared] = []
+        for shared in self._shared.get(slot, ()):
+            if _covers(memory, shared.memory):
+                shared.shelf.drop(shared.kept)  # nothing of it is to be seen any more
+            else:
+                visible.append(shared)
+        self._shared[slot] = [*visible, _Shared(shelf, memory, kept)]
         return True
 
     def shared_with(self, kept: Shelved) -> int:
@@ -297,13 +309,19 @@ class Pages:
     def _resize(self, slot: int, tokens: int) -> None:
         """Take or give back pages, until the slot has those for so many tokens."""
         before = self._tokens[slot]
-        for rows in self._rows:
-            old, new = rows.run_bytes(before), rows.run_bytes(tokens)
-            for start in rows.runs[slot] if new != old else ():
-                if new > old:
+        sizes = [(rows, rows.run_bytes(before), rows.run_bytes(tokens)) for rows in self._rows]
+        try:
+            for rows, old, new in sizes:
+                for start in rows.runs[slot] if new > old else ():
                     rows.space.take(start + old, new - old)
-                else:
-                    rows.space.give_back(start + new, old - new)
+        except BudgetError:
+            for rows, old, new in sizes:  # where nothing was taken yet, nothing is there to return
+                for start in rows.runs[slot] if new > old else ():
+                    rows.space.give_back(start + old, new - old)
+            raise
+        for rows, old, new in sizes:
+            for start in rows.runs[slot] if new < old else ():
+                rows.space.give_back(start + new, old - new)
             self._taken[rows.device] += len(rows.runs[slot]) * (new - old)
         self._tokens[slot] = tokens
         covered = (rows.covers(rows.run_bytes(tokens)) for rows in self._rows)

@@ -174,11 +174,16 @@ class StagedModel(Model):
         self.check(cache, [segment.slot for segment in batch.segments])
         begun = time.perf_counter()
         pieces = pieces_of(batch, len(self.stages))
+        orders = cache.take_orders()
         try:
-            pending = [self._send(piece, cache) for piece in pieces]
+            pending = [self._send(piece, () if number else orders) for number, piece in enumerate(pieces)]
             found = [self.stages[-1].fetch(each) for each in pending]
         except StageLostError as error:
             self.lose(error)
+            raise
+        except Exception:
+            # Parts behind the one that failed have not got them; states to be saved have gone on meanwhile.
+            cache.orders[:0] = [order for order in orders if not isinstance(order, Save)]
             raise
         self._count(found, time.perf_counter() - begun)
         rows = [each.values for each in found if each.values.size]
@@ -186,10 +191,9 @@ class StagedModel(Model):
             return torch.from_numpy(rows[0])
         return torch.from_numpy(np.concatenate(rows or [np.empty((0, self.info.vocab_size), np.float32)]))
 
-    def _send(self, batch: Batch, cache: StagedCache) -> Pending:
+    def _send(self, batch: Batch, orders: Sequence[Order]) -> Pending:
         """A piece on its way through all parts."""
         received: Pending | None = None
-        orders = cache.take_orders()
         for number, stage in enumerate(self.stages):
             is_last = number == len(self.stages) - 1
             work = replace(
@@ -229,7 +233,7 @@ class StagedModel(Model):
         if cache.lost.intersection(slots):
             raise StageLostError("a part of the model was lost with what it held of this sequence; ask again")
 
-    def lose(self, error: LociError) -> None:
+    def lose(self, error: Exception) -> None:
         """A call has failed: until all parts answer, nothing is computed, and what slots held is gone."""
         if self._is_up.is_set():
             self.hops.lost += 1
@@ -255,9 +259,10 @@ class StagedModel(Model):
                 logger.warning("all parts of the model answer again")
             except StageLostError as error:
                 self.lose(error)
-            except LociError as error:
+            except Exception as error:  # whatever loading raises: nobody else would try again
                 self.lose(error)
-                logger.error("a part of the model cannot be loaded again: %s", error)
+                trace = None if isinstance(error, LociError) else error
+                logger.error("a part of the model cannot be loaded again: %s", error, exc_info=trace)
 
 
 class StagedPrefixes:

@@ -7,6 +7,7 @@ prompts have none, nor those whose rows are all taken.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from engine.drafts.step_times import MOST, StepTimes
 from engine.families.base import Model
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
+
+logger = logging.getLogger("loci.engine")
 
 MOST_ROWS = 16  # of a step with drafts: those of a recorded one
 # Drafts that cost nothing are asked for before it is decided whether they pay.
@@ -80,6 +83,7 @@ class _Open:
     drafter: Drafter | None = None  # of the draft in the step under way
     draft: Draft = NOTHING
     is_probe: bool = False
+    told: int = 0  # tokens from the first on that drafters were told of
 
 
 @dataclass
@@ -137,12 +141,7 @@ class Drafting:
     @property
     def is_on(self) -> bool:
         """Whether there is anybody to draft."""
-        return bool(self._drafters)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that drafters take now."""
-        return sum(drafter.nbytes for drafter in self._drafters)
+        return bool(self.stats.by_drafter)
 
     # -------------------------------------------------------------------------------------- sequences
 
@@ -150,6 +149,8 @@ class Drafting:
         """A sequence has a slot."""
         if self._drafters:
             self._open[sequence] = _Open(Acceptance(self._of_all), Credit(self._account))
+            if sequence.prediction:
+                self._pause = 0
             for drafter in self._drafters:
                 drafter.open(sequence.sequence_id, sequence.token_ids, sequence.prediction)
 
@@ -164,7 +165,20 @@ class Drafting:
     # ------------------------------------------------------------------------------------- before a step
 
     def propose(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks of a step, with drafts where these pay."""
+        """The chunks of a step, with drafts where these pay. A drafter that fails costs no answer."""
+        try:
+            return self._proposed(chunks)
+        except Exception as error:
+            self._give_up(error)
+            return chunks
+
+    def _give_up(self, error: Exception) -> None:
+        """A drafter failed, and what it knows may be half done: there are no drafts from now on."""
+        logger.error("a drafter failed; nothing is drafted any more", exc_info=error)
+        self._drafters, self._watching, self._observing = [], [], []
+        self._wants_captures = False
+
+    def _proposed(self, chunks: list[Chunk]) -> list[Chunk]:
         self._spent_s = self._made_s = 0.0
         if self._watching and self._always is None:
             self._rest()
@@ -405,15 +419,22 @@ class Drafting:
         rows = []
         for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
             sequence = chunk.sequence
-            if sequence not in self._open:
+            own = self._open.get(sequence)
+            if own is None:
                 continue
             stop = min(start + chunk.length, max(sequence.computed, len(sequence.token_ids) - 1))
             taken = captures[number] if captures else None
             if taken is not None and stop < start + chunk.length:
                 taken = taken[: max(len(taken) - (start + chunk.length - stop), 0)]
-            rows.append(Rows(sequence.sequence_id, start, sequence.token_ids[start:stop], taken))
-        for drafter in self._observing:
-            drafter.observe(rows)
+            again = max(own.told - start, 0)  # taken back, and computed once more
+            own.told, first = stop, start + again
+            taken = None if taken is None else taken[again:]
+            rows.append(Rows(sequence.sequence_id, first, sequence.token_ids[first:stop], taken))
+        try:
+            for drafter in self._observing:
+                drafter.observe(rows)
+        except Exception as error:
+            self._give_up(error)
 
     def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
@@ -427,6 +448,7 @@ class Drafting:
             and not self._spent_s
             and self._unmeasured < MEASURED - 1
             and self._times.is_settled(tokens)
+            and not self._since_check[tokens]
         ):
             self._unmeasured += 1
             return
@@ -448,7 +470,7 @@ class Drafting:
             self._unmeasured = 0
             self.stats.lost_s += self._made_s
             return
-        self._since_check[plain] += 1
+        self._since_check[plain] = 0 if tokens == plain else self._since_check[plain] + 1
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
         took_s = min(seconds, MOST * self._times.seconds(tokens)) + min(self._spent_s, MOST_STEPS * count_s)
         each_s, gained_s = count_s / len(chunks), count_s - took_s

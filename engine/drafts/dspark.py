@@ -97,10 +97,6 @@ class DSpark:
         programs = [part.program for part in parts if part is not None and part.program is not None]
         return self._cache.nbytes + sum(program.nbytes for program in programs)
 
-    def close_all(self) -> None:
-        """Release what weights have opened."""
-        self._stages.layers.weights.experts.close()
-
     # -------------------------------------------------------------------------------------- sequences
 
     def open(self, sequence_id: int, token_ids: Sequence[int], prediction: Sequence[int] = ()) -> None:

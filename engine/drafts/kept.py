@@ -31,11 +31,6 @@ class KeptStates:
         """Whether a draft that is not accepted has the step's other tokens computed again."""
         return self._needs_copies
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of copies."""
-        return sum(part.nbytes for copy in self._copies.values() for part in copy)
-
     def keep(self, slot: int) -> bool:
         """Called before a step with drafts; False where the slot could not be taken back."""
         if not self._needs_copies:

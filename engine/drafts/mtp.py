@@ -59,10 +59,6 @@ class AskedLayer(Protocol):
         """A step of a batch whose ids are the tokens behind those of `hidden` `[tokens, width]`."""
         ...
 
-    def close(self) -> None:
-        """Release what weights have opened."""
-        ...
-
 
 class Mtp:
     """`Drafter` of a model with a draft layer, for up to `slots` sequences of up to `capacity` tokens."""
@@ -83,10 +79,6 @@ class Mtp:
         """Keys, and buffers of a program."""
         program = self._cache.program
         return sum(self._cache.pages.of_slots()) + (0 if program is None else program.nbytes)
-
-    def close_all(self) -> None:
-        """Release what weights have opened."""
-        self._layer.close()
 
     # -------------------------------------------------------------------------------------- sequences
 

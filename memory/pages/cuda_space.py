@@ -6,6 +6,7 @@ Not run on a card yet: `pages_work` tries all of it once, and whoever finds that
 from __future__ import annotations
 
 import logging
+import weakref
 from functools import cache
 from typing import Any
 
@@ -31,13 +32,19 @@ class CudaSpace:
             torch.cuda.current_stream().synchronize()  # the context exists
             self._begin = int(self._call("cuMemAddressReserve", self._nbytes, 0, 0, 0))
             self.take(0, self.page_bytes)
-            self.whole = torch.as_tensor(_Bytes(self._begin, nbytes), device=self._device)
+            memory = _Bytes(self._begin, nbytes)  # torch keeps it as long as there is any view
+            owned = (self._driver, self._device, self._begin, self._nbytes, self.page_bytes, self._pages)
+            weakref.finalize(memory, _free, *owned).atexit = False
+            self.whole = torch.as_tensor(memory, device=self._device)
 
     def take(self, start: int, length: int) -> None:
         """Map memory behind a part. Raises BudgetError where the GPU has no more."""
-        for at in range(start, start + length, self.page_bytes):
-            if at not in self._pages:
-                self._take_page(at)
+        missing = [at for at in range(start, start + length, self.page_bytes) if at not in self._pages]
+        if missing:
+            with torch.cuda.device(self._device):
+                torch.cuda.current_stream().synchronize()  # this thread has the device's context
+                for at in missing:
+                    self._take_page(at)
 
     def give_back(self, start: int, length: int) -> None:
         """Unmap a part, after what has been launched so far."""
@@ -55,12 +62,12 @@ class CudaSpace:
         except RuntimeError as error:
             raise BudgetError(f"{self._device}: no more memory for the KV cache ({error})") from None
         self._call("cuMemMap", address, self.page_bytes, 0, handle, 0)
+        self._pages[at] = handle
         access = driver.CUmemAccessDesc()
         access.location = self._property.location
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._call("cuMemSetAccess", address, self.page_bytes, [access], 1)
         self._call("cuMemsetD8", address, 0, self.page_bytes)
-        self._pages[at] = handle
 
     def _properties(self) -> Any:
         driver = self._driver
@@ -87,6 +94,18 @@ class _Bytes:
             "data": (address, False),
             "version": 3,
         }
+
+
+def _free(
+    driver: Any, device: torch.device, begin: int, nbytes: int, page: int, pages: dict[int, Any]
+) -> None:
+    """Return all memory of a space and its addresses, after what has been launched."""
+    torch.cuda.synchronize(device)
+    for at, handle in pages.items():
+        driver.cuMemUnmap(begin + at, page)
+        driver.cuMemRelease(handle)
+    pages.clear()
+    driver.cuMemAddressFree(begin, nbytes)
 
 
 @cache

@@ -132,13 +132,17 @@ class CountRequest(Body):
 
     def _conversation(self) -> list[Message]:
         messages = []
+        calls: set[str | None] = set()  # that a turn may answer; turns of one role in a row are one
         if self.system is not None:
             check_parts(self.system, "system")
             messages.append(Message(role="system", content=self.system))
         for i, turn in enumerate(self.messages):
             path = f"messages[{i}].content"
-            _check_results(self.messages[i - 1] if i else None, turn, path)
+            _check_results(calls, turn, path)
             if turn.role == "assistant":
+                if i and self.messages[i - 1].role != "assistant":
+                    calls = set()
+                calls |= {block.id for block in _blocks(turn) if block.type == "tool_use"}
                 messages.append(_assistant_message(turn.content, path))
             else:
                 messages += _user_messages(turn.role, turn.content, path)
@@ -172,10 +176,8 @@ class MessagesRequest(CountRequest, SamplingFields):
         )
 
 
-def _check_results(before: Turn | None, turn: Turn, path: str) -> None:
+def _check_results(known: set[str | None], turn: Turn, path: str) -> None:
     """Raise RequestError, in the words of Anthropic's API, for a result of a call that was not made."""
-    calls = [] if before is None or before.role != "assistant" else _blocks(before)
-    known = [block.id for block in calls if block.type == "tool_use"]
     for i, block in enumerate(_blocks(turn)):
         if block.type == "tool_result" and block.tool_use_id is not None and block.tool_use_id not in known:
             raise RequestError(

@@ -151,6 +151,10 @@ def plan(
         return
     machines = hardware or ["this"]
     if len(machines) > 1:
+        of_one = {"--economics": economics, "--drafts": drafts, "--trace": trace, "--measured": measured}
+        for name, given in of_one.items():
+            if given:
+                raise ConfigError(f"{name}: says something of one machine; give --hardware once")
         from server.cli.plan_stages import bits_per_s, cuts_of, show_stages
 
         profiles = [_hardware(name, devices, dram, shape if _on_disk(model) else None) for name in machines]

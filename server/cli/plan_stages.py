@@ -74,13 +74,16 @@ def show_stages(
 
     rooms = [float(m.dram_bytes + sum(gpu.memory_bytes for gpu in m.gpus)) for m in machines]
     spans = spread(shape, cuts, rooms)
-    piece = max(1, asked[1] // len(machines))
+    pieces = min(len(machines), asked[1])
+    piece = -(-asked[1] // pieces)
     stages = [_stage(shape, span, m, asked, piece) for span, m in zip(spans, machines, strict=True)]
     whole = [_stage(shape, _all(shape), machine, asked, asked[1]) for machine in machines]
-    way = (len(stages) - 1) * (HOP_S + 8 * shape.state_bytes / network) + HOP_S
+    state_s, logits_s = 8 * shape.state_bytes / network, 8 * 4 * shape.vocab_size / network
+    way = (len(stages) - 1) * (HOP_S + state_s) + HOP_S + logits_s
     alone = 1 / (sum(stage.alone_s for stage in stages) + way)
-    bytes_s = 8 * piece * shape.state_bytes / network
-    together = piece / max(stage.piece_s + HOP_S + bytes_s for stage in stages)
+    sent = [piece * state_s] * (len(stages) - 1) + [piece * logits_s]
+    each = [stage.piece_s + HOP_S + sent_s for stage, sent_s in zip(stages, sent, strict=True)]
+    together = asked[1] / (sum(each) + (pieces - 1) * max(each))  # a step ends with its last piece
     if as_json:
         report = {"stages": [asdict(stage) for stage in stages], "tokens_per_s": alone,
                   "together_tokens_per_s": together, "way_ms": 1e3 * way,
@@ -96,12 +99,10 @@ def show_stages(
     )
     on_the_way = f"{1e3 * way:.2g} ms of a token on the way ({HOP_S * 1e3:g} ms a call, assumed)"
     print(f"one answer: {alone:.3g} tokens/s, {on_the_way}")
-    print(
-        f"{asked[1]} answers together: {together:.3g} tokens/s, in {len(stages)} pieces, one behind the other"
-    )
-    for each in whole:
-        speeds = f"{1 / each.alone_s:.3g} and {asked[1] / each.piece_s:.3g} tokens/s"
-        print(f"{each.machine} by itself: {speeds if each.fits else 'it does not fit'}")
+    print(f"{asked[1]} answers together: {together:.3g} tokens/s, in {pieces} pieces, one behind the other")
+    for one in whole:
+        speeds = f"{1 / one.alone_s:.3g} and {asked[1] / one.piece_s:.3g} tokens/s"
+        print(f"{one.machine} by itself: {speeds if one.fits else 'it does not fit'}")
     return all(stage.fits for stage in stages)
 
 

@@ -21,7 +21,9 @@ from server.settings import Settings
 
 # Where the checkpoint lies on a machine, if not where the server's own is.
 MODEL_VARIABLE = "LOCI_STAGE_MODEL"
-# What of a server's settings the parts must keep to; memory and GPUs are each machine's own.
+# What a part may use on a machine, if not what the server's own settings say.
+OWN = {"dram_budget": "LOCI_STAGE_DRAM_BUDGET", "devices": "LOCI_STAGE_DEVICES"}
+# What of a server's settings the parts must keep to.
 PASSED = (
     "model", "max_model_len", "max_num_seqs", "kv_budget", "kv_format", "prefill_chunk", "prefix_cache",
     "dram_budget", "devices",
@@ -57,6 +59,7 @@ def passed(settings: Settings) -> dict[str, Any]:
 
 def look(settings: dict[str, Any]) -> Look:
     """Look at this machine and its copy of the checkpoint. Raises LociError where that is not usable."""
+    settings = _on_this_machine(settings)
     opened = _opened(settings)
     gpus = 0
     if settings.get("devices") is None and "LOCI_DEVICES" not in os.environ:
@@ -77,7 +80,7 @@ class OnMachine:
     """A part of a model, from its plan to its work."""
 
     def __init__(self, settings: dict[str, Any], span: Span) -> None:
-        self._settings, self._span = settings, span
+        self._settings, self._span = _on_this_machine(settings), span
         self._part: Part | None = None
 
     def wish(self) -> Wish:
@@ -104,6 +107,10 @@ class OnMachine:
         return planned(Settings(**settings), self._opened)
 
 
+def _on_this_machine(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {name: os.environ[own] for name, own in OWN.items() if own in os.environ}
+
+
 def _opened(settings: dict[str, Any]) -> OpenedModel:
     path = os.environ.get(MODEL_VARIABLE) or settings["model"]
     return open_model(model_path(path), settings.get("max_model_len"))
@@ -115,6 +122,4 @@ def _planned_kv(found: Planned, *, is_given: bool) -> PlannedKv | None:
     tokens = work.sequences * work.context if work.kv_tokens is None else work.kv_tokens
     if not is_given and tokens == work.sequences * work.context:
         return None
-    layers = [p for p in placement.places if p.kind == "kv" and p.tier == "dram"]
-    fixed = sum(found.shape.layers[p.layer].kv.fixed_bytes for p in layers if p.layer is not None)
-    return PlannedKv(sum(p.nbytes for p in layers) - work.sequences * fixed, tokens)
+    return PlannedKv(placement.pool_bytes().get("dram", 0), tokens)

@@ -36,6 +36,7 @@ MAX_STOP = 16
 MAX_N = 128
 MAX_SALT = 256
 MAX_TOLD = 5  # wrong keys that an error names
+MAX_DIGITS = 20  # of a token id
 UNLIMITED = -1  # as `max_tokens`: as many as the context holds
 
 # One error per union instead of one per member: the discriminator looks at the value's type first.
@@ -245,8 +246,12 @@ class GenerationRequest(SamplingFields):
     def _logit_bias(self, vocab_size: int) -> dict[int, float]:
         bias: dict[int, float] = {}
         given = self.logit_bias or {}
-        if wrong := [key for key in given if not key.isdecimal() or int(key) >= vocab_size]:
-            told = ", ".join(map(repr, wrong[:MAX_TOLD])) + (" and more" if len(wrong) > MAX_TOLD else "")
+        digits = MAX_DIGITS  # Python refuses to convert thousands of them
+        if wrong := [
+            key for key in given if not key.isdecimal() or len(key) > digits or int(key) >= vocab_size
+        ]:
+            told = ", ".join(repr(key[:40]) for key in wrong[:MAX_TOLD])
+            told += " and more" if len(wrong) > MAX_TOLD else ""
             what = "is not a token id" if len(wrong) == 1 else "are not token ids"
             raise RequestError(
                 f"logit_bias: {told} {what}; this vocabulary has ids 0 to {vocab_size - 1}",

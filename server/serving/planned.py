@@ -72,7 +72,14 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
         dram_bytes = asked.weights_bytes  # what was asked for is tried: it may be there
     budget = replace(budget, kv_format=kv_format, machine=replace(machine, dram_bytes=dram_bytes))
     wanted = weights_wanted(settings.drafts)
+    if wanted == "auto" and not all(gpu.is_virtual for gpu in budget.gpus):
+        wanted = "off"  # nothing is captured of layers on GPUs, so that draft layers would not be read
     drafts = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
+    if wanted == "mtp" and not drafts:
+        raise ConfigError(
+            f"--drafts mtp: {opened.info.name} has no draft layers that Loci can use; leave it out, or use "
+            "--drafts lookup"
+        )
     small = _small_model(settings, opened)
     asked = replace(asked, draft_bytes=drafts + (0 if small is None else small.nbytes))
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)

@@ -121,13 +121,20 @@ def bring_up(prepared: Prepared) -> Served:
     files = prepared.planned.small_model
     small = None if files is None else files.load(loaded.model.info.vocab_size)
     context = settings.max_model_len or workload.context
-    kv_bytes = sum(prepared.planned.plan.placement.pool_bytes().values())
+    kv_bytes = prepared.planned.plan.placement.pool_bytes()
+    on_gpus = sum(kv_bytes.get(f"vram:{n}", 0) for n, gpu in enumerate(budget.gpus) if not gpu.is_virtual)
+    kv_in_all = sum(kv_bytes.values())
     engine = Engine(
         loaded.model,
         loaded.tokenizer,
         max_sequences=workload.sequences,
         max_context=context,
-        pool=PoolSize(kv_bytes, settings.kv_budget is not None, settings.max_model_len is None),
+        pool=PoolSize(
+            kv_in_all,
+            is_given=settings.kv_budget is not None,
+            may_shorten=settings.max_model_len is None,
+            on_host=kv_in_all - on_gpus,
+        ),
         prefill_chunk=workload.prefill_chunk,
         prefill_step_s=settings.prefill_step_ms / 1000,
         max_waiting=settings.max_waiting,

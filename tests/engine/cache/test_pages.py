@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 
+from engine.cache import pages as pages_module
 from engine.cache.pages import KEPT_TOKENS, Pages, PoolShortError
 from memory.pages.space import HostSpace
 from quant.errors import BudgetError
@@ -129,3 +130,29 @@ def addresses_limited(nbytes: int) -> Iterator[None]:
 def test_a_limit_of_addresses_is_named() -> None:
     with addresses_limited(1 << 28), pytest.raises(BudgetError, match="ulimit -v"):
         pages_of(64)
+
+
+class Refusing(HostSpace):
+    """Memory of a device that has less than was planned."""
+
+    room = 1 << 20
+
+    def take(self, start: int, length: int) -> None:
+        if start + length > self.room:
+            raise BudgetError("no more memory")
+
+
+def test_a_device_with_less_memory_than_planned_leaves_the_counts_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pages_module, "new_space", lambda nbytes, device: Refusing(nbytes))
+    pages = Pages(2)
+    pages.reserve((2, CAPACITY // 4, DIM), slot_axis=0, ratio=4, device=HOST)
+    pages.reserve((2, CAPACITY, DIM), slot_axis=0, ratio=1, device=HOST)
+    pages.hold(0, 100)
+    before = pages.taken_bytes
+    with pytest.raises(BudgetError, match="no more memory"):
+        pages.hold(0, 5000)
+    assert pages.taken_bytes == before == pages.held_bytes(0)
+    pages.release(0)
+    assert pages.taken_bytes == pages.held_bytes(0)

@@ -67,6 +67,8 @@ def check_counts(cache: SparseCache, prefixes: PrefixCache) -> None:
     for rows in kept:
         assert rows.pages.users == 1 + cache.pages.shared_with(rows.pages)
     of_slots = {id(shared.kept): shared.kept for some in cache.pages._shared.values() for shared in some}
+    for slot, some in cache.pages._shared.items():
+        assert sum(shared.memory.nbytes for shared in some) <= cache.pages.held_bytes(slot)
     everything = of_slots | {id(rows.pages): rows.pages for rows in kept}
     assert shelf.nbytes == sum(pages.nbytes for pages in everything.values())
 

@@ -70,6 +70,7 @@ class HalfRight:
         self.answers: dict[tuple[int, ...], list[int]] = {}
         self._rng, self._vocab = rng, vocab
         self._prompts: dict[int, int] = {}
+        self._ends: dict[int, int] = {}
         self.open_now = 0
 
     def open(self, sequence_id: int, token_ids: Sequence[int], prediction: Sequence[int] = ()) -> None:
@@ -77,10 +78,13 @@ class HalfRight:
         self.open_now += 1
 
     def close(self, sequence_id: int) -> None:
+        self._ends.pop(sequence_id, None)
         self.open_now -= 1
 
     def observe(self, computed: Sequence[Rows]) -> None:
-        pass
+        for rows in computed:  # of each sequence every token is told once, in order
+            assert rows.start == self._ends.get(rows.sequence_id, rows.start)
+            self._ends[rows.sequence_id] = rows.start + len(rows.token_ids)
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         return [self._draft(request) for request in requests]

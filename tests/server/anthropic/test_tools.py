@@ -80,6 +80,17 @@ def test_reasoning_that_is_not_to_be_shown_is_an_empty_block(loaded: Loaded) -> 
     assert "thinking_delta" not in deltas
 
 
+def test_turns_of_one_role_in_a_row_are_one() -> None:
+    calls = [{"type": "tool_use", "id": name, "name": "look", "input": {}} for name in "AB"]
+    results = [{"type": "tool_result", "tool_use_id": name, "content": name} for name in "AB"]
+    turns = [{"role": "assistant", "content": [call]} for call in calls]
+    turns += [{"role": "user", "content": [result]} for result in results]
+
+    messages = request(messages=turns).as_chat().messages
+
+    assert [message.tool_call_id for message in messages if message.role == "tool"] == ["A", "B"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [[], [{"role": "assistant", "content": "Hm."}]])
 def test_a_result_without_its_call_is_refused_in_the_vendors_words(
