@@ -22,7 +22,7 @@ from memory.hardware.this_machine import this_machine
 from memory.planner.budget import MemoryBudget
 from memory.planner.cost_model import StepCost
 from memory.planner.placement import Workload
-from memory.planner.placing import PROCESS_BYTES, plan
+from memory.planner.placing import plan
 from memory.planner.prefill import PrefillModel, planned_chunk
 from memory.planner.routing import UNIFORM
 from memory.planner.serving import memory_bytes
@@ -114,7 +114,7 @@ def compare_decode(
     budget = replace(budget, workload=workload(tokens))
     run = run_slice(path, budget, tokens, on_progress, in_pause=rates.look)
     profile = _profile(machine, rates, shape, budget)
-    placement = plan(shape, profile, budget.workload)
+    placement = plan(shape, profile, budget.limited_workload)
     model = PrefillModel(shape, profile, placement, UNIFORM)
     planned = model.decode(1, budget.workload.context // 2)
     return Compared(
@@ -134,8 +134,9 @@ def compare_prompt(
     """Compute a random prompt, in chunks as planned unless given."""
     rates = Rates(_largest(path))
     rates.look()
-    chunk = chunk or planned_chunk(shape, _profile(machine, rates, shape, budget), Workload(tokens))
-    asked = Workload(tokens, 1, chunk)
+    limited = Workload(tokens, weights_bytes=budget.dram_bytes)
+    chunk = chunk or planned_chunk(shape, _profile(machine, rates, shape, budget), limited)
+    asked = replace(limited, prefill_chunk=chunk)
     run = run_prefill(path, replace(budget, workload=asked), tokens, chunk, in_pause=rates.look)
     profile = _profile(machine, rates, shape, budget)
     model = PrefillModel(shape, profile, plan(shape, profile, asked), UNIFORM)
@@ -146,10 +147,10 @@ def compare_prompt(
 
 
 def _profile(machine: Machine, rates: Rates, shape: ModelShape, budget: MemoryBudget) -> HardwareProfile:
-    """The machine with the rates that were seen, as large as the budget, which is for weights alone."""
+    """The machine with the rates that were seen, and the budget's GPUs."""
     profile = this_machine(machine, rates.measured)
     disk_bytes = machine.disk_free_bytes + shape.disk_bytes  # it lies there already
-    budget = replace(budget, machine=replace(profile, dram_bytes=budget.dram_bytes + PROCESS_BYTES))
+    budget = replace(budget, machine=profile)
     return replace(budget.machine_for(shape), disk_bytes=disk_bytes)
 
 

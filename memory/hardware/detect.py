@@ -246,9 +246,10 @@ def _pcie_link(address: str, root: Path = Path("/sys/bus/pci/devices")) -> PcieL
     """The link at `address` at its best: idle GPUs fall back to slower generations."""
     if not address:
         return None
-    speed = _read(root / address / "max_link_speed").partition(" ")[0]
+    gpu = (root / address).resolve()  # its folder is in that of the port above, whose speed is the slot's
+    speeds = [_read(at / "max_link_speed").partition(" ")[0] for at in (gpu, gpu.parent)]
     width = _read(root / address / "current_link_width").strip()
-    generation = _PCIE_GENERATIONS.get(speed)
+    generation = min((_PCIE_GENERATIONS[speed] for speed in speeds if speed in _PCIE_GENERATIONS), default=0)
     return PcieLink(generation, int(width)) if generation and width.isdecimal() else None
 
 

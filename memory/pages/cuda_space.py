@@ -1,5 +1,8 @@
 """Addresses on a GPU, with memory mapped behind them page by page (CUDA's virtual memory management).
 
+Behind all addresses without a page of their own is one page, the same for all, which nobody writes to: they
+read as zeros, as in host memory, and are addresses that the driver knows.
+
 Not run on a card yet: `pages_work` tries all of it once, and whoever finds that it fails allocates at once.
 """
 
@@ -18,7 +21,7 @@ logger = logging.getLogger("loci.memory")
 
 
 class CudaSpace:
-    """See `Space`. The first page is always there: torch asks the driver whose memory the address is."""
+    """See `Space`."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         """Raises BudgetError where the driver grants no such range, ImportError without its bindings."""
@@ -31,10 +34,14 @@ class CudaSpace:
         with torch.cuda.device(self._device):
             torch.cuda.current_stream().synchronize()  # the context exists
             self._begin = int(self._call("cuMemAddressReserve", self._nbytes, 0, 0, 0))
-            self.take(0, self.page_bytes)
+            self._shared = self._new_page()
             memory = _Bytes(self._begin, nbytes)  # torch keeps it as long as there is any view
-            owned = (self._driver, self._device, self._begin, self._nbytes, self.page_bytes, self._pages)
-            weakref.finalize(memory, _free, *owned).atexit = False
+            owned = self._begin, self._nbytes, self.page_bytes, self._shared, self._pages
+            weakref.finalize(memory, _free, self._driver, self._device, *owned).atexit = False
+            for at in range(0, self._nbytes, self.page_bytes):
+                self._call("cuMemMap", self._begin + at, self.page_bytes, 0, self._shared, 0)
+            self._allow(0, self._nbytes)
+            self._call("cuMemsetD8", self._begin, 0, self.page_bytes)
             self.whole = torch.as_tensor(memory, device=self._device)
 
     def take(self, start: int, length: int) -> None:
@@ -48,26 +55,36 @@ class CudaSpace:
 
     def give_back(self, start: int, length: int) -> None:
         """Unmap a part, after what has been launched so far."""
-        torch.cuda.current_stream(self._device).synchronize()
-        for at in range(max(start, self.page_bytes), start + length, self.page_bytes):
-            handle = self._pages.pop(at, None)
-            if handle is not None:
-                self._call("cuMemUnmap", self._begin + at, self.page_bytes)
-                self._call("cuMemRelease", handle)
+        held = [at for at in range(start, start + length, self.page_bytes) if at in self._pages]
+        if held:
+            with torch.cuda.device(self._device):
+                torch.cuda.current_stream().synchronize()
+                for at in held:
+                    self._put(at, self._shared)
+                    self._call("cuMemRelease", self._pages.pop(at))
 
     def _take_page(self, at: int) -> None:
-        driver, address = self._driver, self._begin + at
+        self._pages[at] = handle = self._new_page()
+        self._put(at, handle)
+        self._call("cuMemsetD8", self._begin + at, 0, self.page_bytes)
+
+    def _new_page(self) -> Any:
         try:
-            handle = self._call("cuMemCreate", self.page_bytes, self._property, 0)
+            return self._call("cuMemCreate", self.page_bytes, self._property, 0)
         except RuntimeError as error:
             raise BudgetError(f"{self._device}: no more memory for the KV cache ({error})") from None
-        self._call("cuMemMap", address, self.page_bytes, 0, handle, 0)
-        self._pages[at] = handle
-        access = driver.CUmemAccessDesc()
+
+    def _put(self, at: int, handle: Any) -> None:
+        """Another page behind an address."""
+        self._call("cuMemUnmap", self._begin + at, self.page_bytes)
+        self._call("cuMemMap", self._begin + at, self.page_bytes, 0, handle, 0)
+        self._allow(at, self.page_bytes)
+
+    def _allow(self, at: int, nbytes: int) -> None:
+        access = self._driver.CUmemAccessDesc()
         access.location = self._property.location
-        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._call("cuMemSetAccess", address, self.page_bytes, [access], 1)
-        self._call("cuMemsetD8", address, 0, self.page_bytes)
+        access.flags = self._driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._call("cuMemSetAccess", self._begin + at, nbytes, [access], 1)
 
     def _properties(self) -> Any:
         driver = self._driver
@@ -97,12 +114,19 @@ class _Bytes:
 
 
 def _free(
-    driver: Any, device: torch.device, begin: int, nbytes: int, page: int, pages: dict[int, Any]
+    driver: Any,
+    device: torch.device,
+    begin: int,
+    nbytes: int,
+    page: int,
+    shared: Any,
+    pages: dict[int, Any],
 ) -> None:
     """Return all memory of a space and its addresses, after what has been launched."""
     torch.cuda.synchronize(device)
-    for at, handle in pages.items():
+    for at in range(0, nbytes, page):
         driver.cuMemUnmap(begin + at, page)
+    for handle in (shared, *pages.values()):
         driver.cuMemRelease(handle)
     pages.clear()
     driver.cuMemAddressFree(begin, nbytes)

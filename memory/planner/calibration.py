@@ -99,7 +99,7 @@ def compare(model: PrefillModel, times: StepTimes, moved: Snapshot | None) -> li
     ]  # fmt: skip
     if prompts.tokens:
         chunk = max(1, prompts.tokens // prompts.count)
-        cost = model.prefill(chunk, chunk)
+        cost = model.prefill(chunk, chunk, prompts.held // prompts.count)
         found.append(
             Comparison("prompts", "s/token", cost.total_s / cost.tokens, prompts.seconds / prompts.tokens)
         )

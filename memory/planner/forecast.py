@@ -80,6 +80,7 @@ def _doubled(h: HardwareProfile, workload: Workload) -> list[tuple[str, Hardware
     def gpus(change: Callable[[GpuSpec], GpuSpec]) -> HardwareProfile:
         return replace(h, gpus=tuple(change(gpu) for gpu in h.gpus))
 
+    fp8_rate = 2 * h.cpu_fp8_flops if h.cpu_fp8_flops else None
     expert_rate = 2 * h.expert_bytes_per_s if h.expert_bytes_per_s else None
     found = [
         ("DRAM size", replace(h, dram_bytes=2 * h.dram_bytes), workload),
@@ -93,7 +94,11 @@ def _doubled(h: HardwareProfile, workload: Workload) -> list[tuple[str, Hardware
             ),
             workload,
         ),
-        ("CPU arithmetic", replace(h, cpu_matmul_flops=2 * h.cpu_matmul_flops), workload),
+        (
+            "CPU arithmetic",
+            replace(h, cpu_matmul_flops=2 * h.cpu_matmul_flops, cpu_fp8_flops=fp8_rate),
+            workload,
+        ),
         (
             "disk speed",
             replace(h, disk_bytes_per_s=2 * h.disk_bytes_per_s, disk_reads_per_s=2 * h.disk_reads_per_s),

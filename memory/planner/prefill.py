@@ -28,7 +28,7 @@ from memory.planner.cost_model import (
     Efficiency,
     StepCost,
 )
-from memory.planner.placement import Placement, Workload
+from memory.planner.placement import SLOTS, Placement, Workload
 from memory.planner.placing import plan
 from memory.planner.routing import UNIFORM, Routing, distinct
 from memory.planner.shape import LayerShape, ModelShape
@@ -111,9 +111,9 @@ class PrefillModel(CostModel):
     def _held_meanwhile(self, chunk: int) -> list[dict[str, int]]:
         """How many of each layer's experts the tiers hold while a prompt borrows slots for its chunks."""
         size, placement = max(1, self.shape.expert_nbytes), self.placement
-        spare = placement.budgets["dram"] - placement.used("dram")
         on_gpus = sum(count for tier, count in self._slots.items() if tier.startswith("vram"))
-        has_copies = not self._slots["nvme"] and spare >= on_gpus * size
+        beside = sum(r.nbytes for r in placement.reserves if r.name in SLOTS and r.tier == "dram")
+        has_copies = not self._slots["nvme"] and beside >= on_gpus * self.shape.slot_nbytes
         lent = lent_bytes(self.shape, replace(placement.workload, prefill_chunk=chunk))
         shares: dict[str, float] = {}
         for tier, count in self._slots.items():

@@ -227,6 +227,7 @@ def _latent_model(name: str, d: V41Dims, layers: Sequence[LayerShape]) -> ModelS
         activation_bytes=d.activation_bytes,
         held_bytes=d.held_bytes,
         history_bytes=v41_history_bytes(d.engram_ngram) if d.engram_rows else 0,
+        streams=d.streams,
     )
 
 

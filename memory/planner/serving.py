@@ -84,7 +84,8 @@ def serving_plan(
     """
     choices: list[Choice] = []
     workload = _workload(shape, hardware, asked, choices, pools=pools)
-    if not plan(shape, hardware, workload).fits:  # with as little beside the weights as makes sense
+    tried = workload if asked.chunk is None else replace(workload, prefill_chunk=asked.chunk)
+    if not plan(shape, hardware, tried).fits:  # with as little beside the weights as makes sense
         choices = []
         lean = replace(
             asked,

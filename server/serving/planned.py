@@ -167,16 +167,10 @@ def _check_fit(shape: ModelShape, plan: ServingPlan, settings: Settings) -> None
     found = remedy(shape, plan.hardware, workload)
     short = placement.used(NOWHERE)
     changes = [*found.required, *(found.options[:1] if found.options else ())]
-    if settings.experts is None and _is_disk_short(shape, plan.hardware):
-        changes.append("or a smaller format for experts (--experts mxfp4)")
     raise BudgetError(
         f"{shape.name} does not fit on this machine, by {short / 1e9:.1f} GB; the smallest change: "
         f"{' and '.join(changes) or 'a smaller model'}"
     )
-
-
-def _is_disk_short(shape: ModelShape, hardware: HardwareProfile) -> bool:
-    return shape.disk_bytes > hardware.disk_bytes
 
 
 def _largest_file(path: Path) -> Path | None:

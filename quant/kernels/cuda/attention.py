@@ -63,7 +63,7 @@ def attend_part(
     token = position + 1 - window + at
     in_ring = (at < window) & (token >= 0)
     ring_at = slot * ring_stride + token % places * place_step
-    is_choice = (at >= window) & (at < window + choices)
+    is_choice = (at >= window) & (at < window + choices) & (row < tl.load(step))  # of a row that is alive
     entry = tl.load(chosen + row * choices + at - window, mask=is_choice, other=-1)
     is_chosen = entry >= 0
     entry_at = slot * entry_stride + tl.maximum(entry, 0) * entry_step

@@ -181,7 +181,8 @@ class Segment:
             self._start()
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                # Without a stream of its own it would be captured on the device that was first of all.
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device)):  # type: ignore[no-untyped-call]
                     self._start()
             except RuntimeError as error:
                 return str(error)

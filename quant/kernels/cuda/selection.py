@@ -55,7 +55,7 @@ def index_scores(
     entries. Grid (blocks of columns, rows)."""
     row = tl.program_id(1)
     first_column = tl.program_id(0) * COLUMNS
-    visible = (tl.load(step + 1 + MAX + row) + 1) // ratio
+    visible = tl.where(row < tl.load(step), (tl.load(step + 1 + MAX + row) + 1) // ratio, 0)
     if POOLED or (first_column < visible):
         column = first_column + tl.arange(0, COLUMNS)
         entry = entries_of(column, pool, row, visible, block, blocks, POOLED)
@@ -131,7 +131,7 @@ def chunk_best(
     row, chunk = tl.program_id(1), tl.program_id(0)
     visible = columns
     if not POOLED:
-        visible = ((tl.load(step + 1 + MAX + row) + 1) // ratio).to(tl.int32)
+        visible = tl.where(row < tl.load(step), (tl.load(step + 1 + MAX + row) + 1) // ratio, 0).to(tl.int32)
     count = tl.minimum(visible - chunk * TILE, TILE)
     if count > 0:
         at_scores = scores + row * columns + chunk * TILE
@@ -179,7 +179,7 @@ def choose(
     """chosen `[rows, k]`, entries ascending, of scores `[rows, columns]`, or, if NAMED, of what `chunk_best`
     has left; and best_blocks `[rows, blocks]` of maxima. Grid (rows, 1, or 2 with blocks)."""
     row = tl.program_id(0)
-    visible = ((tl.load(step + 1 + MAX + row) + 1) // ratio).to(tl.int32)
+    visible = tl.where(row < tl.load(step), (tl.load(step + 1 + MAX + row) + 1) // ratio, 0).to(tl.int32)
     if tl.program_id(1) == 0:
         count = columns if POOLED else visible
         if NAMED:

@@ -30,6 +30,7 @@ def dimensions(path: Path) -> V41Dims:
         index_sources=c.index_source_layer_ids,
         engram_rows=tuple(zip(c.engram_layer_ids, c.engram_num_embeddings, strict=True)),
         engram_columns=(c.engram_max_ngram_size - 1) * c.engram_n_heads, engram_dim=c.engram_head_dim,
+        engram_ngram=c.engram_max_ngram_size,
         has_image_bias=any(name.endswith("bias_vl") for name in checkpoint.entries),
     )  # fmt: skip
 
@@ -58,7 +59,7 @@ def test_planned_kv_is_what_the_engine_allocates() -> None:
         head_dim=c.head_dim,
         index_dim=c.index_head_dim,
         sources=sources,
-        history=0,
+        history=c.engram_max_ngram_size - 1,
         history_pad=0,
         margin=KV_MARGIN,
         devices=(torch.device("cpu"),) * c.num_hidden_layers,

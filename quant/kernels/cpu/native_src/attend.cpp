@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "layers.hpp"
@@ -58,6 +59,7 @@ class Tiles {
         const int64_t rows = shares_ ? call.tokens * group_ : group_;
         per_list_ = (rows + most_rows_ - 1) / most_rows_;
         rows_ = rows;
+        most_rows_ = std::min(most_rows_, rows);  // no places for rows that there are not
     }
     int64_t count() const { return per_list_ * (shares_ ? 1 : c_.tokens) * c_.kv_heads; }
     int64_t value_columns() const { return value_columns_; }
@@ -157,15 +159,16 @@ class Places {
   public:
     Places(int64_t count, int64_t rows, int64_t columns)
         : rows_(rows), columns_(columns), numbers_(static_cast<size_t>(2 * count * rows)),
-          out_(static_cast<size_t>(count * rows * columns)) {}
+          out_(new float[static_cast<size_t>(count * rows * columns)]) {}
     Sums at(int64_t place) {
         float* numbers = numbers_.data() + 2 * place * rows_;
-        return {numbers, numbers + rows_, out_.data() + place * rows_ * columns_};
+        return {numbers, numbers + rows_, out_.get() + place * rows_ * columns_};
     }
 
   private:
     int64_t rows_, columns_;
-    std::vector<float> numbers_, out_;
+    std::vector<float> numbers_;
+    std::unique_ptr<float[]> out_;  // not cleared: what is computed of a block is written whole
 };
 
 // Adds up blocks of keys for a tile, of which `block` gives what number b makes, and writes the rows' results.
@@ -174,6 +177,7 @@ void finish(const Attend& c, const Tiles& tiles, const Tiles::Tile& tile, const 
     const int64_t columns = tiles.value_columns(), blocks = (tile.keys() + kKeyBlock - 1) / kKeyBlock;
     Places place(1, tiles.most_rows(), columns);
     const Sums sums = place.at(0);
+    std::fill_n(sums.out, tile.rows() * columns, 0.0f);
     for (int r = 0; r < tile.rows(); ++r) {
         sums.most[r] = c.sink != nullptr ? c.sink[tile.head(r)] : kNone;
         sums.sum[r] = c.sink != nullptr ? 1.0f : 0.0f;
@@ -211,7 +215,9 @@ void attend(const Team& team, const Attend* calls, float* const* outs, int64_t n
         return static_cast<size_t>(call);
     };
     const auto ahead = [&](int number) { return team.ahead(number); };
-    const int64_t count = first_tile.back(), rows = tiles[0].most_rows(), columns = tiles[0].value_columns();
+    const int64_t count = first_tile.back(), columns = tiles[0].value_columns();
+    int64_t rows = 0;
+    for (const Tiles& of_call : tiles) rows = std::max(rows, of_call.most_rows());
     if (count >= 2 * team.threads || most_blocks == 1) {
         const auto compute_tile = [&](int64_t item) {
             const size_t call = call_of(first_tile, &item);

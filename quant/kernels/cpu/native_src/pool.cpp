@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 #if defined(__linux__)
@@ -162,8 +163,14 @@ class Pool {
         while (static_cast<int>(workers_.size()) < std::min(count, most_workers_)) {
             workers_.push_back(std::make_unique<Worker>());
             Worker* worker = workers_.back().get();
-            worker->thread =
-                std::thread([this, worker, number = static_cast<int>(workers_.size())] { serve(*worker, number); });
+            try {
+                worker->thread =
+                    std::thread([this, worker, number = static_cast<int>(workers_.size())] { serve(*worker, number); });
+            } catch (const std::system_error&) {  // the system allows no more threads
+                workers_.pop_back();
+                most_workers_ = static_cast<int>(workers_.size());
+                break;
+            }
             keep_off(worker->thread.native_handle(), core);
         }
         if (core != core_)
