@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -43,3 +45,14 @@ def test_a_sequence_takes_its_pages_of_the_gpu_and_gives_them_back() -> None:
     pages.release(2)
     assert taken() - before == pytest.approx(pages.taken_bytes, abs=page_bytes(GPU))
     assert torch.equal(rows[2, :4096], values[:4096])
+
+
+def test_rows_without_pages_read_as_zeros_and_any_thread_may_take_them() -> None:
+    pages = Pages(2)
+    rows = pages.reserve((2, 1 << 20, DIM), slot_axis=0, ratio=1, device=GPU)
+    assert int(rows[1, -4096:].count_nonzero()) == 0
+    with ThreadPoolExecutor(1) as other:
+        other.submit(pages.hold, 1, 4096).result()
+    rows[1, :4096] = 1.0
+    assert int(rows[1, :8192].count_nonzero()) == 4096 * DIM
+    assert int(rows[0, :4096].count_nonzero()) == 0
