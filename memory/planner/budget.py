@@ -168,7 +168,14 @@ def _spec(tier: Tier, machine: HardwareProfile) -> GpuSpec:
         )
     link = link or ASSUMED_LINK_BYTES_PER_S
     return GpuSpec(
-        tier.name, "cuda", tier.budget_bytes, ASSUMED_VRAM_BYTES_PER_S, ASSUMED_GPU_FLOPS, link, link
+        tier.name,
+        "cuda",
+        tier.budget_bytes,
+        ASSUMED_VRAM_BYTES_PER_S,
+        ASSUMED_GPU_FLOPS,
+        link,
+        link,
+        page_bytes_of(tier.device),
     )
 
 

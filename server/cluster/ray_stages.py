@@ -49,7 +49,7 @@ def check_installed() -> None:
     """Raises ConfigError where Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            "--cluster needs Ray: install Loci with its extra `cluster`, pip install 'loci-server[cluster]'"
+            "--cluster needs Ray, which Loci's extra `cluster` has: pip install -e '.[cluster]' in its folder"
         )
 
 

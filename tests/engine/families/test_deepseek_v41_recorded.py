@@ -164,7 +164,7 @@ def test_a_step_comes_back_only_for_experts_that_are_not_at_hand(model: Deepseek
 
     assert uses == 20 * layers * model.config.num_experts_per_tok
     if model.weights.experts.at_hand is not None:  # with GPUs, the store decides in each layer
-        assert len(computed) < 20 * layers * 3 / 4
+        assert len(computed) <= 20 * layers * 3 / 4
 
 
 def test_plain_torch_records_nothing() -> None:
