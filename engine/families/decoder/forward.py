@@ -5,9 +5,7 @@ Written once in `Operations`: prompts compute at once, decoding is recorded.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -29,6 +27,7 @@ from engine.families.decoder.weights import (
     RouterWeights,
 )
 from engine.families.held import by_part, dense_bytes
+from engine.families.on_gpus.record import record_on_gpus
 from engine.families.places import HOST
 from engine.families.replay import replay
 from engine.layers.eager import Eager
@@ -40,19 +39,16 @@ from engine.layers.routed_experts import EagerExperts, RoutedExperts
 from memory.experts.store import ExpertStore
 from memory.planner.placement import Placement
 from memory.telemetry import Telemetry
-from quant.errors import FormatError
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import recorder_of, recorder_on
-from quant.kernels.cpu.program import Program
+from quant.kernels.choice import recorder_of
+from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import ExpertExtras, Kernels
 
 if TYPE_CHECKING:
     from engine.families.decoder.on_gpus import DecoderOnGpus
-    from engine.families.on_gpus.step import StepExperts
+    from engine.families.on_gpus.step import RecorderOn, StepExperts
     from memory.experts.coordinator import Coordinator
-
-logger = logging.getLogger("loci.engine")
 
 MAX_ROWS = 16  # of a recorded step; larger ones are computed operation by operation
 
@@ -176,7 +172,7 @@ class Decoder(Model):
         if trace is None and cache.program is not None and batch.is_decode(cache.program.max_rows):
             return self._replay(cache.program, cache, batch)
         if cache.decoder is not None:
-            cache.decoder.step.check()
+            cache.decoder.check()
             if trace is None and batch.is_decode(MAX_ROWS):
                 with torch.inference_mode():
                     return cache.decoder.run(batch, self._embedded(batch.token_ids))
@@ -259,38 +255,26 @@ class Decoder(Model):
     def _record_on_gpus(
         self, cache: DecoderCache, *, only_look: bool = False
     ) -> tuple[DecoderOnGpus | None, dict[torch.device, int]]:
-        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel.
+        """Programs that decode with `cache`, and their bytes by device: see `record_on_gpus`."""
 
-        Raises BudgetError where a GPU's are more than was kept free there when loading."""
-        nbytes: dict[torch.device, int] = defaultdict(int)
-        layers, places = self.weights.layers, self.weights.places
-        on_gpus = {layer.device for layer in layers} | {self.weights.norm.device}
-        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in on_gpus):
-            return None, nbytes
-        from engine.families.decoder.on_gpus import DecoderOnGpus
-        from engine.families.on_gpus.step import check_room, recorders_on
+        def note(on: RecorderOn) -> tuple[DecoderOnGpus, Buffer]:
+            from engine.families.decoder.on_gpus import DecoderOnGpus
 
-        on = recorders_on(self.kernels, MAX_ROWS)
-        try:
+            layers = self.weights.layers
             ops = DecoderOnGpus(
                 on, layers[0].device, (self.weights.frequencies, self._turn_factor),
                 [cache.place(number) for number in range(len(layers))], cache.index_keys.layer,
                 self._step_experts(), [layers[n].device for n in self.description.expert_layers],
             )  # fmt: skip
-            source = ops.step.begin(self.description.hidden)
+            source = ops.begin(self.description.hidden)
             states = self._states(ops, self._layers(ops, ops.routed, source, NO_TRACE))
-            result = self._logits(ops, states)
-            nbytes.update(ops.nbytes(result))
-        except FormatError as error:
-            logger.warning(
-                "decode steps are started operation by operation on GPUs, which is slower: %s", error
-            )
-            return None, nbytes
-        check_room(places.step_room, nbytes, MAX_ROWS, cache.capacity)
-        if only_look:
-            return None, nbytes
-        ops.finish(result)
-        return ops, nbytes
+            return ops, self._logits(ops, states)
+
+        devices = {layer.device for layer in self.weights.layers} | {self.weights.norm.device}
+        return record_on_gpus(
+            note, devices, self.kernels, MAX_ROWS, cache.capacity, self.weights.places.step_room,
+            only_look=only_look,
+        )  # fmt: skip
 
     def _step_experts(self) -> StepExperts | None:
         """The experts of a step on GPUs, and who answers what these do not hold."""

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.families.base import Batch
-from engine.families.on_gpus.step import RecorderOn, StepExperts, StepOnGpus
+from engine.families.on_gpus.step import OnGpus, RecorderOn, StepExperts, StepOnGpus
 from engine.layers.recorded import Recorded
-from engine.program_report import StepPart
 from quant.formats.rows import Rows
 from quant.kernels.cpu.cache_notes import KvPlace, StatePlace
 from quant.kernels.cpu.program import Buffer
@@ -17,7 +16,7 @@ from quant.kernels.interface import NO_EXTRAS, ExpertExtras
 from quant.kernels.layers import RoutingRule
 
 
-class DecoderOnGpus(Recorded):
+class DecoderOnGpus(OnGpus, Recorded):
     """`Operations` noted by a recorder for each device; `routed` are its experts.
 
     turning  frequencies and factor, and places and index_keys: see `Recorded`
@@ -51,18 +50,6 @@ class DecoderOnGpus(Recorded):
         if layer is None:
             return super().route(logits, bias, rule)
         return self.step.route(layer, logits, bias, rule)
-
-    def finish(self, result: Buffer) -> None:
-        """Make the programs, of which the last one's result is the step's."""
-        self.step.finish(result)
-
-    def nbytes(self, result: Buffer) -> dict[torch.device, int]:
-        """Bytes that the programs would hold, by device."""
-        return self.step.nbytes(result)
-
-    def parts(self) -> list[StepPart]:
-        """What each device does."""
-        return self.step.parts()
 
     def run(self, batch: Batch, embedded: torch.Tensor) -> torch.Tensor:
         """Logits of `batch.logit_rows`, of the tokens' embedding `[rows, hidden]`."""

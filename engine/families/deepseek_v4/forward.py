@@ -7,8 +7,6 @@ indexer chooses among, or of 128. Routed experts in every layer; the first layer
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,21 +19,20 @@ from engine.families.deepseek_v4.operations import V4Operations, V4Parts
 from engine.families.deepseek_v4.recorded import V4Recorded
 from engine.families.deepseek_v4.shape import cache_shape
 from engine.families.deepseek_v4.weights import LayerWeights, V4Weights
+from engine.families.on_gpus.record import record_on_gpus
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix, Written
 from engine.layers.operations import Value
-from quant.errors import FormatError
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import recorder_on
+from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels
 
 if TYPE_CHECKING:
     from engine.families.deepseek_v4.on_gpus import V4OnGpus
+    from engine.families.on_gpus.step import RecorderOn
     from memory.experts.coordinator import Coordinator
-
-logger = logging.getLogger("loci.engine")
 
 
 class V4Cache(GroupedCache):
@@ -127,33 +124,21 @@ class DeepseekV4(StreamModel):
     def _record_on_gpus(
         self, cache: GroupedCache, *, only_look: bool = False
     ) -> tuple[V4OnGpus | None, dict[torch.device, int]]:
-        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel.
+        """Programs that decode with `cache`, and their bytes by device: see `record_on_gpus`."""
 
-        Raises BudgetError where a GPU's are more than was kept free there when loading."""
-        nbytes: dict[torch.device, int] = defaultdict(int)
-        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in self._devices):
-            return None, nbytes
-        from engine.families.deepseek_v4.on_gpus import V4OnGpus
-        from engine.families.on_gpus.answers import coordinator_of
-        from engine.families.on_gpus.step import check_room, recorders_on
+        def note(on: RecorderOn) -> tuple[V4OnGpus, Buffer]:
+            from engine.families.deepseek_v4.on_gpus import V4OnGpus
+            from engine.families.on_gpus.answers import coordinator_of
 
-        on = recorders_on(self.kernels, MAX_ROWS)
-        if self._coordinator is None:
-            self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
-        try:
+            if self._coordinator is None:
+                self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
             ops = V4OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
-            result = self._logits(ops, self._layers(ops, ops.begin(self.config.hidden_size)))
-        except FormatError as error:
-            logger.warning(
-                "decode steps are started operation by operation on GPUs, which is slower: %s", error
-            )
-            return None, nbytes
-        nbytes.update(ops.nbytes(result))
-        check_room(self.weights.places.step_room, nbytes, MAX_ROWS, cache.capacity)
-        if only_look:
-            return None, nbytes
-        ops.finish(result)
-        return ops, nbytes
+            return ops, self._logits(ops, self._layers(ops, ops.begin(self.config.hidden_size)))
+
+        return record_on_gpus(
+            note, self._devices, self.kernels, MAX_ROWS, cache.capacity, self.weights.places.step_room,
+            only_look=only_look,
+        )  # fmt: skip
 
     def _step(self, batch: Batch, cache: KvCache, trace: Trace | None) -> torch.Tensor:
         assert isinstance(cache, V4Cache)

@@ -16,14 +16,13 @@ from engine.families.base import Batch
 from engine.families.deepseek_v4.notes import V4Notes
 from engine.families.deepseek_v4.operations import V4Parts
 from engine.families.on_gpus.stays import Stay
-from engine.families.on_gpus.step import RecorderOn, StepExperts, StepOnGpus
-from engine.program_report import StepPart
+from engine.families.on_gpus.step import OnGpus, RecorderOn, StepExperts, StepOnGpus
 from memory.experts.coordinator import Coordinator
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.layers import RoutingRule
 
 
-class V4OnGpus(V4Notes):
+class V4OnGpus(OnGpus, V4Notes):
     """`V4Operations` noted by a recorder for each device, for steps with `cache`."""
 
     def __init__(
@@ -54,26 +53,6 @@ class V4OnGpus(V4Notes):
             assert stay.program is not None
             stay.rows(buffer, len(ids)).copy_(table[ids])
         return self.step.run(self._embed[ids].float(), *batch.places())[batch.logit_rows]
-
-    def check(self) -> None:
-        """Before a step: see `StepOnGpus.check`."""
-        self.step.check()
-
-    def begin(self, width: int) -> Buffer:
-        """What the step begins with, `[rows, width]`."""
-        return self.step.begin(width)
-
-    def finish(self, result: Buffer) -> None:
-        """Make the programs."""
-        self.step.finish(result)
-
-    def nbytes(self, result: Buffer) -> dict[torch.device, int]:
-        """Bytes that the programs would hold, by device."""
-        return self.step.nbytes(result)
-
-    def parts(self) -> list[StepPart]:
-        """What each device does."""
-        return self.step.parts()
 
     # ----------------------------------------------------------------------------------------- recording
 

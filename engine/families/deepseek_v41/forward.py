@@ -7,8 +7,6 @@ layers. Section numbers refer to docs/deepseek-v41.md.
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from engine.families.deepseek_v41.eager import V41Eager
 from engine.families.deepseek_v41.operations import V41Operations, V41Parts
 from engine.families.deepseek_v41.recorded import V41Recorded
 from engine.families.deepseek_v41.weights import LayerWeights, V41Weights
+from engine.families.on_gpus.record import record_on_gpus
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
 from engine.families.streams.operations import MAX_ROWS, StreamMix
@@ -29,19 +28,17 @@ from engine.layers.engram_hash import EngramHash
 from engine.layers.engram_lookup import EngramLookup, StepRows
 from engine.layers.operations import Value
 from memory.planner.published import KV_MARGIN
-from quant.errors import FormatError
 from quant.formats.kv import v41_rows
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import recorder_on
+from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.cpu.row_notes import MOST_HISTORY, Ngrams
 from quant.kernels.interface import Kernels
 
 if TYPE_CHECKING:
     from engine.families.deepseek_v41.on_gpus import V41OnGpus
+    from engine.families.on_gpus.step import RecorderOn
     from memory.experts.coordinator import Coordinator
-
-logger = logging.getLogger("loci.engine")
 
 
 class V41Cache(SparseCache):
@@ -166,35 +163,22 @@ class DeepseekV41(StreamModel):
     def _record_on_gpus(
         self, cache: SparseCache, *, only_look: bool = False
     ) -> tuple[V41OnGpus | None, dict[torch.device, int]]:
-        """Programs that decode with `cache`, and their bytes by device; none where something has no kernel.
+        """Programs that decode with `cache`, and their bytes by device: see `record_on_gpus`."""
 
-        Raises BudgetError where a GPU's are more than was kept free there when loading."""
-        nbytes: dict[torch.device, int] = defaultdict(int)
-        if any(recorder_on(device, self.kernels, MAX_ROWS) is None for device in self._devices):
-            return None, nbytes
-        from engine.families.deepseek_v41.on_gpus import V41OnGpus
-        from engine.families.on_gpus.answers import coordinator_of
-        from engine.families.on_gpus.step import check_room, recorders_on
+        def note(on: RecorderOn) -> tuple[V41OnGpus, Buffer]:
+            from engine.families.deepseek_v41.on_gpus import V41OnGpus
+            from engine.families.on_gpus.answers import coordinator_of
 
-        on = recorders_on(self.kernels, MAX_ROWS)
-        if self._coordinator is None:
-            self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
-        try:
+            if self._coordinator is None:
+                self._coordinator = coordinator_of(self.weights.experts, self.config.swiglu_limit)
             ops = V41OnGpus(self.parts, on, cache, self.weights.layers[0].device, self._coordinator)
-            c = self.config
-            source = ops.begin(c.hidden_size if c.is_first else c.state_width)
-            result = self._result(ops, *self._layers(ops, source))
-        except FormatError as error:
-            logger.warning(
-                "decode steps are started operation by operation on GPUs, which is slower: %s", error
-            )
-            return None, nbytes
-        nbytes.update(ops.nbytes(result))
-        check_room(self.weights.places.step_room, nbytes, MAX_ROWS, cache.capacity)
-        if only_look:
-            return None, nbytes
-        ops.finish(source, result)
-        return ops, nbytes
+            source = ops.begin(self.config.hidden_size if self.config.is_first else self.config.state_width)
+            return ops, self._result(ops, *self._layers(ops, source))
+
+        return record_on_gpus(
+            note, self._devices, self.kernels, MAX_ROWS, cache.capacity, self.weights.places.step_room,
+            only_look=only_look,
+        )  # fmt: skip
 
     def expect(self, drawn: Sequence[tuple[Sequence[int], int]]) -> None:
         if self.engram is None or self.parts.ngrams is not None or not drawn:

@@ -17,11 +17,10 @@ from engine.families.base import Batch
 from engine.families.deepseek_v41.notes import V41Notes
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.on_gpus.stays import Stay
-from engine.families.on_gpus.step import RecorderOn, StepExperts, StepOnGpus
+from engine.families.on_gpus.step import OnGpus, RecorderOn, StepExperts, StepOnGpus
 from engine.families.streams.operations import Written
 from engine.families.streams.weights import StreamAttention
 from engine.layers.engram_lookup import StepRows
-from engine.program_report import StepPart
 from memory.experts.coordinator import Coordinator
 from quant.formats.rows import Rows, bytes_of, like
 from quant.kernels.cpu.cache_notes import Selector
@@ -29,7 +28,7 @@ from quant.kernels.cpu.program import Buffer
 from quant.kernels.layers import RoutingRule
 
 
-class V41OnGpus(V41Notes):
+class V41OnGpus(OnGpus, V41Notes):
     """`V41Operations` noted by a recorder for each device, for steps with `cache`."""
 
     def __init__(
@@ -56,27 +55,12 @@ class V41OnGpus(V41Notes):
         self._step_rows = rows
         return self.step.run(embedded, *batch.places())[batch.logit_rows]
 
-    def check(self) -> None:
-        """Before a step: see `StepOnGpus.check`."""
-        self.step.check()
-
-    def begin(self, width: int) -> Buffer:
-        """What the step begins with, `[rows, width]`."""
-        return self.step.begin(width)
-
-    def finish(self, source: Buffer, result: Buffer) -> None:
-        self.step.finish(result)
-
     def nbytes(self, result: Buffer) -> dict[torch.device, int]:
         """Bytes that the programs would hold, by device."""
-        found = self.step.nbytes(result)
+        found = super().nbytes(result)
         for (_, device), copy in self._copies.items():
             found[device] += copy.nbytes
         return found
-
-    def parts(self) -> list[StepPart]:
-        """What each device does."""
-        return self.step.parts()
 
     # --------------------------------------------------------------------------------- between devices
 

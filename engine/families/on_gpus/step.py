@@ -374,3 +374,29 @@ class StepOnGpus:
         waits = [(helper.device, helper.is_done) for helper in helpers_of(self.stays)]
         waits += [(device, reached(device)) for device in {stay.recorder.device for stay in self.stays}]
         self._busy = [(device, is_done) for device, is_done in waits if not comes_to_an_end(is_done)]
+
+
+class OnGpus:
+    """What operations noted for the stays of `step` have in common, whatever the family."""
+
+    step: StepOnGpus
+
+    def check(self) -> None:
+        """Before a step: see `StepOnGpus.check`."""
+        self.step.check()
+
+    def begin(self, width: int) -> Buffer:
+        """What the step begins with, `[rows, width]`."""
+        return self.step.begin(width)
+
+    def finish(self, result: Buffer) -> None:
+        """Make the programs, of which the last one's result is the step's."""
+        self.step.finish(result)
+
+    def nbytes(self, result: Buffer) -> dict[torch.device, int]:
+        """Bytes that the programs would hold, by device."""
+        return self.step.nbytes(result)
+
+    def parts(self) -> list[StepPart]:
+        """What each device does."""
+        return self.step.parts()

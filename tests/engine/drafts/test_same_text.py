@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from engine.families.loader import Loaded, load
-from memory.planner.budget import MemoryBudget
-from tests.conftest import golden_path
+from engine.families.loader import Loaded
 from tests.engine.drafts.conversations import check
 
 # Rings, open groups, shared choices, n-grams; chosen tokens; windows; states that are copied.
@@ -17,20 +15,6 @@ SLOW = (
     "v41-c", "families/deepseek_v4", "families/deepseek_v32", "families/glm_moe_dsa", "families/gpt_oss",
     "families/qwen3_5_moe", "families/qwen3_moe",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model_of() -> Iterator[Callable[[str], Loaded]]:
-    loaded: dict[str, Loaded] = {}
-
-    def get(name: str) -> Loaded:
-        if name not in loaded:
-            loaded[name] = load(golden_path(name), MemoryBudget(dram_bytes=1 << 30))
-        return loaded[name]
-
-    yield get
-    for each in loaded.values():
-        each.model.close()
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -11,27 +11,12 @@ from engine.drafts.base import NOTHING, DraftRequest, Rows
 from engine.drafts.beside import SLOTS, open_beside
 from engine.drafts.small_model import CATCH_UP, LONGEST, SmallModel
 from engine.families.base import Batch
-from engine.families.loader import Loaded, load, open_model
-from memory.planner.budget import MemoryBudget
+from engine.families.loader import Loaded, open_model
 from quant.errors import ConfigError
 from tests.conftest import golden_path
 from tests.engine.drafts.conversations import check
 
 CAPACITY = 700
-
-
-@pytest.fixture(scope="module")
-def model_of() -> Iterator[Callable[[str], Loaded]]:
-    loaded: dict[str, Loaded] = {}
-
-    def get(name: str) -> Loaded:
-        if name not in loaded:
-            loaded[name] = load(golden_path(name), MemoryBudget(dram_bytes=1 << 30))
-        return loaded[name]
-
-    yield get
-    for each in loaded.values():
-        each.model.close()
 
 
 def beside(small: Loaded, large: Loaded, slots: int = 3) -> SmallModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -19,18 +18,11 @@ from quant.kernels.choice import choose
 from quant.kernels.devices import DeviceKernels
 from tests.engine.families.golden_families import assert_close, golden_family
 from tests.engine.families.test_virtual_gpus import OneGpu
-from tests.pretend_gpus import pretend_gpus
 
 pytestmark = pytest.mark.slow
 
 STEP_BYTES = 1_000_000  # what a plan keeps for activations and a step
 TOKENS = 140  # past windows, and an entry of 128
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend_gpus() as both:
-        yield both
 
 
 @pytest.mark.parametrize(

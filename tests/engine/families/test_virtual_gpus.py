@@ -7,7 +7,6 @@ devices. What is not checked are streams, events and the kernels of real GPUs; s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -31,7 +30,6 @@ from quant.kernels.interface import ExpertFormats, Kernels, Weight
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
 from tests.conftest import golden_path
-from tests.pretend_gpus import pretend_gpus
 
 TOKENS = 40
 STEP_BYTES = 450_000  # what a plan keeps for a recorded step of v41-a
@@ -53,12 +51,6 @@ class OneGpu(ReferenceKernels):
 
     def slot_layout(self, hidden: int, width: int, formats: Format | ExpertFormats) -> GpuSlotLayout:
         return GpuSlotLayout(hidden, width, formats)
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend_gpus() as both:
-        yield both
 
 
 @pytest.fixture(scope="module")

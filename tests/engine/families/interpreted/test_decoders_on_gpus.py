@@ -4,7 +4,7 @@ golden logits, and those of operations in torch."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,35 +12,20 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in Triton's interpreter, started by test_recorded_on_gpus.py", allow_module_level=True)
 
-from engine.families.base import Batch
-from engine.families.decoder.cache import DecoderCache
+from engine.families.base import KvCache
 from engine.families.decoder.forward import Decoder
-from engine.families.decoder.on_gpus import DecoderOnGpus
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
-from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HELD
-from memory.planner.placement import Workload
-from memory.planner.placing import GPU_BASE_BYTES
 from memory.planner.shape import ModelShape
-from memory.tiers import Tier
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import choose
 from quant.kernels.cuda.program import GpuProgram
-from quant.kernels.devices import DeviceKernels
 from tests import pretend_gpus as pretend
 from tests.engine.families.golden_families import golden_family
-from tests.interpreted_gpus import InterpretedGpu
+from tests.engine.families.interpreted.twice import Twice, budget_on, decoder_of, kernels_on
 
-SLOTS, CONTEXT = 3, 96
+CONTEXT = 96
 PLENTY = 256 << 20  # of a GPU
-TOLERANCE = 1e-4  # other orders of summation
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend.pretend_gpus() as both:
-        yield both
 
 
 def load(
@@ -52,51 +37,20 @@ def load(
     experts: str | None = None,
     kv_format: KvFormat = "float32",
 ) -> Decoder:
-    tiers = tuple(
-        Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
-    )
-    kernels = DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
     checkpoint = open_checkpoint(golden_family(name).path)
     if experts is not None:
         checkpoint = family_of(checkpoint).reencoded(checkpoint, experts)
-    workload = Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64)
-    budget = MemoryBudget(dram_bytes, tiers, workload, kv_format=kv_format)
-    model = family_of(checkpoint).load(checkpoint, kernels, budget)
+    budget = budget_on(gpus, gpu_bytes, dram_bytes, CONTEXT, kv_format)
+    model = family_of(checkpoint).load(checkpoint, kernels_on(gpus), budget)
     assert isinstance(model, Decoder)
     if (store := model.weights.experts) is not None:
         monkeypatch.setattr(store, "outputs", pretend.on_any_thread(store.outputs))
     return model
 
 
-def decoder_of(cache: DecoderCache) -> DecoderOnGpus:
-    assert isinstance(cache.decoder, DecoderOnGpus)
-    return cache.decoder
-
-
-class Twice:
-    """A model's golden text in two slots, decoded by programs and operation by operation."""
-
-    def __init__(self, model: Decoder, name: str) -> None:
-        self.model = model
-        self.replayed, self.eager = (model.new_cache(SLOTS, CONTEXT) for _ in range(2))
-        decoder_of(self.replayed)
-        self.eager.decoder = None
-        golden = golden_family(name)
-        self.ids, self.logits = golden.ids(), golden.logits()
-        self.held = dict.fromkeys(range(SLOTS), 0)
-
-    def step(self, counts: dict[int, int], *, is_golden: bool = True, tolerance: float = TOLERANCE) -> None:
-        """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
-        parts = [(slot, at := self.held[slot], self.ids[at : at + n]) for slot, n in counts.items()]
-        batch = Batch.of(parts)
-        first, second = (self.model.forward(batch, cache) for cache in (self.replayed, self.eager))
-        for slot, n in counts.items():
-            self.held[slot] += n
-        assert (first - second).abs().max() < tolerance
-        if is_golden:
-            golden = self.logits[[self.held[slot] - 1 for slot in counts]]
-            assert (first - golden).abs().max() < tolerance
-            assert first.argmax(-1).tolist() == golden.argmax(-1).tolist()
+def twice(model: Decoder, name: str) -> Twice:
+    golden = golden_family(name)
+    return Twice(model, CONTEXT, golden.ids(), golden.logits())
 
 
 @pytest.mark.parametrize(
@@ -108,7 +62,7 @@ def test_replayed_steps_give_the_golden_logits(
 ) -> None:
     """With experts of gpt-oss on the GPU, and those in bfloat16 and FP8 left to the processor."""
     model = load(name, gpus[:1], PLENTY, monkeypatch)
-    both = Twice(model, name)
+    both = twice(model, name)
     assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:1])
     both.step({0: 40})
     both.step({2: 7})
@@ -126,7 +80,7 @@ def loaded_shape(name: str) -> ModelShape:
     return family_of(checkpoint).loaded_shape(checkpoint)
 
 
-def launches_of(cache: DecoderCache, model: Decoder) -> list[int]:
+def launches_of(cache: KvCache, model: Decoder) -> list[int]:
     """Those of each layer on one GPU, as if it held the experts."""
     (stay,) = decoder_of(cache).step.stays
     assert isinstance(stay.program, GpuProgram)
@@ -158,7 +112,7 @@ def test_experts_are_computed_where_they_are(
 ) -> None:
     """Re-encoded ones give other numbers than the golden ones."""
     model = load(name, gpus[:count], gpu_bytes, monkeypatch, dram_bytes, experts)
-    both = Twice(model, name)
+    both = twice(model, name)
     assert {tier for layer in model.expert_tiers() for tier in layer} == tiers
     for counts in ({0: 40}, {0: 1, 1: 1}, {0: 1}):
         both.step(counts, is_golden=experts is None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -31,12 +31,6 @@ from tests.memory.experts.experts_on_disk import LIMIT, ExpertsOnDisk
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, TOP_K, ROWS = 2, 8, 64, 32, 3, 4
 RULE = RoutingRule(TOP_K, "sqrt softplus", is_renormalised=True, epsilon=1e-20)
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend.pretend_gpus() as both:
-        yield both
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ logits, and those of operations in torch."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,16 +15,10 @@ from engine.families.decoder.shape import launches_of
 from memory.planner.launches import HAND_OVERS, HELD
 from quant.formats.kv_names import KvFormat
 from quant.kernels.cuda.program import GpuProgram
-from tests import pretend_gpus as pretend
-from tests.engine.families.interpreted.test_decoders_on_gpus import CONTEXT, SLOTS, Twice, decoder_of, load
+from tests.engine.families.interpreted.test_decoders_on_gpus import CONTEXT, load, twice
+from tests.engine.families.interpreted.twice import SLOTS, decoder_of
 
 PLENTY = 256 << 20  # of a GPU
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend.pretend_gpus() as both:
-        yield both
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2", "deepseek_v32", "glm_moe_dsa"])
@@ -34,7 +27,7 @@ def test_replayed_steps_give_the_golden_logits(
 ) -> None:
     """With experts in bfloat16 and FP8, which are left to the processor."""
     model = load(name, gpus[:1], PLENTY, monkeypatch)
-    both = Twice(model, name)
+    both = twice(model, name)
     assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:1])
     both.step({0: 40})
     both.step({2: 7})
@@ -47,7 +40,7 @@ def test_encoded_caches_are_written_and_read_by_replayed_steps(
 ) -> None:
     """As V3.2's vendor does; a value between two codes may become either one."""
     model = load("deepseek_v32", gpus[:1], PLENTY, monkeypatch, kv_format="vendor")
-    both = Twice(model, "deepseek_v32")
+    both = twice(model, "deepseek_v32")
     for counts in ({0: 40}, {0: 1}):
         both.step(counts, is_golden=False, tolerance=0.05)
     model.close()
@@ -59,7 +52,7 @@ def test_experts_of_kimi_are_computed_where_they_are(
 ) -> None:
     """In INT4 on all GPUs."""
     model = load("kimi_k2", gpus[:count], PLENTY, monkeypatch)
-    both = Twice(model, "kimi_k2")
+    both = twice(model, "kimi_k2")
     tiers = {tier for layer in model.expert_tiers() for tier in layer}
     assert tiers == {f"vram:{number}" for number in range(count)}
     for counts in ({0: 40}, {0: 1, 1: 1}):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,35 +23,21 @@ from safetensors.torch import load_file
 
 from engine.families import places
 from engine.families.base import Batch
-from engine.families.deepseek_v41.forward import DeepseekV41, V41Cache
-from engine.families.deepseek_v41.on_gpus import V41OnGpus
+from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.on_gpus import stays, step
 from engine.families.registry import family_of
 from memory.checkpoint.safetensors_files import open_safetensors
-from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HAND_OVERS, SHARE, STEP, gpu_launches
-from memory.planner.placement import Workload
-from memory.planner.placing import GPU_BASE_BYTES
-from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import choose
 from quant.kernels.cuda.helper import comes_true
 from quant.kernels.cuda.mailbox import StalledError
 from quant.kernels.cuda.program import GpuProgram, Segment
-from quant.kernels.devices import DeviceKernels
 from tests import pretend_gpus as pretend
 from tests.conftest import golden_path
-from tests.interpreted_gpus import InterpretedGpu
+from tests.engine.families.interpreted.twice import SLOTS, TOLERANCE, Twice, budget_on, decoder_of, kernels_on
 
-SLOTS, CONTEXT = 3, 300
-TOLERANCE = 1e-4  # other orders of summation
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend.pretend_gpus() as both:
-        yield both
+CONTEXT = 300
 
 
 def load(
@@ -62,53 +48,18 @@ def load(
     dram_bytes: int = 1 << 30,
     kv_format: KvFormat = "float32",
 ) -> DeepseekV41:
-    tiers = tuple(
-        Tier(f"vram:{i}", GPU_BASE_BYTES + gpu_bytes, device, 40e9) for i, device in enumerate(gpus)
-    )
-    kernels = DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
     checkpoint = open_safetensors(golden_path(name))
-    workload = Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64)
-    budget = MemoryBudget(dram_bytes, tiers, workload, kv_format=kv_format)
-    model = family_of(checkpoint).load(checkpoint, kernels, budget)
+    budget = budget_on(gpus, gpu_bytes, dram_bytes, CONTEXT, kv_format)
+    model = family_of(checkpoint).load(checkpoint, kernels_on(gpus), budget)
     assert isinstance(model, DeepseekV41)
     store = model.weights.experts
     monkeypatch.setattr(store, "outputs", pretend.on_any_thread(store.outputs))
     return model
 
 
-def decoder_of(cache: V41Cache) -> V41OnGpus:
-    assert isinstance(cache.decoder, V41OnGpus)
-    return cache.decoder
-
-
-class Twice:
-    """A model's golden text in two slots, decoded by programs and operation by operation."""
-
-    def __init__(self, model: DeepseekV41, name: str) -> None:
-        self.model = model
-        self.replayed, self.eager = (model.new_cache(SLOTS, CONTEXT) for _ in range(2))
-        decoder_of(self.replayed)
-        self.eager.decoder = None
-        golden = load_file(golden_path(name) / "expected.safetensors")
-        self.ids, self.logits = golden["input_ids"].tolist(), golden["logits"]
-        self.held = dict.fromkeys(range(SLOTS), 0)
-
-    def logits_behind(self, counts: dict[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those behind further tokens of some slots, replayed and not."""
-        parts = [(slot, at := self.held[slot], self.ids[at : at + n]) for slot, n in counts.items()]
-        batch = Batch.of(parts)
-        first, second = (self.model.forward(batch, cache) for cache in (self.replayed, self.eager))
-        for slot, n in counts.items():
-            self.held[slot] += n
-        return first, second
-
-    def step(self, counts: dict[int, int]) -> None:
-        """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
-        first, second = self.logits_behind(counts)
-        golden = self.logits[[self.held[slot] - 1 for slot in counts]]
-        assert (first - second).abs().max() < TOLERANCE
-        assert (first - golden).abs().max() < TOLERANCE
-        assert first.argmax(-1).tolist() == golden.argmax(-1).tolist()
+def twice(model: DeepseekV41, name: str) -> Twice:
+    golden = load_file(golden_path(name) / "expected.safetensors")
+    return Twice(model, CONTEXT, golden["input_ids"].tolist(), golden["logits"])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +78,7 @@ def test_replayed_steps_give_the_golden_logits(
     gpu_bytes: int,
 ) -> None:
     model = load(name, gpus[:count], gpu_bytes, monkeypatch)
-    both = Twice(model, name)
+    both = twice(model, name)
     assert {stay.recorder.device for stay in decoder_of(both.replayed).step.stays} == set(gpus[:count])
     both.step({0: 45})
     both.step({2: 7})
@@ -140,7 +91,7 @@ def test_encoded_caches_are_written_and_read_by_replayed_steps(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("v41-a", gpus, 24 << 20, monkeypatch, kv_format="vendor")
-    both = Twice(model, "v41-a")
+    both = twice(model, "v41-a")
     for counts in ({0: 45}, {2: 7}, {2: 1}, {1: 1, 2: 1, 0: 1}):
         first, second = both.logits_behind(counts)
         # a value between two codes may become either one
@@ -153,7 +104,7 @@ def test_layers_on_a_gpu_and_on_the_processor_with_experts_read_from_disk(
     gpus: tuple[torch.device, torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load("v41-a", gpus[:1], 16 << 20, monkeypatch, 1_300_000)
-    both = Twice(model, "v41-a")
+    both = twice(model, "v41-a")
     devices = {stay.recorder.device.type for stay in decoder_of(both.replayed).step.stays}
     assert devices == {"gpu", "cpu"}
     assert any(tier == "nvme" for layer in model.expert_tiers() for tier in layer)
@@ -179,7 +130,7 @@ def test_a_gpu_that_does_not_answer_fails_its_step_and_none_after_it_has_ended(
 ) -> None:
     """And `loci info` counts what each GPU launches, as a plan does."""
     model = load("v41-c", gpus, 16 << 20, monkeypatch)
-    both = Twice(model, "v41-c")
+    both = twice(model, "v41-c")
     parts = both.replayed.step_parts
     assert {work.launches for part in parts if part.helps for work in part.layers} == {SHARE}
     own = [work for part in parts if not part.helps for work in part.layers if work.exchanges]

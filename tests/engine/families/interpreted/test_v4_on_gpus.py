@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -17,27 +17,14 @@ from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.deepseek_v4.on_gpus import V4OnGpus
 from engine.families.deepseek_v4.shape import launches_of
 from engine.families.loader import open_checkpoint
-from memory.planner.budget import MemoryBudget
 from memory.planner.launches import HAND_OVERS, V4_STEP
-from memory.planner.placement import Workload
-from memory.planner.placing import GPU_BASE_BYTES
-from memory.tiers import Tier
 from quant.formats.kv_names import KvFormat
-from quant.kernels.choice import choose
 from quant.kernels.cuda.program import GpuProgram
-from quant.kernels.devices import DeviceKernels
 from tests import pretend_gpus as pretend
 from tests.engine.families.golden_families import Golden, golden_family
-from tests.interpreted_gpus import InterpretedGpu
+from tests.engine.families.interpreted.twice import SLOTS, TOLERANCE, budget_on, kernels_on
 
-SLOTS, CONTEXT = 3, 300
-TOLERANCE = 1e-4
-
-
-@pytest.fixture
-def gpus() -> Iterator[tuple[torch.device, torch.device]]:
-    with pretend.pretend_gpus() as both:
-        yield both
+CONTEXT = 300
 
 
 def load(
@@ -48,12 +35,8 @@ def load(
     dram_bytes: int = 1 << 30,
     kv_format: KvFormat = "float32",
 ) -> DeepseekV4:
-    room = GPU_BASE_BYTES + gpu_bytes
-    tiers = tuple(Tier(f"vram:{i}", room, device, 40e9) for i, device in enumerate(gpus))
-    kernels = DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
-    workload = Workload(context=CONTEXT, sequences=SLOTS, prefill_chunk=64)
-    budget = MemoryBudget(dram_bytes, tiers, workload, kv_format=kv_format)
-    model = FAMILY.load(open_checkpoint(golden.path), kernels, budget)
+    budget = budget_on(gpus, gpu_bytes, dram_bytes, CONTEXT, kv_format)
+    model = FAMILY.load(open_checkpoint(golden.path), kernels_on(gpus), budget)
     store = model.weights.experts
     monkeypatch.setattr(store, "outputs", pretend.on_any_thread(store.outputs))
     return model

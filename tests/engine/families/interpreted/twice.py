@@ -1,0 +1,75 @@
+"""A model on GPUs whose kernels run in Triton's interpreter, and its golden text decoded there twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.families.base import Batch, KvCache, Model
+from engine.families.decoder.cache import DecoderCache
+from engine.families.deepseek_v41.forward import V41Cache
+from engine.families.on_gpus.step import OnGpus
+from memory.planner.budget import MemoryBudget
+from memory.planner.placement import Workload
+from memory.planner.placing import GPU_BASE_BYTES
+from memory.tiers import Tier
+from quant.formats.kv_names import KvFormat
+from quant.kernels.choice import choose
+from quant.kernels.devices import DeviceKernels
+from tests.interpreted_gpus import InterpretedGpu
+
+SLOTS = 3
+TOLERANCE = 1e-4  # other orders of summation
+
+
+def kernels_on(gpus: Sequence[torch.device]) -> DeviceKernels:
+    return DeviceKernels(choose(), {gpu: InterpretedGpu(gpu) for gpu in gpus})
+
+
+def budget_on(
+    gpus: Sequence[torch.device], gpu_bytes: int, dram_bytes: int, context: int, kv_format: KvFormat
+) -> MemoryBudget:
+    """So much of each GPU, beside what a GPU itself takes, for sequences of `context` tokens."""
+    room = GPU_BASE_BYTES + gpu_bytes
+    tiers = tuple(Tier(f"vram:{i}", room, device, 40e9) for i, device in enumerate(gpus))
+    workload = Workload(context=context, sequences=SLOTS, prefill_chunk=64)
+    return MemoryBudget(dram_bytes, tiers, workload, kv_format=kv_format)
+
+
+def decoder_of(cache: KvCache) -> OnGpus:
+    """The recorded step of a cache."""
+    assert isinstance(cache, DecoderCache | V41Cache)
+    assert isinstance(cache.decoder, OnGpus)
+    return cache.decoder
+
+
+class Twice:
+    """A model's golden text in several slots, decoded by programs and operation by operation."""
+
+    def __init__(self, model: Model, context: int, ids: Sequence[int], logits: torch.Tensor) -> None:
+        self.model = model
+        self.replayed, self.eager = (model.new_cache(SLOTS, context) for _ in range(2))
+        decoder_of(self.replayed)
+        assert isinstance(self.eager, DecoderCache | V41Cache)
+        self.eager.decoder = None
+        self.ids, self.logits = list(ids), logits
+        self.held = dict.fromkeys(range(SLOTS), 0)
+
+    def logits_behind(self, counts: dict[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those behind further tokens of some slots, replayed and not."""
+        parts = [(slot, at := self.held[slot], self.ids[at : at + n]) for slot, n in counts.items()]
+        batch = Batch.of(parts)
+        first, second = (self.model.forward(batch, cache) for cache in (self.replayed, self.eager))
+        for slot, n in counts.items():
+            self.held[slot] += n
+        return first, second
+
+    def step(self, counts: dict[int, int], *, is_golden: bool = True, tolerance: float = TOLERANCE) -> None:
+        """Further tokens of some slots: the same logits, those of the golden text, and so the same choice."""
+        first, second = self.logits_behind(counts)
+        assert (first - second).abs().max() < tolerance
+        if is_golden:
+            golden = self.logits[[self.held[slot] - 1 for slot in counts]]
+            assert (first - golden).abs().max() < tolerance
+            assert first.argmax(-1).tolist() == golden.argmax(-1).tolist()
