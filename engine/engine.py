@@ -19,8 +19,9 @@ from engine.cache.prefix import PrefixCache
 from engine.cache.prefixes import Prefixes, PrefixStats
 from engine.cache.stored_states import StatesOnDisk, StoredStates, StoredStats
 from engine.drafts.base import Drafter
-from engine.drafts.drafting import Drafting, DraftStats
+from engine.drafts.drafting import Drafting
 from engine.drafts.kept import KeptStates
+from engine.drafts.stats import DraftStats
 from engine.families.base import Model, PromptProducts
 from engine.grammar.constraint import GrammarCompiler
 from engine.kv_pool import WHOLE, PoolSize, new_pool

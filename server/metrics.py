@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from engine.cache.aside import AsideStats
 from engine.cache.stored_states import StoredStats
-from engine.drafts.drafting import DraftStats
+from engine.drafts.stats import DraftStats
 from engine.engine import EngineStats
 from engine.families.base import Model
 from engine.output import Output

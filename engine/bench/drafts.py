@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.drafts.base import Drafter
-from engine.drafts.drafting import DraftStats
+from engine.drafts.stats import DraftStats
 from engine.engine import MOST_DRAFTED, Engine
 from engine.families.loader import Loaded
 from engine.output import Output

@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+MOST_ROWS = 16  # of a step with drafts: those of a recorded one
+
 
 class Draft(NamedTuple):
     """Tokens that probably follow, the first one behind the sequence's newest token.

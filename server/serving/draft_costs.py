@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from engine.drafts.drafting import MOST_ROWS
+from engine.drafts.base import MOST_ROWS
 from memory.hardware.profiles import HardwareProfile
 from memory.planner.drafts import step_seconds
 from memory.planner.placement import Workload
