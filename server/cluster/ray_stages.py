@@ -72,9 +72,8 @@ def connect(address: str) -> list[str]:
     """
     if address == "auto" and not _runs_here():
         address = LOCAL
-    if (
-        address == LOCAL
-    ):  # read when Ray is imported, here and in what it starts: else it looks for the network
+    if address == LOCAL:
+        # Read when Ray is imported, here and in what it starts; else it looks for the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = ray_module()
