@@ -72,7 +72,7 @@ class HyperConnection:
         """Mixing weights from streams `[tokens, hc, hidden]`."""
         tokens, hc, _ = streams.shape
         # some at a time: normalised streams are many, and read once, while they are near
-        parts = streams.flatten(1).split(MIXED_TOKENS)
+        parts = torch.split(streams.flatten(1), MIXED_TOKENS)
         found = [kernels.linear(kernels.rms_norm(part, None, self.norm_eps), self.fn) for part in parts]
         m = (found[0] if len(found) == 1 else torch.cat(found)) * self.scale + self.base
         gates = kernels.sigmoid(m[:, : 2 * hc])
