@@ -137,6 +137,7 @@ def read_stages(model: DeepseekV41, checkpoint: Checkpoint, kernels: Kernels) ->
         main_norm=reader.small("layers.0.main_norm.weight"),
         norm=weights.norm,
         markov_embed=reader.plain(f"{last}.markov_head.embed.weight"),
-        markov_head=reader.plain(f"{last}.markov_head.head.weight"),
+        # In memory as the recorder wants it, so that it need not copy it.
+        markov_head=reader.plain(f"{last}.markov_head.head.weight").t().contiguous().t(),
         confidence=reader.small(f"{last}.confidence_head.proj.weight"),
     )

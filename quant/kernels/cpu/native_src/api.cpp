@@ -53,7 +53,7 @@ EXPORT const char* loci_level_name(int level) {
 EXPORT int loci_has_bf16(int level) { return bf16_at(level) != nullptr; }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 22; }
+EXPORT int loci_interface() { return 23; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 

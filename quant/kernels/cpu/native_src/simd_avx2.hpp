@@ -155,6 +155,11 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
     x[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
     x[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
 }
+ALWAYS_INLINE void store_pairs(float* p, const F32 (&x)[2]) {
+    const F32 low = _mm256_unpacklo_ps(x[0], x[1]), high = _mm256_unpackhi_ps(x[0], x[1]);
+    store(p, _mm256_permute2f128_ps(low, high, 0x20));
+    store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
