@@ -33,7 +33,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "loci_moe": (Int, [Int, Int, Int, Pointer, Pointer, Pointer]),
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
-    "loci_rms_norm": (None, [Int, Pointer, Pointer, Int64, Int64, ctypes.c_float, Pointer]),
+    "loci_rms_norm": (None, [Int, Int, Pointer, Pointer, Int64, Int64, ctypes.c_float, Pointer]),
     "loci_run_program": (Int64, [Int, Int, Int, Pointer, Int64, Int64, Pointer]),
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
     "loci_turns": (None, [Pointer, Pointer, Int64, Int64, Pointer]),

@@ -87,9 +87,9 @@ EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const
     gather_rows({*level_at(level), threads, false}, codes, scales, float_scales != 0, cols, rows, n, out);
 }
 
-EXPORT void loci_rms_norm(int threads, const float* x, const float* weight, int64_t rows, int64_t cols, float eps,
-                          float* out) {
-    rms_norm({kPortable, threads, false}, x, weight, rows, cols, eps, out);
+EXPORT void loci_rms_norm(int level, int threads, const float* x, const float* weight, int64_t rows, int64_t cols,
+                          float eps, float* out) {
+    rms_norm({*level_at(level), threads, false}, x, weight, rows, cols, eps, out);
 }
 
 EXPORT int64_t loci_run_program(int level, int threads, int activations, const Operation* operations, int64_t first,

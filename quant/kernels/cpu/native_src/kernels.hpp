@@ -200,6 +200,7 @@ struct Level {
     void (*index_codes)(const IndexCodes& call);
     void (*sum_parts)(const float* parts, int64_t apart, const float* weights, int64_t weight_step, int64_t n,
                       int64_t dim, const float* first, float first_weight, float* out);
+    void (*normalise)(const float* x, const float* weight, int64_t cols, float eps, float* out);
     void (*sigmoid)(const float* x, int64_t n, float* out);
     void (*rotate)(const float* x, const float* turns, int64_t pairs, float* out);
     void (*pool_group)(const float* rows, const float* gates, int64_t n, int64_t dim, float* out);

@@ -73,6 +73,7 @@ constexpr Level make_level(const char* name) {
     level.index_block = index_block;
     level.index_codes = index_codes;
     level.sum_parts = sum_parts;
+    level.normalise = normalise;
     level.sigmoid = sigmoid;
     level.rotate = rotate;
     level.pool_group = pool_group;

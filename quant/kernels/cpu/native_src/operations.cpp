@@ -245,9 +245,10 @@ void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, 
     const int64_t row_bytes = cols * plain_bytes(kind);
     constexpr int64_t kTogether = 4;   // rows that a kernel takes at most
     constexpr int64_t kTurnsEach = 4;  // of a thread, at least
-    const int64_t fair = std::min(kTurnBytes / row_bytes, rows / (kTurnsEach * team.threads));
-    const int64_t per_turn = std::max(kTogether, fair / kTogether * kTogether);
+    constexpr int64_t kLeast = 16;     // rows of a turn, for which activations are arranged, where there are as many
     const int threads = rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
+    const int64_t fair = std::min(kTurnBytes / row_bytes, std::max(kLeast, rows / (kTurnsEach * threads)));
+    const int64_t per_turn = std::max<int64_t>(1, std::min(fair, divide_up(rows, threads)) / kTogether) * kTogether;
     std::vector<const float*> xs(static_cast<size_t>(tokens));
     for (int64_t t = 0; t < tokens; ++t) xs[static_cast<size_t>(t)] = x + t * cols;
     parallel_for((rows + per_turn - 1) / per_turn, threads, [&](int64_t turn) {

@@ -39,13 +39,15 @@ template <int Kind, int R, int T>
 ALWAYS_INLINE void add_columns(const uint8_t* weight, int64_t row_bytes, const float* const* x, int64_t at,
                                F32 (&sums)[R][T]) {
     F32 values[T][2];
-    for (int t = 0; t < T; ++t)
-        for (int k = 0; k < 2; ++k) values[t][k] = load_float(x[t] + at + k * kLanes);
-    for (int r = 0; r < R; ++r) {
+    UNROLL for (int t = 0; t < T; ++t) {
+        UNROLL for (int k = 0; k < 2; ++k) values[t][k] = load_float(x[t] + at + k * kLanes);
+    }
+    UNROLL for (int r = 0; r < R; ++r) {
         F32 row[2];
         load_dense<Kind>(weight + r * row_bytes, row);
-        for (int k = 0; k < 2; ++k)
-            for (int t = 0; t < T; ++t) sums[r][t] = fma(row[k], values[t][k], sums[r][t]);
+        UNROLL for (int k = 0; k < 2; ++k) {
+            UNROLL for (int t = 0; t < T; ++t) sums[r][t] = fma(row[k], values[t][k], sums[r][t]);
+        }
     }
 }
 
@@ -67,31 +69,29 @@ void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float
     constexpr int kSize = Kind == 2 ? 4 : 2;
     const int64_t row_bytes = kSize * cols * apart;
     F32 sums[R][T];
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) sums[r][t] = zero();
+    UNROLL for (int r = 0; r < R; ++r) { UNROLL for (int t = 0; t < T; ++t) sums[r][t] = zero(); }
     int64_t c = 0;
     for (; c + kDenseStep <= cols; c += kDenseStep) {
-        for (int r = 0; r < R; ++r)
-            for (int k = 0; k < kDenseStep * kSize; k += 64)
+        UNROLL for (int r = 0; r < R; ++r) {
+            UNROLL for (int k = 0; k < kDenseStep * kSize; k += 64)
                 prefetch(weight + r * row_bytes + kSize * c + kDenseAhead + k);
+        }
         add_columns<Kind, R, T>(weight + kSize * c, row_bytes, x, c, sums);
     }
     if (c < cols) {
         F32 copies[R][T];
-        for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) copies[r][t] = sums[r][t];
+        UNROLL for (int r = 0; r < R; ++r) { UNROLL for (int t = 0; t < T; ++t) copies[r][t] = sums[r][t]; }
         add_last_columns<Kind, R, T>(weight + kSize * c, row_bytes, x, c, cols - c, copies);
-        for (int r = 0; r < R; ++r)
-            for (int t = 0; t < T; ++t) sums[r][t] = copies[r][t];
+        UNROLL for (int r = 0; r < R; ++r) { UNROLL for (int t = 0; t < T; ++t) sums[r][t] = copies[r][t]; }
     }
-    for (int t = 0; t < T; ++t) {
+    UNROLL for (int t = 0; t < T; ++t) {
         if constexpr (R == 4) {
             const F32 four[4] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t]};
             float found[4];
             reduce_four(four, found);
             for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = found[r];
         } else {
-            for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = reduce(sums[r][t]);
+            UNROLL for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = reduce(sums[r][t]);
         }
     }
 }
