@@ -11,7 +11,7 @@ template <int Kind>
 ALWAYS_INLINE void load_dense(const uint8_t* row, F32 (&w)[2]) {
     for (int k = 0; k < 2; ++k)
         if constexpr (Kind == 1) w[k] = load_half(row + 2 * k * kLanes);
-        else w[k] = load_float(reinterpret_cast<const float*>(row) + k * kLanes);
+        else w[k] = in_register(load_float(reinterpret_cast<const float*>(row) + k * kLanes));
 }
 template <>
 ALWAYS_INLINE void load_dense<0>(const uint8_t* row, F32 (&w)[2]) {

@@ -117,6 +117,11 @@ ALWAYS_INLINE F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm256_loadu_ps(p); }
+// Keeps the compiler from loading a value again for each use.
+ALWAYS_INLINE F32 in_register(F32 a) {
+    asm("" : "+x"(a));
+    return a;
+}
 ALWAYS_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

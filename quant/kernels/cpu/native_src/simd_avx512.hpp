@@ -91,6 +91,11 @@ ALWAYS_INLINE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
+// Keeps the compiler from loading a value again for each use.
+ALWAYS_INLINE F32 in_register(F32 a) {
+    asm("" : "+v"(a));
+    return a;
+}
 ALWAYS_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) { return _mm512_reduce_add_ps(a); }
 // The sums of four vectors' lanes, each in the order of `reduce`.

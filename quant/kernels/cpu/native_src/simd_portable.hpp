@@ -141,6 +141,7 @@ ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 ALWAYS_INLINE F32 load_float(const float* p) { return load_as<F32>(reinterpret_cast<const uint8_t*>(p)); }
+ALWAYS_INLINE F32 in_register(F32 a) { return a; }
 ALWAYS_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, 64); }
 ALWAYS_INLINE float reduce(F32 a) {
     float s = 0;
