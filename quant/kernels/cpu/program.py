@@ -140,7 +140,8 @@ class Recording:
         Operations of a run may be at different rows at the same time: none of its buffers shares a place with
         another one of the run.
         """
-        begins, ends = {}, {}
+        begins: dict[int, int] = {}
+        ends: dict[int, int] = {}
         for run in runs(self.noted):
             begins |= dict.fromkeys(run, run.start)
             ends |= dict.fromkeys(run, run.stop - 1)
