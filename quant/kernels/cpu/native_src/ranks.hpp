@@ -9,6 +9,7 @@ namespace loci {
 // Floats in the order of their values, NaN above all.
 inline uint32_t in_order(float value) {
     uint32_t bits;
+    if (value != value) return 0xffffffffu;  // whatever its sign
     std::memcpy(&bits, &value, 4);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
