@@ -3,6 +3,8 @@ token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from engine.cache.sparse import SparseCache
@@ -30,9 +32,9 @@ class V41Notes(StreamNotes):
         self._pool: Buffer | None = None
         self.captured: Buffer | None = None  # `[rows, layers * hidden]` of those that are captured
 
-    def narrow(self, number: int, streams: Buffer, pre: Buffer) -> tuple[Buffer, Buffer]:
+    def narrow(self, number: int, *values: Buffer) -> Sequence[Buffer]:
         """All: each row is a sequence's newest token."""
-        return streams, pre
+        return values
 
     def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
         return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])

@@ -135,60 +135,91 @@ class PlainQueries {
     std::vector<float> copies_;
 };
 
-// Tokens that see a block of keys before the next tokens do, where all see the first keys: keys are unpacked once.
-constexpr int64_t kTokensTogether = 8;
+// Tokens that see a block of keys before the next tokens do, where all see the first keys: keys are decoded once.
+constexpr int64_t kTokensTogether = 32;
+// Keys that are asked for before they are needed: the processor does not go on by itself from page to page.
+constexpr int64_t kKeysAhead = kKeyBlock;
 
-// Calls compute(first token, tokens, rows of keys [n], n, scores [tokens][n]) for blocks of the keys that tokens see,
-// and writes scores where they belong.
+// Some tokens and the rows of keys that they see.
+struct KeyRows {
+    int64_t token, tokens;
+    const uint8_t* rows[kKeyBlock];
+    int64_t n;
+    int64_t ahead;
+};
+
+// Calls compute(rows, scores [n] of the first token, others c.columns apart) for blocks of the first keys, as far as
+// tokens see them.
 template <class F>
 void in_blocks(const Team& team, const Index& c, float* out, const F& compute) {
-    const int64_t together = c.entries == nullptr ? std::min(kTokensTogether, c.tokens) : 1;
     const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, key_bytes = row_bytes(c.format, c.dim);
-    parallel_for((c.tokens + together - 1) / together * blocks, team.threads, [&](int64_t item) {
-        const int64_t token = item / blocks * together, tokens = std::min(together, c.tokens - token);
+    parallel_for((c.tokens + kTokensTogether - 1) / kTokensTogether * blocks, team.threads, [&](int64_t item) {
+        KeyRows keys;
+        keys.token = item / blocks * kTokensTogether;
+        keys.tokens = std::min(kTokensTogether, c.tokens - keys.token);
         const int64_t first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, c.columns - first);
-        const int64_t visible = c.entries ? 0 : *std::max_element(c.visible + token, c.visible + token + tokens);
-        const uint8_t* rows[kKeyBlock];
-        int64_t places[kKeyBlock], seen = 0;
+        const int64_t* visible = c.visible + keys.token;
+        keys.n = std::clamp<int64_t>(*std::max_element(visible, visible + keys.tokens) - first, 0, n);
+        keys.ahead = kKeysAhead * key_bytes;
+        for (int64_t k = 0; k < keys.n; ++k) keys.rows[k] = c.keys + (first + k) * key_bytes;
+        float* scores = out + keys.token * c.columns + first;
+        if (keys.n > 0) compute(keys, scores);
+        for (int64_t t = 0; t < keys.tokens; ++t, scores += c.columns) {
+            const int64_t seen = std::clamp<int64_t>(visible[t] - first, 0, n);
+            std::fill(scores + seen, scores + n, kNone);
+        }
+    });
+}
+
+// The same of named keys, each token's own.
+template <class F>
+void in_named_blocks(const Team& team, const Index& c, float* out, const F& compute) {
+    const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, key_bytes = row_bytes(c.format, c.dim);
+    parallel_for(c.tokens * blocks, team.threads, [&](int64_t item) {
+        KeyRows keys{item / blocks, 1, {}, 0, 0};
+        const int64_t first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, c.columns - first);
+        const int64_t* entries = c.entries + keys.token * c.columns + first;
+        int64_t places[kKeyBlock];
         for (int64_t k = 0; k < n; ++k) {
-            const int64_t entry = c.entries ? c.entries[token * c.columns + first + k] : first + k;
-            if (entry < 0 || (c.entries == nullptr && entry >= visible)) continue;
-            rows[seen] = c.keys + entry * key_bytes;
-            places[seen++] = k;
+            if (entries[k] < 0) continue;
+            keys.rows[keys.n] = c.keys + entries[k] * key_bytes;
+            places[keys.n++] = k;
         }
-        float scores[kTokensTogether * kKeyBlock];
-        if (seen > 0) compute(token, tokens, rows, seen, scores);
-        for (int64_t t = 0; t < tokens; ++t) {
-            float* to = out + (token + t) * c.columns + first;
-            std::fill_n(to, n, kNone);
-            const int64_t of_token = c.entries ? n : std::clamp<int64_t>(c.visible[token + t] - first, 0, n);
-            for (int64_t k = 0; k < seen && places[k] < of_token; ++k) to[places[k]] = scores[t * seen + k];
-        }
+        float found[kKeyBlock];
+        if (keys.n > 0) compute(keys, found);
+        float* scores = out + keys.token * c.columns + first;
+        std::fill_n(scores, n, kNone);
+        for (int64_t k = 0; k < keys.n; ++k) scores[places[k]] = found[k];
     });
 }
 
 }  // namespace
 
 void index_scores(const Team& team, const Index& c, float* out) {
+    if (c.tokens == 0 || c.columns == 0) return;
+    const auto of_blocks = [&](const auto& compute) {
+        if (c.entries != nullptr) in_named_blocks(team, c, out, compute);
+        else in_blocks(team, c, out, compute);
+    };
     if (has_integers(c.format, c.dim)) {
         const CodedQueries queries(team, c);
         const auto blocks = static_cast<int>(c.dim / kBlock);
-        in_blocks(team, c, out,
-                  [&](int64_t token, int64_t tokens, const uint8_t* const* rows, int64_t n, float* scores) {
-                      team.level.index_codes({tokens, c.heads, blocks, queries.of(token), rows, n, scores});
-                  });
+        of_blocks([&](const KeyRows& k, float* scores) {
+            const IndexQueries of_tokens = queries.of(k.token);
+            team.level.index_codes({k.tokens, c.heads, blocks, of_tokens, k.rows, k.n, k.ahead, scores, c.columns});
+        });
         return;
     }
     const PlainQueries queries(team, c);
     const int64_t columns = padded(c.dim);
-    in_blocks(team, c, out, [&](int64_t token, int64_t tokens, const uint8_t* const* rows, int64_t n, float* scores) {
+    of_blocks([&](const KeyRows& k, float* scores) {
         thread_local std::vector<float> room;
         room.resize(static_cast<size_t>(kKeyBlock * columns));
         const float* keys[kKeyBlock];
-        read_rows(team.level, c.format, c.dim, columns, rows, n, room.data(), keys);
-        for (int64_t row = token * c.heads, t = 0; t < tokens; ++t, row += c.heads)
-            team.level.index_block(queries.of(row), static_cast<int>(c.heads), c.weights + row, keys, n, columns,
-                                   scores + t * n);
+        read_rows(team.level, c.format, c.dim, columns, k.rows, k.n, room.data(), keys);
+        for (int64_t row = k.token * c.heads, t = 0; t < k.tokens; ++t, row += c.heads)
+            team.level.index_block(queries.of(row), static_cast<int>(c.heads), c.weights + row, keys, k.n, columns,
+                                   scores + t * c.columns);
     });
 }
 

@@ -146,7 +146,9 @@ struct IndexCodes {
     IndexQueries queries;
     const uint8_t* const* keys;  // [n] rows
     int64_t n;
-    float* out;  // [tokens][n]
+    int64_t ahead;  // behind a row, so many bytes further, lies what will be read soon; 0 where nothing is known
+    float* out;     // [n] of the first token, others `apart`
+    int64_t apart;
 };
 
 constexpr int64_t kMostKeyDim = 256;
