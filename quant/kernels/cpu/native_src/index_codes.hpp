@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int kKeyVectors = kSumRegisters > 12 ? 2 : 1;  // of keys that pass over the queries together
-constexpr int kIndexHeads = kSumRegisters > 1 ? 8 : 1;
+constexpr int kIndexHeads = kSumRegisters > 1 ? kHeadsTogether : 1;
 constexpr int kWideHeads = kIndexHeads > 4 ? 4 : 1;
 constexpr int kTileKeys = kKeyVectors * kLanes;
 constexpr int kGroupsOfBlock = kBlock / 4;
@@ -72,10 +72,7 @@ template <int Blocks>
 void unpack_keys(const IndexCodes& c, int64_t first, KeyTile& tile) {
     const int blocks = Blocks > 0 ? Blocks : c.blocks;
     const uint8_t* rows[kTileKeys];
-    for (int i = 0; i < kTileKeys; ++i) {
-        rows[i] = c.keys[first + i < c.n ? first + i : c.n - 1];
-        if (c.ahead > 0) prefetch(rows[i] + c.ahead);
-    }
+    for (int i = 0; i < kTileKeys; ++i) rows[i] = c.keys[first + i < c.n ? first + i : c.n - 1];
     alignas(64) int32_t shifts[kMostIndexBlocks][kTileKeys];
     read_scales<Blocks>(rows, blocks, tile, shifts);
     const KeyCodes key_codes;
@@ -93,21 +90,27 @@ void unpack_keys(const IndexCodes& c, int64_t first, KeyTile& tile) {
         }
 }
 
+// Where the codes of some heads are: four bytes for each group of four columns.
+struct Digits4 {
+    const int8_t* first;
+    int64_t of_head, of_group;  // bytes from one to the next
+};
+
 // Products of H queries and the tile's keys, over the blocks from `first` to `last`.
 template <int H>
-ALWAYS_INLINE void index_sums(const KeyTile& tile, const int8_t* digits, int64_t apart, const int32_t* starts,
-                              int64_t starts_apart, int first, int last, I32 (&sums)[H][kKeyVectors]) {
+ALWAYS_INLINE void index_sums(const KeyTile& tile, const Digits4& digits, const int32_t* starts, int64_t starts_apart,
+                              int first, int last, I32 (&sums)[H][kKeyVectors]) {
     IndexDot dots[H][kKeyVectors];
     for (int h = 0; h < H; ++h)
         for (int v = 0; v < kKeyVectors; ++v) dots[h][v].begin(starts[h * starts_apart]);
     for (int b = first; b < last; ++b) {
         UNROLL
         for (int j = 0; j < kGroupsOfBlock; ++j) {
-            const int g = b * kGroupsOfBlock + j;
+            const int64_t g = b * kGroupsOfBlock + j;
             Bytes codes[kKeyVectors];
             for (int v = 0; v < kKeyVectors; ++v) codes[v] = load_bytes(tile.codes[g][v]);
             for (int h = 0; h < H; ++h) {
-                const auto four = four_digits(digits + h * apart + 4 * g);
+                const auto four = four_digits(digits.first + g * digits.of_group + h * digits.of_head);
                 for (int v = 0; v < kKeyVectors; ++v) {
                     dots[h][v].add(codes[v], four);
                     dots[h][v].after(j);
@@ -119,14 +122,18 @@ ALWAYS_INLINE void index_sums(const KeyTile& tile, const int8_t* digits, int64_t
         for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = dots[h][v].end(1);
 }
 
-// Adds what H heads of a token make of a tile's keys.
+// Adds what H heads of a token make of a tile's keys: of those that lie side by side.
 template <int H>
-void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
-    const int64_t apart = c.blocks * kBlock;
+void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t token, int64_t head, F32 (&scores)[kKeyVectors]) {
+    constexpr int64_t kGroupBytes = 4 * kHeadsTogether;
+    const int64_t number = token * c.heads + head;
+    const int64_t of_token = (c.heads + kHeadsTogether - 1) / kHeadsTogether, groups = c.blocks * kGroupsOfBlock;
+    const int8_t* of_heads = c.queries.shifted + (token * of_token + head / kHeadsTogether) * groups * kGroupBytes;
     I32 sums[H][kKeyVectors];
-    index_sums<H>(tile, c.queries.shifted + head * apart, apart, c.queries.shifted_starts + head, 1, 0, c.blocks, sums);
+    index_sums<H>(tile, {of_heads + head % kHeadsTogether * 4, 4, kGroupBytes}, c.queries.shifted_starts + number, 1, 0,
+                  c.blocks, sums);
     for (int h = 0; h < H; ++h) {
-        const F32 weight = splat(c.queries.shifted_weights[head + h]);
+        const F32 weight = splat(c.queries.shifted_weights[number + h]);
         for (int v = 0; v < kKeyVectors; ++v)
             scores[v] = add(scores[v], mul(weight, to_float(larger(sums[h][v], splat_int(0)))));
     }
@@ -134,16 +141,16 @@ void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&sco
 
 // The same of heads whose products are made block by block.
 template <int H>
-void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
-    const int64_t apart = c.blocks * kBlock;
+void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t token, int64_t head, F32 (&scores)[kKeyVectors]) {
+    const int64_t number = token * c.heads + head, columns = c.blocks * kBlock;
     F32 dots[H][kKeyVectors];
     for (int h = 0; h < H; ++h)
         for (F32& dot : dots[h]) dot = zero();
     for (int b = 0; b < c.blocks; ++b) {
         I32 sums[H][kKeyVectors];
-        const int64_t at = head * c.blocks + b;
-        index_sums<H>(tile, c.queries.plain + head * apart, apart, c.queries.plain_starts + at, c.blocks, b, b + 1,
-                      sums);
+        const int64_t at = number * c.blocks + b;
+        index_sums<H>(tile, {c.queries.plain + number * columns, columns, 4}, c.queries.plain_starts + at, c.blocks, b,
+                      b + 1, sums);
         for (int v = 0; v < kKeyVectors; ++v) {
             const F32 of_keys = tile.is_wide ? load_float(tile.factors[b] + v * kLanes) : splat(1.0f);
             for (int h = 0; h < H; ++h) {
@@ -153,7 +160,7 @@ void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 
         }
     }
     for (int h = 0; h < H; ++h) {
-        const F32 weight = splat(c.queries.weights[head + h]);
+        const F32 weight = splat(c.queries.weights[number + h]);
         for (int v = 0; v < kKeyVectors; ++v) {
             alignas(64) float values[kLanes];
             store(values, dots[h][v]);
@@ -163,20 +170,22 @@ void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 
     }
 }
 
-// As many heads from `head` to `end`, all wide or none, as are computed together; how many.
-ALWAYS_INLINE int add_some_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, int64_t end,
+// As many of a token's heads from `head` on, all wide or none, as are computed together; how many.
+ALWAYS_INLINE int add_some_heads(const IndexCodes& c, const KeyTile& tile, int64_t token, int64_t head,
                                  F32 (&scores)[kKeyVectors]) {
-    const auto is_wide = [&](int64_t h) { return tile.is_wide || c.queries.is_wide[h] != 0; };
+    const auto is_wide = [&](int64_t h) { return tile.is_wide || c.queries.is_wide[token * c.heads + h] != 0; };
+    const int64_t side_by_side = (head / kHeadsTogether + 1) * kHeadsTogether;
+    const int64_t end = side_by_side < c.heads ? side_by_side : c.heads;
     const bool wide = is_wide(head);
     int64_t alike = 1;
-    while (alike < kIndexHeads && head + alike < end && is_wide(head + alike) == wide) ++alike;
+    while (head + alike < end && is_wide(head + alike) == wide) ++alike;
     if (wide) {
-        if (alike < kWideHeads) return add_wide_heads<1>(c, tile, head, scores), 1;
-        return add_wide_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+        if (alike < kWideHeads) return add_wide_heads<1>(c, tile, token, head, scores), 1;
+        return add_wide_heads<kWideHeads>(c, tile, token, head, scores), kWideHeads;
     }
-    if (alike == kIndexHeads) return add_heads<kIndexHeads>(c, tile, head, scores), kIndexHeads;
-    if (alike < kWideHeads) return add_heads<1>(c, tile, head, scores), 1;
-    return add_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+    if (alike >= kIndexHeads) return add_heads<kIndexHeads>(c, tile, token, head, scores), kIndexHeads;
+    if (alike < kWideHeads) return add_heads<1>(c, tile, token, head, scores), 1;
+    return add_heads<kWideHeads>(c, tile, token, head, scores), kWideHeads;
 }
 
 // out = the sum over heads of weight * max(query . key, 0)
@@ -187,10 +196,9 @@ void index_codes(const IndexCodes& c) {
         else unpack_keys<0>(c, first, tile);
         const int64_t count = c.n - first < kTileKeys ? c.n - first : kTileKeys;
         for (int64_t token = 0; token < c.tokens; ++token) {
-            const int64_t end = (token + 1) * c.heads;
             F32 scores[kKeyVectors];
             for (F32& score : scores) score = zero();
-            for (int64_t head = token * c.heads; head < end;) head += add_some_heads(c, tile, head, end, scores);
+            for (int64_t head = 0; head < c.heads;) head += add_some_heads(c, tile, token, head, scores);
             alignas(64) float values[kTileKeys];
             for (int v = 0; v < kKeyVectors; ++v)
                 store(values + v * kLanes, mul(scores[v], load_float(tile.factor + v * kLanes)));

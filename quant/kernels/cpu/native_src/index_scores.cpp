@@ -34,8 +34,10 @@ bool has_integers(const RowFormat* format, int64_t dim) {
 class CodedQueries {
   public:
     CodedQueries(const Team& team, const Index& c)
-        : c_(c), heads_(c.heads), dim_(c.dim), blocks_(c.dim / kBlock), is_wide_(sized<uint8_t>(c.tokens * heads_)),
-          shifted_(sized<int8_t>(c.tokens * heads_ * dim_)), plain_(shifted_.size()), shifted_starts_(is_wide_.size()),
+        : c_(c), heads_(c.heads), dim_(c.dim), blocks_(c.dim / kBlock),
+          places_((heads_ + kHeadsTogether - 1) / kHeadsTogether * kHeadsTogether),
+          is_wide_(sized<uint8_t>(c.tokens * heads_)), shifted_(sized<int8_t>(c.tokens * places_ * dim_)),
+          plain_(sized<int8_t>(c.tokens * heads_ * dim_)), shifted_starts_(is_wide_.size()),
           plain_starts_(is_wide_.size() * static_cast<size_t>(blocks_)), shifted_weights_(is_wide_.size()),
           factors_(plain_starts_.size()) {
         const int64_t rows = c.tokens * heads_;
@@ -50,7 +52,7 @@ class CodedQueries {
         const int64_t row = token * heads_;
         return {c_.weights + row,
                 is_wide_.data() + row,
-                shifted_.data() + row * dim_,
+                shifted_.data() + token * places_ * dim_,
                 shifted_starts_.data() + row,
                 shifted_weights_.data() + row,
                 plain_.data() + row * dim_,
@@ -67,22 +69,27 @@ class CodedQueries {
     void add(int64_t row, const uint8_t* coded, float weight) {
         static constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
         constexpr int kHalved = 2;  // both factors are twice what they stand for
+        constexpr int64_t kDigits = 4;
         const uint8_t* scales = coded + dim_ / 2;
         const auto [least, most] = std::minmax_element(scales, scales + blocks_);
         const auto at = static_cast<size_t>(row);
         is_wide_[at] = *most - *least > kMostQueryShift;
         shifted_weights_[at] = weight * power(*least, kHalved);
+        const int64_t head = row % heads_, together = head / kHeadsTogether * kHeadsTogether;
+        int8_t* of_head =
+            shifted_.data() + (row / heads_ * places_ + together) * dim_ + head % kHeadsTogether * kDigits;
         int32_t shifted_sum = 0;
         for (int64_t b = 0; b < blocks_; ++b) {
             const int shift = is_wide_[at] ? 0 : scales[b] - *least;
-            int8_t *plain = plain_.data() + row * dim_ + b * kBlock,
-                   *shifted = shifted_.data() + row * dim_ + b * kBlock;
+            int8_t* plain = plain_.data() + row * dim_ + b * kBlock;
             int32_t sum = 0;
             for (int64_t i = 0; i < kBlock; ++i) {
                 // of eight columns the even ones, then the odd ones
                 const int64_t d = b * kBlock + i / 8 * 8 + i % 4 * 2 + i / 4 % 2;
                 plain[i] = kTwice[coded[d / 2] >> (d % 2 * 4) & 15];
-                shifted[i] = static_cast<int8_t>(plain[i] * (1 << shift));
+                const int64_t at = b * kBlock + i;
+                of_head[at / kDigits * kDigits * kHeadsTogether + at % kDigits] =
+                    static_cast<int8_t>(plain[i] * (1 << shift));
                 sum += plain[i];
             }
             const auto block = static_cast<size_t>(row * blocks_ + b);
@@ -94,7 +101,7 @@ class CodedQueries {
     }
 
     const Index& c_;
-    int64_t heads_, dim_, blocks_;
+    int64_t heads_, dim_, blocks_, places_;
     std::vector<uint8_t> is_wide_;
     std::vector<int8_t> shifted_, plain_;
     std::vector<int32_t> shifted_starts_, plain_starts_;
@@ -137,15 +144,12 @@ class PlainQueries {
 
 // Tokens that see a block of keys before the next tokens do, where all see the first keys: keys are decoded once.
 constexpr int64_t kTokensTogether = 32;
-// Keys that are asked for before they are needed: the processor does not go on by itself from page to page.
-constexpr int64_t kKeysAhead = kKeyBlock;
 
 // Some tokens and the rows of keys that they see.
 struct KeyRows {
     int64_t token, tokens;
     const uint8_t* rows[kKeyBlock];
     int64_t n;
-    int64_t ahead;
 };
 
 // Calls compute(rows, scores [n] of the first token, others c.columns apart) for blocks of the first keys, as far as
@@ -160,7 +164,6 @@ void in_blocks(const Team& team, const Index& c, float* out, const F& compute) {
         const int64_t first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, c.columns - first);
         const int64_t* visible = c.visible + keys.token;
         keys.n = std::clamp<int64_t>(*std::max_element(visible, visible + keys.tokens) - first, 0, n);
-        keys.ahead = kKeysAhead * key_bytes;
         for (int64_t k = 0; k < keys.n; ++k) keys.rows[k] = c.keys + (first + k) * key_bytes;
         float* scores = out + keys.token * c.columns + first;
         if (keys.n > 0) compute(keys, scores);
@@ -176,7 +179,7 @@ template <class F>
 void in_named_blocks(const Team& team, const Index& c, float* out, const F& compute) {
     const int64_t blocks = (c.columns + kKeyBlock - 1) / kKeyBlock, key_bytes = row_bytes(c.format, c.dim);
     parallel_for(c.tokens * blocks, team.threads, [&](int64_t item) {
-        KeyRows keys{item / blocks, 1, {}, 0, 0};
+        KeyRows keys{item / blocks, 1, {}, 0};
         const int64_t first = item % blocks * kKeyBlock, n = std::min(kKeyBlock, c.columns - first);
         const int64_t* entries = c.entries + keys.token * c.columns + first;
         int64_t places[kKeyBlock];
@@ -206,7 +209,7 @@ void index_scores(const Team& team, const Index& c, float* out) {
         const auto blocks = static_cast<int>(c.dim / kBlock);
         of_blocks([&](const KeyRows& k, float* scores) {
             const IndexQueries of_tokens = queries.of(k.token);
-            team.level.index_codes({k.tokens, c.heads, blocks, of_tokens, k.rows, k.n, k.ahead, scores, c.columns});
+            team.level.index_codes({k.tokens, c.heads, blocks, of_tokens, k.rows, k.n, scores, c.columns});
         });
         return;
     }
