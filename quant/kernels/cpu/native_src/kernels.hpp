@@ -129,7 +129,7 @@ struct IndexQueries {
     const float* weights;    // [tokens][heads], and so on
     const uint8_t* is_wide;  // scales are too far from one another for shifts
     // where they are not: codes shifted by how far their scale is above the least one
-    const int8_t* shifted;          // [columns]
+    const int8_t* shifted;          // [tokens][heads / 8, rounded up][columns / 4][8][4]
     const int32_t* shifted_starts;  // -kIndexOffset * their sum
     const float* shifted_weights;   // weights times the least scale, by 4 for two factors that are twice as large
     const int8_t* plain;            // [columns]
@@ -139,6 +139,7 @@ struct IndexQueries {
 constexpr int kMostKeyShift = 2, kMostQueryShift = 3;  // as far as bytes and pairs of products in 16 bits reach
 constexpr int kIndexOffset = 12 << kMostKeyShift;      // makes codes of keys unsigned
 constexpr int kMostIndexBlocks = 8;                    // of 32 columns
+constexpr int kHeadsTogether = 8;                      // whose codes lie side by side
 
 struct IndexCodes {
     int64_t tokens, heads;
@@ -146,7 +147,8 @@ struct IndexCodes {
     IndexQueries queries;
     const uint8_t* const* keys;  // [n] rows
     int64_t n;
-    float* out;  // [tokens][n]
+    float* out;  // [n] of the first token, others `apart`
+    int64_t apart;
 };
 
 constexpr int64_t kMostKeyDim = 256;

@@ -6,8 +6,10 @@
 
 namespace loci {
 
-// Floats in the order of their values, NaN above all.
+// Floats in the order of their values: both zeros are one, and NaN, whatever its sign, is above all.
 inline uint32_t in_order(float value) {
+    if (value != value) return 0xffffffffu;
+    value += 0.0f;  // of a zero without its sign
     uint32_t bits;
     if (value != value) return 0xffffffffu;  // whatever its sign
     std::memcpy(&bits, &value, 4);

@@ -35,8 +35,29 @@ ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&o
     out[0] = _mm256_unpacklo_epi64(a, b), out[1] = _mm256_unpackhi_epi64(a, b);
     out[2] = _mm256_unpacklo_epi64(c, d), out[3] = _mm256_unpackhi_epi64(c, d);
 }
-ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return _mm256_sllv_epi32(v, by); }  // 32-bit lanes
-ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+// Codes of keys as factors of index scores: twice an e2m1 value, shifted by what is a lane's own, and kIndexOffset.
+struct KeyCodes {
+    // twice the value, and 12: the shift raises by 12 << shift
+    alignas(16) static constexpr uint8_t kRaised[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    struct Shift {
+        I32 by, raise;
+        ALWAYS_INLINE explicit Shift(const int32_t* of_lanes)
+            : by(load_bytes(reinterpret_cast<const uint8_t*>(of_lanes))) {
+            const I32 raised = _mm256_sllv_epi32(_mm256_set1_epi32(12), by);
+            raise = _mm256_mullo_epi32(_mm256_sub_epi32(_mm256_set1_epi32(kIndexOffset), raised),
+                                       _mm256_set1_epi32(0x01010101));
+        }
+    };
+    Table table;
+    ALWAYS_INLINE KeyCodes() : table(load_table(kRaised)) {}
+    ALWAYS_INLINE Bytes low(Bytes v, const Shift& shift) const { return raised(lookup_low(table, v), shift); }
+    ALWAYS_INLINE Bytes high(Bytes v, const Shift& shift) const { return raised(lookup_high(table, v), shift); }
+
+  private:
+    ALWAYS_INLINE static Bytes raised(Bytes v, const Shift& shift) {
+        return _mm256_add_epi8(_mm256_sllv_epi32(v, shift.by), shift.raise);
+    }
+};
 ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
 // Four digits in every lane.

@@ -58,8 +58,24 @@ ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&o
         for (int j = 0; j < 4; ++j) __builtin_memcpy(&lanes[j][i], rows[i] + at + 4 * j, 4);
     __builtin_memcpy(out, lanes, sizeof lanes);
 }
-ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return v << by; }  // 32-bit lanes
-ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return a + b; }     // no sum is above 255
+// Codes of keys as factors of index scores: twice an e2m1 value, shifted by what is a lane's own, and kIndexOffset.
+struct KeyCodes {
+    // twice the value, and 12: the shift raises by 12 << shift
+    static constexpr Table kRaised = {{12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}};
+    struct Shift {
+        U32 by, raise;
+        ALWAYS_INLINE explicit Shift(const int32_t* of_lanes)
+            : by(load_bytes(reinterpret_cast<const uint8_t*>(of_lanes))) {
+            raise = (splat_bits(kIndexOffset) - (splat_bits(12) << by)) * splat_bits(0x01010101u);
+        }
+    };
+    ALWAYS_INLINE Bytes low(Bytes v, const Shift& shift) const { return raised(lookup_low(kRaised, v), shift); }
+    ALWAYS_INLINE Bytes high(Bytes v, const Shift& shift) const { return raised(lookup_high(kRaised, v), shift); }
+
+  private:
+    // no sum is above 255
+    ALWAYS_INLINE static Bytes raised(Bytes v, const Shift& shift) { return (v << shift.by) + shift.raise; }
+};
 ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // Four digits as 16-bit factors of the even and the odd bytes of a lane.
