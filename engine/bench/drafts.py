@@ -63,12 +63,14 @@ class Turns:
     """Seconds from the first to the last token of all answers, of each turn without drafts and with.
 
     tokens  of a turn's answers
+    first_ratio  of the first turn, which is not among these: the engine with drafts knows nothing yet
     stats   of the engine with drafts
     """
 
     plain_s: list[float] = field(default_factory=list)
     drafted_s: list[float] = field(default_factory=list)
     tokens: int = 0
+    first_ratio: float = 1.0
     stats: DraftStats | None = None
 
     @property
@@ -104,8 +106,9 @@ def take_turns(
     limit_s: float = math.inf,
 ) -> Turns:
     """Answer the prompts one after the other, without drafts and with, `rounds` times each after a first that
-    is not counted; after `limit_s` seconds no further round begins, but one is always counted. Raises
-    LociError where an answer is another one with drafts."""
+    is counted by itself: a server answers for days, and learns within its first answers whether drafts pay.
+    After `limit_s` seconds no further round begins, but one is always counted. Raises LociError where an
+    answer is another one with drafts."""
     context = max(map(len, prompts)) + (params.max_tokens or 0) + 1
     engines = [
         Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=context, drafters=who,
@@ -132,6 +135,8 @@ def take_turns(
             if number:
                 found.plain_s.append(took[0])
                 found.drafted_s.append(took[1])
+            else:
+                found.first_ratio = took[0] / took[1]
             found.tokens = sum(map(len, tokens[0]))
         found.stats = engines[1].stats().drafts
     finally:

@@ -119,7 +119,7 @@ def compare_decode(
     on_progress: Callable[[int], None],
 ) -> Compared:
     """Decode so many random tokens, one sequence alone."""
-    _free_the_last_model()
+    _forget_models()
     rates = Rates(_largest(path))
     budget = replace(budget, workload=workload(tokens))
     run = run_slice(path, budget, tokens, on_progress, in_pause=rates.look)
@@ -142,7 +142,7 @@ def compare_prompt(
     path: Path, shape: ModelShape, machine: Machine, budget: MemoryBudget, tokens: int, chunk: int | None
 ) -> Compared:
     """Compute a random prompt, in chunks as planned unless given."""
-    _free_the_last_model()
+    _forget_models()
     rates = Rates(_largest(path))
     rates.look()
     limited = Workload(tokens, weights_bytes=budget.dram_bytes)
@@ -157,8 +157,8 @@ def compare_prompt(
     )
 
 
-def _free_the_last_model() -> None:
-    """Memory has room for one: a model's parts refer to each other, so that leaving it frees nothing."""
+def _forget_models() -> None:
+    """Free what a closed model held: it refers to itself, and two of them are more than was planned for."""
     gc.collect()
 
 

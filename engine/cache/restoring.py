@@ -24,6 +24,7 @@ from engine.families.base import KvCache
 
 T = TypeVar("T")
 MOST_THREADS = 8  # keep a fast drive busy
+LEAST_THREADS = 4  # on few cores: while some wait for the drive, others check what has come
 
 
 class DamagedStateError(StateFileError):
@@ -39,7 +40,7 @@ class StateReader:
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
-        self._others = max(1, min(MOST_THREADS, os.cpu_count() or 1) - 1)
+        self._others = max(LEAST_THREADS, min(MOST_THREADS, os.cpu_count() or 1)) - 1
         self._threads = ThreadPoolExecutor(self._others, thread_name_prefix="loci-states")
 
     def close(self) -> None:

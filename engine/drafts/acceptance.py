@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.drafts.base import Draft
+from engine.drafts.base import FREE, Draft
 
 # Before anything is known: of a draft's first token, and of those behind accepted ones. Of look-ups, whose
 # kind is the length of the match, the first one's chance grows with that.
 FIRST_CHANCE, NEXT_CHANCE = 0.6, 0.75
 LEAST_CHANCE, BY_LENGTH = 0.15, 0.085
-# How many drafts' worth of evidence what is known of all sequences has for one.
-PRIOR_DRAFTS = 3.0
+# How many drafts' worth of evidence what is known of all sequences has for one: texts differ most in what can
+# be looked up.
+PRIOR_DRAFTS, PRIOR_LOOKUPS = 8.0, 3.0
 # What remains of older evidence with each draft: of a sequence, and of all.
 OF_SEQUENCE, OF_ALL = 0.9, 0.98
 
@@ -29,9 +30,9 @@ class Tally:
         self.accepted = kept * self.accepted + accepted
         self.compared = kept * self.compared + compared
 
-    def chance(self, prior: float) -> float:
-        """The share that was right, where `prior` was expected."""
-        return (self.accepted + PRIOR_DRAFTS * prior) / (self.compared + PRIOR_DRAFTS)
+    def chance(self, prior: float, worth: float) -> float:
+        """The share that was right, where `prior` was expected, which is worth so many drafts."""
+        return (self.accepted + worth * prior) / (self.compared + worth)
 
 
 @dataclass
@@ -75,8 +76,10 @@ class Acceptance:
     def _chances(self, drafter: str, kind: int, count: int) -> list[float]:
         of_all = self._of_all.get((drafter, kind)) or Tallies()
         own = self._own.get((drafter, kind)) or Tallies()
-        first = own.first.chance(of_all.first.chance(_first_chance(drafter, kind)))
-        following = own.following.chance(of_all.following.chance(NEXT_CHANCE))
+        worth = PRIOR_LOOKUPS if drafter in FREE else PRIOR_DRAFTS
+        of_first = of_all.first.chance(_first_chance(drafter, kind), PRIOR_LOOKUPS)
+        first = own.first.chance(of_first, worth)
+        following = own.following.chance(of_all.following.chance(NEXT_CHANCE, PRIOR_LOOKUPS), worth)
         return [first, *[following] * (count - 1)][:count]
 
 

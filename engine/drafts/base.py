@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 MOST_ROWS = 16  # of a step with drafts: those of a recorded one
+# Drafters that only look up what is there: their drafts cost nothing, and are kept apart by how much matched.
+FREE = ("prediction", "lookup")
 
 
 class Draft(NamedTuple):

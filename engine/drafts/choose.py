@@ -9,13 +9,18 @@ from dataclasses import dataclass
 # What a sequence may lose by drafts, in its own tokens' time: at first, beyond what its drafts have gained at
 # most, and more with each of its tokens.
 LOAN, MOST_CREDIT, PER_TOKEN = 0.8, 6.0, 0.01
-# The same of all sequences together: many short answers may not each lose as much.
-LOAN_OF_ALL, PER_TOKEN_OF_ALL = 4.0, 0.008
-# A draft that does not seem to pay is tried all the same after so many tokens of its sequence; after twice as
-# many each time that it failed.
+# The loan for drafts of weights: making one may take as long as a step, and the first may be a wrong one.
+LOAN_FOR_WEIGHTS = 4.0
+# The same of all sequences together, by drafts that are looked up: many short answers may not each lose as
+# much. What weights draft is counted by drafter (rests.py).
+LOAN_OF_ALL, PER_TOKEN_OF_ALL = 4.0, 0.004
+# A draft that does not seem to pay is tried all the same after so many of its sequence; after twice as many
+# each time that it did not pay.
 FIRST_PROBE, LAST_PROBE = 8, 1024
-# A gain that is expected to be smaller than this is none.
-WORTHWHILE = 1.02
+# Where trying has paid for no sequence, the next ones begin to try so late.
+LATEST_PROBE = 64
+# A gain that is expected to be smaller than this is none: of what seems to pay, most is overrated.
+WORTHWHILE = 1.05
 
 
 def best_counts(
@@ -36,6 +41,8 @@ def best_counts(
     drafting  seconds that it takes to draft so many tokens for each
     computes_again  a draft that is not accepted has the others computed again, with the next step
     """
+    if len(chances) == 1:
+        return [_best_count(tokens, chances[0][:room], seconds, drafting, computes_again=computes_again)]
     counts = [0] * len(chances)
     reached = [1.0] * len(chances)  # how likely all tokens taken so far are accepted
     expected = float(len(chances))
@@ -55,6 +62,30 @@ def best_counts(
         rate = expected / took
         if rate > most:
             best, most = counts.copy(), rate
+    return best
+
+
+def _best_count(
+    tokens: int,
+    chances: Sequence[float],
+    seconds: Callable[[int], float],
+    drafting: Callable[[Sequence[int]], float],
+    *,
+    computes_again: bool,
+) -> int:
+    """The same of one draft, as of most steps, which some models take no longer for than this does."""
+    plain_s = seconds(tokens)
+    reached = expected = 1.0
+    best, most = 0, WORTHWHILE / plain_s
+    for count, chance in enumerate(chances, 1):
+        reached *= chance
+        expected += reached
+        step_s = seconds(tokens + count)
+        took = step_s + drafting((count,))
+        if computes_again:
+            took += (1 - reached) * (step_s - plain_s)
+        if expected > most * took:
+            best, most = count, expected / took
     return best
 
 
@@ -87,37 +118,58 @@ def account_of_all() -> Account:
     return Account(LOAN_OF_ALL, PER_TOKEN_OF_ALL)
 
 
+class Tries:
+    """What has come of trying, of all sequences.
+
+    first  after how many drafts that do not seem to pay a sequence tries one
+    """
+
+    def __init__(self) -> None:
+        self.first = FIRST_PROBE
+
+    def tried(self, *, paid: bool) -> None:
+        """A sequence did."""
+        self.first = max(self.first // 2, FIRST_PROBE) if paid else min(2 * self.first, LATEST_PROBE)
+
+
 class Credit:
     """What a sequence may still lose, of its own and of what all may; and when a draft that does not seem to
     pay is tried."""
 
-    def __init__(self, of_all: Account | None = None) -> None:
-        self.own = Account(LOAN, PER_TOKEN)
+    def __init__(self, of_all: Account | None = None, tries: Tries | None = None) -> None:
+        self._looked_up, self._of_weights = Account(LOAN, PER_TOKEN), Account(LOAN_FOR_WEIGHTS, PER_TOKEN)
         self._of_all = of_all or account_of_all()
+        self._tries = tries or Tries()
         self._skipped = 0
-        self.interval = FIRST_PROBE
+        self.interval = self._tries.first
 
-    @property
-    def is_left(self) -> bool:
-        """Whether it may have drafts."""
-        return self.own.is_left and self._of_all.is_left
+    def own(self, *, is_free: bool) -> Account:
+        """The sequence's, for drafts that are looked up, or others."""
+        return self._looked_up if is_free else self._of_weights
+
+    def is_left(self, *, is_free: bool) -> bool:
+        """Whether it may have drafts that are looked up, or others."""
+        return self.own(is_free=is_free).is_left and (not is_free or self._of_all.is_left)
 
     def generated(self, count: int) -> None:
         """The sequence has so many more tokens."""
-        self.own.generated(count)
+        self._looked_up.generated(count)
+        self._of_weights.generated(count)
         self._of_all.generated(count)
 
-    def drafted(self, gained: float) -> None:
-        """A step with drafts of the sequence gained so many tokens' time, or lost it."""
-        self.own.drafted(gained)
-        self._of_all.drafted(gained)
+    def drafted(self, gained: float, *, is_free: bool) -> None:
+        """A step with drafts of the sequence, looked up or others, gained so many tokens' time or lost it."""
+        self.own(is_free=is_free).drafted(gained)
+        if is_free:
+            self._of_all.drafted(gained)
 
-    def is_probe_due(self) -> bool:
+    def is_probe_due(self, *, is_free: bool) -> bool:
         """Whether a draft that does not seem to pay is to be tried. Called for each one."""
         self._skipped += 1
-        return self._skipped >= self.interval and self.is_left
+        return self._skipped >= self.interval and self.is_left(is_free=is_free)
 
-    def probed(self, *, succeeded: bool) -> None:
+    def probed(self, *, paid: bool) -> None:
         """It was tried."""
         self._skipped = 0
-        self.interval = FIRST_PROBE if succeeded else min(2 * self.interval, LAST_PROBE)
+        self._tries.tried(paid=paid)
+        self.interval = FIRST_PROBE if paid else min(2 * self.interval, LAST_PROBE)

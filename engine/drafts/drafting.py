@@ -17,11 +17,11 @@ from functools import partial
 import torch
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
-from engine.drafts.base import MOST_ROWS, Draft, Drafter, Rows
-from engine.drafts.choose import WORTHWHILE, Credit, account_of_all
+from engine.drafts.base import FREE, MOST_ROWS, Draft, Drafter, Rows
+from engine.drafts.choose import WORTHWHILE, Credit, Tries, account_of_all
 from engine.drafts.kept import KeptStates
-from engine.drafts.proposals import FREE, MOST_STEPS, Opened, Proposals
-from engine.drafts.rests import Rest
+from engine.drafts.proposals import MOST_STEPS, Opened, Proposals, pause_for
+from engine.drafts.rests import SURE, Rest
 from engine.drafts.stats import DrafterStats, DraftStats
 from engine.drafts.step_times import MOST, StepTimes
 from engine.families.base import Model
@@ -33,11 +33,8 @@ logger = logging.getLogger("loci.engine")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
-# Looking for drafts takes this share of the time at most where there are none: after a step without any,
-# nobody looks for as many steps as that takes, but for no more than so many.
-LOOKING_SHARE, MOST_PAUSE = 0.005, 64
 # Once their times are settled, one of so many steps without drafts is measured.
-MEASURED = 4
+MEASURED = 16
 
 
 class Drafting:
@@ -69,18 +66,20 @@ class Drafting:
         self._times = StepTimes(MOST_ROWS, guess)
         self._proposals = Proposals(drafters, self._times, always=always, computes_again=kept.computes_again)
         self._of_all: dict[Kind, Tallies] = {}
-        self._account = account_of_all()
+        self._account, self._tries = account_of_all(), Tries()
         self._open: dict[Sequence, Opened] = {}
         self._since_check: dict[int, int] = defaultdict(int)  # steps with drafts, by tokens without
         self._checks: dict[int, int] = defaultdict(lambda: FIRST_CHECK)
-        self._spent_s = 0.0  # on the drafts of the step under way
+        self._spent_s = 0.0  # on the drafts of the step under way, and for those of later ones
+        self._proposed_s = 0.0  # on its own drafts
+        self._owed_s = 0.0  # spent for drafters that are not at rest, and not counted yet
         self._watching = [drafter for drafter in drafters if drafter.name not in FREE]
         self._observing = self._watching  # those that are not at rest
         self._rests = {drafter.name: Rest() for drafter in self._watching}
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
-        self._until_look = LOOK_EVERY
+        self._since_look = 0
 
     @property
     def is_on(self) -> bool:
@@ -92,7 +91,8 @@ class Drafting:
     def open(self, sequence: Sequence) -> None:
         """A sequence has a slot."""
         if self._drafters:
-            self._open[sequence] = Opened(Acceptance(self._of_all), Credit(self._account))
+            credit = Credit(self._account, self._tries)
+            self._open[sequence] = Opened(Acceptance(self._of_all), credit)
             if sequence.prediction:
                 self._pause = 0
             for drafter in self._drafters:
@@ -123,9 +123,11 @@ class Drafting:
         self._wants_captures = False
 
     def _proposed(self, chunks: list[Chunk]) -> list[Chunk]:
-        self._spent_s = self._proposals.made_s = 0.0
+        self._spent_s = self._proposed_s = 0.0
         if self._watching and self._always is None:
-            self._rest()
+            self._since_look += 1
+            if self._since_look >= LOOK_EVERY:
+                self._rest()
         if self._pause:
             self._pause -= 1
             return chunks
@@ -136,37 +138,30 @@ class Drafting:
         if room < 1 or not chunks or not self._times.is_known or self._is_check_due(tokens):
             return chunks
         began = time.perf_counter()
+        self._proposals.made_s = self._proposals.looked_s = 0.0
         mosts = [self._most_of(chunk.sequence, room) for chunk in chunks]
         if not any(mosts):
             return chunks
         opened = [self._open[chunk.sequence] for chunk in chunks]
         awake = [d for d in self._drafters if d.name in FREE or d in self._observing]
         drafts = self._proposals.chosen(chunks, opened, mosts, awake, room)
-        self._spent_s = time.perf_counter() - began
+        self._spent_s = self._proposed_s = time.perf_counter() - began
         if not any(draft.token_ids for draft in drafts):
             if self._always is None and not any(chunk.sequence.prediction for chunk in chunks):
-                steps = self._spent_s / (LOOKING_SHARE * self._times.seconds(tokens))
-                self._pause = min(int(steps), MOST_PAUSE)
+                self._pause = pause_for(self._spent_s, self._times.seconds(tokens))
             return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
     def _rest(self) -> None:
-        """Now and then, see who rests."""
-        self._until_look -= 1
-        if self._until_look > 0:
-            return
-        self._until_look = LOOK_EVERY
+        """See who rests."""
+        steps, self._since_look = self._since_look, 0
         self._observing = [
             drafter
             for drafter in self._watching
             if self._rests[drafter.name].look(
-                LOOK_EVERY,
-                self._proposals.draft_times[drafter.name].measured,
-                partial(self._can_pay, drafter),
+                steps, self._proposals.made[drafter.name], partial(self._can_pay, drafter)
             )
         ]
-        if not self._account.is_left:  # nobody may draft, so that nobody needs to be told anything
-            self._observing = []
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
 
     def _can_pay(self, drafter: Drafter) -> bool:
@@ -213,12 +208,18 @@ class Drafting:
 
     def captured(self) -> list[torch.Tensor | None]:
         """What the last forward has captured of each of its chunks, where somebody wants it."""
-        return list(self._model.captured()) if self._wants_captures else []
+        if not self._wants_captures:
+            return []
+        began = time.perf_counter()
+        found: list[torch.Tensor | None] = list(self._model.captured())
+        self._watched(began)
+        return found
 
     def observe(self, chunks: Ids[Chunk], starts: Ids[int], captures: Ids[torch.Tensor | None]) -> None:
         """A step has computed these chunks from `starts` on; their sequences say what is kept of them."""
         if not self._observing:
             return
+        began = time.perf_counter()
         rows = []
         for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
             sequence = chunk.sequence
@@ -238,6 +239,13 @@ class Drafting:
                 drafter.observe(rows)
         except Exception as error:
             self._give_up(error)
+        self._watched(began)
+
+    def _watched(self, began: float) -> None:
+        """Since then, what drafters want to know was put together, or told."""
+        took = time.perf_counter() - began
+        self._spent_s += took
+        self._owed_s += took
 
     def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
@@ -255,47 +263,77 @@ class Drafting:
         ):
             self._unmeasured += 1
             return
-        plain = sum(chunk.known for chunk in chunks)
+        began = time.perf_counter()
         seconds -= self._spent_s
-        self._times.observe(tokens, seconds)
         self.stats.drafting_s += self._spent_s
-        if not self._times.is_known or tokens > MOST_ROWS:
-            return
-        if is_plain:
-            self._since_check[plain] = 0
-            steps = self._proposals.made_s / max(self._times.seconds(tokens), 1e-9)
-            lost = min(steps, MOST_STEPS)  # by drafts that promised too little
-            for chunk in chunks:
-                if chunk.sequence in self._open:
-                    self._open[chunk.sequence].credit.generated(1 + self._unmeasured)
-                    if lost:
-                        self._open[chunk.sequence].credit.drafted(-lost)
-            self._unmeasured = 0
-            self.stats.lost_s += self._proposals.made_s
-            return
+        if tokens <= MOST_ROWS:
+            self._times.observe(tokens, seconds)
+            if is_plain:
+                self._learn_plain(chunks)
+            else:
+                self._learn_drafted(chunks, accepted, seconds)
+            seconds = self._times.seconds(len(chunks))
+        if self._observing:
+            self._owed_s += time.perf_counter() - began
+            self._settle(seconds / len(chunks))
+
+    def _learn_plain(self, chunks: Ids[Chunk]) -> None:
+        """Nothing was drafted, or it promised too little."""
+        self._since_check[len(chunks)] = 0
+        made_s = self._proposals.made_s if self._proposed_s else 0.0
+        lost = min(made_s / max(self._times.seconds(len(chunks)), 1e-9), MOST_STEPS)
+        for chunk in chunks:
+            if (own := self._open.get(chunk.sequence)) is not None:
+                own.credit.generated(1 + self._unmeasured)
+                if lost:
+                    own.credit.drafted(-lost, is_free=False)
+        self._unmeasured = 0
+        if self._observing and self._proposed_s:
+            self._owed_s += self._proposed_s - self._proposals.looked_s
+
+    def _learn_drafted(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
+        """What drafts brought, against steps of one token each."""
+        tokens, plain = sum(chunk.length for chunk in chunks), sum(chunk.known for chunk in chunks)
         self._since_check[plain] = 0 if tokens == plain else self._since_check[plain] + 1
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
-        took_s = min(seconds, MOST * self._times.seconds(tokens)) + min(self._spent_s, MOST_STEPS * count_s)
+        took_s = min(seconds, MOST * self._times.seconds(tokens))
+        took_s += min(self._proposed_s, MOST_STEPS * count_s)
         each_s, gained_s = count_s / len(chunks), count_s - took_s
         for chunk, count in zip(chunks, accepted, strict=True):
             own = self._open.get(chunk.sequence)
-            share = (chunk.length - 1) / more
             gained_s += count * each_s
             if own is None:
                 continue
             own.credit.generated(1 + count)
-            if chunk.length > 1:
-                own.credit.drafted(count + share * (count_s - took_s) / each_s)
-            if chunk.drafted and own.drafter is not None:
-                self._count(own, own.drafter, len(chunk.drafted), count)
-                own.drafter = None
+            if chunk.length == 1:
+                continue
+            gained = count + (chunk.length - 1) / more * (count_s - took_s) / each_s
+            drafter = own.last = own.drafter or own.last  # or tokens of its last draft are computed again
+            own.drafter = None
+            is_free = drafter is None or drafter.name in FREE
+            own.credit.drafted(gained, is_free=is_free)
+            if drafter is not None and chunk.drafted:
+                self._count(own, drafter, len(chunk.drafted), count, paid=gained > 0)
+            if drafter is not None and not is_free and self._proposals.made[drafter.name] > SURE:
+                self._rests[drafter.name].gained(gained)
         self.stats.gained_s += max(gained_s, 0.0)
         self.stats.lost_s -= min(gained_s, 0.0)
 
-    def _count(self, own: Opened, drafter: Drafter, drafted: int, accepted: int) -> None:
+    def _settle(self, token_s: float) -> None:
+        """Charge drafters that are not at rest with what they cost beside the steps that have their drafts,
+        where a token takes so long without."""
+        owed_s, self._owed_s = self._owed_s, 0.0
+        self.stats.lost_s += owed_s
+        for drafter in self._observing:
+            rest = self._rests[drafter.name]
+            rest.gained(-owed_s / token_s / len(self._observing))
+            if rest.is_due:
+                self._since_look = max(self._since_look, LOOK_EVERY)
+
+    def _count(self, own: Opened, drafter: Drafter, drafted: int, accepted: int, *, paid: bool) -> None:
         own.acceptance.add(drafter.name, own.draft, accepted, drafted)
         if own.is_probe:
-            own.credit.probed(succeeded=accepted > 0)
+            own.credit.probed(paid=paid)
         stats = self.stats.by_drafter[drafter.name]
         stats.drafted += drafted
         stats.accepted += accepted

@@ -14,19 +14,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from engine.cache.sparse import CacheShape, SparseCache
 from engine.drafts.base import NOTHING, Draft, DraftRequest, Rows
-from engine.families.base import NO_TRACE, Batch, Segment
-from engine.families.deepseek_v41.draft_stages import DraftStages
-from engine.families.deepseek_v41.eager import V41Eager
-from engine.families.deepseek_v41.operations import V41Parts
-from engine.families.deepseek_v41.recorded import V41Recorded
-from engine.families.places import HOST
-from engine.families.streams.operations import MAX_ROWS
-from engine.families.streams.weights import StreamAttention
+from engine.drafts.blocks import RecordedBlocks, block_steps, rows_of
+from engine.families.base import Batch, Segment
+from engine.families.streams.draft_stages import DraftStages
+from engine.families.streams.operations import MAX_ROWS, Frequencies
 from engine.layers.rope import Rotation
 from quant.kernels.choice import recorder_of
-from quant.kernels.cpu.program import Buffer, Program
+from quant.kernels.cpu.program import Program
 from quant.kernels.cpu.recorder import Recorder
 
 
@@ -61,23 +56,11 @@ class DSpark:
         self._stages = stages
         self._config = c = stages.layers.config
         self._kernels = stages.layers.kernels
+        self._turns = Frequencies.by(c).plain
         self.longest = stages.shape.block_size
         self._free = list(range(slots))
         self._known: dict[int, _Known] = {}
-        # A slot has a ring for the window, and behind it one for the block's own rows.
-        shape = CacheShape(
-            layers=c.num_hidden_layers,
-            window=c.sliding_window,
-            head_dim=c.head_dim,
-            index_dim=0,
-            sources={},
-            history=0,
-            history_pad=0,
-            margin=MAX_ROWS,
-            devices=(HOST,) * c.num_hidden_layers,
-        )
-        self._cache = SparseCache(shape, slots, c.max_position_embeddings)
-        self._parts: V41Parts = stages.layers.parts
+        self._steps = block_steps(stages.layers, slots)
         others = np.arange(self.longest) + np.zeros((self.longest, 1), dtype=np.int64)
         others = others[~np.eye(self.longest, dtype=bool)].reshape(self.longest, -1)
         in_ring = np.broadcast_to(np.arange(c.sliding_window), (self.longest, c.sliding_window))
@@ -85,17 +68,17 @@ class DSpark:
             np.concatenate((in_ring, c.sliding_window + (at + others) % MAX_ROWS), axis=1)
             for at in range(MAX_ROWS)
         ]
-        self._drafting: _StageRecorded | None = None
-        self._observing: V41Recorded | None = None
-        if recorder_of(self._kernels, MAX_ROWS) is not None:
-            self._drafting, self._observing = self._record_draft(), self._record_observe()
+        self._drafting: RecordedBlocks | None = None
+        self._observing: Program | None = None
+        for_drafts, for_keys = (recorder_of(self._kernels, MAX_ROWS) for _ in range(2))
+        if for_drafts is not None and for_keys is not None:
+            self._drafting, self._observing = self._record_draft(for_drafts), self._record_observe(for_keys)
 
     @property
     def nbytes(self) -> int:
         """Windows and buffers of programs."""
-        parts = (self._drafting, self._observing)
-        programs = [part.program for part in parts if part is not None and part.program is not None]
-        return self._cache.nbytes + sum(program.nbytes for program in programs)
+        programs = [self._observing, None if self._drafting is None else self._drafting.program]
+        return self._steps.cache.nbytes + sum(program.nbytes for program in programs if program is not None)
 
     # -------------------------------------------------------------------------------------- sequences
 
@@ -157,8 +140,8 @@ class DSpark:
         batch = Batch(ids, tuple(Segment(known.slot, known.end, self.longest) for known in of), None)
         seen = [self._seen_by(known) for known in of]
         if self._drafting is not None:
-            return self._drafting.run_block(batch, seen)
-        states, base = self._compute(batch, torch.from_numpy(np.concatenate(seen)))
+            return Drafted(*self._drafting.run(batch, seen))
+        states, base = self._steps.compute(batch, torch.from_numpy(np.concatenate(seen)))
         shape = len(of), self.longest, -1
         return self._chained(states.view(shape), base.view(shape), torch.tensor(newest))
 
@@ -185,35 +168,21 @@ class DSpark:
         seen[:, : known.end - known.first] = np.arange(known.first, known.end) % window
         return seen
 
-    def _compute(self, batch: Batch, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """States before the last norm and logits of a batch's rows, operation by operation; seen: see
-        `_seen_by`, of all rows."""
-        layers, stages = self._stages.layers, self._stages
-        embedded = layers.weights.embed[batch.token_ids].float()
-        with _StageEager(self._parts, batch, self._cache, seen) as ops:
-            states = ops.read_streams(*layers._layers(ops, embedded))
-            x = ops.norm(states, stages.norm, self._config.rms_norm_eps)
-            return states, ops.linears(x, layers.weights.head)[0]
-
-    def _record_draft(self) -> _StageRecorded:
-        recorder = recorder_of(self._kernels, MAX_ROWS)
-        assert recorder is not None
-        layers, stages = self._stages.layers, self._stages
-        ops = _StageRecorded(self._parts, recorder, self._cache, self.longest)
-        source = ops.begin()
-        states = ops.read_streams(*layers._layers(ops, source))
-        x = ops.norm(states, stages.norm, self._config.rms_norm_eps)
-        (logits,) = ops.linears(x, layers.weights.head)
+    def _record_draft(self, recorder: Recorder) -> RecordedBlocks:
+        stages = self._stages
         tables = stages.markov_embed, stages.markov_head, stages.confidence
-        ops.finish_blocks(source, logits, *recorder.chain(logits, states, *tables, self.longest))
-        return ops
+        return RecordedBlocks(
+            self._steps,
+            stages.layers,
+            recorder,
+            self.longest,
+            lambda logits, states: recorder.chain(logits, states, *tables, self.longest),
+        )
 
-    def _record_observe(self) -> V41Recorded:
-        """A program that keys what was captured."""
-        recorder = recorder_of(self._kernels, MAX_ROWS)
-        assert recorder is not None
+    def _record_observe(self, recorder: Recorder) -> Program:
+        """What keys what was captured."""
         stages, eps = self._stages, self._config.rms_norm_eps
-        ops = V41Recorded(self._parts, recorder, self._cache)
+        ops = self._steps.notes(recorder)
         source = recorder.input(int(stages.main_proj.shape[1]))
         main = ops.norm(ops.linears(source, stages.main_proj)[0], stages.main_norm, eps)
         for number, layer in enumerate(stages.layers.weights.layers):
@@ -222,7 +191,8 @@ class DSpark:
             kv = ops.rotate(ops.norm(kv, layer.attn.kv_norm, eps), 1, compressed=False)
             recorder.ring(kv, self._window(number))
         ops.finish(source, main)
-        return ops
+        assert ops.program is not None
+        return ops.program
 
     @torch.inference_mode()
     def _key(self, of: Sequence[_Known]) -> None:
@@ -243,8 +213,7 @@ class DSpark:
         captures = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         if self._observing is None or len(slots) > 2 * MAX_ROWS:
             return self._key_at_once(slots, positions, torch.from_numpy(captures))
-        program = self._observing.program
-        assert program is not None
+        program = self._observing
         source = program.source.numpy()
         for first in range(0, len(slots), MAX_ROWS):
             rows = slice(first, first + MAX_ROWS)
@@ -254,7 +223,7 @@ class DSpark:
     def _key_at_once(self, slots: list[int], positions: list[int], captures: torch.Tensor) -> None:
         stages, kernels, eps = self._stages, self._kernels, self._config.rms_norm_eps
         at = torch.tensor(positions)
-        turns = Rotation.at(kernels, at, self._parts.frequencies.plain)
+        turns = Rotation.at(kernels, at, self._turns)
         main = kernels.rms_norm(kernels.linear(captures, stages.main_proj), stages.main_norm, eps)
         for number, layer in enumerate(stages.layers.weights.layers):
             kv = kernels.rms_norm(kernels.linear(main, layer.attn.wkv), layer.attn.kv_norm, eps)
@@ -263,74 +232,4 @@ class DSpark:
 
     def _window(self, number: int) -> torch.Tensor:
         """Where a stage keys committed tokens, `[slots, window, dim]`."""
-        return _plain(self._cache, number)[:, : self._config.sliding_window]
-
-
-class _StageEager(V41Eager):
-    """V4.1's operations for blocks; seen: see `DSpark._compute`."""
-
-    def __init__(self, parts: V41Parts, batch: Batch, cache: SparseCache, seen: torch.Tensor) -> None:
-        super().__init__(parts, batch, cache, NO_TRACE, None)
-        self._seen = seen
-
-    def attend(self, number: int, attn: StreamAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        rows, window = _plain(self._cache, number), self._config.sliding_window
-        q, outs, stop = q.view(len(q), len(attn.sink), -1), [], 0
-        for segment in self._batch.segments:
-            of = slice(stop, stop := stop + segment.length)
-            positions = torch.arange(segment.start, segment.start + segment.length)
-            rows[segment.slot, window + positions % MAX_ROWS] = kv[of]
-            for row in range(of.start, of.stop):  # each sees itself as its window, and all others as chosen
-                one = slice(row, row + 1)
-                outs.append(
-                    self._kernels.attend_sparse(
-                        q[one], kv[one], attn.sink, 1, rows[segment.slot], self._seen[one]
-                    )
-                )
-        return torch.cat(outs).flatten(1)
-
-
-class _StageRecorded(V41Recorded):
-    """V4.1's operations for blocks, noted."""
-
-    def __init__(self, parts: V41Parts, recorder: Recorder, cache: SparseCache, block: int) -> None:
-        super().__init__(parts, recorder, cache)
-        self._block = block
-        self._others = recorder.input(parts.config.sliding_window + block - 1, torch.int64)
-        recorder.keep(self._others)
-
-    def attend(self, number: int, attn: StreamAttention, q: Buffer, kv: Buffer) -> Buffer:
-        rows, window = _plain(self._cache, number), self._config.sliding_window
-        own = rows[:, window:]
-        self._recorder.ring(kv, own)
-        return self._recorder.attend_sparse(q, own, attn.sink, 1, rows, self._others)
-
-    def finish_blocks(self, source: Buffer, logits: Buffer, tokens: Buffer, chances: Buffer) -> None:
-        """Make the program, from embedded tokens to drafted ones."""
-        self._recorder.keep(tokens)
-        self._recorder.keep(chances)
-        self.finish(source, logits)
-        assert self.program is not None
-        self._found = [self.program.rows(part).numpy() for part in (tokens, logits, chances)]
-        self._places = self.program.rows(self._others).numpy()
-
-    def run_block(self, batch: Batch, seen: Sequence[np.ndarray]) -> Drafted:
-        """Blocks of a batch's rows, valid until the next run; seen: see `DSpark._seen_by`."""
-        program = self.program
-        assert isinstance(program, Program)
-        rows, embed = len(batch.ids), self._parts.weights.embed
-        if not isinstance(embed, torch.Tensor):
-            program.source[:rows] = embed[batch.token_ids].float()
-        for n, places in enumerate(seen):
-            self._places[n * self._block : (n + 1) * self._block] = places
-        with self._experts.running(program, rows):
-            program.run(*batch.places(), batch.ids)
-        tokens, logits, chances = (part[:rows].reshape(len(seen), self._block, -1) for part in self._found)
-        return Drafted(tokens[..., 0], logits, chances[..., 0])
-
-
-def _plain(cache: SparseCache, number: int) -> torch.Tensor:
-    """A stage's rows, `[slots, window + block, dim]`; they are not rounded."""
-    rows = cache.windows[number]
-    assert isinstance(rows, torch.Tensor)
-    return rows
+        return rows_of(self._steps.cache, number)[:, : self._config.sliding_window]

@@ -15,13 +15,16 @@ from engine.families.decoder.draft_layer import draft_bytes, draft_description
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.read_weights import read_draft
+from engine.families.deepseek_v4.config import parse_config as parse_v4_config
 from engine.families.deepseek_v4.draft_layer import V4DraftLayer, draft_layer_bytes, read_draft_layer
+from engine.families.deepseek_v4.draft_stages import read_stages as read_v4_stages
 from engine.families.deepseek_v4.family import DeepseekV4Family
 from engine.families.deepseek_v4.forward import DeepseekV4
 from engine.families.deepseek_v41.config import parse_config
-from engine.families.deepseek_v41.draft_stages import DraftStages, read_stages, stage_bytes
+from engine.families.deepseek_v41.draft_stages import read_stages
 from engine.families.deepseek_v41.family import DeepseekV41Family
 from engine.families.deepseek_v41.forward import DeepseekV41
+from engine.families.streams.draft_stages import DraftStages, stage_bytes
 from memory.checkpoint.checkpoint import Checkpoint
 from quant.kernels.interface import Kernels
 
@@ -57,7 +60,8 @@ def own_draft_bytes(family: Family, checkpoint: Checkpoint) -> int:
     if isinstance(family, DeepseekV41Family):
         return 0 if parse_config(checkpoint.config).dspark is None else stage_bytes(checkpoint)
     if isinstance(family, DeepseekV4Family):
-        return draft_layer_bytes(checkpoint)
+        has_stages = parse_v4_config(checkpoint).dspark is not None
+        return stage_bytes(checkpoint) if has_stages else draft_layer_bytes(checkpoint)
     if isinstance(family, DecoderFamily):
         return draft_bytes(draft_description(family.description(checkpoint), checkpoint), checkpoint)
     return 0
@@ -88,6 +92,8 @@ def read_own_drafts(model: Model, checkpoint: Checkpoint, kernels: Kernels, room
     if isinstance(model, DeepseekV41):
         return OwnDrafts(read_stages(model, checkpoint, kernels), room)
     if isinstance(model, DeepseekV4):
+        if model.config.dspark is not None:
+            return OwnDrafts(read_v4_stages(model, checkpoint, kernels), room)
         return OwnDrafts(read_draft_layer(model, checkpoint, kernels), room)
     assert isinstance(model, Decoder)
     description = draft_description(model.description, checkpoint)

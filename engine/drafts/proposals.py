@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 
 from engine.drafts.acceptance import Acceptance
-from engine.drafts.base import MOST_ROWS, NOTHING, Draft, Drafter, DraftRequest
-from engine.drafts.choose import Credit, best_counts
+from engine.drafts.base import FREE, MOST_ROWS, NOTHING, Draft, Drafter, DraftRequest
+from engine.drafts.choose import Account, Credit, best_counts
 from engine.drafts.step_times import StepTimes
 from engine.scheduler import Chunk
 
-# Drafts that cost nothing are asked for before it is decided whether they pay.
-FREE = ("prediction", "lookup")
 # A draft that took longer than so many steps does not pay, or something else kept the machine busy: its
 # sequence is not charged with more.
 MOST_STEPS = 4.0
 PROBED = 2  # drafted tokens when it is only tried
+FREE_DRAFTS = [0.0] * (MOST_ROWS + 1)  # seconds that drafts take, by tokens
+# Looking for drafts takes this share of the time at most where there are none: after a step without any,
+# nobody looks for as many steps as that takes, but for no more than so many.
+LOOKING_SHARE, MOST_PAUSE = 0.005, 64
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Opened:
     acceptance: Acceptance
     credit: Credit
     drafter: Drafter | None = None  # of the draft in the step under way
+    last: Drafter | None = None  # of the draft that was computed last
     draft: Draft = NOTHING
     is_probe: bool = False
     told: int = 0  # tokens from the first on that drafters were told of
@@ -48,14 +52,18 @@ class Proposals:
     always          draft so many tokens wherever there are any, whether or not it pays: for tests
     computes_again  a draft that is not accepted has the step's other tokens computed again
     draft_times     what drafts take, by drafter
-    made_s          seconds that went to drafts that are not free, since somebody set it to 0
+    made            how many were made, by drafter
+    made_s, looked_s  seconds that went to drafts that are not free, and to looking drafts up, since somebody
+                    set them to 0
     """
 
     def __init__(
         self, drafters: Ids[Drafter], times: StepTimes, *, always: int | None, computes_again: bool
     ) -> None:
         self.draft_times = {drafter.name: StepTimes(MOST_ROWS) for drafter in drafters}
-        self.made_s = 0.0
+        self.made = dict.fromkeys(self.draft_times, 0)
+        self.made_s = self.looked_s = 0.0
+        self._pause = 0  # steps in which nothing is looked up: others draft, and nothing better was found
         self._times = times
         self._always = always
         self._computes_again = computes_again
@@ -75,7 +83,9 @@ class Proposals:
         room      drafted tokens of all
         """
         tokens = sum(chunk.length for chunk in chunks)
-        found = self._candidates(chunks, opened, mosts, drafters, tokens)
+        looks, self._pause = not self._pause, max(self._pause - 1, 0)
+        asked = drafters if looks else [drafter for drafter in drafters if drafter.name != "lookup"]
+        found = self._candidates(chunks, opened, mosts, asked, tokens)
         if not any(found):
             return [NOTHING] * len(chunks)
         counts = self._counts(found, opened, mosts, tokens, room)
@@ -86,11 +96,18 @@ class Proposals:
                 is_there = candidate is not None and _is_made_whole(candidate.drafter) and counts[at] > 0
                 counts[at] = min(more if is_there else min(counts[at], more), room)
                 room -= counts[at]
-        drafts = [NOTHING] * len(chunks)
+        drafts, makers = [NOTHING] * len(chunks), set[str]()
         for at, (own, candidate, count) in enumerate(zip(opened, found, counts, strict=True)):
             if candidate is not None and candidate.draft is not None and count:
                 own.drafter, own.draft = candidate.drafter, candidate.draft
                 drafts[at] = own.draft._replace(token_ids=own.draft.token_ids[:count])
+        makers = {
+            own.drafter.name
+            for own, draft in zip(opened, drafts, strict=True)
+            if draft.token_ids and own.drafter
+        }
+        if looks and makers and makers.isdisjoint(FREE) and self._always is None:
+            self._pause = pause_for(self.looked_s, self._times.seconds(tokens))
         return drafts
 
     def _candidates(
@@ -107,8 +124,10 @@ class Proposals:
         best = [0.0] * len(chunks)
         for drafter in drafters:
             drafts: list[Draft | None] = [None] * len(asked)
-            if drafter.name in FREE:
+            if drafter.name in FREE:  # it is asked before it is decided whether that pays
+                began = time.perf_counter()
                 drafts = list(drafter.draft([_request(chunks[at], mosts[at]) for at in asked]))
+                self.looked_s += time.perf_counter() - began
             for at, draft in zip(asked, drafts, strict=True):
                 known = opened[at].acceptance
                 if draft is None:
@@ -125,12 +144,16 @@ class Proposals:
 
     def _promised(self, drafter: Drafter, chances: list[float], costs: bool, tokens: int) -> float:
         """The most tokens a second that a sequence by itself would have with this drafter."""
+        steps, making = self._times.table(), self._making(drafter) if costs else FREE_DRAFTS
         reached, expected, best = 1.0, 1.0, 0.0
         for count, chance in enumerate(chances, 1):
+            if tokens + count > MOST_ROWS:
+                break
             reached *= chance
             expected += reached
-            seconds = self._times.seconds(min(tokens + count, MOST_ROWS))
-            best = max(best, expected / (seconds + (self.drafting_s(drafter, count) if costs else 0.0)))
+            rate = expected / (steps[tokens + count] + making[count])
+            if rate > best:
+                best = rate
         return best
 
     def _counts(
@@ -151,46 +174,71 @@ class Proposals:
                 counts.append(min(len(chain), self._always, room))
                 room -= counts[-1]
             return counts
-        allowed = [chain if o.credit.is_left else [] for chain, o in zip(chains, opened, strict=True)]
-
-        def drafting(counts: Ids[int]) -> float:
-            if are_made:
-                return 0.0
-            longest: dict[str, int] = {}
-            by_name: dict[str, Drafter] = {}
-            for candidate, count in zip(found, counts, strict=True):
-                if candidate is not None and candidate.drafter.name not in FREE and count:
-                    name = candidate.drafter.name
-                    by_name[name], longest[name] = candidate.drafter, max(longest.get(name, 0), count)
-            return sum(self.drafting_s(by_name[name], count) for name, count in longest.items())
+        are_free = [c is not None and c.drafter.name in FREE for c in found]
+        allowed = [
+            chain if own.credit.is_left(is_free=is_free) else []
+            for chain, own, is_free in zip(chains, opened, are_free, strict=True)
+        ]
 
         if not self._times.knows_excess:  # what more tokens cost is a guess so far
             allowed = [chain[:PROBED] for chain in allowed]
-        counts = best_counts(
-            tokens, allowed, room, self._times.seconds, drafting, computes_again=self._computes_again
-        )
+        drafting = _nothing if are_made else self._drafting(found)
+        again, seconds = self._computes_again, self._times.table().__getitem__
+        counts = best_counts(tokens, allowed, room, seconds, drafting, computes_again=again)
         for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
             if are_made and own.is_probe:  # it is tried whatever it promises
-                tried = self._affordable(own.credit, tokens, min(PROBED, len(chain)))
+                tried = self._affordable(
+                    own.credit.own(is_free=are_free[at]), tokens, min(PROBED, len(chain)), 0.0
+                )
                 counts[at] = max(1, tried, counts[at])
                 continue
             own.is_probe = False
             most = min(PROBED, len(chain), room - sum(counts))
-            if not counts[at] and most > 0 and own.credit.is_probe_due():
-                counts[at] = self._affordable(own.credit, tokens, most)
+            if not counts[at] and most > 0 and own.credit.is_probe_due(is_free=are_free[at]):
+                candidate = found[at]
+                assert candidate is not None
+                making_s = 0.0 if are_free[at] else self.drafting_s(candidate.drafter, most)
+                counts[at] = self._affordable(own.credit.own(is_free=are_free[at]), tokens, most, making_s)
                 own.is_probe = counts[at] > 0
         return counts
 
-    def _affordable(self, credit: Credit, tokens: int, most: int) -> int:
-        """How many drafted tokens a sequence can pay for if all are wrong."""
+    def _drafting(self, found: list[Candidate | None]) -> Callable[[Ids[int]], float]:
+        """Seconds that it takes to make drafts of so many tokens each."""
+        making = {
+            c.drafter.name: self._making(c.drafter)
+            for c in found
+            if c is not None and c.drafter.name not in FREE
+        }
+        if len(making) == len(found) == 1:
+            (of_one,) = making.values()
+            return lambda counts: of_one[counts[0]]
+
+        def of_all(counts: Ids[int]) -> float:
+            longest = dict.fromkeys(making, 0)
+            for candidate, count in zip(found, counts, strict=True):
+                if candidate is not None and candidate.drafter.name in longest:
+                    longest[candidate.drafter.name] = max(longest[candidate.drafter.name], count)
+            return sum(making[name][count] for name, count in longest.items())
+
+        return of_all if making else _nothing
+
+    def _affordable(self, account: Account, tokens: int, most: int, making_s: float) -> int:
+        """How many drafted tokens, which take so long to make, can be paid for if all are wrong."""
         plain = self._times.seconds(tokens)
-        costs = (self._times.seconds(tokens + count) / plain - 1 for count in range(1, most + 1))
-        return sum(cost <= credit.own.tokens for cost in costs)
+        costs = ((self._times.seconds(tokens + count) + making_s) / plain - 1 for count in range(1, most + 1))
+        return sum(cost <= account.tokens for cost in costs)
 
     def drafting_s(self, drafter: Drafter, count: int) -> float:
         """Seconds that a draft of so many tokens takes; 0 where that is not known yet."""
+        return self._making(drafter)[count]
+
+    def _making(self, drafter: Drafter) -> list[float]:
+        """The same by tokens, from none on."""
         times = self.draft_times[drafter.name]
-        return times.seconds(_timed_as(drafter, count)) if times.is_known else 0.0
+        if not times.is_known:
+            return FREE_DRAFTS
+        table = times.table()
+        return [0.0, *[table[drafter.longest]] * MOST_ROWS] if drafter.is_whole else [0.0, *table[1:]]
 
     def _made(
         self,
@@ -219,12 +267,19 @@ class Proposals:
             drafts = drafter.draft([_request(chunks[at], asked[at]) for at in wanted])
             longest, took = max(counts[at] for at in wanted), time.perf_counter() - began
             most_s = MOST_STEPS * self._times.seconds(len(chunks))
-            self.draft_times[drafter.name].observe(_timed_as(drafter, longest), min(took, most_s))
+            self.made[drafter.name] += 1
+            if self.made[drafter.name] > 1:  # the very first one reads everything for the first time
+                self.draft_times[drafter.name].observe(_timed_as(drafter, longest), min(took, most_s))
             self.made_s += took
             for at, draft in zip(wanted, drafts, strict=True):
                 chances = opened[at].acceptance.chances(drafter.name, draft)
                 made[at] = Candidate(drafter, draft, chances)
         return made
+
+
+def pause_for(looked_s: float, step_s: float) -> int:
+    """Steps that pass until it is worth looking again, where looking took so long and brought nothing."""
+    return min(int(looked_s / (LOOKING_SHARE * step_s)), MOST_PAUSE)
 
 
 def _is_made_whole(drafter: Drafter) -> bool:
@@ -235,6 +290,11 @@ def _is_made_whole(drafter: Drafter) -> bool:
 def _timed_as(drafter: Drafter, count: int) -> int:
     """As how many tokens the time of a draft of so many counts."""
     return drafter.longest if drafter.is_whole else count
+
+
+def _nothing(counts: Ids[int]) -> float:
+    """Seconds that drafts take that are made."""
+    return 0.0
 
 
 def _request(chunk: Chunk, most: int) -> DraftRequest:

@@ -1,7 +1,9 @@
-"""Which drafters rest: those that could not pay even if all their drafts were right, as steps are timed now.
+"""Which drafters rest: those that have cost more time than they saved, all that they cause included.
 
-They are asked for nothing and told nothing meanwhile. Times change, and the first ones say little, so that a
-rest ends, and its drafter is measured anew; if that changes nothing, the next rest is longer.
+Drafts of weights cost more than the steps that compute them: what the model captures is copied and keyed for
+every token, drafted or not. So each such drafter has an account of what it saved and cost, over all answers.
+Once what it may lose is lost, it is asked for nothing and told nothing. Texts and machines change, so that a
+rest ends; if that changes nothing, the next rest is longer.
 """
 
 from __future__ import annotations
@@ -9,30 +11,47 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# A drafter rests only after so many drafts: the first ones take longer.
+# What a drafter may lose until it rests, in tokens' time, and what it may lose of what it has gained: some
+# answers go badly where most go well.
+LOAN, MOST_CREDIT = 6.0, 30.0
+# A drafter's first drafts take longer: what they cost says nothing.
 SURE = 2
 # Steps of the first rest, and of the longest: each is twice as long as the one before.
-FIRST_REST, LAST_REST = 4096, 65536
+FIRST_REST, LAST_REST = 1024, 65536
 
 
 @dataclass
 class Rest:
     """Of one drafter.
 
-    left   steps for which it still rests
-    after  drafts that had been made when it woke last
+    tokens  whose time it may still lose
+    left    steps for which it still rests
+    after   drafts that had been made when it woke last
     """
 
+    tokens: float = LOAN
     left: int = 0
     after: int = 0
     _next: int = FIRST_REST
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it has lost what it may."""
+        return self.left <= 0 and self.tokens <= 0
+
+    def gained(self, tokens: float) -> None:
+        """It has saved so many tokens' time, or cost it."""
+        self.tokens = min(self.tokens + tokens, MOST_CREDIT)
+        if self.tokens == MOST_CREDIT:
+            self._next = FIRST_REST
+
     def look(self, steps: int, drafts: int, can_pay: Callable[[], bool]) -> bool:
-        """Whether it is awake. So many steps have passed since the last look; `drafts` were measured in
-        all."""
+        """Whether it is awake. So many steps have passed since the last look; `drafts` were made in all;
+        `can_pay` says whether they could pay if all were right."""
         if self.left > 0:
             self.left -= steps
             self.after = drafts
-        elif drafts >= self.after + SURE and not can_pay():
+        elif self.is_due or (drafts >= self.after + SURE and not can_pay()):
             self.left, self._next = self._next, min(2 * self._next, LAST_REST)
+            self.tokens = LOAN
         return self.left <= 0

@@ -54,7 +54,8 @@ class StepTimes:
             return
         if self._level is None:
             self._level = seconds / self._guess[tokens]
-        expected = self._level * self._relative(tokens)
+            self._table = None
+        expected = self.seconds(tokens)
         ratio = min(max(seconds / expected, LEAST), MOST)
         count = self._counts[tokens] = min(self._counts[tokens] + 1, SETTLED)
         is_first = not any(self._counts[:tokens])
@@ -71,16 +72,19 @@ class StepTimes:
 
     def seconds(self, tokens: int) -> float:
         """What a step of so many tokens takes; at most what the longest takes that is measured."""
+        table = self._table or self.table()
+        return table[tokens] if tokens < len(table) else table[-1]
+
+    def table(self) -> list[float]:
+        """The same by tokens, from none on."""
         if self._table is None:
             assert self._level is not None
-            self._table = [self._level * self._relative(count) for count in range(len(self._counts))]
-        return self._table[min(tokens, len(self._table) - 1)]
-
-    def _relative(self, tokens: int) -> float:
-        """In relation to a step of one token: measured, or by what others take."""
-        count = self._counts[tokens]
-        by_others = 1 + self._excess * (self._guess[tokens] - 1)
-        return (count * self._means[tokens] + PRIOR_STEPS * by_others) / (count + PRIOR_STEPS)
+            level, excess, known = self._level, self._excess, (self._counts, self._means, self._guess)
+            self._table = [
+                level * (count * mean + PRIOR_STEPS * (1 + excess * (guess - 1))) / (count + PRIOR_STEPS)
+                for count, mean, guess in zip(*known, strict=True)
+            ]
+        return self._table
 
 
 def _first_guess(tokens: int) -> float:

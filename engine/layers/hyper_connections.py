@@ -13,6 +13,8 @@ import torch
 
 from quant.kernels.interface import Kernels
 
+MIXED_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -69,9 +71,10 @@ class HyperConnection:
     def mix(self, kernels: Kernels, streams: torch.Tensor) -> Mix:
         """Mixing weights from streams `[tokens, hc, hidden]`."""
         tokens, hc, _ = streams.shape
-        flat = streams.flatten(1)
-        m = kernels.linear(kernels.rms_norm(flat, None, self.norm_eps), self.fn)
-        m = m * self.scale + self.base
+        # some at a time: normalised streams are many, and read once, while they are near
+        parts = torch.split(streams.flatten(1), MIXED_TOKENS)
+        found = [kernels.linear(kernels.rms_norm(part, None, self.norm_eps), self.fn) for part in parts]
+        m = (found[0] if len(found) == 1 else torch.cat(found)) * self.scale + self.base
         gates = kernels.sigmoid(m[:, : 2 * hc])
         combine = kernels.sinkhorn(m[:, 2 * hc :].view(tokens, hc, hc), self.sinkhorn_iters, self.hc_eps)
         return Mix(gates[:, :hc] + self.hc_eps, 2 * gates[:, hc:], combine)

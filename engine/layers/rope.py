@@ -72,6 +72,6 @@ class Rotation:
         """The rotation that undoes this one."""
         return Rotation(torch.conj_physical(self.turns))
 
-    def apply(self, kernels: Kernels, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, kernels: Kernels, x: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
         """Rotate the last `dim` channels of x `[tokens, ..., channels]`; the others pass through."""
-        return kernels.rotate(x, self.turns)
+        return kernels.rotate(x, self.turns, in_place=in_place)

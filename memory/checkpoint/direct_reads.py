@@ -109,7 +109,7 @@ class DirectFiles:
         """The calling thread's buffer, page-aligned, of at least `nbytes`."""
         buffer: mmap.mmap | None = getattr(self._scratch, "buffer", None)
         if buffer is None or len(buffer) < nbytes:
-            buffer = self._scratch.buffer = mmap.mmap(-1, nbytes)
+            buffer = self._scratch.buffer = _huge_pages(nbytes)
         return buffer
 
     def descriptor(self, file: Path) -> int:
@@ -122,9 +122,17 @@ class DirectFiles:
         Raises CheckpointError where they cannot be read.
         """
         part = coalesce([entry])[0]
-        buffer = mmap.mmap(-1, max(part.stop - part.start, BLOCK))  # page-aligned
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            buffer.madvise(mmap.MADV_HUGEPAGE)  # random row access: fewer pages mean fewer TLB misses
+        buffer = _huge_pages(max(part.stop - part.start, BLOCK))
         self._read_range(part, memoryview(buffer))
         start = entry.offset - part.start
         return torch.frombuffer(buffer, dtype=torch.uint8)[start : start + entry.nbytes]
+
+
+def _huge_pages(nbytes: int) -> mmap.mmap:
+    """New memory that begins on a page, in huge ones where the system has them: fewer to pin for a read, and
+    fewer to look up for rows at random."""
+    buffer = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer

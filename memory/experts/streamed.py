@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
+
 from memory.experts.lent_slots import LentSlots
 from memory.experts.slot_table import Key, SlotEntry
 from memory.experts.slots import ExpertSlots
@@ -68,6 +70,7 @@ class StreamedPass:
         self._gpu_rings = [lent.borrow(gpu, ring_slots(gpu.arena.slots)) for gpu in slots.gpus]
         self._sizes = [len(ring) for ring in self._gpu_rings]
         self._freed_later: list[tuple[Ticket, list[int], int]] = []
+        self._outputs: torch.Tensor | None = None
         self.go_on()
 
     def close(self) -> None:
@@ -84,6 +87,16 @@ class StreamedPass:
         self._lent.give_back(self.slots.dram, self._ring)
         for gpu, ring in zip(self.slots.gpus, self._gpu_rings, strict=True):
             self._lent.give_back(gpu, ring)
+
+    def outputs(self, rows: int, like: torch.Tensor) -> torch.Tensor:
+        """Room for what a layer's experts make, `[rows, hidden]`: in host memory layers share it, since the
+        system would clear new memory for each."""
+        if like.device.type != "cpu":
+            return like.new_empty(rows, like.shape[1])
+        if self._outputs is None or len(self._outputs) < rows:
+            self._outputs = None  # before there is other memory
+            self._outputs = like.new_empty(rows, like.shape[1])
+        return self._outputs[:rows]
 
     # -------------------------------------------------------------------------------------- what moves
 

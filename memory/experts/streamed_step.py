@@ -51,22 +51,16 @@ class StreamedStep:
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs: x `[tokens, hidden]`, weights `[tokens, top_k]`."""
         tokens, top_k = self._ids.shape
-        outputs = x.new_empty(tokens * top_k, x.shape[1])
+        outputs = self._pass.outputs(tokens * top_k, x)
         inputs = {x.device: x}
 
         def compute(table: SlotTable, experts: list[int], entries: list[SlotEntry]) -> None:
             if table.tier.device not in inputs:
                 inputs[table.tier.device] = x.to(table.tier.device)
             rows = torch.cat([self._rows(expert) for expert in experts])
-            ids = self._ids.flatten()[rows].unsqueeze(1)
-            here = inputs[table.tier.device]
             held = {e: table.weights(self._layer, entry) for e, entry in zip(experts, entries, strict=True)}
-            ones = torch.ones(ids.shape, device=here.device)
-            part = here[(rows // top_k).to(here.device)]
-            y = self._pass.kernels.moe_apart(MoeCall(part, ids, ones, held, swiglu_limit, extras)).flatten(
-                0, 1
-            )
-            outputs[rows.to(outputs.device)] = y.to(outputs.device)
+            call = MoeCall(inputs[table.tier.device], self._ids, weights, held, swiglu_limit, extras)
+            self._pass.kernels.moe_some(call, rows, outputs)
             self._slots.telemetry.add("computed", table.tier.name, len(experts))
 
         for at, table in enumerate(self._slots.gpus):

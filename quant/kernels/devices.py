@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -51,6 +51,9 @@ class DeviceKernels:
     def linear(self, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         return self.on(_device_of(weight)).linear(x, weight)
 
+    def linear_blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+        return self.on(_device_of(weights[0])).linear_blocks(x, weights)
+
     def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self.on(weights.device).batched_linear(x, weights)
 
@@ -59,6 +62,9 @@ class DeviceKernels:
 
     def moe_apart(self, call: MoeCall) -> torch.Tensor:
         return self.on(call.x.device).moe_apart(call)
+
+    def moe_some(self, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
+        self.on(call.x.device).moe_some(call, some, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self.on(x.device).rms_norm(x, weight, eps)
@@ -88,8 +94,8 @@ class DeviceKernels:
     def turns(self, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
         return self.on(positions.device).turns(positions, frequencies)
 
-    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        return self.on(x.device).rotate(x, turns)
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
+        return self.on(x.device).rotate(x, turns, in_place=in_place)
 
     def route(
         self, logits: torch.Tensor, bias: torch.Tensor | None, rule: RoutingRule
@@ -163,8 +169,12 @@ class DeviceKernels:
         window: int,
         compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> torch.Tensor:
-        return self.on(q.device).attend_sparse(q, window_kv, sink, window, compressed, entries)
+        return self.on(q.device).attend_sparse(
+            q, window_kv, sink, window, compressed, entries, in_place=in_place
+        )
 
 
 def _device_of(weight: Weight) -> torch.device:

@@ -6,6 +6,7 @@ The `reference` back end is plain torch; all others are tested against it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,12 +54,22 @@ class Kernels(LayerOperations, Protocol):
         """`x @ weight^T`: `[..., cols]` -> `[..., rows]`."""
         ...
 
+    def linear_blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+        """n weights of one shape, each times its own columns of x, side by side: `[tokens, n * cols]` ->
+        `[tokens, n * rows]`."""
+        ...
+
     def moe(self, call: MoeCall) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs for each token, `[tokens, hidden]`."""
         ...
 
     def moe_apart(self, call: MoeCall) -> torch.Tensor:
         """The chosen experts' outputs for each token, not weighted: `[tokens, top_k, hidden]`."""
+        ...
+
+    def moe_some(self, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
+        """`moe_apart` of some choices alone: those of numbers `some` `[n]` int64 (token * top_k + place), in
+        host memory, whose outputs become these rows of out `[tokens * top_k, hidden]`, on any device."""
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -203,6 +214,21 @@ def apart_by_moe(kernels: Kernels, call: MoeCall) -> torch.Tensor:
     x = call.x.repeat_interleave(top_k, dim=0)
     ones = torch.ones(ids.shape, device=x.device)
     return kernels.moe(replace(call, x=x, expert_ids=ids, expert_weights=ones)).view(tokens, top_k, -1)
+
+
+def blocks_by_products(kernels: Kernels, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+    """`Kernels.linear_blocks`, weight by weight."""
+    columns = x.view(len(x), len(weights), -1)
+    return torch.cat([kernels.linear(columns[:, n], weight) for n, weight in enumerate(weights)], dim=-1)
+
+
+def some_apart(kernels: Kernels, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
+    """`Kernels.moe_some` by `moe_apart`: inputs are gathered, outputs put in their places."""
+    ids = call.expert_ids.flatten()[some.to(call.expert_ids.device)].unsqueeze(1)
+    x = call.x[(some // call.expert_ids.shape[1]).to(call.x.device)]
+    ones = torch.ones(ids.shape, device=x.device)
+    y = kernels.moe_apart(replace(call, x=x, expert_ids=ids, expert_weights=ones)).flatten(0, 1)
+    out[some.to(out.device)] = y.to(out.device)
 
 
 def _expert_output(kernels: Kernels, x: torch.Tensor, expert_id: int, call: MoeCall) -> torch.Tensor:

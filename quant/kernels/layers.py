@@ -80,10 +80,11 @@ class LayerOperations(Protocol):
         """
         ...
 
-    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
         """The last channels of x `[tokens, ..., dim]`, in pairs, times turns `[tokens, pairs]` complex64.
 
-        A pair is a complex number; earlier channels are unchanged.
+        A pair is a complex number; earlier channels are unchanged. In place: x, float32 in one run, takes the
+        result, so that earlier channels are not even copied.
         """
         ...
 
@@ -205,6 +206,8 @@ class LayerOperations(Protocol):
         window: int,
         compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """Attention of `L` new tokens, `[L, heads, head_dim]`, over one latent per token for all heads.
 
@@ -213,5 +216,6 @@ class LayerOperations(Protocol):
         sink       `[heads]`: the denominator of head h gains exp(sink_h)
         compressed `[G, head_dim]` and entries `[L, k]`: compressed entries and which of them a token sees, -1
                    for none; they may be on another device, then the selected ones are fetched
+        in_place   what q takes in memory may take the result
         """
         ...

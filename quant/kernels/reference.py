@@ -6,6 +6,7 @@ weight is ever expanded as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,7 +15,16 @@ from torch.nn import functional as F
 from quant.errors import ConfigError
 from quant.formats.plain import Plain
 from quant.kernels.file_slots import FileSlotLayout
-from quant.kernels.interface import ExpertFormats, MoeCall, Products, Weight, apart_by_moe, moe_by_products
+from quant.kernels.interface import (
+    ExpertFormats,
+    MoeCall,
+    Products,
+    Weight,
+    apart_by_moe,
+    blocks_by_products,
+    moe_by_products,
+    some_apart,
+)
 from quant.kernels.torch_layers import TorchLayers
 from quant.packed import Format, PackedTensor
 
@@ -68,11 +78,17 @@ class ReferenceKernels(TorchLayers):
             out[..., start:stop] = self.product(x, weight.rows(start, stop).decode(x.dtype))
         return out
 
+    def linear_blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+        return blocks_by_products(self, x, weights)
+
     def moe(self, call: MoeCall) -> torch.Tensor:
         return moe_by_products(self, call)
 
     def moe_apart(self, call: MoeCall) -> torch.Tensor:
         return apart_by_moe(self, call)
+
+    def moe_some(self, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
+        some_apart(self, call, some, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)

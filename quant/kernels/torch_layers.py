@@ -48,9 +48,9 @@ class TorchLayers:
         angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
         return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
-    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
         tokens, pairs = turns.shape
-        turned = x.clone(memory_format=torch.contiguous_format)
+        turned = x if in_place else x.clone(memory_format=torch.contiguous_format)
         numbers = torch.view_as_complex(turned[..., -2 * pairs :].view(*x.shape[:-1], pairs, 2))
         numbers.mul_(turns.view(tokens, *(1,) * (x.dim() - 2), pairs))
         return turned
@@ -214,6 +214,8 @@ class TorchLayers:
         window: int,
         compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> torch.Tensor:
         before = window_kv.shape[0] - q.shape[0]
         blocks = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.drafts.beside import SmallModelFiles, open_beside
-from engine.drafts.choice import weights_wanted
+from engine.drafts.choice import DraftChoice, weights_wanted
 from engine.drafts.own import own_draft_bytes, room_for_drafts
 from engine.embedded import model_path
 from engine.families.loader import OpenedModel
@@ -72,16 +72,7 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     elif machine.dram_bytes < asked.weights_bytes + on_host:
         dram_bytes = asked.weights_bytes  # what was asked for is tried: it may be there
     budget = replace(budget, kv_format=kv_format, machine=replace(machine, dram_bytes=dram_bytes))
-    wanted = weights_wanted(settings.drafts)
-    has_gpus = not all(gpu.is_virtual for gpu in budget.gpus)
-    if wanted == "auto" and has_gpus:
-        wanted = "off"  # nothing is captured of layers on GPUs, so that draft layers would not be read
-    drafts = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
-    if wanted == "mtp" and not drafts:
-        raise ConfigError(
-            f"--drafts mtp: {opened.info.name} has no draft layers that Loci can use; leave it out, or use "
-            "--drafts lookup"
-        )
+    drafts = own_drafts_room(settings.drafts, opened, budget)
     small = _small_model(settings, opened)
     asked = replace(asked, draft_bytes=drafts + (0 if small is None else small.nbytes))
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)
@@ -89,10 +80,31 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     _check_context(settings, shape, plan)
     others = [*_of_tiers(settings, plan), *_of_formats(settings, kv_format)]
     if settings.drafts == "auto":
-        others.append(_of_drafts(drafts, own_draft_bytes(opened.family, opened.checkpoint), has_gpus))
+        needed = own_draft_bytes(opened.family, opened.checkpoint)
+        others.append(_of_drafts(drafts, needed, has_gpus=not all(gpu.is_virtual for gpu in budget.gpus)))
     plan = replace(plan, choices=(gpus, *plan.choices, *others))
     _check_fit(shape, plan, settings)
     return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, small)
+
+
+def own_drafts_room(choice: DraftChoice, opened: OpenedModel, budget: MemoryBudget) -> int:
+    """Bytes of DRAM to keep for a model's own weights for drafts. Raises ConfigError where they are asked for
+    and there are none."""
+    wanted = weights_wanted(choice)
+    if wanted == "auto" and not all(gpu.is_virtual for gpu in budget.gpus):
+        if own_draft_bytes(opened.family, opened.checkpoint):
+            log.info(
+                "the model's own weights for drafts are not read, and no memory is planned for them: "
+                "nothing is captured of layers on GPUs that they could draft from"
+            )
+        return 0
+    room = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
+    if wanted == "mtp" and not room:
+        raise ConfigError(
+            f"--drafts mtp: {opened.info.name} has no draft layers that Loci can use; leave it out, or use "
+            "--drafts lookup"
+        )
+    return room
 
 
 def _small_model(settings: Settings, opened: OpenedModel) -> SmallModelFiles | None:
@@ -158,7 +170,7 @@ def _of_formats(settings: Settings, kv_format: KvFormat) -> tuple[Choice, ...]:
     return (Choice("kv_format", kv_format, why),)
 
 
-def _of_drafts(kept: int, needed: int, has_gpus: bool) -> Choice:
+def _of_drafts(kept: int, needed: int, *, has_gpus: bool) -> Choice:
     """Who guesses tokens ahead, and why: bytes that are kept for the model's own weights for it, and that
     they need."""
     size = f"{needed / 2**20:,.0f} MiB of weights of its own for it"

@@ -53,8 +53,8 @@ class DraftLayer(Decoder):
             ops = self._eager(batch, cache)
             x = self._combined(ops, self._embedded(batch.token_ids), hidden)
             with self._eager_experts(len(batch.ids)) as routed:
-                states = self._states(ops, self._layers(ops, routed, x, NO_TRACE))
-            logits = self._logits(ops, states[batch.logit_rows])
+                states = self.layers.states(ops, self.layers.run(ops, routed, x, NO_TRACE))
+            logits = self.layers.logits(ops, states[batch.logit_rows])
         for segment in batch.segments:
             cache.advance(segment)
         return DraftStep(logits, states[batch.logit_rows])
@@ -68,9 +68,9 @@ class DraftLayer(Decoder):
             embedded = recorder.input(self.description.hidden)
             self._embedding[cache] = embedded
         x = self._combined(ops, embedded, source)
-        cache.last_states = self._states(ops, self._layers(ops, cache.routed, x, NO_TRACE))
+        cache.last_states = self.layers.states(ops, self.layers.run(ops, cache.routed, x, NO_TRACE))
         recorder.keep(cache.last_states)
-        cache.program = recorder.finish(source, self._logits(ops, cache.last_states))
+        cache.program = recorder.finish(source, self.layers.logits(ops, cache.last_states))
 
     def _combined(self, ops: Operations[Value], embedded: Value, hidden: Value) -> Value:
         """The layer's input, `[tokens, hidden]`."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.cache.grouped import Groups
 from engine.families.decoder.hf import MOST_LAYERS
 from engine.families.decoder.keys import HARMLESS, Keys
 from engine.families.streams.config import StreamConfig
+from engine.families.streams.dspark import DSparkShape
 from engine.layers.rope import YarnScaling
 from memory.checkpoint.checkpoint import Checkpoint
 
 INDEXED = 4  # the ratio whose groups overlap, and whose entries an indexer chooses among
 ALL_SEEN = 128  # the ratio whose entries are all attended to
-# Of draft stages, which lie behind the model's layers and are not run.
+# Of draft stages, which lie behind the model's layers.
 DRAFT_KEYS = (
     "num_nextn_predict_layers", "dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids",
     "dspark_markov_rank",
@@ -28,10 +29,12 @@ class V4Config(StreamConfig):
 
     ratios         of each layer, tokens per compressed entry; 0 where it sees its window alone
     hashed_layers  how many of the first layers choose experts by the token's id
+    dspark         of draft stages, where the checkpoint has these
     """
 
     ratios: tuple[int, ...]
     hashed_layers: int
+    dspark: DSparkShape | None = None
 
     @property
     def layers(self) -> int:
@@ -98,7 +101,9 @@ def parse_config(checkpoint: Checkpoint) -> V4Config:
     read.problems += _contradictions(config)
     read.check_unknown(HARMLESS)
     read.check()
-    return config
+    if "mtp.0.main_proj.weight" not in checkpoint.entries:
+        return config
+    return replace(config, dspark=DSparkShape.of(checkpoint.config, config.layers, config.vocab_size))
 
 
 def _ratios(read: Keys) -> tuple[int, ...]:

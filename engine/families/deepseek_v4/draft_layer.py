@@ -17,26 +17,19 @@ from engine.families.deepseek_v4.eager import V4Eager
 from engine.families.deepseek_v4.forward import DeepseekV4, V4Cache
 from engine.families.deepseek_v4.operations import V4Operations
 from engine.families.deepseek_v4.recorded import V4Recorded
-from engine.families.deepseek_v4.tensors import expect_layer
+from engine.families.deepseek_v4.tensors import expect_head_mix, expect_layer
 from engine.families.deepseek_v4.weights import V4Weights, read_head_mix, read_layer
-from engine.families.places import HOST
+from engine.families.streams.draft_stages import stage_bytes, stage_experts
 from engine.families.streams.dspark import stage_count, stages_of
-from engine.families.streams.experts import StreamExpertFiles
 from engine.families.streams.operations import MAX_ROWS
 from engine.families.streams.reader import Reader
 from engine.families.streams.stored import Expectations
 from engine.layers.operations import Value
 from memory.checkpoint.checkpoint import Checkpoint
 from memory.checkpoint.entries import TensorSpec
-from memory.experts.store import ExpertStore
-from memory.tiers import Tier
 from quant.kernels.cpu.program import Buffer
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Kernels, Weight
-
-# What slots of experts take beyond the file's bytes: they begin at cache lines.
-ALIGNED = 1.02
-LEAST_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -56,10 +49,7 @@ def has_draft_layer(checkpoint: Checkpoint) -> bool:
 
 def draft_layer_bytes(checkpoint: Checkpoint) -> int:
     """Bytes that it takes in memory; 0 where there is none."""
-    if not has_draft_layer(checkpoint):
-        return 0
-    held = sum(entry.nbytes for entry in stages_of(checkpoint).entries.values())
-    return int(held * ALIGNED) + LEAST_BYTES
+    return stage_bytes(checkpoint) if has_draft_layer(checkpoint) else 0
 
 
 def _expected(c: V4Config, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
@@ -70,9 +60,7 @@ def _expected(c: V4Config, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
         expect.dense(f"layers.0.{name}", c.hidden_size, c.hidden_size)
     for name in ("enorm", "hnorm", "norm"):
         expect.floats(f"layers.0.{name}.weight", c.hidden_size)
-    expect.floats("layers.0.hc_head_fn", c.hc_mult, c.hc_mult * c.hidden_size, released="F32")
-    expect.floats("layers.0.hc_head_base", c.hc_mult, released="F32")
-    expect.floats("layers.0.hc_head_scale", 1, released="F32")
+    expect_head_mix(c, expect, "layers.0.hc_head")
     return expect.specs
 
 
@@ -84,15 +72,13 @@ def read_draft_layer(model: DeepseekV4, checkpoint: Checkpoint, kernels: Kernels
     c = replace(model.config, ratios=(0,), hashed_layers=0)
     checkpoint = stages_of(checkpoint)
     checkpoint.verify(_expected(c, checkpoint))
-    reader, files = Reader(checkpoint, kernels), StreamExpertFiles.of(c, checkpoint, 1)
-    of_experts = sum(entry.nbytes for name, entry in checkpoint.entries.items() if ".ffn.experts." in name)
-    tier = Tier("dram", int(of_experts * ALIGNED) + LEAST_BYTES, HOST)
+    reader = Reader(checkpoint, kernels)
     weights = V4Weights(
         embed=model.weights.embed,
         norm=reader.small("layers.0.norm.weight"),
         head=model.weights.head,
         layers=(read_layer(c, reader, 0, None),),
-        experts=ExpertStore(files, kernels, tier),
+        experts=stage_experts(c, checkpoint, 1, kernels),
         places=model.weights.places,
         hc_head=read_head_mix(c, reader, "layers.0.hc_head"),
     )

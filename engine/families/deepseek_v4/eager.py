@@ -28,9 +28,20 @@ class V4Eager(EagerStreams):
         self._config = parts.config
         self._cache = cache
         self._selections: dict[int, torch.Tensor] = {}  # of each piece, of the layer that is being computed
+        self._means: list[torch.Tensor] = []  # of streams that are captured
 
     def streams(self, x: torch.Tensor, n: int) -> torch.Tensor:
         return x.repeat(1, n)
+
+    def capture(self, streams: torch.Tensor) -> None:
+        parallel = self._parallel(streams)
+        share = streams.new_full(parallel.shape[:2], 1 / parallel.shape[1])
+        self._means.append(self._kernels.weighted_sum(parallel, share))
+
+    @property
+    def captured(self) -> torch.Tensor:
+        """What was captured of all tokens, `[tokens, layers * hidden]`."""
+        return torch.cat(self._means, dim=1)
 
     def reading(self, mix: ReadMix, streams: torch.Tensor) -> torch.Tensor:
         return mix.pre(self._kernels, streams)

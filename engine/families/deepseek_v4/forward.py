@@ -68,6 +68,7 @@ class DeepseekV4(StreamModel):
         self.cache_shape = cache_shape(config, devices, kv_format)
         self._coordinator: Coordinator | None = None  # of recorded steps on GPUs
         self._captures = False
+        self._targets: tuple[int, ...] = ()  # layers behind which draft stages read
         self._captured: list[torch.Tensor] = []
 
     def close(self) -> None:
@@ -80,8 +81,12 @@ class DeepseekV4(StreamModel):
         return [*with_head, self.weights.hc_head], [layer.token_experts for layer in self.weights.layers]
 
     def capture(self) -> bool:
-        """The streams that leave the last layer, `[tokens, hc * hidden]`. On GPUs nothing is captured yet."""
+        """The streams that leave the last layer, `[tokens, hc * hidden]`; where there are DSpark's stages,
+        the mean of those that leave each of the layers that `dspark_target_layer_ids` names, side by side.
+        On GPUs nothing is captured yet."""
         self._captures = not self._is_on_gpus
+        if self._captures and self.config.dspark is not None:
+            self._targets = self.config.dspark.target_layer_ids
         return self._captures
 
     def captured(self) -> list[torch.Tensor]:
@@ -116,8 +121,8 @@ class DeepseekV4(StreamModel):
         source = ops.begin()
         streams = self._layers(ops, source)
         if self._captures:
-            ops.captured = streams
-            recorder.keep(streams)
+            captured = ops.captured = ops.captured or streams
+            recorder.keep(captured)
         ops.finish(source, self._logits(ops, streams))
         return ops
 
@@ -166,7 +171,7 @@ class DeepseekV4(StreamModel):
         with V4Eager(self.parts, batch, cache, trace) as ops:
             streams = self._layers(ops, embedded)
             if self._captures:
-                self._captured = by_segment(streams, batch)
+                self._captured = by_segment(ops.captured if self._targets else streams, batch)
             return self._logits(ops, streams[batch.logit_rows.to(streams.device)]).float().cpu()
 
     def _layers(self, ops: V4Operations[Value], embedded: Value) -> Value:
@@ -192,6 +197,8 @@ class DeepseekV4(StreamModel):
             mix = ops.mix(layer.hc_ffn, streams)
             y = self._experts(ops, number, streams, mix)
             streams = ops.write_streams(streams, y, mix)
+            if number in self._targets:
+                ops.capture(streams)
             ops.trace(f"streams.{number}", streams, c.hc_mult, c.hidden_size)
         ops.at_layer(None)
         return streams

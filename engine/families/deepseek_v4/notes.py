@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.cache.grouped import GroupedCache
+from engine.families.deepseek_v4.config import V4Config
 from engine.families.deepseek_v4.operations import V4Parts
 from engine.families.deepseek_v4.weights import Compressor
 from engine.families.streams.notes import StreamNotes
@@ -17,6 +18,8 @@ from quant.kernels.recording import StepRecorder
 
 class V4Notes(StreamNotes):
     """What is the same on all devices, for steps with `cache`."""
+
+    _config: V4Config
 
     def __init__(self, parts: V4Parts, recorder: StepRecorder, cache: GroupedCache) -> None:
         super().__init__(recorder, parts.frequencies)

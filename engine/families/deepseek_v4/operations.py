@@ -42,6 +42,10 @@ class V4Operations(StreamOperations[Value], Protocol[Value]):
         """x in n streams."""
         ...
 
+    def capture(self, streams: Value) -> None:
+        """Keep the mean of the streams, which draft stages read."""
+        ...
+
     def reading(self, mix: ReadMix, streams: Value) -> Value:
         """How streams are read, `[rows, hc]`."""
         ...

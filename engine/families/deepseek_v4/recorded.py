@@ -31,7 +31,6 @@ class V4Recorded(V4Notes):
         self._experts = RecordedExperts(recorder, parts.weights.experts, parts.config.swiglu_limit)
         self._by_token: dict[int, Buffer] = {}  # experts, by layer
         self.program: Program | None = None
-        self.captured: Buffer | None = None
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[n, vocab_size]`."""

@@ -21,14 +21,18 @@ def expected_tensors(
     experts  of each layer; None for all
     """
     expect = Expectations(checkpoint)
-    hidden = c.hidden_size
     expect.outside(c)
-    expect.floats("hc_head_fn", c.hc_mult, c.hc_mult * hidden, released="F32")
-    expect.floats("hc_head_base", c.hc_mult, released="F32")
-    expect.floats("hc_head_scale", 1, released="F32")
+    expect_head_mix(c, expect, "hc_head")
     for n in range(c.layers):
         expect_layer(c, expect, n, experts)
     return expect.specs
+
+
+def expect_head_mix(c: V4Config, expect: Expectations, name: str) -> None:
+    """How streams are read for the head."""
+    expect.floats(f"{name}_fn", c.hc_mult, c.hc_mult * c.hidden_size, released="F32")
+    expect.floats(f"{name}_base", c.hc_mult, released="F32")
+    expect.floats(f"{name}_scale", 1, released="F32")
 
 
 def expect_layer(c: V4Config, expect: Expectations, n: int, experts: int | None = None) -> None:

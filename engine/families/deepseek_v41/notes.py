@@ -3,9 +3,8 @@ token."""
 
 from __future__ import annotations
 
-import torch
-
 from engine.cache.sparse import SparseCache
+from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.operations import V41Parts
 from engine.families.deepseek_v41.weights import CompressorWeights
 from engine.families.streams.notes import StreamNotes
@@ -21,6 +20,8 @@ from quant.kernels.recording import StepRecorder
 class V41Notes(StreamNotes):
     """What is the same on all devices, for steps with `cache`."""
 
+    _config: V41Config
+
     def __init__(self, parts: V41Parts, recorder: StepRecorder, cache: SparseCache) -> None:
         super().__init__(recorder, parts.frequencies)
         self._parts = parts
@@ -28,7 +29,6 @@ class V41Notes(StreamNotes):
         self._cache = cache
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
-        self.captured: Buffer | None = None  # `[rows, layers * hidden]` of those that are captured
 
     def narrow(self, number: int, streams: Buffer, pre: Buffer) -> tuple[Buffer, Buffer]:
         """All: each row is a sequence's newest token."""
@@ -48,12 +48,6 @@ class V41Notes(StreamNotes):
         if not isinstance(self._recorder, Recorder):
             raise FormatError(f"streams are {what} by steps in host memory only")
         return self._recorder
-
-    def capture(self, streams: Buffer) -> None:
-        assert isinstance(self._recorder, Recorder)  # nothing is captured on GPUs
-        hc = self._config.hc_mult
-        mean = self._recorder.weighted_sum(streams, self._recorder.constant(torch.full((hc,), 1 / hc)))
-        self.captured = mean if self.captured is None else self._recorder.join(self.captured, mean, 1)
 
     def compress(self, number: int, compressor: CompressorWeights, x: Buffer) -> None:
         recorder, eps, state = self._recorder, self._config.rms_norm_eps, self._cache.sources[number]

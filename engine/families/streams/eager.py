@@ -159,12 +159,11 @@ class EagerStreams(EagerBasics):
         rotation = self._rotation(x.device, compressed=compressed)
         if backwards:
             rotation = rotation.inverse
-        return rotation.apply(self._kernels, x.view(len(x), heads, -1)).view(x.shape)
+        # in its own memory: queries are the most that a layer makes, and nobody needs them as they were
+        return rotation.apply(self._kernels, x.view(len(x), heads, -1), in_place=True).view(x.shape)
 
     def blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
-        groups = x.view(len(x), len(weights), -1)
-        parts = [self._kernels.linear(groups[:, n], weight) for n, weight in enumerate(weights)]
-        return torch.cat(parts, dim=-1)
+        return self._kernels.linear_blocks(x, weights)
 
     def _attend(self, q: torch.Tensor, sink: torch.Tensor, window: int, seen: Seen) -> torch.Tensor:
         """Attention of `[tokens, heads * head_dim]` queries, to the same."""
@@ -173,7 +172,11 @@ class EagerStreams(EagerBasics):
         for i, segment, at in self._pieces_here():
             window_kv, compressed, entries = seen(i, segment, at)
             entries = None if entries is None else entries.to(q.device)
-            attended.append(self._kernels.attend_sparse(q[at], window_kv, sink, window, compressed, entries))
+            attended.append(
+                self._kernels.attend_sparse(
+                    q[at], window_kv, sink, window, compressed, entries, in_place=True
+                )
+            )
         out = attended[0] if len(attended) == 1 else torch.cat(attended)
         return out.flatten(1)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
+from engine.families.streams.config import StreamConfig
 from engine.families.streams.operations import Frequencies, StreamMix
 from engine.layers.hyper_connections import HyperConnection
 from engine.layers.recorded import RecordedBasics
 from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Weight
 from quant.kernels.recording import StepRecorder
 
@@ -15,10 +19,13 @@ from quant.kernels.recording import StepRecorder
 class StreamNotes(RecordedBasics):
     """`StreamOperations` as far as they are the same on all devices."""
 
+    _config: StreamConfig
+
     def __init__(self, recorder: StepRecorder, frequencies: Frequencies) -> None:
         super().__init__(recorder)
         self._frequencies = frequencies
         self._turns: dict[tuple[bool, bool, int], Buffer] = {}  # by compressed, backwards, unit
+        self.captured: Buffer | None = None  # `[rows, layers * hidden]` of those that are captured
 
     def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number
@@ -36,6 +43,12 @@ class StreamNotes(RecordedBasics):
 
     def write_streams(self, streams: Buffer, y: Buffer, mix: StreamMix[Buffer]) -> Buffer:
         return self._recorder.mix_streams(streams, y, mix.post, mix.combine)
+
+    def capture(self, streams: Buffer) -> None:
+        assert isinstance(self._recorder, Recorder)  # nothing is captured on GPUs
+        hc = self._config.hc_mult
+        mean = self._recorder.weighted_sum(streams, self._recorder.constant(torch.full((hc,), 1 / hc)))
+        self.captured = mean if self.captured is None else self._recorder.join(self.captured, mean, 1)
 
     def rotate(self, x: Buffer, heads: int, *, compressed: bool, backwards: bool = False) -> Buffer:
         return self._recorder.rotate(x, self._turn(compressed, backwards), heads)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 22  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 23  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -26,6 +26,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "loci_tile": (None, [Int, Pointer, Pointer]),
     "loci_untile": (None, [Int, Pointer, Pointer, Int64, Pointer, Pointer]),
     "loci_linear": (None, [Int, Int, Int, Pointer, Pointer, Int64, Pointer]),
+    "loci_linear_blocks": (None, [Int, Int, Int, Pointer, Int64, Pointer, Int64, Pointer]),
     "loci_dense_linear": (None, [Int, Int, Int, Pointer, Int, Int64, Int64, Pointer, Int64, Pointer]),
     "loci_dense_blocks": (
         None,

@@ -9,7 +9,7 @@ threads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,7 @@ from quant.kernels.cpu import library
 from quant.kernels.cpu.native_layers import NativeLayers
 from quant.kernels.cpu.panel_slots import ExpertSlotLayout, has_slots
 from quant.kernels.cpu.panels import (
+    BLOCK,
     NativeWeight,
     Tiled,
     native_weight,
@@ -36,7 +37,9 @@ from quant.kernels.interface import (
     Products,
     SlotLayout,
     Weight,
+    blocks_by_products,
     matrix_shapes,
+    some_apart,
     three_formats,
 )
 from quant.kernels.reference import ReferenceKernels
@@ -61,6 +64,8 @@ class _Moe(ctypes.Structure):
         ("alpha", ctypes.c_float),
         ("shift", ctypes.c_float),
         ("biases", ctypes.c_void_p),
+        ("some", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     )
 
 
@@ -209,6 +214,27 @@ class NativeKernels(NativeLayers):
         )
         return out if flat is x else like(x, out)
 
+    def linear_blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+        natives = [weight for weight in weights if isinstance(weight, NativeWeight)]
+        kinds = {(weight.format.name, weight.shape) for weight in natives}
+        rows, cols = weights[0].shape
+        if len(natives) < len(weights) or len(kinds) > 1 or tiled_format(natives[0]) is None or cols % BLOCK:
+            return blocks_by_products(self, x, weights)
+        flat = as_floats(x, len(weights) * cols)
+        out = flat.new_empty(len(flat), len(weights) * rows)
+        matrices = (ctypes.c_void_p * len(natives))(*(weight.address for weight in natives))
+        self._library.loci_linear_blocks(
+            self._level,
+            self._threads(),
+            self._activations,
+            ctypes.addressof(matrices),
+            len(natives),
+            flat.data_ptr(),
+            len(flat),
+            out.data_ptr(),
+        )
+        return out if flat is x else like(x, out)
+
     def batched_linear(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         x, weights = contiguous(x, torch.float32), weights.contiguous()
         count, rows, cols = weights.shape
@@ -240,12 +266,28 @@ class NativeKernels(NativeLayers):
         out = flat.new_empty(*call.expert_ids.shape, flat.shape[1])
         return out.to(call.x.dtype) if self._moe(call, flat, None, out) else self._fallback.moe_apart(call)
 
-    def _moe(self, call: MoeCall, x: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> bool:
-        """Compute a call for x `[tokens, hidden]` float32, without factors each choice apart; False where no
-        kernel can."""
-        used = sorted({expert for chosen in call.expert_ids.tolist() for expert in chosen})
+    def moe_some(self, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
+        some = contiguous(some, torch.int64)
+        x, places = call.x, call.expert_ids.numel()
+        is_ready = x.dtype == torch.float32 and x.is_contiguous() and out.dtype == torch.float32
+        if not is_ready or out.shape != (places, x.shape[1]) or not self._moe(call, x, None, out, some):
+            some_apart(self, call, some, out)
+
+    def _moe(
+        self,
+        call: MoeCall,
+        x: torch.Tensor,
+        factors: torch.Tensor | None,
+        out: torch.Tensor,
+        some: torch.Tensor | None = None,
+    ) -> bool:
+        """Compute a call for x `[tokens, hidden]` float32, without factors each choice apart, of these `some`
+        alone; False where no kernel can."""
+        chosen = call.expert_ids.flatten()
+        used = sorted(set((chosen if some is None else chosen[some]).tolist()))
         if not used:
-            out.zero_()
+            if some is None:
+                out.zero_()
             return True
         weights = [native_weight(w) for e in map(call.experts.__getitem__, used) for w in (e.w1, e.w3, e.w2)]
         addresses = [w.address for w in weights if w is not None]
@@ -269,6 +311,8 @@ class NativeKernels(NativeLayers):
             call.extras.alpha,
             call.extras.shift,
             0 if biases is None else ctypes.addressof(biases),
+            0 if some is None else some.data_ptr(),
+            0 if some is None else len(some),
         )
         # not done where experts differ in their formats
         return bool(

@@ -151,11 +151,13 @@ class NativeAttention(NativeRows):
         window: int,
         compressed: Rows | None = None,
         entries: torch.Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> torch.Tensor:
         if compressed is not None and entries is not None and compressed.device != q.device:
             compressed, entries = fetched(compressed, entries)
         kv = like(window_kv, in_order(window_kv).unsqueeze(0))
-        return self._attend(q, kv, kv, window, floats(sink), compressed, entries)
+        return self._attend(q, kv, kv, window, floats(sink), compressed, entries, in_place=in_place)
 
     def _attend(
         self,
@@ -166,6 +168,8 @@ class NativeAttention(NativeRows):
         sink: torch.Tensor | None,
         compressed: Rows | None,
         entries: torch.Tensor | None,
+        *,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """Of the last tokens, q `[tokens, heads, dim]`; keys `[kv_heads, before + tokens, dim]`, values
         `[kv_heads, before + tokens, value_dim]`."""
@@ -179,7 +183,8 @@ class NativeAttention(NativeRows):
             of_values = F.pad(of_values, (0, width - of_values.shape[-1]))
         if of_keys.dtype != torch.uint8:
             of_keys, of_values = of_keys.float(), of_values.float()
-        out = q.new_empty(tokens, heads, value_dim)
+        # what rows of queries make is written when nothing asks for them any more
+        out = q if in_place and value_dim == dim else q.new_empty(tokens, heads, value_dim)
         call = AttendCall(
             q=q.data_ptr(),
             keys=of_keys.data_ptr(),

@@ -111,11 +111,11 @@ class NativeLayers(NativeAttention, NativeDeltaNet):
         self._library.loci_turns(positions.data_ptr(), frequencies.data_ptr(), *out.shape, out.data_ptr())
         return out
 
-    def rotate(self, x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, turns: torch.Tensor, *, in_place: bool = False) -> torch.Tensor:
         x, turns = floats(x), turns.contiguous()
         tokens, pairs = turns.shape
         dim = x.shape[-1]
-        out = torch.empty_like(x)
+        out = x if in_place else torch.empty_like(x)
         self._library.loci_rotate(
             self._level,
             self._threads(),

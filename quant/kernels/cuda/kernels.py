@@ -5,7 +5,7 @@ Formats without a kernel here (GGUF) are decoded one block of rows at a time and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -27,7 +27,9 @@ from quant.kernels.interface import (
     Products,
     Weight,
     apart_by_moe,
+    blocks_by_products,
     moe_by_products,
+    some_apart,
 )
 from quant.kernels.reference import DECODE_VALUES, ReferenceKernels
 from quant.kernels.torch_layers import TorchLayers
@@ -109,6 +111,9 @@ class TritonKernels(TorchLayers):
         step = max(1, DECODE_VALUES // weight.shape[1])
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in torch.split(weight, step)], dim=-1)
 
+    def linear_blocks(self, x: torch.Tensor, weights: Sequence[Weight]) -> torch.Tensor:
+        return blocks_by_products(self, x, weights)
+
     def moe(self, call: MoeCall) -> torch.Tensor:
         x, (tokens, top_k) = call.x, call.expert_ids.shape
         if tokens == 0:
@@ -129,6 +134,9 @@ class TritonKernels(TorchLayers):
 
     def moe_apart(self, call: MoeCall) -> torch.Tensor:
         return apart_by_moe(self, call)
+
+    def moe_some(self, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
+        some_apart(self, call, some, out)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         return self._reference.rms_norm(x, weight, eps)  # one launch of torch's own

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from tests.engine.families.golden_families import family_path
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
@@ -116,6 +118,47 @@ def v41_stages(c: dict[str, Any], keys: StageKeys, seed: int = 5) -> dict[str, t
     draw.floats(f"{last}.markov_head.head.weight", vocab, keys.rank, spread=keys.rank**-0.5)
     draw.floats(f"{last}.confidence_head.proj.weight", 1, hidden + keys.rank, spread=0.1)
     return draw.tensors
+
+
+def v4_stages(c: dict[str, Any], keys: StageKeys, seed: int = 5) -> dict[str, torch.Tensor]:
+    """DSpark stages of V4, by name; their experts are as the model's."""
+    draw = RandomTensors(seed, 128)
+    hidden, vocab, hc = c["hidden_size"], c["vocab_size"], c["hc_mult"]
+    for stage in range(keys.stages):
+        block_tensors(draw, f"mtp.{stage}", c, c["n_routed_experts"])
+    draw.dense("mtp.0.main_proj", hidden, len(keys.targets) * hidden)
+    draw.floats("mtp.0.main_norm.weight", hidden, around=1, spread=0.2)
+    last = f"mtp.{keys.stages - 1}"
+    draw.floats(f"{last}.norm.weight", hidden, around=1, spread=0.2)
+    draw.floats(f"{last}.hc_head_fn", hc, hc * hidden, spread=(hc * hidden) ** -0.5, dtype=torch.float32)
+    draw.floats(f"{last}.hc_head_base", hc, spread=0.5, dtype=torch.float32)
+    draw.floats(f"{last}.hc_head_scale", 1, around=0.5, spread=0.1, dtype=torch.float32)
+    draw.floats(f"{last}.markov_head.markov_w1.weight", vocab, keys.rank, spread=1)
+    draw.floats(f"{last}.markov_head.markov_w2.weight", vocab, keys.rank, spread=keys.rank**-0.5)
+    draw.floats(f"{last}.confidence_head.proj.weight", 1, hidden + keys.rank, spread=0.1)
+    return draw.tensors
+
+
+def v4_with_stages(to: Path, seed: int = 5) -> Path:
+    """The golden V4 with stages in place of its draft layer."""
+    golden = family_path("deepseek_v4")
+    config = json.loads((golden / "config.json").read_text())
+    stages = config["num_hidden_layers"]
+    keys = StageKeys(noise=7, targets=(stages - 3, stages - 2, stages - 1))
+    said = {name: value for name, value in keys.keys().items() if not name.endswith(("experts", "per_tok"))}
+    said |= {"num_nextn_predict_layers": 1, "compress_ratios": [*config["compress_ratios"][:stages], 0, 0, 0]}
+    with_stages(golden, to, v4_stages(config, keys, seed), said)
+    index = json.loads((to / "model.safetensors.index.json").read_text())
+    for file in to.glob("model-*.safetensors"):
+        kept = {name: value for name, value in load_file(file).items() if not name.startswith("mtp.")}
+        save_file(kept, file)
+    index["weight_map"] = {
+        name: file
+        for name, file in index["weight_map"].items()
+        if not name.startswith("mtp.") or file == "stages.safetensors"
+    }
+    (to / "model.safetensors.index.json").write_text(json.dumps(index))
+    return to
 
 
 def with_stages(golden: Path, to: Path, stages: dict[str, torch.Tensor], keys: dict[str, Any]) -> Path:

@@ -206,6 +206,54 @@ def v41_block(
     ))  # fmt: skip
 
 
+def v4_block(
+    tensors: dict[str, torch.Tensor],
+    c: dict[str, Any],
+    embed: torch.Tensor,
+    head: torch.Tensor,
+    captures: torch.Tensor,
+    start: int,
+    newest: int,
+) -> Block:
+    """Section 7 of V4: the same arguments, captured behind its target layers."""
+    hc, eps, block = c["hc_mult"], c["rms_norm_eps"], c["dspark_block_size"]
+    stages = 1 + max(int(name.split(".")[1]) for name in tensors)
+    last = f"mtp.{stages - 1}"
+    main = captures.double() @ decoded(tensors, "mtp.0.main_proj", 128).T
+    main = rms(main, tensors["mtp.0.main_norm.weight"], eps)[-c["sliding_window"] :]
+    end = start + len(captures)
+    before = torch.arange(end - len(main), end)
+    positions = torch.arange(end, end + block)
+    ids = [newest] + [c["dspark_noise_token_id"]] * (block - 1)
+    streams = embed[ids].double().unsqueeze(1).repeat(1, hc, 1)
+    visible = torch.ones(block, len(main) + block, dtype=torch.bool)
+    for n in range(stages):
+        stage = Stage(tensors, f"mtp.{n}", c, tile=128, top_k=c["num_experts_per_tok"], norms_queries=True)
+        con = connection(tensors, f"mtp.{n}.hc_attn", streams, c)
+        x = stage.norm("attn_norm", read(streams, con.pre))
+        y = stage.attention(x, positions, stage.keyed(main, before), visible)
+        streams = written(streams, y, con)
+        con = connection(tensors, f"mtp.{n}.hc_ffn", streams, c)
+        y = stage.experts(stage.norm("ffn_norm", read(streams, con.pre)))
+        streams = written(streams, y, con)
+    states = head_mixed(tensors, last, streams, c)
+    base = rms(states, tensors[f"{last}.norm.weight"], eps) @ head.double().T
+    return chained(states, base, newest, *(
+        tensors[f"{last}.{name}.weight"]
+        for name in ("markov_head.markov_w1", "markov_head.markov_w2", "confidence_head.proj")
+    ))  # fmt: skip
+
+
+def head_mixed(
+    tensors: dict[str, torch.Tensor], prefix: str, streams: torch.Tensor, c: dict[str, Any]
+) -> torch.Tensor:
+    """What V4's head reads of streams `[rows, hc, hidden]`."""
+    fn, base, scale = (tensors[f"{prefix}.hc_head_{part}"].double() for part in ("fn", "base", "scale"))
+    flat = streams.flatten(1)
+    m = flat @ fn.T / torch.sqrt(flat.square().mean(1, keepdim=True) + c["rms_norm_eps"])
+    return read(streams, torch.sigmoid(m * scale + base) + c["hc_eps"])
+
+
 def chained(
     states: torch.Tensor,
     base: torch.Tensor,
@@ -235,7 +283,7 @@ def v4_layer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """V4's `mtp.0` (its specification, section 6): logits of every token with its streams
     `[tokens, hc, hidden]` and the token behind it, and the streams that leave the block. Whole sequence."""
-    eps, prefix = c["rms_norm_eps"], "mtp.0"
+    prefix = "mtp.0"
     stage = Stage(tensors, prefix, c, tile=128, top_k=c["num_experts_per_tok"], norms_queries=True)
     e = stage.norm("enorm", embed[list(behind)].double()) @ stage.matrix("e_proj").T
     h = stage.norm("hnorm", streams.double()) @ stage.matrix("h_proj").T
@@ -249,8 +297,5 @@ def v4_layer(
     streams = written(streams, stage.attention(x, positions, nothing, visible), con)
     con = connection(tensors, f"{prefix}.hc_ffn", streams, c)
     streams = written(streams, stage.experts(stage.norm("ffn_norm", read(streams, con.pre))), con)
-    fn, base, scale = (tensors[f"{prefix}.hc_head_{part}"].double() for part in ("fn", "base", "scale"))
-    flat = streams.flatten(1)
-    m = flat @ fn.T / torch.sqrt(flat.square().mean(1, keepdim=True) + eps)
-    mixed = read(streams, torch.sigmoid(m * scale + base) + c["hc_eps"])
+    mixed = head_mixed(tensors, prefix, streams, c)
     return stage.norm("norm", mixed) @ head.double().T, streams

@@ -11,12 +11,16 @@ from hypothesis import strategies as st
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import Draft
 from engine.drafts.choose import (
+    FIRST_PROBE,
     LAST_PROBE,
+    LATEST_PROBE,
     LOAN,
     LOAN_OF_ALL,
     MOST_CREDIT,
+    PER_TOKEN,
     PER_TOKEN_OF_ALL,
     Credit,
+    Tries,
     account_of_all,
     best_counts,
 )
@@ -115,21 +119,40 @@ def test_hopeless_drafts_cost_little_and_are_tried_ever_more_rarely() -> None:
     credit, lost, tries = Credit(), 0.0, 0
     for _ in range(2000):
         credit.generated(1)
-        if credit.is_left and credit.is_probe_due():
-            credit.drafted(-0.5)
-            credit.probed(succeeded=False)
+        if credit.is_probe_due(is_free=True):
+            credit.drafted(-0.5, is_free=True)
+            credit.probed(paid=False)
             lost, tries = lost + 0.5, tries + 1
     assert 0 < tries < 12
-    assert lost < LOAN + 0.01 * 2000
+    assert lost < LOAN + PER_TOKEN * 2000
     assert credit.interval == LAST_PROBE
 
 
 def test_what_was_gained_may_be_lost_again_up_to_a_limit() -> None:
     credit = Credit()
-    credit.drafted(100.0)
-    assert credit.own.tokens == MOST_CREDIT
-    credit.drafted(-MOST_CREDIT)
-    assert not credit.is_left
+    credit.drafted(100.0, is_free=True)
+    assert credit.own(is_free=True).tokens == MOST_CREDIT
+    credit.drafted(-MOST_CREDIT, is_free=True)
+    assert not credit.is_left(is_free=True)
+
+
+def test_what_weights_draft_does_not_use_up_what_look_ups_may_lose() -> None:
+    account = account_of_all()
+    Credit(account).drafted(-3 * LOAN_OF_ALL, is_free=False)
+    assert Credit(account).is_left(is_free=True)
+    Credit(account).drafted(-3 * LOAN_OF_ALL, is_free=True)
+    assert not Credit(account).is_left(is_free=True)
+    assert Credit(account).is_left(is_free=False)
+
+
+def test_where_trying_paid_for_nobody_the_next_sequences_begin_later() -> None:
+    tries = Tries()
+    for _ in range(10):
+        Credit(None, tries).probed(paid=False)
+    assert Credit(None, tries).interval == LATEST_PROBE
+    for _ in range(10):
+        Credit(None, tries).probed(paid=True)
+    assert Credit(None, tries).interval == FIRST_PROBE
 
 
 def test_many_short_answers_lose_little_together() -> None:
@@ -140,7 +163,7 @@ def test_many_short_answers_lose_little_together() -> None:
         for _ in range(20):
             tokens += 1
             credit.generated(1)
-            if credit.is_left:
-                credit.drafted(-0.4)
+            if credit.is_left(is_free=True):
+                credit.drafted(-0.4, is_free=True)
                 lost += 0.4
     assert 0 < lost < LOAN_OF_ALL + PER_TOKEN_OF_ALL * tokens + 0.5

@@ -18,12 +18,12 @@ from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
 from tests.conftest import golden_path
 from tests.engine.drafts.conversations import answered, some_turns
-from tests.engine.drafts.random_stages import StageKeys, v41_stages, with_stages
+from tests.engine.drafts.random_stages import StageKeys, v4_with_stages, v41_stages, with_stages
 from tests.engine.families.golden_families import family_path
 
 PLENTY = MemoryBudget(1 << 30)
 KEYS = StageKeys()
-NAMES = ("v41", "deepseek_v4", "deepseek_v3", "glm4_moe", "glm_moe_dsa", "qwen3_next")
+NAMES = ("v41", "v4 stages", "deepseek_v4", "deepseek_v3", "glm4_moe", "glm_moe_dsa", "qwen3_next")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,13 @@ def v41(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def own(request: pytest.FixtureRequest, v41: Path) -> Iterator[Loaded]:
-    path = v41 if request.param == "v41" else family_path(request.param)
+def own(
+    request: pytest.FixtureRequest, v41: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Loaded]:
+    if request.param == "v4 stages":
+        path = v4_with_stages(tmp_path_factory.mktemp("own") / "v4")
+    else:
+        path = v41 if request.param == "v41" else family_path(request.param)
     loaded = load(path, PLENTY, drafts="mtp")
     assert loaded.own_drafts is not None
     yield loaded

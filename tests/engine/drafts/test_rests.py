@@ -1,8 +1,8 @@
-"""Drafters that cannot pay rest, and are measured again now and then."""
+"""Drafters that lose more than they bring rest, and are measured again now and then."""
 
 from __future__ import annotations
 
-from engine.drafts.rests import FIRST_REST, LAST_REST, SURE, Rest
+from engine.drafts.rests import FIRST_REST, LAST_REST, LOAN, MOST_CREDIT, SURE, Rest
 
 STEPS = 32
 
@@ -30,3 +30,18 @@ def test_a_rest_ends_with_new_measurements_and_the_next_one_is_longer() -> None:
 def test_who_pays_does_not_rest() -> None:
     rest = Rest()
     assert all(rest.look(STEPS, drafts, lambda: True) for drafts in range(100))
+
+
+def test_who_has_lost_its_loan_rests_and_what_was_gained_may_be_lost_again() -> None:
+    rest = Rest()
+    rest.gained(-LOAN + 0.5)
+    assert rest.look(STEPS, SURE, lambda: True)
+    rest.gained(100.0)
+    rest.gained(-MOST_CREDIT + 0.5)
+    assert rest.look(STEPS, SURE, lambda: True)
+    rest.gained(-1.0)
+    assert rest.is_due
+    assert not rest.look(STEPS, SURE, lambda: True)
+    assert not rest.is_due
+    assert not rest.look(FIRST_REST - STEPS, SURE, lambda: True)
+    assert rest.look(STEPS, SURE, lambda: True)

@@ -110,6 +110,9 @@ def test_experts_are_close_to_the_reference_and_need_no_company(format_: Format,
     expected = ReferenceKernels().moe(MoeCall(x, ids, factors, files, 7.0, extras))
     assert 1e-5 < difference(found, expected) < 1e-2
     assert difference((apart * factors.unsqueeze(-1)).sum(1), found) < 1e-6
+    some, outputs = torch.tensor([80, 3, 2, 44]), torch.zeros(tokens * top_k, hidden)
+    kernels.moe_some(MoeCall(x, ids, factors, experts, 7.0, extras), some, outputs)
+    assert torch.equal(outputs[some], apart.flatten(0, 1)[some])
     for t in range(tokens):
         part = slice(t, t + 1)
         call = MoeCall(x[part], ids[part], factors[part], experts, 7.0, extras)

@@ -26,6 +26,7 @@ from quant.kernels.interface import (
     MoeCall,
     apart_by_moe,
     matrix_shapes,
+    some_apart,
 )
 from quant.kernels.reference import ReferenceKernels
 from quant.packed import Format, PackedTensor
@@ -116,6 +117,28 @@ def test_experts_equal_the_reference_and_need_no_company(level: str, formats: Ex
             assert torch.equal(found[token : token + 1], kernels.moe(only(call, token)))
         assert torch.equal(found, NativeKernels(level=level, threads=1).moe(call))
         assert torch.equal(kernels.moe_apart(call), apart_by_moe(kernels, call))
+
+
+@levels
+@mixes
+def test_some_choices_have_the_same_bits_as_among_all(level: str, formats: ExpertFormats) -> None:
+    kernels = NativeKernels(level=level)
+    layout = kernels.slot_layout(HIDDEN, WIDTH, formats)
+    assert isinstance(layout, ExpertSlotLayout)
+    call = call_of(in_slots(layout, experts_in(formats)), 11, ExpertExtras(1.702, 1.0))
+    among_all = kernels.moe_apart(call).flatten(0, 1)
+    some = torch.tensor([19, 3, 0, 20, 7, 6])
+    out = torch.full_like(among_all, -1.0)
+
+    kernels.moe_some(call, some, out)
+
+    assert torch.equal(out[some], among_all[some])
+    others = torch.ones(len(out), dtype=torch.bool)
+    others[some] = False
+    assert (out[others] == -1).all()
+    by_gathering = torch.full_like(among_all, -1.0)
+    some_apart(kernels, call, some, by_gathering)
+    assert torch.equal(by_gathering, out)
 
 
 @levels

@@ -84,6 +84,16 @@ def test_fp8_of_a_prompt_gives_the_bits_of_a_single_token(level: str, format_: F
         assert torch.equal(together[i : i + 1], kernels.linear(x[i : i + 1], w))
 
 
+@pytest.mark.parametrize("format_", [MXFP4, FP8_32, torch.bfloat16], ids=name_of)
+def test_weights_side_by_side_give_the_bits_of_each(level: str, format_: Format | torch.dtype) -> None:
+    kernels = NativeKernels(level=level)
+    weights = [kernels.prepare(any_weight(format_, 40, 128)) for _ in range(3)]
+    for tokens in (1, 3, 70):
+        x = torch.randn(tokens, 3 * 128)
+        each = [kernels.linear(x[:, 128 * n : 128 * (n + 1)], weight) for n, weight in enumerate(weights)]
+        assert torch.equal(kernels.linear_blocks(x, weights), torch.cat(each, dim=1))
+
+
 @pytest.mark.parametrize("cols", [2, 30, 33, 100])
 @pytest.mark.parametrize("dtype", DENSE, ids=str)
 def test_plain_rows_of_any_length(level: str, dtype: torch.dtype, cols: int) -> None:

@@ -235,6 +235,28 @@ def test_a_row_has_the_same_bits_in_any_company(
         assert torch.equal(part, together[first:stop, ..., :columns])
 
 
+def test_what_is_computed_in_place_has_the_same_bits(level: str) -> None:
+    kernels = NativeKernels(level=level)
+    entries = torch.randint(-1, 50, (ROWS, 20), generator=torch.Generator().manual_seed(5))
+    q, window_kv, sink, compressed = (
+        rows_of(1, ROWS, 5, 40),
+        rows_of(2, ROWS, 40),
+        rows_of(3, 5),
+        rows_of(4, 50, 40),
+    )
+    angles = rows_of(6, ROWS, 11)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    turned = kernels.rotate(q, turns)
+    attended = kernels.attend_sparse(turned, window_kv, sink, 4, compressed, entries)
+
+    assert torch.equal(kernels.rotate(q, turns, in_place=True), turned)
+    assert torch.equal(q, turned)
+    assert torch.equal(
+        kernels.attend_sparse(q, window_kv, sink, 4, compressed, entries, in_place=True), attended
+    )
+    assert torch.equal(q, attended)
+
+
 def test_entries_that_were_fetched_from_elsewhere_give_the_same_bits() -> None:
     entries = torch.randint(-1, 50, (9, 20), generator=torch.Generator().manual_seed(5))
     q, window_kv, sink, compressed = (

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.embedded import model_path
 from engine.families.loader import open_model
 from memory.hardware.profiles import HardwareProfile
 from memory.hardware.this_machine import this_machine
+from memory.planner.budget import MemoryBudget
+from memory.tiers import Tier
 from quant.errors import BudgetError, ConfigError
 from server.serving import planned as planned_module
-from server.serving.planned import planned
+from server.serving.planned import own_drafts_room, planned
 from server.settings import resolve_settings
 from tests.conftest import golden_path
 from tests.server.conftest import StartServer
@@ -105,6 +109,18 @@ def test_the_plan_counts_weights_that_guess_ahead_as_loading_does() -> None:
         assert loaded.model.placement.allocated() == found["auto"].plan.placement.allocated()
     finally:
         loaded.model.close()
+
+
+def test_no_memory_is_planned_for_drafts_where_layers_on_a_gpu_capture_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    opened = open_model(model_path("demo"), None, None)
+    card = Tier("vram:0", 1 << 30, torch.device("cuda:0"))
+    budget = MemoryBudget(1 << 34, (card,))
+    with caplog.at_level(logging.INFO, logger="loci"):
+        assert own_drafts_room("auto", opened, budget) == 0
+    assert "no memory is planned for them" in caplog.text
+    assert own_drafts_room("auto", opened, replace(budget, gpus=())) > 0
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ EXPORT const char* loci_level_name(int level) {
 EXPORT int loci_has_bf16(int level) { return bf16_at(level) != nullptr; }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 22; }
+EXPORT int loci_interface() { return 23; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -66,6 +66,11 @@ EXPORT void loci_untile(int threads, const Matrix* m, const int64_t* rows, int64
 EXPORT void loci_linear(int level, int threads, int activations, const Matrix* m, const float* x, int64_t tokens,
                         float* out) {
     linear(team_of(level, threads, activations), *m, x, tokens, out);
+}
+
+EXPORT void loci_linear_blocks(int level, int threads, int activations, const Matrix* const* matrices, int64_t count,
+                               const float* x, int64_t tokens, float* out) {
+    linear_blocks(team_of(level, threads, activations), matrices, count, x, tokens, out);
 }
 
 EXPORT void loci_dense_linear(int level, int threads, int activations, const void* weight, int kind, int64_t rows,

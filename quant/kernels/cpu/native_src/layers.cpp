@@ -223,7 +223,7 @@ void rotate(const Team& team, const float* x, const float* turns, int64_t tokens
     parallel_for(tokens, threads_for(team, tokens * heads * dim), [&](int64_t t) {
         for (int64_t h = 0; h < heads; ++h) {
             const int64_t at = (t * heads + h) * dim;
-            std::memcpy(out + at, x + at, static_cast<size_t>(kept) * sizeof(float));
+            if (out != x) std::memcpy(out + at, x + at, static_cast<size_t>(kept) * sizeof(float));
             team.level.rotate(x + at + kept, turns + 2 * t * pairs, pairs, out + at + kept);
         }
     });

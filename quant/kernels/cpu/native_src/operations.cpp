@@ -44,15 +44,21 @@ void write_activations(const Team& team, int64_t format, const Activations& to, 
     else team.level.digits3(x, cols, offset, halves, reinterpret_cast<Block<3>*>(p));
 }
 
-Activations prepare(const Team& team, int64_t format, const float* x, int64_t tokens, int64_t cols, Scratch& scratch) {
+// Of the tokens that row(0), row(1) ... name, one after the other.
+template <class Row>
+Activations prepare_some(const Team& team, int64_t format, const float* x, int64_t count, int64_t cols,
+                         Scratch& scratch, const Row& row) {
     Activations a = layout_for(team, format, cols);
-    if (takes_floats(format)) {
-        a.base = reinterpret_cast<uint8_t*>(const_cast<float*>(x));
-        return a;
-    }
-    a.base = scratch.get(tokens * a.stride);
-    const int threads = tokens * cols < 4096 ? 1 : team.threads;
-    parallel_for(tokens, threads, [&](int64_t t) { write_activations(team, format, a, t, 0, x + t * cols, cols); });
+    a.base = scratch.get(count * a.stride);
+    const int threads = count * cols < 4096 ? 1 : team.threads;
+    parallel_for(count, threads, [&](int64_t t) { write_activations(team, format, a, t, 0, x + row(t) * cols, cols); });
+    return a;
+}
+
+Activations prepare(const Team& team, int64_t format, const float* x, int64_t tokens, int64_t cols, Scratch& scratch) {
+    if (!takes_floats(format)) return prepare_some(team, format, x, tokens, cols, scratch, [](int64_t t) { return t; });
+    Activations a = layout_for(team, format, cols);
+    a.base = reinterpret_cast<uint8_t*>(const_cast<float*>(x));
     return a;
 }
 
@@ -290,10 +296,17 @@ bool moe(const Team& team, const Moe& call, const float* x, float* out) {
         return true;
     }
     const Pairs pairs(call);
-    const Activations a = prepare(team, formats[0], x, call.tokens, hidden, caller_x);
-    const Activations b = take_the_same(team, formats[0], formats[1])
-                              ? a
-                              : prepare(team, formats[1], x, call.tokens, hidden, caller_other_x);
+    // Of some choices, activations are made for each, in their order; of all, once for each token.
+    const auto token_of = [&](int64_t i) { return pairs.at(i) / call.top_k; };
+    const auto inputs = [&](int64_t format, Scratch& scratch) {
+        if (call.some == nullptr || takes_floats(format)) return prepare(team, format, x, call.tokens, hidden, scratch);
+        return prepare_some(team, format, x, call.count, hidden, scratch, token_of);
+    };
+    const auto input = [&](int64_t format, int64_t i) {
+        return call.some == nullptr || takes_floats(format) ? token_of(i) : i;
+    };
+    const Activations a = inputs(formats[0], caller_x);
+    const Activations b = take_the_same(team, formats[0], formats[1]) ? a : inputs(formats[1], caller_other_x);
     Activations h = layout_for(team, formats[2], width);  // one for each pair, in their order
     h.base = caller_h.get(static_cast<int64_t>(pairs.pair.size()) * h.stride);
 
@@ -310,8 +323,8 @@ bool moe(const Team& team, const Moe& call, const float* x, float* out) {
             const int64_t n = std::min(kMaxTokens, pairs.end(e) - i);
             const void *gate_x[kMaxTokens], *up_x[kMaxTokens];
             for (int64_t k = 0; k < n; ++k) {
-                gate_x[k] = a.token(pairs.at(i + k) / call.top_k);
-                up_x[k] = b.token(pairs.at(i + k) / call.top_k);
+                gate_x[k] = a.token(input(formats[0], i + k));
+                up_x[k] = b.token(input(formats[1], i + k));
             }
             float gate[kMaxTokens][kPanelRows], up[kMaxTokens][kPanelRows];
             multiply(team, formats[0], gate_panel, gate_x, n, gate[0]);

@@ -53,10 +53,13 @@ struct Moe {
     int64_t tokens, top_k;
     Gating gating;
     const float* const* biases;  // of w1, w3, w2 of each expert in use; or null
+    const int64_t* some;         // [count] choices (token * top_k + place) that are computed, no others; or null: all
+    int64_t count;
 };
 
 // out [tokens][hidden] = the weighted sum of the chosen experts, in ascending order of expert id; or, without weights,
-// [tokens][top_k][hidden]. False, and nothing computed, where experts have their matrices in other formats than others.
+// [tokens][top_k][hidden], of which only `some` are written. False, and nothing computed, where experts have their
+// matrices in other formats than others.
 bool moe(const Team& team, const Moe& call, const float* x, float* out);
 
 // Rows of an e4m3 table with a scale per 32 columns, as floats.

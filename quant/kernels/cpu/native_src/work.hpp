@@ -90,16 +90,18 @@ struct Pairs {
     std::vector<int64_t> pair;   // token * top_k + choice
 
     explicit Pairs(const Moe& call) : start(static_cast<size_t>(call.used) + 1) {
-        const int64_t count = call.tokens * call.top_k;
+        const int64_t count = call.some != nullptr ? call.count : call.tokens * call.top_k;
         std::vector<size_t> place(static_cast<size_t>(count));
+        const auto choice = [&](size_t i) { return call.some != nullptr ? call.some[i] : static_cast<int64_t>(i); };
         for (size_t i = 0; i < place.size(); ++i) {
-            place[i] = static_cast<size_t>(std::lower_bound(call.ids, call.ids + call.used, call.choice[i]) - call.ids);
+            const int64_t id = call.choice[choice(i)];
+            place[i] = static_cast<size_t>(std::lower_bound(call.ids, call.ids + call.used, id) - call.ids);
             ++start[place[i] + 1];
         }
         for (size_t e = 1; e < start.size(); ++e) start[e] += start[e - 1];
         std::vector<int64_t> next(start.begin(), start.end() - 1);
         pair.resize(place.size());
-        for (size_t i = 0; i < place.size(); ++i) pair[static_cast<size_t>(next[place[i]]++)] = static_cast<int64_t>(i);
+        for (size_t i = 0; i < place.size(); ++i) pair[static_cast<size_t>(next[place[i]]++)] = choice(i);
     }
     int64_t begin(int64_t e) const { return start[static_cast<size_t>(e)]; }
     int64_t end(int64_t e) const { return start[static_cast<size_t>(e) + 1]; }

@@ -1,0 +1,183 @@
+"""Drafts are never slower than none by more than two hundredths, and find the gain where there is one.
+
+A server's life is simulated with a clock of its own: steps, drafts and what drafters are told take as long as
+is said here, and so many drafted tokens are right.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.drafts import drafting as drafting_module
+from engine.drafts import proposals as proposals_module
+from engine.drafts.base import Draft, Drafter, DraftRequest, Rows
+from engine.drafts.drafting import Drafting
+from engine.scheduler import Chunk
+
+STEP_S = 1.0  # of one token
+FIRST = 400  # tokens by which a server has learned what it can
+NOTHING_LOST = 0.98
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@dataclass
+class Simulated:
+    """A drafter: what a draft takes, and what it takes to be told of a token."""
+
+    name: str
+    clock: Clock
+    draft_s: float
+    told_s: float = 0.0
+    kinds: tuple[int, ...] = (0,)
+    longest: int = 5
+    is_whole: bool = True
+    nbytes: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(1))
+
+    @property
+    def wants_captures(self) -> bool:
+        return self.told_s > 0
+
+    def open(self, sequence_id: int, token_ids: Sequence[int], prediction: Sequence[int] = ()) -> None:
+        pass
+
+    def close(self, sequence_id: int) -> None:
+        pass
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        self.clock.now += self.draft_s
+        return [
+            Draft((1,) * min(request.most, self.longest), kind=self.rng.choice(self.kinds))
+            for request in requests
+        ]
+
+    def observe(self, computed: Sequence[Rows]) -> None:
+        self.clock.now += self.told_s
+
+
+@dataclass(eq=False)
+class Answered:
+    """What drafting knows of a sequence."""
+
+    sequence_id: int
+    max_tokens: int
+    token_ids: list[int] = field(default_factory=lambda: [1] * 8)
+    prediction: tuple[int, ...] = ()
+    slot: int = 0
+    is_prefilling: bool = False
+    generated: int = 0
+    computed: int = 7
+
+
+class Life:
+    """A server's: answers one after the other, whose drafted tokens are right with a chance.
+
+    each_s  that each further token of a step takes
+    noise   by which steps' times differ, at most
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, each_s: float, *drafters: Any, noise: float = 0.1
+    ) -> None:
+        self.clock: Clock = drafters[0].clock
+        monkeypatch.setattr(drafting_module, "time", self.clock)
+        monkeypatch.setattr(proposals_module, "time", self.clock)
+        model: Any = SimpleNamespace(captured=lambda: [None], expect=lambda ahead: None)
+        kept: Any = SimpleNamespace(computes_again=False, keep=lambda slot: True, drop=lambda slot: None)
+        known: Sequence[Drafter] = drafters
+        self._drafting = Drafting(model, known, kept, 15)
+        self._rng, self._each_s, self._noise, self._count = random.Random(0), each_s, noise, 0
+
+    def answer(self, tokens: int, right: float) -> float:
+        """How much faster an answer of so many tokens came than without drafts."""
+        began, drafting = self.clock.now, self._drafting
+        sequence: Any = Answered(self._count, tokens)
+        self._count += 1
+        drafting.open(sequence)
+        while sequence.generated < tokens:
+            self._step(sequence, right)
+        drafting.close(sequence)
+        return tokens * STEP_S / (self.clock.now - began)
+
+    def _step(self, sequence: Any, right: float) -> None:
+        begun, drafting = self.clock.now, self._drafting
+        chunks = drafting.propose([Chunk(sequence, 1)])
+        seconds = STEP_S + self._each_s * (chunks[0].length - 1)
+        self.clock.now += seconds * self._rng.uniform(1 - self._noise, 1 + self._noise)
+        captures, start, accepted = drafting.captured(), sequence.computed, 0
+        while accepted < len(chunks[0].drafted) and self._rng.random() < right:
+            accepted += 1
+        sequence.token_ids += [1] * (accepted + 1)
+        sequence.generated += accepted + 1
+        sequence.computed = len(sequence.token_ids) - 1
+        drafting.observe(chunks, [start], captures)
+        drafting.learn(chunks, [accepted], self.clock.now - begun)
+
+
+def speeds(life: Life, answers: int, tokens: int, right: float) -> float:
+    """How much faster so many answers came together."""
+    found = [life.answer(tokens, right) for _ in range(answers)]
+    return len(found) / sum(1 / ratio for ratio in found)
+
+
+@pytest.mark.parametrize("tokens", [30, 200], ids=["short", "long"])
+@pytest.mark.parametrize("right", [0.0, 0.3, 0.6, 0.8])
+def test_where_drafts_cannot_pay_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, right: float
+) -> None:
+    """As where a model lies in the processor's cache: further tokens cost half a step, and so does a block;
+    being told of tokens costs a twentieth."""
+    clock = Clock()
+    stages = Simulated("dspark", clock, draft_s=0.8, told_s=0.05)
+    looked = Simulated("lookup", clock, draft_s=0.05, kinds=(2, 3, 4, 8), longest=15)
+    life = Life(monkeypatch, 0.5, looked, stages)
+    first = speeds(life, -(-FIRST // tokens), tokens, right)
+    assert first > 0.9
+    assert speeds(life, 3000 // tokens, tokens, right) > NOTHING_LOST
+
+
+@pytest.mark.parametrize("right", [0.0, 0.2, 0.31])
+def test_look_ups_that_are_mostly_wrong_lose_nothing(monkeypatch: pytest.MonkeyPatch, right: float) -> None:
+    looked = Simulated("lookup", Clock(), draft_s=0.005, kinds=(2, 3, 4, 5, 8), longest=15)
+    life = Life(monkeypatch, 0.35, looked)
+    assert speeds(life, 2, 200, right) > 0.95
+    assert speeds(life, 12, 200, right) > NOTHING_LOST
+
+
+@pytest.mark.parametrize(("each_s", "right", "least"), [(0.1, 0.8, 1.7), (0.2, 0.7, 1.15), (0.05, 0.9, 2.5)])
+def test_the_gain_is_found_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, each_s: float, right: float, least: float
+) -> None:
+    stages = Simulated("dspark", Clock(), draft_s=0.3, told_s=0.01)
+    life = Life(monkeypatch, each_s, stages)
+    speeds(life, 4, 100, right)
+    assert speeds(life, 20, 100, right) > least
+
+
+def test_look_ups_gain_as_soon_as_answers_repeat_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a long life in which they never did."""
+    looked = Simulated("lookup", Clock(), draft_s=0.005, kinds=(3, 8), longest=15)
+    life = Life(monkeypatch, 0.1, looked)
+    speeds(life, 30, 200, 0.05)
+    assert speeds(life, 3, 200, 0.9) > 1.5
+
+
+def test_stages_that_rest_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Simulated("dspark", Clock(), draft_s=0.3, told_s=0.02)
+    life = Life(monkeypatch, 0.1, stages)
+    assert speeds(life, 10, 200, 0.0) > 0.97
+    speeds(life, 40, 200, 0.9)
+    assert speeds(life, 10, 200, 0.9) > 1.5
