@@ -20,7 +20,7 @@ PROBED = 2  # drafted tokens when it is only tried
 FREE_DRAFTS = [0.0] * (MOST_ROWS + 1)  # seconds that drafts take, by tokens
 # Looking for drafts takes this share of the time at most where there are none: after a step without any,
 # nobody looks for as many steps as that takes, but for no more than so many.
-LOOKING_SHARE, MOST_PAUSE = 0.005, 64
+LOOKING_SHARE, MOST_PAUSE = 0.003, 128
 
 
 @dataclass

@@ -339,8 +339,7 @@ class DeepseekV41(StreamModel):
 
 def _captured_by(decoder: V41Recorded, batch: Batch) -> list[torch.Tensor]:
     """What a program has captured, of each segment."""
-    assert decoder.captured_rows is not None
-    found = decoder.captured_rows[: len(batch.ids)]
+    found = decoder.captured_rows(len(batch.ids))
     if len(batch.segments) == 1:
         return [found]
     return list(torch.split(found, [segment.length for segment in batch.segments]))

@@ -337,6 +337,19 @@ def test_the_best_of_a_long_row_are_found_by_any_number_of_threads(threads: int,
     assert torch.equal(best, left.masked_fill(left == 80_000, -1))
 
 
+def test_what_is_no_number_is_above_all_scores_whatever_its_sign() -> None:
+    negative = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)
+    scores = torch.tensor([[3.0, 1.0, 0.0, 2.0]])
+    scores[0, 2:3] = negative
+
+    assert negative.isnan()
+    assert NativeKernels().best_columns(scores, 2).tolist() == [[0, 2]]
+
+
+def test_of_no_rows_nothing_is_chosen() -> None:
+    assert NativeKernels().best_columns(torch.zeros(0, 80_000), 3).shape == (0, 3)
+
+
 def test_of_equal_experts_the_first_are_chosen() -> None:
     chosen, weights = NativeKernels().route(torch.zeros(2, 9), torch.zeros(9), PLAIN)
 

@@ -163,10 +163,13 @@ void weigh_chosen(const Routing& rule, const float* scores, const int64_t* chose
 
 }  // namespace
 
+// A score takes as long as so many floats that are added up.
+constexpr int64_t kScoreCost = 32;
+
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
            const Routing& rule, int64_t* chosen, float* weights) {
     const int64_t top_k = rule.top_k;
-    parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
+    parallel_for(tokens, threads_for(team, tokens * experts * kScoreCost), [&](int64_t token) {
         thread_local std::vector<float> scores, ranks;
         thread_local std::vector<uint64_t> order;
         scores.resize(static_cast<size_t>(experts));

@@ -138,6 +138,11 @@ ALWAYS_INLINE F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm256_loadu_ps(p); }
+// Keeps the compiler from loading a value again for each use.
+ALWAYS_INLINE F32 in_register(F32 a) {
+    asm("" : "+x"(a));
+    return a;
+}
 ALWAYS_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -175,6 +180,11 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
                   odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
     x[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
     x[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+}
+ALWAYS_INLINE void store_pairs(float* p, const F32 (&x)[2]) {
+    const F32 low = _mm256_unpacklo_ps(x[0], x[1]), high = _mm256_unpackhi_ps(x[0], x[1]);
+    store(p, _mm256_permute2f128_ps(low, high, 0x20));
+    store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

@@ -122,6 +122,11 @@ ALWAYS_INLINE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
+// Keeps the compiler from loading a value again for each use.
+ALWAYS_INLINE F32 in_register(F32 a) {
+    asm("" : "+v"(a));
+    return a;
+}
 ALWAYS_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) { return _mm512_reduce_add_ps(a); }
 // The sums of four vectors' lanes, each in the order of `reduce`.
@@ -163,6 +168,11 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
     const F32 a = load_float(p), b = load_float(p + 16);
     x[0] = _mm512_permutex2var_ps(a, even, b);
     x[1] = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+ALWAYS_INLINE void store_pairs(float* p, const F32 (&x)[2]) {
+    const I32 low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    store(p, _mm512_permutex2var_ps(x[0], low, x[1]));
+    store(p + 16, _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), x[1]));
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
