@@ -252,7 +252,7 @@ class Drafting:
         drafting included."""
         if not self._drafters or not chunks:
             return
-        tokens = sum(chunk.length for chunk in chunks)
+        tokens = chunks[0].length if len(chunks) == 1 else sum(chunk.length for chunk in chunks)
         is_plain = tokens == len(chunks)
         if (
             is_plain

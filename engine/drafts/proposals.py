@@ -20,7 +20,7 @@ PROBED = 2  # drafted tokens when it is only tried
 FREE_DRAFTS = [0.0] * (MOST_ROWS + 1)  # seconds that drafts take, by tokens
 # Looking for drafts takes this share of the time at most where there are none: after a step without any,
 # nobody looks for as many steps as that takes, but for no more than so many.
-LOOKING_SHARE, MOST_PAUSE = 0.005, 64
+LOOKING_SHARE, MOST_PAUSE = 0.003, 128
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Proposals:
                 is_there = candidate is not None and _is_made_whole(candidate.drafter) and counts[at] > 0
                 counts[at] = min(more if is_there else min(counts[at], more), room)
                 room -= counts[at]
-        drafts, makers = [NOTHING] * len(chunks), set[str]()
+        drafts = [NOTHING] * len(chunks)
         for at, (own, candidate, count) in enumerate(zip(opened, found, counts, strict=True)):
             if candidate is not None and candidate.draft is not None and count:
                 own.drafter, own.draft = candidate.drafter, candidate.draft

@@ -131,9 +131,10 @@ class V4DraftLayer(DeepseekV4):
             embedded = recorder.embed(embed)
         else:
             embedded = self._embedding[ops] = recorder.input(self.config.hidden_size)
-        ops.captured = self._through(ops, self._combined(ops, embedded, source))
-        recorder.keep(ops.captured)
-        ops.finish(source, self._logits(ops, ops.captured))
+        streams = self._through(ops, self._combined(ops, embedded, source))
+        ops.captured = [streams]
+        recorder.keep(streams)
+        ops.finish(source, self._logits(ops, streams))
         return ops
 
     def _combined(self, ops: V4Operations[Value], embedded: Value, hidden: Value) -> Value:

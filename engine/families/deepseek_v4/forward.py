@@ -120,9 +120,9 @@ class DeepseekV4(StreamModel):
         ops = V4Recorded(self.parts, recorder, cache)
         source = ops.begin()
         streams = self._layers(ops, source)
-        if self._captures:
-            captured = ops.captured = ops.captured or streams
-            recorder.keep(captured)
+        if self._captures and not self._targets:
+            ops.captured = [streams]
+            recorder.keep(streams)
         ops.finish(source, self._logits(ops, streams))
         return ops
 

@@ -47,8 +47,7 @@ class V4Recorded(V4Notes):
     def captured_rows(self, rows: int) -> torch.Tensor:
         """What the last run has captured of so many rows; valid until the next one."""
         assert self.program is not None
-        assert self.captured is not None
-        return self.program.rows(self.captured)[:rows]
+        return self._captured_rows(self.program, rows)
 
     def begin(self) -> Buffer:
         """The embedded tokens, `[rows, hidden]`."""

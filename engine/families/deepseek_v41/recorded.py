@@ -39,7 +39,6 @@ class V41Recorded(V41Notes):
         self.late: dict[int, torch.Tensor] = {}  # by Engram table: see `Recorder.hand_over`
         self.rows: dict[int, Buffer] = {}
         self.program: Program | None = None
-        self.captured_rows: torch.Tensor | None = None  # `[max_rows, width]` of the last run
         self._guesses: Guesses | None = None
         self._step_rows: StepRows | None = None
 
@@ -76,11 +75,12 @@ class V41Recorded(V41Notes):
 
     def finish(self, source: Buffer, result: Buffer) -> None:
         """Make the program, from embedded tokens to logits."""
-        if self.captured is not None:
-            self._recorder.keep(self.captured)
         self.program = self._recorder.finish(source, result)
-        if self.captured is not None:
-            self.captured_rows = self.program.rows(self.captured)
+
+    def captured_rows(self, rows: int) -> torch.Tensor:
+        """What the last run has captured of so many rows; valid until the next one."""
+        assert self.program is not None
+        return self._captured_rows(self.program, rows)
 
     def move(self, device: torch.device, *values: Buffer) -> Sequence[Buffer]:
         return values  # all are in host memory

@@ -10,7 +10,7 @@ from engine.families.streams.config import StreamConfig
 from engine.families.streams.operations import Frequencies, StreamMix
 from engine.layers.hyper_connections import HyperConnection
 from engine.layers.recorded import RecordedBasics
-from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.program import Buffer, Program
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Weight
 from quant.kernels.recording import StepRecorder
@@ -25,7 +25,7 @@ class StreamNotes(RecordedBasics):
         super().__init__(recorder)
         self._frequencies = frequencies
         self._turns: dict[tuple[bool, bool, int], Buffer] = {}  # by compressed, backwards, unit
-        self.captured: Buffer | None = None  # `[rows, layers * hidden]` of those that are captured
+        self.captured: list[Buffer] = []  # what is captured, side by side
 
     def at_layer(self, number: int | None) -> None:
         self._recorder.layer = number
@@ -48,13 +48,22 @@ class StreamNotes(RecordedBasics):
         assert isinstance(self._recorder, Recorder)  # nothing is captured on GPUs
         hc = self._config.hc_mult
         mean = self._recorder.weighted_sum(streams, self._recorder.constant(torch.full((hc,), 1 / hc)))
-        self.captured = mean if self.captured is None else self._recorder.join(self.captured, mean, 1)
+        self._recorder.keep(mean)
+        self.captured.append(mean)
+
+    def _captured_rows(self, program: Program, rows: int) -> torch.Tensor:
+        """What a program's last run has captured of so many rows; valid until the next one."""
+        parts = [program.rows(part)[:rows] for part in self.captured]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def rotate(self, x: Buffer, heads: int, *, compressed: bool, backwards: bool = False) -> Buffer:
         return self._recorder.rotate(x, self._turn(compressed, backwards), heads)
 
     def by_rows(self, work: Callable[[Buffer], Buffer], x: Buffer) -> Buffer:
         return work(x)
+
+    def each_rows(self, work: Callable[[Buffer], None], x: Buffer) -> None:
+        work(x)
 
     def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
         return self._recorder.blocks(x, weights)
