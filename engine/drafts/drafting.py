@@ -23,7 +23,7 @@ from engine.drafts.kept import KeptStates
 from engine.drafts.proposals import MOST_STEPS, Opened, Proposals, pause_for
 from engine.drafts.rests import SURE, Rest
 from engine.drafts.stats import DrafterStats, DraftStats
-from engine.drafts.step_times import MOST, StepTimes
+from engine.drafts.step_times import COLD, MOST, StepTimes
 from engine.families.base import Model
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
@@ -78,6 +78,10 @@ class Drafting:
         self._rests = {drafter.name: Rest() for drafter in self._watching}
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
+        self._quiet = (
+            0  # steps in which nobody does anything, so that they take no longer than without drafts
+        )
+        self._is_quiet = False  # the step under way
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
         self._since_look = 0
 
@@ -94,7 +98,7 @@ class Drafting:
             credit = Credit(self._account, self._tries)
             self._open[sequence] = Opened(Acceptance(self._of_all), credit)
             if sequence.prediction:
-                self._pause = 0
+                self._pause = self._quiet = 0
             for drafter in self._drafters:
                 drafter.open(sequence.sequence_id, sequence.token_ids, sequence.prediction)
 
@@ -110,6 +114,10 @@ class Drafting:
 
     def propose(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of a step, with drafts where these pay. A drafter that fails costs no answer."""
+        self._is_quiet = self._quiet > 0
+        if self._is_quiet:
+            self._quiet -= 1
+            return chunks
         try:
             return self._proposed(chunks)
         except Exception as error:
@@ -130,12 +138,18 @@ class Drafting:
                 self._rest()
         if self._pause:
             self._pause -= 1
+            if not self._observing and self._times.is_settled(len(chunks)):
+                left = min(LOOK_EVERY - self._since_look, MEASURED - self._unmeasured) - 1
+                self._quiet = max(0, min(self._pause, left))
+                self._pause -= self._quiet
+                self._since_look += self._quiet
             return chunks
         if not self._drafters or any(chunk.sequence.is_prefilling for chunk in chunks):
             return chunks
         tokens = sum(chunk.length for chunk in chunks)
         room = MOST_ROWS - tokens
-        if room < 1 or not chunks or not self._times.is_known or self._is_check_due(tokens):
+        known = self._times.measured >= (COLD if self._always is None else 1)
+        if room < 1 or not chunks or not known or self._is_check_due(tokens):
             return chunks
         began = time.perf_counter()
         self._proposals.made_s = self._proposals.looked_s = 0.0
@@ -250,6 +264,9 @@ class Drafting:
     def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
         drafting included."""
+        if self._is_quiet:
+            self._unmeasured += 1
+            return
         if not self._drafters or not chunks:
             return
         tokens = chunks[0].length if len(chunks) == 1 else sum(chunk.length for chunk in chunks)
@@ -313,7 +330,10 @@ class Drafting:
             is_free = drafter is None or drafter.name in FREE
             own.credit.drafted(gained, is_free=is_free)
             if drafter is not None and chunk.drafted:
-                self._count(own, drafter, len(chunk.drafted), count, paid=gained > 0)
+                own.acceptance.add(drafter.name, own.draft, count, len(chunk.drafted))
+                self.stats.by_drafter[drafter.name].add(len(chunk.drafted), count)
+                if own.is_probe:
+                    own.credit.probed(paid=gained > 0)
             if drafter is not None and not is_free and self._proposals.made[drafter.name] > SURE:
                 self._rests[drafter.name].gained(gained)
         self.stats.gained_s += max(gained_s, 0.0)
@@ -329,13 +349,3 @@ class Drafting:
             rest.gained(-owed_s / token_s / len(self._observing))
             if rest.is_due:
                 self._since_look = max(self._since_look, LOOK_EVERY)
-
-    def _count(self, own: Opened, drafter: Drafter, drafted: int, accepted: int, *, paid: bool) -> None:
-        own.acceptance.add(drafter.name, own.draft, accepted, drafted)
-        if own.is_probe:
-            own.credit.probed(paid=paid)
-        stats = self.stats.by_drafter[drafter.name]
-        stats.drafted += drafted
-        stats.accepted += accepted
-        stats.steps += 1
-        stats.lengths[accepted] += 1
