@@ -26,6 +26,7 @@ from engine.families.base import Model, PromptProducts
 from engine.grammar.constraint import GrammarCompiler
 from engine.kv_pool import WHOLE, PoolSize, new_pool
 from engine.output import FinishReason
+from engine.prompt_check import check_prompt
 from engine.sampling.params import SamplingParams
 from engine.sampling.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -163,6 +164,21 @@ class Engine:
         return self._max_context
 
     @property
+    def max_sequences(self) -> int:
+        """Sequences that are computed at once."""
+        return self._max_sequences
+
+    @property
+    def prefixes(self) -> Prefixes | None:
+        """What keeps states for later prompts, if anything: for the engine's thread (`between_steps`)."""
+        return self._steps.prefixes
+
+    @property
+    def has_work(self) -> bool:
+        """True while sequences run or wait."""
+        return self._scheduler.has_work
+
+    @property
     def is_alive(self) -> bool:
         """True while the step loop runs."""
         return self._thread.is_alive()
@@ -201,7 +217,7 @@ class Engine:
         """
         vocab_size = self.model.info.vocab_size
         ids = list(prompt_ids)
-        self._check_prompt(ids, params)
+        check_prompt(ids, params, vocab_size, self._max_context)
         constraint = None if params.grammar is None else self.grammars.start(params.grammar)
         room = self._max_context - len(ids)
         stop_ids = set(params.stop_token_ids)
@@ -286,27 +302,6 @@ class Engine:
             aside=steps.aside.stats,
             drafts=steps.drafting.stats if steps.drafting.is_on else None,
         )
-
-    def _check_prompt(self, ids: list[int], params: SamplingParams) -> None:
-        vocab_size = self.model.info.vocab_size
-        if not ids:
-            raise RequestError("the prompt is empty; it must have at least one token", param="prompt")
-        if min(ids) < 0 or max(ids) >= vocab_size:
-            raise RequestError(f"token ids must lie between 0 and {vocab_size - 1}", param="prompt")
-        for token_id in (*params.logit_bias, *params.stop_token_ids):
-            if not 0 <= token_id < vocab_size:
-                param = "logit_bias" if token_id in params.logit_bias else "stop_token_ids"
-                raise RequestError(f"{param}: token id {token_id} is outside the vocabulary", param=param)
-        answer = params.max_tokens or max(params.min_tokens, 1)
-        wanted = len(ids) + answer
-        if wanted > self._max_context:
-            raise RequestError(
-                f"this model's maximum context length is {self._max_context} tokens, but {wanted} were "
-                f"requested ({len(ids)} in the prompt, {answer} for the answer); "
-                "shorten the prompt or ask for fewer tokens",
-                param="max_tokens" if len(ids) < self._max_context else "messages",
-                code="context_length_exceeded",
-            )
 
     def _loop(self) -> None:
         try:

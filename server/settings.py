@@ -166,9 +166,9 @@ class Settings(BaseSettings):
     )
     cluster: str | None = Field(
         None,
-        description="Serve the model in parts on the machines of a Ray cluster: its address; auto for the "
-        "one that runs on this machine, or if there is none, local, which starts one for this server alone "
-        "(docs/cluster.md). Default: no cluster.",
+        description="Serve the model in parts, or replicas of it, on the machines of a Ray cluster: its "
+        "address; auto for the one that runs on this machine, or if there is none, local, which starts one "
+        "for this server alone (docs/cluster.md). Default: no cluster.",
     )
     stages: int | None = Field(
         None,
@@ -176,6 +176,13 @@ class Settings(BaseSettings):
         le=64,
         description="Parts that a model is cut into with --cluster. Default: one for each machine, at least "
         "two.",
+    )
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="With --cluster, serve this many whole models behind one address instead of one in parts "
+        "(docs/cluster.md). Default: none.",
     )
     measured_file: Path | None = Field(
         None,

@@ -11,6 +11,7 @@ from and goes to (shared_rows.py), the rest is copied: a sequence never keeps a 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -91,6 +92,17 @@ class PrefixCache:
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
         self._nbytes = self._lent = 0
         self._queries = self._hits = self._cached_tokens = self._evictions = 0
+        self._saves = 0
+
+    @property
+    def roots(self) -> Mapping[str, _Node]:
+        """The tree of each salt; every edge leads to a state that can be restored."""
+        return self._roots
+
+    @property
+    def changes(self) -> int:
+        """How often a state was saved or forgotten."""
+        return self._saves + self._evictions
 
     @property
     def stats(self) -> PrefixStats:
@@ -179,6 +191,7 @@ class PrefixCache:
         self._nbytes += node.end_bytes
         self._ends[node] = None
         self._ends.move_to_end(node)
+        self._saves += 1
 
     def _from_disk(
         self, slot: int, ids: Ids, salt: str, least: int

@@ -96,7 +96,7 @@ class Proposals:
                 is_there = candidate is not None and _is_made_whole(candidate.drafter) and counts[at] > 0
                 counts[at] = min(more if is_there else min(counts[at], more), room)
                 room -= counts[at]
-        drafts, makers = [NOTHING] * len(chunks), set[str]()
+        drafts = [NOTHING] * len(chunks)
         for at, (own, candidate, count) in enumerate(zip(opened, found, counts, strict=True)):
             if candidate is not None and candidate.draft is not None and count:
                 own.drafter, own.draft = candidate.drafter, candidate.draft

@@ -31,8 +31,8 @@ from server.http.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
 
 if TYPE_CHECKING:
-    from server.cluster.serving import Prepared as InParts
-    from server.serving.service import Prepared, Service
+    from server.metrics import Metrics
+    from server.serving.service import Served, Service
 
 log = logging.getLogger("loci")
 
@@ -104,22 +104,15 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     from server.app import create_app
     from server.cli.fetch import fetched
     from server.metrics import Metrics
-    from server.serving.service import Service, prepare
+    from server.serving.service import Service
 
     typed = settings.model
     settings = settings.model_copy(update={"model": str(fetched(settings.model, yes, settings.experts))})
-    if settings.cluster is not None:
-        from server.cluster import serving as in_parts
-
-        prepared: Prepared | InParts = in_parts.prepare(settings)
-    elif settings.stages is not None:
-        raise ConfigError("--stages is for a model on several machines: give --cluster too")
-    else:
-        prepared = prepare(settings)  # a model that is wrong is refused before anybody is told to connect
     metrics = Metrics()
     metrics.observe_process()
-    service = Service(prepared.settings, metrics, typed)
-    server = _Server(create_app(service), service, prepared, address)
+    settings, bring_up, lines = _prepared(settings, metrics)
+    service = Service(settings, metrics, typed)
+    server = _Server(create_app(service), service, bring_up, lines, address)
     address.listen()
     try:
         server.run(sockets=[address.socket])
@@ -133,15 +126,41 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
         os._exit(0)
 
 
+def _prepared(settings: Settings, metrics: Metrics) -> tuple[Settings, Callable[[], Served], list[str]]:
+    """The settings with what the plan has chosen, what brings the model up, and lines to say meanwhile: a
+    model that is wrong is refused before anybody is told to connect."""
+    if settings.cluster is None:
+        for name in ("stages", "replicas"):
+            if getattr(settings, name) is not None:
+                raise ConfigError(f"--{name} is for a model on several machines: give --cluster too")
+        from server.cli.plan_lines import explained, plan_lines
+        from server.serving import service
+
+        here = service.prepare(settings)
+        lines = [*plan_lines(here.planned), *(explained(here.planned) if settings.explain else ())]
+        return here.settings, partial(service.bring_up, here), lines
+    if settings.replicas is not None:
+        from server.cluster import replicas
+
+        copies = replicas.prepare(settings)
+        return settings, partial(replicas.bring_up, copies, metrics.registry), []
+    from server.cluster import serving as in_parts
+
+    parts = in_parts.prepare(settings)
+    return settings, partial(in_parts.bring_up, parts, metrics.registry), []
+
+
 class _Server(uvicorn.Server):
     """uvicorn with our start and end: loads once it listens; the first signal drains, the second ends.
 
     While it drains it goes on listening, so that who comes now is told that the server stops.
     """
 
-    def __init__(self, app: Any, service: Service, prepared: Prepared | InParts, address: Address) -> None:
+    def __init__(
+        self, app: Any, service: Service, bring_up: Callable[[], Served], lines: list[str], address: Address
+    ) -> None:
         self._service = service
-        self._prepared = prepared
+        self._bring_up, self._lines = bring_up, lines
         self._address = address
         self._drain_s = service.settings.drain_timeout_s
         self._unfinished: set[asyncio.Task[None]] = set()  # requests that ran when draining began
@@ -152,6 +171,7 @@ class _Server(uvicorn.Server):
                     service.settings.read_timeout_s, service.settings.write_timeout_s
                 ),
                 ws="none",
+                loop="asyncio",  # also where another one happens to be installed
                 lifespan="off",
                 log_config=None,
                 access_log=False,
@@ -165,22 +185,10 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        from server.cli.plan_lines import explained, plan_lines
-        from server.serving.service import Prepared, bring_up
-
-        prepared = self._prepared
         _say(f"Loci listens on {self._address} and is loading the model")
-        if not isinstance(prepared, Prepared):
-            from server.cluster.serving import bring_up as bring_up_parts
-
-            bring_up_them = partial(bring_up_parts, prepared, self._service.metrics.registry)
-            self._service.load_in_background(bring_up_them, self._when_loaded)
-            return
-        for line in plan_lines(prepared.planned):
+        for line in self._lines:
             _say(line)
-        if prepared.settings.explain:
-            _say("\n".join(explained(prepared.planned)))
-        self._service.load_in_background(partial(bring_up, prepared), self._when_loaded)
+        self._service.load_in_background(self._bring_up, self._when_loaded)
 
     def _when_loaded(self) -> None:
         if self._service.failure is not None:

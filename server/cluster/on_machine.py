@@ -19,10 +19,12 @@ from server.cluster.fingerprint import fingerprint
 from server.serving.planned import Planned, planned
 from server.settings import Settings
 
-# Where the checkpoint lies on a machine, if not where the server's own is.
-MODEL_VARIABLE = "LOCI_STAGE_MODEL"
-# What a part may use on a machine, if not what the server's own settings say.
-OWN = {"dram_budget": "LOCI_STAGE_DRAM_BUDGET", "devices": "LOCI_STAGE_DEVICES"}
+# Where the checkpoint lies on a machine, and what may be used there, if not what the server's settings say.
+OWN = {
+    "model": "LOCI_STAGE_MODEL",
+    "dram_budget": "LOCI_STAGE_DRAM_BUDGET",
+    "devices": "LOCI_STAGE_DEVICES",
+}
 # What of a server's settings the parts must keep to.
 PASSED = (
     "model", "max_model_len", "max_num_seqs", "kv_budget", "kv_format", "prefill_chunk", "prefix_cache",
@@ -59,7 +61,7 @@ def passed(settings: Settings) -> dict[str, Any]:
 
 def look(settings: dict[str, Any]) -> Look:
     """Look at this machine and its copy of the checkpoint. Raises LociError where that is not usable."""
-    settings = _on_this_machine(settings)
+    settings = on_this_machine(settings)
     opened = _opened(settings)
     gpus = 0
     if settings.get("devices") is None and "LOCI_DEVICES" not in os.environ:
@@ -80,7 +82,7 @@ class OnMachine:
     """A part of a model, from its plan to its work."""
 
     def __init__(self, settings: dict[str, Any], span: Span) -> None:
-        self._settings, self._span = _on_this_machine(settings), span
+        self._settings, self._span = on_this_machine(settings), span
         self._part: Part | None = None
 
     def wish(self) -> Wish:
@@ -107,13 +109,13 @@ class OnMachine:
         return planned(Settings(**settings), self._opened)
 
 
-def _on_this_machine(settings: dict[str, Any]) -> dict[str, Any]:
-    return settings | {name: os.environ[own] for name, own in OWN.items() if own in os.environ}
+def on_this_machine(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what this machine's own variables say instead."""
+    return settings | {name: value for name, own in OWN.items() if (value := os.environ.get(own))}
 
 
 def _opened(settings: dict[str, Any]) -> OpenedModel:
-    path = os.environ.get(MODEL_VARIABLE) or settings["model"]
-    return open_model(model_path(path), settings.get("max_model_len"))
+    return open_model(model_path(settings["model"]), settings.get("max_model_len"))
 
 
 def _planned_kv(found: Planned, *, is_given: bool) -> PlannedKv | None:

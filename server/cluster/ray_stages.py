@@ -86,6 +86,8 @@ def connect(address: str) -> list[str]:
             )
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ConfigError(f"--cluster {address}: no Ray answers there ({_line(error)})") from None
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        log.warning("this Ray asks for no token: who can reach it can run programs on it (docs/cluster.md)")
     here = ray.get_runtime_context().get_node_id()
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     return sorted(alive, key=lambda node: (node != here, node))

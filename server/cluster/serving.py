@@ -71,7 +71,7 @@ def bring_up(prepared: Prepared, registry: CollectorRegistry) -> Served:
     passed_on = passed(settings) | {"model": str(opened.checkpoint.path)}
     nodes = connect(settings.cluster)
     found = looks(passed_on, nodes)
-    _check_copies(found, fingerprint(opened.checkpoint))
+    check_copies(found, fingerprint(opened.checkpoint))
     stages, spans = _stages(settings, opened, passed_on, nodes, found)
     wishes: list[Wish] = [get(call) for call in [stage.ask_wish() for stage in stages]]
     agreed: dict[str, Any] = {
@@ -106,7 +106,7 @@ def bring_up(prepared: Prepared, registry: CollectorRegistry) -> Served:
     )
 
 
-def _check_copies(found: Sequence[Look], own: str) -> None:
+def check_copies(found: Sequence[Look], own: str) -> None:
     """Raises ConfigError where a machine's checkpoint or version is another."""
     for each in found:
         if each.fingerprint != own:

@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
-from engine.engine import Engine, PromptProgress, Submission
+from engine.engine import PromptProgress, Submission
 from engine.output import FinishReason, Output, joined
 from engine.sampling.params import SamplingParams
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics, SequenceTimer
+from server.serving.answering import Answering
 from server.serving.streaming import CLIENT_CLOSED_REQUEST
 from server.serving.wakeups import Wakeups
 
@@ -23,7 +24,9 @@ from server.serving.wakeups import Wakeups
 class Generation:
     """The sequences of one request. Create, submit and read on the event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, wakeups: Wakeups, timeout_s: float | None) -> None:
+    def __init__(
+        self, engine: Answering, metrics: Metrics, wakeups: Wakeups, timeout_s: float | None
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._wakeups = wakeups

@@ -27,6 +27,7 @@ from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.plan_metrics import LearnedFile, PlanCollector, PlanWatch
+from server.serving.answering import Answering
 from server.serving.draft_costs import draft_costs
 from server.serving.generation import Generation
 from server.serving.planned import Planned, planned
@@ -50,11 +51,17 @@ class Served:
 
     name: str
     loaded: Loaded
-    engine: Engine
+    engine: Answering
     created: int = field(default_factory=lambda: int(time.time()))
     aliases: tuple[str, ...] = ()
     cuts_answers: bool = True
     watch: PlanWatch | None = None
+
+    @property
+    def engine_here(self) -> Engine:
+        """Its engine, of a model that is in this process."""
+        assert isinstance(self.engine, Engine)
+        return self.engine
 
     @property
     def vocab_size(self) -> int:
@@ -231,7 +238,9 @@ class Service:
     @property
     def max_sequences(self) -> int:
         """Sequences that are computed together, as set or chosen by the plan."""
-        return self.settings.max_num_seqs or 1
+        return (
+            (self.settings.max_num_seqs or 1) if self._served is None else self._served.engine.max_sequences
+        )
 
     @property
     def is_loading(self) -> bool:

@@ -64,8 +64,8 @@ def test_the_unit_is_valid_and_hardened(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(HADOLINT is None, reason="no hadolint is installed (`make test` brings it)")
-def test_the_dockerfile_has_no_findings() -> None:
-    check(str(HADOLINT), "Dockerfile")
+def test_the_dockerfiles_have_no_findings() -> None:
+    check(str(HADOLINT), "Dockerfile", "deploy/cluster/Dockerfile")
 
 
 def test_panels_have_places_and_names_of_their_own() -> None:

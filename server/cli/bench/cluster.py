@@ -1,4 +1,5 @@
-"""`loci bench cluster`: what the way between two parts of a model costs a step, on this machine."""
+"""`loci bench cluster`: what the way between two parts of a model costs a step, and what two replicas find in
+their caches, on this machine."""
 
 from __future__ import annotations
 
@@ -28,17 +29,22 @@ def cluster(
     dram_budget: Annotated[str | None, typer.Option(help="Memory for each part's weights.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Decode one sequence through two parts in processes of Ray, and compare with what the parts compute.
+    """Decode one sequence through two parts in processes of Ray, and compare with what the parts compute;
+    then hold conversations with one server and with two replicas, and compare what was found in caches.
 
     Ray is started for that, on this machine alone. Needs the extra `cluster`.
 
     Example: loci bench cluster demo --dram-budget 300MiB
     """
+    from server.cli.bench.prefix_share import prefix_share
     from server.cluster.ray_stages import check_installed
 
     check_installed()
-    found = _measure(model, steps, dram_budget)
-    print_figures("a model in two parts", found)
+    of_replicas = prefix_share(model, dram_budget)
+    of_parts = _measure(model, steps, dram_budget)
+    print_figures("a model in two parts", of_parts)
+    print_figures("two replicas", of_replicas)
+    found = [*of_parts, *of_replicas]
     if json_file is not None:
         from memory.hardware.detect import detect
         from memory.hardware.this_machine import write_results

@@ -107,7 +107,7 @@ def _set_up(
     engine = None
     flags = {"max_num_seqs": most, "max_model_len": longest}
     if url is None or model is not None:
-        engine = bring_up(prepare(resolve_settings({"model": model, **flags}))).engine
+        engine = bring_up(prepare(resolve_settings({"model": model, **flags}))).engine_here
         stack.callback(engine.stop)
     if url is None:
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]

@@ -107,7 +107,7 @@ def step(
         nbytes = len(arena.bytes)
         with progress("rounds") as on_progress:
             times = measure_steps(
-                served.engine,
+                served.engine_here,
                 params,
                 rounds,
                 lambda: nbytes / host_seconds(lambda: arena.read(0, nbytes)),

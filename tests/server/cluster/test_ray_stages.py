@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import httpx
-import psutil
 import pytest
 
 from tests.conftest import golden_path
 from tests.engine.families.golden_families import golden_family
-from tests.server.harness import command, complaint, environment, run
+from tests.server.cluster.on_ray import BODY, Served, answered, check_loopback_only
+from tests.server.harness import complaint, run
 
 pytest.importorskip("ray", reason="ray is not installed (extra `cluster`)")
 pytestmark = pytest.mark.slow
@@ -27,57 +24,6 @@ pytestmark = pytest.mark.slow
 LIMITS = (
     "--dram-budget", "150MiB", "--max-model-len", "400", "--max-num-seqs", "8", "--prefix-cache", "20MiB"
 )  # fmt: skip
-START_S = 150.0
-BODY = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 3}
-
-
-class Served:
-    """A `loci serve` on a free port, and its processes."""
-
-    def __init__(self, folder: Path, model: Path, *flags: str) -> None:
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command("serve", model, "--port", "0", *LIMITS, *flags),
-                stdout=log,
-                stderr=log,
-                env=environment(),
-            )
-        self.url = self._wait()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-
-    def _wait(self) -> str:
-        end = time.monotonic() + START_S
-        while time.monotonic() < end:
-            text = self.log.read_text()
-            if "is ready" in text:
-                return text.split("Loci listens on ")[1].split()[0]
-            assert self.process.poll() is None, text
-            time.sleep(0.2)
-        raise AssertionError(self.log.read_text())
-
-    def complete(self, **more: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self.client.post("/v1/completions", json=BODY | more).json()
-        return answer
-
-    def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def stages(self) -> list[psutil.Process]:
-        """The processes that have parts of the model: of Ray's workers, those that were named after it."""
-        return [p for p in self.processes() if p.status() != "zombie" and "_Actor" in " ".join(p.cmdline())]
-
-    def stop(self) -> None:
-        started = self.processes()
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(30)
-        finally:
-            self.process.kill()
-            _, left = psutil.wait_procs(started, timeout=15)
-            for process in left:
-                process.kill()
-        assert not left
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def staged(folder: Path) -> Iterator[Served]:
-    served = Served(folder, golden_path("v41-a"), "--cluster", "local", "--stages", "2")
+    served = Served(folder, golden_path("v41-a"), *LIMITS, "--cluster", "local", "--stages", "2")
     yield served
     served.stop()
 
 
-def answered(completion: dict[str, Any]) -> object:
-    return completion["choices"][0]["text"], completion["choices"][0]["logprobs"]
-
-
 def test_two_stages_answer_as_one_process_does(staged: Served, folder: Path) -> None:
-    alone = Served(folder, golden_path("v41-a"))
+    alone = Served(folder, golden_path("v41-a"), *LIMITS)
     try:
         prompts = [BODY["prompt"], "A long one: " + "and then there was more of it, " * 20, "x"]
         expected = [answered(alone.complete(prompt=prompt)) for prompt in prompts]
@@ -111,13 +53,7 @@ def test_two_stages_answer_as_one_process_does(staged: Served, folder: Path) -> 
 
 
 def test_nothing_listens_beyond_this_machine(staged: Served) -> None:
-    for process in [psutil.Process(staged.process.pid), *staged.processes()]:
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                assert connection.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), (
-                    process.cmdline(),
-                    connection,
-                )
+    check_loopback_only(staged.process.pid)
 
 
 def test_the_hops_are_metrics(staged: Served) -> None:
@@ -131,7 +67,7 @@ def test_the_hops_are_metrics(staged: Served) -> None:
 
 def test_a_killed_stage_hangs_nobody_and_comes_back(staged: Served) -> None:
     before = answered(staged.complete())
-    first, second = staged.stages()
+    first, second = staged.workers("_Actor")
     ended: list[str] = []
 
     def stream(number: int) -> None:

@@ -28,6 +28,7 @@ class PlayedEngine:
 
     max_context = 100
     is_alive = True
+    max_sequences = 1
 
     def __init__(self, play: Callable[[OnOutput], None] = lambda on_output: None) -> None:
         self._play = play
