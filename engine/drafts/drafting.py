@@ -18,7 +18,7 @@ import torch
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import FREE, MOST_ROWS, Draft, Drafter, Rows
-from engine.drafts.choose import WORTHWHILE, Credit, Tries, account_of_all
+from engine.drafts.choose import Credit, Tries, account_of_all
 from engine.drafts.kept import KeptStates
 from engine.drafts.proposals import MOST_STEPS, Opened, Proposals, pause_for
 from engine.drafts.rests import SURE, Rest
@@ -33,6 +33,9 @@ logger = logging.getLogger("loci.engine")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
+AWAKE_PAUSE = (
+    2  # steps in which drafters that are not at rest are asked nothing, after they promised too little
+)
 # Once their times are settled, one of so many steps without drafts is measured.
 MEASURED = 16
 
@@ -78,6 +81,7 @@ class Drafting:
         self._rests = {drafter.name: Rest() for drafter in self._watching}
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
+        self._drafted_steps = 0
         self._quiet = (
             0  # steps in which nobody does anything, so that they take no longer than without drafts
         )
@@ -163,6 +167,8 @@ class Drafting:
         if not any(draft.token_ids for draft in drafts):
             if self._always is None and not any(chunk.sequence.prediction for chunk in chunks):
                 self._pause = pause_for(self._spent_s, self._times.seconds(tokens))
+                if self._observing:
+                    self._pause = min(self._pause, AWAKE_PAUSE)
             return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
@@ -173,22 +179,12 @@ class Drafting:
             drafter
             for drafter in self._watching
             if self._rests[drafter.name].look(
-                steps, self._proposals.made[drafter.name], partial(self._can_pay, drafter)
+                steps,
+                self._proposals.made[drafter.name],
+                partial(self._proposals.can_pay, drafter, max(1, len(self._open)), self._most),
             )
         ]
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
-
-    def _can_pay(self, drafter: Drafter) -> bool:
-        answers = max(1, len(self._open))
-        plain = WORTHWHILE * answers / self._times.seconds(min(answers, MOST_ROWS))
-        for count in range(1, min(self._most, drafter.longest) + 1):
-            rows = answers * (1 + count)
-            if rows > MOST_ROWS:
-                return False
-            took = self._times.seconds(rows) + self._proposals.drafting_s(drafter, count)
-            if rows / took > plain:
-                return True
-        return False
 
     def _most_of(self, sequence: Sequence, room: int) -> int:
         """Tokens that may be drafted: a step makes one more than are accepted."""
@@ -284,7 +280,9 @@ class Drafting:
         seconds -= self._spent_s
         self.stats.drafting_s += self._spent_s
         if tokens <= MOST_ROWS:
-            self._times.observe(tokens, seconds)
+            self._drafted_steps += not is_plain
+            if is_plain or self._drafted_steps > SURE:  # the first ones touch what no step has touched before
+                self._times.observe(tokens, seconds)
             if is_plain:
                 self._learn_plain(chunks)
             else:
