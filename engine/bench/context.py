@@ -110,28 +110,38 @@ def run_context(
             f"a depth of {depths[-1]:,} tokens and {last - depths[-1]:,} more to measure are beyond the "
             f"{model.info.max_context:,} that {model.info.name} can; name smaller --depths"
         )
-    model.forward(Batch.of([(0, 0, [5] * min(chunk, 64))]), model.new_cache(1, chunk))  # work space exists
+    generator = torch.Generator().manual_seed(SEED)
+    base, found = min(depths[0], COMPUTED_CHUNKS * chunk), []
+    needed = base + max(chunk, WARM_STEPS + steps)
+    ids = torch.randint(3, model.info.vocab_size, (needed,), generator=generator).tolist()
+    text, rest = ids[:base], ids[base:]
+    told, prompt = rest[: WARM_STEPS + steps], rest[:chunk]  # at each depth
+    _warm_up(model, text, told, chunk)
     before, _ = resident_bytes(), forget_peak()
     pool = new_pool(model, 1, last, PoolSize(), prefix_bytes=0)
     cache, pages = pool.cache, pool.cache.pages
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(3, model.info.vocab_size, (last,), generator=generator).tolist()
-    base, found = min(depths[0], COMPUTED_CHUNKS * chunk), []
-    _prefill(model, cache, ids[:base], chunk)
+    _prefill(model, cache, text, chunk)
     fixed = cache.nbytes - pages.nbytes(last)
     for number, depth in enumerate(depths):
         if depth > base:
             repeat_rows(cache, base, depth, start=max(base, depths[number - 1] if number else 0))
         prefill_s = None
         if depth <= deepest_prefill:
-            prefill_s = _timed_prefill(model, cache, depth, ids[depth : depth + chunk])
-        decode_s = _timed_decode(model, cache, depth, ids[depth : depth + WARM_STEPS + steps])
+            prefill_s = _timed_prefill(model, cache, depth, prompt)
+        decode_s = _timed_decode(model, cache, depth, told)
         planned = fixed + pages.nbytes(depth + chunk if prefill_s is not None else cache.length(0))
         grown = peak_resident_bytes() - before
         found.append(Depth(depth, base, decode_s, prefill_s, pages.nbytes(depth), planned, grown))
         on_progress(number + 1)
     rows = {str(device): pages.nbytes(last, device) / last for device in pages.devices}
     return ContextRun(found, chunk, rows, fixed)
+
+
+def _warm_up(model: Model, text: list[int], told: list[int], chunk: int) -> None:
+    """Prompts' and steps' work space exists, and what tokens read besides a cache has been read."""
+    cache = model.new_cache(1, len(text) + len(told))
+    _prefill(model, cache, text, chunk)
+    _timed_decode(model, cache, len(text), told)
 
 
 def _prefill(model: Model, cache: KvCache, ids: list[int], chunk: int) -> None:

@@ -56,7 +56,7 @@ def compare_formats(
     for form in forms:
         model = load(form)
         try:
-            logits, answers = _logits(model, windows), _answers(model, prompts)
+            logits, answers = logits_of(model, windows), _answers(model, prompts)
             size = bytes_per_token(model)
         finally:
             model.close()
@@ -96,7 +96,7 @@ def _compared(
     )  # fmt: skip
 
 
-def _logits(model: Model, windows: Sequence[list[int]]) -> list[torch.Tensor]:
+def logits_of(model: Model, windows: Sequence[list[int]]) -> list[torch.Tensor]:
     """Logits of every position of each window, `[tokens, vocab]`."""
     cache, found = model.new_cache(1, max(map(len, windows))), []
     for window in windows:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from engine.bench.prefill import run_prefill
 from engine.bench.slice import run_slice, workload
@@ -32,12 +32,13 @@ from memory.telemetry import Snapshot
 from quant.errors import LociError
 
 DRAM_BYTES, CPU_BYTES = 128 << 20, 128 << 20  # beyond most caches
-DISK_SECONDS = 0.1  # at each depth
+DISK_SECONDS = 0.2  # at each depth
 SHARES = (0.3, 0.6, 1.0)  # of the experts
 
 
 class Rates:
-    """What the machine does at the moment, again and again; the middle of what was seen counts.
+    """What the machine does at the moment, again and again; the middle of what was seen counts, and of the
+    disk the mean at the best depth.
 
     file  a large one on the disk that the model is read from
     """
@@ -45,6 +46,7 @@ class Rates:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._seen: dict[str, list[float]] = defaultdict(list)
+        self._of_disk: list[list[float]] = []  # by look and depth
 
     def look(self) -> None:
         """Measure all once, in about a second; nothing where other programs are in the way."""
@@ -55,14 +57,17 @@ class Rates:
         for result in results:
             self._seen[result.name].append(result.value)
         if of_disk := read_rates(self._file, DISK_SECONDS):
-            self._seen["disk_read"].append(max(of_disk) / 1e9)
+            self._of_disk.append(of_disk)
 
     @property
     def measured(self) -> dict[str, float]:
         """By name, as `this_machine` takes them. Raises LociError where the machine was never idle enough."""
         if not self._seen:
             raise LociError("the machine is too busy to be measured: try again when it is idle")
-        return {name: median(values) for name, values in self._seen.items()}
+        found = {name: median(values) for name, values in self._seen.items()}
+        if self._of_disk:  # it is slow for a while: what was waited for then counts too
+            found["disk_read"] = max(map(mean, zip(*self._of_disk, strict=True))) / 1e9
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,13 @@ class Compared:
 
 
 def budgets(shape: ModelShape, most: int) -> list[int]:
-    """Bytes of DRAM that hold all that is not experts and SHARES of these, up to `most`."""
+    """Bytes of DRAM that hold SHARES of the experts and all that is in memory beside them, up to `most`: the
+    embedding only beside all experts."""
     experts = sum(layer.experts for layer in shape.layers) * shape.slot_nbytes
     rest = memory_bytes(shape) - experts
-    wanted = [int(rest + 1.02 * share * experts) for share in SHARES]
+    wanted = [
+        int(rest - (shape.embedding.nbytes if share < 1 else 0) + 1.02 * share * experts) for share in SHARES
+    ]
     return sorted({min(most, nbytes) for nbytes in wanted})
 
 

@@ -144,9 +144,10 @@ def tail_bound(model: DeepseekV41, tokens: int) -> float:
     c = model.config
     tails = [
         min(tokens, c.tail_of(layer) + model.cache_shape.margin)
-        for layer in range(c.first_tail_layer, c.num_hidden_layers)
+        for layer in range(c.num_hidden_layers)
+        if layer >= c.first_tail_layer - 1 and c.has_tail
     ]
-    return c.num_hidden_layers * tokens / (c.first_tail_layer * tokens + sum(tails))
+    return c.num_hidden_layers * tokens / ((c.num_hidden_layers - len(tails)) * tokens + sum(tails))
 
 
 def tail_flops_bound(shape: ModelShape, tokens: int) -> float:

@@ -66,14 +66,22 @@ class RowsOnDisk:
         self._dtype = dtype
         self._row_bytes = entry.nbytes // entry.shape[0]
         self._descriptor = open_to_read(entry.file)
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # neighbours are of no use
         weakref.finalize(self, os.close, self._descriptor)
 
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[n]` int64 as `[n, cols]`. Raises CheckpointError, IndexError for no such row."""
         out = torch.empty(len(rows), self._row_bytes, dtype=torch.uint8)
-        for row, view in zip(rows.tolist(), out.numpy(), strict=True):
-            if not 0 <= row < self._entry.shape[0]:
-                raise IndexError(f"{self._entry.name} has no row {row}")
-            at = self._entry.offset + row * self._row_bytes
+        places = [self._place(row) for row in rows.tolist()]
+        if len(places) > 1:  # all on their way before the first is waited for
+            for at in places:
+                os.posix_fadvise(self._descriptor, at, self._row_bytes, os.POSIX_FADV_WILLNEED)
+        for at, view in zip(places, out.numpy(), strict=True):
             read_into(self._descriptor, view.data, at, self._row_bytes, self._entry.file)
         return out.view(self._dtype)
+
+    def _place(self, row: int) -> int:
+        """Where a row begins in the file."""
+        if not 0 <= row < self._entry.shape[0]:
+            raise IndexError(f"{self._entry.name} has no row {row}")
+        return self._entry.offset + row * self._row_bytes

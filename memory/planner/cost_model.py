@@ -9,6 +9,7 @@ machine: `Efficiency` has the few constants, each with its source.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -16,15 +17,16 @@ import numpy as np
 
 from memory.hardware.profiles import HardwareProfile
 from memory.planner.launches import SHARE, beside
-from memory.planner.placement import Placement
+from memory.planner.placement import STAGING, Placement
 from memory.planner.routing import Routing, any_used, distinct
-from memory.planner.shape import LayerShape, ModelShape
+from memory.planner.shape import LayerShape, ModelShape, Table
 
 # Steps of more sequences, and prompts, are not recorded.
 MAX_RECORDED_ROWS = 16
 
 # An expert from NVMe is written to DRAM by the disk, read and written when it is rearranged, and read again.
 CROSSINGS = 3
+BLOCK_BYTES = 4096  # of a random read
 
 VRAM, GPU, DRAM, CPU, LINK, DISK, LATENCY = (
     "VRAM bandwidth", "GPU arithmetic", "DRAM bandwidth", "CPU arithmetic", "PCIe links", "disk", "latency",
@@ -51,6 +53,7 @@ class Efficiency:
     hand_over_s         the same through a mailbox, in a recorded step
     gpu_hop_s           GPU to GPU and back, in a layer whose experts lie on several
     exchange_s          the same through a mailbox, in a recorded step, beside what crosses the links
+    disk_read_s         a random read alone
     """
 
     vram_share: float = 0.8
@@ -68,6 +71,7 @@ class Efficiency:
     hand_over_s: float = 30e-6
     gpu_hop_s: float = 52e-6
     exchange_s: float = 10e-6
+    disk_read_s: float = 100e-6
 
 
 @dataclass
@@ -140,7 +144,9 @@ class CostModel:
         per_core = per_core * e.rearranged_share if per_core else e.rearranged_per_core
         self._rearranged_per_s = per_core * hardware.cores
         self._experts = [placement.experts(n) for n in range(len(shape.layers))]
+        self._passing = _passing(shape, placement)
         self._tiers = [placement.tier_of("dense", n) for n in range(len(shape.layers))]
+        self._embedding_tier = placement.tier_of("embedding", None)
         self._table_tiers = [placement.tier_of("engram", n) for n in range(len(shape.layers))]
         self._hot_rows_bytes = sum(r.nbytes for r in placement.reserves if r.name == "hot Engram rows")
         self._cold_tables_bytes = sum(
@@ -155,11 +161,12 @@ class CostModel:
         """Each sequence reads its KV once, whatever its tokens, and wants logits of one of them."""
         cost = StepCost(tokens)
         hits: dict[str, float] = defaultdict(float)
+        self._embedding(cost, tokens)
         is_prefetched = True  # the first layer's experts are guessed from the embedding
         for n, layer in enumerate(self.shape.layers):
             part = StepCost(tokens, disk_idle_s=cost.disk_idle_s)
             if layer.table is not None:
-                self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)
+                self._rows(cost, n, layer.table, tokens)
             self._dense(part, n, layer, tokens, sequences, held)
             if not is_prefetched:
                 part.disk_idle_s = 0.0
@@ -225,12 +232,25 @@ class CostModel:
             return (layer.launches - less) * e.launch_s
         return e.gpu_layer_s
 
-    def _rows(self, cost: StepCost, n: int, rows: float, row_bytes: int) -> None:
+    def _embedding(self, cost: StepCost, tokens: int) -> None:
+        """Rows of an embedding that stays on disk: asked for at once, and nothing begins before they are
+        there."""
+        if self._embedding_tier != "nvme":
+            return
+        row_bytes = self.shape.embedding.nbytes / self.shape.vocab_size
+        reads, nbytes = tokens * max(1.0, row_bytes / BLOCK_BYTES), tokens * row_bytes
+        together_s = max(reads / self.hardware.disk_reads_per_s, nbytes / self.hardware.disk_bytes_per_s)
+        cost.seconds[DISK] += self.efficiency.disk_read_s + together_s
+        cost.nbytes["nvme"] += nbytes
+
+    def _rows(self, cost: StepCost, n: int, table: Table, tokens: int) -> None:
         """Engram rows: fetched from the step's start on, so only what layers 0..n-1 do not hide counts."""
-        tier = self._table_tiers[n]
-        cost.nbytes[tier] += rows * row_bytes
+        tier, rows = self._table_tiers[n], tokens * table.rows_per_token
+        cost.nbytes[tier] += rows * table.row_bytes
+        held = self.placement.tables.get(n)
+        reads = 2 if table.scale_bytes and held is not None and not held.holds_scales else 1  # of a row
         cached = self._hot_rows_bytes / self._cold_tables_bytes if self._cold_tables_bytes else 1.0
-        missed = rows * (1.0 - cached) if tier == "nvme" else 0.0
+        missed = reads * rows * (1.0 - cached) if tier == "nvme" else 0.0
         from_disk = missed / self.hardware.disk_reads_per_s
         from_dram = rows / self.hardware.dram_rows_per_s
         exposed = max(0.0, max(from_disk, from_dram) - cost.total_s)
@@ -243,7 +263,7 @@ class CostModel:
         size, flops = layer.expert.nbytes, 2 * layer.expert.parameters
         gpus = {tier: count for tier, count in held.items() if tier.startswith("vram")}
         in_vram = sum(gpus.values())
-        in_dram = in_vram + held.get("dram", 0)
+        in_dram = in_vram + held.get("dram", 0) + self._passing[n]
         hot, warm, cold = chances[:in_vram], chances[in_vram:in_dram], chances[in_dram:]
         for tier, part in (("vram", hot), ("dram", warm), ("nvme", cold)):
             hits[tier] += tokens * float(part.sum())
@@ -267,11 +287,13 @@ class CostModel:
         if is_recorded and self._tiers[n] not in gpus:
             gpu_s = max(gpu_s, self._beside_s(cost, self._tiers[n], layer, tokens))
         if np.any(chances[in_vram:] > 0):
-            read = size * distinct(cold, tokens)
+            read, spread = size * distinct(cold, tokens), size * _spread(chances, in_dram, tokens)
             moved = size * distinct(warm, tokens) + read
             outside = tokens * float(chances[in_vram:].sum())
             brings = not is_recorded  # in a recorded step, experts move to GPUs between steps only
-            self._outside_vram(cost, moved, read, flops * outside, cpu_s, gpu_s, gpu_bound, brings=brings)
+            self._outside_vram(
+                cost, moved, read, spread, flops * outside, cpu_s, gpu_s, gpu_bound, brings=brings
+            )
             on_gpu = self._is_real_gpu(self._tiers[n])
             wait = e.hand_over_s if is_recorded else e.round_trip_s
             cost.seconds[LATENCY] += any_used(chances[in_vram:], tokens) * wait * on_gpu
@@ -304,6 +326,7 @@ class CostModel:
         cost: StepCost,
         moved: float,
         read: float,
+        spread: float,
         flops: float,
         cpu_s: float,
         gpu_s: float,
@@ -311,16 +334,15 @@ class CostModel:
         *,
         brings: bool,
     ) -> None:
-        """`moved` bytes of experts in DRAM, `read` of them from NVMe: to the CPU, or over links to GPUs where
-        these bring any.
+        """`moved` bytes of experts in DRAM, `read` of them from NVMe (with a standard deviation of `spread`):
+        to the CPU, or over links to GPUs where these bring any.
 
         The split x (share over the links) makes CPU, links and GPUs finish together; disk and the DRAM
         bus, which everything crosses, work meanwhile.
         """
         e, hardware = self.efficiency, self.hardware
-        disk = read / hardware.disk_bytes_per_s
         # Of what was read ahead, the guessed share was right.
-        disk -= e.guessed_share * min(disk, cost.disk_idle_s)
+        disk = read / hardware.disk_bytes_per_s - e.guessed_share * cost.disk_idle_s
         cpu_s += read / self._rearranged_per_s
         by_cpu, cpu_bound = self._on("dram", moved, flops)
         real = [gpu for gpu in hardware.gpus if gpu.kind == "cuda" and brings]
@@ -339,25 +361,58 @@ class CostModel:
             cpu_bound: (1 - x) * by_cpu + cpu_s,
             LINK: x * by_link,
             gpu_bound: gpu_s + x * on_gpu,
-            DISK: disk,
         }
         bus = (moved + CROSSINGS * read) / self._bus_rate
-        total = max(bus, *candidates.values())
-        cost.disk_idle_s = total - disk
-        if bus >= total:
-            cost.seconds[DRAM] += total
-        elif candidates[DISK] >= total:
-            cost.seconds[DISK] += total
-        elif candidates[gpu_bound] >= total > candidates[cpu_bound]:
-            cost.seconds[gpu_bound] += total
+        others = max(bus, *candidates.values())
+        total = _longer(disk, spread / hardware.disk_bytes_per_s, others)
+        cost.disk_idle_s = total - max(0.0, disk)
+        waiting = total if disk >= others else total - others
+        cost.seconds[DISK] += waiting
+        rest = total - waiting
+        if bus >= others:
+            cost.seconds[DRAM] += rest
+        elif candidates[gpu_bound] >= others > candidates[cpu_bound]:
+            cost.seconds[gpu_bound] += rest
         else:  # CPU and links finish together: by the bytes each took
-            cost.seconds[LINK] += x * total
-            cost.seconds[cpu_bound] += (1 - x) * total
+            cost.seconds[LINK] += x * rest
+            cost.seconds[cpu_bound] += (1 - x) * rest
         cost.nbytes["dram"] += moved
         cost.nbytes["nvme"] += read
         for i, gpu in enumerate(hardware.gpus):
             if gpu.kind == "cuda" and links:
                 cost.nbytes[f"link:{i}"] += x * moved * gpu.link_together_bytes_per_s / links
+
+
+def _spread(chances: np.ndarray, in_memory: int, tokens: int) -> float:
+    """The standard deviation of how many experts a layer lacks, of which so many, the likeliest, are in
+    memory: a token that picks more of these picks fewer of the others."""
+    lacking = chances[in_memory:]
+    picks, used = float(chances.sum()), 1.0 - (1.0 - lacking) ** tokens
+    share = float(lacking.sum()) / picks if picks else 0.0
+    return math.sqrt(max(0.0, float((used * (1.0 - used)).sum()) * (1.0 - share)))
+
+
+def _longer(mean: float, deviation: float, other: float) -> float:
+    """What the longer of two takes on average, of which one varies: a layer that lacks more experts than
+    others waits for them, and one that lacks fewer cannot give its time away."""
+    if deviation <= 0:
+        return max(mean, other)
+    z = (mean - other) / deviation
+    below = 0.5 * math.erfc(-z / math.sqrt(2))
+    return other + (mean - other) * below + deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+
+def _passing(shape: ModelShape, placement: Placement) -> list[int]:
+    """Of each layer, experts in DRAM's slots for those on their way: one stays there until another needs the
+    slot, and is found there like those that were placed."""
+    staged = sum(r.nbytes for r in placement.reserves if r.name == STAGING and r.tier == "dram")
+    slots, layers = staged // max(1, shape.slot_nbytes), sum(layer.experts > 0 for layer in shape.layers)
+    shares, seen = [], 0
+    for layer in shape.layers:
+        before = slots * seen // max(1, layers)
+        seen += layer.experts > 0
+        shares.append(slots * seen // max(1, layers) - before)
+    return shares
 
 
 def _beside(layer: LayerShape) -> int:

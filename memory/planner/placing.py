@@ -39,9 +39,10 @@ PROCESS_BYTES = 1_000_000_000
 STAGED_LAYERS = 2
 # What calling a layer's operations costs more on the CPU than on a GPU; its threads must meet.
 CPU_CALLS_S = 1.2e-3
-# Of an Engram table on NVMe, the rows worth keeping in DRAM: at most this share of the table, and of DRAM.
+# Of an Engram table on NVMe, the rows worth keeping in DRAM: at most this share of the table, and of DRAM
+# where experts compete for it. Rows are asked for before a layer needs them, experts are waited for.
 HOT_ROWS_OF_TABLE = 0.10
-HOT_ROWS_OF_DRAM = 0.05
+HOT_ROWS_OF_DRAM = 0.005
 
 
 def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Placement:
@@ -61,7 +62,7 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     history = workload.sequences * shape.history_bytes
     tier = room.first_with(history, ["dram"], 0)
     room.put("n-grams' last tokens", "kv_states", None, tier, history, "look-ups start on the host")
-    _place_embedding(room, shape)
+    _place_embedding(room, shape, gpus)
     speeds = {gpu: hardware.gpus[int(gpu.partition(":")[2])].memory_bytes_per_s for gpu in gpus}
     _place_experts_and_tables(room, shape, speeds)
     on_disk = sum(p.nbytes for p in room.places if p.kind not in OF_SEQUENCES and p.tier == "nvme")
@@ -209,16 +210,15 @@ def _pool_bytes(kv: KvShape, workload: Workload, page_bytes: int) -> int:
     return kv.pool_bytes(tokens, workload.sequences, workload.context, page_bytes)
 
 
-def embedding_fits(shape: ModelShape, dram_bytes: int) -> bool:
-    """True if this many bytes of DRAM hold the embedding and the experts that pass through from NVMe."""
-    return dram_bytes >= shape.embedding.nbytes + STAGED_LAYERS * shape.top_k * shape.slot_nbytes
-
-
-def _place_embedding(room: Room, shape: ModelShape) -> None:
-    """One row a token: on disk, where DRAM has no room for all of it."""
-    tier = "dram" if embedding_fits(shape, room.for_weights("dram")) else "nvme"
+def _place_embedding(room: Room, shape: ModelShape, gpus: list[str]) -> None:
+    """One row a token: on disk, where experts need its room."""
+    size = max(1, shape.slot_nbytes)
+    experts = sum(layer.experts for layer in shape.layers)
+    outside = experts - sum(room.left[gpu] // size for gpu in gpus)
+    needed = max(outside, min(MIN_SLOTS, experts)) * size
+    tier = "dram" if room.for_weights("dram") >= shape.embedding.nbytes + needed else "nvme"
     tier = room.first_with(shape.embedding.nbytes, [tier])
-    why = "a token reads one row of it" + (", from the file" if tier == "nvme" else "")
+    why = "a token reads one row of it" + (": from the file, experts need the room" if tier == "nvme" else "")
     room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
 
 

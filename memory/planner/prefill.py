@@ -131,6 +131,7 @@ class PrefillModel(CostModel):
 
     def _chunk(self, alike: _Chunks, held: int, hits: dict[str, float]) -> StepCost:
         cost = StepCost(alike.tokens)
+        self._embedding(cost, alike.tokens)
         for n, layer in enumerate(self.shape.layers):
             tokens = alike.tokens
             if layer.tail is not None:
@@ -139,7 +140,7 @@ class PrefillModel(CostModel):
                 continue
             part = StepCost(tokens)
             if layer.table is not None:
-                self._rows(cost, n, layer.table.rows_per_token * tokens, layer.table.row_bytes)
+                self._rows(cost, n, layer.table, tokens)
             if layer.experts and is_streamed(tokens, self.shape.top_k, layer.experts):
                 self._streamed(part, hits, n, layer, tokens, held)
             else:

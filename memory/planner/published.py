@@ -152,8 +152,10 @@ def v41_launches(d: V41Dims, layer: int, *, has_table: bool) -> int:
 
 
 def v41_tail(d: V41Dims, layer: int) -> int | None:
-    """How many tokens at a prompt's end a layer computes; None for all: see `V41Config.tail_of`."""
-    if layer <= max(d.kv_sources, default=-1):
+    """How many tokens at a prompt's end a layer computes; None for all: see `V41Config.tail_of`. Entries that
+    the last source makes of the others are little beside its attention and experts, and not counted."""
+    last_source = max(d.kv_sources, default=-1)
+    if layer < last_source or last_source == d.layers - 1:
         return None
     return d.window + (d.window - 1) * (d.layers - 1 - layer) + KV_MARGIN
 

@@ -85,8 +85,7 @@ def serving_plan(
     choices: list[Choice] = []
     workload = _workload(shape, hardware, asked, choices, pools=pools)
     tried = workload if asked.chunk is None else replace(workload, prefill_chunk=asked.chunk)
-    if not plan(shape, hardware, tried).fits:  # with as little beside the weights as makes sense
-        choices = []
+    if not plan(shape, hardware, tried).fits:
         lean = replace(
             asked,
             sequences=asked.sequences or 1,
@@ -95,7 +94,8 @@ def serving_plan(
             or bytes_of_one(shape, hardware, asked.context or min(MIN_CONTEXT, shape.max_context)),
             prefix_bytes=asked.prefix_bytes or 0,
         )
-        workload = _workload(shape, hardware, lean, choices, pools=pools)
+        workload = _workload(shape, hardware, lean, [], pools=pools)
+        choices = _lean_choices(shape, hardware, asked, replace(workload, prefill_chunk=lean.chunk or 1))
         asked = lean
     chunk = asked.chunk
     if chunk is None:
@@ -150,17 +150,11 @@ def _workload(
     held = max(0, memory_bytes(shape) - on_gpus) + asked.draft_bytes
     weights = held if asked.weights_bytes is None else min(held, asked.weights_bytes)
     free = max(0, dram - weights)
-    if asked.kv_bytes is not None:
-        room, why = asked.kv_bytes, ""
-    elif on_gpus:
-        room, why = int(KV_SHARE_OF_ALL * on_gpus), f"at most {KV_SHARE_OF_ALL:.0%} of the GPUs' memory"
-    elif KV_SHARE * free >= KV_SHARE_OF_ALL * dram:
-        room, why = int(KV_SHARE * free), f"{KV_SHARE:.0%} of the memory that weights leave free"
-    else:
-        room, why = int(KV_SHARE_OF_ALL * dram), f"{KV_SHARE_OF_ALL:.0%} of memory: weights need the rest"
     page, least = largest_page(hardware), asked.context or min(context, MIN_CONTEXT)
-    if asked.kv_bytes is None:  # one sequence must fit
-        room = max(room, bytes_of_one(shape, hardware, least))
+    if asked.kv_bytes is None:
+        room, why = _kv_room(free, dram, on_gpus, bytes_of_one(shape, hardware, least), least)
+    else:
+        room, why = asked.kv_bytes, ""
 
     def pool(tokens: int, sequences: int) -> int:
         return shape.pool_bytes(tokens, sequences, context, page)
@@ -171,14 +165,18 @@ def _workload(
     sequences = asked.sequences or next(
         (n for n in SEQUENCES if pool(min(context, USUAL_CONTEXT) * n, n) <= room), 1
     )
+    usual = min(context, USUAL_CONTEXT)
     if asked.sequences is None:
-        each = f"{min(context, USUAL_CONTEXT):,} tokens of each fit into the KV pool"
+        fits = pool(usual * sequences, sequences) <= room
+        reason = f"{usual:,} tokens of each fit into the KV pool" if fits else "the KV pool is small"
         most = f"; steps of more than {MAX_RECORDED_ROWS} are not recorded"
         choices.append(
-            Choice("max_num_seqs", f"{sequences}", each + (most if sequences == SEQUENCES[0] else ""))
+            Choice("max_num_seqs", f"{sequences}", reason + (most if sequences == SEQUENCES[0] else ""))
         )
     if asked.kv_bytes is None and on_gpus:
-        room = max(min(room, pool(wanted(sequences), sequences)), bytes_of_one(shape, hardware, least))
+        needed = max(pool(wanted(sequences), sequences), bytes_of_one(shape, hardware, least))
+        if needed < room:
+            room, why = needed, f"the longest sequence, or {usual:,} tokens of each"
     if pools:
         tokens = largest(lambda count: pool(count, sequences) <= room, sequences * context)
         longest = min(context, tokens)
@@ -194,9 +192,8 @@ def _workload(
     kv = shape.kv_bytes(0, sequences) + nbytes
     prefix = asked.prefix_bytes
     if prefix is None:
-        left = max(0, free - (0 if on_gpus else kv))
-        prefix = int(max(PREFIX_SHARE * left, min(PREFIX_SHARE_OF_ALL * dram, left / 2)))
-        choices.append(Choice("prefix_cache", _size(prefix), f"{PREFIX_SHARE:.0%} of what is left of memory"))
+        prefix, why = _prefix_bytes(max(0, free - (0 if on_gpus else kv)), dram)
+        choices.append(Choice("prefix_cache", _size(prefix), why))
     return Workload(
         longest,
         sequences,
@@ -205,6 +202,40 @@ def _workload(
         prefix_bytes=prefix,
         draft_bytes=asked.draft_bytes,
     )
+
+
+def _kv_room(free: int, dram: int, on_gpus: int, of_one: int, least: int) -> tuple[int, str]:
+    """Bytes that the KV pool may take, and why; `of_one` sequence of `least` tokens at least."""
+    if on_gpus:
+        room, why = int(KV_SHARE_OF_ALL * on_gpus), f"at most {KV_SHARE_OF_ALL:.0%} of the GPUs' memory"
+    elif KV_SHARE * free >= KV_SHARE_OF_ALL * dram:
+        room, why = int(KV_SHARE * free), f"{KV_SHARE:.0%} of the memory that weights leave free"
+    else:
+        room, why = int(KV_SHARE_OF_ALL * dram), f"{KV_SHARE_OF_ALL:.0%} of memory: weights need the rest"
+    return (room, why) if room >= of_one else (of_one, f"a sequence of {least:,} tokens has to fit")
+
+
+def _prefix_bytes(left: int, dram: int) -> tuple[int, str]:
+    """Bytes for states of earlier prompts, of so many that are left of DRAM, and why."""
+    if PREFIX_SHARE * left >= PREFIX_SHARE_OF_ALL * dram:
+        return int(PREFIX_SHARE * left), f"{PREFIX_SHARE:.0%} of what is left of memory"
+    if PREFIX_SHARE_OF_ALL * dram <= left / 2:
+        return int(PREFIX_SHARE_OF_ALL * dram), f"{PREFIX_SHARE_OF_ALL:.0%} of memory: weights need the rest"
+    return left // 2, "half of the little that is left of memory"
+
+
+def _lean_choices(shape: ModelShape, hardware: HardwareProfile, asked: Asked, work: Workload) -> list[Choice]:
+    """What was chosen of a workload that is as small as makes sense, since nothing larger fits."""
+    pool = shape.pool_bytes(work.kv_tokens or 0, work.sequences, work.context, largest_page(hardware))
+    why = "as little as makes sense: weights need the memory"
+    chosen = {
+        "max_num_seqs": (asked.sequences, f"{work.sequences}", why),
+        "kv_budget": (asked.kv_bytes, _size(pool), f"{work.kv_tokens:,} tokens; {why}"),
+        "max_model_len": (asked.context, f"{work.context:,}", "what the KV pool holds"),
+        "prefix_cache": (asked.prefix_bytes, _size(work.prefix_bytes), why),
+        "prefill_chunk": (asked.chunk, f"{work.prefill_chunk:,}", why),
+    }
+    return [Choice(name, value, why) for name, (given, value, why) in chosen.items() if given is None]
 
 
 def memory_bytes(shape: ModelShape) -> int:
@@ -225,4 +256,7 @@ def bytes_of_one(shape: ModelShape, hardware: HardwareProfile, tokens: int) -> i
 
 
 def _size(nbytes: int) -> str:
+    """As settings take it."""
+    if nbytes < 2**20:
+        return f"{nbytes}B" if nbytes else "0"
     return f"{nbytes / 2**30:.1f}GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f}MiB"

@@ -22,6 +22,7 @@ from memory.planner.placement import NOWHERE, Workload
 from memory.planner.serving import Asked, Choice, ServingPlan, bytes_of_one, chosen_gpus, serving_plan
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError, ConfigError
+from quant.formats.kv_names import KvFormat
 from server.settings import Settings
 
 log = logging.getLogger("loci")
@@ -77,7 +78,11 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)
     plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
     _check_context(settings, shape, plan)
-    plan = replace(plan, choices=(gpus, *plan.choices, *_of_tiers(plan)))
+    others = [*_of_tiers(settings, plan), *_of_formats(settings, kv_format)]
+    if settings.drafts == "auto":
+        needed = own_draft_bytes(opened.family, opened.checkpoint)
+        others.append(_of_drafts(drafts, needed, has_gpus=not all(gpu.is_virtual for gpu in budget.gpus)))
+    plan = replace(plan, choices=(gpus, *plan.choices, *others))
     _check_fit(shape, plan, settings)
     return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, small)
 
@@ -146,13 +151,37 @@ def _devices(
     return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", written, why)
 
 
-def _of_tiers(plan: ServingPlan) -> tuple[Choice, ...]:
+def _of_tiers(settings: Settings, plan: ServingPlan) -> tuple[Choice, ...]:
     """What of DRAM weights take, and why."""
+    if settings.dram_budget is not None:
+        return ()
     parts = plan.placement.allocated()["dram"]
     nbytes = sum(parts.get(part, 0) for part in ("dense", "drafts", "experts", "engram"))
     on_disk = sum(p.count for p in plan.placement.places if p.kind == "routed_experts" and p.tier == "nvme")
     why = f"{on_disk:,} experts stay on disk" if on_disk else "all weights that are not on GPUs"
     return (Choice("dram_budget", f"{nbytes / 2**30:.2f}GiB", why),)
+
+
+def _of_formats(settings: Settings, kv_format: KvFormat) -> tuple[Choice, ...]:
+    """What keys and values are kept in, and why."""
+    if settings.kv_format != "auto":
+        return ()
+    why = "exact" if kv_format == "float32" else "as the model was trained; float32 is exact"
+    return (Choice("kv_format", kv_format, why),)
+
+
+def _of_drafts(kept: int, needed: int, *, has_gpus: bool) -> Choice:
+    """Who guesses tokens ahead, and why: bytes that are kept for the model's own weights for it, and that
+    they need."""
+    size = f"{needed / 2**20:,.0f} MiB of weights of its own for it"
+    if kept:
+        who = f"the model has {size}, and there is room; texts are looked up too"
+    elif needed:
+        left_out = "layers are on GPUs" if has_gpus else "they are more than a tenth of the memory"
+        who = f"the model's {size} are left out, as {left_out}; texts are looked up"
+    else:
+        who = "the model has no weights for it; texts are looked up"
+    return Choice("drafts", "auto", f"{who}, where that makes answers faster")
 
 
 def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan) -> None:

@@ -88,9 +88,15 @@ class V41Config(StreamConfig):
         """From this layer on, layers look back on earlier tokens through their windows alone."""
         return max(self.kv_source_layer_ids, default=-1) + 1
 
+    @property
+    def has_tail(self) -> bool:
+        """Whether there are such layers."""
+        return self.first_tail_layer < self.num_hidden_layers
+
     def tail_of(self, layer: int) -> int:
         """Of how many last tokens a layer from `first_tail_layer` on must have the input, for the state after
-        them to be exact (docs/deepseek-v41.md, exact tail), without any to take back."""
+        them to be exact (docs/architecture.md), without any to take back. The layer before these attends for
+        as many, once it has made entries of all."""
         later = self.num_hidden_layers - 1 - layer
         return self.sliding_window + (self.sliding_window - 1) * later
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -55,17 +56,15 @@ class V41Eager(EagerStreams):
     def handed(self, streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
         return torch.cat([streams, pre], dim=1)
 
-    def narrow(
-        self, number: int, streams: torch.Tensor, pre: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if number < self._config.first_tail_layer or self._ends is None:
-            return streams, pre
+    def narrow(self, number: int, *values: torch.Tensor) -> Sequence[torch.Tensor] | None:
+        if self._ends is None:
+            return values
         needed = self._config.tail_of(number) + self._cache.margin
         lengths = [_computed(s, end, needed) for (s, _), end in zip(self._pieces, self._ends, strict=True)]
         if not any(lengths):
             return None
         if lengths == [s.length for s, _ in self._pieces]:
-            return streams, pre
+            return values
         rows = torch.cat(
             [torch.arange(at.stop - n, at.stop) for (_, at), n in zip(self._pieces, lengths, strict=True)]
         )
@@ -77,8 +76,7 @@ class V41Eager(EagerStreams):
         if self._pools:
             self._pools = {n: self._pools[i].last(lengths[i]) for n, i in enumerate(left)}
         self._work_on(pieces)
-        rows = rows.to(streams.device)
-        return streams[rows], pre[rows]
+        return [value[rows.to(value.device)] for value in values]
 
     def rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
         """Where values have the rows of these of the batch's tokens, which must be there."""
@@ -195,7 +193,7 @@ def _tokens_by_layer(config: V41Config, batch: Batch, margin: int) -> list[int]:
     pieces = [piece for segment in batch.segments for piece in pieces_of(segment)]
     counts = []
     for layer in range(config.num_hidden_layers):
-        if layer < config.first_tail_layer:
+        if layer < config.first_tail_layer - 1 or not config.has_tail:
             counts.append(len(batch.ids))
         else:
             needed = config.tail_of(layer) + margin

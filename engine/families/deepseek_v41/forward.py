@@ -19,7 +19,7 @@ from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.eager import V41Eager
 from engine.families.deepseek_v41.operations import V41Operations, V41Parts
 from engine.families.deepseek_v41.recorded import V41Recorded
-from engine.families.deepseek_v41.weights import LayerWeights, V41Weights
+from engine.families.deepseek_v41.weights import CompressorWeights, LayerWeights, V41Weights
 from engine.families.on_gpus.record import record_on_gpus
 from engine.families.places import HOST
 from engine.families.streams.forward import StreamModel
@@ -73,7 +73,7 @@ class DeepseekV41(StreamModel):
         self.kv_format = kv_format
         self.token_map = token_map
         self._token_keys = token_map.numpy()
-        self.keeps_whole_states = config.first_tail_layer >= config.num_hidden_layers
+        self.keeps_whole_states = not config.has_tail
         self.engram: EngramLookup | None = None
         if hashing is not None:
             self.engram = EngramLookup(config.engram_layer_ids, hashing, weights.engram)
@@ -252,19 +252,29 @@ class DeepseekV41(StreamModel):
         ops.prefetch(0, streams, pre, None)  # the disk has nothing to do until then
         for number, layer in enumerate(weights.layers):
             ops.at_layer(number)
-            narrowed = ops.narrow(number, streams, pre)
-            if narrowed is None:
-                break  # amid a prompt, nothing later looks back on what these layers would make
-            streams, pre = ops.move(layer.device, *narrowed)
+            if number >= c.first_tail_layer:
+                narrowed = ops.narrow(number, streams, pre)
+                if narrowed is None:
+                    break  # amid a prompt, nothing later looks back on what these layers would make
+                streams, pre = narrowed
+            streams, pre = ops.move(layer.device, streams, pre)
             if layer.engram is not None:
                 streams = ops.engram(number, streams)
             if number in self._targets:
                 ops.capture(streams)
 
+            x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
+            if layer.compressor is not None:
+                self._compress(ops, number, layer.compressor, x)
+                if number + 1 == c.first_tail_layer and c.has_tail:
+                    narrowed = ops.narrow(number, streams, pre, x)
+                    if narrowed is None:
+                        break  # nor on what this one would make but entries
+                    streams, pre, x = narrowed
+
             mix = ops.mix(layer.hc_attn, streams)
             if number > 0 and layer.device == HOST:  # on a GPU, attention leaves no time to use it
                 ops.prefetch(number, streams, mix.pre, None)
-            x = ops.norm(ops.read_streams(streams, pre), layer.attn_norm, c.rms_norm_eps)
             y = self._attend(ops, number, layer, x)
             ops.trace(f"attn_out.{number}", y)
             streams, pre = ops.write_streams(streams, y, mix), mix.pre
@@ -284,18 +294,22 @@ class DeepseekV41(StreamModel):
         (logits,) = ops.linears(ops.norm(x, self.weights.norm, self.config.rms_norm_eps), self.weights.head)
         return logits
 
+    def _compress(
+        self, ops: V41Operations[Value], number: int, compressor: CompressorWeights, x: Value
+    ) -> None:
+        """Entries and index keys of all rows, `[rows, hidden]`."""
+        ops.each_rows(lambda rows: ops.compress(number, compressor, rows), x)
+
     def _attend(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
         """Attention of all rows, `[rows, hidden]` to the same, whose buffers are those of some at a time."""
         return ops.by_rows(lambda rows: self._attention(ops, number, layer, rows), x)
 
     def _attention(self, ops: V41Operations[Value], number: int, layer: LayerWeights, x: Value) -> Value:
-        """Sections 4.1 to 4.7, `[rows, hidden]` to the same."""
+        """Sections 4.1 to 4.7 but for entries, `[rows, hidden]` to the same."""
         c, compressed = self.config, self.parts.is_compressed(number)
         qr, q, kv = self._latents(ops, layer.attn, x)
         q = ops.rotate(q, c.num_attention_heads, compressed=compressed)
         kv = ops.rotate(kv, 1, compressed=compressed)
-        if layer.compressor is not None:
-            ops.compress(number, layer.compressor, x)
         if layer.indexer is not None:
             self._select(ops, number, layer.indexer, qr, x)
         out = ops.attend(number, layer.attn, q, kv)

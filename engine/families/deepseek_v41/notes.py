@@ -3,6 +3,8 @@ token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.cache.sparse import SparseCache
 from engine.families.deepseek_v41.config import V41Config
 from engine.families.deepseek_v41.operations import V41Parts
@@ -30,9 +32,9 @@ class V41Notes(StreamNotes):
         self._selected: Buffer | None = None  # from the last source layer on
         self._pool: Buffer | None = None
 
-    def narrow(self, number: int, streams: Buffer, pre: Buffer) -> tuple[Buffer, Buffer]:
+    def narrow(self, number: int, *values: Buffer) -> Sequence[Buffer]:
         """All: each row is a sequence's newest token."""
-        return streams, pre
+        return values
 
     def streams(self, x: Buffer, n: int) -> tuple[Buffer, Buffer]:
         return self._recorder.repeat(x, n), self._recorder.constant(first_mix(1, n)[0])

@@ -6,6 +6,7 @@ notes them for a program that decodes. Section numbers refer to docs/deepseek-v4
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -59,8 +60,8 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
         """Streams and mix side by side, `[rows, hc * (hidden + 1)]`, for the next part."""
         ...
 
-    def narrow(self, number: int, streams: Value, pre: Value) -> tuple[Value, Value] | None:
-        """The rows that layer `number` and those after it need: None where it is none at all."""
+    def narrow(self, number: int, *values: Value) -> Sequence[Value] | None:
+        """The rows that attention of layer `number` and those after it need: None where it is none at all."""
         ...
 
     def engram(self, number: int, streams: Value) -> Value:
@@ -72,7 +73,8 @@ class V41Operations(StreamOperations[Value], Protocol[Value]):
         ...
 
     def compress(self, number: int, compressor: CompressorWeights, x: Value) -> None:
-        """Append the entries and index keys of the groups that these tokens complete (section 4.3)."""
+        """Append the entries and index keys of the groups that these tokens complete (section 4.3): within
+        `each_rows`."""
         ...
 
     def prefetch(self, number: int, streams: Value, pre: Value, written: Written[Value]) -> None:

@@ -83,7 +83,8 @@ def read_around(reader: Reader, shape: DSparkShape, layers: StreamModel, names: 
         main_proj=reader.dense("layers.0.main_proj", hidden, len(shape.target_layer_ids) * hidden),
         main_norm=reader.small("layers.0.main_norm.weight"),
         markov_embed=reader.plain(f"{last}.markov_head.{names.embed}.weight"),
-        markov_head=reader.plain(f"{last}.markov_head.{names.head}.weight"),
+        # In memory as the recorder wants it, so that it need not copy it.
+        markov_head=reader.plain(f"{last}.markov_head.{names.head}.weight").t().contiguous().t(),
         confidence=reader.small(f"{last}.confidence_head.proj.weight"),
     )
 

@@ -115,6 +115,11 @@ class EagerStreams(EagerBasics):
         assert outs is not None
         return outs
 
+    def each_rows(self, work: Callable[[torch.Tensor], None], x: torch.Tensor) -> None:
+        for block in self._blocks:
+            self._block = block
+            work(x[block.rows])
+
     def _pieces_here(self) -> Iterator[tuple[int, Segment, slice]]:
         """The block's pieces: the number of each, itself, and its rows of the block's."""
         first = self._block.rows.start

@@ -62,6 +62,9 @@ class StreamNotes(RecordedBasics):
     def by_rows(self, work: Callable[[Buffer], Buffer], x: Buffer) -> Buffer:
         return work(x)
 
+    def each_rows(self, work: Callable[[Buffer], None], x: Buffer) -> None:
+        work(x)
+
     def blocks(self, x: Buffer, weights: Sequence[Weight]) -> Buffer:
         return self._recorder.blocks(x, weights)
 

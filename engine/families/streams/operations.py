@@ -89,6 +89,10 @@ class StreamOperations(BasicOperations[Value], Protocol[Value]):
         """work(x), perhaps of some rows at a time: attention, whose operations know which rows these are."""
         ...
 
+    def each_rows(self, work: Callable[[Value], None], x: Value) -> None:
+        """The same of what makes nothing but state."""
+        ...
+
     def blocks(self, x: Value, weights: Sequence[Weight]) -> Value:
         """Weights of one shape, each times its own columns of x, side by side."""
         ...

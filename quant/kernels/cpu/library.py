@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LEVELS = ("portable", "avx2", "avx512")
-INTERFACE = 23  # of native_src/api.cpp; another number means a library built from different sources
+INTERFACE = 24  # of native_src/api.cpp; another number means a library built from different sources
 
 Pointer = ctypes.c_void_p
 Int = ctypes.c_int
@@ -34,7 +34,7 @@ SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "loci_moe": (Int, [Int, Int, Int, Pointer, Pointer, Pointer]),
     "loci_gather_rows": (None, [Int, Int, Pointer, Pointer, Int, Int64, Pointer, Int64, Pointer]),
-    "loci_rms_norm": (None, [Int, Pointer, Pointer, Int64, Int64, ctypes.c_float, Pointer]),
+    "loci_rms_norm": (None, [Int, Int, Pointer, Pointer, Int64, Int64, ctypes.c_float, Pointer]),
     "loci_run_program": (Int64, [Int, Int, Int, Pointer, Int64, Int64, Pointer]),
     "loci_sinkhorn": (None, [Pointer, Int64, Int64, Int64, ctypes.c_float]),
     "loci_turns": (None, [Pointer, Pointer, Int64, Int64, Pointer]),

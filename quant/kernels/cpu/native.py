@@ -333,7 +333,9 @@ class NativeKernels(NativeLayers):
         out, cols = torch.empty_like(x), x.shape[-1]
         at = None if weight is None else weight.data_ptr()
         rows = x.numel() // cols
-        self._library.loci_rms_norm(self._threads(), x.data_ptr(), at, rows, cols, eps, out.data_ptr())
+        self._library.loci_rms_norm(
+            self._level, self._threads(), x.data_ptr(), at, rows, cols, eps, out.data_ptr()
+        )
         return out
 
     def sinkhorn(self, logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:

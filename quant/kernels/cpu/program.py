@@ -29,6 +29,17 @@ ALIGNMENT = 64  # bytes
 
 HandOver = Callable[[int], None]  # called with the number of rows
 
+# Operations that take each row by itself, whatever other rows there are, and read no state of a sequence.
+BY_ROW = frozenset((
+    "norm", "turns", "rotate", "append", "gated", "add", "bias", "clip", "scale", "repeat", "weighted_sum",
+    "mix", "mix_streams", "engram", "ring", "entry", "route", "part", "join", "gate", "embed", "by_token",
+))  # fmt: skip
+PRODUCTS = frozenset(("linear", "dense", "blocks"))
+MOST_TOGETHER = 24  # operations of a run: their buffers share no places
+# Products take each row by itself, too, but all threads then read all weights: of an operation, and of a
+# program, so many bytes at most, which come from caches.
+NEAR_BYTES, ALL_NEAR_BYTES = 256 * 1024, 8 * 1024 * 1024
+
 
 class _Operation(ctypes.Structure):
     """`Operation` of native_src/program.hpp."""
@@ -39,6 +50,9 @@ class _Operation(ctypes.Structure):
         ("outputs", ctypes.c_void_p * 4),
         ("sizes", ctypes.c_int64 * 9),
         ("factor", ctypes.c_float),
+        ("inputs_apart", ctypes.c_int64 * 6),
+        ("outputs_apart", ctypes.c_int64 * 4),
+        ("together", ctypes.c_int64),
     )
 
 
@@ -76,6 +90,11 @@ class Buffer:
     dtype: torch.dtype = torch.float32
     rows: int | None = None
     offset: int = 0  # bytes
+
+    @property
+    def apart(self) -> int:
+        """Bytes from a row of the step to the next one; 0 where rows are something else."""
+        return self.dtype.itemsize * self.width if self.rows is None else 0
 
     def nbytes(self, max_rows: int) -> int:
         """Bytes of the arena that it takes."""
@@ -116,10 +135,24 @@ class Recording:
     hand_overs: dict[int, HandOver] = field(default_factory=dict)
 
     def place(self, max_rows: int) -> int:
-        """Give each buffer the lowest place that none holds while it lives; the bytes of all places."""
+        """Give each buffer the lowest place that none holds while it lives; the bytes of all places.
+
+        Operations of a run may be at different rows at the same time: none of its buffers shares a place with
+        another one of the run.
+        """
+        begins: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        for run in runs(self.noted):
+            begins |= dict.fromkeys(run, run.start)
+            ends |= dict.fromkeys(run, run.stop - 1)
+        life = {
+            id(buffer): (begins.get(buffer.first, buffer.first), ends.get(buffer.last, buffer.last))
+            for buffer in self.buffers
+        }
         placed: list[Buffer] = []
         for buffer in self.buffers:
-            alive = [other for other in placed if other.last >= buffer.first and other.first <= buffer.last]
+            first, last = life[id(buffer)]
+            alive = [other for other in placed if life[id(other)][1] >= first and life[id(other)][0] <= last]
             buffer.offset = 0
             for other in sorted(alive, key=lambda other: other.offset):
                 if buffer.offset + buffer.nbytes(max_rows) <= other.offset:
@@ -127,6 +160,29 @@ class Recording:
                 buffer.offset = max(buffer.offset, other.offset + other.nbytes(max_rows))
             placed.append(buffer)
         return max((buffer.offset + buffer.nbytes(max_rows) for buffer in placed), default=0)
+
+
+def runs(noted: Sequence[Noted]) -> list[range]:
+    """Operations in a row that take each row by itself: threads may share out rows and do all of them without
+    waiting for one another."""
+    small = [
+        operation.bytes_read
+        for operation in noted
+        if operation.kind in PRODUCTS and operation.bytes_read <= NEAR_BYTES
+    ]
+    are_near = sum(small) <= ALL_NEAR_BYTES
+    found: list[range] = []
+    begin, breaks = 0, {len(noted)}
+    for number, operation in enumerate(noted):
+        is_near = operation.kind in PRODUCTS and operation.bytes_read <= NEAR_BYTES and are_near
+        if operation.kind == "unless_complete":  # those that are skipped begin and end a run
+            breaks.add(number + 1 + operation.sizes[1])
+        is_by_row = operation.kind in BY_ROW or is_near
+        if number in breaks or not is_by_row or number - begin == MOST_TOGETHER:
+            found.append(range(begin, number))
+            begin = number if is_by_row else number + 1
+    found.append(range(begin, len(noted)))
+    return [run for run in found if len(run) > 1]
 
 
 class Program:
@@ -158,6 +214,10 @@ class Program:
             to.outputs[: len(noted.outputs)] = [self._address(place) for place in noted.outputs]
             to.sizes[: len(noted.sizes)] = noted.sizes
             to.factor = noted.factor
+            for apart, places in ((to.inputs_apart, noted.inputs), (to.outputs_apart, noted.outputs)):
+                apart[: len(places)] = [p.apart if isinstance(p, Buffer) else 0 for p in places]
+        for run in runs(recording.noted):
+            self._operations[run.start].together = len(run)
         self._slots = (ctypes.c_int64 * max_rows)()
         self._positions = (ctypes.c_int64 * max_rows)()
         self._tokens = (ctypes.c_int64 * max_rows)()

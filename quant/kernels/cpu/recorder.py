@@ -290,12 +290,13 @@ class Recorder(CacheNotes):
     ) -> tuple[Buffer, Buffer]:
         """Tokens of blocks of so many rows, int64 `[rows, 1]`, and how sure each is, 0 to 1, `[rows, 1]`.
 
-        To logits, which change, is added what the token before says, by plain tables `[vocab, rank]`; the
-        largest is the row's token. Before a block's first row is the step's token of that row. weights
-        `[hidden + rank]`: the sigmoid of states and the token's row of `embed` times these is how sure it is.
+        To logits, which change, is added what the token before says, by plain tables `[vocab, rank]`, the
+        second of which is read turned over; the largest is the row's token. Before a block's first row is the
+        step's token of that row. weights `[hidden + rank]`: the sigmoid of states and the token's row of
+        `embed` times these is how sure it is.
         """
         tokens, chances = self.buffer(1, torch.int64), self.buffer(1)
-        inputs: list[Operand] = [logits, states, *map(self._weight, (embed, head, weights))]
+        inputs: list[Operand] = [logits, states, *map(self._weight, (embed, head.t(), weights))]
         sizes = [block, *head.shape, states.width, DENSE_KINDS[embed.dtype], DENSE_KINDS[head.dtype]]
         self._note("chain", inputs, [logits, tokens, chances], sizes, nbytes=block * head.nbytes)
         return tokens, chances

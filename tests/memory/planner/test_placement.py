@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from engine.families.released import released_shape
 from memory.hardware.profiles import HardwareProfile, load_profile, shipped
+from memory.planner.cost_model import CostModel
 from memory.planner.placement import NOWHERE, OF_SEQUENCES, Placement, Workload
 from memory.planner.placing import plan
 from memory.planner.published import built_in
+from memory.planner.routing import UNIFORM
 from memory.planner.shape import ModelShape
 from tests.memory.planner.hardware_strategies import GB, GPU, MACHINE, machines, shapes, workloads
 
@@ -153,11 +155,25 @@ def test_a_disk_without_room_for_the_checkpoint_is_said() -> None:
     assert [reserve.name for reserve in placement.reserves if reserve.tier == NOWHERE] == ["checkpoint"]
 
 
-@pytest.mark.parametrize("gigabytes", [9.5, 9.75, 10, 10.25, 10.5, 10.75])
-def test_an_embedding_makes_room_for_experts_on_their_way(gigabytes: float) -> None:
+@pytest.mark.parametrize("gigabytes", [9.5, 10.5, 40, 140, 200])
+def test_an_embedding_makes_room_for_experts(gigabytes: float) -> None:
     placement = plan(FLASH, replace(MACHINE, dram_bytes=int(gigabytes * GB), gpus=()), Workload(8192, 1))
     assert placement.fits
-    assert placement.tier_of("embedding", None) == ("nvme" if gigabytes < 10.6 else "dram")
+    on_disk = {place.kind for place in placement.places if place.tier == "nvme"}
+    assert on_disk == ({"embedding", "routed_experts"} if gigabytes < 150 else set())
+
+
+def test_an_embedding_on_disk_makes_steps_faster_where_experts_are_there_too() -> None:
+    machine = load_profile("2x4090-128g")
+    placed = plan(V41, machine, Workload(32768, 8))
+    assert placed.tier_of("embedding", None) == "nvme"
+    # the same machine with the embedding in DRAM: so much less for experts
+    less = replace(machine, dram_bytes=machine.dram_bytes - V41.embedding.nbytes)
+    held = replace(V41, embedding=replace(V41.embedding, nbytes=0))
+    before = CostModel(held, less, plan(held, less, Workload(32768, 8)), UNIFORM)
+    after = CostModel(V41, machine, placed, UNIFORM)
+    for sequences in (1, 8):
+        assert after.decode(sequences, 8192).total_s < before.decode(sequences, 8192).total_s
 
 
 def test_what_every_token_reads_must_not_lie_on_disk() -> None:

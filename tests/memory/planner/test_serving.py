@@ -46,6 +46,30 @@ def test_every_choice_has_a_reason_and_what_was_set_is_no_choice(
     assert (kept.workload.sequences, kept.workload.prefill_chunk) == (3, 256)
 
 
+@settings(max_examples=15, deadline=None)
+@given(shapes(), machines())
+def test_choices_say_what_the_plan_took(shape: ModelShape, machine: HardwareProfile) -> None:
+    for dram_bytes in (machine.dram_bytes, memory_bytes(shape) // 2 + 2 * GB):  # the second: hardly anything
+        found = serving_plan(shape, replace(machine, dram_bytes=dram_bytes, gpus=()), Asked())
+        chosen = {choice.setting: choice.value for choice in found.choices}
+        work = found.workload
+        assert chosen["max_num_seqs"] == f"{work.sequences}"
+        assert chosen["max_model_len"] == f"{work.context:,}"
+        assert chosen["prefill_chunk"] == f"{work.prefill_chunk:,}"
+        assert (chosen["prefix_cache"] == "0") == (work.prefix_bytes == 0)
+
+
+def test_a_plan_that_is_as_small_as_makes_sense_says_so() -> None:
+    tight = replace(MACHINE, gpus=(), dram_bytes=10 * GB)
+    found = serving_plan(V41, tight, Asked())
+    assert (found.workload.sequences, found.workload.prefix_bytes) == (1, 0)
+    reasons = {choice.setting: choice.why for choice in found.choices}
+    assert set(reasons) == {"max_num_seqs", "kv_budget", "max_model_len", "prefix_cache", "prefill_chunk"}
+    assert "as little as makes sense" in reasons["max_num_seqs"]
+    asked = serving_plan(V41, tight, Asked(sequences=1, prefix_bytes=1))
+    assert {"max_num_seqs", "prefix_cache"}.isdisjoint(choice.setting for choice in asked.choices)
+
+
 def test_a_small_model_has_its_whole_context_and_as_many_sequences_as_are_recorded() -> None:
     small = replace(V41, layers=V41.layers[:2], max_context=8192)
     work = serving_plan(small, replace(MACHINE, gpus=()), Asked()).workload

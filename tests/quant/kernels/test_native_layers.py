@@ -299,6 +299,27 @@ def test_of_equal_scores_the_first_columns_win() -> None:
     assert best.tolist() == [[1, 2, 3, 5], [1, 3, 4, -1]]
 
 
+def test_nan_is_the_best_whatever_its_sign_and_zeros_are_equal() -> None:
+    negative = torch.tensor([-4194304], dtype=torch.int32).view(torch.float32)
+    scores = torch.tensor([[1.0, 0, 0.5, -0.0, 2, torch.nan], [-0.0, 0, -1, -0.0, 0, -2]])
+    scores[0, 1] = negative
+
+    best = NativeKernels().best_columns(scores, 3)
+
+    assert best.tolist() == [[1, 4, 5], [0, 1, 3]]
+
+
+def test_nothing_is_scored_or_chosen_for_no_rows() -> None:
+    kernels = NativeKernels()
+
+    assert kernels.best_columns(torch.empty(0, 40_000), 3).shape == (0, 3)
+    assert kernels.best_columns(torch.empty(2, 0), 3).shape == (2, 0)
+    scores = kernels.index_scores(
+        torch.empty(0, 2, 32), torch.empty(0, 2), torch.empty(7, 32), torch.empty(0, dtype=torch.int64)
+    )
+    assert scores.shape == (0, 7)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("top_k", [1, 700, 90_000])
 def test_the_best_of_a_long_row_are_found_by_any_number_of_threads(threads: int, top_k: int) -> None:
@@ -314,6 +335,19 @@ def test_the_best_of_a_long_row_are_found_by_any_number_of_threads(threads: int,
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, : min(top_k, 80_000)]
     left = order.masked_fill(scores.gather(1, order) == -torch.inf, 80_000).sort(dim=1).values
     assert torch.equal(best, left.masked_fill(left == 80_000, -1))
+
+
+def test_what_is_no_number_is_above_all_scores_whatever_its_sign() -> None:
+    negative = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)
+    scores = torch.tensor([[3.0, 1.0, 0.0, 2.0]])
+    scores[0, 2:3] = negative
+
+    assert negative.isnan()
+    assert NativeKernels().best_columns(scores, 2).tolist() == [[0, 2]]
+
+
+def test_of_no_rows_nothing_is_chosen() -> None:
+    assert NativeKernels().best_columns(torch.zeros(0, 80_000), 3).shape == (0, 3)
 
 
 def test_of_equal_experts_the_first_are_chosen() -> None:

@@ -122,6 +122,23 @@ def test_index_scores_of_integers_are_the_same_at_every_level(heads: int, turned
         assert torch.equal(some[2, ::2], found[0][2, [299, 7]])
 
 
+@pytest.mark.parametrize("dim", [32, 64, 96, 160, 256])
+def test_index_scores_of_many_tokens_are_those_of_each_alone(dim: int) -> None:
+    """Keys are decoded once for many; rows have one to eight scales."""
+    form = RowFormat(dim, "e2m1", "ue8m0", 32)
+    tokens = 70
+    queries, weights = values(tokens, 9, dim), values(tokens, 9, seed=4)
+    keys, visible = TORCH.encode_rows(values(301, dim, seed=2), form), torch.arange(232, 232 + tokens)
+    found = [NativeKernels(level=level).index_scores(queries, weights, keys, visible) for level in LEVELS]
+    assert all(torch.equal(found[0], other) for other in found)
+    judge = TORCH.index_scores(queries, weights, keys, visible)
+    torch.testing.assert_close(found[0], judge, rtol=1e-5, atol=1e-3)
+    for token in (0, 31, 32, 69):
+        row = slice(token, token + 1)
+        alone = NativeKernels().index_scores(queries[row], weights[row], keys, visible[row])
+        assert torch.equal(alone, found[0][row])
+
+
 def test_queries_are_rounded_like_keys_whose_scales_are_powers_of_two(kernels: NativeKernels) -> None:
     queries, weights, visible = values(1, 4, 128), values(1, 4, seed=4), torch.tensor([50])
     for name, is_rounded in (("V4 index key", True), ("V3.2 index key", True), ("fp8 head", False)):

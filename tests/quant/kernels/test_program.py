@@ -14,7 +14,7 @@ from quant.kernels.cpu import library
 from quant.kernels.cpu.cache_notes import KvPlace
 from quant.kernels.cpu.native import NativeKernels
 from quant.kernels.cpu.panels import native_weight
-from quant.kernels.cpu.program import Buffer
+from quant.kernels.cpu.program import MOST_TOGETHER, Buffer, runs
 from quant.kernels.cpu.recorder import Recorder
 from quant.kernels.interface import Weight
 from quant.kernels.layers import RoutingRule
@@ -87,13 +87,75 @@ def test_buffers_hold_their_values_until_they_were_read_for_the_last_time(data: 
     assert program.nbytes <= (len(known) + 1) * ROWS * WIDTH * 4 + 64
 
 
-def test_a_long_chain_of_operations_takes_no_more_than_what_lives_at_once() -> None:
+def test_a_long_chain_of_operations_takes_no_more_than_what_lives_during_a_run() -> None:
     recorder = Recorder(kernels(), ROWS)
     source = x = recorder.input(WIDTH)
     for _ in range(100):
         x = recorder.add(x, x)
 
-    assert recorder.finish(source, x).nbytes <= 4 * ROWS * WIDTH * 4
+    assert recorder.finish(source, x).nbytes <= (MOST_TOGETHER + 3) * ROWS * WIDTH * 4
+
+
+def test_rows_have_the_same_bits_whether_threads_share_out_rows_or_matrices() -> None:
+    recorder = Recorder(kernels(), ROWS)
+    source = recorder.input(WIDTH)
+    x = recorder.rotate(recorder.norm(source, torch.ones(WIDTH), 1e-6), recorder.turns(torch.ones(8)), 2)
+    outs = recorder.linears(x, weights())
+    gated = recorder.gated(recorder.add(outs[0], outs[1]), outs[2], 3.0)
+    mixed = recorder.weighted_sum(recorder.join(gated, gated, 1), recorder.part(outs[3], 1, 0, 2))
+    result = recorder.join(mixed, recorder.add(outs[3], outs[4]), 1)
+    program = recorder.finish(source, result)
+    assert max(map(len, runs(program.noted))) == len(program.noted)
+    values_of, places = values(3, ROWS, WIDTH), [3, 900, 17, 18, 19]
+
+    alone = []
+    for row, place in enumerate(places):
+        program.source[0] = values_of[row]
+        program.run([0], [place])
+        alone.append(program.result[0].clone())
+    for rows in range(2, ROWS + 1):
+        program.source[:rows] = values_of[:rows]
+        program.run([0] * rows, places[:rows])
+        assert torch.equal(program.result[:rows], torch.stack(alone[:rows]))
+
+
+@pytest.mark.parametrize("vocab", [40, 1100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_each_token_of_a_block_knows_the_one_before(dtype: torch.dtype, vocab: int) -> None:
+    block, rank, newest = 3, 16, [5, 0, 0, 9, 0, 0]
+    base, states = values(1, 2 * block, vocab), values(2, 2 * block, 32)
+    embed, head = values(3, vocab, rank).to(dtype), values(4, vocab, rank).to(dtype)
+    sure = values(5, 32 + rank)
+    recorder = Recorder(kernels(), 2 * block)
+    source = recorder.input(vocab + 32)
+    logits, of_states = recorder.part(source, 1, 0, vocab), recorder.part(source, 1, vocab, 32)
+    tokens, chances = recorder.chain(logits, of_states, embed, head, sure, block)
+    recorder.keep(tokens)
+    recorder.keep(chances)
+    program = recorder.finish(source, logits)
+    program.source[:] = torch.cat((base, states), dim=1)
+    program.run([0] * 6, range(6), newest)
+
+    found = program.rows(tokens).flatten().tolist()
+    for row in range(2 * block):
+        said = embed[newest[row] if row % block == 0 else found[row - 1]].float()
+        expected = base[row] + head.float() @ said
+        assert (program.result[row] - expected).abs().max() < 1e-4
+        assert found[row] == int(program.result[row].argmax())
+        chance = torch.sigmoid(torch.cat((states[row], said)) @ sure)
+        assert abs(float(program.rows(chances)[row]) - float(chance)) < 1e-5
+
+
+def test_matrices_side_by_side_may_have_any_number_of_columns() -> None:
+    cols, x = 48, values(1, 3, 96)
+    matrices = [kernels().prepare(FP8_32.encode(values(n, 64, cols))) for n in range(2)]
+    recorder = Recorder(kernels(), 3)
+    source = recorder.input(2 * cols)
+    program = recorder.finish(source, recorder.blocks(source, matrices))
+    program.source[:] = x
+    program.run([0] * 3, range(3))
+    expected = [kernels().linear(x[:, n * cols : (n + 1) * cols], matrices[n]) for n in range(2)]
+    assert torch.equal(program.result, torch.cat(expected, dim=1))
 
 
 @settings(max_examples=40)

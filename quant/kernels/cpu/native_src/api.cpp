@@ -53,7 +53,7 @@ EXPORT const char* loci_level_name(int level) {
 EXPORT int loci_has_bf16(int level) { return bf16_at(level) != nullptr; }
 
 // Raised with every change of a signature, a struct or the layout of panels; quant/kernels/cpu/library.py expects it.
-EXPORT int loci_interface() { return 23; }
+EXPORT int loci_interface() { return 24; }
 
 EXPORT int64_t loci_panel_bytes(const Matrix* m) { return panel_bytes(*m); }
 
@@ -92,9 +92,9 @@ EXPORT void loci_gather_rows(int level, int threads, const uint8_t* codes, const
     gather_rows({*level_at(level), threads, false}, codes, scales, float_scales != 0, cols, rows, n, out);
 }
 
-EXPORT void loci_rms_norm(int threads, const float* x, const float* weight, int64_t rows, int64_t cols, float eps,
-                          float* out) {
-    rms_norm({kPortable, threads, false}, x, weight, rows, cols, eps, out);
+EXPORT void loci_rms_norm(int level, int threads, const float* x, const float* weight, int64_t rows, int64_t cols,
+                          float eps, float* out) {
+    rms_norm({*level_at(level), threads, false}, x, weight, rows, cols, eps, out);
 }
 
 EXPORT int64_t loci_run_program(int level, int threads, int activations, const Operation* operations, int64_t first,

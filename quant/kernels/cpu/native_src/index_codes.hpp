@@ -7,11 +7,11 @@
 namespace {
 
 constexpr int kKeyVectors = kSumRegisters > 12 ? 2 : 1;  // of keys that pass over the queries together
-constexpr int kIndexHeads = kSumRegisters > 1 ? 8 : 1;
+constexpr int kIndexHeads = kSumRegisters > 1 ? kHeadsTogether : 1;
 constexpr int kWideHeads = kIndexHeads > 4 ? 4 : 1;
 constexpr int kTileKeys = kKeyVectors * kLanes;
 constexpr int kGroupsOfBlock = kBlock / 4;
-constexpr int kLargestKey = 24 << kMostKeyShift, kLargestQuery = 12 << kMostQueryShift;
+constexpr int kLargestKey = 2 * kIndexOffset, kLargestQuery = 12 << kMostQueryShift;
 using IndexDot = Dot<kLargestKey, kLargestQuery>;
 static_assert(!IndexDot::kPrepares);
 
@@ -19,70 +19,102 @@ static_assert(!IndexDot::kPrepares);
 // by kIndexOffset; lane for lane.
 struct KeyTile {
     alignas(64) uint8_t codes[kMostIndexBlocks * kGroupsOfBlock][kKeyVectors][4 * kLanes];
-    alignas(64) float factors[kMostIndexBlocks][kTileKeys];  // of sums over a block
-    alignas(64) float factor[kTileKeys];                     // of scores
     bool is_wide;                                            // sums of blocks cannot be added as they are
+    alignas(64) float factors[kMostIndexBlocks][kTileKeys];  // then: of sums over a block
+    alignas(64) float factor[kTileKeys];                     // of scores
 };
 
-void unpack_keys(const IndexCodes& c, int64_t first, KeyTile& tile) {
-    using Numbers = int32_t[kTileKeys];
-    alignas(64) Numbers codes[kMostIndexBlocks], shifts[kMostIndexBlocks], raises[kMostIndexBlocks];
-    alignas(64) Numbers least, most;
-    const uint8_t* rows[kTileKeys];
-    for (int i = 0; i < kTileKeys; ++i) {
-        const int64_t key = first + i;
-        rows[i] = c.keys[key < c.n ? key : c.n - 1];
-        for (int b = 0; b < c.blocks; ++b) codes[b][i] = rows[i][c.blocks * (kBlock / 2) + b];
-    }
-    for (int i = 0; i < kTileKeys; ++i) least[i] = most[i] = codes[0][i];
-    for (int b = 1; b < c.blocks; ++b)
-        for (int i = 0; i < kTileKeys; ++i) {
-            least[i] = codes[b][i] < least[i] ? codes[b][i] : least[i];
-            most[i] = codes[b][i] > most[i] ? codes[b][i] : most[i];
+// Scales of a tile's keys: by how much codes of each block are to be shifted, and what sums of their products count.
+template <int Blocks>
+ALWAYS_INLINE void read_scales(const uint8_t* const (&rows)[kTileKeys], int of_row, KeyTile& tile,
+                               int32_t (&shifts)[kMostIndexBlocks][kTileKeys]) {
+    const int blocks = Blocks > 0 ? Blocks : of_row;
+    constexpr int kOfWord = 4;
+    alignas(64) uint32_t words[kMostIndexBlocks / kOfWord][kTileKeys];  // rows are filled up to whole ones
+    for (int first = 0; first < blocks; first += kOfWord)
+        for (int v = 0; v < kKeyVectors; ++v) {
+            Bytes dwords[4];  // the last of them is the word
+            load_dwords(rows + v * kLanes, blocks * (kBlock / 2) + first - 3 * kOfWord, dwords);
+            store_codes(reinterpret_cast<uint8_t*>(words[first / kOfWord] + v * kLanes), dwords[3]);
         }
+    const auto code = [&](int b, int i) {
+        return static_cast<int32_t>(words[b / kOfWord][i] >> 8 * (b % kOfWord) & 255);
+    };
+    alignas(64) int32_t least[kTileKeys], bits[kTileKeys];
     int32_t spread = 0;
-    for (int i = 0; i < kTileKeys; ++i) spread = most[i] - least[i] > spread ? most[i] - least[i] : spread;
-    tile.is_wide = spread > kMostKeyShift;
-    for (int i = 0; i < kTileKeys; ++i)
-        tile.factor[i] = tile.is_wide ? 1.0f : from_ue8m0(static_cast<uint8_t>(least[i]));
-    for (int b = 0; b < c.blocks; ++b)
-        for (int i = 0; i < kTileKeys; ++i) {
-            shifts[b][i] = tile.is_wide ? 0 : codes[b][i] - least[i];
-            // a code, twice its value and 12, is 12 << shift above what it counts
-            raises[b][i] = (kIndexOffset - (12 << shifts[b][i])) * 0x01010101;
-            tile.factors[b][i] = tile.is_wide ? from_ue8m0(static_cast<uint8_t>(codes[b][i])) : 1.0f;
+    for (int i = 0; i < kTileKeys; ++i) {
+        int32_t low = code(0, i), high = low;
+        for (int b = 1; b < blocks; ++b) {
+            low = code(b, i) < low ? code(b, i) : low;
+            high = code(b, i) > high ? code(b, i) : high;
         }
-    const Table table = load_table(kE2m1);
-    for (int b = 0; b < c.blocks; ++b)
+        least[i] = low;
+        spread = high - low > spread ? high - low : spread;
+    }
+    tile.is_wide = spread > kMostKeyShift;
+    const auto ue8m0_bits = [](int32_t number) { return number > 0 ? number << 23 : 0x00400000; };
+    if (!tile.is_wide) {
+        for (int i = 0; i < kTileKeys; ++i) bits[i] = ue8m0_bits(least[i]);
+        __builtin_memcpy(tile.factor, bits, sizeof bits);
+        for (int b = 0; b < blocks; ++b)
+            for (int i = 0; i < kTileKeys; ++i) shifts[b][i] = code(b, i) - least[i];
+        return;
+    }
+    for (float& factor : tile.factor) factor = 1.0f;
+    for (int b = 0; b < blocks; ++b) {
+        for (int i = 0; i < kTileKeys; ++i) bits[i] = ue8m0_bits(code(b, i)), shifts[b][i] = 0;
+        __builtin_memcpy(tile.factors[b], bits, sizeof bits);
+    }
+}
+
+// Blocks: of a row, where the compiler knows how many; else 0.
+template <int Blocks>
+void unpack_keys(const IndexCodes& c, int64_t first, KeyTile& tile) {
+    const int blocks = Blocks > 0 ? Blocks : c.blocks;
+    const uint8_t* rows[kTileKeys];
+    for (int i = 0; i < kTileKeys; ++i) rows[i] = c.keys[first + i < c.n ? first + i : c.n - 1];
+    alignas(64) int32_t shifts[kMostIndexBlocks][kTileKeys];
+    read_scales<Blocks>(rows, blocks, tile, shifts);
+    const KeyCodes key_codes;
+    for (int b = 0; b < blocks; ++b)
         for (int v = 0; v < kKeyVectors; ++v) {
             Bytes dwords[4];
             load_dwords(rows + v * kLanes, b * (kBlock / 2), dwords);
-            const Bytes shift = load_bytes(reinterpret_cast<const uint8_t*>(shifts[b] + v * kLanes));
-            const Bytes raise = load_bytes(reinterpret_cast<const uint8_t*>(raises[b] + v * kLanes));
+            const KeyCodes::Shift shift(shifts[b] + v * kLanes);
             for (int j = 0; j < 4; ++j) {
                 uint8_t (*to)[4 * kLanes] = tile.codes[b * kGroupsOfBlock + 2 * j];
-                store_codes(to[v], add_octets(shift_each(lookup_low(table, dwords[j]), shift), raise));
+                store_codes(to[v], key_codes.low(dwords[j], shift));
                 to += kKeyVectors;
-                store_codes(to[v], add_octets(shift_each(lookup_high(table, dwords[j]), shift), raise));
+                store_codes(to[v], key_codes.high(dwords[j], shift));
             }
         }
 }
 
-// Products of H queries and the tile's keys, over the groups from `first` to `last`.
+// Where the codes of some heads are: four bytes for each group of four columns.
+struct Digits4 {
+    const int8_t* first;
+    int64_t of_head, of_group;  // bytes from one to the next
+};
+
+// Products of H queries and the tile's keys, over the blocks from `first` to `last`.
 template <int H>
-ALWAYS_INLINE void index_sums(const KeyTile& tile, const int8_t* digits, int64_t apart, const int32_t* starts,
-                              int64_t starts_apart, int first, int last, I32 (&sums)[H][kKeyVectors]) {
+ALWAYS_INLINE void index_sums(const KeyTile& tile, const Digits4& digits, const int32_t* starts, int64_t starts_apart,
+                              int first, int last, I32 (&sums)[H][kKeyVectors]) {
     IndexDot dots[H][kKeyVectors];
     for (int h = 0; h < H; ++h)
         for (int v = 0; v < kKeyVectors; ++v) dots[h][v].begin(starts[h * starts_apart]);
-    for (int g = first; g < last; ++g) {
-        Bytes codes[kKeyVectors];
-        for (int v = 0; v < kKeyVectors; ++v) codes[v] = load_bytes(tile.codes[g][v]);
-        for (int h = 0; h < H; ++h) {
-            const auto four = four_digits(digits + h * apart + 4 * g);
-            for (int v = 0; v < kKeyVectors; ++v) {
-                dots[h][v].add(codes[v], four);
-                dots[h][v].after(g);
+    for (int b = first; b < last; ++b) {
+        UNROLL
+        for (int j = 0; j < kGroupsOfBlock; ++j) {
+            const int64_t g = b * kGroupsOfBlock + j;
+            Bytes codes[kKeyVectors];
+            for (int v = 0; v < kKeyVectors; ++v) codes[v] = load_bytes(tile.codes[g][v]);
+            for (int h = 0; h < H; ++h) {
+                const auto four = four_digits(digits.first + g * digits.of_group + h * digits.of_head);
+                for (int v = 0; v < kKeyVectors; ++v) {
+                    dots[h][v].add(codes[v], four);
+                    dots[h][v].after(j);
+                }
             }
         }
     }
@@ -90,15 +122,18 @@ ALWAYS_INLINE void index_sums(const KeyTile& tile, const int8_t* digits, int64_t
         for (int v = 0; v < kKeyVectors; ++v) sums[h][v] = dots[h][v].end(1);
 }
 
-// Adds what H heads of a token make of a tile's keys.
+// Adds what H heads of a token make of a tile's keys: of those that lie side by side.
 template <int H>
-void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
-    const int groups = c.blocks * kGroupsOfBlock;
-    const int64_t apart = c.blocks * kBlock;
+void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t token, int64_t head, F32 (&scores)[kKeyVectors]) {
+    constexpr int64_t kGroupBytes = 4 * kHeadsTogether;
+    const int64_t number = token * c.heads + head;
+    const int64_t of_token = (c.heads + kHeadsTogether - 1) / kHeadsTogether, groups = c.blocks * kGroupsOfBlock;
+    const int8_t* of_heads = c.queries.shifted + (token * of_token + head / kHeadsTogether) * groups * kGroupBytes;
     I32 sums[H][kKeyVectors];
-    index_sums<H>(tile, c.queries.shifted + head * apart, apart, c.queries.shifted_starts + head, 1, 0, groups, sums);
+    index_sums<H>(tile, {of_heads + head % kHeadsTogether * 4, 4, kGroupBytes}, c.queries.shifted_starts + number, 1, 0,
+                  c.blocks, sums);
     for (int h = 0; h < H; ++h) {
-        const F32 weight = splat(c.queries.shifted_weights[head + h]);
+        const F32 weight = splat(c.queries.shifted_weights[number + h]);
         for (int v = 0; v < kKeyVectors; ++v)
             scores[v] = add(scores[v], mul(weight, to_float(larger(sums[h][v], splat_int(0)))));
     }
@@ -106,25 +141,26 @@ void add_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&sco
 
 // The same of heads whose products are made block by block.
 template <int H>
-void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 (&scores)[kKeyVectors]) {
-    const int64_t apart = c.blocks * kBlock;
+void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t token, int64_t head, F32 (&scores)[kKeyVectors]) {
+    const int64_t number = token * c.heads + head, columns = c.blocks * kBlock;
     F32 dots[H][kKeyVectors];
     for (int h = 0; h < H; ++h)
         for (F32& dot : dots[h]) dot = zero();
     for (int b = 0; b < c.blocks; ++b) {
         I32 sums[H][kKeyVectors];
-        const int64_t at = head * c.blocks + b;
-        index_sums<H>(tile, c.queries.plain + head * apart, apart, c.queries.plain_starts + at, c.blocks,
-                      b * kGroupsOfBlock, (b + 1) * kGroupsOfBlock, sums);
-        for (int h = 0; h < H; ++h)
-            for (int v = 0; v < kKeyVectors; ++v) {
-                const F32 factor =
-                    mul(splat(c.queries.factors[at + h * c.blocks]), load_float(tile.factors[b] + v * kLanes));
+        const int64_t at = number * c.blocks + b;
+        index_sums<H>(tile, {c.queries.plain + number * columns, columns, 4}, c.queries.plain_starts + at, c.blocks, b,
+                      b + 1, sums);
+        for (int v = 0; v < kKeyVectors; ++v) {
+            const F32 of_keys = tile.is_wide ? load_float(tile.factors[b] + v * kLanes) : splat(1.0f);
+            for (int h = 0; h < H; ++h) {
+                const F32 factor = mul(splat(c.queries.factors[at + h * c.blocks]), of_keys);
                 dots[h][v] = add(dots[h][v], mul(factor, to_float(sums[h][v])));
             }
+        }
     }
     for (int h = 0; h < H; ++h) {
-        const F32 weight = splat(c.queries.weights[head + h]);
+        const F32 weight = splat(c.queries.weights[number + h]);
         for (int v = 0; v < kKeyVectors; ++v) {
             alignas(64) float values[kLanes];
             store(values, dots[h][v]);
@@ -134,37 +170,39 @@ void add_wide_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, F32 
     }
 }
 
-// As many heads from `head` to `end`, all wide or none, as are computed together; how many.
-ALWAYS_INLINE int add_some_heads(const IndexCodes& c, const KeyTile& tile, int64_t head, int64_t end,
+// As many of a token's heads from `head` on, all wide or none, as are computed together; how many.
+ALWAYS_INLINE int add_some_heads(const IndexCodes& c, const KeyTile& tile, int64_t token, int64_t head,
                                  F32 (&scores)[kKeyVectors]) {
-    const auto is_wide = [&](int64_t h) { return tile.is_wide || c.queries.is_wide[h] != 0; };
+    const auto is_wide = [&](int64_t h) { return tile.is_wide || c.queries.is_wide[token * c.heads + h] != 0; };
+    const int64_t side_by_side = (head / kHeadsTogether + 1) * kHeadsTogether;
+    const int64_t end = side_by_side < c.heads ? side_by_side : c.heads;
     const bool wide = is_wide(head);
     int64_t alike = 1;
-    while (alike < kIndexHeads && head + alike < end && is_wide(head + alike) == wide) ++alike;
+    while (head + alike < end && is_wide(head + alike) == wide) ++alike;
     if (wide) {
-        if (alike < kWideHeads) return add_wide_heads<1>(c, tile, head, scores), 1;
-        return add_wide_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+        if (alike < kWideHeads) return add_wide_heads<1>(c, tile, token, head, scores), 1;
+        return add_wide_heads<kWideHeads>(c, tile, token, head, scores), kWideHeads;
     }
-    if (alike == kIndexHeads) return add_heads<kIndexHeads>(c, tile, head, scores), kIndexHeads;
-    if (alike < kWideHeads) return add_heads<1>(c, tile, head, scores), 1;
-    return add_heads<kWideHeads>(c, tile, head, scores), kWideHeads;
+    if (alike >= kIndexHeads) return add_heads<kIndexHeads>(c, tile, token, head, scores), kIndexHeads;
+    if (alike < kWideHeads) return add_heads<1>(c, tile, token, head, scores), 1;
+    return add_heads<kWideHeads>(c, tile, token, head, scores), kWideHeads;
 }
 
-// out [tokens][n] = the sum over heads of weight * max(query . key, 0)
+// out = the sum over heads of weight * max(query . key, 0)
 void index_codes(const IndexCodes& c) {
     KeyTile tile;
     for (int64_t first = 0; first < c.n; first += kTileKeys) {
-        unpack_keys(c, first, tile);
+        if (c.blocks == 4) unpack_keys<4>(c, first, tile);
+        else unpack_keys<0>(c, first, tile);
         const int64_t count = c.n - first < kTileKeys ? c.n - first : kTileKeys;
         for (int64_t token = 0; token < c.tokens; ++token) {
-            const int64_t end = (token + 1) * c.heads;
             F32 scores[kKeyVectors];
             for (F32& score : scores) score = zero();
-            for (int64_t head = token * c.heads; head < end;) head += add_some_heads(c, tile, head, end, scores);
+            for (int64_t head = 0; head < c.heads;) head += add_some_heads(c, tile, token, head, scores);
             alignas(64) float values[kTileKeys];
             for (int v = 0; v < kKeyVectors; ++v)
                 store(values + v * kLanes, mul(scores[v], load_float(tile.factor + v * kLanes)));
-            __builtin_memcpy(c.out + token * c.n + first, values, static_cast<size_t>(count) * sizeof(float));
+            __builtin_memcpy(c.out + token * c.apart + first, values, static_cast<size_t>(count) * sizeof(float));
         }
     }
 }

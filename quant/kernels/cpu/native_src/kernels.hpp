@@ -129,7 +129,7 @@ struct IndexQueries {
     const float* weights;    // [tokens][heads], and so on
     const uint8_t* is_wide;  // scales are too far from one another for shifts
     // where they are not: codes shifted by how far their scale is above the least one
-    const int8_t* shifted;          // [columns]
+    const int8_t* shifted;          // [tokens][heads / 8, rounded up][columns / 4][8][4]
     const int32_t* shifted_starts;  // -kIndexOffset * their sum
     const float* shifted_weights;   // weights times the least scale, by 4 for two factors that are twice as large
     const int8_t* plain;            // [columns]
@@ -139,6 +139,7 @@ struct IndexQueries {
 constexpr int kMostKeyShift = 2, kMostQueryShift = 3;  // as far as bytes and pairs of products in 16 bits reach
 constexpr int kIndexOffset = 12 << kMostKeyShift;      // makes codes of keys unsigned
 constexpr int kMostIndexBlocks = 8;                    // of 32 columns
+constexpr int kHeadsTogether = 8;                      // whose codes lie side by side
 
 struct IndexCodes {
     int64_t tokens, heads;
@@ -146,7 +147,8 @@ struct IndexCodes {
     IndexQueries queries;
     const uint8_t* const* keys;  // [n] rows
     int64_t n;
-    float* out;  // [tokens][n]
+    float* out;  // [n] of the first token, others `apart`
+    int64_t apart;
 };
 
 constexpr int64_t kMostKeyDim = 256;
@@ -178,8 +180,8 @@ struct Gating {
 // The kernels of one instruction-set level.
 struct Level {
     const char* name;
-    // [format][digits == 1][log2 tokens]; null where there is no such kernel
-    PanelKernel panel[kFormats][2][4];
+    // [format][digits == 1][tokens - 1]; null where there is no such kernel
+    PanelKernel panel[kFormats][2][kMaxTokens];
     // fp8_tiles.hpp: the same for several panels of FP8 and many tokens; out: [panel][token][32]
     void (*fp8_many)(const Panel* panels, int64_t count, const float* const* x, const int64_t* at, int64_t tokens,
                      float* out);
@@ -189,6 +191,9 @@ struct Level {
     // n plain rows of bf16 (kind 0), fp16 (1) or fp32 (2): out[token * out_stride + row] = row . x[token]
     void (*dense_rows)(const void* rows, int64_t n, int kind, int64_t cols, const float* const* x, int64_t tokens,
                        float* out, int64_t out_stride);
+    // out [columns] += the sum of n plain rows, `width` values apart, weighted
+    void (*add_rows)(const void* rows, int kind, int64_t width, int64_t n, const float* weights, int64_t columns,
+                     float* out);
     void (*fp8_row)(const uint8_t* codes, const void* scales, bool float_scales, int64_t cols, float* out);
     // attention.hpp and rows.hpp
     void (*attend_block)(const AttendBlock& block);
@@ -197,6 +202,7 @@ struct Level {
     void (*index_codes)(const IndexCodes& call);
     void (*sum_parts)(const float* parts, int64_t apart, const float* weights, int64_t weight_step, int64_t n,
                       int64_t dim, const float* first, float first_weight, float* out);
+    void (*normalise)(const float* x, const float* weight, int64_t cols, float eps, float* out);
     void (*sigmoid)(const float* x, int64_t n, float* out);
     void (*rotate)(const float* x, const float* turns, int64_t pairs, float* out);
     void (*pool_group)(const float* rows, const float* gates, int64_t n, int64_t dim, float* out);

@@ -28,18 +28,30 @@ void keep_best(std::vector<uint64_t>& ranks, int64_t k) {
     ranks.resize(static_cast<size_t>(k));
 }
 
+constexpr int64_t kAtOnce = 16;
+
+// Whether one of so many scores is above `least`, or NaN.
+bool has_above(const float* scores, float least) {
+    int above = 0;
+    for (int64_t i = 0; i < kAtOnce; ++i) above |= !(scores[i] <= least);
+    return above != 0;
+}
+
 // The ranks of the k best of the columns from `first` to `last` that are not -inf, added to those there are. Most
-// columns of a long row are only compared with the worst that was kept.
+// columns of a long row are only compared with the worst that was kept: of equal ones the earlier is the better.
 void add_best(const float* scores, int64_t first, int64_t last, int64_t k, std::vector<uint64_t>& ranks) {
     const auto most = static_cast<size_t>(4 * k + 64);
     float least = -__builtin_inff();
-    for (int64_t c = first; c < last; ++c) {
-        const float score = scores[c];
-        if (score < least || score == -__builtin_inff()) continue;  // NaN is above all
-        ranks.push_back(ranked(score, c));
-        if (ranks.size() < most) continue;
-        keep_best(ranks, k);
-        least = k > 0 ? static_cast<float>(value_of(*std::min_element(ranks.begin(), ranks.end()))) : least;
+    for (int64_t start = first; start < last; start += kAtOnce) {
+        const int64_t stop = std::min(start + kAtOnce, last);
+        if (stop - start == kAtOnce && !has_above(scores + start, least)) continue;
+        for (int64_t c = start; c < stop; ++c) {
+            if (scores[c] <= least) continue;  // NaN is not
+            ranks.push_back(ranked(scores[c], c));
+            if (ranks.size() < most) continue;
+            keep_best(ranks, k);
+            if (k > 0) least = static_cast<float>(value_of(*std::min_element(ranks.begin(), ranks.end())));
+        }
     }
     keep_best(ranks, k);
 }
@@ -55,6 +67,7 @@ void write_columns(std::vector<uint64_t>& ranks, int64_t k, int64_t* to) {
 }  // namespace
 
 void best_columns(const Team& team, const float* scores, int64_t rows, int64_t columns, int64_t k, int64_t* out) {
+    if (rows == 0) return;
     if (rows < team.threads && columns > kPart) {
         const int64_t parts = std::min<int64_t>((columns + kPart - 1) / kPart, (team.threads + rows - 1) / rows);
         const int64_t part = (columns + parts - 1) / parts;
@@ -150,10 +163,13 @@ void weigh_chosen(const Routing& rule, const float* scores, const int64_t* chose
 
 }  // namespace
 
+// A score takes as long as so many floats that are added up.
+constexpr int64_t kScoreCost = 32;
+
 void route(const Team& team, const float* logits, const float* bias, int64_t tokens, int64_t experts,
            const Routing& rule, int64_t* chosen, float* weights) {
     const int64_t top_k = rule.top_k;
-    parallel_for(tokens, threads_for(team, tokens * experts), [&](int64_t token) {
+    parallel_for(tokens, threads_for(team, tokens * experts * kScoreCost), [&](int64_t token) {
         thread_local std::vector<float> scores, ranks;
         thread_local std::vector<uint64_t> order;
         scores.resize(static_cast<size_t>(experts));

@@ -1,28 +1,33 @@
 // The kernel table of one level; included by level_*.cpp after the level's vector operations.
 namespace {
 
-template <class Format, int D, int Log2>
+template <class Format, int D, int T>
 constexpr PanelKernel integer_kernel() {
-    if constexpr ((D << Log2) <= kMostSums) return integer_panel<Format, 1 << Log2, D>;
+    if constexpr (D * T <= kMostSums) return integer_panel<Format, T, D>;
     else return nullptr;
 }
 
-template <int Log2>
+template <int T>
 constexpr PanelKernel fp8_kernel() {
-    if constexpr ((1 << Log2) <= kMostFp8Tokens) return fp8_panel<1 << Log2>;
+    if constexpr (T <= kMostFp8Tokens) return fp8_panel<T>;
     else return nullptr;
 }
 
 template <class Format, int D>
 constexpr void add_integer(Level& level, int number) {
-    constexpr PanelKernel kernels[4] = {integer_kernel<Format, D, 0>(), integer_kernel<Format, D, 1>(),
-                                        integer_kernel<Format, D, 2>(), integer_kernel<Format, D, 3>()};
-    for (int i = 0; i < 4; ++i) level.panel[number][D == 1][i] = kernels[i];
+    PanelKernel* kernels = level.panel[number][D == 1];
+    kernels[0] = integer_kernel<Format, D, 1>();
+    kernels[1] = integer_kernel<Format, D, 2>();
+    kernels[3] = integer_kernel<Format, D, 4>();
+    kernels[7] = integer_kernel<Format, D, 8>();
 }
 
 constexpr void add_fp8(Level& level) {
-    constexpr PanelKernel kernels[4] = {fp8_kernel<0>(), fp8_kernel<1>(), fp8_kernel<2>(), fp8_kernel<3>()};
-    for (int i = 0; i < 4; ++i) level.panel[kFp8][0][i] = kernels[i];
+    PanelKernel* kernels = level.panel[kFp8][0];
+    kernels[0] = fp8_kernel<1>();
+    kernels[1] = fp8_kernel<2>();
+    kernels[2] = fp8_kernel<3>();
+    kernels[3] = fp8_kernel<4>();
 }
 
 constexpr Level make_level(const char* name) {
@@ -62,11 +67,13 @@ constexpr Level make_level(const char* name) {
     level.digits1 = to_digits<1>;
     level.swiglu = swiglu;
     level.dense_rows = dense_rows;
+    level.add_rows = add_rows;
     level.fp8_row = fp8_row;
     level.attend_block = attend_block;
     level.index_block = index_block;
     level.index_codes = index_codes;
     level.sum_parts = sum_parts;
+    level.normalise = normalise;
     level.sigmoid = sigmoid;
     level.rotate = rotate;
     level.pool_group = pool_group;

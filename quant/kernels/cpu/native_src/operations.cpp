@@ -74,17 +74,22 @@ void multiply(const Team& team, int64_t format, const Panel& panel, const void* 
         return;
     }
     const PanelKernel* kernels = team.level.panel[format][one_digit(team, format)];
-    int64_t done = 0;
-    for (int log2 = 3; log2 >= 0; --log2)
-        for (const int64_t n = int64_t{1} << log2; kernels[log2] && tokens - done >= n; done += n)
-            kernels[log2](panel, x + done, out + done * kPanelRows);
+    int64_t most = kMaxTokens;
+    while (kernels[most - 1] == nullptr) --most;
+    for (int64_t done = 0, n; done < tokens; done += n) {  // in groups that are as even as kernels can be had
+        const int64_t left = tokens - done;
+        n = divide_up(left, divide_up(left, most));
+        while (kernels[n - 1] == nullptr) ++n;
+        while (n > left || kernels[n - 1] == nullptr) --n;
+        kernels[n - 1](panel, x + done, out + done * kPanelRows);
+    }
 }
 
-// A matrix, the block of each token's activations that its columns begin with, and where its products go: those of a
-// token `stride` behind the last's.
+// A matrix, where in each token's activations those of its columns begin, in bytes, and where its products go: those of
+// a token `stride` behind the last's.
 struct Product {
     Panels panels;
-    int64_t block;
+    int64_t begin;
     float* out;
     int64_t stride;
 };
@@ -131,7 +136,7 @@ void multiply_fp8(const Team& team, const Product* const* products, const int64_
                   int64_t count, const Activations& a, int64_t tokens) {
     float* sums = reinterpret_cast<float*>(worker_sums.get(kMostPanels * kManyTokens * kPanelRows * 4));
     int64_t at[kMostPanels];
-    for (int64_t q = 0; q < count; ++q) at[q] = products[q]->block * kBlock;
+    for (int64_t q = 0; q < count; ++q) at[q] = products[q]->begin / static_cast<int64_t>(sizeof(float));
     for (int64_t t = 0; t < tokens; t += kManyTokens) {
         const int64_t n = std::min(kManyTokens, tokens - t);
         const float* xs[kManyTokens];
@@ -169,7 +174,7 @@ void multiply(const Team& team, const Line& line, int64_t format, const Activati
                 const Product& product = *products[q];
                 const int64_t n = std::min(kMaxTokens, tokens - t), row = numbers[q] * kPanelRows;
                 const void* xs[kMaxTokens];
-                for (int64_t k = 0; k < n; ++k) xs[k] = a.token(t + k) + product.block * a.element_stride;
+                for (int64_t k = 0; k < n; ++k) xs[k] = a.token(t + k) + product.begin;
                 float y[kMaxTokens][kPanelRows];
                 multiply(team, format, panels[q], xs, n, y[0]);
                 for (int64_t k = 0; k < n; ++k)
@@ -226,8 +231,9 @@ void linear_blocks(const Team& team, const Matrix* const* matrices, int64_t coun
         return bf16_linears(team, parts.data(), count, x, tokens, count * first.cols);
     }
     Line line;
+    const int64_t apart = layout_for(team, first.format, first.cols).stride;
     for (int64_t i = 0; i < count; ++i)
-        line.add({Panels(*matrices[i]), i * (first.cols / kBlock), out + i * first.rows, count * first.rows});
+        line.add({Panels(*matrices[i]), i * apart, out + i * first.rows, count * first.rows});
     multiply(team, line, first.format, prepare(team, first.format, x, tokens, count * first.cols, caller_x), tokens);
 }
 
@@ -245,9 +251,10 @@ void dense_linear(const Team& team, const void* weight, int kind, int64_t rows, 
     const int64_t row_bytes = cols * plain_bytes(kind);
     constexpr int64_t kTogether = 4;   // rows that a kernel takes at most
     constexpr int64_t kTurnsEach = 4;  // of a thread, at least
-    const int64_t fair = std::min(kTurnBytes / row_bytes, rows / (kTurnsEach * team.threads));
-    const int64_t per_turn = std::max(kTogether, fair / kTogether * kTogether);
+    constexpr int64_t kLeast = 16;     // rows of a turn, for which activations are arranged, where there are as many
     const int threads = rows * row_bytes * tokens < kWorthSharing ? 1 : team.threads;
+    const int64_t fair = std::min(kTurnBytes / row_bytes, std::max(kLeast, rows / (kTurnsEach * threads)));
+    const int64_t per_turn = std::max<int64_t>(1, std::min(fair, divide_up(rows, threads)) / kTogether) * kTogether;
     std::vector<const float*> xs(static_cast<size_t>(tokens));
     for (int64_t t = 0; t < tokens; ++t) xs[static_cast<size_t>(t)] = x + t * cols;
     parallel_for((rows + per_turn - 1) / per_turn, threads, [&](int64_t turn) {

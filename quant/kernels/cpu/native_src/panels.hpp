@@ -4,8 +4,6 @@
 // take part, so a token's result is the same bit for bit in every batch.
 namespace {
 
-constexpr int kDenseAhead = 2048;  // bytes ahead of the reads of each row
-
 // Asks for what a thread reads some way behind place `at` of a panel: of the panel itself or of what follows it.
 ALWAYS_INLINE void ask_ahead(const Panel& panel, int64_t at, int64_t bytes) {
     const uint8_t* p = at < panel.bytes ? panel.codes + at : panel.next + (at - panel.bytes);
@@ -182,112 +180,6 @@ void fp8_panel(const Panel& panel, const void* const* x, float* out) {
     }
     for (int t = 0; t < T; ++t)
         for (int v = 0; v < kVectors; ++v) E4m3::store_rows(out + t * kPanelRows, v, y[t][v]);
-}
-
-// Plain rows times float activations: vectors run along the columns, so nothing needs repacking. Two vectors at
-// a time: of bf16 the even and the odd columns, which takes one instruction each; of other kinds one after the other.
-template <int Kind>
-ALWAYS_INLINE void load_dense(const uint8_t* row, F32 (&w)[2]) {
-    for (int k = 0; k < 2; ++k)
-        if constexpr (Kind == 1) w[k] = load_half(row + 2 * k * kLanes);
-        else w[k] = load_float(reinterpret_cast<const float*>(row) + k * kLanes);
-}
-template <>
-ALWAYS_INLINE void load_dense<0>(const uint8_t* row, F32 (&w)[2]) {
-    load_bf16_pairs(row, w);
-}
-
-// R rows, `apart` from one another, and T tokens at a time. The vectors of a row's sum are added up in one order
-// whatever R and T are, so that a token gets the same bits in any company.
-template <int Kind, int R, int T>
-void dense_block(const uint8_t* weight, int64_t apart, int64_t cols, const float* const* x, float* out,
-                 int64_t out_stride) {
-    constexpr int kSize = Kind == 2 ? 4 : 2, kStep = 2 * kLanes;
-    const int64_t row_bytes = kSize * cols * apart;
-    F32 sums[R][T];
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < T; ++t) sums[r][t] = zero();
-    const auto add_columns = [&](const uint8_t* w, int64_t w_apart, const float* const* xs, int64_t at) {
-        F32 values[T][2];
-        for (int t = 0; t < T; ++t) {
-            if constexpr (Kind == 0) load_pairs(xs[t] + at, values[t]);
-            else load_dense<2>(reinterpret_cast<const uint8_t*>(xs[t] + at), values[t]);
-        }
-        for (int r = 0; r < R; ++r) {
-            F32 row[2];
-            load_dense<Kind>(w + r * w_apart, row);
-            for (int k = 0; k < 2; ++k)
-                for (int t = 0; t < T; ++t) sums[r][t] = fma(row[k], values[t][k], sums[r][t]);
-        }
-    };
-    int64_t c = 0;
-    for (; c + kStep <= cols; c += kStep) {
-        for (int r = 0; r < R; ++r)
-            for (int k = 0; k < kStep * kSize; k += 64) prefetch(weight + r * row_bytes + kSize * c + kDenseAhead + k);
-        add_columns(weight + kSize * c, row_bytes, x, c);
-    }
-    if (c < cols) {  // the last columns, padded with zeros
-        const size_t left = static_cast<size_t>(cols - c);
-        alignas(64) uint8_t tail[R][kStep * kSize] = {};
-        alignas(64) float tail_x[T][kStep] = {};
-        for (int r = 0; r < R; ++r) __builtin_memcpy(tail[r], weight + r * row_bytes + kSize * c, kSize * left);
-        const float* tails[T];
-        for (int t = 0; t < T; ++t) {
-            __builtin_memcpy(tail_x[t], x[t] + c, sizeof(float) * left);
-            tails[t] = tail_x[t];
-        }
-        add_columns(tail[0], kStep * kSize, tails, 0);
-    }
-    for (int t = 0; t < T; ++t) {
-        if constexpr (R == 4) {
-            const F32 four[4] = {sums[0][t], sums[1][t], sums[2][t], sums[3][t]};
-            float found[4];
-            reduce_four(four, found);
-            for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = found[r];
-        } else {
-            for (int r = 0; r < R; ++r) out[t * out_stride + r * apart] = reduce(sums[r][t]);
-        }
-    }
-}
-
-// The last tokens, fewer than T, together.
-template <int Kind, int R, int T = kDenseTokens - 1>
-void dense_rest(const uint8_t* weight, int64_t apart, int64_t cols, const float* const* x, int64_t tokens, float* out,
-                int64_t stride) {
-    if constexpr (T > 0) {
-        if (tokens < T) return dense_rest<Kind, R, T - 1>(weight, apart, cols, x, tokens, out, stride);
-        dense_block<Kind, R, T>(weight, apart, cols, x, out, stride);
-    }
-}
-
-template <int Kind, int R>
-void dense_tokens(const uint8_t* rows, int64_t apart, int64_t cols, const float* const* x, int64_t tokens, float* out,
-                  int64_t stride) {
-    constexpr int T = kDenseTokens;
-    int64_t t = 0;
-    for (; t + T <= tokens; t += T) dense_block<Kind, R, T>(rows, apart, cols, x + t, out + t * stride, stride);
-    dense_rest<Kind, R>(rows, apart, cols, x + t, tokens - t, out + t * stride, stride);
-}
-
-// Rows that are multiplied together are far apart: each is part of a run that goes on with the row behind it, long
-// enough for the processor to foresee. Rows side by side would be as many runs that end every few kilobytes.
-template <int Kind>
-void dense_rows_of(const uint8_t* rows, int64_t n, int64_t cols, const float* const* x, int64_t tokens, float* out,
-                   int64_t stride) {
-    constexpr int64_t R = kDenseRows, kSize = Kind == 2 ? 4 : 2;
-    const int64_t run = n / R;
-    for (int64_t r = 0; r < run; ++r)
-        dense_tokens<Kind, R>(rows + r * cols * kSize, run, cols, x, tokens, out + r, stride);
-    for (int64_t r = run * R; r < n; ++r)
-        dense_tokens<Kind, 1>(rows + r * cols * kSize, 1, cols, x, tokens, out + r, stride);
-}
-
-void dense_rows(const void* rows, int64_t n, int kind, int64_t cols, const float* const* x, int64_t tokens, float* out,
-                int64_t out_stride) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(rows);
-    if (kind == 0) dense_rows_of<0>(bytes, n, cols, x, tokens, out, out_stride);
-    else if (kind == 1) dense_rows_of<1>(bytes, n, cols, x, tokens, out, out_stride);
-    else dense_rows_of<2>(bytes, n, cols, x, tokens, out, out_stride);
 }
 
 // One row of e4m3 codes with a scale per 32 columns as floats.

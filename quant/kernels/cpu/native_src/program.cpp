@@ -262,6 +262,36 @@ Upcoming upcoming(const Operation* op, const Operation* end) {
     return {};
 }
 
+// Whether n operations that take each row by itself are done by rows: enough rows for each thread, which unpacks all
+// weights for its own; and products among them, or enough bytes of rows to be worth waking a thread.
+bool pays_by_rows(const Team& team, const Operation* operations, int64_t n, int64_t rows) {
+    constexpr int64_t kRowsEach = 2, kWorthSharing = 64 * 1024;
+    if (n < 2 || team.threads < 2 || rows < kRowsEach * team.threads) return false;
+    int64_t bytes = 0;
+    for (const Operation* op = operations; op != operations + n; ++op) {
+        if (op->kind == Kind::kLinear || op->kind == Kind::kDense || op->kind == Kind::kBlocks) return true;
+        for (const int64_t apart : op->in_apart) bytes += rows * apart;
+        for (const int64_t apart : op->out_apart) bytes += rows * apart;
+    }
+    return bytes >= kWorthSharing;
+}
+
+// Runs n operations that take each row by itself: a thread does all of them for some rows. Waiting for the others after
+// each takes longer than what there is to do, where rows and matrices are small.
+void run_by_rows(const Team& team, const Operation* operations, int64_t n, const StepInput& step) {
+    parallel_for(team.threads, team.threads, [&](int64_t part) {
+        const int64_t first = step.rows * part / team.threads, end = step.rows * (part + 1) / team.threads;
+        const StepInput rows{end - first, step.slots + first, step.positions + first, step.tokens + first};
+        const Team alone{team.level, 1, team.one_digit, nullptr, team.bf16};
+        for (int64_t i = 0; i < n; ++i) {
+            Operation op = operations[i];
+            for (int k = 0; k < 6; ++k) op.in[k] = static_cast<const uint8_t*>(op.in[k]) + first * op.in_apart[k];
+            for (int k = 0; k < 4; ++k) op.out[k] = static_cast<uint8_t*>(op.out[k]) + first * op.out_apart[k];
+            kFunctions[static_cast<int64_t>(op.kind)](alone, op, rows);
+        }
+    });
+}
+
 }  // namespace
 
 int64_t run_program(const Team& team, const Operation* operations, int64_t first, int64_t count,
@@ -276,6 +306,9 @@ int64_t run_program(const Team& team, const Operation* operations, int64_t first
             if (!completes_any(step, op.sizes[0])) i += op.sizes[1];  // so many operations are about groups' ends
         } else if (op.kind == Kind::kExperts && !computes_experts(op, step)) {
             return i;
+        } else if (i + op.together <= count && pays_by_rows(team, &op, op.together, step.rows)) {
+            run_by_rows(team, &op, op.together, step);
+            i += op.together - 1;
         } else {
             const Upcoming then = upcoming(&op + 1, operations + count);
             kFunctions[static_cast<int64_t>(op.kind)]({team.level, team.threads, team.one_digit, &then, team.bf16}, op,

@@ -63,6 +63,8 @@ struct Operation {
     void* out[4];
     int64_t sizes[9];
     float factor;
+    int64_t in_apart[6], out_apart[4];  // bytes from row to row; 0 for what is no row's
+    int64_t together;                   // from this one on, so many take each row by itself; 0 or 1: none or it alone
 };
 
 // Runs operations from `first` on. Returns the number of the first one that is the caller's to do (a hand-over), or

@@ -23,7 +23,8 @@ bool completes(int64_t position, int64_t ratio) { return (position + 1) % ratio 
 // How many rows from r on are of one sequence: its newest token, and drafted ones behind it.
 int64_t rows_of_slot(const StepInput& step, int64_t r) {
     int64_t end = r + 1;
-    while (end < step.rows && step.slots[end] == step.slots[r]) ++end;
+    while (end < step.rows && step.slots[end] == step.slots[r] && step.positions[end] == step.positions[end - 1] + 1)
+        ++end;
     return end - r;
 }
 
@@ -52,23 +53,27 @@ void run_append(const Team& team, const Operation& op, const StepInput& step) {
 void run_attend(const Team& team, const Operation& op, const StepInput& step) {
     const int64_t heads = op.sizes[0], kv_heads = op.sizes[1], dim = op.sizes[2], value_dim = op.sizes[6];
     const int64_t choices = op.sizes[7], ring = op.sizes[8];
-    std::vector<Attend> calls(static_cast<size_t>(step.rows));
+    std::vector<Attend> calls;
     std::vector<float*> outs;
-    for (int64_t r = 0; r < step.rows; ++r) {
+    for (int64_t r = 0, count = 0; r < step.rows; r += count) {
+        // Drafted tokens pass over the keys together with the token before them, as long as they see the same first
+        // one.
+        count = choices > 0 || ring > 0 ? 1 : rows_of_slot(step, r);
+        if (op.sizes[5] > 0 && step.positions[r] + count > op.sizes[5]) count = 1;
         const int64_t slot = step.slots[r] * op.sizes[4];
-        Attend& call = calls[static_cast<size_t>(r)];
+        Attend& call = calls.emplace_back();
         call.q = floats(op.in[0]) + r * heads * dim;
         call.keys = octets(op.in[1]) + slot;
         call.values = octets(op.in[2]) + slot;
         call.format = format_at(op.in[5]);
-        call.tokens = 1;
+        call.tokens = count;
         call.heads = heads;
         call.kv_heads = kv_heads;
         call.dim = dim;
         call.value_dim = value_dim;
         call.head_stride = op.sizes[3];
         call.before = step.positions[r];
-        call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + 1;
+        call.window = op.sizes[5] > 0 ? op.sizes[5] : step.positions[r] + count;
         call.sink = floats(op.in[3]);
         if (ring > 0) {
             call.ring = ring;
@@ -84,7 +89,7 @@ void run_attend(const Team& team, const Operation& op, const StepInput& step) {
         }
         outs.push_back(floats(op.out[0]) + r * heads * value_dim);
     }
-    attend(team, calls.data(), outs.data(), step.rows);
+    attend(team, calls.data(), outs.data(), static_cast<int64_t>(calls.size()));
 }
 
 // x [rows][dim], each row to its position's place in a ring [ring][dim] of its slot
@@ -214,46 +219,76 @@ void run_delta_rule(const Team& team, const Operation& op, const StepInput& step
     delta_rule(team, calls.data(), outs.data(), static_cast<int64_t>(calls.size()));
 }
 
+namespace {
+
+// What a row of a selection needs besides its operation: room for the scores of all columns and for their names.
+struct SelectRoom {
+    float* scores;
+    int64_t* named;
+};
+
+// The columns among which row r chooses: all that it sees, or the entries of blocks that were chosen before.
+int64_t most_columns(const Operation& op, const StepInput& step, int64_t r) {
+    return op.in[3] != nullptr ? op.sizes[5] * op.sizes[6] : (step.positions[r] + 1) / op.sizes[2];
+}
+
+void select_row(const Team& team, const Operation& op, const StepInput& step, int64_t r, const SelectRoom& room) {
+    const int64_t heads = op.sizes[0], dim = op.sizes[1], ratio = op.sizes[2], slot_stride = op.sizes[3];
+    const int64_t k = op.sizes[4], block = op.sizes[5], most_blocks = op.sizes[6];
+    const auto* pool = static_cast<const int64_t*>(op.in[3]);
+    auto* chosen = static_cast<int64_t*>(op.out[0]) + r * k;
+    const int64_t visible = (step.positions[r] + 1) / ratio;
+    if (visible <= k && pool == nullptr && op.out[3] == nullptr) {  // all of them, whatever their scores
+        for (int64_t i = 0; i < k; ++i) chosen[i] = i < visible ? i : -1;
+        return;
+    }
+    Index call{};
+    call.queries = floats(op.in[0]) + r * heads * dim;
+    call.weights = floats(op.in[1]) + r * heads;
+    call.keys = octets(op.in[2]) + step.slots[r] * slot_stride;
+    call.format = format_at(op.in[4]);
+    call.tokens = 1;
+    call.heads = heads;
+    call.dim = dim;
+    call.visible = &visible;
+    call.columns = visible;
+    if (pool != nullptr) {
+        call.columns = 0;
+        for (int64_t b = 0; b < most_blocks; ++b)
+            for (int64_t i = 0, first = pool[r * most_blocks + b] * block; first >= 0 && i < block; ++i)
+                if (first + i < visible) room.named[call.columns++] = first + i;
+        call.entries = room.named;
+    }
+    index_scores(team, call, room.scores);
+    best_columns(team, room.scores, 1, call.columns, k, chosen);
+    if (op.out[3] != nullptr)
+        best_blocks(team, room.scores, visible, block, most_blocks, static_cast<int64_t*>(op.out[3]) + r * most_blocks);
+    for (int64_t i = 0; pool != nullptr && i < k; ++i)
+        if (chosen[i] >= 0) chosen[i] = room.named[chosen[i]];
+}
+
+}  // namespace
+
 // Which compressed entries each row attends to. in: queries [rows][heads][dim], weights [rows][heads], index keys
 // [slots][.][dim], and perhaps blocks of entries [rows][most blocks] to choose from; out: entries [rows][k], scores
 // [columns] and named entries [columns] of a row at a time, and perhaps its best blocks
 void run_select(const Team& team, const Operation& op, const StepInput& step) {
-    const int64_t heads = op.sizes[0], dim = op.sizes[1], ratio = op.sizes[2], slot_stride = op.sizes[3];
-    const int64_t k = op.sizes[4], block = op.sizes[5], most_blocks = op.sizes[6];
-    const auto* pool = static_cast<const int64_t*>(op.in[3]);
-    float* scores = floats(op.out[1]);
-    auto* named = static_cast<int64_t*>(op.out[2]);
-    for (int64_t r = 0; r < step.rows; ++r) {
-        auto* chosen = static_cast<int64_t*>(op.out[0]) + r * k;
-        const int64_t visible = (step.positions[r] + 1) / ratio;
-        if (visible <= k && pool == nullptr && op.out[3] == nullptr) {  // all of them, whatever their scores
-            for (int64_t i = 0; i < k; ++i) chosen[i] = i < visible ? i : -1;
-            continue;
-        }
-        Index call{};
-        call.queries = floats(op.in[0]) + r * heads * dim;
-        call.weights = floats(op.in[1]) + r * heads;
-        call.keys = octets(op.in[2]) + step.slots[r] * slot_stride;
-        call.format = format_at(op.in[4]);
-        call.tokens = 1;
-        call.heads = heads;
-        call.dim = dim;
-        call.visible = &visible;
-        call.columns = visible;
-        if (pool != nullptr) {
-            call.columns = 0;
-            for (int64_t b = 0; b < most_blocks; ++b)
-                for (int64_t i = 0, first = pool[r * most_blocks + b] * block; first >= 0 && i < block; ++i)
-                    if (first + i < visible) named[call.columns++] = first + i;
-            call.entries = named;
-        }
-        index_scores(team, call, scores);
-        best_columns(team, scores, 1, call.columns, k, chosen);
-        if (op.out[3] != nullptr)
-            best_blocks(team, scores, visible, block, most_blocks, static_cast<int64_t*>(op.out[3]) + r * most_blocks);
-        for (int64_t i = 0; pool != nullptr && i < k; ++i)
-            if (chosen[i] >= 0) chosen[i] = named[chosen[i]];
+    constexpr int64_t kFewColumns = 4096;  // which are too few to be shared: rather, each thread takes some rows
+    int64_t most = 0;
+    for (int64_t r = 0; r < step.rows; ++r) most = std::max(most, most_columns(op, step, r));
+    if (most > kFewColumns || step.rows < team.threads) {
+        for (int64_t r = 0; r < step.rows; ++r)
+            select_row(team, op, step, r, {floats(op.out[1]), static_cast<int64_t*>(op.out[2])});
+        return;
     }
+    const Team alone{team.level, 1, team.one_digit};
+    parallel_for(step.rows, team.threads, [&](int64_t r) {
+        thread_local std::vector<float> scores;
+        thread_local std::vector<int64_t> named;
+        scores.resize(static_cast<size_t>(most));
+        named.resize(static_cast<size_t>(most));
+        select_row(alone, op, step, r, {scores.data(), named.data()});
+    });
 }
 
 }  // namespace loci

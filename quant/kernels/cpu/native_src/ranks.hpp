@@ -6,9 +6,12 @@
 
 namespace loci {
 
-// Floats in the order of their values, NaN above all.
+// Floats in the order of their values: both zeros are one, and NaN, whatever its sign, is above all.
 inline uint32_t in_order(float value) {
+    if (value != value) return 0xffffffffu;
+    value += 0.0f;  // of a zero without its sign
     uint32_t bits;
+    if (value != value) return 0xffffffffu;  // whatever its sign
     std::memcpy(&bits, &value, 4);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }

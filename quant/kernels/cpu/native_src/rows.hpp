@@ -24,6 +24,42 @@ void sum_parts(const float* parts, int64_t apart, const float* weights, int64_t 
     }
 }
 
+constexpr int64_t kNormLanes = 16;  // at every level: sums have one order
+typedef float NormLanes __attribute__((vector_size(4 * kNormLanes)));
+
+ALWAYS_INLINE NormLanes load_norm(const float* x) {
+    NormLanes lanes;
+    __builtin_memcpy(&lanes, x, sizeof lanes);
+    return lanes;
+}
+
+// Sixteen sums side by side; in double from span to span, so that long rows lose nothing.
+double sum_of_squares(const float* x, int64_t n) {
+    double total = 0;
+    int64_t i = 0;
+    while (i + kNormLanes <= n) {
+        const int64_t end = i + kSpanFloats < n ? i + kSpanFloats : n;
+        NormLanes sums = {};
+        for (; i + kNormLanes <= end; i += kNormLanes) sums += load_norm(x + i) * load_norm(x + i);
+        for (int64_t lane = 0; lane < kNormLanes; ++lane) total += static_cast<double>(sums[lane]);
+    }
+    for (; i < n; ++i) total += static_cast<double>(x[i] * x[i]);
+    return total;
+}
+
+// A row divided by the root of its mean square, times a weight or nothing.
+void normalise(const float* x, const float* weight, int64_t cols, float eps, float* out) {
+    const auto mean = static_cast<float>(sum_of_squares(x, cols) / static_cast<double>(cols));
+    const float factor = 1.0f / __builtin_sqrtf(mean + eps);
+    int64_t i = 0;
+    for (; i + kNormLanes <= cols; i += kNormLanes) {
+        NormLanes lanes = load_norm(x + i) * factor;
+        if (weight != nullptr) lanes *= load_norm(weight + i);
+        __builtin_memcpy(out + i, &lanes, sizeof lanes);
+    }
+    for (; i < cols; ++i) out[i] = x[i] * factor * (weight != nullptr ? weight[i] : 1.0f);
+}
+
 void sigmoid(const float* x, int64_t n, float* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = 1.0f / (1.0f + exp_negative(x[i]));
 }

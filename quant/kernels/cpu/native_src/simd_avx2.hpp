@@ -35,8 +35,29 @@ ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&o
     out[0] = _mm256_unpacklo_epi64(a, b), out[1] = _mm256_unpackhi_epi64(a, b);
     out[2] = _mm256_unpacklo_epi64(c, d), out[3] = _mm256_unpackhi_epi64(c, d);
 }
-ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return _mm256_sllv_epi32(v, by); }  // 32-bit lanes
-ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+// Codes of keys as factors of index scores: twice an e2m1 value, shifted by what is a lane's own, and kIndexOffset.
+struct KeyCodes {
+    // twice the value, and 12: the shift raises by 12 << shift
+    alignas(16) static constexpr uint8_t kRaised[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    struct Shift {
+        I32 by, raise;
+        ALWAYS_INLINE explicit Shift(const int32_t* of_lanes)
+            : by(load_bytes(reinterpret_cast<const uint8_t*>(of_lanes))) {
+            const I32 raised = _mm256_sllv_epi32(_mm256_set1_epi32(12), by);
+            raise = _mm256_mullo_epi32(_mm256_sub_epi32(_mm256_set1_epi32(kIndexOffset), raised),
+                                       _mm256_set1_epi32(0x01010101));
+        }
+    };
+    Table table;
+    ALWAYS_INLINE KeyCodes() : table(load_table(kRaised)) {}
+    ALWAYS_INLINE Bytes low(Bytes v, const Shift& shift) const { return raised(lookup_low(table, v), shift); }
+    ALWAYS_INLINE Bytes high(Bytes v, const Shift& shift) const { return raised(lookup_high(table, v), shift); }
+
+  private:
+    ALWAYS_INLINE static Bytes raised(Bytes v, const Shift& shift) {
+        return _mm256_add_epi8(_mm256_sllv_epi32(v, shift.by), shift.raise);
+    }
+};
 ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
 // Four digits in every lane.
@@ -117,6 +138,11 @@ ALWAYS_INLINE F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm256_loadu_ps(p); }
+// Keeps the compiler from loading a value again for each use.
+ALWAYS_INLINE F32 in_register(F32 a) {
+    asm("" : "+x"(a));
+    return a;
+}
 ALWAYS_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -154,6 +180,11 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
                   odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
     x[0] = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
     x[1] = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+}
+ALWAYS_INLINE void store_pairs(float* p, const F32 (&x)[2]) {
+    const F32 low = _mm256_unpacklo_ps(x[0], x[1]), high = _mm256_unpackhi_ps(x[0], x[1]);
+    store(p, _mm256_permute2f128_ps(low, high, 0x20));
+    store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));

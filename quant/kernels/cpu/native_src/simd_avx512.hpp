@@ -45,8 +45,39 @@ ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&o
     out[0] = _mm512_unpacklo_epi64(a, b), out[1] = _mm512_unpackhi_epi64(a, b);
     out[2] = _mm512_unpacklo_epi64(c, d), out[3] = _mm512_unpackhi_epi64(c, d);
 }
-ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return _mm512_sllv_epi32(v, by); }  // 32-bit lanes
-ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+// Codes of keys as factors of index scores: twice an e2m1 value, shifted by what is a lane's own, and kIndexOffset.
+// vpermb chooses among 64: by a code, and by the shift above it.
+struct KeyFactors {
+    alignas(64) uint8_t of[64];
+};
+
+constexpr KeyFactors key_factors() {
+    constexpr int kTwice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
+    KeyFactors f{};
+    for (int i = 0; i < 16 << kMostKeyShift; ++i) {
+        const int factor = kTwice[i % 8] << i / 16;
+        f.of[i] = static_cast<uint8_t>(kIndexOffset + (i % 16 < 8 ? factor : -factor));
+    }
+    return f;
+}
+
+constexpr KeyFactors kKeyFactors = key_factors();
+
+struct KeyCodes {
+    static_assert(kMostKeyShift <= 2);
+    struct Shift {
+        __m512i above;
+        ALWAYS_INLINE explicit Shift(const int32_t* of_lanes)
+            : above(_mm512_mullo_epi32(_mm512_loadu_si512(of_lanes), _mm512_set1_epi32(0x10101010))) {}
+    };
+    __m512i factors;
+    ALWAYS_INLINE KeyCodes() : factors(load_bytes(kKeyFactors.of)) {}
+    ALWAYS_INLINE Bytes low(Bytes v, const Shift& shift) const {
+        // v & 15 | above
+        return _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(v, _mm512_set1_epi8(15), shift.above, 0xea), factors);
+    }
+    ALWAYS_INLINE Bytes high(Bytes v, const Shift& shift) const { return low(_mm512_srli_epi16(v, 4), shift); }
+};
 ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
 
 // Four digits in every lane.
@@ -91,6 +122,11 @@ ALWAYS_INLINE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 ALWAYS_INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 ALWAYS_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
+// Keeps the compiler from loading a value again for each use.
+ALWAYS_INLINE F32 in_register(F32 a) {
+    asm("" : "+v"(a));
+    return a;
+}
 ALWAYS_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a); }
 ALWAYS_INLINE float reduce(F32 a) { return _mm512_reduce_add_ps(a); }
 // The sums of four vectors' lanes, each in the order of `reduce`.
@@ -132,6 +168,11 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
     const F32 a = load_float(p), b = load_float(p + 16);
     x[0] = _mm512_permutex2var_ps(a, even, b);
     x[1] = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
+}
+ALWAYS_INLINE void store_pairs(float* p, const F32 (&x)[2]) {
+    const I32 low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    store(p, _mm512_permutex2var_ps(x[0], low, x[1]));
+    store(p + 16, _mm512_permutex2var_ps(x[0], _mm512_add_epi32(low, _mm512_set1_epi32(8)), x[1]));
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

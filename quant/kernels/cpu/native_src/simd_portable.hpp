@@ -58,8 +58,24 @@ ALWAYS_INLINE void load_dwords(const uint8_t* const* rows, int64_t at, Bytes (&o
         for (int j = 0; j < 4; ++j) __builtin_memcpy(&lanes[j][i], rows[i] + at + 4 * j, 4);
     __builtin_memcpy(out, lanes, sizeof lanes);
 }
-ALWAYS_INLINE Bytes shift_each(Bytes v, Bytes by) { return v << by; }  // 32-bit lanes
-ALWAYS_INLINE Bytes add_octets(Bytes a, Bytes b) { return a + b; }     // no sum is above 255
+// Codes of keys as factors of index scores: twice an e2m1 value, shifted by what is a lane's own, and kIndexOffset.
+struct KeyCodes {
+    // twice the value, and 12: the shift raises by 12 << shift
+    static constexpr Table kRaised = {{12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0}};
+    struct Shift {
+        U32 by, raise;
+        ALWAYS_INLINE explicit Shift(const int32_t* of_lanes)
+            : by(load_bytes(reinterpret_cast<const uint8_t*>(of_lanes))) {
+            raise = (splat_bits(kIndexOffset) - (splat_bits(12) << by)) * splat_bits(0x01010101u);
+        }
+    };
+    ALWAYS_INLINE Bytes low(Bytes v, const Shift& shift) const { return raised(lookup_low(kRaised, v), shift); }
+    ALWAYS_INLINE Bytes high(Bytes v, const Shift& shift) const { return raised(lookup_high(kRaised, v), shift); }
+
+  private:
+    // no sum is above 255
+    ALWAYS_INLINE static Bytes raised(Bytes v, const Shift& shift) { return (v << shift.by) + shift.raise; }
+};
 ALWAYS_INLINE void store_codes(uint8_t* p, Bytes v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // Four digits as 16-bit factors of the even and the odd bytes of a lane.
@@ -141,6 +157,7 @@ ALWAYS_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 ALWAYS_INLINE F32 load_float(const float* p) { return load_as<F32>(reinterpret_cast<const uint8_t*>(p)); }
+ALWAYS_INLINE F32 in_register(F32 a) { return a; }
 ALWAYS_INLINE void store(float* p, F32 a) { __builtin_memcpy(p, &a, 64); }
 ALWAYS_INLINE float reduce(F32 a) {
     float s = 0;
@@ -177,6 +194,10 @@ ALWAYS_INLINE void load_pairs(const float* p, F32 (&x)[2]) {
     const F32 a = load_float(p), b = load_float(p + 16);
     x[0] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     x[1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+ALWAYS_INLINE void store_pairs(float* p, const F32 (&x)[2]) {
+    store(p, __builtin_shufflevector(x[0], x[1], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+    store(p + 16, __builtin_shufflevector(x[0], x[1], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
 }
 ALWAYS_INLINE F32 load_int8(const uint8_t* p) { return __builtin_convertvector(load_as<SignedOctets>(p), F32); }
 // Nibbles of sixteen bytes as floats.

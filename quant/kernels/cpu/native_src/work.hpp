@@ -47,8 +47,8 @@ class Scratch {
     int64_t size_ = 0;
 };
 
-inline thread_local Scratch worker_panels;  // of each thread: panels tiled on the way
-constexpr int64_t kMostPanels = 4;          // of a turn
+constexpr int64_t kMostPanels = 4;                       // of a turn
+inline thread_local Scratch worker_panels[kMostPanels];  // of each thread: panels tiled on the way
 
 // The panels of a matrix, tiled on the way where it lies in file layout.
 class Panels {
@@ -69,7 +69,7 @@ class Panels {
     // Plain rows need no rearranging: 32 of them are a panel.
     static int64_t plain_panel(const Matrix& m) { return kPanelRows * m.cols * plain_bytes(kind_of(m.format)); }
     const uint8_t* tiled_copy(int64_t panel, int64_t place) const {
-        uint8_t* copy = worker_panels.get(kMostPanels * bytes_) + place * bytes_;
+        uint8_t* copy = worker_panels[place].get(bytes_);
         tile_panel(*m_, panel, copy);
         return copy;
     }
