@@ -168,7 +168,9 @@ def _end(is_own: bool) -> None:
         return
     from ray import serve
 
-    serve.delete(APPLICATION, _blocking=False)
+    serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()  # it was started without HTTP, which who comes next may want
 
 
 def _means_loss(error: BaseException) -> bool:
