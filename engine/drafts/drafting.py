@@ -30,8 +30,9 @@ from engine.sequence import Sequence
 
 logger = logging.getLogger("loci.engine")
 
-# Steps without drafts are measured again after so many with drafts, at first, and at last.
-FIRST_CHECK, LAST_CHECK = 8, 128
+# Steps without drafts are measured again after so many with drafts, at first, and at last; so many at a time,
+# since the first one behind drafts finds caches full of other weights.
+FIRST_CHECK, LAST_CHECK, CHECKED = 8, 128, 4
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
 AWAKE_PAUSE = (
     2  # steps in which drafters that are not at rest are asked nothing, after they promised too little
@@ -82,6 +83,8 @@ class Drafting:
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
         self._drafted_steps = 0
+        self._checking = 0  # steps without drafts that are still to be measured
+        self._is_behind_drafts = False  # the step before had some
         self._quiet = (
             0  # steps in which nobody does anything, so that they take no longer than without drafts
         )
@@ -192,9 +195,13 @@ class Drafting:
 
     def _is_check_due(self, tokens: int) -> bool:
         """Whether a step is to have no drafts, so that it is known how long it takes."""
+        if self._checking:
+            self._checking -= 1
+            return True
         if self._always is not None or self._since_check[tokens] < self._checks[tokens]:
             return False
         self._checks[tokens] = min(2 * self._checks[tokens], LAST_CHECK)
+        self._checking = CHECKED - 1
         return True
 
     def _with_draft(self, chunk: Chunk, draft: Draft) -> Chunk:
@@ -281,8 +288,10 @@ class Drafting:
         self.stats.drafting_s += self._spent_s
         if tokens <= MOST_ROWS:
             self._drafted_steps += not is_plain
-            if is_plain or self._drafted_steps > SURE:  # the first ones touch what no step has touched before
+            # The first steps with drafts touch what no step has touched before.
+            if not self._is_behind_drafts if is_plain else self._drafted_steps > SURE:
                 self._times.observe(tokens, seconds)
+            self._is_behind_drafts = not is_plain
             if is_plain:
                 self._learn_plain(chunks)
             else:
