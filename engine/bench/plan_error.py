@@ -77,6 +77,7 @@ class Compared:
     what     `decode` or `prompt`
     measured_s, planned  of a token, or of the prompt
     hits     share of the experts found in each tier
+    read_bytes  from disk, for each token
     rates    of the machine meanwhile
     """
 
@@ -86,12 +87,18 @@ class Compared:
     measured_s: float
     planned: StepCost
     hits: Mapping[str, float]
+    read_bytes: float
     rates: Mapping[str, float]
 
     @property
     def measured_tokens_per_s(self) -> float:
         """That the run reached."""
         return self.tokens / self.measured_s
+
+    @property
+    def planned_read_bytes(self) -> float:
+        """From disk for each token, as planned."""
+        return self.planned.nbytes.get("nvme", 0.0) / self.planned.tokens
 
     @property
     def error(self) -> float:
@@ -134,6 +141,7 @@ def compare_decode(
         run.total_s / run.tokens,
         planned,
         _hits(run.counts),
+        run.counts.moved_bytes.get("nvme", 0) / run.tokens,
         rates.measured,
     )
 
@@ -153,7 +161,14 @@ def compare_prompt(
     model = PrefillModel(shape, profile, plan(shape, profile, asked), UNIFORM)
     planned = model.prefill(chunk, tokens)
     return Compared(
-        "prompt", budget.dram_bytes, tokens, run.total_s, planned, _hits(run.counts), rates.measured
+        "prompt",
+        budget.dram_bytes,
+        tokens,
+        run.total_s,
+        planned,
+        _hits(run.counts),
+        run.counts.moved_bytes.get("nvme", 0) / tokens,
+        rates.measured,
     )
 
 

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from server.cli.talk import ChatMessage
 
 # Beside what every token reads, each GPU has room for about a tenth of the 144 experts of 54 kB and DRAM
-# for a third; of 22 MB of Engram rows DRAM has a hundred kilobytes. The rest is on disk until it is needed.
+# for a third; of 22 MB of Engram rows DRAM has next to nothing. The rest, and the embedding, is on disk
+# until it is needed.
 # Links as fast as sixteen lanes of PCIe 4.0: by the time that slower ones had carried one of a token's two
 # experts in a layer, the CPU would have computed both.
-DRAM_BUDGET = "7MB"
+DRAM_BUDGET = "4.8MB"
 DEVICES = "virtual:2.2MB@25GB/s,virtual:2.2MB@25GB/s"
 MAX_TOKENS = 160
 CONTEXT = 640

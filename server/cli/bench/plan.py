@@ -73,8 +73,9 @@ def plan_(
             found.append(compare_decode(model, shape, machine, budget, tokens, done))
         found.append(compare_prompt(model, shape, machine, budget, prompt, chunk))
     rows = [_row(one) for one in found]
-    head = ["DRAM", "", "tok/s", "plan", "off", "the plan's bound", "waited for disk", "rates"]
-    print_table(head, rows, right=(0, 2, 3, 4, 6))
+    head = ["DRAM", "", "tok/s", "plan", "off", "the plan's bound", "MB read", "plan", "missed", "rates"]
+    print_table(head, rows, right=(0, 2, 3, 4, 6, 7, 8))
+    print("MB read: from disk, for each token; missed: uses of experts that waited for that")
     print("rates: GB/s of plain reads, GB/s of experts, GFLOP/s of products, GB/s of the disk")
     figures = []
     for what in ("decode", "prompt"):
@@ -97,6 +98,8 @@ def _row(one: Compared) -> tuple[str, ...]:
         f"{one.planned.tokens_per_s:.3g}",
         f"{one.error:+.0%}",
         one.planned.bound,
+        f"{one.read_bytes / 1e6:.3g}",
+        f"{one.planned_read_bytes / 1e6:.3g}",
         f"{one.hits.get('nvme', 0.0):.0%}",
         ", ".join(f"{one.rates[name]:.3g}" for name in RATES if name in one.rates),
     )
