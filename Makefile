@@ -95,10 +95,10 @@ $(SERVING): $(SOURCES) $(if $(NEWS),compiler)
 	(Debian: apt-get install g++) and call make again)"
 	@echo "$(COMPILER)" >$@
 
-# Triton is there to be interpreted and compiled for a GPU that need not be present.
+# Triton is there to be interpreted and compiled for a GPU that need not be present, Ray for clusters of one machine.
 $(TESTING): $(SERVING)
-	@echo "Now what lint and tests need: 0.3 GB to fetch, 1 GB on disk"
-	@$(PIP) --quiet --editable '.[dev,gpu]'
+	@echo "Now what lint and tests need: 0.4 GB to fetch, 1.3 GB on disk"
+	@$(PIP) --quiet --editable '.[dev,gpu,cluster]'
 	@touch $@
 
 # An application in an environment of its own; it does not need this folder any more.

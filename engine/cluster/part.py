@@ -34,11 +34,11 @@ class Part:
     """Serves one engine. Calls come one after the other, in the order in which the engine made them.
 
     is_last       it makes logits
-    kv            what was planned for its rows; None where nothing limits them
+    kv            what was planned for its rows in host memory
     prefix_bytes  for states of prefixes
     """
 
-    def __init__(self, model: Model, *, is_last: bool, kv: PlannedKv | None, prefix_bytes: int) -> None:
+    def __init__(self, model: Model, *, is_last: bool, kv: PlannedKv, prefix_bytes: int) -> None:
         self.model = model
         self._is_last = is_last
         self._kv, self._prefix_bytes = kv, prefix_bytes
@@ -50,10 +50,9 @@ class Part:
     def describe(self, slots: int) -> PartInfo:
         """What the engine must know before it opens a cache of so many slots."""
         model, rooms = self.model, self.model.kv_rooms(slots)
-        tokens, nbytes = rooms.tokens, {str(device): room for device, room in rooms.by_device.items()}
-        if self._kv is not None:
-            tokens = self._kv.tokens if tokens is None else min(tokens, self._kv.tokens)
-            nbytes[str(HOST)] = self._kv.nbytes
+        tokens = self._kv.tokens if rooms.tokens is None else min(rooms.tokens, self._kv.tokens)
+        nbytes = {str(device): room for device, room in rooms.by_device.items()}
+        nbytes[str(HOST)] = self._kv.nbytes
         return PartInfo(
             info=model.info,
             keeps_whole_states=model.keeps_whole_states,

@@ -18,12 +18,12 @@ import torch
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import FREE, MOST_ROWS, Draft, Drafter, Rows
-from engine.drafts.choose import WORTHWHILE, Credit, Tries, account_of_all
+from engine.drafts.choose import Credit, Tries, account_of_all
 from engine.drafts.kept import KeptStates
 from engine.drafts.proposals import MOST_STEPS, Opened, Proposals, pause_for
 from engine.drafts.rests import SURE, Rest
 from engine.drafts.stats import DrafterStats, DraftStats
-from engine.drafts.step_times import MOST, StepTimes
+from engine.drafts.step_times import COLD, MOST, StepTimes
 from engine.families.base import Model
 from engine.scheduler import Chunk
 from engine.sequence import Sequence
@@ -33,6 +33,9 @@ logger = logging.getLogger("loci.engine")
 # Steps without drafts are measured again after so many with drafts, at first, and at last.
 FIRST_CHECK, LAST_CHECK = 8, 128
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
+AWAKE_PAUSE = (
+    2  # steps in which drafters that are not at rest are asked nothing, after they promised too little
+)
 # Once their times are settled, one of so many steps without drafts is measured.
 MEASURED = 16
 
@@ -78,6 +81,11 @@ class Drafting:
         self._rests = {drafter.name: Rest() for drafter in self._watching}
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
+        self._drafted_steps = 0
+        self._quiet = (
+            0  # steps in which nobody does anything, so that they take no longer than without drafts
+        )
+        self._is_quiet = False  # the step under way
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
         self._since_look = 0
 
@@ -94,7 +102,7 @@ class Drafting:
             credit = Credit(self._account, self._tries)
             self._open[sequence] = Opened(Acceptance(self._of_all), credit)
             if sequence.prediction:
-                self._pause = 0
+                self._pause = self._quiet = 0
             for drafter in self._drafters:
                 drafter.open(sequence.sequence_id, sequence.token_ids, sequence.prediction)
 
@@ -110,6 +118,10 @@ class Drafting:
 
     def propose(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks of a step, with drafts where these pay. A drafter that fails costs no answer."""
+        self._is_quiet = self._quiet > 0
+        if self._is_quiet:
+            self._quiet -= 1
+            return chunks
         try:
             return self._proposed(chunks)
         except Exception as error:
@@ -130,12 +142,18 @@ class Drafting:
                 self._rest()
         if self._pause:
             self._pause -= 1
+            if not self._observing and self._times.is_settled(len(chunks)):
+                left = min(LOOK_EVERY - self._since_look, MEASURED - self._unmeasured) - 1
+                self._quiet = max(0, min(self._pause, left))
+                self._pause -= self._quiet
+                self._since_look += self._quiet
             return chunks
         if not self._drafters or any(chunk.sequence.is_prefilling for chunk in chunks):
             return chunks
         tokens = sum(chunk.length for chunk in chunks)
         room = MOST_ROWS - tokens
-        if room < 1 or not chunks or not self._times.is_known or self._is_check_due(tokens):
+        known = self._times.measured >= (COLD if self._always is None else 1)
+        if room < 1 or not chunks or not known or self._is_check_due(tokens):
             return chunks
         began = time.perf_counter()
         self._proposals.made_s = self._proposals.looked_s = 0.0
@@ -149,6 +167,8 @@ class Drafting:
         if not any(draft.token_ids for draft in drafts):
             if self._always is None and not any(chunk.sequence.prediction for chunk in chunks):
                 self._pause = pause_for(self._spent_s, self._times.seconds(tokens))
+                if self._observing:
+                    self._pause = min(self._pause, AWAKE_PAUSE)
             return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
@@ -159,22 +179,12 @@ class Drafting:
             drafter
             for drafter in self._watching
             if self._rests[drafter.name].look(
-                steps, self._proposals.made[drafter.name], partial(self._can_pay, drafter)
+                steps,
+                self._proposals.made[drafter.name],
+                partial(self._proposals.can_pay, drafter, max(1, len(self._open)), self._most),
             )
         ]
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
-
-    def _can_pay(self, drafter: Drafter) -> bool:
-        answers = max(1, len(self._open))
-        plain = WORTHWHILE * answers / self._times.seconds(min(answers, MOST_ROWS))
-        for count in range(1, min(self._most, drafter.longest) + 1):
-            rows = answers * (1 + count)
-            if rows > MOST_ROWS:
-                return False
-            took = self._times.seconds(rows) + self._proposals.drafting_s(drafter, count)
-            if rows / took > plain:
-                return True
-        return False
 
     def _most_of(self, sequence: Sequence, room: int) -> int:
         """Tokens that may be drafted: a step makes one more than are accepted."""
@@ -250,6 +260,9 @@ class Drafting:
     def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
         drafting included."""
+        if self._is_quiet:
+            self._unmeasured += 1
+            return
         if not self._drafters or not chunks:
             return
         tokens = chunks[0].length if len(chunks) == 1 else sum(chunk.length for chunk in chunks)
@@ -267,7 +280,9 @@ class Drafting:
         seconds -= self._spent_s
         self.stats.drafting_s += self._spent_s
         if tokens <= MOST_ROWS:
-            self._times.observe(tokens, seconds)
+            self._drafted_steps += not is_plain
+            if is_plain or self._drafted_steps > SURE:  # the first ones touch what no step has touched before
+                self._times.observe(tokens, seconds)
             if is_plain:
                 self._learn_plain(chunks)
             else:
@@ -313,7 +328,10 @@ class Drafting:
             is_free = drafter is None or drafter.name in FREE
             own.credit.drafted(gained, is_free=is_free)
             if drafter is not None and chunk.drafted:
-                self._count(own, drafter, len(chunk.drafted), count, paid=gained > 0)
+                own.acceptance.add(drafter.name, own.draft, count, len(chunk.drafted))
+                self.stats.by_drafter[drafter.name].add(len(chunk.drafted), count)
+                if own.is_probe:
+                    own.credit.probed(paid=gained > 0)
             if drafter is not None and not is_free and self._proposals.made[drafter.name] > SURE:
                 self._rests[drafter.name].gained(gained)
         self.stats.gained_s += max(gained_s, 0.0)
@@ -329,13 +347,3 @@ class Drafting:
             rest.gained(-owed_s / token_s / len(self._observing))
             if rest.is_due:
                 self._since_look = max(self._since_look, LOOK_EVERY)
-
-    def _count(self, own: Opened, drafter: Drafter, drafted: int, accepted: int, *, paid: bool) -> None:
-        own.acceptance.add(drafter.name, own.draft, accepted, drafted)
-        if own.is_probe:
-            own.credit.probed(paid=paid)
-        stats = self.stats.by_drafter[drafter.name]
-        stats.drafted += drafted
-        stats.accepted += accepted
-        stats.steps += 1
-        stats.lengths[accepted] += 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from engine.drafts.acceptance import Acceptance
 from engine.drafts.base import FREE, MOST_ROWS, NOTHING, Draft, Drafter, DraftRequest
-from engine.drafts.choose import Account, Credit, best_counts
+from engine.drafts.choose import WORTHWHILE, Account, Credit, best_counts
 from engine.drafts.step_times import StepTimes
 from engine.scheduler import Chunk
 
@@ -63,7 +63,7 @@ class Proposals:
         self.draft_times = {drafter.name: StepTimes(MOST_ROWS) for drafter in drafters}
         self.made = dict.fromkeys(self.draft_times, 0)
         self.made_s = self.looked_s = 0.0
-        self._pause = 0  # steps in which nothing is looked up: others draft, and nothing better was found
+        self._pause = 0  # steps in which nothing is looked up but others are asked: nothing better was found
         self._times = times
         self._always = always
         self._computes_again = computes_again
@@ -106,7 +106,8 @@ class Proposals:
             for own, draft in zip(opened, drafts, strict=True)
             if draft.token_ids and own.drafter
         }
-        if looks and makers and makers.isdisjoint(FREE) and self._always is None:
+        others = any(drafter.name not in FREE for drafter in drafters)
+        if looks and others and makers.isdisjoint(FREE) and self._always is None:
             self._pause = pause_for(self.looked_s, self._times.seconds(tokens))
         return drafts
 
@@ -227,6 +228,18 @@ class Proposals:
         plain = self._times.seconds(tokens)
         costs = ((self._times.seconds(tokens + count) + making_s) / plain - 1 for count in range(1, most + 1))
         return sum(cost <= account.tokens for cost in costs)
+
+    def can_pay(self, drafter: Drafter, answers: int, most: int) -> bool:
+        """Whether a drafter could pay if all its drafts were right, up to `most` tokens for each of so many
+        answers."""
+        plain = WORTHWHILE * answers / self._times.seconds(min(answers, MOST_ROWS))
+        for count in range(1, min(most, drafter.longest) + 1):
+            rows = answers * (1 + count)
+            if rows > MOST_ROWS:
+                return False
+            if rows / (self._times.seconds(rows) + self.drafting_s(drafter, count)) > plain:
+                return True
+        return False
 
     def drafting_s(self, drafter: Drafter, count: int) -> float:
         """Seconds that a draft of so many tokens takes; 0 where that is not known yet."""

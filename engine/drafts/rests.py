@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 # What a drafter may lose until it rests, in tokens' time, and what it may lose of what it has gained: some
 # answers go badly where most go well.
-LOAN, MOST_CREDIT = 6.0, 30.0
-# A drafter's first drafts take longer: what they cost says nothing.
-SURE = 2
+LOAN, MOST_CREDIT = 10.0, 30.0
+# A drafter's first drafts take longer: what they cost is not counted. After some more it is known whether it
+# could pay at all.
+SURE, ENOUGH = 2, 8
 # Steps of the first rest, and of the longest: each is twice as long as the one before.
-FIRST_REST, LAST_REST = 1024, 65536
+FIRST_REST, LAST_REST = 2048, 65536
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Rest:
         if self.left > 0:
             self.left -= steps
             self.after = drafts
-        elif self.is_due or (drafts >= self.after + SURE and not can_pay()):
+        elif self.is_due or (drafts >= self.after + ENOUGH and not can_pay()):
             self.left, self._next = self._next, min(2 * self._next, LAST_REST)
             self.tokens = LOAN
         return self.left <= 0

@@ -19,6 +19,13 @@ class DrafterStats:
     steps: int = 0
     lengths: list[int] = field(default_factory=lambda: [0] * MOST_ROWS)
 
+    def add(self, drafted: int, accepted: int) -> None:
+        """A draft, of which so many tokens were accepted."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.steps += 1
+        self.lengths[accepted] += 1
+
 
 @dataclass
 class DraftStats:

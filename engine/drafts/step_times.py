@@ -12,6 +12,8 @@ OF_LEVEL = 0.05
 LEAST, MOST = 0.5, 2.0
 # Steps by which a mean is settled; it then forgets as many.
 SETTLED = 8
+# So many first steps of a server read and allocate what later ones find: the fastest of them counts.
+COLD = 4
 # What is expected of steps of so many tokens, by what others take, counts as much as so many measurements.
 PRIOR_STEPS = 2.0
 
@@ -59,7 +61,9 @@ class StepTimes:
         ratio = min(max(seconds / expected, LEAST), MOST)
         count = self._counts[tokens] = min(self._counts[tokens] + 1, SETTLED)
         is_first = not any(self._counts[:tokens])
-        if is_first or count == SETTLED:
+        if is_first and count <= COLD and ratio < 1:
+            ratio, self._level = seconds / expected, self._level * seconds / expected
+        elif is_first or count == SETTLED:
             self._level *= 1 + max(OF_LEVEL, 1 / (1 + count) if is_first else 0.0) * (ratio - 1)
         relative = ratio * expected / self._level
         self._means[tokens] += (relative - self._means[tokens]) / count

@@ -139,7 +139,7 @@ class _Story:
         telemetry = model.telemetry
         assert telemetry is not None
         self.telemetry = telemetry
-        self.tiers = (*model.tier_bytes, "nvme")
+        self.tiers = (*sorted(model.tier_bytes, key="dram".__eq__), "nvme")  # the fastest first
 
     def opening(self) -> str:
         """What the budgets are."""

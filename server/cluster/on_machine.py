@@ -96,9 +96,11 @@ class OnMachine:
             settings = self._settings | agreed
             found = self._planned(settings)
             loaded = self._opened.load(found.budget)
-            kv = _planned_kv(found, is_given="kv_budget" in settings)
             self._part = Part(
-                loaded.model, is_last=self._span.is_last, kv=kv, prefix_bytes=found.workload.prefix_bytes
+                loaded.model,
+                is_last=self._span.is_last,
+                kv=_planned_kv(found),
+                prefix_bytes=found.workload.prefix_bytes,
             )
         return self._part
 
@@ -118,10 +120,8 @@ def _opened(settings: dict[str, Any]) -> OpenedModel:
     return open_model(model_path(settings["model"]), settings.get("max_model_len"))
 
 
-def _planned_kv(found: Planned, *, is_given: bool) -> PlannedKv | None:
-    """The plan's rows in host memory; None where all slots may be full."""
+def _planned_kv(found: Planned) -> PlannedKv:
+    """The plan's rows in host memory."""
     work, placement = found.workload, found.plan.placement
     tokens = work.sequences * work.context if work.kv_tokens is None else work.kv_tokens
-    if not is_given and tokens == work.sequences * work.context:
-        return None
     return PlannedKv(placement.pool_bytes().get("dram", 0), tokens)

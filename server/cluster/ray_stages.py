@@ -75,6 +75,8 @@ def connect(address: str) -> list[str]:
     if address == LOCAL:
         # Read when Ray is imported, here and in what it starts; else it looks for the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray would end processes where memory is nearly full, which a plan may have made it.
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray = ray_module()
     if not ray.is_initialized():

@@ -34,6 +34,7 @@ from quant.kernels.choice import choose
 from tests.conftest import golden_path
 
 BUDGET = MemoryBudget(1 << 30)
+PLENTY = PlannedKv(nbytes=1 << 30, tokens=1 << 20)
 
 
 class Here:
@@ -74,7 +75,7 @@ class Staged:
     """A model in parts."""
 
     def __init__(
-        self, path: Path, cuts: Sequence[int], prefix_bytes: Sequence[int], kv: PlannedKv | None = None
+        self, path: Path, cuts: Sequence[int], prefix_bytes: Sequence[int], kv: PlannedKv = PLENTY
     ) -> None:
         opened = open_model(path)
         family, checkpoint = opened.family, opened.checkpoint

@@ -82,6 +82,13 @@ def test_times_are_learned_from_noisy_steps() -> None:
     assert times.seconds(4) < 0.8 * times.seconds(1) * 1.9  # far from the first guess
 
 
+def test_the_first_steps_which_are_slow_do_not_count() -> None:
+    times = StepTimes(16)
+    for seconds in (0.5, 0.05, 0.01, 0.011):
+        times.observe(1, seconds)
+    assert abs(times.seconds(1) - 0.01) < 0.002
+
+
 def test_a_level_that_rises_is_followed() -> None:
     times = StepTimes(16)
     for _ in range(30):

@@ -13,7 +13,7 @@ import psutil
 
 from tests.server.harness import command, environment
 
-START_S = 150.0
+START_S = 240.0
 BODY = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0, "ignore_eos": True, "logprobs": 3}
 
 

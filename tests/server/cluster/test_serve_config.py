@@ -18,7 +18,7 @@ from tests.server.harness import ROOT, TINY, environment
 pytest.importorskip("ray", reason="ray is not installed (extra `cluster`)")
 pytestmark = pytest.mark.slow
 
-START_S = 150.0
+START_S = 240.0
 # What `serve run` does with a config, on a Ray that listens on this machine alone.
 PROGRAM = """
 import sys

@@ -265,7 +265,7 @@ Upcoming upcoming(const Operation* op, const Operation* end) {
 // Whether n operations that take each row by itself are done by rows: enough rows for each thread, which unpacks all
 // weights for its own; and products among them, or enough bytes of rows to be worth waking a thread.
 bool pays_by_rows(const Team& team, const Operation* operations, int64_t n, int64_t rows) {
-    constexpr int64_t kRowsEach = 2, kWorthSharing = 64 * 1024;
+    constexpr int64_t kRowsEach = 3, kWorthSharing = 64 * 1024;
     if (n < 2 || team.threads < 2 || rows < kRowsEach * team.threads) return false;
     int64_t bytes = 0;
     for (const Operation* op = operations; op != operations + n; ++op) {
