@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 
 from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import FREE, MOST_ROWS, Draft, Drafter, Rows
+from engine.drafts.checks import Checks
 from engine.drafts.choose import Credit, Tries, account_of_all
 from engine.drafts.kept import KeptStates
 from engine.drafts.proposals import MOST_STEPS, Opened, Proposals, pause_for
@@ -30,12 +30,8 @@ from engine.sequence import Sequence
 
 logger = logging.getLogger("loci.engine")
 
-# Steps without drafts are measured again after so many with drafts, at first, and at last.
-FIRST_CHECK, LAST_CHECK = 8, 128
 LOOK_EVERY = 32  # steps, after which it is seen again who can pay at all
-AWAKE_PAUSE = (
-    2  # steps in which drafters that are not at rest are asked nothing, after they promised too little
-)
+AWAKE_PAUSE = 2  # steps in which drafters that do not rest are asked nothing: they promised too little
 # Once their times are settled, one of so many steps without drafts is measured.
 MEASURED = 16
 
@@ -71,8 +67,7 @@ class Drafting:
         self._of_all: dict[Kind, Tallies] = {}
         self._account, self._tries = account_of_all(), Tries()
         self._open: dict[Sequence, Opened] = {}
-        self._since_check: dict[int, int] = defaultdict(int)  # steps with drafts, by tokens without
-        self._checks: dict[int, int] = defaultdict(lambda: FIRST_CHECK)
+        self._checks = Checks()
         self._spent_s = 0.0  # on the drafts of the step under way, and for those of later ones
         self._proposed_s = 0.0  # on its own drafts
         self._owed_s = 0.0  # spent for drafters that are not at rest, and not counted yet
@@ -81,10 +76,9 @@ class Drafting:
         self._rests = {drafter.name: Rest() for drafter in self._watching}
         self._pause = 0  # steps in which nobody looks for drafts
         self._unmeasured = 0  # steps since one without drafts was measured
-        self._drafted_steps = 0
-        self._quiet = (
-            0  # steps in which nobody does anything, so that they take no longer than without drafts
-        )
+        self._drafted_steps = 0  # that had drafts
+        self._is_behind_drafts = False  # the step before had some
+        self._quiet = 0  # steps in which nobody does anything, as if there were no drafts
         self._is_quiet = False  # the step under way
         self._wants_captures = any(drafter.wants_captures for drafter in drafters)
         self._since_look = 0
@@ -153,7 +147,9 @@ class Drafting:
         tokens = sum(chunk.length for chunk in chunks)
         room = MOST_ROWS - tokens
         known = self._times.measured >= (COLD if self._always is None else 1)
-        if room < 1 or not chunks or not known or self._is_check_due(tokens):
+        if room < 1 or not chunks or not known:
+            return chunks
+        if self._always is None and self._checks.is_due(tokens):
             return chunks
         began = time.perf_counter()
         self._proposals.made_s = self._proposals.looked_s = 0.0
@@ -189,13 +185,6 @@ class Drafting:
     def _most_of(self, sequence: Sequence, room: int) -> int:
         """Tokens that may be drafted: a step makes one more than are accepted."""
         return max(0, min(self._most, room, sequence.max_tokens - sequence.generated - 1))
-
-    def _is_check_due(self, tokens: int) -> bool:
-        """Whether a step is to have no drafts, so that it is known how long it takes."""
-        if self._always is not None or self._since_check[tokens] < self._checks[tokens]:
-            return False
-        self._checks[tokens] = min(2 * self._checks[tokens], LAST_CHECK)
-        return True
 
     def _with_draft(self, chunk: Chunk, draft: Draft) -> Chunk:
         sequence, token_ids = chunk.sequence, draft.token_ids
@@ -272,7 +261,7 @@ class Drafting:
             and not self._spent_s
             and self._unmeasured < MEASURED - 1
             and self._times.is_settled(tokens)
-            and not self._since_check[tokens]
+            and self._checks.is_fresh(tokens)
         ):
             self._unmeasured += 1
             return
@@ -281,8 +270,10 @@ class Drafting:
         self.stats.drafting_s += self._spent_s
         if tokens <= MOST_ROWS:
             self._drafted_steps += not is_plain
-            if is_plain or self._drafted_steps > SURE:  # the first ones touch what no step has touched before
+            # The first steps with drafts touch what no step has touched before.
+            if not self._is_behind_drafts if is_plain else self._drafted_steps > SURE:
                 self._times.observe(tokens, seconds)
+            self._is_behind_drafts = not is_plain
             if is_plain:
                 self._learn_plain(chunks)
             else:
@@ -294,7 +285,7 @@ class Drafting:
 
     def _learn_plain(self, chunks: Ids[Chunk]) -> None:
         """Nothing was drafted, or it promised too little."""
-        self._since_check[len(chunks)] = 0
+        self._checks.stepped(len(chunks), had_drafts=False)
         made_s = self._proposals.made_s if self._proposed_s else 0.0
         lost = min(made_s / max(self._times.seconds(len(chunks)), 1e-9), MOST_STEPS)
         for chunk in chunks:
@@ -309,7 +300,7 @@ class Drafting:
     def _learn_drafted(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """What drafts brought, against steps of one token each."""
         tokens, plain = sum(chunk.length for chunk in chunks), sum(chunk.known for chunk in chunks)
-        self._since_check[plain] = 0 if tokens == plain else self._since_check[plain] + 1
+        self._checks.stepped(plain, had_drafts=tokens > plain)
         count_s, more = self._times.seconds(len(chunks)), tokens - len(chunks)
         took_s = min(seconds, MOST * self._times.seconds(tokens))
         took_s += min(self._proposed_s, MOST_STEPS * count_s)
