@@ -25,8 +25,8 @@ def status(server: LociServer) -> tuple[int, str]:
     return answer.status_code, answer.json()["status"]
 
 
-# Of v41-c the first shard holds all but one Engram table, the second nothing else. A question begins with rows of
-# the embedding, which stays in its file too; the others are read over links.
+# Of v41-c the first shard holds all but one Engram table, the second nothing else. A question begins with
+# rows of the embedding, which stays in its file too; the others are read over links.
 @pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
 def test_a_truncated_shard_fails_the_requests_that_need_it_and_the_server_goes_on(
     start_server: StartServer, tmp_path: Path, shard: str
