@@ -185,6 +185,7 @@ def _workload(
         tokens = sequences * longest
     nbytes = shape.pool_bytes(tokens, sequences, longest, page)
     if asked.kv_bytes is None:
+        why = "all that the sequences can have" if tokens == sequences * context else why
         choices.append(Choice("kv_budget", _size(nbytes), f"{tokens:,} tokens; {why}"))
     if asked.context is None:
         whole = "all that the model can" if longest == shape.max_context else "what the KV pool holds"

@@ -92,7 +92,7 @@ def _has_data(prometheus: httpx.Client, name: str) -> bool:
 def busy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LociServer]:
     """A model on two virtual GPUs, in DRAM and on disk, in budgets so small that everything moves."""
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
-    arguments: list[str | Path] = [TINY, "--dram-budget", "1.6MB", "--devices", devices, "--api-key", KEY]
+    arguments: list[str | Path] = [TINY, "--dram-budget", "1.34MB", "--devices", devices, "--api-key", KEY]
     server = LociServer(tmp_path_factory.mktemp("busy"), arguments)
     server.headers = {"Authorization": f"Bearer {KEY}"}
     try:

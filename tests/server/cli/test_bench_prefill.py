@@ -46,6 +46,6 @@ def test_a_prompt_within_budgets_is_set_against_its_bound_and_its_plan(tmp_path:
     assert found["exact_tail_gain"]["value"] > 0.5
     assert 1 < found["exact_tail_bound"]["value"] < 2
     assert 1 < found["exact_tail_flops_bound"]["value"] < 3
-    assert found["released_tail_flops_bound"]["value"] == pytest.approx(1.83, abs=0.01)
+    assert found["released_tail_flops_bound"]["value"] == pytest.approx(1.92, abs=0.01)
     assert 0 < found["restored_s"]["value"] < found["computed_s"]["value"]
     assert found["prefill_plan_error"]["met"] in (True, False)

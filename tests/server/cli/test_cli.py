@@ -160,7 +160,7 @@ def test_smollm2_stays_packed_in_memory() -> None:
 
 
 def test_info_prints_the_recorded_decode_step() -> None:
-    result = invoke("info", TINY, "--program", "--dram-budget", "1.6MB")
+    result = invoke("info", TINY, "--program", "--dram-budget", "1.34MB")
 
     assert result.returncode == 0
     assert re.search(

@@ -27,7 +27,7 @@ from tests.conftest import golden_path
 from tests.server.conftest import StartServer
 from tests.server.harness import DEADLINE_S, TINY, LociServer, complaint, invoke
 
-TIERED = ("--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
+TIERED = ("--dram-budget", "1.34MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
 
 
 def bytes_by_place(server: LociServer, name: str) -> dict[tuple[str, str], float]:

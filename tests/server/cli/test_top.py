@@ -56,7 +56,7 @@ def shown(now: Sample, before: Sample | None = None, earlier: Sample | None = No
 
 @pytest.mark.slow
 def test_one_look_at_a_server_shows_its_tiers_links_and_rows(start_server: StartServer) -> None:
-    server = start_server(TINY, "--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s").await_ready()
+    server = start_server(TINY, "--dram-budget", "1.34MB", "--devices", "virtual:64KB@100MB/s").await_ready()
     ask(server)
     once = invoke("top", "--once", "--url", server.url)
     assert once.returncode == 0

@@ -38,7 +38,7 @@ def test_who_wants_none_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_who_asked_for_devices_knows(caplog: pytest.LogCaptureFixture) -> None:
-    flags = ("--devices", "virtual:64KB@100MB/s", "--dram-budget", "1.6MB")
+    flags = ("--devices", "virtual:64KB@100MB/s", "--dram-budget", "1.34MB")
     result = invoke("run", TINY, "Hello", "--max-tokens", "1", *flags)
 
     assert result.returncode == 0, result.stderr

@@ -27,7 +27,7 @@ def test_experts_on_virtual_gpus_in_dram_and_on_disk_answer_alike_and_are_counte
     start_server: StartServer,
 ) -> None:
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
-    small = start_server(TINY, "--dram-budget", "1.6MB", "--devices", devices).await_ready()
+    small = start_server(TINY, "--dram-budget", "1.34MB", "--devices", devices).await_ready()
     large = start_server(TINY).await_ready()
     assert greedy(small.url) == greedy(large.url)
 

@@ -25,13 +25,14 @@ def status(server: LociServer) -> tuple[int, str]:
     return answer.status_code, answer.json()["status"]
 
 
-# Of v41-c the first shard holds all but one Engram table, the second nothing else.
+# Of v41-c the first shard holds all but one Engram table, the second nothing else. A question begins with
+# rows of the embedding, which stays in its file too; the others are read over links.
 @pytest.mark.parametrize("shard", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"])
 def test_a_truncated_shard_fails_the_requests_that_need_it_and_the_server_goes_on(
     start_server: StartServer, tmp_path: Path, shard: str
 ) -> None:
     file = shutil.copytree(TINY, tmp_path / "m") / shard
-    server = start_server(file.parent, "--dram-budget", "1.6MB", "--prefix-cache", "0").await_ready()
+    server = start_server(file.parent, "--dram-budget", "1.34MB", "--prefix-cache", "0").await_ready()
     expected = complete(server, "What is it?").json()["choices"]
     assert status(server) == (200, "ok")
     content = file.read_bytes()
@@ -48,7 +49,8 @@ def test_a_truncated_shard_fails_the_requests_that_need_it_and_the_server_goes_o
     assert '"code":"engine_error"' in streamed.text.replace(" ", "")
     assert status(server) == (200, "failing")
     assert httpx.get(f"{server.url}/ready").status_code == 200
-    assert server.metric("loci_link_failures_total") > 0
+    if shard.startswith("model-00002"):
+        assert server.metric("loci_link_failures_total") > 0
 
     file.write_bytes(content)
     assert complete(server, "What is it?").json()["choices"] == expected

@@ -14,7 +14,7 @@ from tests.server.conftest import StartServer
 from tests.server.harness import TINY, LociServer
 from tests.server.web.pages import needs_chromium, say, set_up
 
-TIERED = ("--dram-budget", "1.6MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
+TIERED = ("--dram-budget", "1.34MB", "--devices", "virtual:64KB@100MB/s,virtual:64KB@100MB/s")
 # Opaque colours of the painted cells, mixed with nothing: how many there are.
 COLOURS = """() => {
     const { width, height } = document.querySelector("#experts");

@@ -18,7 +18,7 @@ from tests.server.web.pages import needs_chromium, say, set_up, write
 @needs_chromium
 def test_the_strip_shows_every_tier(browser: Browser, start_server: StartServer) -> None:
     devices = "virtual:64KB@100MB/s,virtual:64KB@100MB/s"
-    tiered = start_server(TINY, "--dram-budget", "1.6MB", "--devices", devices).await_ready()
+    tiered = start_server(TINY, "--dram-budget", "1.34MB", "--devices", devices).await_ready()
     page = browser.new_page(viewport={"width": 390, "height": 780})
     set_up(page, tiered.url)
     say(page, "Hello")
