@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from engine.families.base import KvCache, Model
 from memory.hardware.detect import available_memory_bytes
+from memory.hardware.profiles import written
+from memory.planner.serving import MIN_CONTEXT
 from quant.errors import BudgetError
 
-MIN_CONTEXT = 512  # a pool of no given size holds this much at least
 USELESS = 16  # shorter sequences are of no use to anybody
 
 
@@ -84,11 +85,6 @@ def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_byte
             f"{written(pages.nbytes(min(context, MIN_CONTEXT)))}"
         )
     return KvPool(cache, tokens, longest)
-
-
-def written(nbytes: int) -> str:
-    """So many bytes, or a little more, as settings take them."""
-    return f"{-(-nbytes // 2**20)}MiB" if nbytes < 2**33 else f"{-(-nbytes // 2**30)}GiB"
 
 
 def _check_memory(model: Model, slots: int, context: int, size: PoolSize, prefix_bytes: int) -> None:

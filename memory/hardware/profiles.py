@@ -196,6 +196,11 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
+def written(nbytes: int) -> str:
+    """So many bytes, or a little more, as settings take them."""
+    return f"{-(-nbytes // 2**20)}MiB" if nbytes < 2**33 else f"{-(-nbytes // 2**30)}GiB"
+
+
 _Positive = Annotated[float, Field(gt=0, lt=1e9)]
 _Rate = Annotated[float, Field(gt=0, lt=1e15)]
 _Share = Annotated[float, Field(ge=0, lt=1e9)]

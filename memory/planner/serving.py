@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from memory.hardware.profiles import HardwareProfile
+from memory.hardware.profiles import HardwareProfile, written
 from memory.planner.cost_model import MAX_RECORDED_ROWS
 from memory.planner.forecast import Forecast, forecast
 from memory.planner.placement import Placement, Workload
@@ -19,6 +19,7 @@ from memory.planner.prefill import planned_chunk
 from memory.planner.routing import SKEWED, UNIFORM, Routing
 from memory.planner.search import largest
 from memory.planner.shape import ModelShape
+from quant.errors import BudgetError
 
 # Tokens of a sequence that is neither short nor long; of a prompt that chunks are chosen for.
 USUAL_CONTEXT = 8192
@@ -81,6 +82,8 @@ def serving_plan(
     """The plan for a machine with the GPUs that are to be used.
 
     pools  whether sequences share pages wherever their KV lies; else each has room for the longest
+
+    Raises BudgetError where the KV pool that was asked for holds no sequence.
     """
     choices: list[Choice] = []
     workload = _workload(shape, hardware, asked, choices, pools=pools)
@@ -143,7 +146,7 @@ def chosen_gpus(
 def _workload(
     shape: ModelShape, hardware: HardwareProfile, asked: Asked, choices: list[Choice], *, pools: bool
 ) -> Workload:
-    """Sequences, context, KV pool and prefix cache."""
+    """Sequences, context, KV pool and prefix cache. Raises BudgetError for a pool without a page."""
     context = asked.context or shape.max_context
     on_gpus = sum(gpu.memory_bytes for gpu in hardware.gpus)
     dram = max(0, hardware.dram_bytes - PROCESS_BYTES)
@@ -183,6 +186,11 @@ def _workload(
     else:
         longest = largest(lambda each: sequences * bytes_of_one(shape, hardware, each) <= room, context)
         tokens = sequences * longest
+    if not longest and asked.kv_bytes is not None:
+        raise BudgetError(
+            f"the KV pool of {room / 1e6:,.3f} MB has no room for a sequence; raise --kv-budget to "
+            f"{written(bytes_of_one(shape, hardware, least))}"
+        )
     nbytes = shape.pool_bytes(tokens, sequences, longest, page)
     if asked.kv_bytes is None:
         why = "all that the sequences can have" if tokens == sequences * context else why

@@ -12,7 +12,7 @@ from engine.drafts.own import own_draft_bytes, room_for_drafts
 from engine.embedded import model_path
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
-from memory.hardware.profiles import HardwareProfile, parse_bytes
+from memory.hardware.profiles import HardwareProfile, parse_bytes, written
 from memory.hardware.quick import known_rates
 from memory.hardware.this_machine import this_machine
 from memory.pages.spaces import is_paged
@@ -147,8 +147,8 @@ def _devices(
         if machine.gpus:
             log.warning("no GPU of this machine is used: %s; --devices says otherwise", why)
         return None, Choice("devices", NO_DEVICES, why)
-    written = ",".join(f"cuda:{nbytes / 2**30:.2f}GiB" for nbytes in budgets[:count])
-    return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", written, why)
+    shown = ",".join(f"cuda:{nbytes / 2**30:.2f}GiB" for nbytes in budgets[:count])
+    return ",".join(f"cuda:{nbytes}B" for nbytes in budgets[:count]), Choice("devices", shown, why)
 
 
 def _of_tiers(settings: Settings, plan: ServingPlan) -> tuple[Choice, ...]:
@@ -186,8 +186,6 @@ def _of_drafts(kept: int, needed: int, *, has_gpus: bool) -> Choice:
 
 def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan) -> None:
     """Raises BudgetError where the KV pool holds no sequence as long as asked for."""
-    from engine.kv_pool import written
-
     wanted, longest = settings.max_model_len, plan.workload.context
     if wanted is None or longest >= wanted:
         return

@@ -18,10 +18,10 @@ from engine.drafts.choice import drafters_of, weights_wanted
 from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
-from engine.kv_pool import PoolSize, written
+from engine.kv_pool import PoolSize
 from engine.warm_up import warm_up
 from memory.checkpoint.checkpoint import name_of
-from memory.hardware.profiles import parse_bytes
+from memory.hardware.profiles import parse_bytes, written
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
 from server.http.errors import ApiError, unavailable

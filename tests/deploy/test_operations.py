@@ -171,10 +171,9 @@ def test_documentation_tells_of_each_metric_and_of_none_that_is_not(busy_server:
 
     described = pages[ROOT / "docs" / "api.md"]
     assert {n for n in exported if n not in described and not n.endswith("_created")} == set()
-    of_parts = re.findall(r'"(loci_stages?_[a-z_]+)"', (ROOT / "server/cluster/metrics.py").read_text())
-    exported |= {
-        name + end for name in of_parts for end in ("", "_total")
-    }  # of a server with --cluster alone
+    of_clusters = (ROOT / "server/cluster/metrics.py").read_text()  # exported with --cluster alone
+    for name in re.findall(r'"(loci_(?:stage|replica)s?_[a-z_]+)"', of_clusters):
+        exported |= {name, f"{name}_total"}
     assert told - exported == set()
     assert told_recorded - recorded == set()
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 
-from memory.hardware.profiles import HardwareProfile, load_profile
+from memory.hardware.profiles import HardwareProfile, load_profile, parse_bytes
 from memory.planner.placement import NOWHERE
 from memory.planner.published import built_in
-from memory.planner.serving import Asked, chosen_gpus, memory_bytes, serving_plan
+from memory.planner.serving import Asked, bytes_of_one, chosen_gpus, memory_bytes, serving_plan
 from memory.planner.shape import ModelShape
+from quant.errors import BudgetError
 from tests.memory.planner.hardware_strategies import GB, MACHINE, machines, shapes
 
 V41 = built_in("deepseek-v4.1-flash")
@@ -24,7 +25,8 @@ def test_a_model_that_can_be_served_at_all_fits_as_chosen(
 ) -> None:
     machine = replace(machine, disk_bytes=10_000 * GB)
     found = serving_plan(shape, machine, Asked(chunk=64))
-    least = Asked(context=512, sequences=1, chunk=64, prefix_bytes=0, kv_bytes=1 << 22)
+    one = bytes_of_one(shape, machine, 512)
+    least = Asked(context=512, sequences=1, chunk=64, prefix_bytes=0, kv_bytes=one)
     assert found.placement.fits or not serving_plan(shape, machine, least).placement.fits
     for tier, budget in found.placement.budgets.items():
         assert found.placement.used(tier) <= budget
@@ -84,6 +86,13 @@ def test_weights_that_leave_little_memory_leave_a_pool_all_the_same() -> None:
     assert 0.02 * machine.dram_bytes < kv < 0.15 * machine.dram_bytes
     held = found.placement.allocated()["dram"]["experts"]
     assert held > 0.7 * machine.dram_bytes
+
+
+def test_a_pool_without_room_for_a_sequence_is_refused_with_one_that_has() -> None:
+    with pytest.raises(BudgetError, match=r"no room for a sequence; raise --kv-budget to (\d+MiB)") as caught:
+        serving_plan(V41, MACHINE, Asked(kv_bytes=1000))
+    enough = parse_bytes(str(caught.value).rpartition(" ")[2])
+    assert serving_plan(V41, MACHINE, Asked(kv_bytes=enough)).workload.context >= 512
 
 
 def test_two_cards_are_used_where_they_help() -> None:
