@@ -110,14 +110,17 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     settings = settings.model_copy(update={"model": str(fetched(settings.model, yes, settings.experts))})
     metrics = Metrics()
     metrics.observe_process()
-    settings, bring_up, lines = _prepared(settings, metrics)
+    settings, bring_up, lines, give_up = _prepared(settings, metrics)
     service = Service(settings, metrics, typed)
-    server = _Server(create_app(service), service, bring_up, lines, address)
+    server = _Server(create_app(service), service, bring_up, lines, address, give_up)
     address.listen()
     try:
         server.run(sockets=[address.socket])
     finally:
-        service.stop()
+        try:
+            service.stop()
+        finally:
+            give_up()
     if service.failure is not None:
         raise service.failure
     if service.is_loading:  # a thread that is inside torch when the interpreter ends would abort the process
@@ -126,9 +129,14 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
         os._exit(0)
 
 
-def _prepared(settings: Settings, metrics: Metrics) -> tuple[Settings, Callable[[], Served], list[str]]:
-    """The settings with what the plan has chosen, what brings the model up, and lines to say meanwhile: a
-    model that is wrong is refused before anybody is told to connect."""
+def _prepared(
+    settings: Settings, metrics: Metrics
+) -> tuple[Settings, Callable[[], Served], list[str], Callable[[], None]]:
+    """The settings with what the plan has chosen, what brings the model up, lines to say meanwhile, and what
+    ends what would outlive this process.
+
+    A model that is wrong is refused before anybody is told to connect.
+    """
     if settings.cluster is None:
         for name in ("stages", "replicas"):
             if getattr(settings, name) is not None:
@@ -138,16 +146,21 @@ def _prepared(settings: Settings, metrics: Metrics) -> tuple[Settings, Callable[
 
         here = service.prepare(settings)
         lines = [*plan_lines(here.planned), *(explained(here.planned) if settings.explain else ())]
-        return here.settings, partial(service.bring_up, here), lines
+        return here.settings, partial(service.bring_up, here), lines, _nothing
     if settings.replicas is not None:
         from server.cluster import replicas
 
         copies = replicas.prepare(settings)
-        return settings, partial(replicas.bring_up, copies, metrics.registry), []
+        give_up = copies.application.give_up
+        return settings, partial(replicas.bring_up, copies, metrics.registry), [], give_up
     from server.cluster import serving as in_parts
 
     parts = in_parts.prepare(settings)
-    return settings, partial(in_parts.bring_up, parts, metrics.registry), []
+    return settings, partial(in_parts.bring_up, parts, metrics.registry), [], _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Server(uvicorn.Server):
@@ -157,10 +170,16 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: Any, service: Service, bring_up: Callable[[], Served], lines: list[str], address: Address
+        self,
+        app: Any,
+        service: Service,
+        bring_up: Callable[[], Served],
+        lines: list[str],
+        address: Address,
+        give_up: Callable[[], None],
     ) -> None:
         self._service = service
-        self._bring_up, self._lines = bring_up, lines
+        self._bring_up, self._lines, self._give_up = bring_up, lines, give_up
         self._address = address
         self._drain_s = service.settings.drain_timeout_s
         self._unfinished: set[asyncio.Task[None]] = set()  # requests that ran when draining began
@@ -216,6 +235,7 @@ class _Server(uvicorn.Server):
 
     def _on_signal(self, number: int) -> None:
         if self._service.is_draining:
+            self._give_up()
             os._exit(128 + number)
         self._service.drain()
         self._unfinished = set(self.server_state.tasks)
