@@ -25,7 +25,7 @@ import uvicorn
 from quant.errors import ConfigError
 from server.cli.address import Address, bind
 from server.cli.arguments import OptionalNamedModel, Yes
-from server.cli.process import flush_stdout
+from server.cli.process import flush_stdout, ignore_signals
 from server.http.connection import allow_many_connections, protocol_with_deadlines
 from server.http.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
@@ -151,7 +151,11 @@ def _prepared(
         from server.cluster import replicas
 
         copies = replicas.prepare(settings)
-        give_up = copies.application.give_up
+
+        def give_up() -> None:
+            ignore_signals()  # it takes a moment, and the process ends behind it
+            copies.application.give_up()
+
         return settings, partial(replicas.bring_up, copies, metrics.registry), [], give_up
     from server.cluster import serving as in_parts
 

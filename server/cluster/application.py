@@ -69,6 +69,7 @@ def _delete() -> None:
 
     with suppress(Exception):  # there may be no Serve any more
         serve.delete(APPLICATION, _blocking=False)
+        serve.status()  # an answer says that it has been heard
 
 
 def _await_name() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from server.settings import Settings
 from tests.server.harness import TINY
 
 CONTEXT = 512
-LIMITS = {"dram_budget": "150MiB", "max_model_len": CONTEXT, "max_num_seqs": 2}
+LIMITS: dict[str, Any] = {"dram_budget": "150MiB", "max_model_len": CONTEXT, "max_num_seqs": 2}
 
 
 class Left(BaseException):
@@ -110,7 +111,8 @@ def test_another_answer_than_was_sent_before_is_an_error(sent: list[int]) -> Non
 
 
 def test_what_waits_is_counted_by_the_front_alone() -> None:
-    for chosen in ({}, {"max_waiting": 0}):
+    chosen_ones: list[dict[str, Any]] = [{}, {"max_waiting": 0}]
+    for chosen in chosen_ones:
         passed = of_replicas(Settings(model=str(TINY), **chosen))
         assert passed["max_waiting"] == CALLS_AT_ONCE
 
