@@ -218,6 +218,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
         if self.should_exit or self._service.is_draining:
             return
+        self._catch_signals()  # Ray, where it was started meanwhile, has put its own handler before ours
         served = self._service.served
         _say(f"{served.name} is ready. Try:\n  {_curl(self._address.url, self._service)}")
         if served.loaded.chat is not None and served.engine.max_context < AGENTS_CONTEXT:
@@ -232,12 +233,18 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
+        self._catch_signals()
+        yield
+
+    def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        yield
 
     def _on_signal(self, number: int) -> None:
+        signal.alarm(
+            0
+        )  # Ray's handler, which is before this one while it loads, would abort 3 s after SIGTERM
         if self._service.is_draining:
             self._give_up()
             os._exit(128 + number)

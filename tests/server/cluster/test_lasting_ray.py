@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.server.cluster.on_ray import Served
-from tests.server.harness import TINY, command, environment, eventually
+from tests.server.cluster.on_ray import BODY, Served
+from tests.server.harness import TINY, command, complaint, environment, eventually
 
 pytest.importorskip("ray", reason="ray is not installed (extra `cluster`)")
 pytestmark = pytest.mark.slow
@@ -85,6 +85,25 @@ def serve(ray: Lasting, tmp_path: Path) -> Iterator[Callable[..., Served]]:
     yield start
     for each in started:
         each.process.kill()
+
+
+def test_a_second_server_leaves_the_replicas_of_the_first_alone(
+    serve: Callable[..., Served], ray: Lasting
+) -> None:
+    first = serve("--drain-timeout-s", "1")
+    flags = (*LIMITS, "--cluster", ray.address, "--port", "0")
+    second = subprocess.run(
+        command("serve", TINY, *flags), capture_output=True, text=True, env=environment(), timeout=ENDS_S
+    )
+    assert "runs an application named loci already" in complaint(second.stderr)
+    assert "choices" in first.complete()
+    # What still runs when draining is over is ended, and the replicas are gone before the server is.
+    body = BODY | {"max_tokens": 1900, "stream": True, "logprobs": None}
+    with first.client.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        first.process.send_signal(signal.SIGTERM)
+        assert first.process.wait(ENDS_S) == 0
+    eventually(lambda: not ray.has_replicas, "its replicas are gone")
 
 
 def test_a_server_that_is_stopped_while_it_loads_leaves_no_replicas(ray: Lasting, tmp_path: Path) -> None:
