@@ -17,7 +17,8 @@ ALL_SEEN = 128  # the ratio whose entries are all attended to
 # Of draft stages, which lie behind the model's layers.
 DRAFT_KEYS = (
     "num_nextn_predict_layers", "dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids",
-    "dspark_markov_rank",
+    "dspark_markov_rank", "dspark_n_routed_experts", "dspark_num_experts_per_tok",
+    "dspark_n_activated_experts",
 )  # fmt: skip
 # What is counted or computed one by one; a config that says more is damaged.
 MOST = {"vocab_size": 100_000_000, "n_routed_experts": 100_000, "hc_mult": 1_000, "hc_sinkhorn_iters": 10_000}

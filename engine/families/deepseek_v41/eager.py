@@ -33,8 +33,8 @@ class V41Eager(EagerStreams):
         self, parts: V41Parts, batch: Batch, cache: SparseCache, trace: Trace, rows: StepRows | None
     ) -> None:
         c = parts.config
-        tokens = _tokens_by_layer(c, batch, cache.margin)
-        experts = EagerExperts(parts.weights.experts, c.swiglu_limit, tokens, c.num_experts_per_tok)
+        self._tokens = _tokens_by_layer(c, batch, cache.margin)
+        experts = EagerExperts(parts.weights.experts, c.swiglu_limit, self._tokens, c.num_experts_per_tok)
         super().__init__(parts.kernels, batch, trace, parts.frequencies, parts.config.hc_mult, experts)
         self._parts = parts
         self._config = parts.config
@@ -182,7 +182,8 @@ class V41Eager(EagerStreams):
         pre: torch.Tensor,
         written: Written[torch.Tensor],
     ) -> None:
-        self._guesses.prefetch(number, streams, pre, written)
+        if self._tokens[number]:  # amid a prompt, late layers reach no experts
+            self._guesses.prefetch(number, streams, pre, written)
 
 
 def _tokens_by_layer(config: V41Config, batch: Batch, margin: int) -> list[int]:

@@ -269,8 +269,9 @@ class NativeKernels(NativeLayers):
     def moe_some(self, call: MoeCall, some: torch.Tensor, out: torch.Tensor) -> None:
         some = contiguous(some, torch.int64)
         x, places = call.x, call.expert_ids.numel()
-        is_ready = x.dtype == torch.float32 and x.is_contiguous() and out.dtype == torch.float32
-        if not is_ready or out.shape != (places, x.shape[1]) or not self._moe(call, x, None, out, some):
+        is_plain = x.dtype == out.dtype == torch.float32 and x.is_contiguous() and out.is_contiguous()
+        is_here = out.device.type == "cpu" and out.shape == (places, x.shape[1])  # it may be on a GPU
+        if not is_plain or not is_here or not self._moe(call, x, None, out, some):
             some_apart(self, call, some, out)
 
     def _moe(

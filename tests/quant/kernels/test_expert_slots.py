@@ -139,6 +139,10 @@ def test_some_choices_have_the_same_bits_as_among_all(level: str, formats: Exper
     by_gathering = torch.full_like(among_all, -1.0)
     some_apart(kernels, call, some, by_gathering)
     assert torch.equal(by_gathering, out)
+    apart = torch.full((2 * len(out), out.shape[1]), -1.0)[::2]
+    kernels.moe_some(call, some, apart)
+    assert torch.equal(apart, out)
+    kernels.moe_some(call, some, torch.empty_like(out, device="meta"))  # not written from here
 
 
 @levels
