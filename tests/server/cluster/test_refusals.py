@@ -10,7 +10,9 @@ from server.settings import resolve_settings
 from tests.server.harness import TINY
 
 
-@pytest.mark.parametrize("setting", [{"draft_model": TINY}, {"drafts": "mtp"}], ids=["small model", "layers"])
+@pytest.mark.parametrize(
+    "setting", [{"draft_model": str(TINY)}, {"drafts": "mtp"}], ids=["small model", "layers"]
+)
 def test_parts_have_no_drafts_by_weights(monkeypatch: pytest.MonkeyPatch, setting: dict[str, object]) -> None:
     monkeypatch.setattr(serving, "check_installed", lambda: None)
     settings = resolve_settings({"model": TINY, "cluster": "auto", **setting})
