@@ -108,12 +108,11 @@ class Compared:
 
 def budgets(shape: ModelShape, most: int) -> list[int]:
     """Bytes of DRAM that hold SHARES of the experts and all that is in memory beside them, up to `most`: the
-    embedding only beside all experts."""
+    embedding, where it can stay on disk, only beside all experts."""
     experts = sum(layer.experts for layer in shape.layers) * shape.slot_nbytes
     rest = memory_bytes(shape) - experts
-    wanted = [
-        int(rest - (shape.embedding.nbytes if share < 1 else 0) + 1.02 * share * experts) for share in SHARES
-    ]
+    on_disk = shape.embedding.nbytes if shape.embedding_stays else 0
+    wanted = [int(rest - (on_disk if share < 1 else 0) + 1.02 * share * experts) for share in SHARES]
     return sorted({min(most, nbytes) for nbytes in wanted})
 
 

@@ -142,12 +142,9 @@ def place(shape: ModelShape, path: Path, budget: MemoryBudget) -> DensePlaces:
 def _check_dram(placement: Placement, shape: ModelShape, path: Path, budget: MemoryBudget) -> None:
     """What every token reads must be on GPUs or in DRAM, and experts have slots. Raises BudgetError."""
     missing = [p for p in placement.places if p.tier == NOWHERE]
-    if any(p.kind in READ_BY_EVERY_TOKEN for p in missing):
-        needed = sum(
-            p.nbytes
-            for p in placement.places
-            if p.kind in READ_BY_EVERY_TOKEN and p.tier in ("dram", NOWHERE)
-        )
+    required = READ_BY_EVERY_TOKEN if shape.embedding_stays else (*READ_BY_EVERY_TOKEN, "embedding")
+    if any(p.kind in required for p in missing):
+        needed = sum(p.nbytes for p in placement.places if p.kind in required and p.tier in ("dram", NOWHERE))
         raise BudgetError(
             f"{path}: the weights used by every token need {needed:,} bytes, but the memory budget "
             f"is {budget.dram_bytes:,} bytes; free some memory, raise --dram-budget or use a smaller model"

@@ -146,7 +146,9 @@ class CostModel:
         self._experts = [placement.experts(n) for n in range(len(shape.layers))]
         self._passing = _passing(shape, placement)
         self._tiers = [placement.tier_of("dense", n) for n in range(len(shape.layers))]
-        self._embedding_tier = placement.tier_of("embedding", None)
+        self._embedding_on_disk = sum(
+            p.nbytes for p in placement.places if p.kind == "embedding" and p.tier == "nvme"
+        )
         self._table_tiers = [placement.tier_of("engram", n) for n in range(len(shape.layers))]
         self._hot_rows_bytes = sum(r.nbytes for r in placement.reserves if r.name == "hot Engram rows")
         self._cold_tables_bytes = sum(
@@ -235,9 +237,9 @@ class CostModel:
     def _embedding(self, cost: StepCost, tokens: int) -> None:
         """Rows of an embedding that stays on disk: asked for at once, and nothing begins before they are
         there."""
-        if self._embedding_tier != "nvme":
+        if not self._embedding_on_disk:
             return
-        row_bytes = self.shape.embedding.nbytes / self.shape.vocab_size
+        row_bytes = self._embedding_on_disk / self.shape.vocab_size
         reads, nbytes = tokens * max(1.0, row_bytes / BLOCK_BYTES), tokens * row_bytes
         together_s = max(reads / self.hardware.disk_reads_per_s, nbytes / self.hardware.disk_bytes_per_s)
         cost.seconds[DISK] += self.efficiency.disk_read_s + together_s

@@ -62,7 +62,7 @@ def plan(shape: ModelShape, hardware: HardwareProfile, workload: Workload) -> Pl
     history = workload.sequences * shape.history_bytes
     tier = room.first_with(history, ["dram"], 0)
     room.put("n-grams' last tokens", "kv_states", None, tier, history, "look-ups start on the host")
-    _place_embedding(room, shape, gpus)
+    _place_embedding(room, shape, hardware, gpus)
     speeds = {gpu: hardware.gpus[int(gpu.partition(":")[2])].memory_bytes_per_s for gpu in gpus}
     _place_experts_and_tables(room, shape, speeds)
     on_disk = sum(p.nbytes for p in room.places if p.kind not in OF_SEQUENCES and p.tier == "nvme")
@@ -210,16 +210,22 @@ def _pool_bytes(kv: KvShape, workload: Workload, page_bytes: int) -> int:
     return kv.pool_bytes(tokens, workload.sequences, workload.context, page_bytes)
 
 
-def _place_embedding(room: Room, shape: ModelShape, gpus: list[str]) -> None:
-    """One row a token: on disk, where experts need its room."""
+def _place_embedding(room: Room, shape: ModelShape, hardware: HardwareProfile, gpus: list[str]) -> None:
+    """One row a token: on disk, where experts need its room and rows can be read there.
+
+    The host looks rows up: where the head has the same matrix on a real GPU, this is another copy of it.
+    """
+    head = next((place.tier for place in room.places if place.kind == "head"), NOWHERE)
+    is_apart = head in gpus and hardware.gpus[int(head.partition(":")[2])].kind != "virtual"
+    nbytes = shape.embedding.nbytes + (shape.tied.nbytes if is_apart else 0)
     size = max(1, shape.slot_nbytes)
     experts = sum(layer.experts for layer in shape.layers)
     outside = experts - sum(room.left[gpu] // size for gpu in gpus)
     needed = max(outside, min(MIN_SLOTS, experts)) * size
-    tier = "dram" if room.for_weights("dram") >= shape.embedding.nbytes + needed else "nvme"
-    tier = room.first_with(shape.embedding.nbytes, [tier])
+    has_room = room.for_weights("dram") >= nbytes + needed
+    tier = room.first_with(nbytes, ["dram" if has_room or not shape.embedding_stays else "nvme"])
     why = "a token reads one row of it" + (": from the file, experts need the room" if tier == "nvme" else "")
-    room.put("embedding", "embedding", None, tier, shape.embedding.nbytes, why)
+    room.put("embedding", "embedding", None, tier, nbytes, why)
 
 
 def _place_experts_and_tables(room: Room, shape: ModelShape, gpus: dict[str, float]) -> None:

@@ -124,23 +124,34 @@ def chosen_gpus(
     """How many of `count` GPUs to use, and why: with so many steps are fastest.
 
     with_gpus  the machine with the first so many of its GPUs
+
+    Raises BudgetError where the KV pool that was asked for holds no sequence with any number of them.
     """
     if not count:
         return 0, "there is no GPU"
     if not shape.expert_nbytes:
         return 0, "models without routed experts are computed by the processor"
     rates: dict[int, float] = {}
+    refused: dict[int, BudgetError] = {}  # GPUs have larger pages than the host
     for some in range(count + 1):
-        found = serving_plan(shape, with_gpus(some), replace(asked, chunk=asked.chunk or MIN_CONTEXT))
+        try:
+            found = serving_plan(shape, with_gpus(some), replace(asked, chunk=asked.chunk or MIN_CONTEXT))
+        except BudgetError as error:
+            refused[some] = error
+            continue
         used = {place.tier for place in found.placement.places if place.tier.startswith("vram")}
-        if found.placement.fits and len(used) == some:
+        is_long_enough = found.workload.context >= (asked.context or 0)
+        if found.placement.fits and is_long_enough and len(used) == some:
             steps = found.expected.alone.tokens_per_s * found.expected.together.tokens_per_s
             rates[some] = steps**0.5
     if not rates:
+        if refused:
+            raise refused[max(refused)]
         return count, "the model needs all there is"
     best = next(some for some in rates if rates[some] * WORTH_A_GPU >= max(rates.values()))
     all_rates = ", ".join(f"{rate:.3g} tok/s with {some or 'none'}" for some, rate in rates.items())
-    return best, f"by plan {all_rates}"
+    others = f"; with {' or '.join(map(str, refused))} the KV pool asked for holds no sequence"
+    return best, f"by plan {all_rates}{others if refused else ''}"
 
 
 def _workload(
@@ -187,9 +198,12 @@ def _workload(
         longest = largest(lambda each: sequences * bytes_of_one(shape, hardware, each) <= room, context)
         tokens = sequences * longest
     if not longest and asked.kv_bytes is not None:
+        needed, who = bytes_of_one(shape, hardware, least), "a sequence"
+        if not pools and sequences > 1:
+            needed, who = sequences * needed, f"{sequences} sequences"
         raise BudgetError(
-            f"the KV pool of {room / 1e6:,.3f} MB has no room for a sequence; raise --kv-budget to "
-            f"{written(bytes_of_one(shape, hardware, least))}"
+            f"the KV pool of {room / 1e6:,.3f} MB has no room for {who}; raise --kv-budget to "
+            f"{written(needed)}"
         )
     nbytes = shape.pool_bytes(tokens, sequences, longest, page)
     if asked.kv_bytes is None:

@@ -149,6 +149,8 @@ class ModelShape:
     history_bytes     of each sequence, in DRAM wherever its KV is: what n-grams look back on
     copied_bytes      of weights of routers and experts that each GPU with experts has of all layers: biases
     stored_bytes      of the checkpoint's files; 0: the same as in memory
+    embedding_stays   whether rows of the embedding can be read from its file, so that it may stay there
+    tied              of the head, the matrix that is the embedding too; nothing where these are two
     streams           residual streams of a token, of `hidden` values each; several are sent with their mix
     """
 
@@ -168,6 +170,8 @@ class ModelShape:
     history_bytes: int = 0
     stored_bytes: int = 0
     streams: int = 1
+    embedding_stays: bool = True
+    tied: Weights = Weights()
 
     @property
     def nbytes(self) -> int:

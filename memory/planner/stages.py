@@ -45,12 +45,20 @@ def part_of(shape: ModelShape, span: Span) -> ModelShape:
     part = replace(
         shape,
         layers=shape.layers[span.first : span.stop],
-        embedding=shape.embedding if span.is_first else Weights(),
+        embedding=_embedding(shape, span),
         head=shape.head if span.is_last else Weights(),
+        tied=shape.tied if span.is_first and span.is_last else Weights(),
         stored_bytes=0,
     )
     share = part.nbytes / max(1, replace(shape, stored_bytes=0).nbytes)
     return replace(part, stored_bytes=int(shape.stored_bytes * share))
+
+
+def _embedding(shape: ModelShape, span: Span) -> Weights:
+    """What a part has of it: all, where the head that is the same matrix is another part's."""
+    if not span.is_first:
+        return Weights()
+    return shape.embedding if span.is_last else shape.embedding + shape.tied
 
 
 def _bytes_of(shape: ModelShape, n: int) -> int:

@@ -83,7 +83,7 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     if keys:  # of as many tokens as the pool holds without them, which is not less than with them
         asked = replace(asked, draft_bytes=asked.draft_bytes + keys)
         plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
-    _check_context(settings, shape, plan)
+    _check_context(settings, shape, plan, pools=pools)
     others = [*_of_tiers(settings, plan), *_of_formats(settings, kv_format)]
     if settings.drafts == "auto":
         needed = own_draft_bytes(opened.family, opened.checkpoint)
@@ -197,15 +197,17 @@ def _of_drafts(kept: int, needed: int, *, has_gpus: bool) -> Choice:
     return Choice("drafts", "auto", f"{who}, where that makes answers faster")
 
 
-def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan) -> None:
-    """Raises BudgetError where the KV pool holds no sequence as long as asked for."""
+def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan, *, pools: bool) -> None:
+    """Raises BudgetError where the KV pool holds no sequence as long as asked for; without `pools`, all."""
     wanted, longest = settings.max_model_len, plan.workload.context
     if wanted is None or longest >= wanted:
         return
-    needed = bytes_of_one(shape, plan.hardware, wanted)
+    count = 1 if pools else plan.workload.sequences
+    needed = count * bytes_of_one(shape, plan.hardware, wanted)
+    which = "a sequence" if count == 1 else f"each of {count} sequences"
     pool = sum(plan.placement.pool_bytes().values())
     raise BudgetError(
-        f"a sequence of {wanted:,} tokens needs {needed / 1e6:,.1f} MB of KV cache, but the pool has "
+        f"{which} of {wanted:,} tokens needs {needed // count / 1e6:,.1f} MB of KV cache, but the pool has "
         f"{pool / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"
     )
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.families.base import Model
+from engine.families.decoder.forward import Decoder
 from engine.families.loader import open_checkpoint
 from engine.families.registry import family_of
 from engine.kv_pool import PoolSize, new_pool
 from memory.planner.budget import MemoryBudget
 from memory.planner.placement import Placement, Workload
+from memory.planner.serving import memory_bytes
 from memory.planner.shape import ModelShape
 from memory.tiers import Tier
 from quant.errors import BudgetError
 from quant.kernels.choice import choose
 from quant.kernels.cpu import library
+from quant.packed import PackedTensor
 from tests.conftest import golden_path
 from tests.engine.families.golden_families import family_path
 
@@ -110,3 +117,44 @@ def test_what_is_planned_is_what_is_allocated(name: str) -> None:
         finally:
             model.close()
     assert loaded >= MACHINES // 2
+
+
+def test_an_embedding_in_tiles_is_planned_and_loaded_in_memory(tmp_path: Path) -> None:
+    path = shutil.copytree(family_path("qwen3_moe_fp8"), tmp_path / "m")
+    assert family_of(plain := open_checkpoint(path)).loaded_shape(plain).embedding_stays
+    name = "model.embed_tokens.weight"
+    file = next(file for file in path.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    rows, cols = tensors[name].shape
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-cols // 128))
+    save_file(tensors, file)
+    index = path / "model.safetensors.index.json"
+    entry = f'"{name}": "{file.name}"'
+    index.write_text(index.read_text().replace(entry, f'{entry}, "{name}_scale_inv": "{file.name}"'))
+
+    checkpoint = open_checkpoint(path)
+    family = family_of(checkpoint)
+    shape = family.loaded_shape(checkpoint)
+    assert not shape.embedding_stays
+    slots = sum(layer.experts for layer in shape.layers) * shape.slot_nbytes
+    weights = memory_bytes(shape) - slots
+    limits = MemoryBudget(weights + int(0.7 * slots), (), Workload(64, 1))
+    model = family.load(checkpoint, choose(), limits)
+    try:
+        assert placement_of(model).tier_of("embedding", None) == "dram"
+        assert_is(model, placement_of(model), limits)
+        assert isinstance(model, Decoder)
+        assert isinstance(model.weights.embed, PackedTensor)
+    finally:
+        model.close()
+    with pytest.raises(BudgetError, match="used by every token need"):
+        family.load(checkpoint, choose(), replace(limits, dram_bytes=weights - 1))
+
+
+def test_a_head_that_is_the_embedding_too_is_marked() -> None:
+    checkpoint = open_checkpoint(family_path("granitemoe"))
+    shape = family_of(checkpoint).loaded_shape(checkpoint)
+    assert shape.embedding.nbytes == 0
+    assert shape.tied.nbytes == checkpoint.entries["model.embed_tokens.weight"].nbytes
+    assert shape.head.nbytes > shape.tied.nbytes

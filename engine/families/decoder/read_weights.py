@@ -215,8 +215,7 @@ class _Reader:
 
     def embedding(self, *, in_memory: bool) -> Weight | RowsInFile:
         """The embedding in host memory, or in its file."""
-        in_file = None if in_memory else self._stored.in_file(*self._named("embed"))
-        return in_file or self.stored_matrix("embed")
+        return self.stored_matrix("embed") if in_memory else self._stored.in_file(*self._named("embed"))
 
     def floats(self, role: str, *, is_bias: bool = False) -> torch.Tensor:
         """A norm or a bias, float32."""

@@ -51,6 +51,7 @@ def checkpoint_shape(
     """The shape of a checkpoint called `name`, with its own bytes. Missing tensors count nothing."""
     stored, of_value = StoredMatrices(checkpoint), decoded_value_bytes(checkpoint.config)
     shape = shape_with(description, name, _weights_of(stored), of_value, kv_format)
+    shape = replace(shape, embedding_stays=_has_rows_of_embedding(description, stored))
     if _is_multiplied_on_gpus(description, stored):
         return shape
     return replace(shape, layers=tuple(replace(layer, launches=None) for layer in shape.layers))
@@ -90,7 +91,20 @@ def loaded_shape(
         for layer, stored in zip(shape.layers, stored_shape.layers, strict=True)
     )
     slot_bytes = _slot_bytes(description, checkpoint)
-    return replace(shape, layers=layers, slot_bytes=slot_bytes, stored_bytes=stored_shape.nbytes)
+    return replace(
+        shape,
+        layers=layers,
+        slot_bytes=slot_bytes,
+        stored_bytes=stored_shape.nbytes,
+        embedding_stays=stored_shape.embedding_stays,
+    )
+
+
+def _has_rows_of_embedding(description: Description, stored: StoredMatrices) -> bool:
+    try:
+        return stored.has_rows(description.names["embed"], (description.vocab_size, description.hidden))
+    except FormatError:  # `check` reports it
+        return True
 
 
 def _is_multiplied_on_gpus(description: Description, stored: StoredMatrices) -> bool:
@@ -133,8 +147,9 @@ def shape_with(
         parts[use.part, use.layer] += weights
         if use.is_decoded and not _is_plain(weights):
             more[use.layer] += decoded * weights.parameters - weights.nbytes
-    embedding, head = parts["embedding", None], parts["head", None]
+    embedding, head, tied = parts["embedding", None], parts["head", None], Weights()
     if d.is_tied:  # every token multiplies with the embedding, so it is planned as the head
+        tied = embedding if d.is_first else tied
         embedding, head = Weights(), head + embedding
     is_recorded = all(
         isinstance(layer.attention, Mla)
@@ -166,6 +181,7 @@ def shape_with(
         top_k=0 if d.experts is None else d.experts.router.top_k,
         embedding=embedding,
         head=head,
+        tied=tied,
         layers=tuple(layers),
         copied_bytes=sum(_bias_bytes(layer.feed_forward, d.hidden) for layer in d.layers),
         activation_bytes=max(

@@ -119,11 +119,15 @@ class StoredMatrices:
             )
         return narrow
 
-    def in_file(self, name: str, shape: tuple[int, int]) -> RowsInFile | None:
-        """A matrix that stays where it is; None where its rows do not lie one behind the other."""
+    def has_rows(self, name: str, shape: tuple[int, int]) -> bool:
+        """Whether a matrix's rows lie one behind the other, so that `in_file` can leave it where it is."""
         stored = self._matrix(name, shape)
-        if len(stored.needed) != 1 or stored.format.tile_rows != 1:
-            return None
+        return len(stored.needed) == 1 and stored.format.tile_rows == 1
+
+    def in_file(self, name: str, shape: tuple[int, int]) -> RowsInFile:
+        """A matrix that stays where it is, of those that `has_rows` is true of."""
+        assert self.has_rows(name, shape)
+        stored = self._matrix(name, shape)
         return RowsInFile(self._entries[stored.needed[0]], stored.format)
 
     def parts(self, name: str, shape: tuple[int, int]) -> list[TensorEntry]:

@@ -15,7 +15,7 @@ from memory.planner.placement import NOWHERE, OF_SEQUENCES, Placement, Workload
 from memory.planner.placing import plan
 from memory.planner.published import built_in
 from memory.planner.routing import UNIFORM
-from memory.planner.shape import ModelShape
+from memory.planner.shape import ModelShape, Weights
 from tests.memory.planner.hardware_strategies import GB, GPU, MACHINE, machines, shapes, workloads
 
 FLASH = released_shape("deepseek-v4-flash")
@@ -161,6 +161,29 @@ def test_an_embedding_makes_room_for_experts(gigabytes: float) -> None:
     assert placement.fits
     on_disk = {place.kind for place in placement.places if place.tier == "nvme"}
     assert on_disk == ({"embedding", "routed_experts"} if gigabytes < 150 else set())
+
+
+def test_an_embedding_whose_rows_are_not_in_one_place_is_in_memory() -> None:
+    packed = replace(FLASH, embedding_stays=False)
+    machine = replace(MACHINE, dram_bytes=40 * GB, gpus=())
+    placement = plan(packed, machine, Workload(8192, 1))
+    assert placement.fits
+    assert placement.tier_of("embedding", None) == "dram"
+    fewer = placement.allocated()["dram"]["experts"]
+    more = plan(FLASH, machine, Workload(8192, 1)).allocated()["dram"]["experts"]
+    assert abs(more - fewer - FLASH.embedding.nbytes) < FLASH.slot_nbytes
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("cuda", 1), ("virtual", 0)])
+def test_beside_a_head_on_a_card_the_host_has_the_embedding_that_it_is(kind: str, copies: int) -> None:
+    tied = replace(FLASH, embedding=Weights(), tied=FLASH.embedding)
+    gpu = replace(GPU, kind=kind)
+    placement = plan(tied, replace(MACHINE, dram_bytes=300 * GB, gpus=(gpu,)), Workload(8192, 1))
+    assert placement.tier_of("head", None) == "vram:0"
+    held = [(place.tier, place.nbytes) for place in placement.places if place.kind == "embedding"]
+    assert held == [("dram", FLASH.embedding.nbytes)] * copies
+    without = plan(tied, replace(MACHINE, gpus=()), Workload(8192, 1))
+    assert without.tier_of("embedding", None) == NOWHERE
 
 
 def test_an_embedding_on_disk_makes_steps_faster_where_experts_are_there_too() -> None:

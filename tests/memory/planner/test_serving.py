@@ -95,6 +95,30 @@ def test_a_pool_without_room_for_a_sequence_is_refused_with_one_that_has() -> No
     assert serving_plan(V41, MACHINE, Asked(kv_bytes=enough)).workload.context >= 512
 
 
+def test_pools_that_are_not_shared_are_refused_with_room_for_all_sequences() -> None:
+    with pytest.raises(BudgetError, match="no room for 4 sequences; raise --kv-budget to") as caught:
+        serving_plan(V41, MACHINE, Asked(kv_bytes=1000, sequences=4), pools=False)
+    enough = parse_bytes(str(caught.value).rpartition(" ")[2])
+    found = serving_plan(V41, MACHINE, Asked(kv_bytes=enough, sequences=4), pools=False)
+    assert found.workload.context >= 512
+
+
+def test_a_pool_too_small_for_pages_of_cards_is_one_of_the_host() -> None:
+    machine = replace(MACHINE, dram_bytes=700 * GB)
+
+    def with_gpus(count: int) -> HardwareProfile:
+        return replace(machine, gpus=machine.gpus[:count])
+
+    asked = Asked(kv_bytes=bytes_of_one(V41, with_gpus(0), 512))
+    with pytest.raises(BudgetError, match="no room for a sequence"):
+        serving_plan(V41, machine, asked)
+    count, why = chosen_gpus(V41, with_gpus, 1, asked)
+    assert count == 0
+    assert why.endswith("; with 1 the KV pool asked for holds no sequence")
+    with pytest.raises(BudgetError, match="raise --kv-budget"):
+        chosen_gpus(V41, with_gpus, 1, Asked(kv_bytes=1000))
+
+
 def test_two_cards_are_used_where_they_help() -> None:
     machine = load_profile("2x4090-256g")
     count, why = chosen_gpus(V41, lambda n: replace(machine, gpus=machine.gpus[:n]), 2, Asked(context=8192))

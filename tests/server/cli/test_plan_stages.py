@@ -38,6 +38,10 @@ def test_parts_are_the_whole() -> None:
     spans = spread(SHAPE, EVERYWHERE, (5.0, 2.0, 1.0))
     assert [a.stop for a, _ in pairwise(spans)] == [b.first for _, b in pairwise(spans)]
     assert sum(part_of(SHAPE, span).nbytes for span in spans) == SHAPE.nbytes
+    tied = replace(SHAPE, embedding=Weights(), tied=SHAPE.embedding)
+    parts = [part_of(tied, span) for span in spans]
+    assert [part.embedding for part in parts] == [SHAPE.embedding, *[Weights()] * (len(spans) - 1)]
+    assert all(part.tied == Weights() for part in parts)
 
 
 def _planned(network: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
