@@ -145,6 +145,11 @@ class Engine:
         )
         places = Aside(self._cache, prefixes, aside)
         kept = KeptStates(self._cache, prefixes, 1 + draft_tokens)
+        if drafters and not kept.can_keep:
+            logger.info(
+                "nothing is drafted: that takes copies of states, in memory that a prefix cache lends"
+            )
+            drafters = ()
         drafting = Drafting(model, drafters, kept, draft_tokens, always=always_draft, guess=draft_costs)
         self._steps = Steps(
             model, self._cache, prefixes, places, self._scheduler, self._forget, drafting, prompt_products

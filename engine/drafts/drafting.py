@@ -19,8 +19,9 @@ from engine.drafts.acceptance import Acceptance, Kind, Tallies
 from engine.drafts.base import FREE, MOST_ROWS, Draft, Drafter, Rows
 from engine.drafts.checks import Checks
 from engine.drafts.choose import Credit, Tries, account_of_all
+from engine.drafts.costs import Costs
 from engine.drafts.kept import KeptStates
-from engine.drafts.proposals import MOST_STEPS, Opened, Proposals, pause_for
+from engine.drafts.proposals import MOST_PAUSE, MOST_STEPS, Opened, Proposals, pause_for
 from engine.drafts.rests import SURE, Rest
 from engine.drafts.stats import DrafterStats, DraftStats
 from engine.drafts.step_times import COLD, MOST, StepTimes
@@ -70,7 +71,7 @@ class Drafting:
         self._checks = Checks()
         self._spent_s = 0.0  # on the drafts of the step under way, and for those of later ones
         self._proposed_s = 0.0  # on its own drafts
-        self._owed_s = 0.0  # spent for drafters that are not at rest, and not counted yet
+        self._costs = Costs()  # of drafters that are not at rest
         self._watching = [drafter for drafter in drafters if drafter.name not in FREE]
         self._observing = self._watching  # those that are not at rest
         self._rests = {drafter.name: Rest() for drafter in self._watching}
@@ -97,12 +98,14 @@ class Drafting:
             self._open[sequence] = Opened(Acceptance(self._of_all), credit)
             if sequence.prediction:
                 self._pause = self._quiet = 0
+                self._proposals.expects()
             for drafter in self._drafters:
                 drafter.open(sequence.sequence_id, sequence.token_ids, sequence.prediction)
 
     def close(self, sequence: Sequence) -> None:
         """It has none any more. `sequence.slot` still says which one it was."""
         if self._open.pop(sequence, None) is not None:
+            self._costs.close(sequence)
             for drafter in self._drafters:
                 drafter.close(sequence.sequence_id)
             if sequence.slot is not None:
@@ -130,6 +133,7 @@ class Drafting:
 
     def _proposed(self, chunks: list[Chunk]) -> list[Chunk]:
         self._spent_s = self._proposed_s = 0.0
+        self.stats.lost_s += self._costs.put_off()
         if self._watching and self._always is None:
             self._since_look += 1
             if self._since_look >= LOOK_EVERY:
@@ -137,10 +141,12 @@ class Drafting:
         if self._pause:
             self._pause -= 1
             if not self._observing and self._times.is_settled(len(chunks)):
-                left = min(LOOK_EVERY - self._since_look, MEASURED - self._unmeasured) - 1
-                self._quiet = max(0, min(self._pause, left))
+                left = MEASURED - self._unmeasured
+                if self._watching:
+                    left = min(left, LOOK_EVERY - self._since_look)
+                self._quiet = max(0, min(self._pause, left - 1))
                 self._pause -= self._quiet
-                self._since_look += self._quiet
+                self._since_look += self._quiet if self._watching else 0
             return chunks
         if not self._drafters or any(chunk.sequence.is_prefilling for chunk in chunks):
             return chunks
@@ -152,7 +158,7 @@ class Drafting:
         if self._always is None and self._checks.is_due(tokens):
             return chunks
         began = time.perf_counter()
-        self._proposals.made_s = self._proposals.looked_s = 0.0
+        self._proposals.begin()
         mosts = [self._most_of(chunk.sequence, room) for chunk in chunks]
         if not any(mosts):
             return chunks
@@ -161,25 +167,31 @@ class Drafting:
         drafts = self._proposals.chosen(chunks, opened, mosts, awake, room)
         self._spent_s = self._proposed_s = time.perf_counter() - began
         if not any(draft.token_ids for draft in drafts):
-            if self._always is None and not any(chunk.sequence.prediction for chunk in chunks):
-                self._pause = pause_for(self._spent_s, self._times.seconds(tokens))
-                if self._observing:
-                    self._pause = min(self._pause, AWAKE_PAUSE)
+            if self._always is None:
+                most = AWAKE_PAUSE if self._observing else MOST_PAUSE
+                if any(chunk.sequence.prediction for chunk in chunks):
+                    self._pause = self._proposals.passed_over(most)
+                else:
+                    self._pause = min(pause_for(self._spent_s, self._times.seconds(tokens)), most)
             return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
 
     def _rest(self) -> None:
         """See who rests."""
         steps, self._since_look = self._since_look, 0
+        answers = sum(not sequence.is_prefilling for sequence in self._open)
+        drafted = max(1, min(answers, MOST_ROWS // 2))  # of more, some would have drafts all the same
         self._observing = [
             drafter
             for drafter in self._watching
             if self._rests[drafter.name].look(
                 steps,
                 self._proposals.made[drafter.name],
-                partial(self._proposals.can_pay, drafter, max(1, len(self._open)), self._most),
+                partial(self._proposals.can_pay, drafter, drafted, self._most),
+                is_crowded=answers > MOST_ROWS // 2,
             )
         ]
+        self._costs.forgive([drafter for drafter in self._watching if drafter not in self._observing])
         self._wants_captures = any(drafter.wants_captures for drafter in self._observing)
 
     def _most_of(self, sequence: Sequence, room: int) -> int:
@@ -208,10 +220,12 @@ class Drafting:
     def captured(self) -> list[torch.Tensor | None]:
         """What the last forward has captured of each of its chunks, where somebody wants it."""
         if not self._wants_captures:
+            self._model.drop_captured()
             return []
         began = time.perf_counter()
         found: list[torch.Tensor | None] = list(self._model.captured())
-        self._watched(began)
+        self._model.drop_captured()
+        self._spend([drafter for drafter in self._observing if drafter.wants_captures], began)
         return found
 
     def observe(self, chunks: Ids[Chunk], starts: Ids[int], captures: Ids[torch.Tensor | None]) -> None:
@@ -219,7 +233,7 @@ class Drafting:
         if not self._observing:
             return
         began = time.perf_counter()
-        rows = []
+        rows, told = [], {}
         for number, (chunk, start) in enumerate(zip(chunks, starts, strict=True)):
             sequence = chunk.sequence
             own = self._open.get(sequence)
@@ -233,18 +247,22 @@ class Drafting:
             own.told, first = stop, start + again
             taken = None if taken is None else taken[again:]
             rows.append(Rows(sequence.sequence_id, first, sequence.token_ids[first:stop], taken))
+            told[sequence] = chunk.length
+        self._costs.told(told)
+        began = self._spend(self._observing, began)
         try:
             for drafter in self._observing:
                 drafter.observe(rows)
+                began = self._spend([drafter], began)
         except Exception as error:
             self._give_up(error)
-        self._watched(began)
 
-    def _watched(self, began: float) -> None:
-        """Since then, what drafters want to know was put together, or told."""
-        took = time.perf_counter() - began
-        self._spent_s += took
-        self._owed_s += took
+    def _spend(self, drafters: Ids[Drafter], began: float) -> float:
+        """Since then, what these want to know was put together, or told; what time it is now."""
+        now = time.perf_counter()
+        self._spent_s += now - began
+        self._costs.spent(drafters, now - began)
+        return now
 
     def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
@@ -280,14 +298,14 @@ class Drafting:
                 self._learn_drafted(chunks, accepted, seconds)
             seconds = self._times.seconds(len(chunks))
         if self._observing:
-            self._owed_s += time.perf_counter() - began
-            self._settle(seconds / len(chunks))
+            self._costs.spent(self._observing, time.perf_counter() - began)
+            self._settle(chunks, seconds / len(chunks))
 
     def _learn_plain(self, chunks: Ids[Chunk]) -> None:
         """Nothing was drafted, or it promised too little."""
         self._checks.stepped(len(chunks), had_drafts=False)
-        made_s = self._proposals.made_s if self._proposed_s else 0.0
-        lost = min(made_s / max(self._times.seconds(len(chunks)), 1e-9), MOST_STEPS)
+        made_s = self._proposals.made_s if self._proposed_s else {}
+        lost = min(sum(made_s.values()) / max(self._times.seconds(len(chunks)), 1e-9), MOST_STEPS)
         for chunk in chunks:
             if (own := self._open.get(chunk.sequence)) is not None:
                 own.credit.generated(1 + self._unmeasured)
@@ -295,7 +313,10 @@ class Drafting:
                     own.credit.drafted(-lost, is_free=False)
         self._unmeasured = 0
         if self._observing and self._proposed_s:
-            self._owed_s += self._proposed_s - self._proposals.looked_s
+            chosen_s = self._proposed_s - sum(made_s.values()) - sum(self._proposals.looked_s.values())
+            self._costs.spent(self._observing, chosen_s)
+            for drafter in self._observing:
+                self._costs.spent([drafter], made_s.get(drafter.name, 0.0))
 
     def _learn_drafted(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
         """What drafts brought, against steps of one token each."""
@@ -328,13 +349,13 @@ class Drafting:
         self.stats.gained_s += max(gained_s, 0.0)
         self.stats.lost_s -= min(gained_s, 0.0)
 
-    def _settle(self, token_s: float) -> None:
+    def _settle(self, chunks: Ids[Chunk], token_s: float) -> None:
         """Charge drafters that are not at rest with what they cost beside the steps that have their drafts,
         where a token takes so long without."""
-        owed_s, self._owed_s = self._owed_s, 0.0
-        self.stats.lost_s += owed_s
+        due, of_step = self._costs.due([chunk.sequence for chunk in chunks], token_s)
+        self.stats.lost_s += of_step
         for drafter in self._observing:
             rest = self._rests[drafter.name]
-            rest.gained(-owed_s / token_s / len(self._observing))
+            rest.gained(-due.get(drafter.name, 0.0) / token_s)
             if rest.is_due:
                 self._since_look = max(self._since_look, LOOK_EVERY)

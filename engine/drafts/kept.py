@@ -31,6 +31,11 @@ class KeptStates:
         """Whether a draft that is not accepted has the step's other tokens computed again."""
         return self._needs_copies
 
+    @property
+    def can_keep(self) -> bool:
+        """Whether there is memory for copies, where these are needed."""
+        return self._lender is not None or not self._needs_copies
+
     def keep(self, slot: int) -> bool:
         """Called before a step with drafts; False where the slot could not be taken back."""
         if not self._needs_copies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import mmap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,7 @@ from engine.families.decoder.draft_layer import draft_bytes, draft_description
 from engine.families.decoder.family import DecoderFamily
 from engine.families.decoder.forward import Decoder
 from engine.families.decoder.read_weights import read_draft
+from engine.families.decoder.shape import kv_shape
 from engine.families.deepseek_v4.config import parse_config as parse_v4_config
 from engine.families.deepseek_v4.draft_layer import V4DraftLayer, draft_layer_bytes, read_draft_layer
 from engine.families.deepseek_v4.draft_stages import read_stages as read_v4_stages
@@ -26,6 +28,7 @@ from engine.families.deepseek_v41.family import DeepseekV41Family
 from engine.families.deepseek_v41.forward import DeepseekV41
 from engine.families.streams.draft_stages import DraftStages, stage_bytes
 from memory.checkpoint.checkpoint import Checkpoint
+from memory.planner.placement import Workload
 from quant.kernels.interface import Kernels
 
 logger = logging.getLogger("loci.engine")
@@ -65,6 +68,20 @@ def own_draft_bytes(family: Family, checkpoint: Checkpoint) -> int:
     if isinstance(family, DecoderFamily):
         return draft_bytes(draft_description(family.description(checkpoint), checkpoint), checkpoint)
     return 0
+
+
+def own_key_bytes(family: Family, checkpoint: Checkpoint, workload: Workload) -> int:
+    """Bytes of the keys that a draft layer keeps of all tokens, beside the model's own; 0 for draft layers
+    that look at a window alone, whose keys `own_draft_bytes` has room for."""
+    if not isinstance(family, DecoderFamily):
+        return 0
+    description = draft_description(family.description(checkpoint), checkpoint)
+    if description is None:
+        return 0
+    of_layer, sequences = kv_shape(description.layers[0].attention, "float32"), workload.sequences
+    tokens = workload.kv_tokens or sequences * workload.context
+    pages = of_layer.pool_bytes(tokens, sequences, workload.context, mmap.PAGESIZE)
+    return pages + sequences * of_layer.nbytes(0)
 
 
 def room_for_drafts(wanted: Wanted, family: Family, checkpoint: Checkpoint, dram_bytes: int) -> int:

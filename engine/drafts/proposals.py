@@ -53,8 +53,8 @@ class Proposals:
     computes_again  a draft that is not accepted has the step's other tokens computed again
     draft_times     what drafts take, by drafter
     made            how many were made, by drafter
-    made_s, looked_s  seconds that went to drafts that are not free, and to looking drafts up, since somebody
-                    set them to 0
+    made_s, looked_s  seconds that went to drafts that are not free, and to looking drafts up, by drafter,
+                    since `begin`
     """
 
     def __init__(
@@ -62,11 +62,28 @@ class Proposals:
     ) -> None:
         self.draft_times = {drafter.name: StepTimes(MOST_ROWS) for drafter in drafters}
         self.made = dict.fromkeys(self.draft_times, 0)
-        self.made_s = self.looked_s = 0.0
-        self._pause = 0  # steps in which nothing is looked up but others are asked: nothing better was found
+        self.made_s: dict[str, float] = {}
+        self.looked_s: dict[str, float] = {}
+        # Steps in which these look nothing up, but others are asked: nothing better was found.
+        self._pauses = dict.fromkeys(FREE, 0)
+        self._missed = 0  # times on end that clients' predictions were of no use
         self._times = times
         self._always = always
         self._computes_again = computes_again
+
+    def begin(self) -> None:
+        """Nothing was spent yet."""
+        self.made_s, self.looked_s = {}, {}
+
+    def expects(self) -> None:
+        """There is a new prediction."""
+        self._pauses["prediction"] = self._missed = 0
+
+    def passed_over(self, most: int) -> int:
+        """Steps, up to `most`, in which nobody would look anything up; they are taken as passed."""
+        steps = min(most, *self._pauses.values())
+        self._pauses = {name: left - steps for name, left in self._pauses.items()}
+        return steps
 
     def chosen(
         self,
@@ -83,10 +100,13 @@ class Proposals:
         room      drafted tokens of all
         """
         tokens = sum(chunk.length for chunk in chunks)
-        looks, self._pause = not self._pause, max(self._pause - 1, 0)
-        asked = drafters if looks else [drafter for drafter in drafters if drafter.name != "lookup"]
+        asked = [drafter for drafter in drafters if not self._pauses.get(drafter.name)]
+        self._pauses = {name: max(left - 1, 0) for name, left in self._pauses.items()}
         found = self._candidates(chunks, opened, mosts, asked, tokens)
+        is_predicted = any(chunk.sequence.prediction for chunk in chunks)
         if not any(found):
+            if is_predicted:
+                self._look_less(tokens)
             return [NOTHING] * len(chunks)
         counts = self._counts(found, opened, mosts, tokens, room)
         found = self._made(chunks, opened, found, counts, mosts, drafters)
@@ -107,9 +127,23 @@ class Proposals:
             if draft.token_ids and own.drafter
         }
         others = any(drafter.name not in FREE for drafter in drafters)
-        if looks and others and makers.isdisjoint(FREE) and self._always is None:
-            self._pause = pause_for(self.looked_s, self._times.seconds(tokens))
+        if (others or is_predicted) and makers.isdisjoint(FREE):
+            self._look_less(tokens)
+        elif "prediction" in makers and not any(own.is_probe for own in opened):
+            self._missed = 0
         return drafts
+
+    def _look_less(self, tokens: int) -> None:
+        """Nothing that was looked up is of use in a step of so many tokens. What clients predict is looked up
+        again sooner: an answer may come back to it at any place."""
+        if self._always is not None:
+            return
+        step_s = self._times.seconds(tokens)
+        for name, seconds in self.looked_s.items():
+            self._pauses[name] = pause_for(seconds, step_s)
+        if "prediction" in self.looked_s:
+            self._missed += 1
+            self._pauses["prediction"] = min(self._pauses["prediction"], self._missed)
 
     def _candidates(
         self,
@@ -128,7 +162,7 @@ class Proposals:
             if drafter.name in FREE:  # it is asked before it is decided whether that pays
                 began = time.perf_counter()
                 drafts = list(drafter.draft([_request(chunks[at], mosts[at]) for at in asked]))
-                self.looked_s += time.perf_counter() - began
+                self.looked_s[drafter.name] = time.perf_counter() - began
             for at, draft in zip(asked, drafts, strict=True):
                 known = opened[at].acceptance
                 if draft is None:
@@ -283,7 +317,7 @@ class Proposals:
             self.made[drafter.name] += 1
             if self.made[drafter.name] > 1:  # the very first one reads everything for the first time
                 self.draft_times[drafter.name].observe(_timed_as(drafter, longest), min(took, most_s))
-            self.made_s += took
+            self.made_s[drafter.name] = took
             for at, draft in zip(wanted, drafts, strict=True):
                 chances = opened[at].acceptance.chances(drafter.name, draft)
                 made[at] = Candidate(drafter, draft, chances)

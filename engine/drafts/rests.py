@@ -46,13 +46,16 @@ class Rest:
         if self.tokens == MOST_CREDIT:
             self._next = FIRST_REST
 
-    def look(self, steps: int, drafts: int, can_pay: Callable[[], bool]) -> bool:
+    def look(self, steps: int, drafts: int, can_pay: Callable[[], bool], *, is_crowded: bool = False) -> bool:
         """Whether it is awake. So many steps have passed since the last look; `drafts` were made in all;
-        `can_pay` says whether they could pay if all were right."""
+        `can_pay` says whether they could pay if all were right. is_crowded: so many answers run that few may
+        have drafts, which passes, so that a rest for it says nothing of the next."""
         if self.left > 0:
             self.left -= steps
             self.after = drafts
         elif self.is_due or (drafts >= self.after + ENOUGH and not can_pay()):
-            self.left, self._next = self._next, min(2 * self._next, LAST_REST)
+            self.left = self._next
+            if not is_crowded:
+                self._next = min(2 * self._next, LAST_REST)
             self.tokens = LOAN
         return self.left <= 0

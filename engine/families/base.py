@@ -303,6 +303,9 @@ class Model(ABC):
         forward."""
         return []
 
+    def drop_captured(self) -> None:  # noqa: B027 - optional
+        """Nobody asks for that any more: of a long prompt it is large."""
+
     def forward(self, batch: Batch, cache: KvCache, trace: Trace | None = None) -> torch.Tensor:
         """Logits of `batch.logit_rows`, `[rows, vocab_size]` float32; the cache grows by the batch. Of a part
         that is not a model's last, the states of all tokens, `[tokens, width]` float32.

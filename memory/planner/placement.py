@@ -31,7 +31,7 @@ class Workload:
     kv_tokens      whose KV has room in all; None: all sequences may be as long as the context
     weights_bytes  of DRAM that weights may take; None: what is left beside all else
     prefix_bytes   of DRAM for states of earlier prompts
-    draft_bytes    of DRAM for weights that guess tokens ahead
+    draft_bytes    of DRAM for weights that guess tokens ahead, and their keys
     """
 
     context: int

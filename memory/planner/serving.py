@@ -46,7 +46,7 @@ class Asked:
     kv_bytes: int | None = None
     prefix_bytes: int | None = None
     weights_bytes: int | None = None
-    draft_bytes: int = 0  # of weights that guess tokens ahead
+    draft_bytes: int = 0  # of weights that guess tokens ahead, and their keys
 
 
 @dataclass(frozen=True)

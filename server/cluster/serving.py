@@ -36,6 +36,7 @@ NOT_TOGETHER = {
     "prefix_disk": "states of prefixes stay in the memory of their machines",
     "aside_disk": "sequences that are put aside are computed again",
     "measured_file": "it is of one machine",
+    "draft_model": "texts are looked up for drafts (--drafts lookup)",
 }
 
 
@@ -56,6 +57,8 @@ def prepare(settings: Settings) -> Prepared:
             raise ConfigError(f"--{name.replace('_', '-')} and --cluster do not go together: {instead}")
     if settings.prompt_products != "exact":
         raise ConfigError("--prompt-products and --cluster do not go together: parts multiply exactly")
+    if settings.drafts == "mtp":
+        raise ConfigError("--drafts mtp and --cluster do not go together: parts do not read draft layers")
     path = model_path(settings.model)
     names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
     opened = open_model(path, settings.max_model_len)

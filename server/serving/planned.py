@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.drafts.beside import SmallModelFiles, open_beside
 from engine.drafts.choice import DraftChoice, weights_wanted
-from engine.drafts.own import own_draft_bytes, room_for_drafts
+from engine.drafts.own import own_draft_bytes, own_key_bytes, room_for_drafts
 from engine.embedded import model_path
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
@@ -37,6 +37,7 @@ class Planned:
     """How a model is to be served; `budget` is for loading, which makes the same placement of it.
 
     own_drafts  bytes for the model's own weights that guess ahead; 0 where they are not read
+    draft_keys  bytes for keys that these keep
     small_model that guesses ahead too
     """
 
@@ -45,6 +46,7 @@ class Planned:
     budget: MemoryBudget
     plan: ServingPlan
     own_drafts: int = 0
+    draft_keys: int = 0
     small_model: SmallModelFiles | None = None
 
     @property
@@ -77,6 +79,10 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
     asked = replace(asked, draft_bytes=drafts + (0 if small is None else small.nbytes))
     pools = all(is_paged(gpu.device) for gpu in budget.gpus)
     plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
+    keys = own_key_bytes(opened.family, opened.checkpoint, plan.workload) if drafts else 0
+    if keys:  # of as many tokens as the pool holds without them, which is not less than with them
+        asked = replace(asked, draft_bytes=asked.draft_bytes + keys)
+        plan = serving_plan(shape, budget.machine_for(shape), asked, pools=pools)
     _check_context(settings, shape, plan, pools=pools)
     others = [*_of_tiers(settings, plan), *_of_formats(settings, kv_format)]
     if settings.drafts == "auto":
@@ -84,20 +90,27 @@ def planned(settings: Settings, opened: OpenedModel) -> Planned:
         others.append(_of_drafts(drafts, needed, has_gpus=not all(gpu.is_virtual for gpu in budget.gpus)))
     plan = replace(plan, choices=(gpus, *plan.choices, *others))
     _check_fit(shape, plan, settings)
-    return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, small)
+    return Planned(found, shape, replace(budget, workload=plan.workload), plan, drafts, keys, small)
 
 
 def own_drafts_room(choice: DraftChoice, opened: OpenedModel, budget: MemoryBudget) -> int:
     """Bytes of DRAM to keep for a model's own weights for drafts. Raises ConfigError where they are asked for
-    and there are none."""
+    and there are none, or layers lie on GPUs."""
     wanted = weights_wanted(choice)
-    if wanted == "auto" and not all(gpu.is_virtual for gpu in budget.gpus):
-        if own_draft_bytes(opened.family, opened.checkpoint):
+    if wanted != "off" and not all(gpu.is_virtual for gpu in budget.gpus):
+        has_weights = own_draft_bytes(opened.family, opened.checkpoint) > 0
+        if has_weights and wanted == "mtp":
+            raise ConfigError(
+                f"--drafts mtp: nothing is captured of {opened.info.name}'s layers on GPUs that its draft "
+                "layers could read: use --devices none, or --drafts lookup"
+            )
+        if has_weights:
             log.info(
                 "the model's own weights for drafts are not read, and no memory is planned for them: "
                 "nothing is captured of layers on GPUs that they could draft from"
             )
-        return 0
+        if wanted == "auto":
+            return 0
     room = room_for_drafts(wanted, opened.family, opened.checkpoint, budget.dram_bytes)
     if wanted == "mtp" and not room:
         raise ConfigError(

@@ -159,6 +159,7 @@ def bring_up(prepared: Prepared) -> Served:
     name, *aliases = prepared.names
     cuts = settings.max_tokens_overflow == "cut"
     of_drafts = sum(drafts.room for drafts in (loaded.own_drafts, small) if drafts is not None)
+    of_drafts += prepared.planned.draft_keys
     watch = PlanWatch(prepared.planned, loaded.model, engine, of_drafts)
     return Served(name, loaded, engine, aliases=tuple(aliases), cuts_answers=cuts, watch=watch)
 

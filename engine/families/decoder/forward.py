@@ -114,6 +114,9 @@ class Decoder(Model):
     def captured(self) -> list[torch.Tensor]:
         return self._captured
 
+    def drop_captured(self) -> None:
+        self._captured = []
+
     # ---------------------------------------------------------------------------------------- the cache
 
     def new_cache(self, slots: int, capacity: int) -> DecoderCache:

@@ -92,6 +92,9 @@ class DeepseekV4(StreamModel):
     def captured(self) -> list[torch.Tensor]:
         return self._captured
 
+    def drop_captured(self) -> None:
+        self._captured = []
+
     def new_cache(self, slots: int, capacity: int) -> V4Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
         self.weights.places.check_kv(slots, capacity, self.cache_shape.layer_bytes)

@@ -118,6 +118,9 @@ class DeepseekV41(StreamModel):
     def captured(self) -> list[torch.Tensor]:
         return self._captured()
 
+    def drop_captured(self) -> None:
+        self._captured = list
+
     def new_cache(self, slots: int, capacity: int) -> V41Cache:
         """Raises BudgetError where a GPU's part is more than was kept free there when loading."""
         self.weights.places.check_kv(slots, capacity, self.cache_shape.layer_bytes)

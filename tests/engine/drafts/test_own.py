@@ -12,6 +12,7 @@ import pytest
 
 from engine.drafts.choice import drafters_of
 from engine.drafts.own import own_draft_bytes, room_for_drafts
+from engine.engine import Engine
 from engine.families.loader import Loaded, load, open_model
 from engine.output import FinishReason
 from memory.planner.budget import MemoryBudget
@@ -82,6 +83,16 @@ def test_memory_for_drafts_is_kept_where_they_are_small_or_asked_for(
     with caplog.at_level(logging.INFO, logger="loci.engine"):
         assert room("auto", 9 * needed) == 0
     assert "--drafts mtp reads them" in caplog.text
+
+
+def test_nothing_is_drafted_where_states_cannot_be_copied(caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load(family_path("qwen3_next"), PLENTY)
+    drafters = drafters_of("lookup", loaded, 1, 100)
+    with caplog.at_level(logging.INFO, logger="loci.engine"):
+        engine = Engine(loaded.model, loaded.tokenizer, max_sequences=1, max_context=100, drafters=drafters)
+    assert engine.stats().drafts is None
+    assert "in memory that a prefix cache lends" in caplog.text
+    loaded.model.close()
 
 
 def test_a_model_without_draft_layers_says_so_where_they_are_asked_for() -> None:

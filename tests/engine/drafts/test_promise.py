@@ -23,6 +23,7 @@ from engine.scheduler import Chunk
 STEP_S = 1.0  # of one token
 FIRST = 400  # tokens by which a server has learned what it can
 NOTHING_LOST = 0.98
+ROWS = 16  # tokens that a drafter is told of in the same time as of one
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Clock:
 
 @dataclass
 class Simulated:
-    """A drafter: what a draft takes, and what it takes to be told of a token."""
+    """A drafter: what a draft takes, and what it takes to be told of a few tokens."""
 
     name: str
     clock: Clock
@@ -65,7 +66,8 @@ class Simulated:
         ]
 
     def observe(self, computed: Sequence[Rows]) -> None:
-        self.clock.now += self.told_s
+        tokens = sum(len(rows.token_ids) for rows in computed)
+        self.clock.now += self.told_s * -(-tokens // ROWS)
 
 
 @dataclass(eq=False)
@@ -95,22 +97,47 @@ class Life:
         self.clock: Clock = drafters[0].clock
         monkeypatch.setattr(drafting_module, "time", self.clock)
         monkeypatch.setattr(proposals_module, "time", self.clock)
-        model: Any = SimpleNamespace(captured=lambda: [None], expect=lambda ahead: None)
+        model: Any = SimpleNamespace(
+            captured=lambda: [None], drop_captured=lambda: None, expect=lambda ahead: None
+        )
         kept: Any = SimpleNamespace(computes_again=False, keep=lambda slot: True, drop=lambda slot: None)
         known: Sequence[Drafter] = drafters
         self._drafting = Drafting(model, known, kept, 15)
         self._rng, self._each_s, self._noise, self._count = random.Random(0), each_s, noise, 0
 
-    def answer(self, tokens: int, right: float) -> float:
-        """How much faster an answer of so many tokens came than without drafts."""
-        began, drafting = self.clock.now, self._drafting
-        sequence: Any = Answered(self._count, tokens)
-        self._count += 1
-        drafting.open(sequence)
+    def answer(
+        self, tokens: int, right: float, *, prompt: int = 0, prediction: tuple[int, ...] = (), beside: int = 0
+    ) -> float:
+        """How much faster an answer of so many tokens came than without drafts.
+
+        prompt  tokens of it that are computed, and told, before that
+        beside  sequences that wait meanwhile, with prompts that are not computed
+        """
+        drafting = self._drafting
+        sequence: Any = self._sequence(tokens, prediction)
+        others: list[Any] = [self._sequence(tokens, (), is_prefilling=True) for _ in range(beside)]
+        if prompt:
+            sequence.token_ids += [1] * prompt
+            sequence.is_prefilling = True
+            chunks = drafting.propose([Chunk(sequence, prompt)])
+            captures = drafting.captured()
+            sequence.is_prefilling, sequence.computed = False, len(sequence.token_ids) - 1
+            drafting.observe(chunks, [sequence.computed - prompt], captures)
+        began = self.clock.now
         while sequence.generated < tokens:
             self._step(sequence, right)
-        drafting.close(sequence)
+        for one in (sequence, *others):
+            drafting.close(one)
         return tokens * STEP_S / (self.clock.now - began)
+
+    def _sequence(self, tokens: int, prediction: tuple[int, ...], *, is_prefilling: bool = False) -> Any:
+        """A new one, that is open."""
+        sequence: Any = Answered(
+            self._count, tokens, prediction=prediction, slot=self._count, is_prefilling=is_prefilling
+        )
+        self._count += 1
+        self._drafting.open(sequence)
+        return sequence
 
     def _step(self, sequence: Any, right: float) -> None:
         begun, drafting = self.clock.now, self._drafting
@@ -127,9 +154,9 @@ class Life:
         drafting.learn(chunks, [accepted], self.clock.now - begun)
 
 
-def speeds(life: Life, answers: int, tokens: int, right: float) -> float:
-    """How much faster so many answers came together."""
-    found = [life.answer(tokens, right) for _ in range(answers)]
+def speeds(life: Life, answers: int, tokens: int, right: float, **options: Any) -> float:
+    """How much faster so many answers came together; options of `answer`."""
+    found = [life.answer(tokens, right, **options) for _ in range(answers)]
     return len(found) / sum(1 / ratio for ratio in found)
 
 
@@ -181,3 +208,38 @@ def test_stages_that_rest_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert speeds(life, 10, 200, 0.0) > 0.97
     speeds(life, 40, 200, 0.9)
     assert speeds(life, 10, 200, 0.9) > 1.5
+
+
+def test_who_has_read_a_long_prompt_drafts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it takes longer than a drafter may lose in all."""
+    stages = Simulated("mtp", Clock(), draft_s=0.1, told_s=0.1)
+    life = Life(monkeypatch, 0.1, stages)
+    assert speeds(life, 1, 100, 0.8, prompt=4096) > 1.3
+    assert speeds(life, 10, 100, 0.8, prompt=4096) > 1.5
+
+
+def test_who_reads_prompts_for_nothing_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Simulated("mtp", Clock(), draft_s=0.1, told_s=0.1)
+    life = Life(monkeypatch, 0.5, stages)
+    speeds(life, 4, 100, 0.0, prompt=4096)
+    before = life.clock.now
+    life.answer(100, 0.0, prompt=4096)
+    assert life.clock.now - before < 110 * STEP_S  # nobody read it
+
+
+def test_prompts_that_come_together_make_nobody_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = Simulated("dspark", Clock(), draft_s=0.3, told_s=0.01)
+    life = Life(monkeypatch, 0.1, stages)
+    speeds(life, 4, 100, 0.8)
+    assert speeds(life, 4, 100, 0.8, beside=12) > 1.5
+    assert speeds(life, 4, 100, 0.8) > 1.5
+
+
+def test_predictions_that_are_wrong_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searching them takes a fiftieth of a step, and so does searching the text."""
+    clock = Clock()
+    predicted = Simulated("prediction", clock, draft_s=0.02, longest=15)
+    looked = Simulated("lookup", clock, draft_s=0.02, kinds=(2, 3), longest=15)
+    life = Life(monkeypatch, 0.5, predicted, looked)
+    assert speeds(life, 4, 200, 0.0, prediction=(1,) * 100) > 0.95
+    assert speeds(life, 10, 200, 0.0, prediction=(1,) * 100) > NOTHING_LOST

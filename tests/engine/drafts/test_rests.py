@@ -45,3 +45,12 @@ def test_who_has_lost_its_loan_rests_and_what_was_gained_may_be_lost_again() -> 
     assert not rest.is_due
     assert not rest.look(FIRST_REST - STEPS, ENOUGH, lambda: True)
     assert rest.look(STEPS, ENOUGH, lambda: True)
+
+
+def test_a_rest_because_many_answers_ran_makes_the_next_one_no_longer() -> None:
+    rest, rests = Rest(), []
+    for _ in range(3):
+        assert not rest.look(STEPS, ENOUGH + rest.after, lambda: False, is_crowded=True)
+        rests.append(rest.left)
+        assert rest.look(rest.left, rest.after, lambda: True)
+    assert rests == [FIRST_REST] * 3

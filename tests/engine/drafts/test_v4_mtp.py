@@ -74,6 +74,8 @@ def test_the_streams_that_leave_the_last_layer_are_captured(case: Case) -> None:
     last = len(case.model.weights.layers) - 1
     (streams,) = trace.values[f"streams.{last}"]
     assert (streams_of(case) - streams.flatten(1)).abs().max() < 1e-4
+    case.model.drop_captured()
+    assert not case.model.captured()
 
 
 @pytest.mark.slow

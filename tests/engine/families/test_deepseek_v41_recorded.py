@@ -44,13 +44,14 @@ def tight(path: Path, held: str) -> MemoryBudget:
     whole = FAMILY.load(open_safetensors(path), NativeKernels(), MemoryBudget(1 << 30))
     experts = whole.weights.experts.tier_bytes["dram"]
     dense = whole.weights.places.nbytes["dram"]
-    tables = whole.weights.engram.nbytes
+    tables, embed = whole.weights.engram.nbytes, whole.weights.embed
+    assert isinstance(embed, torch.Tensor)
     whole.close()
     workload = Workload(context=300, sequences=MAX_ROWS + 2)
     if held == "experts":
         return MemoryBudget(dense + experts + tables // 2, workload=workload)
     if held == "some":
-        return MemoryBudget(dense + experts // 2, workload=workload)
+        return MemoryBudget(dense - embed.nbytes + experts // 2, workload=workload)  # it stays on disk
     gpus = tuple(Tier(f"vram:{n}", experts // 12, CPU, link_bytes_per_s=1e9) for n in range(2))
     return MemoryBudget(dense + experts // 5, gpus, workload)
 

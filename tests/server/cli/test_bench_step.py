@@ -65,7 +65,7 @@ def test_reads_are_compared_only_where_everything_is_in_memory(tmp_path: Path) -
     model = tmp_path / "tiny"
     write_checkpoint(plan_slice("v41-tiny", 3, 2000), model, lambda done, total: None)
 
-    text, found = measured(tmp_path / "step.json", model, "--dram-budget", "1900kB")
+    text, found = measured(tmp_path / "step.json", model, "--dram-budget", "1500kB")
 
     assert "step_kernel_share" in found
     assert "resident_step_read_ratio" not in found

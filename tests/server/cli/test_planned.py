@@ -13,6 +13,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.drafts.mtp import Mtp
 from engine.embedded import model_path
 from engine.families.loader import open_model
 from memory.hardware.profiles import HardwareProfile
@@ -24,6 +25,7 @@ from server.serving import planned as planned_module
 from server.serving.planned import own_drafts_room, planned
 from server.settings import resolve_settings
 from tests.conftest import golden_path
+from tests.engine.families.golden_families import family_path
 from tests.server.conftest import StartServer
 from tests.server.harness import DEADLINE_S, TINY, LociServer, complaint, invoke
 
@@ -120,7 +122,26 @@ def test_no_memory_is_planned_for_drafts_where_layers_on_a_gpu_capture_nothing(
     with caplog.at_level(logging.INFO, logger="loci"):
         assert own_drafts_room("auto", opened, budget) == 0
     assert "no memory is planned for them" in caplog.text
+    with pytest.raises(ConfigError, match=r"--drafts mtp: .* on GPUs .* use --devices none"):
+        own_drafts_room("mtp", opened, budget)
     assert own_drafts_room("auto", opened, replace(budget, gpus=())) > 0
+
+
+def test_the_plan_counts_keys_of_a_draft_layer() -> None:
+    path = family_path("deepseek_v3")
+    opened = open_model(path)
+    asked = {"model": path, "devices": "none", "drafts": "mtp", "max_model_len": 200, "max_num_seqs": 3}
+    found = planned(resolve_settings(asked), opened)
+    loaded = opened.load(found.budget, drafts="mtp")
+    try:
+        assert loaded.own_drafts is not None
+        drafter = loaded.own_drafts.drafter(3, 200)
+        assert isinstance(drafter, Mtp)
+        assert found.draft_keys >= 3 * drafter._cache.pages.nbytes(200) > 0
+        assert found.workload.draft_bytes == loaded.own_drafts.room + found.draft_keys
+        loaded.own_drafts.close()
+    finally:
+        loaded.model.close()
 
 
 @pytest.mark.slow
