@@ -87,15 +87,18 @@ def serve(ray: Lasting, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         each.process.kill()
 
 
+def refused(ray: Lasting, *flags: str) -> str:
+    """Why a server does not start."""
+    line = command("serve", TINY, *LIMITS, "--cluster", ray.address, "--port", "0", *flags)
+    ended = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=ENDS_S)
+    return complaint(ended.stderr)
+
+
 def test_a_second_server_leaves_the_replicas_of_the_first_alone(
     serve: Callable[..., Served], ray: Lasting
 ) -> None:
     first = serve("--drain-timeout-s", "1")
-    flags = (*LIMITS, "--cluster", ray.address, "--port", "0")
-    second = subprocess.run(
-        command("serve", TINY, *flags), capture_output=True, text=True, env=environment(), timeout=ENDS_S
-    )
-    assert "runs an application named loci already" in complaint(second.stderr)
+    assert "runs an application named loci already" in refused(ray)
     assert "choices" in first.complete()
     # What still runs when draining is over is ended, and the replicas are gone before the server is.
     body = BODY | {"max_tokens": 1900, "stream": True, "logprobs": None}
@@ -120,6 +123,19 @@ def test_a_server_that_is_stopped_while_it_loads_leaves_no_replicas(ray: Lasting
     finally:
         process.kill()
     eventually(lambda: not ray.has_replicas, "it is taken away", ENDS_S)
+
+
+def test_replicas_that_cannot_be_loaded_are_not_left_to_be_tried_again(ray: Lasting) -> None:
+    assert "the replicas cannot be started: " in refused(ray, "--dram-budget", "1MiB")
+    left = "from ray import serve; print(list(serve.status().applications))"
+    found = subprocess.run(
+        [sys.executable, "-c", left],
+        capture_output=True,
+        env=environment(RAY_ADDRESS=ray.address),
+        text=True,
+        timeout=ENDS_S,
+    )
+    assert found.stdout.splitlines()[-1] == "[]"
 
 
 def test_replicas_of_a_server_that_was_killed_can_be_ended(
