@@ -188,6 +188,11 @@ class Engine:
         """True while the step loop runs."""
         return self._thread.is_alive()
 
+    @property
+    def is_ready(self) -> bool:
+        """True while a sequence that is submitted now can be computed."""
+        return self.is_alive
+
     def start(self) -> None:
         """Start the step loop."""
         self._thread.start()

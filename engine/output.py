@@ -39,6 +39,7 @@ class Output(NamedTuple):
     prompt_logprobs  in the first Output, if requested; one per prompt token, the first one None
     finish_reason    set in the last Output
     error       the error message, if finish_reason is ERROR or REFUSED
+    code, param what clients know the error by, and the field at fault; an ERROR with a code passes
     stop_match  the stop string or stop token id that ended it
     queue_s     in the first Output: seconds from submission until the prompt was first computed
     cached_tokens    in the first Output: prompt tokens from the prefix cache
@@ -57,6 +58,8 @@ class Output(NamedTuple):
     cached_tokens: int | None = None
     special_ranges: tuple[tuple[int, int], ...] | None = None
     predicted: tuple[int, int] = (0, 0)
+    code: str | None = None
+    param: str | None = None
 
 
 def joined(outputs: Sequence[Output]) -> Output:
@@ -76,6 +79,8 @@ def joined(outputs: Sequence[Output]) -> Output:
         cached_tokens=first.cached_tokens,
         special_ranges=_joined_ranges(outputs),
         predicted=last.predicted,
+        code=last.code,
+        param=last.param,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -85,23 +86,26 @@ def block_hashes(ids: Ids, salt: str) -> tuple[bytes, ...]:
     return tuple(_Chain(salt).extend(ids))
 
 
-def held_hashes(tree: Tree) -> bytes:
-    """The hashes of all blocks that a cache holds, one behind the other."""
-    found: list[bytes] = []
-    for salt, root in tree.roots.items():
-        below = [(root, _Chain(salt))]
-        while below and len(found) < MOST_BLOCKS:
-            edge, chain = below.pop()
-            found += chain.extend(edge.tokens)
-            below += ((child, chain.fork()) for child in edge.children.values())
-    return b"".join(found[:MOST_BLOCKS])
+@dataclass(frozen=True)
+class _Hashed:
+    """An edge's blocks, which stay what they are while its tokens and the chain `before` it are the same."""
+
+    tokens: Ids
+    before: _Chain
+    hashes: bytes
+    after: _Chain
 
 
 class PrefixDigest:
-    """The hashes of a cache, kept up to date by the thread that uses it; others read `hashes`."""
+    """The hashes of a cache, kept up to date by the thread that uses it; others read `hashes`.
+
+    Only edges that are new since the last time are hashed.
+    """
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
+        self._roots: dict[str, _Chain] = {}
+        self._edges: dict[int, _Hashed] = {}  # by the identity of what they are of
         self._known = -1
         self._next_s = 0.0
         self.hashes = b""
@@ -114,6 +118,26 @@ class PrefixDigest:
         if not at_once and begun < self._next_s:
             return
         self._known = self._tree.changes
-        self.hashes = held_hashes(self._tree)
+        self.hashes = self._held()
         ended = time.perf_counter()
         self._next_s = ended + (ended - begun) / SHARE
+
+    def _held(self) -> bytes:
+        """The hashes of all blocks that the cache holds, one behind the other."""
+        known, self._edges = self._edges, {}
+        self._roots = {salt: self._roots.get(salt) or _Chain(salt) for salt in self._tree.roots}
+        found: list[bytes] = []
+        room = MOST_BLOCKS * HASH_BYTES
+        for salt, root in self._tree.roots.items():
+            below = [(root, self._roots[salt])]
+            while below and room > 0:
+                edge, before = below.pop()
+                hashed = known.get(id(edge))
+                if hashed is None or hashed.tokens is not edge.tokens or hashed.before is not before:
+                    after = before.fork()
+                    hashed = _Hashed(edge.tokens, before, b"".join(after.extend(edge.tokens)), after)
+                self._edges[id(edge)] = hashed
+                found.append(hashed.hashes[:room])
+                room -= len(hashed.hashes)
+                below += ((child, hashed.after) for child in edge.children.values())
+        return b"".join(found)

@@ -25,7 +25,7 @@ import uvicorn
 from quant.errors import ConfigError
 from server.cli.address import Address, bind
 from server.cli.arguments import OptionalNamedModel, Yes
-from server.cli.process import flush_stdout
+from server.cli.process import flush_stdout, ignore_signals
 from server.http.connection import allow_many_connections, protocol_with_deadlines
 from server.http.logs import configure_logging
 from server.settings import SEVERAL, Settings, resolve_settings
@@ -110,14 +110,17 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
     settings = settings.model_copy(update={"model": str(fetched(settings.model, yes, settings.experts))})
     metrics = Metrics()
     metrics.observe_process()
-    settings, bring_up, lines = _prepared(settings, metrics)
+    settings, bring_up, lines, give_up = _prepared(settings, metrics)
     service = Service(settings, metrics, typed)
-    server = _Server(create_app(service), service, bring_up, lines, address)
+    server = _Server(create_app(service), service, bring_up, lines, address, give_up)
     address.listen()
     try:
         server.run(sockets=[address.socket])
     finally:
-        service.stop()
+        try:
+            service.stop()
+        finally:
+            give_up()
     if service.failure is not None:
         raise service.failure
     if service.is_loading:  # a thread that is inside torch when the interpreter ends would abort the process
@@ -126,9 +129,14 @@ def serve(config: Path | None, yes: bool, **flags: Any) -> None:
         os._exit(0)
 
 
-def _prepared(settings: Settings, metrics: Metrics) -> tuple[Settings, Callable[[], Served], list[str]]:
-    """The settings with what the plan has chosen, what brings the model up, and lines to say meanwhile: a
-    model that is wrong is refused before anybody is told to connect."""
+def _prepared(
+    settings: Settings, metrics: Metrics
+) -> tuple[Settings, Callable[[], Served], list[str], Callable[[], None]]:
+    """The settings with what the plan has chosen, what brings the model up, lines to say meanwhile, and what
+    ends what would outlive this process.
+
+    A model that is wrong is refused before anybody is told to connect.
+    """
     if settings.cluster is None:
         for name in ("stages", "replicas"):
             if getattr(settings, name) is not None:
@@ -138,16 +146,25 @@ def _prepared(settings: Settings, metrics: Metrics) -> tuple[Settings, Callable[
 
         here = service.prepare(settings)
         lines = [*plan_lines(here.planned), *(explained(here.planned) if settings.explain else ())]
-        return here.settings, partial(service.bring_up, here), lines
+        return here.settings, partial(service.bring_up, here), lines, _nothing
     if settings.replicas is not None:
         from server.cluster import replicas
 
         copies = replicas.prepare(settings)
-        return settings, partial(replicas.bring_up, copies, metrics.registry), []
+
+        def give_up() -> None:
+            ignore_signals()  # it takes a moment, and the process ends behind it
+            copies.application.give_up()
+
+        return settings, partial(replicas.bring_up, copies, metrics.registry), [], give_up
     from server.cluster import serving as in_parts
 
     parts = in_parts.prepare(settings)
-    return settings, partial(in_parts.bring_up, parts, metrics.registry), []
+    return settings, partial(in_parts.bring_up, parts, metrics.registry), [], _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Server(uvicorn.Server):
@@ -157,10 +174,16 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: Any, service: Service, bring_up: Callable[[], Served], lines: list[str], address: Address
+        self,
+        app: Any,
+        service: Service,
+        bring_up: Callable[[], Served],
+        lines: list[str],
+        address: Address,
+        give_up: Callable[[], None],
     ) -> None:
         self._service = service
-        self._bring_up, self._lines = bring_up, lines
+        self._bring_up, self._lines, self._give_up = bring_up, lines, give_up
         self._address = address
         self._drain_s = service.settings.drain_timeout_s
         self._unfinished: set[asyncio.Task[None]] = set()  # requests that ran when draining began
@@ -195,6 +218,7 @@ class _Server(uvicorn.Server):
             self.should_exit = True
         if self.should_exit or self._service.is_draining:
             return
+        self._catch_signals()  # Ray, where it was started meanwhile, has put its own handler before ours
         served = self._service.served
         _say(f"{served.name} is ready. Try:\n  {_curl(self._address.url, self._service)}")
         if served.loaded.chat is not None and served.engine.max_context < AGENTS_CONTEXT:
@@ -209,13 +233,20 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
+        self._catch_signals()
+        yield
+
+    def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
-        yield
 
     def _on_signal(self, number: int) -> None:
+        signal.alarm(
+            0
+        )  # Ray's handler, which is before this one while it loads, would abort 3 s after SIGTERM
         if self._service.is_draining:
+            self._give_up()
             os._exit(128 + number)
         self._service.drain()
         self._unfinished = set(self.server_state.tasks)

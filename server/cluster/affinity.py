@@ -9,6 +9,7 @@ again is better than waiting for it.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -49,14 +50,14 @@ class _Replica:
         return 1 if self.state is None else self.state.slots
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Given:
     """A sequence's place; `known` blocks of its prompt were there before."""
 
     replica: str
     blocks: Blocks
     known: int
-    is_withdrawn: Callable[[], bool]
+    has_arrived: bool = False
 
 
 class Affinity:
@@ -66,7 +67,8 @@ class Affinity:
         self._now = now
         self._lock = threading.Lock()
         self._replicas: dict[str, _Replica] = {}
-        self._given: dict[str, _Given] = {}
+        self._attempts = itertools.count(1)
+        self._given: dict[int, _Given | None] = {}  # None before it is given to a replica
         self._ended: deque[tuple[float, _Given]] = deque()
         self._sequences: Counter[tuple[str, str]] = Counter()
         self._tokens: Counter[str] = Counter()
@@ -111,40 +113,54 @@ class Affinity:
 
             return sorted(among, key=rank)
 
-    def give(
-        self, sequence: str, replica: str, blocks: Blocks, is_withdrawn: Callable[[], bool] = lambda: False
-    ) -> None:
-        """A sequence is to go to a replica, or to another one than before. Where it `is_withdrawn` on its
-        way, nobody says that it has ended."""
+    def begin(self) -> int:
+        """The number of an attempt to have a sequence computed; whoever begins it says when it has ended."""
         with self._lock:
-            self._take_back(sequence)
-            at = self._of(replica)
-            self._given[sequence] = _Given(replica, blocks, self._known_blocks(replica, blocks), is_withdrawn)
-            at.running += 1
-            at.given.update(blocks)
+            attempt = next(self._attempts)
+            self._given[attempt] = None
+            return attempt
 
-    def arrived(self, sequence: str) -> None:
-        """The replica that it was given to has accepted it."""
+    def give(self, attempt: int, replica: str, blocks: Blocks) -> None:
+        """An attempt is to go to a replica, or to another one than before. No-op if it has ended."""
         with self._lock:
-            given = self._given.get(sequence)
-            if given is not None:
-                self._sequences[given.replica, "prefix" if given.known else "load"] += 1
-                self._tokens[given.replica] += BLOCK * given.known
+            if attempt in self._given:
+                self._give(attempt, replica, blocks)
 
-    def end(self, sequence: str, replica: str) -> None:
-        """A sequence has ended at a replica, in whatever way."""
+    def arrived(self, attempt: int, replica: str, blocks: Blocks) -> None:
+        """A replica, the one that it was given to or another one, has accepted it. No-op if it has ended."""
         with self._lock:
-            given = self._given.get(sequence)
-            if given is not None and given.replica == replica:
-                del self._given[sequence]
-                self._of(replica).running -= 1
+            if attempt not in self._given:
+                return
+            given = self._given[attempt]
+            if given is None or given.replica != replica:
+                given = self._give(attempt, replica, blocks)
+            given.has_arrived = True
+            self._sequences[replica, "prefix" if given.known else "load"] += 1
+            self._tokens[replica] += BLOCK * given.known
+
+    def end(self, attempt: int) -> None:
+        """An attempt has ended, in whatever way and wherever it was."""
+        with self._lock:
+            given = self._given.get(attempt)
+            if given is not None and given.has_arrived:
+                self._of(given.replica).running -= 1
                 self._ended.append((self._now() + TOLD_S, given))
+            else:
+                self._take_back(attempt)
+            self._given.pop(attempt, None)
 
     @property
     def up(self) -> int:
         """How many replicas there are."""
         with self._lock:
             return len(self._replicas)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a sequence that any of them can compute; None before they have told."""
+        with self._lock:
+            told = [at.state.context for at in self._replicas.values() if at.state is not None]
+            return min(told, default=None)
 
     @property
     def gone(self) -> int:
@@ -172,6 +188,9 @@ class Affinity:
 
     def _remove(self, replica: str) -> None:
         found = self._replicas.pop(replica, None)
+        for attempt, given in self._given.items():
+            if given is not None and given.replica == replica:
+                self._given[attempt] = None
         if found is not None and replica not in self._gone:
             self._gone.add(replica)
             if found.state is not None:
@@ -185,22 +204,29 @@ class Affinity:
                 return number
         return len(blocks)
 
-    def _take_back(self, sequence: str) -> None:
+    def _give(self, attempt: int, replica: str, blocks: Blocks) -> _Given:
+        self._take_back(attempt)
+        at = self._of(replica)
+        given = self._given[attempt] = _Given(replica, blocks, self._known_blocks(replica, blocks))
+        at.running += 1
+        at.given.update(blocks)
+        return given
+
+    def _take_back(self, attempt: int) -> None:
         """It was given to a replica and did not get there."""
-        given = self._given.pop(sequence, None)
+        given = self._given.get(attempt)
         if given is not None:
+            self._given[attempt] = None
             at = self._of(given.replica)
             at.running -= 1
             at.given -= Counter(given.blocks)
 
     def _forget(self) -> None:
-        """What has ended long enough ago; and what was withdrawn."""
+        """What has ended long enough ago."""
         while self._ended and self._ended[0][0] <= self._now():
             _, given = self._ended.popleft()
             at = self._of(given.replica)
             at.given -= Counter(given.blocks)
-        for sequence in [name for name, given in self._given.items() if given.is_withdrawn()]:
-            self._take_back(sequence)
 
 
 _shared: dict[str, Affinity] = {}

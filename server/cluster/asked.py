@@ -24,6 +24,7 @@ class Asked:
     params  with a seed, unless there is nothing to draw: it is what makes the answer the same anywhere
     blocks  the hashes of the prompt's blocks, by which it finds its replica
     sent    tokens of the answer that a replica had sent before it was lost
+    attempt its number in `Affinity`, where it was asked
     """
 
     prompt: NDArray[np.int32]
@@ -32,6 +33,7 @@ class Asked:
     prediction: tuple[int, ...]
     blocks: tuple[bytes, ...]
     sent: tuple[int, ...] = ()
+    attempt: int = 0
 
 
 # New of a sequence since the last time: outputs, or how far its prompt is.
@@ -51,5 +53,6 @@ class ReplicaState:
     """What a replica tells every second: the hashes of what its prefix cache holds, and its figures."""
 
     hashes: bytes
+    context: int
     slots: int
     stats: EngineStats

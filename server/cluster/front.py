@@ -12,7 +12,7 @@ from ray import serve
 
 from server.app import create_app
 from server.cluster.replica import listen_where_ray_does
-from server.cluster.replicas import connected, deployment, of_replicas, prepare
+from server.cluster.replicas import connected, deployment, of_replicas, prepare, settings_of_front
 from server.http.logs import configure_logging
 from server.metrics import Metrics
 from server.serving.service import Service
@@ -27,9 +27,9 @@ CONNECTIONS = 4096  # requests at once; those that compute are limited by the en
 class Front:
     """Keys, limits, prompts' tokens, stored responses: there is one, so that these are counted once."""
 
-    def __init__(self, arguments: dict[str, Any], replicas: Any) -> None:
+    def __init__(self, arguments: dict[str, Any], replicas: Any, needs_key: bool) -> None:
         listen_where_ray_does()
-        settings = resolve_settings(arguments)
+        settings = settings_of_front(arguments, needs_key)
         configure_logging(settings.log_level, settings.log_format)
         self._service = Service(settings, Metrics(), settings.model)
         self._service.metrics.observe_process()
@@ -57,4 +57,4 @@ def app(arguments: dict[str, Any]) -> Any:
     settings = resolve_settings(arguments)
     options = {"name": "front", "num_replicas": 1, "max_ongoing_requests": CONNECTIONS}
     deployed = serve.deployment(Front, ray_actor_options={"num_cpus": 0}, **options)
-    return deployed.bind(arguments, deployment(of_replicas(settings)))
+    return deployed.bind(arguments, deployment(of_replicas(settings)), settings.needs_key)

@@ -8,6 +8,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,8 +64,16 @@ def ray_module() -> Ray:
     return module
 
 
-def connect(address: str) -> list[str]:
-    """Connect to the Ray at `address`, and return its machines, this one first.
+@dataclass(frozen=True)
+class Connected:
+    """A Ray: its machines, this one first, and whether it is this process's own and ends with it."""
+
+    nodes: list[str]
+    is_own: bool
+
+
+def connect(address: str) -> Connected:
+    """Connect to the Ray at `address`.
 
     `local` starts one for as long as this process lives, which listens on this machine alone and knows its
     own by a token; `auto` means the one that runs on this machine already, and where none does, `local`.
@@ -92,7 +101,7 @@ def connect(address: str) -> list[str]:
         log.warning("this Ray asks for no token: who can reach it can run programs on it (docs/cluster.md)")
     here = ray.get_runtime_context().get_node_id()
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    return sorted(alive, key=lambda node: (node != here, node))
+    return Connected(sorted(alive, key=lambda node: (node != here, node)), is_own=address == LOCAL)
 
 
 def _in_lasting_thread(work: Callable[[], object]) -> None:

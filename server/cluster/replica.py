@@ -7,19 +7,21 @@ are where the replicas are called from (replicated.py).
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from engine.cache.digest import PrefixDigest
 from engine.cache.prefix import PrefixCache
 from engine.engine import PromptProgress, Submission
+from engine.grammar.lark import Grammar
 from engine.output import FinishReason, Output, joined
-from quant.errors import LociError, RequestError
+from quant.errors import CapacityError, LociError, RequestError
 from server.cluster.asked import STATE, Answered, Asked, ReplicaInfo, ReplicaState
 from server.cluster.on_machine import on_this_machine
 from server.serving.service import bring_up, prepare
@@ -27,6 +29,9 @@ from server.serving.streaming import PULSE_S
 from server.serving.wakeups import Wakeups
 from server.settings import Settings
 
+log = logging.getLogger("loci")
+
+COMPILE_AGAIN_S = 0.05
 DIFFERS = "a replica of the model is gone, and another one would have answered otherwise; ask again"
 
 
@@ -68,7 +73,7 @@ class Replica:
 
         try:
             if asked.params.grammar is not None:
-                await asyncio.wrap_future(engine.grammars.compile(asked.params.grammar))
+                await self._compile(asked.params.grammar)
             ticket = engine.submit(
                 asked.prompt.tolist(),
                 asked.params,
@@ -77,12 +82,15 @@ class Replica:
                 prediction=asked.prediction,
             )
         except LociError as error:
-            reason = FinishReason.REFUSED if isinstance(error, RequestError) else FinishReason.ERROR
-            yield [Output(finish_reason=reason, error=str(error))]
+            if not engine.is_alive:
+                leave()
+            yield [refusal(error)]
             return
         try:
             sent = deque(asked.sent)
             async for each in self._outputs(ticket, inbox, arrived):
+                if not isinstance(each, PromptProgress) and each[-1].finish_reason is FinishReason.ABORT:
+                    leave()  # nobody here has asked for it
                 new = each if isinstance(each, PromptProgress) else unsent(each, sent)
                 if new:
                     yield new
@@ -90,6 +98,17 @@ class Replica:
                     return
         finally:
             engine.abort(ticket)
+
+    async def _compile(self, grammar: Grammar) -> None:
+        """Waits where many are being compiled: the front has accepted this one. Raises RequestError."""
+        while True:
+            try:
+                compiled = self._engine.grammars.compile(grammar)
+            except CapacityError:
+                await asyncio.sleep(COMPILE_AGAIN_S)
+            else:
+                await asyncio.wrap_future(compiled)
+                return
 
     async def _outputs(
         self, ticket: Submission, inbox: deque[Output], arrived: asyncio.Event
@@ -110,7 +129,7 @@ class Replica:
     def record_routing_stats(self) -> dict[str, ReplicaState]:
         """Serve asks for it every second, and tells its routers."""
         hashes = b"" if self._digest is None else self._digest.hashes
-        return {STATE: ReplicaState(hashes, self._slots, self._engine.stats())}
+        return {STATE: ReplicaState(hashes, self._engine.max_context, self._slots, self._engine.stats())}
 
     def check_health(self) -> None:
         """Serve starts it again where this raises."""
@@ -141,15 +160,35 @@ class Replica:
 
 def unsent(outputs: list[Output], sent: deque[int]) -> list[Output]:
     """Of new outputs, those behind the tokens that were `sent` before, which are taken out of it; those that
-    need not be told apart, as one. An error where the tokens are others."""
+    need not be told apart, as one. An error where the tokens are others, or end before those."""
     new = []
     for output in outputs:
+        if sent and output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            return [Output(finish_reason=FinishReason.ERROR, error=DIFFERS)]
         if sent and output.token_ids:
             if output.token_ids[0] != sent.popleft():
                 return [Output(finish_reason=FinishReason.ERROR, error=DIFFERS)]
         else:
             new.append(output)
     return new if not new or new[-1].logprobs else [joined(new)]
+
+
+def refusal(error: LociError) -> Output:
+    """What a sequence ends with that the engine does not take."""
+    if isinstance(error, RequestError):
+        reason = FinishReason.REFUSED
+        return Output(finish_reason=reason, error=str(error), code=error.code, param=error.param)
+    code = "queue_full" if isinstance(error, CapacityError) else None
+    return Output(finish_reason=FinishReason.ERROR, error=str(error), code=code)
+
+
+def leave() -> NoReturn:
+    """End this process, whose engine has died: its sequences go to other replicas, and Serve starts it again.
+
+    As long as it stayed, it would look idle and be given everything.
+    """
+    log.error("the engine's thread has ended; this replica ends, to be started again")
+    os._exit(1)
 
 
 def listen_where_ray_does() -> None:

@@ -8,10 +8,8 @@ tokenizer and the stored responses, and replicas that only compute.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -21,7 +19,8 @@ from engine.families.loader import Loaded, OpenedModel, open_model
 from memory.checkpoint.checkpoint import name_of
 from quant.errors import ConfigError
 from server.cluster.affinity import affinity_to
-from server.cluster.asked import APPLICATION, DEPLOYMENT, ReplicaInfo
+from server.cluster.application import STOP_S, Application
+from server.cluster.asked import DEPLOYMENT, ReplicaInfo
 from server.cluster.fingerprint import fingerprint
 from server.cluster.metrics import ReplicaCollector
 from server.cluster.ray_stages import LOCAL, check_installed, connect, looks, ray_module
@@ -30,7 +29,7 @@ from server.cluster.replicated import RemoteModel, ReplicatedEngine
 from server.cluster.serving import check_copies
 from server.serving.planned import planned
 from server.serving.service import Served
-from server.settings import Settings
+from server.settings import Settings, resolve_settings
 
 log = logging.getLogger("loci")
 
@@ -39,6 +38,7 @@ OF_THE_FRONT = {
     "host", "port", "served_model_name", "any_model", "max_tokens_overflow", "cluster", "stages", "replicas",
     "explain", "api_key", "api_key_file", "allowed_hosts", "cors_origins", "max_body_bytes", "read_timeout_s",
     "write_timeout_s", "response_store_bytes", "request_timeout_s", "drain_timeout_s", "measured_file",
+    "max_waiting",
 }  # fmt: skip
 NOT_TOGETHER = {
     "stages": "a replica is a whole model",
@@ -46,20 +46,22 @@ NOT_TOGETHER = {
     "measured_file": "it is of one server",
 }
 TELLS_EVERY_S = 1.0
-CALLS_AT_ONCE = 2048  # more than a replica ever takes: it is its engine that refuses
+CALLS_AT_ONCE = 2048  # more than a replica is ever given: it is the front that refuses
 STARTS = 3  # of a replica that cannot be loaded
-STOP_S = 30.0  # that a replica gets for what it computes when it is taken away
 ROUTER = "server.cluster.router:PrefixRouter"
-_RAISED = re.compile(r"^quant\.errors\.\w+: (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model about to be served by replicas: its settings and headers have been checked, here."""
+    """A model about to be served by replicas: its settings and headers have been checked, here.
+
+    application  what they will be in Serve, if it is this process that deploys them
+    """
 
     settings: Settings
     names: tuple[str, ...]
     opened: OpenedModel
+    application: Application = field(default_factory=Application)
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -79,7 +81,23 @@ def prepare(settings: Settings) -> Prepared:
 def of_replicas(settings: Settings) -> dict[str, Any]:
     """The settings for the replicas, without the front's secrets."""
     given = settings.model_dump(exclude=OF_THE_FRONT, exclude_none=True)
-    return {name: value for name, value in given.items() if name in settings.model_fields_set}
+    chosen = {name: value for name, value in given.items() if name in settings.model_fields_set}
+    # The front counts what waits; what is left of a replica that died must find room with the others.
+    return chosen | {"max_waiting": CALLS_AT_ONCE}
+
+
+def settings_of_front(arguments: Mapping[str, Any], needs_key: bool) -> Settings:
+    """The settings on the machine where the front is; `needs_key` says whether the application was made with
+    keys. Raises ConfigError where it was and this machine has none: it would let everybody in."""
+    settings = resolve_settings(arguments)
+    if needs_key and not settings.needs_key:
+        raise ConfigError(
+            "the application was made with API keys, and Ray's environment on this machine has none: set "
+            "LOCI_API_KEY there (or LOCI_API_KEY_FILE) before `ray start`"
+        )
+    if not settings.needs_key:
+        log.warning("no API key is set: anyone who can reach Serve's HTTP can use it")
+    return settings
 
 
 def bring_up(prepared: Prepared, registry: CollectorRegistry) -> Served:
@@ -88,14 +106,21 @@ def bring_up(prepared: Prepared, registry: CollectorRegistry) -> Served:
     assert settings.cluster is not None
     assert settings.replicas is not None
     passed_on = of_replicas(settings) | {"model": str(opened.checkpoint.path)}
-    nodes = connect(settings.cluster)
+    ray = connect(settings.cluster)
+    nodes = ray.nodes
     if len(nodes) > 1:
         check_copies(looks(passed_on, nodes), fingerprint(opened.checkpoint))
     sharing = -(-settings.replicas // len(nodes))
     if sharing > 1 and settings.dram_budget is None:
         log.warning("several replicas share a machine: each plans for all of its memory; set --dram-budget")
-    handle = _deploy(passed_on, settings.replicas, sharing)
-    return connected(prepared, registry, handle, partial(_end, settings.cluster == LOCAL))
+    options = {"num_replicas": settings.replicas, "max_replicas_per_node": sharing, "sharing": sharing}
+    application = prepared.application
+    handle = application.deploy(deployment(passed_on, **options), on_own_ray=ray.is_own)
+    try:
+        return connected(prepared, registry, handle, application.end)
+    except BaseException:
+        application.end()
+        raise
 
 
 def connected(
@@ -147,33 +172,11 @@ def deployment(settings: Mapping[str, Any], **options: Any) -> Any:
     return serve.deployment(Replica, **(usual | options)).bind(dict(settings), sharing)
 
 
-def _deploy(settings: Mapping[str, Any], count: int, sharing: int) -> Any:
-    """A handle to replicas that are up. Raises ConfigError where they cannot be."""
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(proxy_location="Disabled")
-    options = {"num_replicas": count, "max_replicas_per_node": sharing, "sharing": sharing}
-    try:
-        return serve.run(deployment(settings, **options), name=APPLICATION, route_prefix=None)
-    except RuntimeError as error:
-        said = _RAISED.findall(str(error))
-        why = said[-1] if said else f"Ray's logs say why ({str(error).strip().splitlines()[-1]})"
-        raise ConfigError(f"the replicas cannot be started: {why}") from None
-
-
-def _end(is_own: bool) -> None:
-    """Take the replicas away from a cluster that goes on; one of their own ends with this process."""
-    if is_own:
-        return
-    from ray import serve
-
-    serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()  # it was started without HTTP, which who comes next may want
-
-
 def _means_loss(error: BaseException) -> bool:
+    from ray.serve.exceptions import DeploymentUnavailableError
+
     ray = ray_module()
+    if isinstance(error, DeploymentUnavailableError):  # Serve has given up starting them for now
+        return True
     is_of_ray = isinstance(error, ray.exceptions.RayError)
     return is_of_ray and not isinstance(error, ray.exceptions.RayTaskError)

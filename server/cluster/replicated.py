@@ -11,7 +11,9 @@ import contextvars
 import itertools
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +29,10 @@ from engine.prompt_check import check_prompt
 from engine.sampling.params import SamplingParams
 from engine.sequence import OnOutput
 from engine.tokenizer.tokenizer import Tokenizer
-from quant.errors import CapacityError
+from quant.errors import CapacityError, LociError
 from server.cluster.affinity import Affinity
 from server.cluster.asked import Asked, ReplicaInfo
+from server.http.errors import unavailable
 
 log = logging.getLogger("loci")
 
@@ -37,10 +40,12 @@ ATTEMPTS = 4  # replicas that a sequence is given to, one after the other
 SEED_BITS = 32
 LOOK_S = 0.5  # how often whoever waits for a replica looks whether there is one
 PATIENCE_S = 20.0  # for the first replica: a router knows of them a moment after they have begun
+END_S = 90.0  # that the replicas are taken away in, if Serve answers at all
+NO_REPLICA = "no_replica"
 NONE_UP = "no replica of the model is up; they are being started again: try again soon"
 
 
-class ReplicaGoneError(CapacityError):
+class ReplicaGoneError(LociError):
     """No replica can compute a sequence now; there may be one soon."""
 
 
@@ -92,16 +97,22 @@ class ReplicatedEngine:
         self._running: dict[int, asyncio.Task[None]] = {}
         self._progress: dict[int, PromptProgress] = {}
         self._is_stopped = False
+        self._stopping, self._has_ended = threading.Lock(), threading.Event()
 
     @property
     def max_context(self) -> int:
         """Tokens a sequence may have, prompt and answer together."""
-        return self._replica.context
+        return self.affinity.context or self._replica.context
 
     @property
     def is_alive(self) -> bool:
         """True until it is stopped: replicas that die are started again."""
         return not self._is_stopped
+
+    @property
+    def is_ready(self) -> bool:
+        """True while there is a replica."""
+        return self.is_alive and self.affinity.up > 0
 
     @property
     def max_sequences(self) -> int:
@@ -119,11 +130,14 @@ class ReplicatedEngine:
     ) -> Submission:
         """Give a sequence to a replica; `on_output` is called on this event loop.
 
-        Raises RequestError for what `check_prompt` refuses, CapacityError where too many wait.
+        Raises RequestError for what `check_prompt` refuses, CapacityError where too many wait, ApiError 503
+        while there is no replica.
         """
         check_prompt(prompt_ids, params, self._info.vocab_size, self.max_context)
         if self._is_stopped:
             raise CapacityError("the engine is not running; ask the server's operator to restart it")
+        if self.affinity.gone and not self.affinity.up:
+            raise unavailable(NONE_UP, NO_REPLICA)
         if len(self._running) >= self.max_sequences + self._max_waiting:
             text = f"{self.max_sequences} requests are running and {self._max_waiting} are already waiting"
             raise CapacityError(f"{text}; try again later")
@@ -145,7 +159,8 @@ class ReplicatedEngine:
         """End a sequence; its replica frees its slot within a step. No-op if it has ended."""
         task = self._running.get(ticket.sequence_id)
         if task is not None:
-            task.get_loop().call_soon_threadsafe(task.cancel)
+            with suppress(RuntimeError):  # the loop has closed, and ended it
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
     def foresee(self, cache_salt: str, beginning: list[int]) -> None:
         """Nothing: states on disk are not kept with replicas."""
@@ -159,14 +174,19 @@ class ReplicatedEngine:
         return self.affinity.stats()
 
     def stop(self) -> None:
-        """End what runs, and the replicas."""
-        if self._is_stopped:
+        """End what runs, and the replicas. Whoever comes second waits until the first is done."""
+        with self._stopping:
+            is_first, self._is_stopped = not self._is_stopped, True
+        if not is_first:
+            self._has_ended.wait(END_S)
             return
-        self._is_stopped = True
-        for number in list(self._running):
-            self.abort(Submission(number))
-        self.grammars.close()
-        self._when_stopped()
+        try:
+            for number in list(self._running):
+                self.abort(Submission(number))
+            self.grammars.close()
+            self._when_stopped()
+        finally:
+            self._has_ended.set()
 
     async def _compute(self, number: int, asked: Asked, on_output: OnOutput) -> None:
         """Report what replicas generate, or why it ended."""
@@ -176,8 +196,8 @@ class ReplicatedEngine:
             return
         except asyncio.CancelledError:
             pass  # aborted
-        except CapacityError as error:
-            last = Output(finish_reason=FinishReason.ERROR, error=str(error))
+        except ReplicaGoneError as error:
+            last = Output(finish_reason=FinishReason.ERROR, error=str(error), code=NO_REPLICA)
         except Exception as error:
             log.exception("a replica failed")
             last = Output(finish_reason=FinishReason.ERROR, error=f"{type(error).__name__} in a replica")
@@ -188,8 +208,10 @@ class ReplicatedEngine:
         """Raises ReplicaGoneError where none computes it to its end."""
         sent: list[int] = []
         for _ in range(ATTEMPTS):
-            response, is_over = self._handle.generate.remote(replace(asked, sent=tuple(sent))), False
+            attempt, response, is_over = self.affinity.begin(), None, False
             try:
+                again = replace(asked, sent=tuple(sent), attempt=attempt)
+                response = self._handle.generate.remote(again)
                 each = await self._first(response)
                 while True:
                     if isinstance(each, PromptProgress):
@@ -215,7 +237,8 @@ class ReplicatedEngine:
                     "a replica is gone; a sequence of which %d tokens were sent goes to another", len(sent)
                 )
             finally:
-                if not is_over:
+                self.affinity.end(attempt)
+                if response is not None and not is_over:
                     response.cancel()
         raise ReplicaGoneError(NONE_UP)
 

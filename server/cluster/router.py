@@ -41,24 +41,26 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):  # type: ignor
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Each replica by itself, the best first: Serve takes the first that accepts the request."""
+        """Each replica by itself, the best first: Serve takes the first that accepts the request. The best
+        one is asked twice, as a busy one may be late to say that it accepts."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # if none accepts it
-        asked = next((each for each in pending_request.args if isinstance(each, Asked)), None)
+        asked = _asked(pending_request)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         blocks = () if asked is None else asked.blocks
         order = self._affinity.order(blocks, list(by_name))
         if asked is not None:
             # At once, for the next request that is decided on before this one is on its way.
-            name = pending_request.metadata.internal_request_id
-            self._affinity.give(name, order[0], blocks, pending_request.future.cancelled)
-        return [[by_name[name]] for name in order]
+            self._affinity.give(asked.attempt, order[0], blocks)
+        return [[by_name[name]] for name in [*order[:1], *order]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica has accepted it."""
-        self._affinity.arrived(pending_request.metadata.internal_request_id)
+        asked = _asked(pending_request)
+        if asked is not None:
+            self._affinity.arrived(asked.attempt, replica_id.unique_id, asked.blocks)
 
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """It has ended, or never got there."""
-        self._affinity.end(internal_request_id, replica_id.unique_id)
+
+def _asked(pending_request: PendingRequest) -> Asked | None:
+    return next((each for each in pending_request.args if isinstance(each, Asked)), None)

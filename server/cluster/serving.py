@@ -72,7 +72,7 @@ def bring_up(prepared: Prepared, registry: CollectorRegistry) -> Served:
     settings, opened = prepared.settings, prepared.opened
     assert settings.cluster is not None
     passed_on = passed(settings) | {"model": str(opened.checkpoint.path)}
-    nodes = connect(settings.cluster)
+    nodes = connect(settings.cluster).nodes
     found = looks(passed_on, nodes)
     check_copies(found, fingerprint(opened.checkpoint))
     stages, spans = _stages(settings, opened, passed_on, nodes, found)

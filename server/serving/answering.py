@@ -32,6 +32,11 @@ class Answering(Protocol):
         """True while sequences are computed."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """True while a sequence that is submitted now can be computed."""
+        ...
+
     def submit(
         self,
         prompt_ids: Sequence[int],

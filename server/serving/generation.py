@@ -129,9 +129,11 @@ class Generation:
         if output.finish_reason is not None:
             self._running.pop(index, None)
         if output.finish_reason is FinishReason.ERROR:
-            raise ApiError(500, output.error or "the engine failed", code="engine_error")
+            why = output.error or "the engine failed"
+            raise unavailable(why, output.code) if output.code else ApiError(500, why, code="engine_error")
         if output.finish_reason is FinishReason.REFUSED:
-            raise ApiError(400, output.error or "the request cannot be answered", code="invalid_grammar")
+            why, code = output.error or "the request cannot be answered", output.code or "invalid_grammar"
+            raise ApiError(400, why, param=output.param, code=code)
         if output.finish_reason is FinishReason.ABORT:
             stopped = unavailable("the engine stopped before the answer was finished", "engine_stopped")
             raise self._ended_by or stopped

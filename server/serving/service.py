@@ -261,7 +261,7 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """True while requests can be answered."""
-        return self._served is not None and self._served.engine.is_alive and not self.is_draining
+        return self._served is not None and self._served.engine.is_ready and not self.is_draining
 
     @property
     def served(self) -> Served:

@@ -102,6 +102,12 @@ def test_serve_reads_its_configs(config: dict[str, Any]) -> None:
     assert set(config["http_options"]) <= set(type(read.http_options).model_fields)
 
 
+def test_clients_inside_kubernetes_may_ask_for_the_service_by_its_name() -> None:
+    (application,) = IN_SERVICE["applications"]
+    assert Settings(**application["args"]).host_names is None
+    assert Settings(**CONFIG["applications"][0]["args"]).host_names is not None
+
+
 def test_nothing_listens_beyond_a_machine_unless_told_and_calls_carry_a_token() -> None:
     assert CONFIG["http_options"]["host"] == "127.0.0.1"
     assert CLUSTER["authOptions"] == {"mode": "token"}

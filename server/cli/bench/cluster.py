@@ -77,7 +77,7 @@ def _measure(model: Path, steps: int, dram_budget: str | None) -> list[Result]:
     )  # fmt: skip
     shape = opened.family.loaded_shape(opened.checkpoint, opened.kv_format("auto"))
     spans = spread(shape, cuts, (1.0, 1.0))
-    (node, *_) = connect(LOCAL)
+    (node, *_) = connect(LOCAL).nodes
     stages = [RayStage(passed(settings), span, node, threads=1) for span in spans]
     parts = [get(call) for call in [stage.ask_load({}, 1) for stage in stages]]
     staged = StagedModel(stages, parts, spans)

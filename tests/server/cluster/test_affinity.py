@@ -12,6 +12,7 @@ from server.cluster.affinity import TOLD_S, Affinity
 from server.cluster.asked import ReplicaState
 
 SLOTS = 8
+CONTEXT = 1000
 
 
 class Clock:
@@ -35,7 +36,16 @@ def stats(prompt_tokens: int = 0, running: int = 0) -> EngineStats:
 
 
 def state(*held: tuple[bytes, ...], **figures: int) -> ReplicaState:
-    return ReplicaState(b"".join(block for prompt in held for block in prompt), SLOTS, stats(**figures))
+    hashes = b"".join(block for prompt in held for block in prompt)
+    return ReplicaState(hashes, CONTEXT, SLOTS, stats(**figures))
+
+
+def begun(affinity: Affinity, replica: str, asked: tuple[bytes, ...]) -> int:
+    """The number of an attempt that a replica has accepted."""
+    attempt = affinity.begin()
+    affinity.give(attempt, replica, asked)
+    affinity.arrived(attempt, replica, asked)
+    return attempt
 
 
 @pytest.fixture
@@ -62,9 +72,11 @@ def test_the_longest_prefix_wins(affinity: Affinity) -> None:
 def test_a_second_request_follows_the_first_before_anything_was_told(
     affinity: Affinity, clock: Clock
 ) -> None:
-    affinity.give("first", "b", blocks(1, 2, 3))
+    attempt = affinity.begin()
+    affinity.give(attempt, "b", blocks(1, 2, 3))
     assert affinity.order(blocks(1, 2, 3, 4), ["a", "b"])[0] == "b"
-    affinity.end("first", "b")
+    affinity.arrived(attempt, "b", blocks(1, 2, 3))
+    affinity.end(attempt)
     clock.now += TOLD_S / 2
     assert affinity.order(blocks(1, 2, 3, 4), ["a", "b"])[0] == "b"
     clock.now += TOLD_S  # by now it would have told, if it had kept it
@@ -73,33 +85,61 @@ def test_a_second_request_follows_the_first_before_anything_was_told(
 
 def test_a_replica_that_is_much_busier_is_passed_over(affinity: Affinity) -> None:
     affinity.tell("a", state(blocks(1, 2)))
-    for number in range(SLOTS // 2):
+    for _ in range(SLOTS // 2):
         assert affinity.order(blocks(1, 2), ["a", "b"])[0] == "a"
-        affinity.give(f"s{number}", "a", blocks(1, 2))
-    affinity.give("one more", "a", blocks(1, 2))
+        begun(affinity, "a", blocks(1, 2))
+    one_more = begun(affinity, "a", blocks(1, 2))
     assert affinity.order(blocks(1, 2), ["a", "b"]) == ["b", "a"]
-    affinity.end("s0", "a")
+    affinity.end(one_more)
     assert affinity.order(blocks(1, 2), ["a", "b"])[0] == "a"
 
 
 def test_without_a_prefix_the_least_busy_one_is_chosen(affinity: Affinity) -> None:
-    affinity.give("x", "a", blocks(5))
+    begun(affinity, "a", blocks(5))
     assert affinity.order(blocks(6), ["a", "b"])[0] == "b"
 
 
 def test_what_was_withdrawn_on_its_way_burdens_nobody(affinity: Affinity) -> None:
-    affinity.give("x", "a", blocks(5), is_withdrawn=lambda: True)
+    attempt = affinity.begin()
+    affinity.give(attempt, "a", blocks(5))
+    affinity.end(attempt)
+    affinity.give(attempt, "a", blocks(5))  # a router that had not heard of it yet
+    affinity.arrived(attempt, "a", blocks(5))
     assert affinity.order(blocks(5), ["a", "b"]) == ["a", "b"]
-    affinity.give("y", "b", blocks(5))
+    begun(affinity, "b", blocks(5))
     assert affinity.order(blocks(5), ["a", "b"])[0] == "b"
 
 
-def test_a_sequence_that_is_given_to_another_replica_has_left_the_first(affinity: Affinity) -> None:
-    affinity.give("x", "a", blocks(5))
-    affinity.give("x", "b", blocks(5))
-    affinity.end("x", "a")  # what is told late of the first changes nothing
+def test_a_sequence_that_another_replica_has_accepted_is_there(affinity: Affinity) -> None:
+    attempt = affinity.begin()
+    affinity.give(attempt, "a", blocks(5))
+    affinity.arrived(attempt, "b", blocks(5))
     assert affinity.order(blocks(6), ["a", "b"])[0] == "a"
     assert affinity.order(blocks(5), ["a", "b"])[0] == "b"
+    assert affinity.routed.sequences == {("b", "load"): 1}
+    affinity.end(attempt)
+    begun(affinity, "b", blocks(7))  # what it had is no load of either any more
+    assert affinity.order(blocks(6), ["b", "a"])[0] == "a"
+
+
+def test_a_replica_that_was_given_up_and_is_there_after_all_has_no_load(affinity: Affinity) -> None:
+    attempt = begun(affinity, "a", blocks(1))
+    affinity.lose("a")
+    affinity.keep_only("ab")
+    affinity.end(attempt)
+    other = begun(affinity, "b", blocks(2))
+    assert affinity.order(blocks(3), ["b", "a"])[0] == "a"
+    affinity.end(other)
+    begun(affinity, "a", blocks(4))
+    assert affinity.order(blocks(3), ["a", "b"])[0] == "b"
+
+
+def test_a_sequence_may_be_as_long_as_the_smallest_replica_allows(affinity: Affinity) -> None:
+    assert affinity.context == CONTEXT
+    affinity.tell("b", ReplicaState(b"", CONTEXT // 2, SLOTS, stats()))
+    assert affinity.context == CONTEXT // 2
+    affinity.lose("b")
+    assert affinity.context == CONTEXT
 
 
 def test_a_replica_that_is_gone_leaves_its_counts_behind(affinity: Affinity) -> None:
@@ -115,9 +155,8 @@ def test_a_replica_that_is_gone_leaves_its_counts_behind(affinity: Affinity) -> 
 
 def test_why_a_replica_was_chosen_is_counted(affinity: Affinity) -> None:
     affinity.tell("a", state(blocks(1, 2)))
-    for name, asked in (("x", blocks(1, 2, 3)), ("y", blocks(9))):
-        affinity.give(name, "a", asked)
-        affinity.arrived(name)
+    for asked in (blocks(1, 2, 3), blocks(9)):
+        begun(affinity, "a", asked)
     routed = affinity.routed
     assert routed.sequences == {("a", "prefix"): 1, ("a", "load"): 1}
     assert routed.tokens == {"a": 2 * BLOCK}

@@ -27,7 +27,8 @@ connect("local")
 from ray import serve
 from server.cluster.front import app
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
-serve.run(app({"model": sys.argv[1], "dram_budget": "150MiB", "max_model_len": 1000, "max_num_seqs": 4}))
+limits = {"dram_budget": "150MiB", "max_model_len": 1000, "max_num_seqs": 4}
+serve.run(app({"model": sys.argv[1], "host": "0.0.0.0", **limits}))
 print("runs", flush=True)
 sys.stdin.read()
 """
@@ -63,6 +64,8 @@ def test_the_application_streams_as_it_computes_and_asks_for_keys_behind_serves_
             time.sleep(0.3)
         started = psutil.Process(process.pid).children(recursive=True)
         assert client.get("/v1/models", headers={"Authorization": ""}).status_code == 401
+        elsewhere = client.get("/v1/models", headers={"Host": "loci-serve-svc:8000"})
+        assert elsewhere.status_code == 200, elsewhere.text
         body = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True, "temperature": 0}
         whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
         times: list[float] = []

@@ -48,6 +48,10 @@ class PlayedEngine:
         self.between_steps()
         return Submission(1)
 
+    @property
+    def is_ready(self) -> bool:
+        return self.is_alive
+
     def foresee(self, cache_salt: str, beginning: list[int]) -> None:
         pass
 
