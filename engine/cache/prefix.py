@@ -87,6 +87,8 @@ class PrefixCache:
         self._cache = cache
         self._stored = stored
         self.rows = RowShelf(cache.pages)
+        # Of what is appended: tokens per row, and a row's bytes.
+        self._sizes = [(ratio, view[:1].nbytes) for ratio, view in cache.appended(0)]
         self._budget_bytes = budget_bytes
         self._roots: dict[str, _Node] = {}
         self._ends: OrderedDict[_Node, None] = OrderedDict()  # restorable, oldest use first
@@ -167,14 +169,14 @@ class PrefixCache:
         recent = self._cache.recent(slot, len(ids))
         at_end = sum(t.nbytes for t in recent) + (0 if logits is None else logits.nbytes)
         budget = self._budget_bytes - self._lent
-        if self._edge_bytes(slot, 0, len(ids)) + at_end > budget:
+        if self._edge_bytes(0, len(ids)) + at_end > budget:
             return
         while True:
             path = self._walk(ids, salt)
             shared = path[-1].stop if path else 0
             if shared == len(ids) and self._adds_nothing(path[-1], logits):
                 return
-            needed = self._edge_bytes(slot, shared, len(ids)) + at_end
+            needed = self._edge_bytes(shared, len(ids)) + at_end
             if self._nbytes + needed <= budget:
                 break
             self._evict()
@@ -251,11 +253,9 @@ class PrefixCache:
             return True
         return step.stop == node.stop and node.recent is not None and node.logits is not None
 
-    def _edge_bytes(self, slot: int, start: int, stop: int) -> int:
+    def _edge_bytes(self, start: int, stop: int) -> int:
         """Bytes of the edge with the tokens from `start` to `stop`."""
-        rows = sum(
-            (stop // ratio - start // ratio) * view[:1].nbytes for ratio, view in self._cache.appended(slot)
-        )
+        rows = sum((stop // ratio - start // ratio) * nbytes for ratio, nbytes in self._sizes)
         return rows + (stop - start) * np.dtype(np.int32).itemsize
 
     def _load(self, slot: int, path: list[_Step], end: _Node, length: int) -> None:
@@ -285,10 +285,9 @@ class PrefixCache:
         parent = node.parent
         if count == len(node.tokens) or parent is None:
             return node
-        ratios = [ratio for ratio, _ in self._cache.appended(0)]
         halves = [
             self.rows.split(rows, (node.start + count) // ratio - node.start // ratio)
-            for ratio, rows in zip(ratios, node.rows, strict=True)
+            for (ratio, _), rows in zip(self._sizes, node.rows, strict=True)
         ]
         upper = _Node(node.start, node.tokens[:count].copy(), tuple(half for half, _ in halves), parent)
         node.start += count

@@ -37,7 +37,7 @@ from memory.planner.workspace import lent_bytes, workspace_bytes
 VALUE_BYTES = 4  # of activations
 SMALLEST_CHUNK, LARGEST_CHUNK = 512, 32_768
 # A chunk twice as large must be worth something: of the best rate, the smallest chunk with so much is taken.
-ENOUGH = 0.95
+ENOUGH = 0.98
 # Of host memory, what activations may take: of all of it, and of what weights and caches leave unused.
 HOST_SHARE, UNUSED_SHARE = 1 / 16, 1 / 4
 # Of decoding's rate, what a large chunk's workspace may cost.

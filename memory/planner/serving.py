@@ -105,7 +105,7 @@ def serving_plan(
         short = replace(workload, context=min(workload.context, TYPICAL_PROMPT))
         chunk = planned_chunk(shape, hardware, short)
         choices.append(
-            Choice("prefill_chunk", f"{chunk:,}", "the smallest with 95 % of prompts' best rate, by plan")
+            Choice("prefill_chunk", f"{chunk:,}", "the smallest with 98 % of prompts' best rate, by plan")
         )
     workload = replace(workload, prefill_chunk=chunk)
     placement = plan(shape, hardware, workload)
