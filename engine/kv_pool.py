@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from engine.families.base import KvCache, Model
 from memory.hardware.detect import available_memory_bytes
-from memory.hardware.profiles import written
-from memory.planner.serving import MIN_CONTEXT
+from memory.planner.serving import MIN_CONTEXT, no_room, too_long
 from quant.errors import BudgetError
 
 USELESS = 16  # shorter sequences are of no use to anybody
@@ -73,17 +72,9 @@ def new_pool(model: Model, slots: int, context: int, size: PoolSize, prefix_byte
     tokens = pages.fit(context, rooms.by_device, nbytes, limit)
     longest = pages.longest(context)
     if longest < context and not size.may_shorten:
-        needed = pages.nbytes(context)
-        raise BudgetError(
-            f"a sequence of {context:,} tokens needs {needed / 1e6:,.1f} MB of KV cache, but the pool has "
-            f"{(nbytes or pages.budget_bytes or 0) / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, "
-            f"or lower --max-model-len to {longest}"
-        )
+        raise too_long(nbytes or pages.budget_bytes or 0, context, longest, pages.nbytes(context))
     if longest < min(context, USELESS):
-        raise BudgetError(
-            f"the KV pool of {(nbytes or 0) / 1e6:,.1f} MB has no room for a sequence; raise --kv-budget to "
-            f"{written(pages.nbytes(min(context, MIN_CONTEXT)))}"
-        )
+        raise no_room(nbytes or 0, pages.nbytes(min(context, MIN_CONTEXT)))
     return KvPool(cache, tokens, longest)
 
 

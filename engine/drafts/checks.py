@@ -20,14 +20,12 @@ class Checks:
 
     def is_due(self, tokens: int) -> bool:
         """Whether the next step is to have none."""
-        if self._left:
-            self._left -= 1
-            self._is_on = True
-            return True
-        if self._since[tokens] < self._intervals[tokens]:
-            return False
-        self._intervals[tokens] = min(2 * self._intervals[tokens], LAST_CHECK)
-        self._left = CHECKED - 1
+        if not self._left:
+            if self._since[tokens] < self._intervals[tokens]:
+                return False
+            self._intervals[tokens] = min(2 * self._intervals[tokens], LAST_CHECK)
+            self._left = CHECKED
+        self._left -= 1
         self._is_on = True
         return True
 

@@ -198,13 +198,8 @@ def _workload(
         longest = largest(lambda each: sequences * bytes_of_one(shape, hardware, each) <= room, context)
         tokens = sequences * longest
     if not longest and asked.kv_bytes is not None:
-        needed, who = bytes_of_one(shape, hardware, least), "a sequence"
-        if not pools and sequences > 1:
-            needed, who = sequences * needed, f"{sequences} sequences"
-        raise BudgetError(
-            f"the KV pool of {room / 1e6:,.3f} MB has no room for {who}; raise --kv-budget to "
-            f"{written(needed)}"
-        )
+        count = 1 if pools else sequences
+        raise no_room(room, count * bytes_of_one(shape, hardware, least), count)
     nbytes = shape.pool_bytes(tokens, sequences, longest, page)
     if asked.kv_bytes is None:
         why = "all that the sequences can have" if tokens == sequences * context else why
@@ -276,6 +271,25 @@ def largest_page(hardware: HardwareProfile) -> int:
 def bytes_of_one(shape: ModelShape, hardware: HardwareProfile, tokens: int) -> int:
     """Bytes of the pages of a sequence of so many tokens, at most."""
     return shape.pool_bytes(tokens, 1, tokens, largest_page(hardware))
+
+
+def no_room(pool: int, needed: int, sequences: int = 1) -> BudgetError:
+    """For a KV pool of so many bytes that holds nothing; so many sequences need `needed`."""
+    who = "a sequence" if sequences == 1 else f"{sequences} sequences"
+    return BudgetError(
+        f"the KV pool of {pool / 1e6:,.3f} MB has no room for {who}; raise --kv-budget to {written(needed)}"
+    )
+
+
+def too_long(pool: int, tokens: int, longest: int, needed: int, sequences: int = 1) -> BudgetError:
+    """For sequences of so many tokens, of which a KV pool of so many bytes holds `longest`; so many of them
+    need `needed` bytes together."""
+    which = "a sequence" if sequences == 1 else f"each of {sequences} sequences"
+    each = needed // sequences
+    return BudgetError(
+        f"{which} of {tokens:,} tokens needs {each / 1e6:,.1f} MB of KV cache, but the pool has "
+        f"{pool / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"
+    )
 
 
 def _size(nbytes: int) -> str:

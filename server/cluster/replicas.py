@@ -16,7 +16,6 @@ from prometheus_client import CollectorRegistry
 
 from engine.embedded import model_path
 from engine.families.loader import Loaded, OpenedModel, open_model
-from memory.checkpoint.checkpoint import name_of
 from quant.errors import ConfigError
 from server.cluster.affinity import affinity_to
 from server.cluster.application import STOP_S, Application
@@ -26,9 +25,9 @@ from server.cluster.metrics import ReplicaCollector
 from server.cluster.ray_stages import LOCAL, check_installed, connect, looks, ray_module
 from server.cluster.replica import Replica
 from server.cluster.replicated import RemoteModel, ReplicatedEngine
-from server.cluster.serving import check_copies
+from server.cluster.serving import check_copies, refuse_together
 from server.serving.planned import planned
-from server.serving.service import Served
+from server.serving.service import Served, served_names
 from server.settings import Settings, resolve_settings
 
 log = logging.getLogger("loci")
@@ -67,15 +66,12 @@ class Prepared:
 def prepare(settings: Settings) -> Prepared:
     """Check what can be checked before Ray is asked. Raises LociError."""
     check_installed()
-    for name, why in NOT_TOGETHER.items():
-        if getattr(settings, name) not in (None, "0"):
-            raise ConfigError(f"--{name.replace('_', '-')} and --replicas do not go together: {why}")
+    refuse_together(settings, "--replicas", NOT_TOGETHER)
     path = model_path(settings.model)
-    names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
     opened = open_model(path, settings.max_model_len, settings.experts)
     if settings.cluster == LOCAL:
         planned(settings, opened)  # what does not fit is said before anybody is told to connect
-    return Prepared(settings, names, opened)
+    return Prepared(settings, served_names(settings, path), opened)
 
 
 def of_replicas(settings: Settings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from engine.embedded import model_path
 from engine.engine import Engine
 from engine.families.loader import Loaded, OpenedModel, open_model
 from engine.kv_pool import PoolSize
-from memory.checkpoint.checkpoint import name_of
 from memory.checkpoint.part import Span
 from memory.planner.stages import spread
 from quant.errors import ConfigError
@@ -25,7 +24,7 @@ from server.cluster.fingerprint import fingerprint
 from server.cluster.metrics import StageCollector
 from server.cluster.on_machine import Look, Wish, passed
 from server.cluster.ray_stages import RayStage, check_installed, connect, get, looks
-from server.serving.service import Served
+from server.serving.service import Served, served_names
 from server.settings import Settings
 
 log = logging.getLogger("loci")
@@ -52,19 +51,23 @@ class Prepared:
 def prepare(settings: Settings) -> Prepared:
     """Check what can be checked before any other machine is asked. Raises LociError."""
     check_installed()
-    for name, instead in NOT_TOGETHER.items():
-        if getattr(settings, name) not in (None, "0"):
-            raise ConfigError(f"--{name.replace('_', '-')} and --cluster do not go together: {instead}")
+    refuse_together(settings, "--cluster", NOT_TOGETHER)
     if settings.prompt_products != "exact":
         raise ConfigError("--prompt-products and --cluster do not go together: parts multiply exactly")
     if settings.drafts == "mtp":
         raise ConfigError("--drafts mtp and --cluster do not go together: parts do not read draft layers")
     path = model_path(settings.model)
-    names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
     opened = open_model(path, settings.max_model_len)
     if not opened.family.cuts(opened.checkpoint):
         raise ConfigError(f"{path}: the {opened.family.name} family runs on one machine only")
-    return Prepared(settings, names, opened)
+    return Prepared(settings, served_names(settings, path), opened)
+
+
+def refuse_together(settings: Settings, flag: str, reasons: Mapping[str, str]) -> None:
+    """Raises ConfigError where one of the settings that `reasons` name was given beside `flag`."""
+    for name, why in reasons.items():
+        if getattr(settings, name) not in (None, "0"):
+            raise ConfigError(f"--{name.replace('_', '-')} and {flag} do not go together: {why}")
 
 
 def bring_up(prepared: Prepared, registry: CollectorRegistry) -> Served:

@@ -12,14 +12,22 @@ from engine.drafts.own import own_draft_bytes, own_key_bytes, room_for_drafts
 from engine.embedded import model_path
 from engine.families.loader import OpenedModel
 from memory.hardware.detect import Machine, detect, resident_bytes
-from memory.hardware.profiles import HardwareProfile, parse_bytes, written
+from memory.hardware.profiles import HardwareProfile, parse_bytes
 from memory.hardware.quick import known_rates
 from memory.hardware.this_machine import this_machine
 from memory.pages.spaces import is_paged
 from memory.planner.budget import GPU_SHARE, MemoryBudget
 from memory.planner.forecast import remedy
 from memory.planner.placement import NOWHERE, Workload
-from memory.planner.serving import Asked, Choice, ServingPlan, bytes_of_one, chosen_gpus, serving_plan
+from memory.planner.serving import (
+    Asked,
+    Choice,
+    ServingPlan,
+    bytes_of_one,
+    chosen_gpus,
+    serving_plan,
+    too_long,
+)
 from memory.planner.shape import ModelShape
 from quant.errors import BudgetError, ConfigError
 from quant.formats.kv_names import KvFormat
@@ -204,12 +212,7 @@ def _check_context(settings: Settings, shape: ModelShape, plan: ServingPlan, *, 
         return
     count = 1 if pools else plan.workload.sequences
     needed = count * bytes_of_one(shape, plan.hardware, wanted)
-    which = "a sequence" if count == 1 else f"each of {count} sequences"
-    pool = sum(plan.placement.pool_bytes().values())
-    raise BudgetError(
-        f"{which} of {wanted:,} tokens needs {needed // count / 1e6:,.1f} MB of KV cache, but the pool has "
-        f"{pool / 1e6:,.1f} MB: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"
-    )
+    raise too_long(sum(plan.placement.pool_bytes().values()), wanted, longest, needed, count)
 
 
 def _check_fit(shape: ModelShape, plan: ServingPlan, settings: Settings) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.cache.aside import AsideOnDisk
 from engine.cache.identity import identity_of
@@ -100,17 +101,21 @@ class Prepared:
         return self.planned.budget
 
 
+def served_names(settings: Settings, path: Path) -> tuple[str, ...]:
+    """What clients may call the model in `path`, the first being its own name."""
+    return tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
+
+
 def prepare(settings: Settings) -> Prepared:
     """Check the model that `settings` name before its weights are read.
 
     Raises LociError.
     """
     path = model_path(settings.model)
-    names = tuple(dict.fromkeys(settings.served_model_name)) or (name_of(path),)
     opened = open_model(path, settings.max_model_len, settings.experts)
     found = planned(settings, opened)
     chosen = {"max_num_seqs": found.workload.sequences, "prefill_chunk": found.workload.prefill_chunk}
-    return Prepared(settings.model_copy(update=chosen), names, opened, found)
+    return Prepared(settings.model_copy(update=chosen), served_names(settings, path), opened, found)
 
 
 def bring_up(prepared: Prepared) -> Served:

@@ -163,6 +163,70 @@ class Block:
     confidence: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a block's first stage begins with.
+
+    last     the prefix of the last stage
+    main     what is keyed of the tokens before the block, `[n, hidden]`, at positions `before`
+    streams  `[block, hc, hidden]`, at `positions`
+    """
+
+    stages: int
+    last: str
+    main: torch.Tensor
+    before: torch.Tensor
+    positions: torch.Tensor
+    streams: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        tensors: dict[str, torch.Tensor],
+        c: dict[str, Any],
+        embed: torch.Tensor,
+        captures: torch.Tensor,
+        start: int,
+        newest: int,
+        *,
+        tile: int,
+    ) -> Begun:
+        """Behind captures `[tokens, targets * hidden]` of the tokens from position `start` on."""
+        block, stages = c["dspark_block_size"], 1 + max(int(name.split(".")[1]) for name in tensors)
+        main = captures.double() @ decoded(tensors, "mtp.0.main_proj", tile).T
+        main = rms(main, tensors["mtp.0.main_norm.weight"], c["rms_norm_eps"])[-c["sliding_window"] :]
+        end = start + len(captures)
+        ids = [newest] + [c["dspark_noise_token_id"]] * (block - 1)
+        return cls(
+            stages,
+            f"mtp.{stages - 1}",
+            main,
+            torch.arange(end - len(main), end),
+            torch.arange(end, end + block),
+            embed[ids].double().unsqueeze(1).repeat(1, c["hc_mult"], 1),
+        )
+
+    def attended(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the block see each other and all that is keyed."""
+        visible = torch.ones(len(x), len(self.main) + len(x), dtype=torch.bool)
+        return stage.attention(x, self.positions, stage.keyed(self.main, self.before), visible)
+
+
+def ended(
+    tensors: dict[str, torch.Tensor],
+    c: dict[str, Any],
+    last: str,
+    head: torch.Tensor,
+    states: torch.Tensor,
+    newest: int,
+    *markov: str,
+) -> Block:
+    """The block, by what its last stage leaves."""
+    base = rms(states, tensors[f"{last}.norm.weight"], c["rms_norm_eps"]) @ head.double().T
+    parts = (tensors[f"{last}.{name}.weight"] for name in (*markov, "confidence_head.proj"))
+    return chained(states, base, newest, *parts)
+
+
 def v41_block(
     tensors: dict[str, torch.Tensor],
     c: dict[str, Any],
@@ -174,36 +238,23 @@ def v41_block(
 ) -> Block:
     """Section 9 of V4.1: captures `[tokens, targets * hidden]` of the tokens from position `start` on, up to
     the one before the newest."""
-    hc, eps, block = c["hc_mult"], c["rms_norm_eps"], c["dspark_block_size"]
-    stages = 1 + max(int(name.split(".")[1]) for name in tensors)
-    last = f"mtp.{stages - 1}"
-    main = captures.double() @ decoded(tensors, "mtp.0.main_proj", 32).T
-    main = rms(main, tensors["mtp.0.main_norm.weight"], eps)[-c["sliding_window"] :]
-    end = start + len(captures)
-    before = torch.arange(end - len(main), end)
-    positions = torch.arange(end, end + block)
-    ids = [newest] + [c["dspark_noise_token_id"]] * (block - 1)
-    streams = embed[ids].double().unsqueeze(1).repeat(1, hc, 1)
-    pre = torch.zeros(block, hc, dtype=torch.float64)
+    begun = Begun.of(tensors, c, embed, captures, start, newest, tile=32)
+    streams = begun.streams
+    pre = torch.zeros(streams.shape[:2], dtype=torch.float64)
     pre[:, 0] = 1
-    visible = torch.ones(block, len(main) + block, dtype=torch.bool)
-    for n in range(stages):
+    for n in range(begun.stages):
         stage = Stage(
             tensors, f"mtp.{n}", c, tile=32, top_k=c["dspark_num_experts_per_tok"], norms_queries=False
         )
         con = connection(tensors, f"mtp.{n}.hc_attn", streams, c)
         x = stage.norm("attn_norm", read(streams, pre))
-        y = stage.attention(x, positions, stage.keyed(main, before), visible)
+        y = begun.attended(stage, x)
         streams, pre = written(streams, y, con), con.pre
         con = connection(tensors, f"mtp.{n}.hc_ffn", streams, c)
         y = stage.experts(stage.norm("ffn_norm", read(streams, pre)))
         streams, pre = written(streams, y, con), con.pre
     states = read(streams, pre)
-    base = rms(states, tensors[f"{last}.norm.weight"], eps) @ head.double().T
-    return chained(states, base, newest, *(
-        tensors[f"{last}.{name}.weight"]
-        for name in ("markov_head.embed", "markov_head.head", "confidence_head.proj")
-    ))  # fmt: skip
+    return ended(tensors, c, begun.last, head, states, newest, "markov_head.embed", "markov_head.head")
 
 
 def v4_block(
@@ -216,32 +267,21 @@ def v4_block(
     newest: int,
 ) -> Block:
     """Section 7 of V4: the same arguments, captured behind its target layers."""
-    hc, eps, block = c["hc_mult"], c["rms_norm_eps"], c["dspark_block_size"]
-    stages = 1 + max(int(name.split(".")[1]) for name in tensors)
-    last = f"mtp.{stages - 1}"
-    main = captures.double() @ decoded(tensors, "mtp.0.main_proj", 128).T
-    main = rms(main, tensors["mtp.0.main_norm.weight"], eps)[-c["sliding_window"] :]
-    end = start + len(captures)
-    before = torch.arange(end - len(main), end)
-    positions = torch.arange(end, end + block)
-    ids = [newest] + [c["dspark_noise_token_id"]] * (block - 1)
-    streams = embed[ids].double().unsqueeze(1).repeat(1, hc, 1)
-    visible = torch.ones(block, len(main) + block, dtype=torch.bool)
-    for n in range(stages):
+    begun = Begun.of(tensors, c, embed, captures, start, newest, tile=128)
+    streams = begun.streams
+    for n in range(begun.stages):
         stage = Stage(tensors, f"mtp.{n}", c, tile=128, top_k=c["num_experts_per_tok"], norms_queries=True)
         con = connection(tensors, f"mtp.{n}.hc_attn", streams, c)
         x = stage.norm("attn_norm", read(streams, con.pre))
-        y = stage.attention(x, positions, stage.keyed(main, before), visible)
+        y = begun.attended(stage, x)
         streams = written(streams, y, con)
         con = connection(tensors, f"mtp.{n}.hc_ffn", streams, c)
         y = stage.experts(stage.norm("ffn_norm", read(streams, con.pre)))
         streams = written(streams, y, con)
-    states = head_mixed(tensors, last, streams, c)
-    base = rms(states, tensors[f"{last}.norm.weight"], eps) @ head.double().T
-    return chained(states, base, newest, *(
-        tensors[f"{last}.{name}.weight"]
-        for name in ("markov_head.markov_w1", "markov_head.markov_w2", "confidence_head.proj")
-    ))  # fmt: skip
+    states = head_mixed(tensors, begun.last, streams, c)
+    return ended(
+        tensors, c, begun.last, head, states, newest, "markov_head.markov_w1", "markov_head.markov_w2"
+    )
 
 
 def head_mixed(
