@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# What a sequence may lose by drafts, in its own tokens' time: at first, beyond what its drafts have gained at
-# most, and more with each of its tokens.
-LOAN, MOST_CREDIT, PER_TOKEN = 0.8, 6.0, 0.01
+# What a sequence may lose by drafts, in its own tokens' time: at first, more with each of its tokens up to an
+# allowance, and what its drafts have gained up to a credit, so that a text that changes is noticed.
+LOAN, PER_TOKEN, MOST_ALLOWED, MOST_CREDIT = 0.8, 0.01, 6.0, 15.0
 # The loan for drafts of weights: making one may take as long as a step, and the first may be a wrong one.
 LOAN_FOR_WEIGHTS = 4.0
 # The same of all sequences together, by drafts that are looked up: many short answers may not each lose as
 # much. What weights draft is counted by drafter (rests.py).
-LOAN_OF_ALL, PER_TOKEN_OF_ALL = 4.0, 0.004
+LOAN_OF_ALL, PER_TOKEN_OF_ALL, MOST_CREDIT_OF_ALL = 4.0, 0.004, 30.0
+# Of the credit that all have earned, what a new sequence may lose beyond its own loan.
+LENT_BY_ALL = 0.1
 # A draft that does not seem to pay is tried all the same after so many of its sequence; after twice as many
 # each time that it did not pay.
 FIRST_PROBE, LAST_PROBE = 8, 1024
@@ -93,29 +95,37 @@ def _best_count(
 class Account:
     """What may still be lost, in tokens' time; what was gained adds to it.
 
-    per_token  more with each token that is generated
+    per_token  more with each token that is generated, up to MOST_ALLOWED
+    most       what it holds at most
     """
 
     tokens: float
     per_token: float
+    most: float = MOST_CREDIT
 
     @property
     def is_left(self) -> bool:
         """Whether there may be drafts."""
         return self.tokens > 0
 
+    @property
+    def earned(self) -> float:
+        """What of it was gained."""
+        return max(self.tokens - MOST_ALLOWED, 0.0)
+
     def generated(self, count: int) -> None:
         """There are so many more tokens."""
-        self.tokens = min(self.tokens + self.per_token * count, MOST_CREDIT)
+        if self.tokens < MOST_ALLOWED:
+            self.tokens = min(self.tokens + self.per_token * count, MOST_ALLOWED)
 
     def drafted(self, gained: float) -> None:
         """A step with drafts gained so many tokens' time, or lost it."""
-        self.tokens = min(self.tokens + gained, MOST_CREDIT)
+        self.tokens = min(self.tokens + gained, self.most)
 
 
 def account_of_all() -> Account:
     """Of all sequences together."""
-    return Account(LOAN_OF_ALL, PER_TOKEN_OF_ALL)
+    return Account(LOAN_OF_ALL, PER_TOKEN_OF_ALL, MOST_CREDIT_OF_ALL)
 
 
 class Tries:
@@ -137,11 +147,25 @@ class Credit:
     pay is tried."""
 
     def __init__(self, of_all: Account | None = None, tries: Tries | None = None) -> None:
-        self._looked_up, self._of_weights = Account(LOAN, PER_TOKEN), Account(LOAN_FOR_WEIGHTS, PER_TOKEN)
         self._of_all = of_all or account_of_all()
+        lent = LENT_BY_ALL * self._of_all.earned
+        self._looked_up = Account(LOAN + lent, PER_TOKEN)
+        self._of_weights = Account(LOAN_FOR_WEIGHTS, PER_TOKEN)
         self._tries = tries or Tries()
         self._skipped = 0
         self.interval = self._tries.first
+        self._earned = lent  # by look-ups, in tokens' time, less what looking has cost since
+
+    @property
+    def pays_looking(self) -> bool:
+        """Whether look-ups have gained so much here that looking on costs none but them."""
+        return self._earned > 0
+
+    def looked(self, cost: float) -> None:
+        """Looking took the time of so many tokens, and found nothing that is computed."""
+        self._earned -= cost
+        self._looked_up.drafted(-cost)
+        self._of_all.drafted(-cost)
 
     def own(self, *, is_free: bool) -> Account:
         """The sequence's, for drafts that are looked up, or others."""
@@ -162,6 +186,7 @@ class Credit:
         self.own(is_free=is_free).drafted(gained)
         if is_free:
             self._of_all.drafted(gained)
+            self._earned = min(self._earned + gained, MOST_CREDIT)
 
     def is_probe_due(self, *, is_free: bool) -> bool:
         """Whether a draft that does not seem to pay is to be tried. Called for each one."""

@@ -167,7 +167,7 @@ class Drafting:
         drafts = self._proposals.chosen(chunks, opened, mosts, awake, room)
         self._spent_s = self._proposed_s = time.perf_counter() - began
         if not any(draft.token_ids for draft in drafts):
-            if self._always is None:
+            if self._always is None and not self._is_paid(opened, tokens):
                 most = AWAKE_PAUSE if self._observing else MOST_PAUSE
                 if any(chunk.sequence.prediction for chunk in chunks):
                     self._pause = self._proposals.passed_over(most)
@@ -175,6 +175,14 @@ class Drafting:
                     self._pause = min(pause_for(self._spent_s, self._times.seconds(tokens)), most)
             return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
+
+    def _is_paid(self, opened: Ids[Opened], tokens: int) -> bool:
+        """Whether some of these answers pay for having looked, in a step of so many tokens that has nothing
+        of it; and have them do so."""
+        paying = [own.credit for own in opened if own.credit.pays_looking]
+        for credit in paying:
+            credit.looked(self._spent_s / self._times.seconds(tokens) * len(opened) / len(paying))
+        return bool(paying)
 
     def _rest(self) -> None:
         """See who rests."""

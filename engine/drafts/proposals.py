@@ -211,7 +211,7 @@ class Proposals:
             return counts
         are_free = [c is not None and c.drafter.name in FREE for c in found]
         allowed = [
-            chain if own.credit.is_left(is_free=is_free) else []
+            self._allowed(chain, own.credit, tokens, is_free=is_free)
             for chain, own, is_free in zip(chains, opened, are_free, strict=True)
         ]
 
@@ -257,11 +257,20 @@ class Proposals:
 
         return of_all if making else _nothing
 
+    def _allowed(self, chain: list[float], credit: Credit, tokens: int, *, is_free: bool) -> list[float]:
+        """Of what is looked up no more than can be paid for if all is wrong, but for what is tried anyway."""
+        if not chain or not credit.is_left(is_free=is_free):
+            return []
+        if not is_free:
+            return chain
+        most = min(len(chain), MOST_ROWS - tokens)
+        return chain[: max(PROBED, self._affordable(credit.own(is_free=True), tokens, most, 0.0))]
+
     def _affordable(self, account: Account, tokens: int, most: int, making_s: float) -> int:
         """How many drafted tokens, which take so long to make, can be paid for if all are wrong."""
-        plain = self._times.seconds(tokens)
-        costs = ((self._times.seconds(tokens + count) + making_s) / plain - 1 for count in range(1, most + 1))
-        return sum(cost <= account.tokens for cost in costs)
+        steps = self._times.table()
+        limit = (1 + account.tokens) * steps[tokens] - making_s
+        return sum(seconds <= limit for seconds in steps[tokens + 1 : tokens + most + 1])
 
     def can_pay(self, drafter: Drafter, answers: int, most: int) -> bool:
         """Whether a drafter could pay if all its drafts were right, up to `most` tokens for each of so many
