@@ -284,10 +284,11 @@ def no_room(pool: int, needed: int, sequences: int = 1) -> BudgetError:
 def too_long(pool: int, tokens: int, longest: int, needed: int, sequences: int = 1) -> BudgetError:
     """For sequences of so many tokens, of which a KV pool of so many bytes holds `longest`; so many of them
     need `needed` bytes together."""
-    for_all = f" for {sequences}" if sequences > 1 else ""
+    each, for_all = needed / sequences, f" for {sequences}" if sequences > 1 else ""
     return BudgetError(
-        f"a sequence of {tokens:,} tokens needs {needed / sequences / 1e6:,.1f} MB of KV cache, but the pool has "
-        f"{pool / 1e6:,.1f} MB{for_all}: raise --kv-budget to {written(needed)}, or lower --max-model-len to {longest}"
+        f"a sequence of {tokens:,} tokens needs {each / 1e6:,.1f} MB of KV cache, but the pool has "
+        f"{pool / 1e6:,.1f} MB{for_all}: raise --kv-budget to {written(needed)}, or lower --max-model-len to "
+        f"{longest}"
     )
 
 
