@@ -43,8 +43,7 @@ class Output(NamedTuple):
     stop_match  the stop string or stop token id that ended it
     queue_s     in the first Output: seconds from submission until the prompt was first computed
     cached_tokens    in the first Output: prompt tokens from the prefix cache
-    predicted   in the last Output: of what the client expected, how many tokens were drafted and right, and
-                how many wrong
+    predicted   of what the client expected, how many tokens were drafted and right so far, and how many wrong
     """
 
     text: str = ""

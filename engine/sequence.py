@@ -108,7 +108,16 @@ class Sequence:
         elif self.generated >= self.max_tokens:
             self.finish(FinishReason.LENGTH, (token_id,), logprobs, piece=piece)
         else:
-            self._report(Output(piece.text, (token_id,), logprobs, special_ranges=piece.special_ranges))
+            predicted = (self.accepted_prediction, self.rejected_prediction)
+            self._report(
+                Output(
+                    piece.text,
+                    (token_id,),
+                    logprobs,
+                    special_ranges=piece.special_ranges,
+                    predicted=predicted,
+                )
+            )
 
     def finish(
         self,

@@ -108,11 +108,14 @@ class Steps:
                     ready.append(Ready(chunk.sequence, row, chunk.drafted, chunk.is_predicted))
             except Exception as error:
                 self._fail([chunk.sequence], error)
+        lengths = [len(chunk.sequence.token_ids) for chunk in chunks]
         accepted = self._verifier.take(ready, logits)
         self._roll_back(chunks)
         self.drafting.observe(chunks, starts, captures)
         if of_answers and len(ready) == len(chunks):
-            self.drafting.learn(chunks, accepted, time.perf_counter() - began)
+            known = zip(chunks, lengths, strict=True)
+            more = [len(chunk.sequence.token_ids) - length - 1 for chunk, length in known]
+            self.drafting.learn(chunks, accepted, more, time.perf_counter() - began)
         self._keep_states(ready, logits)
         self.count += 1
         self.forward_s += forward_s

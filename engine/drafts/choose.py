@@ -159,7 +159,7 @@ class Credit:
     @property
     def pays_looking(self) -> bool:
         """Whether look-ups have gained so much here that looking on costs none but them."""
-        return self._earned > 0
+        return self._earned > 0 and self.is_left(is_free=True)
 
     def looked(self, cost: float) -> None:
         """Looking took the time of so many tokens, and found nothing that is computed."""

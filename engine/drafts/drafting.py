@@ -167,7 +167,7 @@ class Drafting:
         drafts = self._proposals.chosen(chunks, opened, mosts, awake, room)
         self._spent_s = self._proposed_s = time.perf_counter() - began
         if not any(draft.token_ids for draft in drafts):
-            if self._always is None and not self._is_paid(opened, tokens):
+            if self._always is None and not self._proposals.is_looking_paid:
                 most = AWAKE_PAUSE if self._observing else MOST_PAUSE
                 if any(chunk.sequence.prediction for chunk in chunks):
                     self._pause = self._proposals.passed_over(most)
@@ -175,14 +175,6 @@ class Drafting:
                     self._pause = min(pause_for(self._spent_s, self._times.seconds(tokens)), most)
             return chunks
         return [self._with_draft(chunk, draft) for chunk, draft in zip(chunks, drafts, strict=True)]
-
-    def _is_paid(self, opened: Ids[Opened], tokens: int) -> bool:
-        """Whether some of these answers pay for having looked, in a step of so many tokens that has nothing
-        of it; and have them do so."""
-        paying = [own.credit for own in opened if own.credit.pays_looking]
-        for credit in paying:
-            credit.looked(self._spent_s / self._times.seconds(tokens) * len(opened) / len(paying))
-        return bool(paying)
 
     def _rest(self) -> None:
         """See who rests."""
@@ -272,9 +264,10 @@ class Drafting:
         self._costs.spent(drafters, now - began)
         return now
 
-    def learn(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
+    def learn(self, chunks: Ids[Chunk], accepted: Ids[int], more: Ids[int], seconds: float) -> None:
         """Of these chunks' drafts so many tokens were accepted, in a step without prompts that took so long,
-        drafting included."""
+        drafting included; it brought each answer so many tokens more than one without drafts. These are as
+        many as were accepted, or one less where an answer has ended in a draft."""
         if self._is_quiet:
             self._unmeasured += 1
             return
@@ -303,7 +296,7 @@ class Drafting:
             if is_plain:
                 self._learn_plain(chunks)
             else:
-                self._learn_drafted(chunks, accepted, seconds)
+                self._learn_drafted(chunks, accepted, more, seconds)
             seconds = self._times.seconds(len(chunks))
         if self._observing:
             self._costs.spent(self._observing, time.perf_counter() - began)
@@ -326,7 +319,9 @@ class Drafting:
             for drafter in self._observing:
                 self._costs.spent([drafter], made_s.get(drafter.name, 0.0))
 
-    def _learn_drafted(self, chunks: Ids[Chunk], accepted: Ids[int], seconds: float) -> None:
+    def _learn_drafted(
+        self, chunks: Ids[Chunk], accepted: Ids[int], brought: Ids[int], seconds: float
+    ) -> None:
         """What drafts brought, against steps of one token each."""
         tokens, plain = sum(chunk.length for chunk in chunks), sum(chunk.known for chunk in chunks)
         self._checks.stepped(plain, had_drafts=tokens > plain)
@@ -334,15 +329,15 @@ class Drafting:
         took_s = min(seconds, MOST * self._times.seconds(tokens))
         took_s += min(self._proposed_s, MOST_STEPS * count_s)
         each_s, gained_s = count_s / len(chunks), count_s - took_s
-        for chunk, count in zip(chunks, accepted, strict=True):
+        for chunk, count, added in zip(chunks, accepted, brought, strict=True):
             own = self._open.get(chunk.sequence)
-            gained_s += count * each_s
+            gained_s += added * each_s
             if own is None:
                 continue
-            own.credit.generated(1 + count)
+            own.credit.generated(1 + added)
             if chunk.length == 1:
                 continue
-            gained = count + (chunk.length - 1) / more * (count_s - took_s) / each_s
+            gained = added + (chunk.length - 1) / more * (count_s - took_s) / each_s
             drafter = own.last = own.drafter or own.last  # or tokens of its last draft are computed again
             own.drafter = None
             is_free = drafter is None or drafter.name in FREE

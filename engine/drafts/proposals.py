@@ -55,6 +55,7 @@ class Proposals:
     made            how many were made, by drafter
     made_s, looked_s  seconds that went to drafts that are not free, and to looking drafts up, by drafter,
                     since `begin`
+    is_looking_paid  answers whose look-ups gained have paid for one that brought nothing since `begin`
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Proposals:
         self.made = dict.fromkeys(self.draft_times, 0)
         self.made_s: dict[str, float] = {}
         self.looked_s: dict[str, float] = {}
+        self.is_looking_paid = False
+        self._began = 0.0
         # Steps in which these look nothing up, but others are asked: nothing better was found.
         self._pauses = dict.fromkeys(FREE, 0)
         self._missed = 0  # times on end that clients' predictions were of no use
@@ -74,6 +77,8 @@ class Proposals:
     def begin(self) -> None:
         """Nothing was spent yet."""
         self.made_s, self.looked_s = {}, {}
+        self.is_looking_paid = False
+        self._began = time.perf_counter()
 
     def expects(self) -> None:
         """There is a new prediction."""
@@ -105,8 +110,7 @@ class Proposals:
         found = self._candidates(chunks, opened, mosts, asked, tokens)
         is_predicted = any(chunk.sequence.prediction for chunk in chunks)
         if not any(found):
-            if is_predicted:
-                self._look_less(tokens)
+            self._looked_in_vain(opened, tokens, may_rest=is_predicted)
             return [NOTHING] * len(chunks)
         counts = self._counts(found, opened, mosts, tokens, room)
         found = self._made(chunks, opened, found, counts, mosts, drafters)
@@ -127,18 +131,31 @@ class Proposals:
             if draft.token_ids and own.drafter
         }
         others = any(drafter.name not in FREE for drafter in drafters)
-        if (others or is_predicted) and makers.isdisjoint(FREE):
-            self._look_less(tokens)
+        if makers.isdisjoint(FREE):
+            self._looked_in_vain(opened, tokens, may_rest=others or is_predicted)
         elif "prediction" in makers and not any(own.is_probe for own in opened):
             self._missed = 0
         return drafts
 
-    def _look_less(self, tokens: int) -> None:
-        """Nothing that was looked up is of use in a step of so many tokens. What clients predict is looked up
-        again sooner: an answer may come back to it at any place."""
+    def _looked_in_vain(self, opened: list[Opened], tokens: int, *, may_rest: bool) -> None:
+        """Nothing that was looked up is of use in a step of so many tokens. Answers whose look-ups gained pay
+        for that; where there is none, nobody looks for some steps if look-ups may rest by themselves."""
         if self._always is not None:
             return
         step_s = self._times.seconds(tokens)
+        paying = [own.credit for own in opened if own.credit.pays_looking]
+        if paying:
+            spent_s = time.perf_counter() - self._began - sum(self.made_s.values()) if self.looked_s else 0.0
+            # where it takes longer than some steps, something else kept the machine busy
+            cost = min(spent_s / step_s, MOST_STEPS) * len(opened)
+            for credit in paying:
+                credit.looked(cost / len(paying))
+            self.is_looking_paid = True
+        elif may_rest:
+            self._look_less(step_s)
+
+    def _look_less(self, step_s: float) -> None:
+        """What clients predict is looked up again sooner: an answer may come back to it at any place."""
         for name, seconds in self.looked_s.items():
             self._pauses[name] = pause_for(seconds, step_s)
         if "prediction" in self.looked_s:
@@ -154,12 +171,17 @@ class Proposals:
         tokens: int,
     ) -> list[Candidate | None]:
         """Of each sequence, whose draft promises most."""
-        asked = [at for at, most in enumerate(mosts) if most]
         found: list[Candidate | None] = [None] * len(chunks)
         best = [0.0] * len(chunks)
         for drafter in drafters:
+            is_free = drafter.name in FREE
+            asked = [
+                at
+                for at, most in enumerate(mosts)
+                if most and (self._always is not None or opened[at].credit.is_left(is_free=is_free))
+            ]
             drafts: list[Draft | None] = [None] * len(asked)
-            if drafter.name in FREE:  # it is asked before it is decided whether that pays
+            if is_free and asked:  # it is asked before it is decided whether that pays
                 began = time.perf_counter()
                 drafts = list(drafter.draft([_request(chunks[at], mosts[at]) for at in asked]))
                 self.looked_s[drafter.name] = time.perf_counter() - began
@@ -210,8 +232,9 @@ class Proposals:
                 room -= counts[-1]
             return counts
         are_free = [c is not None and c.drafter.name in FREE for c in found]
+        answers = len(opened)
         allowed = [
-            self._allowed(chain, own.credit, tokens, is_free=is_free)
+            self._allowed(chain, own.credit, tokens, answers, is_free=is_free)
             for chain, own, is_free in zip(chains, opened, are_free, strict=True)
         ]
 
@@ -223,7 +246,7 @@ class Proposals:
         for at, (chain, own) in enumerate(zip(chains, opened, strict=True)):
             if are_made and own.is_probe:  # it is tried whatever it promises
                 tried = self._affordable(
-                    own.credit.own(is_free=are_free[at]), tokens, min(PROBED, len(chain)), 0.0
+                    own.credit.own(is_free=are_free[at]), tokens, answers, min(PROBED, len(chain)), 0.0
                 )
                 counts[at] = max(1, tried, counts[at])
                 continue
@@ -233,7 +256,8 @@ class Proposals:
                 candidate = found[at]
                 assert candidate is not None
                 making_s = 0.0 if are_free[at] else self.drafting_s(candidate.drafter, most)
-                counts[at] = self._affordable(own.credit.own(is_free=are_free[at]), tokens, most, making_s)
+                account = own.credit.own(is_free=are_free[at])
+                counts[at] = self._affordable(account, tokens, answers, most, making_s)
                 own.is_probe = counts[at] > 0
         return counts
 
@@ -257,19 +281,22 @@ class Proposals:
 
         return of_all if making else _nothing
 
-    def _allowed(self, chain: list[float], credit: Credit, tokens: int, *, is_free: bool) -> list[float]:
+    def _allowed(
+        self, chain: list[float], credit: Credit, tokens: int, answers: int, *, is_free: bool
+    ) -> list[float]:
         """Of what is looked up no more than can be paid for if all is wrong, but for what is tried anyway."""
         if not chain or not credit.is_left(is_free=is_free):
             return []
         if not is_free:
             return chain
         most = min(len(chain), MOST_ROWS - tokens)
-        return chain[: max(PROBED, self._affordable(credit.own(is_free=True), tokens, most, 0.0))]
+        return chain[: max(PROBED, self._affordable(credit.own(is_free=True), tokens, answers, most, 0.0))]
 
-    def _affordable(self, account: Account, tokens: int, most: int, making_s: float) -> int:
-        """How many drafted tokens, which take so long to make, can be paid for if all are wrong."""
+    def _affordable(self, account: Account, tokens: int, answers: int, most: int, making_s: float) -> int:
+        """How many drafted tokens, which take so long to make, an answer can pay for if all are wrong. Of a
+        step, its token takes the share of one of so many answers."""
         steps = self._times.table()
-        limit = (1 + account.tokens) * steps[tokens] - making_s
+        limit = (1 + account.tokens / answers) * steps[tokens] - making_s
         return sum(seconds <= limit for seconds in steps[tokens + 1 : tokens + most + 1])
 
     def can_pay(self, drafter: Drafter, answers: int, most: int) -> bool:

@@ -174,3 +174,18 @@ def test_many_short_answers_lose_little_together() -> None:
                 credit.drafted(-0.4, is_free=True)
                 lost += 0.4
     assert 0 < lost < LOAN_OF_ALL + PER_TOKEN_OF_ALL * tokens + 0.5
+
+
+def test_who_gained_pays_for_looking_until_that_is_spent_or_nothing_may_be_lost() -> None:
+    of_all = account_of_all()
+    credit = Credit(of_all)
+    assert not credit.pays_looking
+    credit.drafted(3.0, is_free=True)
+    assert credit.pays_looking
+    for _ in range(6):
+        credit.looked(0.5)
+    assert not credit.pays_looking
+    credit.drafted(5.0, is_free=True)
+    of_all.drafted(-20.0)
+    assert not credit.pays_looking
+    assert Credit(of_all).own(is_free=True).tokens == LOAN

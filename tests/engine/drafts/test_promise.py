@@ -16,8 +16,12 @@ import pytest
 
 from engine.drafts import drafting as drafting_module
 from engine.drafts import proposals as proposals_module
-from engine.drafts.base import NOTHING, Draft, Drafter, DraftRequest, Rows
+from engine.drafts.acceptance import Acceptance
+from engine.drafts.base import MOST_ROWS, NOTHING, Draft, Drafter, DraftRequest, Rows
+from engine.drafts.choose import LOAN_OF_ALL, Credit
 from engine.drafts.drafting import Drafting
+from engine.drafts.proposals import Opened, Proposals
+from engine.drafts.step_times import StepTimes
 from engine.scheduler import Chunk
 
 STEP_S = 1.0  # of one token
@@ -38,7 +42,8 @@ class Clock:
 class Simulated:
     """A drafter: what a draft takes, and what it takes to be told of a few tokens.
 
-    finds  by how long the text is, whether there is anything to draft
+    finds   by how long the text is, whether there is anything to draft
+    slow_s  that the next call takes longer in which there is nothing
     """
 
     name: str
@@ -51,6 +56,7 @@ class Simulated:
     nbytes: int = 0
     rng: random.Random = field(default_factory=lambda: random.Random(1))
     finds: Callable[[int], bool] = lambda length: True
+    slow_s: float = 0.0
 
     @property
     def wants_captures(self) -> bool:
@@ -64,6 +70,8 @@ class Simulated:
 
     def draft(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         self.clock.now += self.draft_s
+        if not any(self.finds(len(request.token_ids)) for request in requests):
+            self.clock.now, self.slow_s = self.clock.now + self.slow_s, 0.0
         return [
             Draft((1,) * min(request.most, self.longest), kind=self.rng.choice(self.kinds))
             if self.finds(len(request.token_ids))
@@ -157,7 +165,38 @@ class Life:
         sequence.generated += accepted + 1
         sequence.computed = len(sequence.token_ids) - 1
         drafting.observe(chunks, [start], captures)
-        drafting.learn(chunks, [accepted], self.clock.now - begun)
+        drafting.learn(chunks, [accepted], [accepted], self.clock.now - begun)
+
+    def step_of_many(self, sequences: Sequence[Any], right: float) -> float:
+        """A step of one token of each; how long it took."""
+        begun, drafting = self.clock.now, self._drafting
+        chunks = drafting.propose([Chunk(sequence, 1) for sequence in sequences])
+        self.clock.now += STEP_S + self._each_s * (sum(chunk.length for chunk in chunks) - 1)
+        drafting.captured()
+        counts = []
+        for chunk in chunks:
+            accepted = 0
+            while accepted < len(chunk.drafted) and self._rng.random() < right:
+                accepted += 1
+            chunk.sequence.token_ids += [1] * (accepted + 1)
+            counts.append(accepted)
+        drafting.learn(chunks, counts, counts, self.clock.now - begun)
+        return self.clock.now - begun
+
+    def answer_that_ends_in_a_draft(self, tokens: int) -> float:
+        """As `answer`, but only its last token, which ends it, can be drafted."""
+        drafting, sequence = self._drafting, self._sequence(tokens + 16, ())
+        began = self.clock.now
+        for number in range(tokens):
+            begun = self.clock.now
+            chunks = drafting.propose([Chunk(sequence, 1)])
+            self.clock.now += STEP_S + self._each_s * (chunks[0].length - 1)
+            accepted = int(number == tokens - 1 and bool(chunks[0].drafted))
+            sequence.token_ids += [1]
+            sequence.generated += 1
+            drafting.learn(chunks, [accepted], [0], self.clock.now - begun)
+        drafting.close(sequence)
+        return tokens * STEP_S / (self.clock.now - began)
 
 
 def speeds(life: Life, answers: int, tokens: int, right: float, **options: Any) -> float:
@@ -228,6 +267,62 @@ def test_answers_that_repeat_nothing_lose_little_between_those_that_do(
     for _ in range(3):
         speeds(life, 3, 200, 0.95)
         assert life.answer(200, 0.1) > 0.97
+
+
+def test_one_look_that_something_else_held_up_does_not_end_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = Simulated(
+        "lookup", Clock(), draft_s=0.01, kinds=(8,), longest=15, finds=lambda length: length % 30 < 15
+    )
+    life = Life(monkeypatch, 0.1, looked)
+    speeds(life, 6, 200, 0.97)
+    looked.slow_s = 500 * STEP_S
+    life.answer(200, 0.97)
+    assert looked.slow_s == 0
+    assert speeds(life, 10, 200, 0.97) > 1.3
+
+
+def test_a_draft_that_ends_an_answer_has_saved_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where labels are looked up: the answer would have ended in that step anyway."""
+    looked = Simulated("lookup", Clock(), draft_s=0.005, kinds=(8,), longest=15)
+    looked.finds = lambda length: length == 8 + 2
+    life = Life(monkeypatch, 0.3, looked)
+    for _ in range(200):
+        life.answer_that_ends_in_a_draft(3)
+    found = [life.answer_that_ends_in_a_draft(3) for _ in range(1000)]
+    assert len(found) / sum(1 / ratio for ratio in found) > NOTHING_LOST
+
+
+def test_answers_that_share_a_step_lose_no_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = Simulated("lookup", Clock(), draft_s=0.005, kinds=(8,), longest=15, finds=lambda length: False)
+    life = Life(monkeypatch, 0.1, looked)
+    first = [life._sequence(10_000, ()) for _ in range(8)]
+    for _ in range(20):
+        life.step_of_many(first, 0.0)
+    for sequence in first:
+        life._drafting.close(sequence)
+    looked.finds = lambda length: True
+    answers = [life._sequence(10_000, ()) for _ in range(8)]
+    took = sum(life.step_of_many(answers, 0.0) for _ in range(40))
+    plain = 40 * (STEP_S + 7 * life._each_s)
+    assert (took - plain) / plain * 40 * len(answers) < 1.5 * LOAN_OF_ALL  # tokens' time
+
+
+def test_who_may_not_draft_any_more_hides_nobody() -> None:
+    """A look-up promises more than the stages, but its answer has lost what it may by look-ups."""
+    clock, times = Clock(), StepTimes(MOST_ROWS)
+    for tokens in (1, 2, 4):
+        times.observe(tokens, STEP_S * (1 + 0.05 * tokens))
+    looked = Simulated("lookup", clock, draft_s=0.0, kinds=(8,), longest=15)
+    stages = Simulated("dspark", clock, draft_s=0.1)
+    proposals = Proposals([looked, stages], times, always=None, computes_again=False)
+    opened = Opened(Acceptance({}), Credit())
+    sequence: Any = Answered(0, 100)
+    for lost, drafter in ((0.0, looked), (2.0, stages)):
+        opened.credit.drafted(-lost, is_free=True)
+        proposals.begin()
+        (draft,) = proposals.chosen([Chunk(sequence, 1)], [opened], [15], [looked, stages], 15)
+        assert draft.token_ids
+        assert opened.drafter is drafter
 
 
 def test_stages_that_rest_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
