@@ -154,10 +154,7 @@ class StoredStates:
             with self._lock:
                 self._forget(error.record)
             return None
-        for record in found.record.chain():
-            record.used = time.time()
-            with suppress(OSError):
-                os.utime(record.path)  # for the next server
+        _mark_used(found.record)
         self._hits += 1
         self._cached_tokens += found.length
         return Restored(logits)
@@ -221,6 +218,7 @@ class StoredStates:
                     self._nbytes += size
                     record.nbytes, record.is_written = size, True
                     self._written += 1
+                _mark_used(record)
             with self._lock:
                 self._pending_room += state.nbytes
 
@@ -273,10 +271,24 @@ class StoredStates:
         for path, header in sorted(headers, key=lambda found: found[1].start):
             start, parent, blocks = self._index.known_rows(header.tokens, header.salt)
             if start < header.start:
-                path.unlink(missing_ok=True)  # the rows before are gone
+                log.warning(
+                    "a saved state is ignored and removed: %s: the file of its first rows is gone", path
+                )
+                path.unlink(missing_ok=True)
                 continue
             record = self._index.add(path, header, path.stat().st_size, parent, blocks, is_written=True)
             record.used = path.stat().st_mtime
+
+
+def _mark_used(record: Record) -> None:
+    """Note, on disk too, that a state was used, and the files with the rows before: the first rows last.
+
+    Other models' servers remove the oldest files first, and files are of no use without the rows before.
+    """
+    for each in reversed(record.chain()):
+        each.used = time.time()
+        with suppress(OSError):
+            os.utime(each.path, (each.used, each.used))
 
 
 def _read_ahead(record: Record) -> None:

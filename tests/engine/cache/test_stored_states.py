@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
-from engine.cache.state_files import ENDING
+from engine.cache.state_files import ENDING, read_header
 from engine.cache.state_folders import remove_states, states_in
 from engine.cache.stored_states import StatesOnDisk, StoredStates
 from engine.engine import Engine
@@ -51,7 +51,8 @@ class Bench(NamedTuple):
         return StoredStates(cache, StatesOnDisk(self.folder, budget, identity, "tiny"), pending)
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"*/*{ENDING}"), key=lambda path: path.stat().st_mtime)
+        """The shortest text's first."""
+        return sorted(self.folder.glob(f"*/*{ENDING}"), key=lambda path: len(read_header(path).tokens))
 
 
 def load(path: Path) -> Model:
@@ -319,6 +320,21 @@ def test_the_least_recently_used_states_make_room(bench: Bench) -> None:
     write(bench, *texts[3:], budget=int(3.5 * size))
     assert sum(path.stat().st_size for path in bench.files()) <= 3.5 * size
     assert [found(bench, text) for text in texts] == [100, 0, 0, 100, 100]
+
+
+def test_another_model_s_server_removes_a_conversation_from_its_end(bench: Bench) -> None:
+    turn = some_ids(34, 280)
+    write(bench, turn[:140])
+    (first,) = bench.files()
+    write(bench, turn)
+    cache = bench.cache()
+    budget = sum(path.stat().st_size for path in bench.files()) + 1000
+    stored = bench.stored(cache, budget, identity="other")
+    compute(bench.model, cache, some_ids(35, 80))
+    stored.save(0, some_ids(35, 80), "", None)
+    stored.close()
+    assert first.exists()
+    assert found(bench, turn[:140]) == 140
 
 
 def test_a_state_that_can_never_fit_displaces_none(bench: Bench) -> None:
