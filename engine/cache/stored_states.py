@@ -145,8 +145,13 @@ class StoredStates:
             _read_ahead(record)
 
     def restore(self, slot: int, found: Found) -> Restored | None:
-        """Restore a state that was found into the empty slot; None, and the slot stays empty, where a file
-        turned out to be damaged."""
+        """Restore a state that was found into the empty slot; None, and the slot stays empty, where it was
+        removed meanwhile, or a file turned out to be damaged."""
+        with self._lock:
+            if self._index.records.get(found.record.path) is not found.record:
+                return None
+            for record in found.record.chain():
+                record.used = time.time()  # so it is not removed while it is read
         try:
             logits = self._reader.restore(slot, found)
         except DamagedStateError as error:
@@ -185,14 +190,20 @@ class StoredStates:
                     )  # fmt: skip
                 return
             self._pending_room -= nbytes
-        header = StateHeader(ids, start, shortest, key, logits is not None)
-        rows = tuple(
-            copied(view[start // ratio : len(ids) // ratio]) for ratio, view in self._cache.appended(slot)
-        )
-        recent = tuple(copied(part) for part in self._cache.recent(slot, len(ids)))
-        state = State(header, rows, recent, None if logits is None else logits.clone())
-        with self._lock:
+            header = StateHeader(ids, start, shortest, key, logits is not None)
+            # From now on the parent has a child, so the writer does not remove it.
             record = self._index.add(path, header, nbytes, parent, blocks, is_written=False)
+        try:
+            rows = tuple(
+                copied(view[start // ratio : len(ids) // ratio]) for ratio, view in self._cache.appended(slot)
+            )
+            recent = tuple(copied(part) for part in self._cache.recent(slot, len(ids)))
+            state = State(header, rows, recent, None if logits is None else logits.clone())
+        except BaseException:
+            with self._lock:
+                self._forget(record)
+                self._pending_room += nbytes
+            raise
         self._queue.put((record, state))
 
     def _state_bytes(self, slot: int, start: int, stop: int, logits: torch.Tensor | None) -> int:

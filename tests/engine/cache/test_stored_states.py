@@ -6,7 +6,9 @@ import logging
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +17,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from engine.cache import stored_states
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
 from engine.cache.state_files import ENDING, read_header
 from engine.cache.state_folders import remove_states, states_in
+from engine.cache.state_layout import copied
 from engine.cache.stored_states import StatesOnDisk, StoredStates
 from engine.engine import Engine
 from engine.families.base import Batch, KvCache, Model
@@ -103,6 +107,17 @@ def found(bench: Bench, prompt: list[int], salt: str = "", identity: str = "this
     stored.close()
     assert cache.length(0) == length
     return length
+
+
+def wait_until_written(stored: StoredStates, count: int) -> None:
+    end = time.monotonic() + 20
+    while stored.stats.written < count:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError
 
 
 @pytest.mark.slow
@@ -335,6 +350,61 @@ def test_another_model_s_server_removes_a_conversation_from_its_end(bench: Bench
     stored.close()
     assert first.exists()
     assert found(bench, turn[:140]) == 140
+
+
+def test_what_a_state_is_about_to_go_on_from_is_not_removed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = some_ids(36, 280)
+    write(bench, turn[:140])
+    cache = bench.cache()
+    stored = bench.stored(cache, budget=1 << 24)
+    compute(bench.model, cache, turn)
+    evictions: list[int] = []
+
+    def copied_while_room_is_made(view: torch.Tensor) -> torch.Tensor:
+        if not evictions:
+            with suppress(OSError):
+                stored._make_room(1 << 24)
+            evictions.append(stored.stats.evictions)
+        return copied(view)
+
+    monkeypatch.setattr(stored_states, "copied", copied_while_room_is_made)
+    stored.save(0, turn, "", None)
+    stored.close()
+    assert evictions == [0]
+    assert found(bench, [*turn, 1]) == 280
+
+
+def test_a_state_that_cannot_be_copied_leaves_no_trace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = some_ids(37, 100)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, ids)
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_states, "copied", out_of_memory)
+        with pytest.raises(MemoryError):
+            stored.save(0, ids, "", None)
+    stored.save(0, ids, "", None)
+    stored.close()
+    assert found(bench, [*ids, 1]) == 100
+
+
+def test_a_state_that_is_removed_after_it_was_found_is_not_counted_twice(bench: Bench) -> None:
+    one, other = some_ids(38, 100), some_ids(39, 100)
+    write(bench, one)
+    cache = bench.cache()
+    stored = bench.stored(cache, budget=int(1.5 * bench.files()[0].stat().st_size))
+    at = stored.find([*one, 1], "")
+    compute(bench.model, cache, other)
+    stored.save(0, other, "", None)
+    wait_until_written(stored, 1)
+    cache.reset(0)
+    assert at is not None
+    assert stored.restore(0, at) is None
+    assert cache.length(0) == 0
+    stored.close()
+    assert stored.stats.nbytes == bench.files()[0].stat().st_size
 
 
 def test_a_state_that_can_never_fit_displaces_none(bench: Bench) -> None:
