@@ -96,7 +96,7 @@ class StoredStates:
         self._budget_bytes, self._pending_room = of.budget_bytes, pending_bytes
         self._lock = threading.Lock()
         self._index = StateIndex()
-        self._hits = self._cached_tokens = self._written = self._evictions = self._refused = 0
+        self._hits = self._cached_tokens = self._written = self._evictions = self._refused = self._failed = 0
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (self._folder / MODEL).write_text(of.model)
@@ -113,8 +113,8 @@ class StoredStates:
     def stats(self) -> StoredStats:
         """Current counters and gauges."""
         return StoredStats(
-            self._hits, self._cached_tokens, self._written, self._evictions, self._refused, self._nbytes,
-            self._budget_bytes,
+            self._hits, self._cached_tokens, self._written, self._evictions, self._refused + self._failed,
+            self._nbytes, self._budget_bytes,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class StoredStates:
         """Restore a state that was found into the empty slot; None, and the slot stays empty, where it was
         removed meanwhile, or a file turned out to be damaged."""
         with self._lock:
-            if self._index.records.get(found.record.path) is not found.record:
+            if not self._is_known(found.record):
                 return None
             for record in found.record.chain():
                 record.used = time.time()  # so it is not removed while it is read
@@ -215,23 +215,40 @@ class StoredStates:
 
     def _write(self) -> None:
         while (job := self._queue.get()) is not None:
-            record, state = job
-            try:
-                self._make_room(record.nbytes)
-                write_state(record.path, state)
-            except OSError as error:
-                log.warning("a state was not saved to disk: %s", error.strerror or error)
-                with self._lock:
-                    self._forget(record)
-            else:
-                with self._lock:
-                    size = record.path.stat().st_size
-                    self._nbytes += size
-                    record.nbytes, record.is_written = size, True
-                    self._written += 1
-                _mark_used(record)
+            self._write_one(*job)
+            del job  # a state is large, and the next may be hours away
+
+    def _write_one(self, record: Record, state: State) -> None:
+        is_written = False
+        try:
+            is_written = self._is_known(record) and self._wrote(record, state)
+        except Exception as error:  # whatever it is: the next state may well be written
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            log.warning("a state was not saved to disk: %s", why)
             with self._lock:
-                self._pending_room += state.nbytes
+                self._forget(record)
+        with self._lock:
+            self._written += is_written
+            self._failed += not is_written
+            self._pending_room += state.nbytes
+
+    def _wrote(self, record: Record, state: State) -> bool:
+        """Write a state; False where it was forgotten meanwhile, alone or with what it goes on from."""
+        self._make_room(record.nbytes)
+        write_state(record.path, state)
+        size = record.path.stat().st_size
+        with self._lock:
+            if not self._is_known(record):
+                record.path.unlink(missing_ok=True)
+                return False
+            self._nbytes += size
+            record.nbytes, record.is_written = size, True
+        _mark_used(record)
+        return True
+
+    def _is_known(self, record: Record) -> bool:
+        """Whether a state was not forgotten."""
+        return self._index.records.get(record.path) is record
 
     def _make_room(self, needed: int) -> None:
         """Remove states until `needed` bytes more are within the budget, and on the disk. Raises OSError."""

@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 import stat
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from safetensors import safe_open
 from engine.cache import stored_states
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
-from engine.cache.state_files import ENDING, read_header
+from engine.cache.state_files import ENDING, State, read_header, write_state
 from engine.cache.state_folders import remove_states, states_in
 from engine.cache.state_layout import copied
 from engine.cache.stored_states import StatesOnDisk, StoredStates
@@ -109,9 +111,9 @@ def found(bench: Bench, prompt: list[int], salt: str = "", identity: str = "this
     return length
 
 
-def wait_until_written(stored: StoredStates, count: int) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while stored.stats.written < count:
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -398,7 +400,7 @@ def test_a_state_that_is_removed_after_it_was_found_is_not_counted_twice(bench: 
     at = stored.find([*one, 1], "")
     compute(bench.model, cache, other)
     stored.save(0, other, "", None)
-    wait_until_written(stored, 1)
+    wait_until(lambda: stored.stats.written == 1)
     cache.reset(0)
     assert at is not None
     assert stored.restore(0, at) is None
@@ -437,6 +439,66 @@ def test_a_full_disk_costs_a_line_and_nothing_else(
         write(bench, ids)
     assert bench.files() == []
     assert len([line for line in caplog.messages if "a state was not saved to disk" in line]) == 1
+
+
+def test_what_goes_on_from_a_state_that_could_not_be_written_is_not_written(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = some_ids(40, 280)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    both_are_queued, calls = threading.Event(), count()
+
+    def write_or_fail(path: Path, state: State) -> None:
+        if next(calls) == 0:
+            assert both_are_queued.wait(20)
+            raise OSError("broken")
+        write_state(path, state)
+
+    monkeypatch.setattr(stored_states, "write_state", write_or_fail)
+    compute(bench.model, cache, turn[:140])
+    stored.save(0, turn[:140], "", None)
+    compute(bench.model, cache, turn[140:])
+    stored.save(0, turn, "", None)
+    both_are_queued.set()
+    stored.close()
+    assert bench.files() == []
+    assert (stored.stats.written, stored.stats.refused, stored.stats.nbytes) == (0, 2, 0)
+
+
+def test_after_a_state_that_could_not_be_written_the_next_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = some_ids(41, 100), some_ids(42, 100)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, one)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(stored_states, "write_state", out_of_memory)
+        stored.save(0, one, "", None)
+        wait_until(lambda: stored.stats.refused == 1)
+    assert "a state was not saved to disk: MemoryError" in caplog.text
+    cache.reset(0)
+    compute(bench.model, cache, other)
+    stored.save(0, other, "", None)
+    stored.close()
+    assert found(bench, [*other, 1]) == 100
+
+
+def test_a_state_that_is_written_takes_no_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    states: list[weakref.ref[State]] = []
+
+    def write_and_tell(path: Path, state: State) -> None:
+        write_state(path, state)
+        states.append(weakref.ref(state))
+
+    monkeypatch.setattr(stored_states, "write_state", write_and_tell)
+    compute(bench.model, cache, some_ids(43, 100))
+    stored.save(0, some_ids(43, 100), "", None)
+    wait_until(lambda: bool(states) and states[0]() is None)
+    stored.close()
 
 
 def test_states_wait_in_bounded_memory(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
