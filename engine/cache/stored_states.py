@@ -33,7 +33,7 @@ from engine.cache.state_files import (
     read_header,
     write_state,
 )
-from engine.cache.state_folders import MODEL, state_files
+from engine.cache.state_folders import MODEL, remove_abandoned, state_files
 from engine.cache.state_index import Found, Record, StateIndex, text_hash, then
 from engine.cache.state_layout import copied, layout_of
 from engine.families.base import KvCache
@@ -41,7 +41,6 @@ from quant.errors import ConfigError
 
 log = logging.getLogger("loci.prefixes")
 
-ABANDONED_S = 3600  # after which a file that is not finished will not be
 LEFT_ON_DISK = 1 << 30  # bytes that others keep, whatever the budget
 
 
@@ -93,13 +92,13 @@ class StoredStates:
         self._cache = cache
         folder = of.folder
         self._root, self._folder = folder, folder / _fingerprint(cache, of.identity)
+        self._model = of.model
         self._budget_bytes, self._pending_room = of.budget_bytes, pending_bytes
         self._lock = threading.Lock()
         self._index = StateIndex()
         self._hits = self._cached_tokens = self._written = self._evictions = self._refused = self._failed = 0
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            (self._folder / MODEL).write_text(of.model)
+            self._make_folder()
         except OSError as error:
             raise ConfigError(f"{folder}: no states can be kept there ({error.strerror})") from None
         self._reader = StateReader(cache)
@@ -176,9 +175,9 @@ class StoredStates:
         end = then(text_hash(key), ids).digest()
         path = self._folder / f"{end.hex()}{ENDING}"
         with self._lock:
+            start, parent, blocks = self._known_rows(ids, key, path)
             if path in self._index.records:
                 return
-            start, parent, blocks = self._index.known_rows(ids, key)
             shortest = self._cache.shortest(slot)
             nbytes = self._state_bytes(slot, start, len(ids), logits)
             if nbytes > self._pending_room:
@@ -205,6 +204,19 @@ class StoredStates:
                 self._pending_room += nbytes
             raise
         self._queue.put((record, state))
+
+    def _known_rows(self, ids: Ids, key: str, path: Path) -> tuple[int, Record | None, list[bytes]]:
+        """Those of the index, once files that somebody removed are forgotten: of these, and of the text's
+        state itself. Holds the lock."""
+        while True:
+            start, parent, blocks = self._index.known_rows(ids, key)
+            known = [] if parent is None else parent.chain()
+            if path in self._index.records:
+                known.append(self._index.records[path])
+            lost = [record for record in known if record.is_written and not record.path.exists()]
+            if not lost:
+                return start, parent, blocks
+            self._forget(lost[0])
 
     def _state_bytes(self, slot: int, start: int, stop: int, logits: torch.Tensor | None) -> int:
         rows = sum(
@@ -234,6 +246,8 @@ class StoredStates:
 
     def _wrote(self, record: Record, state: State) -> bool:
         """Write a state; False where it was forgotten meanwhile, alone or with what it goes on from."""
+        if not (self._folder / MODEL).exists():  # somebody cleared it
+            self._make_folder()
         self._make_room(record.nbytes)
         write_state(record.path, state)
         size = record.path.stat().st_size
@@ -249,6 +263,10 @@ class StoredStates:
     def _is_known(self, record: Record) -> bool:
         """Whether a state was not forgotten."""
         return self._index.records.get(record.path) is record
+
+    def _make_folder(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self._folder / MODEL).write_text(self._model)
 
     def _make_room(self, needed: int) -> None:
         """Remove states until `needed` bytes more are within the budget, and on the disk. Raises OSError."""
@@ -286,9 +304,7 @@ class StoredStates:
 
     def _find(self) -> None:
         """Index the folder's files, first those whose rows others go on from; remove what cannot be used."""
-        for path in self._folder.glob(".*.tmp"):
-            if path.stat().st_mtime < time.time() - ABANDONED_S:
-                path.unlink(missing_ok=True)
+        remove_abandoned(self._folder)
         headers: list[tuple[Path, StateHeader]] = []
         for path in self._folder.glob(f"*{ENDING}"):
             try:

@@ -522,6 +522,50 @@ def test_states_are_listed_and_removed_by_model(bench: Bench) -> None:
     assert states_in(bench.folder) == []
 
 
+def test_a_server_whose_states_were_removed_saves_new_ones(bench: Bench) -> None:
+    turn = some_ids(44, 280)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, turn[:140])
+    stored.save(0, turn[:140], "", None)
+    wait_until(lambda: stored.stats.written == 1)
+    (of,) = states_in(bench.folder)
+    remove_states(of)
+    assert not of.folder.exists()
+    compute(bench.model, cache, turn[140:])
+    stored.save(0, turn, "", None)
+    stored.close()
+    (again,) = states_in(bench.folder)
+    assert (again.model, again.states) == ("tiny", 1)
+    assert stat.S_IMODE(again.folder.stat().st_mode) == 0o700
+    assert found(bench, [*turn, 1]) == 280
+
+
+@pytest.mark.parametrize("length", [40, 100])
+def test_a_state_that_was_removed_can_be_saved_again(bench: Bench, length: int) -> None:
+    ids = some_ids(45, length)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, ids)
+    stored.save(0, ids, "", None)
+    wait_until(lambda: stored.stats.written == 1)
+    remove_states(states_in(bench.folder)[0])
+    stored.save(0, ids, "", None)
+    stored.close()
+    assert found(bench, [*ids, 1]) == length
+
+
+def test_files_that_were_not_finished_are_removed_with_the_states(bench: Bench) -> None:
+    write(bench, some_ids(46, 70))
+    (state,) = bench.files()
+    left = state.with_name(f".{state.name}.1.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    (of,) = states_in(bench.folder)
+    remove_states(of)
+    assert not of.folder.exists()
+
+
 def test_a_model_whose_files_or_arithmetic_differ_is_another(tmp_path: Path) -> None:
     budget = MemoryBudget(1 << 30)
     original = golden_path("v41-a")
