@@ -35,6 +35,10 @@ class DamagedStateError(StateFileError):
         self.record = record
 
 
+class ReplacedStateError(DamagedStateError):
+    """A file is not damaged, but another server's by now: of the same text, but with other rows."""
+
+
 class StateReader:
     """Reads states into a cache's slots."""
 
@@ -109,6 +113,10 @@ class _Reading:
         self.pieces: list[Callable[[], None]] = []
         self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []  # what is to be copied, and from where
         self._file = opened.enter_context(self._checked(partial(StateFile, record.path)))
+        header = self._file.header
+        there = header.start, len(header.tokens), header.shortest, header.has_logits
+        if there != (record.start, record.stop, record.shortest, record.has_logits):
+            raise ReplacedStateError(record, StateFileError(f"{record.path}: another server has written it"))
 
     def rows(self, cache: KvCache, slot: int, stop: int) -> None:
         """Have the rows of the tokens before `stop` read."""

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from engine.cache.restoring import DamagedStateError, StateReader
+from engine.cache.restoring import DamagedStateError, ReplacedStateError, StateReader
 from engine.cache.state_files import (
     ENDING,
     FORMAT,
@@ -156,7 +156,10 @@ class StoredStates:
         except DamagedStateError as error:
             log.warning("a saved state is ignored: %s", error)
             with self._lock:
-                self._forget(error.record)
+                if isinstance(error, ReplacedStateError):
+                    self._index.remove(error.record)
+                else:
+                    self._forget(error.record)
             return None
         _mark_used(found.record)
         self._hits += 1
@@ -270,14 +273,20 @@ class StoredStates:
 
     def _make_room(self, needed: int) -> None:
         """Remove states until `needed` bytes more are within the budget, and on the disk. Raises OSError."""
+        files = {path: (used, nbytes) for path, used, nbytes in state_files(self._root)}
+        with self._lock:  # other servers write and remove files, too
+            self._nbytes = sum(nbytes for _, nbytes in files.values())
+            for record in list(self._index.records.values()):
+                if record.is_written and record.path not in files:
+                    self._forget(record)
+            foreign = sorted(
+                (used, path, nbytes)
+                for path, (used, nbytes) in files.items()
+                if path not in self._index.records
+            )
         free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
         if needed > min(self._budget_bytes, free + self._nbytes):
             raise OSError(f"{needed / 1e6:.0f} MB do not fit on the disk, or in --prefix-disk")
-        foreign = sorted(
-            (used, path, nbytes)
-            for path, used, nbytes in state_files(self._root)
-            if path.parent != self._folder
-        )
         while True:
             free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
             if self._nbytes + needed <= self._budget_bytes and needed <= free:
@@ -287,8 +296,7 @@ class StoredStates:
                 oldest = min(own, key=lambda r: r.used, default=None)
                 if foreign and (oldest is None or foreign[0][0] < oldest.used):
                     _, path, nbytes = foreign.pop(0)
-                    path.unlink(missing_ok=True)
-                    self._nbytes -= nbytes
+                    self._unlink(path, nbytes)
                 elif oldest is not None:
                     self._forget(oldest)
                 else:
@@ -299,20 +307,26 @@ class StoredStates:
         """Remove a state, and those that go on from its rows. Holds the lock."""
         for gone in self._index.remove(record):
             if gone.is_written:
-                self._nbytes -= gone.nbytes
-                gone.path.unlink(missing_ok=True)
+                self._unlink(gone.path, gone.nbytes)
+
+    def _unlink(self, path: Path, nbytes: int) -> None:
+        with suppress(OSError):  # another server was faster, or only others may
+            path.unlink()
+            self._nbytes -= nbytes
 
     def _find(self) -> None:
         """Index the folder's files, first those whose rows others go on from; remove what cannot be used."""
         remove_abandoned(self._folder)
-        headers: list[tuple[Path, StateHeader]] = []
-        for path in self._folder.glob(f"*{ENDING}"):
+        headers: list[tuple[Path, float, int, StateHeader]] = []
+        for path, used, nbytes in state_files(self._root):
+            if path.parent != self._folder:
+                continue
             try:
-                headers.append((path, read_header(path)))
+                headers.append((path, used, nbytes, read_header(path)))
             except StateFileError as error:
                 log.warning("a saved state is ignored and removed: %s", error)
                 path.unlink(missing_ok=True)
-        for path, header in sorted(headers, key=lambda found: found[1].start):
+        for path, used, nbytes, header in sorted(headers, key=lambda found: found[3].start):
             start, parent, blocks = self._index.known_rows(header.tokens, header.salt)
             if start < header.start:
                 log.warning(
@@ -320,8 +334,8 @@ class StoredStates:
                 )
                 path.unlink(missing_ok=True)
                 continue
-            record = self._index.add(path, header, path.stat().st_size, parent, blocks, is_written=True)
-            record.used = path.stat().st_mtime
+            record = self._index.add(path, header, nbytes, parent, blocks, is_written=True)
+            record.used = used
 
 
 def _mark_used(record: Record) -> None:

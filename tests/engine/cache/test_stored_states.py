@@ -22,7 +22,7 @@ from safetensors import safe_open
 from engine.cache import stored_states
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
-from engine.cache.state_files import ENDING, State, read_header, write_state
+from engine.cache.state_files import ENDING, State, StateHeader, read_header, write_state
 from engine.cache.state_folders import remove_states, states_in
 from engine.cache.state_layout import copied
 from engine.cache.stored_states import StatesOnDisk, StoredStates
@@ -564,6 +564,61 @@ def test_files_that_were_not_finished_are_removed_with_the_states(bench: Bench) 
     (of,) = states_in(bench.folder)
     remove_states(of)
     assert not of.folder.exists()
+
+
+def test_servers_that_share_a_directory_share_the_budget(bench: Bench) -> None:
+    one, other, third = (some_ids(seed, 100) for seed in (47, 48, 49))
+    alone = bench._replace(folder=bench.folder.parent / "alone")
+    write(alone, one)
+    budget = int(2.5 * alone.files()[0].stat().st_size)
+    cache = bench.cache()
+    stored = bench.stored(cache, budget)
+    write(bench, one, other, budget=budget)
+    compute(bench.model, cache, third)
+    stored.save(0, third, "", None)
+    stored.close()
+    assert stored.stats.nbytes == sum(path.stat().st_size for path in bench.files())
+    assert [found(bench, text) for text in (one, other, [*third, 1])] == [0, 100, 100]
+
+
+def test_a_file_that_another_server_removes_while_this_one_starts_is_not_found(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = some_ids(51, 100)
+    write(bench, ids)
+
+    def read_and_removed(path: Path) -> StateHeader:
+        header = read_header(path)
+        path.unlink()
+        return header
+
+    monkeypatch.setattr(stored_states, "read_header", read_and_removed)
+    assert found(bench, ids) == 0
+
+
+def test_a_file_that_another_server_has_replaced_is_left_to_it(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    turn = some_ids(52, 280)
+    cache, caches = bench.cache(), bench.cache()
+    here, there = bench.stored(cache), bench.stored(caches)
+    compute(bench.model, cache, turn)
+    here.save(0, turn, "", None)
+    wait_until(lambda: here.stats.written == 1)
+    compute(bench.model, caches, turn[:140])
+    there.save(0, turn[:140], "", None)
+    compute(bench.model, caches, turn[140:])
+    there.save(0, turn, "", None)
+    there.close()
+    at = here.find([*turn, 1], "")
+    assert at is not None
+    cache.reset(0)
+    with caplog.at_level(logging.WARNING):
+        assert here.restore(0, at) is None
+    assert "another server has written it" in caplog.text
+    assert here.find([*turn, 1], "") is None
+    here.close()
+    assert found(bench, [*turn, 1]) == 280
 
 
 def test_a_model_whose_files_or_arithmetic_differ_is_another(tmp_path: Path) -> None:
