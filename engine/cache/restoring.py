@@ -64,7 +64,7 @@ class StateReader:
                 readings = [_Reading(each, opened) for each in chain]
                 for reading, following in zip_longest(readings, chain[1:]):
                     # A text that goes on from another's rows may say something else behind them.
-                    stop = found.length if following is None else following.start
+                    stop = found.length if following is None else min(found.length, following.start)
                     reading.rows(self._cache, slot, min(reading.record.stop, stop))
                 readings[-1].recent(self._cache, slot)
                 logits = readings[-1].logits()
@@ -123,7 +123,8 @@ class _Reading:
         for number, (ratio, view) in enumerate(cache.appended(slot)):
             first = self.record.start // ratio
             count = self.record.stop // ratio - first
-            self._read(f"rows.{number}", view[first:], count, stop // ratio - first)
+            wanted = max(0, stop // ratio - first)  # none where a state is taken back to before its own rows
+            self._read(f"rows.{number}", view[first:], count, wanted)
 
     def recent(self, cache: KvCache, slot: int) -> None:
         """Have what else the slot holds read."""

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine.cache import stored_states
+from engine.cache import restoring, stored_states
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
 from engine.cache.state_files import ENDING, State, StateHeader, read_header, write_state
 from engine.cache.state_folders import remove_states, states_in
-from engine.cache.state_layout import copied
+from engine.cache.state_layout import Target, copied, target_in
 from engine.cache.stored_states import StatesOnDisk, StoredStates
 from engine.engine import Engine
 from engine.families.base import Batch, KvCache, Model
@@ -200,6 +200,33 @@ def test_the_end_of_a_text_can_be_taken_back_as_far_as_in_memory(bench: Bench) -
     write(bench, ids)
     assert found(bench, [*ids[:110], 7, 8, 9]) == 110
     assert found(bench, [*ids[:70], 7, 8, 9]) == 0
+
+
+def test_a_text_s_end_can_be_taken_back_to_before_its_own_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bench.model
+    ids = some_ids(53, 250)
+    prompt = [*ids[:122], 7, 8, 9]
+    write(bench, ids)
+    counts: list[int] = []
+
+    def counted(view: torch.Tensor, rows: int, wanted: int) -> tuple[Target, torch.Tensor | None]:
+        counts.append(wanted)
+        return target_in(view, rows, wanted)
+
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    prefixes = PrefixCache(cache, 0, stored)
+    compute(model, cache, ids[:133])
+    prefixes.save(0, ids[:133])
+    cache.reset(0)
+    wait_until(lambda: stored.stats.written == 1)
+    monkeypatch.setattr(restoring, "target_in", counted)
+    assert prefixes.restore(0, prompt).length == 122
+    assert min(counts) >= 0
+    assert torch.equal(compute(model, cache, prompt[122:]), compute(model, bench.cache(), prompt)[122:])
+    stored.close()
 
 
 def test_a_model_that_keeps_every_position_goes_on_from_any(tmp_path: Path) -> None:
