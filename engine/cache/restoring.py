@@ -35,6 +35,10 @@ class DamagedStateError(StateFileError):
         self.record = record
 
 
+class ReplacedStateError(DamagedStateError):
+    """A file is not damaged, but another server's by now: of the same text, but with other rows."""
+
+
 class StateReader:
     """Reads states into a cache's slots."""
 
@@ -60,7 +64,7 @@ class StateReader:
                 readings = [_Reading(each, opened) for each in chain]
                 for reading, following in zip_longest(readings, chain[1:]):
                     # A text that goes on from another's rows may say something else behind them.
-                    stop = found.length if following is None else following.start
+                    stop = found.length if following is None else min(found.length, following.start)
                     reading.rows(self._cache, slot, min(reading.record.stop, stop))
                 readings[-1].recent(self._cache, slot)
                 logits = readings[-1].logits()
@@ -109,13 +113,18 @@ class _Reading:
         self.pieces: list[Callable[[], None]] = []
         self._beside: list[tuple[torch.Tensor, torch.Tensor]] = []  # what is to be copied, and from where
         self._file = opened.enter_context(self._checked(partial(StateFile, record.path)))
+        header = self._file.header
+        there = header.start, len(header.tokens), header.shortest, header.has_logits
+        if there != (record.start, record.stop, record.shortest, record.has_logits):
+            raise ReplacedStateError(record, StateFileError(f"{record.path}: another server has written it"))
 
     def rows(self, cache: KvCache, slot: int, stop: int) -> None:
         """Have the rows of the tokens before `stop` read."""
         for number, (ratio, view) in enumerate(cache.appended(slot)):
             first = self.record.start // ratio
             count = self.record.stop // ratio - first
-            self._read(f"rows.{number}", view[first:], count, stop // ratio - first)
+            wanted = max(0, stop // ratio - first)  # none where a state is taken back to before its own rows
+            self._read(f"rows.{number}", view[first:], count, wanted)
 
     def recent(self, cache: KvCache, slot: int) -> None:
         """Have what else the slot holds read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from engine.cache.state_files import ENDING
 from memory.user_files import user_cache
 
 MODEL = "model"  # a file with the model's name, in its folder
+ABANDONED_S = 3600  # after which a file that is not finished will not be
 
 
 def states_folder() -> Path:
@@ -57,9 +59,18 @@ def remove_states(of: ModelStates) -> None:
     """Remove all states of a model. Raises OSError."""
     for path in of.folder.glob(f"*{ENDING}"):
         path.unlink(missing_ok=True)
+    remove_abandoned(of.folder)
     (of.folder / MODEL).unlink(missing_ok=True)
     with suppress(OSError):  # somebody else's files
         of.folder.rmdir()
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what servers of a model began to write long ago, and did not finish."""
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - ABANDONED_S:
+                path.unlink()
 
 
 def state_files(root: Path) -> Iterator[tuple[Path, float, int]]:

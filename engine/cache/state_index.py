@@ -158,11 +158,14 @@ class StateIndex:
         return record
 
     def remove(self, record: Record) -> list[Record]:
-        """Forget a state, and those that go on from its rows: all of them."""
+        """Forget a state, and those that go on from its rows: all of them. Nothing where it was
+        forgotten before."""
+        if self.records.get(record.path) is not record:
+            return []
         gone = [record]
         for child in list(record.children):
             gone += self.remove(child)
-        self.records.pop(record.path, None)
+        del self.records[record.path]
         for digest in record.blocks:
             if self._blocks.get(digest) is record:
                 del self._blocks[digest]

@@ -22,7 +22,7 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 
-from engine.cache.restoring import DamagedStateError, StateReader
+from engine.cache.restoring import DamagedStateError, ReplacedStateError, StateReader
 from engine.cache.state_files import (
     ENDING,
     FORMAT,
@@ -33,7 +33,7 @@ from engine.cache.state_files import (
     read_header,
     write_state,
 )
-from engine.cache.state_folders import MODEL, state_files
+from engine.cache.state_folders import MODEL, remove_abandoned, state_files
 from engine.cache.state_index import Found, Record, StateIndex, text_hash, then
 from engine.cache.state_layout import copied, layout_of
 from engine.families.base import KvCache
@@ -41,7 +41,6 @@ from quant.errors import ConfigError
 
 log = logging.getLogger("loci.prefixes")
 
-ABANDONED_S = 3600  # after which a file that is not finished will not be
 LEFT_ON_DISK = 1 << 30  # bytes that others keep, whatever the budget
 
 
@@ -93,13 +92,13 @@ class StoredStates:
         self._cache = cache
         folder = of.folder
         self._root, self._folder = folder, folder / _fingerprint(cache, of.identity)
+        self._model = of.model
         self._budget_bytes, self._pending_room = of.budget_bytes, pending_bytes
         self._lock = threading.Lock()
         self._index = StateIndex()
-        self._hits = self._cached_tokens = self._written = self._evictions = self._refused = 0
+        self._hits = self._cached_tokens = self._written = self._evictions = self._refused = self._failed = 0
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            (self._folder / MODEL).write_text(of.model)
+            self._make_folder()
         except OSError as error:
             raise ConfigError(f"{folder}: no states can be kept there ({error.strerror})") from None
         self._reader = StateReader(cache)
@@ -113,8 +112,8 @@ class StoredStates:
     def stats(self) -> StoredStats:
         """Current counters and gauges."""
         return StoredStats(
-            self._hits, self._cached_tokens, self._written, self._evictions, self._refused, self._nbytes,
-            self._budget_bytes,
+            self._hits, self._cached_tokens, self._written, self._evictions, self._refused + self._failed,
+            self._nbytes, self._budget_bytes,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -145,19 +144,24 @@ class StoredStates:
             _read_ahead(record)
 
     def restore(self, slot: int, found: Found) -> Restored | None:
-        """Restore a state that was found into the empty slot; None, and the slot stays empty, where a file
-        turned out to be damaged."""
+        """Restore a state that was found into the empty slot; None, and the slot stays empty, where it was
+        removed meanwhile, or a file turned out to be damaged."""
+        with self._lock:
+            if not self._is_known(found.record):
+                return None
+            for record in found.record.chain():
+                record.used = time.time()  # so it is not removed while it is read
         try:
             logits = self._reader.restore(slot, found)
         except DamagedStateError as error:
             log.warning("a saved state is ignored: %s", error)
             with self._lock:
-                self._forget(error.record)
+                if isinstance(error, ReplacedStateError):
+                    self._index.remove(error.record)
+                else:
+                    self._forget(error.record)
             return None
-        for record in found.record.chain():
-            record.used = time.time()
-            with suppress(OSError):
-                os.utime(record.path)  # for the next server
+        _mark_used(found.record)
         self._hits += 1
         self._cached_tokens += found.length
         return Restored(logits)
@@ -174,9 +178,9 @@ class StoredStates:
         end = then(text_hash(key), ids).digest()
         path = self._folder / f"{end.hex()}{ENDING}"
         with self._lock:
+            start, parent, blocks = self._known_rows(ids, key, path)
             if path in self._index.records:
                 return
-            start, parent, blocks = self._index.known_rows(ids, key)
             shortest = self._cache.shortest(slot)
             nbytes = self._state_bytes(slot, start, len(ids), logits)
             if nbytes > self._pending_room:
@@ -188,15 +192,34 @@ class StoredStates:
                     )  # fmt: skip
                 return
             self._pending_room -= nbytes
-        header = StateHeader(ids, start, shortest, key, logits is not None)
-        rows = tuple(
-            copied(view[start // ratio : len(ids) // ratio]) for ratio, view in self._cache.appended(slot)
-        )
-        recent = tuple(copied(part) for part in self._cache.recent(slot, len(ids)))
-        state = State(header, rows, recent, None if logits is None else logits.clone())
-        with self._lock:
+            header = StateHeader(ids, start, shortest, key, logits is not None)
+            # From now on the parent has a child, so the writer does not remove it.
             record = self._index.add(path, header, nbytes, parent, blocks, is_written=False)
+        try:
+            rows = tuple(
+                copied(view[start // ratio : len(ids) // ratio]) for ratio, view in self._cache.appended(slot)
+            )
+            recent = tuple(copied(part) for part in self._cache.recent(slot, len(ids)))
+            state = State(header, rows, recent, None if logits is None else logits.clone())
+        except BaseException:
+            with self._lock:
+                self._forget(record)
+                self._pending_room += nbytes
+            raise
         self._queue.put((record, state))
+
+    def _known_rows(self, ids: Ids, key: str, path: Path) -> tuple[int, Record | None, list[bytes]]:
+        """Those of the index, once files that somebody removed are forgotten: of these, and of the text's
+        state itself. Holds the lock."""
+        while True:
+            start, parent, blocks = self._index.known_rows(ids, key)
+            known = [] if parent is None else parent.chain()
+            if path in self._index.records:
+                known.append(self._index.records[path])
+            lost = [record for record in known if record.is_written and not record.path.exists()]
+            if not lost:
+                return start, parent, blocks
+            self._forget(lost[0])
 
     def _state_bytes(self, slot: int, start: int, stop: int, logits: torch.Tensor | None) -> int:
         rows = sum(
@@ -207,33 +230,63 @@ class StoredStates:
 
     def _write(self) -> None:
         while (job := self._queue.get()) is not None:
-            record, state = job
-            try:
-                self._make_room(record.nbytes)
-                write_state(record.path, state)
-            except OSError as error:
-                log.warning("a state was not saved to disk: %s", error.strerror or error)
-                with self._lock:
-                    self._forget(record)
-            else:
-                with self._lock:
-                    size = record.path.stat().st_size
-                    self._nbytes += size
-                    record.nbytes, record.is_written = size, True
-                    self._written += 1
+            self._write_one(*job)
+            del job  # a state is large, and the next may be hours away
+
+    def _write_one(self, record: Record, state: State) -> None:
+        is_written = False
+        try:
+            is_written = self._is_known(record) and self._wrote(record, state)
+        except Exception as error:  # whatever it is: the next state may well be written
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            log.warning("a state was not saved to disk: %s", why)
             with self._lock:
-                self._pending_room += state.nbytes
+                self._forget(record)
+        with self._lock:
+            self._written += is_written
+            self._failed += not is_written
+            self._pending_room += state.nbytes
+
+    def _wrote(self, record: Record, state: State) -> bool:
+        """Write a state; False where it was forgotten meanwhile, alone or with what it goes on from."""
+        if not (self._folder / MODEL).exists():  # somebody cleared it
+            self._make_folder()
+        self._make_room(record.nbytes)
+        write_state(record.path, state)
+        size = record.path.stat().st_size
+        with self._lock:
+            if not self._is_known(record):
+                record.path.unlink(missing_ok=True)
+                return False
+            self._nbytes += size
+            record.nbytes, record.is_written = size, True
+        _mark_used(record)
+        return True
+
+    def _is_known(self, record: Record) -> bool:
+        """Whether a state was not forgotten."""
+        return self._index.records.get(record.path) is record
+
+    def _make_folder(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (self._folder / MODEL).write_text(self._model)
 
     def _make_room(self, needed: int) -> None:
         """Remove states until `needed` bytes more are within the budget, and on the disk. Raises OSError."""
+        files = {path: (used, nbytes) for path, used, nbytes in state_files(self._root)}
+        with self._lock:  # other servers write and remove files, too
+            self._nbytes = sum(nbytes for _, nbytes in files.values())
+            for record in list(self._index.records.values()):
+                if record.is_written and record.path not in files:
+                    self._forget(record)
+            foreign = sorted(
+                (used, path, nbytes)
+                for path, (used, nbytes) in files.items()
+                if path not in self._index.records
+            )
         free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
         if needed > min(self._budget_bytes, free + self._nbytes):
             raise OSError(f"{needed / 1e6:.0f} MB do not fit on the disk, or in --prefix-disk")
-        foreign = sorted(
-            (used, path, nbytes)
-            for path, used, nbytes in state_files(self._root)
-            if path.parent != self._folder
-        )
         while True:
             free = shutil.disk_usage(self._folder).free - LEFT_ON_DISK
             if self._nbytes + needed <= self._budget_bytes and needed <= free:
@@ -243,8 +296,7 @@ class StoredStates:
                 oldest = min(own, key=lambda r: r.used, default=None)
                 if foreign and (oldest is None or foreign[0][0] < oldest.used):
                     _, path, nbytes = foreign.pop(0)
-                    path.unlink(missing_ok=True)
-                    self._nbytes -= nbytes
+                    self._unlink(path, nbytes)
                 elif oldest is not None:
                     self._forget(oldest)
                 else:
@@ -255,28 +307,46 @@ class StoredStates:
         """Remove a state, and those that go on from its rows. Holds the lock."""
         for gone in self._index.remove(record):
             if gone.is_written:
-                self._nbytes -= gone.nbytes
-                gone.path.unlink(missing_ok=True)
+                self._unlink(gone.path, gone.nbytes)
+
+    def _unlink(self, path: Path, nbytes: int) -> None:
+        with suppress(OSError):  # another server was faster, or only others may
+            path.unlink()
+            self._nbytes -= nbytes
 
     def _find(self) -> None:
         """Index the folder's files, first those whose rows others go on from; remove what cannot be used."""
-        for path in self._folder.glob(".*.tmp"):
-            if path.stat().st_mtime < time.time() - ABANDONED_S:
-                path.unlink(missing_ok=True)
-        headers: list[tuple[Path, StateHeader]] = []
-        for path in self._folder.glob(f"*{ENDING}"):
+        remove_abandoned(self._folder)
+        headers: list[tuple[Path, float, int, StateHeader]] = []
+        for path, used, nbytes in state_files(self._root):
+            if path.parent != self._folder:
+                continue
             try:
-                headers.append((path, read_header(path)))
+                headers.append((path, used, nbytes, read_header(path)))
             except StateFileError as error:
                 log.warning("a saved state is ignored and removed: %s", error)
                 path.unlink(missing_ok=True)
-        for path, header in sorted(headers, key=lambda found: found[1].start):
+        for path, used, nbytes, header in sorted(headers, key=lambda found: found[3].start):
             start, parent, blocks = self._index.known_rows(header.tokens, header.salt)
             if start < header.start:
-                path.unlink(missing_ok=True)  # the rows before are gone
+                log.warning(
+                    "a saved state is ignored and removed: %s: the file of its first rows is gone", path
+                )
+                path.unlink(missing_ok=True)
                 continue
-            record = self._index.add(path, header, path.stat().st_size, parent, blocks, is_written=True)
-            record.used = path.stat().st_mtime
+            record = self._index.add(path, header, nbytes, parent, blocks, is_written=True)
+            record.used = used
+
+
+def _mark_used(record: Record) -> None:
+    """Note, on disk too, that a state was used, and the files with the rows before: the first rows last.
+
+    Other models' servers remove the oldest files first, and files are of no use without the rows before.
+    """
+    for each in reversed(record.chain()):
+        each.used = time.time()
+        with suppress(OSError):
+            os.utime(each.path, (each.used, each.used))
 
 
 def _read_ahead(record: Record) -> None:

@@ -38,7 +38,7 @@ async def create_message(request: Request) -> Response:
     report_ignored_tools(request, body.ignored_tools)
     with own_names(_NAMES):
         chat = body.as_chat()
-        prompt = await render(chat, served)
+        prompt = await render(request, chat, served)
         _check_room(prompt, body.max_tokens, served)
         reply = MessagesReply(chat, prompt, served, hides_thinking=body.hides_thinking)
         return await respond(request, reply, body.stream)
@@ -50,7 +50,7 @@ async def count_tokens(request: Request) -> dict[str, Any]:
     body = await read_body(request, CountRequest)
     served = service_of(request).named(body.model)
     with own_names(_NAMES):
-        prompt = await render(body.as_chat(), served)
+        prompt = await render(request, body.as_chat(), served)
     return {"input_tokens": len(prompt.token_ids)}
 
 

@@ -111,6 +111,7 @@ class KeyRing:
             account = self._accounts.get(name) or Account(name, entry.limits, self._metrics, self._clock)
             if account.limits != entry.limits:
                 account.change(entry.limits)
+            account.salt = _salt(entry.key.get_secret_value()) if len(entries) > 1 else ""
             accounts[name] = account
         self._accounts = accounts
         self._digests = {name: _digest(entry.key.get_secret_value()) for name, entry in entries.items()}
@@ -166,3 +167,9 @@ def _version(file: Path | None) -> tuple[int, ...] | None:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _salt(key: str) -> str:
+    """Of the key itself, since names of keys in the settings only count them."""
+    encoded = key.encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(encoded, digest_size=16, person=b"cached prompts").hexdigest()

@@ -62,7 +62,12 @@ class Bucket:
 
 
 class Account:
-    """One key's usage of the server."""
+    """One key's usage of the server.
+
+    salt  keeps its cached prompts apart from those of other keys; empty where there are none
+    """
+
+    salt = ""
 
     def __init__(self, name: str, limits: Limits, metrics: Metrics, clock: Clock = time.monotonic) -> None:
         self.name = name

@@ -54,7 +54,7 @@ async def apply_template(request: Request) -> dict[str, str]:
     body = await read_body(request, ApplyTemplateRequest)
     served = service_of(request).named(body.model)
     chat = ChatRequest.model_validate(body.model_dump(exclude_none=True))
-    prompt = await render(chat, served)
+    prompt = await render(request, chat, served)
     return {"prompt": served.loaded.tokenizer.decode(prompt.token_ids)}
 
 

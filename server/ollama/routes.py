@@ -93,7 +93,8 @@ async def ollama_chat(request: Request) -> Response:
         return _loaded(served, {"message": {"role": "assistant", "content": ""}})
     with own_names(_NAMES):
         chat = body.as_chat()
-        return await respond(request, OllamaReply(chat, await render(chat, served), served), body.is_stream)
+        prompt = await render(request, chat, served)
+        return await respond(request, OllamaReply(chat, prompt, served), body.is_stream)
 
 
 @router.post("/generate")
@@ -108,7 +109,7 @@ async def ollama_generate(request: Request) -> Response:
             chat, prompt = _raw(body, served)
         else:
             chat = body.as_chat()
-            prompt = await render(chat, served)
+            prompt = await render(request, chat, served)
         return await respond(request, OllamaReply(chat, prompt, served, as_text=True), body.is_stream)
 
 

@@ -33,10 +33,10 @@ class TokenizedPrompt:
     added: int
 
 
-def tokenize_prompts(request: CompletionRequest, served: Served) -> list[TokenizedPrompt]:
+def tokenize_prompts(request: CompletionRequest, served: Served, salt: str) -> list[TokenizedPrompt]:
     """The request's prompts as token ids; texts begin with the tokens that the model's tokenizer adds, unless
-    `add_special_tokens` is false."""
-    tokenizer, salt = served.loaded.tokenizer, request.cache_salt or ""
+    `add_special_tokens` is false. Their states are cached under `salt`."""
+    tokenizer = served.loaded.tokenizer
 
     def front_of(ids: list[int]) -> list[int]:
         return [] if request.add_special_tokens is False else tokenizer.front_of(ids)
@@ -86,6 +86,11 @@ class CompletionReply(Reply):
         return self._grammar
 
     @property
+    def cache_salt(self) -> str | None:
+        """What the client wants its cached prompts kept apart by."""
+        return self._request.cache_salt
+
+    @property
     def sequences(self) -> int:
         """Number of sequences of the answer."""
         return len(self._choices)
@@ -104,8 +109,7 @@ class CompletionReply(Reply):
     def submit_to(self, generation: Generation) -> None:
         """Submit one sequence per choice. Raises what Generation.submit raises."""
         for choice in self._choices:
-            salt = self._request.cache_salt or ""
-            generation.submit(choice.prompt.token_ids, self._sampling(choice.index), salt)
+            generation.submit(choice.prompt.token_ids, self._sampling(choice.index))
 
     async def whole(self, generation: Generation) -> dict[str, Any]:
         """The finished answer."""

@@ -10,7 +10,15 @@ from server.openai.chat import ChatReply
 from server.openai.completion_requests import CompletionRequest
 from server.openai.completions import CompletionReply, tokenize_prompts
 from server.openai.requests import ChatRequest
-from server.serving.handling import aside, read_body, render, report_ignored_tools, respond, service_of
+from server.serving.handling import (
+    aside,
+    read_body,
+    render,
+    report_ignored_tools,
+    respond,
+    salt_of,
+    service_of,
+)
 from server.serving.model_cards import card, cards
 from server.serving.naming import own_names
 
@@ -40,7 +48,7 @@ async def chat_completions(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     served = service_of(request).named(body.model)
     report_ignored_tools(request, body.ignored_tools)
-    return await respond(request, ChatReply(body, await render(body, served), served), body.stream)
+    return await respond(request, ChatReply(body, await render(request, body, served), served), body.stream)
 
 
 @router.post("/completions")
@@ -48,6 +56,7 @@ async def completions(request: Request) -> Response:
     """Continuations of one or more prompts."""
     body = await read_body(request, CompletionRequest)
     served = service_of(request).named(body.model)
-    prompts = await aside(len(await request.body()), tokenize_prompts, body, served)
+    salt = salt_of(request, body.cache_salt)
+    prompts = await aside(len(await request.body()), tokenize_prompts, body, served, salt)
     with own_names(_NAMES):
         return await respond(request, CompletionReply(body, prompts, served), body.stream)

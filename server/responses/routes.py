@@ -55,7 +55,7 @@ async def create_response(request: Request) -> Response:
                 conversation = (*earlier, *body.messages, answer)
                 store.put(StoredResponse(owner, response, conversation, kept_items(body.input)))
 
-        reply = ResponsesReply(body, chat, await render(chat, served), served, keep)
+        reply = ResponsesReply(body, chat, await render(request, chat, served), served, keep)
         return await respond(request, reply, body.stream)
 
 
@@ -65,7 +65,8 @@ async def count_input_tokens(request: Request) -> dict[str, Any]:
     body = await _read(request)
     served = service_of(request).named(body.model)
     with own_names(_NAMES):
-        prompt = await render(body.as_chat(_earlier(body, store_of(request), owner_of(request))), served)
+        chat = body.as_chat(_earlier(body, store_of(request), owner_of(request)))
+        prompt = await render(request, chat, served)
     return {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
 
 

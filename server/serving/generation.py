@@ -25,9 +25,15 @@ class Generation:
     """The sequences of one request. Create, submit and read on the event loop."""
 
     def __init__(
-        self, engine: Answering, metrics: Metrics, wakeups: Wakeups, timeout_s: float | None
+        self,
+        engine: Answering,
+        metrics: Metrics,
+        wakeups: Wakeups,
+        timeout_s: float | None,
+        cache_salt: str,
     ) -> None:
         self._engine = engine
+        self._cache_salt = cache_salt
         self._metrics = metrics
         self._wakeups = wakeups
         self._inbox: deque[tuple[int, Output]] = deque()
@@ -42,14 +48,13 @@ class Generation:
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        cache_salt: str = "",
         prediction: Sequence[int] = (),
     ) -> None:
         """Add a sequence; sequences are numbered in this order. Raises what Engine.submit raises."""
         index = len(self._prompts)
         on_output = partial(self._on_output, index, SequenceTimer(self._metrics))
         self._running[index] = self._engine.submit(
-            prompt_ids, params, on_output, cache_salt=cache_salt, prediction=prediction
+            prompt_ids, params, on_output, cache_salt=self._cache_salt, prediction=prediction
         )
         self._prompts.append(PromptProgress(len(prompt_ids), 0, 0))
 

@@ -55,6 +55,13 @@ def owner_of(request: Request) -> str | None:
     return None if account is None else account.name
 
 
+def salt_of(request: Request, cache_salt: str | None) -> str:
+    """What the cached prompts of a request are kept apart by: its key, where there are several, and the salt
+    that it names."""
+    account = account_of(request)
+    return ("" if account is None else account.salt) + (cache_salt or "")
+
+
 def running_of(request: Request) -> RunningAnswers:
     """The answers that are being generated now."""
     running = request.app.state.running
@@ -91,14 +98,14 @@ def report_ignored_tools(request: Request, types: Iterable[str]) -> None:
         log.info("tools that this server does not run are not shown to the model: %s", text)
 
 
-async def render(chat: ChatRequest, served: Served) -> ChatPrompt:
+async def render(request: Request, chat: ChatRequest, served: Served) -> ChatPrompt:
     """The rendered prompt of the conversation. Raises RequestError for what the model's format cannot
     express."""
     if served.loaded.chat is None:
         text = f"{served.name} has no chat template; use /v1/completions"
         raise ApiError(400, text, param="messages", code="no_chat_template")
     conversation = chat.as_prompt()
-    foresee = partial(served.engine.foresee, chat.cache_salt or "")
+    foresee = partial(served.engine.foresee, salt_of(request, chat.cache_salt))
     return await aside(len(to_json(conversation)), served.loaded.chat.render, conversation, foresee)
 
 
@@ -128,7 +135,7 @@ async def respond(request: Request, reply: Reply, is_stream: bool | None) -> Res
         raise ApiError(400, text, param="n", code="too_many_sequences")
     if reply.grammar is not None:
         await _compile(reply.grammar, service.served.engine.grammars)
-    generation = service.new_generation()
+    generation = service.new_generation(salt_of(request, reply.cache_salt))
     try:
         reply.submit_to(generation)
     except BaseException:

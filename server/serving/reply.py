@@ -49,6 +49,11 @@ class Reply(ABC):
 
     @property
     @abstractmethod
+    def cache_salt(self) -> str | None:
+        """What the client wants its cached prompts kept apart by."""
+
+    @property
+    @abstractmethod
     def sequences(self) -> int:
         """Number of sequences of the answer."""
 
@@ -109,6 +114,10 @@ class ConversationReply(Reply):
         return self._prompt.grammar
 
     @property
+    def cache_salt(self) -> str | None:
+        return self._request.cache_salt
+
+    @property
     def sequences(self) -> int:
         return len(self.answers)
 
@@ -130,10 +139,10 @@ class ConversationReply(Reply):
         return sum(right), sum(wrong)
 
     def submit_to(self, generation: Generation) -> None:
-        salt, text = self._request.cache_salt or "", self._request.predicted_text
+        text = self._request.predicted_text
         prediction = self._served.loaded.tokenizer.encode_inside(text) if text else ()
         for answer in self.answers:
-            generation.submit(self._prompt.token_ids, self._sampling(answer.index), salt, prediction)
+            generation.submit(self._prompt.token_ids, self._sampling(answer.index), prediction)
 
     async def pieces(self, generation: Generation) -> AsyncIterator[tuple[Answer, list[MessageDelta]]]:
         """Each answer that grew, with what was added to it."""

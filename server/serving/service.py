@@ -294,12 +294,13 @@ class Service:
             )
         return served
 
-    def new_generation(self) -> Generation:
+    def new_generation(self, cache_salt: str) -> Generation:
         """An empty Generation on the engine, under this server's time limit."""
         if self._wakeups is None:
             self._wakeups = Wakeups(self.settings.stream_interval_ms / 1000)
             self.served.engine.between_steps = self._wakeups.flush
-        return Generation(self.served.engine, self.metrics, self._wakeups, self.settings.request_timeout_s)
+        timeout_s = self.settings.request_timeout_s
+        return Generation(self.served.engine, self.metrics, self._wakeups, timeout_s, cache_salt)
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones continue."""

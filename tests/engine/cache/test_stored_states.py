@@ -6,8 +6,12 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from itertools import pairwise
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import count, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +19,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from engine.cache import restoring, stored_states
 from engine.cache.identity import identity_of
 from engine.cache.prefix import PrefixCache
-from engine.cache.state_files import ENDING
+from engine.cache.state_files import ENDING, State, StateHeader, read_header, write_state
 from engine.cache.state_folders import remove_states, states_in
+from engine.cache.state_layout import Target, copied, target_in
 from engine.cache.stored_states import StatesOnDisk, StoredStates
 from engine.engine import Engine
 from engine.families.base import Batch, KvCache, Model
@@ -51,7 +57,8 @@ class Bench(NamedTuple):
         return StoredStates(cache, StatesOnDisk(self.folder, budget, identity, "tiny"), pending)
 
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"*/*{ENDING}"), key=lambda path: path.stat().st_mtime)
+        """The shortest text's first."""
+        return sorted(self.folder.glob(f"*/*{ENDING}"), key=lambda path: len(read_header(path).tokens))
 
 
 def load(path: Path) -> Model:
@@ -102,6 +109,17 @@ def found(bench: Bench, prompt: list[int], salt: str = "", identity: str = "this
     stored.close()
     assert cache.length(0) == length
     return length
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError
 
 
 @pytest.mark.slow
@@ -182,6 +200,33 @@ def test_the_end_of_a_text_can_be_taken_back_as_far_as_in_memory(bench: Bench) -
     write(bench, ids)
     assert found(bench, [*ids[:110], 7, 8, 9]) == 110
     assert found(bench, [*ids[:70], 7, 8, 9]) == 0
+
+
+def test_a_text_s_end_can_be_taken_back_to_before_its_own_rows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bench.model
+    ids = some_ids(53, 250)
+    prompt = [*ids[:122], 7, 8, 9]
+    write(bench, ids)
+    counts: list[int] = []
+
+    def counted(view: torch.Tensor, rows: int, wanted: int) -> tuple[Target, torch.Tensor | None]:
+        counts.append(wanted)
+        return target_in(view, rows, wanted)
+
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    prefixes = PrefixCache(cache, 0, stored)
+    compute(model, cache, ids[:133])
+    prefixes.save(0, ids[:133])
+    cache.reset(0)
+    wait_until(lambda: stored.stats.written == 1)
+    monkeypatch.setattr(restoring, "target_in", counted)
+    assert prefixes.restore(0, prompt).length == 122
+    assert min(counts) >= 0
+    assert torch.equal(compute(model, cache, prompt[122:]), compute(model, bench.cache(), prompt)[122:])
+    stored.close()
 
 
 def test_a_model_that_keeps_every_position_goes_on_from_any(tmp_path: Path) -> None:
@@ -321,6 +366,76 @@ def test_the_least_recently_used_states_make_room(bench: Bench) -> None:
     assert [found(bench, text) for text in texts] == [100, 0, 0, 100, 100]
 
 
+def test_another_model_s_server_removes_a_conversation_from_its_end(bench: Bench) -> None:
+    turn = some_ids(34, 280)
+    write(bench, turn[:140])
+    (first,) = bench.files()
+    write(bench, turn)
+    cache = bench.cache()
+    budget = sum(path.stat().st_size for path in bench.files()) + 1000
+    stored = bench.stored(cache, budget, identity="other")
+    compute(bench.model, cache, some_ids(35, 80))
+    stored.save(0, some_ids(35, 80), "", None)
+    stored.close()
+    assert first.exists()
+    assert found(bench, turn[:140]) == 140
+
+
+def test_what_a_state_is_about_to_go_on_from_is_not_removed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = some_ids(36, 280)
+    write(bench, turn[:140])
+    cache = bench.cache()
+    stored = bench.stored(cache, budget=1 << 24)
+    compute(bench.model, cache, turn)
+    evictions: list[int] = []
+
+    def copied_while_room_is_made(view: torch.Tensor) -> torch.Tensor:
+        if not evictions:
+            with suppress(OSError):
+                stored._make_room(1 << 24)
+            evictions.append(stored.stats.evictions)
+        return copied(view)
+
+    monkeypatch.setattr(stored_states, "copied", copied_while_room_is_made)
+    stored.save(0, turn, "", None)
+    stored.close()
+    assert evictions == [0]
+    assert found(bench, [*turn, 1]) == 280
+
+
+def test_a_state_that_cannot_be_copied_leaves_no_trace(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = some_ids(37, 100)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, ids)
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_states, "copied", out_of_memory)
+        with pytest.raises(MemoryError):
+            stored.save(0, ids, "", None)
+    stored.save(0, ids, "", None)
+    stored.close()
+    assert found(bench, [*ids, 1]) == 100
+
+
+def test_a_state_that_is_removed_after_it_was_found_is_not_counted_twice(bench: Bench) -> None:
+    one, other = some_ids(38, 100), some_ids(39, 100)
+    write(bench, one)
+    cache = bench.cache()
+    stored = bench.stored(cache, budget=int(1.5 * bench.files()[0].stat().st_size))
+    at = stored.find([*one, 1], "")
+    compute(bench.model, cache, other)
+    stored.save(0, other, "", None)
+    wait_until(lambda: stored.stats.written == 1)
+    cache.reset(0)
+    assert at is not None
+    assert stored.restore(0, at) is None
+    assert cache.length(0) == 0
+    stored.close()
+    assert stored.stats.nbytes == bench.files()[0].stat().st_size
+
+
 def test_a_state_that_can_never_fit_displaces_none(bench: Bench) -> None:
     short, long = some_ids(16, 70), some_ids(17, 290)
     write(bench, short)
@@ -353,6 +468,66 @@ def test_a_full_disk_costs_a_line_and_nothing_else(
     assert len([line for line in caplog.messages if "a state was not saved to disk" in line]) == 1
 
 
+def test_what_goes_on_from_a_state_that_could_not_be_written_is_not_written(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = some_ids(40, 280)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    both_are_queued, calls = threading.Event(), count()
+
+    def write_or_fail(path: Path, state: State) -> None:
+        if next(calls) == 0:
+            assert both_are_queued.wait(20)
+            raise OSError("broken")
+        write_state(path, state)
+
+    monkeypatch.setattr(stored_states, "write_state", write_or_fail)
+    compute(bench.model, cache, turn[:140])
+    stored.save(0, turn[:140], "", None)
+    compute(bench.model, cache, turn[140:])
+    stored.save(0, turn, "", None)
+    both_are_queued.set()
+    stored.close()
+    assert bench.files() == []
+    assert (stored.stats.written, stored.stats.refused, stored.stats.nbytes) == (0, 2, 0)
+
+
+def test_after_a_state_that_could_not_be_written_the_next_is(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = some_ids(41, 100), some_ids(42, 100)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, one)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(stored_states, "write_state", out_of_memory)
+        stored.save(0, one, "", None)
+        wait_until(lambda: stored.stats.refused == 1)
+    assert "a state was not saved to disk: MemoryError" in caplog.text
+    cache.reset(0)
+    compute(bench.model, cache, other)
+    stored.save(0, other, "", None)
+    stored.close()
+    assert found(bench, [*other, 1]) == 100
+
+
+def test_a_state_that_is_written_takes_no_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    states: list[weakref.ref[State]] = []
+
+    def write_and_tell(path: Path, state: State) -> None:
+        write_state(path, state)
+        states.append(weakref.ref(state))
+
+    monkeypatch.setattr(stored_states, "write_state", write_and_tell)
+    compute(bench.model, cache, some_ids(43, 100))
+    stored.save(0, some_ids(43, 100), "", None)
+    wait_until(lambda: bool(states) and states[0]() is None)
+    stored.close()
+
+
 def test_states_wait_in_bounded_memory(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     cache = bench.cache()
     stored = bench.stored(cache, pending=1000)
@@ -372,6 +547,105 @@ def test_states_are_listed_and_removed_by_model(bench: Bench) -> None:
     assert of.nbytes == bench.files()[0].stat().st_size
     remove_states(of)
     assert states_in(bench.folder) == []
+
+
+def test_a_server_whose_states_were_removed_saves_new_ones(bench: Bench) -> None:
+    turn = some_ids(44, 280)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, turn[:140])
+    stored.save(0, turn[:140], "", None)
+    wait_until(lambda: stored.stats.written == 1)
+    (of,) = states_in(bench.folder)
+    remove_states(of)
+    assert not of.folder.exists()
+    compute(bench.model, cache, turn[140:])
+    stored.save(0, turn, "", None)
+    stored.close()
+    (again,) = states_in(bench.folder)
+    assert (again.model, again.states) == ("tiny", 1)
+    assert stat.S_IMODE(again.folder.stat().st_mode) == 0o700
+    assert found(bench, [*turn, 1]) == 280
+
+
+@pytest.mark.parametrize("length", [40, 100])
+def test_a_state_that_was_removed_can_be_saved_again(bench: Bench, length: int) -> None:
+    ids = some_ids(45, length)
+    cache = bench.cache()
+    stored = bench.stored(cache)
+    compute(bench.model, cache, ids)
+    stored.save(0, ids, "", None)
+    wait_until(lambda: stored.stats.written == 1)
+    remove_states(states_in(bench.folder)[0])
+    stored.save(0, ids, "", None)
+    stored.close()
+    assert found(bench, [*ids, 1]) == length
+
+
+def test_files_that_were_not_finished_are_removed_with_the_states(bench: Bench) -> None:
+    write(bench, some_ids(46, 70))
+    (state,) = bench.files()
+    left = state.with_name(f".{state.name}.1.tmp")
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    (of,) = states_in(bench.folder)
+    remove_states(of)
+    assert not of.folder.exists()
+
+
+def test_servers_that_share_a_directory_share_the_budget(bench: Bench) -> None:
+    one, other, third = (some_ids(seed, 100) for seed in (47, 48, 49))
+    alone = bench._replace(folder=bench.folder.parent / "alone")
+    write(alone, one)
+    budget = int(2.5 * alone.files()[0].stat().st_size)
+    cache = bench.cache()
+    stored = bench.stored(cache, budget)
+    write(bench, one, other, budget=budget)
+    compute(bench.model, cache, third)
+    stored.save(0, third, "", None)
+    stored.close()
+    assert stored.stats.nbytes == sum(path.stat().st_size for path in bench.files())
+    assert [found(bench, text) for text in (one, other, [*third, 1])] == [0, 100, 100]
+
+
+def test_a_file_that_another_server_removes_while_this_one_starts_is_not_found(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = some_ids(51, 100)
+    write(bench, ids)
+
+    def read_and_removed(path: Path) -> StateHeader:
+        header = read_header(path)
+        path.unlink()
+        return header
+
+    monkeypatch.setattr(stored_states, "read_header", read_and_removed)
+    assert found(bench, ids) == 0
+
+
+def test_a_file_that_another_server_has_replaced_is_left_to_it(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    turn = some_ids(52, 280)
+    cache, caches = bench.cache(), bench.cache()
+    here, there = bench.stored(cache), bench.stored(caches)
+    compute(bench.model, cache, turn)
+    here.save(0, turn, "", None)
+    wait_until(lambda: here.stats.written == 1)
+    compute(bench.model, caches, turn[:140])
+    there.save(0, turn[:140], "", None)
+    compute(bench.model, caches, turn[140:])
+    there.save(0, turn, "", None)
+    there.close()
+    at = here.find([*turn, 1], "")
+    assert at is not None
+    cache.reset(0)
+    with caplog.at_level(logging.WARNING):
+        assert here.restore(0, at) is None
+    assert "another server has written it" in caplog.text
+    assert here.find([*turn, 1], "") is None
+    here.close()
+    assert found(bench, [*turn, 1]) == 280
 
 
 def test_a_model_whose_files_or_arithmetic_differ_is_another(tmp_path: Path) -> None:

@@ -122,6 +122,29 @@ def test_a_changed_file_is_read_again(write_keys: WriteKeys, clock: Clock) -> No
     assert bob.limits == Limits()
 
 
+def test_several_keys_have_salts_of_their_own_and_a_single_one_has_none(
+    write_keys: WriteKeys, clock: Clock
+) -> None:
+    def salts(*given: str) -> list[str]:
+        ring = KeyRing(given, None, Metrics(), clock)
+        return [account.salt for key in given if (account := ring.account(key)) is not None]
+
+    assert salts("sk-one") == [""]
+    one, two = salts("sk-one", "sk-two")
+    assert one != two
+    assert salts("sk-two", "sk-one") == [two, one]  # whatever the keys are called
+    assert "sk-one" not in one
+
+    ring = KeyRing([], write_keys('ada = "sk-one"'), Metrics(), clock)
+    ada = ring.account("sk-one")
+    assert ada is not None
+    assert ada.salt == ""
+    write_keys(TWO_KEYS)
+    clock.now += CHECK_EVERY_S
+    assert ring.account("sk-one") is ada
+    assert ada.salt == one
+
+
 @pytest.mark.parametrize("broken", ["[", None])
 def test_a_file_that_breaks_leaves_the_keys_as_they_were(
     write_keys: WriteKeys, clock: Clock, caplog: pytest.LogCaptureFixture, broken: str | None
@@ -203,7 +226,7 @@ def test_a_request_that_was_refused_counts_for_nothing(clock: Clock) -> None:
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("keys") / "keys.toml"
     path.write_text(
-        'ada = "sk-ada"\n'
+        'ada = "sk-ada"\ntim = "sk-tim"\n'
         '[bob]\nkey = "sk-bob"\nrequests_per_minute = 1\n'
         '[eve]\nkey = "sk-eve"\nconcurrent_requests = 1\n'
         '[joe]\nkey = "sk-joe"\ntokens_per_minute = 5\n'
@@ -275,6 +298,22 @@ def test_a_stream_counts_as_running_until_its_client_leaves(guarded: LociServer)
                 return False
 
         eventually(is_free, "the request has ended")
+
+
+@pytest.mark.slow
+def test_a_key_finds_its_own_cached_prompts_only(guarded: LociServer) -> None:
+    prompt = SHORT | {"prompt": "Once upon a time, two clients asked for the very same thing. " * 4}
+    with sdk(guarded, "sk-ada") as ada, sdk(guarded, "sk-tim") as tim:
+        used = [client.completions.create(**prompt).usage for client in (ada, tim, ada)]
+
+    cached = [
+        usage.prompt_tokens_details.cached_tokens
+        for usage in used
+        if usage is not None and usage.prompt_tokens_details is not None
+    ]
+    assert cached[:2] == [0, 0]
+    assert cached[2] is not None
+    assert cached[2] > 0
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_texts_begin_as_the_tokenizer_says_unless_they_are_not_to() -> None:
 
     def ids(**fields: Any) -> list[int]:
         request = CompletionRequest(model=MODEL, prompt=PROMPT, **fields)
-        return tokenize_prompts(request, served)[0].token_ids
+        return tokenize_prompts(request, served, "")[0].token_ids
 
     assert ids() == [tokenizer.bos_token_id, *ids(add_special_tokens=False)]
 
@@ -141,7 +141,8 @@ def test_a_prompt_that_spells_its_beginning_gets_no_second_one_and_is_echoed_who
     )
     spelled = tokenizer.special_tokens["bos_token"] + PROMPT
 
-    plain, spelling = tokenize_prompts(CompletionRequest(model=MODEL, prompt=[PROMPT, spelled]), served)
+    request = CompletionRequest(model=MODEL, prompt=[PROMPT, spelled])
+    plain, spelling = tokenize_prompts(request, served, "")
 
     assert plain.token_ids == spelling.token_ids
     assert (plain.added, spelling.added) == (1, 0)
