@@ -158,7 +158,7 @@ def bring_up(prepared: Prepared) -> Served:
         draft_tokens=settings.draft_tokens,
         draft_costs=draft_costs(prepared.planned.shape, prepared.planned.plan.hardware, workload),
     )
-    log.info("%s", _about(engine, context))
+    log.info("%s", _about(engine, settings.max_model_len or prepared.opened.info.max_context))
     log.info("prompts are computed in chunks of up to %d tokens", workload.prefill_chunk)
     engine.start()
     name, *aliases = prepared.names
