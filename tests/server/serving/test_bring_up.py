@@ -7,8 +7,17 @@ import re
 
 import pytest
 
+from quant.errors import ConfigError
+from server.serving import planned
 from server.serving.service import Served, bring_up, prepare
 from server.settings import resolve_settings
+
+FILE = __file__  # which is no directory
+
+
+@pytest.fixture(autouse=True)
+def _no_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "known_rates", lambda *_: {})
 
 
 def brought_up(**settings: str) -> Served:
@@ -26,3 +35,20 @@ def test_the_log_names_the_pool_that_would_hold_what_the_model_can(caplog: pytes
     assert served.engine.max_context < most
     (named,) = re.findall(rf"--kv-budget (\w+) would hold the {most:,} that the model can", caplog.text)
     assert brought_up(kv_budget=named).engine.max_context == most
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"aside_disk": "20 gigs"}, "'20 gigs' is not a size"),
+        ({"prefix_disk": "nonsense"}, "'nonsense' is not a size"),
+        ({"prefix_disk": "1GiB", "prefix_cache": "0"}, "raise --prefix-cache"),
+        ({"aside_disk": "1GiB", "prefix_dir": FILE}, "no sequences can be put aside there"),
+        ({"prefix_disk": "1GiB", "prefix_dir": FILE}, "no states can be kept there"),
+    ],
+)
+def test_disk_that_cannot_be_used_is_refused_before_weights_are_read(
+    settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(resolve_settings({"model": "demo", "devices": "none", **settings}))
