@@ -260,7 +260,7 @@ class Steps:
             return  # log probabilities of the prompt need all of it computed
         prefix = self.prefixes.restore(sequence.slot, sequence.token_ids, sequence.cache_salt)
         sequence.computed = sequence.saved = prefix.length
-        if sequence.prefill_length == sequence.prompt_length:
+        if not sequence.has_computed:  # or some of what is cached now is its own
             sequence.cached_tokens = prefix.length
         sequence.stops = prefix.stops
         if prefix.logits is not None:
