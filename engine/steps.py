@@ -234,7 +234,7 @@ class Steps:
         assert sequence.slot is not None
         slot = sequence.slot
         self.drafting.close(sequence)
-        sequence.put_aside(self.aside.put(slot))
+        sequence.put_aside(self.aside.put(slot) if self._cache.length(slot) else None)
         self._cache.release(slot)
         self._scheduler.put_aside(sequence)
 

@@ -228,6 +228,19 @@ def test_what_a_sequence_computed_itself_before_it_was_put_aside_is_not_called_c
     assert answer.outputs[0].cached_tokens == 0
 
 
+def test_a_prompt_of_which_nothing_was_computed_yet_begins_with_what_is_cached_meanwhile(
+    loaded: Loaded,
+) -> None:
+    engine = engine_of(loaded, None, prefix_cache_bytes=1 << 28)
+    prompt = [8 + 7 * i % 300 for i in range(100)]
+    prompts = [prompt, prompt + [9] * 150]
+    first, second = behind_another(engine, prompts, lambda: engine.stats().running == 3)
+    assert engine.stats().aside == AsideStats()
+    assert first.outputs[0].cached_tokens == 0
+    assert second.outputs[0].cached_tokens is not None
+    assert second.outputs[0].cached_tokens >= 64
+
+
 def test_a_folder_that_cannot_be_used_is_refused(loaded: Loaded, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="no sequences can be put aside there"):
