@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,21 @@ import pytest
 from engine import steps
 from engine.cache import aside as aside_module
 from engine.cache.aside import AsideOnDisk, AsideStats
-from engine.cache.pages import PoolShortError
 from engine.cache.prefix import PrefixCache
 from engine.engine import Engine
 from engine.families.loader import Loaded, load
 from engine.kv_pool import PoolSize
-from engine.output import FinishReason, Output
+from engine.output import FinishReason
 from engine.sampling.params import SamplingParams
 from memory.planner.budget import MemoryBudget
 from quant.errors import ConfigError
 from tests.conftest import golden_path
+from tests.engine.behind_another import behind_another
 from tests.engine.chat.answers import Answer
 
 CONTEXT = 1600
 LENGTHS = (5, 900, 40, 300, 700, 2, 120, 500)  # of prompts
 ANSWERS = (500, 300, 560, 400, 250, 600, 480, 350)  # tokens
-GREEDY = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 HALF = (sum(LENGTHS) + sum(ANSWERS)) // 2
 
 
@@ -64,47 +62,6 @@ def texts(engine: Engine, **params: Any) -> list[Answer]:
                 repetition_penalty=1.1, **params,
             )  # fmt: skip
             engine.submit(prompt, asked, answers[-1])
-        return [answer.wait() for answer in answers]
-    finally:
-        engine.stop()
-
-
-class Leading(Answer):
-    """An answer at whose first token others are asked for, which so begin in the same step."""
-
-    def __init__(self, ask: Callable[[], None]) -> None:
-        super().__init__()
-        self._ask = ask
-
-    def __call__(self, output: Output) -> None:
-        is_first = not self.outputs
-        super().__call__(output)
-        if is_first:
-            self._ask()
-
-
-def behind_another(engine: Engine, prompts: list[list[int]], short: Callable[[], bool]) -> list[Answer]:
-    """Answers to prompts that are asked for at once, behind a sequence that grows; the pool has no room for
-    it when `short` first says so."""
-    pages, left = engine.pool.cache.pages, [1]
-    hold, answers = pages.hold, [Answer() for _ in prompts]
-
-    def hold_or_not(slot: int, tokens: int) -> None:
-        if slot == 0 and left[0] and short():
-            left[0] = 0
-            raise PoolShortError("the KV pool has no room")
-        hold(slot, tokens)
-
-    def ask() -> None:
-        for prompt, answer in zip(prompts, answers, strict=True):
-            engine.submit(prompt, replace(GREEDY, max_tokens=4), answer)
-
-    pages.hold = hold_or_not  # type: ignore[method-assign]
-    engine.start()
-    try:
-        first = Leading(ask)
-        engine.submit([5, 6, 7], GREEDY, first)
-        first.wait()
         return [answer.wait() for answer in answers]
     finally:
         engine.stop()
@@ -218,7 +175,7 @@ def test_what_a_sequence_computed_itself_before_it_was_put_aside_is_not_called_c
     monkeypatch.setattr(PrefixCache, "lend", lambda *_: False)
     engine = engine_of(loaded, None, prefix_cache_bytes=1 << 28)
     prompt = [8 + 7 * i % 300 for i in range(900)]
-    (answer,) = behind_another(engine, [prompt], lambda: engine.pool.cache.length(1) >= 512)
+    _, answer = behind_another(engine, [prompt], lambda: engine.pool.cache.length(1) >= 512)
     stats = engine.stats()
     assert stats.aside is not None
     assert stats.prefixes is not None
@@ -234,7 +191,7 @@ def test_a_prompt_of_which_nothing_was_computed_yet_begins_with_what_is_cached_m
     engine = engine_of(loaded, None, prefix_cache_bytes=1 << 28)
     prompt = [8 + 7 * i % 300 for i in range(100)]
     prompts = [prompt, prompt + [9] * 150]
-    first, second = behind_another(engine, prompts, lambda: engine.stats().running == 3)
+    _, first, second = behind_another(engine, prompts, lambda: engine.stats().running == 3)
     assert engine.stats().aside == AsideStats()
     assert first.outputs[0].cached_tokens == 0
     assert second.outputs[0].cached_tokens is not None
